@@ -1,0 +1,106 @@
+/*
+ * What the BPF programs and Python share: the record of a pair, its states and the events.
+ * Data only: no helper, no map. pyforwarder/datapath/abi.py mirrors it, a test compares the two.
+ */
+#pragma once
+
+#define PF_ABI_VERSION 1
+
+#define PF_UP 0 /* client to server */
+#define PF_DOWN 1 /* server to client */
+
+#define PF_NAME_BYTES 64 /* a rule's or a listener's name with its final NUL */
+
+enum pf_state {
+	PF_FREE = 0, /* the slot holds no connection */
+	PF_SNIFFING,
+	PF_CONNECTING,
+	PF_HANDOVER,
+	PF_JOINED,
+	PF_HALF_CLOSED,
+	PF_DRAINING,
+};
+
+enum pf_datapath {
+	PF_NO_DATAPATH = 0,
+	PF_COPY,
+	PF_SOCKMAP,
+	PF_SPLICE,
+};
+
+enum pf_family {
+	PF_UNKNOWN = 0,
+	PF_UNIX = 1,
+	PF_IPV4 = 4,
+	PF_IPV6 = 6,
+};
+
+/* One end of a connection. IPv4 stands in ip as ::ffff:a.b.c.d. */
+struct endpoint {
+	__u8 ip[16];
+	__u16 port; /* host order */
+	__u8 family; /* enum pf_family */
+	__u8 padding;
+};
+
+/*
+ * One direction, as the verdict program sees it; the program alone writes it, and its runs are
+ * serialised by the lock of the source socket, so a plain add would do; passed_bytes is added
+ * atomically for the barrier that redirect.c explains.
+ */
+struct verdict_direction {
+	__u64 passed_bytes; /* given to userspace since the sockets entered the map */
+	__u64 redirected_bytes; /* queued to the other socket by the kernel */
+	__u64 redirected_packets;
+	__u64 last_ns; /* bpf_ktime_get_ns() of the last packet */
+	__u32 latched; /* 1 while the kernel owns the direction */
+	__u32 trips; /* how often the backlog limit gave it back to userspace */
+	__u32 latch_write_seq; /* target's tcp_sock.write_seq when it latched */
+	__u32 latch_redirected; /* low 32 bits of redirected_bytes at that moment */
+	__u32 backlog_bytes; /* seen by the last packet */
+	__u32 peak_backlog_bytes;
+	__u64 padding;
+};
+
+/* One direction, as the worker sees it; the worker alone writes it, but for asleep. */
+struct worker_direction {
+	__u64 consumed_bytes; /* of passed_bytes: written to the other socket, every one of them */
+	__u64 carried_bytes; /* everything userspace has moved, before and after the handover */
+	__u64 carried_packets;
+	__u64 peer_cookie; /* key of the target socket in the sockhash */
+	__u32 armed; /* 0: pass everything */
+	__u32 asleep; /* 1: ring when something is passed; the program clears it as it rings */
+	__u32 limit_bytes; /* the backlog limit */
+	__u32 padding[5];
+};
+
+struct pair {
+	struct verdict_direction verdict[2]; /* index: PF_UP, PF_DOWN */
+	struct worker_direction worker[2];
+	__u64 id;
+	__u64 sequence; /* odd while the description below changes hands */
+	__u64 started_ns; /* CLOCK_MONOTONIC */
+	__u64 last_ns; /* last byte moved by userspace */
+	__u8 state; /* enum pf_state */
+	__u8 datapath; /* enum pf_datapath */
+	__u8 reason; /* why this datapath: index into the names in datapath/abi.py */
+	__u8 worker_index;
+	__u32 padding;
+	struct endpoint client, listener, source, server;
+	char rule[PF_NAME_BYTES];
+	char listener_name[PF_NAME_BYTES];
+	__u64 reserved;
+};
+
+/* Where the other end of a socket is found. Key of the map `ends`: the socket's cookie. */
+struct end {
+	__u32 slot; /* index into the map `pairs` */
+	__u32 direction; /* PF_UP for the client's socket, PF_DOWN for the server's */
+};
+
+/* What a worker's ring carries: one direction has bytes for userspace. */
+struct wakeup {
+	__u32 slot;
+	__u32 direction;
+	__u64 id; /* of the pair, so that a late event never wakes the slot's next owner */
+};

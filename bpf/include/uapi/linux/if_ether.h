@@ -1,0 +1,2 @@
+/* bcc includes this name; no program of ours needs anything from it. */
+#pragma once

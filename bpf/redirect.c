@@ -1,0 +1,113 @@
+/*
+ * The verdict program of the sockmap datapath (sk_skb, no parser): for each packet that a pair's
+ * socket receives, move it to the other socket in the kernel, or leave it to userspace.
+ *
+ * The rules that keep every byte in order, and memory bounded (../README.md tells the whole story):
+ *  - A direction is latched (the kernel owns it) only at a moment when userspace has written all
+ *    that it was passed: then every earlier byte is already in the target's TCP queue.
+ *  - The kernel has no flow control on redirect. The program compares what it has redirected with
+ *    what the target's TCP has taken (write_seq), and above the limit gives the direction back:
+ *    bytes passed to userspace stay charged to the source, whose window then closes.
+ */
+#include <uapi/linux/bpf.h>
+
+#include "abi.h"
+#include "maps.h"
+
+int verdict(struct __sk_buff *skb)
+{
+	__u64 cookie = bpf_get_socket_cookie(skb);
+	struct end *end;
+	struct pair *pair;
+	struct verdict_direction *seen;
+	struct worker_direction *told;
+	struct bpf_sock *target;
+	struct tcp_sock *tcp;
+	__u64 peer_cookie;
+	__u32 slot, worker, write_seq, backlog;
+	__u32 length = skb->len;
+
+	/*
+	 * A lone FIN. Redirecting nothing makes sendmsg return 0, which the kernel takes for a
+	 * broken pipe and disables the target for good. Passed, it disturbs nobody: the worker
+	 * hears of the FIN from epoll.
+	 */
+	if (!length)
+		return SK_PASS;
+
+	/* A socket that is in the map but not ours, or not any more: its owner reads it. */
+	end = map_lookup(MAP_ENDS_FD, &cookie);
+	if (!end)
+		return SK_PASS;
+	slot = end->slot;
+	pair = map_lookup(MAP_PAIRS_FD, &slot);
+	if (!pair)
+		return SK_PASS;
+	seen = end->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	told = end->direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
+	seen->last_ns = bpf_ktime_get_ns();
+
+	/* Not armed, or userspace still has earlier bytes in its hands: this packet is behind them. */
+	if (!*(volatile __u32 *)&told->armed) {
+		seen->latched = 0;
+		goto pass;
+	}
+	if (!seen->latched && *(volatile __u64 *)&told->consumed_bytes != seen->passed_bytes)
+		goto pass;
+
+	/*
+	 * Look the target up before redirecting to it: bpf_sk_redirect_hash() drops on a miss, and
+	 * what it drops has been acknowledged. Passed, the bytes are still there for userspace.
+	 */
+	peer_cookie = told->peer_cookie;
+	target = map_lookup(MAP_SOCKETS_FD, &peer_cookie);
+	if (!target)
+		goto pass;
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(target);
+	if (!tcp) {
+		bpf_sk_release(target);
+		goto pass;
+	}
+	write_seq = *(volatile __u32 *)((void *)tcp + TCP_SOCK_WRITE_SEQ);
+	bpf_sk_release(target);
+
+	if (!seen->latched) {
+		seen->latched = 1;
+		seen->latch_write_seq = write_seq;
+		seen->latch_redirected = (__u32)seen->redirected_bytes;
+	}
+	/* Both differences wrap together with their 32-bit counters. */
+	backlog = (__u32)seen->redirected_bytes - seen->latch_redirected -
+		  (write_seq - seen->latch_write_seq);
+	seen->backlog_bytes = backlog;
+	if (backlog > seen->peak_backlog_bytes)
+		seen->peak_backlog_bytes = backlog;
+	if (backlog > told->limit_bytes) {
+		seen->latched = 0;
+		seen->trips++;
+		goto pass;
+	}
+	seen->redirected_bytes += length;
+	seen->redirected_packets++;
+	return bpf_sk_redirect_hash(skb, map_pointer(MAP_SOCKETS_FD), &peer_cookie, 0);
+
+pass:
+	/*
+	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the other
+	 * way round, with a full barrier (the atomic add) between. So one of the two sees the other's
+	 * write, and no packet waits for a worker that sleeps.
+	 */
+	__sync_fetch_and_add(&seen->passed_bytes, length);
+	if (*(volatile __u32 *)&told->asleep) {
+		struct wakeup wakeup = {.slot = slot, .direction = end->direction, .id = pair->id};
+		void *ring;
+
+		*(volatile __u32 *)&told->asleep = 0;
+		worker = pair->worker_index;
+		ring = map_lookup(MAP_RINGS_FD, &worker);
+		/* A full ring cannot happen: it has room for one event of every direction there is. */
+		if (ring)
+			bpf_ringbuf_output(ring, &wakeup, sizeof(wakeup), 0);
+	}
+	return SK_PASS;
+}

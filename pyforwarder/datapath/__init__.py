@@ -1,0 +1,1 @@
+"""Who moves the bytes: one interface, several implementations."""

@@ -1,0 +1,168 @@
+"""The bpf(2) system call, as far as the daemon needs it: maps, pins, attachment, iterators.
+
+No bcc here: workers use this with map descriptors that they inherited, without any privilege.
+All functions raise OSError with the kernel's errno.
+
+Source: include/uapi/linux/bpf.h (union bpf_attr), bpf(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import mmap
+import os
+import platform
+import struct
+from pathlib import Path
+from typing import Final
+
+_SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_libc = ctypes.CDLL(None, use_errno=True)
+_number = _SYS_BPF.get(platform.machine(), -1)
+
+F_MMAPABLE: Final = 1 << 10
+F_NO_PREALLOC: Final = 1
+
+
+class MapType(enum.IntEnum):
+    """enum bpf_map_type, the ones in use."""
+
+    HASH = 1
+    ARRAY = 2
+    LRU_HASH = 9
+    ARRAY_OF_MAPS = 12
+    SOCKHASH = 18
+    RINGBUF = 27
+
+
+class AttachType(enum.IntEnum):
+    """enum bpf_attach_type, the ones in use."""
+
+    SK_SKB_STREAM_VERDICT = 5
+    TRACE_ITER = 28
+    SK_SKB_VERDICT = 38
+
+
+class _Command(enum.IntEnum):
+    MAP_CREATE = 0
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    MAP_DELETE_ELEM = 3
+    OBJ_PIN = 6
+    OBJ_GET = 7
+    PROG_ATTACH = 8
+    PROG_DETACH = 9
+    LINK_CREATE = 28
+
+
+def _call(command: _Command, attributes: bytes) -> int:
+    if _number < 0:
+        raise OSError(38, f"bpf(2): unknown machine {platform.machine()}")
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    result: int = _libc.syscall(_number, int(command), buffer, len(attributes))
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def create_map(
+    kind: MapType,
+    *,
+    key_bytes: int,
+    value_bytes: int,
+    entries: int,
+    flags: int = 0,
+    inner_map_fd: int = 0,
+    name: str = "",
+) -> int:
+    """A new map's descriptor, which the caller closes; `name` (15 bytes) is what bpftool shows."""
+    attributes = struct.pack(
+        "=IIIIIII16s",
+        kind,
+        key_bytes,
+        value_bytes,
+        entries,
+        flags,
+        inner_map_fd,
+        0,
+        name.encode()[:15],
+    )
+    return _call(_Command.MAP_CREATE, attributes)
+
+
+class Map:
+    """One open map with fixed key and value sizes; calls are cheap enough for a worker's loop.
+
+    The buffers are made once and reused, so an instance belongs to one thread.
+    """
+
+    def __init__(self, fd: int, *, key_bytes: int, value_bytes: int) -> None:
+        self.fd = fd
+        self._key = ctypes.create_string_buffer(key_bytes)
+        self._value = ctypes.create_string_buffer(value_bytes)
+        self._attributes = ctypes.create_string_buffer(
+            struct.pack(
+                "=IxxxxQQQ", fd, ctypes.addressof(self._key), ctypes.addressof(self._value), 0
+            ),
+            32,
+        )
+        self._syscall = _libc.syscall
+
+    def _run(self, command: int) -> None:
+        if self._syscall(_number, command, self._attributes, 32) < 0:
+            errno = ctypes.get_errno()
+            raise OSError(errno, os.strerror(errno))
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Insert or replace one element."""
+        self._key.raw = key
+        self._value.raw = value
+        self._run(_Command.MAP_UPDATE_ELEM)
+
+    def delete(self, key: bytes) -> None:
+        """Remove one element; OSError(ENOENT) if there is none."""
+        self._key.raw = key
+        self._run(_Command.MAP_DELETE_ELEM)
+
+    def lookup(self, key: bytes) -> bytes:
+        """One element's value; OSError(ENOENT) if there is none."""
+        self._key.raw = key
+        self._run(_Command.MAP_LOOKUP_ELEM)
+        return self._value.raw
+
+
+def map_memory(fd: int, length_bytes: int, *, offset_bytes: int = 0, write: bool) -> mmap.mmap:
+    """An F_MMAPABLE array's values as shared memory; the caller closes it.
+
+    Only `length_bytes` from the page-aligned `offset_bytes` on can be reached through it.
+    """
+    access = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+    return mmap.mmap(fd, length_bytes, mmap.MAP_SHARED, access, offset=offset_bytes)
+
+
+def attach(program_fd: int, target_fd: int, kind: AttachType) -> None:
+    """Attach a program to a map (sk_skb)."""
+    _call(_Command.PROG_ATTACH, struct.pack("=IIII", target_fd, program_fd, kind, 0))
+
+
+def link_iterator(program_fd: int, map_fd: int) -> int:
+    """A link of an iterator program over one map; the caller closes the descriptor, or pins it."""
+    info = ctypes.create_string_buffer(struct.pack("=IIII", map_fd, 0, 0, 0), 16)
+    attributes = struct.pack(
+        "=IIIIQI", program_fd, 0, AttachType.TRACE_ITER, 0, ctypes.addressof(info), 16
+    )
+    return _call(_Command.LINK_CREATE, attributes)
+
+
+def pin(fd: int, path: Path) -> None:
+    """Give a map, program or link a name in bpffs."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _call(_Command.OBJ_PIN, struct.pack("=QII", ctypes.addressof(name), fd, 0))
+
+
+def open_pin(path: Path) -> int:
+    """A descriptor of what is pinned there; the caller closes it."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _call(_Command.OBJ_GET, struct.pack("=QII", ctypes.addressof(name), 0, 0))

@@ -1,0 +1,43 @@
+"""Why a connection ended, and what a client may be told about it."""
+
+from __future__ import annotations
+
+import enum
+
+
+class CloseReason(enum.Enum):
+    """Every way a connection can end; each is counted and shown under its value."""
+
+    FINISHED = "finished"  # both sides closed, every byte delivered
+    CLIENT_RESET = "client_reset"
+    SERVER_RESET = "server_reset"
+    CLIENT_GONE = "client_gone"  # the client closed before anything was decided
+    IDLE = "idle"
+    HALF_CLOSED = "half_closed"  # one direction closed, the other silent for too long
+    REFUSED = "refused"  # the server refused the connection
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    UNRESOLVED = "unresolved"
+    DENIED = "denied"
+    MALFORMED = "malformed"
+    NO_MATCH = "no_match"
+    REJECTED = "rejected"  # a rule says reject
+    TOKEN = "token"
+    BUSY = "busy"
+    FLUSHED = "flushed"
+    SHUTDOWN = "shutdown"
+    BACKLOG = "backlog"
+    INTERNAL = "internal"
+
+
+class RefusalCode(enum.Enum):
+    """What a refused client is told, in the word its protocol has for it."""
+
+    MALFORMED = "malformed"
+    DENIED = "denied"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    TIMEOUT = "timeout"
+    UNRESOLVED = "unresolved"
+    BUSY = "busy"
+    TOKEN = "token"
