@@ -17,17 +17,21 @@ class ForwarderError(Exception):
 class ConfigError(ForwarderError):
     """The configuration cannot be used; nothing was changed.
 
-    `path` is the key as a user writes it (`listeners[2].bind`), `line` counts from 1.
+    `path` is the key as a user writes it (`listeners[2].bind`), `line` counts from 1, `source` is
+    the file.
     """
 
     exit_code = 2
 
-    def __init__(self, reason: str, *, path: str = "", line: int | None = None) -> None:
-        where = ", ".join(part for part in (f"line {line}" if line else "", path) if part)
+    def __init__(
+        self, reason: str, *, path: str = "", line: int | None = None, source: str = ""
+    ) -> None:
+        where = ", ".join(part for part in (source, f"line {line}" if line else "", path) if part)
         super().__init__(f"{where}: {reason}" if where else reason)
         self.reason = reason
         self.path = path
         self.line = line
+        self.source = source
 
 
 class DatapathError(ForwarderError):
