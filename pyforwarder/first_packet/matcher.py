@@ -1,0 +1,121 @@
+"""The contract of every parser, and of those that go on to talk to the client.
+
+A matcher looks at the first bytes of a connection and returns MATCH, NO_MATCH or NEED_MORE;
+it raises nothing, whatever the bytes are.  It is pure: the same arguments give the same answer, it
+keeps nothing between calls, and it never looks at anything but its arguments.  MATCH and
+NO_MATCH are final: no bytes that follow may change them.  NO_MATCH comes with the first byte
+that rules the protocol out, MATCH as soon as every condition is known to hold.
+
+A speaker is a matcher for a protocol in which the client names its destination.  It turns a
+match into an answer: a route, a refusal in the protocol's own words, or something to send before
+the client says more.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from pyforwarder.first_packet.outcome import NEED_MORE, NO_MATCH, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyforwarder.address import Address
+    from pyforwarder.first_packet.outcome import Answer, Decision, End, Rule, Send
+
+
+class Turn(ABC):
+    """The next step of a dialogue that a speaker has begun: what comes is for it alone."""
+
+    @abstractmethod
+    def hear(self, data: bytes, conversation: Conversation) -> Decision:
+        """The decision about the bytes that followed what we sent last."""
+
+
+class Conversation:
+    """What one connection's dialogue remembers from one decision to the next."""
+
+    __slots__ = ("first_rule", "rule", "turn")
+
+    def __init__(self) -> None:
+        self.first_rule = 0  # rules before this one said no match to bytes that are gone now
+        self.rule: Rule | None = None  # the rule whose speaker has the floor
+        self.turn: Turn | None = None
+
+
+class Matcher(ABC):
+    """One condition on a connection's first bytes."""
+
+    # Whether `ask` may ever return something: such a rule needs a Conversation.
+    asks = False
+
+    @abstractmethod
+    def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
+        """What these first bytes are.
+
+        `data` is everything received so far, `client` where the connection comes from (None: a
+        unix socket), `local_port` the listener's port (0: a unix socket).  `end` matters only to
+        `silence`; a parser that lacks bytes says NEED_MORE whatever the end is.
+        """
+
+    def ask(self, data: bytes) -> Send | None:
+        """What to send to a client that waits for it; called only after `match` said NEED_MORE."""
+        return None
+
+    def speaker(
+        self, data: bytes, end: End, client: Address | None, local_port: int
+    ) -> Speaker | None:
+        """The speaker inside this condition that the bytes belong to."""
+        return None
+
+    @property
+    def names_destination(self) -> bool:
+        """Whether every match of this condition has a speaker."""
+        return False
+
+    def found(self, data: bytes) -> str:
+        """What was read from these bytes, in words for `explain`; empty: nothing worth saying."""
+        return ""
+
+    def parts(self) -> Iterator[Matcher]:
+        """This condition and all those inside it."""
+        yield self
+
+
+class Speaker(Matcher):
+    """A protocol in which the client names the destination."""
+
+    # Whether `answer` may return Send: such a rule needs a Conversation.
+    converses = False
+
+    @abstractmethod
+    def answer(
+        self,
+        rule: Rule,
+        data: bytes,
+        client: Address | None,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        """Match and act in one step; NO_MATCH and NEED_MORE exactly when `match` says so."""
+
+    def cut_short(self, end: End) -> bytes:
+        """The reply to a client whose request never became whole; empty: none."""
+        return b""
+
+    def speaker(
+        self, data: bytes, end: End, client: Address | None, local_port: int
+    ) -> Speaker | None:
+        return self
+
+    @property
+    def names_destination(self) -> bool:
+        return True
+
+
+def match_prefix(data: bytes, wanted: bytes) -> Outcome | None:
+    """NO_MATCH or NEED_MORE for bytes that differ from `wanted` or stop inside it, else None."""
+    if data.startswith(wanted):
+        return None
+    return NEED_MORE if wanted.startswith(data) else NO_MATCH
