@@ -1,0 +1,189 @@
+"""The seam between a connection and whoever moves its bytes.
+
+A `Pair` is two connected sockets and two `Flow`s. The worker makes it, and gives it to a
+`Datapath` with `join`; from then on the datapath answers the events of both sockets and reports
+through `PairHost`: a FIN seen, a direction delivered, the pair broken. It never closes a socket:
+that is the worker's, after `leave`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Final, Protocol
+
+from pyforwarder.connection import Phase
+from pyforwarder.datapath.abi import DatapathKind, Direction
+from pyforwarder.loop import Timed
+
+if TYPE_CHECKING:
+    import _socket
+
+    from pyforwarder.loop import Loop
+    from pyforwarder.reasons import CloseReason
+
+
+class PairReason(enum.IntEnum):
+    """Why a pair is on its datapath; the text is what `show --json` calls `reason`."""
+
+    UNDECIDED = 0
+    BEST = 1
+    FORCED = 2
+    SHORT = 3
+    UNIX_SOCKET = 4
+    HALF_CLOSED = 5
+    NOT_AVAILABLE = 6
+    MAP_FULL = 7
+    NOT_PLAIN_TCP = 8
+    REFUSED_BY_KERNEL = 9
+    UNREAD_BYTES = 10
+    DRAINING = 11
+    NOT_ELIGIBLE = 12
+
+    @property
+    def text(self) -> str:
+        """One clause for people."""
+        return _REASON_TEXT[self]
+
+
+_REASON_TEXT: Final = {
+    PairReason.UNDECIDED: "not joined yet",
+    PairReason.BEST: "the best this host and this pair allow",
+    PairReason.FORCED: "the configuration says so",
+    PairReason.SHORT: "too young to pay for a handover",
+    PairReason.UNIX_SOCKET: "one end is a unix socket",
+    PairReason.HALF_CLOSED: "one end had already sent FIN at the handover",
+    PairReason.NOT_AVAILABLE: "no kernel datapath on this host, see pyforwarder doctor",
+    PairReason.MAP_FULL: "the socket map is full",
+    PairReason.NOT_PLAIN_TCP: "one end is not plain TCP (MPTCP or kTLS)",
+    PairReason.REFUSED_BY_KERNEL: "the kernel refused to take the sockets",
+    PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
+    PairReason.DRAINING: "the pair is about to end",
+    PairReason.NOT_ELIGIBLE: "splice cannot take this pair",
+}
+
+
+class Flow:
+    """One direction of a pair, as userspace knows it."""
+
+    __slots__ = (
+        "blocked",
+        "bulk",
+        "carried_bytes",
+        "carried_packets",
+        "direction",
+        "end_seen",
+        "pending",
+        "phase",
+        "read_bytes",
+        "readable",
+        "source_fd",
+        "target_fd",
+        "written_bytes",
+    )
+
+    def __init__(self, direction: Direction, source_fd: int, target_fd: int) -> None:
+        self.direction = direction
+        self.source_fd = source_fd
+        self.target_fd = target_fd
+        self.phase = Phase.OPEN
+        # Bytes that were read and that the target's TCP has not taken yet: at most one read.
+        self.pending: bytes | memoryview | None = None
+        self.readable = False  # the source may have bytes: an edge was seen and not used up
+        self.blocked = False  # the target took less than it was offered
+        self.end_seen = False  # epoll has reported the source's FIN
+        self.bulk = False  # the last read filled its buffer
+        self.read_bytes = 0  # everything ever read from the source, instruction included
+        self.written_bytes = 0  # everything ever written to the target, ack and header included
+        self.carried_bytes = 0  # of those, what the source meant for the target
+        self.carried_packets = 0
+
+
+class Pair(Timed):
+    """Two connected sockets on their way together; the worker's connection extends it."""
+
+    __slots__ = (
+        "active_s",
+        "client",
+        "client_fd",
+        "client_mask",
+        "datapath",
+        "down",
+        "id",
+        "kind",
+        "pair_reason",
+        "server",
+        "server_fd",
+        "server_mask",
+        "slot",
+        "state",
+        "up",
+    )
+
+    client: _socket.socket
+    server: _socket.socket | None
+
+    def __init__(self, client: _socket.socket, client_fd: int) -> None:
+        self._queue = None
+        self._expires_s = 0.0
+        self.client = client
+        self.client_fd = client_fd
+        self.client_mask = 0  # what epoll watches for
+        self.server = None
+        self.server_fd = -1
+        self.server_mask = 0
+        self.up = Flow(Direction.UP, client_fd, -1)
+        self.down = Flow(Direction.DOWN, -1, client_fd)
+        self.datapath: Datapath | None = None
+        self.kind = DatapathKind.NONE
+        self.pair_reason = PairReason.UNDECIDED
+        self.state: object | None = None  # the datapath's own record of this pair
+        self.slot = -1  # in the pair table; -1 while it has none
+        self.id = 0
+        self.active_s = 0.0  # when userspace last moved a byte
+
+    def attach_server(self, server: _socket.socket, server_fd: int) -> None:
+        """Give the pair its second socket; a server that failed before is replaced."""
+        self.server = server
+        self.server_fd = server_fd
+        self.up.target_fd = server_fd
+        self.down.source_fd = server_fd
+
+
+class PairHost(Protocol):
+    """What a datapath may ask of the worker. All calls are made from the loop."""
+
+    loop: Loop
+
+    def fin_seen(self, pair: Pair, flow: Flow) -> None:
+        """The flow's source has sent FIN."""
+
+    def delivered(self, pair: Pair, flow: Flow) -> None:
+        """Every byte of the flow is with the target's TCP, and its FIN is due: shuts it down."""
+
+    def broken(self, pair: Pair, reason: CloseReason) -> None:
+        """The pair cannot be continued correctly: both ends are reset."""
+
+    def moved(self, pair: Pair, flow: Flow) -> None:
+        """Userspace has moved bytes of this flow (for counters and the handover's timing)."""
+
+
+class Datapath(Protocol):
+    """Who moves the bytes. One instance serves all pairs of a worker.
+
+    Before `join`, all that was read from the client before is written, or stands in
+    `flow.pending`; `flow.readable` says what is known of the sources.
+    """
+
+    kind: DatapathKind
+
+    def join(self, pair: Pair) -> PairReason | None:
+        """Take the pair over; None if taken, else why not, and then nothing has changed."""
+
+    def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
+        """Bytes and packets of the flow so far, and how many of the bytes wait in the kernel."""
+
+    def active_s(self, pair: Pair) -> float:
+        """When a byte last moved, on the monotonic clock."""
+
+    def leave(self, pair: Pair) -> None:
+        """Let go of the pair, which is about to be closed or reset. Never raises."""

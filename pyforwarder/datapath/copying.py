@@ -1,0 +1,191 @@
+"""The copy datapath: userspace reads from one socket and writes to the other.
+
+Always works; it is the fallback, the first moments of every pair, and the reference that the
+other datapaths are compared with. Its memory is bounded by construction: a flow that cannot write
+does not read, so it holds at most one read.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.connection import Phase
+from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from pyforwarder.reasons import CloseReason
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
+
+# What one read asks for. Small while messages are small: the buffer is allocated per read. Large
+# once a read came back full: one buffer that stays in the cache serves every bulk flow.
+READ_BYTES: Final = 16 * 1024
+BULK_READ_BYTES: Final = 256 * 1024
+# How much one flow may move before the others of the loop have their turn.
+FAIR_SHARE_BYTES: Final = 4 * 1024 * 1024
+
+WATCHED: Final = EPOLLIN | EPOLLRDHUP | EPOLLET
+BLOCKED: Final = WATCHED | EPOLLOUT
+
+
+class CopyDatapath:
+    """recv and send, driven by edges."""
+
+    kind = DatapathKind.COPY
+
+    def __init__(self, host: PairHost) -> None:
+        self._host = host
+        self._loop = host.loop
+        self._buffer = bytearray(BULK_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._vector = [self._buffer]
+
+    def join(self, pair: Pair) -> PairReason | None:
+        """Take the pair over; never refuses."""
+        pair.kind = DatapathKind.COPY
+        self._loop.redirect(pair.client_fd, self.ready)
+        self._loop.redirect(pair.server_fd, self.ready)
+        if pair.up.readable or pair.up.pending is not None:
+            self.pump(pair, pair.up)
+        if pair.datapath is not None and (pair.down.readable or pair.down.pending is not None):
+            self.pump(pair, pair.down)
+        return None
+
+    def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
+        """What this flow has moved; nothing of it waits in the kernel on our account."""
+        return flow.carried_bytes, flow.carried_packets, 0
+
+    def active_s(self, pair: Pair) -> float:
+        """When a byte last moved."""
+        return pair.active_s
+
+    def leave(self, pair: Pair) -> None:
+        """Nothing to give back."""
+
+    def ready(self, pair: Pair, fd: int, mask: int) -> None:
+        """An edge on one of the pair's sockets, or (mask 0) another turn of a busy flow."""
+        if fd == pair.client_fd:
+            inward, outward = pair.up, pair.down
+        else:
+            inward, outward = pair.down, pair.up
+        if mask & EPOLLRDHUP:
+            inward.end_seen = True
+        if mask & EPOLLOUT and outward.blocked:
+            outward.blocked = False
+            self.pump(pair, outward)
+            if pair.datapath is None:
+                return
+        if mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+            inward.readable = True
+        if inward.readable and not inward.blocked:
+            self.pump(pair, inward)
+            if pair.datapath is None:
+                return
+        # What the socket still had to give has been read above; now its error counts. EPOLLHUP
+        # alone is the ordinary end of both directions.
+        if mask & EPOLLERR:
+            self._fail(pair, fd)
+
+    def _fail(self, pair: Pair, fd: int) -> None:
+        side = CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
+        self._host.broken(pair, side)
+
+    def pump(self, pair: Pair, flow: Flow) -> None:
+        """Move bytes of one flow until the source is empty, the target full, or the turn over."""
+        if not self.write_pending(pair, flow):
+            return
+        moved = 0
+        while flow.readable and flow.phase is Phase.OPEN:
+            if moved >= FAIR_SHARE_BYTES:
+                self._loop.soon(pair, flow.source_fd)
+                break
+            count = self._move(pair, flow)
+            if count <= 0:
+                break
+            moved += count
+        if moved and pair.datapath is not None:
+            pair.active_s = self._loop.now_s
+            self._host.moved(pair, flow)
+
+    def _move(self, pair: Pair, flow: Flow) -> int:
+        """One read and its write. How many bytes went; 0: stop, nothing more for now."""
+        chunk: bytes | memoryview
+        asked = BULK_READ_BYTES if flow.bulk else READ_BYTES
+        try:
+            if flow.bulk:
+                count = os.readv(flow.source_fd, self._vector)
+                chunk = self._view[:count]
+            else:
+                chunk = os.read(flow.source_fd, READ_BYTES)
+                count = len(chunk)
+        except BlockingIOError:
+            flow.readable = False
+            return 0
+        except OSError:
+            self._fail(pair, flow.source_fd)
+            return 0
+        if count == 0:
+            flow.readable = False
+            self._host.fin_seen(pair, flow)
+            self._host.delivered(pair, flow)
+            return 0
+        flow.read_bytes += count
+        if count < asked:
+            # A short read has emptied the queue, so the next byte brings an edge of its own; a FIN
+            # that came with these bytes does not, and wants one more read.
+            flow.readable = flow.end_seen
+            flow.bulk = False
+        else:
+            flow.bulk = True
+        flow.carried_packets += 1
+        try:
+            written = os.write(flow.target_fd, chunk)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._fail(pair, flow.target_fd)
+            return 0
+        flow.written_bytes += written
+        flow.carried_bytes += written
+        if written < count:
+            # The shared buffer serves other flows next: what is left gets memory of its own.
+            flow.pending = memoryview(bytes(chunk[written:]))
+            self._block(pair, flow)
+            # Bytes did move, and the caller counts them; readable and phase end its loop.
+            self._host.moved(pair, flow)
+            return -1
+        return count
+
+    def write_pending(self, pair: Pair, flow: Flow) -> bool:
+        """Offer the target what it had no room for; True once nothing is left."""
+        pending = flow.pending
+        if pending is None:
+            return True
+        try:
+            written = os.write(flow.target_fd, pending)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._fail(pair, flow.target_fd)
+            return False
+        flow.written_bytes += written
+        flow.carried_bytes += written
+        pair.active_s = self._loop.now_s
+        if written < len(pending):
+            flow.pending = pending[written:]
+            self._block(pair, flow)
+            return False
+        flow.pending = None
+        self._host.moved(pair, flow)
+        return True
+
+    def _block(self, pair: Pair, flow: Flow) -> None:
+        """Wait for room at the target; asking epoll anew reports room that is there already."""
+        flow.blocked = True
+        fd = flow.target_fd
+        if fd == pair.client_fd:
+            pair.client_mask = BLOCKED
+        else:
+            pair.server_mask = BLOCKED
+        self._loop.change(fd, BLOCKED)

@@ -1,0 +1,510 @@
+"""The sockmap datapath: the kernel moves the bytes, userspace sleeps.
+
+bpf/redirect.c decides per packet; this is the worker's half. Each direction is in one of two hands:
+
+- the *kernel's* (latched): packets are redirected, the worker sleeps and hears of FIN and reset
+  only;
+- the *worker's*: packets are passed to it, because the backlog limit was reached or because the
+  sockets have just changed hands. The worker first waits until the kernel has delivered all that
+  it redirected (else its bytes would overtake them), then copies. When it has written all that it
+  was passed, the program takes the direction back by itself at the next packet.
+
+So the order of bytes rests on two counts that must meet: `consumed` (what the worker has written)
+and `passed` (what the program gave it). `advance` is the one place that looks at them; it can be
+called at any time, for any reason, and does the next thing that is due.
+
+Rules that the kernel imposes, each with a test under tests/kernel (the numbers are commits or
+kernel functions):
+
+- The sockets enter the map only when every byte received has been read: a partly read packet would
+  be redirected whole (tcp_read_skb).
+- A queued packet is not seen by the program until the socket is kicked; SO_RCVLOWAT does it
+  (tcp_set_rcvlowat). recv() would corrupt copied_seq (tcp_bpf_recvmsg_parser), so recv() is called
+  only while passed > consumed, when the program redirects nothing.
+- recv() == 0 is not believed (it may overtake passed bytes); a FIN is EPOLLRDHUP, and is carried on
+  only after the drain test.
+- Both sockets are closed with SO_LINGER 0 unless everything was delivered: close() frees what is
+  queued and then sends a clean FIN (sk_psock_destroy).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.connection import Phase
+from pyforwarder.datapath import table
+from pyforwarder.datapath.abi import DatapathKind, Direction
+from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
+from pyforwarder.datapath.copying import BULK_READ_BYTES, FAIR_SHARE_BYTES, CopyDatapath
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
+from pyforwarder.loop import (
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLRDHUP,
+    Timed,
+)
+from pyforwarder.reasons import CloseReason
+
+if TYPE_CHECKING:
+    import _socket
+
+    from pyforwarder.datapath.bpf import Map
+    from pyforwarder.datapath.ringbuf import RingBuffer
+    from pyforwarder.datapath.table import PairWindow
+
+SO_COOKIE: Final = 57  # asm-generic/socket.h; Python has no name for it
+_ASLEEP_MASK: Final = EPOLLRDHUP | EPOLLET
+_COOKIE: Final = struct.Struct("=Q")
+_END: Final = struct.Struct("=II")
+_SOCKET_VALUE: Final = struct.Struct("=Q")  # 8 bytes: a descriptor to write, a cookie to read
+_WAKEUP: Final = struct.Struct("=IIQ")
+
+# Waiting for the kernel to deliver: its worker runs within microseconds unless the target's queue
+# is full, and then EPOLLOUT tells. The timer covers what no event reports, and backs off.
+_FIRST_RETRY_S: Final = 0.001
+_LONGEST_RETRY_S: Final = 0.064
+
+
+class _Half(Timed):
+    """A direction's state in this datapath."""
+
+    __slots__ = (
+        "base_read_bytes",
+        "consumed_bytes",
+        "cookie",
+        "datapath",
+        "delivered_redirected",
+        "flow",
+        "is_native",
+        "pair",
+        "retry_s",
+        "sleeping",
+    )
+
+    def __init__(self, datapath: SockmapDatapath, pair: Pair, flow: Flow, cookie: bytes) -> None:
+        super().__init__()
+        self.datapath = datapath
+        self.pair = pair
+        self.flow = flow
+        self.cookie = cookie  # of the source socket
+        self.base_read_bytes = flow.read_bytes
+        self.consumed_bytes = 0  # of what was passed: read and written to the target
+        self.delivered_redirected = 0  # redirected bytes that are known to be with the target's TCP
+        self.sleeping = False
+        self.is_native = False  # the kernel would not take the source: it is read as always
+        self.retry_s = _FIRST_RETRY_S
+
+    def expired(self) -> None:
+        """The retry timer: look again."""
+        self.datapath.advance(self.pair, self)
+
+
+class _Halves:
+    __slots__ = ("down", "up")
+
+    def __init__(self, up: _Half, down: _Half) -> None:
+        self.up = up
+        self.down = down
+
+
+class SockmapDatapath:
+    """Pairs in a sockhash, for one worker."""
+
+    kind = DatapathKind.SOCKMAP
+
+    def __init__(
+        self,
+        host: PairHost,
+        *,
+        window: PairWindow,
+        sockets: Map,
+        ends: Map,
+        ring: RingBuffer,
+        limit_bytes: int,
+    ) -> None:
+        """Work on inherited maps; no privilege is needed for any of it."""
+        self._host = host
+        self._loop = host.loop
+        self._window = window
+        self._words = window.words
+        self._halves = window.halves
+        self._sockets = sockets
+        self._ends = ends
+        self._ring = ring
+        self.limit_bytes = limit_bytes
+        self._copying = CopyDatapath(host)
+        self._buffer = bytearray(BULK_READ_BYTES)
+        self._view = memoryview(self._buffer)
+        self._vector = [self._buffer]
+        self._by_slot: dict[int, Pair] = {}
+        self._loop.watch(ring.fd, EPOLLIN, self._rung, None)
+
+    # Entering and leaving
+
+    def join(self, pair: Pair) -> PairReason | None:
+        """Take the pair over, at whatever point of the stream.
+
+        Nothing has changed if a reason is returned; UNREAD_BYTES means that a later try may do.
+        """
+        if pair.slot < 0:
+            return PairReason.MAP_FULL
+        up, down = pair.up, pair.down
+        if up.phase is not Phase.OPEN or down.phase is not Phase.OPEN:
+            return PairReason.HALF_CLOSED
+        if up.end_seen or down.end_seen:
+            return PairReason.HALF_CLOSED
+        if up.pending is not None or down.pending is not None:
+            return PairReason.UNREAD_BYTES
+        client, server = pair.client, pair.server
+        assert server is not None
+        for sock, flow in ((client, up), (server, down)):
+            if sock.family == socket.AF_UNIX:
+                return PairReason.UNIX_SOCKET
+            state, received_bytes = received(sock)
+            if state != TCP_ESTABLISHED:
+                return PairReason.HALF_CLOSED
+            if received_bytes != flow.read_bytes:
+                return PairReason.UNREAD_BYTES
+        return self._enter(pair, client, server)
+
+    def _enter(self, pair: Pair, client: _socket.socket, server: _socket.socket) -> PairReason | None:
+        """Put both sockets into the maps. The order of the steps is what keeps the bytes in order.
+
+        1. The record: counters at 0, both directions armed (all earlier bytes are with TCP).
+        2. `ends`, so that the program knows the sockets from their first packet on.
+        3. The server's socket, then the client's: until both are there, a packet finds no target
+           and is passed, which is correct at any time.
+        4. The kick: what is queued since the last read goes through the program.
+        """
+        client_cookie = client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+        server_cookie = server.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+        slot = pair.slot
+        self._prepare(slot, Direction.UP, server_cookie)
+        self._prepare(slot, Direction.DOWN, client_cookie)
+        global_slot = self._window.first_slot + slot
+        try:
+            self._ends.update(server_cookie, _END.pack(global_slot, Direction.DOWN))
+        except OSError:
+            return PairReason.MAP_FULL
+        try:
+            self._ends.update(client_cookie, _END.pack(global_slot, Direction.UP))
+            self._sockets.update(server_cookie, _SOCKET_VALUE.pack(pair.server_fd))
+        except OSError as error:
+            self._forget(client_cookie, server_cookie)
+            full = error.errno in (errno.E2BIG, errno.ENOMEM, errno.ENOSPC)
+            return PairReason.MAP_FULL if full else PairReason.REFUSED_BY_KERNEL
+        up = _Half(self, pair, pair.up, client_cookie)
+        down = _Half(self, pair, pair.down, server_cookie)
+        try:
+            self._sockets.update(client_cookie, _SOCKET_VALUE.pack(pair.client_fd))
+        except OSError:
+            # The client has sent its FIN since we looked (CLOSE_WAIT is refused). The server's
+            # socket cannot be taken out again without risk for what it was passed meanwhile, so
+            # it stays, disarmed, and the client's is read as always.
+            up.is_native = True
+            self._halves[slot * self._window.HALVES + table.ARMED[Direction.DOWN]] = 0
+        pair.state = _Halves(up, down)
+        pair.kind = DatapathKind.SOCKMAP
+        pair.datapath = self
+        self._by_slot[global_slot] = pair
+        for fd in (pair.client_fd, pair.server_fd):
+            self._loop.redirect(fd, self.ready)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        if not up.is_native:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        # Events that came while the sockets changed hands are reported again by the new mask.
+        self._watch(pair)
+        self.advance(pair, up)
+        if pair.datapath is self:
+            self.advance(pair, down)
+        return None
+
+    def _prepare(self, slot: int, direction: Direction, peer_cookie: bytes) -> None:
+        words = slot * self._window.WORDS
+        halves = slot * self._window.HALVES
+        self._words[words + table.PEER_COOKIE[direction]] = _COOKIE.unpack(peer_cookie)[0]
+        self._words[words + table.CONSUMED[direction]] = 0
+        self._halves[halves + table.LIMIT[direction]] = self.limit_bytes
+        self._halves[halves + table.ASLEEP[direction]] = 0
+        self._halves[halves + table.ARMED[direction]] = 1
+
+    def _forget(self, *cookies: bytes) -> None:
+        for cookie in cookies:
+            try:
+                self._ends.delete(cookie)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+
+    def leave(self, pair: Pair) -> None:
+        """Forget the pair; its sockets leave the sockhash when they are closed, right after."""
+        halves = pair.state
+        assert isinstance(halves, _Halves)
+        self._loop.deadlines.stop(halves.up)
+        self._loop.deadlines.stop(halves.down)
+        self._forget(halves.up.cookie, halves.down.cookie)
+        del self._by_slot[self._window.first_slot + pair.slot]
+        pair.state = None
+
+    # What the view asks
+
+    def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
+        """Bytes and packets moved by both hands, and the bytes that wait in the kernel."""
+        at = pair.slot * self._window.WORDS
+        redirected = self._words[at + table.REDIRECTED[flow.direction]]
+        packets = self._words[at + table.REDIRECTED_PACKETS[flow.direction]]
+        backlog = 0
+        target = pair.server if flow.direction is Direction.UP else pair.client
+        if target is not None and redirected:
+            backlog = max(0, flow.written_bytes + redirected - queued_bytes(target))
+        return flow.carried_bytes + redirected, flow.carried_packets + packets, backlog
+
+    def active_s(self, pair: Pair) -> float:
+        """When a packet was last seen by the program, or copied by us."""
+        at = pair.slot * self._window.WORDS
+        seen_ns = max(self._words[at + table.LAST_NS[d]] for d in Direction)
+        return max(pair.active_s, seen_ns / 1e9)
+
+    # Events
+
+    def _rung(self, _owner: object, _fd: int, _mask: int) -> None:
+        for record in self._ring.records():
+            slot, direction, pair_id = _WAKEUP.unpack(record)
+            pair = self._by_slot.get(slot)
+            if pair is None or pair.id != pair_id:
+                continue  # the pair has ended since; its slot may already be another's
+            halves = pair.state
+            assert isinstance(halves, _Halves)
+            half = halves.up if direction == Direction.UP else halves.down
+            self._wake(half)
+            self.advance(pair, half)
+
+    def ready(self, pair: Pair, fd: int, mask: int) -> None:
+        """An edge on one of the pair's sockets, or (mask 0) another turn of a busy direction."""
+        halves = pair.state
+        assert isinstance(halves, _Halves)
+        if fd == pair.client_fd:
+            inward, outward = halves.up, halves.down
+        else:
+            inward, outward = halves.down, halves.up
+        if mask & EPOLLERR:
+            self._fail(pair, fd)
+            return
+        if mask & EPOLLRDHUP and not inward.flow.end_seen:
+            inward.flow.end_seen = True
+            if not inward.is_native:
+                self._wake(inward)
+                self._host.fin_seen(pair, inward.flow)
+        if mask & EPOLLOUT:
+            outward.flow.blocked = False
+            self.advance(pair, outward)
+            if pair.datapath is not self:
+                return
+        if inward.is_native:
+            if mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP):
+                inward.flow.readable = True
+            self._copying.pump(pair, inward.flow)
+        elif not inward.sleeping:
+            self.advance(pair, inward)
+
+    def _fail(self, pair: Pair, fd: int) -> None:
+        side = CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
+        self._host.broken(pair, side)
+
+    # One direction
+
+    def advance(self, pair: Pair, half: _Half) -> None:
+        """Bring one direction as far as it goes now; safe to call at any time."""
+        flow = half.flow
+        if half.is_native:
+            if self._copying.write_pending(pair, flow):
+                self._copying.pump(pair, flow)
+            return
+        if flow.phase is Phase.CLOSED or half.sleeping:
+            return
+        at = pair.slot * self._window.WORDS
+        passed_at = at + table.PASSED[flow.direction]
+        moved = 0
+        while True:
+            passed = self._words[passed_at]
+            if flow.pending is not None or passed != half.consumed_bytes:
+                if not self._is_delivered(pair, half):
+                    self._wait(pair, half)
+                    return
+                count = self._copy(pair, half)
+                if count <= 0:
+                    return
+                moved += count
+                if moved >= FAIR_SHARE_BYTES:
+                    self._loop.soon(pair, flow.source_fd)
+                    return
+                continue
+            if flow.phase is Phase.DRAINING:
+                if self._is_complete(pair, half):
+                    self._loop.deadlines.stop(half)
+                    self._host.delivered(pair, flow)
+                else:
+                    self._wait(pair, half)
+                return
+            self._loop.deadlines.stop(half)
+            half.retry_s = _FIRST_RETRY_S
+            if self._sleep(pair, half):
+                return
+
+    def _copy(self, pair: Pair, half: _Half) -> int:
+        """Read what was passed and write it; 0 or less: no more for now, or the pair is broken."""
+        flow = half.flow
+        chunk: bytes | memoryview
+        if flow.pending is not None:
+            chunk = flow.pending
+            count = len(chunk)
+        else:
+            try:
+                count = os.readv(flow.source_fd, self._vector)
+            except BlockingIOError:
+                # Passed, but still on its way through the kernel's queue: EPOLLIN will tell.
+                self._watch(pair)
+                return 0
+            except OSError:
+                self._fail(pair, flow.source_fd)
+                return 0
+            if count == 0:
+                # An EOF that overtakes passed bytes: look again when the kernel has moved them.
+                self._wait(pair, half)
+                return 0
+            flow.read_bytes += count
+            flow.carried_packets += 1
+            chunk = self._view[:count]
+        try:
+            written = os.write(flow.target_fd, chunk)
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._fail(pair, flow.target_fd)
+            return 0
+        flow.written_bytes += written
+        flow.carried_bytes += written
+        half.consumed_bytes += written
+        if written:
+            pair.active_s = self._loop.now_s
+            self._host.moved(pair, flow)
+        if written < count:
+            rest = chunk[written:]
+            flow.pending = memoryview(bytes(rest)) if flow.pending is None else rest
+            flow.blocked = True
+            self._watch(pair)
+            return -1
+        flow.pending = None
+        # Published only now, with every byte written: from this store on the program may redirect
+        # the next packet, and it will come out behind these.
+        self._words[pair.slot * self._window.WORDS + table.CONSUMED[flow.direction]] = (
+            half.consumed_bytes
+        )
+        return count
+
+    def _is_delivered(self, pair: Pair, half: _Half) -> bool:
+        """Whether all that was redirected is with the target's TCP, so that we may write.
+
+        Holds once true: while passed > consumed the program redirects nothing.
+        """
+        redirected = self._words[
+            pair.slot * self._window.WORDS + table.REDIRECTED[half.flow.direction]
+        ]
+        if redirected == half.delivered_redirected:
+            return True
+        target = pair.server if half.flow.direction is Direction.UP else pair.client
+        assert target is not None
+        if queued_bytes(target) != half.flow.written_bytes + redirected:
+            return False
+        half.delivered_redirected = redirected
+        half.retry_s = _FIRST_RETRY_S
+        return True
+
+    def _is_complete(self, pair: Pair, half: _Half) -> bool:
+        """The drain test: a FIN has come, and every byte before it is with the target's TCP."""
+        flow = half.flow
+        source = pair.client if flow.direction is Direction.UP else pair.server
+        assert source is not None
+        at = pair.slot * self._window.WORDS
+        # TCP_INFO first: the getsockopt waits for the lock under which the program is run for the
+        # packet that carried the FIN (tcp_fin wakes us before tcp_data_ready).
+        total = received(source).bytes_received - 1
+        seen = (
+            half.base_read_bytes
+            + self._words[at + table.PASSED[flow.direction]]
+            + self._words[at + table.REDIRECTED[flow.direction]]
+        )
+        if total != seen:
+            return False
+        if self._words[at + table.PASSED[flow.direction]] != half.consumed_bytes:
+            return False
+        return self._is_delivered(pair, half)
+
+    # Sleeping, waking, waiting
+
+    def _sleep(self, pair: Pair, half: _Half) -> bool:
+        """Hand the direction to the kernel and stop listening for its bytes; False: not yet.
+
+        The store of `asleep`, the system call and the load of `passed` must stay in this order:
+        the system call is the barrier between the two, and redirect.c has its mirror image.
+        """
+        flow = half.flow
+        asleep_at = pair.slot * self._window.HALVES + table.ASLEEP[flow.direction]
+        half.sleeping = True
+        flow.blocked = False
+        self._halves[asleep_at] = 1
+        self._watch(pair)
+        # ep_modify() has a full barrier, but _watch() may have found nothing to change.
+        self._loop.change(flow.source_fd, self._mask_of(pair, flow.source_fd))
+        passed = self._words[pair.slot * self._window.WORDS + table.PASSED[flow.direction]]
+        if passed == half.consumed_bytes and not flow.end_seen:
+            return True
+        self._wake(half)
+        return False
+
+    def _wake(self, half: _Half) -> None:
+        if half.sleeping:
+            half.sleeping = False
+            asleep_at = (
+                half.pair.slot * self._window.HALVES + table.ASLEEP[half.flow.direction]
+            )
+            self._halves[asleep_at] = 0
+
+    def _wait(self, pair: Pair, half: _Half) -> None:
+        """Look again when the target has room, and in any case a little later."""
+        half.flow.blocked = True
+        self._watch(pair)
+        self._loop.deadlines.start(half, half.retry_s, self._loop.now_s)
+        half.retry_s = min(_LONGEST_RETRY_S, half.retry_s * 4)
+
+    @staticmethod
+    def _mask_of(pair: Pair, fd: int) -> int:
+        return pair.client_mask if fd == pair.client_fd else pair.server_mask
+
+    def _watch(self, pair: Pair) -> None:
+        """Watch both sockets for just what is waited for: every packet wakes who asks EPOLLIN."""
+        halves = pair.state
+        assert isinstance(halves, _Halves)
+        for fd, inward, outward in (
+            (pair.client_fd, halves.up, halves.down),
+            (pair.server_fd, halves.down, halves.up),
+        ):
+            mask = _ASLEEP_MASK
+            if inward.is_native or not inward.sleeping:
+                mask |= EPOLLIN
+            if outward.flow.blocked:
+                mask |= EPOLLOUT
+            if fd == pair.client_fd:
+                if mask != pair.client_mask or mask & EPOLLOUT:
+                    pair.client_mask = mask
+                    self._loop.change(fd, mask)
+            elif mask != pair.server_mask or mask & EPOLLOUT:
+                pair.server_mask = mask
+                self._loop.change(fd, mask)
