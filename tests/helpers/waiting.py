@@ -1,0 +1,47 @@
+"""Waiting for something to become true, with a deadline on the monotonic clock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+T = TypeVar("T")
+
+# Generous: several people and programs share a test machine, and a test that fails for want of
+# CPU time proves nothing.  What must be fast is measured, not waited for.
+DEADLINE_S: Final = 15.0
+_LOOK_EVERY_S: Final = 0.01
+
+
+def wait_for(look: Callable[[], T], what: str, *, deadline_s: float = DEADLINE_S) -> T:
+    """The first true value that `look` returns.
+
+    Raises:
+        AssertionError: it returned none before the deadline; the text says `what` and the last
+            value.
+    """
+    end_s = time.monotonic() + deadline_s
+    never = threading.Event()
+    while True:
+        value = look()
+        if value:
+            return value
+        if time.monotonic() > end_s:
+            raise AssertionError(f"{what}: not within {deadline_s} s; last seen: {value!r}")
+        never.wait(_LOOK_EVERY_S)
+
+
+def stays(look: Callable[[], object], what: str, *, for_s: float) -> None:
+    """Look again and again for that long; for "nothing happens" there is no event to wait for.
+
+    Raises:
+        AssertionError: `look` returned something false.
+    """
+    end_s = time.monotonic() + for_s
+    never = threading.Event()
+    while time.monotonic() < end_s:
+        value = look()
+        assert value, f"{what}: not any more; last seen: {value!r}"
+        never.wait(_LOOK_EVERY_S)

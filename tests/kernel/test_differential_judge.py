@@ -1,0 +1,53 @@
+"""The differential tests can tell right from wrong: what is right passes, every fault is found."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers import traffic
+from tests.helpers.netns import narrow_the_network
+from tests.helpers.relay import Fault, Relay
+
+SEED = 4711
+CONVERSATIONS = 150
+DEADLINE_S = 3.0  # what hangs is found by it; the slowest right conversation takes well under one
+
+
+def _bad(fault: Fault) -> list[tuple[traffic.Result, list[str]]]:
+    conversations = [traffic.conversation(SEED, number) for number in range(CONVERSATIONS)]
+    direct = traffic.run(conversations, deadline_s=DEADLINE_S)
+    with Relay(fault) as relay:
+        forwarded = traffic.run(conversations, via=relay.address, deadline_s=DEADLINE_S)
+    judged = [
+        (result, traffic.faults(direct[number], result)) for number, result in forwarded.items()
+    ]
+    assert len(judged) == CONVERSATIONS
+    return [(result, found) for result, found in judged if found]
+
+
+def test_direct_conversations_follow_their_scripts() -> None:
+    results = traffic.run([traffic.conversation(SEED, number) for number in range(1000)])
+    judged = [(result, traffic.faults(result, result)) for result in results.values()]
+    bad = [(result, found) for result, found in judged if found]
+    assert not bad, traffic.report(SEED, bad)
+
+
+def test_the_same_seed_makes_the_same_conversations() -> None:
+    assert [traffic.conversation(SEED, number) for number in range(50)] == [
+        traffic.conversation(SEED, number) for number in range(50)
+    ]
+
+
+@pytest.mark.parametrize("network_is", ["wide", "narrow"])
+def test_a_correct_forwarder_passes(network_is: str) -> None:
+    if network_is == "narrow":
+        narrow_the_network()
+    bad = _bad(Fault.NONE)
+    assert not bad, traffic.report(SEED, bad)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.NONE])
+def test_a_faulty_forwarder_is_found(fault: Fault) -> None:
+    if fault is Fault.LOSES_TAIL_ON_FIN:
+        narrow_the_network()  # with loopback's buffers nothing ever waits in the forwarder
+    assert _bad(fault)
