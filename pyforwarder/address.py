@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 MAX_NAME_LENGTH = 253  # RFC 1035 section 2.3.4: 255 octets on the wire, 253 as text
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_NUMBER = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
 class AddressError(ValueError):
@@ -67,11 +68,16 @@ def parse_port(text: str, *, allow_zero: bool = False) -> int:
 
 
 def is_name(text: str) -> bool:
-    """Whether this could be a host name: dot-separated labels, not all digits in the last one."""
+    """Whether this could be a host name: dot-separated labels, and not an IPv4 address in disguise.
+
+    A last label that is a number makes an address of it for inet_aton(3), and so for resolvers:
+    `127.1`, `0x7f000001` and `017700000001` all are 127.0.0.1.  No top-level domain is a number.
+    """
+    text = text.removesuffix(".")
     if not text or len(text) > MAX_NAME_LENGTH:
         return False
-    labels = text.removesuffix(".").split(".")
-    return all(_LABEL.fullmatch(label) for label in labels) and not labels[-1].isdigit()
+    labels = text.split(".")
+    return all(_LABEL.fullmatch(label) for label in labels) and not _NUMBER.fullmatch(labels[-1])
 
 
 def parse_destination(text: str) -> Address | HostPort:
@@ -143,7 +149,10 @@ def parse_server(text: str) -> Address | HostPort | UnixAddress:
 
 def _unix(text: str) -> UnixAddress:
     path = text.removeprefix("unix:")
+    # Blanks would tear the columns of `show`, and what cannot be printed cannot be encoded either.
+    if not path.startswith("/") or not path.isprintable() or " " in path:
+        raise AddressError(f"{text!r}: unix: wants an absolute, printable path without blanks")
     # 107 bytes and the final NUL: sizeof(sun_path) in unix(7)
-    if not path.startswith("/") or len(path.encode()) > 107 or "\0" in path:
-        raise AddressError(f"{text!r}: unix: wants an absolute path of at most 107 bytes")
+    if len(path.encode()) > 107:
+        raise AddressError(f"{text!r}: a unix socket's path has at most 107 bytes")
     return UnixAddress(path)

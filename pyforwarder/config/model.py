@@ -25,12 +25,13 @@ from pyforwarder.config.match import (
     STREAM_ONLY,
     MatchField,
     Naming,
+    first_word,
     naming,
     protocols,
 )
 from pyforwarder.config.problems import problem
 from pyforwarder.errors import ConfigError
-from pyforwarder.policy import AllowList, Networks, OwnListeners
+from pyforwarder.policy import Networks, OwnListeners
 
 
 def _off_is_a_word(value: object) -> object:
@@ -174,7 +175,7 @@ class Listener(Section):
     def _named(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         if not rules:
             raise problem("a listener without rules would refuse everyone")
-        names = _unique_names([rule.name for rule in rules], [_base_name(r) for r in rules])
+        names = _unique_names([rule.name for rule in rules], [first_word(r.match) for r in rules])
         return tuple(
             rule.model_copy(update={"name": name}) if not rule.name else rule
             for rule, name in zip(rules, names, strict=True)
@@ -298,6 +299,7 @@ class Tokens(Section):
 
     keys: Mapping[values.Name, values.File] = {}
     clock_skew_s: values.Duration = Field(30.0, alias="clock_skew")
+    max_lifetime_s: values.Timeout | None = Field(None, alias="max_lifetime")
     single_use: values.Switch = False
 
 
@@ -444,14 +446,6 @@ class Config(Section):
         raise ConfigError("there is no TCP listener to move", path="--listen")
 
 
-def _base_name(rule: Rule) -> str:
-    """What an unnamed rule is called after: the first thing its match speaks of."""
-    found = protocols(rule.match)
-    if found:
-        return found[0]
-    return next(iter(rule.match)) if isinstance(rule.match, dict) else rule.match
-
-
 def _unique_names(given: list[str], bases: list[str]) -> list[str]:
     """The given names, and for the empty ones their base, from the second on with a number.
 
@@ -472,6 +466,3 @@ def _unique_names(given: list[str], bases: list[str]) -> list[str]:
         taken.add(chosen)
         result.append(chosen)
     return result
-
-
-__all__ = ["AllowList", "Config", "Listener", "Networks", "Rule", "Server", "Upstream"]
