@@ -1,0 +1,107 @@
+"""Commands that start, stop and change a daemon: up, down, reload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pyforwarder.cli.command import DONE, FAILED, Call, command
+from pyforwarder.errors import UsageError
+
+DATAPATHS = ("auto", "sockmap", "splice", "copy")
+
+# What a daemon may need after its own drain deadline to close, unpin and unlock.
+_AFTER_DRAIN_S = 15.0
+_DEFAULT_DRAIN_S = 30.0  # `timeouts.drain` of the built-in configuration
+
+
+@command(
+    example="pyforwarder up -c /etc/pyforwarder.yaml\n"
+    "pyforwarder up --listen 127.0.0.1:9000 --datapath copy --instance test"
+)
+@click.option(
+    "-c",
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration; without it one listener on 127.0.0.1:9999 for loopback destinations.",
+)
+@click.option("--listen", metavar="ADDR", help="Bind the first listener here instead.")
+@click.option(
+    "--datapath", type=click.Choice(DATAPATHS), help="What moves the bytes, for every listener."
+)
+@click.option("--detach", is_flag=True, help="Return once it listens; it runs in the background.")
+def up(
+    call: Call, config_path: Path | None, listen: str | None, datapath: str | None, detach: bool
+) -> int:
+    """Start forwarding; stays in the foreground.
+
+    Prints one line per listener once it accepts.  SIGTERM or Ctrl-C drains and ends (a second one
+    at once), SIGHUP reads the configuration again.
+    """
+    if listen is not None:
+        _check_listen(listen)
+    from pyforwarder import supervisor
+
+    return supervisor.run(
+        call.env,
+        supervisor.UpOptions(
+            instance=call.instance_name,
+            config_path=config_path,
+            listen=listen,
+            datapath=datapath,
+            detach=detach,
+            verbosity=call.verbosity,
+        ),
+    )
+
+
+def _check_listen(listen: str) -> None:
+    from pyforwarder.address import AddressError, parse_bind
+
+    try:
+        parse_bind(listen)
+    except AddressError as error:
+        raise UsageError(f"--listen {error}") from error
+
+
+@command(example="pyforwarder down\npyforwarder down --now --instance test")
+@click.option("--now", is_flag=True, help="Reset what is left instead of waiting for its end.")
+def down(call: Call, now: bool) -> int:
+    """Stop accepting, let the pairs end, and stop.
+
+    Returns when the daemon is gone.
+    """
+    from pyforwarder.instance import LockWatch
+
+    control = call.control()
+    # Made before the request: a daemon that has gone by the time we look, and another one that was
+    # started in its place, must not be confused.
+    with LockWatch(call.instance) as watch:
+        answer = control.down(now=now)
+        drain_s = answer.get("drain_s")
+        if not isinstance(drain_s, int | float):
+            drain_s = _DEFAULT_DRAIN_S
+        timeout_s = (0.0 if now else float(drain_s)) + _AFTER_DRAIN_S
+        if not watch.wait_free(timeout_s=timeout_s):
+            call.say(
+                f"pyforwarder: instance {call.instance_name!r} has not ended after "
+                f"{timeout_s:g} s{'' if now else '; `down --now` resets what is left'}"
+            )
+            return FAILED
+    call.say(f"instance {call.instance_name!r} stopped")
+    return DONE
+
+
+@command(example="pyforwarder reload")
+def reload(call: Call) -> int:
+    """Read the configuration again; an error changes nothing.
+
+    Live pairs are not touched.
+    """
+    answer = call.control(timeout_s=30.0).reload()
+    count = answer.get("listeners")
+    call.say(f"reloaded: {count} listener{'' if count == 1 else 's'}")
+    return DONE

@@ -1,0 +1,35 @@
+"""Commands that try things out: doctor, demo."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from pyforwarder.cli.command import DONE, FAILED, Call, command
+
+
+@command(example="sudo pyforwarder doctor")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def doctor(call: Call, as_json: bool) -> int:
+    """Tell what this kernel can do, proven by moving real bytes.
+
+    Fails if not even one datapath works.
+    """
+    from pyforwarder import doctor as examination
+
+    report = examination.run()
+    call.write(json.dumps(report.as_json(), indent=2) + "\n" if as_json else report.as_text())
+    return DONE if report.is_usable else FAILED
+
+
+@command(example="sudo pyforwarder demo")
+def demo(call: Call) -> int:
+    """Run server, client and forwarder in one go; print the pairs.
+
+    Moves real data through every datapath that works here, prints the rates beside that of a
+    direct connection, and leaves nothing behind.
+    """
+    from pyforwarder import demo as demonstration
+
+    return demonstration.run(call.env)

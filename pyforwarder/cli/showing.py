@@ -1,0 +1,108 @@
+"""Commands that only read: show, top."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from pyforwarder import tables
+from pyforwarder.cli.command import DONE, Call, command
+from pyforwarder.errors import NotRunningError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pyforwarder.client import Json, What
+
+_CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # home, screen, scroll-back: ECMA-48 ED, the last one xterm's
+
+
+@command(
+    example="pyforwarder show\npyforwarder show stats --json\npyforwarder show listeners --watch"
+)
+@click.argument("what", type=click.Choice(tuple(tables.COLUMNS)), default="pairs")
+@click.option("--json", "as_json", is_flag=True, help="The same rows as JSON, every field.")
+@click.option("--watch", is_flag=True, help="Again and again until Ctrl-C.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1, max=3600),
+    default=1.0,
+    metavar="SECONDS",
+    help="Between two looks with --watch.  [default: 1]",
+)
+def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> int:
+    """Print pairs, listeners, rules, upstreams or stats.
+
+    With --watch a terminal is drawn anew each time; elsewhere tables follow each other with an
+    empty line between them, and --json prints one line per look.
+
+    A daemon that was killed leaves its table of pairs in the kernel: `show` prints that, and says
+    so on stderr and with exit code 3.
+    """
+    kind = cast("What", what)
+    control = call.control()
+    if not watch:
+        try:
+            result = control.show(kind)
+        except NotRunningError:
+            if what == "pairs":
+                _show_leftovers(call, as_json=as_json)
+            raise
+        call.write(_text(what, result, as_json=as_json, indent=2))
+        return DONE
+    is_screen = call.env.stdout.isatty() and not as_json
+    separator = ""
+    try:
+        while True:
+            text = _text(what, control.show(kind), as_json=as_json, indent=None)
+            call.write((_CLEAR if is_screen else separator) + text)
+            separator = "" if as_json else "\n"
+            call.env.sleep(interval)
+    except KeyboardInterrupt:  # the way to end it, not a failure
+        return DONE
+
+
+def _text(what: str, result: Json, *, as_json: bool, indent: int | None) -> str:
+    if as_json:
+        return json.dumps(result, indent=indent) + "\n"
+    if what == "stats":
+        return tables.render(what, tables.stats_rows(cast("Mapping[str, object]", result)))
+    return tables.render(what, cast("Sequence[Mapping[str, object]]", result))
+
+
+def _show_leftovers(call: Call, *, as_json: bool) -> None:
+    """Print the pinned table of a daemon that is gone, if there is one."""
+    pinned = call.instance.bpffs_dir / "show"
+    try:
+        text = pinned.read_text(errors="replace")
+    except OSError:
+        return
+    call.say(f"pyforwarder: read from {pinned}, which a daemon that is gone has left:")
+    if as_json:
+        rows = [tables.pair_from_text(row) for row in tables.parse(text)]
+        text = json.dumps(rows, indent=2) + "\n"
+    call.write(text)
+
+
+@command(example="pyforwarder top\npyforwarder top --interval 0.5")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1, max=60),
+    default=1.0,
+    metavar="SECONDS",
+    help="Between two looks.  [default: 1]",
+)
+def top(call: Call, interval: float) -> int:
+    """Watch the pairs live: by rate, with totals and refusals.
+
+    Keys sort, filter and flush; h lists them.
+    """
+    import os
+
+    if not (call.env.stdout.isatty() and os.isatty(call.env.stdin_fd)):
+        raise UsageError("top needs a terminal; `show --watch` writes to a pipe")
+    from pyforwarder.cli import top_screen
+
+    return top_screen.run(call.env, call.control(timeout_s=2.0), interval_s=interval)

@@ -1,0 +1,136 @@
+"""The text tables of `show`: rows in, text out, and back.
+
+Pure: rows are what the control socket answers.  The same header and the same order of columns
+stand in the kernel's own `show` file, so what reads one reads the other: columns are separated by
+blanks, a value never contains one, and a new column only ever goes to the end.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+PAIR_COLUMNS: Final = (
+    "ID",
+    "STATE",
+    "DATAPATH",
+    "CLIENT",
+    "LISTENER",
+    "SOURCE",
+    "SERVER",
+    "UP_BYTES",
+    "DOWN_BYTES",
+    "AGE_S",
+    "IDLE_S",
+    "RULE",
+)
+
+COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
+    "pairs": PAIR_COLUMNS,
+    "listeners": ("NAME", "BIND", "PROTOCOL", "ACCEPTED", "OPEN", "REFUSED"),
+    "rules": ("LISTENER", "RULE", "TAKEN", "REFUSED", "TO"),
+    "upstreams": ("UPSTREAM", "SERVER", "STATE", "PAIRS", "CONNECTS", "FAILURES"),
+    "stats": ("STAT", "VALUE"),
+}
+
+_NUMBERS: Final = frozenset(
+    {"id", "up_bytes", "down_bytes", "up_packets", "down_packets", "age_s", "idle_s"}
+    | {"backlog_bytes"}
+)
+_NOTHING: Final = "-"  # a value that is not known (yet), as in the kernel's file
+_UNPRINTABLE = re.compile(r"[^!-\[\]-~]")  # blanks, controls, the backslash itself, non-ASCII
+_ESCAPE = re.compile(r"(?:\\[0-7]{3})+")
+
+
+def render(what: str, rows: Iterable[Mapping[str, object]]) -> str:
+    """The table of `show WHAT`: a header and a line per row, each ending in a newline."""
+    return table(COLUMNS[what], rows)
+
+
+def stats_rows(stats: Mapping[str, object], prefix: str = "") -> Iterator[dict[str, object]]:
+    """One row per number of `show stats`, nested names joined by a dot: `closed.denied 3`."""
+    for name, value in stats.items():
+        if isinstance(value, dict):
+            yield from stats_rows(value, f"{prefix}{name}.")
+        else:
+            yield {"stat": f"{prefix}{name}", "value": value}
+
+
+def table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows under a header; a row's keys are the column names in lower case."""
+    keys = [column.lower() for column in columns]
+    values = [[row.get(key) for key in keys] for row in rows]
+    cells = [[cell(value) for value in line] for line in values]
+    is_number = [
+        bool(values) and all(isinstance(line[i], int | float) for line in values)
+        for i in range(len(keys))
+    ]
+    widths = [
+        max(len(header), *(len(line[i]) for line in cells)) if cells else len(header)
+        for i, header in enumerate(columns)
+    ]
+    return "".join(
+        " ".join(
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, is_number, strict=True)
+        ).rstrip()
+        + "\n"
+        for line in ([*columns], *cells)
+    )
+
+
+def cell(value: object) -> str:
+    """One value as a table shows it: never empty, never with a blank in it.
+
+    Seconds are whole ones, rounded down.  What is not printable ASCII becomes `\\ooo` per UTF-8
+    byte as in /proc/mounts: names come from clients, and a terminal must not obey them.
+    """
+    match value:
+        case None | "":
+            return _NOTHING
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return str(int(value))
+        case _:
+            return _UNPRINTABLE.sub(_octal, str(value))
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    """The rows of a table, keys in lower case, values as text; what `render` escaped is back.
+
+    Lines that begin with `#` are remarks and skipped.
+    """
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines:
+        return []
+    keys = lines[0].lower().split()
+    return [
+        dict(zip(keys, (_ESCAPE.sub(_from_octal, field) for field in line.split()), strict=False))
+        for line in lines[1:]
+    ]
+
+
+def pair_from_text(row: Mapping[str, str]) -> dict[str, object]:
+    """A parsed line of the kernel's `show` file with its numbers as numbers."""
+    return {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
+
+
+def _number(text: str) -> object:
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        return text
+
+
+def _octal(match: re.Match[str]) -> str:
+    return "".join(f"\\{byte:03o}" for byte in match.group().encode())
+
+
+def _from_octal(match: re.Match[str]) -> str:
+    escapes = match.group()
+    data = bytes(int(escapes[i + 1 : i + 4], 8) & 0xFF for i in range(0, len(escapes), 4))
+    return data.decode(errors="replace")
