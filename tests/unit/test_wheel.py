@@ -80,7 +80,7 @@ def test_the_program_of_the_wheel_runs_outside_the_checkout(
 def test_the_wheel_brings_every_bpf_source(installed: Path, tmp_path: Path) -> None:
     found = _run(
         *(installed.parent / "python", "-c"),
-        "from pyforwarder.datapath.sources import bpf_directory; print(bpf_directory())",
+        "from pyforwarder.datapath.loading import bpf_directory; print(bpf_directory())",
         cwd=tmp_path,
     )
     directory = Path(found.strip())
