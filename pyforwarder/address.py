@@ -139,7 +139,7 @@ def parse_bind(text: str) -> Address | UnixAddress:
 
 
 def parse_server(text: str) -> Address | HostPort | UnixAddress:
-    """Where a rule or an upstream connects to: everything `parse_destination` takes, and `unix:/path`.
+    """Where a rule or an upstream connects to: what `parse_destination` takes, or `unix:/path`.
 
     Raises:
         AddressError: none of these forms.

@@ -200,7 +200,7 @@ class _Reader:
 
     def _refuse_as_key(self, line: int) -> None:
         if self._open and self._open[-1].node.entries is not None and self._open[-1].key is None:
-            raise self._error("a key must be a word", line)
+            raise self._error("a key must be a word ([ip6]:port needs quotes)", line)
 
     def _refuse_tag(self, tag: str | None, line: int) -> None:
         if tag not in (None, "!", "tag:yaml.org,2002:str"):

@@ -83,8 +83,17 @@ def _protocols(match: object) -> Iterator[tuple[str, object]]:
 def first_word(match: object) -> str:
     """What an unnamed rule is called after: its first protocol, else its first condition."""
     found = protocols(match)
-    if found:
-        return found[0]
-    while isinstance(match, (list, dict)):
-        match = next(iter(match))
-    return str(match)
+    return found[0] if found else next(_conditions(match), "not")
+
+
+def _conditions(match: object) -> Iterator[str]:
+    match match:
+        case list():
+            for part in match:
+                yield from _conditions(part)
+        case dict():
+            for word, value in match.items():
+                if word in CONDITIONS:
+                    yield word
+                elif word in ("all", "any_of"):
+                    yield from _conditions(value)
