@@ -42,6 +42,7 @@ _NUMBERS: Final = frozenset(
 )
 _NOTHING: Final = "-"  # a value that is not known (yet), as in the kernel's file
 _UNPRINTABLE = re.compile(r"[^!-\[\]-~]")  # blanks, controls, the backslash itself, non-ASCII
+_CONTROL = re.compile(r"[^ -~]")
 _ESCAPE = re.compile(r"(?:\\[0-7]{3})+")
 
 
@@ -97,6 +98,11 @@ def cell(value: object) -> str:
             return str(int(value))
         case _:
             return _UNPRINTABLE.sub(_octal, str(value))
+
+
+def printable(text: str) -> str:
+    """A text for people, blanks and all; what a terminal might obey is escaped as in `cell`."""
+    return _CONTROL.sub(_octal, text)
 
 
 def parse(text: str) -> list[dict[str, str]]:

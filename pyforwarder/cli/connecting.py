@@ -111,7 +111,7 @@ def _reachable(bind: Address | UnixAddress) -> Address | UnixAddress:
 
 @command(
     example="pyforwarder token --new /etc/pyforwarder/ops.key\n"
-    "pyforwarder token 10.0.0.5:22 --key ops=/etc/pyforwarder/ops.key --expires 300"
+    "pyforwarder token 10.0.0.5:22 --key /etc/pyforwarder/ops.key"
 )
 @click.argument("destination", metavar="[DEST]", required=False)
 @click.option("--key", metavar="[ID=]FILE", help=_KEY_HELP)

@@ -22,8 +22,9 @@ _BUILT_IN = "built-in"
 
 
 @command(
-    example="pyforwarder explain --hex '31 38 31 32 37 2e 30 2e 30 2e 31 3a 39 30 30 31 30 32'\n"
-    "pyforwarder explain -c my.yaml --listener tls --file client-hello.bin"
+    example="printf 18127.0.0.1:900102 | pyforwarder explain --file -\n"
+    "pyforwarder explain --listener tls --hex '16 03 01'\n"
+    "pyforwarder explain -c my.yaml --file client-hello.bin --json"
 )
 @click.option(
     "-c",

@@ -34,7 +34,7 @@ _FAILED = 1
 _WIDE = 120
 _HEADING = Style(bold=True, reverse=True)
 _SELECTED = Style(reverse=True)
-_FIXED_LINES = 9  # totals, bytes, refusals, heading, details (3), message or keys, one spare
+_FIXED_LINES = 8  # totals, bytes, ends, heading, details (3), keys or message
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Screen:
     def draw(self, width: int, height: int) -> RenderableType:
         """The whole screen for a terminal of that size."""
         browser = self.browser
-        browser.page_rows = max(height - _FIXED_LINES, 3)
+        browser.page_rows = max(height - _FIXED_LINES, 1)
         parts: list[RenderableType] = [self._totals(), self._bytes(), self._refusals()]
         if browser.mode is rates.Mode.HELP:
             parts.append(_help())
@@ -158,7 +158,7 @@ class Screen:
             f" | {tables.cell(row['source'])} > {tables.cell(row['server'])}{_in_brackets(server)}"
         )
         state = (
-            f"{row['state']}, {row['datapath']}: {tables.cell(row['reason'])}; "
+            f"{row['state']}, {row['datapath']}: {tables.printable(row['reason']) or '-'}; "
             f"rule {tables.cell(row['rule'])}"
         )
         counters = (

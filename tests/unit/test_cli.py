@@ -1,0 +1,519 @@
+"""The command line: every command against a control server on a real unix socket."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyforwarder import tables
+from pyforwarder.cli.command import root
+from tests.helpers.command import UNIX_TIME_S, run
+from tests.helpers.fake_control import (
+    PAIR,
+    Answer,
+    FakeControl,
+    Refusal,
+    Request,
+    make_instance,
+)
+
+COMMANDS = sorted(root.commands)
+# All of section 3.2 of the design; a new command is no reason to change this line.
+CONTRACT = {
+    *("up", "down", "show", "top", "reload", "flush", "forward", "explain", "connect"),
+    *("check", "doctor", "demo"),
+}
+
+
+def answers(**results: object) -> Answer:
+    """An answer per request, by what it asks to `do`."""
+    return lambda request, _fds: results[request["do"]]
+
+
+# ---------------------------------------------------------------------- help and usage
+
+
+def test_every_command_of_the_contract_is_there() -> None:
+    assert set(COMMANDS) >= CONTRACT
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_the_options_of_every_command(tmp_path: Path, command: str) -> None:
+    done = run(tmp_path, command, "--help")
+    assert (done.code, done.stderr) == (0, "")
+    assert "--instance NAME" in done.stdout
+    assert "-v, --verbose" in done.stdout
+    example = done.stdout.partition("Example:\n")[2]
+    assert f"pyforwarder {command}" in example
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+
+
+def test_top_level_help_shows_each_command_in_one_whole_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "--help")
+    assert (done.code, done.stderr) == (0, "")
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert "..." not in done.stdout.partition("Commands:")[2].partition("Example:")[0]
+
+
+def test_help_needs_neither_bcc_nor_what_is_slow_to_import() -> None:
+    """Measured in a process of its own: which modules `--help` of every command brings in."""
+    program = (
+        "import sys, io, contextlib\n"
+        "from pyforwarder.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    for command in {COMMANDS!r}:\n"
+        "        assert main([command, '--help']) == 0, command\n"
+        "print(*sorted(module.partition('.')[0] for module in sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+    )
+    imported = set(done.stdout.split())
+    assert "click" in imported
+    unwanted = {"bcc", "pydantic", "rich", "yaml", "psutil", "prometheus_client", "pyroute2", "re2"}
+    assert imported & unwanted == set()
+
+
+def test_version_is_printed(tmp_path: Path) -> None:
+    from pyforwarder import __version__
+
+    assert run(tmp_path, "--version").stdout == f"pyforwarder {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frobnicate"],
+        ["show", "--frobnicate"],
+        ["show", "everything"],
+        ["flush"],
+        ["flush", "1", "--all"],
+        ["flush", "one"],
+        ["forward", "1", "2"],
+        ["forward", "0", "2", "3"],
+        ["forward", "1", "3", "3"],
+        ["explain"],
+        ["explain", "--hex", "31", "--file", "x"],
+        ["explain", "--hex", "3"],
+        ["explain", "--hex", "zz"],
+        ["explain", "--file", "/nonexistent"],
+        ["explain", "--hex", "31", "--listener", "nobody"],
+        ["explain", "--hex", "31", "--client", "example.com:1"],
+        ["connect"],
+        ["connect", "nowhere", "--via", "127.0.0.1:1"],
+        ["connect", "127.0.0.1:1", "--via", "nowhere"],
+        ["connect", "127.0.0.1:1", "--key", "/nonexistent"],
+        ["token"],
+        ["token", "127.0.0.1:1"],
+        ["top"],
+        ["up", "--datapath", "magic"],
+        ["up", "--listen", "example.com:80"],
+        ["show", "--instance", "a/b"],
+        ["check", "/nonexistent.yaml"],
+    ],
+)
+def test_wrong_usage_is_one_line_on_stderr_and_exit_code_2(
+    tmp_path: Path, words: list[str]
+) -> None:
+    done = run(tmp_path, *words)
+    assert (done.code, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("pyforwarder")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show"],
+        ["show", "stats", "--json"],
+        ["show", "--watch"],
+        ["down"],
+        ["down", "--now"],
+        ["reload"],
+        ["flush", "--all"],
+        ["forward", "1", "2", "3"],
+        ["explain", "--hex", "31"],
+        ["connect", "127.0.0.1:1"],
+    ],
+)
+def test_no_such_instance_is_exit_code_3(tmp_path: Path, words: list[str]) -> None:
+    done = run(tmp_path, *words, "--instance", "lab")
+    assert (done.code, done.stdout) == (3, "")
+    assert done.stderr == "pyforwarder: instance 'lab' is not running\n"
+
+
+def test_options_of_every_command_may_stand_before_it(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path, "lab"), answers(show=[])):
+        assert run(tmp_path, "--instance", "lab", "show").code == 0
+        assert run(tmp_path, "--instance", "other", "show", "--instance", "lab").code == 0
+
+
+def test_refusal_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    def refuse(*_: object) -> object:
+        raise Refusal("pid 1: no such descriptor", kind="refused")
+
+    with FakeControl(make_instance(tmp_path), refuse):
+        done = run(tmp_path, "forward", "1", "2", "3")
+        assert (done.code, done.stdout) == (1, "")
+        assert done.stderr == "pyforwarder: pid 1: no such descriptor\n"
+        wordy = run(tmp_path, "forward", "1", "2", "3", "-v")
+    assert wordy.code == 1
+    assert wordy.stderr.startswith("Traceback")
+    assert wordy.stderr.endswith("pyforwarder: pid 1: no such descriptor\n")
+
+
+def test_our_own_fault_is_one_line_too(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(show=[{"id": 1}, 3])):
+        done = run(tmp_path, "show")
+    assert done.code == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------- show
+
+
+def test_show_prints_the_table_of_pairs(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(show=[dict(PAIR)])) as control:
+        done = run(tmp_path, "show")
+    assert (done.code, done.stderr) == (0, "")
+    assert done.stdout == tables.render("pairs", [PAIR])
+    assert control.requests == [{"do": "show", "what": "pairs"}]
+
+
+def test_show_json_is_every_field_of_the_daemons_rows(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(show=[dict(PAIR)])):
+        done = run(tmp_path, "show", "--json")
+    assert json.loads(done.stdout) == [PAIR]
+
+
+@pytest.mark.parametrize("what", ["listeners", "rules", "upstreams", "stats"])
+def test_show_of_something_else_has_its_header(tmp_path: Path, what: str) -> None:
+    with FakeControl(make_instance(tmp_path), answers(show={} if what == "stats" else [])):
+        done = run(tmp_path, "show", what)
+    assert done.stdout.split() == list(tables.COLUMNS[what])
+
+
+def ctrl_c_after(count: int) -> Callable[[float], None]:
+    """A sleep that takes no time, and the last time is interrupted."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert seconds == 2.5
+        if len(slept) == count:
+            raise KeyboardInterrupt
+
+    return sleep
+
+
+def test_watch_repeats_until_ctrl_c_and_that_is_no_failure(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(show=[dict(PAIR)])) as control:
+        done = run(tmp_path, "show", "--watch", "--interval", "2.5", sleep=ctrl_c_after(3))
+    table = tables.render("pairs", [PAIR])
+    assert (done.code, done.stdout) == (0, "\n".join([table] * 3))
+    assert len(control.requests) == 3
+
+
+def test_watch_as_json_is_one_line_per_look(tmp_path: Path) -> None:
+    words = ["show", "--watch", "--json", "--interval", "2.5"]
+    with FakeControl(make_instance(tmp_path), answers(show=[dict(PAIR)])):
+        done = run(tmp_path, *words, sleep=ctrl_c_after(3))
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[PAIR]] * 3
+
+
+def test_watch_draws_a_terminal_anew(tmp_path: Path) -> None:
+    words = ["show", "--watch", "--interval", "2.5"]
+    with FakeControl(make_instance(tmp_path), answers(show=[])):
+        done = run(tmp_path, *words, sleep=ctrl_c_after(2), is_terminal=True)
+    assert done.stdout.count("\x1b[H\x1b[2J") == 2
+
+
+def test_show_of_a_killed_daemon_reads_what_it_left_in_the_kernel(tmp_path: Path) -> None:
+    instance = make_instance(tmp_path)
+    instance.bpffs_dir.mkdir(parents=True)
+    (instance.bpffs_dir / "show").write_text(tables.render("pairs", [PAIR]))
+    done = run(tmp_path, "show")
+    assert (done.code, done.stdout) == (3, tables.render("pairs", [PAIR]))
+    assert "a daemon that is gone has left" in done.stderr
+    rows = json.loads(run(tmp_path, "show", "--json").stdout)
+    assert [(row["id"], row["up_bytes"], row["rule"]) for row in rows] == [(7, 1023, "named")]
+
+
+def test_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+    """`pyforwarder show | head -1` in a real pipe, whose reader is gone before we write."""
+    with FakeControl(make_instance(tmp_path), answers(show=[dict(PAIR)])):
+        import os
+
+        from tests.helpers.fake_control import environ
+
+        read_fd, write_fd = os.pipe()
+        os.close(read_fd)
+        done = subprocess.run(
+            [sys.executable, "-m", "pyforwarder", "show"],
+            env={**os.environ, **environ(tmp_path)},
+            stdout=write_fd,
+            stderr=subprocess.PIPE,
+            timeout=30,
+            check=False,
+        )
+        os.close(write_fd)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+# ---------------------------------------------------------------------- flush, forward
+
+
+def test_flush_prints_the_ids_that_were_reset(tmp_path: Path) -> None:
+    result = {"flushed": [3, 5], "unknown": []}
+    with FakeControl(make_instance(tmp_path), answers(flush=result)) as control:
+        done = run(tmp_path, "flush", "3", "5")
+    assert (done.code, done.stdout, done.stderr) == (0, "3\n5\n", "")
+    assert control.requests == [{"do": "flush", "ids": [3, 5]}]
+
+
+def test_flush_of_an_id_that_no_pair_has_fails_and_names_it(tmp_path: Path) -> None:
+    result = {"flushed": [3], "unknown": [5, 6]}
+    with FakeControl(make_instance(tmp_path), answers(flush=result)):
+        done = run(tmp_path, "flush", "3", "5", "6")
+    assert (done.code, done.stdout) == (1, "3\n")
+    assert done.stderr == "pyforwarder: no such pair: 5 6\n"
+
+
+def test_flush_all_names_no_ids(tmp_path: Path) -> None:
+    result: object = {"flushed": [], "unknown": []}
+    with FakeControl(make_instance(tmp_path), answers(flush=result)) as control:
+        assert run(tmp_path, "flush", "--all").code == 0
+    assert control.requests == [{"do": "flush", "all": True}]
+
+
+def test_forward_prints_the_new_pairs_id(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(forward={"id": 23})) as control:
+        done = run(tmp_path, "forward", "4242", "7", "9")
+    assert (done.code, done.stdout) == (0, "23\n")
+    assert control.requests == [{"do": "forward", "pid": 4242, "fds": [7, 9]}]
+
+
+# ---------------------------------------------------------------------- reload, down
+
+
+def test_reload_says_how_many_listeners_there_are_on_stderr(tmp_path: Path) -> None:
+    with FakeControl(make_instance(tmp_path), answers(reload={"listeners": 1})):
+        done = run(tmp_path, "reload")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "reloaded: 1 listener\n")
+
+
+def test_reload_of_a_wrong_configuration_is_exit_code_2(tmp_path: Path) -> None:
+    def refuse(*_: object) -> object:
+        raise Refusal("f.yaml, line 3, log.level: no such level", kind="config", line=3)
+
+    with FakeControl(make_instance(tmp_path), refuse):
+        done = run(tmp_path, "reload")
+    assert (done.code, done.stderr) == (
+        2,
+        "pyforwarder: f.yaml, line 3, log.level: no such level\n",
+    )
+
+
+def test_down_returns_once_the_daemon_has_let_go_of_its_lock(tmp_path: Path) -> None:
+    instance = make_instance(tmp_path)
+    asked = threading.Event()
+
+    def answer(request: Request, _fds: list[int]) -> object:
+        asked.set()
+        return {}
+
+    control = FakeControl(instance, answer)
+    ended: list[int] = []
+    waiter = threading.Thread(target=lambda: ended.append(run(tmp_path, "down").code))
+    waiter.start()
+    assert asked.wait(15)
+    assert ended == []  # it was answered, and still waits
+    control.close()
+    waiter.join(15)
+    assert ended == [0]
+    assert control.requests == [{"do": "down", "now": False}]
+
+
+def test_down_now_asks_for_it(tmp_path: Path) -> None:
+    instance = make_instance(tmp_path)
+    control: FakeControl
+
+    def answer(request: Request, _fds: list[int]) -> object:
+        control.lock.close()  # a daemon that ends at once
+        return {}
+
+    with (control := FakeControl(instance, answer)):
+        done = run(tmp_path, "down", "--now")
+    assert (done.code, done.stderr) == (0, "instance 'default' stopped\n")
+    assert control.requests == [{"do": "down", "now": True}]
+
+
+# ---------------------------------------------------------------------- explain, check
+
+CONFIG = """
+listeners:
+  - name: main
+    bind: 127.0.0.1:9999
+    rules:
+      - {name: named, match: instruction, allow: [loopback]}
+      - {name: mail, match: {regex: "^EHLO "}, to: "127.0.0.1:25"}
+      - {name: rest, match: any, reject: reset}
+  - {name: second, bind: "127.0.0.1:9998", rules: [{name: all, match: any, to: web}]}
+upstreams:
+  web: {servers: [127.0.0.1:80, 127.0.0.1:81]}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def explained(root_dir: Path, *words: str) -> dict[str, object]:
+    done = run(root_dir, "explain", *words, "--json")
+    assert (done.code, done.stderr) == (0, "")
+    result = json.loads(done.stdout)
+    assert isinstance(result, dict)
+    return result
+
+
+def test_explain_says_rule_bytes_destination_and_permission(tmp_path: Path, config: str) -> None:
+    sent = b"18127.0.0.1:900102hello"
+    done = run(tmp_path, "explain", "-c", config, "--hex", sent.hex(" "))
+    assert (done.code, done.stderr) == (0, "")
+    assert "rule named takes it after 18 of 23 bytes, to 127.0.0.1:9001" in done.stdout
+    assert "\nallowed: " in done.stdout
+    result = explained(tmp_path, "-c", config, "--hex", sent.hex())
+    assert result["outcome"] == "route"
+    assert (result["rule"], result["to"], result["allowed"]) == ("named", "127.0.0.1:9001", True)
+    assert (result["after_bytes"], result["skip"], result["bytes"]) == (18, 18, 23)
+
+
+@pytest.mark.parametrize(
+    "instruction", [b"1610.0.0.1:80800", b"18127.0.0.1:999900", b"1511.0.0.1:8000"]
+)
+def test_explain_says_what_may_not_be_reached(
+    tmp_path: Path, config: str, instruction: bytes
+) -> None:
+    """Not in `allow`, and the forwarder itself, which is in it."""
+    result = explained(tmp_path, "-c", config, "--hex", instruction.hex())
+    assert (result["outcome"], result["allowed"]) == ("route", False)
+
+
+def test_explain_without_enough_bytes_says_so(tmp_path: Path, config: str) -> None:
+    result = explained(tmp_path, "-c", config, "--hex", b"18127".hex())
+    assert result["outcome"] == "need-more"
+    ended = explained(tmp_path, "-c", config, "--hex", b"18127".hex(), "--end", "timeout")
+    assert (ended["outcome"], ended["rule"]) == ("refuse", "rest")
+
+
+def test_explain_of_a_later_rule_gives_every_earlier_ones_answer(
+    tmp_path: Path, config: str
+) -> None:
+    result = explained(tmp_path, "-c", config, "--hex", b"EHLO example.com\r\n".hex(":"))
+    assert (result["rule"], result["to"]) == ("mail", "127.0.0.1:25")
+    rules = result["rules"]
+    assert isinstance(rules, list)
+    assert [(rule["rule"], rule["outcome"]) for rule in rules][:2] == [
+        ("named", "no-match"),
+        ("mail", "match"),
+    ]
+
+
+def test_explain_another_listener_from_a_file(tmp_path: Path, config: str) -> None:
+    (tmp_path / "first").write_bytes(b"anything")
+    words = ["-c", config, "--listener", "second", "--file", str(tmp_path / "first")]
+    result = explained(tmp_path, *words)
+    assert (result["listener"], result["rule"], result["to"]) == ("second", "all", "web")
+    assert result["allowed"] is True
+
+
+def test_explain_judges_by_the_running_instances_configuration(tmp_path: Path) -> None:
+    answer = answers(config={"text": CONFIG, "source": "/etc/running.yaml"})
+    with FakeControl(make_instance(tmp_path), answer):
+        result = explained(tmp_path, "--hex", b"EHLO x".hex())
+    assert (result["config"], result["rule"]) == ("/etc/running.yaml", "mail")
+
+
+def test_explain_without_an_instance_judges_by_the_built_in_one(tmp_path: Path) -> None:
+    result = explained(tmp_path, "--hex", b"18127.0.0.1:900102".hex())
+    assert (result["config"], result["rule"]) == ("built-in", "instruction")
+
+
+def test_explain_reads_stdin(tmp_path: Path) -> None:
+    done = run(tmp_path, "explain", "--file", "-", stdin=b"18127.0.0.1:900102")
+    assert "to 127.0.0.1:9001" in done.stdout
+
+
+def test_check_says_what_there_is(tmp_path: Path, config: str) -> None:
+    done = run(tmp_path, "check", config)
+    assert (done.code, done.stderr) == (0, "")
+    assert done.stdout == f"{config}: ok, 2 listeners, 4 rules, 1 upstream\n"
+
+
+def test_check_of_nothing_is_the_built_in_configuration(tmp_path: Path) -> None:
+    assert run(tmp_path, "check").stdout == "built-in: ok, 1 listener, 1 rule, 0 upstreams\n"
+
+
+def test_check_names_line_and_key(tmp_path: Path) -> None:
+    text = CONFIG.replace("allow: [loopback]", "allow: [loopbck]")
+    done = run(tmp_path, "check", "-", stdin=text.encode())
+    assert (done.code, done.stdout) == (2, "")
+    assert "stdin, line 6, listeners[0].rules[0].allow" in done.stderr
+
+
+def test_check_finds_a_key_file_that_cannot_be_read(tmp_path: Path) -> None:
+    text = "tokens: {keys: {ops: /nonexistent/ops.key}}"
+    done = run(tmp_path, "check", "-", stdin=text.encode())
+    assert done.code == 2
+    assert "tokens.keys.ops: /nonexistent/ops.key: No such file" in done.stderr
+
+
+# ---------------------------------------------------------------------- token
+
+
+def test_new_key_is_private_and_signs(tmp_path: Path) -> None:
+    from pyforwarder import token
+
+    key_file = tmp_path / "ops.key"
+    assert run(tmp_path, "token", "--new", str(key_file)).code == 0
+    assert key_file.stat().st_mode & 0o777 == 0o600
+    done = run(tmp_path, "token", "10.0.0.5:22", "--key", str(key_file), "--expires", "300")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
+    signed = token.read(done.raw)
+    assert isinstance(signed, token.SignedInstruction)
+    assert (signed.key_id, signed.expires_unix_s) == ("ops", int(UNIX_TIME_S) + 300)
+    assert signed.length == len(done.raw)
+    keys = token.TokenKeys({"ops": token.key_from_file(key_file.read_bytes())})
+    assert keys.refusal(signed, client=None, now_unix_s=UNIX_TIME_S) is None
+
+
+def test_key_may_have_another_id_than_its_file(tmp_path: Path) -> None:
+    key_file = tmp_path / "k"
+    key_file.write_bytes(b"0123456789abcdef")
+    done = run(tmp_path, "token", "10.0.0.5:22", "--key", f"night={key_file}")
+    assert b" key=night " in done.raw
+
+
+def test_new_key_never_overwrites_one(tmp_path: Path) -> None:
+    key_file = tmp_path / "ops.key"
+    key_file.write_text("precious and long enough")
+    done = run(tmp_path, "token", "--new", str(key_file))
+    assert (done.code, key_file.read_text()) == (1, "precious and long enough")
+
+
+def test_key_that_could_be_guessed_is_refused(tmp_path: Path) -> None:
+    key_file = tmp_path / "ops.key"
+    key_file.write_text("short\n")
+    done = run(tmp_path, "token", "10.0.0.5:22", "--key", str(key_file))
+    assert done.code == 2
+    assert "at least 16 bytes" in done.stderr

@@ -1,0 +1,92 @@
+"""The text tables of `show`."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyforwarder import tables
+from tests.helpers.fake_control import PAIR
+
+HEADER = "ID STATE DATAPATH CLIENT LISTENER SOURCE SERVER UP_BYTES DOWN_BYTES AGE_S IDLE_S RULE"
+
+
+def test_header_of_pairs_is_that_of_the_contract() -> None:
+    assert tables.render("pairs", []) == HEADER + "\n"
+
+
+def test_pair_is_one_line_with_a_field_per_column() -> None:
+    lines = tables.render("pairs", [PAIR, PAIR]).splitlines()
+    assert len(lines) == 3
+    assert lines[1].split() == [
+        "7",
+        "joined",
+        "sockmap",
+        "127.0.0.1:40000",
+        "127.0.0.1:9999",
+        "127.0.0.1:40001",
+        "127.0.0.1:9001",
+        "1023",
+        "23",
+        "12",
+        "0",
+        "named",
+    ]
+
+
+def test_columns_are_aligned() -> None:
+    short = {**PAIR, "id": 1, "up_bytes": 5}
+    lines = tables.render("pairs", [PAIR, short]).splitlines()
+    assert len({line.index("127.0.0.1:40000") for line in lines[1:]}) == 1
+    assert [line.rstrip() for line in lines] == lines
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    row = {**PAIR, "server": None, "rule": ""}
+    fields = tables.render("pairs", [row]).splitlines()[1].split()
+    assert (fields[6], fields[11]) == ("-", "-")
+
+
+def test_blanks_and_terminal_sequences_are_escaped() -> None:
+    assert tables.cell("unix:/a b") == "unix:/a\\040b"
+    assert tables.cell("\x1b[2J") == "\\033[2J"
+    assert tables.cell("a\\b") == "a\\134b"
+    assert tables.cell("é") == "\\303\\251"
+
+
+def test_parse_reads_what_the_kernels_file_prints() -> None:
+    text = "ID STATE RULE\n3 joined   named\n\n4 draining -\n"
+    assert tables.parse(text) == [
+        {"id": "3", "state": "joined", "rule": "named"},
+        {"id": "4", "state": "draining", "rule": "-"},
+    ]
+
+
+def test_parse_skips_remarks() -> None:
+    assert tables.parse("# left by a daemon that is gone\nID\n3\n") == [{"id": "3"}]
+
+
+def test_parse_of_nothing_is_no_rows() -> None:
+    assert tables.parse("") == []
+
+
+def test_numbers_of_a_parsed_pair_are_numbers() -> None:
+    row = tables.pair_from_text({"id": "3", "up_bytes": "23", "age_s": "1.5", "rule": "17"})
+    assert row == {"id": 3, "up_bytes": 23, "age_s": 1.5, "rule": "17"}
+
+
+def test_stats_are_one_line_per_number() -> None:
+    stats = {"accepted": 23, "closed": {"denied": 3, "finished": 17}}
+    text = tables.render("stats", tables.stats_rows(stats))
+    assert [line.split() for line in text.splitlines()] == [
+        ["STAT", "VALUE"],
+        ["accepted", "23"],
+        ["closed.denied", "3"],
+        ["closed.finished", "17"],
+    ]
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda text: text != "-"), min_size=1))
+def test_any_text_survives_a_table(rules: list[str]) -> None:
+    rows = [{**PAIR, "rule": rule} for rule in rules]
+    assert [row["rule"] for row in tables.parse(tables.render("pairs", rows))] == rules
