@@ -1,0 +1,174 @@
+"""What is measured: one `Measure` per row of the report, grouped by the scenario that yields it.
+
+Pure data. A scenario is one run of the load generator (`scenarios.py` says how); its measures come
+out of the same run.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+DIRECT: Final = "direct"
+PEERS: Final = ("haproxy", "nginx", "sslh", "socat", "sslh-select")
+OURS: Final = ("copy", "sockmap", "splice", "auto")
+# sslh-select serves every connection from one process, but select(2) ends at 1024 descriptors:
+# it is there for those who ask for it. Debian's service runs the forking one.
+DEFAULT_TARGETS: Final = (DIRECT, "haproxy", "nginx", "sslh", "socat", *OURS)
+ALL_TARGETS: Final = (DIRECT, *PEERS, *OURS)
+
+
+class Better(enum.Enum):
+    """Which way a number has to go to be an improvement."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One row: `key` is its name in files, `unit` what the numbers are in."""
+
+    key: str
+    scenario: str
+    title: str
+    unit: str
+    better: Better
+    digits: int = 1
+
+
+def _latency(scenario: str, title: str) -> tuple[Measure, ...]:
+    return tuple(
+        Measure(f"{scenario}_p{percent}", scenario, f"{title}, p{percent}", "us", Better.LOWER)
+        for percent in (50, 99)
+    )
+
+
+# Memory comes first and connections last: the kernel keeps what remains of a closed connection
+# for a minute (TIME_WAIT), and that would be counted as memory of the next pairs.
+MEASURES: Final = (
+    Measure(
+        "idle_memory",
+        "idle",
+        "memory of an idle pair, machine, both ends included",
+        "KiB",
+        Better.LOWER,
+    ),
+    Measure(
+        "idle_process_memory",
+        "idle",
+        "memory of an idle pair, forwarder's processes",
+        "KiB",
+        Better.LOWER,
+        2,
+    ),
+    *(
+        measure
+        for way in ("up", "down")
+        for measure in (
+            Measure(
+                f"stall_{way}_accepted",
+                f"stall_{way}",
+                f"taken from a sender whose reader stalls, {way}",
+                "MiB",
+                Better.LOWER,
+                2,
+            ),
+            Measure(
+                f"stall_{way}_memory",
+                f"stall_{way}",
+                f"machine's memory then, {way}",
+                "MiB",
+                Better.LOWER,
+                2,
+            ),
+        )
+    ),
+    *_latency("rtt_near", "round trip 64 B, both ends on one CPU"),
+    *_latency("rtt_far", "round trip 64 B, ends on two CPUs"),
+    *_latency("rtt_64", "round trip 64 B, 64 connections"),
+    *(
+        Measure(
+            f"bulk_{streams}_{way}",
+            f"bulk_{streams}_{way}",
+            f"bulk, {streams} stream{'s' if streams > 1 else ''} {way}",
+            "Gbit/s",
+            Better.HIGHER,
+            2,
+        )
+        for streams in (1, 8)
+        for way in ("up", "down")
+    ),
+    *(
+        Measure(
+            f"cpu_{way}",
+            f"cpu_{way}",
+            f"machine's CPU, paced stream {way}",
+            "s/GB",
+            Better.LOWER,
+            3,
+        )
+        for way in ("up", "down")
+    ),
+    *(
+        Measure(
+            f"delay_{way}_{key}",
+            f"delay_{way}",
+            f"delay in a paced stream {way}, {title}",
+            "us",
+            Better.LOWER,
+            0,
+        )
+        for way in ("up", "down")
+        for key, title in (("p99", "p99"), ("max", "longest"))
+    ),
+    *_latency("connect_paced", "connect to answer at a paced rate"),
+    *(
+        Measure(
+            f"connect_{order}_first",
+            f"connect_{order}_first",
+            f"new connections, {order} closes first",
+            "1/s",
+            Better.HIGHER,
+            0,
+        )
+        for order in ("client", "server")
+    ),
+    Measure(
+        "connect_instruction",
+        "connect_instruction",
+        "new connections, each with an instruction",
+        "1/s",
+        Better.HIGHER,
+        0,
+    ),
+)
+
+SCENARIOS: Final = tuple(dict.fromkeys(measure.scenario for measure in MEASURES))
+
+
+def choose(wanted: str, offered: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of `offered` that `wanted` asks for, in the order of `offered`.
+
+    `wanted` holds names or beginnings of names between commas: `rtt,bulk_1` takes every scenario
+    that begins so; an exact name takes only itself.
+
+    Raises:
+        ValueError: a name that fits none.
+    """
+    chosen: set[str] = set()
+    for part in (piece.strip() for piece in wanted.split(",") if piece.strip()):
+        fitting = {part} if part in offered else {n for n in offered if n.startswith(part)}
+        if not fitting:
+            raise ValueError(f"'{part}' is none of {', '.join(offered)}")
+        chosen |= fitting
+    return tuple(name for name in offered if name in chosen)
+
+
+def order_of_round(targets: tuple[str, ...], index: int) -> tuple[str, ...]:
+    """The targets as round `index` visits them: there and back.
+
+    What drifts during a round (heat, neighbours of a virtual machine) then favours nobody twice.
+    """
+    return targets if index % 2 == 0 else targets[::-1]

@@ -1,0 +1,230 @@
+"""How each scenario is run against one target, and which numbers it yields."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from bench import load as load_module
+from bench import memory
+from bench.measures import DIRECT
+from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from bench.load import Load, Session
+    from bench.targets import Target
+    from bench.topology import Site
+
+KIB: Final = 1024
+MIB: Final = 1024 * 1024
+STALLED_PAIRS: Final = 16  # their queues stand out against what the machine's memory does anyhow
+STALL_CAP_BYTES: Final = 64 * MIB  # per pair: who takes more than that has no bound
+DELAY_BYTES_PER_S: Final = 1e9 / 8  # a gigabit: far from saturation everywhere
+CONNECTIONS: Final = 64  # at a time
+PACED_CONNECTIONS_PER_S: Final = 1_000
+PACE_TOLERANCE: Final = 0.05
+QUIET: Final = 0.9  # what soakers must get of the machine while nothing is measured
+# Frees what closed connections held, and outlasts `handover.after`, when a forwarder may move an
+# idle pair to its lasting datapath.
+SETTLE_S: Final = 1.5
+
+Values = dict[str, float]
+
+
+class ScenarioError(Exception):
+    """A run whose numbers mean something else than the row says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured: seconds per run, pairs of `idle`, bytes per second of `cpu_*`."""
+
+    seconds: float
+    pairs: int
+    pace_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One target in its place, ready to be measured."""
+
+    target: Target
+    site: Site
+    directory: Path
+    program: Path
+    effort: Effort
+
+    def load(self, *, port: int = FORWARDER_PORT) -> Load:
+        """The generator, aimed at the target: at the servers themselves if it is `direct`."""
+        servers = f"{self.site.servers}:{SERVER_PORT}"
+        to = servers if self.target.name == DIRECT else f"{self.site.listen_ip}:{port}"
+        common = {
+            "client_ns": self.site.client_ns,
+            "server_ns": self.site.server_ns,
+            "to": to,
+            "servers": servers,
+            "sources": self.site.sources,
+            "seconds": self.effort.seconds,
+            "warm_up_s": max(0.1, self.effort.seconds / 5),
+        }
+        return load_module.Load(self.program, common)
+
+
+def _settled_bytes(stage: Stage, *, settle_s: float = SETTLE_S) -> tuple[int, int]:
+    """What machine and target hold once nothing moves any more."""
+    time.sleep(settle_s)
+    processes = memory.tree_bytes(stage.target.pid) if stage.target.pid else 0
+    return memory.machine_used_bytes(), processes
+
+
+def _idle(stage: Stage) -> Values:
+    pairs = min(stage.effort.pairs, stage.target.max_pairs)
+    session: Session
+    with stage.load().session(stage.directory, "idle", pairs=pairs, trips=1) as session:
+        session.report()
+        machine_before, processes_before = _settled_bytes(stage, settle_s=SETTLE_S / 3)
+        session.go_on()
+        session.report()
+        machine, processes = _settled_bytes(stage)
+        session.finish()
+    values = {"idle_memory": (machine - machine_before) / pairs / KIB}
+    if stage.target.pid:
+        values["idle_process_memory"] = (processes - processes_before) / pairs / KIB
+    return values
+
+
+def _stall(stage: Stage, way: str) -> Values:
+    with stage.load().session(
+        stage.directory,
+        "stall",
+        pairs=STALLED_PAIRS,
+        down=way == "down",
+        cap_bytes=STALL_CAP_BYTES,
+    ) as session:
+        session.report()
+        before, _ = _settled_bytes(stage, settle_s=0.2)
+        session.go_on()
+        report = session.report()
+        held, _ = _settled_bytes(stage, settle_s=0.2)
+        session.go_on()
+        session.report()  # every byte arrived once the readers woke
+        session.finish()
+    return {
+        f"stall_{way}_accepted": report["most_bytes"] / MIB,
+        f"stall_{way}_memory": (held - before) / STALLED_PAIRS / MIB,
+    }
+
+
+def _percentiles(scenario: str, report: Values) -> Values:
+    return {f"{scenario}_p{percent}": report[f"p{percent}_us"] for percent in (50, 99)}
+
+
+def _rtt_near(stage: Stage) -> Values:
+    cpu = min(os.sched_getaffinity(0))
+    return _percentiles("rtt_near", stage.load().run("rtt", client_cpu=cpu, server_cpu=cpu))
+
+
+def _rtt_far(stage: Stage) -> Values:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) == 1:
+        raise ScenarioError("this machine has one CPU")
+    report = stage.load().run("rtt", client_cpu=cpus[0], server_cpu=cpus[1])
+    return _percentiles("rtt_far", report)
+
+
+def _rtt_64(stage: Stage) -> Values:
+    return _percentiles("rtt_64", stage.load().run("rtt", pairs=CONNECTIONS))
+
+
+def _bulk(stage: Stage, streams: int, way: str) -> Values:
+    report = stage.load().run("bulk", pairs=streams, down=way == "down")
+    return {f"bulk_{streams}_{way}": report["bytes_per_s"] * 8 / 1e9}
+
+
+def _cpu(stage: Stage, way: str) -> Values:
+    wanted = stage.effort.pace_bytes_per_s
+    with load_module.soakers(stage.program, stage.directory) as soak_file:
+        report = stage.load().run(
+            "bulk",
+            down=way == "down",
+            bytes_per_s=wanted,
+            soak_file=soak_file,
+            calibrate_s=max(0.3, stage.effort.seconds / 2),
+        )
+    if report["quiet"] < QUIET:
+        raise ScenarioError(
+            f"the machine was busy with other things ({1 - report['quiet']:.0%} of it)"
+        )
+    if report["bytes_per_s"] < wanted * (1 - PACE_TOLERANCE):
+        # At another rate a byte costs another price: batches grow when a CPU is full.
+        raise ScenarioError(
+            f"could not hold the paced rate: {report['bytes_per_s'] * 8 / 1e9:.2f} "
+            f"of {wanted * 8 / 1e9:.2f} Gbit/s"
+        )
+    return {f"cpu_{way}": report["cpu_s"] / (report["bytes"] / 1e9)}
+
+
+def _delay(stage: Stage, way: str) -> Values:
+    report = stage.load().run("delay", down=way == "down", bytes_per_s=DELAY_BYTES_PER_S)
+    return {f"delay_{way}_p99": report["p99_us"], f"delay_{way}_max": report["max_us"]}
+
+
+def _connect(stage: Stage, *, port: int = FORWARDER_PORT, **options: object) -> Values:
+    report = stage.load(port=port).run("connect", pairs=CONNECTIONS, **options)
+    if report["failed"]:
+        raise ScenarioError(f"{report['failed']:.0f} of {report['done']:.0f} connections failed")
+    return report
+
+
+def _connect_paced(stage: Stage) -> Values:
+    report = _connect(stage, connections_per_s=PACED_CONNECTIONS_PER_S)
+    return _percentiles("connect_paced", report)
+
+
+def _connect_first(stage: Stage, order: str) -> Values:
+    report = _connect(stage, server_closes=order == "server")
+    return {f"connect_{order}_first": report["connections_per_s"]}
+
+
+def _connect_instruction(stage: Stage) -> Values:
+    report = _connect(stage, port=INSTRUCTION_PORT, instruction=True)
+    return {"connect_instruction": report["connections_per_s"]}
+
+
+_WAYS: Final = ("up", "down")
+_ORDERS: Final = ("client", "server")
+# One per scenario of `measures.SCENARIOS`.
+RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
+    "idle": _idle,
+    **{f"stall_{way}": partial(_stall, way=way) for way in _WAYS},
+    "rtt_near": _rtt_near,
+    "rtt_far": _rtt_far,
+    "rtt_64": _rtt_64,
+    **{f"bulk_{n}_{way}": partial(_bulk, streams=n, way=way) for n in (1, 8) for way in _WAYS},
+    **{f"cpu_{way}": partial(_cpu, way=way) for way in _WAYS},
+    **{f"delay_{way}": partial(_delay, way=way) for way in _WAYS},
+    "connect_paced": _connect_paced,
+    **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
+    "connect_instruction": _connect_instruction,
+}
+
+
+def is_possible(scenario: str, target: Target) -> bool:
+    """Whether the target can take part: only pyforwarder takes instructions."""
+    return scenario != "connect_instruction" or target.takes_instructions
+
+
+def run(scenario: str, stage: Stage) -> Values:
+    """One run; values by the keys of `measures.MEASURES`.
+
+    Raises:
+        ScenarioError: the numbers would not mean what the row says.
+        load.LoadError: the generator gave none.
+    """
+    return RUNS[scenario](stage)

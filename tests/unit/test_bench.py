@@ -1,0 +1,364 @@
+"""The pure parts of scripts/bench: what is chosen, computed, judged and printed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, RenderableType
+
+from bench import goals, picture, report, scenarios, targets
+from bench.measures import (
+    ALL_TARGETS,
+    DEFAULT_TARGETS,
+    MEASURES,
+    SCENARIOS,
+    Better,
+    Measure,
+    choose,
+    order_of_round,
+)
+from bench.results import Problem, Results, ResultsError, from_json, to_json
+from bench.topology import Range, Site
+
+RTT = next(measure for measure in MEASURES if measure.key == "rtt_near_p50")
+BULK = next(measure for measure in MEASURES if measure.key == "bulk_1_up")
+
+
+def results_of(rows: dict[str, dict[str, list[float | None]]], *, rounds: int = 3) -> Results:
+    """Results with these samples, whose targets are all that occur."""
+    names = {target for row in rows.values() for target in row}
+    results = Results(rounds, tuple(name for name in ALL_TARGETS if name in names))
+    for key, row in rows.items():
+        for target, values in row.items():
+            for index, value in enumerate(values):
+                if value is not None:
+                    results.add(key, target, index, value)
+    return results
+
+
+def text_of(renderable: RenderableType) -> str:
+    """What a wide terminal shows, without colours."""
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def row_of(renderable: RenderableType, title: str) -> list[str]:
+    """The cells of the table's one row that begins with `title`."""
+    (line,) = [line for line in text_of(renderable).splitlines() if f"│{title} " in line]
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+# ---- statistics
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_each_round() -> None:
+    # the machine became ten times slower in the last round; so did everyone
+    results = results_of({RTT.key: {"direct": [10.0, 12.0, 100.0], "sockmap": [20.0, 36.0, 230.0]}})
+    assert results.ratio(RTT.key, "sockmap", "direct") == 2.3
+
+
+def test_a_round_that_broke_is_left_out_of_medians_and_ratios() -> None:
+    results = results_of({RTT.key: {"direct": [10.0, None, 30.0], "sockmap": [20.0, 7.0, 90.0]}})
+    assert results.median(RTT.key, "direct") == 20.0
+    assert results.ratio(RTT.key, "sockmap", "direct") == 2.5
+
+
+def test_nothing_measured_gives_no_number() -> None:
+    results = results_of({RTT.key: {"direct": [10.0, 11.0, 12.0]}})
+    assert results.median(RTT.key, "splice") is None
+    assert results.ratio(RTT.key, "splice", "direct") is None
+    assert results.difference(RTT.key, "splice", "direct") is None
+    assert results.spread(RTT.key, "splice") is None
+
+
+def test_a_reference_of_zero_gives_no_ratio() -> None:
+    results = results_of({RTT.key: {"direct": [0.0, 2.0, -1.0], "copy": [5.0, 6.0, 5.0]}})
+    assert results.ratio(RTT.key, "copy", "direct") == 3.0
+
+
+def test_the_spread_is_the_distance_of_the_extremes_over_the_median() -> None:
+    results = results_of({RTT.key: {"direct": [8.0, 10.0, 13.0]}})
+    assert results.spread(RTT.key, "direct") == 0.5
+
+
+@given(
+    st.lists(st.floats(0.001, 1e9), min_size=1, max_size=9),
+    st.floats(0.01, 100),
+)
+def test_a_constant_factor_is_found_whatever_the_machine_does(
+    reference: list[float], factor: float
+) -> None:
+    results = results_of(
+        {RTT.key: {"direct": [*reference], "copy": [value * factor for value in reference]}},
+        rounds=len(reference),
+    )
+    assert results.ratio(RTT.key, "copy", "direct") == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(("measure", "best"), [(RTT, "haproxy"), (BULK, "socat")])
+def test_the_best_peer_is_the_lowest_or_highest_median_among_the_others(
+    measure: Measure, best: str
+) -> None:
+    results = results_of(
+        {
+            measure.key: {
+                "direct": [1.0, 1.0, 1.0],
+                "haproxy": [5.0, 6.0, 7.0],
+                "nginx": [6.0, 7.0, 8.0],
+                "socat": [1.0, 9.0, 9.0],
+                "copy": [900.0, 900.0, 900.0],
+            }
+        }
+    )
+    assert results.best_peer(measure) == best
+
+
+def test_without_a_peer_there_is_no_best_one() -> None:
+    assert results_of({RTT.key: {"copy": [1.0, 1.0, 1.0]}}).best_peer(RTT) is None
+
+
+# ---- files
+
+
+def test_results_survive_their_file() -> None:
+    results = results_of({RTT.key: {"direct": [1.5, None, 3.0], "copy": [2.0, 2.0, 2.0]}})
+    results.machine["kernel"] = "Linux 6.18"
+    results.options["topology"] = "veth"
+    results.problems.append(Problem("direct", "round 2: lost"))
+    assert from_json(to_json(results, goals=[])) == results
+
+
+def test_the_file_has_a_summary_with_both_ratios() -> None:
+    results = results_of(
+        {RTT.key: {"direct": [10.0] * 3, "nginx": [40.0] * 3, "sockmap": [30.0] * 3}}
+    )
+    summary = json.loads(to_json(results, goals=[]))["summary"]
+    assert summary[RTT.key]["best_peer"] == "nginx"
+    assert summary[RTT.key]["targets"]["sockmap"] == {
+        "median": 30.0,
+        "spread": 0.0,
+        "to_best_peer": 0.75,
+        "to_direct": 3.0,
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 23}', '{"format": 1, "rounds": 1, "targets": []}'],
+)
+def test_a_file_of_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ResultsError):
+        from_json(text)
+
+
+def test_a_file_whose_rounds_do_not_fit_is_refused() -> None:
+    document = json.loads(to_json(results_of({RTT.key: {"direct": [1.0] * 3}}), goals=[]))
+    document["samples"][RTT.key]["direct"].pop()
+    with pytest.raises(ResultsError, match="rtt_near_p50 of direct"):
+        from_json(json.dumps(document))
+
+
+# ---- what is measured
+
+
+def test_every_scenario_can_be_run_and_yields_rows() -> None:
+    assert set(scenarios.RUNS) == set(SCENARIOS)
+    assert len({measure.key for measure in MEASURES}) == len(MEASURES)
+
+
+def test_memory_is_measured_before_connections_leave_their_traces() -> None:
+    kinds = [name.partition("_")[0] for name in SCENARIOS]
+    assert kinds.index("idle") == 0
+    assert set(kinds[kinds.index("connect") :]) == {"connect"}
+
+
+def test_every_goal_is_about_a_row_and_a_target_that_exist() -> None:
+    for goal in goals.GOALS:
+        assert goals.measure_of(goal).key == goal.measure
+        assert goal.target in DEFAULT_TARGETS
+        assert goal.reference in (goals.BEST_PEER, *DEFAULT_TARGETS)
+
+
+def test_names_are_chosen_by_their_beginning_in_the_order_offered() -> None:
+    chosen = choose("cpu, bulk_1", SCENARIOS)
+    assert chosen == ("bulk_1_up", "bulk_1_down", "cpu_up", "cpu_down")
+
+
+def test_an_exact_name_does_not_take_those_it_begins() -> None:
+    assert choose("sslh", ALL_TARGETS) == ("sslh",)
+
+
+def test_a_name_that_fits_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="'varnish' is none of direct, haproxy"):
+        choose("direct,varnish", ALL_TARGETS)
+
+
+def test_the_targets_take_turns_there_and_back() -> None:
+    names = ("direct", "nginx", "copy")
+    assert order_of_round(names, 0) == names
+    assert order_of_round(names, 1) == ("copy", "nginx", "direct")
+    assert order_of_round(names, 2) == names
+
+
+# ---- goals
+
+
+def verdict_of(goal: goals.Goal, **values: float) -> goals.Verdict:
+    """The verdict where each target's only sample is given."""
+    rows: dict[str, list[float | None]] = {name: [value] for name, value in values.items()}
+    return goals.judge(goal, results_of({goal.measure: rows}, rounds=1)).verdict
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "is_reached"),
+    [
+        (goals.Limit.AT_MOST, 4.0, True),
+        (goals.Limit.AT_MOST, 4.01, False),
+        (goals.Limit.AT_LEAST, 4.0, True),
+        (goals.Limit.AT_LEAST, 3.99, False),
+        (goals.Limit.ABOVE, 4.0, False),
+        (goals.Limit.ABOVE, 4.01, True),
+    ],
+)
+def test_a_goal_is_reached_up_to_its_bound(
+    limit: goals.Limit, value: float, is_reached: bool
+) -> None:
+    goal = goals.Goal("copy", RTT.key, "direct", limit, 2.0)
+    expected = goals.Verdict.REACHED if is_reached else goals.Verdict.MISSED
+    assert verdict_of(goal, direct=2.0, copy=value) is expected
+
+
+def test_a_goal_against_the_best_peer_names_that_peer() -> None:
+    goal = goals.Goal("sockmap", RTT.key, goals.BEST_PEER, goals.Limit.AT_MOST, 0.5)
+    results = results_of(
+        {RTT.key: {"haproxy": [70.0] * 3, "nginx": [60.0] * 3, "sockmap": [30.0] * 3}}
+    )
+    assert goals.judge(goal, results) == goals.Outcome(goal, "nginx", 0.5, goals.Verdict.REACHED)
+
+
+@pytest.mark.parametrize(("longest_us", "verdict"), [(1230, "reached"), (1231, "missed")])
+def test_a_stall_is_held_against_direct_by_difference(longest_us: float, verdict: str) -> None:
+    (goal, _) = (g for g in goals.GOALS if g.is_difference and g.target == "splice")
+    assert verdict_of(goal, direct=230.0, splice=longest_us).value == verdict
+
+
+def test_a_goal_without_numbers_is_neither_reached_nor_missed() -> None:
+    goal = goals.Goal("splice", RTT.key, goals.BEST_PEER, goals.Limit.AT_MOST, 0.5)
+    assert verdict_of(goal, direct=1.0, splice=1.0) is goals.Verdict.NOT_MEASURED
+
+
+def test_only_goals_of_targets_that_took_part_are_judged() -> None:
+    outcomes = goals.judge_all(results_of({RTT.key: {"direct": [1.0] * 3, "copy": [1.0] * 3}}))
+    assert {outcome.goal.target for outcome in outcomes} == {"copy"}
+
+
+# ---- what is printed
+
+
+def test_the_tables_show_medians_and_both_ratios() -> None:
+    results = results_of(
+        {
+            RTT.key: {
+                "direct": [10.0, 10.0, 10.0],
+                "haproxy": [50.0, 60.0, 70.0],
+                "nginx": [80.0, 80.0, 80.0],
+                "sockmap": [30.0, 30.0, 28.0],
+            }
+        }
+    )
+    assert row_of(report.medians(results), RTT.title) == [
+        RTT.title,
+        "us",
+        *("10.0", "60.0", "80.0", "30.0"),
+    ]
+    assert row_of(report.ratios_to_best_peer(results), RTT.title) == [
+        RTT.title,
+        "us",
+        *("0.17", "1.00", "1.33", "0.50", "haproxy"),
+    ]
+    assert row_of(report.ratios_to_direct(results), RTT.title) == [
+        RTT.title,
+        "us",
+        *("1.00", "6.00", "8.00", "3.00"),
+    ]
+
+
+def test_rows_without_any_number_are_not_printed() -> None:
+    table = text_of(report.medians(results_of({RTT.key: {"direct": [1.0] * 3}})))
+    assert RTT.title in table
+    assert BULK.title not in table
+
+
+def test_the_goals_say_what_was_wanted_and_what_was_measured() -> None:
+    results = results_of({RTT.key: {"nginx": [60.0] * 3, "sockmap": [45.0] * 3}})
+    goal = goals.Goal("sockmap", RTT.key, goals.BEST_PEER, goals.Limit.AT_MOST, 0.5)
+    assert row_of(report.goals([goals.judge(goal, results)]), "sockmap") == [
+        "sockmap",
+        RTT.title,
+        "at most 0.5 of best peer (nginx)",
+        "0.75",
+        "missed",
+    ]
+
+
+def bars_of(results: Results) -> dict[str, float]:
+    """The lengths of the picture's bars by target, of a picture with one panel."""
+    root = ElementTree.fromstring(picture.draw(results))
+    name = "{http://www.w3.org/2000/svg}"
+    labels = [x.text for x in root.iter(f"{name}text") if x.get("text-anchor") == "end"]
+    bars = [float(x.attrib["width"]) for x in root.iter(f"{name}rect") if x.get("x")]
+    return {str(label): width for label, width in zip(labels, bars, strict=True)}
+
+
+def test_the_bars_of_the_picture_are_in_proportion() -> None:
+    bars = bars_of(results_of({RTT.key: {"direct": [10.0] * 3, "nginx": [40.0] * 3}}))
+    assert bars["nginx"] == pytest.approx(4 * bars["direct"], rel=0.01)
+
+
+def test_the_picture_bears_rows_without_growth() -> None:
+    bars = bars_of(results_of({"stall_up_memory": {"direct": [-3.0] * 3, "nginx": [0.0] * 3}}))
+    assert bars == {"direct": 1.0, "nginx": 1.0}
+
+
+def test_which_way_is_better_is_written_into_the_picture() -> None:
+    assert RTT.better is Better.LOWER
+    assert "us, less is better" in picture.draw(results_of({RTT.key: {"direct": [1.0] * 3}}))
+
+
+# ---- what targets are told
+
+
+def test_only_listening_ports_are_read_from_the_kernels_table() -> None:
+    table = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1B58 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1
+   1: 0100007F:1B59 0100007F:1B58 01 00000000:00000000 00:00000000 00000000     0        0 2 1
+"""
+    assert targets.listening_ports(table) == {7000}
+
+
+def test_every_forwarder_is_told_all_server_addresses() -> None:
+    path = Path("/run/netns/none")
+    site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.255", 3))
+    assert site.servers.addresses() == ["127.2.0.255", "127.2.1.0", "127.2.1.1"]
+    for text in (
+        targets.haproxy_config(site),
+        targets.nginx_config(site, path),
+        targets.pyforwarder_config(site, "splice"),
+    ):
+        assert all(f"{address}:7001" in text for address in site.servers.addresses())
+
+
+def test_the_datapath_asked_for_is_forced_on_every_listener() -> None:
+    path = Path("/run/netns/none")
+    site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.1", 2))
+    lines = targets.pyforwarder_config(site, "splice").splitlines()
+    assert sum(line.strip() == "datapath: splice" for line in lines) == 3
