@@ -18,6 +18,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pyforwarder.address import Address, AddressError, UnixAddress, parse_bind
 from pyforwarder.config import values
@@ -183,6 +184,10 @@ class Listener(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_consistent()
+        return self
+
+    def _check_consistent(self) -> None:
         is_unix = isinstance(self.bind, UnixAddress)
         proxy = self.proxy_protocol
         if proxy.accept and not proxy.trusted and not is_unix:
@@ -204,7 +209,6 @@ class Listener(Section):
                         raise problem(
                             f"{protocol} needs a stream, not UDP", "rules", index, "match"
                         )
-        return self
 
 
 class Server(Section):
@@ -359,12 +363,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _references(self) -> Self:
+        self._check_references()
+        return self
+
+    def _check_references(self) -> None:
         self._check_binds()
         for position, listener in enumerate(self.listeners):
             for index, rule in enumerate(listener.rules):
                 self._check_rule(rule, ("listeners", position, "rules", index))
         self._check_no_loop()
-        return self
 
     def _check_binds(self) -> None:
         taken: dict[tuple[str, Address | UnixAddress], str] = {}
@@ -432,7 +439,8 @@ class Config(Section):
         """This configuration with the first TCP listener moved to another address.
 
         Raises:
-            ConfigError: not an address to bind, or there is no TCP listener.
+            ConfigError: not an address to bind, there is no TCP listener, or the new address
+                makes the configuration wrong (another listener has it, a rule connects to it).
         """
         try:
             address = parse_bind(bind)
@@ -442,8 +450,17 @@ class Config(Section):
             if listener.protocol == "tcp":
                 moved = listener.model_copy(update={"bind": address})
                 listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
-                return self.model_copy(update={"listeners": listeners})
-        raise ConfigError("there is no TCP listener to move", path="--listen")
+                config = self.model_copy(update={"listeners": listeners})
+                break
+        else:
+            raise ConfigError("there is no TCP listener to move", path="--listen")
+        try:
+            # Copies are not validated.
+            moved._check_consistent()
+            config._check_references()
+        except PydanticCustomError as error:
+            raise ConfigError(error.message(), path="--listen") from error
+        return config
 
 
 def _unique_names(given: list[str], bases: list[str]) -> list[str]:

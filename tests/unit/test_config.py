@@ -177,6 +177,56 @@ def test_every_key_reaches_its_attribute() -> None:
     assert (config.workers, config.user) == (3, "forwarder")
 
 
+EVERY_PROTOCOL = """
+    users: {alice: /etc/alice.password}
+    upstreams: {web: {servers: [10.0.0.1:443, 10.0.0.2:443]}}
+    listeners:
+      - bind: 127.0.0.1:9999
+        rules:
+          - {match: {tls: {sni: ["*.example.com"], alpn: [h2]}}, to: web}
+          - {match: {http: {host: [api.example.com], path: ["/v1/*"]}}, to: 127.0.0.1:8080}
+          - {match: ssh, to: 127.0.0.1:22}
+          - {match: http2, to: web}
+          - {match: {postgres: {user: [app], database: [app]}}, to: 127.0.0.1:5432}
+          - {match: rdp, to: 127.0.0.1:3389}
+          - {match: redis, to: 127.0.0.1:6379}
+          - {match: mqtt, to: 127.0.0.1:1883}
+          - {match: dns, to: 127.0.0.1:53}
+          - {match: openvpn, to: 127.0.0.1:1194}
+          - {match: xmpp, to: 127.0.0.1:5222}
+          - {match: adb, to: 127.0.0.1:5037}
+          - {match: [socks, http_connect], allow: [private], users: [alice]}
+          - {match: {all: [socks, {client: [loopback]}]}, allow: [any]}
+          - {match: {http_connect: {}, port: 9999}, allow: [any]}
+          - {match: socks, to: 127.0.0.1:1080}
+          - {match: [mysql, smtp], to: 127.0.0.1:3306}
+"""
+
+
+def test_every_protocol_has_its_word() -> None:
+    rules = parse(EVERY_PROTOCOL).listeners[0].rules
+    assert [rule.name for rule in rules] == [
+        "tls", "http", "ssh", "http2", "postgres", "rdp", "redis", "mqtt", "dns", "openvpn",
+        "xmpp", "adb", "socks", "socks-2", "http_connect", "socks-3", "mysql",
+    ]  # fmt: skip
+    named = [rule.name for rule in rules if rule.client_names_destination]
+    assert named == ["socks", "socks-2", "http_connect"]
+    assert rules[12].users == ("alice",)
+
+
+@pytest.mark.parametrize("match", ["socks", "http_connect", "[socks, instruction]"])
+def test_every_protocol_that_names_a_destination_must_say_allow(match: str) -> None:
+    error = refuse(listener(f"{{match: {match}}}"))
+    assert error.path == "listeners[0].rules[0].allow"
+
+
+def test_users_exist() -> None:
+    users = "users: {alice: /etc/alice.password}\n"
+    error = refuse(listener("{match: socks, allow: any, users: [alise]}", users))
+    assert error.path == "listeners[0].rules[0].users"
+    assert "no user is called 'alise' (did you mean 'alice'?)" in error.reason
+
+
 def test_configs_of_the_same_text_are_equal() -> None:
     assert parse(EVERY_KEY) == parse(EVERY_KEY)
     assert parse(EVERY_KEY) != parse("")
@@ -228,6 +278,17 @@ def test_the_first_tcp_listener_can_be_moved() -> None:
     assert config.listeners[0].bind == Address("::", 0)
     with pytest.raises(ConfigError, match="--listen: 'nowhere' has no :port"):
         config.listening_on("nowhere")
+
+
+def test_a_listener_is_not_moved_to_where_it_would_be_wrong() -> None:
+    config = parse(listener("{match: any, to: 127.0.0.1:7002}", "metrics: {bind: 127.0.0.1:7003}"))
+    with pytest.raises(ConfigError, match=r"--listen: 127\.0\.0\.1:7002 is a listener of this"):
+        config.listening_on("127.0.0.1:7002")
+    with pytest.raises(ConfigError, match=r"--listen: 127\.0\.0\.1:7003 is bound by"):
+        config.listening_on("127.0.0.1:7003")
+    udp = "listeners: [{bind: 127.0.0.1:1, protocol: udp, rules: [{match: any, reject: reset}]}]"
+    with pytest.raises(ConfigError, match="no TCP listener"):
+        parse(udp).listening_on("127.0.0.1:7003")
 
 
 def test_two_listeners_may_share_a_port_across_protocols_and_port_zero() -> None:
