@@ -70,7 +70,7 @@ MEASURES: Final = (
             Measure(
                 f"stall_{way}_accepted",
                 f"stall_{way}",
-                f"taken from a sender whose reader stalls, {way}",
+                f"bytes accepted before a stalled reader, {way}",
                 "MiB",
                 Better.LOWER,
                 2,
@@ -78,7 +78,7 @@ MEASURES: Final = (
             Measure(
                 f"stall_{way}_memory",
                 f"stall_{way}",
-                f"machine's memory then, {way}",
+                f"memory held by a stalled reader, machine, {way}",
                 "MiB",
                 Better.LOWER,
                 2,

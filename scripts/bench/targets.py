@@ -259,12 +259,15 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
         return
     recipe = _RECIPES[name](site, directory, name)
     environment = {**os.environ, **recipe.environment}
+    # It ends with us even if we are killed; and only its network is another, because
+    # `ip netns exec` would also hide the bpffs.
+    command = ["setpriv", "--pdeathsig", "TERM", "nsenter", f"--net={site.forwarder_ns}", "--"]
+    command += recipe.command
     log = directory / "log"
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                # only the network changes: `ip netns exec` would also hide the bpffs
-                ["nsenter", f"--net={site.forwarder_ns}", "--", *recipe.command],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
