@@ -11,25 +11,36 @@ if TYPE_CHECKING:
     from pyforwarder.config import Config
 
 
-def load_token_keys(config: Config) -> TokenKeys | None:
-    """The keys of signed instructions as the files hold them now; None if there are none.
+def read_keys(config: Config) -> dict[str, bytes]:
+    """The keys of signed instructions as the files hold them now, by their ids.
 
     Raises:
         ConfigError: a file cannot be read, or its key is too short; names `tokens.keys.ID`.
     """
-    tokens = config.tokens
     keys = {}
-    for key_id, path in tokens.keys.items():
+    for key_id, path in config.tokens.keys.items():
         try:
             keys[key_id] = key_from_file(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}", path=f"tokens.keys.{key_id}") from error
         except ValueError as error:
             raise ConfigError(f"{path}: {error}", path=f"tokens.keys.{key_id}") from error
+    return keys
+
+
+def load_token_keys(config: Config) -> TokenKeys | None:
+    """The same as a set to verify with; None if there are no keys.
+
+    Raises:
+        ConfigError: as `read_keys`.
+    """
+    keys = read_keys(config)
+    tokens = config.tokens
     if not keys:
         return None
     return TokenKeys(
         keys,
         clock_skew_s=tokens.clock_skew_s,
+        max_lifetime_s=tokens.max_lifetime_s,
         used=UsedTokens() if tokens.single_use else None,
     )

@@ -105,6 +105,7 @@ class Loop:
         self._owners: list[Any] = []
         self._to_close: list[int] = []
         self._soon: deque[tuple[Any, int]] = deque()
+        self._deferred: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._timers: dict[int, tuple[float, Callable[[], None]]] = {}
         self._next_timer = 0
         self._grow(256)
@@ -161,6 +162,10 @@ class Loop:
         """
         self._soon.append((owner, fd))
 
+    def defer(self, action: Callable[[Any], None], owner: Any) -> None:
+        """Run `action(owner)` after the running batch, outside whatever is running now."""
+        self._deferred.append((action, owner))
+
     def after(self, delay_s: float, action: Callable[[], None]) -> int:
         """Run `action` once, `delay_s` from now; the number cancels it."""
         self._next_timer += 1
@@ -176,7 +181,7 @@ class Loop:
         self.running = False
 
     def _timeout_s(self) -> float:
-        if self._soon:
+        if self._soon or self._deferred:
             return 0.0
         next_s = self.deadlines.next_s()
         for due_s, _ in self._timers.values():
@@ -216,6 +221,12 @@ class Loop:
                     callback(owner, fd, 0)
                 except Exception as error:
                     self.on_error(owner, error)
+        for _ in range(len(self._deferred)):
+            action, owner = self._deferred.popleft()
+            try:
+                action(owner)
+            except Exception as error:
+                self.on_error(owner, error)
         self._run_due()
         self._close_given_up()
 

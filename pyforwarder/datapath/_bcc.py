@@ -30,10 +30,12 @@ def main() -> None:
         return
     try:
         module = bcc.BPF(src_file=request["source"], cflags=request["cflags"])
-        kinds = {"sk_skb": bcc.BPF.SK_SKB, "sched_cls": bcc.BPF.SCHED_CLS, "iterator": bcc.BPF.TRACING}
-        programs = [
-            module.load_func(name, kinds[kind]).fd for name, kind in request["programs"]
-        ]
+        kinds = {
+            "sk_skb": bcc.BPF.SK_SKB,
+            "sched_cls": bcc.BPF.SCHED_CLS,
+            "iterator": bcc.BPF.TRACING,
+        }
+        programs = [module.load_func(name, kinds[kind]).fd for name, kind in request["programs"]]
     # bcc raises bare Exception; what went wrong is on standard error, which the parent reads.
     except Exception as error:
         _fail(channel, "load", str(error))

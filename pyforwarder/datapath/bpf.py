@@ -49,6 +49,7 @@ class _Command(enum.IntEnum):
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
+    MAP_GET_NEXT_KEY = 4
     OBJ_PIN = 6
     OBJ_GET = 7
     PROG_ATTACH = 8
@@ -110,8 +111,8 @@ class Map:
         )
         self._syscall = _libc.syscall
 
-    def _run(self, command: int) -> None:
-        if self._syscall(_number, command, self._attributes, 32) < 0:
+    def _run(self, command: int, length: int = 32) -> None:
+        if self._syscall(_number, command, self._attributes, length) < 0:
             errno = ctypes.get_errno()
             raise OSError(errno, os.strerror(errno))
 
@@ -124,13 +125,29 @@ class Map:
     def delete(self, key: bytes) -> None:
         """Remove one element; OSError(ENOENT) if there is none."""
         self._key.raw = key
-        self._run(_Command.MAP_DELETE_ELEM)
+        # Only descriptor and key: the kernel refuses a command with fields that it does not use.
+        self._run(_Command.MAP_DELETE_ELEM, 16)
 
     def lookup(self, key: bytes) -> bytes:
         """One element's value; OSError(ENOENT) if there is none."""
         self._key.raw = key
         self._run(_Command.MAP_LOOKUP_ELEM)
         return self._value.raw
+
+    def all_keys(self) -> list[bytes]:
+        """All keys, at a time when nobody else changes the map; others may appear twice or not."""
+        found: list[bytes] = []
+        following = ctypes.create_string_buffer(len(self._key))
+        key_at = 0  # NULL: the first
+        while True:
+            attributes = struct.pack("=IxxxxQQQ", self.fd, key_at, ctypes.addressof(following), 0)
+            try:
+                _call(_Command.MAP_GET_NEXT_KEY, attributes)
+            except FileNotFoundError:
+                return found
+            found.append(following.raw)
+            self._key.raw = following.raw
+            key_at = ctypes.addressof(self._key)
 
 
 def map_memory(fd: int, length_bytes: int, *, offset_bytes: int = 0, write: bool) -> mmap.mmap:

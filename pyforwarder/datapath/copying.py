@@ -181,11 +181,19 @@ class CopyDatapath:
         return True
 
     def _block(self, pair: Pair, flow: Flow) -> None:
-        """Wait for room at the target; asking epoll anew reports room that is there already."""
+        """Wait for room at the target; a first EPOLLOUT reports room that is there already.
+
+        Once watched for, every later edge comes by itself: a write that was cut short has set
+        SOCK_NOSPACE (net/ipv4/tcp.c, wait_for_space).
+        """
         flow.blocked = True
         fd = flow.target_fd
         if fd == pair.client_fd:
+            if pair.client_mask & EPOLLOUT:
+                return
             pair.client_mask = BLOCKED
         else:
+            if pair.server_mask & EPOLLOUT:
+                return
             pair.server_mask = BLOCKED
         self._loop.change(fd, BLOCKED)

@@ -71,7 +71,10 @@ def load_programs(
                 capture_output=True,
                 timeout=LOAD_TIMEOUT_S,
                 check=False,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                },
             )
         except subprocess.TimeoutExpired as error:
             raise LoadError(f"load {source}: no answer within {LOAD_TIMEOUT_S:.0f} s") from error
@@ -96,7 +99,7 @@ def _explained(source: str, kind: str, reason: str, log: str) -> LoadError:
     if kind == "foreign":
         return LoadError(
             f"the module bcc at {reason} is another project of that name",
-            advice="pip uninstall bcc, then install your distribution's python3-bpfcc or python3-bcc",
+            advice="pip uninstall bcc, then install the distribution's python3-bpfcc or python3-bcc",
         )
     if "Operation not permitted" in log or "Operation not permitted" in reason:
         return LoadError(

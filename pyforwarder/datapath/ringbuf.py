@@ -42,7 +42,7 @@ class RingBuffer:
         self._data = memoryview(self._data_pages)[mmap.PAGESIZE :]
 
     def records(self) -> Iterator[bytes]:
-        """Everything that waits, oldest first; each is free for reuse once the next is asked for."""
+        """Everything that waits, oldest first; asking for the next frees the one before."""
         position = self._consumer[0]
         while position < self._producer[0]:
             at = position & self._mask

@@ -174,7 +174,9 @@ class SockmapDatapath:
                 return PairReason.UNREAD_BYTES
         return self._enter(pair, client, server)
 
-    def _enter(self, pair: Pair, client: _socket.socket, server: _socket.socket) -> PairReason | None:
+    def _enter(
+        self, pair: Pair, client: _socket.socket, server: _socket.socket
+    ) -> PairReason | None:
         """Put both sockets into the maps. The order of the steps is what keeps the bytes in order.
 
         1. The record: counters at 0, both directions armed (all earlier bytes are with TCP).
@@ -472,9 +474,7 @@ class SockmapDatapath:
     def _wake(self, half: _Half) -> None:
         if half.sleeping:
             half.sleeping = False
-            asleep_at = (
-                half.pair.slot * self._window.HALVES + table.ASLEEP[half.flow.direction]
-            )
+            asleep_at = half.pair.slot * self._window.HALVES + table.ASLEEP[half.flow.direction]
             self._halves[asleep_at] = 0
 
     def _wait(self, pair: Pair, half: _Half) -> None:

@@ -69,7 +69,7 @@ class PairWindow:
     HALVES: Final = _WORDS * 2
 
     def __init__(self, memory: mmap.mmap, *, first_slot: int, worker_index: int) -> None:
-        """`memory` is the window alone; `first_slot` is its place in the whole table."""
+        """Take the window over, and empty it; `first_slot` is its place in the whole table."""
         self._memory = memory
         self._bytes = memoryview(memory)
         self.words = self._bytes.cast("Q")

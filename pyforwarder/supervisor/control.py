@@ -1,0 +1,174 @@
+"""The control socket: one JSON object per line in, one per line out, mode 0600.
+
+Nobody who talks to it can hold the daemon up: requests and clients are bounded, answers are sent
+as fast as the client reads them and dropped with it when it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.errors import ConfigError, ForwarderError, UsageError
+from pyforwarder.loop import EPOLLIN, EPOLLOUT, EPOLLRDHUP, Timed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyforwarder.loop import Loop
+
+MOST_CLIENTS: Final = 32
+MOST_REQUEST_BYTES: Final = 64 * 1024
+MOST_FDS: Final = 2
+# A client has this long for its next request, and again to read the answer.
+CLIENT_TIMEOUT_S: Final = 30.0
+
+# Takes a request and the descriptors that came with it (closed afterwards); returns the result.
+Obey = "Callable[[dict[str, Any], list[int]], object]"
+
+
+class _ControlClient(Timed):
+    __slots__ = ("fds", "incoming", "outgoing", "owner", "sock")
+
+    def __init__(self, owner: ControlServer, sock: socket.socket) -> None:
+        super().__init__()
+        self.owner = owner
+        self.sock = sock
+        self.incoming = b""
+        self.outgoing = memoryview(b"")
+        self.fds: list[int] = []
+
+    def expired(self) -> None:
+        self.owner.drop(self)
+
+
+class ControlServer:
+    """Listens at a path and answers one request after the other for each client."""
+
+    def __init__(self, loop: Loop, path: Path, obey: Callable[[dict[str, Any], list[int]], object]):
+        """Replaces a socket that a dead daemon left: the caller holds the instance's lock."""
+        self._loop = loop
+        self._path = path
+        self._obey = obey
+        self._clients: dict[int, _ControlClient] = {}
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Never connectable by others, not even between bind and chmod.
+        mask = os.umask(0o177)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        self._listener.listen(MOST_CLIENTS)
+        self._listener.setblocking(False)
+        loop.watch(self._listener.fileno(), EPOLLIN, self._accept, self)
+
+    def fds(self) -> list[int]:
+        """Descriptors that a worker must not keep."""
+        return [self._listener.fileno(), *self._clients]
+
+    def close(self) -> None:
+        """Stop answering; the path goes."""
+        for client in list(self._clients.values()):
+            self.drop(client)
+        self._loop.forget(self._listener.fileno())
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self, _owner: object, _fd: int, _mask: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        if len(self._clients) >= MOST_CLIENTS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        client = _ControlClient(self, sock)
+        self._clients[sock.fileno()] = client
+        self._loop.watch(sock.fileno(), EPOLLIN | EPOLLRDHUP, self._ready, client)
+        self._loop.deadlines.start(client, CLIENT_TIMEOUT_S, self._loop.now_s)
+
+    def drop(self, client: _ControlClient) -> None:
+        """Close the client's connection and what it sent."""
+        self._loop.deadlines.stop(client)
+        self._close_fds(client)
+        if self._clients.pop(client.sock.fileno(), None) is not None:
+            self._loop.forget(client.sock.fileno())
+            client.sock.close()
+
+    @staticmethod
+    def _close_fds(client: _ControlClient) -> None:
+        for fd in client.fds:
+            os.close(fd)
+        client.fds = []
+
+    def _ready(self, client: _ControlClient, _fd: int, mask: int) -> None:
+        if mask & EPOLLOUT:
+            self._send(client)
+            return
+        try:
+            data, fds, _, _ = socket.recv_fds(
+                client.sock, MOST_REQUEST_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError:
+            self.drop(client)
+            return
+        client.fds += fds
+        if not data or len(client.fds) > MOST_FDS:
+            self.drop(client)
+            return
+        client.incoming += data
+        line, newline, rest = client.incoming.partition(b"\n")
+        if not newline:
+            if len(client.incoming) > MOST_REQUEST_BYTES:
+                self._answer(client, {"ok": False, "kind": "usage", "error": "request too long"})
+            return
+        client.incoming = rest
+        self._answer(client, self._serve(line, client.fds))
+        self._close_fds(client)
+
+    def _serve(self, line: bytes, fds: list[int]) -> dict[str, object]:
+        try:
+            request = json.loads(line)
+        except ValueError:
+            return {"ok": False, "kind": "usage", "error": "the request is not JSON"}
+        if not isinstance(request, dict) or not isinstance(request.get("do"), str):
+            return {"ok": False, "kind": "usage", "error": 'a request is {"do": ...}'}
+        try:
+            return {"ok": True, "result": self._obey(request, fds)}
+        except ConfigError as error:
+            return {
+                "ok": False,
+                "kind": "config",
+                "error": str(error),
+                "line": error.line,
+                "path": error.path,
+            }
+        except UsageError as error:
+            return {"ok": False, "kind": "usage", "error": str(error)}
+        except ForwarderError as error:
+            return {"ok": False, "kind": "refused", "error": str(error)}
+
+    def _answer(self, client: _ControlClient, answer: dict[str, object]) -> None:
+        client.outgoing = memoryview(json.dumps(answer).encode() + b"\n")
+        self._loop.deadlines.start(client, CLIENT_TIMEOUT_S, self._loop.now_s)
+        self._send(client)
+
+    def _send(self, client: _ControlClient) -> None:
+        """Send what the client takes; reads its next request once all is sent."""
+        try:
+            sent = client.sock.send(client.outgoing)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.drop(client)
+            return
+        client.outgoing = client.outgoing[sent:]
+        wanted = EPOLLOUT if client.outgoing else EPOLLIN | EPOLLRDHUP
+        self._loop.change(client.sock.fileno(), wanted)

@@ -1,0 +1,551 @@
+"""The daemon: starts everything in the right order, and ends it in the reverse order."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder import __version__
+from pyforwarder.address import Address, AddressError, parse_port
+from pyforwarder.config import Config, parse_config, read_config_text
+from pyforwarder.counters import Counters, Directory
+from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
+from pyforwarder.datapath.selftest import Proof, prove
+from pyforwarder.errors import (
+    ConfigError,
+    ControlError,
+    ForwarderError,
+    LoadError,
+    UsageError,
+)
+from pyforwarder.instance import Instance, acquire
+from pyforwarder.key_files import read_keys
+from pyforwarder.limits import new_secret, shared_memory
+from pyforwarder.loop import EPOLLIN, Loop
+from pyforwarder.routing import compile_rules
+from pyforwarder.supervisor import report
+from pyforwarder.supervisor.control import ControlServer
+from pyforwarder.supervisor.listeners import BoundListener, Listeners
+from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
+from pyforwarder.worker.channel import Channel, text_to_fd
+from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
+from pyforwarder.worker.log import Log
+from pyforwarder.worker.process import Inheritance, most_clients
+
+if TYPE_CHECKING:
+    from pyforwarder.environment import Environment
+    from pyforwarder.supervisor import UpOptions
+
+# A worker that dies again this soon after its start is replaced only after a pause.
+_SOON_S: Final = 1.0
+_PAUSE_S: Final = 1.0
+# How long workers have to reset and close what is left, once they are told to stop.
+_STOP_S: Final = 5.0
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+
+
+class Daemon:
+    """One instance, from its lock to its last file."""
+
+    def __init__(self, env: Environment, options: UpOptions) -> None:
+        self._env = env
+        self._options = options
+        self._overrides = {
+            key: value
+            for key, value in (("listen", options.listen), ("datapath", options.datapath))
+            if value is not None
+        }
+        self._instance = Instance.named(options.instance, env.environ)
+        self._loop = Loop()
+        self._directory = Directory()
+        self._workers: list[WorkerProcess] = []
+        self._maps: KernelMaps | None = None
+        self._datapaths: dict[str, str] = {}
+        self._ending = False
+        self._stop_asked = False
+
+    def run(self, on_ready: Callable[[], None] | None = None) -> int:
+        """Serve until told to end; `on_ready` is called once connections are accepted.
+
+        Raises:
+            ForwarderError: it cannot start; nothing is left behind then.
+        """
+        with acquire(self._instance) as lock:
+            # No descriptor of ours may outlive us in a child: a worker would hold the lock.
+            self._lock = lock
+            settings, config = self._read_config()
+            self._prepare(config)
+            listeners = self._listeners = Listeners(self._count)
+            control: ControlServer | None = None
+            try:
+                self._bind_and_start(settings, config)
+                control = self._control = ControlServer(
+                    self._loop, self._instance.control, self._obey
+                )
+                self._instance.pid_file.write_text(f"{os.getpid()}\n")
+                self._announce()
+                if on_ready is not None:
+                    on_ready()
+                self._serve()
+            finally:
+                for worker in self._workers:
+                    worker.kill()
+                    worker.close()
+                listeners.close()
+                if control is not None:
+                    control.close()
+                self._clean_up()
+            lock.remove()
+        return 0
+
+    # Starting
+
+    def _read_config(self) -> tuple[str, Config]:
+        path = self._options.config_path
+        text = "" if path is None else read_config_text(path)
+        config = parse_config(text, source="built-in" if path is None else str(path))
+        config = with_overrides(config, self._overrides)
+        for listener in config.listeners:
+            if listener.protocol == "udp":
+                raise ConfigError(
+                    "UDP listeners are not available in this version",
+                    path=f"listeners.{listener.name}.protocol",
+                )
+        return text, config
+
+    def _prepare(self, config: Config) -> None:
+        """What stays for the daemon's life: workers, tables, maps."""
+        self._log = Log(level=config.log.level, form=config.log.format, fd=self._log_fd())
+        self._user = config.user if os.geteuid() == 0 else None
+        if self._user is not None:
+            check_user(self._user)
+        self._count = (os.cpu_count() or 1) if config.workers == "auto" else int(config.workers)
+        self._count = min(self._count, 255)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        clients = most_clients(config.limits.pairs)
+        if clients < config.limits.pairs:
+            self._log.write(
+                "warning",
+                "few_descriptors",
+                limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                pairs_per_worker=clients,
+                configured=config.limits.pairs,
+            )
+        self._counters_memory = Counters.memory(self._count)
+        self._counters = Counters(self._counters_memory, self._count)
+        self._limits_memory = shared_memory(self._count)
+        self._secret = new_secret()
+        self._slots = slots_for(clients)
+        self._maps = self._load(config)
+        self._table = PairTable(
+            workers=self._count,
+            slots=self._slots,
+            fd=self._maps.pairs_fd if self._maps else -1,
+        )
+
+    def _log_fd(self) -> int:
+        """Standard error, or in the background the instance's log file."""
+        if self._options.detach:
+            path = self._instance.run_dir / "log"
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            os.dup2(fd, 2)
+            os.close(fd)
+        return 2
+
+    def _load(self, config: Config) -> KernelMaps | None:
+        """The kernel's part, proven to work; None with the reason in `datapaths`."""
+        self._datapaths = {"copy": "available"}
+        if not _wants_kernel(config):
+            self._datapaths["sockmap"] = "not wanted by the configuration"
+            return None
+        try:
+            maps = KernelMaps.load(workers=self._count, slots=self._slots)
+        except LoadError as error:
+            self._datapaths["sockmap"] = str(error)
+            self._log.write("warning", "no_sockmap", reason=str(error))
+            return None
+        proof: Proof = prove(maps, user=self._user)
+        if not proof.passed:
+            maps.close()
+            self._datapaths["sockmap"] = f"failed its self-test: {proof.reason}"
+            self._log.write("warning", "no_sockmap", reason=self._datapaths["sockmap"])
+            return None
+        self._datapaths["sockmap"] = "available"
+        return maps
+
+    def _bind_and_start(self, text: str, config: Config) -> None:
+        following, obsolete = self._listeners.change_to(config)
+        self._listeners.commit(following, obsolete)
+        self._settings = self._make_settings(text, config, following)
+        self._config = config
+        self._watch_signals()
+        for index in range(self._count):
+            self._workers.append(self._start_worker(index))
+
+    def _make_settings(
+        self, text: str, config: Config, bound: dict[str, BoundListener]
+    ) -> Settings:
+        """What workers are told; compiles the rules once, so that they cannot fail over it.
+
+        Raises:
+            ConfigError: a rule or a key file cannot be used.
+        """
+        keys = read_keys(config)
+        for index, listener in enumerate(config.listeners):
+            compile_rules(listener, None, path=f"listeners[{index}]")
+        path = self._options.config_path
+        return Settings(
+            config_text=text,
+            source="built-in" if path is None else str(path),
+            overrides=self._overrides,
+            keys=keys,
+            binds={name: str(listener.bind) for name, listener in bound.items()},
+            indexes=counter_indexes(config, self._directory),
+        )
+
+    def _start_worker(self, index: int) -> WorkerProcess:
+        def make(channel: Channel) -> Inheritance:
+            return Inheritance(
+                worker=index,
+                workers=self._count,
+                channel=channel,
+                counters_memory=self._counters_memory,
+                limits_memory=self._limits_memory,
+                limits_secret=self._secret,
+                table=self._table,
+                maps=self._maps,
+                user=self._user,
+            )
+
+        worker = WorkerProcess(make, self._close_in_child)
+        try:
+            self._configure(worker, index)
+        except ForwarderError:
+            worker.kill()
+            worker.close()
+            raise
+        return worker
+
+    def _configure(self, worker: WorkerProcess, index: int) -> None:
+        names = list(self._listeners.bound)
+        text_fd = text_to_fd(self._settings.to_json())
+        try:
+            fds = [self._listeners.bound[name].socket_of(index).fileno() for name in names]
+            worker.ask("settings", [text_fd, *fds], listeners=names)
+        finally:
+            os.close(text_fd)
+
+    def _close_in_child(self) -> None:
+        """In a new worker: close what is the supervisor's alone."""
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self._lock.close()
+        for other in self._workers:
+            other.close()
+        for listener in self._listeners.bound.values():
+            for sock in listener.sockets:
+                sock.close()
+        control = getattr(self, "_control", None)
+        for fd in control.fds() if control is not None else ():
+            os.close(fd)
+        self._wakeup_read.close()
+        self._wakeup_write.close()
+        self._loop.dispose()
+
+    def _announce(self) -> None:
+        for name, listener in self._listeners.bound.items():
+            self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
+        self._env.stdout.flush()
+        self._notify("READY=1")
+
+    def _notify(self, state: str) -> None:
+        """Tell systemd, if it asked to be told (sd_notify(3))."""
+        path = self._env.environ.get("NOTIFY_SOCKET")
+        if not path:
+            return
+        address = "\0" + path[1:] if path.startswith("@") else path
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(state.encode(), address)
+            except OSError as error:
+                self._log.write("warning", "sd_notify", error=error.strerror)
+
+    # Serving
+
+    def _watch_signals(self) -> None:
+        self._wakeup_read, self._wakeup_write = socket.socketpair()
+        self._wakeup_read.setblocking(False)
+        self._wakeup_write.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            # The handler does nothing; the wakeup descriptor carries the number to the loop.
+            signal.signal(number, lambda *_: None)
+        self._loop.watch(self._wakeup_read.fileno(), EPOLLIN, self._signalled, self)
+
+    def _signalled(self, _owner: object, _fd: int, _mask: int) -> None:
+        try:
+            numbers = self._wakeup_read.recv(256)
+        except BlockingIOError:
+            return
+        for number in numbers:
+            if number in (signal.SIGINT, signal.SIGTERM):
+                if self._ending:
+                    self._stop()
+                else:
+                    self._end()
+            elif number == signal.SIGHUP:
+                self._reload_on_signal()
+            elif number == signal.SIGCHLD:
+                self._look_after_workers()
+
+    def _serve(self) -> None:
+        self._loop.run()
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def _look_after_workers(self) -> None:
+        for index, worker in enumerate(self._workers):
+            if worker.exit_code is not None or not worker.has_ended():
+                continue
+            worker.close()
+            self._bury(index)
+            if self._ending:
+                continue
+            self._log.write("error", "worker_died", pid=worker.pid, exit_code=worker.exit_code)
+            if time.monotonic() - worker.started_s < _SOON_S:
+                self._loop.after(_PAUSE_S, lambda index=index: self._replace(index))  # type: ignore[misc]
+            else:
+                self._replace(index)
+        if self._ending and all(worker.exit_code is not None for worker in self._workers):
+            self._loop.stop()
+
+    def _bury(self, index: int) -> None:
+        """A worker is gone, and with it its sockets: clean up what it had in shared places."""
+        self._counters.forget_gauges(index, self._directory)
+        window = self._table.windows[index]
+        window[:] = bytes(len(window))
+        if self._maps is not None:
+            self._maps.forget_worker(index, self._slots)
+
+    def _replace(self, index: int) -> None:
+        if self._ending:
+            return
+        try:
+            self._workers[index] = self._start_worker(index)
+        except ForwarderError as error:
+            self._log.write("error", "worker_start", error=str(error))
+            self._loop.after(_PAUSE_S, lambda: self._replace(index))
+
+    # Ending
+
+    def _end(self) -> None:
+        """Accept no more, let pairs finish until the drain deadline, then stop."""
+        self._ending = True
+        self._notify("STOPPING=1")
+        self._listeners.close()
+        self._tell("drain")
+        self._loop.after(self._config.timeouts.drain_s, self._stop)
+        self._look_after_workers()
+
+    def _stop(self) -> None:
+        """Reset what is left and end."""
+        if self._stop_asked:
+            return
+        self._stop_asked = True
+        self._ending = True
+        self._listeners.close()
+        self._tell("stop")
+        self._loop.after(_STOP_S, self._loop.stop)
+        self._look_after_workers()
+
+    def _tell(self, do: str) -> None:
+        for worker in self._workers:
+            if worker.exit_code is None:
+                try:
+                    worker.ask(do)
+                except ControlError as error:
+                    if not worker.has_ended():
+                        self._log.write("error", "worker_stuck", error=str(error))
+                        worker.kill()
+
+    def _clean_up(self) -> None:
+        self._instance.pid_file.unlink(missing_ok=True)
+        if self._maps is not None:
+            self._maps.close()
+
+    # Requests
+
+    def _obey(self, request: dict[str, Any], fds: list[int]) -> object:
+        match request["do"]:
+            case "ping":
+                return {"pid": os.getpid(), "version": __version__, "datapaths": self._datapaths}
+            case "show":
+                return self._show(request.get("what", "pairs"))
+            case "flush":
+                return self._flush(request)
+            case "reload":
+                return {"listeners": self._reload()}
+            case "down":
+                self._loop.defer(
+                    lambda now: self._stop() if now else self._end() if not self._ending else None,
+                    bool(request.get("now")),
+                )
+                return {"drain_s": self._config.timeouts.drain_s}
+            case "forward":
+                return self._forward(request)
+            case "join":
+                if len(fds) != 2:
+                    raise UsageError("join wants two descriptors")
+                return self._join(fds[0], fds[1])
+            case "listen_port":
+                return self._listen_port(request)
+            case unknown:
+                raise UsageError(f"unknown request {unknown!r}")
+
+    def _show(self, what: object) -> object:
+        binds = {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
+        match what:
+            case "pairs":
+                return report.pair_rows(self._table.windows)
+            case "listeners":
+                return report.listener_rows(self._config, binds, self._counters, self._directory)
+            case "rules":
+                return report.rule_rows(self._config, self._counters, self._directory)
+            case "upstreams":
+                reports = ask_all(self._living(), "upstreams")
+                return report.upstream_rows(self._config, reports)
+            case "stats":
+                return report.stats(self._counters, self._table.windows, self._datapaths)
+            case _:
+                raise UsageError(f"cannot show {what!r}")
+
+    def _living(self) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.exit_code is None]
+
+    def _flush(self, request: dict[str, Any]) -> object:
+        ids = None
+        if not request.get("all"):
+            ids = request.get("ids")
+            if not isinstance(ids, list) or not all(isinstance(n, int) for n in ids):
+                raise UsageError("flush wants a list of ids, or all")
+        flushed = [n for found in ask_all(self._living(), "flush", ids=ids) for n in found]
+        return {
+            "flushed": sorted(flushed),
+            "unknown": sorted(set(ids or ()) - set(flushed)),
+        }
+
+    def _forward(self, request: dict[str, Any]) -> object:
+        """Take two sockets out of another process (pidfd_getfd(2)) and join them."""
+        pid, numbers = request.get("pid"), request.get("fds")
+        if (
+            not isinstance(pid, int)
+            or not isinstance(numbers, list)
+            or len(numbers) != 2
+            or not all(isinstance(n, int) for n in numbers)
+        ):
+            raise UsageError("forward wants a process and two of its descriptors")
+        from pyforwarder.supervisor.pidfd import fetch_descriptors
+
+        fds = fetch_descriptors(pid, numbers)
+        try:
+            return self._join(fds[0], fds[1])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _join(self, client_fd: int, server_fd: int) -> object:
+        living = self._living()
+        if not living:
+            raise ControlError("no worker is running just now")
+        worker = living[client_fd % len(living)]
+        return {"id": worker.ask("join", [client_fd, server_fd])}
+
+    def _listen_port(self, request: dict[str, Any]) -> object:
+        """Move the first TCP listener to another port; live pairs are not touched."""
+        name, listener = next(
+            (
+                (name, bound)
+                for name, bound in self._listeners.bound.items()
+                if isinstance(bound.bind, Address)
+            ),
+            ("", None),
+        )
+        if listener is None or not isinstance(listener.bind, Address):
+            raise ControlError("there is no TCP listener")
+        if "port" not in request:
+            return {"port": listener.bind.port}
+        try:
+            port = parse_port(str(request["port"]))
+        except AddressError as error:
+            raise UsageError(str(error)) from error
+        if self._config.listeners[0].name != name:
+            raise ControlError("the first listener is no TCP listener")
+        before = dict(self._overrides)
+        self._overrides["listen"] = str(Address(listener.bind.host, port))
+        try:
+            self._reload()
+        except ForwarderError:
+            self._overrides = before
+            raise
+        return {"port": port}
+
+    def _reload_on_signal(self) -> None:
+        self._notify("RELOADING=1")
+        try:
+            count = self._reload()
+            self._log.write("info", "reloaded", listeners=count)
+        except ForwarderError as error:
+            self._log.write("error", "reload_refused", error=str(error))
+        self._notify("READY=1")
+
+    def _reload(self) -> int:
+        """Read the configuration again and put it in force; how many listeners it has.
+
+        Everything that can fail comes before the first change, so an error changes nothing.
+        """
+        if self._ending:
+            raise ControlError("the daemon is ending")
+        text, config = self._read_config()
+        following, obsolete = self._listeners.change_to(config)
+        try:
+            settings = self._make_settings(text, config, following)
+        except ForwarderError:
+            self._listeners.abandon(following)
+            raise
+        self._settings, self._config = settings, config
+        before = {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
+        self._listeners.bound = following
+        for index, worker in enumerate(self._workers):
+            if worker.exit_code is None:
+                try:
+                    self._configure(worker, index)
+                except ControlError as error:
+                    # It will be replaced by one that begins with the new settings.
+                    self._log.write("error", "worker_reload", error=str(error))
+                    worker.kill()
+        self._listeners.commit(following, obsolete)
+        for name, listener in following.items():
+            if before.get(name) != str(listener.bind):
+                self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
+        self._env.stdout.flush()
+        return len(config.listeners)
+
+
+def _wants_kernel(config: Config) -> bool:
+    """Whether any pair could go through the kernel."""
+    choices = [config.datapath]
+    for listener in config.listeners:
+        choices += [listener.datapath or config.datapath]
+        choices += [
+            rule.datapath or listener.datapath or config.datapath for rule in listener.rules
+        ]
+    return any(choice != "copy" for choice in choices)

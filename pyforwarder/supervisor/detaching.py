@@ -1,0 +1,103 @@
+"""`up --detach`: the command returns once the daemon listens, or with its error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Protocol
+
+from pyforwarder.errors import ForwarderError
+
+if TYPE_CHECKING:
+    from pyforwarder.environment import Environment
+    from pyforwarder.supervisor import UpOptions
+
+_MOST_REPORT_BYTES: Final = 65536
+
+
+class RunnableDaemon(Protocol):
+    """What is started in the background."""
+
+    def run(self, on_ready: Callable[[], None] | None = None) -> int: ...
+
+
+class DetachedError(ForwarderError):
+    """The daemon could not start; carries its exit code to this side."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def detached(
+    env: Environment,
+    options: UpOptions,
+    make: Callable[[Environment, UpOptions], RunnableDaemon],
+) -> int:
+    """Run the daemon in a session of its own; 0 once it accepts connections.
+
+    Raises:
+        DetachedError: it said why it cannot start.
+    """
+    env.stdout.flush()
+    env.stderr.flush()
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_fd)
+        os.setsid()
+        # A second fork: a session leader could get a controlling terminal back.
+        if os.fork():
+            os._exit(0)
+        os._exit(_background(env, options, make, write_fd))
+    os.close(write_fd)
+    os.waitpid(pid, 0)
+    with os.fdopen(read_fd, "rb") as report:
+        said = report.read(_MOST_REPORT_BYTES)
+    if not said:
+        raise DetachedError("the daemon ended without a word", 1)
+    result = json.loads(said)
+    if result["error"]:
+        raise DetachedError(result["error"], result["exit_code"])
+    return 0
+
+
+def _background(
+    env: Environment,
+    options: UpOptions,
+    make: Callable[[Environment, UpOptions], RunnableDaemon],
+    report_fd: int,
+) -> int:
+    def report(error: str, exit_code: int) -> None:
+        os.write(
+            report_fd,
+            json.dumps({"error": error[:8192], "exit_code": exit_code}).encode(),
+        )
+        os.close(report_fd)
+
+    reported = False
+
+    def ready() -> None:
+        nonlocal reported
+        reported = True
+        _leave_terminal()
+        report("", 0)
+
+    try:
+        return make(env, replace(options, detach=True)).run(ready)
+    except ForwarderError as error:
+        if not reported:
+            report(str(error), error.exit_code)
+        return error.exit_code
+
+
+def _leave_terminal() -> None:
+    """Nothing more on the terminal; standard error has gone to the instance's log by now."""
+    sys.stdout.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)

@@ -1,0 +1,114 @@
+"""The worker processes: started, asked, replaced when they die."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.errors import ControlError, ForwarderError
+from pyforwarder.worker.channel import Channel
+from pyforwarder.worker.process import Inheritance, main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# A worker answers between two turns of its loop; one that does not for so long is stuck.
+ANSWER_TIMEOUT_S: Final = 10.0
+
+
+class WorkerProcess:
+    """One worker, from fork to wait."""
+
+    def __init__(self, make: Callable[[Channel], Inheritance], close_in_child: Callable[[], None]):
+        """Fork; the child runs `worker.process.main` and never returns from here."""
+        ours, theirs = Channel.pair()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                ours.close()
+                close_in_child()
+                code = main(make(theirs))
+            finally:
+                # No cleanup of the parent's objects, no buffered output twice. Its connections
+                # end as resets: every socket has SO_LINGER 0.
+                os._exit(code)
+        theirs.close()
+        self.pid = pid
+        self.channel = ours
+        self.started_s = time.monotonic()
+        self.exit_code: int | None = None
+        self._number = 0
+
+    def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> Any:
+        """Send a request and wait for its result.
+
+        Raises:
+            ControlError: the worker refused, died or did not answer in time.
+        """
+        self._number += 1
+        try:
+            self.channel.send({"do": do, "n": self._number, **fields}, fds)
+            return self._result(self._number)
+        except OSError as error:
+            raise ControlError(f"worker {self.pid}: {error.strerror or error}") from error
+
+    def _result(self, number: int) -> Any:
+        deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0 or not select.select([self.channel.fileno()], [], [], left_s)[0]:
+                raise ControlError(f"worker {self.pid} does not answer")
+            received = self.channel.receive()
+            if received is None:
+                raise ControlError(f"worker {self.pid} has died")
+            message, _ = received
+            if message["n"] == number:
+                if "error" in message:
+                    raise ControlError(message["error"])
+                return message["result"]
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone; reaps it."""
+        if self.exit_code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid == 0:
+                return False
+            self.exit_code = os.waitstatus_to_exitcode(status)
+        return True
+
+    def kill(self) -> None:
+        """End it at once; its peers see resets."""
+        if not self.has_ended():
+            os.kill(self.pid, signal.SIGKILL)
+            _, status = os.waitpid(self.pid, 0)
+            self.exit_code = os.waitstatus_to_exitcode(status)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self.channel.close()
+
+
+def ask_all(workers: Sequence[WorkerProcess], do: str, **fields: object) -> list[Any]:
+    """The answers of all workers that gave one; those that died are replaced elsewhere."""
+    answers = []
+    for worker in workers:
+        try:
+            answers.append(worker.ask(do, (), **fields))
+        except ControlError:
+            if not worker.has_ended():
+                raise
+    return answers
+
+
+def check_user(user: str) -> None:
+    """Raise ForwarderError if the workers' user does not exist."""
+    import pwd
+
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        raise ForwarderError(f"no user {user!r} on this host (config key `user`)") from None

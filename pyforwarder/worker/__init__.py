@@ -1,0 +1,1 @@
+"""A worker: one process, one loop, its share of the connections. Needs no privilege."""

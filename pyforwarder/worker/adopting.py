@@ -1,0 +1,66 @@
+"""Taking over sockets that another program has connected, and may have used before."""
+
+from __future__ import annotations
+
+import _socket
+import array
+import errno
+import fcntl
+import os
+import termios
+from typing import Final
+
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
+
+_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
+_SO_PROTOCOL: Final = 38
+_TCP_ULP: Final = 31  # linux/tcp.h
+
+
+def adopt(fd: int) -> _socket.socket:
+    """The connected stream socket behind a descriptor, set up as ours are.
+
+    Raises:
+        OSError: it is no connected stream socket.
+    """
+    probe = _socket.socket(fileno=os.dup(fd))
+    try:
+        family, kind = probe.family, probe.type
+        probe.getpeername()
+    finally:
+        probe.close()
+    if kind & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
+        raise OSError(errno.EPROTOTYPE, "not a stream socket")
+    os.set_blocking(fd, False)
+    sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
+    if family != _socket.AF_UNIX:
+        # As at the listeners: a crash is a reset, and no byte is taken out of the stream.
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _LINGER_RESET)
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+    return sock
+
+
+def is_plain_tcp(sock: _socket.socket) -> bool:
+    """Whether a sockmap may have it: an MPTCP subflow can crash a 6.1 kernel, kTLS corrupts."""
+    if sock.family == _socket.AF_UNIX:
+        return False
+    if sock.getsockopt(_socket.SOL_SOCKET, _SO_PROTOCOL) != _socket.IPPROTO_TCP:
+        return False
+    return not sock.getsockopt(_socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0")
+
+
+def read_so_far(sock: _socket.socket) -> int:
+    """How many bytes were read from this socket before it was ours."""
+    if sock.family == _socket.AF_UNIX:
+        return 0
+    state, total = received(sock)
+    waiting = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.FIONREAD, waiting)
+    # Beyond ESTABLISHED a FIN has come, which counts as a byte.
+    return total - waiting[0] - (0 if state == TCP_ESTABLISHED else 1)
+
+
+def written_so_far(sock: _socket.socket) -> int:
+    """How many bytes were written to this socket before it was ours."""
+    return 0 if sock.family == _socket.AF_UNIX else queued_bytes(sock)

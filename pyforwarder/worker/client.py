@@ -1,0 +1,98 @@
+"""What a worker knows of one client, from accept to close."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyforwarder.connection import Life
+from pyforwarder.datapath.base import Pair
+
+if TYPE_CHECKING:
+    import _socket
+
+    from pyforwarder.address import Address, HostPort, UnixAddress
+    from pyforwarder.datapath.abi import Direction
+    from pyforwarder.reasons import CloseReason
+    from pyforwarder.routing import Conversation, Route
+    from pyforwarder.upstreams import Balancer, ServerState
+    from pyforwarder.worker.generation import ListenerState
+    from pyforwarder.worker.server import Server
+
+
+class Client(Pair):
+    """A connection: the pair it becomes, and how it got there."""
+
+    __slots__ = (
+        "accepted_s",
+        "balancer",
+        "candidates",
+        "conversation",
+        "counts_client",
+        "counts_pair",
+        "destination",
+        "handover_asked",
+        "is_adopted",
+        "life",
+        "listener",
+        "over_limit",
+        "owner",
+        "peer",
+        "reason",
+        "received",
+        "route",
+        "server_opened",
+        "server_state",
+        "source",
+        "tried",
+        "turn_direction",
+        "turns",
+        "waits_for_handover",
+    )
+
+    def __init__(
+        self,
+        owner: Server,
+        listener: ListenerState,
+        sock: _socket.socket,
+        fd: int,
+        peer: Address | None,
+        now_s: float,
+    ) -> None:
+        Pair.__init__(self, sock, fd)
+        self.owner = owner
+        self.listener = listener
+        self.peer = peer  # None on a unix socket
+        self.life = Life.SNIFFING
+        self.accepted_s = now_s
+        self.active_s = now_s
+        self.received = b""  # the first packet so far, without what a dialogue has used up
+        self.conversation: Conversation | None = None
+        self.route: Route | None = None
+        self.reason: CloseReason | None = None  # why it ends, once it does
+        # Connecting: addresses still to be tried, and the one being tried.
+        self.candidates: list[Address | UnixAddress] = []
+        self.destination: Address | HostPort | UnixAddress | None = None
+        self.source: Address | None = None  # the local end of the outgoing connection
+        self.balancer: Balancer | None = None
+        self.server_state: ServerState | None = None
+        self.server_opened = False  # the balancer counts this pair as open
+        self.tried: list[ServerState] = []
+        # Joined: whether and when a better datapath takes over.
+        self.waits_for_handover = False
+        self.handover_asked = False
+        self.turns = 0
+        self.turn_direction: Direction | None = None
+        # Which limits count this connection, to be given back exactly once.
+        self.counts_pair = False
+        self.counts_client = False
+        self.over_limit = False
+        self.is_adopted = False  # another program connected these sockets
+
+    def expired(self) -> None:
+        """The connection's deadline has passed; what that means depends on its life."""
+        self.owner.expired(self)
+
+    @property
+    def rule_name(self) -> bytes:
+        """The rule that took it, for the table."""
+        return self.listener.rule_names[self.route.rule.index] if self.route else b"-"

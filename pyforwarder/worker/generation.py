@@ -1,0 +1,224 @@
+"""One generation of the configuration, compiled for the loop. A reload makes the next one.
+
+Connections keep the generation they were accepted under, so a reload never touches live pairs.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.address import Address, UnixAddress, parse_bind
+from pyforwarder.config import Config, Listener, parse_config
+from pyforwarder.datapath.abi import pack_endpoint
+from pyforwarder.policy import OwnListeners
+from pyforwarder.routing import Ruleset, compile_rules
+from pyforwarder.token import TokenKeys, UsedTokens
+from pyforwarder.upstreams import Balancer
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Rule, Upstream
+    from pyforwarder.counters import Directory
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the supervisor tells its workers: all that a generation is made of, and nothing else.
+
+    A worker cannot read key files (it has no privilege), so their content travels along.
+    """
+
+    config_text: str
+    source: str
+    overrides: Mapping[str, str]  # from the command line: `listen`, `datapath`
+    keys: Mapping[str, bytes]
+    binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
+    indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
+
+    def to_json(self) -> str:
+        """For a pipe to another process."""
+        return json.dumps(
+            {
+                "config_text": self.config_text,
+                "source": self.source,
+                "overrides": dict(self.overrides),
+                "keys": {name: base64.b64encode(key).decode() for name, key in self.keys.items()},
+                "binds": dict(self.binds),
+                "indexes": dict(self.indexes),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """The other end of `to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["keys"] = {name: base64.b64decode(key) for name, key in fields["keys"].items()}
+        return cls(**fields)
+
+    def config(self) -> Config:
+        """The configuration with the command line's overrides."""
+        return with_overrides(parse_config(self.config_text, source=self.source), self.overrides)
+
+
+def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
+    """`--listen` replaces the first listener's address, `--datapath` every choice of datapath.
+
+    Raises:
+        ConfigError: the first listener cannot listen there.
+    """
+    if "listen" in overrides:
+        config = config.listening_on(overrides["listen"])
+    if "datapath" in overrides:
+        listeners = tuple(
+            listener.model_copy(
+                update={
+                    "datapath": None,
+                    "rules": tuple(
+                        rule.model_copy(update={"datapath": None}) for rule in listener.rules
+                    ),
+                }
+            )
+            for listener in config.listeners
+        )
+        config = config.model_copy(
+            update={"datapath": overrides["datapath"], "listeners": listeners}
+        )
+    return config
+
+
+# Where pairs belong that another program hands over (`forward`): a listener that nobody binds.
+JOINED: Final = Listener.model_validate(
+    {
+        "name": "forward",
+        "bind": "unix:/",
+        "rules": [{"name": "forward", "match": "any", "reject": "reset"}],
+    }
+)
+
+
+def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
+    """Where each listener and rule of this configuration counts."""
+    indexes = {}
+    for listener in (*config.listeners, JOINED):
+        indexes[listener.name] = directory.index(listener.name)
+        for rule in listener.rules:
+            indexes[f"{listener.name} {rule.name}"] = directory.index(listener.name, rule.name)
+    return indexes
+
+
+class ListenerState:
+    """One listener of one generation, with what the accept path needs at hand."""
+
+    __slots__ = (
+        "accepts_proxy",
+        "bind",
+        "config",
+        "counter",
+        "datapaths",
+        "decides_at_once",
+        "endpoint",
+        "generation",
+        "is_unix",
+        "local_port",
+        "max_bytes",
+        "name",
+        "rule_configs",
+        "rule_counters",
+        "rule_names",
+        "ruleset",
+        "timeout_s",
+    )
+
+    def __init__(self, generation: Generation, listener: Listener, settings: Settings) -> None:
+        self.generation = generation
+        self.config = listener
+        self.name = listener.name.encode()
+        bind = settings.binds.get(listener.name)
+        self.bind = parse_bind(bind) if bind is not None else listener.bind
+        self.is_unix = isinstance(self.bind, UnixAddress)
+        self.local_port = self.bind.port if isinstance(self.bind, Address) else 0
+        # A wildcard listener learns the local address from each connection, when it is shown.
+        wildcard = isinstance(self.bind, Address) and self.bind.host in ("0.0.0.0", "::")
+        self.endpoint = None if wildcard or listener is JOINED else pack_endpoint(self.bind)
+        self.ruleset: Ruleset = compile_rules(
+            listener, generation.keys, path=f"listeners.{listener.name}"
+        )
+        self.max_bytes = listener.first_packet.max_bytes
+        self.timeout_s = listener.first_packet.timeout_s
+        self.accepts_proxy = listener.proxy_protocol.accept
+        self.counter = settings.indexes[listener.name]
+        self.rule_configs: list[Rule] = list(listener.rules)
+        self.rule_names = [rule.name.encode() for rule in listener.rules]
+        self.rule_counters = [
+            settings.indexes[f"{listener.name} {rule.name}"] for rule in listener.rules
+        ]
+        self.datapaths = [
+            rule.datapath or listener.datapath or generation.config.datapath
+            for rule in listener.rules
+        ]
+        # A first rule that needs no byte (`any`) connects before the client has said anything.
+        self.decides_at_once = not self.accepts_proxy and _needs_no_byte(listener)
+
+
+def _needs_no_byte(listener: Listener) -> bool:
+    match = listener.rules[0].match
+    return match == "any" or (isinstance(match, Mapping) and set(match) <= {"client", "port"})
+
+
+class Generation:
+    """The configuration in force, compiled."""
+
+    def __init__(
+        self, settings: Settings, *, worker: int, previous: Generation | None = None
+    ) -> None:
+        """Compile `settings`; balancers of upstreams that stay keep their state.
+
+        Raises:
+            ConfigError: the configuration cannot be used (the supervisor has checked it before).
+        """
+        self.settings = settings
+        self.config = settings.config()
+        tokens = self.config.tokens
+        self.keys = (
+            TokenKeys(
+                settings.keys,
+                clock_skew_s=tokens.clock_skew_s,
+                max_lifetime_s=tokens.max_lifetime_s,
+                used=UsedTokens() if tokens.single_use else None,
+            )
+            if settings.keys
+            else None
+        )
+        self.listeners = {
+            listener.name: ListenerState(self, listener, settings)
+            for listener in self.config.listeners
+        }
+        self.joined = ListenerState(self, JOINED, settings)
+        self.own = OwnListeners(state.bind for state in self.listeners.values())
+        self.balancers: dict[str, Balancer] = {}
+        for name, upstream in self.config.upstreams.items():
+            balancer = previous.balancers.get(name) if previous else None
+            if balancer is None:
+                balancer = Balancer(upstream, worker=worker)
+            else:
+                balancer.reconfigure(upstream)
+            self.balancers[name] = balancer
+
+    def upstream(self, name: str) -> Upstream:
+        """An upstream's configuration."""
+        return self.config.upstreams[name]
+
+
+def is_local(host: str) -> bool:
+    """Whether this host answers for the address: whether a socket can be bound to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""When a joined pair leaves userspace, and for which datapath.
+
+A handover costs some map insertions, so a pair earns it first: by bytes, by round trips or by age
+(`handover:` in the configuration). A datapath that was named (`datapath: sockmap`) takes over at
+once.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from pyforwarder.connection import Life
+from pyforwarder.counters import Counter
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.worker.adopting import is_plain_tcp
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.base import Flow
+    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.worker.client import Client
+    from pyforwarder.worker.server import Server
+
+
+class Handover:
+    """Moves pairs from copy to a kernel datapath."""
+
+    def __init__(self, server: Server, sockmap: SockmapDatapath | None) -> None:
+        """`sockmap` is None where this host cannot run it."""
+        self._server = server
+        self._sockmap = sockmap
+
+    def joined(self, client: Client) -> None:
+        """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
+        self._server.counters[Counter.JOINED_COPY] += 1
+        assert client.route is not None
+        choice = client.listener.datapaths[client.route.rule.index]
+        client.pair_reason = self._obstacle(client, choice)
+        if client.pair_reason is not PairReason.SHORT:
+            return
+        if self._sockmap is not None:
+            self._sockmap.limit_bytes = client.listener.generation.config.backlog_limit_bytes
+        client.waits_for_handover = True
+        when = client.listener.generation.config.handover
+        if choice == "sockmap" or not (
+            when.after_bytes and when.after_round_trips and when.after_s
+        ):
+            self._ask(client)
+
+    def _obstacle(self, client: Client, choice: str) -> PairReason:
+        if choice == "copy":
+            return PairReason.FORCED
+        if self._sockmap is None or choice == "splice":
+            return PairReason.NOT_AVAILABLE
+        assert client.server is not None
+        ends = (client.client, client.server)
+        if any(end.family == socket.AF_UNIX for end in ends):
+            return PairReason.UNIX_SOCKET
+        if client.is_adopted and not all(is_plain_tcp(end) for end in ends):
+            return PairReason.NOT_PLAIN_TCP
+        return PairReason.SHORT
+
+    def moved(self, client: Client, flow: Flow) -> None:
+        """Bytes were copied: count what earns the handover."""
+        if client.handover_asked:
+            return
+        if flow.direction is not client.turn_direction:
+            client.turn_direction = flow.direction
+            client.turns += 1
+        when = client.listener.generation.config.handover
+        # A round trip is two turns of who is speaking.
+        if (
+            client.turns >= 2 * when.after_round_trips
+            or client.up.carried_bytes + client.down.carried_bytes >= when.after_bytes
+        ):
+            self._ask(client)
+
+    def aged(self, client: Client) -> None:
+        """The pair is looked at by the clock."""
+        age_s = self._server.loop.now_s - client.accepted_s
+        after_s = client.listener.generation.config.handover.after_s
+        if age_s >= after_s and not client.handover_asked:
+            self._ask(client)
+
+    def _ask(self, client: Client) -> None:
+        # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
+        client.handover_asked = True
+        self._server.loop.defer(self._attempt, client)
+
+    def _attempt(self, client: Client) -> None:
+        if client.life is not Life.JOINED or not client.waits_for_handover:
+            return
+        assert self._sockmap is not None
+        if client.slot < 0:
+            self._server.show(client)
+        reason = self._sockmap.join(client)
+        # A pair may break, or even finish, in the first moments of its new datapath.
+        if client.life is not Life.JOINED:
+            return
+        if reason is PairReason.UNREAD_BYTES:
+            # More has arrived than was read: the copy goes on, and its next move asks again.
+            client.handover_asked = False
+            return
+        client.waits_for_handover = False
+        if reason is None:
+            self._server.counters[Counter.JOINED_SOCKMAP] += 1
+            choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
+            client.pair_reason = PairReason.FORCED if choice == "sockmap" else PairReason.BEST
+        else:
+            client.pair_reason = reason
+        if client.slot >= 0:
+            self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)

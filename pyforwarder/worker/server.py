@@ -1,0 +1,786 @@
+"""The life of connections in one worker: feeds events to the tables and obeys their commands."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.address import Address, UnixAddress
+from pyforwarder.connection import (
+    LIFE,
+    Command,
+    Event,
+    Life,
+    Phase,
+    Step,
+    UnexpectedEventError,
+    next_phase,
+    shown_state,
+)
+from pyforwarder.counters import (
+    CLOSED_INDEX,
+    Counter,
+    ListenerCounter,
+    RuleCounter,
+)
+from pyforwarder.datapath.abi import PairState, pack_endpoint
+from pyforwarder.datapath.copying import WATCHED, CopyDatapath
+from pyforwarder.errors import ControlError
+from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, Loop
+from pyforwarder.reasons import CloseReason, RefusalCode
+from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
+from pyforwarder.worker.adopting import adopt, read_so_far, written_so_far
+from pyforwarder.worker.client import Client
+from pyforwarder.worker.connector import Connector
+from pyforwarder.worker.resolver import Resolver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyforwarder.datapath.base import Flow, Pair
+    from pyforwarder.datapath.table import PairWindow
+    from pyforwarder.limits import SharedLimits
+    from pyforwarder.routing import Decision
+    from pyforwarder.worker.generation import Generation, ListenerState
+    from pyforwarder.worker.handover import Handover
+    from pyforwarder.worker.log import ConnectionLog
+
+# How many connections one turn of the loop accepts, before those it has get their turn.
+ACCEPT_BATCH: Final = 16
+# accept(2): out of descriptors or memory. What waits in the backlog stays there.
+OVERLOADED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+ACCEPT_PAUSE_S: Final = 0.1
+# accept(2) asks to treat these errors of a connection that was never ours like EAGAIN.
+NEVER_OURS: Final = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.EPERM,
+    }
+)
+# A refused client gets this long, and this many bytes, to read its answer and close. Closing at
+# once would turn into a RST by what it had sent meanwhile, and the RST would take the answer along.
+REFUSAL_LINGER_S: Final = 1.0
+REFUSAL_DISCARD_BYTES: Final = 64 * 1024
+# Clients over a limit that are still listened to, so that they can be told `busy`.
+BUSY_CLIENTS: Final = 64
+# A connection shows up in the table once it is this old: most of the short ones never pay for it.
+SHOW_AFTER_S: Final = 0.005
+# How often a joined pair is looked at for idleness, as a part of the timeout.
+IDLE_CHECKS: Final = 8
+
+_NO_LINGER: Final = b"\0\0\0\0\0\0\0\0"
+_NO_ENDPOINT: Final = pack_endpoint(None)
+_SHOWN: Final = {state.label: state for state in PairState}
+
+
+class Server:
+    """Accepts, decides, connects, joins and closes. It is the `PairHost` of its datapaths."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        generation: Generation,
+        counters: memoryview,
+        limits: SharedLimits,
+        window: PairWindow,
+        log: ConnectionLog,
+        worker: int,
+        workers: int,
+        most_clients: int,
+    ) -> None:
+        """`most_clients` bounds open connections, by the descriptors this process may have."""
+        self.loop = loop
+        self.generation = generation
+        self.counters = counters
+        self.window = window
+        self.copying = CopyDatapath(self)
+        self.handover: Handover
+        self._limits = limits
+        self._log = log
+        self._workers = workers
+        self._worker = worker
+        self._most_clients = most_clients
+        self.clients: dict[int, Client] = {}
+        self._busy_clients = 0
+        self._unshown: deque[Client] = deque()
+        self._show_timer = 0
+        self._connector = Connector(self, Resolver(loop))
+        self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
+        self._commands: dict[Command, Callable[[Client], None]] = {
+            Command.CONNECT: self._connector.start,
+            Command.CONNECT_NEXT: self._connector.next,
+            Command.ANSWER: self._answer,
+            Command.FLUSH: self._flush,
+            Command.JOIN: self._join,
+            Command.CLOSE: self._close,
+            Command.RESET: self._reset,
+        }
+        loop.on_error = self._failed
+
+    # Events
+
+    def happen(self, client: Client, event: Event) -> None:
+        """Feed one event to the connection's table and obey."""
+        try:
+            client.life, commands = LIFE[client.life][event]
+        except KeyError:
+            raise UnexpectedEventError(f"{event.name} while {client.life.name}") from None
+        for command in commands:
+            self._commands[command](client)
+
+    def refuse(self, client: Client, reason: CloseReason) -> None:
+        """The routed client cannot be served; without words for that it is reset.
+
+        A clean EOF instead would look like a server that had nothing to say.
+        """
+        client.reason = reason
+        route = client.route
+        if route is not None and route.negotiation is not None:
+            answer = route.negotiation.refused(_refusal_code(reason))
+            if answer:
+                client.down.pending = answer
+                self.happen(client, Event.REFUSED)
+                return
+        self.happen(client, Event.BROKEN)
+
+    def _failed(self, owner: object, error: Exception) -> None:
+        """An exception of ours while serving one connection: that one is reset, the rest go on."""
+        if not isinstance(owner, Client):
+            raise error
+        self._log.internal_error(error)
+        if owner.life is not Life.CLOSED:
+            owner.reason = CloseReason.INTERNAL
+            owner.life = Life.CLOSED
+            self._reset(owner)
+
+    # Accepting
+
+    def listen(self, sock: _socket.socket, state: ListenerState) -> None:
+        """Accept from this socket, which stays the caller's to close after `unlisten`."""
+        fd = sock.fileno()
+        self._listeners[fd] = (sock, state)
+        self.loop.watch(fd, EPOLLIN, self._accept, state)
+
+    def unlisten(self, sock: _socket.socket) -> None:
+        """Accept no more from this socket."""
+        if self._listeners.pop(sock.fileno(), None) is not None:
+            self.loop.forget(sock.fileno())
+
+    def _accept(self, state: ListenerState, fd: int, _mask: int) -> None:
+        listener = self._listeners[fd][0]
+        for _ in range(ACCEPT_BATCH):
+            try:
+                client_fd, peer = listener._accept()  # type: ignore[attr-defined]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OVERLOADED:
+                    self._pause(listener)
+                    return
+                if error.errno in NEVER_OURS:
+                    continue
+                raise
+            self._admit(state, client_fd, peer, listener.family)
+
+    def _pause(self, listener: _socket.socket) -> None:
+        """Let the backlog wait until some connections have ended."""
+        self.counters[Counter.ACCEPT_PAUSED] += 1
+        fd = listener.fileno()
+        self.loop.change(fd, 0)
+
+        def resume() -> None:
+            if fd in self._listeners:
+                self.loop.change(fd, EPOLLIN)
+
+        self.loop.after(ACCEPT_PAUSE_S, resume)
+
+    def _admit(self, state: ListenerState, fd: int, peer: object, family: int) -> None:
+        os.set_blocking(fd, False)
+        sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
+        counters = self.counters
+        # The count survives the worker, so no id is ever given twice.
+        number = counters[Counter.ACCEPTED]
+        counters[Counter.ACCEPTED] = number + 1
+        counters[state.counter + ListenerCounter.ACCEPTED] += 1
+        address = address_of(peer)
+        now_s = self.loop.now_s
+        client = Client(self, state, sock, fd, address, now_s)
+        client.id = number * self._workers + self._worker + 1
+        limits = state.generation.config.limits
+        if limits.new_per_second and not self._limits.admit_this_second(
+            limits.new_per_second, now_s
+        ):
+            client.over_limit = True
+        elif limits.pairs_per_client and address is not None:
+            client.counts_client = self._limits.add_client(address.host, limits.pairs_per_client)
+            client.over_limit = not client.counts_client
+        if client.over_limit:
+            self._busy_clients += 1
+        if len(self.clients) >= self._most_clients or self._busy_clients > BUSY_CLIENTS:
+            self._turn_away(client)
+            return
+        counters[Counter.OPEN] += 1
+        counters[state.counter + ListenerCounter.OPEN] += 1
+        self.clients[fd] = client
+        client.client_mask = WATCHED
+        self.loop.watch(fd, WATCHED, self._sniffed, client)
+        client.conversation = state.ruleset.begin()
+        self._unshown.append(client)
+        if not self._show_timer:
+            self._show_timer = self.loop.after(SHOW_AFTER_S, self._show_unshown)
+        if state.decides_at_once and not client.over_limit:
+            self._decide(client, End.OPEN)
+            if client.life is not Life.SNIFFING:
+                return
+        self.loop.deadlines.start(client, state.timeout_s, now_s)
+
+    def _turn_away(self, client: Client) -> None:
+        """No room even to listen: a reset, at once."""
+        client.life = Life.CLOSED
+        client.reason = CloseReason.BUSY
+        self.counters[CLOSED_INDEX[CloseReason.BUSY]] += 1
+        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        self._give_back(client)
+        os.close(client.client.detach())
+
+    # Sniffing
+
+    def _sniffed(self, client: Client, fd: int, mask: int) -> None:
+        """The client has sent something, or closed, or reset."""
+        if mask & EPOLLERR:
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return
+        if mask & EPOLLRDHUP:
+            client.up.end_seen = True
+        room = client.listener.max_bytes - len(client.received)
+        try:
+            data = os.read(fd, room)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return
+        size = len(data)
+        client.up.read_bytes += size
+        if not size:
+            self._decide(client, End.EOF)
+            return
+        client.received = client.received + data if client.received else data
+        if size == room:
+            # There may be more behind it, and no edge will tell.
+            client.up.readable = True
+            self._decide(client, End.FULL)
+            return
+        client.up.readable = client.up.end_seen
+        self._decide(client, End.OPEN)
+        if client.up.end_seen and client.life is Life.SNIFFING:
+            self._sniffed(client, fd, mask)
+
+    def _decide(self, client: Client, end: End) -> None:
+        state = client.listener
+        ruleset = state.ruleset
+        while True:
+            decision: Decision = ruleset.decide(
+                client.received,
+                client=client.peer,
+                local_port=state.local_port,
+                end=end,
+                now_unix_s=time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
+                state=client.conversation,
+            )
+            if decision is NEED_MORE:
+                return
+            if isinstance(decision, Route):
+                self._route(client, decision)
+                return
+            if isinstance(decision, Refuse):
+                self._refuse(client, decision, end)
+                return
+            if not self._say(client, decision):
+                return
+            if end is End.FULL and decision.skip:
+                end = End.OPEN  # room again for what the dialogue goes on with
+                self.loop.soon(client, client.client_fd)
+
+    def _say(self, client: Client, decision: Send) -> bool:
+        """Our part of a dialogue; a client that does not read a few bytes is not waited for."""
+        try:
+            written = os.write(client.client_fd, decision.data)
+        except OSError:
+            written = 0
+        client.down.written_bytes += written
+        if written < len(decision.data):
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return False
+        client.received = client.received[decision.skip :]
+        return True
+
+    def _route(self, client: Client, route: Route) -> None:
+        client.route = route
+        counter = client.listener.rule_counters[route.rule.index]
+        self.loop.deadlines.stop(client)
+        self.loop.redirect(client.client_fd, self._waiting)
+        limits = client.listener.generation.config.limits
+        if client.over_limit or self._limits.pairs >= limits.pairs:
+            self.counters[counter + RuleCounter.REFUSED] += 1
+            self.refuse(client, CloseReason.BUSY)
+            return
+        self.counters[counter + RuleCounter.TAKEN] += 1
+        client.counts_pair = True
+        self._limits.add_pair()
+        self.counters[Counter.PAIRS_OPEN] += 1
+        self.counters[Counter.PAIRS_OPENED] += 1
+        self.happen(client, Event.ROUTED)
+
+    def _refuse(self, client: Client, refusal: Refuse, end: End) -> None:
+        if refusal.rule is not None:
+            counter = client.listener.rule_counters[refusal.rule.index]
+            self.counters[counter + RuleCounter.REFUSED] += 1
+        if refusal.reason in (CloseReason.TIMEOUT, CloseReason.NO_MATCH, CloseReason.MALFORMED):
+            if end is End.FULL:
+                self.counters[Counter.FIRST_PACKET_FULL] += 1
+            elif end is End.TIMEOUT:
+                self.counters[Counter.FIRST_PACKET_TIMEOUT] += 1
+        client.reason = refusal.reason
+        if refusal.reset:
+            self.happen(client, Event.BROKEN)
+        elif refusal.reply:
+            client.down.pending = refusal.reply
+            self.happen(client, Event.REFUSED)
+        elif end is End.EOF:
+            self.happen(client, Event.FINISHED)
+        else:
+            self.happen(client, Event.REFUSED)
+
+    def _waiting(self, client: Client, _fd: int, mask: int) -> None:
+        """While its server is being connected, the client's bytes wait in the kernel."""
+        if mask & EPOLLERR:
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return
+        if mask & EPOLLRDHUP:
+            client.up.end_seen = True
+        if mask & (EPOLLIN | EPOLLRDHUP):
+            client.up.readable = True
+
+    # Refusing
+
+    def _answer(self, client: Client) -> None:
+        """Tell the client why not, send FIN, and give it a moment to read that."""
+        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        reply = client.down.pending
+        client.down.pending = None
+        try:
+            if reply:
+                # A few bytes into an empty queue: if TCP does not take them, nobody is reading.
+                os.write(client.client_fd, reply)
+            client.client.shutdown(_socket.SHUT_WR)
+        except OSError:
+            self.happen(client, Event.BROKEN)
+            return
+        self.loop.redirect(client.client_fd, self._discard)
+        self.loop.deadlines.start(client, REFUSAL_LINGER_S, self.loop.now_s)
+        client.up.read_bytes = 0
+        self._show_state(client)
+        self._discard(client, client.client_fd, EPOLLIN)
+
+    def _discard(self, client: Client, fd: int, mask: int) -> None:
+        """Read what a refused client still sends, up to a bound, until it closes."""
+        if mask & (EPOLLERR | EPOLLHUP):
+            self.happen(client, Event.FINISHED)
+            return
+        while client.up.read_bytes < REFUSAL_DISCARD_BYTES:
+            try:
+                size = len(os.read(fd, 4096))
+            except BlockingIOError:
+                return
+            except OSError:
+                break
+            if not size:
+                break
+            client.up.read_bytes += size
+        self.happen(client, Event.FINISHED)
+
+    # Handing over
+
+    def _flush(self, client: Client) -> None:
+        """Write what comes before the join: the answer, the PROXY header, the first bytes."""
+        route = client.route
+        assert route is not None
+        up, down = client.up, client.down
+        first = client.received[route.skip :] if route.skip else client.received
+        client.received = b""
+        if first:
+            up.pending = first
+            up.carried_packets = 1
+        if route.negotiation is not None:
+            answer = route.negotiation.granted(self._connector.source_of(client))
+            if answer:
+                down.pending = answer
+                # Not carried for anybody: what is written of it must not count.
+                down.carried_bytes = -len(answer)
+        self.loop.redirect(client.client_fd, self._flushing)
+        self.loop.redirect(client.server_fd, self._flushing)
+        self.loop.deadlines.start(
+            client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
+        )
+        self._flush_more(client)
+
+    def _flush_more(self, client: Client) -> None:
+        # The answer first: nothing of the server's may come before it.
+        done = self.copying.write_pending(client, client.down)
+        if client.life is Life.HANDOVER and self.copying.write_pending(client, client.up) and done:
+            self.happen(client, Event.FLUSHED)
+
+    def _flushing(self, client: Client, fd: int, mask: int) -> None:
+        inward, outward = (
+            (client.up, client.down) if fd == client.client_fd else (client.down, client.up)
+        )
+        if mask & EPOLLERR:
+            side = CloseReason.CLIENT_RESET if inward is client.up else CloseReason.SERVER_RESET
+            self.broken(client, side)
+            return
+        if mask & EPOLLRDHUP:
+            inward.end_seen = True
+        if mask & (EPOLLIN | EPOLLRDHUP):
+            inward.readable = True
+        if mask & EPOLLOUT and outward.blocked:
+            outward.blocked = False
+            self._flush_more(client)
+
+    def _join(self, client: Client) -> None:
+        """Bytes flow from here on: first copied, and handed over when that pays."""
+        client.active_s = self.loop.now_s
+        client.datapath = self.copying
+        self.handover.joined(client)
+        self._watch_idle(client)
+        if client.slot >= 0:
+            self.show(client)
+        self.copying.join(client)
+
+    # PairHost
+
+    def fin_seen(self, pair: Pair, flow: Flow) -> None:
+        """The flow's source has sent FIN."""
+        flow.phase = next_phase(flow.phase, Step.FIN)
+        if pair.slot >= 0:
+            self._show_state(pair)
+
+    def delivered(self, pair: Pair, flow: Flow) -> None:
+        """Every byte is with the target's TCP: its FIN goes out."""
+        assert isinstance(pair, Client)
+        flow.phase = next_phase(flow.phase, Step.DELIVERED)
+        target = pair.server if flow is pair.up else pair.client
+        assert target is not None
+        try:
+            target.shutdown(_socket.SHUT_WR)
+        except OSError:
+            # ENOTCONN: the target was reset, and the event of that is on its way to us.
+            side = CloseReason.SERVER_RESET if flow is pair.up else CloseReason.CLIENT_RESET
+            self.broken(pair, side)
+            return
+        other = pair.down if flow is pair.up else pair.up
+        if other.phase is Phase.CLOSED:
+            pair.reason = CloseReason.FINISHED
+            self.happen(pair, Event.FINISHED)
+            return
+        pair.active_s = self.loop.now_s
+        self._watch_idle(pair)
+        if pair.slot >= 0:
+            self._show_state(pair)
+
+    def broken(self, pair: Pair, reason: CloseReason) -> None:
+        """The pair cannot be continued correctly."""
+        assert isinstance(pair, Client)
+        if pair.life is not Life.CLOSED:
+            pair.reason = reason
+            self.happen(pair, Event.BROKEN)
+
+    def moved(self, pair: Pair, flow: Flow) -> None:
+        """Userspace has moved bytes of this flow."""
+        if pair.slot >= 0:
+            self.window.count(
+                pair.slot,
+                flow.direction,
+                max(0, flow.carried_bytes),
+                flow.carried_packets,
+                int(self.loop.now_s * 1e9),
+            )
+        assert isinstance(pair, Client)
+        if pair.waits_for_handover:
+            self.handover.moved(pair, flow)
+
+    # Deadlines
+
+    def expired(self, client: Client) -> None:
+        """A deadline has passed: what it meant depends on where the connection is."""
+        match client.life:
+            case Life.SNIFFING:
+                self._decide(client, End.TIMEOUT)
+            case Life.CONNECTING:
+                self._connector.timed_out(client)
+            case Life.HANDOVER:
+                self.broken(client, CloseReason.TIMEOUT)
+            case Life.JOINED:
+                self._look_at_idle(client)
+            case Life.REFUSING:
+                self.happen(client, Event.BROKEN)
+
+    def _watch_idle(self, client: Client) -> None:
+        limit_s, _ = self._idle_limit(client)
+        wait_s = limit_s / IDLE_CHECKS
+        if client.waits_for_handover:
+            wait_s = min(wait_s, client.listener.generation.config.handover.after_s)
+        self.loop.deadlines.start(client, wait_s, self.loop.now_s)
+
+    @staticmethod
+    def _idle_limit(client: Client) -> tuple[float, CloseReason]:
+        timeouts = client.listener.generation.config.timeouts
+        if client.up.phase is Phase.OPEN and client.down.phase is Phase.OPEN:
+            return timeouts.idle_s, CloseReason.IDLE
+        # Half closed, or draining to a peer that does not read: both end.
+        return min(timeouts.half_closed_s, timeouts.idle_s), CloseReason.HALF_CLOSED
+
+    def _look_at_idle(self, client: Client) -> None:
+        assert client.datapath is not None
+        limit_s, reason = self._idle_limit(client)
+        if self.loop.now_s - client.datapath.active_s(client) >= limit_s:
+            self.broken(client, reason)
+            return
+        if client.waits_for_handover:
+            self.handover.aged(client)
+        if client.life is Life.JOINED:
+            self._watch_idle(client)
+
+    # The end
+
+    def _close(self, client: Client) -> None:
+        """An orderly end: TCP goes on sending what it has, and the FIN behind it."""
+        try:
+            client.client.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _NO_LINGER)
+            if client.server is not None:
+                client.server.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _NO_LINGER)
+        except OSError:
+            pass  # SO_LINGER fails on no socket; were it to, the end would be a reset
+        self._end(client)
+
+    def _reset(self, client: Client) -> None:
+        """Both ends get a RST: all sockets have had SO_LINGER 0 from their first moment."""
+        self._end(client)
+
+    def _end(self, client: Client) -> None:
+        reason = client.reason or CloseReason.FINISHED
+        client.reason = reason
+        counters = self.counters
+        counters[CLOSED_INDEX[reason]] += 1
+        counters[Counter.OPEN] -= 1
+        counters[client.listener.counter + ListenerCounter.OPEN] -= 1
+        datapath = client.datapath
+        up_bytes = max(0, client.up.carried_bytes)
+        down_bytes = max(0, client.down.carried_bytes)
+        if datapath is not None:
+            if datapath is not self.copying:
+                up_bytes = datapath.carried(client, client.up)[0]
+                down_bytes = datapath.carried(client, client.down)[0]
+                datapath.leave(client)
+            client.datapath = None
+            counters[Counter.UP_BYTES] += up_bytes
+            counters[Counter.DOWN_BYTES] += down_bytes
+        self._log.closed(client, up_bytes, down_bytes)
+        self.loop.deadlines.stop(client)
+        self._give_back(client)
+        del self.clients[client.client_fd]
+        self.loop.close(client.client.detach())
+        if client.server is not None:
+            self.loop.close(client.server.detach())
+            client.server = None
+        if client.slot >= 0:
+            self.window.release(client.slot)
+            client.slot = -1
+
+    def _give_back(self, client: Client) -> None:
+        """What limits and balancers counted for this connection."""
+        if client.over_limit:
+            self._busy_clients -= 1
+        if client.counts_client and client.peer is not None:
+            self._limits.remove_client(client.peer.host)
+        if client.counts_pair:
+            self._limits.remove_pair()
+            self.counters[Counter.PAIRS_OPEN] -= 1
+        if client.balancer is not None and client.server_state is not None:
+            if client.server_opened:
+                client.balancer.closed(client.server_state)
+            client.server_state = None
+
+    def flush_ids(self, ids: list[int] | None) -> list[int]:
+        """Reset the pairs with these ids, or all of them (None); the ids that were found."""
+        chosen = [c for c in self.clients.values() if ids is None or c.id in ids]
+        for client in chosen:
+            self.broken(client, CloseReason.FLUSHED)
+        return [client.id for client in chosen]
+
+    def reset_all(self, reason: CloseReason) -> None:
+        """End every connection now."""
+        for client in list(self.clients.values()):
+            self.broken(client, reason)
+
+    # What the supervisor asks
+
+    def join_sockets(self, client_fd: int, server_fd: int) -> int:
+        """Join two connected stream sockets of another program; the pair's id.
+
+        They are ours from here on, and closed at the end; other copies of their descriptors must
+        not be used any more. What was read and written before is not our business: the counts
+        begin now.
+
+        Raises:
+            ControlError: the sockets cannot be joined; both are closed.
+        """
+        try:
+            client_socket, server_socket = adopt(client_fd), adopt(server_fd)
+        except OSError as error:
+            os.close(client_fd)
+            os.close(server_fd)
+            raise ControlError(f"cannot join: {error.strerror}") from error
+        state = self.generation.joined
+        counters = self.counters
+        number = counters[Counter.ACCEPTED]
+        counters[Counter.ACCEPTED] = number + 1
+        peer = address_of(client_socket.getpeername())
+        client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
+        client.id = number * self._workers + self._worker + 1
+        client.attach_server(server_socket, server_fd)
+        client.destination = address_of(server_socket.getpeername()) or UnixAddress("/")
+        client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
+        client.is_adopted = True
+        client.counts_pair = True
+        self._limits.add_pair()
+        counters[Counter.PAIRS_OPEN] += 1
+        counters[Counter.PAIRS_OPENED] += 1
+        counters[Counter.OPEN] += 1
+        counters[state.counter + ListenerCounter.ACCEPTED] += 1
+        counters[state.counter + ListenerCounter.OPEN] += 1
+        self.clients[client_fd] = client
+        for flow, source, target in (
+            (client.up, client_socket, server_socket),
+            (client.down, server_socket, client_socket),
+        ):
+            flow.readable = True
+            flow.read_bytes = read_so_far(source)
+            flow.written_bytes = written_so_far(target)
+        client.client_mask = client.server_mask = WATCHED
+        self.loop.watch(client_fd, WATCHED, self._flushing, client)
+        self.loop.watch(server_fd, WATCHED, self._flushing, client)
+        client.life = Life.HANDOVER
+        self._unshown.append(client)
+        self._show_unshown()
+        self.happen(client, Event.FLUSHED)
+        return client.id
+
+    def upstreams(self) -> dict[str, dict[str, dict[str, object]]]:
+        """What this worker knows of every server: upstream -> server -> state and counts."""
+        now_s = self.loop.now_s
+        return {
+            name: {
+                server.name: {
+                    "state": balancer.condition(server, now_s).value,
+                    "pairs": server.pairs,
+                    "connects": server.connects,
+                    "failures": server.failures,
+                }
+                for server in balancer.servers
+            }
+            for name, balancer in self.generation.balancers.items()
+        }
+
+    def mark(self, upstream: str, server: str, *, up: bool) -> None:
+        """A health check has changed its mind about a server."""
+        balancer = self.generation.balancers.get(upstream)
+        if balancer is None:
+            return
+        if up:
+            balancer.mark_up(server, self.loop.now_s)
+        else:
+            balancer.mark_down(server)
+
+    # The table
+
+    def show(self, pair: Pair) -> None:
+        """Write the connection's record; it gets a slot if it has none and one is free."""
+        assert isinstance(pair, Client)
+        if pair.slot < 0:
+            pair.slot = self.window.allocate()
+            if pair.slot < 0:
+                return
+            for flow in (pair.up, pair.down):
+                self.window.count(
+                    pair.slot,
+                    flow.direction,
+                    max(0, flow.carried_bytes),
+                    flow.carried_packets,
+                    int(pair.active_s * 1e9),
+                )
+        state = pair.listener
+        listener = state.endpoint or self._local_endpoint(pair)
+        source = server = _NO_ENDPOINT
+        if pair.life >= Life.HANDOVER and pair.server is not None:
+            source = pack_endpoint(self._connector.source_of(pair))
+        if isinstance(pair.destination, Address | UnixAddress):
+            server = pack_endpoint(pair.destination)
+        self.window.describe(
+            pair.slot,
+            pair_id=pair.id,
+            started_ns=int(pair.accepted_s * 1e9),
+            endpoints=pack_endpoint(pair.peer) + listener + source + server,
+            rule=pair.rule_name,
+            listener=state.name,
+            state=_SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)],
+            datapath=pair.kind,
+            reason=pair.pair_reason,
+        )
+
+    @staticmethod
+    def _local_endpoint(client: Client) -> bytes:
+        name = client.client.getsockname()
+        return pack_endpoint(address_of(name))
+
+    def _show_state(self, pair: Pair) -> None:
+        assert isinstance(pair, Client)
+        if pair.slot >= 0:
+            self.window.set_state(
+                pair.slot, _SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)]
+            )
+
+    def _show_unshown(self) -> None:
+        """Write the records of the connections that have lived long enough to be looked at."""
+        before_s = self.loop.now_s - SHOW_AFTER_S
+        unshown = self._unshown
+        while unshown and unshown[0].accepted_s <= before_s:
+            client = unshown.popleft()
+            if client.life is not Life.CLOSED and client.slot < 0:
+                self.show(client)
+        self._show_timer = self.loop.after(SHOW_AFTER_S, self._show_unshown) if unshown else 0
+
+
+def address_of(name: object) -> Address | None:
+    """What getpeername(2) or getsockname(2) gave, as an address; None for a unix socket."""
+    return Address(name[0], name[1]) if isinstance(name, tuple) else None
+
+
+def _refusal_code(reason: CloseReason) -> RefusalCode:
+    try:
+        return RefusalCode(reason.value)
+    except ValueError:
+        return RefusalCode.UNREACHABLE
