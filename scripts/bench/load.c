@@ -963,17 +963,37 @@ struct asking { /* one connection of the client */
 	char request[MESSAGE_BYTES + 100]; /* an instruction has at most 99 bytes */
 };
 
+/* How a connection of the client failed; END_: after its answer was there. */
+enum failure {
+	NOT_CONNECTED,
+	RESET,
+	ENDED_EARLY,
+	WRONG_ANSWER,
+	SILENT,
+	END_RESET,
+	END_SILENT,
+	FAILURES
+};
+
+static const char *const failure_names[FAILURES] = {
+	[NOT_CONNECTED] = "not_connected", [RESET] = "reset",	[ENDED_EARLY] = "ended_early",
+	[WRONG_ANSWER] = "wrong_answer",   [SILENT] = "silent", [END_RESET] = "end_reset",
+	[END_SILENT] = "end_silent",
+};
+
 static struct {
 	int epoll;
 	int free_count, *free_slots;
 	struct asking *slots;
 	uint64_t begun, done, failed, measured;
+	uint64_t failures[FAILURES];
 	uint64_t from_ns, until_ns;
 	struct samples samples;
 } asked;
 
-static void fail_asking(struct asking *asking)
+static void fail_asking(struct asking *asking, enum failure why)
 {
+	asked.failures[why]++;
 	close(asking->fd);
 	asking->fd = -1;
 	asked.failed++;
@@ -1021,7 +1041,7 @@ static void continue_asking(struct asking *asking)
 		if (sent < 0 && errno == EAGAIN)
 			return; /* still connecting; EPOLLOUT will come */
 		if (sent != (ssize_t)asking->request_bytes) {
-			fail_asking(asking);
+			fail_asking(asking, NOT_CONNECTED);
 			return;
 		}
 		asking->is_sent = true;
@@ -1036,10 +1056,16 @@ static void continue_asking(struct asking *asking)
 			finish_asking(asking);
 			return;
 		}
-		if (got <= 0 || asking->got + (size_t)got > expected ||
+		if (got <= 0) {
+			fail_asking(asking, !got		  ? ENDED_EARLY
+					    : asking->is_answered ? END_RESET
+								  : RESET);
+			return;
+		}
+		if (asking->got + (size_t)got > expected ||
 		    (opt.instruction && !asking->got && got >= ACK_BYTES &&
 		     memcmp(answer, ACK, ACK_BYTES))) {
-			fail_asking(asking);
+			fail_asking(asking, WRONG_ANSWER);
 			return;
 		}
 		asking->got += (size_t)got;
@@ -1075,7 +1101,7 @@ static void begin_asking(void)
 	       opt.server_closes ? SERVER_CLOSES : CLIENT_CLOSES, MESSAGE_BYTES);
 	asking->request_bytes += MESSAGE_BYTES;
 	if (connect(asking->fd, (struct sockaddr *)&to, sizeof(to)) && errno != EINPROGRESS) {
-		fail_asking(asking);
+		fail_asking(asking, NOT_CONNECTED);
 		return;
 	}
 	watch(asked.epoll, EPOLL_CTL_ADD, asking->fd, EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
@@ -1089,7 +1115,8 @@ static void give_up_on_the_silent(void)
 
 	for (int i = 0; i < opt.pairs; i++)
 		if (asked.slots[i].fd >= 0 && asked.slots[i].begin_ns < oldest_ns)
-			fail_asking(&asked.slots[i]);
+			fail_asking(&asked.slots[i],
+				    asked.slots[i].is_answered ? END_SILENT : SILENT);
 }
 
 static void run_connect(void)
@@ -1153,6 +1180,8 @@ static void run_connect(void)
 	printf("{\"connections_per_s\": %.2f, \"failed\": %llu, \"done\": %llu, ",
 	       (double)asked.measured / opt.seconds, (unsigned long long)asked.failed,
 	       (unsigned long long)asked.done);
+	for (int i = 0; i < FAILURES; i++)
+		printf("\"%s\": %llu, ", failure_names[i], (unsigned long long)asked.failures[i]);
 	print_samples(&asked.samples);
 	printf("}\n");
 }

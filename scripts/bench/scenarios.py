@@ -30,6 +30,17 @@ CONNECTIONS: Final = 64  # at a time
 PACED_CONNECTIONS_PER_S: Final = 1_000
 PACE_TOLERANCE: Final = 0.05
 QUIET: Final = 0.9  # what soakers must get of the machine while nothing is measured
+# What the generator calls the ways in which a connection fails; the last two got their answer and
+# then no clean end.
+FAILURES: Final = (
+    "not_connected",
+    "reset",
+    "ended_early",
+    "wrong_answer",
+    "silent",
+    "end_reset",
+    "end_silent",
+)
 # Frees what closed connections held, and outlasts `handover.after`, when a forwarder may move an
 # idle pair to its lasting datapath.
 SETTLE_S: Final = 1.5
@@ -178,7 +189,11 @@ def _delay(stage: Stage, way: str) -> Values:
 def _connect(stage: Stage, *, port: int = FORWARDER_PORT, **options: object) -> Values:
     report = stage.load(port=port).run("connect", pairs=CONNECTIONS, **options)
     if report["failed"]:
-        raise ScenarioError(f"{report['failed']:.0f} of {report['done']:.0f} connections failed")
+        why = ", ".join(f"{key} {report[key]:.0f}" for key in FAILURES if report[key])
+        raise ScenarioError(
+            f"{report['failed']:.0f} of {report['done'] + report['failed']:.0f} connections "
+            f"failed: {why}"
+        )
     return report
 
 

@@ -139,6 +139,7 @@ listeners:
 upstreams:
   servers: {{balance: round_robin, servers: [{servers}]}}
 limits: {{pairs: {most_pairs()}}}
+log: {{level: warning}}
 """
 
 
