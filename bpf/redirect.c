@@ -29,11 +29,12 @@ int verdict(struct __sk_buff *skb)
 
 	/*
 	 * A lone FIN. Redirecting nothing makes sendmsg return 0, which the kernel takes for a
-	 * broken pipe and disables the target for good. Passed, it disturbs nobody: the worker
-	 * hears of the FIN from epoll.
+	 * broken pipe, and it disables the target for good. Passing it does the same to this socket
+	 * if redirected bytes wait in its queue (sk_psock_backlog). Dropping it is safe: it carries
+	 * no byte, and TCP has acted on the FIN before it ran us; the worker hears of it from epoll.
 	 */
 	if (!length)
-		return SK_PASS;
+		return SK_DROP;
 
 	/* A socket that is in the map but not ours, or not any more: its owner reads it. */
 	end = map_lookup(MAP_ENDS_FD, &cookie);

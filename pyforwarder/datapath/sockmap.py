@@ -188,6 +188,8 @@ class SockmapDatapath:
         client_cookie = client.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         server_cookie = server.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         slot = pair.slot
+        # The program puts it into its wakeups; a record that was never described has none yet.
+        self._words[slot * self._window.WORDS + table.ID] = pair.id
         self._prepare(slot, Direction.UP, server_cookie)
         self._prepare(slot, Direction.DOWN, client_cookie)
         global_slot = self._window.first_slot + slot

@@ -49,6 +49,7 @@ ARMED: Final = [(at + WorkerDirection.armed.offset) // 4 for at in _WORKER]
 ASLEEP: Final = [(at + WorkerDirection.asleep.offset) // 4 for at in _WORKER]
 LIMIT: Final = [(at + WorkerDirection.limit_bytes.offset) // 4 for at in _WORKER]
 
+ID: Final = PairRecord.id.offset // 8
 _SEQUENCE: Final = PairRecord.sequence.offset // 8
 _ACTIVE_NS: Final = PairRecord.last_ns.offset // 8
 _STATE: Final = PairRecord.state.offset
@@ -107,7 +108,7 @@ class PairWindow:
         base = slot * PAIR_BYTES
         words = slot * _WORDS
         self.words[words + _SEQUENCE] += 1  # odd: readers look again
-        self.words[words + PairRecord.id.offset // 8] = pair_id
+        self.words[words + ID] = pair_id
         self.words[words + PairRecord.started_ns.offset // 8] = started_ns
         _BODY.pack_into(
             self._bytes,

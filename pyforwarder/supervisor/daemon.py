@@ -15,7 +15,7 @@ from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.config import Config, parse_config, read_config_text
 from pyforwarder.counters import Counters, Directory
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
-from pyforwarder.datapath.selftest import Proof, prove
+from pyforwarder.datapath.selftest import prove_sockmap
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -171,7 +171,7 @@ class Daemon:
             self._datapaths["sockmap"] = str(error)
             self._log.write("warning", "no_sockmap", reason=str(error))
             return None
-        proof: Proof = prove(maps, user=self._user)
+        proof = prove_sockmap(maps, slots=self._slots, user=self._user)
         if not proof.passed:
             maps.close()
             self._datapaths["sockmap"] = f"failed its self-test: {proof.reason}"
