@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
@@ -56,7 +57,9 @@ def detached(
     os.close(write_fd)
     os.waitpid(pid, 0)
     with os.fdopen(read_fd, "rb") as report:
-        said = report.read(_MOST_REPORT_BYTES)
+        # One line, not up to the end: the workers were forked with the other end open, and
+        # there is no end before theirs.
+        said = report.readline(_MOST_REPORT_BYTES)
     if not said:
         raise DetachedError("the daemon ended without a word", 1)
     result = json.loads(said)
@@ -74,7 +77,7 @@ def _background(
     def report(error: str, exit_code: int) -> None:
         os.write(
             report_fd,
-            json.dumps({"error": error[:8192], "exit_code": exit_code}).encode(),
+            json.dumps({"error": error[:8192], "exit_code": exit_code}).encode() + b"\n",
         )
         os.close(report_fd)
 
@@ -92,6 +95,12 @@ def _background(
         if not reported:
             report(str(error), error.exit_code)
         return error.exit_code
+    except BaseException as error:
+        # This is a copy of the caller's process: it must not unwind into the caller's code.
+        traceback.print_exc()
+        if not reported:
+            report(f"internal error: {type(error).__name__}: {error}", 1)
+        return 1
 
 
 def _leave_terminal() -> None:
