@@ -48,7 +48,7 @@ _ESCAPE = re.compile(r"(?:\\[0-7]{3})+")
 
 def render(what: str, rows: Iterable[Mapping[str, object]]) -> str:
     """The table of `show WHAT`: a header and a line per row, each ending in a newline."""
-    return table(COLUMNS[what], rows)
+    return table(COLUMNS[what], rows, last_is_prose=what == "stats")
 
 
 def stats_rows(stats: Mapping[str, object], prefix: str = "") -> Iterator[dict[str, object]]:
@@ -60,11 +60,20 @@ def stats_rows(stats: Mapping[str, object], prefix: str = "") -> Iterator[dict[s
             yield {"stat": f"{prefix}{name}", "value": value}
 
 
-def table(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows under a header; a row's keys are the column names in lower case."""
+def table(
+    columns: Sequence[str], rows: Iterable[Mapping[str, object]], *, last_is_prose: bool = False
+) -> str:
+    """Rows under a header; a row's keys are the column names in lower case.
+
+    With `last_is_prose` the last column is for people and keeps its blanks.
+    """
     keys = [column.lower() for column in columns]
     values = [[row.get(key) for key in keys] for row in rows]
     cells = [[cell(value) for value in line] for line in values]
+    if last_is_prose:
+        for line, shown in zip(values, cells, strict=True):
+            if isinstance(line[-1], str) and line[-1]:
+                shown[-1] = printable(line[-1])
     is_number = [
         bool(values) and all(isinstance(line[i], int | float) for line in values)
         for i in range(len(keys))

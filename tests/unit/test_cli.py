@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +23,9 @@ from tests.helpers.fake_control import (
     Request,
     make_instance,
 )
+
+if TYPE_CHECKING:
+    from pyforwarder.environment import Environment
 
 COMMANDS = sorted(root.commands)
 # All of section 3.2 of the design; a new command is no reason to change this line.
@@ -298,6 +302,45 @@ def test_forward_prints_the_new_pairs_id(tmp_path: Path) -> None:
         done = run(tmp_path, "forward", "4242", "7", "9")
     assert (done.code, done.stdout) == (0, "23\n")
     assert control.requests == [{"do": "forward", "pid": 4242, "fds": [7, 9]}]
+
+
+# ---------------------------------------------------------------------- up
+
+
+def test_up_hands_its_options_to_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyforwarder import supervisor
+
+    asked: list[tuple[Environment, supervisor.UpOptions]] = []
+
+    def fake_run(env: Environment, options: supervisor.UpOptions) -> int:
+        asked.append((env, options))
+        return 1
+
+    monkeypatch.setattr(supervisor, "run", fake_run)
+    words = ["up", "-c", "f.yaml", "--listen", "[::1]:0", "--datapath", "copy", "--detach", "-vv"]
+    assert run(tmp_path, *words, "--instance", "lab").code == 1
+    assert run(tmp_path, "up").code == 1
+    assert [options for _, options in asked] == [
+        supervisor.UpOptions(
+            instance="lab",
+            config_path=Path("f.yaml"),
+            listen="[::1]:0",
+            datapath="copy",
+            detach=True,
+            verbosity=2,
+        ),
+        supervisor.UpOptions(
+            instance="default",
+            config_path=None,
+            listen=None,
+            datapath=None,
+            detach=False,
+            verbosity=0,
+        ),
+    ]
+    assert asked[0][0].environ["PYFORWARDER_RUN_DIR"] == str(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------- reload, down

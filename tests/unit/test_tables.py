@@ -86,6 +86,11 @@ def test_stats_are_one_line_per_number() -> None:
     ]
 
 
+def test_stats_that_are_words_keep_their_blanks() -> None:
+    text = tables.render("stats", tables.stats_rows({"datapaths": {"splice": "no tc\x1b here"}}))
+    assert text.splitlines()[1] == "datapaths.splice no tc\\033 here"
+
+
 @given(st.lists(st.text(min_size=1).filter(lambda text: text != "-"), min_size=1))
 def test_any_text_survives_a_table(rules: list[str]) -> None:
     rows = [{**PAIR, "rule": rule} for rule in rules]
