@@ -25,6 +25,7 @@ from bench.measures import (
     DEFAULT_TARGETS,
     MEASURES,
     PEERS,
+    QUICK_TARGETS,
     SCENARIOS,
     choose,
     order_of_round,
@@ -120,7 +121,7 @@ def measure(stages: dict[str, scenarios.Stage], chosen: tuple[str, ...], results
                     continue
                 try:
                     values = scenarios.run(scenario, stage)
-                except (LoadError, scenarios.ScenarioError) as error:
+                except (LoadError, TargetError, scenarios.ScenarioError) as error:
                     text = f"{scenario}, round {round_index + 1}: {error}"
                     results.problems.append(Problem(name, text))
                     told.append(f"{name} FAILED: {error}")
@@ -158,12 +159,12 @@ def show(results: Results, output: Path) -> None:
         click.echo(f"problem: {problem.target}: {problem.text}", err=True)
 
 
-def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:
+def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...] | None]:
     def convert(
-        _context: click.Context, _parameter: click.Parameter, value: str
-    ) -> tuple[str, ...]:
+        _context: click.Context, _parameter: click.Parameter, value: str | None
+    ) -> tuple[str, ...] | None:
         try:
-            return choose(value, offered)
+            return choose(value, offered) if value is not None else None
         except ValueError as error:
             raise click.BadParameter(str(error)) from error
 
@@ -176,16 +177,16 @@ def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:
 )
 @click.option(
     "--targets",
-    default=",".join(DEFAULT_TARGETS),
     callback=_chooser(ALL_TARGETS),
-    help=f"Whom to measure: {', '.join(ALL_TARGETS)}.",
+    help=f"Whom to measure, of {', '.join(ALL_TARGETS)}. "
+    "[default: all but sslh-select; quick: no forking ones either]",
 )
 @click.option(
     "--scenarios",
     "chosen",
-    default=",".join(SCENARIOS),
     callback=_chooser(SCENARIOS),
-    help=f"What to measure, names or beginnings of names: {', '.join(SCENARIOS)}.",
+    help=f"What to measure, names or beginnings of names, of {', '.join(SCENARIOS)}. "
+    "[default: all]",
 )
 @click.option("--rounds", type=click.IntRange(1), help="How often all take turns (5; quick: 1).")
 @click.option("--seconds", type=click.FloatRange(0.05), help="Length of a run (2; quick: 0.2).")
@@ -220,8 +221,8 @@ def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...]]:
     help="Measure nothing: show a results.json of an earlier run again.",
 )
 def main(
-    targets: tuple[str, ...],
-    chosen: tuple[str, ...],
+    targets: tuple[str, ...] | None,
+    chosen: tuple[str, ...] | None,
     rounds: int | None,
     seconds: float | None,
     pairs: int | None,
@@ -257,7 +258,7 @@ def main(
     )
     results = Results(
         rounds=rounds or (1 if quick else 5),
-        targets=targets,
+        targets=targets or (QUICK_TARGETS if quick else DEFAULT_TARGETS),
         machine={**describe_machine(), "busy_before": f"{busy:.0f} %"},
         options={
             "topology": place,
@@ -273,7 +274,12 @@ def main(
         tempfile.TemporaryDirectory(prefix="pyforwarder-bench-") as scratch,
         _stages(Path(scratch), effort, topology.SITES[place], results) as stages,
     ):
-        measure(stages, chosen, results)
+        results.machine |= {
+            f"datapaths of {name}": text
+            for name, stage in stages.items()
+            if (text := stage.target.datapaths())
+        }
+        measure(stages, chosen or SCENARIOS, results)
     show(results, output)
     # a peer that cannot keep up is a result
     if any(problem.target not in PEERS for problem in results.problems):

@@ -241,5 +241,10 @@ def run(scenario: str, stage: Stage) -> Values:
     Raises:
         ScenarioError: the numbers would not mean what the row says.
         load.LoadError: the generator gave none.
+        targets.TargetError: the target is gone.
     """
-    return RUNS[scenario](stage)
+    before = stage.target.joined()
+    values = RUNS[scenario](stage)
+    if before is not None and stage.target.joined() == before:
+        raise ScenarioError(f"not one pair was joined by {stage.target.name}: something else ran")
+    return values

@@ -19,11 +19,15 @@ from typing import TYPE_CHECKING, Final
 
 from bench.measures import DIRECT, OURS
 from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+from pyforwarder.client import ControlClient
+from pyforwarder.errors import ForwarderError
+from pyforwarder.instance import Instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from bench.topology import Site
+    from pyforwarder.client import Json
 
 START_TIMEOUT_S: Final = 60.0  # pyforwarder compiles and tests its datapaths first
 STOP_TIMEOUT_S: Final = 20.0
@@ -33,6 +37,7 @@ SPARE_FILES: Final = 200
 # HAProxy reserves two descriptors for each pipe it may splice with, by default for a quarter of
 # all connections: enough for the streams that are measured leaves more of them for idle pairs.
 HAPROXY_PIPES: Final = 128
+KERNEL_DATAPATHS: Final = ("sockmap", "splice")
 
 # One process per connection: ten thousand of them measure the scheduler, not the forwarder.
 FORKING_MAX_PAIRS: Final = 1_000
@@ -40,17 +45,47 @@ SELECT_MAX_PAIRS: Final = 500  # FD_SETSIZE is 1024 and a pair takes two descrip
 
 
 class TargetError(Exception):
-    """A target that does not start; the text holds its last words."""
+    """A target that does not start, or is not what its name says; the text tells why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running target: where clients connect to, and the process to look at (None: direct)."""
+    """A running target: the process to look at (None: direct), and a pyforwarder's instance."""
 
     name: str
     pid: int | None
     max_pairs: int
-    takes_instructions: bool
+    instance: Instance | None = None
+
+    @property
+    def takes_instructions(self) -> bool:
+        """Whether it has a listener for them."""
+        return self.instance is not None
+
+    def datapaths(self) -> str:
+        """What a pyforwarder says of its datapaths, `auto` for example by which it stands for.
+
+        Raises:
+            TargetError: it does not answer.
+        """
+        if self.instance is None:
+            return ""
+        known = _stats(self.instance).get("datapaths")
+        items = known.items() if isinstance(known, dict) else ()
+        return ", ".join(f"{name} {state}" for name, state in items)
+
+    def joined(self) -> int | None:
+        """How many pairs its own datapath has had so far; None where that needs no proof.
+
+        A datapath that fails its self-test is replaced, and pairs may be refused one by one:
+        without this the row `sockmap` could be a second row `copy`.
+
+        Raises:
+            TargetError: pyforwarder does not answer.
+        """
+        if self.instance is None or self.name not in KERNEL_DATAPATHS:
+            return None
+        return _count(_stats(self.instance), "joined", self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,23 +244,53 @@ _RECIPES: Final[Mapping[str, Callable[[Site, Path, str], _Recipe]]] = {
 }
 
 
+def _stats(instance: Instance) -> dict[str, Json]:
+    try:
+        return ControlClient(instance).stats()
+    except ForwarderError as error:
+        raise TargetError(f"does not answer: {error}") from error
+
+
+def _count(stats: dict[str, Json], group: str, name: str) -> int:
+    values = stats.get(group)
+    value = values.get(name, 0) if isinstance(values, dict) else 0
+    return value if isinstance(value, int) else 0
+
+
+def _prove_datapath(instance: Instance, name: str) -> None:
+    """Raise TargetError where pyforwarder runs, but without the datapath asked for."""
+    datapaths = _stats(instance).get("datapaths")
+    state = datapaths.get(name) if isinstance(datapaths, dict) else None
+    if name in KERNEL_DATAPATHS and state != "available":
+        raise TargetError(f"runs without this datapath: {state or 'not known to it'}")
+
+
 def listening_ports(table: str) -> set[int]:
     """The listening ports in the text of a /proc/PID/net/tcp."""
     rows = (line.split() for line in table.splitlines()[1:])
     return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
 
 
-def _await_ports(process: subprocess.Popen[bytes], ports: tuple[int, ...], log: Path) -> None:
-    """Wait until the process's namespace listens on all ports.
+def _is_ready(process: subprocess.Popen[bytes], name: str, recipe: _Recipe, log: Path) -> bool:
+    """Whether the target accepts: pyforwarder says so itself, of the others the kernel knows.
 
-    By the kernel's table, not by connecting: a probe would be the target's first connection.
+    Nobody connects to find out: a probe would be the target's first connection.
     """
+    if name in OURS:  # it listens long before: its datapaths are tested in between
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return sum(line.startswith("listening on ") for line in lines) == len(recipe.ports)
+    try:
+        table = Path(f"/proc/{process.pid}/net/tcp").read_text(encoding="ascii")
+    except OSError:  # it ended meanwhile
+        return False
+    return set(recipe.ports) <= listening_ports(table)
+
+
+def _await_ready(process: subprocess.Popen[bytes], name: str, recipe: _Recipe, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    table = Path(f"/proc/{process.pid}/net/tcp")
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            if set(ports) <= listening_ports(table.read_text(encoding="ascii")):
-                return
+        if _is_ready(process, name, recipe, log):
+            return
         time.sleep(0.05)
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
     why = "does not listen" if process.poll() is None else f"ended ({process.returncode})"
@@ -256,7 +321,7 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
         TargetError: it did not start.
     """
     if name == DIRECT:
-        yield Target(name, None, most_pairs(), takes_instructions=False)
+        yield Target(name, None, most_pairs())
         return
     recipe = _RECIPES[name](site, directory, name)
     environment = {**os.environ, **recipe.environment}
@@ -290,8 +355,11 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
         )
 
     try:
-        _await_ports(process, recipe.ports, log)
-        yield Target(name, process.pid, recipe.max_pairs or most_pairs(), name in OURS)
+        _await_ready(process, name, recipe, log)
+        instance = Instance.named("default", environment) if name in OURS else None
+        if instance is not None:
+            _prove_datapath(instance, name)
+        yield Target(name, process.pid, recipe.max_pairs or most_pairs(), instance)
     finally:
         _end(process, stop=stop if recipe.stop_command else None)
         bpffs = recipe.environment.get("PYFORWARDER_BPFFS")
