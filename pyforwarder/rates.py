@@ -180,13 +180,18 @@ class Browser:
     mode: Mode = Mode.BROWSE
     is_paused: bool = False
     selected: int | None = None  # a pair's id
+    is_chosen: bool = False  # by a key; else it is whichever comes first
     doomed: int | None = None  # the pair that CONFIRM asks about
     rates: Sequence[PairRate] = ()  # what was measured last
     shown: list[PairRate] = field(default_factory=list)  # of them, filtered, in order
     page_rows: int = 10
 
     def arrange(self, rates: Sequence[PairRate]) -> list[PairRate]:
-        """The pairs to show, in order; keeps the selection on its pair as long as it lives."""
+        """The pairs to show, in order.
+
+        The first one is selected until a key chooses another; that stays selected as long as it
+        lives, then its neighbour is.
+        """
         self.rates = rates
         position = self._position()
         words = self.filter.lower().split()
@@ -196,8 +201,10 @@ class Browser:
         kept.sort(key=lambda rate: rate.row["id"])
         kept.sort(key=self.sort.value_of, reverse=not self.is_reversed)
         self.shown = kept
-        if self._position() is None:
-            self._select(0 if position is None else position)
+        if not self.is_chosen:
+            self._select(0)
+        elif self._position() is None:
+            self._select(position or 0)
         return kept
 
     def selected_pair(self) -> PairRate | None:
@@ -241,6 +248,7 @@ class Browser:
                 self.mode = Mode.FILTER
             case "escape":
                 self.filter = ""
+                self.is_chosen = False
             case "x" if self.selected is not None and self.view is View.PAIRS:
                 self.mode, self.doomed = Mode.CONFIRM, self.selected
             case "tab":
@@ -250,17 +258,17 @@ class Browser:
             case "h" | "?":
                 self.mode = Mode.HELP
             case "up" | "k":
-                self._move(-1)
+                self._choose(-1)
             case "down" | "j":
-                self._move(1)
+                self._choose(1)
             case "page-up":
-                self._move(-self.page_rows)
+                self._choose(-self.page_rows)
             case "page-down":
-                self._move(self.page_rows)
+                self._choose(self.page_rows)
             case "home" | "g":
-                self._select(0)
+                self._choose(-len(self.shown))
             case "end" | "G":
-                self._select(len(self.shown) - 1)
+                self._choose(len(self.shown))
         return None
 
     def _type(self, key: str) -> None:
@@ -281,7 +289,8 @@ class Browser:
                 return position
         return None
 
-    def _move(self, by: int) -> None:
+    def _choose(self, by: int) -> None:
+        self.is_chosen = True
         self._select((self._position() or 0) + by)
 
     def _select(self, position: int) -> None:

@@ -34,7 +34,7 @@ _FAILED = 1
 _WIDE = 120
 _HEADING = Style(bold=True, reverse=True)
 _SELECTED = Style(reverse=True)
-_FIXED_LINES = 8  # totals, bytes, ends, heading, details (3), keys or message
+_FIXED_LINES = 9  # totals, bytes, ends, heading, details (4), keys or message
 
 
 @dataclass(slots=True)
@@ -147,15 +147,17 @@ class Screen:
         return table
 
     def _details(self, width: int) -> Text:
-        """The selected pair in full, on three lines."""
+        """The selected pair in full, on four lines."""
         rate = self.browser.selected_pair()
         if rate is None:
-            return Text("no pairs\n\n" if not self.browser.filter else "no such pairs\n\n")
+            return Text("no pairs\n\n\n" if not self.browser.filter else "no such pairs\n\n\n")
         row = rate.row
         client, server = self._processes(row)
-        path = (
+        accepted = (
             f"{tables.cell(row['client'])}{_in_brackets(client)} > {tables.cell(row['listener'])}"
-            f" | {tables.cell(row['source'])} > {tables.cell(row['server'])}{_in_brackets(server)}"
+        )
+        outgoing = (
+            f"{tables.cell(row['source'])} > {tables.cell(row['server'])}{_in_brackets(server)}"
         )
         state = (
             f"{row['state']}, {row['datapath']}: {tables.printable(row['reason']) or '-'}; "
@@ -166,7 +168,7 @@ class Screen:
             f"{row['backlog_bytes']:,} B, age {_age(row['age_s'])}, idle {_age(row['idle_s'])}"
         )
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append("\n".join(line[:width] for line in (path, state, counters)))
+        text.append("\n".join(line[:width] for line in (accepted, outgoing, state, counters)))
         return text
 
     def _processes(self, row: PairRow) -> tuple[str, str]:

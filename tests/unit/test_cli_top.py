@@ -89,7 +89,7 @@ def test_totals_and_refusals_are_shown() -> None:
 def test_selected_pair_is_told_in_full() -> None:
     lines = drawn(screen_of(pair(reason="both ends are TCP")))
     text = "\n".join(lines)
-    assert "127.0.0.1:40000 > 127.0.0.1:9999 | 127.0.0.1:40001 > 127.0.0.1:9001" in text
+    assert "127.0.0.1:40000 > 127.0.0.1:9999\n127.0.0.1:40001 > 127.0.0.1:9001\n" in text
     assert "joined, sockmap: both ends are TCP; rule named" in text
     assert "up 1,023 B, down 23 B, backlog 0 B, age 12s, idle 0s" in text
 

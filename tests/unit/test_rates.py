@@ -138,6 +138,16 @@ def test_selection_stays_on_its_pair_when_the_order_changes() -> None:
     assert browser.selected == 2
 
 
+def test_first_pair_is_selected_until_a_key_chooses() -> None:
+    browser = Browser()
+    selected = []
+    for fast, key in ((1, ""), (2, "up"), (1, "escape"), (1, "")):
+        browser.arrange([rate(1, float(fast == 1)), rate(2, float(fast == 2))])
+        selected.append(browser.selected)
+        browser.press(key)
+    assert selected == [1, 2, 2, 1]
+
+
 def test_selection_goes_to_the_neighbour_when_its_pair_ends() -> None:
     browser = Browser()
     browser.arrange([rate(1, 3.0), rate(2, 2.0), rate(3, 1.0)])
