@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from pyforwarder.errors import LoadError
 
-ProgramKind = Literal["sk_skb", "sched_cls", "iterator"]
+ProgramKind = Literal["sk_skb", "sched_cls", "map_iterator", "socket_iterator"]
 LOAD_TIMEOUT_S: Final = 60.0  # 0.3 s is usual; a loaded machine may take many times that
 _MAX_PROGRAMS: Final = 32
 
@@ -99,7 +99,7 @@ def _explained(source: str, kind: str, reason: str, log: str) -> LoadError:
     if kind == "foreign":
         return LoadError(
             f"the module bcc at {reason} is another project of that name",
-            advice="pip uninstall bcc, then install the distribution's python3-bpfcc or python3-bcc",
+            advice="pip uninstall bcc, then install your system's python3-bpfcc or python3-bcc",
         )
     if "Operation not permitted" in log or "Operation not permitted" in reason:
         return LoadError(
