@@ -390,6 +390,8 @@ class Daemon:
                 return {"pid": os.getpid(), "version": __version__, "datapaths": self._datapaths}
             case "show":
                 return self._show(request.get("what", "pairs"))
+            case "config":
+                return {"text": self._settings.config_text, "source": self._settings.source}
             case "flush":
                 return self._flush(request)
             case "reload":
