@@ -6,7 +6,7 @@
 
 #define PF_ABI_VERSION 1
 
-#define PF_UP 0 /* client to server */
+#define PF_UP	0 /* client to server */
 #define PF_DOWN 1 /* server to client */
 
 #define PF_NAME_BYTES 64 /* a rule's or a listener's name with its final NUL */
@@ -38,7 +38,7 @@ enum pf_family {
 /* One end of a connection. IPv4 stands in ip as ::ffff:a.b.c.d. */
 struct endpoint {
 	__u8 ip[16];
-	__u16 port; /* host order */
+	__u16 port;  /* host order */
 	__u8 family; /* enum pf_family */
 	__u8 padding;
 };
@@ -49,15 +49,15 @@ struct endpoint {
  * atomically for the barrier that redirect.c explains.
  */
 struct verdict_direction {
-	__u64 passed_bytes; /* given to userspace since the sockets entered the map */
+	__u64 passed_bytes;	/* given to userspace since the sockets entered the map */
 	__u64 redirected_bytes; /* queued to the other socket by the kernel */
 	__u64 redirected_packets;
-	__u64 last_ns; /* bpf_ktime_get_ns() of the last packet */
-	__u32 latched; /* 1 while the kernel owns the direction */
-	__u32 trips; /* how often the backlog limit gave it back to userspace */
-	__u32 latch_write_seq; /* target's tcp_sock.write_seq when it latched */
+	__u64 last_ns;		/* bpf_ktime_get_ns() of the last packet */
+	__u32 latched;		/* 1 while the kernel owns the direction */
+	__u32 trips;		/* how often the backlog limit gave it back to userspace */
+	__u32 latch_write_seq;	/* target's tcp_sock.write_seq when it latched */
 	__u32 latch_redirected; /* low 32 bits of redirected_bytes at that moment */
-	__u32 backlog_bytes; /* seen by the last packet */
+	__u32 backlog_bytes;	/* seen by the last packet */
 	__u32 peak_backlog_bytes;
 	__u64 padding;
 };
@@ -65,11 +65,11 @@ struct verdict_direction {
 /* One direction, as the worker sees it; the worker alone writes it, but for asleep. */
 struct worker_direction {
 	__u64 consumed_bytes; /* of passed_bytes: written to the other socket, every one of them */
-	__u64 carried_bytes; /* everything userspace has moved, before and after the handover */
+	__u64 carried_bytes;  /* everything userspace has moved, before and after the handover */
 	__u64 carried_packets;
 	__u64 peer_cookie; /* key of the target socket in the sockhash */
-	__u32 armed; /* 0: pass everything */
-	__u32 asleep; /* 1: ring when something is passed; the program clears it as it rings */
+	__u32 armed;	   /* 0: pass everything */
+	__u32 asleep;	   /* 1: ring when something is passed; the program clears it as it rings */
 	__u32 limit_bytes; /* the backlog limit */
 	__u32 padding[5];
 };
@@ -78,12 +78,12 @@ struct pair {
 	struct verdict_direction verdict[2]; /* index: PF_UP, PF_DOWN */
 	struct worker_direction worker[2];
 	__u64 id;
-	__u64 sequence; /* odd while the description below changes hands */
+	__u64 sequence;	  /* odd while the description below changes hands */
 	__u64 started_ns; /* CLOCK_MONOTONIC */
-	__u64 last_ns; /* last byte moved by userspace */
-	__u8 state; /* enum pf_state */
-	__u8 datapath; /* enum pf_datapath */
-	__u8 reason; /* why this datapath: index into the names in datapath/abi.py */
+	__u64 last_ns;	  /* last byte moved by userspace */
+	__u8 state;	  /* enum pf_state */
+	__u8 datapath;	  /* enum pf_datapath */
+	__u8 reason;	  /* why this datapath: index into the names in datapath/abi.py */
 	__u8 worker_index;
 	__u32 padding;
 	struct endpoint client, listener, source, server;
@@ -94,7 +94,7 @@ struct pair {
 
 /* Where the other end of a socket is found. Key of the map `ends`: the socket's cookie. */
 struct end {
-	__u32 slot; /* index into the map `pairs` */
+	__u32 slot;	 /* index into the map `pairs` */
 	__u32 direction; /* PF_UP for the client's socket, PF_DOWN for the server's */
 };
 
@@ -103,4 +103,32 @@ struct wakeup {
 	__u32 slot;
 	__u32 direction;
 	__u64 id; /* of the pair, so that a late event never wakes the slot's next owner */
+};
+
+/* What a line of the view's `stats` says. */
+enum pf_line {
+	PF_NO_LINE = 0,
+	PF_COUNTER,  /* a counter, summed over the workers */
+	PF_NONZERO,  /* the same, left out while it is 0 */
+	PF_UP_BYTES, /* a counter, and the bytes of the pairs in the table */
+	PF_DOWN_BYTES,
+	PF_TEXT,     /* text, no counter */
+	PF_LISTENER, /* three counters: accepted, open, refused */
+};
+
+/* One line of `stats` or `listeners`: what it is called and where its counters are. */
+struct view_line {
+	__u64 sequence; /* odd while the line changes */
+	__u32 kind;	/* enum pf_line */
+	__u32 word;	/* of its first counter, in the block of every worker */
+	char name[PF_NAME_BYTES];
+	char text[128]; /* a listener's address; what PF_TEXT says */
+	char protocol[8];
+};
+
+/* What the iterator `backlog` writes: redirected bytes that the target's TCP has not taken yet. */
+struct backlog {
+	__u32 slot;
+	__u32 direction;
+	__u64 bytes;
 };

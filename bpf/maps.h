@@ -6,8 +6,17 @@
  * ends     HASH       cookie -> struct end              written: worker         read: verdict
  * pairs    ARRAY      slot   -> struct pair (mmapable)  written: worker, verdict read: all
  * rings    ARRAY_OF_MAPS worker -> RINGBUF of struct wakeup  written: verdict   read: worker
+ *
+ * For the view (view.c); mmapable, written through memory:
+ * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
+ * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view
+ * listeners ARRAY     line -> struct view_line                    written: supervisor  read: view
+ * sums     HASH       session -> two __u64                        view alone
  */
 #pragma once
 
-#define map_pointer(fd) ((void *)bpf_pseudo_fd(1, fd))
+#define map_pointer(fd)	    ((void *)bpf_pseudo_fd(1, fd))
 #define map_lookup(fd, key) bpf_map_lookup_elem_((uintptr_t)bpf_pseudo_fd(1, fd), key)
+#define map_update(fd, key, value) \
+	bpf_map_update_elem_((uintptr_t)bpf_pseudo_fd(1, fd), key, value, BPF_ANY)
+#define map_delete(fd, key) bpf_map_delete_elem_((uintptr_t)bpf_pseudo_fd(1, fd), key)

@@ -8,10 +8,12 @@ descriptors attached in the order of the request, and exits. loading.py is its o
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -30,17 +32,41 @@ def main() -> None:
         return
     try:
         module = bcc.BPF(src_file=request["source"], cflags=request["cflags"])
-        kinds = {
-            "sk_skb": bcc.BPF.SK_SKB,
-            "sched_cls": bcc.BPF.SCHED_CLS,
-            "iterator": bcc.BPF.TRACING,
-        }
-        programs = [module.load_func(name, kinds[kind]).fd for name, kind in request["programs"]]
+        programs = [_load(bcc, module, name, kind) for name, kind in request["programs"]]
     # bcc raises bare Exception; what went wrong is on standard error, which the parent reads.
     except Exception as error:
         _fail(channel, "load", str(error))
         return
     socket.send_fds(channel, [json.dumps({"ok": True}).encode()], programs)
+
+
+def _load(bcc: Any, module: Any, name: str, kind: str) -> int:
+    """One function's descriptor; what the verifier says goes to standard error."""
+    kinds = {"sk_skb": bcc.BPF.SK_SKB, "sched_cls": bcc.BPF.SCHED_CLS}
+    if kind in kinds:
+        fd: int = module.load_func(name, kinds[kind]).fd
+        return fd
+    # An iterator finds its target by the name it is loaded under. load_func() takes that for the
+    # function's name too, and then there could be only one iterator of a kind in a file.
+    target = {"map_iterator": b"bpf_iter__bpf_map_elem", "socket_iterator": b"bpf_iter__sockmap"}
+    lib, function = bcc.lib, name.encode()
+    fd = lib.bcc_func_load(
+        module.module,
+        bcc.BPF.TRACING,
+        target[kind],
+        lib.bpf_function_start(module.module, function),
+        lib.bpf_function_size(module.module, function),
+        lib.bpf_module_license(module.module),
+        lib.bpf_module_kern_version(module.module),
+        0,
+        None,
+        0,
+        None,
+        -1,
+    )
+    if fd < 0:
+        raise OSError(f"Failed to load BPF program {name}: {os.strerror(ctypes.get_errno())}")
+    return fd
 
 
 def _fail(channel: socket.socket, kind: str, reason: str) -> None:

@@ -149,6 +149,41 @@ class Wakeup(ctypes.Structure):
     )
 
 
+class LineKind(enum.IntEnum):
+    """What a line of the view's `stats` says."""
+
+    NONE = 0
+    COUNTER = 1
+    NONZERO = 2
+    UP_BYTES = 3
+    DOWN_BYTES = 4
+    TEXT = 5
+    LISTENER = 6
+
+
+class ViewLine(ctypes.Structure):
+    """struct view_line."""
+
+    _fields_ = (
+        ("sequence", ctypes.c_uint64),
+        ("kind", ctypes.c_uint32),
+        ("word", ctypes.c_uint32),
+        ("name", ctypes.c_char * NAME_BYTES),
+        ("text", ctypes.c_char * 128),
+        ("protocol", ctypes.c_char * 8),
+    )
+
+
+class Backlog(ctypes.Structure):
+    """struct backlog."""
+
+    _fields_ = (
+        ("slot", ctypes.c_uint32),
+        ("direction", ctypes.c_uint32),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
 PAIR_BYTES: Final = ctypes.sizeof(PairRecord)
 _ENDPOINT: Final = struct.Struct("=16sHBx")
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"

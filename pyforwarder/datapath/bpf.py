@@ -55,6 +55,7 @@ class _Command(enum.IntEnum):
     PROG_ATTACH = 8
     PROG_DETACH = 9
     LINK_CREATE = 28
+    ITER_CREATE = 33
 
 
 def _call(command: _Command, attributes: bytes) -> int:
@@ -171,6 +172,16 @@ def link_iterator(program_fd: int, map_fd: int) -> int:
         "=IIIIQI", program_fd, 0, AttachType.TRACE_ITER, 0, ctypes.addressof(info), 16
     )
     return _call(_Command.LINK_CREATE, attributes)
+
+
+def read_link(link_fd: int) -> bytes:
+    """Everything that an iterator's link has to say now: one walk."""
+    said = bytearray()
+    fd = _call(_Command.ITER_CREATE, struct.pack("=II", link_fd, 0))
+    with os.fdopen(fd, "rb", buffering=0) as walk:
+        while chunk := walk.read(1 << 20):
+            said += chunk
+    return bytes(said)
 
 
 def pin(fd: int, path: Path) -> None:

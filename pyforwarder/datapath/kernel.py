@@ -68,10 +68,14 @@ class KernelMaps:
     ring_fds: tuple[int, ...]  # one per worker
     ring_bytes: int
     program_fd: int
+    owns_pairs: bool
 
     @classmethod
-    def load(cls, *, workers: int, slots: int) -> KernelMaps:
+    def load(cls, *, workers: int, slots: int, pairs_fd: int = -1) -> KernelMaps:
         """Make the maps, load the verdict program and attach it.
+
+        `pairs_fd` is an array of workers * slots records that stays the caller's; without it, one
+        is made.
 
         Raises:
             LoadError: this host cannot; the message says why and what would help.
@@ -106,14 +110,16 @@ class KernelMaps:
                 entries=2 * total,
                 flags=bpf.F_NO_PREALLOC,
             )
-            pairs = create(
-                bpf.MapType.ARRAY,
-                "pf_pairs",
-                key_bytes=4,
-                value_bytes=PAIR_BYTES,
-                entries=total,
-                flags=bpf.F_MMAPABLE,
-            )
+            pairs = pairs_fd
+            if pairs < 0:
+                pairs = create(
+                    bpf.MapType.ARRAY,
+                    "pf_pairs",
+                    key_bytes=4,
+                    value_bytes=PAIR_BYTES,
+                    entries=total,
+                    flags=bpf.F_MMAPABLE,
+                )
             ring_fds = tuple(
                 create(
                     bpf.MapType.RINGBUF, "pf_ring", key_bytes=0, value_bytes=0, entries=ring_bytes
@@ -154,7 +160,9 @@ class KernelMaps:
             if isinstance(error, LoadError):
                 raise
             raise LoadError(f"fill the BPF maps: {error.strerror}") from error
-        return cls(sockets, ends, pairs, rings, ring_fds, ring_bytes, program)
+        return cls(
+            sockets, ends, pairs, rings, ring_fds, ring_bytes, program, owns_pairs=pairs_fd < 0
+        )
 
     def datapath(self, host: PairHost, window: PairWindow, worker: int) -> SockmapDatapath:
         """In the worker: the datapath over its window and its ring."""
@@ -185,10 +193,10 @@ class KernelMaps:
         for fd in (
             self.sockets_fd,
             self.ends_fd,
-            self.pairs_fd,
             self.rings_fd,
             self.program_fd,
             *self.ring_fds,
+            *((self.pairs_fd,) if self.owns_pairs else ()),
         ):
             os.close(fd)
 

@@ -156,7 +156,12 @@ class PairWindow:
 
 
 def read_records(memory: mmap.mmap | memoryview) -> Iterator[PairRecord]:
-    """A consistent copy of every record in use, in slot order.
+    """A consistent copy of every record in use, in slot order."""
+    return (record for _, record in read_slots(memory))
+
+
+def read_slots(memory: mmap.mmap | memoryview) -> Iterator[tuple[int, PairRecord]]:
+    """The same, each with its slot.
 
     A record that changes hands while it is copied is read again; one that does so all the time
     (it cannot, for long) is left out.
@@ -170,5 +175,5 @@ def read_records(memory: mmap.mmap | memoryview) -> Iterator[PairRecord]:
             again = bytes(view[slot * PAIR_BYTES + _SEQUENCE * 8 :][:8])
             if record.sequence % 2 == 0 and again == copy[_SEQUENCE * 8 : _SEQUENCE * 8 + 8]:
                 if record.state != PairState.FREE:
-                    yield record
+                    yield slot, record
                 break

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder import __version__
+from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.config import Config, parse_config, read_config_text
 from pyforwarder.counters import Counters, Directory
+from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap
 from pyforwarder.errors import (
@@ -31,6 +32,8 @@ from pyforwarder.routing import compile_rules
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
+from pyforwarder.supervisor.proc import ProcDirectory
+from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
 from pyforwarder.worker.channel import Channel, text_to_fd
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
@@ -46,7 +49,12 @@ _SOON_S: Final = 1.0
 _PAUSE_S: Final = 1.0
 # How long workers have to reset and close what is left, once they are told to stop.
 _STOP_S: Final = 5.0
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+# SIGIO: somebody wants to open a file of the pseudo-/proc.
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
+
+
+# The view's files and what `show` calls them.
+_RENDERED: Final = (("show", "pairs"), ("stats", "stats"), ("listeners", "listeners"))
 
 
 class Daemon:
@@ -64,7 +72,10 @@ class Daemon:
         self._loop = Loop()
         self._directory = Directory()
         self._workers: list[WorkerProcess] = []
+        self._arrays: Arrays | None = None
         self._maps: KernelMaps | None = None
+        self._view: View | None = None
+        self._proc: ProcDirectory | None = None
         self._datapaths: dict[str, str] = {}
         self._ending = False
         self._stop_asked = False
@@ -88,6 +99,7 @@ class Daemon:
                     self._loop, self._instance.control, self._obey
                 )
                 self._instance.pid_file.write_text(f"{os.getpid()}\n")
+                self._open_view()
                 self._announce()
                 if on_ready is not None:
                     on_ready()
@@ -138,16 +150,31 @@ class Daemon:
                 pairs_per_worker=clients,
                 configured=config.limits.pairs,
             )
-        self._counters_memory = Counters.memory(self._count)
-        self._counters = Counters(self._counters_memory, self._count)
         self._limits_memory = shared_memory(self._count)
         self._secret = new_secret()
         self._slots = slots_for(clients)
+        remove_stale(self._instance.bpffs_dir)
+        self._make_tables()
         self._maps = self._load(config)
+        self._view = self._load_view()
+
+    def _make_tables(self) -> None:
+        """The shared memory: BPF arrays for the kernel to read, or anonymous where it may not."""
+        self._no_arrays: LoadError | None = None
+        try:
+            self._arrays = Arrays.create(workers=self._count, slots=self._slots)
+        except LoadError as error:
+            self._no_arrays = error
+        self._counters_memory = (
+            self._arrays.counters_memory(self._count)
+            if self._arrays
+            else Counters.memory(self._count)
+        )
+        self._counters = Counters(self._counters_memory, self._count)
         self._table = PairTable(
             workers=self._count,
             slots=self._slots,
-            fd=self._maps.pairs_fd if self._maps else -1,
+            fd=self._arrays.pairs_fd if self._arrays else -1,
         )
 
     def _log_fd(self) -> int:
@@ -166,7 +193,11 @@ class Daemon:
             self._datapaths["sockmap"] = "not wanted by the configuration"
             return None
         try:
-            maps = KernelMaps.load(workers=self._count, slots=self._slots)
+            if self._arrays is None:
+                raise self._no_arrays or LoadError("no BPF maps")
+            maps = KernelMaps.load(
+                workers=self._count, slots=self._slots, pairs_fd=self._arrays.pairs_fd
+            )
         except LoadError as error:
             self._datapaths["sockmap"] = str(error)
             self._log.write("warning", "no_sockmap", reason=str(error))
@@ -179,6 +210,63 @@ class Daemon:
             return None
         self._datapaths["sockmap"] = "available"
         return maps
+
+    def _load_view(self) -> View | None:
+        """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
+        try:
+            if self._arrays is None:
+                raise self._no_arrays or LoadError("no BPF maps")
+            return View.load(self._arrays, self._maps, workers=self._count)
+        except LoadError as error:
+            self._log.write("warning", "no_view", reason=str(error))
+            return None
+
+    def _open_view(self) -> None:
+        """Make the files that show and steer us, now that there is something to show.
+
+        Raises:
+            ForwarderError: the pseudo-/proc cannot be made.
+        """
+        pins = None
+        if self._view is not None:
+            self._view.set_stats(report.stats_lines(self._datapaths))
+            self._describe_listeners()
+            try:
+                self._view.pin(self._instance.bpffs_dir)
+                pins = self._instance.bpffs_dir
+            except ForwarderError as error:
+                self._log.write("warning", "no_view", reason=str(error))
+        self._proc = ProcDirectory(
+            self._loop,
+            self._instance.proc_dir,
+            obey=self._obey,
+            unix_time_s=self._env.unix_time_s,
+            refused=lambda name, reason: self._log.write(
+                "warning", "write_refused", file=name, reason=reason
+            ),
+            pins=pins,
+            render={name: lambda what=what: self._render(what) for name, what in _RENDERED},  # type: ignore[misc]
+        )
+
+    def _render(self, what: str) -> str:
+        """What the view would say, made by us; the remark goes where the kernel puts its own."""
+        rows: Any = self._show(what)
+        text = tables.render(what, list(tables.stats_rows(rows)) if what == "stats" else rows)
+        header, _, rest = text.partition("\n")
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._env.unix_time_s()))
+        remark = f"# as of {when}, said by the daemon (pid {os.getpid()}): no BPF here"
+        return f"{header}  {remark}\n{rest}"
+
+    def _describe_listeners(self) -> None:
+        """Tell the view which listeners there are."""
+        if self._view is not None:
+            lines = report.listener_lines(self._config, self._binds(), self._directory)
+            told = self._view.set_listeners(lines)
+            if told < len(lines):
+                self._log.write("warning", "view_is_full", listeners=len(lines), shown=told)
+
+    def _binds(self) -> dict[str, str]:
+        return {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
 
     def _bind_and_start(self, text: str, config: Config) -> None:
         following, obsolete = self._listeners.change_to(config)
@@ -256,6 +344,10 @@ class Daemon:
         control = getattr(self, "_control", None)
         for fd in control.fds() if control is not None else ():
             os.close(fd)
+        for fd in self._proc.fds() if self._proc is not None else ():
+            os.close(fd)
+        if self._view is not None:
+            self._view.close()
         self._wakeup_read.close()
         self._wakeup_write.close()
         self._loop.dispose()
@@ -305,9 +397,14 @@ class Daemon:
                 self._reload_on_signal()
             elif number == signal.SIGCHLD:
                 self._look_after_workers()
+            elif number == signal.SIGIO and self._proc is not None:
+                self._proc.asked()
 
     def _serve(self) -> None:
         self._loop.run()
+        if self._proc is not None:
+            self._proc.close()  # while SIGIO, which ends a process that does not expect it, is ours
+            self._proc = None
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
@@ -379,8 +476,15 @@ class Daemon:
 
     def _clean_up(self) -> None:
         self._instance.pid_file.unlink(missing_ok=True)
+        if self._proc is not None:
+            self._proc.close()
+        if self._view is not None:
+            self._view.unpin()
+            self._view.close()
         if self._maps is not None:
             self._maps.close()
+        if self._arrays is not None:
+            self._arrays.close()
 
     # Requests
 
@@ -414,12 +518,14 @@ class Daemon:
                 raise UsageError(f"unknown request {unknown!r}")
 
     def _show(self, what: object) -> object:
-        binds = {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
         match what:
             case "pairs":
-                return report.pair_rows(self._table.windows)
+                backlogs = self._view.backlogs() if self._view is not None else {}
+                return report.pair_rows(self._table.windows, backlogs)
             case "listeners":
-                return report.listener_rows(self._config, binds, self._counters, self._directory)
+                return report.listener_rows(
+                    self._config, self._binds(), self._counters, self._directory
+                )
             case "rules":
                 return report.rule_rows(self._config, self._counters, self._directory)
             case "upstreams":
@@ -452,7 +558,7 @@ class Daemon:
             not isinstance(pid, int)
             or not isinstance(numbers, list)
             or len(numbers) != 2
-            or not all(isinstance(n, int) for n in numbers)
+            or not all(isinstance(n, int) and 0 <= n < 2**31 for n in (pid, *numbers))
         ):
             raise UsageError("forward wants a process and two of its descriptors")
         from pyforwarder.supervisor.pidfd import fetch_descriptors
@@ -524,7 +630,7 @@ class Daemon:
             self._listeners.abandon(following)
             raise
         self._settings, self._config = settings, config
-        before = {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
+        before = self._binds()
         self._listeners.bound = following
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
@@ -535,6 +641,9 @@ class Daemon:
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
         self._listeners.commit(following, obsolete)
+        self._describe_listeners()
+        if self._proc is not None:
+            self._proc.port_changed()
         for name, listener in following.items():
             if before.get(name) != str(listener.bind):
                 self._env.stdout.write(f"listening on {listener.bind} ({name})\n")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from pyforwarder import tables
 from pyforwarder.counters import (
     CLOSED_INDEX,
     Counter,
@@ -13,9 +14,18 @@ from pyforwarder.counters import (
     ListenerCounter,
     RuleCounter,
 )
-from pyforwarder.datapath.abi import DatapathKind, Direction, PairRecord, PairState, unpack_endpoint
+from pyforwarder.datapath.abi import (
+    PAIR_BYTES,
+    DatapathKind,
+    Direction,
+    LineKind,
+    PairRecord,
+    PairState,
+    unpack_endpoint,
+)
+from pyforwarder.datapath.arrays import Line
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.table import read_records
+from pyforwarder.datapath.table import read_records, read_slots
 
 if TYPE_CHECKING:
     import mmap
@@ -26,8 +36,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def pair_row(record: PairRecord, now_ns: int) -> Row:
-    """One pair's row, named as `show --json` does."""
+def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int) -> Row:
+    """One pair's row, named as `show --json` does; `backlog_bytes` waits in the kernel now."""
     row: Row = {
         "id": record.id,
         "state": PairState(record.state).label,
@@ -49,14 +59,23 @@ def pair_row(record: PairRecord, now_ns: int) -> Row:
     for direction, name in ((Direction.UP, "up"), (Direction.DOWN, "down")):
         seen, told = record.verdict[direction], record.worker[direction]
         row[f"{name}_packets"] = told.carried_packets + seen.redirected_packets
-    row["backlog_bytes"] = sum(record.verdict[d].backlog_bytes for d in Direction)
+    row["backlog_bytes"] = backlog_bytes
     return row
 
 
-def pair_rows(windows: Sequence[mmap.mmap]) -> list[Row]:
-    """Every connection that is old enough to be in the table, by id."""
+def pair_rows(windows: Sequence[mmap.mmap], backlogs: Mapping[tuple[int, int], int]) -> list[Row]:
+    """Every connection that is old enough to be in the table, by id.
+
+    `backlogs` says what waits in the kernel, by slot of the whole table and direction.
+    """
     now_ns = time.monotonic_ns()
-    rows = [pair_row(record, now_ns) for memory in windows for record in read_records(memory)]
+    rows = []
+    first_slot = 0
+    for memory in windows:
+        for slot, record in read_slots(memory):
+            waiting = sum(backlogs.get((first_slot + slot, d), 0) for d in Direction)
+            rows.append(pair_row(record, now_ns, waiting))
+        first_slot += len(memory) // PAIR_BYTES
     return sorted(rows, key=lambda row: int(row["id"]))
 
 
@@ -119,40 +138,81 @@ def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[
     return rows
 
 
+# The totals of `show stats` by their flat names, a dot being a level of the JSON: what the
+# kernel's `stats` file sums up and what the daemon answers is one list.
+TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = (
+    ("accepted", LineKind.COUNTER, Counter.ACCEPTED),
+    ("open", LineKind.COUNTER, Counter.OPEN),
+    ("pairs_open", LineKind.COUNTER, Counter.PAIRS_OPEN),
+    ("pairs_opened", LineKind.COUNTER, Counter.PAIRS_OPENED),
+    ("joined.copy", LineKind.COUNTER, Counter.JOINED_COPY),
+    ("joined.sockmap", LineKind.COUNTER, Counter.JOINED_SOCKMAP),
+    ("joined.splice", LineKind.COUNTER, Counter.JOINED_SPLICE),
+    *(
+        (f"closed.{reason.value}", LineKind.NONZERO, index)
+        for reason, index in CLOSED_INDEX.items()
+    ),
+    ("bytes_up", LineKind.UP_BYTES, Counter.UP_BYTES),
+    ("bytes_down", LineKind.DOWN_BYTES, Counter.DOWN_BYTES),
+    ("first_packet_full", LineKind.COUNTER, Counter.FIRST_PACKET_FULL),
+    ("first_packet_timeout", LineKind.COUNTER, Counter.FIRST_PACKET_TIMEOUT),
+    ("accept_paused", LineKind.COUNTER, Counter.ACCEPT_PAUSED),
+)
+
+
 def stats(counters: Counters, windows: Sequence[mmap.mmap], datapaths: Mapping[str, str]) -> Row:
     """Totals since `up`; bytes include those of open pairs."""
-    up_bytes = counters.total(Counter.UP_BYTES)
-    down_bytes = counters.total(Counter.DOWN_BYTES)
+    live = open_bytes(windows)
+    row: Row = {"closed": {}}
+    for name, kind, word in TOTALS:
+        value = counters.total(word)
+        if kind is LineKind.UP_BYTES:
+            value += live[Direction.UP]
+        elif kind is LineKind.DOWN_BYTES:
+            value += live[Direction.DOWN]
+        if value or kind is not LineKind.NONZERO:
+            group, dot, member = name.partition(".")
+            if dot:
+                row.setdefault(group, {})[member] = value
+            else:
+                row[name] = value
+    row["datapaths"] = dict(datapaths)
+    return row
+
+
+def open_bytes(windows: Sequence[mmap.mmap]) -> tuple[int, int]:
+    """What the connections in the table have carried so far, up and down."""
+    carried = [0, 0]
     for memory in windows:
         for record in read_records(memory):
             for direction in Direction:
-                carried = (
+                carried[direction] += (
                     record.worker[direction].carried_bytes
                     + record.verdict[direction].redirected_bytes
                 )
-                if direction is Direction.UP:
-                    up_bytes += carried
-                else:
-                    down_bytes += carried
-    return {
-        "accepted": counters.total(Counter.ACCEPTED),
-        "open": counters.total(Counter.OPEN),
-        "pairs_open": counters.total(Counter.PAIRS_OPEN),
-        "pairs_opened": counters.total(Counter.PAIRS_OPENED),
-        "joined": {
-            "copy": counters.total(Counter.JOINED_COPY),
-            "sockmap": counters.total(Counter.JOINED_SOCKMAP),
-            "splice": counters.total(Counter.JOINED_SPLICE),
-        },
-        "closed": {
-            reason.value: count
-            for reason, index in CLOSED_INDEX.items()
-            if (count := counters.total(index))
-        },
-        "bytes_up": up_bytes,
-        "bytes_down": down_bytes,
-        "first_packet_full": counters.total(Counter.FIRST_PACKET_FULL),
-        "first_packet_timeout": counters.total(Counter.FIRST_PACKET_TIMEOUT),
-        "accept_paused": counters.total(Counter.ACCEPT_PAUSED),
-        "datapaths": dict(datapaths),
-    }
+    return carried[0], carried[1]
+
+
+def stats_lines(datapaths: Mapping[str, str]) -> list[Line]:
+    """The lines of the kernel's `stats` file."""
+    return [
+        *(Line(kind, name, word) for name, kind, word in TOTALS),
+        *(
+            Line(LineKind.TEXT, f"datapaths.{name}", text=tables.printable(state))
+            for name, state in datapaths.items()
+        ),
+    ]
+
+
+def listener_lines(config: Config, binds: Mapping[str, str], directory: Directory) -> list[Line]:
+    """The lines of the kernel's `listeners` file."""
+    return [
+        Line(
+            LineKind.LISTENER,
+            tables.cell(listener.name),
+            directory.index(listener.name),
+            tables.cell(binds[listener.name]),
+            listener.protocol,
+        )
+        for listener in config.listeners
+    ]

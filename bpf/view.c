@@ -1,0 +1,443 @@
+/*
+ * The view: BPF iterators that print the tables as text. Python pins their links in bpffs, and
+ * each open of a pin is a walk of its own, run in the kernel by whoever reads: the daemon has no
+ * part in it, and need not live.
+ *
+ * An object's output is taken whole or, when it does not fit into the 32 KiB of one read, made
+ * again for the next (bpf_seq_read), so a line is never cut, lost or doubled, however many calls
+ * it is printed with. A program keeps nothing from one object to the next but the map `sums`.
+ *
+ * Source: kernel/bpf/bpf_iter.c, kernel/bpf/map_iter.c, kernel/bpf/arraymap.c.
+ */
+#include <uapi/linux/bpf.h>
+
+#include "abi.h"
+#include "maps.h"
+
+struct seq_file;
+struct sock;
+
+/* The kernel's contexts: whatever the programs read of them stands at these places. */
+struct iterator_meta {
+	struct seq_file *seq;
+	__u64 session_id;
+	__u64 seq_num;
+};
+
+struct element { /* struct bpf_iter__bpf_map_elem */
+	struct iterator_meta *meta;
+	struct bpf_map *map;
+	__u32 *key;
+	void *value;
+};
+
+struct socket_element { /* struct bpf_iter__sockmap */
+	struct iterator_meta *meta;
+	struct bpf_map *map;
+	__u64 *key;
+	struct sock *sk;
+};
+
+/* How often a record that is being written is looked at again; the writer takes microseconds. */
+#define LOOKS 64
+
+/* Loops stay loops where unrolling would multiply the calls in them (Linux has them since 5.3). */
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
+
+#define barrier() asm volatile("" ::: "memory")
+
+#define SAY(seq, literal)                                           \
+	({                                                          \
+		char say_text[] = literal;                          \
+		bpf_seq_write(seq, say_text, sizeof(say_text) - 1); \
+	})
+
+#define PRINT(seq, format, ...)                                                       \
+	({                                                                            \
+		char print_format[] = format;                                         \
+		__u64 print_values[] = { __VA_ARGS__ };                               \
+		bpf_seq_printf(seq, print_format, sizeof(print_format), print_values, \
+			       sizeof(print_values));                                 \
+	})
+
+#define STRING(pointer) ((__u64)(unsigned long)(pointer))
+
+#define NANOSECONDS 1000000000ULL
+
+/*
+ * The end of a header line. Nobody has the map mapped for writing any more: neither the daemon
+ * nor a worker lives. It goes behind the column names, where new columns go as well, so that
+ * a program that reads the table by its columns is not disturbed.
+ */
+static inline void end_header(struct seq_file *seq, struct bpf_map *map)
+{
+	__u64 writers = *(volatile __u64 *)((void *)map + BPF_MAP_WRITECNT);
+
+	if (!writers)
+		SAY(seq, "  # the daemon is gone: this is what it left");
+	SAY(seq, "\n");
+}
+
+static inline __u32 digits(__u32 number)
+{
+	return 1 + (number > 9) + (number > 99) + (number > 999) + (number > 9999);
+}
+
+static inline void print_ipv4(struct seq_file *seq, const struct endpoint *end)
+{
+	__u32 a = end->ip[12], b = end->ip[13], c = end->ip[14], d = end->ip[15], port = end->port;
+	__u32 width = 4 + digits(a) + digits(b) + digits(c) + digits(d) + digits(port);
+	char blanks[] = "                      ";
+
+	PRINT(seq, "%u.%u.%u.%u:%u", a, b, c, d, port);
+	/* To 21, the longest there is, and one between the columns. */
+	bpf_seq_write(seq, blanks, (22 - width) & 15);
+}
+
+/* The canonical form (RFC 5952): the longest run of two or more zero groups is left out. */
+static inline void print_ipv6(struct seq_file *seq, const struct endpoint *end)
+{
+	__u32 group[8];
+	__u32 zeros = 0, run = 0, best = 1, best_end = 0;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < 8; i++) {
+		group[i] = (__u32)end->ip[2 * i] << 8 | end->ip[2 * i + 1];
+		zeros |= (group[i] == 0) << i;
+	}
+#pragma unroll
+	for (i = 0; i < 8; i++) {
+		run = zeros >> i & 1 ? run + 1 : 0;
+		if (run > best) {
+			best = run;
+			best_end = i + 1;
+		}
+	}
+	SAY(seq, "[");
+#pragma unroll
+	for (i = 0; i < 8; i++) {
+		/* best_end is 0 without a run; i is in it if best_end - best <= i < best_end. */
+		if (i < best_end && i + best >= best_end) {
+			if (i + 1 == best_end)
+				SAY(seq, "::");
+			continue;
+		}
+		if (i && i != best_end)
+			SAY(seq, ":");
+		PRINT(seq, "%x", group[i]);
+	}
+	PRINT(seq, "]:%u ", end->port);
+}
+
+static inline void print_endpoint(struct seq_file *seq, const struct endpoint *end)
+{
+	switch (end->family) {
+	case PF_IPV4:
+		print_ipv4(seq, end);
+		break;
+	case PF_IPV6:
+		print_ipv6(seq, end);
+		break;
+	case PF_UNIX:
+		SAY(seq, "unix:                 ");
+		break;
+	default:
+		SAY(seq, "-                     ");
+	}
+}
+
+static inline void print_state(struct seq_file *seq, __u8 state)
+{
+	switch (state) {
+	case PF_SNIFFING:
+		SAY(seq, "sniffing    ");
+		break;
+	case PF_CONNECTING:
+		SAY(seq, "connecting  ");
+		break;
+	case PF_HANDOVER:
+		SAY(seq, "handover    ");
+		break;
+	case PF_JOINED:
+		SAY(seq, "joined      ");
+		break;
+	case PF_HALF_CLOSED:
+		SAY(seq, "half-closed ");
+		break;
+	default:
+		SAY(seq, "draining    ");
+	}
+}
+
+static inline void print_datapath(struct seq_file *seq, __u8 datapath)
+{
+	switch (datapath) {
+	case PF_COPY:
+		SAY(seq, "copy     ");
+		break;
+	case PF_SOCKMAP:
+		SAY(seq, "sockmap  ");
+		break;
+	case PF_SPLICE:
+		SAY(seq, "splice   ");
+		break;
+	default:
+		SAY(seq, "-        ");
+	}
+}
+
+/* What one line needs of a record, copied so that it can be checked before it is printed. */
+struct look {
+	__u64 id;
+	__u64 started_ns;
+	__u64 active_ns;
+	__u64 bytes[2];
+	struct endpoint ends[4]; /* client, listener, source, server */
+	__u8 state;
+	__u8 datapath;
+	__u8 padding[6];
+	char rule[16];
+};
+
+static inline __u64 later(__u64 a, __u64 b)
+{
+	return a > b ? a : b;
+}
+
+/*
+ * A consistent copy of the record; 0 if the slot is free. The writer (PairWindow.describe) makes
+ * the sequence odd while the description changes hands; the counters are zeroed while the slot is
+ * free, so the state is looked at once more after them.
+ */
+static inline int look_at(const struct pair *pair, struct look *look)
+{
+	const volatile __u64 *sequence = &pair->sequence;
+	const volatile __u8 *state = &pair->state;
+	__u64 before;
+	int i;
+
+	NO_UNROLL
+	for (i = 0; i < LOOKS; i++) {
+		if (*state == PF_FREE)
+			return 0;
+		before = *sequence;
+		if (before & 1)
+			continue;
+		barrier();
+		look->id = pair->id;
+		look->started_ns = pair->started_ns;
+		__builtin_memcpy(look->ends, &pair->client, sizeof(look->ends));
+		__builtin_memcpy(look->rule, pair->rule, sizeof(look->rule));
+		look->state = *state;
+		look->datapath = *(const volatile __u8 *)&pair->datapath;
+		look->bytes[PF_UP] =
+			*(const volatile __u64 *)&pair->worker[PF_UP].carried_bytes +
+			*(const volatile __u64 *)&pair->verdict[PF_UP].redirected_bytes;
+		look->bytes[PF_DOWN] =
+			*(const volatile __u64 *)&pair->worker[PF_DOWN].carried_bytes +
+			*(const volatile __u64 *)&pair->verdict[PF_DOWN].redirected_bytes;
+		look->active_ns =
+			later(later(pair->last_ns, pair->started_ns),
+			      later(pair->verdict[PF_UP].last_ns, pair->verdict[PF_DOWN].last_ns));
+		barrier();
+		if (*sequence == before && *state != PF_FREE && look->state != PF_FREE)
+			return 1;
+	}
+	/* Its writer was interrupted in the middle: rather no line than a wrong one. */
+	return 0;
+}
+
+int show(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	const struct pair *pair = element->value;
+	struct look look;
+	__u64 now, age, idle;
+	int i;
+
+	if (!element->key || !pair)
+		return 0;
+	if (*element->key == 0) {
+		SAY(seq,
+		    "    ID STATE       DATAPATH CLIENT                LISTENER              ");
+		SAY(seq, "SOURCE                SERVER                ");
+		SAY(seq, "    UP_BYTES   DOWN_BYTES   AGE_S  IDLE_S RULE");
+		end_header(seq, element->map);
+	}
+	if (!look_at(pair, &look))
+		return 0;
+	now = bpf_ktime_get_ns();
+	age = now > look.started_ns ? (now - look.started_ns) / NANOSECONDS : 0;
+	/* A packet may be younger than `now`: another processor has seen it meanwhile. */
+	idle = now > look.active_ns ? (now - look.active_ns) / NANOSECONDS : 0;
+	look.rule[sizeof(look.rule) - 1] = 0;
+	PRINT(seq, "%6llu ", look.id);
+	print_state(seq, look.state);
+	print_datapath(seq, look.datapath);
+	NO_UNROLL
+	for (i = 0; i < 4; i++)
+		print_endpoint(seq, &look.ends[i]);
+	PRINT(seq, "%12llu %12llu %7llu %7llu %s\n", look.bytes[PF_UP], look.bytes[PF_DOWN], age,
+	      idle, STRING(look.rule));
+	return 0;
+}
+
+static inline __u64 counted(__u32 word)
+{
+	__u64 total = 0, *counter;
+	__u32 worker, at;
+
+	NO_UNROLL
+	for (worker = 0; worker < WORKERS; worker++) {
+		at = worker * BLOCK_WORDS + word;
+		counter = map_lookup(MAP_COUNTERS_FD, &at);
+		if (counter)
+			total += *counter;
+	}
+	return total;
+}
+
+struct sums {
+	__u64 bytes[2];
+};
+
+/*
+ * Walks the pairs for their bytes, and prints at the end of the walk. Nothing is printed before, so
+ * the whole walk happens within one read, and no sum is left behind by a reader who goes away.
+ */
+int stats(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	__u64 session = element->meta->session_id;
+	const struct pair *pair = element->value;
+	struct sums *sums, none = {};
+	struct view_line *line;
+	struct look look;
+	__u64 value;
+	__u32 at;
+
+	if (element->key && pair) {
+		if (*element->key == 0)
+			map_update(MAP_SUMS_FD, &session, &none);
+		if (!look_at(pair, &look))
+			return 0;
+		sums = map_lookup(MAP_SUMS_FD, &session);
+		if (!sums)
+			return 0;
+		sums->bytes[PF_UP] += look.bytes[PF_UP];
+		sums->bytes[PF_DOWN] += look.bytes[PF_DOWN];
+		return 0;
+	}
+	SAY(seq, "STAT                           VALUE");
+	end_header(seq, element->map);
+	sums = map_lookup(MAP_SUMS_FD, &session);
+	if (sums)
+		none = *sums;
+	NO_UNROLL
+	for (at = 0; at < STAT_LINES; at++) {
+		__u32 key = at;
+
+		line = map_lookup(MAP_STATS_FD, &key);
+		if (!line || line->kind == PF_NO_LINE)
+			continue;
+		if (line->kind == PF_TEXT) {
+			PRINT(seq, "%-30s %s\n", STRING(line->name), STRING(line->text));
+			continue;
+		}
+		value = counted(line->word);
+		/* Too many readers at once: rather no number than a wrong one. */
+		if ((line->kind == PF_UP_BYTES || line->kind == PF_DOWN_BYTES) && !sums)
+			continue;
+		if (line->kind == PF_UP_BYTES)
+			value += none.bytes[PF_UP];
+		if (line->kind == PF_DOWN_BYTES)
+			value += none.bytes[PF_DOWN];
+		if (line->kind != PF_NONZERO || value)
+			PRINT(seq, "%-30s %llu\n", STRING(line->name), value);
+	}
+	map_delete(MAP_SUMS_FD, &session);
+	return 0;
+}
+
+int listeners(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	const struct view_line *line = element->value;
+	const volatile __u64 *sequence;
+	struct view_line copy;
+	__u64 before;
+	int i;
+
+	if (!element->key || !line)
+		return 0;
+	if (*element->key == 0) {
+		SAY(seq, "NAME            BIND                  PROTOCOL   ACCEPTED");
+		SAY(seq, "       OPEN    REFUSED");
+		end_header(seq, element->map);
+	}
+	sequence = &line->sequence;
+	NO_UNROLL
+	for (i = 0; i < LOOKS; i++) {
+		before = *sequence;
+		if (before & 1)
+			continue;
+		barrier();
+		__builtin_memcpy(&copy, line, sizeof(copy));
+		barrier();
+		if (*sequence == before)
+			goto print;
+	}
+	return 0;
+print:
+	if (copy.kind != PF_LISTENER)
+		return 0;
+	PRINT(seq, "%-15s %-21s ", STRING(copy.name), STRING(copy.text));
+	PRINT(seq, "%-8s %10llu %10llu %10llu\n", STRING(copy.protocol), counted(copy.word),
+	      counted(copy.word + 1), counted(copy.word + 2));
+	return 0;
+}
+
+#ifdef MAP_SOCKETS_FD
+/*
+ * Over the sockets of the sockmap datapath: what waits in the kernel for each of them. The verdict
+ * program knows it only as of its last packet; the target's own count of what it has taken is here.
+ */
+int backlog(struct socket_element *element)
+{
+	struct sock *sk = element->sk;
+	struct backlog found = {};
+	struct verdict_direction *seen;
+	struct tcp_sock *tcp;
+	struct pair *pair;
+	struct end *end;
+	__u64 cookie;
+	__s32 waiting;
+
+	if (!element->key || !sk)
+		return 0;
+	cookie = *element->key;
+	end = map_lookup(MAP_ENDS_FD, &cookie);
+	if (!end)
+		return 0;
+	found.slot = end->slot;
+	pair = map_lookup(MAP_PAIRS_FD, &found.slot);
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (!pair || !tcp)
+		return 0;
+	/* The source of one direction is the target of the other. */
+	found.direction = end->direction == PF_UP ? PF_DOWN : PF_UP;
+	seen = found.direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	if (!seen->redirected_bytes)
+		return 0;
+	waiting = (__u32)seen->redirected_bytes - seen->latch_redirected -
+		  (*(volatile __u32 *)((void *)tcp + TCP_SOCK_WRITE_SEQ) - seen->latch_write_seq);
+	/* Below 0 once userspace has written too: it does so only after the last redirected byte.
+	 */
+	if (waiting <= 0)
+		return 0;
+	found.bytes = waiting;
+	bpf_seq_write(element->meta->seq, &found, sizeof(found));
+	return 0;
+}
+#endif

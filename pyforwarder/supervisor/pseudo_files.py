@@ -1,0 +1,270 @@
+"""Files that the daemon answers for: made when they are opened, obeyed when they are closed.
+
+Ordinary files, so that everything works on them (cat, echo, cp, an editor), and nothing hangs when
+the daemon is gone. What makes them more is a write lease (fcntl(2), F_SETLEASE): whoever opens
+such a file waits in open(2) until the daemon, told by SIGIO, has let go. Meanwhile the daemon
+
+- puts a new file, with a lease of its own, under the name: each opener has one for itself, so
+  commands that follow each other closely never overwrite one another;
+- writes into the opened one what it has to say now;
+- and if somebody is still writing, waits a moment for the end of that. So `echo 9000 >
+  listen_port; cat listen_port` prints the port that is in force after the command.
+
+Where there are no leases (some network file systems) all of this works but the order and the
+moment: a read may be a second old, and the first of two quick writes may be lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.loop import EPOLLIN
+from pyforwarder.supervisor.inotify import Inotify
+
+if TYPE_CHECKING:
+    from pyforwarder.loop import Loop
+
+MOST_WRITTEN_BYTES: Final = 4096
+# Openers wait at most this long for somebody who has opened a file for writing and does not close
+# it; the kernel itself would make them wait 45 s (/proc/sys/fs/lease-break-time).
+PATIENCE_S: Final = 1.0
+# Writers who are waited for after that, whoever waits; then what they write goes nowhere.
+_WRITER_S: Final = 30.0
+_MOST_WRITERS: Final = 64
+# Without leases: how often what is read is made anew, and which part of the time that may take.
+_REFRESH_S: Final = 1.0
+_REFRESH_PART: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoFile:
+    """What stands behind a name. Neither function may raise."""
+
+    name: str
+    read: Callable[[], str] | None = None
+    write: Callable[[str], None] | None = None
+
+
+class _Opened:
+    """One file under a name, or one that was there and has a writer."""
+
+    __slots__ = ("before", "delays_others", "fd", "file", "is_leased", "watch")
+
+    def __init__(self, file: PseudoFile, fd: int) -> None:
+        self.file = file
+        self.fd = fd
+        self.before = b""  # what stood in it before anybody wrote
+        self.is_leased = False
+        self.watch = -1
+        self.delays_others = False
+
+
+class PseudoFiles:
+    """The files of one directory, which the caller makes and removes."""
+
+    def __init__(self, loop: Loop, directory: Path, files: Sequence[PseudoFile]) -> None:
+        """SIGIO must be handled before this, and lead to `asked`.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        self._loop = loop
+        self._directory = directory
+        self._inotify = Inotify()
+        self._present: dict[str, _Opened] = {}
+        self._writers: dict[int, _Opened] = {}
+        self._timers: set[int] = set()
+        loop.watch(self._inotify.fd, EPOLLIN, self._heard, self)
+        try:
+            for file in files:
+                self._present[file.name] = self._offer(file)
+                self._refresh_later(file)
+        except OSError:
+            self.close()
+            raise
+
+    def fds(self) -> list[int]:
+        """Descriptors that another process must not keep."""
+        opened = [*self._present.values(), *self._writers.values()]
+        return [self._inotify.fd, *{entry.fd for entry in opened}]
+
+    def close(self) -> None:
+        """Let everybody in who waits, and remove the files."""
+        for entry in {*self._present.values(), *self._writers.values()}:
+            os.close(entry.fd)
+        for name in self._present:
+            with contextlib.suppress(OSError):
+                (self._directory / name).unlink()
+        for timer in self._timers:
+            self._loop.cancel(timer)
+        self._loop.forget(self._inotify.fd)
+        self._inotify.close()
+        self._present = {}
+        self._writers = {}
+
+    def changed(self, name: str) -> None:
+        """What the file says has changed: also for those who read it after our death."""
+        entry = self._present[name]
+        _fill(entry, _said(entry.file))
+
+    def asked(self) -> None:
+        """Somebody may be waiting in open(2): SIGIO, or a writer is done."""
+        if any(writer.delays_others for writer in self._writers.values()):
+            return  # `_done` calls again
+        for entry in list(self._present.values()):
+            if entry.is_leased:
+                wanted = fcntl.fcntl(entry.fd, fcntl.F_GETLEASE)
+                if wanted != fcntl.F_WRLCK:
+                    self._let_in(entry, is_writer=wanted == fcntl.F_UNLCK)
+
+    def _offer(self, file: PseudoFile) -> _Opened:
+        """Put a new file under the name, leased and watched."""
+        path = self._directory / file.name
+        new = self._directory / f".{file.name}"
+        with contextlib.suppress(FileNotFoundError):
+            new.unlink()
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        entry = _Opened(file, fd)
+        try:
+            # Root's alone. Readable by its owner in any case: inotify wants that without
+            # CAP_DAC_OVERRIDE.
+            os.fchmod(fd, 0o400 if file.write is None else 0o600)
+            _fill(entry, _said(file))
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                entry.is_leased = True
+            if file.write is not None:
+                entry.watch = self._inotify.watch(new)
+                self._writers[entry.watch] = entry
+            new.rename(path)
+        except OSError:
+            self._drop(entry)
+            raise
+        return entry
+
+    def _let_in(self, entry: _Opened, *, is_writer: bool) -> None:
+        name = entry.file.name
+        try:
+            self._present[name] = self._offer(entry.file)
+        except OSError:
+            # No room for another file: this one is shared from here on, like one without leases.
+            self._refresh_later(entry.file)
+        _fill(entry, _said(entry.file))
+        is_present = self._present[name] is entry
+        if is_writer:
+            entry.delays_others = True
+            self._after(PATIENCE_S, lambda: self._impatient(entry))
+            self._after(_WRITER_S, lambda: self._give_up(entry))
+            self._limit_writers()
+        entry.is_leased = False
+        fcntl.fcntl(entry.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        if not is_writer and not is_present:
+            self._drop(entry)
+
+    def _limit_writers(self) -> None:
+        waiting = [entry for entry in self._writers.values() if not self._is_present(entry)]
+        for entry in waiting[: max(0, len(waiting) - _MOST_WRITERS)]:
+            self._drop(entry)
+
+    def _impatient(self, entry: _Opened) -> None:
+        if entry.delays_others:
+            entry.delays_others = False
+            self.asked()
+
+    def _give_up(self, entry: _Opened) -> None:
+        if self._writers.get(entry.watch) is entry and not self._is_present(entry):
+            self._drop(entry)
+
+    def _heard(self, _owner: object, _fd: int, _mask: int) -> None:
+        watches = self._inotify.closed()
+        if -1 in watches:
+            watches = list(self._writers)
+        for watch in watches:
+            entry = self._writers.get(watch)
+            if entry is not None:
+                self._written(entry)
+
+    def _written(self, entry: _Opened) -> None:
+        """Somebody has closed the file after writing, or without."""
+        if self._is_present(entry):
+            if entry.is_leased:
+                return  # our own, or an event of before
+            # Without leases the file is still under its name: the next writer gets another one.
+            with contextlib.suppress(OSError):
+                self._present[entry.file.name] = self._offer(entry.file)
+                self._after(_WRITER_S, lambda: self._give_up(entry))
+        data = os.pread(entry.fd, MOST_WRITTEN_BYTES + len(entry.before) + 1, 0)
+        if data != entry.before:
+            # Appended (>>) or written in its place: what stood there before is no command.
+            data = data.removeprefix(entry.before)
+            _fill(entry, b"")
+            if data:
+                assert entry.file.write is not None
+                entry.file.write(data.decode(errors="replace"))
+        self._done(entry)
+
+    def _done(self, entry: _Opened) -> None:
+        """Its command is obeyed; if nobody else has the file open, we need it no more."""
+        if not self._is_present(entry):
+            try:
+                fcntl.fcntl(entry.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            except OSError:
+                return  # a second writer has it too; its close comes here again
+            self._drop(entry)
+        entry.delays_others = False
+        self.asked()
+
+    def _is_present(self, entry: _Opened) -> bool:
+        return self._present.get(entry.file.name) is entry
+
+    def _drop(self, entry: _Opened) -> None:
+        if entry.watch >= 0:
+            # Before the close, which would be one more event.
+            self._inotify.forget(entry.watch)
+            self._writers.pop(entry.watch, None)
+        os.close(entry.fd)
+
+    def _refresh_later(self, file: PseudoFile, after_s: float = _REFRESH_S) -> None:
+        """Without a lease nobody tells when the file is read: make its text anew now and then."""
+
+        def refresh() -> None:
+            entry = self._present[file.name]
+            if entry.is_leased:
+                return
+            before_s = time.monotonic()
+            # Another file, so that nobody reads half of one text and half of the next.
+            with contextlib.suppress(OSError):
+                self._present[file.name] = self._offer(file)
+                self._drop(entry)
+            took_s = time.monotonic() - before_s
+            self._refresh_later(file, max(_REFRESH_S, took_s * _REFRESH_PART))
+
+        if file.read is not None and file.write is None and not self._present[file.name].is_leased:
+            self._after(after_s, refresh)
+
+    def _after(self, delay_s: float, action: Callable[[], None]) -> None:
+        def run() -> None:
+            self._timers.discard(timer)
+            action()
+
+        timer = self._loop.after(delay_s, run)
+        self._timers.add(timer)
+
+
+def _said(file: PseudoFile) -> bytes:
+    return file.read().encode() if file.read is not None else b""
+
+
+def _fill(entry: _Opened, text: bytes) -> None:
+    """Make this the file's content; the longer text never stands there mixed with the shorter."""
+    with contextlib.suppress(OSError):  # a full disk: it says less than it should
+        os.ftruncate(entry.fd, 0)
+        os.pwrite(entry.fd, text, 0)
+        entry.before = text
