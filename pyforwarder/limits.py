@@ -45,7 +45,10 @@ class SharedLimits:
     @property
     def pairs(self) -> int:
         """Pairs of all workers."""
-        return sum(column[_PAIRS] for column in self._columns)
+        total = 0
+        for column in self._columns:
+            total += column[_PAIRS]
+        return total
 
     def add_pair(self) -> None:
         """This worker has one more pair."""

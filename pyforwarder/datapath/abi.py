@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import ipaddress
 import struct
 from typing import Final
@@ -195,10 +196,16 @@ def pack_endpoint(address: Address | UnixAddress | None) -> bytes:
         return _ENDPOINT.pack(b"", 0, Family.UNKNOWN)
     if isinstance(address, UnixAddress):
         return _ENDPOINT.pack(b"", 0, Family.UNIX)
-    packed = ipaddress.ip_address(address.host).packed
+    packed, family = _pack_host(address.host)
+    return _ENDPOINT.pack(packed, address.port, family)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pack_host(host: str) -> tuple[bytes, Family]:
+    packed = ipaddress.ip_address(host).packed
     if len(packed) == 4:
-        return _ENDPOINT.pack(_MAPPED + packed, address.port, Family.IPV4)
-    return _ENDPOINT.pack(packed, address.port, Family.IPV6)
+        return _MAPPED + packed, Family.IPV4
+    return packed, Family.IPV6
 
 
 def unpack_endpoint(endpoint: Endpoint) -> str:

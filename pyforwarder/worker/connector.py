@@ -7,13 +7,13 @@ import errno
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
 from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
-from pyforwarder.worker.generation import is_local
 from pyforwarder.worker.resolver import addresses_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,19 @@ IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python 3.11 has no name for i
 IP_TRANSPARENT: Final = 19
 IPV6_TRANSPARENT: Final = 75
 LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"  # struct linger {1, 0}: close() sends RST
-# Above this, a port may be one that the kernel gives to outgoing connections (ip(7)), and a
-# connect to a port where nobody listens can meet itself (RFC 9293 3.5, simultaneous open).
-_FIRST_EPHEMERAL_PORT: Final = 1024
+
+
+def _first_ephemeral_port() -> int:
+    """The first port that the kernel gives to outgoing connections (ip(7)).
+
+    From there on a connect to a port where nobody listens can meet itself (RFC 9293 section 3.5,
+    simultaneous open).
+    """
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 1024
+
 
 # Why a connect(2) failed, in the words of a refusal. What is not here is `unreachable`.
 CONNECT_ERRORS: Final[Mapping[int, CloseReason]] = {
@@ -54,6 +64,7 @@ class Connector:
         self._server = server
         self._loop = server.loop
         self._resolver = resolver
+        self._first_ephemeral_port = _first_ephemeral_port()
 
     def start(self, client: Client) -> None:
         """The client's route is known: find an address and connect to it."""
@@ -119,10 +130,10 @@ class Connector:
         """
         route = client.route
         assert route is not None
-        own = client.listener.generation.own
+        generation = client.listener.generation
         allow = route.rule.allow
         for address in addresses:
-            if own.includes(address, is_local=is_local):
+            if generation.is_own(address, self._loop.now_s):
                 self._server.refuse(client, CloseReason.DENIED)
                 return False
             if allow is None:
@@ -139,10 +150,11 @@ class Connector:
         return client.listener.generation.config.upstreams[route.to]
 
     def _timeout_s(self, client: Client) -> float:
-        upstream = self._upstream(client)
-        if upstream is not None and upstream.connect_timeout_s is not None:
-            return upstream.connect_timeout_s
-        return client.listener.generation.config.timeouts.connect_s
+        if client.balancer is not None:
+            upstream = self._upstream(client)
+            if upstream is not None and upstream.connect_timeout_s is not None:
+                return upstream.connect_timeout_s
+        return client.listener.generation.connect_s
 
     def _connect(self, client: Client) -> None:
         """Begin to connect to the next candidate."""
@@ -228,11 +240,10 @@ class Connector:
             client.down.end_seen = bool(mask & EPOLLRDHUP)
         self._server.happen(client, Event.CONNECTED)
 
-    @staticmethod
-    def _met_itself(client: Client) -> bool:
+    def _met_itself(self, client: Client) -> bool:
         """Whether the connection is its own server: connected to the port it was given itself."""
         to = client.destination
-        if not isinstance(to, Address) or to.port < _FIRST_EPHEMERAL_PORT:
+        if not isinstance(to, Address) or to.port < self._first_ephemeral_port:
             return False
         assert client.server is not None
         name = client.server.getsockname()

@@ -21,7 +21,7 @@ from pyforwarder.token import TokenKeys, UsedTokens
 from pyforwarder.upstreams import Balancer
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Rule, Upstream
+    from pyforwarder.config import Rule
     from pyforwarder.counters import Directory
 
 
@@ -89,6 +89,12 @@ def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
         )
     return config
 
+
+# How often a joined pair is looked at for idleness, as a part of the shorter timeout.
+IDLE_CHECKS: Final = 8
+
+_OWN_CACHE_S: Final = 1.0
+_OWN_CACHE_ENTRIES: Final = 4096
 
 # Where pairs belong that another program hands over (`forward`): a listener that nobody binds.
 JOINED: Final = Listener.model_validate(
@@ -182,6 +188,14 @@ class Generation:
         """
         self.settings = settings
         self.config = settings.config()
+        # What every connection asks for, without walking through the models.
+        self.handover = self.config.handover
+        self.limits = self.config.limits
+        timeouts = self.config.timeouts
+        self.connect_s = timeouts.connect_s
+        self.idle_check_s = min(timeouts.idle_s, timeouts.half_closed_s) / IDLE_CHECKS
+        self._own_cache: dict[Address | UnixAddress, bool] = {}
+        self._own_cache_until_s = 0.0
         tokens = self.config.tokens
         self.keys = (
             TokenKeys(
@@ -208,9 +222,16 @@ class Generation:
                 balancer.reconfigure(upstream)
             self.balancers[name] = balancer
 
-    def upstream(self, name: str) -> Upstream:
-        """An upstream's configuration."""
-        return self.config.upstreams[name]
+    def is_own(self, address: Address | UnixAddress, now_s: float) -> bool:
+        """Whether connecting there would come back to us. Remembered for a moment, not for long:
+        this host's addresses may change."""
+        if now_s > self._own_cache_until_s or len(self._own_cache) >= _OWN_CACHE_ENTRIES:
+            self._own_cache.clear()
+            self._own_cache_until_s = now_s + _OWN_CACHE_S
+        known = self._own_cache.get(address)
+        if known is None:
+            known = self._own_cache[address] = self.own.includes(address, is_local=is_local)
+        return known
 
 
 def is_local(host: str) -> bool:

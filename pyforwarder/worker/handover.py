@@ -41,7 +41,7 @@ class Handover:
         if self._sockmap is not None:
             self._sockmap.limit_bytes = client.listener.generation.config.backlog_limit_bytes
         client.waits_for_handover = True
-        when = client.listener.generation.config.handover
+        when = client.listener.generation.handover
         if choice == "sockmap" or not (
             when.after_bytes and when.after_round_trips and when.after_s
         ):
@@ -67,7 +67,7 @@ class Handover:
         if flow.direction is not client.turn_direction:
             client.turn_direction = flow.direction
             client.turns += 1
-        when = client.listener.generation.config.handover
+        when = client.listener.generation.handover
         # A round trip is two turns of who is speaking.
         if (
             client.turns >= 2 * when.after_round_trips
@@ -78,7 +78,7 @@ class Handover:
     def aged(self, client: Client) -> None:
         """The pair is looked at by the clock."""
         age_s = self._server.loop.now_s - client.accepted_s
-        after_s = client.listener.generation.config.handover.after_s
+        after_s = client.listener.generation.handover.after_s
         if age_s >= after_s and not client.handover_asked:
             self._ask(client)
 

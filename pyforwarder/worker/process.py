@@ -97,6 +97,8 @@ def run(inheritance: Inheritance) -> None:
     # Objects made so far live as long as the process: keep the collector away from them.
     gc.collect()
     gc.freeze()
+    # A connection is no reference cycle, so collections find nothing: let them be rare.
+    gc.set_threshold(50_000, 20, 100)
     worker.loop.run()
 
 

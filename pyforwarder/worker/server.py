@@ -76,9 +76,7 @@ REFUSAL_DISCARD_BYTES: Final = 64 * 1024
 # Clients over a limit that are still listened to, so that they can be told `busy`.
 BUSY_CLIENTS: Final = 64
 # A connection shows up in the table once it is this old: most of the short ones never pay for it.
-SHOW_AFTER_S: Final = 0.005
-# How often a joined pair is looked at for idleness, as a part of the timeout.
-IDLE_CHECKS: Final = 8
+SHOW_AFTER_S: Final = 0.02
 
 _NO_LINGER: Final = b"\0\0\0\0\0\0\0\0"
 _NO_ENDPOINT: Final = pack_endpoint(None)
@@ -219,7 +217,7 @@ class Server:
         now_s = self.loop.now_s
         client = Client(self, state, sock, fd, address, now_s)
         client.id = number * self._workers + self._worker + 1
-        limits = state.generation.config.limits
+        limits = state.generation.limits
         if limits.new_per_second and not self._limits.admit_this_second(
             limits.new_per_second, now_s
         ):
@@ -333,7 +331,7 @@ class Server:
         counter = client.listener.rule_counters[route.rule.index]
         self.loop.deadlines.stop(client)
         self.loop.redirect(client.client_fd, self._waiting)
-        limits = client.listener.generation.config.limits
+        limits = client.listener.generation.limits
         if client.over_limit or self._limits.pairs >= limits.pairs:
             self.counters[counter + RuleCounter.REFUSED] += 1
             self.refuse(client, CloseReason.BUSY)
@@ -431,12 +429,13 @@ class Server:
                 down.pending = answer
                 # Not carried for anybody: what is written of it must not count.
                 down.carried_bytes = -len(answer)
-        self.loop.redirect(client.client_fd, self._flushing)
-        self.loop.redirect(client.server_fd, self._flushing)
-        self.loop.deadlines.start(
-            client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
-        )
         self._flush_more(client)
+        if client.life is Life.HANDOVER:
+            self.loop.redirect(client.client_fd, self._flushing)
+            self.loop.redirect(client.server_fd, self._flushing)
+            self.loop.deadlines.start(
+                client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
+            )
 
     def _flush_more(self, client: Client) -> None:
         # The answer first: nothing of the server's may come before it.
@@ -482,6 +481,12 @@ class Server:
         """Every byte is with the target's TCP: its FIN goes out."""
         assert isinstance(pair, Client)
         flow.phase = next_phase(flow.phase, Step.DELIVERED)
+        other = pair.down if flow is pair.up else pair.up
+        if other.phase is Phase.CLOSED:
+            # Nothing is unread on either side, so close() sends the second FIN.
+            pair.reason = CloseReason.FINISHED
+            self.happen(pair, Event.FINISHED)
+            return
         target = pair.server if flow is pair.up else pair.client
         assert target is not None
         try:
@@ -491,13 +496,7 @@ class Server:
             side = CloseReason.SERVER_RESET if flow is pair.up else CloseReason.CLIENT_RESET
             self.broken(pair, side)
             return
-        other = pair.down if flow is pair.up else pair.up
-        if other.phase is Phase.CLOSED:
-            pair.reason = CloseReason.FINISHED
-            self.happen(pair, Event.FINISHED)
-            return
         pair.active_s = self.loop.now_s
-        self._watch_idle(pair)
         if pair.slot >= 0:
             self._show_state(pair)
 
@@ -539,10 +538,11 @@ class Server:
                 self.happen(client, Event.BROKEN)
 
     def _watch_idle(self, client: Client) -> None:
-        limit_s, _ = self._idle_limit(client)
-        wait_s = limit_s / IDLE_CHECKS
+        """Look at the pair every now and then; a byte that moves does not touch a timer."""
+        generation = client.listener.generation
+        wait_s = generation.idle_check_s
         if client.waits_for_handover:
-            wait_s = min(wait_s, client.listener.generation.config.handover.after_s)
+            wait_s = min(wait_s, generation.handover.after_s)
         self.loop.deadlines.start(client, wait_s, self.loop.now_s)
 
     @staticmethod
