@@ -87,6 +87,10 @@ class Counters:
         self._words = memoryview(memory).cast("Q")
         self._workers = workers
 
+    def close(self) -> None:
+        """Let go of the memory, so that the caller can close it."""
+        self._words.release()
+
     @classmethod
     def memory(cls, workers: int) -> mmap.mmap:
         """Anonymous memory of the right size, shared with children made by fork."""

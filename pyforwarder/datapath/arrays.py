@@ -67,9 +67,9 @@ class Arrays:
             ) from error
         return cls(*fds)
 
-    def counters_memory(self, workers: int) -> mmap.mmap:
+    def counters_memory(self, workers: int, *, write: bool = True) -> mmap.mmap:
         """The counters as memory, for `Counters`; the caller closes it."""
-        return bpf.map_memory(self.counters_fd, workers * BLOCK_BYTES, write=True)
+        return bpf.map_memory(self.counters_fd, workers * BLOCK_BYTES, write=write)
 
     def close(self) -> None:
         """Close the descriptors; a pinned view keeps the arrays alive."""

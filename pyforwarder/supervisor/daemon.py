@@ -14,6 +14,8 @@ from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.config import Config, parse_config, read_config_text
 from pyforwarder.counters import Counters, Directory
+from pyforwarder.datapath import bpf
+from pyforwarder.datapath.abi import PAIR_BYTES
 from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap
@@ -33,6 +35,7 @@ from pyforwarder.supervisor import report
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
 from pyforwarder.supervisor.proc import ProcDirectory
+from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
 from pyforwarder.worker.channel import Channel, text_to_fd
@@ -42,6 +45,7 @@ from pyforwarder.worker.process import Inheritance, most_clients
 
 if TYPE_CHECKING:
     from pyforwarder.environment import Environment
+    from pyforwarder.metrics import Source
     from pyforwarder.supervisor import UpOptions
 
 # A worker that dies again this soon after its start is replaced only after a pause.
@@ -79,6 +83,7 @@ class Daemon:
         self._datapaths: dict[str, str] = {}
         self._ending = False
         self._stop_asked = False
+        self._started_unix_s = env.unix_time_s()
 
     def run(self, on_ready: Callable[[], None] | None = None) -> int:
         """Serve until told to end; `on_ready` is called once connections are accepted.
@@ -105,6 +110,7 @@ class Daemon:
                     on_ready()
                 self._serve()
             finally:
+                self._metrics.close()
                 for worker in self._workers:
                     worker.kill()
                     worker.close()
@@ -157,6 +163,11 @@ class Daemon:
         self._make_tables()
         self._maps = self._load(config)
         self._view = self._load_view()
+        self._metrics = MetricsProcess(
+            self._metrics_source,
+            user=self._user,
+            close_in_child=lambda: self._close_in_child(is_metrics=True),
+        )
 
     def _make_tables(self) -> None:
         """The shared memory: BPF arrays for the kernel to read, or anonymous where it may not."""
@@ -273,9 +284,11 @@ class Daemon:
         self._listeners.commit(following, obsolete)
         self._settings = self._make_settings(text, config, following)
         self._config = config
+        metrics = self._metrics.change_to(config.metrics.bind if config.metrics else None)
         self._watch_signals()
         for index in range(self._count):
             self._workers.append(self._start_worker(index))
+        self._metrics.commit(metrics)
 
     def _make_settings(
         self, text: str, config: Config, bound: dict[str, BoundListener]
@@ -330,7 +343,7 @@ class Daemon:
         finally:
             os.close(text_fd)
 
-    def _close_in_child(self) -> None:
+    def _close_in_child(self, *, is_metrics: bool = False) -> None:
         """In a new worker: close what is the supervisor's alone."""
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
@@ -341,6 +354,8 @@ class Daemon:
         for listener in self._listeners.bound.values():
             for sock in listener.sockets:
                 sock.close()
+        if not is_metrics:
+            self._metrics.close_socket()
         control = getattr(self, "_control", None)
         for fd in control.fds() if control is not None else ():
             os.close(fd)
@@ -409,7 +424,51 @@ class Daemon:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
+    def _metrics_source(self) -> Source:
+        """In the metrics process: what it tells, from memory that it cannot write."""
+        from pyforwarder.metrics import Source
+
+        windows, counters = self._table.windows, self._counters
+        if self._arrays is not None:
+            length = self._slots * PAIR_BYTES
+            windows = [
+                bpf.map_memory(
+                    self._arrays.pairs_fd, length, offset_bytes=worker * length, write=False
+                )
+                for worker in range(self._count)
+            ]
+            for window in self._table.windows:
+                window.close()
+            counters.close()
+            self._counters_memory.close()
+            self._limits_memory.close()
+            counters = Counters(self._arrays.counters_memory(self._count, write=False), self._count)
+        listeners = self._config.listeners
+        return Source(
+            version=__version__,
+            started_unix_s=self._started_unix_s,
+            workers=self._count,
+            counters=counters,
+            windows=windows,
+            listeners={
+                listener.name: self._directory.index(listener.name) for listener in listeners
+            },
+            rules={
+                (listener.name, rule.name): self._directory.index(listener.name, rule.name)
+                for listener in listeners
+                for rule in listener.rules
+            },
+            datapaths=self._datapaths,
+        )
+
+    def _restart_metrics(self) -> None:
+        if not self._ending:
+            self._metrics.start()
+
     def _look_after_workers(self) -> None:
+        if self._metrics.has_died() and not self._ending:
+            self._log.write("error", "metrics_died")
+            self._loop.after(_PAUSE_S, self._restart_metrics)
         for index, worker in enumerate(self._workers):
             if worker.exit_code is not None or not worker.has_ended():
                 continue
@@ -626,6 +685,7 @@ class Daemon:
         following, obsolete = self._listeners.change_to(config)
         try:
             settings = self._make_settings(text, config, following)
+            metrics = self._metrics.change_to(config.metrics.bind if config.metrics else None)
         except ForwarderError:
             self._listeners.abandon(following)
             raise
@@ -642,6 +702,7 @@ class Daemon:
                     worker.kill()
         self._listeners.commit(following, obsolete)
         self._describe_listeners()
+        self._metrics.commit(metrics)
         if self._proc is not None:
             self._proc.port_changed()
         for name, listener in following.items():
