@@ -43,7 +43,8 @@ _BULK_S: Final = 1.0
 _BLOCK: Final = b"b" * (256 << 10)
 _VERIFIED_BYTES: Final = 8 << 20
 _START_DEADLINE_S: Final = 60.0  # compiling the programs takes seconds on a slow host
-_IO_DEADLINE_S: Final = 30.0
+_IO_DEADLINE_S: Final = 10.0
+_END_S: Final = 5.0
 
 # The first byte of a connection says what the server does with the rest.
 _ECHO: Final = b"E"
@@ -58,6 +59,10 @@ listeners:
 """
 
 
+class BrokenDatapathError(ForwarderError):
+    """Bytes that were sent did not arrive as they were."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What the clients of one way to the server found."""
@@ -67,23 +72,35 @@ class Measured:
 
 
 def run(env: Environment) -> int:
-    """Show every datapath that works here beside a direct connection; 1 if data was damaged.
+    """Show every datapath that works here beside a direct connection.
+
+    0 if all that started carried every byte, 1 if one of them did not.
 
     Raises:
         ForwarderError: no datapath worked.
     """
     results: list[tuple[str, Measured | str]] = []
-    with _server() as server, tempfile.TemporaryDirectory(prefix="pyforwarder-demo-") as directory:
+    is_broken = False
+    with _server() as server, tempfile.TemporaryDirectory(prefix="demo-") as directory:
         env.say(f"a server on 127.0.0.1:{server[1]}; first without a forwarder")
         results.append(("direct", _measure(lambda: socket.create_connection(server))))
         for datapath in DATAPATHS:
             env.say(f"now through a forwarder, datapath {datapath}")
             try:
                 results.append((datapath, _through(env, Path(directory), datapath, server)))
+            except BrokenDatapathError as error:
+                is_broken = True
+                results.append((datapath, f"IS BROKEN HERE: {error}"))
+            except OSError as error:  # a reset, a deadline
+                is_broken = True
+                results.append((datapath, f"IS BROKEN HERE: {error.strerror or error}"))
             except ForwarderError as error:
-                results.append((datapath, str(error).splitlines()[0]))
+                first_line = str(error).splitlines()[0]
+                results.append((datapath, f"does not work here: {first_line}"))
     env.stdout.write("\n" + _table(results))
     env.stdout.flush()
+    if is_broken:
+        return 1
     if not any(isinstance(result, Measured) for name, result in results if name != "direct"):
         raise ForwarderError("no datapath works here; `pyforwarder doctor` tells more")
     return 0
@@ -93,7 +110,7 @@ def _table(results: list[tuple[str, Measured | str]]) -> str:
     rows: list[dict[str, object]] = []
     for name, result in results:
         if isinstance(result, str):
-            rows.append({"datapath": name, "note": f"does not work here: {result}"})
+            rows.append({"datapath": name, "note": result})
             continue
         rows.append(
             {
@@ -147,7 +164,7 @@ def _bulk(connection: socket.socket) -> float:
     counted = int.from_bytes(_exactly(connection, 8), "big")
     took_s = time.perf_counter() - began_s
     if counted != sent:
-        raise ForwarderError(f"{sent} bytes were sent and {counted} arrived")
+        raise BrokenDatapathError(f"{sent} bytes were sent and {counted} arrived")
     return sent / took_s
 
 
@@ -158,13 +175,16 @@ def _verify(connection: socket.socket, show: Callable[[], None]) -> None:
     show()
     connection.shutdown(socket.SHUT_WR)
     if _exactly(connection, 32) != hashlib.sha256(data).digest() or connection.recv(1):
-        raise ForwarderError("bytes arrived damaged")
+        raise BrokenDatapathError("bytes arrived damaged")
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
-    data = connection.recv(count, socket.MSG_WAITALL)
-    if len(data) != count:
-        raise ForwarderError(f"the connection ended {count - len(data)} bytes early")
+    data = b""
+    while len(data) < count:
+        chunk = connection.recv(count - len(data))
+        if not chunk:
+            raise BrokenDatapathError(f"the connection ended {count - len(data)} bytes early")
+        data += chunk
     return data
 
 
@@ -195,7 +215,7 @@ def _check_datapath(rows: list[PairRow], wanted: str) -> None:
 def _forwarder(env: Environment, directory: Path, datapath: str) -> Iterator[tuple[str, Instance]]:
     """A daemon with this datapath: where it listens, and its instance; gone afterwards."""
     variables = {**os.environ, **env.environ, "PYFORWARDER_RUN_DIR": str(directory)}
-    instance = Instance.named(f"demo-{os.getpid()}-{datapath}", variables)
+    instance = Instance.named(f"demo-{os.getpid()}", variables)
     config = directory / "demo.yaml"
     config.write_text(_CONFIG)
     words = ["up", "--instance", instance.name, "-c", str(config), "--datapath", datapath]
@@ -238,14 +258,13 @@ def _listening_on(process: subprocess.Popen[bytes]) -> str | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Drain and end the daemon (it removes its own files); kill it if it does not."""
+    """Drain and end the daemon, which removes its own files; then at once, then kill it."""
     assert process.stdout is not None
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=_IO_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_END_S)
+            break
     process.stdout.close()
 
 
