@@ -74,21 +74,33 @@ class Deadlines:
             del queue[item]
             item._queue = None
 
-    def expired(self, now_s: float) -> list[Timed]:
-        """Whoever's deadline has passed; each is without a deadline afterwards."""
-        due: list[Timed] = []
+    def run_expired(self, now_s: float, on_error: Callable[[Any, Exception], None]) -> None:
+        """Call `expired` of whoever's deadline has passed; exceptions go to `on_error`.
+
+        One that another's `expired` stops or starts again before its turn is not called: what
+        ended with the other (a pair and its datapath's timer, say) must not be woken any more.
+        """
+        due: dict[Timed, None] = {}
         for length_s, queue in list(self._queues.items()):
-            while queue:
-                item = next(iter(queue))
+            passed = []
+            for item in queue:
                 if item._expires_s > now_s:
                     break
+                passed.append(item)
+            for item in passed:
                 del queue[item]
-                item._queue = None
-                due.append(item)
+                item._queue = due
+                due[item] = None
             # Lengths come and go with reloads; an empty queue is made again when needed.
             if not queue:
                 del self._queues[length_s]
-        return due
+        for item in list(due):
+            if item._queue is due:
+                item._queue = None
+                try:
+                    item.expired()
+                except Exception as error:
+                    on_error(item, error)
 
     def next_s(self) -> float | None:
         """When the earliest deadline passes; None without any."""
@@ -231,11 +243,7 @@ class Loop:
         self._close_given_up()
 
     def _run_due(self) -> None:
-        for item in self.deadlines.expired(self.now_s):
-            try:
-                item.expired()
-            except Exception as error:
-                self.on_error(item, error)
+        self.deadlines.run_expired(self.now_s, self.on_error)
         if self._timers:
             due = [n for n, (due_s, _) in self._timers.items() if due_s <= self.now_s]
             for number in due:
