@@ -1,0 +1,122 @@
+"""What decides does no input or output, and only one file knows bcc."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pyforwarder
+
+PACKAGE = Path(pyforwarder.__file__).parent
+
+# Decisions apart from input and output (design 7): what bytes mean, and what follows from it.
+PURE = [
+    "connection.py",
+    "routing.py",
+    "policy.py",
+    "upstreams.py",
+    "token.py",
+    "address.py",
+    "reasons.py",
+    "tables.py",
+    "rates.py",
+    *(f"first_packet/{path.name}" for path in sorted((PACKAGE / "first_packet").glob("*.py"))),
+]
+# Sockets, processes, clocks and the kernel; reading a file is looked for by name below.
+IMPURE = {
+    *("socket", "_socket", "select", "selectors", "ssl", "asyncio", "subprocess", "threading"),
+    *("signal", "fcntl", "mmap", "ctypes", "time", "bcc", "psutil", "pyroute2", "pathlib", "io"),
+}
+DOES_IO = {"open", "input", "print", "exec", "eval"}
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules that a file imports when it is imported, by their full names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_module_imports_no_input_and_output(name: str) -> None:
+    imported = imported_by(PACKAGE / name)
+    assert not {module.partition(".")[0] for module in imported} & IMPURE
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_module_calls_nothing_that_reads_or_writes(name: str) -> None:
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse((PACKAGE / name).read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not called & DOES_IO
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_module_does_not_import_os(name: str) -> None:
+    assert "os" not in imported_by(PACKAGE / name)
+
+
+def test_pure_modules_bring_neither_sockets_nor_bcc_along() -> None:
+    # Also not by way of what they import: a parser that needs a socket module to be imported
+    # cannot be tried on its own.
+    modules = [f"pyforwarder.{name[:-3].replace('/', '.')}" for name in PURE]
+    modules = [name.removesuffix(".__init__") for name in modules]
+    program = (
+        "import importlib, json, sys\n"
+        "before = set(sys.modules)\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert {f"pyforwarder.{name}" for name in ("connection", "routing", "policy")} <= loaded
+    assert not loaded & {"socket", "_socket", "select", "bcc", "ctypes", "asyncio", "subprocess"}
+
+
+def test_one_file_imports_bcc() -> None:
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if {module.partition(".")[0] for module in imported_by(path)} & {"bcc"}
+    ]
+    assert found == ["datapath/_bcc.py"]
+
+
+def test_nothing_imports_the_file_that_imports_bcc() -> None:
+    # It is run as a process of its own: bcc brings a compiler of 100 MB along.
+    for path in sorted(PACKAGE.rglob("*.py")):
+        assert "pyforwarder.datapath._bcc" not in imported_by(path), path
+
+
+def test_what_a_worker_imports_brings_no_bcc_along() -> None:
+    program = (
+        "import sys, pyforwarder.worker.process, pyforwarder.supervisor.daemon\n"
+        "print('bcc' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"False\n"
+
+
+def test_arrows_point_one_way() -> None:
+    # cli -> supervisor -> worker -> {connection, routing, policy, first_packet, datapath}
+    def may_not(folder: str, *forbidden: str) -> None:
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            for module in imported_by(path):
+                assert not module.startswith(tuple(f"pyforwarder.{f}" for f in forbidden)), path
+
+    may_not("first_packet", "worker", "supervisor", "cli", "datapath", "config", "connection")
+    may_not("config", "worker", "supervisor", "cli", "datapath", "connection")
+    may_not("worker", "supervisor", "cli")
+    may_not("supervisor", "cli")
