@@ -521,6 +521,33 @@ def test_check_finds_a_key_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "tokens.keys.ops: /nonexistent/ops.key: No such file" in done.stderr
 
 
+# ---------------------------------------------------------------------- doctor, demo
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_doctor_fails_only_if_nothing_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    from pyforwarder import doctor
+    from pyforwarder.datapath.selftest import Proof
+
+    proof = Proof(works, "" if works else "no TCP here", {}, 0.5)
+    report = doctor.Report((doctor.Finding("kernel", None, "6.1.0"),), {"copy": proof})
+    monkeypatch.setattr(doctor, "run", lambda: report)
+    done = run(tmp_path, "doctor")
+    assert (done.code, done.stdout) == (0 if works else 1, report.as_text())
+    as_json = run(tmp_path, "doctor", "--json")
+    assert as_json.code == done.code
+    assert json.loads(as_json.stdout) == report.as_json()
+
+
+def test_demos_exit_code_is_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyforwarder import demo
+
+    monkeypatch.setattr(demo, "run", lambda env: 1)
+    assert run(tmp_path, "demo").code == 1
+
+
 # ---------------------------------------------------------------------- token
 
 
