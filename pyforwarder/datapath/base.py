@@ -166,6 +166,12 @@ class PairHost(Protocol):
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Userspace has moved bytes of this flow (for counters and the handover's timing)."""
 
+    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+        """Let the socket's send queue hold so many more bytes, beyond the system's limit.
+
+        Needs CAP_NET_ADMIN, so it may be done later, by another process, or not at all.
+        """
+
 
 class Datapath(Protocol):
     """Who moves the bytes. One instance serves all pairs of a worker.

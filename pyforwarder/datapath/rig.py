@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.connection import Phase, Step, next_phase
 from pyforwarder.datapath.base import Flow, Pair, PairReason
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
+from pyforwarder.datapath.send_buffer import enlarge_send_buffer
 from pyforwarder.loop import EPOLLRDHUP, Loop
 
 if TYPE_CHECKING:
+    import _socket
+
     from pyforwarder.datapath.base import Datapath
     from pyforwarder.datapath.table import PairWindow
     from pyforwarder.reasons import CloseReason
@@ -83,6 +86,11 @@ class Rig:
 
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Nothing depends on it here."""
+
+    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+        """At once, where we may."""
+        with contextlib.suppress(PermissionError):
+            enlarge_send_buffer(sock, by_bytes)
 
     def _end(self, pair: RigPair, *, orderly: bool) -> None:
         if pair.ended:

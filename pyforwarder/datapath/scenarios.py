@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from pyforwarder.datapath.rig import Peer, Reader, Rig, RigError, RigPair, send_all
+from pyforwarder.datapath.tcp_info import received
 
 # More than all buffers between two loopback sockets hold (tcp_wmem and tcp_rmem go to 4 and 6 MiB
 # by default), so that a sender must block.
@@ -196,6 +197,43 @@ def slow_client(rig: Rig) -> None:
     slow_reader(rig, upload=False)
 
 
+def upload_past_a_flood(rig: Rig) -> None:
+    """A client that does not read yet while it uploads to a server that floods it.
+
+    In a direct connection the upload goes through: the server reads. What waits for the client
+    must not stand in its way.
+    """
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    upload, download = bytes_of(1 << 20, 10) * 24, bytes_of(1 << 20, 11) * 16
+    flood = Peer("server floods", lambda: send_all(server, download, seed=12, then_close=True))
+    # The flood first, until it blocks somewhere: then the upload has to get past it.
+    quiet, before = 0, -1
+    while quiet < 10:
+        rig.loop.run_once(0.005)
+        after = received(pair.server).bytes_received if pair.server is not None else 0
+        quiet = quiet + 1 if after == before else 0
+        before = after
+    got = bytearray()
+    enough = threading.Event()
+
+    def read_slowly() -> None:
+        # In bursts, so that the upload meets its limit again and again.
+        while len(got) < len(upload):
+            chunk = server.recv(1 << 18)
+            expect(bool(chunk), f"upload ended after {len(got)} bytes")
+            got.extend(chunk)
+            enough.wait(0.001)
+
+    sink = Peer("server reads", read_slowly)
+    source = Peer("client uploads", lambda: send_all(client, upload, seed=13, then_close=True))
+    rig.run_until(lambda: not sink.is_alive() and not source.is_alive(), "end of the upload")
+    reader = Reader("client", client)
+    rig.finish(pair, sink, source, flood, reader)
+    expect_bytes(got, upload, "server")
+    expect_bytes(reader.data, download, "client")
+
+
 def reset_by_a_peer(rig: Rig, *, by_client: bool = True) -> None:
     """A reset on one side is a reset on the other, never an EOF."""
     client, pair, server = rig.connect()
@@ -269,4 +307,5 @@ ALL: Final[Mapping[str, Scenario]] = {
     "fin with data": fin_with_data,
     "slow client": slow_client,
     "round trips": round_trips,
+    "upload past a flood": upload_past_a_flood,
 }

@@ -70,6 +70,9 @@ _WAKEUP: Final = struct.Struct("=IIQ")
 # is full, and then EPOLLOUT tells. The timer covers what no event reports, and backs off.
 _FIRST_RETRY_S: Final = 0.001
 _LONGEST_RETRY_S: Final = 0.064
+# Passed bytes that are stuck behind the other direction's backlog get help after so many looks
+# (1 + 4 + 16 ms): a target that reads has emptied its queue by then.
+_STUCK_LOOKS: Final = 3
 
 
 class _Half(Timed):
@@ -86,6 +89,7 @@ class _Half(Timed):
         "pair",
         "retry_s",
         "sleeping",
+        "stuck_looks",
     )
 
     def __init__(self, datapath: SockmapDatapath, pair: Pair, flow: Flow, cookie: bytes) -> None:
@@ -100,6 +104,7 @@ class _Half(Timed):
         self.sleeping = False
         self.is_native = False  # the kernel would not take the source: it is read as always
         self.retry_s = _FIRST_RETRY_S
+        self.stuck_looks = 0
 
     def expired(self) -> None:
         """The retry timer: look again."""
@@ -373,8 +378,8 @@ class SockmapDatapath:
             try:
                 count = os.readv(flow.source_fd, self._vector)
             except BlockingIOError:
-                # Passed, but still on its way through the kernel's queue: EPOLLIN will tell.
-                self._watch(pair)
+                # Passed, but still on its way through the kernel's queue.
+                self._look_again(pair, half)
                 return 0
             except OSError:
                 self._fail(pair, flow.source_fd)
@@ -383,6 +388,7 @@ class SockmapDatapath:
                 # An EOF that overtakes passed bytes: look again when the kernel has moved them.
                 self._wait(pair, half)
                 return 0
+            half.stuck_looks = 0
             flow.read_bytes += count
             flow.carried_packets += 1
             chunk = self._view[:count]
@@ -412,6 +418,34 @@ class SockmapDatapath:
             half.consumed_bytes
         )
         return count
+
+    def _look_again(self, pair: Pair, half: _Half) -> None:
+        """Passed bytes are not readable yet: EPOLLIN tells when they are, if nothing is in front.
+
+        What a socket was passed and what is redirected to it share one queue in the kernel
+        (psock->ingress_skb). So passed bytes of one direction can be stuck behind the other's
+        backlog, for as long as that peer does not read; and it may well be waiting for just these
+        bytes to be taken. A direct connection has no such coupling, so it must be broken: the
+        stuck socket's send buffer is enlarged by the backlog, which lets the kernel empty the
+        queue, and the other direction is copied from then on, so that this happens once.
+        """
+        halves = pair.state
+        assert isinstance(halves, _Halves)
+        other = halves.down if half is halves.up else halves.up
+        source = pair.client if half is halves.up else pair.server
+        assert source is not None
+        self._wait(pair, half)
+        at = pair.slot * self._window.WORDS
+        redirected = self._words[at + table.REDIRECTED[other.flow.direction]]
+        backlog = other.flow.written_bytes + redirected - queued_bytes(source)
+        if other.is_native or backlog <= 0:
+            half.stuck_looks = 0
+            return
+        half.stuck_looks += 1
+        if half.stuck_looks == _STUCK_LOOKS:
+            armed_at = pair.slot * self._window.HALVES + table.ARMED[other.flow.direction]
+            self._halves[armed_at] = 0
+            self._host.enlarge(source, backlog)
 
     def _is_delivered(self, pair: Pair, half: _Half) -> bool:
         """Whether all that was redirected is with the target's TCP, so that we may write.

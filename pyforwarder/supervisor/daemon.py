@@ -332,7 +332,12 @@ class Daemon:
             worker.kill()
             worker.close()
             raise
+        self._loop.watch(worker.channel.fileno(), EPOLLIN, self._hear, worker)
         return worker
+
+    def _hear(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
+        if not worker.hear():
+            self._loop.forget(fd)  # SIGCHLD does the rest
 
     def _configure(self, worker: WorkerProcess, index: int) -> None:
         names = list(self._listeners.bound)
@@ -472,6 +477,7 @@ class Daemon:
         for index, worker in enumerate(self._workers):
             if worker.exit_code is not None or not worker.has_ended():
                 continue
+            self._loop.forget(worker.channel.fileno())
             worker.close()
             self._bury(index)
             if self._ending:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from pyforwarder.datapath.send_buffer import enlarge_send_buffer
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.worker.channel import Channel
 from pyforwarder.worker.process import Inheritance, main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 # A worker answers between two turns of its loop; one that does not for so long is stuck.
 ANSWER_TIMEOUT_S: Final = 10.0
@@ -65,11 +67,28 @@ class WorkerProcess:
             received = self.channel.receive()
             if received is None:
                 raise ControlError(f"worker {self.pid} has died")
-            message, _ = received
-            if message["n"] == number:
+            message, fds = received
+            if "ask" in message:
+                grant(message, fds)
+            elif message["n"] == number:
                 if "error" in message:
                     raise ControlError(message["error"])
                 return message["result"]
+
+    def hear(self) -> bool:
+        """Serve what the worker asks of its own accord; False once it has gone."""
+        try:
+            received = self.channel.receive()
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        if received is None:
+            return False
+        message, fds = received
+        if "ask" in message:
+            grant(message, fds)
+        return True
 
     def has_ended(self) -> bool:
         """Whether the process is gone; reaps it."""
@@ -90,6 +109,23 @@ class WorkerProcess:
     def close(self) -> None:
         """Close the channel."""
         self.channel.close()
+
+
+def grant(message: Mapping[str, Any], fds: Sequence[int]) -> None:
+    """Do for a worker what needs a privilege; closes the descriptors.
+
+    A worker is not trusted: whatever it asks, this is all it can get.
+    """
+    try:
+        if message["ask"] == "enlarge" and len(fds) == 1:
+            with socket.socket(fileno=os.dup(fds[0])) as sock:
+                if sock.family in (socket.AF_INET, socket.AF_INET6):
+                    enlarge_send_buffer(sock, max(0, int(message["number"])))
+    except (OSError, ValueError, TypeError):
+        return  # not a socket, no privilege, or no sense: the worker goes on without
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def ask_all(workers: Sequence[WorkerProcess], do: str, **fields: object) -> list[Any]:

@@ -8,6 +8,7 @@ descriptors, shared memory, and listeners that the supervisor has bound.
 from __future__ import annotations
 
 import _socket
+import contextlib
 import ctypes
 import gc
 import os
@@ -202,10 +203,16 @@ class _Worker:
             worker=given.worker,
             workers=given.workers,
             most_clients=most_clients(config.limits.pairs),
+            ask_supervisor=self._ask_supervisor,
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
         server.handover = Handover(server, sockmap)
         return server
+
+    def _ask_supervisor(self, what: str, fds: list[int], number: int) -> None:
+        # A lost request is asked again by whoever still needs it.
+        with contextlib.suppress(OSError):
+            self._channel.send({"ask": what, "number": number}, fds)
 
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""

@@ -98,8 +98,14 @@ class Server:
         worker: int,
         workers: int,
         most_clients: int,
+        ask_supervisor: Callable[[str, list[int], int], None],
     ) -> None:
-        """`most_clients` bounds open connections, by the descriptors this process may have."""
+        """`most_clients` bounds open connections, by the descriptors this process may have.
+
+        `ask_supervisor(what, descriptors, number)` asks for what needs a privilege, without
+        waiting for it.
+        """
+        self._ask_supervisor = ask_supervisor
         self.loop = loop
         self.generation = generation
         self.counters = counters
@@ -520,6 +526,10 @@ class Server:
         assert isinstance(pair, Client)
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
+
+    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+        """Ask the supervisor, who may."""
+        self._ask_supervisor("enlarge", [sock.fileno()], by_bytes)
 
     # Deadlines
 
