@@ -1,0 +1,108 @@
+"""Counters in shared memory: exact across processes, and the same words across reloads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from pyforwarder.counters import (
+    BLOCK_BYTES,
+    BLOCK_WORDS,
+    CLOSED_FIRST,
+    CLOSED_INDEX,
+    NAMED_FIRST,
+    REASONS,
+    Counter,
+    Counters,
+    Directory,
+    ListenerCounter,
+    RuleCounter,
+)
+from pyforwarder.reasons import CloseReason
+
+
+def in_processes(count: int, action: Callable[[int], None]) -> None:
+    """Run `action(n)` in that many children at once, each with its number."""
+    pids = []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                action(number)
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * count
+
+
+def test_words_of_different_things_do_not_overlap() -> None:
+    assert len(Counter) <= CLOSED_FIRST
+    assert max(CLOSED_INDEX.values()) < NAMED_FIRST
+    assert len(set(CLOSED_INDEX.values())) == len(REASONS) == len(CloseReason)
+
+
+def test_total_is_exact_though_processes_add_at_the_same_time() -> None:
+    workers, times = 3, 20_011
+    memory = Counters.memory(workers)
+    counters = Counters(memory, workers)
+
+    def add(worker: int) -> None:
+        block = counters.block(worker)
+        for _ in range(times):
+            block[Counter.ACCEPTED] += 1
+        block[Counter.UP_BYTES] += 1 << 40
+
+    in_processes(workers, add)
+    assert counters.total(Counter.ACCEPTED) == workers * times
+    assert counters.total(Counter.UP_BYTES) == workers << 40
+
+
+def test_workers_write_into_blocks_of_their_own() -> None:
+    memory = Counters.memory(2)
+    assert len(memory) == 2 * BLOCK_BYTES
+    counters = Counters(memory, 2)
+    counters.block(0)[BLOCK_WORDS - 1] = 7
+    assert list(counters.block(1)) == [0] * BLOCK_WORDS
+    assert counters.total(BLOCK_WORDS - 1) == 7
+
+
+def test_name_has_the_same_words_whenever_it_is_asked_for() -> None:
+    directory = Directory()
+    first = directory.index("main")
+    rule = directory.index("main", "named")
+    assert first == NAMED_FIRST
+    assert rule == first + len(ListenerCounter)
+    assert directory.index("other") == rule + len(RuleCounter)
+    assert (directory.index("main"), directory.index("main", "named")) == (first, rule)
+
+
+def test_names_beyond_the_block_share_the_last_words_and_touch_no_other() -> None:
+    directory = Directory()
+    given = [directory.index(f"listener {n}") for n in range(2000)]
+    most = (BLOCK_WORDS - NAMED_FIRST) // len(ListenerCounter)
+    assert len(set(given[:most])) == most
+    assert set(given[most:]) == {BLOCK_WORDS - len(ListenerCounter)}
+    assert max(given) + len(ListenerCounter) <= BLOCK_WORDS
+
+
+def test_gauges_of_a_dead_worker_are_forgotten_and_its_counts_kept() -> None:
+    counters = Counters(Counters.memory(2), 2)
+    directory = Directory()
+    listener, rule = directory.index("main"), directory.index("main", "named")
+    for worker in (0, 1):
+        block = counters.block(worker)
+        block[Counter.ACCEPTED] = 23
+        block[Counter.OPEN] = 5
+        block[Counter.PAIRS_OPEN] = 3
+        block[listener + ListenerCounter.ACCEPTED] = 23
+        block[listener + ListenerCounter.OPEN] = 5
+        block[rule + RuleCounter.TAKEN] = 3
+    counters.forget_gauges(1, directory)
+    assert counters.total(Counter.ACCEPTED) == 46
+    assert counters.total(Counter.OPEN) == 5
+    assert counters.total(Counter.PAIRS_OPEN) == 3
+    assert counters.total(listener + ListenerCounter.ACCEPTED) == 46
+    assert counters.total(listener + ListenerCounter.OPEN) == 5
+    assert counters.total(rule + RuleCounter.TAKEN) == 6
