@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pyforwarder.errors import ConfigError
+from pyforwarder.first_packet.credentials import Users
 from pyforwarder.first_packet.instruction import Instruction, TokenUse
 from pyforwarder.first_packet.matcher import Conversation, Matcher, Speaker, Turn
 from pyforwarder.first_packet.options import OptionError
@@ -62,6 +63,11 @@ __all__ = [
 ]
 
 
+# PostgreSQL clients ask for GSS and for TLS before they say who they are, each once; what asks on
+# and on would never get to the timeout's end any other way.
+MAX_QUESTIONS: Final = 4
+
+
 class RuleConfig(Protocol):
     """What is read of a rule's configuration."""
 
@@ -77,6 +83,8 @@ class RuleConfig(Protocol):
     def checksum(self) -> str: ...
     @property
     def token(self) -> str: ...
+    @property
+    def users(self) -> Sequence[str]: ...
     @property
     def to(self) -> Address | HostPort | UnixAddress | str | None: ...
     @property
@@ -240,8 +248,11 @@ class _Fixed(_Entry):
         if outcome is NEED_MORE and self._asks and end is End.OPEN:
             question = self.matcher.ask(data)
             if question is not None:
-                if conversation is not None:
-                    conversation.first_rule = self.rule.index
+                assert conversation is not None, "rules that ask need Ruleset.begin()"
+                if conversation.asked == MAX_QUESTIONS:
+                    return NO_MATCH
+                conversation.asked += 1
+                conversation.first_rule = self.rule.index
                 return question
         return outcome
 
@@ -290,25 +301,35 @@ class _Combined(_Entry):
 
 
 def compile_rules(
-    listener: ListenerConfig, keys: TokenKeys | None = None, *, path: str = "listener"
+    listener: ListenerConfig,
+    keys: TokenKeys | None = None,
+    *,
+    passwords: Mapping[str, bytes] | None = None,
+    path: str = "listener",
 ) -> Ruleset:
     """The rules of `listener`, ready to decide.
 
-    `keys` are the keys of signed instructions; `path` is where the listener stands in the
-    configuration, for errors.
+    `keys` are the keys of signed instructions, `passwords` those of the users that rules name;
+    `path` is where the listener stands in the configuration, for errors.
 
     Raises:
         ConfigError: a rule's match cannot be used, or the rule does not say what to do.
     """
     return Ruleset(
         tuple(
-            _compile_rule(config, index, keys, f"{path}.rules[{index}]")
+            _compile_rule(config, index, keys, passwords or {}, f"{path}.rules[{index}]")
             for index, config in enumerate(listener.rules)
         )
     )
 
 
-def _compile_rule(config: RuleConfig, index: int, keys: TokenKeys | None, path: str) -> _Entry:
+def _compile_rule(
+    config: RuleConfig,
+    index: int,
+    keys: TokenKeys | None,
+    passwords: Mapping[str, bytes],
+    path: str,
+) -> _Entry:
     rule = Rule(
         name=config.name or f"rule-{index + 1}",
         index=index,
@@ -323,6 +344,7 @@ def _compile_rule(config: RuleConfig, index: int, keys: TokenKeys | None, path: 
         checksum_required=config.checksum == "required",
         tokens=TokenUse(config.token),
         keys=keys,
+        users=_users(config.users, passwords, path),
     )
     try:
         matcher = build(config.match, terms)
@@ -341,6 +363,13 @@ def _compile_rule(config: RuleConfig, index: int, keys: TokenKeys | None, path: 
     if rule.allow is None:
         raise ConfigError("lets the client name the destination and must say `allow`", path=path)
     return _Spoken(rule, matcher) if isinstance(matcher, Speaker) else _Combined(rule, matcher)
+
+
+def _users(names: Sequence[str], passwords: Mapping[str, bytes], path: str) -> Users | None:
+    for name in names:
+        if name not in passwords:
+            raise ConfigError(f"no password of a user {name!r} was read", path=f"{path}.users")
+    return Users({name: passwords[name] for name in names}) if names else None
 
 
 class RuleReport(NamedTuple):
@@ -413,6 +442,7 @@ def _copy(conversation: Conversation | None) -> Conversation | None:
     if conversation is None:
         return None
     copy = Conversation()
+    copy.asked = conversation.asked
     copy.first_rule = conversation.first_rule
     copy.rule = conversation.rule
     copy.turn = conversation.turn

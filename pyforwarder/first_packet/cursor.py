@@ -21,18 +21,18 @@ class Truncated(Exception):
 
 
 class Cursor:
-    """Reads forward through `data`.
+    """Reads forward through `data`, from `position` to `end`.
 
-    Reading past the end of `data` raises Truncated; reading past the end of a block that
-    `restrict_to` opened raises ParseError.
+    Reading past the end of `data` raises Truncated; reading past `end`, or past the end of a block
+    that `restrict_to` opened, raises ParseError.
     """
 
     __slots__ = ("_available", "_data", "_end", "position")
 
-    def __init__(self, data: bytes, position: int = 0) -> None:
+    def __init__(self, data: bytes, position: int = 0, end: int | None = None) -> None:
         self._data: Final = data
         self._available: Final = len(data)
-        self._end: int | None = None  # of the innermost block; None: only the packet's end
+        self._end = end  # of the innermost block; None: where the packet ends is not known
         self.position = position
 
     @property

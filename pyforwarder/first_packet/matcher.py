@@ -16,7 +16,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-from pyforwarder.first_packet.outcome import NEED_MORE, NO_MATCH, Outcome
+from pyforwarder.first_packet.cursor import Cursor, ParseError, Truncated
+from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,9 +37,10 @@ class Turn(ABC):
 class Conversation:
     """What one connection's dialogue remembers from one decision to the next."""
 
-    __slots__ = ("first_rule", "rule", "turn")
+    __slots__ = ("asked", "first_rule", "rule", "turn")
 
     def __init__(self) -> None:
+        self.asked = 0  # how often a rule had to ask before it could tell
         self.first_rule = 0  # rules before this one said no match to bytes that are gone now
         self.rule: Rule | None = None  # the rule whose speaker has the floor
         self.turn: Turn | None = None
@@ -119,3 +121,24 @@ def match_prefix(data: bytes, wanted: bytes) -> Outcome | None:
     if data.startswith(wanted):
         return None
     return NEED_MORE if wanted.startswith(data) else NO_MATCH
+
+
+class Parsed(Matcher):
+    """A protocol that is read with a cursor: too few bytes mean NEED_MORE, wrong ones NO_MATCH."""
+
+    def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
+        try:
+            return MATCH if self._holds(Cursor(data)) else NO_MATCH
+        except Truncated:
+            return NEED_MORE
+        except ParseError:
+            return NO_MATCH
+
+    @abstractmethod
+    def _holds(self, cursor: Cursor) -> bool:
+        """Whether the conditions hold.
+
+        Raises:
+            Truncated: it takes more bytes to know.
+            ParseError: this is another protocol.
+        """

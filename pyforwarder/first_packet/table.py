@@ -14,16 +14,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.first_packet.adb import Adb
 from pyforwarder.first_packet.anything import Anything
 from pyforwarder.first_packet.combine import All, AnyOf, Not
 from pyforwarder.first_packet.conditions import ClientIn, ListenerPort
+from pyforwarder.first_packet.dns import Dns
+from pyforwarder.first_packet.http import Http
+from pyforwarder.first_packet.http2 import http2
+from pyforwarder.first_packet.http_connect import HttpConnect
 from pyforwarder.first_packet.instruction import Instruction, TokenUse
 from pyforwarder.first_packet.literal import Literal
+from pyforwarder.first_packet.mqtt import Mqtt
+from pyforwarder.first_packet.openvpn import OpenVpn
 from pyforwarder.first_packet.options import OptionError, Options
 from pyforwarder.first_packet.pattern import Pattern
+from pyforwarder.first_packet.postgres import Postgres
+from pyforwarder.first_packet.rdp import Rdp
+from pyforwarder.first_packet.redis import redis
 from pyforwarder.first_packet.silence import Silence
+from pyforwarder.first_packet.socks import Socks
+from pyforwarder.first_packet.ssh import ssh
+from pyforwarder.first_packet.tls import Tls
+from pyforwarder.first_packet.xmpp import Xmpp
 
 if TYPE_CHECKING:
+    from pyforwarder.first_packet.credentials import Users
     from pyforwarder.first_packet.matcher import Matcher
     from pyforwarder.token import TokenKeys
 
@@ -39,6 +54,7 @@ class Terms:
     checksum_required: bool = False
     tokens: TokenUse = TokenUse.OFF
     keys: TokenKeys | None = None
+    users: Users | None = None  # None: nobody is asked who they are
 
 
 def _instruction(value: object, terms: Terms) -> Matcher:
@@ -70,12 +86,38 @@ def _with_options(
     return build
 
 
+def _socks(value: object, terms: Terms) -> Matcher:
+    return Socks.from_options(Options(value), terms.users)
+
+
+def _http_connect(value: object, terms: Terms) -> Matcher:
+    Options(value).finish()
+    return HttpConnect(terms.users)
+
+
 PROTOCOLS: Final[dict[str, Callable[[object, Terms], Matcher]]] = {
     "instruction": _instruction,
     "any": _plain(Anything),
     "silence": _plain(Silence),
     "bytes": _with_options(Literal.from_options, "prefix"),
     "regex": _with_options(Pattern.from_options, "pattern"),
+    "tls": _with_options(Tls.from_options),
+    "http": _with_options(Http.from_options),
+    "http2": _plain(http2),
+    "http_connect": _http_connect,
+    "socks": _socks,
+    "ssh": _plain(ssh),
+    "rdp": _with_options(Rdp.from_options),
+    "postgres": _with_options(Postgres.from_options),
+    "redis": _plain(redis),
+    "mqtt": _with_options(Mqtt.from_options),
+    "dns": _with_options(Dns.from_options),
+    "openvpn": _plain(OpenVpn),
+    "xmpp": _with_options(Xmpp.from_options),
+    "adb": _plain(Adb),
+    # In these the server speaks first, so all there is to see of a client is that it waits.
+    "mysql": _plain(Silence),
+    "smtp": _plain(Silence),
 }
 CONDITIONS: Final[dict[str, Callable[[object, Terms], Matcher]]] = {
     "client": _with_options(ClientIn.from_options, "networks"),

@@ -1,0 +1,229 @@
+"""`http`: an HTTP/1 request, and what its head says.
+
+    http: {method: [GET, HEAD]}
+    http: {host: ["*.example.com"]}              without the port; any case
+    http: {path: ["/v1/*"]}                      without the query, compared as it is sent
+    http: {header: {upgrade: websocket}}         one of the values; several names: all of them
+
+Without options, or with `method` and `path` only, the request line decides; else the whole head.
+
+A server behind us reads the same bytes and must not come to another conclusion about whom they are
+for.  So what RFC 9112 leaves to a reader's generosity is not accepted: bare line feeds, folded
+lines, blanks before a colon, a second Host, a user name in the target.  Such a request is "no
+match".
+
+Source: RFC 9112 sections 2 to 5, RFC 9110 section 5.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pyforwarder.first_packet.cursor import ParseError, Truncated
+from pyforwarder.first_packet.glob import Globs
+from pyforwarder.first_packet.matcher import Matcher
+from pyforwarder.first_packet.options import OptionError, Options
+from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
+
+if TYPE_CHECKING:
+    from pyforwarder.address import Address
+    from pyforwarder.first_packet.outcome import End
+
+# The longest registered method has 17 letters (UPDATEREDIRECTREF).
+_METHOD: Final = rb"[A-Z][A-Z_-]{0,23}"
+_REQUEST_LINE: Final = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/1\.[0-9]\r\n" % _METHOD)
+
+
+def _any_beginning(text: bytes) -> bytes:
+    pattern = b""
+    for byte in reversed(text):
+        pattern = b"(?:%b%b)?" % (re.escape(bytes([byte])), pattern)
+    return pattern
+
+
+# Every beginning of a request line.  Each character allows one way on, so nothing backtracks.
+_REQUEST_LINE_BEGINS: Final = re.compile(
+    rb"(?:%b(?: (?:[!-~\x80-\xff]+(?: (?:%b|HTTP/1\.[0-9]\r?))?)?)?)?"
+    % (_METHOD, _any_beginning(b"HTTP/1."))
+)
+_HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[!$&'()*+,;=%0-9A-Za-z._~-]*)(?::[0-9]*)?")
+_ABSOLUTE: Final = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(.*)", re.DOTALL)
+
+
+class RequestLine(NamedTuple):
+    """The first line of a request."""
+
+    method: str
+    target: bytes
+    length: int  # bytes of the line, \r\n included
+
+
+class RequestHead(NamedTuple):
+    """A whole request head."""
+
+    method: str
+    target: bytes
+    headers: tuple[tuple[str, str], ...]  # names in lower case, values without blanks around
+    length: int  # bytes up to and with the empty line
+
+    def values(self, name: str) -> list[str]:
+        """The values of every header of this name (in lower case)."""
+        return [value for header, value in self.headers if header == name]
+
+
+def read_request_line(data: bytes) -> RequestLine:
+    """The request line at the beginning of `data`.
+
+    Raises:
+        Truncated: it is not complete.
+        ParseError: it is none, or not of HTTP/1.
+    """
+    line = _REQUEST_LINE.match(data)
+    if line:
+        return RequestLine(line[1].decode("ascii"), line[2], line.end())
+    if _REQUEST_LINE_BEGINS.fullmatch(data):
+        raise Truncated
+    raise ParseError("not an HTTP/1 request line")
+
+
+def read_head(data: bytes) -> RequestHead:
+    """The request head at the beginning of `data`.
+
+    Raises:
+        Truncated: it is not complete.
+        ParseError: it is none, or not strictly what RFC 9112 allows a sender to send.
+    """
+    line = read_request_line(data)
+    # From the request line's own end: there may be no header at all.
+    end = data.find(b"\r\n\r\n", line.length - 2)
+    if end < 0:
+        raise Truncated
+    headers = []
+    if end >= line.length:
+        for text in data[line.length : end].split(b"\r\n"):
+            header = _HEADER.fullmatch(text)
+            if not header:
+                raise ParseError("a header line that is none")
+            value = header[2].rstrip(b" \t")
+            headers.append((header[1].decode("ascii").lower(), value.decode("latin-1")))
+    return RequestHead(line.method, line.target, tuple(headers), end + 4)
+
+
+def path_of(target: bytes) -> str:
+    """The path in a request target, without the query; empty if the target has none."""
+    absolute = _ABSOLUTE.fullmatch(target)
+    if absolute:
+        target = absolute[2] or b"/"
+    if not target.startswith(b"/"):
+        return ""
+    return target.partition(b"?")[0].decode("latin-1")
+
+
+def host_of(head: RequestHead) -> str | None:
+    """The host that the request is for, in lower case without port; None: it does not say.
+
+    A host in the target counts before the Host header (RFC 9112 section 3.2.2).
+
+    Raises:
+        ParseError: more than one Host, or one that is no host.
+    """
+    hosts = head.values("host")
+    if len(hosts) > 1:
+        raise ParseError("more than one Host")
+    absolute = _ABSOLUTE.fullmatch(head.target)
+    if head.method == "CONNECT":
+        text = head.target
+    elif absolute:
+        text = absolute[1]
+    elif hosts:
+        text = hosts[0].encode("latin-1")
+    else:
+        return None
+    host = _HOST.fullmatch(text)
+    if not host:
+        raise ParseError("a host that is none")
+    return host[1].decode("ascii").lower().removesuffix(".")
+
+
+class Http(Matcher):
+    """Matches a request for which all given conditions hold."""
+
+    def __init__(
+        self,
+        *,
+        methods: frozenset[str] = frozenset(),
+        hosts: Globs | None = None,
+        paths: Globs | None = None,
+        headers: Mapping[str, Globs] | None = None,
+    ) -> None:
+        self._methods = methods
+        self._hosts = hosts
+        self._paths = paths
+        self._headers = dict(headers or {})
+
+    @classmethod
+    def from_options(cls, options: Options) -> Http:
+        """The matcher for what stands after `http:`.
+
+        Raises:
+            OptionError: an unknown option, or headers that are no mapping.
+        """
+        methods = options.texts("method")
+        hosts = options.texts("host")
+        paths = options.texts("path")
+        headers = options.take("header")
+        options.finish()
+        if headers is not None and not isinstance(headers, Mapping):
+            raise OptionError("wants {name: value}", "header")
+        wanted = Options(headers)
+        return cls(
+            methods=frozenset(methods),
+            hosts=Globs((host.removesuffix(".") for host in hosts), ignore_case=True)
+            if hosts
+            else None,
+            paths=Globs(paths, ignore_case=False) if paths else None,
+            headers={
+                str(name).lower(): Globs(wanted.texts(str(name)), ignore_case=False)
+                for name in headers or {}
+            },
+        )
+
+    def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
+        try:
+            line = read_request_line(data)
+            if self._methods and line.method not in self._methods:
+                return NO_MATCH
+            if self._paths is not None and not self._paths.include(path_of(line.target)):
+                return NO_MATCH
+            if self._hosts is None and not self._headers:
+                return MATCH
+            head = read_head(data)
+            if self._hosts is not None:
+                host = host_of(head)
+                if host is None or not self._hosts.include(host):
+                    return NO_MATCH
+        except Truncated:
+            return NEED_MORE
+        except ParseError:
+            return NO_MATCH
+        for name, values in self._headers.items():
+            if not any(values.include(value) for value in head.values(name)):
+                return NO_MATCH
+        return MATCH
+
+    def found(self, data: bytes) -> str:
+        try:
+            line = read_request_line(data)
+        except (Truncated, ParseError):
+            return ""
+        said = f"{line.method} {path_of(line.target) or line.target.decode('latin-1')}"
+        try:
+            host = host_of(read_head(data))
+        except Truncated:
+            return said
+        except ParseError as error:
+            return f"{said}, {error}"
+        return f"{said}, host {host}" if host else f"{said}, no host"
