@@ -56,13 +56,16 @@ def field_offsets(
         raise LoadError(
             f"read {path}: {error.strerror}", advice="the kernel needs CONFIG_DEBUG_INFO_BTF=y"
         ) from error
+    if len(data) < _HEADER.size:
+        raise LoadError(f"{path} is not BTF")
     magic, _, _, header_bytes, type_at, type_bytes, string_at, string_bytes = _HEADER.unpack_from(
         data
     )
     if magic != _MAGIC:
         raise LoadError(f"{path} is not BTF of this byte order")
     strings = data[header_bytes + string_at : header_bytes + string_at + string_bytes]
-    name_of = {strings.find(b"\0" + name.encode() + b"\0") + 1: name for name in wanted}
+    places = {name: strings.find(b"\0" + name.encode() + b"\0") + 1 for name in wanted}
+    name_of = {place: name for name, place in places.items() if place}  # 0: no such string
     by_id: dict[int, _Struct] = {}
     by_name: dict[str, _Struct] = {}
     at = header_bytes + type_at
@@ -75,9 +78,9 @@ def field_offsets(
         kind, count = info >> 24 & 31, info & 0xFFFF
         if kind in (_STRUCT, _UNION):
             found = _Struct(data, at, count, bitfields=bool(info >> 31))
-            if name == 0:
-                by_id[type_id] = found
-            elif kind == _STRUCT and name in name_of:
+            # Also those with a tag: -fms-extensions lets `struct tag;` be an anonymous member.
+            by_id[type_id] = found
+            if kind == _STRUCT and name in name_of:
                 by_name.setdefault(name_of[name], found)
         at += _FIXED.get(kind, 0) + _PER_ELEMENT.get(kind, 0) * count
 
