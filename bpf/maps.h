@@ -11,7 +11,8 @@
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view
  * listeners ARRAY     line -> struct view_line                    written: supervisor  read: view
- * sums     HASH       session -> two __u64                        view alone
+ * sums     HASH       session -> struct sums                      view alone
+ * zero     ARRAY      0 -> struct sums of zeros                   written: nobody
  */
 #pragma once
 

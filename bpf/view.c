@@ -94,38 +94,49 @@ static inline void print_ipv4(struct seq_file *seq, const struct endpoint *end)
 	bpf_seq_write(seq, blanks, (22 - width) & 15);
 }
 
-/* The canonical form (RFC 5952): the longest run of two or more zero groups is left out. */
+/* The canonical form (RFC 5952): the first of the longest runs of two or more zeros is left out. */
 static inline void print_ipv6(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 group[8];
-	__u32 zeros = 0, run = 0, best = 1, best_end = 0;
+	__u32 zeros = 0, runs, shorter, first, left_out, before, here, after;
+	/* Through memory, so that the verifier does not follow every combination of bits. */
+	volatile __u8 is_left_out[8], colons[8];
+	char text[] = "::";
 	int i;
 
 #pragma unroll
 	for (i = 0; i < 8; i++) {
 		group[i] = (__u32)end->ip[2 * i] << 8 | end->ip[2 * i + 1];
-		zeros |= (group[i] == 0) << i;
+		/* 1 for 0, and no branch: eight of them would be 256 paths for the verifier. */
+		zeros |= ((group[i] - 1) >> 16 & 1) << i;
 	}
+	/* Each step takes one bit off the end of every run, until only the longest have one left.
+	 */
+	runs = zeros;
+#pragma unroll
+	for (i = 0; i < 7; i++) {
+		shorter = runs & runs >> 1;
+		runs = shorter ? shorter : runs;
+	}
+	first = runs & -runs;
+	/* The carry goes through just this run. A single zero, the only kind there is, stays. */
+	left_out = zeros & ~(zeros + first);
+	left_out = zeros & zeros >> 1 ? left_out : 0;
 #pragma unroll
 	for (i = 0; i < 8; i++) {
-		run = zeros >> i & 1 ? run + 1 : 0;
-		if (run > best) {
-			best = run;
-			best_end = i + 1;
-		}
+		before = i ? left_out >> (i - 1) & 1 : 1;
+		here = left_out >> i & 1;
+		after = left_out >> (i + 1) & 1;
+		is_left_out[i] = here;
+		/* Two at the end of what is left out, one between two groups. */
+		colons[i] = (here & (after ^ 1)) << 1 | ((here | before) ^ 1);
 	}
 	SAY(seq, "[");
-#pragma unroll
+	NO_UNROLL
 	for (i = 0; i < 8; i++) {
-		/* best_end is 0 without a run; i is in it if best_end - best <= i < best_end. */
-		if (i < best_end && i + best >= best_end) {
-			if (i + 1 == best_end)
-				SAY(seq, "::");
-			continue;
-		}
-		if (i && i != best_end)
-			SAY(seq, ":");
-		PRINT(seq, "%x", group[i]);
+		bpf_seq_write(seq, text, colons[i] & 3);
+		if (!is_left_out[i])
+			PRINT(seq, "%x", group[i]);
 	}
 	PRINT(seq, "]:%u ", end->port);
 }
@@ -283,6 +294,107 @@ int show(struct element *element)
 	return 0;
 }
 
+/* What one reader of `stats` has summed up so far. */
+struct sums {
+	__u64 bytes[2];
+	__u64 counted[STAT_LINES];
+};
+
+/* How many lines are counted at one element of the walk; a worker has at least eight slots. */
+#define LINES_AT_ONCE (STAT_LINES / 8)
+
+/* Add one worker's counters for the lines that are due at this slot. */
+static inline void count(struct sums *sums, __u32 slot)
+{
+	__u32 worker = slot / SLOTS, line = slot % SLOTS * LINES_AT_ONCE, at;
+	struct view_line *known;
+	__u64 *counter;
+	int i;
+
+	if (slot % SLOTS >= 8)
+		return;
+	NO_UNROLL
+	for (i = 0; i < LINES_AT_ONCE; i++, line++) {
+		__u32 key = line;
+
+		known = map_lookup(MAP_STATS_FD, &key);
+		if (!known)
+			return;
+		at = worker * BLOCK_WORDS + known->word;
+		counter = map_lookup(MAP_COUNTERS_FD, &at);
+		if (counter)
+			sums->counted[line & (STAT_LINES - 1)] += *counter;
+	}
+}
+
+/*
+ * Walks the pairs for their bytes, and prints at the end of the walk. Nothing is printed before, so
+ * the whole walk happens within one read, and no sum is left behind by a reader who goes away. The
+ * workers' counters are added up on the way: a loop over all of both would grow with the number of
+ * workers, and the verifier's work with it.
+ */
+int stats(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	__u64 session = element->meta->session_id;
+	const struct pair *pair = element->value;
+	const __u32 *key = element->key;
+	struct view_line *line;
+	struct sums *sums, *none;
+	struct look look;
+	__u64 value;
+	__u32 slot, at, zero = 0;
+
+	if (key && pair) {
+		slot = *key;
+		if (slot == 0) {
+			none = map_lookup(MAP_ZERO_FD, &zero);
+			if (none)
+				map_update(MAP_SUMS_FD, &session, none);
+		}
+		sums = map_lookup(MAP_SUMS_FD, &session);
+		if (!sums)
+			return 0;
+		count(sums, slot);
+		if (look_at(pair, &look)) {
+			sums->bytes[PF_UP] += look.bytes[PF_UP];
+			sums->bytes[PF_DOWN] += look.bytes[PF_DOWN];
+		}
+		return 0;
+	}
+	SAY(seq, "STAT                           VALUE");
+	end_header(seq, element->map);
+	sums = map_lookup(MAP_SUMS_FD, &session);
+	if (!sums) {
+		/* Rather no numbers than wrong ones. */
+		SAY(seq, "# too many readers at once\n");
+		return 0;
+	}
+	NO_UNROLL
+	for (at = 0; at < STAT_LINES; at++) {
+		__u32 number = at;
+
+		line = map_lookup(MAP_STATS_FD, &number);
+		if (!line)
+			break;
+		value = sums->counted[at & (STAT_LINES - 1)];
+		if (line->kind == PF_NO_LINE || (line->kind == PF_NONZERO && !value))
+			continue;
+		if (line->kind == PF_TEXT) {
+			PRINT(seq, "%-30s %s\n", STRING(line->name), STRING(line->text));
+			continue;
+		}
+		if (line->kind == PF_UP_BYTES)
+			value += sums->bytes[PF_UP];
+		if (line->kind == PF_DOWN_BYTES)
+			value += sums->bytes[PF_DOWN];
+		PRINT(seq, "%-30s %llu\n", STRING(line->name), value);
+	}
+	map_delete(MAP_SUMS_FD, &session);
+	return 0;
+}
+
+/* A counter of all workers together. */
 static inline __u64 counted(__u32 word)
 {
 	__u64 total = 0, *counter;
@@ -292,72 +404,11 @@ static inline __u64 counted(__u32 word)
 	for (worker = 0; worker < WORKERS; worker++) {
 		at = worker * BLOCK_WORDS + word;
 		counter = map_lookup(MAP_COUNTERS_FD, &at);
-		if (counter)
-			total += *counter;
+		if (!counter)
+			break;
+		total += *counter;
 	}
 	return total;
-}
-
-struct sums {
-	__u64 bytes[2];
-};
-
-/*
- * Walks the pairs for their bytes, and prints at the end of the walk. Nothing is printed before, so
- * the whole walk happens within one read, and no sum is left behind by a reader who goes away.
- */
-int stats(struct element *element)
-{
-	struct seq_file *seq = element->meta->seq;
-	__u64 session = element->meta->session_id;
-	const struct pair *pair = element->value;
-	struct sums *sums, none = {};
-	struct view_line *line;
-	struct look look;
-	__u64 value;
-	__u32 at;
-
-	if (element->key && pair) {
-		if (*element->key == 0)
-			map_update(MAP_SUMS_FD, &session, &none);
-		if (!look_at(pair, &look))
-			return 0;
-		sums = map_lookup(MAP_SUMS_FD, &session);
-		if (!sums)
-			return 0;
-		sums->bytes[PF_UP] += look.bytes[PF_UP];
-		sums->bytes[PF_DOWN] += look.bytes[PF_DOWN];
-		return 0;
-	}
-	SAY(seq, "STAT                           VALUE");
-	end_header(seq, element->map);
-	sums = map_lookup(MAP_SUMS_FD, &session);
-	if (sums)
-		none = *sums;
-	NO_UNROLL
-	for (at = 0; at < STAT_LINES; at++) {
-		__u32 key = at;
-
-		line = map_lookup(MAP_STATS_FD, &key);
-		if (!line || line->kind == PF_NO_LINE)
-			continue;
-		if (line->kind == PF_TEXT) {
-			PRINT(seq, "%-30s %s\n", STRING(line->name), STRING(line->text));
-			continue;
-		}
-		value = counted(line->word);
-		/* Too many readers at once: rather no number than a wrong one. */
-		if ((line->kind == PF_UP_BYTES || line->kind == PF_DOWN_BYTES) && !sums)
-			continue;
-		if (line->kind == PF_UP_BYTES)
-			value += none.bytes[PF_UP];
-		if (line->kind == PF_DOWN_BYTES)
-			value += none.bytes[PF_DOWN];
-		if (line->kind != PF_NONZERO || value)
-			PRINT(seq, "%-30s %llu\n", STRING(line->name), value);
-	}
-	map_delete(MAP_SUMS_FD, &session);
-	return 0;
 }
 
 int listeners(struct element *element)

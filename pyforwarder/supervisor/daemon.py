@@ -227,7 +227,7 @@ class Daemon:
         try:
             if self._arrays is None:
                 raise self._no_arrays or LoadError("no BPF maps")
-            return View.load(self._arrays, self._maps, workers=self._count)
+            return View.load(self._arrays, self._maps, workers=self._count, slots=self._slots)
         except LoadError as error:
             self._log.write("warning", "no_view", reason=str(error))
             return None

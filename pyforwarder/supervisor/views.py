@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.kernel import KernelMaps
 
 FILES: Final = ("show", "stats", "listeners")
-# How many may read `stats` at the same time and get the bytes of open pairs with it.
+# How many may read `stats` at the same moment.
 _MOST_READERS: Final = 256
+_SUMS_BYTES: Final = (2 + STAT_LINES) * 8  # struct sums
 # Cannot be in an instance's name, and bpffs takes it (it refuses dots).
 _NEW: Final = "~new"
 
@@ -54,7 +55,7 @@ class View:
         self._made_root = False
 
     @classmethod
-    def load(cls, arrays: Arrays, maps: KernelMaps | None, *, workers: int) -> View:
+    def load(cls, arrays: Arrays, maps: KernelMaps | None, *, workers: int, slots: int) -> View:
         """Load the programs and link them; the caller pins and closes the view.
 
         Raises:
@@ -66,16 +67,21 @@ class View:
                 bpf.MapType.HASH,
                 name="pf_sums",
                 key_bytes=8,
-                value_bytes=16,
+                value_bytes=_SUMS_BYTES,
                 entries=_MOST_READERS,
                 flags=bpf.F_NO_PREALLOC,
             )
             opened.append(sums)
+            zero = bpf.create_map(
+                bpf.MapType.ARRAY, name="pf_zero", key_bytes=4, value_bytes=_SUMS_BYTES, entries=1
+            )
+            opened.append(zero)
             fds = {
                 "MAP_PAIRS_FD": arrays.pairs_fd,
                 "MAP_COUNTERS_FD": arrays.counters_fd,
                 "MAP_STATS_FD": arrays.stats_fd,
                 "MAP_SUMS_FD": sums,
+                "MAP_ZERO_FD": zero,
             }
             programs: list[tuple[str, ProgramKind]] = [(name, "map_iterator") for name in FILES]
             if maps is not None:
@@ -88,6 +94,7 @@ class View:
                     **btf.defines(btf.field_offsets(_FIELDS)),
                     **fds,
                     "WORKERS": workers,
+                    "SLOTS": slots,
                     "BLOCK_WORDS": BLOCK_WORDS,
                     "STAT_LINES": STAT_LINES,
                 },
