@@ -53,13 +53,15 @@ struct verdict_direction {
 	__u64 redirected_bytes; /* queued to the other socket by the kernel */
 	__u64 redirected_packets;
 	__u64 last_ns;		/* bpf_ktime_get_ns() of the last packet */
-	__u32 latched;		/* 1 while the kernel owns the direction */
+	__u16 latched;		/* 1 while the kernel owns the direction */
+	__u16 lost;		/* 1: bytes were dropped, the pair must be reset */
 	__u32 trips;		/* how often the backlog limit gave it back to userspace */
 	__u32 latch_write_seq;	/* target's tcp_sock.write_seq when it latched */
 	__u32 latch_redirected; /* low 32 bits of redirected_bytes at that moment */
 	__u32 backlog_bytes;	/* seen by the last packet */
 	__u32 peak_backlog_bytes;
-	__u64 padding;
+	__u32 next_seq; /* TCP sequence number behind the last byte seen */
+	__u32 trimmed_bytes; /* that came again in a retransmission, and were cut off */
 };
 
 /* One direction, as the worker sees it; the worker alone writes it, but for asleep. */

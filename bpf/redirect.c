@@ -14,6 +14,58 @@
 #include "abi.h"
 #include "maps.h"
 
+/* The most that sk_skb_adjust_room() takes off at once, and how often: 128 KiB, one large packet.
+ */
+#define TRIM_STEP  4095
+#define TRIM_STEPS 33
+
+/*
+ * Cut off the bytes that were seen before. A retransmission may begin with them (tcp_data_queue()
+ * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
+ * tcp_read_skb() hands the packet to us as it is.
+ *
+ * Returns how many bytes are new; 0 if the old ones could not be cut off.
+ */
+static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
+							struct verdict_direction *seen)
+{
+	struct bpf_sock *source = skb->sk;
+	struct tcp_sock *tcp;
+	__u32 length = skb->len;
+	/* The first word of skb->cb is tcp_skb_cb.seq; nothing clears it on the way here. */
+	__u32 seq = skb->cb[0];
+	__u32 old, step;
+	int i;
+
+	if (!seen->passed_bytes && !seen->redirected_bytes) {
+		/* The first packet: everything before it was read, up to copied_seq. */
+		if (!source)
+			return 0;
+		tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(source);
+		if (!tcp)
+			return 0;
+		seen->next_seq = *(volatile __u32 *)((void *)tcp + TCP_SOCK_COPIED_SEQ);
+	}
+	old = seen->next_seq - seq;
+	if (old == 0 || old > 0x7fffffff) {
+		seen->next_seq = seq + length;
+		return length;
+	}
+	if (old >= length)
+		return 0;
+	seen->next_seq = seq + length;
+	seen->trimmed_bytes += old;
+	length -= old;
+#pragma unroll
+	for (i = 0; i < TRIM_STEPS; i++) {
+		step = old > TRIM_STEP ? TRIM_STEP : old;
+		if (step && bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
+			return 0;
+		old -= step;
+	}
+	return old ? 0 : length;
+}
+
 int verdict(struct __sk_buff *skb)
 {
 	__u64 cookie = bpf_get_socket_cookie(skb);
@@ -26,12 +78,14 @@ int verdict(struct __sk_buff *skb)
 	__u64 peer_cookie;
 	__u32 slot, worker, write_seq, backlog;
 	__u32 length = skb->len;
+	int outcome = SK_PASS;
 
 	/*
 	 * A lone FIN. Redirecting nothing makes sendmsg return 0, which the kernel takes for a
 	 * broken pipe, and it disables the target for good. Passing it does the same to this socket
 	 * if redirected bytes wait in its queue (sk_psock_backlog). Dropping it is safe: it carries
-	 * no byte, and TCP has acted on the FIN before it ran us; the worker hears of it from epoll.
+	 * no byte, and TCP has acted on the FIN before it ran us; the worker hears of it from
+	 * epoll.
 	 */
 	if (!length)
 		return SK_DROP;
@@ -48,7 +102,21 @@ int verdict(struct __sk_buff *skb)
 	told = end->direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
 	seen->last_ns = bpf_ktime_get_ns();
 
-	/* Not armed, or userspace still has earlier bytes in its hands: this packet is behind them. */
+	/*
+	 * Old bytes that cannot be cut off (no memory) may go nowhere, and the new ones behind them
+	 * are lost with them: drop all, and have the worker reset the pair.
+	 */
+	length = trim(skb, seen);
+	if (!length) {
+		seen->latched = 0;
+		seen->lost = 1;
+		length = skb->len;
+		outcome = SK_DROP;
+		goto pass;
+	}
+
+	/* Not armed, or userspace still has earlier bytes in its hands: this packet is behind them.
+	 */
 	if (!*(volatile __u32 *)&told->armed) {
 		seen->latched = 0;
 		goto pass;
@@ -94,21 +162,24 @@ int verdict(struct __sk_buff *skb)
 
 pass:
 	/*
-	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the other
-	 * way round, with a full barrier (the atomic add) between. So one of the two sees the other's
-	 * write, and no packet waits for a worker that sleeps.
+	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the
+	 * other way round, with a full barrier (the atomic add) between. So one of the two sees the
+	 * other's write, and no packet waits for a worker that sleeps.
 	 */
 	__sync_fetch_and_add(&seen->passed_bytes, length);
 	if (*(volatile __u32 *)&told->asleep) {
-		struct wakeup wakeup = {.slot = slot, .direction = end->direction, .id = pair->id};
+		struct wakeup wakeup = { .slot = slot,
+					 .direction = end->direction,
+					 .id = pair->id };
 		void *ring;
 
 		*(volatile __u32 *)&told->asleep = 0;
 		worker = pair->worker_index;
 		ring = map_lookup(MAP_RINGS_FD, &worker);
-		/* A full ring cannot happen: it has room for one event of every direction there is. */
+		/* A full ring cannot happen: it has room for one event of every direction there is.
+		 */
 		if (ring)
 			bpf_ringbuf_output(ring, &wakeup, sizeof(wakeup), 0);
 	}
-	return SK_PASS;
+	return outcome;
 }

@@ -84,13 +84,15 @@ class VerdictDirection(ctypes.Structure):
         ("redirected_bytes", ctypes.c_uint64),
         ("redirected_packets", ctypes.c_uint64),
         ("last_ns", ctypes.c_uint64),
-        ("latched", ctypes.c_uint32),
+        ("latched", ctypes.c_uint16),
+        ("lost", ctypes.c_uint16),
         ("trips", ctypes.c_uint32),
         ("latch_write_seq", ctypes.c_uint32),
         ("latch_redirected", ctypes.c_uint32),
         ("backlog_bytes", ctypes.c_uint32),
         ("peak_backlog_bytes", ctypes.c_uint32),
-        ("padding", ctypes.c_uint64),
+        ("next_seq", ctypes.c_uint32),
+        ("trimmed_bytes", ctypes.c_uint32),
     )
 
 

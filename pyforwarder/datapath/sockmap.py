@@ -344,6 +344,9 @@ class SockmapDatapath:
         while True:
             passed = self._words[passed_at]
             if flow.pending is not None or passed != half.consumed_bytes:
+                if self._has_lost(pair, flow):
+                    self._host.broken(pair, CloseReason.INTERNAL)
+                    return
                 if not self._is_delivered(pair, half):
                     self._wait(pair, half)
                     return
@@ -366,6 +369,11 @@ class SockmapDatapath:
             half.retry_s = _FIRST_RETRY_S
             if self._sleep(pair, half):
                 return
+
+    def _has_lost(self, pair: Pair, flow: Flow) -> bool:
+        """Whether the program had to drop bytes (see trim() in redirect.c)."""
+        halves = pair.slot * self._window.HALVES
+        return self._halves[halves + table.LATCHED[flow.direction]] > 0xFFFF
 
     def _copy(self, pair: Pair, half: _Half) -> int:
         """Read what was passed and write it; 0 or less: no more for now, or the pair is broken."""

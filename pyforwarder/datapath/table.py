@@ -40,6 +40,8 @@ REDIRECTED_PACKETS: Final = [
     (at + VerdictDirection.redirected_packets.offset) // 8 for at in _VERDICT
 ]
 LAST_NS: Final = [(at + VerdictDirection.last_ns.offset) // 8 for at in _VERDICT]
+# `latched` in the lower half, `lost` in the upper one.
+LATCHED: Final = [(at + VerdictDirection.latched.offset) // 4 for at in _VERDICT]
 TRIPS: Final = [(at + VerdictDirection.trips.offset) // 4 for at in _VERDICT]
 CONSUMED: Final = [(at + WorkerDirection.consumed_bytes.offset) // 8 for at in _WORKER]
 CARRIED: Final = [(at + WorkerDirection.carried_bytes.offset) // 8 for at in _WORKER]
