@@ -21,6 +21,7 @@ PURE = [
     "policy.py",
     "upstreams.py",
     "token.py",
+    "proxy_protocol.py",
     "address.py",
     "reasons.py",
     "tables.py",
