@@ -157,9 +157,14 @@ class Instruction(Speaker):
         return ERRORS[RefusalCode.TIMEOUT if end is End.TIMEOUT else RefusalCode.MALFORMED]
 
     def found(self, data: bytes) -> str:
-        if data[:1] == b"F":
+        if data.startswith(token.MAGIC) and self._tokens is not TokenUse.OFF:
             return "a signed instruction"
-        return f"an instruction of {data[:2].decode('ascii')} bytes"
+        length = _LENGTHS.get(data[:2])
+        if length is None:
+            return ""
+        if _is_broken(data, length):
+            return f"begins like an instruction of {length} bytes and then breaks"
+        return f"an instruction of {length} bytes"
 
     def _begins(self, data: bytes) -> _Undecided:
         """The outcome for bytes that do not have both digits of a length."""

@@ -36,10 +36,10 @@ class Literal(Matcher):
             OptionError: an unknown option, no prefix, or hexadecimal that is none.
         """
         prefixes = tuple(parse_bytes(text) for text in options.texts("prefix"))
+        offset = options.number("offset", default=0, at_most=MAX_OFFSET)
+        options.finish()  # first: a misspelt `prefix` is that, not a missing one
         if not prefixes:
             raise OptionError("says no prefix", "prefix")
-        offset = options.number("offset", default=0, at_most=MAX_OFFSET)
-        options.finish()
         return cls(prefixes, offset)
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:

@@ -55,9 +55,9 @@ class Pattern(Matcher):
     def from_options(cls, options: Options) -> Pattern:
         """The matcher for what stands after `regex:`."""
         patterns = options.texts("pattern")
+        options.finish()
         if not patterns:
             raise OptionError("says no pattern")
-        options.finish()
         return cls(patterns)
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:

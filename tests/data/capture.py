@@ -2,8 +2,8 @@
 
     python tests/data/capture.py NAME [--answer HEX]... [--origin TEXT] -- COMMAND...
 
-`{port}` in the command becomes the port of a listener on 127.0.0.1.  The client's bytes are read until
-it has been silent for half a second; each --answer is then sent and the next turn recorded.
+`{port}` in the command becomes the port of a listener on 127.0.0.1.  The client's bytes are read
+until it has been silent for half a second; each --answer is then sent and the next turn recorded.
 """
 
 from __future__ import annotations
