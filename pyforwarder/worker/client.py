@@ -32,6 +32,7 @@ class Client(Pair):
         "destination",
         "handover_asked",
         "is_adopted",
+        "is_eager",
         "life",
         "listener",
         "over_limit",
@@ -79,6 +80,7 @@ class Client(Pair):
         self.tried: list[ServerState] = []
         # Joined: whether and when a better datapath takes over.
         self.waits_for_handover = False
+        self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
         self.turns = 0
         self.turn_direction: Direction | None = None

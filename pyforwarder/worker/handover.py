@@ -42,9 +42,10 @@ class Handover:
             self._sockmap.limit_bytes = client.listener.generation.config.backlog_limit_bytes
         client.waits_for_handover = True
         when = client.listener.generation.handover
-        if choice == "sockmap" or not (
+        client.is_eager = choice == "sockmap" or not (
             when.after_bytes and when.after_round_trips and when.after_s
-        ):
+        )
+        if client.is_eager:
             self._ask(client)
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
@@ -63,6 +64,9 @@ class Handover:
     def moved(self, client: Client, flow: Flow) -> None:
         """Bytes were copied: count what earns the handover."""
         if client.handover_asked:
+            return
+        if client.is_eager:
+            self._ask(client)
             return
         if flow.direction is not client.turn_direction:
             client.turn_direction = flow.direction
