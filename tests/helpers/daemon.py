@@ -22,7 +22,7 @@ import yaml
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 LISTENING: Final = re.compile(r"listening on (?P<address>\S+) \((?P<name>[^)]+)\)")
-COMMAND: Final = (sys.executable, "-m", "pyforwarder")
+COMMAND: Final = (str(Path(sys.executable).with_name("pyforwarder")),)
 # Loading and proving the datapaths comes before the first line; compiling takes seconds when
 # several do it at once.
 START_DEADLINE_S: Final = 60.0
@@ -56,8 +56,14 @@ class Place:
         return found
 
     def pins(self) -> list[Path]:
-        """Every pinned object, in whatever instance."""
-        return [path for path in self.bpffs.rglob("*") if not path.is_dir()]
+        """Every pinned object, in whatever instance.
+
+        Not the two files with which the kernel furnishes every new mount (kernel/bpf/inode.c).
+        """
+        furniture = {self.bpffs / "maps.debug", self.bpffs / "progs.debug"}
+        return [
+            path for path in self.bpffs.rglob("*") if path not in furniture and not path.is_dir()
+        ]
 
     def run_files(self) -> list[Path]:
         """Every file, socket and link of the run directory."""
@@ -163,11 +169,16 @@ class Daemon:
     def command(
         self, *words: str, stdin: bytes | None = None, deadline_s: float = DEADLINE_S
     ) -> subprocess.CompletedProcess[str]:
-        """A command for this instance."""
+        """A command for this instance, from start to end."""
         verb, *rest = words
         return run_command(
             self.place, verb, "--instance", self.instance, *rest, stdin=stdin, deadline_s=deadline_s
         )
+
+    def reconfigure(self, config: str) -> None:
+        """Write another text to its configuration file; `reload` or SIGHUP makes it count."""
+        assert self.config_path is not None
+        self.config_path.write_text(config)
 
     def show(self, what: str = "pairs") -> Any:
         """What `show WHAT --json` prints."""

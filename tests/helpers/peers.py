@@ -38,6 +38,16 @@ def pattern(size: int, *, start: int = 0) -> bytes:
     return repeated[:size]
 
 
+def digest(size: int) -> str:
+    """The SHA-256 of `pattern(size)`, without holding it."""
+    whole, rest = divmod(size, len(_BLOCK))
+    sha = hashlib.sha256()
+    for _ in range(whole):
+        sha.update(_BLOCK)
+    sha.update(_BLOCK[:rest])
+    return sha.hexdigest()
+
+
 def reset(sock: socket.socket) -> None:
     """Close with a RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_NOW)
@@ -83,6 +93,28 @@ def ends_with_reset(sock: socket.socket) -> bytes:
     except (ConnectionResetError, BrokenPipeError):
         return bytes(data)
     raise AssertionError(f"a clean end of file after {len(data)} bytes, no reset")
+
+
+def push_until_blocked(
+    sock: socket.socket, *, most: int, quiet_s: float = 1.0, start: int = 0
+) -> int:
+    """Send `pattern` from `start` on until TCP takes nothing for `quiet_s`; how many bytes it took.
+
+    Raises:
+        AssertionError: it took `most` bytes and was still not blocked.
+    """
+    view = memoryview(pattern(2 * len(_BLOCK)))
+    deadline_s = sock.gettimeout()
+    sock.settimeout(quiet_s)
+    sent = 0
+    try:
+        while sent < most:
+            sent += sock.send(view[(start + sent) % len(_BLOCK) :])
+    except TimeoutError:
+        return sent
+    finally:
+        sock.settimeout(deadline_s)
+    raise AssertionError(f"not blocked after {sent} bytes")
 
 
 def dial(address: tuple[str, int] | str, *, deadline_s: float = DEADLINE_S) -> socket.socket:
@@ -306,10 +338,10 @@ class FloodServer(Server):
         self.finished.set()
 
     def _flood(self, sock: socket.socket) -> None:
-        view = memoryview(pattern(1 << 20))
+        view = memoryview(pattern(2 * len(_BLOCK)))
         with contextlib.suppress(OSError):
             while self.sent < self.size:
-                place = self.sent % len(view)
+                place = self.sent % len(_BLOCK)
                 self.sent += sock.send(view[place : place + self.size - self.sent])
             sock.shutdown(socket.SHUT_WR)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -12,19 +13,30 @@ import pytest
 
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
-from tests.helpers.netns import private_network
+from tests.helpers.netns import narrow_the_network, private_network
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def network() -> Iterator[None]:
-    """A fresh network namespace with only `lo`: every port is free, nothing can be reached."""
+    """A network namespace of this module with only `lo`: all ports free, nothing to reach.
+
+    A test that wants one for itself alone enters `private_network` or asks for `narrow_network`.
+    """
     with private_network():
         yield
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    """Directories of this test, with a bpffs mounted for the pins.
+def narrow_network() -> Iterator[None]:
+    """A namespace of this test with small buffers and segments."""
+    with private_network():
+        narrow_the_network()
+        yield
+
+
+@contextlib.contextmanager
+def temporary_place() -> Iterator[Place]:
+    """Directories that are removed afterwards, with a bpffs mounted for the pins.
 
     Not pytest's tmp_path: with a long test name a unix socket's path would exceed its 107 bytes.
     """
@@ -36,21 +48,37 @@ def place() -> Iterator[Place]:
         shutil.rmtree(directory)
 
 
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """The directories of this test."""
+    with temporary_place() as place:
+        yield place
+
+
 class StartForwarder(Protocol):
     """What the fixture `start_forwarder` gives."""
 
     def __call__(
-        self, config: str | None = None, *words: str, instance: str = "default"
+        self,
+        config: str | None = None,
+        *words: str,
+        instance: str = "default",
+        prefix: Sequence[str] = (),
     ) -> Daemon: ...
 
 
-@pytest.fixture
-def start_forwarder(place: Place) -> Iterator[StartForwarder]:
+@contextlib.contextmanager
+def forwarders_at(place: Place) -> Iterator[StartForwarder]:
     """Start daemons; at the end they must stop when asked, with code 0, and leave nothing."""
     started: list[Daemon] = []
 
-    def start(config: str | None = None, *words: str, instance: str = "default") -> Daemon:
-        daemon = daemons.start(place, config, *words, instance=instance)
+    def start(
+        config: str | None = None,
+        *words: str,
+        instance: str = "default",
+        prefix: Sequence[str] = (),
+    ) -> Daemon:
+        daemon = daemons.start(place, config, *words, instance=instance, prefix=prefix)
         started.append(daemon)
         return daemon
 
@@ -66,3 +94,18 @@ def start_forwarder(place: Place) -> Iterator[StartForwarder]:
             daemon.close()
             print(f"--- output of {daemon.instance} (ended with {daemon.process.returncode})")
             print(daemon.output())
+
+
+@pytest.fixture
+def start_forwarder(place: Place) -> Iterator[StartForwarder]:
+    """A function that starts a daemon for this test."""
+    with forwarders_at(place) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared_forwarder(network: None) -> Iterator[StartForwarder]:
+    """The same for a whole module, for tests that leave the daemon as it was."""
+    del network
+    with temporary_place() as place, forwarders_at(place) as start:
+        yield start

@@ -1,0 +1,267 @@
+"""Rules that look at the first bytes, and servers that a configuration names."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.instruction import ACK, instruction, refusal
+from tests.helpers.netns import blackhole
+from tests.helpers.peers import (
+    AnswerServer,
+    NameServer,
+    Server,
+    Waiting,
+    address_text,
+    dial,
+    ends_with_reset,
+    read_exactly,
+    read_to_end,
+    unused_port,
+)
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
+    from tests.kernel.conftest import StartForwarder
+
+
+def rules_config(*rules: str, more: str = "", timeout: str = "400ms") -> str:
+    lines = "".join(f"      - {rule}\n" for rule in rules)
+    return (
+        "listeners:\n  - name: main\n    bind: 127.0.0.1:0\n"
+        f"    first_packet: {{timeout: {timeout}, max_bytes: 1KiB}}\n    rules:\n{lines}{more}"
+    )
+
+
+def rule_to(server: Server | Waiting, match: str) -> str:
+    return f"{{match: {match}, to: '{address_text(server.address)}'}}"
+
+
+def test_the_first_rule_that_matches_decides(start_forwarder: StartForwarder) -> None:
+    with (
+        AnswerServer("prefix") as first,
+        AnswerServer("regex") as second,
+        AnswerServer("any") as third,
+    ):
+        forwarder = start_forwarder(
+            rules_config(
+                rule_to(first, "{bytes: {prefix: 'hex:0016'}}"),
+                rule_to(second, "{regex: '^EHLO '}"),
+                "{match: instruction, allow: [loopback]}",
+                rule_to(third, "any"),
+            )
+        )
+        for data, name in (
+            (b"\0\x16 and more", b"prefix"),
+            (b"EHLO example.org", b"regex"),
+            (b"something else", b"any"),
+            (b"\0\x17", b"any"),
+            (b"E", None),  # could still become EHLO: decided by the timeout
+        ):
+            with dial(forwarder.address) as client:
+                client.sendall(data)
+                answer = client.recv(100)
+                assert answer == (name or b"any") + b" got " + data
+        with dial(forwarder.address) as client:
+            client.sendall(instruction(address_text(first.address)) + b"x")
+            assert read_exactly(client, 6) == ACK
+            assert client.recv(100) == b"prefix got x"
+
+
+def test_first_bytes_are_forwarded_whole(start_forwarder: StartForwarder) -> None:
+    with Waiting() as waiting:
+        forwarder = start_forwarder(
+            rules_config(
+                rule_to(waiting, "{regex: '^EHLO [^\\n]*\\n'}"),
+                "{match: any, reject: reset}",
+            )
+        )
+        with dial(forwarder.address) as client:
+            for piece in (b"EH", b"LO exam", b"ple.org\r", b"\nMAIL FROM"):
+                client.sendall(piece)
+            client.shutdown(socket.SHUT_WR)
+            with waiting.accept() as server:
+                assert read_to_end(server) == b"EHLO example.org\r\nMAIL FROM"
+
+
+def test_silence_goes_to_a_server_that_speaks_first(start_forwarder: StartForwarder) -> None:
+    with NameServer("220 mail") as mail:
+        forwarder = start_forwarder(
+            rules_config(
+                "{match: instruction, allow: [loopback]}",
+                rule_to(mail, "silence"),
+                "{match: any, reject: reset}",
+            )
+        )
+        began_s = time.monotonic()
+        with dial(forwarder.address) as client:
+            assert read_to_end(client) == b"220 mail"
+        assert 0.4 <= time.monotonic() - began_s < 5
+
+
+def test_reject_reset_and_reject_close(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(
+        rules_config(
+            "{match: {bytes: {prefix: 'hex:01'}}, reject: reset}",
+            "{match: {bytes: {prefix: 'hex:02'}}, reject: close}",
+            "{match: any, reject: reset}",
+        )
+    )
+    with dial(forwarder.address) as client:
+        client.sendall(b"\x01")
+        assert ends_with_reset(client) == b""
+    with dial(forwarder.address) as client:
+        client.sendall(b"\x02 and unread bytes" * 50)
+        assert client.recv(1) == b""
+    refused = {row["rule"]: row["refused"] for row in forwarder.show("rules")}
+    assert sum(refused.values()) == 2
+
+
+def test_need_more_ends_at_max_bytes(start_forwarder: StartForwarder) -> None:
+    """A pattern that could still match is no match once max_bytes are there."""
+    with AnswerServer("any") as server:
+        forwarder = start_forwarder(
+            rules_config(
+                "{match: {regex: '^x*y'}, reject: reset}",
+                rule_to(server, "any"),
+                timeout="10s",
+            )
+        )
+        began_s = time.monotonic()
+        with dial(forwarder.address) as client:
+            client.sendall(b"x" * 3000)
+            assert read_exactly(client, 8) == b"any got "
+        assert time.monotonic() - began_s < 8
+
+
+def test_a_rule_names_an_ipv6_server_and_a_unix_socket(start_forwarder: StartForwarder) -> None:
+    with NameServer("six", host="::1") as six:
+        forwarder = start_forwarder(rules_config(rule_to(six, "any")))
+        with dial(forwarder.address) as client:
+            client.sendall(b"hello")
+            client.shutdown(socket.SHUT_WR)
+            assert read_to_end(client) == b"six"
+
+
+# ---------------------------------------------------------------------------- upstreams
+
+
+def upstream_config(
+    *servers: tuple[str, int], balance: str = "round_robin", connect: str = "300ms"
+) -> str:
+    listed = ", ".join(f"'{address_text(server)}'" for server in servers)
+    return rules_config(
+        "{match: any, to: pool}",
+        more=f"upstreams:\n  pool: {{servers: [{listed}], balance: {balance}, "
+        f"connect_timeout: {connect}}}\n",
+    )
+
+
+def greeting(forwarder: Daemon) -> bytes:
+    with dial(forwarder.address) as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        return read_to_end(client)
+
+
+def test_round_robin_takes_the_servers_in_turn(start_forwarder: StartForwarder) -> None:
+    with NameServer("a") as a, NameServer("b") as b, NameServer("c") as c:
+        forwarder = start_forwarder(
+            "workers: 1\n" + upstream_config(a.address, b.address, c.address)
+        )
+        heard = [greeting(forwarder) for _ in range(9)]
+        assert sorted(heard[:3]) == [b"a", b"b", b"c"]
+        assert heard == heard[:3] * 3
+
+
+def test_source_hash_keeps_a_client_with_its_server(start_forwarder: StartForwarder) -> None:
+    with NameServer("a") as a, NameServer("b") as b, NameServer("c") as c:
+        forwarder = start_forwarder(
+            upstream_config(a.address, b.address, c.address, balance="source_hash")
+        )
+        assert len({greeting(forwarder) for _ in range(7)}) == 1
+
+
+def test_the_next_server_is_tried_when_one_refuses(start_forwarder: StartForwarder) -> None:
+    with NameServer("alive") as alive:
+        refusing = ("127.0.0.1", unused_port())
+        forwarder = start_forwarder(upstream_config(refusing, alive.address))
+        assert [greeting(forwarder) for _ in range(6)] == [b"alive"] * 6
+        rows = {row["server"]: row for row in forwarder.show("upstreams")}
+        assert rows[address_text(alive.address)]["connects"] == 6
+        assert rows[address_text(refusing)]["failures"] >= 1
+
+
+def test_the_next_server_is_tried_when_one_never_answers(start_forwarder: StartForwarder) -> None:
+    with NameServer("alive") as alive, blackhole() as hole:
+        forwarder = start_forwarder(upstream_config(hole, alive.address))
+        assert [greeting(forwarder) for _ in range(4)] == [b"alive"] * 4
+
+
+def test_a_client_is_reset_when_no_server_is_left(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(
+        upstream_config(("127.0.0.1", unused_port()), ("127.0.0.2", unused_port("127.0.0.2")))
+    )
+    with dial(forwarder.address) as client:
+        client.sendall(b"hello")
+        assert ends_with_reset(client) == b""
+    forwarder.wait_for_no_pairs()
+    assert forwarder.show("stats")["closed"]["refused"] == 1
+
+
+# ---------------------------------------------------------------------------- explain
+
+
+def test_explain_names_the_rule_and_the_destination(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(
+        rules_config(
+            "{name: named, match: instruction, allow: ['127.0.0.0/8:9000-9100']}",
+            "{name: mail, match: {regex: '^EHLO '}, to: '127.0.0.1:25'}",
+        )
+    )
+    for first_bytes, words in (
+        (b"18127.0.0.1:900102", ["named", "127.0.0.1:9001", "18"]),
+        (b"EHLO example", ["mail", "127.0.0.1:25"]),
+        (instruction("10.0.0.1:9001"), ["named", "10.0.0.1:9001", "denied"]),
+    ):
+        done = forwarder.command(
+            "explain", "-c", str(forwarder.config_path), "--hex", first_bytes.hex()
+        )
+        assert done.returncode == 0, done.stderr
+        for word in words:
+            assert word in done.stdout
+        again = forwarder.command("explain", "--hex", first_bytes.hex(), "--json")
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout)["rule"] == words[0]
+
+
+@pytest.mark.parametrize("words", [[], ["--hex", "0x"], ["--hex", "abc"]])
+def test_explain_without_usable_bytes_is_a_usage_error(
+    start_forwarder: StartForwarder, words: list[str]
+) -> None:
+    forwarder = start_forwarder(rules_config("{match: any, reject: reset}"))
+    assert forwarder.command("explain", *words).returncode == 2
+
+
+def test_the_built_in_configuration(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(None)
+    assert forwarder.listeners() == {"main": ("127.0.0.1", 9999)}
+    with NameServer("there") as server:
+        with dial(forwarder.address) as client:
+            client.sendall(instruction(address_text(server.address)))
+            assert read_to_end(client) == ACK + b"there"
+        with dial(forwarder.address) as client:
+            client.sendall(instruction("10.0.0.1:80"))
+            assert read_to_end(client) == refusal("denied")
+
+
+def test_listen_moves_the_first_listener(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(None, "--listen", "127.0.0.2:0")
+    assert forwarder.address[0] == "127.0.0.2"
+    with NameServer("there") as server, dial(forwarder.address) as client:
+        client.sendall(instruction(address_text(server.address)))
+        assert read_to_end(client) == ACK + b"there"
