@@ -162,10 +162,11 @@ class Connector:
         client.destination = address
         try:
             if isinstance(address, UnixAddress):
-                family = _socket.AF_UNIX
+                family, protocol = _socket.AF_UNIX, 0
             else:
                 family = _socket.AF_INET6 if ":" in address.host else _socket.AF_INET
-            sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK, 0)
+                protocol = _socket.IPPROTO_TCP  # never MPTCP, see supervisor/listeners.py
+            sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK, protocol)
         except OSError as error:
             self.failed(client, CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE))
             return
@@ -174,8 +175,12 @@ class Connector:
             if isinstance(address, UnixAddress):
                 code = sock.connect_ex(address.path)
             else:
-                # A crash of this process must look like one: see Server.close.
+                # What accepted sockets inherit from their listener: a crash is a reset, urgent
+                # bytes stay in the stream, and a small write never waits for an ACK (the kernel's
+                # worker writes packet by packet, too).
                 sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
+                sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
+                sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
                 if client.balancer is not None:
                     self._bind_source(client, sock, family)
                 code = sock.connect_ex(address)
