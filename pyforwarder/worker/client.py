@@ -38,6 +38,8 @@ class Client(Pair):
         "over_limit",
         "owner",
         "peer",
+        "proxied",
+        "proxied_to",
         "reason",
         "received",
         "route",
@@ -49,6 +51,11 @@ class Client(Pair):
         "turns",
         "waits_for_handover",
     )
+
+    # Set on listeners that accept PROXY headers, and only there: whether the header has come, and
+    # where it says that the client connected to.
+    proxied: bool
+    proxied_to: Address | None
 
     def __init__(
         self,

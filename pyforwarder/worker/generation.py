@@ -23,6 +23,7 @@ from pyforwarder.upstreams import Balancer
 if TYPE_CHECKING:
     from pyforwarder.config import Rule
     from pyforwarder.counters import Directory
+    from pyforwarder.policy import Networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,6 @@ class ListenerState:
     """One listener of one generation, with what the accept path needs at hand."""
 
     __slots__ = (
-        "accepts_proxy",
         "bind",
         "config",
         "counter",
@@ -136,7 +136,10 @@ class ListenerState:
         "rule_counters",
         "rule_names",
         "ruleset",
+        "send_proxy",
+        "starts_specially",
         "timeout_s",
+        "trusted_proxies",
     )
 
     def __init__(self, generation: Generation, listener: Listener, settings: Settings) -> None:
@@ -155,7 +158,10 @@ class ListenerState:
         )
         self.max_bytes = listener.first_packet.max_bytes
         self.timeout_s = listener.first_packet.timeout_s
-        self.accepts_proxy = listener.proxy_protocol.accept
+        # Whose PROXY headers are believed; None: there is none to come.
+        self.trusted_proxies: Networks | None = (
+            listener.proxy_protocol.trusted if listener.proxy_protocol.accept else None
+        )
         self.counter = settings.indexes[listener.name]
         self.rule_configs: list[Rule] = list(listener.rules)
         self.rule_names = [rule.name.encode() for rule in listener.rules]
@@ -166,8 +172,13 @@ class ListenerState:
             rule.datapath or listener.datapath or generation.config.datapath
             for rule in listener.rules
         ]
+        # What the server is told about the client, by the rule's index; None: nothing in any rule.
+        send_proxy = [generation.send_proxy_of(rule) for rule in listener.rules]
+        self.send_proxy = send_proxy if any(form != "off" for form in send_proxy) else None
         # A first rule that needs no byte (`any`) connects before the client has said anything.
-        self.decides_at_once = not self.accepts_proxy and _needs_no_byte(listener)
+        self.decides_at_once = _needs_no_byte(listener)
+        # One question on the accept path for all that is not the common case.
+        self.starts_specially = self.decides_at_once or self.trusted_proxies is not None
 
 
 def _needs_no_byte(listener: Listener) -> bool:
@@ -221,6 +232,13 @@ class Generation:
             else:
                 balancer.reconfigure(upstream)
             self.balancers[name] = balancer
+
+    def send_proxy_of(self, rule: Rule) -> str:
+        """Which PROXY header a rule's servers get: what it says, else what its upstream says."""
+        if rule.send_proxy is not None:
+            return rule.send_proxy
+        upstream = self.config.upstreams.get(rule.to) if isinstance(rule.to, str) else None
+        return upstream.send_proxy if upstream is not None else "off"
 
     def is_own(self, address: Address | UnixAddress, now_s: float) -> bool:
         """Whether connecting there would come back to us. Remembered for a moment, not for long:

@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.connection import Life
 from pyforwarder.counters import Counter
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.server import Server
+
+
+# Why a pair is in the sockmap, by what the configuration asked for.
+_TAKEN_BECAUSE: Final = {"sockmap": PairReason.FORCED, "splice": PairReason.NOT_ELIGIBLE}
 
 
 class Handover:
@@ -42,7 +46,7 @@ class Handover:
             self._sockmap.limit_bytes = client.listener.generation.config.backlog_limit_bytes
         client.waits_for_handover = True
         when = client.listener.generation.handover
-        client.is_eager = choice == "sockmap" or not (
+        client.is_eager = choice in ("sockmap", "splice") or not (
             when.after_bytes and when.after_round_trips and when.after_s
         )
         if client.is_eager:
@@ -51,7 +55,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None or choice == "splice":
+        if self._sockmap is None:
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         ends = (client.client, client.server)
@@ -109,7 +113,7 @@ class Handover:
         if reason is None:
             self._server.counters[Counter.JOINED_SOCKMAP] += 1
             choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
-            client.pair_reason = PairReason.FORCED if choice == "sockmap" else PairReason.BEST
+            client.pair_reason = _TAKEN_BECAUSE.get(choice, PairReason.BEST)
         else:
             client.pair_reason = reason
         if client.slot >= 0:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder import proxy_protocol
 from pyforwarder.address import Address, UnixAddress
 from pyforwarder.connection import (
     LIFE,
@@ -30,6 +31,7 @@ from pyforwarder.counters import (
 from pyforwarder.datapath.abi import PairState, pack_endpoint
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.errors import ControlError
+from pyforwarder.first_packet.cursor import ParseError
 from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, Loop
 from pyforwarder.reasons import CloseReason, RefusalCode
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
@@ -228,9 +230,8 @@ class Server:
             limits.new_per_second, now_s
         ):
             client.over_limit = True
-        elif limits.pairs_per_client and address is not None:
-            client.counts_client = self._limits.add_client(address.host, limits.pairs_per_client)
-            client.over_limit = not client.counts_client
+        elif limits.pairs_per_client and state.trusted_proxies is None:
+            self._count_client(client)
         if client.over_limit:
             self._busy_clients += 1
         if len(self.clients) >= self._most_clients or self._busy_clients > BUSY_CLIENTS:
@@ -245,11 +246,32 @@ class Server:
         self._unshown.append(client)
         if not self._show_timer:
             self._show_timer = self.loop.after(SHOW_AFTER_S, self._show_unshown)
-        if state.decides_at_once and not client.over_limit:
-            self._decide(client, End.OPEN)
+        if state.starts_specially:
+            self._start(client)
             if client.life is not Life.SNIFFING:
                 return
         self.loop.deadlines.start(client, state.timeout_s, now_s)
+
+    def _count_client(self, client: Client) -> None:
+        """Count the connection among those of its client's address, and find out if it may be."""
+        if client.peer is not None:
+            limit = client.listener.generation.limits.pairs_per_client
+            client.counts_client = self._limits.add_client(client.peer.host, limit)
+            client.over_limit = not client.counts_client
+
+    def _start(self, client: Client) -> None:
+        """What else comes first on some listeners: a PROXY header, or a decision without a byte."""
+        state = client.listener
+        if state.trusted_proxies is not None:
+            client.proxied = False
+            client.proxied_to = None
+            if client.peer is not None and not state.trusted_proxies.contains(client.peer.host):
+                # Whoever it is, it is not one of our proxies: nothing it says is read.
+                self._refuse_header(client, CloseReason.DENIED)
+                return
+            self.loop.redirect(client.client_fd, self._header_came)
+        elif not client.over_limit:
+            self._decide(client, End.OPEN)
 
     def _turn_away(self, client: Client) -> None:
         """No room even to listen: a reset, at once."""
@@ -259,6 +281,68 @@ class Server:
         self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
         self._give_back(client)
         os.close(client.client.detach())
+
+    # The PROXY header
+
+    def _header_came(self, client: Client, fd: int, mask: int) -> None:
+        """Bytes of the header: looked at where they are, so that what follows it stays there."""
+        if mask & EPOLLERR:
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return
+        try:
+            data = client.client.recv(proxy_protocol.MAX_LENGTH, _socket.MSG_PEEK)
+            header = proxy_protocol.read(data)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.broken(client, CloseReason.CLIENT_RESET)
+            return
+        except ParseError:
+            self._refuse_header(client, CloseReason.MALFORMED)
+            return
+        if header is NEED_MORE:
+            if mask & EPOLLRDHUP:
+                reason = CloseReason.MALFORMED if data else CloseReason.CLIENT_GONE
+                self._refuse_header(client, reason)
+            return
+        assert isinstance(header, proxy_protocol.Header)
+        os.read(fd, header.length)
+        client.up.read_bytes += header.length
+        self._take_header(client, header)
+        if client.life is Life.SNIFFING:
+            self.loop.redirect(fd, self._sniffed)
+            if client.listener.decides_at_once and not client.over_limit:
+                self._decide(client, End.OPEN)
+            if client.life is Life.SNIFFING:
+                self._sniffed(client, fd, mask)
+            else:
+                # No edge will tell of what came with the header.
+                client.up.readable = True
+                client.up.end_seen = bool(mask & EPOLLRDHUP)
+
+    def _refuse_header(self, client: Client, reason: CloseReason) -> None:
+        """No rule is asked about a connection that has to begin with a header and does not."""
+        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        self.broken(client, reason)
+
+    def _take_header(self, client: Client, header: proxy_protocol.Header) -> None:
+        """From here on the client is who the proxy says it is."""
+        client.proxied = True
+        if isinstance(header.source, Address):
+            client.peer = header.source
+        elif header.source is not None:
+            client.peer = None  # a unix socket
+        if isinstance(header.destination, Address):
+            client.proxied_to = header.destination
+        if client.listener.generation.limits.pairs_per_client and not client.over_limit:
+            self._count_client(client)
+            if client.over_limit:
+                self._busy_clients += 1
+                if self._busy_clients > BUSY_CLIENTS:
+                    self._refuse_header(client, CloseReason.BUSY)
+                    return
+        if client.slot >= 0:
+            self.show(client)
 
     # Sniffing
 
@@ -429,6 +513,11 @@ class Server:
         if first:
             up.pending = first
             up.carried_packets = 1
+        if client.listener.send_proxy is not None:
+            header = self._proxy_header(client, client.listener.send_proxy[route.rule.index])
+            if header:
+                up.pending = header + first
+                up.carried_bytes = -len(header)
         if route.negotiation is not None:
             answer = route.negotiation.granted(self._connector.source_of(client))
             if answer:
@@ -442,6 +531,20 @@ class Server:
             self.loop.deadlines.start(
                 client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
             )
+
+    def _proxy_header(self, client: Client, form: str) -> bytes:
+        """What the server is told about the client before the first byte."""
+        if form == "off":
+            return b""
+        client_end = server_end = client.peer
+        if client_end is not None:
+            server_end = client.proxied_to if client.listener.trusted_proxies is not None else None
+            server_end = server_end or address_of(client.client.getsockname())
+        if form == "v1":
+            return proxy_protocol.build_v1(client_end, server_end)
+        # The id that `show` and the log know the connection by.
+        unique_id = (proxy_protocol.TLV_UNIQUE_ID, b"%d" % client.id)
+        return proxy_protocol.build_v2(client_end, server_end, [unique_id])
 
     def _flush_more(self, client: Client) -> None:
         # The answer first: nothing of the server's may come before it.
@@ -537,7 +640,11 @@ class Server:
         """A deadline has passed: what it meant depends on where the connection is."""
         match client.life:
             case Life.SNIFFING:
-                self._decide(client, End.TIMEOUT)
+                if client.listener.trusted_proxies is not None and not client.proxied:
+                    # Silence is no header either.
+                    self._refuse_header(client, CloseReason.TIMEOUT)
+                else:
+                    self._decide(client, End.TIMEOUT)
             case Life.CONNECTING:
                 self._connector.timed_out(client)
             case Life.HANDOVER:
