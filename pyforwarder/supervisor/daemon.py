@@ -350,6 +350,12 @@ class Daemon:
 
     def _close_in_child(self, *, is_metrics: bool = False) -> None:
         """In a new worker: close what is the supervisor's alone."""
+        # With `--detach` the command's own output is inherited too, and whoever reads it (a shell's
+        # `$(...)`, an installer) waits for an end of file that only the last holder brings.
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
