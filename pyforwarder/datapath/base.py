@@ -58,7 +58,7 @@ _REASON_TEXT: Final = {
     PairReason.REFUSED_BY_KERNEL: "the kernel refused to take the sockets",
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
     PairReason.DRAINING: "the pair is about to end",
-    PairReason.NOT_ELIGIBLE: "splice cannot take this pair",
+    PairReason.NOT_ELIGIBLE: "splice was asked for and is not available in this version",
 }
 
 

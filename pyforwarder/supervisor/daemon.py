@@ -199,7 +199,7 @@ class Daemon:
 
     def _load(self, config: Config) -> KernelMaps | None:
         """The kernel's part, proven to work; None with the reason in `datapaths`."""
-        self._datapaths = {"copy": "available"}
+        self._datapaths = {"copy": "available", "splice": "not available in this version"}
         if not _wants_kernel(config):
             self._datapaths["sockmap"] = "not wanted by the configuration"
             return None
