@@ -60,7 +60,7 @@ struct verdict_direction {
 	__u32 latch_redirected; /* low 32 bits of redirected_bytes at that moment */
 	__u32 backlog_bytes;	/* seen by the last packet */
 	__u32 peak_backlog_bytes;
-	__u32 next_seq; /* TCP sequence number behind the last byte seen */
+	__u32 next_seq;	     /* TCP sequence number behind the last byte seen */
 	__u32 trimmed_bytes; /* that came again in a retransmission, and were cut off */
 };
 

@@ -40,7 +40,7 @@ def _checksum(data: bytes) -> int:
         total += data[-1] << 8
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    return int(~total & 0xFFFF)
 
 
 def send_again(sock: socket.socket, old: bytes, new: bytes) -> None:

@@ -34,5 +34,8 @@ typedef unsigned long size_t;
 typedef long ssize_t;
 typedef unsigned long uintptr_t;
 
-enum { false, true };
+enum {
+	false,
+	true
+};
 #define NULL ((void *)0)
