@@ -38,6 +38,7 @@ PATIENCE_S: Final = 1.0
 # Writers who are waited for after that, whoever waits; then what they write goes nowhere.
 _WRITER_S: Final = 30.0
 _MOST_WRITERS: Final = 64
+_LOOK_AGAIN_S: Final = 0.001
 # Without leases: how often what is read is made anew, and which part of the time that may take.
 _REFRESH_S: Final = 1.0
 _REFRESH_PART: Final = 50
@@ -116,9 +117,11 @@ class PseudoFiles:
 
     def asked(self) -> None:
         """Somebody may be waiting in open(2): SIGIO, or a writer is done."""
-        if any(writer.delays_others for writer in self._writers.values()):
-            return  # `_done` calls again
         for entry in list(self._present.values()):
+            # Asked anew for each file: a writer whom we have just let in may be done with it, and
+            # its next command at another file, before we get there.
+            if any(writer.delays_others for writer in self._writers.values()):
+                return  # `_done` calls again
             if entry.is_leased:
                 wanted = fcntl.fcntl(entry.fd, fcntl.F_GETLEASE)
                 if wanted != fcntl.F_WRLCK:
@@ -210,16 +213,23 @@ class PseudoFiles:
                 entry.file.write(data.decode(errors="replace"))
         self._done(entry)
 
-    def _done(self, entry: _Opened) -> None:
+    def _done(self, entry: _Opened, look_again_s: float = _LOOK_AGAIN_S) -> None:
         """Its command is obeyed; if nobody else has the file open, we need it no more."""
         if not self._is_present(entry):
             try:
                 fcntl.fcntl(entry.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             except OSError:
-                return  # a second writer has it too; its close comes here again
+                # A second writer has it too, or the kernel, which tells of a close before it has
+                # done all of it (__fput), is not ready yet.
+                self._after(look_again_s, lambda: self._look_again(entry, look_again_s))
+                return
             self._drop(entry)
         entry.delays_others = False
         self.asked()
+
+    def _look_again(self, entry: _Opened, after_s: float) -> None:
+        if self._writers.get(entry.watch) is entry:
+            self._done(entry, min(PATIENCE_S, 2 * after_s))
 
     def _is_present(self, entry: _Opened) -> bool:
         return self._present.get(entry.file.name) is entry

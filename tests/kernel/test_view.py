@@ -1,0 +1,348 @@
+"""The iterators by themselves: exact for any number of records, whole lines, honest at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from pyforwarder import tables
+from pyforwarder.address import Address, UnixAddress
+from pyforwarder.counters import BLOCK_BYTES, BLOCK_WORDS, Counter, Counters
+from pyforwarder.datapath.abi import (
+    DatapathKind,
+    Direction,
+    LineKind,
+    PairRecord,
+    PairState,
+    pack_endpoint,
+)
+from pyforwarder.datapath.arrays import LISTENER_LINES, Arrays, Line
+from pyforwarder.datapath.kernel import PairTable
+from pyforwarder.datapath.table import PairWindow
+from pyforwarder.supervisor import report
+from pyforwarder.supervisor.views import View
+from tests.kernel.conftest import temporary_place
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Place
+
+WORKERS: Final = 2
+SLOTS: Final = 8192
+GONE: Final = "# the daemon is gone"
+
+
+class Bench:
+    """The arrays of a daemon that is not there, and its view."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.arrays = Arrays.create(workers=WORKERS, slots=SLOTS)
+        self.table = PairTable(workers=WORKERS, slots=SLOTS, fd=self.arrays.pairs_fd)
+        self.memory = self.arrays.counters_memory(WORKERS)
+        self.counters = Counters(self.memory, WORKERS)
+        self.view = View.load(self.arrays, None, workers=WORKERS, slots=SLOTS)
+        self.view.pin(directory)
+        self.empty()
+
+    def empty(self) -> None:
+        """As it was at first."""
+        self.windows = [
+            PairWindow(memory, first_slot=n * SLOTS, worker_index=n)
+            for n, memory in enumerate(self.table.windows)
+        ]
+        for worker in range(WORKERS):
+            self.counters.block(worker)[:] = memoryview(bytes(BLOCK_BYTES)).cast("Q")
+        self.view.set_stats([])
+        self.view.set_listeners([])
+
+    def close(self) -> None:
+        self.view.unpin()
+        self.view.close()
+        self.arrays.close()
+
+    def read(self, name: str = "show", *, at_once: int = 1 << 16) -> str:
+        """The file, by reads of that many bytes."""
+        fd = os.open(self.directory / name, os.O_RDONLY)
+        try:
+            said = b""
+            while chunk := os.read(fd, at_once):
+                said += chunk
+            return said.decode()
+        finally:
+            os.close(fd)
+
+    def rows(self, name: str = "show") -> list[dict[str, str]]:
+        return tables.parse(self.read(name))
+
+    def fill(self, count: int, *, seed: int = 23) -> list[dict[str, str]]:
+        """Write that many records; the rows that `show` prints of them, in the order of slots."""
+        source = random.Random(seed)
+        expected = []
+        for number in range(count):
+            window = self.windows[number * WORKERS // count]
+            expected.append(self.write(window, number + 1, source))
+        return expected
+
+    def write(self, window: PairWindow, pair_id: int, source: random.Random) -> dict[str, str]:
+        slot = window.allocate()
+        ends = [random_endpoint(source) for _ in range(4)]
+        state = source.choice([state for state in PairState if state])
+        kind = source.choice(list(DatapathKind))
+        up, down = source.choice([0, 23, 2**40 + 1]), source.randrange(2**48)
+        rule = source.choice(["any", "r", "a-rule-with-a-name-of-forty-characters..."])
+        now_ns = time.monotonic_ns()
+        window.count(slot, Direction.UP, up, 1, now_ns)
+        window.count(slot, Direction.DOWN, down, 1, now_ns)
+        window.describe(
+            slot,
+            pair_id=pair_id,
+            started_ns=now_ns,
+            endpoints=b"".join(packed for packed, _ in ends),
+            rule=rule.encode(),
+            listener=b"main",
+            state=state,
+            datapath=kind,
+            reason=0,
+        )
+        return {
+            "id": str(pair_id),
+            "state": state.label,
+            "datapath": kind.label,
+            **dict(
+                zip(
+                    ("client", "listener", "source", "server"),
+                    (text for _, text in ends),
+                    strict=True,
+                )
+            ),
+            "up_bytes": str(up),
+            "down_bytes": str(down),
+            "rule": rule[:15],
+        }
+
+
+def random_endpoint(source: random.Random) -> tuple[bytes, str]:
+    """A packed endpoint, and how users read it; IPv6 with every kind of zeros."""
+    port = source.choice([0, 1, 9, 10, 99, 443, 65535, source.randrange(65536)])
+    match source.randrange(8):
+        case 0:
+            return pack_endpoint(None), "-"
+        case 1:
+            return pack_endpoint(UnixAddress("/run/x")), "unix:"
+        case 2 | 3 | 4:
+            ip4 = ipaddress.IPv4Address(source.choice([0, 2**32 - 1, source.randrange(2**32)]))
+            address = Address(str(ip4), port)
+            return pack_endpoint(address), str(address)
+    groups = [source.choice([0, 0, 1, 0xABC, 0xFFFF]) for _ in range(8)]
+    if groups[:5] == [0] * 5:
+        groups[0] = 1  # ::ffff:1.2.3.4 is written in two ways, depending on Python's version
+    ip6 = ipaddress.IPv6Address(b"".join(group.to_bytes(2, "big") for group in groups))
+    address = Address(str(ip6), port)
+    return pack_endpoint(address), str(address)
+
+
+def without_clocks(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    clocks = ("age_s", "idle_s")
+    return [{key: row[key] for key in row if key not in clocks} for row in rows]
+
+
+@contextlib.contextmanager
+def bench_at(place: Place) -> Iterator[Bench]:
+    bench = Bench(place.bpffs / "bench")
+    yield bench
+    bench.close()
+    assert place.pins() == []
+
+
+@pytest.fixture(scope="module")
+def loaded_bench() -> Iterator[Bench]:
+    with temporary_place() as place, bench_at(place) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(loaded_bench: Bench) -> Bench:
+    """One for all tests, loading being what takes time; emptied for each."""
+    loaded_bench.empty()
+    return loaded_bench
+
+
+@pytest.fixture
+def own_bench(place: Place) -> Iterator[Bench]:
+    """One for a test that spoils it."""
+    with bench_at(place) as bench:
+        yield bench
+
+
+# ---------------------------------------------------------------------------- show
+
+
+def test_an_empty_table_is_a_header(bench: Bench) -> None:
+    lines = bench.read().splitlines()
+    assert [line.split() for line in lines] == [list(tables.PAIR_COLUMNS)]
+
+
+def test_one_pair_is_one_line(bench: Bench) -> None:
+    expected = bench.fill(1)
+    rows = bench.rows()
+    assert without_clocks(rows) == expected
+    assert {rows[0]["age_s"], rows[0]["idle_s"]} <= {"0", "1"}
+
+
+@pytest.mark.parametrize("at_once", [100, 4096, 1 << 16])
+def test_ten_thousand_pairs_are_all_there_once_in_order(bench: Bench, at_once: int) -> None:
+    expected = bench.fill(10_000)
+    text = bench.read(at_once=at_once)
+    assert len(text) > 20 * 32 * 1024
+    assert without_clocks(tables.parse(text)) == expected
+    assert text.endswith("\n")
+
+
+def test_the_file_and_the_daemon_say_the_same(bench: Bench) -> None:
+    bench.fill(997, seed=7)
+    file = {row["id"]: row for row in bench.rows()}
+    answer = tables.parse(tables.render("pairs", report.pair_rows(bench.table.windows, {})))
+    assert len(answer) == 997
+    for row in without_clocks(answer):
+        row["rule"] = row["rule"][:15]
+        assert without_clocks([file[row["id"]]]) == [row]
+
+
+def test_freed_slots_are_skipped_and_counters_are_live(bench: Bench) -> None:
+    bench.fill(100)
+    window = bench.windows[0]
+    for slot in range(0, 50, 2):
+        window.release(slot)
+    window.count(1, Direction.UP, 4711, 3, time.monotonic_ns())
+    rows = bench.rows()
+    assert [int(row["id"]) for row in rows] == [*range(2, 51, 2), *range(51, 101)]
+    assert rows[0]["up_bytes"] == "4711"
+
+
+def test_a_record_that_changes_hands_is_not_shown(bench: Bench) -> None:
+    bench.fill(2)
+    window = bench.windows[0]
+    sequence = PairRecord.sequence.offset // 8
+    window.words[sequence] += 1
+    assert [row["id"] for row in bench.rows()] == ["2"]
+    window.words[sequence] += 1
+    assert [row["id"] for row in bench.rows()] == ["1", "2"]
+
+
+def test_age_and_idle_count_whole_seconds(bench: Bench) -> None:
+    bench.fill(1)
+    window = bench.windows[0]
+    now_ns = time.monotonic_ns()
+    window.words[PairRecord.started_ns.offset // 8] = now_ns - int(3605.2e9)
+    window.count(0, Direction.UP, 1, 1, now_ns - int(60.2e9))
+    row = bench.rows()[0]
+    assert row["age_s"] in {"3605", "3606"}
+    assert row["idle_s"] in {"60", "61"}
+
+
+# ---------------------------------------------------------------------------- stats, listeners
+
+
+def test_stats_sums_workers_and_open_pairs(bench: Bench) -> None:
+    expected = bench.fill(500)
+    for worker in range(WORKERS):
+        block = bench.counters.block(worker)
+        for index in range(BLOCK_WORDS):
+            block[index] = index * 1000 + worker
+    bench.view.set_stats(report.stats_lines({"copy": "available"}))
+    rows = {row["stat"]: row["value"] for row in bench.rows("stats")}
+    daemon = report.stats(bench.counters, bench.table.windows, {"copy": "available"})
+    assert rows == {str(r["stat"]): str(r["value"]) for r in tables.stats_rows(daemon)}
+    assert int(rows["bytes_up"]) == Counter.UP_BYTES * 2000 + 1 + sum(
+        int(row["up_bytes"]) for row in expected
+    )
+
+
+def test_stats_is_the_same_read_by_small_pieces_and_by_many(bench: Bench) -> None:
+    bench.fill(500)
+    bench.view.set_stats(report.stats_lines({"copy": "available"}))
+    whole = bench.read("stats")
+    assert bench.read("stats", at_once=7) == whole
+    # Readers who leave in the middle leave nothing behind that would shut out later ones.
+    for _ in range(600):
+        fd = os.open(bench.directory / "stats", os.O_RDONLY)
+        os.read(fd, 1)
+        os.close(fd)
+    assert bench.read("stats") == whole
+
+
+def test_listeners_count_and_change(bench: Bench) -> None:
+    for worker in range(WORKERS):
+        block = bench.counters.block(worker)
+        block[200], block[201], block[202] = 10 + worker, 20, 30
+    main = Line(LineKind.LISTENER, "main", 200, "127.0.0.1:9999", "tcp")
+    unix = Line(LineKind.LISTENER, "u", 300, "unix:/run/a\\040b", "tcp")
+    bench.view.set_listeners([main, unix])
+    row = {
+        "name": "main",
+        "bind": "127.0.0.1:9999",
+        "protocol": "tcp",
+        "accepted": "21",
+        "open": "40",
+        "refused": "60",
+    }
+    assert bench.rows("listeners") == [
+        row,
+        {**row, "name": "u", "bind": "unix:/run/a b", "accepted": "0", "open": "0", "refused": "0"},
+    ]
+    bench.view.set_listeners([Line(LineKind.LISTENER, "main", 200, "[::1]:80", "udp")])
+    assert bench.rows("listeners") == [{**row, "bind": "[::1]:80", "protocol": "udp"}]
+
+
+def test_more_listeners_than_lines_are_told_of(bench: Bench) -> None:
+    lines = [Line(LineKind.LISTENER, f"l{n}", 200, "-", "tcp") for n in range(LISTENER_LINES + 5)]
+    assert bench.view.set_listeners(lines) == LISTENER_LINES
+    assert len(bench.rows("listeners")) == LISTENER_LINES
+
+
+# ---------------------------------------------------------------------------- pins
+
+
+def test_the_header_says_when_nobody_can_write_any_more(own_bench: Bench) -> None:
+    expected = own_bench.fill(3)
+    assert GONE not in own_bench.read()
+    for window in own_bench.windows:
+        window.close()
+    header, *lines = own_bench.read().splitlines()
+    assert header.split()[:12] == list(tables.PAIR_COLUMNS)
+    assert GONE in header
+    assert len(lines) == 3
+    assert without_clocks(own_bench.rows()) == expected
+    assert GONE in own_bench.read("stats").splitlines()[0]
+
+
+def test_pins_are_the_owners_and_cannot_be_written(bench: Bench) -> None:
+    for name in ("show", "stats", "listeners"):
+        assert (bench.directory / name).stat().st_mode & 0o777 == 0o400
+        fd = os.open(bench.directory / name, os.O_WRONLY)
+        with pytest.raises(OSError, match="Invalid argument"):
+            os.write(fd, b"x")
+        os.close(fd)
+
+
+def test_pinning_replaces_what_is_there_and_leaves_others_pins(own_bench: Bench) -> None:
+    own_bench.fill(1)
+    other = View.load(own_bench.arrays, None, workers=WORKERS, slots=SLOTS)
+    strange = own_bench.directory / "strange"
+    os.link(own_bench.directory / "show", strange)
+    other.pin(own_bench.directory)
+    assert len(own_bench.rows()) == 1
+    other.unpin()
+    other.close()
+    assert strange.exists()
+    assert sorted(path.name for path in own_bench.directory.iterdir()) == ["strange"]
+    strange.unlink()
+    own_bench.directory.rmdir()

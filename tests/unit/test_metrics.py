@@ -1,0 +1,165 @@
+"""What Prometheus is told, read by Prometheus's own parser."""
+
+from __future__ import annotations
+
+import mmap
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pyforwarder.counters import (
+    CLOSED_INDEX,
+    Counter,
+    Counters,
+    Directory,
+    ListenerCounter,
+    RuleCounter,
+)
+from pyforwarder.datapath.abi import PAIR_BYTES, DatapathKind, Direction, PairState
+from pyforwarder.datapath.table import PairWindow
+from pyforwarder.metrics import ForwarderCollector, Source
+from pyforwarder.reasons import CloseReason
+
+WORKERS = 2
+SLOTS = 8
+
+
+class Forwarder:
+    """The shared memory of a daemon with two workers."""
+
+    def __init__(self) -> None:
+        memory = Counters.memory(WORKERS)
+        self.counters = Counters(memory, WORKERS)
+        self.directory = Directory()
+        maps = [mmap.mmap(-1, SLOTS * PAIR_BYTES) for _ in range(WORKERS)]
+        self.windows = [
+            PairWindow(memory, first_slot=n * SLOTS, worker_index=n)
+            for n, memory in enumerate(maps)
+        ]
+        names = ("main", "web")
+        self.collector = ForwarderCollector(
+            Source(
+                version="1.2.3",
+                started_unix_s=1_700_000_000.5,
+                workers=WORKERS,
+                counters=self.counters,
+                windows=maps,
+                listeners={name: self.directory.index(name) for name in names},
+                rules={(name, "any"): self.directory.index(name, "any") for name in names},
+                datapaths={"copy": "available", "sockmap": "failed its self-test: x"},
+            )
+        )
+
+    def add(self, worker: int, word: int, count: int) -> None:
+        self.counters.block(worker)[word] += count
+
+    def pair(self, worker: int, state: PairState, kind: DatapathKind, up: int, down: int) -> int:
+        window = self.windows[worker]
+        slot = window.allocate()
+        window.count(slot, Direction.UP, up, 1, 5)
+        window.count(slot, Direction.DOWN, down, 1, 5)
+        window.describe(
+            slot,
+            pair_id=1,
+            started_ns=1,
+            endpoints=bytes(80),
+            rule=b"any",
+            listener=b"main",
+            state=state,
+            datapath=kind,
+            reason=0,
+        )
+        return slot
+
+    def scrape(self) -> dict[str, dict[tuple[str, ...], float]]:
+        """Sample name -> label values in the order of their names -> value."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.collector)
+        found: dict[str, dict[tuple[str, ...], float]] = {}
+        for family in text_string_to_metric_families(generate_latest(registry).decode()):
+            assert family.documentation
+            for sample in family.samples:
+                values = tuple(sample.labels[name] for name in sorted(sample.labels))
+                found.setdefault(sample.name, {})[values] = sample.value
+        return found
+
+
+@pytest.fixture
+def forwarder() -> Forwarder:
+    return Forwarder()
+
+
+def test_workers_are_summed(forwarder: Forwarder) -> None:
+    base = forwarder.directory.index("web")
+    for worker, count in ((0, 23), (1, 4)):
+        forwarder.add(worker, base + ListenerCounter.ACCEPTED, count)
+        forwarder.add(worker, CLOSED_INDEX[CloseReason.DENIED], count)
+        forwarder.add(worker, forwarder.directory.index("web", "any") + RuleCounter.TAKEN, count)
+        forwarder.add(worker, Counter.JOINED_SOCKMAP, count)
+    found = forwarder.scrape()
+    assert found["pyforwarder_connections_accepted_total"] == {("main",): 0, ("web",): 27}
+    assert found["pyforwarder_connections_closed_total"][("denied",)] == 27
+    assert found["pyforwarder_rule_taken_total"] == {("main", "any"): 0, ("web", "any"): 27}
+    assert found["pyforwarder_pairs_joined_total"][("sockmap",)] == 27
+
+
+def test_label_sets_are_there_from_the_first_scrape_and_bounded(forwarder: Forwarder) -> None:
+    first = forwarder.scrape()
+    assert set(first["pyforwarder_connections_closed_total"]) == {(r.value,) for r in CloseReason}
+    for state in PairState:
+        if state:
+            forwarder.pair(0, state, DatapathKind.COPY, 0, 0)
+            forwarder.pair(1, state, DatapathKind.SPLICE, 0, 0)
+    again = forwarder.scrape()
+    states = {state.label for state in PairState if state}
+    assert {labels[1] for labels in again["pyforwarder_pairs"]} == states
+    assert {labels[0] for labels in again["pyforwarder_pairs"]} == {
+        "none",
+        "copy",
+        "sockmap",
+        "splice",
+    }
+
+
+def test_pairs_are_counted_by_state_and_datapath(forwarder: Forwarder) -> None:
+    forwarder.pair(0, PairState.JOINED, DatapathKind.SOCKMAP, 1, 1)
+    forwarder.pair(1, PairState.JOINED, DatapathKind.SOCKMAP, 1, 1)
+    forwarder.pair(1, PairState.SNIFFING, DatapathKind.NONE, 0, 0)
+    found = forwarder.scrape()["pyforwarder_pairs"]
+    assert found[("sockmap", "joined")] == 2
+    assert found[("none", "sniffing")] == 1
+    assert sum(found.values()) == 3
+
+
+def test_bytes_are_those_of_open_and_closed_pairs_and_never_go_back(forwarder: Forwarder) -> None:
+    forwarder.add(0, Counter.UP_BYTES, 1000)
+    slot = forwarder.pair(1, PairState.JOINED, DatapathKind.COPY, 23, 7)
+
+    def carried() -> dict[tuple[str, ...], float]:
+        return forwarder.scrape()["pyforwarder_carried_bytes_total"]
+
+    assert carried() == {("up",): 1023, ("down",): 7}
+    # The pair has left the table, and its counts are on their way to the counters.
+    forwarder.windows[1].release(slot)
+    assert carried() == {("up",): 1023, ("down",): 7}
+    forwarder.add(1, Counter.UP_BYTES, 24)
+    forwarder.add(1, Counter.DOWN_BYTES, 7)
+    assert carried() == {("up",): 1024, ("down",): 7}
+
+
+def test_the_instance_says_what_it_is(forwarder: Forwarder) -> None:
+    found = forwarder.scrape()
+    assert found["pyforwarder_build_info"] == {("1.2.3",): 1}
+    assert found["pyforwarder_workers"] == {(): 2}
+    assert found["pyforwarder_start_time_seconds"] == {(): 1_700_000_000.5}
+    assert found["pyforwarder_datapath_available"] == {("copy",): 1, ("sockmap",): 0}
+
+
+def test_every_counter_is_called_total(forwarder: Forwarder) -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(forwarder.collector)
+    text = generate_latest(registry).decode()
+    counters = [line.split()[2] for line in text.splitlines() if line.endswith(" counter")]
+    assert len(counters) == 10
+    assert all(name.startswith("pyforwarder_") and name.endswith("_total") for name in counters)
