@@ -8,6 +8,7 @@ deadline.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import random
 import socket
@@ -52,6 +53,20 @@ def reset(sock: socket.socket) -> None:
     """Close with a RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_NOW)
     sock.close()
+
+
+def half_close(sock: socket.socket) -> None:
+    """Send a FIN.
+
+    Raises:
+        ConnectionResetError: it has been reset in the meantime; shutdown(2) says ENOTCONN then.
+    """
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise ConnectionResetError(error.errno, "reset before the FIN") from error
+        raise
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:

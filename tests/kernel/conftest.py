@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
 from tests.helpers.netns import narrow_the_network, private_network
+from tests.helpers.waiting import wait_for
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,7 +71,10 @@ class StartForwarder(Protocol):
 
 @contextlib.contextmanager
 def forwarders_at(place: Place) -> Iterator[StartForwarder]:
-    """Start daemons; at the end they must stop when asked, with code 0, and leave nothing."""
+    """Start daemons; at the end they must stop when asked, with code 0, and leave nothing.
+
+    One that was killed may leave files and pins (the next `up` removes them), but no process.
+    """
     started: list[Daemon] = []
 
     def start(
@@ -87,7 +92,10 @@ def forwarders_at(place: Place) -> Iterator[StartForwarder]:
         for daemon in started:
             if daemon.process.poll() is None:
                 assert daemon.stop() == 0
-        if started:
+        last = {daemon.instance: daemon.process.returncode for daemon in started}
+        if -signal.SIGKILL in last.values():
+            wait_for(lambda: not place.processes(), "the workers of a killed daemon end")
+        elif started:
             assert daemons.leftovers(place) == []
     finally:
         for daemon in started:
