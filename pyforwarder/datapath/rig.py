@@ -113,11 +113,23 @@ class Rig:
         """A client, the pair between, and a server; nothing has been sent or read yet."""
         client, accepted = loopback_pair()
         outgoing, server = loopback_pair()
+        return client, self.between(client, accepted, outgoing, server), server
+
+    def between(
+        self,
+        client: socket.socket,
+        accepted: socket.socket,
+        outgoing: socket.socket,
+        server: socket.socket,
+    ) -> RigPair:
+        """The pair of the two middle sockets, set up as the worker's are; all four are ours now."""
         self._sockets += [client, server]
         for sock in (accepted, outgoing):
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         pair = RigPair(accepted, outgoing)
         pair.id = self._next_id
         self._next_id += 1
@@ -126,7 +138,7 @@ class Rig:
         self.loop.watch(pair.client_fd, WATCHED, _early, pair)
         self.loop.watch(pair.server_fd, WATCHED, _early, pair)
         self._pairs.append(pair)
-        return client, pair, server
+        return pair
 
     def copy(self, pair: RigPair) -> None:
         """Let the pair begin as every pair does: copied."""

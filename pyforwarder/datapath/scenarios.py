@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.rig import Peer, Reader, Rig, RigError, RigPair, send_all
 from pyforwarder.datapath.tcp_info import received
 
@@ -156,35 +157,53 @@ def fin_with_data(rig: Rig) -> None:
     expect_bytes(reader.data, upload, "server")
 
 
+def flood_bytes(seed: int) -> bytes:
+    """Enough that no pair of stalled sockets takes it all."""
+    return random.Random(seed).randbytes(FLOOD_BYTES)
+
+
+def push_until_blocked(rig: Rig, sender: socket.socket, data: bytes) -> int:
+    """Send for a reader that does not read, until nothing is taken any more; how many were taken.
+
+    Raises:
+        RigError: all of them were.
+    """
+    sent = 0
+    sender.setblocking(False)
+    quiet = 0
+    # Blocked means: nothing was taken for 20 looks of 5 ms in which the loop could run.
+    while quiet < 20 and sent < len(data):
+        try:
+            sent += sender.send(memoryview(data)[sent : sent + (1 << 18)])
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+        rig.loop.run_once(0.005 if quiet else 0)
+    expect(sent < len(data), f"took all {len(data)} bytes for a reader that never read")
+    sender.setblocking(True)
+    return sent
+
+
+def send_rest(name: str, sender: socket.socket, data: bytes, sent: int) -> Peer:
+    """In a thread: what was not taken yet, and a FIN."""
+    rest = memoryview(data)[sent:]
+
+    def act() -> None:
+        sender.sendall(rest)
+        sender.shutdown(socket.SHUT_WR)
+
+    return Peer(name, act)
+
+
 def slow_reader(rig: Rig, *, upload: bool = True) -> None:
     """A reader that does not read blocks the sender after a bounded amount, and loses nothing."""
     client, pair, server = rig.connect()
     rig.join(pair)
     sender, receiver = (client, server) if upload else (server, client)
-    data = bytes_of(1 << 20, 7) * (FLOOD_BYTES >> 20)
-    sent = 0
-    sender.setblocking(False)
-    quiet = 0
-    # Blocked means: nothing was taken for 20 looks of 5 ms in which the loop could run.
-    while quiet < 20:
-        try:
-            sent += sender.send(data[sent : sent + (1 << 18)])
-            quiet = 0
-        except BlockingIOError:
-            quiet += 1
-        if sent >= len(data):
-            break
-        rig.loop.run_once(0.005 if quiet else 0)
-    expect(sent < len(data), f"took all {len(data)} bytes for a reader that never read")
-    sender.setblocking(True)
+    data = flood_bytes(7)
+    sent = push_until_blocked(rig, sender, data)
     reader = Reader("receiver", receiver)
-    rest = memoryview(data)[sent:]
-
-    def send_rest() -> None:
-        sender.sendall(rest)
-        sender.shutdown(socket.SHUT_WR)
-
-    writer = Peer("sender", send_rest)
+    writer = send_rest("sender", sender, data, sent)
     rig.run_until(lambda: reader.ended != "" and not writer.is_alive(), "end of the flood")
     receiver.shutdown(socket.SHUT_WR)
     rig.finish(pair, reader, writer)
@@ -234,6 +253,228 @@ def upload_past_a_flood(rig: Rig) -> None:
     expect_bytes(reader.data, download, "client")
 
 
+def both_stalled(rig: Rig) -> None:
+    """Neither side reads while both send; when they do read, every byte arrives."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    upload, download = flood_bytes(21), flood_bytes(22)
+    sent_up = push_until_blocked(rig, client, upload)
+    sent_down = push_until_blocked(rig, server, download)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    rig.finish(
+        pair,
+        *(reader_c, reader_s),
+        send_rest("client writes", client, upload, sent_up),
+        send_rest("server writes", server, download, sent_down),
+    )
+    expect_bytes(reader_s.data, upload, "server")
+    expect_bytes(reader_c.data, download, "client")
+    expect((reader_c.ended, reader_s.ended) == ("eof", "eof"), "an end was not orderly")
+
+
+def other_direction_goes_on(rig: Rig, *, stalled_download: bool = True) -> None:
+    """While one direction stands still, the other carries all it is given, and its FIN."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    # `lazy` sends and never reads, until its own upload is through; `busy` reads all the time.
+    lazy, busy = (client, server) if stalled_download else (server, client)
+    stalled, flowing = flood_bytes(23), flood_bytes(24)[: 8 << 20]
+    sent = push_until_blocked(rig, busy, stalled)
+    reader = Reader("busy side", busy)
+    writer = Peer("lazy side", lambda: send_all(lazy, flowing, seed=25, then_close=True))
+    rig.run_until(lambda: reader.ended != "", "end of the direction that flows")
+    expect_bytes(reader.data, flowing, "busy side")
+    late = Reader("lazy side at last", lazy)
+    rig.finish(pair, reader, writer, late, send_rest("busy side", busy, stalled, sent))
+    expect_bytes(late.data, stalled, "lazy side")
+    expect((reader.ended, late.ended) == ("eof", "eof"), "an end was not orderly")
+
+
+def upload_stalled_download_goes_on(rig: Rig) -> None:
+    """The same with the other direction standing still."""
+    other_direction_goes_on(rig, stalled_download=False)
+
+
+def one_of_two_stalled_recovers(rig: Rig, *, upload: bool = True) -> None:
+    """Both directions stand still; one reader wakes, and gets all while the other sleeps."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    lazy, busy = (client, server) if upload else (server, client)
+    stalled, flowing = flood_bytes(30), flood_bytes(31)
+    sent = push_until_blocked(rig, busy, stalled)
+    moved = push_until_blocked(rig, lazy, flowing)
+    reader = Reader("busy side", busy)
+    writer = send_rest("lazy side", lazy, flowing, moved)
+    rig.run_until(lambda: reader.ended != "", "end of the direction that recovers")
+    expect_bytes(reader.data, flowing, "busy side")
+    late = Reader("lazy side at last", lazy)
+    rig.finish(pair, reader, writer, late, send_rest("busy side", busy, stalled, sent))
+    expect_bytes(late.data, stalled, "lazy side")
+    expect((reader.ended, late.ended) == ("eof", "eof"), "an end was not orderly")
+
+
+def download_of_two_stalled_recovers(rig: Rig) -> None:
+    """The same with the client waking up."""
+    one_of_two_stalled_recovers(rig, upload=False)
+
+
+def fin_behind_a_backlog(rig: Rig, *, upload: bool = True) -> None:
+    """A sender that closes while its reader is stalled has sent all its bytes, and then the FIN."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sender, receiver = (client, server) if upload else (server, client)
+    data = flood_bytes(26)
+    sent = push_until_blocked(rig, sender, data)
+    sender.shutdown(socket.SHUT_WR)
+    for _ in range(3):
+        rig.loop.run_once(0.01)
+    reader = Reader("receiver", receiver)
+    rig.run_until(lambda: reader.ended != "", "end of the flood")
+    expect_bytes(reader.data, data[:sent], "receiver")
+    expect(reader.ended == "eof", f"ended as {reader.ended}")
+    receiver.sendall(b"thanks")
+    receiver.shutdown(socket.SHUT_WR)
+    answer = Reader("sender", sender)
+    rig.finish(pair, reader, answer)
+    expect_bytes(answer.data, b"thanks", "sender")
+
+
+def lone_fin_beside_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
+    """A FIN without bytes arrives at a socket whose outgoing bytes are stalled, and harms none."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    closing, flooding = (client, server) if by_client else (server, client)
+    data = flood_bytes(27)
+    sent = push_until_blocked(rig, flooding, data)
+    closing.shutdown(socket.SHUT_WR)
+    hears = Reader("flooding side", flooding)
+    rig.run_until(lambda: hears.ended != "", "FIN at the flooding side")
+    expect(hears.ended == "eof", f"the flooding side saw {hears.ended}")
+    reader = Reader("closing side", closing)
+    rig.finish(pair, hears, reader, send_rest("flooding side", flooding, data, sent))
+    expect_bytes(reader.data, data, "closing side")
+    expect(reader.ended == "eof", f"ended as {reader.ended}")
+
+
+def lone_fin_of_the_server_beside_a_backlog(rig: Rig) -> None:
+    """The same with the server closing."""
+    lone_fin_beside_a_backlog(rig, by_client=False)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def reset_with_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
+    """A sender that resets while its reader is stalled: a reset behind a part of the bytes."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sender, receiver = (client, server) if by_client else (server, client)
+    data = flood_bytes(28)
+    sent = push_until_blocked(rig, sender, data)
+    reset(sender)
+    rig.run_until(lambda: pair.ended, "end of the pair")
+    reader = Reader("receiver", receiver)
+    rig.finish(pair, reader)
+    expect(reader.ended == "ConnectionResetError", f"the receiver saw {reader.ended}")
+    expect(len(reader.data) <= sent, "more bytes than were sent")
+    expect_bytes(reader.data, data[: len(reader.data)], "receiver")
+
+
+def reset_by_the_server_with_a_backlog(rig: Rig) -> None:
+    """The same from the other side."""
+    reset_with_a_backlog(rig, by_client=False)
+
+
+def reset_by_a_stalled_reader(rig: Rig) -> None:
+    """A reader that resets instead of reading: the sender sees it."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    push_until_blocked(rig, client, flood_bytes(29))
+    reset(server)
+    reader = Reader("client", client)
+    rig.finish(pair, reader)
+    expect(reader.ended == "ConnectionResetError", f"the client saw {reader.ended}")
+
+
+def nothing_at_all(rig: Rig) -> None:
+    """Two FINs without a byte before them."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    server.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: reader_c.ended != "", "FIN at the client")
+    client.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    expect((reader_c.ended, reader_s.ended) == ("eof", "eof"), "an end was not orderly")
+    expect(not reader_c.data and not reader_s.data, "bytes out of nothing")
+
+
+def both_close_at_once(rig: Rig) -> None:
+    """Bytes and FINs cross each other."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.sendall(b"goodbye")
+    server.sendall(b"farewell")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    rig.finish(pair, reader_c, reader_s)
+    expect_bytes(reader_s.data, b"goodbye", "server")
+    expect_bytes(reader_c.data, b"farewell", "client")
+
+
+def client_has_sent_fin_before_the_join(rig: Rig) -> None:
+    """The kernel takes no socket in CLOSE_WAIT: whoever cannot have it says so, and all arrives."""
+    client, pair, server = rig.connect()
+    client.sendall(b"the whole request")
+    client.shutdown(socket.SHUT_WR)
+    _wait_readable(pair, client_only=True)
+    rig.copy(pair)
+    reason = rig.hand_over(pair)
+    expect(reason in (None, PairReason.HALF_CLOSED), f"refused the pair: {reason}")
+    reader_s = Reader("server", server)
+    rig.run_until(lambda: reader_s.ended != "", "FIN at the server")
+    server.sendall(b"the whole answer")
+    server.shutdown(socket.SHUT_WR)
+    reader_c = Reader("client", client)
+    rig.finish(pair, reader_c, reader_s)
+    expect_bytes(reader_s.data, b"the whole request", "server")
+    expect_bytes(reader_c.data, b"the whole answer", "client")
+
+
+def at_random(rig: Rig, *, seed: int) -> None:
+    """Sizes, pauses, the moment of the handover and who closes first, all from one seed."""
+    source = random.Random(seed)
+    client, pair, server = rig.connect()
+    sizes = [source.choice((0, 1, 1000, 100_000, 2_000_000)) for _ in range(2)]
+    upload, download = bytes_of(sizes[0], seed + 1), bytes_of(sizes[1], seed + 2)
+    rig.copy(pair)
+    reads_late = source.random() < 0.3
+    readers = [] if reads_late else [Reader("client", client), Reader("server", server)]
+    writers = (
+        Peer("client writes", lambda: send_all(client, upload, seed=seed, then_close=True)),
+        Peer("server writes", lambda: send_all(server, download, seed=seed + 3, then_close=True)),
+    )
+    for _ in range(source.randrange(6)):
+        rig.loop.run_once(0.002)
+    reason = None if pair.ended else rig.hand_over(pair)
+    expect(
+        reason in (None, PairReason.HALF_CLOSED, PairReason.UNREAD_BYTES),
+        f"refused the pair: {reason}",
+    )
+    for _ in range(source.randrange(6)):
+        rig.loop.run_once(0.002)
+    if reads_late:
+        readers = [Reader("client", client), Reader("server", server)]
+    rig.finish(pair, *readers, *writers)
+    expect_bytes(readers[1].data, upload, "server")
+    expect_bytes(readers[0].data, download, "client")
+    expect({reader.ended for reader in readers} == {"eof"}, "an end was not orderly")
+
+
 def reset_by_a_peer(rig: Rig, *, by_client: bool = True) -> None:
     """A reset on one side is a reset on the other, never an EOF."""
     client, pair, server = rig.connect()
@@ -242,8 +483,7 @@ def reset_by_a_peer(rig: Rig, *, by_client: bool = True) -> None:
     resetting.sendall(b"some bytes")
     reader = Reader("other side", other)
     rig.run_until(lambda: len(reader.data) == 10, "bytes before the reset")
-    resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    resetting.close()
+    reset(resetting)
     rig.finish(pair, reader)
     expect(reader.ended == "ConnectionResetError", f"the other side saw {reader.ended}")
 
@@ -279,10 +519,11 @@ def round_trips(rig: Rig, *, count: int = 200) -> None:
     rig.finish(pair, Peer("server", answer), Peer("client", ask))
 
 
-def _wait_readable(pair: RigPair) -> None:
-    waiting = [pair.client_fd, pair.server_fd]
-    for fd in waiting:
-        if not select.select([fd], [], [], 5.0)[0]:
+def _wait_readable(pair: RigPair, *, client_only: bool = False) -> None:
+    for fd in (pair.client_fd,) if client_only else (pair.client_fd, pair.server_fd):
+        poll = select.poll()  # select(2) knows no descriptor above 1023
+        poll.register(fd, select.POLLIN)
+        if not poll.poll(5000):
             raise RigError("loopback did not deliver")
 
 
@@ -308,4 +549,18 @@ ALL: Final[Mapping[str, Scenario]] = {
     "slow client": slow_client,
     "round trips": round_trips,
     "upload past a flood": upload_past_a_flood,
+    "both stalled": both_stalled,
+    "upload goes on beside a stalled download": other_direction_goes_on,
+    "download goes on beside a stalled upload": upload_stalled_download_goes_on,
+    "upload of two stalled recovers": one_of_two_stalled_recovers,
+    "download of two stalled recovers": download_of_two_stalled_recovers,
+    "fin behind a backlog": fin_behind_a_backlog,
+    "lone fin beside a backlog": lone_fin_beside_a_backlog,
+    "lone fin of the server beside a backlog": lone_fin_of_the_server_beside_a_backlog,
+    "reset by the client with a backlog": reset_with_a_backlog,
+    "reset by the server with a backlog": reset_by_the_server_with_a_backlog,
+    "reset by a stalled reader": reset_by_a_stalled_reader,
+    "nothing at all": nothing_at_all,
+    "both close at once": both_close_at_once,
+    "client has sent fin before the join": client_has_sent_fin_before_the_join,
 }

@@ -1,0 +1,96 @@
+"""One suite for every datapath: what the server relies on, whoever moves the bytes.
+
+Each play runs over copy, sockmap and the fake that other tests use in their place, and each is
+followed by a look at what it left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from pyforwarder.datapath import bpf
+from pyforwarder.datapath.abi import PAIR_BYTES
+from pyforwarder.datapath.kernel import KernelMaps, PairTable
+from pyforwarder.datapath.rig import Rig
+from pyforwarder.datapath.scenarios import ALL, SLOW_LIMIT_BYTES, at_random
+from pyforwarder.datapath.table import PairWindow
+from tests.helpers.fake_datapath import FakeDatapath
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.sockmap import SockmapDatapath
+
+SLOTS: Final = 16
+DATAPATHS: Final = ("copy", "sockmap", "fake")
+SEEDS: Final = tuple(range(1000, 1012))
+
+
+@pytest.fixture(scope="module")
+def maps(network: None) -> Iterator[KernelMaps]:
+    """The maps and the program, loaded once; each test leaves them empty."""
+    del network
+    loaded = KernelMaps.load(workers=1, slots=SLOTS)
+    yield loaded
+    loaded.close()
+
+
+def keys_in(fd: int) -> int:
+    """How many elements a map with 8-byte keys has."""
+    return len(bpf.Map(fd, key_bytes=8, value_bytes=8).all_keys())
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextlib.contextmanager
+def stage(name: str, maps: KernelMaps) -> Iterator[Rig]:
+    """A rig with the named datapath; afterwards nothing may be left in use."""
+    fds_before = open_fds()
+    if name == "sockmap":
+        window = PairTable(workers=1, slots=SLOTS, fd=maps.pairs_fd).take_window(0)
+    else:
+        window = PairWindow(mmap.mmap(-1, SLOTS * PAIR_BYTES), first_slot=0, worker_index=0)
+    rig = Rig(window)
+    sockmap: SockmapDatapath | None = None
+    if name == "sockmap":
+        rig.datapath = sockmap = maps.datapath(rig, window, 0)
+        sockmap.limit_bytes = SLOW_LIMIT_BYTES
+    elif name == "fake":
+        rig.datapath = FakeDatapath(rig)
+    try:
+        yield rig
+        # What a pair took it has given back by itself, when it ended.
+        rig.loop.run_once(0)
+        assert keys_in(maps.ends_fd) == 0
+        assert keys_in(maps.sockets_fd) == 0
+        assert len(window._free) == SLOTS
+        assert rig.loop.deadlines.next_s() is None
+        assert sockmap is None or sockmap._by_slot == {}
+    finally:
+        rig.close()
+        if sockmap is not None:
+            sockmap._ring.close()
+        window.close()
+    assert open_fds() == fds_before
+
+
+@pytest.mark.parametrize("datapath", DATAPATHS)
+@pytest.mark.parametrize("name", ALL)
+def test_datapath_does_what_the_server_relies_on(
+    name: str, datapath: str, maps: KernelMaps
+) -> None:
+    with stage(datapath, maps) as rig:
+        ALL[name](rig)
+
+
+@pytest.mark.parametrize("datapath", DATAPATHS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_datapath_does_so_at_random(seed: int, datapath: str, maps: KernelMaps) -> None:
+    with stage(datapath, maps) as rig:
+        at_random(rig, seed=seed)
