@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import time
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
