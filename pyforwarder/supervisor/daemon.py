@@ -27,7 +27,7 @@ from pyforwarder.errors import (
     UsageError,
 )
 from pyforwarder.instance import Instance, acquire
-from pyforwarder.key_files import read_keys
+from pyforwarder.key_files import read_keys, read_passwords
 from pyforwarder.limits import new_secret, shared_memory
 from pyforwarder.loop import EPOLLIN, Loop
 from pyforwarder.routing import compile_rules
@@ -42,6 +42,7 @@ from pyforwarder.worker.channel import Channel, text_to_fd
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
 from pyforwarder.worker.log import Log
 from pyforwarder.worker.process import Inheritance, most_clients
+from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
     from pyforwarder.environment import Environment
@@ -148,7 +149,7 @@ class Daemon:
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         clients = most_clients(config.limits.pairs)
-        if clients < config.limits.pairs:
+        if clients * self._count < config.limits.pairs:
             self._log.write(
                 "warning",
                 "few_descriptors",
@@ -158,6 +159,7 @@ class Daemon:
             )
         self._limits_memory = shared_memory(self._count)
         self._secret = new_secret()
+        self._used_tokens = SharedUsedTokens()
         self._slots = slots_for(clients)
         remove_stale(self._instance.bpffs_dir)
         self._make_tables()
@@ -298,9 +300,9 @@ class Daemon:
         Raises:
             ConfigError: a rule or a key file cannot be used.
         """
-        keys = read_keys(config)
+        keys, passwords = read_keys(config), read_passwords(config)
         for index, listener in enumerate(config.listeners):
-            compile_rules(listener, None, path=f"listeners[{index}]")
+            compile_rules(listener, None, passwords=passwords, path=f"listeners[{index}]")
         path = self._options.config_path
         return Settings(
             config_text=text,
@@ -309,6 +311,7 @@ class Daemon:
             keys=keys,
             binds={name: str(listener.bind) for name, listener in bound.items()},
             indexes=counter_indexes(config, self._directory),
+            passwords=passwords,
         )
 
     def _start_worker(self, index: int) -> WorkerProcess:
@@ -322,6 +325,7 @@ class Daemon:
                 limits_secret=self._secret,
                 table=self._table,
                 maps=self._maps,
+                used_tokens=self._used_tokens,
                 user=self._user,
             )
 
@@ -453,6 +457,7 @@ class Daemon:
             counters.close()
             self._counters_memory.close()
             self._limits_memory.close()
+            self._used_tokens.close()
             counters = Counters(self._arrays.counters_memory(self._count, write=False), self._count)
         listeners = self._config.listeners
         return Source(
