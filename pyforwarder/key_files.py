@@ -1,11 +1,11 @@
-"""Read the key files that a configuration names."""
+"""Read the files with keys and passwords that a configuration names."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from pyforwarder.errors import ConfigError
-from pyforwarder.token import TokenKeys, UsedTokens, key_from_file
+from pyforwarder.token import TokenKeys, key_from_file
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
@@ -28,8 +28,29 @@ def read_keys(config: Config) -> dict[str, bytes]:
     return keys
 
 
+def read_passwords(config: Config) -> dict[str, bytes]:
+    """The passwords of users as the files hold them now, without one final newline, by their names.
+
+    Raises:
+        ConfigError: a file cannot be read, or is empty, or too long for a client to say; names
+            `users.NAME`.
+    """
+    passwords = {}
+    for name, path in config.users.items():
+        at = f"users.{name}"
+        try:
+            password = path.read_bytes().removesuffix(b"\n")
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}", path=at) from error
+        # RFC 1929 counts a password in one byte.
+        if not 1 <= len(password) <= 255:
+            raise ConfigError(f"{path}: a password has 1 to 255 bytes", path=at)
+        passwords[name] = password
+    return passwords
+
+
 def load_token_keys(config: Config) -> TokenKeys | None:
-    """The same as a set to verify with; None if there are no keys.
+    """The keys as a set to verify with, which remembers no used token; None if there are no keys.
 
     Raises:
         ConfigError: as `read_keys`.
@@ -42,5 +63,4 @@ def load_token_keys(config: Config) -> TokenKeys | None:
         keys,
         clock_skew_s=tokens.clock_skew_s,
         max_lifetime_s=tokens.max_lifetime_s,
-        used=UsedTokens() if tokens.single_use else None,
     )

@@ -14,7 +14,7 @@ import heapq
 import hmac
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 from pyforwarder.address import Address, AddressError, HostPort, parse_destination
 from pyforwarder.first_packet.cursor import ParseError
@@ -133,8 +133,16 @@ def _sign(signed: bytes, key: bytes) -> bytes:
     return base64.urlsafe_b64encode(hmac.digest(key, signed, hashlib.sha256)).rstrip(b"=")
 
 
+class TokenMemory(Protocol):
+    """Remembers signatures until they expire, so that each is good for one connection."""
+
+    def spend(self, signature: bytes, *, expires_unix_s: float, now_unix_s: float) -> bool:
+        """Whether this is the first use, and there was room to remember it."""
+        ...
+
+
 class UsedTokens:
-    """Remembers signatures until they expire, so that each is good for one connection.
+    """A memory for one process.
 
     Bounded: when `capacity` unexpired ones are known, new ones are refused.  Only who holds a key
     can fill it, and forgetting one early would make it good a second time.
@@ -173,7 +181,7 @@ class TokenKeys:
         *,
         clock_skew_s: float = 0.0,
         max_lifetime_s: float | None = None,
-        used: UsedTokens | None = None,
+        used: TokenMemory | None = None,
     ) -> None:
         self._keys = dict(keys)
         self._clock_skew_s = clock_skew_s

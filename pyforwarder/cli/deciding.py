@@ -72,14 +72,19 @@ def explain(
     config, source = _config(call, config_path)
     from pyforwarder import routing
     from pyforwarder.address import Address
-    from pyforwarder.key_files import load_token_keys
+    from pyforwarder.key_files import load_token_keys, read_passwords
 
     index, listener = _listener(config, listener_name)
     end = routing.End(end_name)
     if len(data) >= listener.first_packet.max_bytes:
         data = data[: listener.first_packet.max_bytes]
         end = routing.End.FULL
-    ruleset = routing.compile_rules(listener, load_token_keys(config), path=f"listeners[{index}]")
+    ruleset = routing.compile_rules(
+        listener,
+        load_token_keys(config),
+        passwords=read_passwords(config),
+        path=f"listeners[{index}]",
+    )
     explanation = routing.explain(
         ruleset,
         data,
@@ -104,19 +109,19 @@ def explain(
 def check(call: Call, file: Path | None) -> int:
     """Validate a configuration; errors name the line and the key.
 
-    Key files are read too.  Without FILE it is the built-in one; - is stdin.
+    Files with keys and passwords are read too.  Without FILE it is the built-in one; - is stdin.
     """
     from pyforwarder.config import load_config, parse_config
-    from pyforwarder.key_files import load_token_keys
+    from pyforwarder.key_files import load_token_keys, read_passwords
     from pyforwarder.routing import compile_rules
 
     if file == Path("-"):
         config = parse_config(_read_stdin(call).decode(errors="replace"), source="stdin")
     else:
         config = load_config(file)
-    keys = load_token_keys(config)
+    keys, passwords = load_token_keys(config), read_passwords(config)
     for index, listener in enumerate(config.listeners):
-        compile_rules(listener, keys, path=f"listeners[{index}]")
+        compile_rules(listener, keys, passwords=passwords, path=f"listeners[{index}]")
     counts = (
         (len(config.listeners), "listener"),
         (sum(len(listener.rules) for listener in config.listeners), "rule"),

@@ -162,7 +162,7 @@ class Instruction(Speaker):
         length = _LENGTHS.get(data[:2])
         if length is None:
             return ""
-        if _is_broken(data, length):
+        if _is_broken(data[:length], length):
             return f"begins like an instruction of {length} bytes and then breaks"
         return f"an instruction of {length} bytes"
 

@@ -9,7 +9,7 @@ import base64
 import json
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.address import Address, UnixAddress, parse_bind
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyforwarder.config import Rule
     from pyforwarder.counters import Directory
     from pyforwarder.policy import Networks
+    from pyforwarder.token import TokenMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Settings:
     keys: Mapping[str, bytes]
     binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
     indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
+    passwords: Mapping[str, bytes] = field(default_factory=dict)  # by users' names
 
     def to_json(self) -> str:
         """For a pipe to another process."""
@@ -47,7 +49,8 @@ class Settings:
                 "config_text": self.config_text,
                 "source": self.source,
                 "overrides": dict(self.overrides),
-                "keys": {name: base64.b64encode(key).decode() for name, key in self.keys.items()},
+                "keys": _as_text(self.keys),
+                "passwords": _as_text(self.passwords),
                 "binds": dict(self.binds),
                 "indexes": dict(self.indexes),
             }
@@ -57,12 +60,17 @@ class Settings:
     def from_json(cls, text: str) -> Settings:
         """The other end of `to_json`."""
         fields: dict[str, Any] = json.loads(text)
-        fields["keys"] = {name: base64.b64decode(key) for name, key in fields["keys"].items()}
+        for secrets in ("keys", "passwords"):
+            fields[secrets] = {n: base64.b64decode(text) for n, text in fields[secrets].items()}
         return cls(**fields)
 
     def config(self) -> Config:
         """The configuration with the command line's overrides."""
         return with_overrides(parse_config(self.config_text, source=self.source), self.overrides)
+
+
+def _as_text(secrets: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: base64.b64encode(secret).decode() for name, secret in secrets.items()}
 
 
 def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
@@ -154,7 +162,10 @@ class ListenerState:
         wildcard = isinstance(self.bind, Address) and self.bind.host in ("0.0.0.0", "::")
         self.endpoint = None if wildcard or listener is JOINED else pack_endpoint(self.bind)
         self.ruleset: Ruleset = compile_rules(
-            listener, generation.keys, path=f"listeners.{listener.name}"
+            listener,
+            generation.keys,
+            passwords=settings.passwords,
+            path=f"listeners.{listener.name}",
         )
         self.max_bytes = listener.first_packet.max_bytes
         self.timeout_s = listener.first_packet.timeout_s
@@ -190,9 +201,16 @@ class Generation:
     """The configuration in force, compiled."""
 
     def __init__(
-        self, settings: Settings, *, worker: int, previous: Generation | None = None
+        self,
+        settings: Settings,
+        *,
+        worker: int,
+        previous: Generation | None = None,
+        used_tokens: TokenMemory | None = None,
     ) -> None:
         """Compile `settings`; balancers of upstreams that stay keep their state.
+
+        `used_tokens` outlives generations: a reload makes no token good again.
 
         Raises:
             ConfigError: the configuration cannot be used (the supervisor has checked it before).
@@ -213,7 +231,7 @@ class Generation:
                 settings.keys,
                 clock_skew_s=tokens.clock_skew_s,
                 max_lifetime_s=tokens.max_lifetime_s,
-                used=UsedTokens() if tokens.single_use else None,
+                used=(used_tokens or UsedTokens()) if tokens.single_use else None,
             )
             if settings.keys
             else None

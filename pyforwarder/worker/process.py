@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import mmap
 
     from pyforwarder.datapath.kernel import KernelMaps, PairTable
+    from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -55,6 +56,7 @@ class Inheritance:
     limits_secret: bytes
     table: PairTable
     maps: KernelMaps | None
+    used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
 
 
@@ -163,7 +165,12 @@ class _Worker:
         text_fd, *listener_fds = fds
         settings = Settings.from_json(text_from_fd(text_fd))
         previous = self._server.generation if self._server else None
-        generation = Generation(settings, worker=self._inheritance.worker, previous=previous)
+        generation = Generation(
+            settings,
+            worker=self._inheritance.worker,
+            previous=previous,
+            used_tokens=self._inheritance.used_tokens,
+        )
         if self._server is None:
             self._server = self._make_server(generation)
         server = self._server

@@ -1,0 +1,94 @@
+"""Signed instructions and users with passwords, as a running forwarder takes them."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyforwarder import token
+from pyforwarder.address import Address
+from tests.helpers.instruction import ACK, refusal
+from tests.helpers.peers import AnswerServer, address_text, dial, read_exactly, read_to_end
+
+if TYPE_CHECKING:
+    from tests.kernel.conftest import StartForwarder
+
+KEY = bytes(range(32))
+
+
+def signed(server: tuple[str, int], *, lifetime_s: int = 60, key: bytes = KEY) -> bytes:
+    expires_unix_s = int(time.time()) + lifetime_s  # noqa: TID251 - tokens expire by the wall clock
+    return token.make(Address(*server), expires_unix_s=expires_unix_s, key_id="ops", key=key)
+
+
+def config(directory: Path, *, single_use: bool = False, workers: int = 3) -> str:
+    (directory / "ops.key").write_bytes(KEY)
+    return (
+        f"workers: {workers}\n"
+        "listeners:\n  - name: main\n    bind: 127.0.0.1:0\n"
+        "    rules: [{match: instruction, allow: [loopback], token: required}]\n"
+        f"tokens: {{keys: {{ops: {directory}/ops.key}}, clock_skew: 0, "
+        f"single_use: {str(single_use).lower()}}}\n"
+    )
+
+
+def answer(forwarder: tuple[str, int], instruction: bytes) -> bytes:
+    with dial(forwarder) as sock:
+        sock.sendall(instruction)
+        sock.shutdown(socket.SHUT_WR)
+        return read_to_end(sock)
+
+
+def test_a_signed_instruction_is_good_until_it_expires(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(config(tmp_path))
+        good = signed(server.address)
+        for _ in range(2):
+            with dial(forwarder.address) as sock:
+                sock.sendall(good + b"payload")
+                assert read_exactly(sock, len(ACK)) == ACK
+                assert read_exactly(sock, 18) == b"server got payload"
+        for bad in (
+            signed(server.address, lifetime_s=-5),
+            signed(server.address, key=bytes(32)),
+            good.replace(b"exp=1", b"exp=2"),
+        ):
+            assert answer(forwarder.address, bad) == refusal("token")
+
+
+def test_a_single_use_token_is_good_once_in_all_workers_and_after_a_reload(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(config(tmp_path, single_use=True))
+        once = signed(server.address)
+        # Each connection falls to one of three workers by its hash: 23 reach all of them.
+        answers = [answer(forwarder.address, once) for _ in range(23)]
+        assert answers == [ACK] + [refusal("token")] * 22
+        assert forwarder.command("reload").returncode == 0
+        assert answer(forwarder.address, once) == refusal("token")
+        assert answer(forwarder.address, signed(server.address, lifetime_s=61)) == ACK
+
+
+def test_http_connect_asks_users_for_their_password(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    (tmp_path / "alice").write_text("open sesame\n")
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(
+            "listeners:\n  - bind: 127.0.0.1:0\n"
+            "    rules: [{match: http_connect, allow: [loopback], users: [alice]}]\n"
+            f"users: {{alice: {tmp_path}/alice}}\n"
+        )
+        request = f"CONNECT {address_text(server.address)} HTTP/1.1\r\n{{}}\r\n"
+        assert answer(forwarder.address, request.format("").encode()).startswith(b"HTTP/1.1 407 ")
+        for password, status in (("open sesame", b"200"), ("open sesame\n", b"407")):
+            said = base64.b64encode(f"alice:{password}".encode()).decode()
+            header = f"Proxy-Authorization: Basic {said}\r\n"
+            given = answer(forwarder.address, request.format(header).encode())
+            assert given.startswith(b"HTTP/1.1 " + status)
