@@ -162,8 +162,13 @@ def flood_bytes(seed: int) -> bytes:
     return random.Random(seed).randbytes(FLOOD_BYTES)
 
 
-def push_until_blocked(rig: Rig, sender: socket.socket, data: bytes) -> int:
+def push_until_blocked(
+    rig: Rig, sender: socket.socket, data: bytes, *, gently: bool = False
+) -> int:
     """Send for a reader that does not read, until nothing is taken any more; how many were taken.
+
+    As fast as possible, a direction soon holds more than its limit. Gently, in pieces that the
+    target's TCP can take while it has room, what no longer fits stays with the datapath.
 
     Raises:
         RigError: all of them were.
@@ -171,14 +176,15 @@ def push_until_blocked(rig: Rig, sender: socket.socket, data: bytes) -> int:
     sent = 0
     sender.setblocking(False)
     quiet = 0
+    piece = 1 << 15 if gently else 1 << 18
     # Blocked means: nothing was taken for 20 looks of 5 ms in which the loop could run.
     while quiet < 20 and sent < len(data):
         try:
-            sent += sender.send(memoryview(data)[sent : sent + (1 << 18)])
+            sent += sender.send(memoryview(data)[sent : sent + piece])
             quiet = 0
         except BlockingIOError:
             quiet += 1
-        rig.loop.run_once(0.005 if quiet else 0)
+        rig.loop.run_once(0.005 if quiet else 0.0005 if gently else 0)
     expect(sent < len(data), f"took all {len(data)} bytes for a reader that never read")
     sender.setblocking(True)
     return sent
@@ -324,7 +330,7 @@ def fin_behind_a_backlog(rig: Rig, *, upload: bool = True) -> None:
     rig.join(pair)
     sender, receiver = (client, server) if upload else (server, client)
     data = flood_bytes(26)
-    sent = push_until_blocked(rig, sender, data)
+    sent = push_until_blocked(rig, sender, data, gently=True)
     sender.shutdown(socket.SHUT_WR)
     for _ in range(3):
         rig.loop.run_once(0.01)
@@ -345,7 +351,7 @@ def lone_fin_beside_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
     rig.join(pair)
     closing, flooding = (client, server) if by_client else (server, client)
     data = flood_bytes(27)
-    sent = push_until_blocked(rig, flooding, data)
+    sent = push_until_blocked(rig, flooding, data, gently=True)
     closing.shutdown(socket.SHUT_WR)
     hears = Reader("flooding side", flooding)
     rig.run_until(lambda: hears.ended != "", "FIN at the flooding side")
@@ -373,7 +379,7 @@ def reset_with_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
     rig.join(pair)
     sender, receiver = (client, server) if by_client else (server, client)
     data = flood_bytes(28)
-    sent = push_until_blocked(rig, sender, data)
+    sent = push_until_blocked(rig, sender, data, gently=True)
     reset(sender)
     rig.run_until(lambda: pair.ended, "end of the pair")
     reader = Reader("receiver", receiver)
