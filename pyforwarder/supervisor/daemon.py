@@ -286,11 +286,13 @@ class Daemon:
         self._listeners.commit(following, obsolete)
         self._settings = self._make_settings(text, config, following)
         self._config = config
-        metrics = self._metrics.change_to(config.metrics.bind if config.metrics else None)
+        # Known before any worker is forked, so that none keeps the socket.
+        wanted = config.metrics.bind if config.metrics else None
+        self._metrics.listener = self._metrics.change_to(wanted)
         self._watch_signals()
         for index in range(self._count):
             self._workers.append(self._start_worker(index))
-        self._metrics.commit(metrics)
+        self._metrics.start()
 
     def _make_settings(
         self, text: str, config: Config, bound: dict[str, BoundListener]
