@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import mmap
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,6 +24,7 @@ from pyforwarder.datapath.table import PairWindow
 from pyforwarder.metrics import ForwarderCollector, Source
 from pyforwarder.reasons import CloseReason
 
+DASHBOARD = Path(__file__).parents[2] / "scripts/grafana/pyforwarder.json"
 WORKERS = 2
 SLOTS = 8
 
@@ -163,3 +167,26 @@ def test_every_counter_is_called_total(forwarder: Forwarder) -> None:
     counters = [line.split()[2] for line in text.splitlines() if line.endswith(" counter")]
     assert len(counters) == 10
     assert all(name.startswith("pyforwarder_") and name.endswith("_total") for name in counters)
+
+
+def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(forwarder: Forwarder) -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(forwarder.collector)
+    known: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            known.setdefault(sample.name, {"job", "instance"}).update(sample.labels)
+    dashboard = json.loads(DASHBOARD.read_text())
+    asked = set()
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            names = re.findall(r"pyforwarder_\w+", target["expr"])
+            assert names, panel["title"]
+            labels = set(re.findall(r"(\w+)=~?\"", target["expr"]))
+            labels |= set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            for name in names:
+                assert name in known, f"{panel['title']}: {name}"
+            assert labels <= set.union(*(known[name] for name in names)), panel["title"]
+            asked |= set(names)
+    assert set(known) - asked == {"pyforwarder_build_info", "pyforwarder_pairs_opened_total"}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
