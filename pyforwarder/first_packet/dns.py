@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _HEADER: Final = 12
 _SHORTEST_QUESTION: Final = 5  # the root's empty name, type, class
+# A name has 255 bytes, padding fills up to 128 (RFC 8467), cookies and TSIG take some more. The
+# bound also keeps a SOCKS client, which begins with 4 or 5 and then waits for us, from looking like
+# a query whose rest is still to come.
+_LONGEST: Final = 1024
 _MAX_NAME: Final = 255  # RFC 1035 section 2.3.4
 _CLASSES: Final = frozenset({1, 3, 4, 255})  # IN, CH, HS, ANY
 
@@ -52,9 +56,12 @@ class Dns(Parsed):
 
 def _read_question(cursor: Cursor) -> str:
     """The name that is asked for, without the final dot."""
-    length = cursor.get_uint16()
-    if length < _HEADER + _SHORTEST_QUESTION:
-        raise ParseError("too short for a query")
+    high = cursor.get_uint8()
+    if high > _LONGEST >> 8:
+        raise ParseError("too long for a query")
+    length = high << 8 | cursor.get_uint8()
+    if not _HEADER + _SHORTEST_QUESTION <= length <= _LONGEST:
+        raise ParseError("not as long as a query")
     end = cursor.position + length
     cursor.skip(2)  # id
     # QR, OPCODE and TC are 0 in a query, AA too; RD is the client's choice.
