@@ -89,7 +89,7 @@ def leave(root: Path, *, remove: bool) -> None:
         resolved = root.resolve()
         mount = mount_of(resolved, _mounts())
         if mount is not None and mount.point == resolved:
-            # The kernel's own files in a new one (maps.debug) have a dot, which it grants nobody else.
+            # A dot is in the names of the kernel's own files (maps.debug), and in nobody else's.
             pins = [name for name in os.listdir(resolved) if "." not in name]
             if mount.source == _SOURCE and mount.kind == "bpf" and not pins:
                 _libc.umount2(os.fsencode(resolved), 0)

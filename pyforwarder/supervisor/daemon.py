@@ -267,7 +267,7 @@ class Daemon:
         text = tables.render(what, list(tables.stats_rows(rows)) if what == "stats" else rows)
         header, _, rest = text.partition("\n")
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._env.unix_time_s()))
-        remark = f"# as of {when}, said by the daemon (pid {os.getpid()}): no BPF here"
+        remark = f"# as of {when}, said by the daemon (pid {os.getpid()}): no BPF view here"
         return f"{header}  {remark}\n{rest}"
 
     def _describe_listeners(self) -> None:
@@ -293,6 +293,8 @@ class Daemon:
         for index in range(self._count):
             self._workers.append(self._start_worker(index))
         self._metrics.start()
+        if self._metrics.listener is not None:
+            self._log.write("info", "metrics", bind=self._metrics.listener.bind)
 
     def _make_settings(
         self, text: str, config: Config, bound: dict[str, BoundListener]

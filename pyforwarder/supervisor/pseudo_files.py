@@ -85,7 +85,7 @@ class PseudoFiles:
         loop.watch(self._inotify.fd, EPOLLIN, self._heard, self)
         try:
             for file in files:
-                self._present[file.name] = self._offer(file)
+                self._present[file.name] = self._offer(file, _said(file))
                 self._refresh_later(file)
         except OSError:
             self.close()
@@ -127,8 +127,8 @@ class PseudoFiles:
                 if wanted != fcntl.F_WRLCK:
                     self._let_in(entry, is_writer=wanted == fcntl.F_UNLCK)
 
-    def _offer(self, file: PseudoFile) -> _Opened:
-        """Put a new file under the name, leased and watched."""
+    def _offer(self, file: PseudoFile, text: bytes) -> _Opened:
+        """Put a new file with this text under the name, leased and watched."""
         path = self._directory / file.name
         new = self._directory / f".{file.name}"
         with contextlib.suppress(FileNotFoundError):
@@ -139,7 +139,7 @@ class PseudoFiles:
             # Root's alone. Readable by its owner in any case: inotify wants that without
             # CAP_DAC_OVERRIDE.
             os.fchmod(fd, 0o400 if file.write is None else 0o600)
-            _fill(entry, _said(file))
+            _fill(entry, text)
             with contextlib.suppress(OSError):
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
                 entry.is_leased = True
@@ -154,12 +154,13 @@ class PseudoFiles:
 
     def _let_in(self, entry: _Opened, *, is_writer: bool) -> None:
         name = entry.file.name
+        text = _said(entry.file)
         try:
-            self._present[name] = self._offer(entry.file)
+            self._present[name] = self._offer(entry.file, text)
         except OSError:
             # No room for another file: this one is shared from here on, like one without leases.
             self._refresh_later(entry.file)
-        _fill(entry, _said(entry.file))
+        _fill(entry, text)
         is_present = self._present[name] is entry
         if is_writer:
             entry.delays_others = True
@@ -201,7 +202,7 @@ class PseudoFiles:
                 return  # our own, or an event of before
             # Without leases the file is still under its name: the next writer gets another one.
             with contextlib.suppress(OSError):
-                self._present[entry.file.name] = self._offer(entry.file)
+                self._present[entry.file.name] = self._offer(entry.file, _said(entry.file))
                 self._after(_WRITER_S, lambda: self._give_up(entry))
         data = os.pread(entry.fd, MOST_WRITTEN_BYTES + len(entry.before) + 1, 0)
         if data != entry.before:
@@ -251,7 +252,7 @@ class PseudoFiles:
             before_s = time.monotonic()
             # Another file, so that nobody reads half of one text and half of the next.
             with contextlib.suppress(OSError):
-                self._present[file.name] = self._offer(file)
+                self._present[file.name] = self._offer(file, _said(file))
                 self._drop(entry)
             took_s = time.monotonic() - before_s
             self._refresh_later(file, max(_REFRESH_S, took_s * _REFRESH_PART))

@@ -15,11 +15,11 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.address import Address
 from pyforwarder.errors import ForwarderError
 from pyforwarder.worker.process import give_up_privileges
 
 if TYPE_CHECKING:
-    from pyforwarder.address import Address
     from pyforwarder.metrics import Source
 
 _BACKLOG: Final = 16
@@ -42,6 +42,8 @@ class MetricsListener:
             )
         except OSError as error:
             raise ForwarderError(f"metrics: cannot listen on {wanted}: {error.strerror}") from error
+        host, port = self.sock.getsockname()[:2]
+        self.bind = Address(host, port)  # port 0 resolved
 
     def close(self) -> None:
         """Close it."""

@@ -23,7 +23,7 @@ from pyforwarder.datapath import bpf, btf
 from pyforwarder.datapath.abi import Backlog
 from pyforwarder.datapath.arrays import LISTENER_LINES, STAT_LINES, Arrays, Line, LineTable
 from pyforwarder.datapath.loading import ProgramKind, load_programs
-from pyforwarder.errors import ForwarderError, LoadError
+from pyforwarder.errors import ControlError, ForwarderError, LoadError
 from pyforwarder.supervisor import bpffs
 
 if TYPE_CHECKING:
@@ -172,11 +172,14 @@ class View:
         Only directions in which some wait are in it.
 
         Raises:
-            OSError: the walk failed.
+            ControlError: the kernel could not be asked just now (ENOMEM).
         """
         if self._backlog_link < 0:
             return {}
-        said = bpf.read_link(self._backlog_link)
+        try:
+            said = bpf.read_link(self._backlog_link)
+        except OSError as error:
+            raise ControlError(f"read the backlogs: {error.strerror}") from error
         size = ctypes.sizeof(Backlog)
         records = [Backlog.from_buffer_copy(said, at) for at in range(0, len(said), size)]
         return {(record.slot, record.direction): record.bytes for record in records}

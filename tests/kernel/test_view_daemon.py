@@ -357,7 +357,7 @@ def test_without_bpf_the_daemon_itself_fills_the_files(
         forwarder.wait_for_pair(lambda row: row["state"] == "joined")
         header, line = (proc / "show").read_text().splitlines()
         assert header.split()[: len(HEADER)] == HEADER
-        assert "no BPF here" in header
+        assert "no BPF view here" in header
         assert tables.parse(f"{header}\n{line}")[0]["up_bytes"] == "5003"
         # Made at the moment of reading.
         transfer(client, server, 4711)
