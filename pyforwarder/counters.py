@@ -33,6 +33,7 @@ class Counter(enum.IntEnum):
     ACCEPT_PAUSED = 11  # descriptors or memory ran out
     CONNECT_FAILED = 12
     BACKLOG_TRIPS = 13
+    DATAGRAMS_LOST = 14  # a queue was full, or the name of a server not resolved yet
 
 
 class ListenerCounter(enum.IntEnum):

@@ -41,3 +41,11 @@ class RefusalCode(enum.Enum):
     UNRESOLVED = "unresolved"
     BUSY = "busy"
     TOKEN = "token"
+
+
+def refusal_code(reason: CloseReason) -> RefusalCode:
+    """What a client is told about this reason; `unreachable` where there is no word for it."""
+    try:
+        return RefusalCode(reason.value)
+    except ValueError:
+        return RefusalCode.UNREACHABLE

@@ -38,6 +38,7 @@ class PairReason(enum.IntEnum):
     UNREAD_BYTES = 10
     DRAINING = 11
     NOT_ELIGIBLE = 12
+    DATAGRAMS = 13
 
     @property
     def text(self) -> str:
@@ -58,6 +59,7 @@ _REASON_TEXT: Final = {
     PairReason.REFUSED_BY_KERNEL: "the kernel refused to take the sockets",
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
     PairReason.DRAINING: "the pair is about to end",
+    PairReason.DATAGRAMS: "datagrams are copied",
     PairReason.NOT_ELIGIBLE: "splice was asked for and is not available in this version",
 }
 

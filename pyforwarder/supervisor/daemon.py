@@ -20,7 +20,6 @@ from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap
 from pyforwarder.errors import (
-    ConfigError,
     ControlError,
     ForwarderError,
     LoadError,
@@ -129,12 +128,6 @@ class Daemon:
         text = "" if path is None else read_config_text(path)
         config = parse_config(text, source="built-in" if path is None else str(path))
         config = with_overrides(config, self._overrides)
-        for listener in config.listeners:
-            if listener.protocol == "udp":
-                raise ConfigError(
-                    "UDP listeners are not available in this version",
-                    path=f"listeners.{listener.name}.protocol",
-                )
         return text, config
 
     def _prepare(self, config: Config) -> None:
@@ -663,7 +656,7 @@ class Daemon:
             (
                 (name, bound)
                 for name, bound in self._listeners.bound.items()
-                if isinstance(bound.bind, Address)
+                if isinstance(bound.bind, Address) and bound.protocol == "tcp"
             ),
             ("", None),
         )

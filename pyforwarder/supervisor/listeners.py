@@ -29,18 +29,21 @@ _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 class BoundListener:
     """One listener's sockets, one per worker (a unix socket's is shared by all)."""
 
-    def __init__(self, wanted: Address | UnixAddress, workers: int) -> None:
+    def __init__(self, wanted: Address | UnixAddress, protocol: str, workers: int) -> None:
         """Bind and listen.
 
         Raises:
             ForwarderError: the address cannot be bound; no socket is left open.
         """
         self.wanted = wanted
+        self.protocol = protocol
         self.sockets: list[socket.socket] = []
         try:
             if isinstance(wanted, UnixAddress):
                 self.bind: Address | UnixAddress = wanted
                 self.sockets.append(_bind_unix(wanted))
+            elif protocol == "udp":
+                self.bind = self._bind_udp(wanted, workers)
             else:
                 self.bind = self._bind_tcp(wanted, workers)
         except OSError as error:
@@ -68,6 +71,20 @@ class BoundListener:
             port = sock.getsockname()[1]
         return Address(wanted.host, port)
 
+    def _bind_udp(self, wanted: Address, workers: int) -> Address:
+        """The kernel spreads clients over the sockets by their address, each always to the same."""
+        if wanted.port:
+            with _udp_socket(wanted) as probe:
+                probe.bind(wanted)
+        port = wanted.port
+        for _ in range(workers):
+            sock = _udp_socket(wanted)
+            self.sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((wanted.host, port))
+            port = sock.getsockname()[1]
+        return Address(wanted.host, port)
+
     def socket_of(self, worker: int) -> socket.socket:
         """The socket that this worker accepts from."""
         return self.sockets[worker % len(self.sockets)]
@@ -90,6 +107,14 @@ def _tcp_socket(address: Address) -> socket.socket:
     if address.is_ipv6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return sock
+
+
+def _udp_socket(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    if address.is_ipv6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     return sock
 
 
@@ -135,15 +160,18 @@ class Listeners:
         Raises:
             ForwarderError: a new address cannot be bound; nothing has changed.
         """
-        by_address = {old.wanted: old for old in self.bound.values()}
+        by_address = {(old.protocol, old.wanted): old for old in self.bound.values()}
         following: dict[str, BoundListener] = {}
         try:
             for listener in config.listeners:
                 same = self.bound.get(listener.name)
-                if same is None or same.wanted != listener.bind:
+                wanted = (listener.protocol, listener.bind)
+                if same is None or (same.protocol, same.wanted) != wanted:
                     # A name that changed keeps its sockets; port 0 is another port each time.
-                    same = by_address.get(listener.bind) if _is_fixed(listener.bind) else None
-                following[listener.name] = same or BoundListener(listener.bind, self._workers)
+                    same = by_address.get(wanted) if _is_fixed(listener.bind) else None
+                following[listener.name] = same or BoundListener(
+                    listener.bind, listener.protocol, self._workers
+                )
         except ForwarderError:
             self.abandon(following)
             raise

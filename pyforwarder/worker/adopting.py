@@ -36,7 +36,8 @@ def adopt(fd: int) -> _socket.socket:
     if family != _socket.AF_UNIX:
         # As at the listeners: a crash is a reset, and no byte is taken out of the stream.
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _LINGER_RESET)
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
+        if is_plain_tcp(sock):  # MPTCP knows no urgent data: EOPNOTSUPP
+            sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
     return sock
 

@@ -102,6 +102,11 @@ class Client(Pair):
         self.owner.expired(self)
 
     @property
+    def listener_name(self) -> str:
+        """The listener that accepted it, for the log."""
+        return self.listener.config.name
+
+    @property
     def rule_name(self) -> bytes:
         """The rule that took it, for the table."""
         return self.listener.rule_names[self.route.rule.index] if self.route else b"-"

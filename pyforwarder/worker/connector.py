@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
@@ -18,7 +18,9 @@ from pyforwarder.worker.resolver import addresses_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Upstream
+    from pyforwarder.routing import Route
     from pyforwarder.worker.client import Client
+    from pyforwarder.worker.generation import Generation
     from pyforwarder.worker.resolver import Resolver
     from pyforwarder.worker.server import Server
 
@@ -59,6 +61,23 @@ CONNECT_ERRORS: Final[Mapping[int, CloseReason]] = {
     errno.ENOMEM: CloseReason.BUSY,
     errno.EAGAIN: CloseReason.BUSY,
 }
+
+
+def is_permitted(
+    generation: Generation,
+    route: Route,
+    address: Address | UnixAddress,
+    now_s: float,
+    *,
+    protocol: Literal["tcp", "udp"] = "tcp",
+) -> bool:
+    """Whether the rule's client may be connected to the address: it is allowed, and not us."""
+    if generation.is_own(address, now_s, protocol=protocol):
+        return False
+    allow = route.rule.allow
+    if allow is None:
+        return True
+    return isinstance(address, Address) and allow.permits(address.host, address.port)
 
 
 class Connector:
@@ -135,14 +154,8 @@ class Connector:
         route = client.route
         assert route is not None
         generation = client.listener.generation
-        allow = route.rule.allow
         for address in addresses:
-            if generation.is_own(address, self._loop.now_s):
-                self._server.refuse(client, CloseReason.DENIED)
-                return False
-            if allow is None:
-                continue
-            if isinstance(address, UnixAddress) or not allow.permits(address.host, address.port):
+            if not is_permitted(generation, route, address, self._loop.now_s):
                 self._server.refuse(client, CloseReason.DENIED)
                 return False
         return True

@@ -223,7 +223,7 @@ class Generation:
         timeouts = self.config.timeouts
         self.connect_s = timeouts.connect_s
         self.idle_check_s = min(timeouts.idle_s, timeouts.half_closed_s) / IDLE_CHECKS
-        self._own_cache: dict[Address | UnixAddress, bool] = {}
+        self._own_cache: dict[tuple[str, Address | UnixAddress], bool] = {}
         self._own_cache_until_s = 0.0
         tokens = self.config.tokens
         self.keys = (
@@ -241,7 +241,12 @@ class Generation:
             for listener in self.config.listeners
         }
         self.joined = ListenerState(self, JOINED, settings)
-        self.own = OwnListeners(state.bind for state in self.listeners.values())
+        self.own = {
+            protocol: OwnListeners(
+                state.bind for state in self.listeners.values() if state.config.protocol == protocol
+            )
+            for protocol in ("tcp", "udp")
+        }
         self.balancers: dict[str, Balancer] = {}
         for name, upstream in self.config.upstreams.items():
             balancer = previous.balancers.get(name) if previous else None
@@ -258,15 +263,21 @@ class Generation:
         upstream = self.config.upstreams.get(rule.to) if isinstance(rule.to, str) else None
         return upstream.send_proxy if upstream is not None else "off"
 
-    def is_own(self, address: Address | UnixAddress, now_s: float) -> bool:
-        """Whether connecting there would come back to us. Remembered for a moment, not for long:
-        this host's addresses may change."""
+    def is_own(
+        self, address: Address | UnixAddress, now_s: float, *, protocol: str = "tcp"
+    ) -> bool:
+        """Whether connecting there would come back to us.
+
+        Remembered for a moment, not for long: this host's addresses may change.
+        """
         if now_s > self._own_cache_until_s or len(self._own_cache) >= _OWN_CACHE_ENTRIES:
             self._own_cache.clear()
             self._own_cache_until_s = now_s + _OWN_CACHE_S
-        known = self._own_cache.get(address)
+        key = (protocol, address)
+        known = self._own_cache.get(key)
         if known is None:
-            known = self._own_cache[address] = self.own.includes(address, is_local=is_local)
+            known = self.own[protocol].includes(address, is_local=is_local)
+            self._own_cache[key] = known
         return known
 
 

@@ -18,6 +18,7 @@ from pyforwarder.reasons import CloseReason
 
 if TYPE_CHECKING:
     from pyforwarder.worker.client import Client
+    from pyforwarder.worker.datagrams import Session
 
 MOST_PER_SECOND: Final = 200
 LEVELS: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}
@@ -62,7 +63,7 @@ class ConnectionLog:
         self._written = 0
         self._suppressed = 0
 
-    def closed(self, client: Client, up_bytes: int, down_bytes: int) -> None:
+    def closed(self, client: Client | Session, up_bytes: int, down_bytes: int) -> None:
         """A connection has ended."""
         assert client.reason is not None
         level = "warning" if client.reason in _WARNINGS else "info"
@@ -73,7 +74,7 @@ class ConnectionLog:
             "closed",
             id=client.id,
             reason=client.reason.value,
-            listener=client.listener.config.name,
+            listener=client.listener_name,
             rule=client.rule_name.decode(),
             client=str(client.peer) if client.peer else "unix:",
             server=str(client.destination) if client.destination else "-",

@@ -21,13 +21,15 @@ import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from pyforwarder.address import Address
 from pyforwarder.counters import Counter, Counters
 from pyforwarder.errors import ForwarderError
 from pyforwarder.limits import SharedLimits
 from pyforwarder.loop import EPOLLIN, Loop
 from pyforwarder.reasons import CloseReason
 from pyforwarder.worker.channel import Channel, text_from_fd
-from pyforwarder.worker.generation import Generation, Settings
+from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
+from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.server import Server
@@ -113,6 +115,7 @@ class _Worker:
         self._channel = inheritance.channel
         self.loop = Loop()
         self._server: Server | None = None
+        self._datagrams: DatagramServer | None = None
         self._sockets: dict[str, _socket.socket] = {}
         self._draining = False
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
@@ -138,13 +141,13 @@ class _Worker:
             case "settings":
                 self._take_settings(message["listeners"], fds)
             case "flush":
-                return self._serving().flush_ids(message["ids"])
+                ids = message["ids"]
+                return self._serving().flush_ids(ids) + self._datagrams_of().flush_ids(ids)
             case "drain":
                 self._drain()
-            case "reset":
-                self._serving().reset_all(CloseReason.SHUTDOWN)
             case "stop":
                 self._serving().reset_all(CloseReason.SHUTDOWN)
+                self._datagrams_of().end_all(CloseReason.SHUTDOWN)
                 self.loop.defer(lambda _: self.loop.stop(), None)
             case "upstreams":
                 return self._serving().upstreams()
@@ -159,6 +162,10 @@ class _Worker:
     def _serving(self) -> Server:
         assert self._server is not None  # settings are always the first message
         return self._server
+
+    def _datagrams_of(self) -> DatagramServer:
+        assert self._datagrams is not None
+        return self._datagrams
 
     def _take_settings(self, names: list[str], fds: list[int]) -> None:
         """A new configuration: the text in the first descriptor, then one listener per name."""
@@ -181,6 +188,9 @@ class _Worker:
         self._sockets = {}
         for name, fd in zip(names, listener_fds, strict=True):
             state = generation.listeners[name]
+            if state.config.protocol == "udp":
+                self._listen_for_datagrams(name, fd, state)
+                continue
             family = socket.AF_UNIX if state.is_unix else socket.AF_INET
             if not state.is_unix and ":" in str(state.bind).rpartition(":")[0]:
                 family = socket.AF_INET6
@@ -188,6 +198,13 @@ class _Worker:
             sock.setblocking(False)
             self._sockets[name] = sock
             server.listen(sock, state)
+        udp = [name for name in names if generation.listeners[name].config.protocol == "udp"]
+        self._datagrams_of().keep_only(udp)
+
+    def _listen_for_datagrams(self, name: str, fd: int, state: ListenerState) -> None:
+        assert isinstance(state.bind, Address)
+        sock = adopt_datagram_socket(fd, ipv6=state.bind.is_ipv6, wildcard=state.endpoint is None)
+        self._datagrams_of().listen(name, sock, state)
 
     def _make_server(self, generation: Generation) -> Server:
         given = self._inheritance
@@ -214,6 +231,15 @@ class _Worker:
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
         server.handover = Handover(server, sockmap)
+        self._datagrams = DatagramServer(
+            self.loop,
+            counters=server.counters,
+            limits=limits,
+            window=window,
+            log=server.log,
+            next_id=server.next_id,
+            most_sessions=most_clients(config.limits.pairs),
+        )
         return server
 
     def _ask_supervisor(self, what: str, fds: list[int], number: int) -> None:
@@ -228,6 +254,8 @@ class _Worker:
             server.unlisten(sock)
             sock.close()
         self._sockets = {}
+        # A datagram session has no end to wait for.
+        self._datagrams_of().end_all(CloseReason.SHUTDOWN)
         if not self._draining:
             self._draining = True
             self._stop_when_empty()

@@ -33,7 +33,7 @@ from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.errors import ControlError
 from pyforwarder.first_packet.cursor import ParseError
 from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, Loop
-from pyforwarder.reasons import CloseReason, RefusalCode
+from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
 from pyforwarder.worker.adopting import adopt, read_so_far, written_so_far
 from pyforwarder.worker.client import Client
@@ -115,7 +115,7 @@ class Server:
         self.copying = CopyDatapath(self)
         self.handover: Handover
         self._limits = limits
-        self._log = log
+        self.log = log
         self._workers = workers
         self._worker = worker
         self._most_clients = most_clients
@@ -155,7 +155,7 @@ class Server:
         client.reason = reason
         route = client.route
         if route is not None and route.negotiation is not None:
-            answer = route.negotiation.refused(_refusal_code(reason))
+            answer = route.negotiation.refused(refusal_code(reason))
             if answer:
                 client.down.pending = answer
                 self.happen(client, Event.REFUSED)
@@ -166,7 +166,7 @@ class Server:
         """An exception of ours while serving one connection: that one is reset, the rest go on."""
         if not isinstance(owner, Client):
             raise error
-        self._log.internal_error(error)
+        self.log.internal_error(error)
         if owner.life is not Life.CLOSED:
             owner.reason = CloseReason.INTERNAL
             owner.life = Life.CLOSED
@@ -213,18 +213,21 @@ class Server:
 
         self.loop.after(ACCEPT_PAUSE_S, resume)
 
+    def next_id(self) -> int:
+        """Count one more client and name it; the count survives the worker, so no id recurs."""
+        number: int = self.counters[Counter.ACCEPTED]
+        self.counters[Counter.ACCEPTED] = number + 1
+        return number * self._workers + self._worker + 1
+
     def _admit(self, state: ListenerState, fd: int, peer: object, family: int) -> None:
         os.set_blocking(fd, False)
         sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
         counters = self.counters
-        # The count survives the worker, so no id is ever given twice.
-        number = counters[Counter.ACCEPTED]
-        counters[Counter.ACCEPTED] = number + 1
         counters[state.counter + ListenerCounter.ACCEPTED] += 1
         address = address_of(peer)
         now_s = self.loop.now_s
         client = Client(self, state, sock, fd, address, now_s)
-        client.id = number * self._workers + self._worker + 1
+        client.id = self.next_id()
         limits = state.generation.limits
         if limits.new_per_second and not self._limits.admit_this_second(
             limits.new_per_second, now_s
@@ -715,7 +718,7 @@ class Server:
             client.datapath = None
             counters[Counter.UP_BYTES] += up_bytes
             counters[Counter.DOWN_BYTES] += down_bytes
-        self._log.closed(client, up_bytes, down_bytes)
+        self.log.closed(client, up_bytes, down_bytes)
         self.loop.deadlines.stop(client)
         self._give_back(client)
         del self.clients[client.client_fd]
@@ -773,11 +776,9 @@ class Server:
             raise ControlError(f"cannot join: {error.strerror}") from error
         state = self.generation.joined
         counters = self.counters
-        number = counters[Counter.ACCEPTED]
-        counters[Counter.ACCEPTED] = number + 1
         peer = address_of(client_socket.getpeername())
         client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
-        client.id = number * self._workers + self._worker + 1
+        client.id = self.next_id()
         client.attach_server(server_socket, server_fd)
         client.destination = address_of(server_socket.getpeername()) or UnixAddress("/")
         client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
@@ -894,10 +895,3 @@ class Server:
 def address_of(name: object) -> Address | None:
     """What getpeername(2) or getsockname(2) gave, as an address; None for a unix socket."""
     return Address(name[0], name[1]) if isinstance(name, tuple) else None
-
-
-def _refusal_code(reason: CloseReason) -> RefusalCode:
-    try:
-        return RefusalCode(reason.value)
-    except ValueError:
-        return RefusalCode.UNREACHABLE

@@ -143,8 +143,8 @@ def test_port_in_force_is_the_one_that_was_bound() -> None:
     assert main.endpoint == pack_endpoint(Address("127.0.0.1", 45678))
     assert (second.is_unix, second.local_port) == (True, 0)
     # Own listeners are those addresses, so that nobody is connected to them in a loop.
-    assert generation.own.includes(Address("127.0.0.1", 45678), is_local=lambda _: True)
-    assert not generation.own.includes(Address("127.0.0.1", 45679), is_local=lambda _: True)
+    assert generation.own["tcp"].includes(Address("127.0.0.1", 45678), is_local=lambda _: True)
+    assert not generation.own["tcp"].includes(Address("127.0.0.1", 45679), is_local=lambda _: True)
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0:9999", "[::]:9999"])

@@ -210,7 +210,7 @@ def test_reader_never_sees_halves_of_two_records(memory: mmap.mmap) -> None:
             number = (number + 1) % 60000
             describe(window, slot, pair_id=number, name=str(number).encode())
     try:
-        seen = set()
+        seen: set[int] = set()
         deadline_s = time.monotonic() + 20
         while len(seen) < 300 and time.monotonic() < deadline_s:
             for record in read_records(memory):
