@@ -1,0 +1,293 @@
+"""Signed instructions: made, read at every split, judged, used up."""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyforwarder.address import Address, HostPort
+from pyforwarder.first_packet.cursor import ParseError
+from pyforwarder.first_packet.instruction import ERRORS
+from pyforwarder.first_packet.outcome import NEED_MORE, NO_MATCH, Decision, Refuse, Route
+from pyforwarder.reasons import CloseReason, RefusalCode
+from pyforwarder.token import (
+    MAX_LENGTH,
+    SignedInstruction,
+    TokenKeys,
+    UsedTokens,
+    key_from_file,
+    make,
+    read,
+)
+from tests.helpers.instruction import instruction
+from tests.helpers.rules import ruleset
+
+KEY = b"0123456789abcdef"
+NOW = 1_800_000_000
+DEST = Address("10.0.0.7", 22)
+CLIENT = Address("192.0.2.7", 40000)
+LINE = make(DEST, expires_unix_s=NOW + 60, key_id="ops", key=KEY)
+FROM = make(
+    DEST, expires_unix_s=NOW + 60, key_id="ops", key=KEY,
+    source=ipaddress.ip_network("192.0.2.0/24"),
+)  # fmt: skip
+
+
+def parsed(line: bytes) -> SignedInstruction:
+    found = read(line)
+    assert isinstance(found, SignedInstruction)
+    return found
+
+
+def refusal(
+    line: bytes, keys: TokenKeys, *, client: Address | None = CLIENT, now: float = NOW
+) -> str | None:
+    return keys.refusal(parsed(line), client=client, now_unix_s=now)
+
+
+KEYS = TokenKeys({"ops": KEY})
+
+
+def test_the_signature_is_that_of_the_specification() -> None:
+    # Made with: printf %s '...' | openssl dgst -sha256 -hmac 0123456789abcdef -binary | basenc
+    # --base64url, without the padding.
+    assert LINE == (
+        b"FWD1 10.0.0.7:22 exp=1800000060 key=ops "
+        b"sig=vdrGkoH9acUxpL-hYP8tLL3D81dbd6mLEQ_wKuuBEd4\r\n"
+    )
+
+
+@pytest.mark.parametrize("line", [LINE, FROM])
+def test_a_line_is_read_whole_and_at_every_split(line: bytes) -> None:
+    assert [read(line[:n]) for n in range(len(line))] == [NEED_MORE] * len(line)
+    found = parsed(line + b"payload")
+    assert found == parsed(line)
+    assert (found.destination, found.key_id, found.length) == (DEST, "ops", len(line))
+    assert found.expires_unix_s == NOW + 60
+    assert refusal(line, KEYS) is None
+
+
+def test_a_signature_with_padding_is_the_same() -> None:
+    assert refusal(LINE.replace(b"\r\n", b"=\r\n"), KEYS) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"10.0.0.7", b"10.0.0.8"),
+        (b":22 ", b":23 "),
+        (b"exp=1800000060", b"exp=1800000061"),
+        (b"from=192.0.2.0/24", b"from=192.0.0.0/16"),
+        (b" from=192.0.2.0/24", b""),
+    ],
+)
+def test_what_is_signed_cannot_be_changed(old: bytes, new: bytes) -> None:
+    assert old in FROM
+    assert refusal(FROM.replace(old, new), KEYS) == "wrong signature"
+
+
+def test_every_character_of_the_signature_counts() -> None:
+    start = LINE.index(b" sig=") + 5
+    for at in range(start, len(LINE) - 2):
+        other = b"B" if LINE[at : at + 1] == b"A" else b"A"
+        assert refusal(LINE[:at] + other + LINE[at + 1 :], KEYS) == "wrong signature"
+
+
+def test_a_key_that_is_not_in_force() -> None:
+    assert refusal(LINE, TokenKeys({"other": KEY})) == "unknown key 'ops'"
+    assert refusal(LINE, TokenKeys({"ops": KEY[::-1]})) == "wrong signature"
+    # Rotation: both are good for a while.
+    assert refusal(LINE, TokenKeys({"new": KEY[::-1], "ops": KEY})) is None
+
+
+@pytest.mark.parametrize(
+    ("skew_s", "now", "reason"),
+    [
+        (0.0, NOW + 60, None),
+        (0.0, NOW + 60.5, "expired"),
+        (30.0, NOW + 90, None),
+        (30.0, NOW + 90.5, "expired"),
+        (0.0, NOW, None),
+        (0.0, NOW - 40.5, "expires too far ahead"),
+        (30.0, NOW - 40.5, None),
+        (30.0, NOW - 70.5, "expires too far ahead"),
+    ],
+)
+def test_times(skew_s: float, now: float, reason: str | None) -> None:
+    keys = TokenKeys({"ops": KEY}, clock_skew_s=skew_s, max_lifetime_s=100.0)
+    assert refusal(LINE, keys, now=now) == reason
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [("192.0.2.255", True), ("::ffff:192.0.2.1", True), ("192.0.3.1", False), ("::1", False)],
+)
+def test_the_source_is_a_network(host: str, good: bool) -> None:
+    wanted = None if good else "wrong source address"
+    assert refusal(FROM, KEYS, client=Address(host, 1)) == wanted
+    assert refusal(FROM, KEYS, client=None) == "wrong source address"
+    assert refusal(LINE, KEYS, client=None) is None
+
+
+SIG = b" sig=" + b"A" * 43 + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"FWD1  a:1 exp=1 key=k" + SIG,
+        b"FWD1 a:1 key=k exp=1" + SIG,
+        b"FWD1 a:1 exp=1 key=k to=b" + SIG,
+        b"FWD1 a:1 exp=-1 key=k" + SIG,
+        b"FWD1 a:1 exp=1 key=" + SIG,
+        b"FWD1 a:1 exp=1 key=k from=x" + SIG,
+        b"FWD1 a:1 exp=1 key=k from=192.0.2.1/24" + SIG,
+        b"FWD1 a:1 exp=1 key=k from=192.0.2.0/33" + SIG,
+        b"FWD1 a:0 exp=1 key=k" + SIG,
+        b"FWD1 127.1:1 exp=1 key=k" + SIG,
+        b"FWD1 a:1 exp=1 key=k" + SIG[:-3] + b"\r\n",
+        b"FWD1 a:1 exp=1 key=k" + SIG[:-2] + b"==\r\n",
+        b"FWD1 a:1 exp=1 key=k" + SIG.replace(b"A", b"+"),
+        b"FWD1 a:1 exp=1 key=k sig=\r\n",
+        b"FWD1 \xe4:1",
+        b"FWD1 a:1\n",
+        b"FWD1 a:1\rx",
+        b"FWD1 " + b"a" * 507,
+    ],
+)
+def test_what_begins_like_one_and_breaks(line: bytes) -> None:
+    with pytest.raises(ParseError):
+        read(line)
+    with pytest.raises(ParseError):
+        read(line + b"\r\n more")
+
+
+def test_need_more_ends_at_the_limit() -> None:
+    assert read(b"FWD1 " + b"a" * (MAX_LENGTH - 6)) is NEED_MORE
+    with pytest.raises(ParseError):
+        read(b"FWD1 " + b"a" * (MAX_LENGTH - 5))
+
+
+@pytest.mark.parametrize("data", [b"FWD2", b"f", b"FWD1\t", b"\0"])
+def test_what_is_none(data: bytes) -> None:
+    assert read(data) is NO_MATCH
+
+
+destinations = st.one_of(
+    st.builds(Address, st.ip_addresses(v=4).map(str), st.integers(1, 65535)),
+    st.builds(HostPort, st.from_regex(r"[a-z]{1,20}(\.[a-z]{2,9}){0,3}", fullmatch=True),
+              st.integers(1, 65535)),
+)  # fmt: skip
+
+
+@given(destinations, st.integers(0, 10**12 - 1), st.binary(min_size=16, max_size=80))
+def test_what_is_made_is_read_and_good(
+    destination: Address | HostPort, expires_unix_s: int, key: bytes
+) -> None:
+    line = make(destination, expires_unix_s=expires_unix_s, key_id="k.1-_", key=key)
+    found = parsed(line)
+    assert found.destination == destination
+    keys = TokenKeys({"k.1-_": key})
+    assert keys.refusal(found, client=CLIENT, now_unix_s=expires_unix_s) is None
+
+
+@given(st.data())
+def test_hostile_bytes_are_read_refused_or_awaited(data: st.DataObject) -> None:
+    line = bytearray(FROM)
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(line)))
+        line[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    settled: object = None
+    for length in range(len(line) + 1):
+        try:
+            answer: object = read(bytes(line[:length]))
+        except ParseError:
+            answer = "broken"
+        assert settled in (None, answer)
+        if answer is not NEED_MORE:
+            settled = answer
+
+
+@pytest.mark.parametrize("key_id", ["", "a b", "ä", "k" * 64, "a=b"])
+def test_a_key_id_that_cannot_be_read_is_not_written(key_id: str) -> None:
+    with pytest.raises(ValueError, match="no key id"):
+        make(DEST, expires_unix_s=NOW, key_id=key_id, key=KEY)
+
+
+def test_a_time_that_cannot_be_read_is_not_written() -> None:
+    for expires_unix_s in (-1, 10**12):
+        with pytest.raises(ValueError, match="no time"):
+            make(DEST, expires_unix_s=expires_unix_s, key_id="k", key=KEY)
+
+
+def test_a_key_file() -> None:
+    assert key_from_file(KEY + b"\n") == KEY
+    assert key_from_file(KEY + b"\n\n") == KEY + b"\n"
+    assert key_from_file(bytes(16)) == bytes(16)
+    with pytest.raises(ValueError, match="at least 16 bytes, this one has 15"):
+        key_from_file(KEY[1:] + b"\n")
+
+
+def test_used_tokens_are_forgotten_when_they_expire() -> None:
+    used = UsedTokens(capacity=3)
+    for number in range(3):
+        assert used.spend(b"%d" % number, expires_unix_s=10 + number, now_unix_s=5)
+    assert not used.spend(b"0", expires_unix_s=10, now_unix_s=10)
+    assert not used.spend(b"new", expires_unix_s=20, now_unix_s=10)
+    assert used.spend(b"new", expires_unix_s=20, now_unix_s=10.5)
+    assert len(used) == 3
+
+
+# In a rule.
+
+
+def decide(data: bytes, use: str, *, keys: TokenKeys = KEYS, now: float | None = NOW) -> Decision:
+    rules = ruleset({"match": "instruction", "allow": ["any"], "token": use}, keys=keys)
+    assert rules.needs_clock == (use != "off")
+    return rules.decide(data, client=CLIENT, local_port=1, now_unix_s=now)
+
+
+def is_refused(decision: Decision) -> bool:
+    refused = isinstance(decision, Refuse) and decision.reason is CloseReason.TOKEN
+    assert not refused or decision.reply == ERRORS[RefusalCode.TOKEN]  # type: ignore[union-attr]
+    return refused
+
+
+def test_a_rule_takes_one_form_the_other_or_both() -> None:
+    unsigned = instruction("10.0.0.7:22")
+    assert isinstance(decide(unsigned, "off"), Route)
+    assert isinstance(decide(unsigned, "optional"), Route)
+    assert is_refused(decide(unsigned, "required"))
+    for use in ("optional", "required"):
+        decision = decide(LINE + b"x", use)
+        assert isinstance(decision, Route)
+        assert (decision.to, decision.skip) == (DEST, len(LINE))
+    off = decide(LINE, "off")
+    assert isinstance(off, Refuse)
+    assert off.reason is CloseReason.NO_MATCH
+
+
+def test_a_token_that_is_not_good_is_refused() -> None:
+    assert is_refused(decide(LINE, "required", now=NOW + 61))
+    assert is_refused(decide(LINE, "required", keys=TokenKeys({})))
+    # Without a clock nothing is known to be in force.
+    assert is_refused(decide(LINE, "required", now=None))
+    broken = decide(LINE.replace(b"exp=", b"exq="), "required")
+    assert isinstance(broken, Refuse)
+    assert broken.reply == ERRORS[RefusalCode.MALFORMED]
+
+
+def test_a_single_use_token_is_used_up_only_by_a_good_one() -> None:
+    keys = TokenKeys({"ops": KEY}, used=UsedTokens())
+    assert is_refused(decide(LINE, "required", keys=keys, now=NOW + 61))
+    assert isinstance(decide(LINE, "required", keys=keys), Route)
+    assert is_refused(decide(LINE, "required", keys=keys))
+
+
+def test_the_signature_is_base64url_of_32_bytes() -> None:
+    signature = LINE.partition(b" sig=")[2].strip()
+    assert len(base64.urlsafe_b64decode(signature + b"=")) == 32
