@@ -129,6 +129,7 @@ class Rig:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+            if sock.family != socket.AF_UNIX and sock.proto == socket.IPPROTO_TCP:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         pair = RigPair(accepted, outgoing)
         pair.id = self._next_id

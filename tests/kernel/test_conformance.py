@@ -6,26 +6,15 @@ followed by a look at what it left behind.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import pytest
 
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.abi import PAIR_BYTES
-from pyforwarder.datapath.kernel import KernelMaps, PairTable
-from pyforwarder.datapath.rig import Rig
-from pyforwarder.datapath.scenarios import ALL, SLOW_LIMIT_BYTES, at_random
-from pyforwarder.datapath.table import PairWindow
-from tests.helpers.fake_datapath import FakeDatapath
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.scenarios import ALL, at_random
+from tests.helpers.stage import SLOTS, stage
 
-if TYPE_CHECKING:
-    from pyforwarder.datapath.sockmap import SockmapDatapath
-
-SLOTS: Final = 16
 DATAPATHS: Final = ("copy", "sockmap", "fake")
 SEEDS: Final = tuple(range(1000, 1012))
 
@@ -37,47 +26,6 @@ def maps(network: None) -> Iterator[KernelMaps]:
     loaded = KernelMaps.load(workers=1, slots=SLOTS)
     yield loaded
     loaded.close()
-
-
-def keys_in(fd: int) -> int:
-    """How many elements a map with 8-byte keys has."""
-    return len(bpf.Map(fd, key_bytes=8, value_bytes=8).all_keys())
-
-
-def open_fds() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextlib.contextmanager
-def stage(name: str, maps: KernelMaps) -> Iterator[Rig]:
-    """A rig with the named datapath; afterwards nothing may be left in use."""
-    fds_before = open_fds()
-    if name == "sockmap":
-        window = PairTable(workers=1, slots=SLOTS, fd=maps.pairs_fd).take_window(0)
-    else:
-        window = PairWindow(mmap.mmap(-1, SLOTS * PAIR_BYTES), first_slot=0, worker_index=0)
-    rig = Rig(window)
-    sockmap: SockmapDatapath | None = None
-    if name == "sockmap":
-        rig.datapath = sockmap = maps.datapath(rig, window, 0)
-        sockmap.limit_bytes = SLOW_LIMIT_BYTES
-    elif name == "fake":
-        rig.datapath = FakeDatapath(rig)
-    try:
-        yield rig
-        # What a pair took it has given back by itself, when it ended.
-        rig.loop.run_once(0)
-        assert keys_in(maps.ends_fd) == 0
-        assert keys_in(maps.sockets_fd) == 0
-        assert len(window._free) == SLOTS
-        assert rig.loop.deadlines.next_s() is None
-        assert sockmap is None or sockmap._by_slot == {}
-    finally:
-        rig.close()
-        if sockmap is not None:
-            sockmap._ring.close()
-        window.close()
-    assert open_fds() == fds_before
 
 
 @pytest.mark.parametrize("datapath", DATAPATHS)

@@ -1,0 +1,497 @@
+"""The sockmap datapath where it is special: entering at the wrong moment, limits, native mode."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import pytest
+
+from pyforwarder.connection import Phase
+from pyforwarder.datapath import bpf, table
+from pyforwarder.datapath import sockmap as sockmap_module
+from pyforwarder.datapath.abi import DatapathKind, Direction
+from pyforwarder.datapath.base import Pair, PairReason
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.rig import Reader, Rig, RigPair, loopback_pair
+from pyforwarder.datapath.scenarios import (
+    ALL,
+    SLOW_LIMIT_BYTES,
+    bytes_of,
+    flood_bytes,
+    push_until_blocked,
+    send_rest,
+)
+from pyforwarder.datapath.sockmap import SO_COOKIE, SockmapDatapath, _Half
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, received
+from pyforwarder.reasons import CloseReason
+from tests.helpers.stage import SLOTS, keys_in, stage
+from tests.helpers.waiting import wait_for
+
+# One packet more than the limit may be on its way when the fuse trips; loopback's are up to 64 KiB
+# (and a GSO packet may be larger where BIG TCP is on).
+LARGEST_PACKET_BYTES: Final = 1 << 17
+
+
+@pytest.fixture(scope="module")
+def maps(network: None) -> Iterator[KernelMaps]:
+    del network
+    loaded = KernelMaps.load(workers=1, slots=SLOTS)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def rig(maps: KernelMaps) -> Iterator[Rig]:
+    with stage("sockmap", maps) as rig:
+        yield rig
+
+
+def sockmap_of(rig: Rig) -> SockmapDatapath:
+    assert isinstance(rig.datapath, SockmapDatapath)
+    return rig.datapath
+
+
+def word(rig: Rig, pair: RigPair, place: list[int], direction: Direction) -> int:
+    """One of the 64-bit numbers of the pair's record."""
+    return int(rig.window.words[pair.slot * rig.window.WORDS + place[direction]])
+
+
+def half(rig: Rig, pair: RigPair, place: list[int], direction: Direction) -> int:
+    """One of the 32-bit numbers."""
+    return int(rig.window.halves[pair.slot * rig.window.HALVES + place[direction]])
+
+
+def talk_to_the_end(rig: Rig, client: socket.socket, pair: RigPair, server: socket.socket) -> None:
+    """Something each way, then both close; every byte must have arrived."""
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    client.sendall(b"request")
+    server.sendall(b"answer")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert (bytes(reader_s.data), bytes(reader_c.data)) == (b"request", b"answer")
+    assert (reader_c.ended, reader_s.ended) == ("eof", "eof")
+
+
+def update_that(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None]
+) -> list[int]:
+    """Call `before(n)` before the n-th insertion into the sockhash; the list counts them."""
+    sockets = sockmap_of(rig)._sockets
+    insert = sockets.update
+    calls: list[int] = []
+
+    def update(key: bytes, value: bytes) -> None:
+        calls.append(len(calls) + 1)
+        before(len(calls))
+        insert(key, value)
+
+    monkeypatch.setattr(sockets, "update", update)
+    return calls
+
+
+# Joined: the kernel moves the bytes
+
+
+def test_joined_pair_moves_its_bytes_without_userspace(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    upload, download = bytes_of(100_003, 1), bytes_of(50_021, 2)
+    read = {"up": b"", "down": b""}
+    for name, sender, receiver, data in (
+        ("up", client, server, upload),
+        ("down", server, client, download),
+    ):
+        for at in range(0, len(data), 1000):
+            sender.sendall(data[at : at + 1000])
+            while len(read[name]) < min(at + 1000, len(data)):
+                read[name] += receiver.recv(1 << 16)
+    assert read == {"up": upload, "down": download}
+    # The loop has not run once, and yet:
+    assert word(rig, pair, table.REDIRECTED, Direction.UP) == 100_003
+    assert word(rig, pair, table.REDIRECTED, Direction.DOWN) == 50_021
+    assert word(rig, pair, table.REDIRECTED_PACKETS, Direction.UP) == 101
+    assert word(rig, pair, table.PASSED, Direction.UP) == 0
+    assert pair.up.carried_bytes == 0
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_carried_counts_both_hands_exactly(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    client.sendall(b"x" * 1023)
+    rig.copy(pair)
+    rig.run_until(lambda: pair.up.carried_bytes == 1023, "first bytes")
+    assert rig.hand_over(pair) is None
+    client.sendall(b"y" * 777)
+    rig.run_until(
+        lambda: sockmap_of(rig).carried(pair, pair.up)[0] == 1023 + 777, "bytes of both hands"
+    )
+    assert sockmap_of(rig).carried(pair, pair.up)[1] == 2
+    got = b""
+    while len(got) < 1800:
+        got += server.recv(4096)
+    assert sockmap_of(rig).carried(pair, pair.up) == (1800, 2, 0)
+    assert sockmap_of(rig).carried(pair, pair.down) == (0, 0, 0)
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_quiet_joined_pair_asks_epoll_for_its_end_only(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    woken: list[int] = []
+    ready = sockmap_of(rig).ready
+
+    def wake(pair: Pair, fd: int, mask: int) -> None:
+        woken.append(mask)
+        ready(pair, fd, mask)
+
+    for fd in (pair.client_fd, pair.server_fd):
+        rig.loop.redirect(fd, wake)
+    rig.loop.run_once(0)
+    woken.clear()
+    for number in range(23):
+        client.sendall(b"message")
+        assert server.recv(100) == b"message", number
+        rig.loop.run_once(0)
+    assert woken == []
+    talk_to_the_end(rig, client, pair, server)
+    assert woken != []
+
+
+# Limits
+
+
+def test_backlog_stays_within_the_limit_and_one_packet(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sent = push_until_blocked(rig, client, flood_bytes(1))
+    assert half(rig, pair, table.TRIPS, Direction.UP) >= 1
+    _, _, backlog = sockmap_of(rig).carried(pair, pair.up)
+    assert backlog <= SLOW_LIMIT_BYTES + LARGEST_PACKET_BYTES
+    reader = Reader("server", server)
+    writer = send_rest("client", client, flood_bytes(1), sent)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader, writer)
+    assert bytes(reader.data) == flood_bytes(1)
+
+
+# Entering at the wrong moment
+
+
+def test_unix_socket_stays_with_copy(rig: Rig) -> None:
+    client, accepted = socket.socketpair()
+    outgoing, server = loopback_pair()
+    pair = rig.between(client, accepted, outgoing, server)
+    rig.copy(pair)
+    assert rig.hand_over(pair) is PairReason.UNIX_SOCKET
+    assert pair.kind is DatapathKind.COPY
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_mptcp_client_is_read_as_always(rig: Rig, maps: KernelMaps) -> None:
+    # The worker does not even try (`is_plain_tcp`); were it to, the kernel refuses the socket.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP)
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+    outgoing, server = loopback_pair()
+    pair = rig.between(client, accepted, outgoing, server)
+    rig.join(pair)
+    assert keys_in(maps.sockets_fd) == 1
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_pair_without_a_slot_stays_with_copy(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    slot, pair.slot = pair.slot, -1
+    rig.copy(pair)
+    assert rig.hand_over(pair) is PairReason.MAP_FULL
+    pair.slot = slot
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) -> None:
+    ends = bpf.Map(maps.ends_fd, key_bytes=8, value_bytes=8)
+    fillers = [n.to_bytes(8, "little") for n in range(1 << 60, (1 << 60) + 2 * SLOTS)]
+    # One place is left: the second end of the pair does not fit.
+    for filler in fillers[1:]:
+        ends.update(filler, bytes(8))
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    assert rig.hand_over(pair) is PairReason.MAP_FULL
+    assert keys_in(maps.ends_fd) == len(fillers) - 1
+    ends.update(fillers[0], bytes(8))
+    assert rig.hand_over(pair) is PairReason.MAP_FULL
+    for filler in fillers:
+        ends.delete(filler)
+    talk_to_the_end(rig, client, pair, server)
+
+
+@pytest.mark.parametrize("places", [0, 1])
+def test_full_sockhash_loses_no_byte(rig: Rig, maps: KernelMaps, places: int) -> None:
+    sockets = bpf.Map(maps.sockets_fd, key_bytes=8, value_bytes=8)
+    fillers = [sock for _ in range(SLOTS) for sock in loopback_pair()]
+    try:
+        for sock in fillers[places:]:
+            cookie = sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
+            sockets.update(cookie, sock.fileno().to_bytes(8, "little"))
+        client, pair, server = rig.connect()
+        rig.copy(pair)
+        # With one place the server's socket is in already: it stays, and the pair is native.
+        expected = None if places else PairReason.MAP_FULL
+        assert rig.hand_over(pair) is expected
+        talk_to_the_end(rig, client, pair, server)
+    finally:
+        for sock in fillers:
+            sock.close()
+
+
+def test_half_closed_pair_is_not_taken(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    client.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "FIN carried on")
+    assert rig.hand_over(pair) is PairReason.HALF_CLOSED
+    server.sendall(b"answer")
+    server.shutdown(socket.SHUT_WR)
+    reader = Reader("client", client)
+    rig.finish(pair, reader)
+    assert bytes(reader.data) == b"answer"
+
+
+def test_fin_that_nobody_has_heard_of_yet_is_seen_at_the_join(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    client.shutdown(socket.SHUT_WR)
+    wait_for(lambda: received(pair.client).state != TCP_ESTABLISHED, "FIN")
+    assert sockmap_of(rig).join(pair) is PairReason.HALF_CLOSED
+    talk_from_server(rig, client, pair, server)
+
+
+def talk_from_server(
+    rig: Rig,
+    client: socket.socket,
+    pair: RigPair,
+    server: socket.socket,
+    *,
+    heard: bytes = b"",
+) -> None:
+    """The client's side is closed: the server's bytes and its end still arrive."""
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    server.sendall(b"answer")
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert (bytes(reader_c.data), bytes(reader_s.data)) == (b"answer", heard)
+    assert (reader_c.ended, reader_s.ended) == ("eof", "eof")
+
+
+def test_unread_bytes_are_read_before_the_join(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    client.sendall(b"not read yet")
+    wait_for(lambda: received(pair.client).bytes_received == 12, "bytes")
+    assert sockmap_of(rig).join(pair) is PairReason.UNREAD_BYTES
+    assert pair.kind is DatapathKind.COPY
+    assert rig.hand_over(pair) is None
+    assert server.recv(100) == b"not read yet"
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_server_that_closes_before_its_insertion_leaves_the_pair_with_copy(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, maps: KernelMaps
+) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    assert pair.server is not None
+    inside = pair.server
+
+    def close_first(number: int) -> None:
+        if number == 1:
+            server.sendall(b"last words")
+            server.shutdown(socket.SHUT_WR)
+            wait_for(lambda: received(inside).state != TCP_ESTABLISHED, "FIN")
+
+    update_that(rig, monkeypatch, close_first)
+    assert sockmap_of(rig).join(pair) is PairReason.REFUSED_BY_KERNEL
+    assert keys_in(maps.ends_fd) == 0
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert (bytes(reader_c.data), bytes(reader_s.data)) == (b"last words", b"request")
+
+
+@pytest.mark.parametrize("words", [b"", b"last words"])
+def test_client_that_closes_between_the_insertions_is_served_to_its_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, words: bytes
+) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+
+    def close_between(number: int) -> None:
+        if number == 2:
+            client.sendall(words)
+            client.shutdown(socket.SHUT_WR)
+            server.sendall(b"banner")
+            wait_for(lambda: received(pair.client).state != TCP_ESTABLISHED, "FIN")
+
+    calls = update_that(rig, monkeypatch, close_between)
+    assert sockmap_of(rig).join(pair) is None
+    assert calls == [1, 2]
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    rig.run_until(lambda: reader_s.ended == "eof", "FIN at the server")
+    server.sendall(b", answer")
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert (bytes(reader_s.data), bytes(reader_c.data)) == (words, b"banner, answer")
+
+
+# Native mode: only the server's socket is in the map
+
+
+NATIVE: Final = [
+    "both ways in pieces",
+    "slow server",
+    "slow client",
+    "both stalled",
+    "half-close by the client",
+    "half-close by the server",
+    "fin behind a backlog",
+    "lone fin beside a backlog",
+    "lone fin of the server beside a backlog",
+    "reset by the client",
+    "reset by the server",
+    "reset by a stalled reader",
+    "queued before the join",
+    "round trips",
+    "both close at once",
+]
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_pair_whose_client_the_kernel_refused_does_the_same(
+    name: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse_the_client(number: int) -> None:
+        if number == 2:
+            raise OSError(errno.EOPNOTSUPP, "in CLOSE_WAIT, for all we know")
+
+    calls = update_that(rig, monkeypatch, refuse_the_client)
+    ALL[name](rig)
+    assert calls == [1, 2]
+
+
+def test_bytes_passed_just_before_it_sleeps_wake_the_worker(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nobody rings for them, because nobody sleeps yet: going to sleep has to look once more.
+    def refuse_the_client(number: int) -> None:
+        if number == 2:
+            raise OSError(errno.EOPNOTSUPP, "")
+
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    sockmap = sockmap_of(rig)
+    update_that(rig, monkeypatch, refuse_the_client)
+    fall_asleep = sockmap._sleep
+    sent: list[bytes] = []
+
+    def sleep_late(_pair: Pair, half: _Half) -> bool:
+        if not sent:
+            sent.append(b"just now")
+            server.sendall(sent[0])
+            wait_for(lambda: word(rig, pair, table.PASSED, Direction.DOWN) == 8, "passed bytes")
+        return fall_asleep(pair, half)
+
+    monkeypatch.setattr(sockmap, "_sleep", sleep_late)
+    assert sockmap.join(pair) is None
+    reader = Reader("client", client)
+    rig.run_until(lambda: bytes(reader.data) == b"just now", "the bytes")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader)
+
+
+def test_fin_is_not_carried_on_before_the_program_has_seen_the_last_byte(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # tcp_fin() wakes epoll before the program runs for the packet that carried the FIN: TCP has
+    # counted bytes then that are in nobody's count yet.
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    looks: list[Phase] = []
+
+    def received_but_not_seen(sock: socket.socket) -> Received:
+        looks.append(pair.up.phase)
+        state, count = received(sock)
+        return Received(state, count + (5 if len(looks) <= 2 else 0))
+
+    monkeypatch.setattr(sockmap_module, "received", received_but_not_seen)
+    client.sendall(b"last words")
+    client.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "FIN carried on")
+    assert len(looks) >= 3
+    assert set(looks) == {Phase.DRAINING}
+    monkeypatch.undo()
+    talk_from_server(rig, client, pair, server, heard=b"last words")
+
+
+def test_pair_whose_bytes_the_program_had_to_drop_is_reset(rig: Rig) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    # What trim() in redirect.c leaves behind: `lost` set beside `latched`, the bytes counted.
+    rig.window.halves[pair.slot * rig.window.HALVES + table.LATCHED[Direction.UP]] = 1 << 16
+    rig.window.words[pair.slot * rig.window.WORDS + table.PASSED[Direction.UP]] += 5
+    client.shutdown(socket.SHUT_WR)
+    reader = Reader("server", server)
+    rig.finish(pair, reader)
+    assert (pair.reason, reader.ended) == (CloseReason.INTERNAL, "ConnectionResetError")
+
+
+# Wakeups
+
+
+def test_wakeup_of_a_pair_that_has_ended_wakes_nobody(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sockmap = sockmap_of(rig)
+    advanced: list[object] = []
+    advance = sockmap.advance
+
+    def note(pair: Pair, half: _Half) -> None:
+        advanced.append(pair)
+        advance(pair, half)
+
+    monkeypatch.setattr(sockmap, "advance", note)
+    slot = pair.slot
+    records = [
+        slot.to_bytes(4, "little") + bytes(4) + (pair.id - 1).to_bytes(8, "little"),
+        (slot + 1).to_bytes(4, "little") + bytes(4) + pair.id.to_bytes(8, "little"),
+    ]
+    monkeypatch.setattr(sockmap._ring, "records", lambda: iter(records))
+    sockmap._rung(None, sockmap._ring.fd, 1)
+    assert advanced == []
+    records[:] = [slot.to_bytes(4, "little") + bytes(4) + pair.id.to_bytes(8, "little")]
+    sockmap._rung(None, sockmap._ring.fd, 1)
+    assert advanced == [pair]
+    monkeypatch.undo()
+    talk_to_the_end(rig, client, pair, server)
+
+
+def test_error_of_a_socket_is_its_sides_reset(rig: Rig) -> None:
+    for sock_index, reason in ((0, CloseReason.CLIENT_RESET), (1, CloseReason.SERVER_RESET)):
+        ends = rig.connect()
+        client, pair, server = ends
+        rig.join(pair)
+        resetting = (client, server)[sock_index]
+        resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        resetting.close()
+        rig.run_until(lambda: pair.ended, "end of the pair")  # noqa: B023 - run now
+        assert pair.reason is reason
