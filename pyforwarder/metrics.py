@@ -130,7 +130,12 @@ class ForwarderCollector(Collector):
             "Times a worker stopped accepting for want of descriptors or memory.",
             value=total(Counter.ACCEPT_PAUSED),
         )
-        yield from (accepted, refused, open_now, closed, limited, paused)
+        lost = CounterMetricFamily(
+            "pyforwarder_datagrams_lost",
+            "Datagrams dropped because a queue was full or a server's name not resolved yet.",
+            value=total(Counter.DATAGRAMS_LOST),
+        )
+        yield from (accepted, refused, open_now, closed, limited, paused, lost)
 
     def _rules(self) -> Iterator[Metric]:
         total = self._source.counters.total

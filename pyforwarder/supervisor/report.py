@@ -157,6 +157,7 @@ TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = (
     ("first_packet_full", LineKind.COUNTER, Counter.FIRST_PACKET_FULL),
     ("first_packet_timeout", LineKind.COUNTER, Counter.FIRST_PACKET_TIMEOUT),
     ("accept_paused", LineKind.COUNTER, Counter.ACCEPT_PAUSED),
+    ("datagrams_lost", LineKind.COUNTER, Counter.DATAGRAMS_LOST),
 )
 
 
