@@ -22,7 +22,7 @@ from pyforwarder.worker.process import give_up_privileges
 if TYPE_CHECKING:
     from pyforwarder.metrics import Source
 
-_BACKLOG: Final = 16
+_BACKLOG: Final = 128
 
 
 class MetricsListener:

@@ -145,10 +145,10 @@ def test_slow_and_many_clients_stop_neither_scrapes_nor_the_daemon(
 ) -> None:
     port = unused_port()
     forwarder = start_forwarder(config(port, datapath="copy"))
-    idle = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(5)]
+    idle = [dial(("127.0.0.1", port)) for _ in range(5)]
     try:
         assert value(scrape(port), "workers") == 2
-        idle += [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(30)]
+        idle += [dial(("127.0.0.1", port)) for _ in range(30)]
         # Beyond its few requests at once it hangs up at once: no thread for each who comes.
         closed = [sock for sock in idle[13:] if sock.recv(1) == b""]
         assert len(closed) == len(idle[13:])
