@@ -220,6 +220,56 @@ def conversation(seed: int, number: int, *, largest: int = 1 << 20) -> Conversat
     )
 
 
+def bulk_conversation(seed: int, number: int, *, largest: int = 200_000_000) -> Conversation:
+    """One that moves tens to hundreds of megabytes: one way or both, to fast readers and slow.
+
+    What a short conversation never meets: full buffers at every stage, windows that close and
+    open, segments that are dropped and sent again, a backlog that reaches its limit many times.
+    """
+    rng = random.Random(f"bulk {seed}/{number}")
+    draft = _Draft()
+    kind = rng.choice(["up", "down", "both", "both"])
+    for name, steps in (("up", draft.client), ("down", draft.server)):
+        size = 0
+        if kind in (name, "both"):
+            size = _log_uniform(rng, min(largest, 20_000_000), largest)
+        elif rng.random() < 0.5:
+            size = _log_uniform(rng, 1, 100_000)
+        # Blocks of one size are what programs write.
+        block = rng.choice([LARGEST_CHUNK, LARGEST_CHUNK, 262_144, 100_003, 65_536])
+        while size:
+            piece = min(size, block)
+            steps.append(Send(piece))
+            size -= piece
+            if rng.random() < 0.5 * block / largest:
+                steps.append(Pause(rng.uniform(1, 300)))
+    _endings(rng, draft)
+    client = _bulk_script(rng, draft.client, _sent_by(draft.server))
+    server = _bulk_script(rng, draft.server, _sent_by(draft.client))
+    return Conversation(
+        number=number,
+        kind=f"bulk {kind}",
+        verdict=Verdict.ORDERLY,
+        client=client,
+        server=server,
+        opening=Opening(await_ack=rng.random() < 0.5),
+        server_is_ipv6=rng.random() < 0.3,
+        origins=(rng.randrange(STREAM_PERIOD), rng.randrange(STREAM_PERIOD)),
+    )
+
+
+def _bulk_script(rng: random.Random, steps: list[Step], incoming: int) -> Script:
+    stops: tuple[tuple[int, float], ...] = ()
+    if incoming > LARGEST_CHUNK and rng.random() < 0.5:
+        places = sorted({rng.randrange(incoming) for _ in range(rng.choice([1, 3, 12]))})
+        stops = tuple((place, rng.uniform(1, 400)) for place in places)
+    return Script(
+        steps=tuple(steps),
+        reading_stops=stops,
+        read_size=rng.choice([READ_SIZE, READ_SIZE, 1 << 16, 20_000]),
+    )
+
+
 @dataclass(slots=True)
 class _Draft:
     client: list[Step] = field(default_factory=list)

@@ -1,0 +1,186 @@
+"""The same random conversations directly and through the forwarder: the same bytes and endings.
+
+helpers/traffic.py makes and judges the conversations, test_differential_judge.py tests the judge.
+Every run takes another seed and prints it when something is wrong; to see that again:
+
+    PYFORWARDER_TEST_SEED=NUMBER scripts/test tests/kernel/test_differential.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests.helpers import traffic
+from tests.helpers.netns import narrow_the_network, private_network
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.helpers.daemon import Daemon
+    from tests.kernel.conftest import StartForwarder
+
+SEED: Final = int(
+    os.environ.get("PYFORWARDER_TEST_SEED") or random.SystemRandom().randrange(1 << 32)
+)
+BATCH: Final = 500
+# How many, by the network they are played in; a batch takes about a second per datapath.
+CONVERSATIONS: Final = {"wide": 6000, "narrow": 3000}
+SOAK_S: Final = 600.0
+
+DATAPATHS: Final = {
+    "copy": "datapath: copy",
+    "sockmap": "datapath: sockmap",
+    "auto": "datapath: auto\nhandover: {after_bytes: 64KiB}",
+}
+# Of all pairs, how many must have been in the kernel's hands for the test to prove anything.  In
+# the forced case the others had ended, or had their client's FIN, before they could be joined, or
+# there was not one moment when all that had arrived was read.
+LEAST_IN_SOCKMAP: Final = {"copy": 0.0, "sockmap": 0.7, "auto": 0.1}
+LEAST_OF_BULK: Final = {"copy": 0.0, "sockmap": 0.25, "auto": 0.1}
+
+
+def config(datapath: str, more: str = "") -> str:
+    return f"""
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    rules: [{{match: instruction, allow: [loopback]}}]
+log: {{level: warning}}
+{DATAPATHS[datapath]}
+{more}
+"""
+
+
+@pytest.fixture(params=["wide", "narrow"])
+def network_is(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Loopback as it is, or with Ethernet's segments and small buffers."""
+    with private_network():
+        if request.param == "narrow":
+            narrow_the_network()
+        yield request.param
+
+
+def play(
+    conversations: list[traffic.Conversation],
+    forwarder: Daemon,
+    *,
+    concurrency: int,
+    seconds: float,
+) -> list[tuple[traffic.Result, list[str]]]:
+    """The conversations that went wrong; each may take so many seconds."""
+    direct = traffic.run(conversations, concurrency=concurrency, deadline_s=seconds)
+    forwarded = traffic.run(
+        conversations, via=forwarder.address, concurrency=concurrency, deadline_s=seconds
+    )
+    assert len(direct) == len(forwarded) == len(conversations)
+    judged = [(result, traffic.faults(direct[n], result)) for n, result in forwarded.items()]
+    return [(result, found) for result, found in judged if found]
+
+
+def check_nothing_is_left(
+    forwarder: Daemon, *, datapath: str, conversations: int, least: float
+) -> None:
+    """Every connection ended for a reason that its peers gave, on the datapath that is meant."""
+    forwarder.wait_for_no_pairs()
+    stats = forwarder.show("stats")
+    assert stats["accepted"] == conversations
+    closed = {reason: count for reason, count in stats["closed"].items() if count}
+    # client_gone: a client that resets within its instruction may look like one that closes.
+    assert set(closed) <= {"finished", "client_reset", "server_reset", "client_gone"}, closed
+    assert sum(closed.values()) == conversations
+    joined = stats["joined"]
+    assert joined["sockmap"] >= least * conversations
+    assert datapath != "copy" or joined["sockmap"] == 0
+    assert "Traceback" not in forwarder.output()
+
+
+def batches(numbers: Iterable[int]) -> Iterator[list[traffic.Conversation]]:
+    batch = []
+    for number in numbers:
+        batch.append(traffic.conversation(SEED, number))
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    assert not batch, "whole batches only"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("datapath", list(DATAPATHS))
+def test_conversations_end_as_direct_ones_do(
+    network_is: str, start_forwarder: StartForwarder, datapath: str
+) -> None:
+    forwarder = start_forwarder(config(datapath))
+    workers = [worker.pid for worker in forwarder.workers()]
+    rng = random.Random(SEED)
+    for batch in batches(range(CONVERSATIONS[network_is])):
+        bad = play(batch, forwarder, concurrency=rng.choice([8, 64, 128, 400]), seconds=30)
+        assert not bad, traffic.report(SEED, bad)
+    check_nothing_is_left(
+        forwarder,
+        datapath=datapath,
+        conversations=CONVERSATIONS[network_is],
+        least=LEAST_IN_SOCKMAP[datapath],
+    )
+    assert [worker.pid for worker in forwarder.workers()] == workers
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("limit", ["128KiB", "1MiB"])
+@pytest.mark.parametrize("datapath", ["sockmap", "auto", "copy"])
+def test_bulk_conversations_end_as_direct_ones_do(
+    start_forwarder: StartForwarder, datapath: str, limit: str
+) -> None:
+    forwarder = start_forwarder(config(datapath, f"backlog_limit: {limit}"))
+    conversations = [traffic.bulk_conversation(SEED, number) for number in range(12)]
+    bad = play(conversations, forwarder, concurrency=3, seconds=90)
+    assert not bad, traffic.report(SEED, bad)
+    check_nothing_is_left(
+        forwarder,
+        datapath=datapath,
+        conversations=len(conversations),
+        least=LEAST_OF_BULK[datapath],
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(SOAK_S * len(DATAPATHS))
+def test_soak(start_forwarder: StartForwarder) -> None:
+    """All datapaths in turns, in a wide network and a narrow one, for ten minutes."""
+    ends_s = time.monotonic() + SOAK_S
+    rng = random.Random(SEED)
+    number = 0
+    while time.monotonic() < ends_s:
+        for network_is in CONVERSATIONS:
+            with private_network():
+                if network_is == "narrow":
+                    narrow_the_network()
+                for datapath in DATAPATHS:
+                    forwarder = start_forwarder(config(datapath), instance=f"soak{number}")
+                    played = 0
+                    for batch in batches(range(number, number + 4 * BATCH)):
+                        some = rng.choice([8, 64, 128, 400])
+                        bad = play(batch, forwarder, concurrency=some, seconds=30)
+                        assert not bad, traffic.report(SEED, bad)
+                        played += len(batch)
+                    if network_is == "wide":
+                        bulk = [
+                            traffic.bulk_conversation(SEED, n) for n in range(number, number + 4)
+                        ]
+                        bad = play(bulk, forwarder, concurrency=2, seconds=90)
+                        assert not bad, traffic.report(SEED, bad)
+                        played += len(bulk)
+                    check_nothing_is_left(
+                        forwarder,
+                        datapath=datapath,
+                        conversations=played,
+                        least=LEAST_IN_SOCKMAP[datapath],
+                    )
+                    assert forwarder.stop() == 0
+                    number += 4 * BATCH
+    print(f"{number} conversations, seed {SEED}")
