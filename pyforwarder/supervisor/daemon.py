@@ -31,6 +31,7 @@ from pyforwarder.limits import new_secret, shared_memory
 from pyforwarder.loop import EPOLLIN, Loop
 from pyforwarder.routing import compile_rules
 from pyforwarder.supervisor import report
+from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
 from pyforwarder.supervisor.proc import ProcDirectory
@@ -45,6 +46,7 @@ from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
     from pyforwarder.environment import Environment
+    from pyforwarder.health import Verdict
     from pyforwarder.metrics import Source
     from pyforwarder.supervisor import UpOptions
 
@@ -111,6 +113,7 @@ class Daemon:
                 self._serve()
             finally:
                 self._metrics.close()
+                self._checks.close()
                 for worker in self._workers:
                     worker.kill()
                     worker.close()
@@ -162,6 +165,12 @@ class Daemon:
             self._metrics_source,
             user=self._user,
             close_in_child=lambda: self._close_in_child(is_metrics=True),
+        )
+        self._checks = CheckerProcess(
+            self._loop,
+            user=self._user,
+            close_in_child=self._close_in_child,
+            tell=self._tell_of_health,
         )
 
     def _make_tables(self) -> None:
@@ -285,6 +294,7 @@ class Daemon:
         self._watch_signals()
         for index in range(self._count):
             self._workers.append(self._start_worker(index))
+        self._checks.change_to(config.upstreams)
         self._metrics.start()
         if self._metrics.listener is not None:
             self._log.write("info", "metrics", bind=self._metrics.listener.bind)
@@ -333,6 +343,8 @@ class Daemon:
             worker.kill()
             worker.close()
             raise
+        for verdict in self._checks.down:
+            self._say_health(worker, verdict)
         self._loop.watch(worker.channel.fileno(), EPOLLIN, self._hear, worker)
         return worker
 
@@ -368,6 +380,7 @@ class Daemon:
                 sock.close()
         if not is_metrics:
             self._metrics.close_socket()
+        self._checks.close_channel()
         control = getattr(self, "_control", None)
         for fd in control.fds() if control is not None else ():
             os.close(fd)
@@ -478,10 +491,36 @@ class Daemon:
         if not self._ending:
             self._metrics.start()
 
+    def _restart_checks(self) -> None:
+        if not self._ending:
+            self._checks.start()
+
+    def _tell_of_health(self, verdict: Verdict) -> None:
+        """Every worker learns that a server went up or down."""
+        self._log.write(
+            "info" if verdict.up else "warning",
+            "server_up" if verdict.up else "server_down",
+            upstream=verdict.upstream,
+            server=verdict.server,
+            why=verdict.why,
+        )
+        for worker in self._living():
+            self._say_health(worker, verdict)
+
+    def _say_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
+        try:
+            worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
+        except ControlError as error:
+            # It dies or is stuck; whoever takes its place is told at the start.
+            self._log.write("error", "worker_health", error=str(error))
+
     def _look_after_workers(self) -> None:
         if self._metrics.has_died() and not self._ending:
             self._log.write("error", "metrics_died")
             self._loop.after(_PAUSE_S, self._restart_metrics)
+        if self._checks.has_died() and not self._ending:
+            self._log.write("error", "health_checks_died")
+            self._loop.after(_PAUSE_S, self._restart_checks)
         for index, worker in enumerate(self._workers):
             if worker.exit_code is not None or not worker.has_ended():
                 continue
@@ -717,6 +756,7 @@ class Daemon:
         self._listeners.commit(following, obsolete)
         self._describe_listeners()
         self._metrics.commit(metrics)
+        self._checks.change_to(config.upstreams)
         if self._proc is not None:
             self._proc.port_changed()
         for name, listener in following.items():

@@ -14,7 +14,7 @@ from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
 from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
-from pyforwarder.worker.resolver import addresses_of
+from pyforwarder.worker.resolver import KEEP_S, addresses_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Upstream
@@ -143,7 +143,9 @@ class Connector:
                 client.candidates = list(addresses)
                 self._connect(client)
 
-        if not self._resolver.resolve(to.name, answer):
+        upstream = self._upstream(client)
+        keep_s = upstream.resolve_every_s if upstream is not None else KEEP_S
+        if not self._resolver.resolve(to.name, answer, keep_s=keep_s):
             self._server.refuse(client, CloseReason.BUSY)
 
     def _may(self, client: Client, addresses: list[Address] | list[Address | UnixAddress]) -> bool:

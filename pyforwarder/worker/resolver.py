@@ -1,7 +1,8 @@
 """Host names to addresses, off the loop: getaddrinfo(3) blocks, so threads do it.
 
-Bounded in every way: so many threads, so many questions waiting, and answers are kept only as
-long as `KEEP_S`. A question that takes longer than its connection's deadline is answered to nobody.
+Bounded in every way: so many threads, so many questions waiting, and answers are kept only for a
+while: `KEEP_S`, or what an upstream says (`resolve_every`). A question that takes longer than its
+connection's deadline is answered to nobody.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class Resolver:
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.watch(self._event_fd, EPOLLIN, self._answered, self)
 
-    def resolve(self, name: str, answer: Answer) -> bool:
+    def resolve(self, name: str, answer: Answer, *, keep_s: float = KEEP_S) -> bool:
         """Call `answer` with the name's addresses, now if they are known, else from the loop.
 
-        False if too many questions wait already: then `answer` is never called.
+        What was answered up to `keep_s` ago counts as known. False if too many questions wait
+        already: then `answer` is never called.
         """
         kept = self._kept.get(name)
-        if kept is not None and kept[0] > self._loop.now_s:
+        if kept is not None and kept[0] + keep_s > self._loop.now_s:
             answer(kept[1])
             return True
         waiting = self._waiting.get(name)
@@ -76,7 +78,7 @@ class Resolver:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
             if addresses:
-                self._kept[name] = (self._loop.now_s + KEEP_S, addresses)
+                self._kept[name] = (self._loop.now_s, addresses)
             for answer in self._waiting.pop(name, ()):
                 answer(addresses)
 
