@@ -245,7 +245,9 @@ class _Fixed(_Entry):
         outcome = self.matcher.match(data, end, client, local_port)
         if outcome is MATCH:
             return self._decision
-        if outcome is NEED_MORE and self._asks and end is End.OPEN:
+        # FULL too: what is asked about makes room, and a client that sends much at once is answered
+        # as if it had come in small pieces.
+        if outcome is NEED_MORE and self._asks and end in (End.OPEN, End.FULL):
             question = self.matcher.ask(data)
             if question is not None:
                 assert conversation is not None, "rules that ask need Ruleset.begin()"

@@ -192,7 +192,8 @@ def test_hostile_bytes_are_decided_once_and_for_all(data: bytes, end: End) -> No
             assert answer == settled
     final = decide(SHARED, data, end)
     assert end is End.OPEN or final is not NEED_MORE
-    if settled is not None:
+    # A question is acted on when it comes up; a client that has gone is asked nothing any more.
+    if settled is not None and not (settled == "says" and end in (End.EOF, End.TIMEOUT)):
         assert taken_by(final) == settled
 
 
@@ -242,7 +243,7 @@ def best_us(rules: Ruleset, data: bytes) -> float:
 
 
 def test_a_decision_is_cheap() -> None:
-    # Several times what was measured (2 and 16): fails for another algorithm, not another machine.
+    # Several times what was measured (1 and 15): fails for another algorithm, not another machine.
     default = ruleset({"match": "instruction", "allow": ["loopback"]})
     assert best_us(default, instruction("127.0.0.1:9001")) < 20
     by_name = ruleset(to({"tls": {"sni": "*.example.com"}}, "web"))
