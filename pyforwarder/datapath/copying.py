@@ -69,6 +69,11 @@ class CopyDatapath:
             inward, outward = pair.up, pair.down
         else:
             inward, outward = pair.down, pair.up
+        if mask == EPOLLIN:  # nearly always: what follows would do the same, later
+            inward.readable = True
+            if not inward.blocked:
+                self.pump(pair, inward)
+            return
         if mask & EPOLLRDHUP:
             inward.end_seen = True
         if mask & EPOLLOUT and outward.blocked:
@@ -92,70 +97,66 @@ class CopyDatapath:
         self._host.broken(pair, side)
 
     def pump(self, pair: Pair, flow: Flow) -> None:
-        """Move bytes of one flow until the source is empty, the target full, or the turn over."""
-        if not self.write_pending(pair, flow):
+        """Move bytes of one flow until the source is empty, the target full, or the turn over.
+
+        Every message of every copied pair comes through here, so the loop calls nothing but the
+        kernel.
+        """
+        if flow.pending is not None and not self.write_pending(pair, flow):
             return
         moved = 0
+        chunk: bytes | memoryview
         while flow.readable and flow.phase is Phase.OPEN:
             if moved >= FAIR_SHARE_BYTES:
                 self._loop.soon(pair, flow.source_fd)
                 break
-            count = self._move(pair, flow)
-            if count <= 0:
+            try:
+                if flow.bulk:
+                    asked = BULK_READ_BYTES
+                    count = os.readv(flow.source_fd, self._vector)
+                    chunk = self._view[:count]
+                else:
+                    asked = READ_BYTES
+                    chunk = os.read(flow.source_fd, READ_BYTES)
+                    count = len(chunk)
+            except BlockingIOError:
+                flow.readable = False
                 break
-            moved += count
+            except OSError:
+                self._fail(pair, flow.source_fd)
+                return
+            if count == 0:
+                flow.readable = False
+                self._host.fin_seen(pair, flow)
+                self._host.delivered(pair, flow)
+                break
+            flow.read_bytes += count
+            if count < asked:
+                # A short read has emptied the queue, so the next byte brings an edge of its own; a
+                # FIN that came with these bytes does not, and wants one more read.
+                flow.readable = flow.end_seen
+                flow.bulk = False
+            else:
+                flow.bulk = True
+            try:
+                written = os.write(flow.target_fd, chunk)
+            except BlockingIOError:
+                written = 0
+            except OSError:
+                self._fail(pair, flow.target_fd)
+                return
+            flow.carried_packets += 1
+            flow.written_bytes += written
+            flow.carried_bytes += written
+            moved += written
+            if written < count:
+                # The shared buffer serves other flows next: what is left gets its own memory.
+                flow.pending = memoryview(bytes(chunk[written:]))
+                self._block(pair, flow)
+                break
         if moved and pair.datapath is not None:
             pair.active_s = self._loop.now_s
             self._host.moved(pair, flow)
-
-    def _move(self, pair: Pair, flow: Flow) -> int:
-        """One read and its write. How many bytes went; 0: stop, nothing more for now."""
-        chunk: bytes | memoryview
-        asked = BULK_READ_BYTES if flow.bulk else READ_BYTES
-        try:
-            if flow.bulk:
-                count = os.readv(flow.source_fd, self._vector)
-                chunk = self._view[:count]
-            else:
-                chunk = os.read(flow.source_fd, READ_BYTES)
-                count = len(chunk)
-        except BlockingIOError:
-            flow.readable = False
-            return 0
-        except OSError:
-            self._fail(pair, flow.source_fd)
-            return 0
-        if count == 0:
-            flow.readable = False
-            self._host.fin_seen(pair, flow)
-            self._host.delivered(pair, flow)
-            return 0
-        flow.read_bytes += count
-        if count < asked:
-            # A short read has emptied the queue, so the next byte brings an edge of its own; a FIN
-            # that came with these bytes does not, and wants one more read.
-            flow.readable = flow.end_seen
-            flow.bulk = False
-        else:
-            flow.bulk = True
-        flow.carried_packets += 1
-        try:
-            written = os.write(flow.target_fd, chunk)
-        except BlockingIOError:
-            written = 0
-        except OSError:
-            self._fail(pair, flow.target_fd)
-            return 0
-        flow.written_bytes += written
-        flow.carried_bytes += written
-        if written < count:
-            # The shared buffer serves other flows next: what is left gets memory of its own.
-            flow.pending = memoryview(bytes(chunk[written:]))
-            self._block(pair, flow)
-            # Bytes did move, and the caller counts them; readable and phase end its loop.
-            self._host.moved(pair, flow)
-            return -1
-        return count
 
     def write_pending(self, pair: Pair, flow: Flow) -> bool:
         """Offer the target what it had no room for; True once nothing is left."""

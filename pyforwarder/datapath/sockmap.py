@@ -70,9 +70,10 @@ _WAKEUP: Final = struct.Struct("=IIQ")
 # is full, and then EPOLLOUT tells. The timer covers what no event reports, and backs off.
 _FIRST_RETRY_S: Final = 0.001
 _LONGEST_RETRY_S: Final = 0.064
-# Passed bytes that are stuck behind the other direction's backlog get help after so many looks
-# (1 + 4 + 16 ms): a target that reads has emptied its queue by then.
-_STUCK_LOOKS: Final = 3
+# Passed bytes that are stuck behind the other direction's backlog get help after this time (a
+# target that reads has emptied its queue by then), and again if that was not enough.
+_STUCK_S: Final = 0.02
+_STUCK_AGAIN_S: Final = 0.5
 
 
 class _Half(Timed):
@@ -89,7 +90,7 @@ class _Half(Timed):
         "pair",
         "retry_s",
         "sleeping",
-        "stuck_looks",
+        "stuck_until_s",
     )
 
     def __init__(self, datapath: SockmapDatapath, pair: Pair, flow: Flow, cookie: bytes) -> None:
@@ -104,7 +105,7 @@ class _Half(Timed):
         self.sleeping = False
         self.is_native = False  # the kernel would not take the source: it is read as always
         self.retry_s = _FIRST_RETRY_S
-        self.stuck_looks = 0
+        self.stuck_until_s = 0.0  # when to help; 0: not stuck
 
     def expired(self) -> None:
         """The retry timer: look again."""
@@ -393,10 +394,11 @@ class SockmapDatapath:
                 self._fail(pair, flow.source_fd)
                 return 0
             if count == 0:
-                # An EOF that overtakes passed bytes: look again when the kernel has moved them.
-                self._wait(pair, half)
+                # An EOF that overtakes passed bytes (tcp_bpf_recvmsg_parser sees SOCK_DONE and no
+                # message yet): they are where EAGAIN would have them.
+                self._look_again(pair, half)
                 return 0
-            half.stuck_looks = 0
+            half.stuck_until_s = 0.0
             flow.read_bytes += count
             flow.carried_packets += 1
             chunk = self._view[:count]
@@ -447,10 +449,13 @@ class SockmapDatapath:
         redirected = self._words[at + table.REDIRECTED[other.flow.direction]]
         backlog = other.flow.written_bytes + redirected - queued_bytes(source)
         if other.is_native or backlog <= 0:
-            half.stuck_looks = 0
+            half.stuck_until_s = 0.0
             return
-        half.stuck_looks += 1
-        if half.stuck_looks == _STUCK_LOOKS:
+        now_s = self._loop.now_s
+        if not half.stuck_until_s:
+            half.stuck_until_s = now_s + _STUCK_S
+        elif now_s >= half.stuck_until_s:
+            half.stuck_until_s = now_s + _STUCK_AGAIN_S
             armed_at = pair.slot * self._window.HALVES + table.ARMED[other.flow.direction]
             self._halves[armed_at] = 0
             self._host.enlarge(source, backlog)
