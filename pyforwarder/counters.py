@@ -32,7 +32,7 @@ class Counter(enum.IntEnum):
     FIRST_PACKET_TIMEOUT = 10  # ... by the timeout
     ACCEPT_PAUSED = 11  # descriptors or memory ran out
     CONNECT_FAILED = 12
-    BACKLOG_TRIPS = 13
+    BACKLOG_TRIPS = 13  # of connections that have ended
     DATAGRAMS_LOST = 14  # a queue was full, or the name of a server not resolved yet
 
 

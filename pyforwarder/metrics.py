@@ -135,7 +135,17 @@ class ForwarderCollector(Collector):
             "Datagrams dropped because a queue was full or a server's name not resolved yet.",
             value=total(Counter.DATAGRAMS_LOST),
         )
-        yield from (accepted, refused, open_now, closed, limited, paused, lost)
+        failed = CounterMetricFamily(
+            "pyforwarder_connects_failed",
+            "Attempts to connect to a server that failed; the next server may have served.",
+            value=total(Counter.CONNECT_FAILED),
+        )
+        trips = CounterMetricFamily(
+            "pyforwarder_backlog_trips",
+            "Times a direction reached the backlog limit, of connections that have ended.",
+            value=total(Counter.BACKLOG_TRIPS),
+        )
+        yield from (accepted, refused, open_now, closed, limited, paused, lost, failed, trips)
 
     def _rules(self) -> Iterator[Metric]:
         total = self._source.counters.total

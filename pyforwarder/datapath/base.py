@@ -193,5 +193,8 @@ class Datapath(Protocol):
     def active_s(self, pair: Pair) -> float:
         """When a byte last moved, on the monotonic clock."""
 
+    def trips(self, pair: Pair) -> int:
+        """How often a backlog limit gave a direction back to userspace."""
+
     def leave(self, pair: Pair) -> None:
         """Let go of the pair, which is about to be closed or reset. Never raises."""

@@ -60,6 +60,10 @@ class CopyDatapath:
         """When a byte last moved."""
         return pair.active_s
 
+    def trips(self, pair: Pair) -> int:
+        """Never: there is no limit to trip over."""
+        return 0
+
     def leave(self, pair: Pair) -> None:
         """Nothing to give back."""
 

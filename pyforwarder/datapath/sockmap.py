@@ -276,6 +276,11 @@ class SockmapDatapath:
             backlog = max(0, flow.written_bytes + redirected - queued_bytes(target))
         return flow.carried_bytes + redirected, flow.carried_packets + packets, backlog
 
+    def trips(self, pair: Pair) -> int:
+        """How often either direction reached the backlog limit."""
+        at = pair.slot * self._window.HALVES
+        return sum(self._halves[at + table.TRIPS[direction]] for direction in Direction)
+
     def active_s(self, pair: Pair) -> float:
         """When a packet was last seen by the program, or copied by us."""
         at = pair.slot * self._window.WORDS

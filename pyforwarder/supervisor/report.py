@@ -158,6 +158,8 @@ TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = (
     ("first_packet_timeout", LineKind.COUNTER, Counter.FIRST_PACKET_TIMEOUT),
     ("accept_paused", LineKind.COUNTER, Counter.ACCEPT_PAUSED),
     ("datagrams_lost", LineKind.COUNTER, Counter.DATAGRAMS_LOST),
+    ("connect_failed", LineKind.COUNTER, Counter.CONNECT_FAILED),
+    ("backlog_trips", LineKind.COUNTER, Counter.BACKLOG_TRIPS),
 )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
+from pyforwarder.counters import Counter
 from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
 from pyforwarder.worker.resolver import KEEP_S, addresses_of
@@ -285,6 +286,7 @@ class Connector:
     def failed(self, client: Client, reason: CloseReason) -> None:
         """This address will not do; the next one may."""
         self._drop(client)
+        self._server.counters[Counter.CONNECT_FAILED] += 1
         client.reason = reason
         if (
             not client.candidates

@@ -80,6 +80,9 @@ BUSY_CLIENTS: Final = 64
 # A connection shows up in the table once it is this old: most of the short ones never pay for it.
 SHOW_AFTER_S: Final = 0.02
 
+# A handover that bytes stand in the way of is tried again as they move, and by this clock.
+HANDOVER_RETRY_S: Final = 0.1
+
 _NO_LINGER: Final = b"\0\0\0\0\0\0\0\0"
 _NO_ENDPOINT: Final = pack_endpoint(None)
 _SHOWN: Final = {state.label: state for state in PairState}
@@ -662,7 +665,7 @@ class Server:
         generation = client.listener.generation
         wait_s = generation.idle_check_s
         if client.waits_for_handover:
-            wait_s = min(wait_s, generation.handover.after_s)
+            wait_s = min(wait_s, max(generation.handover.after_s, HANDOVER_RETRY_S))
         self.loop.deadlines.start(client, wait_s, self.loop.now_s)
 
     @staticmethod
@@ -714,8 +717,12 @@ class Server:
             if datapath is not self.copying:
                 up_bytes = datapath.carried(client, client.up)[0]
                 down_bytes = datapath.carried(client, client.down)[0]
+                counters[Counter.BACKLOG_TRIPS] += datapath.trips(client)
                 datapath.leave(client)
             client.datapath = None
+            # The slot first: who adds the table to these counters may miss the bytes for a moment,
+            # but must not see them twice.
+            self._release_slot(client)
             counters[Counter.UP_BYTES] += up_bytes
             counters[Counter.DOWN_BYTES] += down_bytes
         self.log.closed(client, up_bytes, down_bytes)
@@ -726,6 +733,9 @@ class Server:
         if client.server is not None:
             self.loop.close(client.server.detach())
             client.server = None
+        self._release_slot(client)
+
+    def _release_slot(self, client: Client) -> None:
         if client.slot >= 0:
             self.window.release(client.slot)
             client.slot = -1

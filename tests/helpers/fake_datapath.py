@@ -101,6 +101,10 @@ class FakeDatapath:
         """When a byte last moved."""
         return pair.active_s
 
+    def trips(self, pair: Pair) -> int:
+        """There is no limit to trip over."""
+        return 0
+
     def leave(self, pair: Pair) -> None:
         """Forget the pair."""
         self._pairs.remove(pair)

@@ -64,16 +64,6 @@ class Owner:
     loop: Clock = field(default_factory=Clock)
 
 
-@dataclass
-class ListenerConfig:
-    name: str = "main"
-
-
-@dataclass
-class Listener:
-    config: ListenerConfig = field(default_factory=ListenerConfig)
-
-
 PEER = Address("192.0.2.1", 40000)
 SERVER = Address("::1", 9001)
 
@@ -85,7 +75,7 @@ class Ended:
     owner: Owner
     id: int = 23
     reason: CloseReason = CloseReason.FINISHED
-    listener: Listener = field(default_factory=Listener)
+    listener_name: str = "main"
     rule_name: bytes = b"named"
     peer: Address | None = PEER
     destination: Address | None = SERVER

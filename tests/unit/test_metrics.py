@@ -165,7 +165,7 @@ def test_every_counter_is_called_total(forwarder: Forwarder) -> None:
     registry.register(forwarder.collector)
     text = generate_latest(registry).decode()
     counters = [line.split()[2] for line in text.splitlines() if line.endswith(" counter")]
-    assert len(counters) == 11
+    assert len(counters) == 13
     assert all(name.startswith("pyforwarder_") and name.endswith("_total") for name in counters)
 
 
