@@ -298,8 +298,12 @@ class SockmapDatapath:
             halves = pair.state
             assert isinstance(halves, _Halves)
             half = halves.up if direction == Direction.UP else halves.down
-            self._wake(half)
-            self.advance(pair, half)
+            try:
+                self._wake(half)
+                self.advance(pair, half)
+            except Exception as error:
+                # The ring is everybody's: a fault costs the pair it happened to.
+                self._loop.on_error(pair, error)
 
     def ready(self, pair: Pair, fd: int, mask: int) -> None:
         """An edge on one of the pair's sockets, or (mask 0) another turn of a busy direction."""

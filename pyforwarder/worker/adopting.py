@@ -21,25 +21,33 @@ def adopt(fd: int) -> _socket.socket:
     """The connected stream socket behind a descriptor, set up as ours are.
 
     Raises:
-        OSError: it is no connected stream socket.
+        OSError: it is no connected stream socket; the descriptor is closed.
     """
-    probe = _socket.socket(fileno=os.dup(fd))
     try:
-        family, kind = probe.family, probe.type
-        probe.getpeername()
-    finally:
-        probe.close()
-    if kind & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    # From here on closing the object closes the descriptor.
+    try:
+        _set_up(sock)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_up(sock: _socket.socket) -> None:
+    sock.getpeername()
+    if sock.type & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
         raise OSError(errno.EPROTOTYPE, "not a stream socket")
-    os.set_blocking(fd, False)
-    sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
-    if family != _socket.AF_UNIX:
+    os.set_blocking(sock.fileno(), False)
+    if sock.family != _socket.AF_UNIX:
         # As at the listeners: a crash is a reset, and no byte is taken out of the stream.
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _LINGER_RESET)
         if is_plain_tcp(sock):  # MPTCP knows no urgent data: EOPNOTSUPP
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-    return sock
 
 
 def is_plain_tcp(sock: _socket.socket) -> bool:

@@ -103,7 +103,16 @@ class Connector:
             self._approach(client, to)
 
     def next(self, client: Client) -> None:
-        """The last attempt failed: another address, another server, or no hope."""
+        """The last attempt failed: another address, another server, or no hope.
+
+        Not from here: connect(2) may fail at once, and many servers that do would be a stack of
+        calls as deep as their number.
+        """
+        self._loop.defer(self._go_on, client)
+
+    def _go_on(self, client: Client) -> None:
+        if client.life is not Life.CONNECTING:
+            return
         if client.candidates:
             self._connect(client)
         elif client.balancer is not None:
@@ -134,6 +143,10 @@ class Connector:
         self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
 
         def answer(hosts: list[str]) -> None:
+            # Deferred, so that what goes wrong is this client's and nobody else's.
+            self._loop.defer(lambda _: proceed(hosts), client)
+
+        def proceed(hosts: list[str]) -> None:
             # The client may be gone, or already with its next server.
             if client.life is not Life.CONNECTING or client.destination is not to:
                 return

@@ -167,13 +167,15 @@ class Server:
 
     def _failed(self, owner: object, error: Exception) -> None:
         """An exception of ours while serving one connection: that one is reset, the rest go on."""
-        if not isinstance(owner, Client):
+        # A datapath's timer belongs to a pair, too.
+        client = getattr(owner, "pair", owner)
+        if not isinstance(client, Client):
             raise error
         self.log.internal_error(error)
-        if owner.life is not Life.CLOSED:
-            owner.reason = CloseReason.INTERNAL
-            owner.life = Life.CLOSED
-            self._reset(owner)
+        if client.life is not Life.CLOSED:
+            client.reason = CloseReason.INTERNAL
+            client.life = Life.CLOSED
+            self._reset(client)
 
     # Accepting
 
@@ -729,6 +731,11 @@ class Server:
         self.loop.deadlines.stop(client)
         self._give_back(client)
         del self.clients[client.client_fd]
+        if client.is_adopted:
+            # Another process may keep its descriptor. Then close() does not take the socket out of
+            # epoll, and its events would reach whoever is given the number next.
+            self.loop.forget(client.client_fd)
+            self.loop.forget(client.server_fd)
         self.loop.close(client.client.detach())
         if client.server is not None:
             self.loop.close(client.server.detach())
@@ -779,14 +786,18 @@ class Server:
             ControlError: the sockets cannot be joined; both are closed.
         """
         try:
-            client_socket, server_socket = adopt(client_fd), adopt(server_fd)
+            client_socket = adopt(client_fd)
         except OSError as error:
-            os.close(client_fd)
             os.close(server_fd)
+            raise ControlError(f"cannot join: {error.strerror}") from error
+        try:
+            server_socket = adopt(server_fd)
+            peer = address_of(client_socket.getpeername())
+        except OSError as error:
+            client_socket.close()
             raise ControlError(f"cannot join: {error.strerror}") from error
         state = self.generation.joined
         counters = self.counters
-        peer = address_of(client_socket.getpeername())
         client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
         client.id = self.next_id()
         client.attach_server(server_socket, server_fd)

@@ -1,0 +1,1116 @@
+"""The server's side of a connection's life: real loopback sockets, a fake datapath, one process.
+
+Each play is a script: what a peer does, and what the others see of it. The event loop runs only
+while a play waits for something, so what happens between two waits is the play's choice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar, cast
+
+import pytest
+
+from pyforwarder.connection import Life
+from pyforwarder.counters import CLOSED_INDEX, Counter, Counters, ListenerCounter, RuleCounter
+from pyforwarder.datapath.abi import PAIR_BYTES, DatapathKind, PairState
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.rig import loopback_pair
+from pyforwarder.datapath.table import PairWindow, read_records
+from pyforwarder.errors import ControlError
+from pyforwarder.limits import SharedLimits, shared_memory
+from pyforwarder.loop import Loop
+from pyforwarder.reasons import CloseReason
+from pyforwarder.worker import resolver
+from pyforwarder.worker.generation import Generation
+from pyforwarder.worker.handover import Handover
+from pyforwarder.worker.log import ConnectionLog, Log
+from pyforwarder.worker.server import Server
+from tests.helpers.fake_datapath import FakeDatapath
+from tests.helpers.instruction import ACK, instruction, refusal
+from tests.helpers.netns import blackhole
+from tests.helpers.peers import unused_port
+from tests.unit.test_generation import settings_of
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.worker.client import Client
+
+T = TypeVar("T")
+
+DEADLINE_S: Final = 10.0
+SLOTS: Final = 64
+LINGER_RESET: Final = struct.pack("ii", 1, 0)
+NAMED: Final = """
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    first_packet: {{timeout: 5s}}
+    rules: [{{name: named, match: instruction, allow: [loopback]}}]
+{more}
+"""
+
+
+def named(more: str = "") -> str:
+    """One listener that takes instructions to loopback, and whatever else."""
+    return NAMED.format(more=more)
+
+
+def to(address: str, more: str = "", *, timeout: str = "5s") -> str:
+    """One listener that connects whoever comes, once it has said something."""
+    return f"""
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    first_packet: {{timeout: {timeout}}}
+    rules: [{{name: fixed, match: {{regex: "."}}, to: "{address}"}}]
+{more}
+"""
+
+
+def listening_socket(kind: type[socket.socket] = socket.socket) -> socket.socket:
+    """A listener as the supervisor binds them: accepted sockets inherit what is set here."""
+    sock = kind(socket.AF_INET, socket.SOCK_STREAM)
+    sock.bind(("127.0.0.1", 0))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.listen(128)
+    sock.setblocking(False)
+    return sock
+
+
+class Play:
+    """A server with one listener, the peers that a play makes, and a look at what they left."""
+
+    def __init__(self, config: str) -> None:
+        self._stack = contextlib.ExitStack()
+        self.loop = Loop()
+        self.listener = self._stack.enter_context(listening_socket())
+        self.address: tuple[str, int] = self.listener.getsockname()
+        settings = settings_of(config, binds={"main": "{}:{}".format(*self.address)})
+        self.generation = Generation(settings, worker=0)
+        self.counters = Counters(Counters.memory(1), 1).block(0)
+        self.limits = SharedLimits(shared_memory(1), worker=0, workers=1, secret=b"s" * 16)
+        self._memory = mmap.mmap(-1, SLOTS * PAIR_BYTES)
+        self.window = PairWindow(self._memory, first_slot=0, worker_index=0)
+        self.asked: list[str] = []
+        self.server = Server(
+            self.loop,
+            generation=self.generation,
+            counters=self.counters,
+            limits=self.limits,
+            window=self.window,
+            log=ConnectionLog(Log(level="error", form="text", fd=os.dup(2))),
+            worker=0,
+            workers=1,
+            most_clients=1000,
+            ask_supervisor=lambda what, _fds, _number: self.asked.append(what),
+        )
+        self._stack.callback(os.close, self.server.log.log._fd)
+        self.fake = FakeDatapath(self.server)
+        self.server.handover = Handover(self.server, cast("SockmapDatapath", self.fake))
+        self.state = self.generation.listeners["main"]
+        self.server.listen(self.listener, self.state)
+
+    # Peers
+
+    def own(self, sock: socket.socket) -> socket.socket:
+        """A peer's socket: never blocks the loop, closed at the end of the play."""
+        sock.setblocking(False)
+        return self._stack.enter_context(sock)
+
+    def dial(self) -> socket.socket:
+        """A client; it is accepted when the loop runs next."""
+        return self.own(socket.create_connection(self.address, timeout=DEADLINE_S))
+
+    def accept(self, listening: socket.socket) -> socket.socket:
+        """The next connection of a server."""
+
+        def look() -> socket.socket | None:
+            with contextlib.suppress(BlockingIOError):
+                return listening.accept()[0]
+            return None
+
+        found = self.run_until(look, "connection at the server")
+        assert found is not None
+        return self.own(found)
+
+    def read(self, sock: socket.socket, size: int) -> bytes:
+        """So many bytes."""
+        data = b""
+
+        def look() -> bool:
+            nonlocal data
+            with contextlib.suppress(BlockingIOError):
+                chunk = sock.recv(size - len(data))
+                assert chunk, f"the end after {data!r}"
+                data += chunk
+            return len(data) == size
+
+        self.run_until(look, f"{size} bytes")
+        return data
+
+    def read_end(self, sock: socket.socket) -> tuple[bytes, str]:
+        """What is still to come, and how it ends: `eof` or `reset`."""
+        data = b""
+        ended = ""
+
+        def look() -> bool:
+            nonlocal data, ended
+            try:
+                chunk = sock.recv(1 << 16)
+                data += chunk
+                ended = "" if chunk else "eof"
+            except BlockingIOError:
+                pass
+            except ConnectionResetError:
+                ended = "reset"
+            return bool(ended)
+
+        self.run_until(look, "the end")
+        return data, ended
+
+    # The server
+
+    def run_until(self, look: Callable[[], T], what: str) -> T:
+        """Serve until `look` says something true; that."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not (value := look()):
+            assert time.monotonic() < deadline_s, f"no {what} within {DEADLINE_S:.0f} s"
+            self.loop.run_once(0.002)
+        return value
+
+    def closed(self, reason: CloseReason) -> int:
+        """How many connections have ended for this reason."""
+        return int(self.counters[CLOSED_INDEX[reason]])
+
+    def wait_for_end(self, reason: CloseReason, count: int = 1) -> None:
+        self.run_until(lambda: self.closed(reason) == count, f"end: {reason.value}")
+
+    def only_client(self) -> Client:
+        (client,) = self.server.clients.values()
+        return client
+
+    def joined(self, server: socket.socket, address: str) -> tuple[socket.socket, socket.socket]:
+        """A client and a server that are joined by instruction."""
+        client = self.dial()
+        client.sendall(instruction(address))
+        accepted = self.accept(server)
+        assert self.read(client, len(ACK)) == ACK
+        return client, accepted
+
+    def close(self) -> None:
+        """End what is left, then look for what is left behind."""
+        self.server.reset_all(CloseReason.SHUTDOWN)
+        self.server.unlisten(self.listener)
+        self.loop.run_once(0)
+        assert self.server.clients == {}
+        for gauge in (
+            Counter.OPEN,
+            Counter.PAIRS_OPEN,
+            self.state.counter + ListenerCounter.OPEN,
+        ):
+            assert self.counters[gauge] == 0
+        assert self.limits.pairs == 0
+        assert self.server._busy_clients == 0
+        assert len(self.window._free) == SLOTS
+        assert list(read_records(self._memory)) == []
+        assert self.loop.deadlines.next_s() is None
+        assert self.fake.joined == self.fake.left
+        os.close(self.server._connector._resolver._event_fd)
+        self.loop.dispose()
+        self._stack.close()
+        self.window.close()
+
+
+Servers = Callable[[], tuple[socket.socket, str]]
+
+
+@pytest.fixture
+def descriptors() -> Iterator[None]:
+    """Every descriptor that a play and its peers opened is closed at its end."""
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def servers(descriptors: None) -> Iterator[Servers]:
+    """Makes servers that listen: the socket and its address."""
+    del descriptors
+    with contextlib.ExitStack() as stack:
+
+        def make() -> tuple[socket.socket, str]:
+            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
+            sock.setblocking(False)
+            host, port = sock.getsockname()
+            return sock, f"{host}:{port}"
+
+        yield make
+
+
+StartPlay = Callable[[str], Play]
+
+
+@pytest.fixture
+def start(servers: Servers) -> Iterator[StartPlay]:
+    """Makes the play of this test, which ends before its servers do."""
+    del servers
+    plays: list[Play] = []
+
+    def make(config: str) -> Play:
+        plays.append(Play(config))
+        return plays[-1]
+
+    yield make
+    for play in plays:
+        play.close()
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    sock.close()
+
+
+class SlowNames:
+    """Holds every name lookup back until `release`, then answers with the loopback address."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hosts: list[str] | None = None) -> None:
+        self._go = threading.Event()
+        self.asked: list[str] = []
+        answer = ["127.0.0.1"] if hosts is None else hosts
+
+        def lookup(name: str) -> list[str]:
+            self.asked.append(name)
+            assert self._go.wait(DEADLINE_S)
+            return answer
+
+        monkeypatch.setattr(resolver, "lookup", lookup)
+
+    def release(self) -> None:
+        self._go.set()
+
+
+# Bytes before, between and after
+
+
+def test_bytes_behind_the_instruction_come_first_and_once(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named())
+    listening, address = servers()
+    client = play.dial()
+    client.sendall(instruction(address) + b"first")
+    server = play.accept(listening)
+    assert play.read(client, 6) == ACK
+    assert play.read(server, 5) == b"first"
+    client.sendall(b" second")
+    assert play.read(server, 7) == b" second"
+    server.sendall(b"answer")
+    assert play.read(client, 6) == b"answer"
+
+
+def test_receive_data_before_server_connected(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SlowNames(monkeypatch)
+    play = start(named())
+    listening, address = servers()
+    client = play.dial()
+    port = address.rpartition(":")[2]
+    client.sendall(instruction(f"server.test:{port}") + b"one ")
+    play.run_until(lambda: names.asked == ["server.test"], "question")
+    client.sendall(b"two ")
+    play.loop.run_once(0.01)
+    client.sendall(b"three")
+    play.loop.run_once(0.01)
+    assert play.only_client().life is Life.CONNECTING
+    names.release()
+    server = play.accept(listening)
+    assert play.read(server, 13) == b"one two three"
+    assert play.read(client, 6) == ACK
+
+
+def test_receive_fin_before_server_connected(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SlowNames(monkeypatch)
+    play = start(named())
+    listening, address = servers()
+    client = play.dial()
+    port = address.rpartition(":")[2]
+    client.sendall(instruction(f"server.test:{port}") + b"all I have to say")
+    client.shutdown(socket.SHUT_WR)
+    play.run_until(lambda: names.asked, "question")
+    names.release()
+    server = play.accept(listening)
+    assert play.read_end(server) == (b"all I have to say", "eof")
+    server.sendall(b"and the answer")
+    server.close()
+    assert play.read_end(client) == (ACK + b"and the answer", "eof")
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+def test_receive_data_after_half_close(start: StartPlay, servers: Servers) -> None:
+    play = start(named())
+    client, server = play.joined(*servers())
+    client.sendall(b"request")
+    client.shutdown(socket.SHUT_WR)
+    assert play.read_end(server) == (b"request", "eof")
+    for number in range(5):
+        server.sendall(b"part %d" % number)
+        assert play.read(client, 6) == b"part %d" % number
+    assert play.closed(CloseReason.FINISHED) == 0
+    server.shutdown(socket.SHUT_WR)
+    assert play.read_end(client) == (b"", "eof")
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+def test_server_that_speaks_first_is_heard_behind_the_answer(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named())
+    listening, address = servers()
+    client = play.dial()
+    client.sendall(instruction(address))
+    server = play.accept(listening)
+    server.sendall(b"banner")
+    server.shutdown(socket.SHUT_WR)
+    assert play.read_end(client) == (ACK + b"banner", "eof")
+    client.shutdown(socket.SHUT_WR)
+    assert play.read_end(server) == (b"", "eof")
+
+
+def test_bytes_that_are_carried_are_counted_without_what_is_ours(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named())
+    listening, address = servers()
+    client = play.dial()
+    client.sendall(instruction(address) + b"x" * 23)
+    server = play.accept(listening)
+    server.sendall(b"y" * 7)
+    assert play.read(client, 6 + 7) == ACK + b"y" * 7
+    assert play.read(server, 23) == b"x" * 23
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    assert (play.counters[Counter.UP_BYTES], play.counters[Counter.DOWN_BYTES]) == (23, 7)
+
+
+# Connecting
+
+
+def dead_server() -> str:
+    return f"127.0.0.1:{unused_port()}"
+
+
+def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: Servers) -> None:
+    listening, address = servers()
+    dead = dead_server()
+    backup = f"{{address: '{address}', backup: true}}"
+    play = start(to("web", f"upstreams: {{web: {{servers: ['{dead}', {backup}]}}}}"))
+    client = play.dial()
+    client.sendall(b"hello")
+    server = play.accept(listening)
+    assert play.read(server, 5) == b"hello"
+    state = play.server.upstreams()["web"]
+    assert (state[dead]["connects"], state[dead]["failures"], state[dead]["pairs"]) == (0, 1, 0)
+    assert (state[address]["connects"], state[address]["pairs"]) == (1, 1)
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    assert play.server.upstreams()["web"][address]["pairs"] == 0
+
+
+def test_open_connection_error_without_a_next_server_is_told(
+    start: StartPlay, servers: Servers
+) -> None:
+    del servers
+    play = start(named())
+    client = play.dial()
+    client.sendall(instruction(dead_server()))
+    assert play.read_end(client) == (refusal("refused"), "eof")
+    client.close()
+    play.wait_for_end(CloseReason.REFUSED)
+
+
+def test_client_without_words_for_it_is_reset(start: StartPlay) -> None:
+    play = start(to(dead_server()))
+    client = play.dial()
+    client.sendall(b"hello")
+    assert play.read_end(client) == (b"", "reset")
+    play.wait_for_end(CloseReason.REFUSED)
+
+
+def test_very_many_dead_servers_are_only_dead_servers(start: StartPlay, tmp_path: Path) -> None:
+    # Each fails at once, within connect(2): nothing may be stacked up by that.
+    listed = ", ".join(f"'unix:{tmp_path}/{n}'" for n in range(400))
+    play = start(to("web", f"upstreams: {{web: {{servers: [{listed}]}}}}"))
+    client = play.dial()
+    client.sendall(b"hello")
+    assert play.read_end(client) == (b"", "reset")
+    assert play.closed(CloseReason.INTERNAL) == 0
+    play.wait_for_end(CloseReason.REFUSED)
+
+
+def test_server_that_does_not_answer_is_given_up_in_time(start: StartPlay) -> None:
+    with blackhole() as (host, port):
+        play = start(named("timeouts: {connect: 100ms}"))
+        client = play.dial()
+        started_s = time.monotonic()
+        client.sendall(instruction(f"{host}:{port}"))
+        assert play.read_end(client) == (refusal("timeout"), "eof")
+        assert 0.1 <= time.monotonic() - started_s < 5
+        client.close()
+        play.wait_for_end(CloseReason.TIMEOUT)
+
+
+def test_server_that_resets_at_once_resets_the_client(start: StartPlay, servers: Servers) -> None:
+    listening, address = servers()
+    play = start(named())
+    client, server = play.joined(listening, address)
+    reset(server)
+    assert play.read_end(client) == (b"", "reset")
+    play.wait_for_end(CloseReason.SERVER_RESET)
+
+
+@pytest.mark.parametrize("gone", ["reset", "closed"])
+def test_client_gone_while_connecting_costs_nothing_later(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    names = SlowNames(monkeypatch)
+    listening, address = servers()
+    play = start(named("limits: {pairs: 1}"))
+    client = play.dial()
+    client.sendall(instruction(f"server.test:{address.rpartition(':')[2]}"))
+    play.run_until(lambda: names.asked, "question")
+    assert play.limits.pairs == 1
+    if gone == "reset":
+        reset(client)
+        play.wait_for_end(CloseReason.CLIENT_RESET)
+        # The answer comes to nobody.
+        names.release()
+        play.loop.run_once(0.05)
+    else:
+        client.close()
+        names.release()
+        # It is connected all the same; then its acknowledgement meets a closed socket.
+        play.accept(listening)
+        play.wait_for_end(CloseReason.CLIENT_RESET)
+    play.run_until(lambda: play.limits.pairs == 0, "place")
+    play.joined(listening, address)
+
+
+def test_name_that_nobody_knows_is_told(start: StartPlay, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = SlowNames(monkeypatch, hosts=[])
+    names.release()
+    play = start(named())
+    client = play.dial()
+    client.sendall(instruction("nowhere.test:80"))
+    assert play.read_end(client) == (refusal("unresolved"), "eof")
+    client.close()
+    play.wait_for_end(CloseReason.UNRESOLVED)
+
+
+def test_name_with_one_forbidden_address_is_denied(
+    start: StartPlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SlowNames(monkeypatch, hosts=["127.0.0.1", "192.0.2.1"])
+    names.release()
+    play = start(named())
+    client = play.dial()
+    client.sendall(instruction("mixed.test:80"))
+    assert play.read_end(client) == (refusal("denied"), "eof")
+    client.close()
+    play.wait_for_end(CloseReason.DENIED)
+
+
+def test_name_that_takes_too_long_is_given_up(
+    start: StartPlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SlowNames(monkeypatch)
+    play = start(named("timeouts: {connect: 50ms}"))
+    client = play.dial()
+    client.sendall(instruction("slow.test:80"))
+    assert play.read_end(client) == (refusal("timeout"), "eof")
+    client.close()
+    play.wait_for_end(CloseReason.TIMEOUT)
+    names.release()
+    play.loop.run_once(0.05)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "reason"),
+    [
+        (instruction("192.0.2.1:80"), "denied", CloseReason.DENIED),
+        (instruction("169.254.169.254:80"), "denied", CloseReason.DENIED),
+        (instruction("127.0.0.1:80")[:-2] + b"01", "malformed", CloseReason.MALFORMED),
+    ],
+)
+def test_refused_client_is_told_why(
+    start: StartPlay, sent: bytes, code: str, reason: CloseReason
+) -> None:
+    play = start(named())
+    client = play.dial()
+    client.sendall(sent + b"and payload that nobody reads")
+    assert play.read_end(client) == (refusal(code), "eof")
+    assert play.only_client().life is Life.REFUSING
+    client.close()
+    play.wait_for_end(reason)
+    assert play.counters[play.state.counter + ListenerCounter.REFUSED] == 1
+
+
+def test_refused_client_that_stays_is_ended(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    client.sendall(instruction("192.0.2.1:80"))
+    assert play.read_end(client)[1] == "eof"
+    started_s = time.monotonic()
+    play.wait_for_end(CloseReason.DENIED)
+    assert 0.5 < time.monotonic() - started_s < 5
+
+
+def test_refused_client_that_goes_on_sending_is_not_read_for_ever(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    client.sendall(instruction("192.0.2.1:80"))
+
+    def push() -> bool:
+        with contextlib.suppress(BlockingIOError, ConnectionResetError, BrokenPipeError):
+            client.send(bytes(1 << 16))
+        return play.closed(CloseReason.DENIED) == 1
+
+    started_s = time.monotonic()
+    play.run_until(push, "end")
+    assert time.monotonic() - started_s < 0.9  # well before its time is over
+
+
+def test_own_listener_is_denied(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    host, port = play.address
+    client.sendall(instruction(f"{host}:{port}"))
+    assert play.read_end(client) == (refusal("denied"), "eof")
+
+
+def test_garbage_matches_nothing_and_is_reset(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    client.sendall(b"GET / HTTP/1.1")
+    assert play.read_end(client) == (b"", "reset")
+    play.wait_for_end(CloseReason.NO_MATCH)
+
+
+def test_half_an_instruction_times_out_with_an_answer(start: StartPlay) -> None:
+    play = start(named().replace("timeout: 5s", "timeout: 50ms"))
+    client = play.dial()
+    client.sendall(instruction("127.0.0.1:80")[:7])
+    assert play.read_end(client) == (refusal("timeout"), "eof")
+    client.close()
+    play.wait_for_end(CloseReason.TIMEOUT)
+    assert play.counters[Counter.FIRST_PACKET_TIMEOUT] == 1
+
+
+def test_client_that_trickles_gains_no_time(start: StartPlay) -> None:
+    play = start(named().replace("timeout: 5s", "timeout: 100ms"))
+    client = play.dial()
+    sent = 0
+    whole = b"99" + b"a" * 90
+
+    def trickle() -> bool:
+        nonlocal sent
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sent += client.send(whole[sent : sent + 1])
+        return bool(play.server.clients) and play.only_client().life is Life.REFUSING
+
+    started_s = time.monotonic()
+    play.run_until(trickle, "refusal")
+    assert 0.1 <= time.monotonic() - started_s < 5
+
+
+def test_client_that_says_nothing_and_leaves_is_gone(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    client.shutdown(socket.SHUT_WR)
+    assert play.read_end(client) == (b"", "eof")
+    play.wait_for_end(CloseReason.CLIENT_GONE)
+
+
+def test_client_that_resets_while_sniffing_is_counted(start: StartPlay) -> None:
+    play = start(named())
+    client = play.dial()
+    client.sendall(b"18")
+    play.run_until(lambda: play.server.clients, "client")
+    play.loop.run_once(0.01)
+    reset(client)
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+
+
+# Limits
+
+
+def test_pair_beyond_the_limit_is_told_busy(start: StartPlay, servers: Servers) -> None:
+    listening, address = servers()
+    play = start(named("limits: {pairs: 1}"))
+    client, server = play.joined(listening, address)
+    second = play.dial()
+    second.sendall(instruction(address))
+    assert play.read_end(second) == (refusal("busy"), "eof")
+    second.close()
+    play.wait_for_end(CloseReason.BUSY)
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    play.joined(listening, address)
+    rule = play.state.rule_counters[0]
+    assert play.counters[rule + RuleCounter.TAKEN] == 2
+    assert play.counters[rule + RuleCounter.REFUSED] == 1
+
+
+def test_client_beyond_its_limit_is_told_busy(start: StartPlay, servers: Servers) -> None:
+    listening, address = servers()
+    play = start(named("limits: {pairs_per_client: 2}"))
+    play.joined(listening, address)
+    client, server = play.joined(listening, address)
+    third = play.dial()
+    third.sendall(instruction(address))
+    assert play.read_end(third) == (refusal("busy"), "eof")
+    third.close()
+    play.wait_for_end(CloseReason.BUSY)
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    play.joined(listening, address)
+
+
+def test_flood_beyond_the_rate_is_reset_once_too_many_listen(start: StartPlay) -> None:
+    play = start(named("limits: {new_per_second: 1}"))
+    clients = [play.dial() for _ in range(80)]
+    play.run_until(lambda: play.counters[Counter.ACCEPTED] == 80, "clients")
+    # One is admitted per second, 64 may ask and be told; the second may change meanwhile.
+    assert 80 - 64 - 3 <= play.closed(CloseReason.BUSY) <= 80 - 64 - 1
+    assert play.counters[Counter.OPEN] + play.closed(CloseReason.BUSY) == 80
+    del clients
+
+
+# Accepting
+
+
+class Failing(socket.socket):
+    """A listener whose accept(2) fails as told before it works again."""
+
+    errors: list[int]
+
+    def _accept(self) -> tuple[int, object]:
+        if self.errors:
+            raise OSError(self.errors.pop(0), "injected")
+        return super()._accept()  # type: ignore[misc, no-any-return]
+
+
+@pytest.fixture
+def failing(start: StartPlay, servers: Servers) -> Iterator[tuple[Play, Failing, str]]:
+    """A play with another listener, which fails; and where it listens."""
+    _, address = servers()
+    play = start(named())
+    with listening_socket(Failing) as listener:
+        assert isinstance(listener, Failing)
+        listener.errors = []
+        play.address = listener.getsockname()
+        play.server.listen(listener, play.state)
+        yield play, listener, address
+        play.server.unlisten(listener)
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+def test_accept_without_descriptors_pauses_and_goes_on(
+    failing: tuple[Play, Failing, str], error: int
+) -> None:
+    play, listener, _ = failing
+    listener.errors = [error]
+    play.dial()
+    started_s = time.monotonic()
+    play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
+    # Not tried again and again, although the listener is readable all the time.
+    turns = 0
+    while not play.server.clients:
+        assert play.counters[Counter.ACCEPT_PAUSED] == 1
+        play.loop.run_once(0.05)
+        turns += 1
+        assert time.monotonic() - started_s < DEADLINE_S
+    assert time.monotonic() - started_s >= 0.1
+    assert turns <= 10
+
+
+def test_connection_that_was_aborted_before_accept_is_passed_over(
+    failing: tuple[Play, Failing, str],
+) -> None:
+    play, listener, _ = failing
+    listener.errors = [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
+    play.dial()
+    play.run_until(lambda: play.server.clients, "client")
+    assert listener.errors == []
+    assert play.counters[Counter.ACCEPT_PAUSED] == 0
+
+
+def test_accept_error_that_nobody_expects_is_a_fault(failing: tuple[Play, Failing, str]) -> None:
+    play, listener, _ = failing
+    listener.errors = [errno.EBADF]
+    play.dial()
+    with pytest.raises(OSError, match="injected"):
+        play.run_until(lambda: not listener.errors, "error")
+
+
+def test_listener_closed_during_its_pause_stays_closed(
+    failing: tuple[Play, Failing, str],
+) -> None:
+    play, listener, _ = failing
+    listener.errors = [errno.EMFILE]
+    play.dial()
+    play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
+    play.server.unlisten(listener)
+    ran: list[int] = []
+    play.loop.after(0.15, lambda: ran.append(1))
+    play.run_until(lambda: ran, "end of the pause")
+    assert play.counters[Counter.ACCEPTED] == 0
+
+
+def test_clients_are_accepted_in_batches(start: StartPlay) -> None:
+    play = start(named())
+    clients = [play.dial() for _ in range(23)]
+    play.loop.run_once(0.01)
+    assert play.counters[Counter.ACCEPTED] == 16
+    play.loop.run_once(0.01)
+    assert play.counters[Counter.ACCEPTED] == 23
+    del clients
+
+
+# Handover
+
+
+EAGER: Final = "handover: {after_bytes: 0}"
+
+
+def test_handed_over_pair_goes_on_where_copy_left_off(start: StartPlay, servers: Servers) -> None:
+    listening, address = servers()
+    play = start(named(EAGER))
+    client = play.dial()
+    client.sendall(instruction(address) + b"copied, ")
+    server = play.accept(listening)
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    pair = play.only_client()
+    assert (pair.kind, pair.pair_reason) == (DatapathKind.SOCKMAP, PairReason.BEST)
+    client.sendall(b"moved")
+    assert play.read(server, 13) == b"copied, moved"
+    assert play.read(client, 6) == ACK
+    assert play.counters[Counter.JOINED_SOCKMAP] == 1
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    assert play.counters[Counter.UP_BYTES] == 13
+
+
+def test_stalled_datapath_keeps_every_byte_in_order(start: StartPlay, servers: Servers) -> None:
+    play = start(named(EAGER))
+    client, server = play.joined(*servers())
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    play.fake.pause()
+    client.sendall(b"one ")
+    server.sendall(b"three ")
+    client.shutdown(socket.SHUT_WR)
+    play.loop.run_once(0.01)
+    with pytest.raises(BlockingIOError):
+        server.recv(1)
+    play.fake.resume()
+    assert play.read_end(server) == (b"one ", "eof")
+    assert play.read(client, 6) == b"three "
+
+
+def test_reset_is_noticed_while_the_datapath_stands_still(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    client, server = play.joined(*servers())
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    play.fake.pause()
+    reset(client)
+    assert play.read_end(server) == (b"", "reset")
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+
+
+@pytest.mark.parametrize("reason", [PairReason.MAP_FULL, PairReason.REFUSED_BY_KERNEL])
+def test_pair_that_the_datapath_refuses_is_copied_and_says_why(
+    start: StartPlay, servers: Servers, reason: PairReason
+) -> None:
+    play = start(named(EAGER))
+    play.fake.refuse_with = reason
+    client, server = play.joined(*servers())
+    play.run_until(lambda: play.only_client().pair_reason is reason, "refusal")
+    assert play.only_client().kind is DatapathKind.COPY
+    client.sendall(b"still moving")
+    assert play.read(server, 12) == b"still moving"
+
+
+def test_pair_earns_its_handover_by_round_trips(start: StartPlay, servers: Servers) -> None:
+    play = start(named("handover: {after_round_trips: 2, after: 1h}"))
+    client, server = play.joined(*servers())
+    for _ in range(2):
+        assert play.fake.joined == 0
+        client.sendall(b"ask")
+        assert play.read(server, 3) == b"ask"
+        server.sendall(b"answer")
+        assert play.read(client, 6) == b"answer"
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+
+
+def test_pair_earns_its_handover_by_age(start: StartPlay, servers: Servers) -> None:
+    play = start(named("handover: {after: 50ms}"))
+    play.joined(*servers())
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    assert play.counters[Counter.JOINED_SOCKMAP] == 1
+
+
+def test_handover_that_is_put_off_does_not_keep_the_loop_busy(
+    start: StartPlay, servers: Servers
+) -> None:
+    # `after: 0s` hands over at once, but bytes that the server does not take stand in the way.
+    play = start(named("handover: {after: 0s}"))
+    play.fake.refuse_with = PairReason.UNREAD_BYTES
+    play.joined(*servers())
+    turns = 0
+    end_s = time.monotonic() + 0.3
+    while time.monotonic() < end_s:
+        play.loop.run_once(play.loop._timeout_s())
+        turns += 1
+    assert turns <= 60
+    play.fake.refuse_with = None
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+
+
+def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: Servers) -> None:
+    play = start(named(EAGER + "\ndatapath: copy"))
+    client, server = play.joined(*servers())
+    client.sendall(b"x" * 1000)
+    assert play.read(server, 1000) == b"x" * 1000
+    assert play.only_client().pair_reason is PairReason.FORCED
+    assert play.fake.joined == 0
+
+
+# Faults of ours
+
+
+def test_internal_error_costs_one_connection_only(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = start(named())
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    moved = play.server.moved
+
+    def fail_once(*args: object) -> None:
+        monkeypatch.setattr(play.server, "moved", moved)
+        raise ZeroDivisionError("a bug")
+
+    unlucky, its_server = play.joined(listening, address)
+    monkeypatch.setattr(play.server, "moved", fail_once)
+    unlucky.sendall(b"x")
+    assert play.read_end(unlucky) == (b"", "reset")
+    assert play.read_end(its_server)[1] == "reset"
+    play.wait_for_end(CloseReason.INTERNAL)
+    client.sendall(b"alive")
+    assert play.read(server, 5) == b"alive"
+
+
+def test_internal_error_after_a_name_was_found_costs_one_connection_only(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SlowNames(monkeypatch)
+    play = start(named())
+    listening, address = servers()
+    unlucky = play.dial()
+    unlucky.sendall(instruction(f"server.test:{address.rpartition(':')[2]}"))
+    play.run_until(lambda: names.asked, "question")
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(play.server._connector, "_connect", fail)
+        names.release()
+        play.wait_for_end(CloseReason.INTERNAL)
+    play.joined(listening, address)
+
+
+def test_internal_error_of_a_datapaths_timer_costs_one_connection_only(
+    start: StartPlay, servers: Servers
+) -> None:
+    from pyforwarder.datapath.sockmap import _Half
+
+    play = start(named())
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    pair = play.only_client()
+
+    class Broken:
+        def advance(self, *args: object) -> None:
+            raise ZeroDivisionError("a bug")
+
+    timer = _Half(cast("SockmapDatapath", Broken()), pair, pair.up, bytes(8))
+    play.loop.deadlines.start(timer, 0.0, play.loop.now_s)
+    play.wait_for_end(CloseReason.INTERNAL)
+    assert play.read_end(client)[1] == "reset"
+    assert play.read_end(server)[1] == "reset"
+    play.joined(listening, address)
+
+
+# What the supervisor asks
+
+
+def test_flushed_pair_is_reset_and_the_others_are_not(start: StartPlay, servers: Servers) -> None:
+    play = start(named())
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    other, its_server = play.joined(listening, address)
+    first, second = sorted(c.id for c in play.server.clients.values())
+    assert play.server.flush_ids([first, 4711]) == [first]
+    assert play.read_end(client) == (b"", "reset")
+    assert play.read_end(server) == (b"", "reset")
+    other.sendall(b"alive")
+    assert play.read(its_server, 5) == b"alive"
+    assert play.server.flush_ids(None) == [second]
+    assert play.closed(CloseReason.FLUSHED) == 2
+
+
+def test_record_shows_the_pair(start: StartPlay, servers: Servers) -> None:
+    play = start(named())
+    _, address = (found := servers())
+    client, server = play.joined(*found)
+    play.run_until(lambda: list(read_records(play._memory)), "record")
+    client.sendall(b"x" * 23)
+    assert play.read(server, 23) == b"x" * 23
+    (record,) = read_records(play._memory)
+    assert (record.state, record.datapath) == (PairState.JOINED, DatapathKind.COPY)
+    assert record.client.port == client.getsockname()[1]
+    assert record.listener.port == play.address[1]
+    assert record.source.port == server.getpeername()[1]
+    assert record.server.port == int(address.rpartition(":")[2])
+    assert (record.rule, record.listener_name) == (b"named", b"main")
+    assert record.worker[0].carried_bytes == 23
+    client.shutdown(socket.SHUT_WR)
+    assert play.read_end(server)[1] == "eof"
+    (record,) = read_records(play._memory)
+    assert record.state == PairState.HALF_CLOSED
+
+
+def adopted_ends() -> tuple[socket.socket, socket.socket, socket.socket, socket.socket]:
+    client, accepted = loopback_pair()
+    outgoing, server = loopback_pair()
+    return client, accepted, outgoing, server
+
+
+def test_sockets_of_another_program_are_joined(start: StartPlay) -> None:
+    play = start(named())
+    client, accepted, outgoing, server = adopted_ends()
+    play.own(client)
+    play.own(server)
+    client.sendall(b"queued")
+    pair_id = play.server.join_sockets(accepted.detach(), outgoing.detach())
+    assert play.read(server, 6) == b"queued"
+    server.sendall(b"answer")
+    assert play.read(client, 6) == b"answer"
+    assert play.only_client().id == pair_id
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+def test_sockets_that_cannot_be_joined_are_closed_and_refused(start: StartPlay) -> None:
+    play = start(named())
+    for kind in ("datagram", "unconnected"):
+        client, accepted, outgoing, server = adopted_ends()
+        with client, server, outgoing:
+            other = socket.socket(
+                socket.AF_INET,
+                socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM,
+            )
+            first, second = accepted.detach(), other.detach()
+            with pytest.raises(ControlError, match="cannot join"):
+                play.server.join_sockets(first, second)
+            for fd in (first, second):
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(fd)
+    assert play.server.clients == {}
+
+
+def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
+    play = start(named(EAGER))
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        client = play.own(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_MPTCP))
+        client.setblocking(True)
+        client.connect(listener.getsockname())
+        client.setblocking(False)
+        accepted, _ = listener.accept()
+    outgoing, server = loopback_pair()
+    play.own(server)
+    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    assert play.only_client().pair_reason is PairReason.NOT_PLAIN_TCP
+    client.sendall(b"over many paths")
+    assert play.read(server, 15) == b"over many paths"
+    server.sendall(b"and back")
+    assert play.read(client, 8) == b"and back"
+
+
+def test_unix_socket_is_copied_and_says_why(start: StartPlay) -> None:
+    play = start(named(EAGER))
+    client, accepted = socket.socketpair()
+    outgoing, server = loopback_pair()
+    play.own(client)
+    play.own(server)
+    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    assert play.only_client().pair_reason is PairReason.UNIX_SOCKET
+    client.sendall(b"local")
+    assert play.read(server, 5) == b"local"
+
+
+def test_descriptor_that_another_program_keeps_disturbs_nobody_later(
+    start: StartPlay, servers: Servers
+) -> None:
+    # epoll knows open files, not descriptors: what another process holds stays registered when we
+    # close it, and reports under a number that belongs to another client by then.
+    _, address = servers()
+    play = start(named())
+    client, accepted, outgoing, server = adopted_ends()
+    play.own(accepted.dup())
+    play.own(client)
+    play.own(server)
+    number = accepted.fileno()
+    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    play.loop.run_once(0)
+    # The next client waits to be accepted while the number becomes free.
+    play.server.unlisten(play.listener)
+    play.dial().sendall(instruction(address)[:5])
+    play.server.reset_all(CloseReason.FLUSHED)
+    play.loop.run_once(0)
+    play.server.listen(play.listener, play.state)
+    play.run_until(lambda: play.server.clients, "client")
+    assert list(play.server.clients) == [number]
+    reset(client)
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    assert play.closed(CloseReason.CLIENT_RESET) == 0
+    assert play.only_client().life is Life.SNIFFING
