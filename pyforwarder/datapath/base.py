@@ -111,6 +111,7 @@ class Pair(Timed):
         "datapath",
         "down",
         "id",
+        "is_adopted",
         "kind",
         "pair_reason",
         "server",
@@ -141,6 +142,7 @@ class Pair(Timed):
         self.state: object | None = None  # the datapath's own record of this pair
         self.slot = -1  # in the pair table; -1 while it has none
         self.id = 0
+        self.is_adopted = False  # another program connected these sockets, and may still have them
         self.active_s = 0.0  # when userspace last moved a byte
 
     def attach_server(self, server: _socket.socket, server_fd: int) -> None:

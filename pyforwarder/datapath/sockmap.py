@@ -29,6 +29,7 @@ kernel functions):
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -260,6 +261,11 @@ class SockmapDatapath:
         self._loop.deadlines.stop(halves.up)
         self._loop.deadlines.stop(halves.down)
         self._forget(halves.up.cookie, halves.down.cookie)
+        if pair.is_adopted:
+            # Another program may keep a descriptor, and then closing ours changes nothing.
+            for cookie in (halves.up.cookie, halves.down.cookie):
+                with contextlib.suppress(OSError):
+                    self._sockets.delete(cookie)
         del self._by_slot[self._window.first_slot + pair.slot]
         pair.state = None
 
@@ -536,7 +542,12 @@ class SockmapDatapath:
             self._halves[asleep_at] = 0
 
     def _wait(self, pair: Pair, half: _Half) -> None:
-        """Look again when the target has room, and in any case a little later."""
+        """Look again when the target has room, and in any case a little later.
+
+        EPOLLOUT comes when the target's full queue has room again (the kernel's worker, or our
+        write, has set SOCK_NOSPACE); as long as the queue is not full only the timer looks, and
+        leaves the CPU to the kernel's worker.
+        """
         half.flow.blocked = True
         self._watch(pair)
         self._loop.deadlines.start(half, half.retry_s, self._loop.now_s)
@@ -560,9 +571,9 @@ class SockmapDatapath:
             if outward.flow.blocked:
                 mask |= EPOLLOUT
             if fd == pair.client_fd:
-                if mask != pair.client_mask or mask & EPOLLOUT:
+                if mask != pair.client_mask:
                     pair.client_mask = mask
                     self._loop.change(fd, mask)
-            elif mask != pair.server_mask or mask & EPOLLOUT:
+            elif mask != pair.server_mask:
                 pair.server_mask = mask
                 self._loop.change(fd, mask)

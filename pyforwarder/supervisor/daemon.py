@@ -20,6 +20,7 @@ from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap
 from pyforwarder.errors import (
+    ConfigError,
     ControlError,
     ForwarderError,
     LoadError,
@@ -38,7 +39,7 @@ from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
-from pyforwarder.worker.channel import Channel, text_to_fd
+from pyforwarder.worker.channel import MOST_LISTENERS, Channel, text_to_fd
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
 from pyforwarder.worker.log import Log
 from pyforwarder.worker.process import Inheritance, most_clients
@@ -131,6 +132,8 @@ class Daemon:
         text = "" if path is None else read_config_text(path)
         config = parse_config(text, source="built-in" if path is None else str(path))
         config = with_overrides(config, self._overrides)
+        if len(config.listeners) > MOST_LISTENERS:
+            raise ConfigError(f"more than {MOST_LISTENERS} listeners", path="listeners")
         return text, config
 
     def _prepare(self, config: Config) -> None:

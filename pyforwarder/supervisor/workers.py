@@ -60,9 +60,11 @@ class WorkerProcess:
 
     def _result(self, number: int) -> Any:
         deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
+        readable = select.poll()  # select(2) ends at descriptor 1023
+        readable.register(self.channel.fileno(), select.POLLIN)
         while True:
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not select.select([self.channel.fileno()], [], [], left_s)[0]:
+            left_ms = (deadline_s - time.monotonic()) * 1000
+            if left_ms <= 0 or not readable.poll(left_ms):
                 raise ControlError(f"worker {self.pid} does not answer")
             received = self.channel.receive()
             if received is None:

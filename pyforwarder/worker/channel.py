@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 _MOST_BYTES: Final = 128 * 1024
-_MOST_FDS: Final = 250  # SCM_MAX_FD is 253
+_MOST_FDS: Final = 253  # SCM_MAX_FD (unix(7))
+# How many listeners fit into one message of settings, beside the text and a large message's own.
+MOST_LISTENERS: Final = 250
+_IN_LAST_FD: Final = b'"in the last descriptor"'
+_MOST_TEXT_BYTES: Final = 64 << 20
 SEND_TIMEOUT_S: Final = 5.0
 
 
@@ -40,22 +45,30 @@ class Channel:
         Raises:
             OSError: the other process is gone, or has not read for too long.
         """
-        data = json.dumps(message).encode()
-        if len(data) > _MOST_BYTES or len(fds) > _MOST_FDS:
-            raise ValueError("message too large for the channel")
-        socket.send_fds(self._sock, [data], list(fds))
+        text = json.dumps(message)
+        if len(text) <= _MOST_BYTES:
+            socket.send_fds(self._sock, [text.encode()], list(fds))
+            return
+        fd = text_to_fd(text)
+        try:
+            socket.send_fds(self._sock, [_IN_LAST_FD], [*fds, fd])
+        finally:
+            os.close(fd)
 
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
         """The next message and its descriptors, which the caller closes; None at the end.
 
         Raises:
             BlockingIOError: there is none yet.
+            OSError, ValueError: what came is no message.
         """
         data, fds, _, _ = socket.recv_fds(
             self._sock, _MOST_BYTES, _MOST_FDS, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         )
         if not data:
             return None
+        if data == _IN_LAST_FD and fds:
+            data = text_from_fd(fds.pop()).encode()
         message: dict[str, Any] = json.loads(data)
         return message, fds
 
@@ -73,7 +86,14 @@ def text_to_fd(text: str) -> int:
 
 
 def text_from_fd(fd: int) -> str:
-    """The text that `text_to_fd` sent; closes the descriptor."""
+    """The text that `text_to_fd` sent; closes the descriptor.
+
+    Raises:
+        OSError, ValueError: it is something else. (A worker is not trusted: a pipe would block.)
+    """
     with os.fdopen(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_TEXT_BYTES:
+            raise ValueError("no message in the descriptor")
         file.seek(0)
-        return file.read().decode()
+        return file.read(_MOST_TEXT_BYTES).decode()

@@ -31,7 +31,6 @@ class Client(Pair):
         "counts_pair",
         "destination",
         "handover_asked",
-        "is_adopted",
         "is_eager",
         "life",
         "listener",
@@ -95,7 +94,6 @@ class Client(Pair):
         self.counts_pair = False
         self.counts_client = False
         self.over_limit = False
-        self.is_adopted = False  # another program connected these sockets
 
     def expired(self) -> None:
         """The connection's deadline has passed; what that means depends on its life."""

@@ -736,6 +736,10 @@ class Server:
             # epoll, and its events would reach whoever is given the number next.
             self.loop.forget(client.client_fd)
             self.loop.forget(client.server_fd)
+        if client.is_adopted:
+            # Closing takes a descriptor out of epoll only if nobody else has the socket open.
+            self.loop.forget(client.client_fd)
+            self.loop.forget(client.server_fd)
         self.loop.close(client.client.detach())
         if client.server is not None:
             self.loop.close(client.server.detach())
