@@ -19,6 +19,9 @@
 #define TRIM_STEP  4095
 #define TRIM_STEPS 33
 
+/* A packet's cost in memory, rounded up to a power of two; see allowed_backlog(). */
+#define PACKET_COST 1024
+
 /*
  * Cut off the bytes that were seen before. A retransmission may begin with them (tcp_data_queue()
  * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
@@ -64,6 +67,20 @@ static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
 		old -= step;
 	}
 	return old ? 0 : length;
+}
+
+/*
+ * How much backlog this packet may still join. The limit counts bytes, but a queued packet costs
+ * an sk_buff of some 860 bytes besides, however few it carries: a megabyte of single bytes took
+ * 1.1 GB. So a packet below PACKET_COST bytes may only join a backlog that is shorter by as much,
+ * which keeps the memory within a few times the limit whatever the sizes and their order:
+ * limit / PACKET_COST * (1 + ln(PACKET_COST)) packets at the most.
+ */
+static inline __attribute__((always_inline)) __u32 allowed_backlog(__u32 limit_bytes, __u32 length)
+{
+	if (length >= PACKET_COST)
+		return limit_bytes;
+	return (__u32)(((__u64)limit_bytes * length) / PACKET_COST);
 }
 
 int verdict(struct __sk_buff *skb)
@@ -151,7 +168,7 @@ int verdict(struct __sk_buff *skb)
 	seen->backlog_bytes = backlog;
 	if (backlog > seen->peak_backlog_bytes)
 		seen->peak_backlog_bytes = backlog;
-	if (backlog > told->limit_bytes) {
+	if (backlog > allowed_backlog(told->limit_bytes, length)) {
 		seen->latched = 0;
 		seen->trips++;
 		goto pass;
