@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyforwarder.reasons import CloseReason
 
 DEADLINE_S: Final = 15.0
+SMALL_BUFFER_BYTES: Final = 128 << 10  # the kernel takes twice that, for its own records
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 
 
@@ -109,10 +110,20 @@ class Rig:
 
     # Making and joining
 
-    def connect(self) -> tuple[socket.socket, RigPair, socket.socket]:
-        """A client, the pair between, and a server; nothing has been sent or read yet."""
+    def connect(
+        self, *, small_buffers: bool = False
+    ) -> tuple[socket.socket, RigPair, socket.socket]:
+        """A client, the pair between, and a server; nothing has been sent or read yet.
+
+        With small buffers a stalled reader blocks its sender soon, also on a host whose tcp_rmem
+        and tcp_wmem were tuned to hold 100 MB.
+        """
         client, accepted = loopback_pair()
         outgoing, server = loopback_pair()
+        if small_buffers:
+            for sock in (client, accepted, outgoing, server):
+                for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+                    sock.setsockopt(socket.SOL_SOCKET, option, SMALL_BUFFER_BYTES)
         return client, self.between(client, accepted, outgoing, server), server
 
     def between(

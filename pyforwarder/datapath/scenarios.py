@@ -17,9 +17,10 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.rig import Peer, Reader, Rig, RigError, RigPair, send_all
 from pyforwarder.datapath.tcp_info import received
 
-# More than all buffers between two loopback sockets hold (tcp_wmem and tcp_rmem go to 4 and 6 MiB
-# by default), so that a sender must block.
-FLOOD_BYTES: Final = 32 << 20
+# More than four sockets with small buffers and the datapath hold, so that a sender must block.
+FLOOD_BYTES: Final = 12 << 20
+# The same for buffers that the kernel sizes: tcp_rmem and tcp_wmem may go to some 32 MiB.
+LARGE_FLOOD_BYTES: Final = 80 << 20
 SLOW_LIMIT_BYTES: Final = 256 << 10
 
 
@@ -157,9 +158,9 @@ def fin_with_data(rig: Rig) -> None:
     expect_bytes(reader.data, upload, "server")
 
 
-def flood_bytes(seed: int) -> bytes:
+def flood_bytes(seed: int, size: int = FLOOD_BYTES) -> bytes:
     """Enough that no pair of stalled sockets takes it all."""
-    return random.Random(seed).randbytes(FLOOD_BYTES)
+    return random.Random(seed).randbytes(size)
 
 
 def push_until_blocked(
@@ -203,7 +204,7 @@ def send_rest(name: str, sender: socket.socket, data: bytes, sent: int) -> Peer:
 
 def slow_reader(rig: Rig, *, upload: bool = True) -> None:
     """A reader that does not read blocks the sender after a bounded amount, and loses nothing."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     sender, receiver = (client, server) if upload else (server, client)
     data = flood_bytes(7)
@@ -263,7 +264,7 @@ def both_stalled(rig: Rig) -> None:
     """Neither side reads while both send; when they do read, every byte arrives."""
     client, pair, server = rig.connect()
     rig.join(pair)
-    upload, download = flood_bytes(21), flood_bytes(22)
+    upload, download = flood_bytes(21, LARGE_FLOOD_BYTES), flood_bytes(22, LARGE_FLOOD_BYTES)
     sent_up = push_until_blocked(rig, client, upload)
     sent_down = push_until_blocked(rig, server, download)
     reader_c, reader_s = Reader("client", client), Reader("server", server)
@@ -280,7 +281,7 @@ def both_stalled(rig: Rig) -> None:
 
 def other_direction_goes_on(rig: Rig, *, stalled_download: bool = True) -> None:
     """While one direction stands still, the other carries all it is given, and its FIN."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     # `lazy` sends and never reads, until its own upload is through; `busy` reads all the time.
     lazy, busy = (client, server) if stalled_download else (server, client)
@@ -306,7 +307,7 @@ def one_of_two_stalled_recovers(rig: Rig, *, upload: bool = True) -> None:
     client, pair, server = rig.connect()
     rig.join(pair)
     lazy, busy = (client, server) if upload else (server, client)
-    stalled, flowing = flood_bytes(30), flood_bytes(31)
+    stalled, flowing = flood_bytes(30, LARGE_FLOOD_BYTES), flood_bytes(31, LARGE_FLOOD_BYTES)
     sent = push_until_blocked(rig, busy, stalled)
     moved = push_until_blocked(rig, lazy, flowing)
     reader = Reader("busy side", busy)
@@ -326,7 +327,7 @@ def download_of_two_stalled_recovers(rig: Rig) -> None:
 
 def fin_behind_a_backlog(rig: Rig, *, upload: bool = True) -> None:
     """A sender that closes while its reader is stalled has sent all its bytes, and then the FIN."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     sender, receiver = (client, server) if upload else (server, client)
     data = flood_bytes(26)
@@ -347,7 +348,7 @@ def fin_behind_a_backlog(rig: Rig, *, upload: bool = True) -> None:
 
 def lone_fin_beside_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
     """A FIN without bytes arrives at a socket whose outgoing bytes are stalled, and harms none."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     closing, flooding = (client, server) if by_client else (server, client)
     data = flood_bytes(27)
@@ -375,7 +376,7 @@ def reset(sock: socket.socket) -> None:
 
 def reset_with_a_backlog(rig: Rig, *, by_client: bool = True) -> None:
     """A sender that resets while its reader is stalled: a reset behind a part of the bytes."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     sender, receiver = (client, server) if by_client else (server, client)
     data = flood_bytes(28)
@@ -396,7 +397,7 @@ def reset_by_the_server_with_a_backlog(rig: Rig) -> None:
 
 def reset_by_a_stalled_reader(rig: Rig) -> None:
     """A reader that resets instead of reading: the sender sees it."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     push_until_blocked(rig, client, flood_bytes(29))
     reset(server)

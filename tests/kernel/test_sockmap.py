@@ -165,7 +165,7 @@ def test_quiet_joined_pair_asks_epoll_for_its_end_only(rig: Rig) -> None:
 
 
 def test_backlog_stays_within_the_limit_and_one_packet(rig: Rig) -> None:
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     sent = push_until_blocked(rig, client, flood_bytes(1))
     assert half(rig, pair, table.TRIPS, Direction.UP) >= 1
@@ -176,6 +176,42 @@ def test_backlog_stays_within_the_limit_and_one_packet(rig: Rig) -> None:
     server.shutdown(socket.SHUT_WR)
     rig.finish(pair, reader, writer)
     assert bytes(reader.data) == flood_bytes(1)
+
+
+def test_tiny_packets_are_charged_for_the_memory_that_they_take(rig: Rig) -> None:
+    # A queued packet costs the kernel about a kilobyte, however few bytes it carries: a limit that
+    # counts bytes alone let a client take 1.2 GB with a backlog of 1 MiB of single bytes.
+    client, pair, server = rig.connect()
+    assert pair.server is not None
+    for sock, option in ((server, socket.SO_RCVBUF), (pair.server, socket.SO_SNDBUF)):
+        sock.setsockopt(socket.SOL_SOCKET, option, 4096)
+    sockmap = sockmap_of(rig)
+    sockmap.limit_bytes = limit = 64 << 10
+    rig.join(pair)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.setblocking(False)
+    most_waiting = sent = quiet = 0
+    # Until the limit has been met, and nothing moves any more.
+    while quiet < 10 and sent < 2 * limit:
+        try:
+            for _ in range(64):
+                sent += client.send(b"x")
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+        if half(rig, pair, table.TRIPS, Direction.UP):
+            quiet += 1
+        rig.loop.run_once(0)
+        most_waiting = max(most_waiting, sockmap.carried(pair, pair.up)[2])
+    assert half(rig, pair, table.TRIPS, Direction.UP) >= 1
+    # Every byte that waits is a packet.
+    assert most_waiting <= limit // 64
+    reader = Reader("server", server)
+    client.setblocking(True)
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader)
+    assert bytes(reader.data) == b"x" * sent
 
 
 # Entering at the wrong moment
