@@ -95,6 +95,7 @@ int verdict(struct __sk_buff *skb)
 	__u64 peer_cookie;
 	__u32 slot, worker, write_seq, backlog;
 	__u32 length = skb->len;
+	__u64 before;
 	int outcome = SK_PASS;
 
 	/*
@@ -180,10 +181,12 @@ int verdict(struct __sk_buff *skb)
 pass:
 	/*
 	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the
-	 * other way round, with a full barrier (the atomic add) between. So one of the two sees the
-	 * other's write, and no packet waits for a worker that sleeps.
+	 * other way round, with a full barrier between: an atomic add whose old value is asked for
+	 * (one without is unordered on some machines). So one of the two sees the other's write,
+	 * and no packet waits for a worker that sleeps.
 	 */
-	__sync_fetch_and_add(&seen->passed_bytes, length);
+	before = __sync_fetch_and_add(&seen->passed_bytes, length);
+	asm volatile("" : : "r"(before));
 	if (*(volatile __u32 *)&told->asleep) {
 		struct wakeup wakeup = { .slot = slot,
 					 .direction = end->direction,
@@ -193,8 +196,7 @@ pass:
 		*(volatile __u32 *)&told->asleep = 0;
 		worker = pair->worker_index;
 		ring = map_lookup(MAP_RINGS_FD, &worker);
-		/* A full ring cannot happen: it has room for one event of every direction there is.
-		 */
+		/* The ring has room for one event of every direction there is, so it is never full. */
 		if (ring)
 			bpf_ringbuf_output(ring, &wakeup, sizeof(wakeup), 0);
 	}
