@@ -196,7 +196,7 @@ pass:
 		*(volatile __u32 *)&told->asleep = 0;
 		worker = pair->worker_index;
 		ring = map_lookup(MAP_RINGS_FD, &worker);
-		/* The ring has room for one event of every direction there is, so it is never full. */
+		/* Room for one event of every direction there is: it is never full. */
 		if (ring)
 			bpf_ringbuf_output(ring, &wakeup, sizeof(wakeup), 0);
 	}
