@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 EPOLLIN: Final = select.EPOLLIN
+EPOLLPRI: Final = select.EPOLLPRI
 EPOLLOUT: Final = select.EPOLLOUT
 EPOLLRDHUP: Final = select.EPOLLRDHUP
 EPOLLERR: Final = select.EPOLLERR

@@ -80,6 +80,7 @@ class Flow:
         "readable",
         "source_fd",
         "target_fd",
+        "urgent",
         "written_bytes",
     )
 
@@ -94,6 +95,9 @@ class Flow:
         self.blocked = False  # the target took less than it was offered
         self.end_seen = False  # epoll has reported the source's FIN
         self.bulk = False  # the last read filled its buffer
+        # An urgent byte is in the queue: a read stops in front of it, however much is behind
+        # (net/ipv4/tcp.c, tcp_recvmsg_locked), so a short read does not mean an empty queue.
+        self.urgent = False
         self.read_bytes = 0  # everything ever read from the source, instruction included
         self.written_bytes = 0  # everything ever written to the target, ack and header included
         self.carried_bytes = 0  # of those, what the source meant for the target

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.connection import Phase
 from pyforwarder.datapath.abi import DatapathKind
-from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BULK_READ_BYTES: Final = 256 * 1024
 # How much one flow may move before the others of the loop have their turn.
 FAIR_SHARE_BYTES: Final = 4 * 1024 * 1024
 
-WATCHED: Final = EPOLLIN | EPOLLRDHUP | EPOLLET
+WATCHED: Final = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 BLOCKED: Final = WATCHED | EPOLLOUT
 
 
@@ -80,6 +80,8 @@ class CopyDatapath:
             return
         if mask & EPOLLRDHUP:
             inward.end_seen = True
+        if mask & EPOLLPRI:
+            inward.urgent = True
         if mask & EPOLLOUT and outward.blocked:
             outward.blocked = False
             self.pump(pair, outward)
@@ -124,7 +126,7 @@ class CopyDatapath:
                     chunk = os.read(flow.source_fd, READ_BYTES)
                     count = len(chunk)
             except BlockingIOError:
-                flow.readable = False
+                flow.readable = flow.urgent = False
                 break
             except OSError:
                 self._fail(pair, flow.source_fd)
@@ -137,8 +139,9 @@ class CopyDatapath:
             flow.read_bytes += count
             if count < asked:
                 # A short read has emptied the queue, so the next byte brings an edge of its own; a
-                # FIN that came with these bytes does not, and wants one more read.
-                flow.readable = flow.end_seen
+                # FIN that came with these bytes does not, and wants one more read; so does what
+                # is behind an urgent byte.
+                flow.readable = flow.end_seen or flow.urgent
                 flow.bulk = False
             else:
                 flow.bulk = True

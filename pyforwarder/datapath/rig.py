@@ -20,7 +20,7 @@ from pyforwarder.connection import Phase, Step, next_phase
 from pyforwarder.datapath.base import Flow, Pair, PairReason
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.datapath.send_buffer import enlarge_send_buffer
-from pyforwarder.loop import EPOLLRDHUP, Loop
+from pyforwarder.loop import EPOLLPRI, EPOLLRDHUP, Loop
 
 if TYPE_CHECKING:
     import _socket
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DEADLINE_S: Final = 15.0
 SMALL_BUFFER_BYTES: Final = 128 << 10  # the kernel takes twice that, for its own records
+_SO_PROTOCOL: Final = 38  # asm-generic/socket.h; accept() does not tell a Python socket
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 
 
@@ -140,7 +141,7 @@ class Rig:
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-            if sock.family != socket.AF_UNIX and sock.proto == socket.IPPROTO_TCP:
+            if sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_TCP:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         pair = RigPair(accepted, outgoing)
         pair.id = self._next_id
@@ -218,6 +219,8 @@ def _early(pair: Pair, fd: int, mask: int) -> None:
     flow.readable = True
     if mask & EPOLLRDHUP:
         flow.end_seen = True
+    if mask & EPOLLPRI:
+        flow.urgent = True
 
 
 def loopback_pair() -> tuple[socket.socket, socket.socket]:

@@ -406,6 +406,23 @@ def reset_by_a_stalled_reader(rig: Rig) -> None:
     expect(reader.ended == "ConnectionResetError", f"the client saw {reader.ended}")
 
 
+def urgent_data(rig: Rig) -> None:
+    """A byte sent as urgent stays where it stands in the stream, in both directions."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    for sender, reader in ((client, reader_s), (server, reader_c)):
+        sender.sendall(b"abc")
+        sender.send(b"!", socket.MSG_OOB)
+        sender.sendall(b"def")
+        rig.run_until(lambda: len(reader.data) >= 7, "urgent byte and all")  # noqa: B023 - run now
+        sender.send(b"?", socket.MSG_OOB)
+        sender.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    expect_bytes(reader_s.data, b"abc!def?", "server")
+    expect_bytes(reader_c.data, b"abc!def?", "client")
+
+
 def nothing_at_all(rig: Rig) -> None:
     """Two FINs without a byte before them."""
     client, pair, server = rig.connect()
@@ -567,6 +584,7 @@ ALL: Final[Mapping[str, Scenario]] = {
     "reset by the client with a backlog": reset_with_a_backlog,
     "reset by the server with a backlog": reset_by_the_server_with_a_backlog,
     "reset by a stalled reader": reset_by_a_stalled_reader,
+    "urgent data": urgent_data,
     "nothing at all": nothing_at_all,
     "both close at once": both_close_at_once,
     "client has sent fin before the join": client_has_sent_fin_before_the_join,

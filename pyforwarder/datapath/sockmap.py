@@ -48,6 +48,7 @@ from pyforwarder.loop import (
     EPOLLHUP,
     EPOLLIN,
     EPOLLOUT,
+    EPOLLPRI,
     EPOLLRDHUP,
     Timed,
 )
@@ -333,6 +334,8 @@ class SockmapDatapath:
             if pair.datapath is not self:
                 return
         if inward.is_native:
+            if mask & EPOLLPRI:
+                inward.flow.urgent = True
             if mask & (EPOLLIN | EPOLLRDHUP | EPOLLHUP):
                 inward.flow.readable = True
             self._copying.pump(pair, inward.flow)
@@ -567,7 +570,7 @@ class SockmapDatapath:
         ):
             mask = _ASLEEP_MASK
             if inward.is_native or not inward.sleeping:
-                mask |= EPOLLIN
+                mask |= EPOLLIN | EPOLLPRI
             if outward.flow.blocked:
                 mask |= EPOLLOUT
             if fd == pair.client_fd:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
 from pyforwarder.counters import Counter
-from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP
+from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
 from pyforwarder.worker.resolver import KEEP_S, addresses_of
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyforwarder.worker.resolver import Resolver
     from pyforwarder.worker.server import Server
 
-CONNECTING: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+CONNECTING: Final = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python 3.11 has no name for it
 IP_TRANSPARENT: Final = 19
 IPV6_TRANSPARENT: Final = 75
@@ -280,6 +280,7 @@ class Connector:
         if mask & (EPOLLIN | EPOLLRDHUP):
             client.down.readable = True
             client.down.end_seen = bool(mask & EPOLLRDHUP)
+            client.down.urgent = bool(mask & EPOLLPRI)
         self._server.happen(client, Event.CONNECTED)
 
     def _met_itself(self, client: Client) -> bool:

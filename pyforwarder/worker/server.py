@@ -32,7 +32,7 @@ from pyforwarder.datapath.abi import PairState, pack_endpoint
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.errors import ControlError
 from pyforwarder.first_packet.cursor import ParseError
-from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, Loop
+from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, Loop
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
 from pyforwarder.worker.adopting import adopt, read_so_far, written_so_far
@@ -327,6 +327,7 @@ class Server:
                 # No edge will tell of what came with the header.
                 client.up.readable = True
                 client.up.end_seen = bool(mask & EPOLLRDHUP)
+                client.up.urgent = bool(mask & EPOLLPRI)
 
     def _refuse_header(self, client: Client, reason: CloseReason) -> None:
         """No rule is asked about a connection that has to begin with a header and does not."""
@@ -380,9 +381,11 @@ class Server:
             client.up.readable = True
             self._decide(client, End.FULL)
             return
-        client.up.readable = client.up.end_seen
+        if mask & EPOLLPRI:
+            client.up.urgent = True
+        client.up.readable = client.up.end_seen or client.up.urgent
         self._decide(client, End.OPEN)
-        if client.up.end_seen and client.life is Life.SNIFFING:
+        if client.up.readable and client.life is Life.SNIFFING:
             self._sniffed(client, fd, mask)
 
     def _decide(self, client: Client, end: End) -> None:
@@ -468,6 +471,8 @@ class Server:
             return
         if mask & EPOLLRDHUP:
             client.up.end_seen = True
+        if mask & EPOLLPRI:
+            client.up.urgent = True
         if mask & (EPOLLIN | EPOLLRDHUP):
             client.up.readable = True
 
@@ -570,6 +575,8 @@ class Server:
             return
         if mask & EPOLLRDHUP:
             inward.end_seen = True
+        if mask & EPOLLPRI:
+            inward.urgent = True
         if mask & (EPOLLIN | EPOLLRDHUP):
             inward.readable = True
         if mask & EPOLLOUT and outward.blocked:

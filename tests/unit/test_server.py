@@ -408,6 +408,38 @@ def test_bytes_that_are_carried_are_counted_without_what_is_ours(
     assert (play.counters[Counter.UP_BYTES], play.counters[Counter.DOWN_BYTES]) == (23, 7)
 
 
+@pytest.mark.parametrize("named_first", [False, True])
+def test_urgent_byte_stays_in_its_place_and_holds_nothing_up(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch, named_first: bool
+) -> None:
+    # A read stops in front of it: what is behind it must not wait for the next segment.
+    listening, address = servers()
+    play = start(named("datapath: copy"))
+    names = SlowNames(monkeypatch)
+    client = play.dial()
+    port = address.rpartition(":")[2]
+    head = instruction(f"server.test:{port}")
+    if named_first:
+        # The urgent byte comes while the server is being connected.
+        client.sendall(head)
+        play.run_until(lambda: names.asked, "question")
+        client.sendall(b"abc")
+    else:
+        client.sendall(head[:9])
+        client.send(head[9:10], socket.MSG_OOB)
+        client.sendall(head[10:] + b"abc")
+    client.send(b"!", socket.MSG_OOB)
+    client.sendall(b"def")
+    play.loop.run_once(0.01)
+    names.release()
+    server = play.accept(listening)
+    assert play.read(server, 7) == b"abc!def"
+    server.sendall(b"xyz")
+    server.send(b"?", socket.MSG_OOB)
+    server.sendall(b"uvw")
+    assert play.read(client, 6 + 7) == ACK + b"xyz?uvw"
+
+
 # Connecting
 
 
