@@ -357,6 +357,7 @@ class Daemon:
 
     def _configure(self, worker: WorkerProcess, index: int) -> None:
         names = list(self._listeners.bound)
+        worker.may_be_transparent = any(u.transparent for u in self._config.upstreams.values())
         text_fd = text_to_fd(self._settings.to_json())
         try:
             fds = [self._listeners.bound[name].socket_of(index).fileno() for name in names]

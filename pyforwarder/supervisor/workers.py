@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 # A worker answers between two turns of its loop; one that does not for so long is stuck.
 ANSWER_TIMEOUT_S: Final = 10.0
+# Level and option with which a socket may be bound to an address that is not this host's (ip(7)).
+TRANSPARENT: Final = {
+    socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),  # IPV6_TRANSPARENT, linux/in6.h
+}
 
 
 class WorkerProcess:
@@ -43,6 +49,8 @@ class WorkerProcess:
         self.channel = ours
         self.started_s = time.monotonic()
         self.exit_code: int | None = None
+        # Whether it may connect from any address: set while an upstream is `transparent`.
+        self.may_be_transparent = False
         self._number = 0
 
     def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> Any:
@@ -71,7 +79,7 @@ class WorkerProcess:
                 raise ControlError(f"worker {self.pid} has died")
             message, fds = received
             if "ask" in message:
-                grant(message, fds)
+                self._grant(message, fds)
             elif message["n"] == number:
                 if "error" in message:
                     raise ControlError(message["error"])
@@ -89,8 +97,15 @@ class WorkerProcess:
             return False
         message, fds = received
         if "ask" in message:
-            grant(message, fds)
+            self._grant(message, fds)
         return True
+
+    def _grant(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
+        answer = grant(message, fds, may_be_transparent=self.may_be_transparent)
+        if answer is not None:
+            # If it is gone, SIGCHLD tells.
+            with contextlib.suppress(OSError):
+                self.channel.send({"granted": answer, "number": message.get("number")})
 
     def has_ended(self) -> bool:
         """Whether the process is gone; reaps it."""
@@ -113,21 +128,33 @@ class WorkerProcess:
         self.channel.close()
 
 
-def grant(message: Mapping[str, Any], fds: Sequence[int]) -> None:
+def grant(
+    message: Mapping[str, Any], fds: Sequence[int], *, may_be_transparent: bool
+) -> bool | None:
     """Do for a worker what needs a privilege; closes the descriptors.
 
-    A worker is not trusted: whatever it asks, this is all it can get.
+    A worker is not trusted: whatever it asks, this is all it can get. Returns whether it was done,
+    for a worker that waits to know; None: it does not.
     """
     try:
-        if message["ask"] == "enlarge" and len(fds) == 1:
-            with socket.socket(fileno=os.dup(fds[0])) as sock:
-                if sock.family in (socket.AF_INET, socket.AF_INET6):
-                    enlarge_send_buffer(sock, max(0, int(message["number"])))
+        if len(fds) != 1:
+            return None
+        with socket.socket(fileno=os.dup(fds[0])) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return None
+            if message["ask"] == "enlarge":
+                enlarge_send_buffer(sock, max(0, int(message["number"])))
+            elif message["ask"] == "transparent":
+                if may_be_transparent:
+                    sock.setsockopt(*TRANSPARENT[sock.family], 1)
+                return may_be_transparent
     except (OSError, ValueError, TypeError):
-        return  # not a socket, no privilege, or no sense: the worker goes on without
+        # Not a socket, no privilege, or no sense: the worker goes on without.
+        return False if message["ask"] == "transparent" else None
     finally:
         for fd in fds:
             os.close(fd)
+    return None
 
 
 def ask_all(workers: Sequence[WorkerProcess], do: str, **fields: object) -> list[Any]:

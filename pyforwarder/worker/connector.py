@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 CONNECTING: Final = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python 3.11 has no name for it
-IP_TRANSPARENT: Final = 19
-IPV6_TRANSPARENT: Final = 75
 LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"  # struct linger {1, 0}: close() sends RST
 
 
@@ -89,6 +87,8 @@ class Connector:
         self._loop = server.loop
         self._resolver = resolver
         self._first_ephemeral_port = _first_ephemeral_port()
+        self._asked = 0
+        self._waiting_for_address: dict[int, tuple[Client, _socket.socket]] = {}
 
     def start(self, client: Client) -> None:
         """The client's route is known: find an address and connect to it."""
@@ -215,6 +215,9 @@ class Connector:
                 sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
                 sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
                 if client.balancer is not None:
+                    if self._wants_own_address(client, family):
+                        self._ask_for_own_address(client, sock, fd)
+                        return
                     self._bind_source(client, sock, family)
                 code = sock.connect_ex(address)
         except OSError as error:
@@ -227,25 +230,58 @@ class Connector:
         client.server_mask = CONNECTING
         self._loop.watch(fd, CONNECTING, self._ready, client)
 
+    def _wants_own_address(self, client: Client, family: int) -> bool:
+        """Whether the server is to see the client's own address as the source."""
+        upstream = self._upstream(client)
+        if upstream is None or not upstream.transparent or client.peer is None:
+            return False
+        return (":" in client.peer.host) == (family == _socket.AF_INET6)
+
+    def _ask_for_own_address(self, client: Client, sock: _socket.socket, fd: int) -> None:
+        """Binding to an address that is not ours takes a privilege: the supervisor has it.
+
+        It sets IP_TRANSPARENT on this one socket; `granted` goes on from there.
+        """
+        client.attach_server(sock, fd)
+        self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
+        # A socket that is neither connected nor listening reports EPOLLHUP, once.
+        client.server_mask = EPOLLET
+        self._loop.watch(fd, EPOLLET, self._ready, client)
+        self._asked += 1
+        self._waiting_for_address[self._asked] = (client, sock)
+        self._server.ask_supervisor("transparent", [fd], self._asked)
+
+    def granted(self, number: int, *, done: bool) -> None:
+        """The supervisor's answer; the client may be gone, or already with its next server."""
+        client, sock = self._waiting_for_address.pop(number)
+        if client.life is not Life.CONNECTING or client.server is not sock:
+            return
+        peer, address = client.peer, client.destination
+        assert peer is not None
+        assert isinstance(address, Address)
+        if not done:
+            self.failed(client, CloseReason.UNREACHABLE)
+            return
+        try:
+            sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((peer.host, 0))
+            code = sock.connect_ex(address)
+        except OSError as error:
+            code = error.errno or errno.EIO
+        if code not in (0, errno.EINPROGRESS):
+            self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
+            return
+        client.server_mask = CONNECTING
+        self._loop.change(client.server_fd, CONNECTING)
+
     def _bind_source(self, client: Client, sock: _socket.socket, family: int) -> None:
-        """Connect from one of the upstream's `source` addresses, or from the client's own.
+        """Connect from one of the upstream's `source` addresses.
 
         With IP_BIND_ADDRESS_NO_PORT the port is chosen at connect, so that one port serves
         different servers at the same time (ip(7)).
         """
         upstream = self._upstream(client)
         if upstream is None:
-            return
-        if upstream.transparent and client.peer is not None:
-            ipv6 = ":" in client.peer.host
-            if ipv6 == (family == _socket.AF_INET6):
-                level, option = (
-                    (_socket.IPPROTO_IPV6, IPV6_TRANSPARENT)
-                    if ipv6
-                    else (_socket.IPPROTO_IP, IP_TRANSPARENT)
-                )
-                sock.setsockopt(level, option, 1)
-                sock.bind((client.peer.host, 0))
             return
         sources = [
             host

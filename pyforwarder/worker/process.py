@@ -129,6 +129,9 @@ class _Worker:
             self.loop.stop()  # the supervisor is gone; closing resets every pair
             return
         message, fds = received
+        if "granted" in message:
+            self._serving().granted(message["number"], done=message["granted"])
+            return
         answer: dict[str, object]
         try:
             answer = {"result": self._obey(message, fds)}

@@ -110,7 +110,7 @@ class Server:
         `ask_supervisor(what, descriptors, number)` asks for what needs a privilege, without
         waiting for it.
         """
-        self._ask_supervisor = ask_supervisor
+        self.ask_supervisor = ask_supervisor
         self.loop = loop
         self.generation = generation
         self.counters = counters
@@ -647,7 +647,7 @@ class Server:
 
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """Ask the supervisor, who may."""
-        self._ask_supervisor("enlarge", [sock.fileno()], by_bytes)
+        self.ask_supervisor("enlarge", [sock.fileno()], by_bytes)
 
     # Deadlines
 
@@ -854,6 +854,10 @@ class Server:
             }
             for name, balancer in self.generation.balancers.items()
         }
+
+    def granted(self, number: int, *, done: bool) -> None:
+        """The supervisor's answer to what `ask_supervisor` asked under this number."""
+        self._connector.granted(number, done=done)
 
     def mark(self, upstream: str, server: str, *, up: bool) -> None:
         """A health check has changed its mind about a server."""
