@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import stat
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ MOST_LISTENERS: Final = 250
 _IN_LAST_FD: Final = b'"in the last descriptor"'
 _MOST_TEXT_BYTES: Final = 64 << 20
 SEND_TIMEOUT_S: Final = 5.0
+_TIMEVAL: Final = struct.Struct("@ll")  # struct timeval
+_FD: Final = struct.Struct("@i")
 
 
 class Channel:
@@ -27,7 +30,11 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        sock.settimeout(SEND_TIMEOUT_S)
+        # Not settimeout(): with a timeout Python would wait for a message in spite of MSG_DONTWAIT.
+        sock.setblocking(True)
+        seconds = int(SEND_TIMEOUT_S)
+        timeval = _TIMEVAL.pack(seconds, int((SEND_TIMEOUT_S - seconds) * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -62,9 +69,18 @@ class Channel:
             BlockingIOError: there is none yet.
             OSError, ValueError: what came is no message.
         """
-        data, fds, _, _ = socket.recv_fds(
-            self._sock, _MOST_BYTES, _MOST_FDS, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        # Not socket.recv_fds(), which takes flags and forgets them (Python 3.11).
+        data, ancillary, _, _ = self._sock.recvmsg(
+            _MOST_BYTES,
+            socket.CMSG_SPACE(_MOST_FDS * _FD.size),
+            socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
         )
+        fds = [
+            fd
+            for level, kind, numbers in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for (fd,) in _FD.iter_unpack(numbers)
+        ]
         if not data:
             return None
         if data == _IN_LAST_FD and fds:

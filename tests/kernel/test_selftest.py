@@ -1,0 +1,110 @@
+"""The self-test: believes a datapath that works, and survives one that does not."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pyforwarder.datapath import bpf, selftest
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.rig import Rig, RigError
+from pyforwarder.datapath.scenarios import SELF_TEST, round_trips
+from tests.helpers.stage import keys_in, open_fds
+
+SLOTS = 64
+
+
+@pytest.fixture
+def maps(network: None) -> Iterator[KernelMaps]:
+    del network
+    loaded = KernelMaps.load(workers=1, slots=SLOTS)
+    yield loaded
+    loaded.close()
+
+
+def prove(maps: KernelMaps) -> selftest.Proof:
+    """Run it as `up` does, and look that it leaves nothing behind."""
+    before = open_fds()
+    proof = selftest.prove_sockmap(maps, slots=SLOTS, user="nobody")
+    assert open_fds() == before
+    assert keys_in(maps.ends_fd) == keys_in(maps.sockets_fd) == 0
+    with bpf.map_memory(maps.pairs_fd, SLOTS * 512, write=False) as memory:
+        assert memory[:] == bytes(SLOTS * 512)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    return proof
+
+
+def only(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Rig], None]) -> None:
+    monkeypatch.setattr(selftest, "SELF_TEST", {"first": round_trips, "second": scenario})
+
+
+def test_datapath_that_works_is_believed(maps: KernelMaps) -> None:
+    proof = prove(maps)
+    assert (proof.passed, proof.reason) == (True, "")
+    assert list(proof.scenarios) == list(SELF_TEST)
+
+
+def test_play_that_fails_is_named_with_its_reason(
+    maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(rig: Rig) -> None:
+        rig.join(rig.connect()[1])
+        raise RigError("server got 7 of 8 bytes")
+
+    only(monkeypatch, fail)
+    proof = prove(maps)
+    assert (proof.passed, proof.reason) == (False, "second: server got 7 of 8 bytes")
+    assert list(proof.scenarios) == ["first"]
+
+
+def test_datapath_that_leaves_all_to_userspace_is_not_believed(
+    maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy_only(rig: Rig) -> None:
+        rig.datapath = rig.copying
+        round_trips(rig)
+
+    only(monkeypatch, copy_only)
+    assert prove(maps).reason == "second: the kernel moved nothing"
+
+
+def test_process_that_dies_in_the_middle_costs_only_the_datapath(
+    maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(rig: Rig) -> None:
+        rig.join(rig.connect()[1])
+        os._exit(0)
+
+    only(monkeypatch, die)
+    proof = prove(maps)
+    assert not proof.passed
+    assert "died" in proof.reason
+
+
+def test_process_that_hangs_is_ended(maps: KernelMaps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(rig: Rig) -> None:
+        rig.join(rig.connect()[1])
+        threading.Event().wait()
+
+    only(monkeypatch, hang)
+    monkeypatch.setattr(selftest, "TIMEOUT_S", 1.0)
+    started_s = time.monotonic()
+    proof = prove(maps)
+    assert not proof.passed
+    assert "in time" in proof.reason
+    assert time.monotonic() - started_s < 10
+
+
+def test_it_runs_without_privileges(maps: KernelMaps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(rig: Rig) -> None:
+        round_trips(rig)
+        if os.geteuid() == 0 or os.getegid() == 0:
+            raise RigError("still root")
+
+    only(monkeypatch, look)
+    assert prove(maps).passed
