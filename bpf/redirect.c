@@ -83,6 +83,20 @@ static inline __attribute__((always_inline)) __u32 allowed_backlog(__u32 limit_b
 	return (__u32)(((__u64)limit_bytes * length) / PACKET_COST);
 }
 
+/*
+ * Whether the target's TCP can take the bytes now. What it cannot take waits in its
+ * psock->ingress_skb for as long as its peer does not read, and that queue is also where the
+ * packets pass that the target's own direction gives to userspace: behind waiting bytes they are
+ * stuck, and no longer charged to the socket (sk_psock_verdict_apply), so that its window never
+ * closes. With both peers not reading, one pair took all the memory there was.
+ */
+static inline __attribute__((always_inline)) int has_room(__u32 queued, __u32 send_buffer,
+							  __u32 bytes)
+{
+	/* An eighth and a packet for what tcp_sendmsg() adds to the bytes: skb->truesize. */
+	return queued + bytes + bytes / 8 + 4096 <= send_buffer;
+}
+
 int verdict(struct __sk_buff *skb)
 {
 	__u64 cookie = bpf_get_socket_cookie(skb);
@@ -93,7 +107,7 @@ int verdict(struct __sk_buff *skb)
 	struct bpf_sock *target;
 	struct tcp_sock *tcp;
 	__u64 peer_cookie;
-	__u32 slot, worker, write_seq, backlog;
+	__u32 slot, worker, write_seq, backlog, queued, send_buffer;
 	__u32 length = skb->len;
 	__u64 before;
 	int outcome = SK_PASS;
@@ -156,6 +170,8 @@ int verdict(struct __sk_buff *skb)
 		goto pass;
 	}
 	write_seq = *(volatile __u32 *)((void *)tcp + TCP_SOCK_WRITE_SEQ);
+	queued = *(volatile __u32 *)((void *)tcp + SOCK_SK_WMEM_QUEUED);
+	send_buffer = *(volatile __u32 *)((void *)tcp + SOCK_SK_SNDBUF);
 	bpf_sk_release(target);
 
 	if (!seen->latched) {
@@ -169,7 +185,8 @@ int verdict(struct __sk_buff *skb)
 	seen->backlog_bytes = backlog;
 	if (backlog > seen->peak_backlog_bytes)
 		seen->peak_backlog_bytes = backlog;
-	if (backlog > allowed_backlog(told->limit_bytes, length)) {
+	if (backlog > allowed_backlog(told->limit_bytes, length) ||
+	    !has_room(queued, send_buffer, backlog + length)) {
 		seen->latched = 0;
 		seen->trips++;
 		goto pass;

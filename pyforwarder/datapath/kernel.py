@@ -26,7 +26,10 @@ _RING_RECORD_BYTES: Final = 8 + 16
 assert Wakeup.id.offset + Wakeup.id.size + 8 == _RING_RECORD_BYTES
 
 # Kernel structure fields that the programs read.
-FIELDS: Final = {"tcp_sock": ("write_seq", "copied_seq")}
+FIELDS: Final = {
+    "tcp_sock": ("write_seq", "copied_seq"),
+    "sock": ("sk_wmem_queued", "sk_sndbuf"),
+}
 
 
 def slots_for(pairs: int) -> int:
