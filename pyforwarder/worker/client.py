@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pyforwarder.address import Address
 from pyforwarder.connection import Life
 from pyforwarder.datapath.base import Pair
 
 if TYPE_CHECKING:
     import _socket
 
-    from pyforwarder.address import Address, HostPort, UnixAddress
+    from pyforwarder.address import HostPort, UnixAddress
     from pyforwarder.datapath.abi import Direction
     from pyforwarder.reasons import CloseReason
     from pyforwarder.routing import Conversation, Route
@@ -108,3 +109,8 @@ class Client(Pair):
     def rule_name(self) -> bytes:
         """The rule that took it, for the table."""
         return self.listener.rule_names[self.route.rule.index] if self.route else b"-"
+
+
+def address_of(name: object) -> Address | None:
+    """What getpeername(2) or getsockname(2) gave, as an address; None for a unix socket."""
+    return Address(name[0], name[1]) if isinstance(name, tuple) else None

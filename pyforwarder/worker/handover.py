@@ -100,7 +100,7 @@ class Handover:
             return
         assert self._sockmap is not None
         if client.slot < 0:
-            self._server.show(client)
+            self._server.records.show(client)
         reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:

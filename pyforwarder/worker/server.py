@@ -5,12 +5,10 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import time
-from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder import proxy_protocol
-from pyforwarder.address import Address, UnixAddress
+from pyforwarder.address import UnixAddress
 from pyforwarder.connection import (
     LIFE,
     Command,
@@ -20,25 +18,23 @@ from pyforwarder.connection import (
     Step,
     UnexpectedEventError,
     next_phase,
-    shown_state,
 )
 from pyforwarder.counters import (
     CLOSED_INDEX,
     Counter,
     ListenerCounter,
-    RuleCounter,
 )
-from pyforwarder.datapath.abi import PairState, pack_endpoint
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.errors import ControlError
-from pyforwarder.first_packet.cursor import ParseError
 from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, Loop
 from pyforwarder.reasons import CloseReason, refusal_code
-from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
+from pyforwarder.routing import Route
 from pyforwarder.worker.adopting import adopt, read_so_far, written_so_far
-from pyforwarder.worker.client import Client
+from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
+from pyforwarder.worker.records import Records
 from pyforwarder.worker.resolver import Resolver
+from pyforwarder.worker.sniffer import Sniffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair
     from pyforwarder.datapath.table import PairWindow
     from pyforwarder.limits import SharedLimits
-    from pyforwarder.routing import Decision
     from pyforwarder.worker.generation import Generation, ListenerState
     from pyforwarder.worker.handover import Handover
     from pyforwarder.worker.log import ConnectionLog
@@ -77,15 +72,10 @@ REFUSAL_LINGER_S: Final = 1.0
 REFUSAL_DISCARD_BYTES: Final = 64 * 1024
 # Clients over a limit that are still listened to, so that they can be told `busy`.
 BUSY_CLIENTS: Final = 64
-# A connection shows up in the table once it is this old: most of the short ones never pay for it.
-SHOW_AFTER_S: Final = 0.02
-
 # A handover that bytes stand in the way of is tried again as they move, and by this clock.
 HANDOVER_RETRY_S: Final = 0.1
 
 _NO_LINGER: Final = b"\0\0\0\0\0\0\0\0"
-_NO_ENDPOINT: Final = pack_endpoint(None)
-_SHOWN: Final = {state.label: state for state in PairState}
 
 
 class Server:
@@ -117,15 +107,15 @@ class Server:
         self.window = window
         self.copying = CopyDatapath(self)
         self.handover: Handover
-        self._limits = limits
+        self.limits = limits
         self.log = log
         self._workers = workers
         self._worker = worker
         self._most_clients = most_clients
         self.clients: dict[int, Client] = {}
         self._busy_clients = 0
-        self._unshown: deque[Client] = deque()
-        self._show_timer = 0
+        self.records = Records(loop, window)
+        self._sniffer = Sniffer(self)
         self._connector = Connector(self, Resolver(loop))
         self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
         self._commands: dict[Command, Callable[[Client], None]] = {
@@ -234,52 +224,40 @@ class Server:
         client = Client(self, state, sock, fd, address, now_s)
         client.id = self.next_id()
         limits = state.generation.limits
-        if limits.new_per_second and not self._limits.admit_this_second(
+        if limits.new_per_second and not self.limits.admit_this_second(
             limits.new_per_second, now_s
         ):
             client.over_limit = True
         elif limits.pairs_per_client and state.trusted_proxies is None:
-            self._count_client(client)
-        if client.over_limit:
-            self._busy_clients += 1
-        if len(self.clients) >= self._most_clients or self._busy_clients > BUSY_CLIENTS:
+            self.count_client(client)
+        listened_to = not client.over_limit or self.listen_to_busy(client)
+        if len(self.clients) >= self._most_clients or not listened_to:
             self._turn_away(client)
             return
         counters[Counter.OPEN] += 1
         counters[state.counter + ListenerCounter.OPEN] += 1
         self.clients[fd] = client
         client.client_mask = WATCHED
-        self.loop.watch(fd, WATCHED, self._sniffed, client)
+        self.loop.watch(fd, WATCHED, self._sniffer.sniffed, client)
         client.conversation = state.ruleset.begin()
-        self._unshown.append(client)
-        if not self._show_timer:
-            self._show_timer = self.loop.after(SHOW_AFTER_S, self._show_unshown)
+        self.records.show_later(client)
         if state.starts_specially:
-            self._start(client)
+            self._sniffer.start(client)
             if client.life is not Life.SNIFFING:
                 return
         self.loop.deadlines.start(client, state.timeout_s, now_s)
 
-    def _count_client(self, client: Client) -> None:
+    def count_client(self, client: Client) -> None:
         """Count the connection among those of its client's address, and find out if it may be."""
         if client.peer is not None:
             limit = client.listener.generation.limits.pairs_per_client
-            client.counts_client = self._limits.add_client(client.peer.host, limit)
+            client.counts_client = self.limits.add_client(client.peer.host, limit)
             client.over_limit = not client.counts_client
 
-    def _start(self, client: Client) -> None:
-        """What else comes first on some listeners: a PROXY header, or a decision without a byte."""
-        state = client.listener
-        if state.trusted_proxies is not None:
-            client.proxied = False
-            client.proxied_to = None
-            if client.peer is not None and not state.trusted_proxies.contains(client.peer.host):
-                # Whoever it is, it is not one of our proxies: nothing it says is read.
-                self._refuse_header(client, CloseReason.DENIED)
-                return
-            self.loop.redirect(client.client_fd, self._header_came)
-        elif not client.over_limit:
-            self._decide(client, End.OPEN)
+    def listen_to_busy(self, client: Client) -> bool:
+        """Count one more client over a limit; whether there is room to tell it so."""
+        self._busy_clients += 1
+        return self._busy_clients <= BUSY_CLIENTS
 
     def _turn_away(self, client: Client) -> None:
         """No room even to listen: a reset, at once."""
@@ -289,192 +267,6 @@ class Server:
         self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
         self._give_back(client)
         os.close(client.client.detach())
-
-    # The PROXY header
-
-    def _header_came(self, client: Client, fd: int, mask: int) -> None:
-        """Bytes of the header: looked at where they are, so that what follows it stays there."""
-        if mask & EPOLLERR:
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return
-        try:
-            data = client.client.recv(proxy_protocol.MAX_LENGTH, _socket.MSG_PEEK)
-            header = proxy_protocol.read(data)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return
-        except ParseError:
-            self._refuse_header(client, CloseReason.MALFORMED)
-            return
-        if header is NEED_MORE:
-            if mask & EPOLLRDHUP:
-                reason = CloseReason.MALFORMED if data else CloseReason.CLIENT_GONE
-                self._refuse_header(client, reason)
-            return
-        assert isinstance(header, proxy_protocol.Header)
-        os.read(fd, header.length)
-        client.up.read_bytes += header.length
-        self._take_header(client, header)
-        if client.life is Life.SNIFFING:
-            self.loop.redirect(fd, self._sniffed)
-            if client.listener.decides_at_once and not client.over_limit:
-                self._decide(client, End.OPEN)
-            if client.life is Life.SNIFFING:
-                self._sniffed(client, fd, mask)
-            else:
-                # No edge will tell of what came with the header.
-                client.up.readable = True
-                client.up.end_seen = bool(mask & EPOLLRDHUP)
-                client.up.urgent = bool(mask & EPOLLPRI)
-
-    def _refuse_header(self, client: Client, reason: CloseReason) -> None:
-        """No rule is asked about a connection that has to begin with a header and does not."""
-        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
-        self.broken(client, reason)
-
-    def _take_header(self, client: Client, header: proxy_protocol.Header) -> None:
-        """From here on the client is who the proxy says it is."""
-        client.proxied = True
-        if isinstance(header.source, Address):
-            client.peer = header.source
-        elif header.source is not None:
-            client.peer = None  # a unix socket
-        if isinstance(header.destination, Address):
-            client.proxied_to = header.destination
-        if client.listener.generation.limits.pairs_per_client and not client.over_limit:
-            self._count_client(client)
-            if client.over_limit:
-                self._busy_clients += 1
-                if self._busy_clients > BUSY_CLIENTS:
-                    self._refuse_header(client, CloseReason.BUSY)
-                    return
-        if client.slot >= 0:
-            self.show(client)
-
-    # Sniffing
-
-    def _sniffed(self, client: Client, fd: int, mask: int) -> None:
-        """The client has sent something, or closed, or reset."""
-        if mask & EPOLLERR:
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return
-        if mask & EPOLLRDHUP:
-            client.up.end_seen = True
-        room = client.listener.max_bytes - len(client.received)
-        try:
-            data = os.read(fd, room)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return
-        size = len(data)
-        client.up.read_bytes += size
-        if not size:
-            self._decide(client, End.EOF)
-            return
-        client.received = client.received + data if client.received else data
-        if size == room:
-            # There may be more behind it, and no edge will tell.
-            client.up.readable = True
-            self._decide(client, End.FULL)
-            return
-        if mask & EPOLLPRI:
-            client.up.urgent = True
-        client.up.readable = client.up.end_seen or client.up.urgent
-        self._decide(client, End.OPEN)
-        if client.up.readable and client.life is Life.SNIFFING:
-            self._sniffed(client, fd, mask)
-
-    def _decide(self, client: Client, end: End) -> None:
-        state = client.listener
-        ruleset = state.ruleset
-        while True:
-            decision: Decision = ruleset.decide(
-                client.received,
-                client=client.peer,
-                local_port=state.local_port,
-                end=end,
-                now_unix_s=time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
-                state=client.conversation,
-            )
-            if decision is NEED_MORE:
-                return
-            if isinstance(decision, Route):
-                self._route(client, decision)
-                return
-            if isinstance(decision, Refuse):
-                self._refuse(client, decision, end)
-                return
-            if not self._say(client, decision):
-                return
-            if end is End.FULL and decision.skip:
-                end = End.OPEN  # room again for what the dialogue goes on with
-                self.loop.soon(client, client.client_fd)
-
-    def _say(self, client: Client, decision: Send) -> bool:
-        """Our part of a dialogue; a client that does not read a few bytes is not waited for."""
-        try:
-            written = os.write(client.client_fd, decision.data)
-        except OSError:
-            written = 0
-        client.down.written_bytes += written
-        if written < len(decision.data):
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return False
-        client.received = client.received[decision.skip :]
-        return True
-
-    def _route(self, client: Client, route: Route) -> None:
-        client.route = route
-        counter = client.listener.rule_counters[route.rule.index]
-        self.loop.deadlines.stop(client)
-        self.loop.redirect(client.client_fd, self._waiting)
-        limits = client.listener.generation.limits
-        if client.over_limit or self._limits.pairs >= limits.pairs:
-            self.counters[counter + RuleCounter.REFUSED] += 1
-            self.refuse(client, CloseReason.BUSY)
-            return
-        self.counters[counter + RuleCounter.TAKEN] += 1
-        client.counts_pair = True
-        self._limits.add_pair()
-        self.counters[Counter.PAIRS_OPEN] += 1
-        self.counters[Counter.PAIRS_OPENED] += 1
-        self.happen(client, Event.ROUTED)
-
-    def _refuse(self, client: Client, refusal: Refuse, end: End) -> None:
-        if refusal.rule is not None:
-            counter = client.listener.rule_counters[refusal.rule.index]
-            self.counters[counter + RuleCounter.REFUSED] += 1
-        if refusal.reason in (CloseReason.TIMEOUT, CloseReason.NO_MATCH, CloseReason.MALFORMED):
-            if end is End.FULL:
-                self.counters[Counter.FIRST_PACKET_FULL] += 1
-            elif end is End.TIMEOUT:
-                self.counters[Counter.FIRST_PACKET_TIMEOUT] += 1
-        client.reason = refusal.reason
-        if refusal.reset:
-            self.happen(client, Event.BROKEN)
-        elif refusal.reply:
-            client.down.pending = refusal.reply
-            self.happen(client, Event.REFUSED)
-        elif end is End.EOF:
-            self.happen(client, Event.FINISHED)
-        else:
-            self.happen(client, Event.REFUSED)
-
-    def _waiting(self, client: Client, _fd: int, mask: int) -> None:
-        """While its server is being connected, the client's bytes wait in the kernel."""
-        if mask & EPOLLERR:
-            self.broken(client, CloseReason.CLIENT_RESET)
-            return
-        if mask & EPOLLRDHUP:
-            client.up.end_seen = True
-        if mask & EPOLLPRI:
-            client.up.urgent = True
-        if mask & (EPOLLIN | EPOLLRDHUP):
-            client.up.readable = True
 
     # Refusing
 
@@ -494,7 +286,7 @@ class Server:
         self.loop.redirect(client.client_fd, self._discard)
         self.loop.deadlines.start(client, REFUSAL_LINGER_S, self.loop.now_s)
         client.up.read_bytes = 0
-        self._show_state(client)
+        self.records.show_state(client)
         self._discard(client, client.client_fd, EPOLLIN)
 
     def _discard(self, client: Client, fd: int, mask: int) -> None:
@@ -590,16 +382,17 @@ class Server:
         self.handover.joined(client)
         self._watch_idle(client)
         if client.slot >= 0:
-            self.show(client)
+            self.records.show(client)
         self.copying.join(client)
 
     # PairHost
 
     def fin_seen(self, pair: Pair, flow: Flow) -> None:
         """The flow's source has sent FIN."""
+        assert isinstance(pair, Client)
         flow.phase = next_phase(flow.phase, Step.FIN)
         if pair.slot >= 0:
-            self._show_state(pair)
+            self.records.show_state(pair)
 
     def delivered(self, pair: Pair, flow: Flow) -> None:
         """Every byte is with the target's TCP: its FIN goes out."""
@@ -622,7 +415,7 @@ class Server:
             return
         pair.active_s = self.loop.now_s
         if pair.slot >= 0:
-            self._show_state(pair)
+            self.records.show_state(pair)
 
     def broken(self, pair: Pair, reason: CloseReason) -> None:
         """The pair cannot be continued correctly."""
@@ -655,11 +448,7 @@ class Server:
         """A deadline has passed: what it meant depends on where the connection is."""
         match client.life:
             case Life.SNIFFING:
-                if client.listener.trusted_proxies is not None and not client.proxied:
-                    # Silence is no header either.
-                    self._refuse_header(client, CloseReason.TIMEOUT)
-                else:
-                    self._decide(client, End.TIMEOUT)
+                self._sniffer.timed_out(client)
             case Life.CONNECTING:
                 self._connector.timed_out(client)
             case Life.HANDOVER:
@@ -731,7 +520,7 @@ class Server:
             client.datapath = None
             # The slot first: who adds the table to these counters may miss the bytes for a moment,
             # but must not see them twice.
-            self._release_slot(client)
+            self.records.release(client)
             counters[Counter.UP_BYTES] += up_bytes
             counters[Counter.DOWN_BYTES] += down_bytes
         self.log.closed(client, up_bytes, down_bytes)
@@ -751,21 +540,16 @@ class Server:
         if client.server is not None:
             self.loop.close(client.server.detach())
             client.server = None
-        self._release_slot(client)
-
-    def _release_slot(self, client: Client) -> None:
-        if client.slot >= 0:
-            self.window.release(client.slot)
-            client.slot = -1
+        self.records.release(client)
 
     def _give_back(self, client: Client) -> None:
         """What limits and balancers counted for this connection."""
         if client.over_limit:
             self._busy_clients -= 1
         if client.counts_client and client.peer is not None:
-            self._limits.remove_client(client.peer.host)
+            self.limits.remove_client(client.peer.host)
         if client.counts_pair:
-            self._limits.remove_pair()
+            self.limits.remove_pair()
             self.counters[Counter.PAIRS_OPEN] -= 1
         if client.balancer is not None and client.server_state is not None:
             if client.server_opened:
@@ -816,7 +600,7 @@ class Server:
         client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
         client.is_adopted = True
         client.counts_pair = True
-        self._limits.add_pair()
+        self.limits.add_pair()
         counters[Counter.PAIRS_OPEN] += 1
         counters[Counter.PAIRS_OPENED] += 1
         counters[Counter.OPEN] += 1
@@ -834,8 +618,7 @@ class Server:
         self.loop.watch(client_fd, WATCHED, self._flushing, client)
         self.loop.watch(server_fd, WATCHED, self._flushing, client)
         client.life = Life.HANDOVER
-        self._unshown.append(client)
-        self._show_unshown()
+        self.records.show_later(client)
         self.happen(client, Event.FLUSHED)
         return client.id
 
@@ -868,66 +651,3 @@ class Server:
             balancer.mark_up(server, self.loop.now_s)
         else:
             balancer.mark_down(server)
-
-    # The table
-
-    def show(self, pair: Pair) -> None:
-        """Write the connection's record; it gets a slot if it has none and one is free."""
-        assert isinstance(pair, Client)
-        if pair.slot < 0:
-            pair.slot = self.window.allocate()
-            if pair.slot < 0:
-                return
-            for flow in (pair.up, pair.down):
-                self.window.count(
-                    pair.slot,
-                    flow.direction,
-                    max(0, flow.carried_bytes),
-                    flow.carried_packets,
-                    int(pair.active_s * 1e9),
-                )
-        state = pair.listener
-        listener = state.endpoint or self._local_endpoint(pair)
-        source = server = _NO_ENDPOINT
-        if pair.life >= Life.HANDOVER and pair.server is not None:
-            source = pack_endpoint(self._connector.source_of(pair))
-        if isinstance(pair.destination, Address | UnixAddress):
-            server = pack_endpoint(pair.destination)
-        self.window.describe(
-            pair.slot,
-            pair_id=pair.id,
-            started_ns=int(pair.accepted_s * 1e9),
-            endpoints=pack_endpoint(pair.peer) + listener + source + server,
-            rule=pair.rule_name,
-            listener=state.name,
-            state=_SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)],
-            datapath=pair.kind,
-            reason=pair.pair_reason,
-        )
-
-    @staticmethod
-    def _local_endpoint(client: Client) -> bytes:
-        name = client.client.getsockname()
-        return pack_endpoint(address_of(name))
-
-    def _show_state(self, pair: Pair) -> None:
-        assert isinstance(pair, Client)
-        if pair.slot >= 0:
-            self.window.set_state(
-                pair.slot, _SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)]
-            )
-
-    def _show_unshown(self) -> None:
-        """Write the records of the connections that have lived long enough to be looked at."""
-        before_s = self.loop.now_s - SHOW_AFTER_S
-        unshown = self._unshown
-        while unshown and unshown[0].accepted_s <= before_s:
-            client = unshown.popleft()
-            if client.life is not Life.CLOSED and client.slot < 0:
-                self.show(client)
-        self._show_timer = self.loop.after(SHOW_AFTER_S, self._show_unshown) if unshown else 0
-
-
-def address_of(name: object) -> Address | None:
-    """What getpeername(2) or getsockname(2) gave, as an address; None for a unix socket."""
-    return Address(name[0], name[1]) if isinstance(name, tuple) else None

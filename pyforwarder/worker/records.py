@@ -1,0 +1,99 @@
+"""The records of a worker's connections in the pair table: written late, and when they change."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.address import Address, UnixAddress
+from pyforwarder.connection import Life, shown_state
+from pyforwarder.datapath.abi import PairState, pack_endpoint
+from pyforwarder.worker.client import address_of
+from pyforwarder.worker.connector import Connector
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.table import PairWindow
+    from pyforwarder.loop import Loop
+    from pyforwarder.worker.client import Client
+
+# A connection shows up in the table once it is this old: most of the short ones never pay for it.
+SHOW_AFTER_S: Final = 0.02
+
+_NO_ENDPOINT: Final = pack_endpoint(None)
+_SHOWN: Final = {state.label: state for state in PairState}
+
+
+class Records:
+    """Describes connections in the worker's window of the table."""
+
+    def __init__(self, loop: Loop, window: PairWindow) -> None:
+        self._loop = loop
+        self._window = window
+        self._unshown: deque[Client] = deque()
+        self._timer = 0
+
+    def show_later(self, client: Client) -> None:
+        """Show the connection once it has lived long enough to be looked at."""
+        self._unshown.append(client)
+        if not self._timer:
+            self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown)
+
+    def show(self, pair: Client) -> None:
+        """Write the connection's record; it gets a slot if it has none and one is free."""
+        if pair.slot < 0:
+            pair.slot = self._window.allocate()
+            if pair.slot < 0:
+                return
+            for flow in (pair.up, pair.down):
+                self._window.count(
+                    pair.slot,
+                    flow.direction,
+                    max(0, flow.carried_bytes),
+                    flow.carried_packets,
+                    int(pair.active_s * 1e9),
+                )
+        state = pair.listener
+        listener = state.endpoint or self._local_endpoint(pair)
+        source = server = _NO_ENDPOINT
+        if pair.life >= Life.HANDOVER and pair.server is not None:
+            source = pack_endpoint(Connector.source_of(pair))
+        if isinstance(pair.destination, Address | UnixAddress):
+            server = pack_endpoint(pair.destination)
+        self._window.describe(
+            pair.slot,
+            pair_id=pair.id,
+            started_ns=int(pair.accepted_s * 1e9),
+            endpoints=pack_endpoint(pair.peer) + listener + source + server,
+            rule=pair.rule_name,
+            listener=state.name,
+            state=_SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)],
+            datapath=pair.kind,
+            reason=pair.pair_reason,
+        )
+
+    @staticmethod
+    def _local_endpoint(client: Client) -> bytes:
+        name = client.client.getsockname()
+        return pack_endpoint(address_of(name))
+
+    def show_state(self, pair: Client) -> None:
+        if pair.slot >= 0:
+            self._window.set_state(
+                pair.slot, _SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)]
+            )
+
+    def _show_unshown(self) -> None:
+        """Write the records of the connections that have lived long enough to be looked at."""
+        before_s = self._loop.now_s - SHOW_AFTER_S
+        unshown = self._unshown
+        while unshown and unshown[0].accepted_s <= before_s:
+            client = unshown.popleft()
+            if client.life is not Life.CLOSED and client.slot < 0:
+                self.show(client)
+        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if unshown else 0
+
+    def release(self, client: Client) -> None:
+        """Give the record back, if there is one."""
+        if client.slot >= 0:
+            self._window.release(client.slot)
+            client.slot = -1
