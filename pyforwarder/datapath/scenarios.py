@@ -19,8 +19,6 @@ from pyforwarder.datapath.tcp_info import received
 
 # More than four sockets with small buffers and the datapath hold, so that a sender must block.
 FLOOD_BYTES: Final = 12 << 20
-# The same for buffers that the kernel sizes: tcp_rmem and tcp_wmem may go to some 32 MiB.
-LARGE_FLOOD_BYTES: Final = 80 << 20
 SLOW_LIMIT_BYTES: Final = 256 << 10
 
 
@@ -158,9 +156,9 @@ def fin_with_data(rig: Rig) -> None:
     expect_bytes(reader.data, upload, "server")
 
 
-def flood_bytes(seed: int, size: int = FLOOD_BYTES) -> bytes:
+def flood_bytes(seed: int) -> bytes:
     """Enough that no pair of stalled sockets takes it all."""
-    return random.Random(seed).randbytes(size)
+    return random.Random(seed).randbytes(FLOOD_BYTES)
 
 
 def push_until_blocked(
@@ -262,9 +260,9 @@ def upload_past_a_flood(rig: Rig) -> None:
 
 def both_stalled(rig: Rig) -> None:
     """Neither side reads while both send; when they do read, every byte arrives."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
-    upload, download = flood_bytes(21, LARGE_FLOOD_BYTES), flood_bytes(22, LARGE_FLOOD_BYTES)
+    upload, download = flood_bytes(21), flood_bytes(22)
     sent_up = push_until_blocked(rig, client, upload)
     sent_down = push_until_blocked(rig, server, download)
     reader_c, reader_s = Reader("client", client), Reader("server", server)
@@ -304,10 +302,10 @@ def upload_stalled_download_goes_on(rig: Rig) -> None:
 
 def one_of_two_stalled_recovers(rig: Rig, *, upload: bool = True) -> None:
     """Both directions stand still; one reader wakes, and gets all while the other sleeps."""
-    client, pair, server = rig.connect()
+    client, pair, server = rig.connect(small_buffers=True)
     rig.join(pair)
     lazy, busy = (client, server) if upload else (server, client)
-    stalled, flowing = flood_bytes(30, LARGE_FLOOD_BYTES), flood_bytes(31, LARGE_FLOOD_BYTES)
+    stalled, flowing = flood_bytes(30), flood_bytes(31)
     sent = push_until_blocked(rig, busy, stalled)
     moved = push_until_blocked(rig, lazy, flowing)
     reader = Reader("busy side", busy)
