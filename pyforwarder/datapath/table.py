@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+import sys
 from collections import deque
 from collections.abc import Iterator
 from typing import Final
@@ -171,11 +172,15 @@ def read_slots(memory: mmap.mmap | memoryview) -> Iterator[tuple[int, PairRecord
     view = memoryview(memory)
     states = view[_STATE::PAIR_BYTES]
     for slot in [n for n, state in enumerate(states) if state != PairState.FREE]:
+        at = slot * PAIR_BYTES
+        sequence = view[at + _SEQUENCE * 8 : at + _SEQUENCE * 8 + 8]
         for _ in range(8):
-            copy = bytes(view[slot * PAIR_BYTES : (slot + 1) * PAIR_BYTES])
-            record = PairRecord.from_buffer_copy(copy)
-            again = bytes(view[slot * PAIR_BYTES + _SEQUENCE * 8 :][:8])
-            if record.sequence % 2 == 0 and again == copy[_SEQUENCE * 8 : _SEQUENCE * 8 + 8]:
+            # Read before the first byte of the copy and after the last: a copy takes its bytes in
+            # no order, so the sequence inside it proves nothing.
+            before = bytes(sequence)
+            record = PairRecord.from_buffer_copy(bytes(view[at : at + PAIR_BYTES]))
+            is_whole = int.from_bytes(before, sys.byteorder) % 2 == 0
+            if is_whole and bytes(sequence) == before:
                 if record.state != PairState.FREE:
                     yield slot, record
                 break
