@@ -19,8 +19,8 @@
 #define TRIM_STEP  4095
 #define TRIM_STEPS 33
 
-/* A packet's cost in memory, rounded up to a power of two; see allowed_backlog(). */
-#define PACKET_COST 1024
+/* Bytes; see allowed_backlog(). */
+#define SMALL_PACKET 64
 
 /*
  * Cut off the bytes that were seen before. A retransmission may begin with them (tcp_data_queue()
@@ -72,15 +72,14 @@ static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
 /*
  * How much backlog this packet may still join. The limit counts bytes, but a queued packet costs
  * an sk_buff of some 860 bytes besides, however few it carries: a megabyte of single bytes took
- * 1.1 GB. So a packet below PACKET_COST bytes may only join a backlog that is shorter by as much,
- * which keeps the memory within a few times the limit whatever the sizes and their order:
- * limit / PACKET_COST * (1 + ln(PACKET_COST)) packets at the most.
+ * 1.1 GB. So a packet below SMALL_PACKET bytes may only join a backlog that is shorter by as much.
+ * Not a larger bound: the small rest of a large write comes behind that write's backlog.
  */
 static inline __attribute__((always_inline)) __u32 allowed_backlog(__u32 limit_bytes, __u32 length)
 {
-	if (length >= PACKET_COST)
+	if (length >= SMALL_PACKET)
 		return limit_bytes;
-	return (__u32)(((__u64)limit_bytes * length) / PACKET_COST);
+	return (__u32)(((__u64)limit_bytes * length) / SMALL_PACKET);
 }
 
 /*
