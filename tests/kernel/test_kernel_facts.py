@@ -396,6 +396,32 @@ def test_nothing_slows_a_sender_whose_bytes_are_redirected(
     assert (48 << 20) - queued_bytes(ends.b) > 32 << 20
 
 
+@pytest.mark.parametrize("behind_a_backlog", [False, True])
+def test_passed_bytes_are_charged_to_nobody_behind_a_backlog(
+    redirector: Redirector, ends: Ends, behind_a_backlog: bool
+) -> None:
+    # Why redirect.c redirects no more than the target's send buffer can take: what is left over
+    # would wait in the queue that the target's own passed packets go through.
+    redirector.route(ends.b, cookie_of(ends.a))
+    redirector.insert(ends.a)
+    redirector.insert(ends.b)
+    for sock in (ends.client, ends.a):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    if behind_a_backlog:
+        fill_beyond(ends.a, ends.server, 2 << 20)
+    ends.client.settimeout(5 if behind_a_backlog else 0.3)
+    taken = 0
+    with contextlib.suppress(TimeoutError):
+        while taken < 24 << 20:
+            taken += ends.client.send(bytes(1 << 16))
+    # Nobody has read a byte.
+    if behind_a_backlog:
+        assert taken == 24 << 20
+    else:
+        assert taken < 4 << 20
+
+
 def test_bytes_for_a_target_that_is_not_in_the_map_are_lost(
     redirector: Redirector, ends: Ends
 ) -> None:

@@ -25,11 +25,12 @@ from pyforwarder.datapath.scenarios import (
     send_rest,
 )
 from pyforwarder.datapath.sockmap import SO_COOKIE, SockmapDatapath, _Half
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, received
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_bytes, received
 from pyforwarder.reasons import CloseReason
 from tests.helpers.stage import SLOTS, keys_in, stage
 from tests.helpers.waiting import wait_for
 
+SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python has no name for it
 # One packet more than the limit may be on its way when the fuse trips; loopback's are up to 64 KiB
 # (and a GSO packet may be larger where BIG TCP is on).
 LARGEST_PACKET_BYTES: Final = 1 << 17
@@ -212,6 +213,57 @@ def test_tiny_packets_are_charged_for_the_memory_that_they_take(rig: Rig) -> Non
     server.shutdown(socket.SHUT_WR)
     rig.finish(pair, reader)
     assert bytes(reader.data) == b"x" * sent
+
+
+@pytest.mark.parametrize(("limit", "size"), [(1, 1460), (1023, 1)])
+def test_packet_beyond_the_limit_goes_through_userspace(rig: Rig, limit: int, size: int) -> None:
+    # The target has all the room it could want; what is on its way to it is over the limit, for
+    # single bytes a thousand times sooner.
+    client, pair, server = rig.connect()
+    assert pair.server is not None
+    pair.server.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 16 << 20)
+    sockmap_of(rig).limit_bytes = limit
+    rig.join(pair)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    reader = Reader("server", server)
+    sent = 0
+    # A packet that finds the one before it still on its way: soon, but when is the kernel's choice.
+    while not half(rig, pair, table.TRIPS, Direction.UP) and sent < 100_000 * size:
+        for _ in range(100):
+            client.sendall(bytes(size))
+        sent += 100 * size
+        rig.loop.run_once(0)
+    assert half(rig, pair, table.TRIPS, Direction.UP) >= 1
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader)
+    assert len(reader.data) == sent
+
+
+def test_passed_bytes_wait_for_the_redirected_ones_before_them(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.sendall(b"redirected, ")
+    assert server.recv(100) == b"redirected, "
+    # As if the kernel's worker had not run yet.
+    monkeypatch.setattr(sockmap_module, "queued_bytes", lambda sock: queued_bytes(sock) - 1)
+    rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[Direction.UP]] = 0
+    client.sendall(b"passed")
+    rig.run_until(lambda: word(rig, pair, table.PASSED, Direction.UP) == 6, "passed bytes")
+    for _ in range(5):
+        rig.loop.run_once(0.01)
+    server.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        server.recv(100)
+    server.setblocking(True)
+    monkeypatch.undo()
+    reader = Reader("server", server)
+    rig.run_until(lambda: bytes(reader.data) == b"passed", "passed bytes at the server")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader)
 
 
 # Entering at the wrong moment
