@@ -111,15 +111,15 @@ class ControlServer:
             self._send(client)
             return
         try:
-            data, fds, _, _ = socket.recv_fds(
-                client.sock, MOST_REQUEST_BYTES, MOST_FDS, socket.MSG_CMSG_CLOEXEC
-            )
+            data, fds, _, _ = socket.recv_fds(client.sock, MOST_REQUEST_BYTES, MOST_FDS)
         except BlockingIOError:
             return
         except OSError:
             self.drop(client)
             return
         client.fds += fds
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds() forgets MSG_CMSG_CLOEXEC (Python 3.11)
         if not data or len(client.fds) > MOST_FDS:
             self.drop(client)
             return
