@@ -227,7 +227,10 @@ class Play:
         assert list(read_records(self._memory)) == []
         assert self.loop.deadlines.next_s() is None
         assert self.fake.joined == self.fake.left
-        os.close(self.server._connector._resolver._event_fd)
+        # A thread that still looks for a name would tell whoever has the number by then.
+        names = self.server._connector._resolver
+        self.run_until(lambda: not names._waiting, "answers")
+        os.close(names._event_fd)
         self.loop.dispose()
         self._stack.close()
         self.window.close()
