@@ -264,7 +264,9 @@ class ControlClient:
     @staticmethod
     def _send(control: socket.socket, line: bytes, fds: Sequence[int]) -> None:
         sent = socket.send_fds(control, [line], list(fds)) if fds else 0
-        control.sendall(line[sent:])
+        # Even nothing is sent by sendall(), and fails if the answer has come and the end behind it.
+        if sent < len(line):
+            control.sendall(line[sent:])
 
     @staticmethod
     def _receive(control: socket.socket, deadline_s: float) -> bytes:
