@@ -222,6 +222,11 @@ class Daemon:
         """Send a signal to the daemon (not to its workers)."""
         self.process.send_signal(number)
 
+    def kill(self) -> None:
+        """kill -9 of the daemon, not of its workers; it has ended when this returns."""
+        self.process.kill()
+        self.process.wait(timeout=DEADLINE_S)
+
     def wait(self, *, deadline_s: float = DEADLINE_S) -> int:
         """Its exit code, once it has ended and everything it said was read."""
         try:

@@ -339,7 +339,7 @@ def test_peers_of_a_killed_daemon_see_a_reset_and_the_next_up_works(
     forwarder = start_forwarder(config(datapath=datapath))
     port = forwarder.address[1]
     with joined_pairs(forwarder, 3, datapath) as pairs:
-        forwarder.process.kill()
+        forwarder.kill()
         for client, server in pairs:
             assert ends_with_reset(client) == b""
             assert ends_with_reset(server) == b""
@@ -360,7 +360,7 @@ def test_bytes_in_flight_when_the_daemon_is_killed_end_in_a_reset(
     with joined_pairs(forwarder, 1, datapath) as [(client, server)]:
         size = 700_000  # below the limit of the backlog, above what nobody has to hold
         client.sendall(pattern(size))
-        forwarder.process.kill()
+        forwarder.kill()
         with contextlib.suppress(ConnectionError):
             assert ends_with_reset(client) == b""
         assert pattern(size).startswith(ends_with_reset(server))
@@ -424,7 +424,7 @@ def test_leftovers_of_a_killed_daemon_are_cleaned_although_its_pid_is_taken(
 ) -> None:
     """The lock decides, not the pid: another process may have that by now."""
     forwarder = start_forwarder(config())
-    forwarder.process.kill()
+    forwarder.kill()
     wait_for(lambda: not place.processes(), "its workers end too")
     (place.run_dir / "default" / "pid").write_text(f"{os.getpid()}\n")
     assert run_command(place, "show").returncode == 3
