@@ -76,6 +76,8 @@ _LONGEST_RETRY_S: Final = 0.064
 # target that reads has emptied its queue by then), and again if that was not enough.
 _STUCK_S: Final = 0.02
 _STUCK_AGAIN_S: Final = 0.5
+# What a socket may be passed in that time; a receive buffer (tcp_rmem, 6 MiB) is part of it.
+_MOST_PASSED_BYTES: Final = 64 << 20
 
 
 class _Half(Timed):
@@ -367,7 +369,7 @@ class SockmapDatapath:
                     self._host.broken(pair, CloseReason.INTERNAL)
                     return
                 if not self._is_delivered(pair, half):
-                    self._wait(pair, half)
+                    self._look_again(pair, half)
                     return
                 count = self._copy(pair, half)
                 if count <= 0:
@@ -448,7 +450,7 @@ class SockmapDatapath:
         return count
 
     def _look_again(self, pair: Pair, half: _Half) -> None:
-        """Passed bytes are not readable yet: EPOLLIN tells when they are, if nothing is in front.
+        """Passed bytes cannot be copied yet: EPOLLIN or EPOLLOUT tells when, if nothing is in front.
 
         What a socket was passed and what is redirected to it share one queue in the kernel
         (psock->ingress_skb). So passed bytes of one direction can be stuck behind the other's
@@ -456,6 +458,11 @@ class SockmapDatapath:
         bytes to be taken. A direct connection has no such coupling, so it must be broken: the
         stuck socket's send buffer is enlarged by the backlog, which lets the kernel empty the
         queue, and the other direction is copied from then on, so that this happens once.
+
+        It is also where the kernel loses count: a packet that is passed while that queue holds
+        something is appended to it without being charged to the socket (sk_psock_verdict_apply),
+        whose window then never closes. So help is not waited for once more than the limit has been
+        passed, and a pair that goes on growing all the same is reset.
         """
         halves = pair.state
         assert isinstance(halves, _Halves)
@@ -470,9 +477,13 @@ class SockmapDatapath:
             half.stuck_until_s = 0.0
             return
         now_s = self._loop.now_s
+        waiting = self._words[at + table.PASSED[half.flow.direction]] - half.consumed_bytes
         if not half.stuck_until_s:
-            half.stuck_until_s = now_s + _STUCK_S
-        elif now_s >= half.stuck_until_s:
+            half.stuck_until_s = now_s + (_STUCK_S if waiting <= self.limit_bytes else 0.0)
+        elif waiting > _MOST_PASSED_BYTES:
+            self._host.broken(pair, CloseReason.BACKLOG)
+            return
+        if now_s >= half.stuck_until_s:
             half.stuck_until_s = now_s + _STUCK_AGAIN_S
             armed_at = pair.slot * self._window.HALVES + table.ARMED[other.flow.direction]
             self._halves[armed_at] = 0
