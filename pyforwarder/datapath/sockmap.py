@@ -450,7 +450,7 @@ class SockmapDatapath:
         return count
 
     def _look_again(self, pair: Pair, half: _Half) -> None:
-        """Passed bytes cannot be copied yet: EPOLLIN or EPOLLOUT tells when, if nothing is in front.
+        """Passed bytes cannot be copied yet: epoll tells when they can, if nothing is in front.
 
         What a socket was passed and what is redirected to it share one queue in the kernel
         (psock->ingress_skb). So passed bytes of one direction can be stuck behind the other's
