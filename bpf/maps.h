@@ -7,6 +7,10 @@
  * pairs    ARRAY      slot   -> struct pair (mmapable)  written: worker, verdict read: all
  * rings    ARRAY_OF_MAPS worker -> RINGBUF of struct wakeup  written: verdict   read: worker
  *
+ * For splice (splice.c), which also counts in `pairs`; its own `rings` is like the one above:
+ * flows    HASH       struct splice_key -> struct splice_flow   written: keeper, splice
+ * splices  ARRAY      index -> struct splice (mmapable)         written: keeper, splice
+ *
  * For the view (view.c); mmapable, written through memory:
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view

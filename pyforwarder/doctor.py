@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pyforwarder import __version__
-from pyforwarder.datapath import btf
+from pyforwarder.datapath import bpf, btf
 from pyforwarder.datapath.abi import PAIR_BYTES
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.rig import Rig, RigError
 from pyforwarder.datapath.scenarios import SELF_TEST
-from pyforwarder.datapath.selftest import Proof, prove_sockmap
+from pyforwarder.datapath.selftest import Proof, prove_sockmap, prove_splice
+from pyforwarder.datapath.splice_keeper import SpliceMaps, Splicing
 from pyforwarder.datapath.table import PairWindow
 from pyforwarder.errors import LoadError
 
@@ -50,7 +51,10 @@ class Report:
     @property
     def best(self) -> str | None:
         """The datapath that `auto` takes here."""
-        return next((name for name, proof in self.proofs.items() if proof.passed), None)
+        # Splice is taken only where the configuration says so.
+        return next(
+            (name for name, proof in self.proofs.items() if proof.passed and name != "splice"), None
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The report for programs."""
@@ -93,7 +97,7 @@ def run() -> Report:
     """Look at everything; takes some seconds, and leaves nothing behind."""
     return Report(
         findings=tuple(_findings()),
-        proofs={"sockmap": _prove_sockmap(), "copy": _prove_copy()},
+        proofs={"sockmap": _prove_sockmap(), "copy": _prove_copy(), "splice": _prove_splice()},
     )
 
 
@@ -145,6 +149,31 @@ def _prove_sockmap() -> Proof:
         return prove_sockmap(maps, slots=_SLOTS, user=_WORKER_USER if os.geteuid() == 0 else None)
     finally:
         maps.close()
+
+
+def _prove_splice() -> Proof:
+    started_s = time.monotonic()
+    try:
+        pairs_fd = bpf.create_map(
+            bpf.MapType.ARRAY,
+            key_bytes=4,
+            value_bytes=PAIR_BYTES,
+            entries=_SLOTS,
+            flags=bpf.F_MMAPABLE,
+        )
+    except OSError as error:
+        return Proof(False, f"create a BPF map: {error.strerror}", {}, 0.0)
+    try:
+        splicing = Splicing(SpliceMaps.load(workers=1, slots=_SLOTS, pairs_fd=pairs_fd), workers=1)
+    except LoadError as error:
+        os.close(pairs_fd)
+        return Proof(False, str(error), {}, round(time.monotonic() - started_s, 3))
+    try:
+        user = _WORKER_USER if os.geteuid() == 0 else None
+        return prove_splice(splicing, pairs_fd=pairs_fd, slots=_SLOTS, user=user)
+    finally:
+        splicing.close()
+        os.close(pairs_fd)
 
 
 def _prove_copy() -> Proof:

@@ -60,7 +60,7 @@ _REASON_TEXT: Final = {
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
     PairReason.DRAINING: "the pair is about to end",
     PairReason.DATAGRAMS: "datagrams are copied",
-    PairReason.NOT_ELIGIBLE: "splice was asked for and is not available in this version",
+    PairReason.NOT_ELIGIBLE: "splice was asked for, but the two connections cannot be one here",
 }
 
 

@@ -42,6 +42,8 @@ class AttachType(enum.IntEnum):
     SK_SKB_STREAM_VERDICT = 5
     TRACE_ITER = 28
     SK_SKB_VERDICT = 38
+    TCX_INGRESS = 46
+    TCX_EGRESS = 47
 
 
 class _Command(enum.IntEnum):
@@ -54,6 +56,7 @@ class _Command(enum.IntEnum):
     OBJ_GET = 7
     PROG_ATTACH = 8
     PROG_DETACH = 9
+    PROG_TEST_RUN = 10
     LINK_CREATE = 28
     ITER_CREATE = 33
 
@@ -172,6 +175,33 @@ def link_iterator(program_fd: int, map_fd: int) -> int:
         "=IIIIQI", program_fd, 0, AttachType.TRACE_ITER, 0, ctypes.addressof(info), 16
     )
     return _call(_Command.LINK_CREATE, attributes)
+
+
+def link_interface(program_fd: int, interface: int, kind: AttachType) -> int:
+    """A link of a sched_cls program to an interface (tcx, Linux 6.6); it ends with the descriptor.
+
+    `interface` is its index in the caller's network namespace.
+    """
+    attributes = struct.pack("=IIIIIIQ", program_fd, interface, kind, 0, 0, 0, 0)
+    return _call(_Command.LINK_CREATE, attributes)
+
+
+def run_program(program_fd: int, packet: bytes) -> int:
+    """What a sched_cls program returns for a packet, run once in the caller's network namespace."""
+    data = ctypes.create_string_buffer(packet, len(packet))
+    attributes = ctypes.create_string_buffer(
+        struct.pack(
+            "=IIIIQQIIIIQQIII",
+            *(program_fd, 0, len(packet), 0, ctypes.addressof(data), 0),
+            *(1, 0, 0, 0, 0, 0, 0, 0, 0),
+        ),
+        80,
+    )
+    if _libc.syscall(_number, int(_Command.PROG_TEST_RUN), attributes, 80) < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    (returned,) = struct.unpack_from("=i", attributes, 4)
+    return int(returned)
 
 
 def read_link(link_fd: int) -> bytes:

@@ -17,10 +17,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pyforwarder.datapath.kernel import PairTable
 from pyforwarder.datapath.rig import Rig, RigError
 from pyforwarder.datapath.scenarios import SELF_TEST, SLOW_LIMIT_BYTES
+from pyforwarder.datapath.splice import SpliceDatapath
 from pyforwarder.datapath.table import REDIRECTED, PairWindow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyforwarder.datapath.base import Datapath
     from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.splice_keeper import Splicing
 
 TIMEOUT_S: Final = 30.0
 
@@ -36,7 +41,40 @@ class Proof(NamedTuple):
 
 def prove_sockmap(maps: KernelMaps, *, slots: int, user: str | None) -> Proof:
     """Run the self-test on the real maps, before any worker uses them; leaves them empty."""
-    table = PairTable(workers=1, slots=slots, fd=maps.pairs_fd)
+
+    def make(rig: Rig, window: PairWindow) -> Datapath:
+        datapath = maps.datapath(rig, window, 0)
+        datapath.limit_bytes = SLOW_LIMIT_BYTES
+        return datapath
+
+    return _prove(
+        make,
+        PairTable(workers=1, slots=slots, fd=maps.pairs_fd),
+        user,
+        lambda: maps.forget_worker(0, slots),
+    )
+
+
+def prove_splice(splicing: Splicing, *, pairs_fd: int, slots: int, user: str | None) -> Proof:
+    """The same for splice."""
+
+    def make(rig: Rig, window: PairWindow) -> Datapath:
+        return SpliceDatapath(rig, splicing.maps, splicing.client(0), window=window, worker=0)
+
+    return _prove(
+        make,
+        PairTable(workers=1, slots=slots, fd=pairs_fd),
+        user,
+        lambda: splicing.forget_worker(0),
+    )
+
+
+def _prove(
+    make: Callable[[Rig, PairWindow], Datapath],
+    table: PairTable,
+    user: str | None,
+    forget: Callable[[], None],
+) -> Proof:
     started_s = time.monotonic()
     read_fd, write_fd = os.pipe()
     pid = os.fork()
@@ -44,12 +82,12 @@ def prove_sockmap(maps: KernelMaps, *, slots: int, user: str | None) -> Proof:
         os.close(read_fd)
         code = 1
         try:
-            code = _child(maps, table, user, write_fd)
+            code = _child(make, table, user, write_fd)
         finally:
             os._exit(code)
     os.close(write_fd)
     said = _read(read_fd, pid)
-    maps.forget_worker(0, slots)
+    forget()
     window = table.windows[0]
     window[:] = bytes(len(window))
     window.close()
@@ -79,7 +117,12 @@ def _read(fd: int, pid: int) -> bytes:
     return said
 
 
-def _child(maps: KernelMaps, table: PairTable, user: str | None, write_fd: int) -> int:
+def _child(
+    make: Callable[[Rig, PairWindow], Datapath],
+    table: PairTable,
+    user: str | None,
+    write_fd: int,
+) -> int:
     from pyforwarder.worker.process import give_up_privileges
 
     reason = ""
@@ -92,9 +135,7 @@ def _child(maps: KernelMaps, table: PairTable, user: str | None, write_fd: int) 
             window = PairWindow(table.windows[0], first_slot=0, worker_index=0)
             rig = Rig(window)
             try:
-                datapath = maps.datapath(rig, window, 0)
-                datapath.limit_bytes = SLOW_LIMIT_BYTES
-                rig.datapath = datapath
+                rig.datapath = make(rig, window)
                 scenario(rig)
             finally:
                 rig.close()

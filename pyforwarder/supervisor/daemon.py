@@ -18,7 +18,8 @@ from pyforwarder.datapath import bpf
 from pyforwarder.datapath.abi import PAIR_BYTES
 from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
-from pyforwarder.datapath.selftest import prove_sockmap
+from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
+from pyforwarder.datapath.splice_keeper import KeeperError, SpliceMaps, Splicing
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -81,6 +82,7 @@ class Daemon:
         self._workers: list[WorkerProcess] = []
         self._arrays: Arrays | None = None
         self._maps: KernelMaps | None = None
+        self._splicing: Splicing | None = None
         self._view: View | None = None
         self._proc: ProcDirectory | None = None
         self._datapaths: dict[str, str] = {}
@@ -163,6 +165,7 @@ class Daemon:
         remove_stale(self._instance.bpffs_dir)
         self._make_tables()
         self._maps = self._load(config)
+        self._splicing = self._load_splice(config)
         self._view = self._load_view()
         self._metrics = MetricsProcess(
             self._metrics_source,
@@ -206,7 +209,7 @@ class Daemon:
 
     def _load(self, config: Config) -> KernelMaps | None:
         """The kernel's part, proven to work; None with the reason in `datapaths`."""
-        self._datapaths = {"copy": "available", "splice": "not available in this version"}
+        self._datapaths = {"copy": "available", "splice": "not wanted by the configuration"}
         if not _wants_kernel(config):
             self._datapaths["sockmap"] = "not wanted by the configuration"
             return None
@@ -228,6 +231,32 @@ class Daemon:
             return None
         self._datapaths["sockmap"] = "available"
         return maps
+
+    def _load_splice(self, config: Config) -> Splicing | None:
+        """The same for splice, which is loaded only where the configuration asks for it."""
+        if "splice" not in _choices(config):
+            return None
+        try:
+            if self._arrays is None:
+                raise self._no_arrays or LoadError("no BPF maps")
+            maps = SpliceMaps.load(
+                workers=self._count, slots=self._slots, pairs_fd=self._arrays.pairs_fd
+            )
+        except LoadError as error:
+            self._datapaths["splice"] = str(error)
+            self._log.write("warning", "no_splice", reason=str(error))
+            return None
+        splicing = Splicing(maps, workers=self._count, close_in_child=self._lock.close)
+        proof = prove_splice(
+            splicing, pairs_fd=self._arrays.pairs_fd, slots=self._slots, user=self._user
+        )
+        if not proof.passed:
+            splicing.close()
+            self._datapaths["splice"] = f"failed its self-test: {proof.reason}"
+            self._log.write("warning", "no_splice", reason=self._datapaths["splice"])
+            return None
+        self._datapaths["splice"] = "available"
+        return splicing
 
     def _load_view(self) -> View | None:
         """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
@@ -337,6 +366,7 @@ class Daemon:
                 maps=self._maps,
                 used_tokens=self._used_tokens,
                 user=self._user,
+                splicing=self._splicing,
             )
 
         worker = WorkerProcess(make, self._close_in_child)
@@ -525,6 +555,9 @@ class Daemon:
         if self._checks.has_died() and not self._ending:
             self._log.write("error", "health_checks_died")
             self._loop.after(_PAUSE_S, self._restart_checks)
+        if self._splicing is not None and self._splicing.keeper.has_died() and not self._ending:
+            # Pairs that are spliced go on; no other is until the next `up`.
+            self._log.write("error", "splice_keeper_died")
         for index, worker in enumerate(self._workers):
             if worker.exit_code is not None or not worker.has_ended():
                 continue
@@ -548,6 +581,11 @@ class Daemon:
         window[:] = bytes(len(window))
         if self._maps is not None:
             self._maps.forget_worker(index, self._slots)
+        if self._splicing is not None:
+            try:
+                self._splicing.forget_worker(index)
+            except KeeperError as error:
+                self._log.write("error", "splice_keeper", error=str(error))
 
     def _replace(self, index: int) -> None:
         if self._ending:
@@ -597,6 +635,8 @@ class Daemon:
         if self._view is not None:
             self._view.unpin()
             self._view.close()
+        if self._splicing is not None:
+            self._splicing.close()
         if self._maps is not None:
             self._maps.close()
         if self._arrays is not None:
@@ -749,6 +789,9 @@ class Daemon:
         self._settings, self._config = settings, config
         before = self._binds()
         self._listeners.bound = following
+        if self._splicing is not None and self._splicing.keeper.has_died() and not self._ending:
+            # Pairs that are spliced go on; no other is until the next `up`.
+            self._log.write("error", "splice_keeper_died")
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
                 try:
@@ -772,10 +815,14 @@ class Daemon:
 
 def _wants_kernel(config: Config) -> bool:
     """Whether any pair could go through the kernel."""
-    choices = [config.datapath]
+    return any(choice != "copy" for choice in _choices(config))
+
+
+def _choices(config: Config) -> list[str]:
+    choices: list[str] = [config.datapath]
     for listener in config.listeners:
         choices += [listener.datapath or config.datapath]
         choices += [
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         ]
-    return any(choice != "copy" for choice in choices)
+    return choices

@@ -12,27 +12,35 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.connection import Life
 from pyforwarder.counters import Counter
+from pyforwarder.datapath.abi import DatapathKind
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.worker.adopting import is_plain_tcp
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow
     from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.splice import SpliceDatapath
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.server import Server
 
 
-# Why a pair is in the sockmap, by what the configuration asked for.
-_TAKEN_BECAUSE: Final = {"sockmap": PairReason.FORCED, "splice": PairReason.NOT_ELIGIBLE}
+# What keeps a pair from being spliced, and not from being moved by the kernel.
+_NEXT_BEST: Final = (PairReason.NOT_AVAILABLE, PairReason.NOT_ELIGIBLE, PairReason.MAP_FULL)
 
 
 class Handover:
     """Moves pairs from copy to a kernel datapath."""
 
-    def __init__(self, server: Server, sockmap: SockmapDatapath | None) -> None:
-        """`sockmap` is None where this host cannot run it."""
+    def __init__(
+        self,
+        server: Server,
+        sockmap: SockmapDatapath | None,
+        splice: SpliceDatapath | None = None,
+    ) -> None:
+        """Each is None where this host cannot run it, or nobody wants it."""
         self._server = server
         self._sockmap = sockmap
+        self._splice = splice
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -55,7 +63,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None:
+        if self._sockmap is None and (choice != "splice" or self._splice is None):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         ends = (client.client, client.server)
@@ -98,10 +106,19 @@ class Handover:
     def _attempt(self, client: Client) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
             return
-        assert self._sockmap is not None
         if client.slot < 0:
             self._server.records.show(client)
-        reason = self._sockmap.join(client)
+        choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
+        because = PairReason.BEST if choice == "auto" else PairReason.FORCED
+        reason: PairReason | None = PairReason.NOT_AVAILABLE
+        may_splice = choice == "splice" and client.listener.config.splice
+        if may_splice and self._splice is not None:
+            reason = self._splice.join(client)
+            because = PairReason.FORCED
+        if reason in _NEXT_BEST and self._sockmap is not None:
+            if may_splice:
+                because = PairReason.NOT_ELIGIBLE
+            reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:
             return
@@ -111,9 +128,10 @@ class Handover:
             return
         client.waits_for_handover = False
         if reason is None:
-            self._server.counters[Counter.JOINED_SOCKMAP] += 1
-            choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
-            client.pair_reason = _TAKEN_BECAUSE.get(choice, PairReason.BEST)
+            is_spliced = client.kind is DatapathKind.SPLICE
+            counter = Counter.JOINED_SPLICE if is_spliced else Counter.JOINED_SOCKMAP
+            self._server.counters[counter] += 1
+            client.pair_reason = because
         else:
             client.pair_reason = reason
         if client.slot >= 0:

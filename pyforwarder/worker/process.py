@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.address import Address
 from pyforwarder.counters import Counter, Counters
+from pyforwarder.datapath.splice import SpliceDatapath
 from pyforwarder.errors import ForwarderError
 from pyforwarder.limits import SharedLimits
 from pyforwarder.loop import EPOLLIN, Loop
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import mmap
 
     from pyforwarder.datapath.kernel import KernelMaps, PairTable
+    from pyforwarder.datapath.splice_keeper import Splicing
     from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -60,6 +62,7 @@ class Inheritance:
     maps: KernelMaps | None
     used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
+    splicing: Splicing | None = None
 
 
 def most_clients(pairs: int) -> int:
@@ -233,7 +236,17 @@ class _Worker:
             ask_supervisor=self._ask_supervisor,
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
-        server.handover = Handover(server, sockmap)
+        splice = None
+        if given.splicing is not None:
+            splice = SpliceDatapath(
+                server,
+                given.splicing.maps,
+                given.splicing.client(given.worker),
+                window=window,
+                worker=given.worker,
+            )
+            given.splicing.keep_only(given.worker)
+        server.handover = Handover(server, sockmap, splice)
         self._datagrams = DatagramServer(
             self.loop,
             counters=server.counters,

@@ -13,11 +13,13 @@ from pyforwarder.datapath.abi import PAIR_BYTES
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
 from pyforwarder.datapath.rig import Rig
 from pyforwarder.datapath.scenarios import SLOW_LIMIT_BYTES
+from pyforwarder.datapath.splice import SpliceDatapath
 from pyforwarder.datapath.table import PairWindow
 from tests.helpers.fake_datapath import FakeDatapath
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.splice_keeper import Splicing
 
 SLOTS: Final = 16
 
@@ -33,21 +35,27 @@ def open_fds() -> int:
 
 
 @contextlib.contextmanager
-def stage(name: str, maps: KernelMaps) -> Iterator[Rig]:
+def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iterator[Rig]:
     """A rig with the named datapath; afterwards nothing may be left in use.
 
     `maps` are made for one worker with `SLOTS` slots.
     """
     fds_before = open_fds()
-    if name == "sockmap":
+    if name in ("sockmap", "splice"):
         window = PairTable(workers=1, slots=SLOTS, fd=maps.pairs_fd).take_window(0)
     else:
         window = PairWindow(mmap.mmap(-1, SLOTS * PAIR_BYTES), first_slot=0, worker_index=0)
     rig = Rig(window)
     sockmap: SockmapDatapath | None = None
+    splice: SpliceDatapath | None = None
     if name == "sockmap":
         rig.datapath = sockmap = maps.datapath(rig, window, 0)
         sockmap.limit_bytes = SLOW_LIMIT_BYTES
+    elif name == "splice":
+        assert splicing is not None
+        rig.datapath = splice = SpliceDatapath(
+            rig, splicing.maps, splicing.client(0), window=window, worker=0
+        )
     elif name == "fake":
         rig.datapath = FakeDatapath(rig)
     try:
@@ -59,9 +67,12 @@ def stage(name: str, maps: KernelMaps) -> Iterator[Rig]:
         assert len(window._free) == SLOTS
         assert rig.loop.deadlines.next_s() is None
         assert sockmap is None or sockmap._by_slot == {}
+        assert splice is None or splice._by_index == {}
     finally:
         rig.close()
         if sockmap is not None:
             sockmap._ring.close()
+        if splice is not None:
+            splice.close()
         window.close()
     assert open_fds() == fds_before

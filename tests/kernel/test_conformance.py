@@ -13,9 +13,10 @@ import pytest
 
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.scenarios import ALL, at_random
+from pyforwarder.datapath.splice_keeper import SpliceMaps, Splicing
 from tests.helpers.stage import SLOTS, stage
 
-DATAPATHS: Final = ("copy", "sockmap", "fake")
+DATAPATHS: Final = ("copy", "sockmap", "splice", "fake")
 SEEDS: Final = tuple(range(1000, 1012))
 
 
@@ -28,17 +29,28 @@ def maps(network: None) -> Iterator[KernelMaps]:
     loaded.close()
 
 
+@pytest.fixture(scope="module")
+def splicing(maps: KernelMaps) -> Iterator[Splicing]:
+    """Splice's maps, programs and keeper, over the same pair table."""
+    loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
+    splicing = Splicing(loaded, workers=1)
+    yield splicing
+    splicing.close()
+
+
 @pytest.mark.parametrize("datapath", DATAPATHS)
 @pytest.mark.parametrize("name", ALL)
 def test_datapath_does_what_the_server_relies_on(
-    name: str, datapath: str, maps: KernelMaps
+    name: str, datapath: str, maps: KernelMaps, splicing: Splicing
 ) -> None:
-    with stage(datapath, maps) as rig:
+    with stage(datapath, maps, splicing) as rig:
         ALL[name](rig)
 
 
 @pytest.mark.parametrize("datapath", DATAPATHS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_datapath_does_so_at_random(seed: int, datapath: str, maps: KernelMaps) -> None:
-    with stage(datapath, maps) as rig:
+def test_datapath_does_so_at_random(
+    seed: int, datapath: str, maps: KernelMaps, splicing: Splicing
+) -> None:
+    with stage(datapath, maps, splicing) as rig:
         at_random(rig, seed=seed)

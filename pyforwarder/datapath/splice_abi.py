@@ -1,0 +1,100 @@
+"""The records that splice.c, its keeper and the worker share, as bpf/splice.h declares them.
+
+Data only. A test compiles splice.h and compares every offset and every enum with this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from typing import Final
+
+
+class SpliceState(enum.IntEnum):
+    """enum pf_splice_state."""
+
+    FREE = 0
+    HOLD = 1
+    MUTE = 2
+    ACTIVE = 3
+    RESET = 4
+
+
+class Busy(enum.IntFlag):
+    """Why `control` did not let a pair begin."""
+
+    GONE = 1
+    UNREAD = 2
+    UNACKED = 4
+
+
+class SpliceKey(ctypes.Structure):
+    """struct splice_key."""
+
+    _fields_ = (
+        ("source", ctypes.c_uint32),
+        ("target", ctypes.c_uint32),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
+    )
+
+
+class SpliceFlow(ctypes.Structure):
+    """struct splice_flow."""
+
+    _fields_ = (("index", ctypes.c_uint32), ("direction", ctypes.c_uint32))
+
+
+class SpliceDirection(ctypes.Structure):
+    """struct splice_direction."""
+
+    _fields_ = (
+        ("from_", SpliceKey),
+        ("source", ctypes.c_uint32),
+        ("target", ctypes.c_uint32),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
+        ("interface", ctypes.c_uint32),
+        ("seq_delta", ctypes.c_uint32),
+        ("ack_delta", ctypes.c_uint32),
+        ("tsval_delta", ctypes.c_uint32),
+        ("tsecr_delta", ctypes.c_uint32),
+        ("last_ack", ctypes.c_uint32),
+        ("last_end", ctypes.c_uint32),
+        ("fin_seq", ctypes.c_uint32),
+        ("fin", ctypes.c_uint32),
+        ("fin_acked", ctypes.c_uint32),
+        ("shift_left", ctypes.c_uint8),
+        ("shift_right", ctypes.c_uint8),
+        ("padding", ctypes.c_uint16),
+        ("reserved", ctypes.c_uint32),
+    )
+
+
+class Splice(ctypes.Structure):
+    """struct splice."""
+
+    _fields_ = (
+        ("way", SpliceDirection * 2),
+        ("id", ctypes.c_uint64),
+        ("tries", ctypes.c_uint64),
+        ("state", ctypes.c_uint32),
+        ("worker", ctypes.c_uint32),
+        ("slot", ctypes.c_uint32),
+        ("reset", ctypes.c_uint32),
+        ("client_clock", ctypes.c_uint32),
+        ("server_clock", ctypes.c_uint32),
+    )
+
+
+class SpliceEvent(ctypes.Structure):
+    """struct splice_event."""
+
+    _fields_ = (
+        ("index", ctypes.c_uint32),
+        ("worker", ctypes.c_uint32),
+        ("id", ctypes.c_uint64),
+    )
+
+
+SPLICE_BYTES: Final = ctypes.sizeof(Splice)

@@ -1,0 +1,273 @@
+"""The splice datapath where it differs from the others: loss, resets of ours, ports that come back.
+
+What it has in common with them is in test_conformance.py and test_differential.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from pyforwarder.datapath import bpf, splice_abi
+from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.loading import bpf_directory, load_programs
+from pyforwarder.datapath.scenarios import (
+    both_close_at_once,
+    both_ways_in_pieces,
+    fin_with_data,
+    half_closed_by_the_server,
+    half_closed_goes_on,
+    joined_in_mid_stream,
+    reset_by_a_peer,
+    round_trips,
+    server_closes_first,
+)
+from pyforwarder.datapath.splice_keeper import SpliceMaps, Splicing
+from tests.helpers.netns import narrow_the_network, private_network
+from tests.helpers.peers import (
+    Waiting,
+    ends_with_reset,
+    pair_through,
+    pattern,
+    read_exactly,
+    reset,
+)
+from tests.helpers.stage import SLOTS, stage
+from tests.helpers.waiting import wait_for
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.rig import Rig
+    from tests.helpers.daemon import Daemon
+    from tests.kernel.conftest import StartForwarder
+
+CONFIG: Final = """
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    rules: [{match: instruction, allow: [loopback]}]
+datapath: splice
+"""
+STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
+    "splice_key": splice_abi.SpliceKey,
+    "splice_flow": splice_abi.SpliceFlow,
+    "splice_direction": splice_abi.SpliceDirection,
+    "splice": splice_abi.Splice,
+    "splice_event": splice_abi.SpliceEvent,
+}
+
+
+@pytest.fixture
+def forwarder(start_forwarder: StartForwarder) -> Daemon:
+    return start_forwarder(CONFIG)
+
+
+def exchange(client: socket.socket, server: socket.socket, size: int = 1000) -> None:
+    """The same bytes there and back."""
+    client.sendall(pattern(size))
+    assert read_exactly(server, size) == pattern(size)
+    server.sendall(pattern(size))
+    assert read_exactly(client, size) == pattern(size)
+
+
+def wait_until_spliced(forwarder: Daemon) -> None:
+    row = forwarder.wait_for_pair(lambda row: row["datapath"] == "splice")
+    assert row["reason"] == "the configuration says so"
+    assert row["backlog_bytes"] == 0
+
+
+def test_flush_resets_both_ends(forwarder: Daemon) -> None:
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        wait_until_spliced(forwarder)
+        exchange(client, server)
+        assert forwarder.command("flush", "--all").returncode == 0
+        assert ends_with_reset(client) == b""
+        assert ends_with_reset(server) == b""
+    forwarder.wait_for_no_pairs()
+
+
+def test_flush_resets_both_ends_while_bytes_wait_unread(forwarder: Daemon) -> None:
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        wait_until_spliced(forwarder)
+        client.sendall(pattern(100_001))
+        server.sendall(pattern(50_001))
+        assert forwarder.command("flush", "--all").returncode == 0
+        for end, sent in ((server, 100_001), (client, 50_001)):
+            got = ends_with_reset(end)
+            assert got == pattern(sent)[: len(got)]
+
+
+def test_bytes_are_counted_once_and_without_the_instruction(forwarder: Daemon) -> None:
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server, 777)
+        wait_until_spliced(forwarder)
+        for _ in range(23):
+            exchange(client, server, 100_003)
+        (row,) = forwarder.pairs()
+        assert (row["up_bytes"], row["down_bytes"]) == (777 + 23 * 100_003,) * 2
+
+
+def test_ports_of_an_ended_pair_serve_again(forwarder: Daemon) -> None:
+    with Waiting() as waiting, socket.socket() as chooser:
+        chooser.bind(("127.0.0.1", 0))
+        port = chooser.getsockname()[1]
+        chooser.close()
+        for _ in range(5):
+            client = dial_from(port, forwarder.address)
+            with client, dial_on(client, waiting) as server:
+                exchange(client, server)
+                wait_until_spliced(forwarder)
+                exchange(client, server)
+                reset(client)
+                assert ends_with_reset(server) == b""
+            forwarder.wait_for_no_pairs()
+
+
+def dial_from(port: int, address: tuple[str, int]) -> socket.socket:
+    client = socket.socket()
+    client.settimeout(10)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind(("127.0.0.1", port))
+    client.connect(address)
+    return client
+
+
+def dial_on(client: socket.socket, waiting: Waiting) -> socket.socket:
+    from tests.helpers.instruction import ACK, instruction
+    from tests.helpers.peers import address_text
+
+    client.sendall(instruction(address_text(waiting.address)))
+    server = waiting.accept()
+    assert read_exactly(client, len(ACK)) == ACK
+    return server
+
+
+def test_pairs_of_a_killed_worker_end_with_a_reset(forwarder: Daemon) -> None:
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        wait_until_spliced(forwarder)
+        for worker in forwarder.workers():
+            os.kill(worker.pid, signal.SIGKILL)
+        forwarder.wait_for_line("worker_died")
+        forwarder.wait_for_no_pairs()
+        # Nobody is told before they speak: our sockets were silent when they were closed.
+        for end in (client, server):
+            wait_for(lambda end=end: is_reset(end), "a reset")  # type: ignore[misc]
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+
+
+def is_reset(end: socket.socket) -> bool:
+    try:
+        end.send(b"?")
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+    return False
+
+
+def test_a_client_without_timestamps_goes_another_way(forwarder: Daemon) -> None:
+    setting = Path("/proc/sys/net/ipv4/tcp_timestamps")
+    with Waiting() as waiting:
+        setting.write_text("0")
+        client = dial_from(0, forwarder.address)
+        setting.write_text("1")
+        with client, dial_on(client, waiting) as server:
+            exchange(client, server)
+            row = forwarder.wait_for_pair(lambda row: row["datapath"] == "sockmap")
+            assert row["reason"].startswith("splice was asked for")
+            exchange(client, server)
+
+
+def test_a_listener_may_forbid_it(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(CONFIG.replace("bind:", "splice: off\n    bind:"))
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        forwarder.wait_for_pair(lambda row: row["datapath"] == "sockmap")
+
+
+@pytest.fixture(params=["wide", "narrow"])
+def lossy_stage(request: pytest.FixtureRequest) -> Iterator[tuple[KernelMaps, Splicing]]:
+    """Everything that splice needs, on a loopback that loses one packet in a hundred."""
+    with private_network():
+        if request.param == "narrow":
+            narrow_the_network()
+        maps = KernelMaps.load(workers=1, slots=SLOTS)
+        splicing = Splicing(
+            SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd), workers=1
+        )
+        (program,) = load_programs(
+            str(Path(__file__).with_name("loss.c")),
+            [("lose", "sched_cls")],
+            defines={"ONE_IN": 100},
+        )
+        link = bpf.link_interface(program, socket.if_nametoindex("lo"), bpf.AttachType.TCX_EGRESS)
+        yield maps, splicing
+        os.close(link)
+        os.close(program)
+        splicing.close()
+        maps.close()
+
+
+PLAYS: Final = (
+    both_ways_in_pieces,
+    joined_in_mid_stream,
+    server_closes_first,
+    fin_with_data,
+    round_trips,
+    half_closed_goes_on,
+    half_closed_by_the_server,
+    reset_by_a_peer,
+    both_close_at_once,
+)
+
+
+@pytest.mark.timeout(120)
+def test_lost_packets_cost_no_byte_and_no_ending(
+    lossy_stage: tuple[KernelMaps, Splicing],
+) -> None:
+    maps, splicing = lossy_stage
+    for _ in range(3):
+        for play in PLAYS:
+            with stage("splice", maps, splicing) as rig:
+                play(rig)
+                assert was_spliced(rig), play.__name__
+
+
+def was_spliced(rig: Rig) -> bool:
+    return all(pair.kind is DatapathKind.SPLICE for pair in rig._pairs)
+
+
+def test_structures_are_laid_out_as_the_compiler_does(tmp_path: Path) -> None:
+    header = re.sub(r"/\*.*?\*/", "", (bpf_directory() / "splice.h").read_text(), flags=re.DOTALL)
+    declared = set(re.findall(r"^struct (\w+) \{", header, re.MULTILINE))
+    assert declared == {*STRUCTURES, "splice_look"}  # that one never leaves the program
+    lines = []
+    expected = []
+    for name, structure in STRUCTURES.items():
+        lines.append(f'printf("%zu\\n", sizeof(struct {name}));')
+        expected.append(ctypes.sizeof(structure))
+        for field in (entry[0] for entry in structure._fields_):
+            lines.append(f'printf("%zu\\n", offsetof(struct {name}, {field.rstrip("_")}));')
+            expected.append(getattr(structure, field).offset)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <linux/types.h>\n#include <stddef.h>\n#include <stdio.h>\n"
+        '#include "splice.h"\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0;\n}\n"
+    )
+    program = tmp_path / "layout"
+    subprocess.run(
+        ["cc", "-Wall", "-Werror", f"-I{bpf_directory()}", "-o", program, source], check=True
+    )
+    said = subprocess.run([program], capture_output=True, check=True).stdout.split()
+    assert [int(number) for number in said] == expected
