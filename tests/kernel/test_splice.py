@@ -108,6 +108,21 @@ def test_flush_resets_both_ends_while_bytes_wait_unread(forwarder: Daemon) -> No
             assert got == pattern(sent)[: len(got)]
 
 
+def test_flush_resets_a_half_closed_pair(forwarder: Daemon) -> None:
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        wait_until_spliced(forwarder)
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b""
+        forwarder.wait_for_pair(lambda row: row["state"] == "half-closed")
+        server.sendall(pattern(1001))
+        assert read_exactly(client, 1001) == pattern(1001)
+        assert forwarder.command("flush", "--all").returncode == 0
+        assert ends_with_reset(client) == b""
+        wait_for(lambda: is_reset(server), "a reset")
+    forwarder.wait_for_no_pairs()
+
+
 def test_bytes_are_counted_once_and_without_the_instruction(forwarder: Daemon) -> None:
     with pair_through(forwarder.address) as (client, server):
         exchange(client, server, 777)
