@@ -789,9 +789,6 @@ class Daemon:
         self._settings, self._config = settings, config
         before = self._binds()
         self._listeners.bound = following
-        if self._splicing is not None and self._splicing.keeper.has_died() and not self._ending:
-            # Pairs that are spliced go on; no other is until the next `up`.
-            self._log.write("error", "splice_keeper_died")
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
                 try:
