@@ -83,7 +83,9 @@ def test_the_server_sees_the_clients_own_address(
     with client_namespace(version) as client_pid, Waiting(here) as server:
         family = f"-{version}"
         port = str(server.address[1])
-        ip(family, "rule", "add", "ipproto", "tcp", "sport", port, "lookup", "100")
+        ip(
+            family, "rule", "add", "ipproto", "6", "sport", port, "lookup", "100"
+        )  # TCP; a bare container knows no names
         ip(family, "route", "add", "local", everywhere, "dev", "lo", "table", "100")
         bind = address_text((here, 9999))
         forwarder = start_forwarder(
