@@ -17,6 +17,7 @@ Source: RFC 9112 sections 2 to 5, RFC 9110 section 5.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -66,12 +67,12 @@ class RequestHead(NamedTuple):
 
     method: str
     target: bytes
-    headers: tuple[tuple[str, str], ...]  # names in lower case, values without blanks around
+    headers: Mapping[str, list[str]]  # names in lower case, values without blanks around
     length: int  # bytes up to and with the empty line
 
     def values(self, name: str) -> list[str]:
         """The values of every header of this name (in lower case)."""
-        return [value for header, value in self.headers if header == name]
+        return self.headers.get(name, [])
 
 
 def read_request_line(data: bytes) -> RequestLine:
@@ -101,15 +102,16 @@ def read_head(data: bytes) -> RequestHead:
     end = data.find(b"\r\n\r\n", line.length - 2)
     if end < 0:
         raise Truncated
-    headers = []
+    headers: dict[str, list[str]] = {}
     if end >= line.length:
         for text in data[line.length : end].split(b"\r\n"):
             header = _HEADER.fullmatch(text)
             if not header:
                 raise ParseError("a header line that is none")
             value = header[2].rstrip(b" \t")
-            headers.append((header[1].decode("ascii").lower(), value.decode("latin-1")))
-    return RequestHead(line.method, line.target, tuple(headers), end + 4)
+            name = header[1].decode("ascii").lower()
+            headers.setdefault(name, []).append(value.decode("latin-1"))
+    return RequestHead(line.method, line.target, headers, end + 4)
 
 
 def path_of(target: bytes) -> str:
@@ -146,6 +148,35 @@ def host_of(head: RequestHead) -> str | None:
     if not host:
         raise ParseError("a host that is none")
     return host[1].decode("ascii").lower().removesuffix(".")
+
+
+# One each: the rules of a listener are asked in turn about the same bytes.  With a hundred hosts
+# a request with 16 KiB of headers took 83 ms.
+@functools.lru_cache(maxsize=1)
+def _line_or_outcome(data: bytes) -> tuple[str, str] | Outcome:
+    """The method and the path, or what the lack of them means."""
+    try:
+        line = read_request_line(data)
+    except Truncated:
+        return NEED_MORE
+    except ParseError:
+        return NO_MATCH
+    return line.method, path_of(line.target)
+
+
+@functools.lru_cache(maxsize=1)
+def _head_or_outcome(data: bytes) -> tuple[RequestHead, str | None] | Outcome:
+    """The head and its host (None: none that all servers agree on), or what their lack means."""
+    try:
+        head = read_head(data)
+    except Truncated:
+        return NEED_MORE
+    except ParseError:
+        return NO_MATCH
+    try:
+        return head, host_of(head)
+    except ParseError:
+        return head, None
 
 
 class Http(Matcher):
@@ -192,22 +223,21 @@ class Http(Matcher):
         )
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
-        try:
-            line = read_request_line(data)
-            if self._methods and line.method not in self._methods:
-                return NO_MATCH
-            if self._paths is not None and not self._paths.include(path_of(line.target)):
-                return NO_MATCH
-            if self._hosts is None and not self._headers:
-                return MATCH
-            head = read_head(data)
-            if self._hosts is not None:
-                host = host_of(head)
-                if host is None or not self._hosts.include(host):
-                    return NO_MATCH
-        except Truncated:
-            return NEED_MORE
-        except ParseError:
+        line = _line_or_outcome(data)
+        if isinstance(line, Outcome):
+            return line
+        method, path = line
+        if self._methods and method not in self._methods:
+            return NO_MATCH
+        if self._paths is not None and not self._paths.include(path):
+            return NO_MATCH
+        if self._hosts is None and not self._headers:
+            return MATCH
+        read = _head_or_outcome(data)
+        if isinstance(read, Outcome):
+            return read
+        head, host = read
+        if self._hosts is not None and (host is None or not self._hosts.include(host)):
             return NO_MATCH
         for name, values in self._headers.items():
             if not any(values.include(value) for value in head.values(name)):

@@ -14,6 +14,7 @@ Source: RFC 8446 sections 4.1.2 and 5.1, RFC 6066 section 3 (SNI), RFC 7301 (ALP
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.first_packet.cursor import Cursor, ParseError, Truncated
@@ -97,12 +98,9 @@ class Tls(Matcher):
         begins = _begins(data)
         if begins is not MATCH or not self._reads_hello:
             return begins
-        try:
-            hello = read_client_hello(data)
-        except Truncated:
-            return NEED_MORE
-        except ParseError:
-            return NO_MATCH
+        hello = _hello_or_outcome(data)
+        if isinstance(hello, Outcome):
+            return hello
         return MATCH if self._accepts(hello) else NO_MATCH
 
     def found(self, data: bytes) -> str:
@@ -191,6 +189,19 @@ def read_client_hello(data: bytes) -> ClientHello:
         max((version for version in versions if version in _VERSION_NAMES), default=legacy_version),
         _ENCRYPTED_CLIENT_HELLO in seen,
     )
+
+
+# One: the rules of a listener are asked in turn about the same bytes.  With a hundred server names
+# a decision took 1.4 ms, and 150 ms for a hello of 16 KiB full of extensions.
+@functools.lru_cache(maxsize=1)
+def _hello_or_outcome(data: bytes) -> ClientHello | Outcome:
+    """What `read_client_hello` returns, and its errors as the outcomes they mean."""
+    try:
+        return read_client_hello(data)
+    except Truncated:
+        return NEED_MORE
+    except ParseError:
+        return NO_MATCH
 
 
 def _join_records(data: bytes) -> tuple[bytes, int, int]:
