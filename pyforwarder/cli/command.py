@@ -160,8 +160,9 @@ def run(arguments: list[str], env: Environment) -> int:
     except (click.Abort, KeyboardInterrupt):
         env.say("pyforwarder: interrupted")
         return FAILED
-    except BrokenPipeError:
-        # whoever read our stdout left; so that python's own last flush does not complain
+    except (BrokenPipeError, SystemExit):
+        # whoever read our stdout left (click makes SystemExit of EPIPE): python's own last flush
+        # must find nothing to complain of
         _discard_stdout(env)
         return FAILED
     except Exception as error:
