@@ -1,0 +1,79 @@
+"""The wheel forwards, outside the checkout, with bcc and where there is none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.daemon import COMMAND
+from tests.helpers.peers import pair_through, pattern, read_exactly
+from tests.helpers.wheel import build, install, run
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
+    from tests.kernel.conftest import StartForwarder
+
+CONFIG = """
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    rules: [{match: instruction, allow: [loopback]}]
+handover: {after_bytes: 0}
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("dist"))
+
+
+def start_installed(start_forwarder: StartForwarder, programs: Path, *words: str) -> Daemon:
+    """`up` by the installed program in place of ours, away from the checkout."""
+    own = f'cd / && shift {len(COMMAND)} && exec "$0" "$@"'
+    instead = ["bash", "-c", own, str(programs / "pyforwarder")]
+    return start_forwarder(CONFIG, *words, prefix=instead)
+
+
+def carry_bytes(forwarder: Daemon) -> str:
+    """Move bytes through a pair; returns the datapath that moved them."""
+    with pair_through(forwarder.address) as (client, server):
+        client.sendall(pattern(100_003))
+        assert read_exactly(server, 100_003) == pattern(100_003)
+        return str(forwarder.wait_for_pair(lambda row: row["state"] == "joined")["datapath"])
+
+
+def program_file(forwarder: Daemon) -> Path:
+    """Which Python runs it, by its first argument."""
+    words = Path(f"/proc/{forwarder.process.pid}/cmdline").read_bytes().split(b"\0")
+    return Path(os.fsdecode(words[0]))
+
+
+def test_an_installed_wheel_forwards_in_the_kernel(
+    wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
+) -> None:
+    programs = install(wheel, tmp_path / "venv")
+    forwarder = start_installed(start_forwarder, programs)
+    assert program_file(forwarder) == programs / "python"
+    assert carry_bytes(forwarder) == "sockmap"
+
+
+def test_without_bcc_it_forwards_in_userspace(
+    wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
+) -> None:
+    programs = install(wheel, tmp_path / "venv", bcc=False)
+    forwarder = start_installed(start_forwarder, programs, "--datapath", "copy")
+    assert carry_bytes(forwarder) == "copy"
+
+
+def test_without_bcc_doctor_names_the_packages_and_warns_of_the_other_bcc(
+    wheel: Path, tmp_path: Path
+) -> None:
+    programs = install(wheel, tmp_path / "venv", bcc=False)
+    said = run(programs / "pyforwarder", "doctor", cwd=tmp_path)
+    assert "bcc is not installed" in said
+    assert "python3-bpfcc" in said
+    assert "PyPI's package `bcc` is another project" in said
+    assert "Traceback" not in said
