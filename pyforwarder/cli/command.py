@@ -160,11 +160,14 @@ def run(arguments: list[str], env: Environment) -> int:
     except (click.Abort, KeyboardInterrupt):
         env.say("pyforwarder: interrupted")
         return FAILED
-    except (BrokenPipeError, SystemExit):
-        # whoever read our stdout left (click makes SystemExit of EPIPE): python's own last flush
-        # must find nothing to complain of
+    except BrokenPipeError:
+        # whoever read our stdout left; so that python's own last flush does not complain
         _discard_stdout(env)
         return FAILED
+    except SystemExit as error:
+        # click makes this of EPIPE; `top` of a signal
+        _discard_stdout(env)
+        return error.code if isinstance(error.code, int) else FAILED
     except Exception as error:
         _trace(call)
         env.say(f"pyforwarder: internal error: {type(error).__name__}: {error}{_hint(call)}")
