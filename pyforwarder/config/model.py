@@ -302,7 +302,7 @@ class Tokens(Section):
     """Keys of signed instructions by their id, and how strictly times are taken."""
 
     keys: Mapping[values.Name, values.File] = {}
-    clock_skew_s: values.Duration = Field(30.0, alias="clock_skew")
+    clock_skew_s: values.Duration = Field(0.0, alias="clock_skew")
     max_lifetime_s: values.Timeout | None = Field(None, alias="max_lifetime")
     single_use: values.Switch = False
 
