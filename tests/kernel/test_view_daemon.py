@@ -31,6 +31,7 @@ from tests.helpers.peers import (
     push_until_blocked,
     read_exactly,
     read_to_end,
+    unused_port,
 )
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
@@ -397,23 +398,24 @@ def test_listen_port_moves_the_first_listener_and_drops_no_pair(
 ) -> None:
     forwarder = start_forwarder(config("sockmap"))
     old = forwarder.address[1]
+    new = unused_port()  # not the next one: that may be some earlier client's, in TIME_WAIT
     with pair_through(forwarder.address) as (client, server):
         transfer(client, server, 5003)
         assert shell(place, "cat listen_port") == f"{old}\n"
-        shell(place, f"echo {old + 1} > listen_port")
-        wait_for(lambda: shell(place, "cat listen_port") == f"{old + 1}\n", "the new port")
+        shell(place, f"echo {new} > listen_port")
+        wait_for(lambda: shell(place, "cat listen_port") == f"{new}\n", "the new port")
         transfer(server, client, 5003)
-        with listening_on(forwarder, old + 1):
-            assert rows_of(place, "listeners")[0]["bind"] == f"127.0.0.1:{old + 1}"
+        with listening_on(forwarder, new):
+            assert rows_of(place, "listeners")[0]["bind"] == f"127.0.0.1:{new}"
         with pytest.raises(ConnectionRefusedError):
             dial((forwarder.address[0], old))
         with Waiting() as taken:
             shell(place, f"echo {taken.address[1]} > listen_port")
             error = wait_for(lambda: shell(place, "cat errors"), "the refusal")
         assert "listen_port: cannot listen on" in error
-        assert shell(place, "cat listen_port") == f"{old + 1}\n"
+        assert shell(place, "cat listen_port") == f"{new}\n"
         for bad in ("banana", "65536", "-1", "1 2", ""):
-            assert shell(place, f"echo '{bad}' > listen_port; cat listen_port") == f"{old + 1}\n"
+            assert shell(place, f"echo '{bad}' > listen_port; cat listen_port") == f"{new}\n"
         wait_for(lambda: len(shell(place, "cat errors").splitlines()) == 6, "six refusals")
         transfer(client, server, 23)
 
