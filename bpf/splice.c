@@ -10,9 +10,12 @@
  * control  run by the keeper, too: looks whether both sockets are at rest, and if so lets the pair
  *	    begin, in one go
  *
- * A forwarder copies bytes one to one. So at a moment when both sockets have been read empty and
- * all they ever sent has been acknowledged, one constant for each direction takes the numbers of
- * the one connection to those of the other, for all time.
+ * A forwarder copies bytes one to one. So at a moment when both sockets have been read empty, and
+ * all that was read has been sent on, one constant for each direction takes the numbers of the one
+ * connection to those of the other, for all time.
+ *
+ * What our sockets had sent by then and was not acknowledged yet (the tail) is still theirs: they
+ * get the acknowledgements of it, and may send it again. Everything behind it is between the ends.
  *
  * Why no packet can be lost or counted twice at that moment: `control` first makes our sockets mute
  * (egress drops all they send), then looks at them. A packet that had passed `ingress` before it
@@ -42,6 +45,9 @@
 #define PROTOCOL_TCP	6
 #define PROTOCOL_ICMPV6 58
 
+/* On the copy of a packet that is for our own socket: it has been looked at already. */
+#define FOR_OUR_SOCKET 0x5046
+
 /* What is sent on begins a new life: the peer has not reckoned with the way behind us. */
 #define HOPS 64
 
@@ -59,6 +65,7 @@
 #define ECN_OF_TCP 0x01c00000 /* AE, CWR and ECE, of the fourth word of TCP */
 #define URG_OF_TCP 0x00200000
 
+#define NO_OP_WORD     0x01010101
 #define TIMESTAMP_WORD 0x0101080a /* no-op, no-op, kind 8, 10 bytes: as everybody writes it */
 #define SACK_WORD      0x01010500 /* no-op, no-op, kind 5, and the length in the last byte */
 
@@ -331,6 +338,26 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 	return send_on(way->interface);
 }
 
+/*
+ * An acknowledgement of the tail, and of nothing else, is for our own socket. It expects no other
+ * bytes from that peer than those it has, however many have come since.
+ */
+inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 ack,
+			       const int v6)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	__be32 *seq = data + TCP_AT(v6) + 4;
+	__u64 sum = 0;
+
+	if ((void *)(seq + 1) > data_end)
+		return DROP; /* never: it was there a moment ago */
+	if ((__s32)(ack - way->last_ack) > 0)
+		way->last_ack = ack;
+	put(seq, bpf_htonl(way->begin), &sum);
+	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+	return NEXT;
+}
+
 inlined int translate(struct __sk_buff *skb, const int v6)
 {
 	void *data, *data_end;
@@ -348,7 +375,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		n, interface;
 	__u64 sum = 0;
 	__u8 flags;
-	int ring = 0;
+	int ring = 0, ack_floor = 0, alone;
 
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;
@@ -420,6 +447,35 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		if (state == PF_SPLICE_RESET || n || (flags & FIN))
 			return DROP;
 		return NEXT;
+	}
+	if (way->tail_open && (flags & (SYN | ACK)) == ACK) {
+		before = way->tail;
+		alone = !n && !(flags & (FIN | RST));
+		if ((__s32)(ack - before) < 0) {
+			if (alone)
+				return give_to_our_socket(skb, way, ack, v6);
+			/* The rest is acknowledged by us, as it was before. */
+			ack_floor = 1;
+		} else {
+			way->tail_open = 0;
+			ring = 1;
+			if (alone && ack == before) {
+				tell(splice, index);
+				return give_to_our_socket(skb, way, ack, v6);
+			}
+			/*
+			 * Our socket must learn of it, too, or it would go on sending until it
+			 * gives up. If it cannot be told, it does, and only its ports are lost.
+			 */
+			skb->tc_index = FOR_OUR_SOCKET;
+			bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+			skb->tc_index = 0;
+			data = (void *)(long)skb->data;
+			data_end = (void *)(long)skb->data_end;
+			if (data + HEADERS_BYTES(v6) > data_end)
+				return DROP; /* never: it was there a moment ago */
+			tcp = data + TCP_AT(v6);
+		}
 	}
 	if (flags & SYN) {
 		if ((way->fin_acked && back->fin_acked) || splice->reset) {
@@ -498,7 +554,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	put(&word[0], (__u32)way->sport | (__u32)way->dport << 16, &sum);
 	shift(&word[1], way->seq_delta, &sum);
 	if (flags & ACK)
-		shift(&word[2], way->ack_delta, &sum);
+		put(&word[2], bpf_htonl((ack_floor ? way->tail : ack) + way->ack_delta), &sum);
 	/*
 	 * Urgent bytes stay where they stand in the stream, as on every datapath: a reader who
 	 * knows nothing of them would lose one.
@@ -550,6 +606,10 @@ int ingress(struct __sk_buff *skb)
 	/* One with a tag is not yet where it belongs: it comes again, by its own interface. */
 	if (skb->vlan_present)
 		return NEXT;
+	if (skb->tc_index == FOR_OUR_SOCKET) {
+		skb->tc_index = 0;
+		return NEXT;
+	}
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4))
 		return translate(skb, 0);
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6))
@@ -563,13 +623,14 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	struct splice_key key = {};
 	struct splice_flow *flow;
 	struct splice *splice;
-	struct splice_direction *way;
+	struct splice_direction *way, *back;
 	struct ipv4 *four;
 	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 index, state;
+	__u32 index, state, header, ack;
 	__u64 sum = 0;
+	int i, at;
 
 	if (data + HEADERS_BYTES(v6) > data_end)
 		return NEXT; /* a socket's packets have all their headers in front */
@@ -593,9 +654,15 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	if (state == PF_SPLICE_FREE || state == PF_SPLICE_HOLD)
 		return NEXT;
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&
+	    (way->tail_open || back->tail_open)) {
+		/* Whoever could send the tail again has died: this pair cannot go on. */
+		*(volatile __u32 *)&splice->state = state = PF_SPLICE_RESET;
+	}
+	word = (__u32 *)tcp;
 	if (state == PF_SPLICE_RESET && (tcp->flags & RST)) {
 		/* The socket's numbers are those of the handover: give the peer's own. */
-		word = (__u32 *)tcp;
 		put(&word[1], bpf_htonl(way->last_ack), &sum);
 		if (tcp->flags & ACK)
 			put(&word[2], bpf_htonl(way->last_end), &sum);
@@ -612,6 +679,33 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 			forget(splice);
 			return NEXT;
 		}
+	}
+	header = (__u32)(tcp->offset >> 4) * 4;
+	if (state == PF_SPLICE_ACTIVE && way->tail_open && !(tcp->flags & (SYN | FIN)) &&
+	    skb->len > TCP_AT(v6) + header && (__s32)(bpf_ntohl(tcp->seq) - way->tail) < 0) {
+		/*
+		 * The tail, again. What has come to our socket since is not acknowledged here, the
+		 * sender must not forget it: only what went to the other end.
+		 */
+		ack = back->last_ack + back->ack_delta;
+		if ((__s32)(ack - way->begin) < 0)
+			ack = way->begin;
+		put(&word[2], bpf_htonl(ack), &sum);
+		/* Timestamps stay; behind them may be what our socket alone has got. */
+		at = 0;
+		if (header > 20 && (void *)(word + 6) <= data_end &&
+		    word[5] == bpf_htonl(TIMESTAMP_WORD))
+			at = 3;
+#pragma unroll
+		for (i = 0; i < 10; i++) {
+			if (i >= at && 20 + 4 * i < header) {
+				if ((void *)(word + 6 + i) > data_end)
+					return DROP; /* its headers are in front: never */
+				put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
+			}
+		}
+		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+		return NEXT;
 	}
 	return DROP; /* the two ends talk to each other: our sockets have nothing to say */
 }
@@ -655,9 +749,7 @@ inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *fr
 	return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
 }
 
-/* One socket as it is now; 0 if it is at rest: all was read, all is acknowledged, nothing is
- * missing.
- */
+/* One socket as it is now; 0 if all was read, all is sent, nothing is missing. */
 inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 family,
 		   struct splice_look *seen)
 {
@@ -680,8 +772,9 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 		busy |= PF_BUSY_GONE;
 	if (read32(tcp, TCP_SOCK_COPIED_SEQ) != seen->rcv_nxt)
 		busy |= PF_BUSY_UNREAD;
-	if (read32(tcp, TCP_SOCK_SND_UNA) != seen->write_seq)
-		busy |= PF_BUSY_UNACKED;
+	seen->snd_una = read32(tcp, TCP_SOCK_SND_UNA);
+	if (read32(tcp, TCP_SOCK_SND_NXT) != seen->write_seq)
+		busy |= PF_BUSY_UNSENT;
 	if (read64(tcp, TCP_SOCK_OUT_OF_ORDER_QUEUE))
 		busy |= PF_BUSY_UNREAD;
 	route = *(void *volatile *)((void *)tcp + SOCK_SK_DST_CACHE);
@@ -748,6 +841,15 @@ int probe(struct __sk_buff *skb)
 	return 0;
 }
 
+/* Where a direction stands as it begins. */
+inlined void begin(struct splice_direction *way, const struct splice_look *seen)
+{
+	way->last_ack = seen->snd_una;
+	way->last_end = way->begin = seen->rcv_nxt;
+	way->tail = seen->write_seq;
+	way->tail_open = seen->snd_una != seen->write_seq;
+}
+
 int control(struct __sk_buff *skb)
 {
 	struct splice *splice = asked_for(skb);
@@ -778,14 +880,12 @@ int control(struct __sk_buff *skb)
 	splice->way[PF_UP].ack_delta = -down;
 	splice->way[PF_UP].tsval_delta = server_time;
 	splice->way[PF_UP].tsecr_delta = -client_time;
-	splice->way[PF_UP].last_ack = client.write_seq;
-	splice->way[PF_UP].last_end = client.rcv_nxt;
+	begin(&splice->way[PF_UP], &client);
 	splice->way[PF_DOWN].seq_delta = down;
 	splice->way[PF_DOWN].ack_delta = -up;
 	splice->way[PF_DOWN].tsval_delta = client_time;
 	splice->way[PF_DOWN].tsecr_delta = -server_time;
-	splice->way[PF_DOWN].last_ack = server.write_seq;
-	splice->way[PF_DOWN].last_end = server.rcv_nxt;
+	begin(&splice->way[PF_DOWN], &server);
 	__sync_fetch_and_add(&splice->tries, 1);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ACTIVE;
 	return 0;

@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#define PF_SPLICE_VERSION 2
+#define PF_SPLICE_VERSION 3
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
@@ -21,7 +21,7 @@ enum pf_splice_state {
 /* Why `control` did not let a pair begin, as bits. */
 #define PF_BUSY_GONE	1
 #define PF_BUSY_UNREAD	2
-#define PF_BUSY_UNACKED 4
+#define PF_BUSY_UNSENT	4
 #define PF_BUSY_FOREIGN 8 /* a peer is another forwarder's spliced socket on this host */
 
 /* What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it. */
@@ -57,6 +57,13 @@ struct splice_direction {
 	__u32 fin_seq;	/* the number behind its FIN */
 	__u32 fin;	/* not 0: it has sent one */
 	__u32 fin_acked;
+	/*
+	 * What our socket had sent to this peer when the pair began, and was not yet acknowledged:
+	 * that is still between the two. In numbers of what this peer acknowledges.
+	 */
+	__u32 tail;		      /* its end */
+	__u32 tail_open;	      /* not 0: this peer has not acknowledged it yet */
+	__u32 begin;		      /* of what is sent end to end, in this peer's own numbers */
 	__u8 shift_left, shift_right; /* of its windows */
 	__u8 no_ecn;		      /* only one of the connections knows of congestion marks */
 	__u8 padding;
@@ -85,5 +92,5 @@ struct splice_event {
 };
 
 struct splice_look {
-	__u32 rcv_nxt, write_seq, ts_recent, out;
+	__u32 rcv_nxt, write_seq, snd_una, ts_recent, out;
 };

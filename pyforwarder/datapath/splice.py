@@ -3,14 +3,15 @@
 bpf/splice.c does that; splice_keeper.py begins and ends it. This is the worker's half: it brings a
 pair to the moment at which it can begin, and follows what the programs say of its end.
 
-A pair begins when both sockets are at rest: read empty, everything acknowledged. First that is only
-hoped for (a client that waits for its answer leaves both at rest). Where bytes never stop, the pair
-is held for some milliseconds: what comes is dropped, and comes again, while the last bytes are
-copied. If that is not enough, the pair goes on as it was, copied, and nothing has changed.
+A pair begins when both sockets are at rest: read empty, and everything that was read has been sent
+on. First that is only hoped for, because it is so between any two messages. Where bytes never stop,
+the pair is held for some milliseconds: what comes is dropped, and comes again, while the last bytes
+are copied. If that is not enough, the pair goes on as it was, copied, and nothing has changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice_maps import SpliceMaps
     from pyforwarder.datapath.table import PairWindow
 
-# A pair that is not at rest is looked at again after this long, at most so often before it is
-# held; for how long; and how long after each hold it is left alone, because every hold costs its
-# peers a retransmission. After the last it is given up.
+# A pair that is not at rest is looked at again after this long, then after twice that, and so on.
 _LOOK_AGAIN_S: Final = 0.001
+_MOST_SELDOM_S: Final = 0.1
+# So often it is looked at before it is held; for how long; and how long after each hold it is left
+# alone, because every hold costs its peers a retransmission. After the last it is given up.
 _LOOKS: Final = 2
 _HOLD_S: Final = 0.005
 _PAUSES_S: Final = (0.02, 0.1, 0.5, 5.0)
@@ -55,13 +57,24 @@ _RESET_BY: Final = {
 class _Tries:
     """What a pair that is still copied remembers."""
 
-    __slots__ = ("held", "held_until_s", "holds", "looks", "next_hold_s", "next_look_s")
+    __slots__ = (
+        "held",
+        "held_until_s",
+        "holds",
+        "is_timed",
+        "looks",
+        "next_hold_s",
+        "next_look_s",
+        "pause_s",
+    )
 
     def __init__(self) -> None:
         self.looks = 0
         self.holds = 0
+        self.pause_s = _LOOK_AGAIN_S
         self.next_look_s = 0.0
         self.next_hold_s = 0.0
+        self.is_timed = False  # the next look comes by the clock, if not before
         self.held = -1  # its place among the splices while it is held
         self.held_until_s = 0.0
 
@@ -69,10 +82,11 @@ class _Tries:
 class _Spliced:
     """A pair's place among the splices."""
 
-    __slots__ = ("index",)
+    __slots__ = ("index", "is_mute")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, *, is_mute: bool) -> None:
         self.index = index
+        self.is_mute = is_mute  # closing its sockets says nothing to anybody
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +132,8 @@ class SpliceDatapath:
             tries = pair.state = _Tries()
         assert isinstance(tries, _Tries)
         now_s = time.monotonic()
-        if now_s < tries.next_look_s:
+        if tries.held < 0 and now_s < tries.next_look_s:
+            self._look_by_the_clock(pair, tries, now_s)
             return PairReason.UNREAD_BYTES
         obstacle = self._obstacle(pair)
         if obstacle is None and now_s < self._keeper_from_s:
@@ -143,7 +158,7 @@ class SpliceDatapath:
                 self._host.broken(pair, CloseReason.INTERNAL)
             return PairReason.REFUSED_BY_KERNEL
         if begun is PairReason.UNREAD_BYTES:
-            tries.next_look_s = now_s + _LOOK_AGAIN_S
+            self._look_later(pair, tries, now_s)
         elif begun is not None:
             pair.state = None
         return begun
@@ -164,12 +179,11 @@ class SpliceDatapath:
             self._host.broken(pair, CloseReason.INTERNAL)
             return PairReason.REFUSED_BY_KERNEL
         if not answer["busy"]:
-            self._take(pair, answer["index"])
+            self._take(pair, answer["index"], is_mute=answer["mute"])
             return None
         if hold:
             tries.held = answer["index"]
             tries.held_until_s = now_s + _HOLD_S
-            self._loop.after(_LOOK_AGAIN_S, lambda: self._look_at_held(pair, tries))
         return PairReason.UNREAD_BYTES
 
     def _go_on_holding(
@@ -184,23 +198,36 @@ class SpliceDatapath:
                 self._host.broken(pair, CloseReason.INTERNAL)
                 return PairReason.REFUSED_BY_KERNEL
             if not answer["busy"]:
-                self._take(pair, tries.held)
+                self._take(pair, tries.held, is_mute=answer["mute"])
                 return None
         if now_s >= tries.held_until_s:
             tries.next_hold_s = now_s + _PAUSES_S[tries.holds - 1]
             self._let_go(pair, tries)
         return PairReason.UNREAD_BYTES
 
-    def _look_at_held(self, pair: Pair, tries: _Tries) -> None:
-        """By the clock, because nothing tells when a peer has acknowledged."""
-        if tries.held < 0 or pair.state is not tries:
+    def _look_later(self, pair: Pair, tries: _Tries, now_s: float) -> None:
+        pause_s = _LOOK_AGAIN_S
+        if tries.held < 0:
+            pause_s = tries.pause_s
+            tries.pause_s = min(2 * pause_s, _MOST_SELDOM_S)
+        tries.next_look_s = now_s + pause_s
+        self._look_by_the_clock(pair, tries, now_s)
+
+    def _look_by_the_clock(self, pair: Pair, tries: _Tries, now_s: float) -> None:
+        """Because nothing tells when TCP has sent the last byte."""
+        if not tries.is_timed:
+            tries.is_timed = True
+            self._loop.after(tries.next_look_s - now_s, lambda: self._look_now(pair, tries))
+
+    def _look_now(self, pair: Pair, tries: _Tries) -> None:
+        tries.is_timed = False
+        if pair.state is not tries:
             return
-        if pair.datapath is None:
+        if pair.datapath is not None:
+            self._host.try_again(pair)
+        elif tries.held >= 0:
             # It ended meanwhile. Its sockets are gone, and with them what they had to say.
             self._let_go(pair, tries)
-            return
-        self._loop.after(_LOOK_AGAIN_S, lambda: self._look_at_held(pair, tries))
-        self._host.try_again(pair)
 
     def _let_go(self, pair: Pair, tries: _Tries) -> None:
         index, tries.held = tries.held, -1
@@ -255,7 +282,7 @@ class SpliceDatapath:
         self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
         slot = self._window.first_slot + pair.slot
         self._keeper.ask("adopted", index=orphan.index, slot=slot)
-        self._take(pair, orphan.index)
+        self._take(pair, orphan.index, is_mute=True)
         for flow in (pair.up, pair.down):
             total_bytes, packets = self._spliced_before(pair, flow)
             flow.carried_bytes += total_bytes
@@ -304,7 +331,7 @@ class SpliceDatapath:
         assert pair.server is not None
         for sock, flow in ((pair.client, pair.up), (pair.server, pair.down)):
             now = rest(sock)
-            if now.unacked_packets or now.unsent_bytes or now.bytes_received != flow.read_bytes:
+            if now.unsent_bytes or now.bytes_received != flow.read_bytes:
                 return False
         return True
 
@@ -320,8 +347,8 @@ class SpliceDatapath:
         tries.holds += 1
         return True
 
-    def _take(self, pair: Pair, index: int) -> None:
-        pair.state = _Spliced(index)
+    def _take(self, pair: Pair, index: int, *, is_mute: bool) -> None:
+        pair.state = _Spliced(index, is_mute=is_mute)
         pair.kind = DatapathKind.SPLICE
         pair.datapath = self
         self._by_index[index] = pair
@@ -369,11 +396,9 @@ class SpliceDatapath:
         del self._by_index[state.index]
         pair.state = None
         try:
-            if ended or record.reset in (1, 2):
-                self._keeper.ask("leave", index=state.index)
-            else:
-                fds = [pair.client_fd, pair.server_fd]
-                self._keeper.ask("reset", fds, index=state.index)
+            fds = [pair.client_fd, pair.server_fd]
+            do = "leave" if ended or record.reset in (1, 2) else "reset"
+            self._keeper.ask(do, fds, index=state.index)
         except KeeperError:
             # Later, then: from that moment on whoever still speaks gets the kernel's RST.
             self._loop.after(_KEEPER_PAUSE_S, lambda: self.forget(state.index))
@@ -397,8 +422,15 @@ class SpliceDatapath:
                 self._look(pair)
 
     def _look(self, pair: Pair) -> None:
-        """Do what is due after a FIN, its acknowledgement or a reset."""
+        """Do what is due after the tail's end, a FIN, its acknowledgement or a reset."""
         record = self._record(pair)
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        if not state.is_mute and not any(way.tail_open for way in record.way):
+            fds = [pair.client_fd, pair.server_fd]
+            # Without an answer it goes on all the same, as long as we live.
+            with contextlib.suppress(KeeperError):
+                state.is_mute = bool(self._keeper.ask("mute", fds, index=state.index).get("mute"))
         for flow in (pair.up, pair.down):
             way = record.way[flow.direction]
             if way.fin and flow.phase is Phase.OPEN:

@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 # Of the records: the maps outlive the daemon, and the next one must know what is in them.
-VERSION: Final = 2
+VERSION: Final = 3
 # What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
 PRIORITY: Final = 0x50465350
 # `slot` of a pair that nobody shows just now.
@@ -32,7 +32,7 @@ class Busy(enum.IntFlag):
 
     GONE = 1
     UNREAD = 2
-    UNACKED = 4
+    UNSENT = 4
     FOREIGN = 8
 
 
@@ -72,6 +72,9 @@ class SpliceDirection(ctypes.Structure):
         ("fin_seq", ctypes.c_uint32),
         ("fin", ctypes.c_uint32),
         ("fin_acked", ctypes.c_uint32),
+        ("tail", ctypes.c_uint32),
+        ("tail_open", ctypes.c_uint32),
+        ("begin", ctypes.c_uint32),
         ("shift_left", ctypes.c_uint8),
         ("shift_right", ctypes.c_uint8),
         ("no_ecn", ctypes.c_uint8),

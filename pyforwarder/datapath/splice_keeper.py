@@ -245,12 +245,17 @@ class Keeper:
                 self._store(index, WORKER_AT, worker)
                 self._store(index, SLOT_AT, slot)
             case "switch":
-                return {"busy": self._switch(index, *sockets)}
+                busy = self._switch(index, *sockets)
+                return {"busy": busy, "mute": not busy and self._mute(index, sockets)}
+            case "mute":
+                return {"mute": self._mute(index, sockets)}
             case "abort":
                 self._forget(index)
                 for sock in sockets:
                     splice_sockets.unmark(sock)
             case "leave":
+                for sock in sockets:
+                    splice_sockets.mute(sock)
                 del self._owner[index]
                 # The pair's record may be another's now: nothing is counted in it any more.
                 struct.pack_into("=Q", self._memory, index * SPLICE_BYTES + ID_AT, 0)
@@ -318,7 +323,8 @@ class Keeper:
                 splice_sockets.unmark(sock)
             if busy & Busy.FOREIGN:
                 return {"refused": int(PairReason.CHAINED)}
-        return {"busy": busy, "index": index}
+        mute = not busy and self._mute(index, (client, server))
+        return {"busy": busy, "index": index, "mute": mute}
 
     def _find_ways(self, index: int, record: Splice) -> PairReason | None:
         """Write by which interfaces the packets go; or why the programs would not see them."""
@@ -346,7 +352,7 @@ class Keeper:
         return None
 
     def _switch(self, index: int, client: socket.socket, server: socket.socket) -> int:
-        """Let it begin if both sockets are at rest; 0, or why not."""
+        """Let it begin if both sockets are ready for it; 0, or why not."""
         struct.pack_into(
             "=II",
             self._memory,
@@ -354,11 +360,18 @@ class Keeper:
             splice_sockets.clock(client),
             splice_sockets.clock(server),
         )
-        busy = bpf.run_program(self._maps.control_fd, _INDEX.pack(index))
-        if busy == 0:
-            for sock in (client, server):
-                splice_sockets.mute(sock)
-        return busy
+        return bpf.run_program(self._maps.control_fd, _INDEX.pack(index))
+
+    def _mute(self, index: int, sockets: Sequence[socket.socket]) -> bool:
+        """Make the sockets mute if nothing is left to be sent again; whether that was done.
+
+        Until then closing them resets the pair: that is what must happen if we all die.
+        """
+        if any(way.tail_open for way in self._record(index).way):
+            return False
+        for sock in sockets:
+            splice_sockets.mute(sock)
+        return True
 
     # Going on without those who began it
 

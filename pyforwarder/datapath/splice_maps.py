@@ -43,6 +43,7 @@ FIELDS: Final = {
     "tcp_sock": (
         "rcv_nxt",
         "copied_seq",
+        "snd_nxt",
         "snd_una",
         "write_seq",
         "out_of_order_queue",
