@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice_maps import SpliceMaps
     from pyforwarder.datapath.table import PairWindow
 
-# A pair that is not at rest is looked at again after this long, then after twice that, and so on.
+# A pair is looked at whenever bytes have moved. After so many looks, the next one is this long
+# after the last, then twice that, and so on.
+_FREE_LOOKS: Final = 4
 _LOOK_AGAIN_S: Final = 0.001
 _MOST_SELDOM_S: Final = 0.1
-# So often it is looked at before it is held; for how long; and how long after each hold it is left
-# alone, because every hold costs its peers a retransmission. After the last it is given up.
-_LOOKS: Final = 2
+# How long it is held then, and how long after each hold it is left alone, because every hold costs
+# its peers a retransmission. After the last it is given up.
 _HOLD_S: Final = 0.005
 _PAUSES_S: Final = (0.02, 0.1, 0.5, 5.0)
 # After a keeper that did not answer, none is asked for so long.
@@ -132,9 +133,10 @@ class SpliceDatapath:
             tries = pair.state = _Tries()
         assert isinstance(tries, _Tries)
         now_s = time.monotonic()
-        if tries.held < 0 and now_s < tries.next_look_s:
+        if tries.held < 0 and tries.looks >= _FREE_LOOKS and now_s < tries.next_look_s:
             self._look_by_the_clock(pair, tries, now_s)
             return PairReason.UNREAD_BYTES
+        tries.looks += 1
         obstacle = self._obstacle(pair)
         if obstacle is None and now_s < self._keeper_from_s:
             obstacle = PairReason.NOT_AVAILABLE
@@ -207,7 +209,7 @@ class SpliceDatapath:
 
     def _look_later(self, pair: Pair, tries: _Tries, now_s: float) -> None:
         pause_s = _LOOK_AGAIN_S
-        if tries.held < 0:
+        if tries.held < 0 and tries.looks > _FREE_LOOKS:
             pause_s = tries.pause_s
             tries.pause_s = min(2 * pause_s, _MOST_SELDOM_S)
         tries.next_look_s = now_s + pause_s
@@ -338,8 +340,7 @@ class SpliceDatapath:
     @staticmethod
     def _may_hold(pair: Pair, tries: _Tries, now_s: float) -> bool:
         """Whether to make a pair rest that does not by itself."""
-        tries.looks += 1
-        if tries.looks < _LOOKS or tries.holds >= len(_PAUSES_S) or now_s < tries.next_hold_s:
+        if tries.looks <= _FREE_LOOKS or tries.holds >= len(_PAUSES_S) or now_s < tries.next_hold_s:
             return False
         assert pair.server is not None
         if rest(pair.client).unsent_bytes or rest(pair.server).unsent_bytes:
