@@ -374,6 +374,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	__u32 slot, told, index, state, total, header, seq, ack, end, acked, window, change, before,
 		n, interface;
 	__u64 sum = 0;
+	__s64 carried;
 	__u8 flags;
 	int ring = 0, ack_floor = 0, alone;
 
@@ -512,13 +513,20 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	if ((flags & ACK) && (__s32)(ack - way->last_ack) > 0)
 		way->last_ack = ack;
 	told = way->last_end;
-	if ((__s32)(end - told) > 0)
+	carried = 0;
+	if ((__s32)(end - told) > 0) {
 		way->last_end = end;
-	else
-		told = end; /* it was sent before, and is not counted again */
-	told = end - told - ((__s32)(end - told) > 0 ? (flags & FIN) : 0);
-	if (told)
-		__sync_fetch_and_add(&way->bytes, told);
+		carried = end - told;
+	}
+	if ((flags & FIN) && !way->fin) {
+		way->fin_seq = end;
+		__sync_fetch_and_add(&way->fin, 1);
+		ring = 1;
+		/* It has a number, and is no byte; one that was lost first was counted for one. */
+		carried--;
+	}
+	if (carried)
+		__sync_fetch_and_add(&way->bytes, carried);
 	if (n)
 		__sync_fetch_and_add(&way->packets, 1);
 	slot = splice->slot;
@@ -526,16 +534,11 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	/* The pair's record is another's once the worker has let go of this one. */
 	if (pair && pair->id == splice->id) {
 		seen = flow->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
-		if (told)
-			__sync_fetch_and_add(&seen->redirected_bytes, told);
+		if (carried)
+			__sync_fetch_and_add(&seen->redirected_bytes, carried);
 		if (n)
 			__sync_fetch_and_add(&seen->redirected_packets, 1);
 		seen->last_ns = bpf_ktime_get_ns();
-	}
-	if ((flags & FIN) && !way->fin) {
-		way->fin_seq = end;
-		__sync_fetch_and_add(&way->fin, 1);
-		ring = 1;
 	}
 	if ((flags & ACK) && volatile_read(back->fin) && !back->fin_acked &&
 	    (__s32)(acked - back->fin_seq) >= 0) {

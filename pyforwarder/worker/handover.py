@@ -57,8 +57,15 @@ class Handover:
         client.is_eager = choice in ("sockmap", "splice") or not (
             when.after_bytes and when.after_round_trips and when.after_s
         )
-        if client.is_eager:
+        if client.is_eager and not self._is_spliced_at_once(client, choice):
             self._ask(client)
+
+    def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
+        """Before the client can have read its answer: no moment is quieter."""
+        if self._splice is None or choice == "sockmap":
+            return False
+        self._attempt(client, only_splice=True)
+        return not client.waits_for_handover
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
@@ -115,7 +122,7 @@ class Handover:
         client.handover_asked = True
         self._server.loop.defer(self._attempt, client)
 
-    def _attempt(self, client: Client) -> None:
+    def _attempt(self, client: Client, *, only_splice: bool = False) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
             return
         if client.slot < 0:
@@ -130,6 +137,8 @@ class Handover:
             if reason not in _FINAL:
                 client.not_spliced = because = reason
         if reason not in _FINAL and self._sockmap is not None:
+            if only_splice:
+                return  # the next turn of the loop asks the sockmap
             reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:

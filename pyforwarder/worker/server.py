@@ -382,10 +382,13 @@ class Server:
         client.active_s = self.loop.now_s
         client.datapath = self.copying
         self.handover.joined(client)
+        if client.life is not Life.JOINED:
+            return  # it broke as the kernel took it
         self.watch_idle(client)
         if client.slot >= 0:
             self.records.show(client)
-        self.copying.join(client)
+        if client.datapath is self.copying:
+            self.copying.join(client)
 
     # PairHost
 
