@@ -60,6 +60,7 @@ struct options {
 	uint64_t order; /* who sends its FIN first; 3: by seed */
 	uint64_t first; /* number of the first connection */
 	uint64_t calm;	/* 1: no small buffers, no pauses, large pieces */
+	uint64_t rest;	/* ms that a client is silent after the answer */
 };
 
 enum {
@@ -74,7 +75,7 @@ struct header {
 	struct options options;
 };
 
-_Static_assert(sizeof(struct header) == 96, "HEADER_BYTES in transfers.py");
+_Static_assert(sizeof(struct header) == 104, "HEADER_BYTES in transfers.py");
 
 struct plan {
 	uint64_t bytes[2]; /* by who sends them */
@@ -325,7 +326,7 @@ static const char *transmit(struct end *end)
 	}
 	if (end->role == CLIENT && end->options.wait && end->answer_left)
 		return NULL;
-	while (end->role == CLIENT && end->header_read < sizeof(struct header)) {
+	while (end->role == CLIENT && !end->paused && end->header_read < sizeof(struct header)) {
 		end->header = (struct header){ MAGIC, end->number, end->options };
 		header = sizeof(struct header) - end->header_read;
 		taken = send(end->fd, (char *)&end->header + end->header_read, header,
@@ -400,6 +401,10 @@ static const char *take(struct end *end)
 		if (memcmp(in, &ANSWER[strlen(ANSWER) - end->answer_left], (size_t)got))
 			return "answer";
 		end->answer_left -= (uint64_t)got;
+		if (!end->answer_left && end->options.rest) {
+			end->paused = 1;
+			end->resume_ns = now + end->options.rest * 1000000ULL;
+		}
 		return NULL;
 	}
 	if (end->read_ns && now - end->read_ns > end->gap_ns)
@@ -552,8 +557,9 @@ static void aim_at(const char *host, const char *port, const char *destination)
 
 static void set_options(char **words)
 {
-	static const char *const names[] = { "seed", "largest", "exactly", "parallel", "stall",
-					     "wait", "hold",	"order",   "first",    "calm" };
+	static const char *const names[] = { "seed",  "largest", "exactly", "parallel",
+					     "stall", "wait",	 "hold",    "order",
+					     "first", "calm",	 "rest" };
 	uint64_t *fields = (uint64_t *)&defaults;
 	size_t i, length;
 

@@ -20,7 +20,7 @@ BOTH_FIRST, CLIENT_FIRST, SERVER_FIRST = 0, 1, 2  # who sends its FIN first
 # Nothing may stand still for longer. TCP's own recovery from three losses in a row of one packet
 # takes 1.4 s, of a SYN 7 s.
 STALL_MS: Final = 10_000
-HEADER_BYTES: Final = 12 * 8  # struct header, in front of a client's bytes
+HEADER_BYTES: Final = 13 * 8  # struct header, in front of a client's bytes
 
 
 @dataclass(frozen=True, slots=True)
