@@ -31,11 +31,11 @@ def config(more: str = "", *, datapath: str = DATAPATH, listener: str = "", rule
     listeners = "".join(
         f"""
   - name: main{version}
-    bind: "{address}:0"
+    bind: "{address}"
     first_packet: {{timeout: 30s}}
     {listener}
     rules: [{{match: instruction, allow: [any]{rule}}}]"""
-        for version, address in ((4, "0.0.0.0"), (6, "[::]"))
+        for version, address in ((4, "0.0.0.0:7004"), (6, "[::]:7006"))
     )
     timeouts = "" if "timeouts:" in more else "timeouts: {connect: 30s}"
     return f"""
@@ -85,6 +85,15 @@ class Site:
         """The same with the pair's id, once the pair is on the datapath."""
         with self.pair(way, version) as (client, server):
             yield client, server, self.wait_until_spliced(client)["id"]
+
+    @contextlib.contextmanager
+    def configured(self, more: str) -> Iterator[None]:
+        """The forwarder has this in its configuration meanwhile."""
+        for text in (more, ""):
+            self.forwarder.reconfigure(config(text))
+            self.forwarder.control().reload()
+            if text:
+                yield
 
     def pairs(self) -> list[dict[str, Any]]:
         """The rows of `show --json`."""

@@ -64,14 +64,15 @@ def bad_network(network: None) -> Iterator[Faults]:
 
 
 @contextlib.contextmanager
-def counted(site: Site, reason: str) -> Iterator[None]:
-    """One connection ends meanwhile, for that reason."""
+def counted(site: Site, **reasons: int) -> Iterator[None]:
+    """So many connections end meanwhile, for these reasons."""
+    site.wait_for_no_pairs()
     before = site.stats()["closed"]
     yield
     site.wait_for_no_pairs()
     after = site.stats()["closed"]
     changed = {name: number - before.get(name, 0) for name, number in after.items()}
-    assert {name: number for name, number in changed.items() if number} == {reason: 1}
+    assert {name: number for name, number in changed.items() if number} == reasons
 
 
 # ---------------------------------------------------------------------------- endings
@@ -81,7 +82,7 @@ def counted(site: Site, reason: str) -> Iterator[None]:
 @pytest.mark.parametrize("first", ["client", "server"])
 def test_a_half_closed_pair_carries_on_the_other_way(site: Site, version: int, first: str) -> None:
     with (
-        counted(site, "finished"),
+        counted(site, finished=1),
         site.spliced(site.topology.way(), version) as (client, server, pair_id),
     ):
         one, other = (client, server) if first == "client" else (server, client)
@@ -102,7 +103,7 @@ def test_a_half_closed_pair_carries_on_the_other_way(site: Site, version: int, f
 @pytest.mark.parametrize("by", ["client", "server"])
 def test_a_reset_reaches_the_other_end(site: Site, version: int, by: str) -> None:
     with (
-        counted(site, f"{by}_reset"),
+        counted(site, **{f"{by}_reset": 1}),
         site.spliced(site.topology.way(), version) as (client, server, pair_id),
     ):
         one, other = (client, server) if by == "client" else (server, client)
@@ -115,7 +116,7 @@ def test_a_reset_reaches_the_other_end(site: Site, version: int, by: str) -> Non
 def test_a_reset_with_unread_bytes_reaches_the_other_end(site: Site, by: str) -> None:
     """close() with something unread is a reset too, and what was sent before it is a prefix."""
     with (
-        counted(site, f"{by}_reset"),
+        counted(site, **{f"{by}_reset": 1}),
         site.spliced(site.topology.way(), 4) as (client, server, pair_id),
     ):
         one, other = (client, server) if by == "client" else (server, client)
@@ -134,7 +135,7 @@ def test_a_reset_reaches_the_other_end_of_a_half_closed_pair(
     site: Site, version: int, by: str
 ) -> None:
     with (
-        counted(site, f"{by}_reset"),
+        counted(site, **{f"{by}_reset": 1}),
         site.spliced(site.topology.way(), version) as (client, server, pair_id),
     ):
         one, other = (client, server) if by == "client" else (server, client)
@@ -150,7 +151,7 @@ def test_both_ends_close_at_once(site: Site, bad_network: Faults, version: int) 
     """Each sends its FIN before the other's has come: the first two are lost on their last leg."""
     way = site.topology.way()
     with (
-        counted(site, "finished"),
+        counted(site, finished=1),
         site.spliced(way, version) as (client, server, pair_id),
     ):
         client.sendall(pattern(1009))
@@ -349,7 +350,7 @@ def test_bytes_are_counted_exactly_on_a_bad_network(
 def test_flush_resets_both_ends_at_once(site: Site, version: int) -> None:
     """Neither says anything in between that could be answered with a reset."""
     with (
-        counted(site, "flushed"),
+        counted(site, flushed=1),
         site.spliced(site.topology.way(), version) as (client, server, pair_id),
     ):
         assert site.forwarder.control().flush([pair_id]) == {"flushed": [pair_id], "unknown": []}
@@ -361,7 +362,7 @@ def test_flush_resets_both_ends_at_once(site: Site, version: int) -> None:
 def test_flush_resets_both_ends_of_a_busy_pair(site: Site, version: int) -> None:
     """Bytes are under way in both directions, and windows are full."""
     with (
-        counted(site, "flushed"),
+        counted(site, flushed=1),
         site.spliced(site.topology.way(), version) as (client, server, pair_id),
     ):
         sent = [push_until_blocked(end, most=1 << 28, quiet_s=0.2) for end in (server, client)]
@@ -373,7 +374,7 @@ def test_flush_resets_both_ends_of_a_busy_pair(site: Site, version: int) -> None
 
 def test_flush_resets_both_ends_while_they_talk(site: Site) -> None:
     with (
-        counted(site, "flushed"),
+        counted(site, flushed=1),
         site.spliced(site.topology.way(), 4) as (client, server, pair_id),
     ):
         ended: list[str] = []
@@ -416,9 +417,13 @@ def own_site(hosts: Topology, start_forwarder: StartForwarder) -> Any:
     return start
 
 
-def test_down_waits_for_spliced_pairs(own_site: Any) -> None:
-    site: Site = own_site("timeouts: {drain: 20s}")
-    with site.spliced(site.topology.way(), 4) as (client, server, _):
+def test_down_waits_for_spliced_pairs_until_its_deadline(own_site: Any) -> None:
+    site: Site = own_site("timeouts: {drain: 3s}")
+    way = site.topology.way()
+    with (
+        site.spliced(way, 4) as (client, server, _),
+        site.spliced(way, 6) as (idle_client, idle_server, _),
+    ):
         site.forwarder.control().down()
         wait_for(lambda: refuses(site), "no new connections")
         exchange(client, server)
@@ -427,15 +432,8 @@ def test_down_waits_for_spliced_pairs(own_site: Any) -> None:
         server.sendall(pattern(1013))
         server.shutdown(socket.SHUT_WR)
         assert read_to_end(client) == pattern(1013)
-    assert site.forwarder.wait() == 0
-
-
-def test_down_resets_spliced_pairs_at_its_deadline(own_site: Any) -> None:
-    site: Site = own_site("timeouts: {drain: 1s}")
-    with site.spliced(site.topology.way(), 6) as (client, server, _):
-        site.forwarder.control().down()
-        assert ends_with_reset(client) == b""
-        assert ends_with_reset(server) == b""
+        assert ends_with_reset(idle_client) == b""
+        assert ends_with_reset(idle_server) == b""
     assert site.forwarder.wait() == 0
 
 
@@ -444,22 +442,22 @@ def refuses(site: Site) -> bool:
         return sock.connect_ex(site.via(site.topology.way(), 4)) == errno.ECONNREFUSED
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_down_now_resets_spliced_pairs(own_site: Any, version: int) -> None:
+def test_down_now_resets_spliced_pairs(own_site: Any) -> None:
     site: Site = own_site()
     way = site.topology.way()
     with contextlib.ExitStack() as stack:
-        pairs = [stack.enter_context(site.spliced(way, version)) for _ in range(5)]
+        pairs = [stack.enter_context(site.spliced(way, version)) for version in (4, 6) * 4]
         assert site.forwarder.stop() == 0
         for client, server, _ in pairs:
             assert ends_with_reset(client) == b""
             assert ends_with_reset(server) == b""
 
 
-def test_an_idle_pair_is_reset_when_its_time_is_up_and_a_talking_one_is_not(own_site: Any) -> None:
-    site: Site = own_site("timeouts: {idle: 2s}")
+def test_an_idle_pair_is_reset_when_its_time_is_up_and_a_talking_one_is_not(site: Site) -> None:
     way = site.topology.way()
     with (
+        site.configured("timeouts: {idle: 2s}"),
+        counted(site, idle=1, finished=1),
         site.spliced(way, 4) as (client, server, _),
         site.spliced(way, 6) as (talker, listener, _),
     ):
@@ -475,27 +473,28 @@ def test_an_idle_pair_is_reset_when_its_time_is_up_and_a_talking_one_is_not(own_
         assert ended == [b""]
         assert ends_with_reset(server) == b""
         exchange(talker, listener)
-    site.wait_for_no_pairs()
-    closed = {name: number for name, number in site.stats()["closed"].items() if number}
-    assert closed == {"idle": 1, "finished": 1}
 
 
-def test_a_half_closed_pair_is_reset_when_its_time_is_up(own_site: Any) -> None:
-    site: Site = own_site("timeouts: {half_closed: 1s}")
-    with site.spliced(site.topology.way(), 4) as (client, server, _):
+def test_a_half_closed_pair_is_reset_when_its_time_is_up(site: Site) -> None:
+    with (
+        site.configured("timeouts: {half_closed: 1s}"),
+        counted(site, half_closed=1),
+        site.spliced(site.topology.way(), 4) as (client, server, _),
+    ):
         client.shutdown(socket.SHUT_WR)
         assert server.recv(1) == b""
         assert ends_with_reset(client) == b""
         wait_for(lambda: is_reset(server), "a reset")
-    site.wait_for_no_pairs()
-    assert site.stats()["closed"]["half_closed"] == 1
 
 
-def test_a_listener_may_forbid_it(own_site: Any) -> None:
-    site: Site = own_site(listener="splice: off")
+def test_a_listener_may_forbid_it(site: Site) -> None:
+    site.forwarder.reconfigure(config(listener="splice: off"))
+    site.forwarder.control().reload()
     with site.pair(site.topology.way(), 4) as (client, server):
         wait_for(lambda: [row["datapath"] for row in site.pairs()] == ["sockmap"], "in the sockmap")
         exchange(client, server)
+    site.forwarder.reconfigure(config())
+    site.forwarder.control().reload()
 
 
 def fds(daemon: Daemon) -> dict[int, int]:
