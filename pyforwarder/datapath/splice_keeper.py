@@ -177,8 +177,13 @@ class Keeper:
                 if not data:
                     break
                 with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    number = json.loads(data)["n"]
-                    sock.send(json.dumps({"n": number, "error": "asked another keeper"}).encode())
+                    request = json.loads(data)
+                    answer = {"n": request["n"]}
+                    if request["do"] == "join":  # nobody has read it, so nothing was begun
+                        answer["refused"] = int(PairReason.NOT_AVAILABLE)
+                    else:
+                        answer["error"] = "asked another keeper"
+                    sock.send(json.dumps(answer).encode())
             sock.setblocking(True)
 
     def _answer(self, worker: int) -> bool:
