@@ -73,14 +73,14 @@ class Topology:
         for network in (self.client, self.forwarder, self.server):
             network.set(**settings)
 
-    def without_offloads(self) -> None:
-        """Every sender makes its checksums and its segments itself, as for a plain network card.
+    def wire(self, kind: str) -> None:
+        """wide: packets of 64 KiB, as veth has them, with checksums that nobody looks at.
 
-        Otherwise nobody looks at a checksum on a veth, and packets are 64 KiB long.
+        plain: every sender makes its segments and its checksums itself, and they are looked at.
         """
         for network, interface in self.way().doors:
             with network.entered():
-                _switch_off(interface, _ETHTOOL_STXCSUM)
+                _offload(interface, _ETHTOOL_STXCSUM, on=kind == "wide")
 
     def limit_path(self, mtu: int) -> None:
         """From now on the router passes nothing longer, and says so (RFC 1191, RFC 8201)."""
@@ -146,8 +146,8 @@ def _wire(far: Network, far_name: str, near: Network, name: str, *, mtu: int, ne
         )
 
 
-def _switch_off(interface: str, feature: int) -> None:
-    value = ctypes.create_string_buffer(struct.pack("=II", feature, 0), 8)
+def _offload(interface: str, feature: int, *, on: bool) -> None:
+    value = ctypes.create_string_buffer(struct.pack("=II", feature, on), 8)
     request = struct.pack("=16sQ16x", interface.encode(), ctypes.addressof(value))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCETHTOOL, request)

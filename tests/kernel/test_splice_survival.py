@@ -63,9 +63,12 @@ def rows(site: Site) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def held(
-    transfers: Transfers, site: Site, count: int, *, seed: int = 1
+    transfers: Transfers, site: Site, count: int, *, seed: int = 1, besides: int = 0
 ) -> Iterator[list[tuple[Server, Clients]]]:
-    """`count` spliced pairs of either version, three quarters of their bytes through."""
+    """`count` spliced pairs of either version, three quarters of their bytes through.
+
+    `besides` so many that are there already.
+    """
     with contextlib.ExitStack() as stack:
         groups = []
         way = site.topology.way()
@@ -85,7 +88,7 @@ def held(
             )
             clients.wait_until_held()
             groups.append((server, clients))
-        wait_for(lambda: len(rows(site)) == 2 * count, "all spliced", deadline_s=60)
+        wait_for(lambda: len(rows(site)) == besides + 2 * count, "all spliced", deadline_s=60)
         yield groups
 
 
@@ -185,18 +188,36 @@ def test_pairs_outlive_every_worker(start: Any, transfers: Transfers) -> None:
 
 
 def test_pairs_outlive_whatever_process_is_killed(start: Any, transfers: Transfers) -> None:
-    """One after the other, all but the first: that is the daemon."""
+    """One after the other, all but the first, which is the daemon; each is replaced."""
     site: Site = start()
     with held(transfers, site, 5) as groups:
         parent, *children = everyone(site.forwarder)
-        for child in children:
+        for number, child in enumerate(children):
             child.kill()
-            wait_for(lambda child=child: not child.is_running(), "it has ended")  # type: ignore[misc]
-        with held(transfers, site, 3, seed=50) as more:
-            finish(more)
+            wait_until_replaced(site, child, len(children))
+            wait_for(lambda: comes_to_be_spliced(site), "pairs are spliced again")
+            with held(transfers, site, 3, besides=10, seed=50 + 10 * number) as more:
+                finish(more)
+        assert len(rows(site)) == 10
         finish(groups)
         assert parent.is_running()
     site.wait_for_no_pairs()
+
+
+def comes_to_be_spliced(site: Site) -> bool:
+    """Whether a pair is by the time that `show` has it; it carries its bytes in any case."""
+    with site.pair(site.topology.way(), 4) as (client, server):
+        row = wait_for(lambda: site.row(client), "it is shown")
+        exchange(client, server)
+        return row is not None and row["datapath"] == DATAPATH
+
+
+def wait_until_replaced(site: Site, child: psutil.Process, count: int) -> None:
+    def is_replaced() -> bool:
+        _, *children = everyone(site.forwarder)
+        return child not in children and len(children) == count
+
+    wait_for(is_replaced, f"another {child.name()}")
 
 
 def wait_until_accepted(site: Site, count: int) -> None:
