@@ -166,6 +166,8 @@ static struct plan make_plan(const struct options *options, uint64_t number)
 
 	for (role = 0; role < 2; role++) {
 		plan.bytes[role] = some_bytes(&random, options->largest);
+		if (options->exactly)
+			plan.bytes[role] = options->exactly;
 		plan.piece[role] = (uint32_t)some_bytes(&random, PIECE_MOST);
 		/* A megabyte of tiny pieces is slow and shows nothing more. */
 		while (plan.piece[role] < plan.bytes[role] / 256)
@@ -174,8 +176,6 @@ static struct plan make_plan(const struct options *options, uint64_t number)
 			plan.piece[role] = PIECE_MOST - 8;
 		plan.small[role] = draw(&random) % 8 == 0 && plan.bytes[role] < 60000;
 		plan.pauses[role] = draw(&random) % 4 == 0;
-		if (options->exactly)
-			plan.bytes[role] = options->exactly;
 		if (options->calm) {
 			plan.small[role] = plan.pauses[role] = 0;
 			plan.piece[role] = PIECE_MOST - 8;
