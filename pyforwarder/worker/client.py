@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.address import HostPort, UnixAddress
     from pyforwarder.datapath.abi import Direction
+    from pyforwarder.datapath.base import PairReason
     from pyforwarder.reasons import CloseReason
     from pyforwarder.routing import Conversation, Route
     from pyforwarder.upstreams import Balancer, ServerState
@@ -35,6 +36,7 @@ class Client(Pair):
         "is_eager",
         "life",
         "listener",
+        "not_spliced",
         "over_limit",
         "owner",
         "peer",
@@ -89,6 +91,7 @@ class Client(Pair):
         self.waits_for_handover = False
         self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
+        self.not_spliced: PairReason | None = None  # what splice said when it refused
         self.turns = 0
         self.turn_direction: Direction | None = None
         # Which limits count this connection, to be given back exactly once.
