@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 DATAPATHS = ["copy", "sockmap", "splice"]
-# Sockets of ours that carry nothing cannot tell their peers that we died: test_splice.py says what
-# the ends of a spliced pair see then.
+# A spliced pair outlives worker and daemon: test_splice.py.
 RESET_AT_DEATH = ["copy", "sockmap"]
 
 
