@@ -701,7 +701,7 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 			at = 3;
 #pragma unroll
 		for (i = 0; i < 10; i++) {
-			if (i >= at && 20 + 4 * i < header) {
+			if (i >= at && 20u + 4 * i < header) {
 				if ((void *)(word + 6 + i) > data_end)
 					return DROP; /* its headers are in front: never */
 				put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +25,7 @@ from tests.helpers.peers import (
     read_to_end,
     unused_port,
 )
+from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -138,13 +141,48 @@ def test_need_more_ends_at_max_bytes(start_forwarder: StartForwarder) -> None:
         assert time.monotonic() - began_s < 8
 
 
-def test_a_rule_names_an_ipv6_server_and_a_unix_socket(start_forwarder: StartForwarder) -> None:
+def test_a_rule_names_an_ipv6_server(start_forwarder: StartForwarder) -> None:
     with NameServer("six", host="::1") as six:
         forwarder = start_forwarder(rules_config(rule_to(six, "any")))
+        assert greeting(forwarder) == b"six"
+
+
+def test_a_rule_names_a_unix_socket(start_forwarder: StartForwarder) -> None:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = Path(directory, "server")
+        path.parent.chmod(0o755)
+        listener.bind(str(path))
+        path.chmod(0o777)  # the workers are nobody
+        listener.listen()
+        listener.settimeout(DEADLINE_S)
+        forwarder = start_forwarder(rules_config(f"{{match: any, to: 'unix:{path}'}}"))
         with dial(forwarder.address) as client:
             client.sendall(b"hello")
+            server, _ = listener.accept()
+            with server:
+                server.settimeout(DEADLINE_S)
+                assert read_exactly(server, 5) == b"hello"
+                (row,) = forwarder.pairs()
+                assert row["server"].startswith("unix:")
+                assert row["datapath"] == "copy"
+                assert "unix" in row["reason"]
+                client.shutdown(socket.SHUT_WR)
+                assert read_to_end(server) == b""
+                server.sendall(b"from a unix socket")
+            assert read_to_end(client) == b"from a unix socket"
+
+
+def test_a_listener_may_be_a_unix_socket(start_forwarder: StartForwarder) -> None:
+    with NameServer("inside") as server, tempfile.TemporaryDirectory() as directory:
+        path = str(Path(directory, "listener"))
+        config = rules_config(rule_to(server, "any")).replace("127.0.0.1:0", f"unix:{path}", 1)
+        forwarder = start_forwarder(config)
+        with dial(path) as client:
+            client.sendall(b"hello")
             client.shutdown(socket.SHUT_WR)
-            assert read_to_end(client) == b"six"
+            assert read_to_end(client) == b"inside"
+        assert forwarder.stop() == 0
+        assert not Path(path).exists()
 
 
 # ---------------------------------------------------------------------------- upstreams
