@@ -62,6 +62,7 @@ class Inheritance:
     maps: KernelMaps | None
     used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
+    log: Log
     splicing: Splicing | None = None
 
 
@@ -159,6 +160,8 @@ class _Worker:
                 return self._serving().upstreams()
             case "health":
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
+            case "pair_with":
+                return self._serving().pair_with(message["cookies"])
             case "join":
                 return self._serving().join_sockets(fds[0], fds[1])
             case unknown:
@@ -188,6 +191,8 @@ class _Worker:
             self._server = self._make_server(generation)
         server = self._server
         server.generation = generation
+        log = generation.config.log
+        server.log.log.change(level=log.level, form=log.format)
         for sock in self._sockets.values():
             server.unlisten(sock)
             sock.close()
@@ -229,7 +234,7 @@ class _Worker:
             counters=Counters(given.counters_memory, given.workers).block(given.worker),
             limits=limits,
             window=window,
-            log=ConnectionLog(Log(level=config.log.level, form=config.log.format)),
+            log=ConnectionLog(given.log),
             worker=given.worker,
             workers=given.workers,
             most_clients=most_clients(config.limits.pairs),
