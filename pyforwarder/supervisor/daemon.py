@@ -179,7 +179,7 @@ class Daemon:
         self._secret = new_secret()
         self._used_tokens = SharedUsedTokens()
         self._slots = slots_for(clients)
-        remove_stale(self._instance.bpffs_dir)
+        self._remove_stale_pins()
         self._make_tables()
         self._maps = self._load(config)
         self._splicing = self._load_splice(config)
@@ -195,6 +195,17 @@ class Daemon:
             close_in_child=self._close_in_child,
             tell=self._tell_of_health,
         )
+
+    def _remove_stale_pins(self) -> None:
+        """Clean up after a daemon that was killed, and tell of what is not simply our own."""
+        found = remove_stale(self._instance.bpffs_dir)
+        where = found.directory
+        if found.is_of_another_version:
+            version = found.stamp.version if found.stamp else "unknown"
+            self._log.write("info", "pins_replaced", directory=where, version=version)
+        if found.foreign:
+            names = ",".join(found.foreign)
+            self._log.write("warning", "pins_left_alone", directory=where, names=names)
 
     def _make_tables(self) -> None:
         """The shared memory: BPF arrays for the kernel to read, or anonymous where it may not."""
