@@ -4,14 +4,18 @@
  * the other connection, and go on. The two ends talk TCP end to end; nothing is buffered here,
  * nothing acknowledged and nothing resent. ../README.md tells how a pair gets here.
  *
- * ingress  what the two peers send to us
+ * ingress  what the two peers send to us, and what routers say of it (ICMP)
  * egress   what our own two sockets of a pair send: nothing any more
- * control  run by the keeper (BPF_PROG_TEST_RUN): looks whether both sockets are at rest, and if
- *	    so lets the pair begin, in one go
+ * probe    run by the keeper (BPF_PROG_TEST_RUN): by which interfaces our sockets reach the peers
+ * control  run by the keeper, too: looks whether both sockets are at rest, and if so lets the pair
+ *	    begin, in one go
  *
- * A forwarder copies bytes one to one. So at a moment when both sockets have been read empty and
- * all they ever sent has been acknowledged, one constant for each direction takes the numbers of
- * the one connection to those of the other, for all time.
+ * A forwarder copies bytes one to one. So at a moment when both sockets have been read empty, and
+ * all that was read has been sent on, one constant for each direction takes the numbers of the one
+ * connection to those of the other, for all time.
+ *
+ * What our sockets had sent by then and was not acknowledged yet (the tail) is still theirs: they
+ * get the acknowledgements of it, and may send it again. Everything behind it is between the ends.
  *
  * Why no packet can be lost or counted twice at that moment: `control` first makes our sockets mute
  * (egress drops all they send), then looks at them. A packet that had passed `ingress` before it
@@ -27,11 +31,25 @@
 #define NEXT -1 /* TCX_NEXT: whatever else looks at packets here, then the stack */
 #define DROP 2	/* TCX_DROP */
 
-#define ETHERNET_BYTES 14
-#define IP_BYTES       20
-#define TCP_AT	       (ETHERNET_BYTES + IP_BYTES)
-#define OPTIONS_AT     (TCP_AT + 20)
-#define HEADERS_BYTES  OPTIONS_AT
+#define ETHERTYPE_IPV4 0x0800
+#define ETHERTYPE_IPV6 0x86dd
+
+/* Where things are. `v6` is a constant wherever these are used: every function has two forms. */
+#define ETHERNET_BYTES	  14
+#define IP_BYTES(v6)	  ((v6) ? 40 : 20)
+#define TCP_AT(v6)	  (ETHERNET_BYTES + IP_BYTES(v6))
+#define OPTIONS_AT(v6)	  (TCP_AT(v6) + 20)
+#define HEADERS_BYTES(v6) OPTIONS_AT(v6)
+
+#define PROTOCOL_ICMP	1
+#define PROTOCOL_TCP	6
+#define PROTOCOL_ICMPV6 58
+
+/* On the copy of a packet that is for our own socket: it has been looked at already. */
+#define FOR_OUR_SOCKET 0x5046
+
+/* What is sent on begins a new life: the peer has not reckoned with the way behind us. */
+#define HOPS 64
 
 /* How far behind the last acknowledgement a reset is believed: more than any window in use. */
 #define RESET_REACH (1 << 26)
@@ -42,8 +60,17 @@
 #define ACK 0x10
 #define URG 0x20
 
+#define ECN_OF_TOS 3	      /* of the second byte of IPv4 */
+#define ECN_OF_V6  0x00300000 /* of the first word of IPv6 */
+#define ECN_OF_TCP 0x01c00000 /* AE, CWR and ECE, of the fourth word of TCP */
+#define URG_OF_TCP 0x00200000
+
+#define NO_OP_WORD     0x01010101
 #define TIMESTAMP_WORD 0x0101080a /* no-op, no-op, kind 8, 10 bytes: as everybody writes it */
 #define SACK_WORD      0x01010500 /* no-op, no-op, kind 5, and the length in the last byte */
+
+#define F_PSEUDO BPF_F_PSEUDO_HDR
+#define F_IPV6	 (1 << 7) /* BPF_F_IPV6: newer than some kernels, and than bcc's header */
 
 struct ipv4 {
 	__u8 version, tos;
@@ -51,6 +78,13 @@ struct ipv4 {
 	__u8 ttl, protocol;
 	__u16 checksum;
 	__be32 source, target;
+};
+
+struct ipv6 {
+	__be32 version;
+	__be16 payload_bytes;
+	__u8 next, hops;
+	__be32 source[4], target[4];
 };
 
 struct tcp {
@@ -62,13 +96,20 @@ struct tcp {
 	__be16 urgent;
 };
 
+struct icmp {
+	__u8 type, code;
+	__u16 checksum;
+	__be32 rest;
+};
+
 /* bcc 0.26 declares it with three parameters; the kernel has four. */
 static int (*redirect_neigh)(__u32 interface, void *next_hop, int bytes,
 			     __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
 #define volatile_read(field) (*(volatile typeof(field) *)&(field))
+#define inlined		     static inline __attribute__((always_inline))
 
-static inline __attribute__((always_inline)) __u16 fold(__u64 sum)
+inlined __u16 fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
 	sum = (sum & 0xffff) + (sum >> 16);
@@ -77,7 +118,7 @@ static inline __attribute__((always_inline)) __u16 fold(__u64 sum)
 	return (__u16)sum;
 }
 
-static inline __attribute__((always_inline)) void tell(struct splice *splice, __u32 index)
+inlined void tell(struct splice *splice, __u32 index)
 {
 	struct splice_event event = { .index = index, .worker = splice->worker, .id = splice->id };
 	__u32 worker = splice->worker;
@@ -88,7 +129,7 @@ static inline __attribute__((always_inline)) void tell(struct splice *splice, __
 }
 
 /* Move a number in the packet on, and keep count of what that does to the checksum. */
-static inline __attribute__((always_inline)) void shift(__be32 *field, __u32 delta, __u64 *sum)
+inlined void shift(__be32 *field, __u32 delta, __u64 *sum)
 {
 	__u32 before = *field, after = bpf_htonl(bpf_ntohl(before) + delta);
 
@@ -97,9 +138,16 @@ static inline __attribute__((always_inline)) void shift(__be32 *field, __u32 del
 	*field = after;
 }
 
+/* Put another number in its place, likewise. */
+inlined void put(__be32 *field, __u32 after, __u64 *sum)
+{
+	*sum += (__u32) ~*field;
+	*sum += after;
+	*field = after;
+}
+
 /* The edges of a selective acknowledgement at a place in the header that the compiler knows. */
-static inline __attribute__((always_inline)) int shift_edges(__be32 *option, void *data_end,
-							     __u32 bytes, __u32 delta, __u64 *sum)
+inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta, __u64 *sum)
 {
 	__u32 i, edges = 0;
 
@@ -125,8 +173,8 @@ static inline __attribute__((always_inline)) int shift_edges(__be32 *option, voi
  * The options as Linux, BSD and Windows write them once a connection stands: timestamps, edges or
  * both, each behind two no-ops. Not 0: they are something else.
  */
-static inline __attribute__((always_inline)) int
-shift_options(__be32 *option, void *data_end, __u32 bytes, struct splice_direction *way, __u64 *sum)
+inlined int shift_options(__be32 *option, void *data_end, __u32 bytes, struct splice_direction *way,
+			  __u64 *sum)
 {
 	if (bytes >= 12 && (void *)(option + 3) <= data_end &&
 	    option[0] == bpf_htonl(TIMESTAMP_WORD)) {
@@ -140,7 +188,7 @@ shift_options(__be32 *option, void *data_end, __u32 bytes, struct splice_directi
 	return shift_edges(option, data_end, bytes, way->ack_delta, sum);
 }
 
-static inline __attribute__((always_inline)) void forget(struct splice *splice)
+inlined void forget(struct splice *splice)
 {
 	struct splice_key key = splice->way[PF_UP].from;
 
@@ -149,7 +197,168 @@ static inline __attribute__((always_inline)) void forget(struct splice *splice)
 	map_delete(MAP_FLOWS_FD, &key);
 }
 
-int ingress(struct __sk_buff *skb)
+/* Addresses of a packet as they stand in a key. */
+inlined void take_addresses(__u32 *key_source, __u32 *key_target, void *ip, const int v6)
+{
+	struct ipv4 *four = ip;
+	struct ipv6 *six = ip;
+	int i;
+
+	if (v6) {
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			key_source[i] = six->source[i];
+			key_target[i] = six->target[i];
+		}
+		return;
+	}
+	key_source[0] = key_source[1] = key_target[0] = key_target[1] = 0;
+	key_source[2] = key_target[2] = bpf_htonl(0xffff);
+	key_source[3] = four->source;
+	key_target[3] = four->target;
+}
+
+/* And the other way round. */
+inlined void give_addresses(void *ip, const __u32 *source, const __u32 *target, const int v6)
+{
+	struct ipv4 *four = ip;
+	struct ipv6 *six = ip;
+	int i;
+
+	if (v6) {
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			six->source[i] = source[i];
+			six->target[i] = target[i];
+		}
+		return;
+	}
+	four->source = source[3];
+	four->target = target[3];
+}
+
+/* Let a checksum in the packet follow changed addresses of the pseudo-header. */
+inlined void replace_pseudo(struct __sk_buff *skb, __u32 at, __u16 sum, const int v6)
+{
+	/* IPv6 has no checksum of its own that would make up for it: newer kernels want to know. */
+	if (v6 && !bpf_l4_csum_replace(skb, at, 0, sum, F_PSEUDO | F_IPV6))
+		return;
+	bpf_l4_csum_replace(skb, at, 0, sum, F_PSEUDO);
+}
+
+/* A rewritten packet goes on: up the stack of this host, or out. */
+inlined int send_on(__u32 interface)
+{
+	return interface ? redirect_neigh(interface, NULL, 0, 0) : NEXT;
+}
+
+/*
+ * A router cannot pass on what we sent in a peer's name: say so to that peer, about the packet that
+ * it knows. Without this, a connection whose path became narrower would hang.
+ */
+inlined int translate_error(struct __sk_buff *skb, const int v6)
+{
+	const int about_at = TCP_AT(v6) + 8, ports_at = about_at + IP_BYTES(v6);
+	void *data, *data_end;
+	struct splice_key key = {};
+	struct splice_flow *flow;
+	struct splice *splice;
+	struct splice_direction *way, *back;
+	struct ipv4 *four;
+	struct ipv6 *six;
+	struct icmp *icmp;
+	__be32 *ports;
+	__u32 index;
+	__u64 sum = 0, addresses = 0;
+
+	if (bpf_skb_pull_data(skb, ports_at + 8))
+		return NEXT; /* not an error about a TCP packet: too short */
+	data = (void *)(long)skb->data;
+	data_end = (void *)(long)skb->data_end;
+	if (data + ports_at + 8 > data_end)
+		return NEXT;
+	icmp = data + TCP_AT(v6);
+	if (v6 ? icmp->type < 1 || icmp->type > 3 : icmp->type != 3 && icmp->type != 11)
+		return NEXT; /* no error, or one without a meaning for TCP */
+	four = data + about_at;
+	six = data + about_at;
+	if (v6 ? six->next != PROTOCOL_TCP
+	       : four->version != 0x45 || four->protocol != PROTOCOL_TCP)
+		return NEXT;
+	/* As it would come from the peer that our packet was for. */
+	take_addresses(key.target, key.source, data + about_at, v6);
+	ports = data + ports_at;
+	key.sport = *((__u16 *)ports + 1);
+	key.dport = *(__u16 *)ports;
+	flow = map_lookup(MAP_FLOWS_FD, &key);
+	if (!flow)
+		return NEXT;
+	index = flow->index;
+	splice = map_lookup(MAP_SPLICES_FD, &index);
+	if (!splice || volatile_read(splice->state) != PF_SPLICE_ACTIVE)
+		return NEXT;
+	/* `back` translates what the sender sends: undo that. */
+	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+
+	put(&ports[0], (__u32)back->from.sport | (__u32)back->from.dport << 16, &sum);
+	shift(&ports[1], -back->seq_delta, &sum);
+	/*
+	 * The addresses inside: with IPv4 they and the checksum beside them make up for each other.
+	 */
+	give_addresses(data + about_at, back->from.source, back->from.target, v6);
+	if (v6)
+		sum += (__u16)~back->address_sum;
+	else
+		four->checksum =
+			(__u16)~fold((__u64)(__u16)~four->checksum + (__u16)~back->address_sum);
+	/* It comes from us, as far as that peer knows. */
+	if (v6) {
+		int i;
+
+		six = data + ETHERNET_BYTES;
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			put(&six->source[i], back->from.target[i], &addresses);
+			put(&six->target[i], back->from.source[i], &addresses);
+		}
+		six->hops = HOPS;
+	} else {
+		four = data + ETHERNET_BYTES;
+		put(&four->source, back->from.target[3], &addresses);
+		put(&four->target, back->from.source[3], &addresses);
+		addresses += (__u16)~bpf_htons((__u16)four->ttl << 8);
+		addresses += (__u16)bpf_htons(HOPS << 8);
+		four->ttl = HOPS;
+		four->checksum = (__u16)~fold((__u64)(__u16)~four->checksum + fold(addresses));
+	}
+	bpf_l4_csum_replace(skb, TCP_AT(v6) + 2, 0, fold(sum), 0);
+	if (v6)
+		replace_pseudo(skb, TCP_AT(v6) + 2, fold(addresses), v6);
+	return send_on(way->interface);
+}
+
+/*
+ * An acknowledgement of the tail, and of nothing else, is for our own socket. It expects no other
+ * bytes from that peer than those it has, however many have come since.
+ */
+inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 ack,
+			       const int v6)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	__be32 *seq = data + TCP_AT(v6) + 4;
+	__u64 sum = 0;
+
+	if ((void *)(seq + 1) > data_end)
+		return DROP; /* never: it was there a moment ago */
+	if ((__s32)(ack - way->last_ack) > 0)
+		way->last_ack = ack;
+	put(seq, bpf_htonl(way->begin), &sum);
+	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+	return NEXT;
+}
+
+inlined int translate(struct __sk_buff *skb, const int v6)
 {
 	void *data, *data_end;
 	struct splice_key key = {};
@@ -158,35 +367,60 @@ int ingress(struct __sk_buff *skb)
 	struct splice_direction *way, *back;
 	struct pair *pair;
 	struct verdict_direction *seen;
-	struct ipv4 *ip;
+	struct ipv4 *four;
+	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
 	__u32 slot, told, index, state, total, header, seq, ack, end, acked, window, change, before,
-		n;
-	__u64 sum = 0, addresses = 0;
+		n, interface;
+	__u64 sum = 0;
+	__s64 carried;
 	__u8 flags;
-	int ring = 0;
+	int ring = 0, ack_floor = 0, alone;
 
-	if (skb->protocol != bpf_htons(0x0800))
-		return NEXT;
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;
-	if (data + HEADERS_BYTES > data_end) {
-		if (bpf_skb_pull_data(skb, HEADERS_BYTES))
-			return NEXT;
+	if (data + HEADERS_BYTES(v6) > data_end) {
+		if (bpf_skb_pull_data(skb, HEADERS_BYTES(v6)))
+			return NEXT; /* shorter than any TCP packet */
 		data = (void *)(long)skb->data;
 		data_end = (void *)(long)skb->data_end;
-		if (data + HEADERS_BYTES > data_end)
+		if (data + HEADERS_BYTES(v6) > data_end)
 			return NEXT;
 	}
-	ip = data + ETHERNET_BYTES;
-	if (ip->version != 0x45 || ip->protocol != 6 || (ip->fragment & bpf_htons(0x3fff)))
-		return NEXT;
-	tcp = data + TCP_AT;
-	key.source = ip->source;
-	key.target = ip->target;
+	four = data + ETHERNET_BYTES;
+	six = data + ETHERNET_BYTES;
+	if (v6) {
+		if (six->next == PROTOCOL_ICMPV6)
+			return translate_error(skb, 1);
+		if (six->next != PROTOCOL_TCP)
+			return NEXT;
+		total = bpf_ntohs(six->payload_bytes) + IP_BYTES(1);
+	} else {
+		if (four->version != 0x45 || (four->fragment & bpf_htons(0x3fff)))
+			return NEXT;
+		if (four->protocol == PROTOCOL_ICMP)
+			return translate_error(skb, 0);
+		if (four->protocol != PROTOCOL_TCP)
+			return NEXT;
+		total = bpf_ntohs(four->total_bytes);
+	}
+	if (skb->gso_size)
+		total = skb->len - ETHERNET_BYTES; /* more than the field can hold, perhaps */
+	tcp = data + TCP_AT(v6);
+	flags = tcp->flags;
+	take_addresses(key.source, key.target, data + ETHERNET_BYTES, v6);
 	key.sport = tcp->sport;
 	key.dport = tcp->dport;
+	if (flags & SYN) {
+		/*
+		 * A connection begins, and its packets come by here under these addresses: that is
+		 * what the keeper wants to know of a pair. Behind a NAT rule of this host a socket
+		 * has other ones.
+		 */
+		interface = skb->ifindex;
+		map_update(MAP_HANDSHAKES_FD, &key, &interface);
+	}
 	flow = map_lookup(MAP_FLOWS_FD, &key);
 	if (!flow)
 		return NEXT;
@@ -197,14 +431,12 @@ int ingress(struct __sk_buff *skb)
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	state = volatile_read(splice->state);
-	total = skb->gso_size ? skb->len - ETHERNET_BYTES : bpf_ntohs(ip->total_bytes);
 	header = (__u32)(tcp->offset >> 4) * 4;
-	if (header < 20 || total < IP_BYTES + header)
-		return NEXT;
-	flags = tcp->flags;
+	if (header < 20 || total < IP_BYTES(v6) + header)
+		return NEXT; /* broken: the stack drops it */
 	seq = bpf_ntohl(tcp->seq);
 	ack = bpf_ntohl(tcp->ack);
-	n = total - IP_BYTES - header;
+	n = total - IP_BYTES(v6) - header;
 
 	if (state == PF_SPLICE_FREE)
 		return NEXT;
@@ -217,6 +449,35 @@ int ingress(struct __sk_buff *skb)
 			return DROP;
 		return NEXT;
 	}
+	if (way->tail_open && (flags & (SYN | ACK)) == ACK) {
+		before = way->tail;
+		alone = !n && !(flags & (FIN | RST));
+		if ((__s32)(ack - before) < 0) {
+			if (alone)
+				return give_to_our_socket(skb, way, ack, v6);
+			/* The rest is acknowledged by us, as it was before. */
+			ack_floor = 1;
+		} else {
+			way->tail_open = 0;
+			ring = 1;
+			if (alone && ack == before) {
+				tell(splice, index);
+				return give_to_our_socket(skb, way, ack, v6);
+			}
+			/*
+			 * Our socket must learn of it, too, or it would go on sending until it
+			 * gives up. If it cannot be told, it does, and only its ports are lost.
+			 */
+			skb->tc_index = FOR_OUR_SOCKET;
+			bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+			skb->tc_index = 0;
+			data = (void *)(long)skb->data;
+			data_end = (void *)(long)skb->data_end;
+			if (data + HEADERS_BYTES(v6) > data_end)
+				return DROP; /* never: it was there a moment ago */
+			tcp = data + TCP_AT(v6);
+		}
+	}
 	if (flags & SYN) {
 		if ((way->fin_acked && back->fin_acked) || splice->reset) {
 			/* The end of this pair is past, and its ports serve again. */
@@ -224,13 +485,13 @@ int ingress(struct __sk_buff *skb)
 			return NEXT;
 		}
 	} else if (header > 20) {
-		if (data + TCP_AT + header > data_end) {
-			if (bpf_skb_pull_data(skb, TCP_AT + header))
-				return DROP;
+		if (data + TCP_AT(v6) + header > data_end) {
+			if (bpf_skb_pull_data(skb, TCP_AT(v6) + header))
+				return DROP; /* no memory: as if it had been lost */
 			data = (void *)(long)skb->data;
 			data_end = (void *)(long)skb->data_end;
 		}
-		if (shift_options(data + OPTIONS_AT, data_end, header - 20, way, &sum)) {
+		if (shift_options(data + OPTIONS_AT(v6), data_end, header - 20, way, &sum)) {
 			/* Such a pair cannot go on: it ends with a reset, unless a stranger
 			 * guesses. */
 			if (seq - way->last_end < RESET_REACH && !splice->reset) {
@@ -241,10 +502,9 @@ int ingress(struct __sk_buff *skb)
 		}
 		data = (void *)(long)skb->data;
 		data_end = (void *)(long)skb->data_end;
-		if (data + HEADERS_BYTES > data_end)
-			return DROP;
-		ip = data + ETHERNET_BYTES;
-		tcp = data + TCP_AT;
+		if (data + HEADERS_BYTES(v6) > data_end)
+			return DROP; /* never: it was there a moment ago */
+		tcp = data + TCP_AT(v6);
 	}
 
 	/* What the peers have said, for the end of the pair and for a reset of ours. */
@@ -253,24 +513,32 @@ int ingress(struct __sk_buff *skb)
 	if ((flags & ACK) && (__s32)(ack - way->last_ack) > 0)
 		way->last_ack = ack;
 	told = way->last_end;
-	if ((__s32)(end - told) > 0)
+	carried = 0;
+	if ((__s32)(end - told) > 0) {
 		way->last_end = end;
-	slot = splice->slot;
-	pair = map_lookup(MAP_PAIRS_FD, &slot);
-	/* The pair's record is another's once the worker has let go of this one. */
-	if (pair && pair->id == splice->id) {
-		seen = flow->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
-		/* What was sent before is not counted again, nor the FIN. */
-		if ((__s32)(end - told) > 0)
-			__sync_fetch_and_add(&seen->redirected_bytes, end - told - (flags & FIN));
-		if (n)
-			__sync_fetch_and_add(&seen->redirected_packets, 1);
-		seen->last_ns = bpf_ktime_get_ns();
+		carried = end - told;
 	}
 	if ((flags & FIN) && !way->fin) {
 		way->fin_seq = end;
 		__sync_fetch_and_add(&way->fin, 1);
 		ring = 1;
+		/* It has a number, and is no byte; one that was lost first was counted for one. */
+		carried--;
+	}
+	if (carried)
+		__sync_fetch_and_add(&way->bytes, carried);
+	if (n)
+		__sync_fetch_and_add(&way->packets, 1);
+	slot = splice->slot;
+	pair = map_lookup(MAP_PAIRS_FD, &slot);
+	/* The pair's record is another's once the worker has let go of this one. */
+	if (pair && pair->id == splice->id) {
+		seen = flow->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+		if (carried)
+			__sync_fetch_and_add(&seen->redirected_bytes, carried);
+		if (n)
+			__sync_fetch_and_add(&seen->redirected_packets, 1);
+		seen->last_ns = bpf_ktime_get_ns();
 	}
 	if ((flags & ACK) && volatile_read(back->fin) && !back->fin_acked &&
 	    (__s32)(acked - back->fin_seq) >= 0) {
@@ -286,70 +554,96 @@ int ingress(struct __sk_buff *skb)
 	}
 
 	word = (__u32 *)tcp;
-	change = (__u32)way->sport | (__u32)way->dport << 16;
-	sum += (__u32)~word[0];
-	sum += change;
-	word[0] = change;
+	put(&word[0], (__u32)way->sport | (__u32)way->dport << 16, &sum);
 	shift(&word[1], way->seq_delta, &sum);
 	if (flags & ACK)
-		shift(&word[2], way->ack_delta, &sum);
+		put(&word[2], bpf_htonl((ack_floor ? way->tail : ack) + way->ack_delta), &sum);
+	/*
+	 * Urgent bytes stay where they stand in the stream, as on every datapath: a reader who
+	 * knows nothing of them would lose one.
+	 */
+	before = bpf_ntohl(word[3]);
+	change = before & ~URG_OF_TCP;
+	if (way->no_ecn)
+		change &= ~ECN_OF_TCP;
 	if (!(flags & SYN)) {
-		window = ((__u32)bpf_ntohs(tcp->window) << (way->shift_left & 15)) >>
-			 (way->shift_right & 15);
+		window = ((before & 0xffff) << (way->shift_left & 15)) >> (way->shift_right & 15);
 		if (window > 65535)
 			window = 65535;
-		before = word[3];
-		/*
-		 * Urgent bytes stay where they stand in the stream, as on every datapath: a reader
-		 * who knows nothing of them would lose one.
-		 */
-		change = bpf_htonl((bpf_ntohl(before) & ~((__u32)URG << 16) & 0xffff0000) | window);
-		sum += (__u32)~before;
-		sum += change;
-		word[3] = change;
-		sum += (__u16)~tcp->urgent;
-		tcp->urgent = 0;
+		change = (change & 0xffff0000) | window;
 	}
-	addresses += (__u32)~ip->source;
-	addresses += (__u32)~ip->target;
-	addresses += way->source;
-	addresses += way->target;
-	ip->checksum = (__u16)~fold((__u64)(__u16)~ip->checksum + fold(addresses));
-	ip->source = way->source;
-	ip->target = way->target;
-	bpf_l4_csum_replace(skb, TCP_AT + 16, 0, fold(sum), 0);
-	bpf_l4_csum_replace(skb, TCP_AT + 16, 0, fold(addresses), BPF_F_PSEUDO_HDR);
+	put(&word[3], bpf_htonl(change), &sum);
+	sum += (__u16)~tcp->urgent;
+	tcp->urgent = 0;
+
+	give_addresses(data + ETHERNET_BYTES, way->source, way->target, v6);
+	if (v6) {
+		six = data + ETHERNET_BYTES;
+		if (way->no_ecn)
+			six->version &= ~bpf_htonl(ECN_OF_V6);
+		six->hops = HOPS;
+	} else {
+		__u64 ip_sum;
+
+		four = data + ETHERNET_BYTES;
+		ip_sum = (__u64)(__u16)~four->checksum + way->address_sum;
+		ip_sum += (__u16)~bpf_htons((__u16)four->ttl << 8);
+		ip_sum += (__u16)bpf_htons(HOPS << 8);
+		four->ttl = HOPS;
+		if (way->no_ecn) {
+			ip_sum += (__u16)~bpf_htons(four->tos);
+			four->tos &= ~ECN_OF_TOS;
+			ip_sum += (__u16)bpf_htons(four->tos);
+		}
+		four->checksum = (__u16)~fold(ip_sum);
+	}
+	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+	replace_pseudo(skb, TCP_AT(v6) + 16, (__u16)way->address_sum, v6);
 	if (ring)
 		tell(splice, index);
-	if (!way->interface)
-		return NEXT;
-	return redirect_neigh(way->interface, NULL, 0, 0);
+	return send_on(way->interface);
 }
 
-int egress(struct __sk_buff *skb)
+int ingress(struct __sk_buff *skb)
+{
+	/* One with a tag is not yet where it belongs: it comes again, by its own interface. */
+	if (skb->vlan_present)
+		return NEXT;
+	if (skb->tc_index == FOR_OUR_SOCKET) {
+		skb->tc_index = 0;
+		return NEXT;
+	}
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4))
+		return translate(skb, 0);
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6))
+		return translate(skb, 1);
+	return NEXT;
+}
+
+inlined int silence(struct __sk_buff *skb, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	struct splice_key key = {};
 	struct splice_flow *flow;
 	struct splice *splice;
-	struct splice_direction *way;
-	struct ipv4 *ip;
+	struct splice_direction *way, *back;
+	struct ipv4 *four;
+	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 index, state, seq, ack;
+	__u32 index, state, header, ack;
 	__u64 sum = 0;
+	int i, at;
 
-	/* Forwarded, ours or another's: not from a socket of this host. */
-	if (skb->ingress_ifindex || skb->protocol != bpf_htons(0x0800))
+	if (data + HEADERS_BYTES(v6) > data_end)
+		return NEXT; /* a socket's packets have all their headers in front */
+	four = data + ETHERNET_BYTES;
+	six = data + ETHERNET_BYTES;
+	if (v6 ? six->next != PROTOCOL_TCP
+	       : four->version != 0x45 || four->protocol != PROTOCOL_TCP)
 		return NEXT;
-	if (data + HEADERS_BYTES > data_end)
-		return NEXT;
-	ip = data + ETHERNET_BYTES;
-	if (ip->version != 0x45 || ip->protocol != 6)
-		return NEXT;
-	tcp = data + TCP_AT;
-	key.source = ip->target;
-	key.target = ip->source;
+	tcp = data + TCP_AT(v6);
+	take_addresses(key.target, key.source, data + ETHERNET_BYTES, v6);
 	key.sport = tcp->dport;
 	key.dport = tcp->sport;
 	flow = map_lookup(MAP_FLOWS_FD, &key);
@@ -363,20 +657,19 @@ int egress(struct __sk_buff *skb)
 	if (state == PF_SPLICE_FREE || state == PF_SPLICE_HOLD)
 		return NEXT;
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&
+	    (way->tail_open || back->tail_open)) {
+		/* Whoever could send the tail again has died: this pair cannot go on. */
+		*(volatile __u32 *)&splice->state = state = PF_SPLICE_RESET;
+	}
+	word = (__u32 *)tcp;
 	if (state == PF_SPLICE_RESET && (tcp->flags & RST)) {
 		/* The socket's numbers are those of the handover: give the peer's own. */
-		word = (__u32 *)tcp;
-		seq = bpf_htonl(way->last_ack);
-		ack = bpf_htonl(way->last_end);
-		sum += (__u32)~word[1];
-		sum += seq;
-		word[1] = seq;
-		if (tcp->flags & ACK) {
-			sum += (__u32)~word[2];
-			sum += ack;
-			word[2] = ack;
-		}
-		bpf_l4_csum_replace(skb, TCP_AT + 16, 0, fold(sum), 0);
+		put(&word[1], bpf_htonl(way->last_ack), &sum);
+		if (tcp->flags & ACK)
+			put(&word[2], bpf_htonl(way->last_end), &sum);
+		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
 		/* What the peer still says is answered by the kernel, which knows no such socket.
 		 */
 		map_delete(MAP_FLOWS_FD, &key);
@@ -390,29 +683,84 @@ int egress(struct __sk_buff *skb)
 			return NEXT;
 		}
 	}
-	return DROP;
+	header = (__u32)(tcp->offset >> 4) * 4;
+	if (state == PF_SPLICE_ACTIVE && way->tail_open && !(tcp->flags & (SYN | FIN)) &&
+	    skb->len > TCP_AT(v6) + header && (__s32)(bpf_ntohl(tcp->seq) - way->tail) < 0) {
+		/*
+		 * The tail, again. What has come to our socket since is not acknowledged here, the
+		 * sender must not forget it: only what went to the other end.
+		 */
+		ack = back->last_ack + back->ack_delta;
+		if ((__s32)(ack - way->begin) < 0)
+			ack = way->begin;
+		put(&word[2], bpf_htonl(ack), &sum);
+		/* Timestamps stay; behind them may be what our socket alone has got. */
+		at = 0;
+		if (header > 20 && (void *)(word + 6) <= data_end &&
+		    word[5] == bpf_htonl(TIMESTAMP_WORD))
+			at = 3;
+#pragma unroll
+		for (i = 0; i < 10; i++) {
+			if (i >= at && 20 + 4 * i < header) {
+				if ((void *)(word + 6 + i) > data_end)
+					return DROP; /* its headers are in front: never */
+				put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
+			}
+		}
+		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+		return NEXT;
+	}
+	return DROP; /* the two ends talk to each other: our sockets have nothing to say */
 }
 
-#define read32(tcp, offset) (*(volatile __u32 *)((void *)(tcp) + (offset)))
-#define read64(tcp, offset) (*(volatile __u64 *)((void *)(tcp) + (offset)))
+int egress(struct __sk_buff *skb)
+{
+	/* Forwarded, ours or another's: not from a socket of this host. */
+	if (skb->ingress_ifindex)
+		return NEXT;
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4))
+		return silence(skb, 0);
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6))
+		return silence(skb, 1);
+	return NEXT;
+}
 
-/* One socket as it is now; 0 if it is at rest: all was read, all is acknowledged, nothing is
- * missing.
- */
-static inline __attribute__((always_inline)) __u32 look(struct __sk_buff *skb,
-							struct splice_key *from,
-							struct splice_look *seen)
+#define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
+#define read64(structure, offset) (*(volatile __u64 *)((void *)(structure) + (offset)))
+
+/* The socket that gets what comes from here; the caller releases it. */
+inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
 {
 	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *sk;
-	struct tcp_sock *tcp;
-	__u32 busy = 0;
+	int i;
 
-	tuple.ipv4.saddr = from->source;
-	tuple.ipv4.daddr = from->target;
+	if (family == PF_IPV6) {
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			tuple.ipv6.saddr[i] = from->source[i];
+			tuple.ipv6.daddr[i] = from->target[i];
+		}
+		tuple.ipv6.sport = from->sport;
+		tuple.ipv6.dport = from->dport;
+		return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), -1,
+							     0);
+	}
+	tuple.ipv4.saddr = from->source[3];
+	tuple.ipv4.daddr = from->target[3];
 	tuple.ipv4.sport = from->sport;
 	tuple.ipv4.dport = from->dport;
-	sk = (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
+	return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
+}
+
+/* One socket as it is now; 0 if all was read, all is sent, nothing is missing. */
+inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 family,
+		   struct splice_look *seen)
+{
+	struct bpf_sock *sk = find(skb, from, family);
+	struct tcp_sock *tcp;
+	void *route, *device;
+	__u32 busy = 0;
+
 	if (!sk)
 		return PF_BUSY_GONE;
 	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -427,33 +775,101 @@ static inline __attribute__((always_inline)) __u32 look(struct __sk_buff *skb,
 		busy |= PF_BUSY_GONE;
 	if (read32(tcp, TCP_SOCK_COPIED_SEQ) != seen->rcv_nxt)
 		busy |= PF_BUSY_UNREAD;
-	if (read32(tcp, TCP_SOCK_SND_UNA) != seen->write_seq)
-		busy |= PF_BUSY_UNACKED;
+	seen->snd_una = read32(tcp, TCP_SOCK_SND_UNA);
+	if (read32(tcp, TCP_SOCK_SND_NXT) != seen->write_seq)
+		busy |= PF_BUSY_UNSENT;
 	if (read64(tcp, TCP_SOCK_OUT_OF_ORDER_QUEUE))
 		busy |= PF_BUSY_UNREAD;
+	route = *(void *volatile *)((void *)tcp + SOCK_SK_DST_CACHE);
+	if (route) {
+		device = *(void *volatile *)(route + DST_ENTRY_DEV);
+		if (device)
+			seen->out = read32(device, NET_DEVICE_IFINDEX);
+	}
 	bpf_sk_release(sk);
 	return busy;
 }
 
-int control(struct __sk_buff *skb)
+/* Whether the peer is a socket of this host that is itself spliced, by another forwarder. */
+inlined __u32 look_beyond(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
 {
-	struct splice *splice;
-	struct splice_key key;
-	struct splice_look client = {}, server = {};
-	__u32 index, busy, up, down, client_time, server_time;
+	struct splice_key beyond = {};
+	struct bpf_sock *sk;
+	struct tcp_sock *tcp;
+	__u32 busy = 0;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		beyond.source[i] = from->target[i];
+		beyond.target[i] = from->source[i];
+	}
+	beyond.sport = from->dport;
+	beyond.dport = from->sport;
+	sk = find(skb, &beyond, family);
+	if (!sk)
+		return 0;
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (tcp && read32(tcp, SOCK_SK_PRIORITY) == PF_SPLICE_PRIORITY)
+		busy = PF_BUSY_FOREIGN;
+	bpf_sk_release(sk);
+	return busy;
+}
+
+inlined struct splice *asked_for(struct __sk_buff *skb)
+{
+	__u32 index;
 
 	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &index, 4))
+		return NULL;
+	return map_lookup(MAP_SPLICES_FD, &index);
+}
+
+int probe(struct __sk_buff *skb)
+{
+	struct splice *splice = asked_for(skb);
+	struct splice_look client = {}, server = {};
+	struct splice_key key;
+	__u32 family;
+
+	if (!splice)
 		return PF_BUSY_GONE;
-	splice = map_lookup(MAP_SPLICES_FD, &index);
+	family = splice->family;
+	key = splice->way[PF_UP].from;
+	look(skb, &key, family, &client);
+	key = splice->way[PF_DOWN].from;
+	look(skb, &key, family, &server);
+	splice->out[PF_UP] = client.out;
+	splice->out[PF_DOWN] = server.out;
+	return 0;
+}
+
+/* Where a direction stands as it begins. */
+inlined void begin(struct splice_direction *way, const struct splice_look *seen)
+{
+	way->last_ack = seen->snd_una;
+	way->last_end = way->begin = seen->rcv_nxt;
+	way->tail = seen->write_seq;
+	way->tail_open = seen->snd_una != seen->write_seq;
+}
+
+int control(struct __sk_buff *skb)
+{
+	struct splice *splice = asked_for(skb);
+	struct splice_key key;
+	struct splice_look client = {}, server = {};
+	__u32 family, busy, up, down, client_time, server_time;
+
 	if (!splice || splice->state != PF_SPLICE_HOLD)
 		return PF_BUSY_GONE;
+	family = splice->family;
 	*(volatile __u32 *)&splice->state = PF_SPLICE_MUTE;
 	/* The look must not come before the silence: a full barrier. */
 	__sync_fetch_and_add(&splice->tries, 1);
 	key = splice->way[PF_UP].from;
-	busy = look(skb, &key, &client);
+	busy = look(skb, &key, family, &client) | look_beyond(skb, &key, family);
 	key = splice->way[PF_DOWN].from;
-	busy |= look(skb, &key, &server);
+	busy |= look(skb, &key, family, &server) | look_beyond(skb, &key, family);
 	if (busy) {
 		*(volatile __u32 *)&splice->state = PF_SPLICE_HOLD;
 		return (int)busy;
@@ -467,14 +883,12 @@ int control(struct __sk_buff *skb)
 	splice->way[PF_UP].ack_delta = -down;
 	splice->way[PF_UP].tsval_delta = server_time;
 	splice->way[PF_UP].tsecr_delta = -client_time;
-	splice->way[PF_UP].last_ack = client.write_seq;
-	splice->way[PF_UP].last_end = client.rcv_nxt;
+	begin(&splice->way[PF_UP], &client);
 	splice->way[PF_DOWN].seq_delta = down;
 	splice->way[PF_DOWN].ack_delta = -up;
 	splice->way[PF_DOWN].tsval_delta = client_time;
 	splice->way[PF_DOWN].tsecr_delta = -server_time;
-	splice->way[PF_DOWN].last_ack = server.write_seq;
-	splice->way[PF_DOWN].last_end = server.rcv_nxt;
+	begin(&splice->way[PF_DOWN], &server);
 	__sync_fetch_and_add(&splice->tries, 1);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ACTIVE;
 	return 0;

@@ -1,7 +1,12 @@
 /*
  * What splice.c and its keeper share. Data only; pyforwarder/datapath/splice_abi.py mirrors it.
+ *
+ * The maps with these records outlive the daemon: whoever changes one of them changes
+ * PF_SPLICE_VERSION, too, so that the next daemon does not take the old ones for its own.
  */
 #pragma once
+
+#define PF_SPLICE_VERSION 3
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
@@ -16,11 +21,21 @@ enum pf_splice_state {
 /* Why `control` did not let a pair begin, as bits. */
 #define PF_BUSY_GONE	1
 #define PF_BUSY_UNREAD	2
-#define PF_BUSY_UNACKED 4
+#define PF_BUSY_UNSENT	4
+#define PF_BUSY_FOREIGN 8 /* a peer is another forwarder's spliced socket on this host */
 
-/* The addresses of packets that come from one peer, in wire order. Key of the map `flows`. */
+/* What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it. */
+#define PF_SPLICE_PRIORITY 0x50465350
+
+/* `slot` of a pair that nobody shows just now. */
+#define PF_NO_SLOT 0xffffffff
+
+/*
+ * The addresses of packets that come from one peer, in wire order; IPv4 as ::ffff:a.b.c.d. Key of
+ * the maps `flows` and `handshakes`.
+ */
 struct splice_key {
-	__u32 source, target;
+	__u32 source[4], target[4];
 	__u16 sport, dport;
 };
 
@@ -33,30 +48,41 @@ struct splice_flow {
  */
 struct splice_direction {
 	struct splice_key from;
-	__u32 source, target; /* the new addresses, in wire order */
+	__u32 source[4], target[4]; /* the new addresses, as in a key */
 	__u16 sport, dport;
-	__u32 interface; /* where they go; 0: they are for this host, on the interface they came by
-			  */
+	__u32 interface; /* where they go; 0: they came by `lo`, and are for this host */
 	__u32 seq_delta, ack_delta, tsval_delta, tsecr_delta;
 	__u32 last_ack; /* the highest acknowledgement this peer has sent, in its own numbers */
 	__u32 last_end; /* the end of what this peer has sent, in its own numbers */
 	__u32 fin_seq;	/* the number behind its FIN */
 	__u32 fin;	/* not 0: it has sent one */
 	__u32 fin_acked;
+	/*
+	 * What our socket had sent to this peer when the pair began, and was not yet acknowledged:
+	 * that is still between the two. In numbers of what this peer acknowledges.
+	 */
+	__u32 tail;		      /* its end */
+	__u32 tail_open;	      /* not 0: this peer has not acknowledged it yet */
+	__u32 begin;		      /* of what is sent end to end, in this peer's own numbers */
 	__u8 shift_left, shift_right; /* of its windows */
-	__u16 padding;
-	__u32 reserved;
+	__u8 no_ecn;		      /* only one of the connections knows of congestion marks */
+	__u8 padding;
+	__u32 address_sum; /* what the new addresses add to a checksum */
+	__u64 bytes, packets;
 };
 
 struct splice {
 	struct splice_direction way[2]; /* index: PF_UP, PF_DOWN */
-	__u64 id;			/* of the pair */
+	__u64 id;			/* of the pair; 0: it has ended, and its ports linger */
 	__u64 tries;
 	__u32 state; /* enum pf_splice_state */
 	__u32 worker;
-	__u32 slot;  /* into the map `pairs`, where the bytes are counted */
+	__u32 slot;  /* into the map `pairs`, where the bytes are counted, too */
 	__u32 reset; /* 1: by the client, 2: by the server, PF_SPLICE_ODD: unknown TCP options */
 	__u32 client_clock, server_clock; /* our sockets' timestamp clocks, right before control */
+	__u32 family;			  /* 4 or 6 */
+	__u32 padding;
+	__u32 out[2]; /* interfaces by which our sockets reach the client and the server */
 };
 
 struct splice_event {
@@ -66,5 +92,5 @@ struct splice_event {
 };
 
 struct splice_look {
-	__u32 rcv_nxt, write_seq, ts_recent;
+	__u32 rcv_nxt, write_seq, snd_una, ts_recent, out;
 };

@@ -18,7 +18,8 @@ from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.rig import Rig, RigError
 from pyforwarder.datapath.scenarios import SELF_TEST
 from pyforwarder.datapath.selftest import Proof, prove_sockmap, prove_splice
-from pyforwarder.datapath.splice_keeper import SpliceMaps, Splicing
+from pyforwarder.datapath.splice_keeper import Splicing
+from pyforwarder.datapath.splice_maps import SpliceMaps
 from pyforwarder.datapath.table import PairWindow
 from pyforwarder.errors import LoadError
 

@@ -39,6 +39,16 @@ class PairReason(enum.IntEnum):
     DRAINING = 11
     NOT_ELIGIBLE = 12
     DATAGRAMS = 13
+    TWO_FAMILIES = 14
+    LINK_LOCAL = 15
+    ONE_HAS_TIMESTAMPS = 16
+    PATHS_DIFFER = 17
+    NOT_ETHERNET = 18
+    HANDSHAKE_UNSEEN = 19
+    CHAINED = 20
+    NEVER_AT_REST = 21
+    SPLICE_OFF = 22
+    GOES_ON = 23
 
     @property
     def text(self) -> str:
@@ -60,7 +70,17 @@ _REASON_TEXT: Final = {
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
     PairReason.DRAINING: "the pair is about to end",
     PairReason.DATAGRAMS: "datagrams are copied",
-    PairReason.NOT_ELIGIBLE: "splice was asked for, but the two connections cannot be one here",
+    PairReason.NOT_ELIGIBLE: "splice was asked for, and this host cannot, see pyforwarder doctor",
+    PairReason.TWO_FAMILIES: "not spliced: one connection is IPv4, the other IPv6",
+    PairReason.LINK_LOCAL: "not spliced: a peer has a link-local address",
+    PairReason.ONE_HAS_TIMESTAMPS: "not spliced: only one of the connections has TCP timestamps",
+    PairReason.PATHS_DIFFER: "not spliced: packets of the one do not fit the other's path",
+    PairReason.NOT_ETHERNET: "not spliced: it goes by an interface that is not like Ethernet",
+    PairReason.HANDSHAKE_UNSEEN: "not spliced: its handshake was not seen under these addresses",
+    PairReason.CHAINED: "not spliced: its peer is, by another forwarder on this host",
+    PairReason.NEVER_AT_REST: "not spliced: its bytes never rested",
+    PairReason.SPLICE_OFF: "not spliced: the listener says `splice: off`",
+    PairReason.GOES_ON: "it was spliced before this daemon or worker started",
 }
 
 
@@ -173,6 +193,9 @@ class PairHost(Protocol):
 
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Userspace has moved bytes of this flow (for counters and the handover's timing)."""
+
+    def try_again(self, pair: Pair) -> None:
+        """A datapath that could not take the pair just now may be able to: ask it again, soon."""
 
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """Let the socket's send queue hold so many more bytes, beyond the system's limit.

@@ -15,7 +15,7 @@ import os
 import platform
 import struct
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 _SYS_BPF: Final = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,6 +46,14 @@ class AttachType(enum.IntEnum):
     TCX_EGRESS = 47
 
 
+class MapSizes(NamedTuple):
+    """How large a map and its elements are."""
+
+    key_bytes: int
+    value_bytes: int
+    entries: int
+
+
 class _Command(enum.IntEnum):
     MAP_CREATE = 0
     MAP_LOOKUP_ELEM = 1
@@ -58,6 +66,7 @@ class _Command(enum.IntEnum):
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
     LINK_CREATE = 28
+    LINK_UPDATE = 29
     ITER_CREATE = 33
 
 
@@ -184,6 +193,23 @@ def link_interface(program_fd: int, interface: int, kind: AttachType) -> int:
     """
     attributes = struct.pack("=IIIIIIQ", program_fd, interface, kind, 0, 0, 0, 0)
     return _call(_Command.LINK_CREATE, attributes)
+
+
+def update_link(link_fd: int, program_fd: int) -> None:
+    """Put another program in a link's place, between two packets (BPF_LINK_UPDATE)."""
+    _call(_Command.LINK_UPDATE, struct.pack("=IIII", link_fd, program_fd, 0, 0))
+
+
+def map_sizes(fd: int) -> MapSizes:
+    """What a map was made with, as the kernel tells it in /proc/self/fdinfo."""
+    said = {}
+    for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        said[name] = value.strip()
+    try:
+        return MapSizes(int(said["key_size"]), int(said["value_size"]), int(said["max_entries"]))
+    except KeyError as error:
+        raise OSError(22, f"descriptor {fd} is no BPF map") from error
 
 
 def run_program(program_fd: int, packet: bytes) -> int:

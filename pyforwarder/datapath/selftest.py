@@ -65,7 +65,7 @@ def prove_splice(splicing: Splicing, *, pairs_fd: int, slots: int, user: str | N
         make,
         PairTable(workers=1, slots=slots, fd=pairs_fd),
         user,
-        lambda: splicing.forget_worker(0),
+        lambda: splicing.clear(0),
     )
 
 

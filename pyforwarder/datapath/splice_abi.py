@@ -9,6 +9,13 @@ import ctypes
 import enum
 from typing import Final
 
+# Of the records: the maps outlive the daemon, and the next one must know what is in them.
+VERSION: Final = 3
+# What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
+PRIORITY: Final = 0x50465350
+# `slot` of a pair that nobody shows just now.
+NO_SLOT: Final = 0xFFFFFFFF
+
 
 class SpliceState(enum.IntEnum):
     """enum pf_splice_state."""
@@ -25,15 +32,16 @@ class Busy(enum.IntFlag):
 
     GONE = 1
     UNREAD = 2
-    UNACKED = 4
+    UNSENT = 4
+    FOREIGN = 8
 
 
 class SpliceKey(ctypes.Structure):
     """struct splice_key."""
 
     _fields_ = (
-        ("source", ctypes.c_uint32),
-        ("target", ctypes.c_uint32),
+        ("source", ctypes.c_uint32 * 4),
+        ("target", ctypes.c_uint32 * 4),
         ("sport", ctypes.c_uint16),
         ("dport", ctypes.c_uint16),
     )
@@ -50,8 +58,8 @@ class SpliceDirection(ctypes.Structure):
 
     _fields_ = (
         ("from_", SpliceKey),
-        ("source", ctypes.c_uint32),
-        ("target", ctypes.c_uint32),
+        ("source", ctypes.c_uint32 * 4),
+        ("target", ctypes.c_uint32 * 4),
         ("sport", ctypes.c_uint16),
         ("dport", ctypes.c_uint16),
         ("interface", ctypes.c_uint32),
@@ -64,10 +72,16 @@ class SpliceDirection(ctypes.Structure):
         ("fin_seq", ctypes.c_uint32),
         ("fin", ctypes.c_uint32),
         ("fin_acked", ctypes.c_uint32),
+        ("tail", ctypes.c_uint32),
+        ("tail_open", ctypes.c_uint32),
+        ("begin", ctypes.c_uint32),
         ("shift_left", ctypes.c_uint8),
         ("shift_right", ctypes.c_uint8),
-        ("padding", ctypes.c_uint16),
-        ("reserved", ctypes.c_uint32),
+        ("no_ecn", ctypes.c_uint8),
+        ("padding", ctypes.c_uint8),
+        ("address_sum", ctypes.c_uint32),
+        ("bytes", ctypes.c_uint64),
+        ("packets", ctypes.c_uint64),
     )
 
 
@@ -84,6 +98,9 @@ class Splice(ctypes.Structure):
         ("reset", ctypes.c_uint32),
         ("client_clock", ctypes.c_uint32),
         ("server_clock", ctypes.c_uint32),
+        ("family", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("out", ctypes.c_uint32 * 2),
     )
 
 

@@ -1,9 +1,12 @@
-"""What the splice datapath keeps in the kernel, and the process that may change it.
+"""The process that begins and ends splices.
 
-Beginning and ending a splice needs privileges (TCP_REPAIR, BPF_PROG_TEST_RUN) and must be quick, so
-it is neither the worker's nor the supervisor's: the keeper is a process of its own that does only
-this. A worker asks over its own socket and waits for the answer. It is not trusted: addresses come
-from the sockets that it hands over, never from its words, and it reaches only splices it began.
+That needs privileges (TCP_REPAIR, BPF_PROG_TEST_RUN) and must be quick, so it is neither the
+worker's nor the supervisor's: the keeper is a process of its own that does only this. A worker asks
+over its own socket and waits for the answer. It is not trusted: addresses come from the sockets
+that it hands over, never from its words, and it reaches only splices it began.
+
+All the keeper knows stands in the records, too. So one that died is replaced by one that reads
+them, and pairs whose worker or whole daemon died go on, and are given to whoever comes next.
 """
 
 from __future__ import annotations
@@ -20,176 +23,48 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from pyforwarder.datapath import bpf, btf
-from pyforwarder.datapath.abi import Direction
+from pyforwarder.datapath import bpf, splice_sockets
+from pyforwarder.datapath.abi import PAIR_BYTES, Direction
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.loading import load_programs
 from pyforwarder.datapath.splice_abi import (
+    NO_SLOT,
     SPLICE_BYTES,
+    Busy,
     Splice,
-    SpliceFlow,
-    SpliceKey,
     SpliceState,
 )
-from pyforwarder.errors import DatapathError, LoadError
+from pyforwarder.datapath.splice_maps import (
+    FLOW,
+    ID_AT,
+    KEY_BYTES,
+    LOOPBACK,
+    SLOT_AT,
+    WORKER_AT,
+    Found,
+    SpliceMaps,
+    forget_flows,
+    set_state,
+    unpin,
+    used_indexes,
+)
+from pyforwarder.errors import DatapathError
 
-FIELDS: Final = {
-    "tcp_sock": (
-        "rcv_nxt",
-        "copied_seq",
-        "snd_una",
-        "write_seq",
-        "out_of_order_queue",
-        "rx_opt",
-    ),
-    "tcp_options_received": ("ts_recent",),
-    "sock_common": ("skc_state",),
-}
-RING_BYTES: Final = 1 << 18
-
-_TCP_REPAIR: Final = 19  # linux/tcp.h; Python has no names for these
-_TCP_TIMESTAMP: Final = 24
-_REPAIR_ON, _REPAIR_OFF_WITHOUT_PROBE = 1, -1
 _PR_SET_PDEATHSIG: Final = 1
 _ASK_TIMEOUT_S: Final = 2.0
 # TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
 _LINGER_S: Final = 60.0
 _RESET_LINGER_S: Final = 2.0
+_MOST_MESSAGE_BYTES: Final = 8192
 
-# struct tcp_info: options and both window scales at 5, the path's MTU at 60, our MSS at 84.
-_INFO: Final = struct.Struct("=5xBB53xI20xI")
-_OPTION_TIMESTAMPS, _OPTION_ECN = 1, 8
-_HEADERS_BYTES: Final = 40
-
-_CONTROL: Final = struct.Struct("=14xI46x")
-_KEY: Final = struct.Struct("=4s4sHH")
-_FLOW: Final = struct.Struct("=II")
-_STATE_AT: Final = Splice.state.offset
-_ID_AT: Final = Splice.id.offset
+_INDEX: Final = struct.Struct("=14xI46x")  # what the programs that are run read it from
 _CLOCKS_AT: Final = Splice.client_clock.offset
 
 
 class KeeperError(DatapathError):
     """The keeper did not answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class SpliceMaps:
-    """The maps, the programs and their links to the interfaces; they end with the descriptors."""
-
-    flows_fd: int
-    splices_fd: int
-    rings_fd: int
-    ring_fds: tuple[int, ...]
-    control_fd: int
-    link_fds: tuple[int, ...]
-    entries: int
-    slots: int  # pairs per worker
-
-    @classmethod
-    def load(cls, *, workers: int, slots: int, pairs_fd: int) -> SpliceMaps:
-        """Make the maps, load the programs and link them to `lo`.
-
-        `pairs_fd` is the pair table, where the programs count.
-
-        Raises:
-            LoadError: this host cannot; the message says why and what would help.
-        """
-        defines = btf.defines(btf.field_offsets(FIELDS))
-        # Some more than pairs: one that has ended keeps its place for a while.
-        entries = 4 * workers * slots
-        opened: list[int] = []
-        try:
-            flows = bpf.create_map(
-                bpf.MapType.HASH,
-                key_bytes=_KEY.size,
-                value_bytes=_FLOW.size,
-                entries=2 * entries,
-                flags=bpf.F_NO_PREALLOC,
-                name="pf_flows",
-            )
-            opened.append(flows)
-            splices = bpf.create_map(
-                bpf.MapType.ARRAY,
-                key_bytes=4,
-                value_bytes=SPLICE_BYTES,
-                entries=entries,
-                flags=bpf.F_MMAPABLE,
-                name="pf_splices",
-            )
-            opened.append(splices)
-            rings_of: list[int] = []
-            for _ in range(workers):
-                rings_of.append(
-                    bpf.create_map(
-                        bpf.MapType.RINGBUF,
-                        key_bytes=0,
-                        value_bytes=0,
-                        entries=RING_BYTES,
-                        name="pf_splice_ring",
-                    )
-                )
-                opened.append(rings_of[-1])
-            rings = bpf.create_map(
-                bpf.MapType.ARRAY_OF_MAPS,
-                key_bytes=4,
-                value_bytes=4,
-                entries=workers,
-                inner_map_fd=rings_of[0],
-                name="pf_splice_rings",
-            )
-            opened.append(rings)
-            table = bpf.Map(rings, key_bytes=4, value_bytes=4)
-            for worker, ring in enumerate(rings_of):
-                table.update(worker.to_bytes(4, "little"), ring.to_bytes(4, "little"))
-            fds = {
-                "MAP_FLOWS_FD": flows,
-                "MAP_SPLICES_FD": splices,
-                "MAP_RINGS_FD": rings,
-                "MAP_PAIRS_FD": pairs_fd,
-            }
-            ingress, egress, control = load_programs(
-                "splice.c",
-                [("ingress", "sched_cls"), ("egress", "sched_cls"), ("control", "sched_cls")],
-                defines={**defines, **fds},
-                map_fds=list(fds.values()),
-            )
-            opened += [ingress, egress, control]
-            lo = socket.if_nametoindex("lo")
-            links = []
-            for program, kind in (
-                (ingress, bpf.AttachType.TCX_INGRESS),
-                (egress, bpf.AttachType.TCX_EGRESS),
-            ):
-                links.append(bpf.link_interface(program, lo, kind))
-                opened.append(links[-1])
-                os.close(program)
-                opened.remove(program)
-        except (LoadError, OSError) as error:
-            for fd in opened:
-                os.close(fd)
-            if isinstance(error, LoadError):
-                raise
-            raise LoadError(
-                f"make ready for splice: {error.strerror}",
-                advice="it needs root and Linux 6.6 or later (tcx)",
-            ) from error
-        return cls(flows, splices, rings, tuple(rings_of), control, tuple(links), entries, slots)
-
-    def close(self) -> None:
-        """Close the descriptors; the programs leave the interfaces."""
-        for fd in (
-            *self.link_fds,
-            self.flows_fd,
-            self.splices_fd,
-            self.rings_fd,
-            *self.ring_fds,
-            self.control_fd,
-        ):
-            os.close(fd)
 
 
 class KeeperClient:
@@ -205,6 +80,15 @@ class KeeperClient:
         Raises:
             KeeperError: there was none.
         """
+        answer, given = self.ask_for_sockets(do, fds, **fields)
+        for fd in given:
+            os.close(fd)
+        return answer
+
+    def ask_for_sockets(
+        self, do: str, fds: Sequence[int] = (), **fields: object
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The same, and the descriptors that came with it, which are the caller's."""
         self._number += 1
         # What another worker, dead by now, asked over this socket may still be answered.
         number = os.getpid() << 32 | self._number
@@ -214,12 +98,16 @@ class KeeperClient:
                 self._sock, [json.dumps({"do": do, "n": number, **fields}).encode()], list(fds)
             )
             while True:
-                data = self._sock.recv(4096)
+                data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
+                for fd in given:
+                    os.set_inheritable(fd, False)
                 if not data:
                     raise KeeperError("ask the splice keeper", 32)
                 answer: dict[str, Any] = json.loads(data)
                 if answer["n"] == number:
-                    return answer
+                    return answer, given
+                for fd in given:
+                    os.close(fd)
         except OSError as error:
             raise KeeperError("ask the splice keeper", error.errno or 0) from error
 
@@ -227,19 +115,39 @@ class KeeperClient:
 class Keeper:
     """The keeper's process: serves until all clients are gone or it is killed."""
 
-    def __init__(self, maps: SpliceMaps, socks: Sequence[socket.socket]) -> None:
-        """`socks[n]` is where worker n asks."""
+    def __init__(
+        self, maps: SpliceMaps, socks: Sequence[socket.socket], found: Sequence[Found] = ()
+    ) -> None:
+        """`socks[n]` is where worker n asks; `found` is what goes on from an earlier daemon."""
         self._socks = list(socks)
-        self._flows = bpf.Map(maps.flows_fd, key_bytes=_KEY.size, value_bytes=_FLOW.size)
-        self._control_fd = maps.control_fd
+        self._maps = maps
+        self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+        self._handshakes = bpf.Map(maps.handshakes_fd, key_bytes=KEY_BYTES, value_bytes=4)
         self._memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
-        self._slots = maps.slots
-        self._free = deque(range(maps.entries))
+        self._pairs = bpf.map_memory(
+            maps.pairs_fd, maps.workers * maps.slots * PAIR_BYTES, write=False
+        )
         self._owner: dict[int, int] = {}  # index -> worker
-        self._keys: dict[int, tuple[bytes, bytes]] = {}
+        # Pairs without a worker: index -> what `show` said of them.
+        self._orphans: dict[int, bytes] = {one.index: one.record for one in found}
         # Ended, oldest first, each with the moment at which its ports are forgotten.
         self._lingering: deque[tuple[float, int]] = deque()
         self._resetting: deque[tuple[float, int]] = deque()
+        used = set(used_indexes(self._memory))
+        self._free = deque(index for index in range(maps.entries) if index not in used)
+        now_s = time.monotonic()
+        for index in sorted(used):
+            record = self._record(index)
+            if record.state == SpliceState.RESET:
+                self._resetting.append((now_s + _RESET_LINGER_S, index))
+            elif record.state != SpliceState.ACTIVE:
+                self._forget(index)  # whoever was about to begin it has given up
+            elif not record.id:
+                self._lingering.append((now_s + _LINGER_S, index))
+            else:
+                self._owner[index] = record.worker % maps.workers
+                if record.slot == NO_SLOT:  # another keeper had not given it to anybody yet
+                    self._orphans.setdefault(index, b"")
 
     def serve(self) -> None:
         """Answer until every worker's end is closed."""
@@ -250,72 +158,119 @@ class Keeper:
             workers[sock.fileno()] = worker
         while workers:
             for fd, _ in poll.poll(1000):
-                if not self._hear(workers[fd]):
+                if not self._answer(workers[fd]):
                     poll.unregister(fd)
                     del workers[fd]
             self._forget_due()
 
-    def _hear(self, worker: int) -> bool:
+    def refuse_what_waits(self) -> None:
+        """Answer what another keeper was asked and did not come to: it is too late for that."""
+        for sock in self._socks:
+            while True:
+                try:
+                    data, fds, _, _ = socket.recv_fds(
+                        sock, _MOST_MESSAGE_BYTES, 4, socket.MSG_DONTWAIT
+                    )
+                except OSError:
+                    break
+                for fd in fds:
+                    os.close(fd)
+                if not data:
+                    break
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                    number = json.loads(data)["n"]
+                    sock.send(json.dumps({"n": number, "error": "asked another keeper"}).encode())
+
+    def _answer(self, worker: int) -> bool:
+        """Serve one request; False once the worker's end is gone for good."""
         sock = self._socks[worker]
         try:
-            data, fds, _, _ = socket.recv_fds(sock, 4096, 4, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(sock, _MOST_MESSAGE_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             return False
         if not data:
             return False
         sockets: list[socket.socket] = []
+        given: list[socket.socket] = []
         try:
             request = json.loads(data)
             answer: dict[str, object] = {"n": request["n"]}
             try:
                 sockets.extend(socket.socket(fileno=os.dup(fd)) for fd in fds)
-                answer.update(self._obey(worker, request, sockets))
+                answer.update(self._obey(worker, request, sockets, given))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 answer["error"] = repr(error)
-            sock.send(json.dumps(answer).encode())
+            socket.send_fds(sock, [json.dumps(answer).encode()], [s.fileno() for s in given])
         except (OSError, ValueError, TypeError, KeyError):
             pass  # no sense, or nobody is there any more
         finally:
-            for given in sockets:
-                given.close()
+            for one in (*sockets, *given):
+                one.close()
             for fd in fds:
                 os.close(fd)
         return True
 
     def _obey(
-        self, worker: int, request: dict[str, Any], sockets: list[socket.socket]
+        self,
+        worker: int,
+        request: dict[str, Any],
+        sockets: list[socket.socket],
+        given: list[socket.socket],
     ) -> dict[str, object]:
-        do = request["do"]
-        if do == "hello":
-            for index in [i for i, owner in self._owner.items() if owner == worker]:
-                self._forget(index)
-            return {}
-        if do == "join":
-            slot = int(request["slot"])
-            if slot // self._slots != worker:
-                raise ValueError("not yours")
-            return self._join(worker, int(request["id"]), slot, *sockets, hold=request["hold"])
+        """Do what a worker asks; what is appended to `given` goes to it."""
+        match request["do"]:
+            case "clear":
+                for index in self._of(worker):
+                    if index not in self._orphans:
+                        self._forget(index)
+                return {}
+            case "bury":
+                self._bury(worker)
+                return {}
+            case "adopt":
+                return self._adopt(worker, given)
+            case "join":
+                slot = int(request["slot"])
+                if slot // self._maps.slots != worker:
+                    raise ValueError("not yours")
+                return self._join(worker, int(request["id"]), slot, *sockets, hold=request["hold"])
         index = int(request["index"])
-        if self._owner.get(index) != worker:
+        if self._owner.get(index) != worker or index in self._orphans:
             raise ValueError("not yours")
-        if do == "switch":
-            return {"busy": self._switch(index, *sockets)}
-        if do == "abort":
-            self._forget(index)
-        elif do == "leave":
-            del self._owner[index]
-            # The pair's record may be another's now: nothing is counted in it any more.
-            struct.pack_into("=Q", self._memory, index * SPLICE_BYTES + _ID_AT, 0)
-            self._lingering.append((time.monotonic() + _LINGER_S, index))
-        elif do == "reset":
-            self._set_state(index, SpliceState.RESET)
-            for sock in sockets:
-                sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_WITHOUT_PROBE)
-            del self._owner[index]
-            self._resetting.append((time.monotonic() + _RESET_LINGER_S, index))
-        else:
-            raise ValueError(do)
+        match request["do"]:
+            case "adopted":
+                slot = int(request["slot"])
+                if slot // self._maps.slots != worker:
+                    raise ValueError("not yours")
+                self._store(index, WORKER_AT, worker)
+                self._store(index, SLOT_AT, slot)
+            case "switch":
+                busy = self._switch(index, *sockets)
+                return {"busy": busy, "mute": not busy and self._mute(index, sockets)}
+            case "mute":
+                return {"mute": self._mute(index, sockets)}
+            case "abort":
+                self._forget(index)
+                for sock in sockets:
+                    splice_sockets.unmark(sock)
+            case "leave":
+                for sock in sockets:
+                    splice_sockets.mute(sock)
+                del self._owner[index]
+                # The pair's record may be another's now: nothing is counted in it any more.
+                struct.pack_into("=Q", self._memory, index * SPLICE_BYTES + ID_AT, 0)
+                self._lingering.append((time.monotonic() + _LINGER_S, index))
+            case "reset":
+                set_state(self._memory, index, SpliceState.RESET)
+                for sock in sockets:
+                    splice_sockets.unmute(sock)
+                del self._owner[index]
+                self._resetting.append((time.monotonic() + _RESET_LINGER_S, index))
+            case unknown:
+                raise ValueError(unknown)
         return {}
+
+    # Beginning
 
     def _join(
         self,
@@ -328,67 +283,140 @@ class Keeper:
         hold: bool,
     ) -> dict[str, object]:
         try:
-            obstacle, client_info, server_info = _eligible(client, server)
-            ends = [_addresses(sock) for sock in (client, server)]
+            ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
         except OSError:
             # A peer's reset is on its way to the worker.
             return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
+        obstacle = splice_sockets.obstacle(*ends)
         if obstacle is not None:
             return {"refused": int(obstacle)}
         index = self._allocate()
         if index < 0:
             return {"refused": int(PairReason.MAP_FULL)}
-        base = index * SPLICE_BYTES
-        self._memory[base : base + SPLICE_BYTES] = bytes(SPLICE_BYTES)
         record = Splice()
         record.id, record.worker, record.slot = pair_id, worker, slot
-        record.state = SpliceState.HOLD
-        scales = (client_info, server_info)
-        for direction in Direction:
-            way = record.way[direction]
-            here, there = ends[direction], ends[1 - direction]
-            # A packet comes from the peer of one socket, and goes on as if the other had sent it.
-            way.from_.source, way.from_.target = here.peer, here.local
-            way.from_.sport, way.from_.dport = here.peer_port, here.local_port
-            way.source, way.target = there.local, there.peer
-            way.sport, way.dport = there.local_port, there.peer_port
-            left, right = scales[direction].peer_scale, scales[1 - direction].own_scale
-            both = min(left, right)
-            way.shift_left, way.shift_right = left - both, right - both
-        self._memory[base : base + SPLICE_BYTES] = bytes(record)
-        keys = (bytes(record.way[0].from_), bytes(record.way[1].from_))
-        self._owner[index] = worker
-        self._keys[index] = keys
-        for direction, key in zip(Direction, keys, strict=True):
-            self._flows.update(key, _FLOW.pack(index, direction))
+        splice_sockets.describe(record, *ends)
         try:
+            obstacle = self._find_ways(index, record)
+            if obstacle is not None:
+                self._free.append(index)
+                return {"refused": int(obstacle)}
+            # Before the look at the peers: of two forwarders that join at the same moment, one
+            # behind the other, at least one sees the other's mark.
+            for sock in (client, server):
+                splice_sockets.mark(sock)
+            record.state = SpliceState.HOLD
+            self._write(index, record)
+            self._owner[index] = worker
+            for direction in Direction:
+                self._flows.update(bytes(record.way[direction].from_), FLOW.pack(index, direction))
             busy = self._switch(index, client, server)
         except OSError:
-            self._forget(index)
+            if index in self._owner:
+                self._forget(index)
+            else:
+                self._free.append(index)
             raise
-        if busy and not hold:
+        if busy and (not hold or busy & Busy.FOREIGN):
             self._forget(index)
-        return {"busy": busy, "index": index}
+            for sock in (client, server):
+                splice_sockets.unmark(sock)
+            if busy & Busy.FOREIGN:
+                return {"refused": int(PairReason.CHAINED)}
+        mute = not busy and self._mute(index, (client, server))
+        return {"busy": busy, "index": index, "mute": mute}
+
+    def _find_ways(self, index: int, record: Splice) -> PairReason | None:
+        """Write by which interfaces the packets go; or why the programs would not see them."""
+        self._write(index, record)  # FREE: for the probe alone
+        bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
+        out = list(self._record(index).out)
+        if not all(out):
+            return PairReason.REFUSED_BY_KERNEL  # a route has just changed
+        came_by = []
+        for way in record.way:
+            try:
+                (interface,) = struct.unpack("=I", self._handshakes.lookup(bytes(way.from_)))
+            except FileNotFoundError:
+                interface = 0
+            came_by.append(interface)
+        for interface in out:
+            if not self._maps.links.add(interface):
+                return PairReason.NOT_ETHERNET
+        if not all(came_by):
+            return PairReason.HANDSHAKE_UNSEEN
+        for direction in Direction:
+            stays = came_by[direction] == LOOPBACK and out[1 - direction] == LOOPBACK
+            record.way[direction].interface = 0 if stays else out[1 - direction]
+            record.out[direction] = out[direction]
+        return None
 
     def _switch(self, index: int, client: socket.socket, server: socket.socket) -> int:
-        """Let it begin if both sockets are at rest; 0, or why not."""
+        """Let it begin if both sockets are ready for it; 0, or why not."""
         struct.pack_into(
             "=II",
             self._memory,
             index * SPLICE_BYTES + _CLOCKS_AT,
-            client.getsockopt(socket.IPPROTO_TCP, _TCP_TIMESTAMP) & 0xFFFFFFFF,
-            server.getsockopt(socket.IPPROTO_TCP, _TCP_TIMESTAMP) & 0xFFFFFFFF,
+            splice_sockets.clock(client),
+            splice_sockets.clock(server),
         )
-        busy = bpf.run_program(self._control_fd, _CONTROL.pack(index))
-        if busy == 0:
-            for sock in (client, server):
-                # Closing it is silent from here on; it has no more to say.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
-                sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
-        return busy
+        return bpf.run_program(self._maps.control_fd, _INDEX.pack(index))
 
-    def _set_state(self, index: int, state: SpliceState) -> None:
-        struct.pack_into("=I", self._memory, index * SPLICE_BYTES + _STATE_AT, state)
+    def _mute(self, index: int, sockets: Sequence[socket.socket]) -> bool:
+        """Make the sockets mute if nothing is left to be sent again; whether that was done.
+
+        Until then closing them resets the pair: that is what must happen if we all die.
+        """
+        if any(way.tail_open for way in self._record(index).way):
+            return False
+        for sock in sockets:
+            splice_sockets.mute(sock)
+        return True
+
+    # Going on without those who began it
+
+    def _bury(self, worker: int) -> None:
+        """A worker died: what it had spliced goes on, and is its successor's."""
+        for index in self._of(worker):
+            record = self._record(index)
+            if record.state == SpliceState.ACTIVE:
+                at = record.slot * PAIR_BYTES
+                self._orphans[index] = self._pairs[at : at + PAIR_BYTES]
+                self._store(index, SLOT_AT, NO_SLOT)
+            else:
+                self._forget(index)
+
+    def _adopt(self, worker: int, given: list[socket.socket]) -> dict[str, object]:
+        """One pair that has no worker, with two new sockets; {} if there is none left."""
+        for index in [index for index in self._orphans if self._owner[index] == worker]:
+            said = self._orphans.pop(index)
+            record = self._record(index)
+            try:
+                given.extend(splice_sockets.revive(way, record.family) for way in record.way)
+            except OSError:
+                # Nobody could end it any more: it ends now, by the kernel's RST.
+                for sock in given:
+                    sock.close()
+                given.clear()
+                self._forget(index)
+                continue
+            return {"index": index, "id": record.id, "record": said.hex()}
+        return {}
+
+    # Records
+
+    def _of(self, worker: int) -> list[int]:
+        return [index for index, owner in self._owner.items() if owner == worker]
+
+    def _record(self, index: int) -> Splice:
+        return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+
+    def _write(self, index: int, record: Splice) -> None:
+        base = index * SPLICE_BYTES
+        self._memory[base : base + SPLICE_BYTES] = bytes(record)
+
+    def _store(self, index: int, at: int, number: int) -> None:
+        struct.pack_into("=I", self._memory, index * SPLICE_BYTES + at, number)
 
     def _allocate(self) -> int:
         if not self._free and self._lingering:
@@ -397,13 +425,10 @@ class Keeper:
 
     def _forget(self, index: int) -> None:
         """Take it out of the kernel's sight; what its peers still send is answered with RST."""
-        for key in self._keys.pop(index):
-            # The ports may serve another pair by now.
-            with contextlib.suppress(FileNotFoundError):
-                if _FLOW.unpack(self._flows.lookup(key))[0] == index:
-                    self._flows.delete(key)
-        self._set_state(index, SpliceState.FREE)
+        forget_flows(self._flows, index, self._record(index))
+        set_state(self._memory, index, SpliceState.FREE)
         self._owner.pop(index, None)
+        self._orphans.pop(index, None)
         self._free.append(index)
 
     def _forget_due(self) -> None:
@@ -413,104 +438,50 @@ class Keeper:
                 self._forget(queue.popleft()[1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Addresses:
-    local: int
-    peer: int
-    local_port: int
-    peer_port: int
-
-
-def _addresses(sock: socket.socket) -> _Addresses:
-    """In wire order, as the machine sees the bytes."""
-    local, peer = sock.getsockname(), sock.getpeername()
-    here, there = (struct.unpack("=I", socket.inet_aton(host))[0] for host in (local[0], peer[0]))
-    return _Addresses(here, there, socket.htons(local[1]), socket.htons(peer[1]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Info:
-    timestamps: bool
-    ecn: bool
-    peer_scale: int  # of the windows that come from the peer
-    own_scale: int
-    path_bytes: int
-    own_mss: int
-
-
-def _info(sock: socket.socket) -> _Info:
-    options, scales, path_bytes, own_mss = _INFO.unpack_from(
-        sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-    )
-    return _Info(
-        bool(options & _OPTION_TIMESTAMPS),
-        bool(options & _OPTION_ECN),
-        scales & 15,
-        scales >> 4,
-        path_bytes,
-        own_mss,
-    )
-
-
-def _eligible(
-    client: socket.socket, server: socket.socket
-) -> tuple[PairReason | None, _Info, _Info]:
-    """Why these two cannot be one connection, or None; and what their TCP has agreed on."""
-    for sock in (client, server):
-        if sock.family != socket.AF_INET or sock.type != socket.SOCK_STREAM:
-            raise ValueError("not TCP over IPv4")
-    one, other = _info(client), _info(server)
-    fits = (
-        one.own_mss + _HEADERS_BYTES <= other.path_bytes
-        and other.own_mss + _HEADERS_BYTES <= one.path_bytes
-    )
-    same = one.timestamps == other.timestamps and not one.ecn and not other.ecn
-    near = all(_is_local(sock.getpeername()[0]) for sock in (client, server))
-    obstacle = None if fits and same and near else PairReason.NOT_ELIGIBLE
-    return obstacle, one, other
-
-
-def _is_local(host: str) -> bool:
-    if host.startswith("127."):
-        return True
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
-        return False
-    return True
-
-
 class KeeperProcess:
-    """The keeper, from fork to wait."""
+    """The keeper, from fork to wait, and again if it dies."""
 
     def __init__(
         self, maps: SpliceMaps, *, workers: int, close_in_child: Callable[[], None]
     ) -> None:
         """Fork it; `clients[n]` is worker n's end, which its replacement inherits."""
+        self._maps = maps
+        self._close_in_child = close_in_child
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(workers)]
         self.clients = [ours for ours, _ in pairs]
+        # Kept for the keeper that comes after one that died.
+        self._ends = [theirs for _, theirs in pairs]
+        self.pid = 0
+        self._start(maps.found)
+
+    def _start(self, found: Sequence[Found], *, again: bool = False) -> None:
         self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_IGN)
-                # It ends with us, however we end.
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-                for ours in self.clients:
-                    ours.close()
-                # Whoever reads our output waits for an end of file that the last holder brings.
-                null = os.open(os.devnull, os.O_RDWR)
-                for fd in (null, 0, 1):
-                    os.dup2(null, fd)
-                close_in_child()
-                Keeper(maps, [theirs for _, theirs in pairs]).serve()
-                code = 0
-            finally:
-                os._exit(code)
-        for _, theirs in pairs:
-            theirs.close()
+        if self.pid != 0:
+            return
+        code = 1
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            # It ends with us, however we end.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            for ours in self.clients:
+                ours.close()
+            # Whoever reads our output waits for an end of file that the last holder brings.
+            null = os.open(os.devnull, os.O_RDWR)
+            for fd in (null, 0, 1):
+                os.dup2(null, fd)
+            self._close_in_child()
+            keeper = Keeper(self._maps, self._ends, found)
+            if again:
+                keeper.refuse_what_waits()
+            keeper.serve()
+            code = 0
+        finally:
+            os._exit(code)
+
+    def restart(self) -> None:
+        """Put another in the place of one that died; it knows what that one knew."""
+        self._start((), again=True)
 
     def has_died(self) -> bool:
         """Whether it has ended by itself since the last call; reaps it."""
@@ -521,9 +492,17 @@ class KeeperProcess:
             self.pid = 0
         return bool(pid)
 
+    def keep_only(self, worker: int) -> None:
+        """In a worker: close the ends of all others."""
+        for other, sock in enumerate(self.clients):
+            if other != worker:
+                sock.close()
+        for sock in self._ends:
+            sock.close()
+
     def close(self) -> None:
         """End it."""
-        for sock in self.clients:
+        for sock in (*self.clients, *self._ends):
             sock.close()
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
@@ -552,31 +531,31 @@ class Splicing:
 
     def keep_only(self, worker: int) -> None:
         """In a worker, which has its datapath: close what could be used against other pairs."""
-        for other, sock in enumerate(self.keeper.clients):
-            if other != worker:
-                sock.close()
-        for fd in (
-            *self.maps.link_fds,
-            self.maps.flows_fd,
-            self.maps.splices_fd,
-            self.maps.rings_fd,
-            self.maps.control_fd,
-            *(fd for other, fd in enumerate(self.maps.ring_fds) if other != worker),
-        ):
-            os.close(fd)
+        self.keeper.keep_only(worker)
+        self.maps.keep_only(worker)
 
-    def forget_worker(self, worker: int) -> None:
-        """A worker died: its pairs end, with a RST for whoever still speaks.
+    def clear(self, worker: int) -> None:
+        """Forget what a worker has spliced, as if it had never been.
 
         Raises:
             KeeperError: the keeper does not answer.
         """
-        self.client(worker).ask("hello")
+        self.client(worker).ask("clear")
+
+    def bury(self, worker: int) -> None:
+        """A worker died: its pairs wait for the next; call it while its table is as it left it.
+
+        Raises:
+            KeeperError: the keeper does not answer.
+        """
+        self.client(worker).ask("bury")
 
     def close(self) -> None:
-        """End the keeper; the programs leave the interfaces."""
+        """End the keeper; the programs leave the interfaces, and pairs that are left get a RST."""
         self.keeper.close()
         self.maps.close()
+        if self.maps.links.is_pinned and self.maps.links.directory is not None:
+            unpin(self.maps.links.directory)
 
 
 def splice_memory(maps: SpliceMaps) -> mmap.mmap:
@@ -584,5 +563,6 @@ def splice_memory(maps: SpliceMaps) -> mmap.mmap:
     return bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=False)
 
 
-assert SpliceKey.dport.offset + 2 == _KEY.size
-assert SpliceFlow.direction.offset + 4 == _FLOW.size
+def pins_of(directory: Path) -> Path:
+    """Where an instance whose pins are in `directory` has those of splice."""
+    return directory / "splice"

@@ -20,7 +20,8 @@ from pyforwarder.datapath.abi import PAIR_BYTES
 from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
-from pyforwarder.datapath.splice_keeper import KeeperError, SpliceMaps, Splicing
+from pyforwarder.datapath.splice_keeper import KeeperError, Splicing, pins_of
+from pyforwarder.datapath.splice_maps import SpliceMaps
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -34,7 +35,7 @@ from pyforwarder.key_files import read_keys, read_passwords
 from pyforwarder.limits import new_secret, shared_memory
 from pyforwarder.loop import EPOLLIN, Loop
 from pyforwarder.routing import compile_rules
-from pyforwarder.supervisor import report
+from pyforwarder.supervisor import bpffs, report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
@@ -51,6 +52,8 @@ from pyforwarder.worker.process import Inheritance, most_clients
 from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pyforwarder.environment import Environment
     from pyforwarder.health import Verdict
     from pyforwarder.metrics import Source
@@ -265,29 +268,40 @@ class Daemon:
         return maps
 
     def _load_splice(self, config: Config) -> Splicing | None:
-        """The same for splice, which is loaded only where the configuration asks for it."""
-        if "splice" not in _kernel_choices(config):
+        """The same for splice; also where it is not wanted, if there are pairs that go on."""
+        pins = pins_of(self._instance.bpffs_dir)
+        if "splice" not in _kernel_choices(config) and not pins.is_dir():
             return None
         try:
-            if self._arrays is None:
-                raise self._no_arrays or LoadError("no BPF maps")
-            maps = SpliceMaps.load(
-                workers=self._count, slots=self._slots, pairs_fd=self._arrays.pairs_fd
-            )
+            splicing = self._proven_splice(pins)
         except LoadError as error:
             self._datapaths["splice"] = str(error)
             self._log.write("warning", "no_splice", reason=str(error))
             return None
-        splicing = Splicing(maps, workers=self._count, close_in_child=self._lock.close)
-        proof = prove_splice(
-            splicing, pairs_fd=self._arrays.pairs_fd, slots=self._slots, user=self._user
+        try:
+            bpffs.enter(self._instance.bpffs_dir.parent)
+            splicing.maps.pin()
+        except ForwarderError as error:
+            # It works, and ends with us.
+            self._log.write("warning", "splice_not_pinned", reason=str(error))
+        self._datapaths["splice"] = "available"
+        return splicing
+
+    def _proven_splice(self, pins: Path) -> Splicing:
+        if self._arrays is None:
+            raise self._no_arrays or LoadError("no BPF maps")
+        pairs_fd = self._arrays.pairs_fd
+        maps = SpliceMaps.load(workers=self._count, slots=self._slots, pairs_fd=pairs_fd, pins=pins)
+        splicing = Splicing(
+            maps,
+            workers=self._count,
+            # One that is started later inherits more.
+            close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
         )
+        proof = prove_splice(splicing, pairs_fd=pairs_fd, slots=self._slots, user=self._user)
         if not proof.passed:
             splicing.close()
-            self._datapaths["splice"] = f"failed its self-test: {proof.reason}"
-            self._log.write("warning", "no_splice", reason=self._datapaths["splice"])
-            return None
-        self._datapaths["splice"] = "available"
+            raise LoadError(f"failed its self-test: {proof.reason}")
         return splicing
 
     def _load_view(self) -> View | None:
@@ -356,8 +370,14 @@ class Daemon:
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
         self._watch_signals()
+        found = self._splicing.maps.found if self._splicing is not None else ()
+        # A new pair must not be given the number of one that goes on.
+        self._last_id = max((one.id for one in found), default=0)
         for index in range(self._count):
-            self._workers.append(self._start_worker(index))
+            # While there are ports to be taken over, nobody may connect anywhere yet.
+            self._workers.append(self._start_worker(index, listening=not found))
+        for index in range(self._count) if found else ():
+            self._configure(self._workers[index], index)
         self._checks.change_to(config.upstreams)
         self._metrics.start()
         if self._metrics.listener is not None:
@@ -385,7 +405,7 @@ class Daemon:
             passwords=passwords,
         )
 
-    def _start_worker(self, index: int) -> WorkerProcess:
+    def _start_worker(self, index: int, *, listening: bool = True) -> WorkerProcess:
         def make(channel: Channel) -> Inheritance:
             return Inheritance(
                 worker=index,
@@ -400,11 +420,12 @@ class Daemon:
                 user=self._user,
                 splicing=self._splicing,
                 log=self._log,
+                last_id=self._last_id,
             )
 
         worker = WorkerProcess(make, self._close_in_child)
         try:
-            self._configure(worker, index)
+            self._configure(worker, index, listening=listening)
         except ForwarderError:
             worker.kill()
             worker.close()
@@ -418,8 +439,8 @@ class Daemon:
         if not worker.hear():
             self._loop.forget(fd)  # SIGCHLD does the rest
 
-    def _configure(self, worker: WorkerProcess, index: int) -> None:
-        names = list(self._listeners.bound)
+    def _configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
+        names = list(self._listeners.bound) if listening else []
         worker.may_be_transparent = any(u.transparent for u in self._config.upstreams.values())
         text_fd = text_to_fd(self._settings.to_json())
         try:
@@ -554,6 +575,10 @@ class Daemon:
             datapaths=self._datapaths,
         )
 
+    def _restart_keeper(self) -> None:
+        if not self._ending and self._splicing is not None:
+            self._splicing.keeper.restart()
+
     def _restart_metrics(self) -> None:
         if not self._ending:
             self._metrics.start()
@@ -589,8 +614,9 @@ class Daemon:
             self._log.write("error", "health_checks_died")
             self._loop.after(_PAUSE_S, self._restart_checks)
         if self._splicing is not None and self._splicing.keeper.has_died() and not self._ending:
-            # Pairs that are spliced go on; no other is until the next `up`.
+            # Pairs that are spliced go on meanwhile.
             self._log.write("error", "splice_keeper_died")
+            self._loop.after(_PAUSE_S, self._restart_keeper)
         for index, worker in enumerate(self._workers):
             if worker.exit_code is not None or not worker.has_ended():
                 continue
@@ -610,15 +636,16 @@ class Daemon:
     def _bury(self, index: int) -> None:
         """A worker is gone, and with it its sockets: clean up what it had in shared places."""
         self._counters.forget_gauges(index, self._directory)
+        if self._splicing is not None:
+            # What it had spliced goes on: first, while the table says what that is.
+            try:
+                self._splicing.bury(index)
+            except KeeperError as error:
+                self._log.write("error", "splice_keeper", error=str(error))
         window = self._table.windows[index]
         window[:] = bytes(len(window))
         if self._maps is not None:
             self._maps.forget_worker(index, self._slots)
-        if self._splicing is not None:
-            try:
-                self._splicing.forget_worker(index)
-            except KeeperError as error:
-                self._log.write("error", "splice_keeper", error=str(error))
 
     def _replace(self, index: int) -> None:
         if self._ending:
@@ -665,11 +692,12 @@ class Daemon:
         self._instance.pid_file.unlink(missing_ok=True)
         if self._proc is not None:
             self._proc.close()
+        if self._splicing is not None:
+            self._splicing.close()
         if self._view is not None:
             self._view.unpin()
             self._view.close()
-        if self._splicing is not None:
-            self._splicing.close()
+        bpffs.leave(self._instance.bpffs_dir.parent)
         if self._maps is not None:
             self._maps.close()
         if self._arrays is not None:
@@ -894,10 +922,12 @@ def _is_number(value: object) -> TypeGuard[int]:
 
 def _kernel_choices(config: Config) -> set[str]:
     """The datapaths of the kernel that the configuration names or leaves open."""
-    choices = {config.datapath}
+    choices: set[str] = {config.datapath}
     for listener in config.listeners:
         choices.add(listener.datapath or config.datapath)
         choices |= {
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         }
-    return {"sockmap" if choice == "auto" else choice for choice in choices if choice != "copy"}
+    if "auto" in choices:
+        choices |= {"sockmap", "splice"}
+    return choices - {"auto", "copy"}

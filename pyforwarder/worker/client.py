@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.address import HostPort, UnixAddress
     from pyforwarder.datapath.abi import Direction
+    from pyforwarder.datapath.base import PairReason
     from pyforwarder.reasons import CloseReason
     from pyforwarder.routing import Conversation, Route
     from pyforwarder.upstreams import Balancer, ServerState
@@ -36,6 +37,7 @@ class Client(Pair):
         "is_eager",
         "life",
         "listener",
+        "not_spliced",
         "over_limit",
         "owner",
         "peer",
@@ -90,6 +92,7 @@ class Client(Pair):
         self.waits_for_handover = False
         self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
+        self.not_spliced: PairReason | None = None  # what splice said when it refused
         self.turns = 0
         self.turn_direction: Direction | None = None
         # Of its sockets, if another program gave them to us.
@@ -107,7 +110,7 @@ class Client(Pair):
         """The local address of the outgoing connection; None without one and on a unix socket."""
         if self.server is None:
             return None
-        if self.source is None:
+        if self.source is None and self.server.fileno() >= 0:
             self.source = address_of(self.server.getsockname())
         return self.source
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 
-# What keeps a pair from being spliced, and not from being moved by the kernel.
-_NEXT_BEST: Final = (PairReason.NOT_AVAILABLE, PairReason.NOT_ELIGIBLE, PairReason.MAP_FULL)
+# What keeps a pair from every kernel datapath; with any other reason the next best is asked.
+_FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
 
 
 class Handover:
@@ -57,13 +57,20 @@ class Handover:
         client.is_eager = choice in ("sockmap", "splice") or not (
             when.after_bytes and when.after_round_trips and when.after_s
         )
-        if client.is_eager:
+        if client.is_eager and not self._is_spliced_at_once(client, choice):
             self._ask(client)
+
+    def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
+        """Before the client can have read its answer: no moment is quieter."""
+        if self._splice is None or choice == "sockmap":
+            return False
+        self._attempt(client, only_splice=True)
+        return not client.waits_for_handover
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None and (choice != "splice" or self._splice is None):
+        if self._sockmap is None and (self._splice is None or choice == "sockmap"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         ends = (client.client, client.server)
@@ -98,12 +105,24 @@ class Handover:
         if age_s >= after_s and not client.handover_asked:
             self._ask(client)
 
+    def _try_splice(self, client: Client) -> PairReason | None:
+        if not client.listener.config.splice:
+            return PairReason.SPLICE_OFF
+        if self._splice is None:
+            return PairReason.NOT_ELIGIBLE
+        return self._splice.join(client)
+
+    def try_again(self, client: Client) -> None:
+        """What stood in a datapath's way may be gone."""
+        if client.waits_for_handover and not client.handover_asked:
+            self._ask(client)
+
     def _ask(self, client: Client) -> None:
         # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
         client.handover_asked = True
         self._server.loop.defer(self._attempt, client)
 
-    def _attempt(self, client: Client) -> None:
+    def _attempt(self, client: Client, *, only_splice: bool = False) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
             return
         if client.slot < 0:
@@ -111,13 +130,15 @@ class Handover:
         choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
         because = PairReason.BEST if choice == "auto" else PairReason.FORCED
         reason: PairReason | None = PairReason.NOT_AVAILABLE
-        may_splice = choice == "splice" and client.listener.config.splice
-        if may_splice and self._splice is not None:
-            reason = self._splice.join(client)
-            because = PairReason.FORCED
-        if reason in _NEXT_BEST and self._sockmap is not None:
-            if may_splice:
-                because = PairReason.NOT_ELIGIBLE
+        if client.not_spliced is not None:
+            reason = because = client.not_spliced
+        elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
+            reason = self._try_splice(client)
+            if reason not in _FINAL:
+                client.not_spliced = because = reason
+        if reason not in _FINAL and self._sockmap is not None:
+            if only_splice:
+                return  # the next turn of the loop asks the sockmap
             reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:

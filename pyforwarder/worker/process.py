@@ -33,6 +33,7 @@ from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
+from pyforwarder.worker.orphans import adopt_orphans
 from pyforwarder.worker.server import Server
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Inheritance:
     user: str | None  # None: stay who we are
     log: Log
     splicing: Splicing | None = None
+    last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
 
 
 def most_clients(pairs: int) -> int:
@@ -239,6 +241,7 @@ class _Worker:
             workers=given.workers,
             most_clients=most_clients(config.limits.pairs),
             ask_supervisor=self._ask_supervisor,
+            last_id=given.last_id,
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
         splice = None
@@ -252,6 +255,10 @@ class _Worker:
             )
             given.splicing.keep_only(given.worker)
         server.handover = Handover(server, sockmap, splice)
+        if splice is not None:
+            adopted = adopt_orphans(server, splice)
+            if adopted:
+                server.log.log.write("info", "adopted", worker=given.worker, pairs=adopted)
         self._datagrams = DatagramServer(
             self.loop,
             counters=server.counters,

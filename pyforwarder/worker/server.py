@@ -100,11 +100,12 @@ class Server:
         workers: int,
         most_clients: int,
         ask_supervisor: Callable[[str, list[int], int], None],
+        last_id: int = 0,
     ) -> None:
         """`most_clients` bounds open connections, by the descriptors this process may have.
 
         `ask_supervisor(what, descriptors, number)` asks for what needs a privilege, without
-        waiting for it.
+        waiting for it. `last_id` is the highest id of the pairs that go on from before.
         """
         self.ask_supervisor = ask_supervisor
         self.loop = loop
@@ -117,6 +118,7 @@ class Server:
         self.log = log
         self._workers = workers
         self._worker = worker
+        self._last_id = last_id
         self._most_clients = most_clients
         self.clients: dict[int, Client] = {}
         self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
@@ -219,7 +221,7 @@ class Server:
         """Count one more client and name it; the count survives the worker, so no id recurs."""
         number: int = self.counters[Counter.ACCEPTED]
         self.counters[Counter.ACCEPTED] = number + 1
-        return number * self._workers + self._worker + 1
+        return self._last_id + number * self._workers + self._worker + 1
 
     def _admit(self, state: ListenerState, fd: int, peer: object, family: int) -> None:
         os.set_blocking(fd, False)
@@ -387,10 +389,13 @@ class Server:
         client.active_s = self.loop.now_s
         client.datapath = self.copying
         self.handover.joined(client)
-        self._watch_idle(client)
+        if client.life is not Life.JOINED:
+            return  # it broke as the kernel took it
+        self.watch_idle(client)
         if client.slot >= 0:
             self.records.show(client)
-        self.copying.join(client)
+        if client.datapath is self.copying:
+            self.copying.join(client)
 
     # PairHost
 
@@ -445,6 +450,11 @@ class Server:
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
 
+    def try_again(self, pair: Pair) -> None:
+        """A datapath may be able to take the pair now."""
+        assert isinstance(pair, Client)
+        self.handover.try_again(pair)
+
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """Ask the supervisor, who may."""
         self.ask_supervisor("enlarge", [sock.fileno()], by_bytes)
@@ -465,8 +475,8 @@ class Server:
             case Life.REFUSING:
                 self.happen(client, Event.BROKEN)
 
-    def _watch_idle(self, client: Client) -> None:
-        """Look at the pair every now and then; a byte that moves does not touch a timer."""
+    def watch_idle(self, client: Client) -> None:
+        """Look at the joined pair every now and then; a byte that moves does not touch a timer."""
         generation = client.listener.generation
         wait_s = generation.idle_check_s
         if client.waits_for_handover:
@@ -490,7 +500,7 @@ class Server:
         if client.waits_for_handover:
             self.handover.aged(client)
         if client.life is Life.JOINED:
-            self._watch_idle(client)
+            self.watch_idle(client)
 
     # The end
 
@@ -618,14 +628,9 @@ class Server:
         client.is_adopted = True
         client.cookies = cookies
         self._adopted.update(dict.fromkeys(cookies, client))
-        client.counts_pair = True
-        self.limits.add_pair()
-        counters[Counter.PAIRS_OPEN] += 1
         counters[Counter.PAIRS_OPENED] += 1
-        counters[Counter.OPEN] += 1
         counters[state.counter + ListenerCounter.ACCEPTED] += 1
-        counters[state.counter + ListenerCounter.OPEN] += 1
-        self.clients[client_fd] = client
+        self.take_in(client)
         for flow, source, target in (
             (client.up, client_socket, server_socket),
             (client.down, server_socket, client_socket),
@@ -663,6 +668,15 @@ class Server:
             if (client := self._adopted.get(cookie)) is not None:
                 return client.id
         return None
+
+    def take_in(self, client: Client) -> None:
+        """Count a pair that did not come by a listener among those that are open."""
+        client.counts_pair = True
+        self.limits.add_pair()
+        self.counters[Counter.PAIRS_OPEN] += 1
+        self.counters[Counter.OPEN] += 1
+        self.counters[client.listener.counter + ListenerCounter.OPEN] += 1
+        self.clients[client.client_fd] = client
 
     def upstreams(self) -> dict[str, dict[str, dict[str, object]]]:
         """What this worker knows of every server: upstream -> server -> state and counts."""

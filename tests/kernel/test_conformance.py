@@ -13,7 +13,8 @@ import pytest
 
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.scenarios import ALL, at_random
-from pyforwarder.datapath.splice_keeper import SpliceMaps, Splicing
+from pyforwarder.datapath.splice_keeper import Splicing
+from pyforwarder.datapath.splice_maps import SpliceMaps
 from tests.helpers.stage import SLOTS, stage
 
 DATAPATHS: Final = ("copy", "sockmap", "splice", "fake")

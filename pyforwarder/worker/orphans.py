@@ -1,0 +1,95 @@
+"""Spliced pairs that outlived their worker, or the whole daemon: they go on, and are ours now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyforwarder.connection import Life
+from pyforwarder.datapath.abi import DatapathKind, PairState
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.splice_keeper import KeeperError
+from pyforwarder.reasons import CloseReason
+from pyforwarder.routing import Route
+from pyforwarder.worker.client import Client, address_of
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice import Orphan, SpliceDatapath
+    from pyforwarder.worker.server import Server
+
+
+def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
+    """Take in what waits for this worker; how many pairs that were.
+
+    Call it before the worker connects anywhere: from then on their ports are taken.
+    """
+    number = 0
+    for orphan in splice.adopt():
+        number += 1
+        client = _client_of(server, orphan)
+        server.take_in(client)
+        for fd in (client.client_fd, client.server_fd):
+            server.loop.watch(fd, 0, splice.ready, client)
+        client.life = Life.JOINED
+        client.datapath = splice
+        _show(server, client, orphan)
+        try:
+            if client.slot < 0:
+                raise KeeperError("find room in the pair table", 28)
+            splice.go_on_with(client, orphan)
+        except KeeperError:
+            # Nobody could end it or count it: whoever still speaks gets a RST.
+            splice.forget(orphan.index)
+            client.datapath = None
+            server.broken(client, CloseReason.INTERNAL)
+            continue
+        if client.life is Life.JOINED:
+            for flow in (client.up, client.down):
+                server.moved(client, flow)
+            server.watch_idle(client)
+    return number
+
+
+def _client_of(server: Server, orphan: Orphan) -> Client:
+    """As it would be had it come by its listener and its rule, as far as they still exist."""
+    generation = server.generation
+    record = orphan.record
+    listener_name = record.listener_name.decode(errors="replace") if record else ""
+    rule_name = record.rule.decode(errors="replace") if record else ""
+    state = generation.listeners.get(listener_name, generation.joined)
+    rules = state.ruleset.rules
+    rule = next((rule for rule in rules if rule.name == rule_name), rules[0])
+    peer = address_of(orphan.client.getpeername())
+    client = Client(server, state, orphan.client, orphan.client.fileno(), peer, server.loop.now_s)
+    client.id = orphan.id
+    client.attach_server(orphan.server, orphan.server.fileno())
+    client.destination = address_of(orphan.server.getpeername())
+    assert client.destination is not None
+    client.route = Route(rule, client.destination, 0, None, False)
+    client.kind = DatapathKind.SPLICE
+    client.pair_reason = PairReason.GOES_ON
+    if record is not None:
+        client.accepted_s = record.started_ns / 1e9
+        for flow in (client.up, client.down):
+            flow.carried_bytes = record.worker[flow.direction].carried_bytes
+            flow.carried_packets = record.worker[flow.direction].carried_packets
+    return client
+
+
+def _show(server: Server, client: Client, orphan: Orphan) -> None:
+    """Write the record as it was, with the names that the configuration may not know any more."""
+    server.records.show(client)
+    record = orphan.record
+    if record is None or client.slot < 0:
+        return
+    ends = (record.client, record.listener, record.source, record.server)
+    server.window.describe(
+        client.slot,
+        pair_id=client.id,
+        started_ns=record.started_ns,
+        endpoints=b"".join(map(bytes, ends)),
+        rule=record.rule,
+        listener=record.listener_name,
+        state=PairState.JOINED,
+        datapath=client.kind,
+        reason=client.pair_reason,
+    )
