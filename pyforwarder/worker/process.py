@@ -195,7 +195,10 @@ class _Worker:
         server.generation = generation
         log = generation.config.log
         server.log.log.change(level=log.level, form=log.format)
+        stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets.values():
+            if os.fstat(sock.fileno()).st_ino not in stays:
+                server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}
@@ -279,6 +282,7 @@ class _Worker:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
         for sock in self._sockets.values():
+            server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}

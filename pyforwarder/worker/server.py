@@ -36,6 +36,7 @@ from pyforwarder.worker.adopting import (
     set_up,
     written_so_far,
 )
+from pyforwarder.worker.channel import BACKLOG
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
 from pyforwarder.worker.records import Records
@@ -189,9 +190,20 @@ class Server:
         if self._listeners.pop(sock.fileno(), None) is not None:
             self.loop.forget(sock.fileno())
 
-    def _accept(self, state: ListenerState, fd: int, _mask: int) -> None:
+    def accept_rest(self, sock: _socket.socket) -> None:
+        """Take in everybody who waits at a listener that is about to go.
+
+        For them they have been connected for a while: closing it would reset them.
+        """
+        fd = sock.fileno()
+        if fd in self._listeners:
+            self._accept(self._listeners[fd][1], fd, 0, most=BACKLOG)
+
+    def _accept(
+        self, state: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
+    ) -> None:
         listener = self._listeners[fd][0]
-        for _ in range(ACCEPT_BATCH):
+        for _ in range(most):
             try:
                 client_fd, peer = listener._accept()  # type: ignore[attr-defined]
             except BlockingIOError:

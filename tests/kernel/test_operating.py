@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,14 +12,16 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+import psutil
 import pytest
 
 from pyforwarder.instance import Instance
 from tests.helpers.daemon import COMMAND, Place, leftovers, run_command
-from tests.helpers.instruction import instruction, refusal
+from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.peers import (
     EchoServer,
     Waiting,
+    address_text,
     dial,
     dial_through,
     pair_through,
@@ -299,3 +302,42 @@ def test_everything_that_was_shown_can_be_shown_after_a_kill(
         done = run_command(place, "show", what)
         assert "# the daemon is gone" in done.stdout.splitlines()[0]
     assert run_command(place, "show", "rules").stdout == ""
+
+
+# ---------------------------------------------------------------------------- drain
+
+
+@pytest.mark.parametrize("how", ["drain", "move"])
+def test_clients_who_have_connected_by_then_are_served(
+    place: Place, start_forwarder: StartForwarder, how: str
+) -> None:
+    # More than a worker accepts at one go, while it is busy with something else.
+    forwarder = start_forwarder(CONFIG + "workers: 1\n")
+    (worker,) = forwarder.workers()
+    with EchoServer() as server, contextlib.ExitStack() as stack:
+        worker.suspend()
+        clients = [stack.enter_context(dial(forwarder.address)) for _ in range(40)]
+        for client in clients:
+            client.sendall(instruction(address_text(server.address)) + b"x")
+        if how == "drain":
+            before = psutil.Process(forwarder.process.pid).num_fds()
+            forwarder.signal(signal.SIGTERM)
+            wait_for(
+                lambda: psutil.Process(forwarder.process.pid).num_fds() < before,
+                "the daemon closes its listener, and tells the worker next",
+            )
+        else:
+            new = ("127.0.0.1", unused_port())
+            (place.run_dir / "default" / "proc" / "listen_port").write_text(f"{new[1]}\n")
+
+            def listens() -> bool:
+                with contextlib.suppress(ConnectionRefusedError), dial(new):
+                    return True
+                return False
+
+            wait_for(listens, "the daemon listens at the new port, and tells the worker next")
+        worker.resume()
+        for client in clients:
+            assert read_exactly(client, 7) == ACK + b"x"
+    if how == "drain":
+        assert forwarder.wait() == 0

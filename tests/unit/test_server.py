@@ -824,6 +824,24 @@ def test_listener_closed_during_its_pause_stays_closed(
     assert play.counters[Counter.ACCEPTED] == 0
 
 
+def test_clients_who_wait_at_a_listener_that_goes_are_served(
+    start: StartPlay, servers: Servers
+) -> None:
+    server, address = servers()
+    play = start(named())
+    clients = [play.dial() for _ in range(5)]
+    for client in clients:
+        client.sendall(instruction(address))
+    assert play.counters[Counter.ACCEPTED] == 0
+    play.server.accept_rest(play.listener)
+    play.server.unlisten(play.listener)
+    play.listener.close()
+    assert play.counters[Counter.ACCEPTED] == 5
+    for client in clients:
+        assert play.read(client, len(ACK)) == ACK
+    del server
+
+
 def test_clients_are_accepted_in_batches(start: StartPlay) -> None:
     play = start(named())
     clients = [play.dial() for _ in range(23)]
