@@ -340,11 +340,14 @@ class SpliceDatapath:
     @staticmethod
     def _may_hold(pair: Pair, tries: _Tries, now_s: float) -> bool:
         """Whether to make a pair rest that does not by itself."""
-        if tries.looks <= _FREE_LOOKS or tries.holds >= len(_PAUSES_S) or now_s < tries.next_hold_s:
+        if tries.holds >= len(_PAUSES_S) or now_s < tries.next_hold_s:
             return False
-        assert pair.server is not None
-        if rest(pair.client).unsent_bytes or rest(pair.server).unsent_bytes:
-            return False  # a peer is slow: no short hold would change that
+        # Where bytes come in bulk, waiting for rest is in vain, and a lost packet comes again soon.
+        is_bulk = pair.up.bulk or pair.down.bulk
+        if tries.looks <= (1 if is_bulk else _FREE_LOOKS):
+            return False
+        if pair.up.blocked or pair.down.blocked:
+            return False  # a reader is slow: no short hold would change that
         tries.holds += 1
         return True
 

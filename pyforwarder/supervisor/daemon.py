@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import resource
 import signal
@@ -21,7 +22,7 @@ from pyforwarder.datapath.arrays import Arrays
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
 from pyforwarder.datapath.splice_keeper import KeeperError, Splicing, pins_of
-from pyforwarder.datapath.splice_maps import SpliceMaps
+from pyforwarder.datapath.splice_maps import SpliceMaps, smallest_mtu
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -366,6 +367,7 @@ class Daemon:
         self._listeners.commit(following, obsolete)
         self._settings = self._make_settings(text, config, following)
         self._config = config
+        self._limit_packets()
         # Known before any worker is forked, so that none keeps the socket.
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
@@ -403,7 +405,24 @@ class Daemon:
             binds={name: str(listener.bind) for name, listener in bound.items()},
             indexes=counter_indexes(config, self._directory),
             passwords=passwords,
+            mtus=self._mtus(config),
         )
+
+    def _mtus(self, config: Config) -> dict[str, int]:
+        """What packets may have where pairs can be spliced between interfaces."""
+        mtu = smallest_mtu() if self._splicing is not None else 0
+        return {
+            listener.name: mtu
+            for listener in config.listeners
+            if mtu
+            and listener.splice
+            and isinstance(listener.bind, Address)
+            and not ipaddress.ip_address(listener.bind.host).is_loopback
+        }
+
+    def _limit_packets(self) -> None:
+        for name, listener in self._listeners.bound.items():
+            listener.limit_packets(self._settings.mtus.get(name, 0))
 
     def _start_worker(self, index: int, *, listening: bool = True) -> WorkerProcess:
         def make(channel: Channel) -> Inheritance:
@@ -904,6 +923,7 @@ class Daemon:
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
         self._listeners.commit(following, obsolete)
+        self._limit_packets()
         self._describe_listeners()
         self._metrics.commit(metrics)
         self._checks.change_to(config.upstreams)

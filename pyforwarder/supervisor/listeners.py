@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from pyforwarder.config import Config
 
+TCP4_HEADERS_BYTES: Final = 40
+TCP6_HEADERS_BYTES: Final = 60
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 
 
@@ -83,6 +85,16 @@ class BoundListener:
             sock.bind((wanted.host, port))
             port = sock.getsockname()[1]
         return Address(wanted.host, port)
+
+    def limit_packets(self, mtu: int) -> None:
+        """Ask clients for packets of at most so many bytes, headers included; 0: no limit of ours.
+
+        Without it a client on this host may send what no other interface than `lo` can carry.
+        """
+        if self.protocol == "tcp" and isinstance(self.wanted, Address):
+            headers = TCP6_HEADERS_BYTES if self.wanted.is_ipv6 else TCP4_HEADERS_BYTES
+            for sock in self.sockets:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - headers if mtu else 0)
 
     def socket_of(self, worker: int) -> socket.socket:
         """The socket that this worker accepts from."""

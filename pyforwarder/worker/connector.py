@@ -213,6 +213,13 @@ class Connector:
                 sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
                 sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
                 sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+                segment_bytes = client.listener.segment_bytes
+                if segment_bytes is not None:
+                    sock.setsockopt(
+                        _socket.IPPROTO_TCP,
+                        _socket.TCP_MAXSEG,
+                        segment_bytes[family == _socket.AF_INET6],
+                    )
                 if client.balancer is not None:
                     if self._wants_own_address(client, family):
                         self._ask_for_own_address(client, sock, fd)

@@ -41,6 +41,8 @@ class Settings:
     binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
     indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
     passwords: Mapping[str, bytes] = field(default_factory=dict)  # by users' names
+    # Listener name -> what packets of its connections, and of those to their servers, may have.
+    mtus: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """For a pipe to another process."""
@@ -53,6 +55,7 @@ class Settings:
                 "passwords": _as_text(self.passwords),
                 "binds": dict(self.binds),
                 "indexes": dict(self.indexes),
+                "mtus": dict(self.mtus),
             }
         )
 
@@ -149,6 +152,7 @@ class ListenerState:
         "rule_counters",
         "rule_names",
         "ruleset",
+        "segment_bytes",
         "send_proxy",
         "starts_specially",
         "timeout_s",
@@ -178,6 +182,10 @@ class ListenerState:
         self.trusted_proxies: Networks | None = (
             listener.proxy_protocol.trusted if listener.proxy_protocol.accept else None
         )
+        # TCP_MAXSEG of outgoing sockets, for IPv4 and IPv6; None: as the route says. What a server
+        # sends must fit into the path to the client, too, or the pair could not be spliced.
+        mtu = settings.mtus.get(listener.name, 0)
+        self.segment_bytes = (mtu - 40, mtu - 60) if mtu else None
         self.counter = settings.indexes[listener.name]
         self.rule_configs: list[Rule] = list(listener.rules)
         self.rule_names = [rule.name.encode() for rule in listener.rules]
