@@ -448,18 +448,32 @@ class Config(Section):
             raise ConfigError(str(error), path="--listen") from error
         for index, listener in enumerate(self.listeners):
             if listener.protocol == "tcp":
-                moved = listener.model_copy(update={"bind": address})
-                listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
-                config = self.model_copy(update={"listeners": listeners})
-                break
-        else:
-            raise ConfigError("there is no TCP listener to move", path="--listen")
+                return self._with_listener_at(index, address, "--listen")
+        raise ConfigError("there is no TCP listener to move", path="--listen")
+
+    def with_port(self, name: str, port: int) -> Config:
+        """This configuration with the listener of that name at another port, if there is one.
+
+        Raises:
+            ConfigError: the port makes the configuration wrong, as above.
+        """
+        for index, listener in enumerate(self.listeners):
+            if listener.name == name and isinstance(listener.bind, Address):
+                return self._with_listener_at(
+                    index, Address(listener.bind.host, port), "listen_port"
+                )
+        return self
+
+    def _with_listener_at(self, index: int, address: Address | UnixAddress, path: str) -> Config:
+        moved = self.listeners[index].model_copy(update={"bind": address})
+        listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
+        config = self.model_copy(update={"listeners": listeners})
         try:
             # Copies are not validated.
             moved._check_consistent()
             config._check_references()
         except PydanticCustomError as error:
-            raise ConfigError(error.message(), path="--listen") from error
+            raise ConfigError(error.message(), path=path) from error
         return config
 
 

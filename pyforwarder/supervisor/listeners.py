@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address, UnixAddress
 from pyforwarder.errors import ForwarderError
+from pyforwarder.worker.channel import BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pyforwarder.config import Config
 
-# somaxconn caps it; HAProxy and nginx ask for as much as they may, too.
-BACKLOG: Final = 4096
 TCP4_HEADERS_BYTES: Final = 40
 TCP6_HEADERS_BYTES: Final = 60
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"

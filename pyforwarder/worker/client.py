@@ -29,6 +29,7 @@ class Client(Pair):
         "balancer",
         "candidates",
         "conversation",
+        "cookies",
         "counts_client",
         "counts_pair",
         "destination",
@@ -94,6 +95,8 @@ class Client(Pair):
         self.not_spliced: PairReason | None = None  # what splice said when it refused
         self.turns = 0
         self.turn_direction: Direction | None = None
+        # Of its sockets, if another program gave them to us.
+        self.cookies: tuple[int, ...] = ()
         # Which limits count this connection, to be given back exactly once.
         self.counts_pair = False
         self.counts_client = False
@@ -102,6 +105,14 @@ class Client(Pair):
     def expired(self) -> None:
         """The connection's deadline has passed; what that means depends on its life."""
         self.owner.expired(self)
+
+    def source_address(self) -> Address | None:
+        """The local address of the outgoing connection; None without one and on a unix socket."""
+        if self.server is None:
+            return None
+        if self.source is None and self.server.fileno() >= 0:
+            self.source = address_of(self.server.getsockname())
+        return self.source
 
     @property
     def listener_name(self) -> str:

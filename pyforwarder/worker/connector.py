@@ -5,7 +5,6 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -363,17 +362,7 @@ class Connector:
                 self._loop.close(fd)
             else:
                 os.close(fd)
-            client.server = None
+            client.server = client.source = None
             client.server_fd = -1
             client.server_mask = 0
         self._loop.deadlines.stop(client)
-
-    @staticmethod
-    def source_of(client: Client) -> Address | None:
-        """The local address of the outgoing connection; None on a unix socket."""
-        if client.source is None and client.server is not None:
-            if client.server.family == socket.AF_UNIX:
-                return None
-            name = client.server.getsockname()
-            client.source = Address(name[0], name[1])
-        return client.source

@@ -36,7 +36,7 @@ class Settings:
 
     config_text: str
     source: str
-    overrides: Mapping[str, str]  # from the command line: `listen`, `datapath`
+    overrides: Mapping[str, str]  # see `with_overrides`
     keys: Mapping[str, bytes]
     binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
     indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
@@ -77,13 +77,18 @@ def _as_text(secrets: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
-    """`--listen` replaces the first listener's address, `--datapath` every choice of datapath.
+    """`--listen` replaces the first TCP listener's address, `--datapath` every choice of datapath.
+
+    `moved` is what `listen_port` was told: a listener's name, a blank, and its port.
 
     Raises:
-        ConfigError: the first listener cannot listen there.
+        ConfigError: the listener cannot listen there.
     """
     if "listen" in overrides:
         config = config.listening_on(overrides["listen"])
+    if "moved" in overrides:
+        name, _, port = overrides["moved"].rpartition(" ")
+        config = config.with_port(name, int(port))
     if "datapath" in overrides:
         listeners = tuple(
             listener.model_copy(

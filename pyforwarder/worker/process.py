@@ -63,6 +63,7 @@ class Inheritance:
     maps: KernelMaps | None
     used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
+    log: Log
     splicing: Splicing | None = None
     last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
 
@@ -161,6 +162,8 @@ class _Worker:
                 return self._serving().upstreams()
             case "health":
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
+            case "pair_with":
+                return self._serving().pair_with(message["cookies"])
             case "join":
                 return self._serving().join_sockets(fds[0], fds[1])
             case unknown:
@@ -190,7 +193,12 @@ class _Worker:
             self._server = self._make_server(generation)
         server = self._server
         server.generation = generation
+        log = generation.config.log
+        server.log.log.change(level=log.level, form=log.format)
+        stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets.values():
+            if os.fstat(sock.fileno()).st_ino not in stays:
+                server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}
@@ -231,7 +239,7 @@ class _Worker:
             counters=Counters(given.counters_memory, given.workers).block(given.worker),
             limits=limits,
             window=window,
-            log=ConnectionLog(Log(level=config.log.level, form=config.log.format)),
+            log=ConnectionLog(given.log),
             worker=given.worker,
             workers=given.workers,
             most_clients=most_clients(config.limits.pairs),
@@ -274,6 +282,7 @@ class _Worker:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
         for sock in self._sockets.values():
+            server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}

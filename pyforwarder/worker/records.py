@@ -9,7 +9,6 @@ from pyforwarder.address import Address, UnixAddress
 from pyforwarder.connection import Life, shown_state
 from pyforwarder.datapath.abi import PairState, pack_endpoint
 from pyforwarder.worker.client import address_of
-from pyforwarder.worker.connector import Connector
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.table import PairWindow
@@ -56,7 +55,7 @@ class Records:
         listener = state.endpoint or self._local_endpoint(pair)
         source = server = _NO_ENDPOINT
         if pair.life >= Life.HANDOVER and pair.server is not None:
-            source = pack_endpoint(Connector.source_of(pair))
+            source = pack_endpoint(pair.source_address())
         if isinstance(pair.destination, Address | UnixAddress):
             server = pack_endpoint(pair.destination)
         self._window.describe(

@@ -29,7 +29,14 @@ from pyforwarder.errors import ControlError
 from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, Loop
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import Route
-from pyforwarder.worker.adopting import adopt, read_so_far, written_so_far
+from pyforwarder.worker.adopting import (
+    adoptable,
+    cookie_of,
+    read_so_far,
+    set_up,
+    written_so_far,
+)
+from pyforwarder.worker.channel import BACKLOG
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
 from pyforwarder.worker.records import Records
@@ -37,7 +44,7 @@ from pyforwarder.worker.resolver import Resolver
 from pyforwarder.worker.sniffer import Sniffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pyforwarder.datapath.base import Flow, Pair
     from pyforwarder.datapath.table import PairWindow
@@ -115,6 +122,7 @@ class Server:
         self._last_id = last_id
         self._most_clients = most_clients
         self.clients: dict[int, Client] = {}
+        self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
         self._busy_clients = 0
         self.records = Records(loop, window)
         self._sniffer = Sniffer(self)
@@ -182,9 +190,20 @@ class Server:
         if self._listeners.pop(sock.fileno(), None) is not None:
             self.loop.forget(sock.fileno())
 
-    def _accept(self, state: ListenerState, fd: int, _mask: int) -> None:
+    def accept_rest(self, sock: _socket.socket) -> None:
+        """Take in everybody who waits at a listener that is about to go.
+
+        For them they have been connected for a while: closing it would reset them.
+        """
+        fd = sock.fileno()
+        if fd in self._listeners:
+            self._accept(self._listeners[fd][1], fd, 0, most=BACKLOG)
+
+    def _accept(
+        self, state: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
+    ) -> None:
         listener = self._listeners[fd][0]
-        for _ in range(ACCEPT_BATCH):
+        for _ in range(most):
             try:
                 client_fd, peer = listener._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
@@ -326,7 +345,7 @@ class Server:
                 up.pending = header + first
                 up.carried_bytes = -len(header)
         if route.negotiation is not None:
-            answer = route.negotiation.granted(self._connector.source_of(client))
+            answer = route.negotiation.granted(client.source_address())
             if answer:
                 down.pending = answer
                 # Not carried for anybody: what is written of it must not count.
@@ -519,31 +538,29 @@ class Server:
         counters[Counter.OPEN] -= 1
         counters[client.listener.counter + ListenerCounter.OPEN] -= 1
         datapath = client.datapath
-        up_bytes = max(0, client.up.carried_bytes)
-        down_bytes = max(0, client.down.carried_bytes)
+        up = max(0, client.up.carried_bytes), client.up.carried_packets
+        down = max(0, client.down.carried_bytes), client.down.carried_packets
         if datapath is not None:
             if datapath is not self.copying:
-                up_bytes = datapath.carried(client, client.up)[0]
-                down_bytes = datapath.carried(client, client.down)[0]
+                up = datapath.carried(client, client.up)[:2]
+                down = datapath.carried(client, client.down)[:2]
                 counters[Counter.BACKLOG_TRIPS] += datapath.trips(client)
                 datapath.leave(client)
             client.datapath = None
             # The slot first: who adds the table to these counters may miss the bytes for a moment,
             # but must not see them twice.
             self.records.release(client)
-            counters[Counter.UP_BYTES] += up_bytes
-            counters[Counter.DOWN_BYTES] += down_bytes
-        self.log.closed(client, up_bytes, down_bytes)
+            counters[Counter.UP_BYTES] += up[0]
+            counters[Counter.DOWN_BYTES] += down[0]
+        self.log.closed(client, up, down)
         self.loop.deadlines.stop(client)
         self._give_back(client)
         del self.clients[client.client_fd]
         if client.is_adopted:
+            for cookie in client.cookies:
+                del self._adopted[cookie]
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach whoever is given the number next.
-            self.loop.forget(client.client_fd)
-            self.loop.forget(client.server_fd)
-        if client.is_adopted:
-            # Closing takes a descriptor out of epoll only if nobody else has the socket open.
             self.loop.forget(client.client_fd)
             self.loop.forget(client.server_fd)
         self.loop.close(client.client.detach())
@@ -568,7 +585,8 @@ class Server:
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:
         """Reset the pairs with these ids, or all of them (None); the ids that were found."""
-        chosen = [c for c in self.clients.values() if ids is None or c.id in ids]
+        wanted = None if ids is None else set(ids)
+        chosen = [c for c in self.clients.values() if wanted is None or c.id in wanted]
         for client in chosen:
             self.broken(client, CloseReason.FLUSHED)
         return [client.id for client in chosen]
@@ -588,19 +606,30 @@ class Server:
         begin now.
 
         Raises:
-            ControlError: the sockets cannot be joined; both are closed.
+            ControlError: the sockets cannot be joined; both descriptors are closed, and the sockets
+                are what they were.
         """
         try:
-            client_socket = adopt(client_fd)
+            client_socket = adoptable(client_fd)
         except OSError as error:
             os.close(server_fd)
             raise ControlError(f"cannot join: {error.strerror}") from error
         try:
-            server_socket = adopt(server_fd)
-            peer = address_of(client_socket.getpeername())
+            server_socket = adoptable(server_fd)
         except OSError as error:
             client_socket.close()
             raise ControlError(f"cannot join: {error.strerror}") from error
+        try:
+            cookies = self._admit_join(client_socket, server_socket)
+            peer = address_of(client_socket.getpeername())
+            # Only now: the caller keeps sockets that are refused, and goes on with them.
+            set_up(client_socket)
+            set_up(server_socket)
+        except (ControlError, OSError) as error:
+            client_socket.close()
+            server_socket.close()
+            words = error.strerror if isinstance(error, OSError) else error
+            raise ControlError(f"cannot join: {words}") from error
         state = self.generation.joined
         counters = self.counters
         client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
@@ -609,6 +638,8 @@ class Server:
         client.destination = address_of(server_socket.getpeername()) or UnixAddress("/")
         client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
         client.is_adopted = True
+        client.cookies = cookies
+        self._adopted.update(dict.fromkeys(cookies, client))
         counters[Counter.PAIRS_OPENED] += 1
         counters[state.counter + ListenerCounter.ACCEPTED] += 1
         self.take_in(client)
@@ -626,6 +657,29 @@ class Server:
         self.records.show_later(client)
         self.happen(client, Event.FLUSHED)
         return client.id
+
+    def _admit_join(self, *sockets: _socket.socket) -> tuple[int, ...]:
+        """Their cookies, if they may be joined here.
+
+        Raises:
+            ControlError: a pair has one of them, or there is no room.
+        """
+        cookies = tuple(map(cookie_of, sockets))
+        if len(set(cookies)) < len(cookies):
+            raise ControlError("the two are the same socket")
+        if (owner := self.pair_with(cookies)) is not None:
+            raise ControlError(f"pair {owner} has that socket already")
+        limit = self.generation.limits.pairs
+        if len(self.clients) >= self._most_clients or self.limits.pairs >= limit:
+            raise ControlError(f"there are as many pairs as there may be (limits.pairs: {limit})")
+        return cookies
+
+    def pair_with(self, cookies: Iterable[int]) -> int | None:
+        """The id of the pair that was given one of these sockets by another program."""
+        for cookie in cookies:
+            if (client := self._adopted.get(cookie)) is not None:
+                return client.id
+        return None
 
     def take_in(self, client: Client) -> None:
         """Count a pair that did not come by a listener among those that are open."""

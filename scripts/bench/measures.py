@@ -125,6 +125,20 @@ MEASURES: Final = (
         for way in ("up", "down")
         for key, title in (("p99", "p99"), ("max", "longest"))
     ),
+    *(
+        Measure(
+            f"view_{key}",
+            f"view_{key}",
+            f"{title} while `show` is read, ratio to unread",
+            "x",
+            better,
+            3,
+        )
+        for key, title, better in (
+            ("rtt", "round trip 64 B, 64 connections, p50,", Better.LOWER),
+            ("cpu", "CPU without the reader's, paced stream up,", Better.LOWER),
+        )
+    ),
     *_latency("connect_paced", "connect to answer at a paced rate"),
     *(
         Measure(

@@ -31,6 +31,7 @@ from pyforwarder.limits import SharedLimits, shared_memory
 from pyforwarder.loop import Loop
 from pyforwarder.reasons import CloseReason
 from pyforwarder.worker import resolver
+from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
@@ -823,6 +824,24 @@ def test_listener_closed_during_its_pause_stays_closed(
     assert play.counters[Counter.ACCEPTED] == 0
 
 
+def test_clients_who_wait_at_a_listener_that_goes_are_served(
+    start: StartPlay, servers: Servers
+) -> None:
+    server, address = servers()
+    play = start(named())
+    clients = [play.dial() for _ in range(5)]
+    for client in clients:
+        client.sendall(instruction(address))
+    assert play.counters[Counter.ACCEPTED] == 0
+    play.server.accept_rest(play.listener)
+    play.server.unlisten(play.listener)
+    play.listener.close()
+    assert play.counters[Counter.ACCEPTED] == 5
+    for client in clients:
+        assert play.read(client, len(ACK)) == ACK
+    del server
+
+
 def test_clients_are_accepted_in_batches(start: StartPlay) -> None:
     play = start(named())
     clients = [play.dial() for _ in range(23)]
@@ -1088,6 +1107,66 @@ def test_sockets_that_cannot_be_joined_are_closed_and_refused(start: StartPlay) 
                 with pytest.raises(OSError, match="Bad file descriptor"):
                     os.fstat(fd)
     assert play.server.clients == {}
+
+
+def test_sockets_that_are_refused_are_what_they_were(start: StartPlay) -> None:
+    # Who offered them keeps them, and would not expect a reset at their close.
+    play = start(named())
+    client, accepted, outgoing, server = adopted_ends()
+    kept = play.own(accepted.dup())
+    kept.setblocking(True)
+    with client, server, outgoing, pytest.raises(ControlError, match="not connected"):
+        play.server.join_sockets(
+            accepted.detach(), socket.socket(socket.AF_INET, socket.SOCK_STREAM).detach()
+        )
+    assert kept.getblocking()
+    assert kept.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == bytes(8)
+
+
+def test_socket_that_a_pair_has_is_not_joined_again(start: StartPlay) -> None:
+    play = start(named())
+    client, accepted, outgoing, server = adopted_ends()
+    play.own(client)
+    play.own(server)
+    again = [play.own(end.dup()) for end in (accepted, outgoing)]
+    pair_id = play.server.join_sockets(accepted.detach(), outgoing.detach())
+    for end in again:
+        other, ours = loopback_pair()
+        play.own(other)
+        for fds in ((end.dup(), ours.dup()), (ours.dup(), end.dup())):
+            with pytest.raises(ControlError, match=f"pair {pair_id} has that socket already"):
+                play.server.join_sockets(*(fd.detach() for fd in fds))
+        play.own(ours)
+    client.sendall(b"whole")
+    assert play.read(server, 5) == b"whole"
+    # Once that pair has ended, nobody has them.
+    cookies = [cookie_of(end) for end in again]
+    assert play.server.pair_with(cookies) == pair_id
+    play.server.reset_all(CloseReason.FLUSHED)
+    assert play.server.pair_with(cookies) is None
+    assert play.server._adopted == {}
+
+
+def test_socket_is_not_joined_to_itself(start: StartPlay) -> None:
+    play = start(named())
+    client, accepted = loopback_pair()
+    play.own(client)
+    with pytest.raises(ControlError, match="the two are the same socket"):
+        play.server.join_sockets(accepted.dup().detach(), accepted.detach())
+    assert play.server.clients == {}
+
+
+def test_no_more_sockets_are_joined_than_there_may_be_pairs(start: StartPlay) -> None:
+    play = start(named("limits: {pairs: 1}\n"))
+    client, accepted, outgoing, server = adopted_ends()
+    for end in (client, server):
+        play.own(end)
+    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    client, accepted, outgoing, server = adopted_ends()
+    for end in (client, server):
+        play.own(end)
+    with pytest.raises(ControlError, match=r"limits.pairs: 1"):
+        play.server.join_sockets(accepted.detach(), outgoing.detach())
 
 
 def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
