@@ -128,6 +128,7 @@ class Connector:
             self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
             return
         client.server_state = chosen
+        client.balancer.hold(chosen)
         client.tried.append(chosen)
         self._approach(client, chosen.address)
 
@@ -344,6 +345,7 @@ class Connector:
             and client.server_state is not None
         ):
             client.balancer.failed(client.server_state, self._loop.now_s)
+            client.balancer.release(client.server_state)
             client.server_state = None
         self._server.happen(client, Event.SERVER_FAILED)
 

@@ -303,6 +303,7 @@ class DatagramServer:
                 self._refuse(session, CloseReason.UNREACHABLE)
                 return
             session.server_state = chosen
+            session.balancer.hold(chosen)
             to = chosen.address
         session.destination = to
         self.loop.deadlines.start(session, generation.connect_s, self.loop.now_s)
@@ -467,9 +468,10 @@ class DatagramServer:
         self._limits.remove_pair()
         if session.counts_client:
             self._limits.remove_client(session.peer.host)
-        if session.server_opened and session.balancer is not None:
-            assert session.server_state is not None
-            session.balancer.closed(session.server_state)
+        if session.balancer is not None and session.server_state is not None:
+            if session.server_opened:
+                session.balancer.closed(session.server_state)
+            session.balancer.release(session.server_state)
         self.loop.deadlines.stop(session)
         self._log.closed(session, session.up_bytes, session.down_bytes)
         if session.sock is not None:

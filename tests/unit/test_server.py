@@ -488,6 +488,40 @@ def test_client_without_words_for_it_is_reset(start: StartPlay) -> None:
     play.wait_for_end(CloseReason.REFUSED)
 
 
+def test_nothing_is_held_of_a_server_that_a_client_is_through_with(
+    start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    with blackhole() as (host, port):
+        listed = f"'{dead_server()}', '{host}:{port}', {{address: '{address}', backup: true}}"
+        play = start(
+            to(
+                "web",
+                f"upstreams: {{web: {{servers: [{listed}], balance: least_pairs,"
+                " eject: {failures: 0}, connect_timeout: 200ms}}",
+            )
+        )
+
+        def held() -> list[int]:
+            return [server.held.total() for server in play.generation.balancers["web"].servers]
+
+        client = play.dial()
+        client.sendall(b"hello")
+        # Already while it is being connected, and by one server at a time.
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        served = play.accept(listening)
+        play.run_until(lambda: held() == [0, 0, 1], "pair")
+        served.close()
+        client.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the pair")
+        gone = play.dial()
+        gone.sendall(b"hello")
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        gone.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the client")
+
+
 def test_very_many_dead_servers_are_only_dead_servers(start: StartPlay, tmp_path: Path) -> None:
     # Each fails at once, within connect(2): nothing may be stacked up by that.
     listed = ", ".join(f"'unix:{tmp_path}/{n}'" for n in range(400))
