@@ -12,6 +12,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -81,9 +82,10 @@ def run(*words: str | Path, stdin: str = "", fails_with: int = 0) -> str:
     return done.stdout
 
 
-def curl(*words: str, fails_with: int = 0) -> str:
+def curl(*words: str, stdin: str = "", fails_with: int = 0) -> str:
     # Without the environment's proxies, and with no answer from a cache.
-    return run("curl", "-qsS", "--noproxy", "", "--max-time", "10", *words, fails_with=fails_with)
+    always = ["curl", "-qsS", "--noproxy", "", "--max-time", "10"]
+    return run(*always, *words, stdin=stdin, fails_with=fails_with)
 
 
 def at(daemon: Daemon) -> str:
@@ -150,6 +152,99 @@ def answering(port: int) -> str:
         f"frontend who\n  mode http\n  bind 127.0.0.1:{port} accept-proxy\n"
         f'  http-request return status 200 content-type text/plain lf-string "{WHO}"\n'
     )
+
+
+def nginx_answering(port: int) -> str:
+    """An nginx that wants a PROXY header and answers with what it says."""
+    who = (
+        "$proxy_protocol_addr:$proxy_protocol_port"
+        " $proxy_protocol_server_addr:$proxy_protocol_server_port"
+    )
+    return f'server {{ listen 127.0.0.1:{port} proxy_protocol; return 200 "{who}"; }}\n'
+
+
+@contextlib.contextmanager
+def nginx(
+    directory: Path, port: int, *, stream: str = "", http: str = ""
+) -> Iterator[tuple[str, int]]:
+    """nginx with this in its configuration; `port` is one that it binds."""
+    path = directory / f"nginx-{port}.conf"
+    path.write_text(
+        "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n"
+        f"daemon off;\nmaster_process off;\npid {directory}/nginx-{port}.pid;\n"
+        "error_log stderr warn;\nevents { worker_connections 1024; }\n"
+        f"stream {{\n{stream}}}\nhttp {{\naccess_log off;\n{http}}}\n"
+    )
+    with running(["nginx", "-e", "stderr", "-p", str(directory), "-c", str(path)], port):
+        yield ("127.0.0.1", port)
+
+
+# The user and password with which `psql` comes, and the two addresses of the server.
+POSTGRES_USER: Final = "app"
+POSTGRES_PASSWORD: Final = "s3cret"
+POSTGRES_HOSTS: Final = ("127.0.0.1", "127.0.0.2")
+
+
+@contextlib.contextmanager
+def postgres(certificate: Path) -> Iterator[int]:
+    """PostgreSQL's server with the databases app_live and other; the port on both addresses.
+
+    It encrypts for who wants that, and asks everybody for the password.
+    """
+    # The newest; Debian has one version, other sources have several.
+    binaries = max(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
+    )
+    # It refuses to run as root. Not in tmp_path, which is closed to others.
+    directory = Path(tempfile.mkdtemp(prefix="postgres-"))
+    shutil.copy(certificate, directory / "both.pem")
+    (directory / "password").write_text(POSTGRES_PASSWORD)
+    for path in (directory, directory / "both.pem", directory / "password"):
+        shutil.chown(path, "postgres", "postgres")
+        path.chmod(0o700 if path == directory else 0o600)
+    server = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    data = directory / "data"
+    port = unused_port()
+    settings = {
+        "port": port,
+        "listen_addresses": ",".join(POSTGRES_HOSTS),
+        "unix_socket_directories": "",
+        "ssl": "on",
+        "ssl_cert_file": f"{directory}/both.pem",
+        "ssl_key_file": f"{directory}/both.pem",
+        "fsync": "off",
+    }
+    try:
+        run(*server, binaries / "initdb", "-D", data, "-U", POSTGRES_USER, "-A", "scram-sha-256",
+            "--pwfile", directory / "password", "-E", "UTF8", "--no-locale", "--no-sync"
+        )  # fmt: skip
+        words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
+        with running([*server, str(binaries / "postgres"), "-D", str(data), *words], port):
+            for database in ("app_live", "other"):
+                psql((POSTGRES_HOSTS[0], port), f"create database {database}", dbname="postgres")
+            yield port
+    finally:
+        shutil.rmtree(directory)
+
+
+def psql_command(address: tuple[str, int], query: str, **options: str) -> list[str]:
+    """`psql` for one query, without a line of comment; `options` go into the connection string."""
+    where = {
+        "host": address[0],
+        "port": str(address[1]),
+        "user": POSTGRES_USER,
+        "password": POSTGRES_PASSWORD,
+        "dbname": "app_live",
+        "connect_timeout": "10",
+        **options,
+    }
+    text = " ".join(f"{key}={value}" for key, value in where.items())
+    return ["psql", "-X", "-At", "-v", "ON_ERROR_STOP=1", "-c", query, text]
+
+
+def psql(address: tuple[str, int], query: str, **options: str) -> str:
+    """What `psql` prints for one query."""
+    return run(*psql_command(address, query, **options))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import ssl
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +15,20 @@ import pytest
 
 from tests.helpers import programs
 from tests.helpers.daemon import COMMAND
-from tests.helpers.peers import NameServer, address_text, unused_port
-from tests.helpers.programs import WebServer, at, config, curl, rule, run, ssh
-from tests.helpers.waiting import wait_for
+from tests.helpers.peers import NameServer, Server, address_text, unused_port
+from tests.helpers.programs import (
+    POSTGRES_HOSTS,
+    WebServer,
+    at,
+    config,
+    curl,
+    psql,
+    psql_command,
+    rule,
+    run,
+    ssh,
+)
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
@@ -143,11 +157,47 @@ def test_curl_through_http_connect(
         assert curl(*good, *code, "http://no.such.name.invalid/", fails_with=56) == "502"
 
 
-def test_nc_through_socks(start_forwarder: StartForwarder) -> None:
+@pytest.mark.parametrize(
+    ("match", "command"),
+    [
+        ("socks", "nc -X 4 -x {proxy} {to}"),
+        ("socks", "nc -X 5 -x {proxy} {to}"),
+        ("http_connect", "nc -X connect -x {proxy} {to}"),
+        ("socks", "ncat --proxy {proxy} --proxy-type socks4 {to}"),
+        ("socks", "ncat --proxy {proxy} --proxy-type socks5 {to}"),
+        ("socks", "ncat --proxy {proxy} --proxy-type socks5 --proxy-dns remote {to}"),
+        ("http_connect", "ncat --proxy {proxy} --proxy-type http {to}"),
+    ],
+)
+def test_nc_and_ncat_through_a_proxy(
+    match: str, command: str, start_forwarder: StartForwarder
+) -> None:
     with NameServer("named") as server:
-        forwarder = start_forwarder(config("{match: socks, allow: [loopback]}"))
+        forwarder = start_forwarder(config(f"{{match: {match}, allow: [loopback]}}"))
         host, port = server.address
-        assert run("nc", "-X", "5", "-x", at(forwarder), host, str(port)) == "named"
+        words = command.format(proxy=at(forwarder), to=f"{host} {port}")
+        assert run(*words.split()) == "named"
+        denied = command.format(proxy=at(forwarder), to="192.0.2.1 22")
+        run(*denied.split(), fails_with=1)
+        assert forwarder.show("stats")["closed"]["denied"] == 1
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "http"])
+def test_ncat_with_a_password(scheme: str, start_forwarder: StartForwarder, tmp_path: Path) -> None:
+    (tmp_path / "alice").write_text("s3cret\n")
+    match = {"socks5": "socks", "http": "http_connect"}[scheme]
+    with NameServer("named") as server:
+        forwarder = start_forwarder(
+            config(
+                f"{{match: {match}, allow: [loopback], users: [alice]}}",
+                more=f"users: {{alice: {tmp_path}/alice}}\n",
+            )
+        )
+        host, port = server.address
+        proxy = ["ncat", "--proxy", at(forwarder), "--proxy-type", scheme]
+        assert run(*proxy, "--proxy-auth", "alice:s3cret", host, str(port)) == "named"
+        run(*proxy, "--proxy-auth", "alice:secret", host, str(port), fails_with=1)
+        run(*proxy, host, str(port), fails_with=1)
 
 
 # SSH.
@@ -182,15 +232,130 @@ def test_ssh_with_our_connect_as_its_proxy_command(
 
 
 @pytest.mark.parametrize(
-    ("match", "version"), [("socks", "4"), ("socks", "5"), ("http_connect", "connect")]
+    ("match", "command"),
+    [
+        ("socks", "nc -X 4 -x {proxy} %h %p"),
+        ("socks", "nc -X 5 -x {proxy} %h %p"),
+        ("http_connect", "nc -X connect -x {proxy} %h %p"),
+        ("socks", "ncat --proxy {proxy} --proxy-type socks5 %h %p"),
+    ],
 )
-def test_ssh_with_nc_as_its_proxy_command(
+def test_ssh_with_nc_or_ncat_as_its_proxy_command(
     match: str,
-    version: str,
+    command: str,
     sshd: tuple[str, int],
     tmp_path: Path,
     start_forwarder: StartForwarder,
 ) -> None:
     forwarder = start_forwarder(config(f"{{match: {match}, allow: [loopback]}}"))
-    command = f"nc -X {version} -x {at(forwarder)} %h %p"
-    assert ssh(tmp_path, "-o", f"ProxyCommand={command}", port=sshd[1]) == "in\n"
+    option = f"ProxyCommand={command.format(proxy=at(forwarder))}"
+    assert ssh(tmp_path, "-o", option, port=sshd[1]) == "in\n"
+
+
+# PostgreSQL: the client says who it is only after it has been answered about encryption.
+
+
+@pytest.fixture(scope="module")
+def postgres(network: None, certificate: Path) -> Iterator[int]:
+    del network
+    with programs.postgres(certificate) as port:
+        yield port
+
+
+def postgres_rule(match: str, host: str, port: int) -> str:
+    return f"{{match: {match}, to: '{host}:{port}'}}"
+
+
+WHERE = "select host(inet_server_addr()) || ' ' || current_database() || ' ' || current_user"
+ENCRYPTED = "select ssl from pg_stat_ssl where pid = pg_backend_pid()"
+
+
+def test_psql_gets_to_the_server_of_its_database(
+    postgres: int, start_forwarder: StartForwarder
+) -> None:
+    one, two = POSTGRES_HOSTS
+    forwarder = start_forwarder(
+        config(
+            postgres_rule("{postgres: {user: app, database: ['app_*']}}", one, postgres),
+            postgres_rule("{postgres: {user: '*'}}", two, postgres),
+            "{match: any, reject: reset}",
+        )
+    )
+    for dbname, host in (("app_live", one), ("other", two)):
+        for sslmode in ("disable", "allow", "prefer"):
+            options = {"dbname": dbname, "sslmode": sslmode}
+            answer = psql(forwarder.address, WHERE, **options)
+            assert answer == f"{host} {dbname} app\n", options
+            assert psql(forwarder.address, ENCRYPTED, **options) == "f\n"
+    refused = psql_command(forwarder.address, WHERE, sslmode="require")
+    run(*refused, fails_with=2)
+    # What came before the decision is in order with what comes after it, in bulk too.
+    much = "copy (select generate_series(1, 400000)) to stdout"
+    assert psql(forwarder.address, much) == "".join(f"{n}\n" for n in range(1, 400_001))
+
+
+def test_psql_encrypts_where_no_condition_asks_who_it_is(
+    postgres: int, start_forwarder: StartForwarder
+) -> None:
+    forwarder = start_forwarder(
+        config(
+            postgres_rule("postgres", POSTGRES_HOSTS[0], postgres), "{match: any, reject: reset}"
+        )
+    )
+    # scram-sha-256-plus binds the password to this very TLS connection: nobody is in between.
+    options = {"sslmode": "require", "channel_binding": "require"}
+    assert psql(forwarder.address, ENCRYPTED, **options) == "t\n"
+    assert psql(forwarder.address, ENCRYPTED, sslmode="disable") == "f\n"
+
+
+def test_psql_cancels_its_query(postgres: int, start_forwarder: StartForwarder) -> None:
+    # A request to cancel comes on a connection of its own and names nobody: a rule without
+    # conditions takes it.
+    forwarder = start_forwarder(
+        config(
+            postgres_rule("{postgres: {database: app_live}}", POSTGRES_HOSTS[0], postgres),
+            postgres_rule("postgres", POSTGRES_HOSTS[0], postgres),
+        )
+    )
+    sleeps = "select count(*) from pg_stat_activity where query = 'select pg_sleep(99)'"
+    sleeping = subprocess.Popen(
+        psql_command(forwarder.address, "select pg_sleep(99)"), stderr=subprocess.PIPE
+    )
+    wait_for(lambda: psql((POSTGRES_HOSTS[1], postgres), sleeps) == "1\n", "the query")
+    sleeping.send_signal(signal.SIGINT)
+    _, said = sleeping.communicate(timeout=DEADLINE_S)
+    assert b"canceling statement due to user request" in said
+    assert [row["taken"] for row in forwarder.show("rules")] == [1, 1]
+
+
+# The server speaks first.
+
+
+class MailServer(Server):
+    """Takes one mail, and keeps its text."""
+
+    text = b""
+
+    def serve(self, sock: socket.socket) -> None:
+        with sock.makefile("rwb", buffering=0) as stream:
+            stream.write(b"220 mail.example\r\n")
+            for answer in (b"250 hello", b"250 ok", b"250 ok", b"354 go on"):
+                stream.readline()
+                stream.write(answer + b"\r\n")
+            while (line := stream.readline()) != b".\r\n":
+                assert line
+                self.text += line
+            stream.write(b"250 taken\r\n")
+            stream.readline()
+            stream.write(b"221 bye\r\n")
+
+
+def test_curl_sends_a_mail_through_the_rule_for_silence(start_forwarder: StartForwarder) -> None:
+    with MailServer("mail") as mail, WebServer("web") as web:
+        forwarder = start_forwarder(config(rule("http", web), rule("smtp", mail)))
+        curl(
+            f"smtp://{at(forwarder)}", "--mail-from", "a@a.example", "--mail-rcpt", "b@b.example",
+            "-T", "-", stdin="hello\r\n"
+        )  # fmt: skip
+        assert mail.text == b"hello\r\n"
+        assert curl(f"http://{at(forwarder)}/") == "web: GET /\n"
