@@ -164,6 +164,7 @@ class Listener(Section):
 
     name: values.Name = ""  # never empty in a config: it names its unnamed listeners
     bind: values.Bind
+    mode: values.Mode | None = None  # of a unix socket; None: as the umask says
     protocol: Literal["tcp", "udp"] = "tcp"
     proxy_protocol: ProxyProtocol = ProxyProtocol()
     first_packet: FirstPacket = FirstPacket()
@@ -190,6 +191,8 @@ class Listener(Section):
     def _check_consistent(self) -> None:
         is_unix = isinstance(self.bind, UnixAddress)
         proxy = self.proxy_protocol
+        if self.mode is not None and not is_unix:
+            raise problem("only a unix socket has a mode", "mode")
         if proxy.accept and not proxy.trusted and not is_unix:
             raise problem(
                 "whose PROXY headers are to be believed? write `trusted: [10.0.0.0/8]`",

@@ -518,6 +518,11 @@ def test_references_are_followed_with_suggestions() -> None:
             "for TCP",
         ),
         ("{bind: 'unix:/x', protocol: udp}", "protocol", "stream"),
+        ("{bind: 'unix:/x', mode: 0888}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: rw}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: 4755}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: true}", "mode", "no mode like 0660"),
+        ("mode: 0660", "mode", "only a unix socket has a mode"),
     ],
 )
 def test_a_listener_that_cannot_be_meant_is_an_error(extra: str, key: str, reason: str) -> None:
@@ -526,6 +531,14 @@ def test_a_listener_that_cannot_be_meant_is_an_error(extra: str, key: str, reaso
     error = refuse(f"listeners:\n- {{{bind}{fields}, rules: [{{match: any, reject: reset}}]}}\n")
     assert reason in error.reason
     assert error.path == f"listeners[0].{key}"
+
+
+@pytest.mark.parametrize("written", ["0660", "660", "'0660'", '"660"'])
+def test_a_mode_is_its_octal_digits(written: str) -> None:
+    config = parse(
+        f"listeners: [{{bind: 'unix:/x', mode: {written}, rules: [{{match: any, reject: reset}}]}}]"
+    )
+    assert config.listeners[0].mode == 0o660
 
 
 def test_a_unix_listener_may_take_proxy_headers_from_whoever_can_open_it() -> None:
