@@ -32,6 +32,7 @@ class Client(Pair):
         "counts_pair",
         "destination",
         "handover_asked",
+        "header",
         "is_eager",
         "life",
         "listener",
@@ -52,10 +53,11 @@ class Client(Pair):
         "waits_for_handover",
     )
 
-    # Set on listeners that accept PROXY headers, and only there: whether the header has come, and
-    # where it says that the client connected to.
+    # Set on listeners that accept PROXY headers, and only there: whether the header has come, where
+    # it says that the client connected to, and what has been read of it while it was incomplete.
     proxied: bool
     proxied_to: Address | None
+    header: bytes
 
     def __init__(
         self,
