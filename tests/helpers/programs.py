@@ -112,23 +112,27 @@ def server_context(certificate: Path) -> ssl.SSLContext:
 @contextlib.contextmanager
 def running(command: Sequence[str], port: int) -> Iterator[None]:
     """A server program until the end of the block; it listens on that port of 127.0.0.1."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    # A file takes all that it says; a pipe that nobody reads would stop it after 64 KiB.
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
 
-    def listens() -> bool:
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        with contextlib.suppress(ConnectionRefusedError):
-            dial(("127.0.0.1", port)).close()
-            return True
-        return False
+        def listens() -> bool:
+            if process.poll() is not None:
+                output.seek(0)
+                raise AssertionError(f"{command[0]} ended: {output.read()}")
+            with contextlib.suppress(ConnectionRefusedError):
+                dial(("127.0.0.1", port)).close()
+                return True
+            return False
 
-    try:
-        wait_for(listens, " ".join(command))
-        yield
-    finally:
-        process.terminate()
-        process.communicate(timeout=DEADLINE_S)
+        try:
+            wait_for(listens, " ".join(command))
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=DEADLINE_S)
 
 
 @contextlib.contextmanager
