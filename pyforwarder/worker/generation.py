@@ -195,14 +195,9 @@ class ListenerState:
         send_proxy = [generation.send_proxy_of(rule) for rule in listener.rules]
         self.send_proxy = send_proxy if any(form != "off" for form in send_proxy) else None
         # A first rule that needs no byte (`any`) connects before the client has said anything.
-        self.decides_at_once = _needs_no_byte(listener)
+        self.decides_at_once = self.ruleset.may_decide_at_once
         # One question on the accept path for all that is not the common case.
         self.starts_specially = self.decides_at_once or self.trusted_proxies is not None
-
-
-def _needs_no_byte(listener: Listener) -> bool:
-    match = listener.rules[0].match
-    return match == "any" or (isinstance(match, Mapping) and set(match) <= {"client", "port"})
 
 
 class Generation:

@@ -450,6 +450,28 @@ def dead_server() -> str:
     return f"127.0.0.1:{unused_port()}"
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "{match: any, to: '%s'}",
+        "{match: {not: {client: 10.0.0.0/8}}, to: '%s'}",
+        "{match: [{client: 10.0.0.0/8}, {client: 127.0.0.0/8}], to: '%s'}",
+        "{match: {client: 10.0.0.0/8, tls: {}}, reject: reset}, {match: any, to: '%s'}",
+    ],
+)
+def test_server_that_speaks_first_is_heard_where_no_byte_is_needed_to_decide(
+    rules: str, start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    play = start(
+        "listeners: [{name: main, bind: '127.0.0.1:0', first_packet: {timeout: 1h},"
+        f" rules: [{rules % address}]}}]"
+    )
+    client = play.dial()
+    play.accept(listening).sendall(b"220 hello")
+    assert play.read(client, 9) == b"220 hello"
+
+
 def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: Servers) -> None:
     listening, address = servers()
     dead = dead_server()
