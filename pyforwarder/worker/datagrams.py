@@ -25,7 +25,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.loop import EPOLLIN, Timed
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route
-from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted
+from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted, source_for
 from pyforwarder.worker.resolver import Resolver, addresses_of
 
 if TYPE_CHECKING:
@@ -345,6 +345,11 @@ class DatagramServer:
                 reason = CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE)
                 break
             try:
+                to = session.route.to
+                if isinstance(to, str):
+                    source = source_for(generation.config.upstreams[to], session.id, family)
+                    if source:
+                        sock.bind((source, 0))
                 sock.connect(address)
             except OSError as error:
                 sock.close()
