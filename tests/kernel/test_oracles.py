@@ -145,6 +145,7 @@ SAME: Final = {
     "api": ("{http: {host: api.example.com}}", "{ req.hdr(host) -i api.example.com }"),
     "http": ("[http, http2]", "HTTP"),
     "ssh": ("ssh", "{ req.payload(0,4) -m str SSH- }"),
+    "alice": ("{rdp: {cookie: alice}}", "{ req.rdp_cookie(mstshash) -m str alice }"),
     "sensor": (
         "{mqtt: {client_id: sensor-7}}",
         "{ req.payload(0,0),mqtt_field_value(connect,client_identifier) -m str sensor-7 }",
