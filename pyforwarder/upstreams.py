@@ -10,7 +10,8 @@ guess, so it never empties an upstream: when nobody else is left, ejected server
 
 Each worker has balancers of its own.  What they must agree on (where `source_hash` sends a client)
 depends only on names and weights; what they need not agree on (the turn in `round_robin`) is
-shifted by the worker's number, so that the workers do not all begin with the first server.
+shifted by the worker's number, so that the workers do not all begin with the first server.  How
+many pairs a server has (`least_pairs`) they tell each other, through `Held`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 from pyforwarder.policy import parse_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pyforwarder.address import Address, HostPort, UnixAddress
 
@@ -142,8 +143,35 @@ class CheckSchedule:
         return min(self._due_s.values(), default=math.inf)
 
 
+class Held(Protocol):
+    """How many pairs have a server or are being connected to it, in all workers."""
+
+    def add(self, by: int) -> None:
+        """This worker has so many more."""
+        ...
+
+    def total(self) -> int:
+        """Those of all workers."""
+        ...
+
+
+class _OwnHeld:
+    """For a worker that knows of no other."""
+
+    __slots__ = ("_count",)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, by: int) -> None:
+        self._count += by
+
+    def total(self) -> int:
+        return self._count
+
+
 class ServerState:
-    """One server and what is known of it.  Only `pairs_elsewhere` may be set from outside."""
+    """One server and what is known of it."""
 
     __slots__ = (
         "_credit",
@@ -156,20 +184,20 @@ class ServerState:
         "backup",
         "connects",
         "failures",
+        "held",
         "is_up",
         "name",
         "pairs",
-        "pairs_elsewhere",
         "weight",
     )
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, held: Held | None = None) -> None:
         self.address = settings.address
         self.name = str(settings.address)
         self.weight = settings.weight
         self.backup = settings.backup
         self.pairs = 0  # open ones that this balancer gave it
-        self.pairs_elsewhere = 0  # those of other workers, set from outside if known
+        self.held = held or _OwnHeld()
         self.connects = 0  # attempts that were answered
         self.failures = 0  # attempts that were not
         self.is_up = True
@@ -192,32 +220,43 @@ class ServerState:
 class Balancer:
     """Chooses servers of one upstream.
 
-    `worker` is this worker's number, from 0.
+    `worker` is this worker's number, from 0; `shared` counts for all workers what a server of
+    this name holds.
 
     For every choice the caller reports what became of it: `opened` once the connection stands,
-    later `closed` when the pair ends, or `failed` when it never stood.
+    later `closed` when the pair ends, or `failed` when it never stood.  Besides it says `hold` when
+    it begins to connect and `release` when it has nothing to do with the server any more: of many
+    that come at once, each has to see those before it.
     """
 
-    def __init__(self, upstream: UpstreamSettings, *, worker: int = 0) -> None:
+    def __init__(
+        self,
+        upstream: UpstreamSettings,
+        *,
+        worker: int = 0,
+        shared: Mapping[str, Held] | None = None,
+    ) -> None:
         self._worker = worker
         self._latest_s = -math.inf  # the last time that was passed in
         self._servers: dict[str, ServerState] = {}
-        self._configure(upstream)
+        self._configure(upstream, shared or {})
 
     @property
     def servers(self) -> tuple[ServerState, ...]:
         """All servers, in the order of the configuration."""
         return tuple(self._servers.values())
 
-    def reconfigure(self, upstream: UpstreamSettings) -> None:
+    def reconfigure(
+        self, upstream: UpstreamSettings, *, shared: Mapping[str, Held] | None = None
+    ) -> None:
         """Take over a new configuration; servers that stay keep their pairs, health and history.
 
         A server that is gone gets no new pair; the state that open pairs still hold stays valid
-        for `closed` and `failed`.
+        for `closed`, `failed` and `release`.
         """
-        self._configure(upstream)
+        self._configure(upstream, shared or {})
 
-    def _configure(self, upstream: UpstreamSettings) -> None:
+    def _configure(self, upstream: UpstreamSettings, shared: Mapping[str, Held]) -> None:
         self._choose = {
             "round_robin": self._round_robin,
             "least_pairs": self._least_pairs,
@@ -228,7 +267,8 @@ class Balancer:
         self._slow_start_s: float = upstream.slow_start_s
         servers = {}
         for settings in upstream.servers:
-            state = self._servers.get(str(settings.address)) or ServerState(settings)
+            name = str(settings.address)
+            state = self._servers.get(name) or ServerState(settings, shared.get(name))
             state.weight = settings.weight
             state.backup = settings.backup
             servers[state.name] = state
@@ -277,6 +317,16 @@ class Balancer:
                 if candidates:
                     return self._choose(candidates, client_ip)
         return None
+
+    @staticmethod
+    def hold(server: ServerState) -> None:
+        """A connection to this server is about to be made."""
+        server.held.add(1)
+
+    @staticmethod
+    def release(server: ServerState) -> None:
+        """The client for which `hold` was called is through with this server."""
+        server.held.add(-1)
 
     def opened(self, server: ServerState) -> None:
         """A connection to this server stands, a pair begins."""
@@ -365,9 +415,7 @@ class Balancer:
         self, candidates: Sequence[tuple[ServerState, float]], client_ip: str | None
     ) -> ServerState:
         # The load *after* the choice, so that of two idle servers the heavier one is taken.
-        loads = [
-            (server.pairs + server.pairs_elsewhere + 1) / share for server, share in candidates
-        ]
+        loads = [(server.held.total() + 1) / share for server, share in candidates]
         least = min(loads)
         equal = [
             candidate

@@ -34,6 +34,7 @@ class Client(Pair):
         "counts_pair",
         "destination",
         "handover_asked",
+        "header",
         "is_eager",
         "life",
         "listener",
@@ -55,10 +56,11 @@ class Client(Pair):
         "waits_for_handover",
     )
 
-    # Set on listeners that accept PROXY headers, and only there: whether the header has come, and
-    # where it says that the client connected to.
+    # Set on listeners that accept PROXY headers, and only there: whether the header has come, where
+    # it says that the client connected to, and what has been read of it while it was incomplete.
     proxied: bool
     proxied_to: Address | None
+    header: bytes
 
     def __init__(
         self,

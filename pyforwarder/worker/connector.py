@@ -78,6 +78,14 @@ def is_permitted(
     return isinstance(address, Address) and allow.permits(address.host, address.port)
 
 
+def source_for(upstream: Upstream, number: int, family: int) -> str | None:
+    """Which of the upstream's `source` addresses the connection of this number takes, if any."""
+    sources = [
+        host for host in map(str, upstream.source) if (":" in host) == (family == _socket.AF_INET6)
+    ]
+    return sources[number % len(sources)] if sources else None
+
+
 class Connector:
     """Connects clients to servers, one attempt after the other."""
 
@@ -127,6 +135,7 @@ class Connector:
             self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
             return
         client.server_state = chosen
+        client.balancer.hold(chosen)
         client.tried.append(chosen)
         self._approach(client, chosen.address)
 
@@ -287,16 +296,10 @@ class Connector:
         different servers at the same time (ip(7)).
         """
         upstream = self._upstream(client)
-        if upstream is None:
-            return
-        sources = [
-            host
-            for host in map(str, upstream.source)
-            if (":" in host) == (family == _socket.AF_INET6)
-        ]
-        if sources:
+        source = upstream and source_for(upstream, client.id, family)
+        if source:
             sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((sources[client.id % len(sources)], 0))
+            sock.bind((source, 0))
 
     def _ready(self, client: Client, fd: int, mask: int) -> None:
         """The outcome of a connect: writable and no error means connected (connect(2))."""
@@ -350,6 +353,7 @@ class Connector:
             and client.server_state is not None
         ):
             client.balancer.failed(client.server_state, self._loop.now_s)
+            client.balancer.release(client.server_state)
             client.server_state = None
         self._server.happen(client, Event.SERVER_FAILED)
 

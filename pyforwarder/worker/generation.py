@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.address import Address, UnixAddress, parse_bind
 from pyforwarder.config import Config, Listener, parse_config
+from pyforwarder.counters import SharedHeld
 from pyforwarder.datapath.abi import pack_endpoint
 from pyforwarder.policy import OwnListeners
 from pyforwarder.routing import Ruleset, compile_rules
@@ -22,9 +23,10 @@ from pyforwarder.upstreams import Balancer
 
 if TYPE_CHECKING:
     from pyforwarder.config import Rule
-    from pyforwarder.counters import Directory
+    from pyforwarder.counters import Counters, Directory
     from pyforwarder.policy import Networks
     from pyforwarder.token import TokenMemory
+    from pyforwarder.upstreams import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class Settings:
     overrides: Mapping[str, str]  # see `with_overrides`
     keys: Mapping[str, bytes]
     binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
-    indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
+    # "listener", "listener rule" or "upstream NAME SERVER" -> its counters
+    indexes: Mapping[str, int]
     passwords: Mapping[str, bytes] = field(default_factory=dict)  # by users' names
     # Listener name -> what packets of its connections, and of those to their servers, may have.
     mtus: Mapping[str, int] = field(default_factory=dict)
@@ -124,12 +127,17 @@ JOINED: Final = Listener.model_validate(
 
 
 def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
-    """Where each listener and rule of this configuration counts."""
+    """Where each listener, rule and server of this configuration counts."""
     indexes = {}
     for listener in (*config.listeners, JOINED):
         indexes[listener.name] = directory.index(listener.name)
         for rule in listener.rules:
             indexes[f"{listener.name} {rule.name}"] = directory.index(listener.name, rule.name)
+    for name, upstream in config.upstreams.items():
+        for server in upstream.servers:
+            index = directory.server_index(name, str(server.address))
+            if index is not None:
+                indexes[f"upstream {name} {server.address}"] = index
     return indexes
 
 
@@ -200,14 +208,9 @@ class ListenerState:
         send_proxy = [generation.send_proxy_of(rule) for rule in listener.rules]
         self.send_proxy = send_proxy if any(form != "off" for form in send_proxy) else None
         # A first rule that needs no byte (`any`) connects before the client has said anything.
-        self.decides_at_once = _needs_no_byte(listener)
+        self.decides_at_once = self.ruleset.may_decide_at_once
         # One question on the accept path for all that is not the common case.
         self.starts_specially = self.decides_at_once or self.trusted_proxies is not None
-
-
-def _needs_no_byte(listener: Listener) -> bool:
-    match = listener.rules[0].match
-    return match == "any" or (isinstance(match, Mapping) and set(match) <= {"client", "port"})
 
 
 class Generation:
@@ -220,10 +223,12 @@ class Generation:
         worker: int,
         previous: Generation | None = None,
         used_tokens: TokenMemory | None = None,
+        counters: Counters | None = None,
     ) -> None:
         """Compile `settings`; balancers of upstreams that stay keep their state.
 
-        `used_tokens` outlives generations: a reload makes no token good again.
+        `used_tokens` outlives generations: a reload makes no token good again.  In `counters`
+        the workers tell each other how many pairs a server has; without, each knows its own.
 
         Raises:
             ConfigError: the configuration cannot be used (the supervisor has checked it before).
@@ -262,11 +267,16 @@ class Generation:
         }
         self.balancers: dict[str, Balancer] = {}
         for name, upstream in self.config.upstreams.items():
+            shared: dict[str, Held] = {}
+            for server in upstream.servers:
+                index = settings.indexes.get(f"upstream {name} {server.address}")
+                if counters is not None and index is not None:
+                    shared[str(server.address)] = SharedHeld(counters, worker, index)
             balancer = previous.balancers.get(name) if previous else None
             if balancer is None:
-                balancer = Balancer(upstream, worker=worker)
+                balancer = Balancer(upstream, worker=worker, shared=shared)
             else:
-                balancer.reconfigure(upstream)
+                balancer.reconfigure(upstream, shared=shared)
             self.balancers[name] = balancer
 
     def send_proxy_of(self, rule: Rule) -> str:

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 SHOW_AFTER_S: Final = 0.02
 
 _NO_ENDPOINT: Final = pack_endpoint(None)
+_UNIX_ENDPOINT: Final = pack_endpoint(UnixAddress("/"))
 _SHOWN: Final = {state.label: state for state in PairState}
+
+
+def _pack_end(address: Address | None) -> bytes:
+    """One end of a connection that stands: without an address it is a unix socket."""
+    return _UNIX_ENDPOINT if address is None else pack_endpoint(address)
 
 
 class Records:
@@ -55,14 +61,14 @@ class Records:
         listener = state.endpoint or self._local_endpoint(pair)
         source = server = _NO_ENDPOINT
         if pair.life >= Life.HANDOVER and pair.server is not None:
-            source = pack_endpoint(pair.source_address())
+            source = _pack_end(pair.source_address())
         if isinstance(pair.destination, Address | UnixAddress):
             server = pack_endpoint(pair.destination)
         self._window.describe(
             pair.slot,
             pair_id=pair.id,
             started_ns=int(pair.accepted_s * 1e9),
-            endpoints=pack_endpoint(pair.peer) + listener + source + server,
+            endpoints=_pack_end(pair.peer) + listener + source + server,
             rule=pair.rule_name,
             listener=state.name,
             state=_SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)],
@@ -73,7 +79,7 @@ class Records:
     @staticmethod
     def _local_endpoint(client: Client) -> bytes:
         name = client.client.getsockname()
-        return pack_endpoint(address_of(name))
+        return _pack_end(address_of(name))
 
     def show_state(self, pair: Client) -> None:
         if pair.slot >= 0:

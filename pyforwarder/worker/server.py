@@ -581,6 +581,7 @@ class Server:
         if client.balancer is not None and client.server_state is not None:
             if client.server_opened:
                 client.balancer.closed(client.server_state)
+            client.balancer.release(client.server_state)
             client.server_state = None
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:

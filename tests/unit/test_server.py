@@ -451,6 +451,28 @@ def dead_server() -> str:
     return f"127.0.0.1:{unused_port()}"
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "{match: any, to: '%s'}",
+        "{match: {not: {client: 10.0.0.0/8}}, to: '%s'}",
+        "{match: [{client: 10.0.0.0/8}, {client: 127.0.0.0/8}], to: '%s'}",
+        "{match: {client: 10.0.0.0/8, tls: {}}, reject: reset}, {match: any, to: '%s'}",
+    ],
+)
+def test_server_that_speaks_first_is_heard_where_no_byte_is_needed_to_decide(
+    rules: str, start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    play = start(
+        "listeners: [{name: main, bind: '127.0.0.1:0', first_packet: {timeout: 1h},"
+        f" rules: [{rules % address}]}}]"
+    )
+    client = play.dial()
+    play.accept(listening).sendall(b"220 hello")
+    assert play.read(client, 9) == b"220 hello"
+
+
 def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: Servers) -> None:
     listening, address = servers()
     dead = dead_server()
@@ -487,6 +509,40 @@ def test_client_without_words_for_it_is_reset(start: StartPlay) -> None:
     client.sendall(b"hello")
     assert play.read_end(client) == (b"", "reset")
     play.wait_for_end(CloseReason.REFUSED)
+
+
+def test_nothing_is_held_of_a_server_that_a_client_is_through_with(
+    start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    with blackhole() as (host, port):
+        listed = f"'{dead_server()}', '{host}:{port}', {{address: '{address}', backup: true}}"
+        play = start(
+            to(
+                "web",
+                f"upstreams: {{web: {{servers: [{listed}], balance: least_pairs,"
+                " eject: {failures: 0}, connect_timeout: 200ms}}",
+            )
+        )
+
+        def held() -> list[int]:
+            return [server.held.total() for server in play.generation.balancers["web"].servers]
+
+        client = play.dial()
+        client.sendall(b"hello")
+        # Already while it is being connected, and by one server at a time.
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        served = play.accept(listening)
+        play.run_until(lambda: held() == [0, 0, 1], "pair")
+        served.close()
+        client.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the pair")
+        gone = play.dial()
+        gone.sendall(b"hello")
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        gone.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the client")
 
 
 def test_very_many_dead_servers_are_only_dead_servers(start: StartPlay, tmp_path: Path) -> None:
