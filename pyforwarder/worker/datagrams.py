@@ -25,7 +25,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.loop import EPOLLIN, Timed
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route
-from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted
+from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.resolver import Resolver, addresses_of
 
 if TYPE_CHECKING:
@@ -330,9 +330,7 @@ class DatagramServer:
         self, session: Session, generation: Generation, addresses: Sequence[Address]
     ) -> None:
         for address in addresses:
-            if not is_permitted(
-                generation, session.route, address, self.loop.now_s, protocol="udp"
-            ):
+            if not generation.permits(session.route.rule, address, self.loop.now_s, protocol="udp"):
                 self._refuse(session, CloseReason.DENIED)
                 return
         reason = CloseReason.UNREACHABLE
