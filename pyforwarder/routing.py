@@ -127,7 +127,6 @@ class Ruleset:
     def decide(
         self,
         data: bytes,
-        *,
         client: Address | None,
         local_port: int,
         end: End = End.OPEN,

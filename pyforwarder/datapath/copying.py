@@ -116,21 +116,23 @@ class CopyDatapath:
         """
         if flow.pending is not None and not self.write_pending(pair, flow):
             return
+        if flow.phase is not _OPEN:
+            return
         moved = 0
         chunk: bytes | memoryview
-        while flow.readable and flow.phase is _OPEN:
+        while flow.readable:
             if moved >= FAIR_SHARE_BYTES:
                 self._loop.soon(pair, flow.source_fd)
                 break
             try:
                 if flow.bulk:
-                    asked = BULK_READ_BYTES
                     count = os.readv(flow.source_fd, self._vector)
                     chunk = self._view[:count]
+                    is_full = count == BULK_READ_BYTES
                 else:
-                    asked = READ_BYTES
                     chunk = os.read(flow.source_fd, READ_BYTES)
                     count = len(chunk)
+                    is_full = count == READ_BYTES
             except BlockingIOError:
                 flow.readable = flow.urgent = False
                 break
@@ -143,14 +145,12 @@ class CopyDatapath:
                 self._host.delivered(pair, flow)
                 break
             flow.read_bytes += count
-            if count < asked:
+            flow.bulk = is_full
+            if not is_full:
                 # A short read has emptied the queue, so the next byte brings an edge of its own; a
                 # FIN that came with these bytes does not, and wants one more read; so does what
                 # is behind an urgent byte.
                 flow.readable = flow.end_seen or flow.urgent
-                flow.bulk = False
-            else:
-                flow.bulk = True
             try:
                 written = os.write(flow.target_fd, chunk)
             except BlockingIOError:

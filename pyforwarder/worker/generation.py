@@ -10,7 +10,7 @@ import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pyforwarder.address import Address, UnixAddress, parse_bind
 from pyforwarder.config import Config, Listener, parse_config
@@ -128,7 +128,8 @@ def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
     return indexes
 
 
-class HandoverTerms(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class HandoverTerms:
     """`handover:` of the configuration, for a look at every message."""
 
     after_bytes: int

@@ -94,6 +94,18 @@ _FIN: Final = Step.FIN
 _DELIVERED: Final = Step.DELIVERED
 
 
+def _in_turn(actions: list[Callable[[Client], None]]) -> Callable[[Client], None]:
+    """One call for all of them; most are alone."""
+    if len(actions) == 1:
+        return actions[0]
+
+    def obey(client: Client) -> None:
+        for action in actions:
+            action(client)
+
+    return obey
+
+
 class Server:
     """Accepts, decides, connects, joins and closes. It is the `PairHost` of its datapaths."""
 
@@ -144,10 +156,10 @@ class Server:
             Command.CLOSE: self._close,
             Command.RESET: self._reset,
         }
-        # The table of connection.py, with what obeys each command in place of its name.
+        # The table of connection.py, with what obeys its commands in place of their names.
         self._life = {
             life: {
-                event: (following, tuple(commands[command] for command in row_commands))
+                event: (following, _in_turn([commands[command] for command in row_commands]))
                 for event, (following, row_commands) in row.items()
             }
             for life, row in LIFE.items()
@@ -159,11 +171,10 @@ class Server:
     def happen(self, client: Client, event: Event) -> None:
         """Feed one event to the connection's table and obey."""
         try:
-            client.life, actions = self._life[client.life][event]
+            client.life, act = self._life[client.life][event]
         except KeyError:
             raise UnexpectedEventError(f"{event.name} while {client.life.name}") from None
-        for act in actions:
-            act(client)
+        act(client)
 
     def refuse(self, client: Client, reason: CloseReason) -> None:
         """The routed client cannot be served; without words for that it is reset.
@@ -547,9 +558,11 @@ class Server:
         self._end(client)
 
     def _end(self, client: Client) -> None:
-        reason = client.reason or _FINISHED
-        client.reason = reason
+        reason = client.reason
+        if reason is None:
+            reason = client.reason = _FINISHED
         counters = self.counters
+        loop = self.loop
         counters[CLOSED_INDEX[reason]] += 1
         counters[_OPEN] -= 1
         counters[client.listener.counter + _LISTENER_OPEN] -= 1
@@ -575,17 +588,18 @@ class Server:
             counters[_UP_BYTES] += up_bytes
             counters[_DOWN_BYTES] += down_bytes
         self.log.closed(client, up_bytes, down_bytes)
-        self.loop.deadlines.stop(client)
+        loop.deadlines.stop(client)
         self._give_back(client)
-        del self.clients[client.client_fd]
+        client_fd = client.client_fd
+        del self.clients[client_fd]
         if client.is_adopted:
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach whoever is given the number next.
-            self.loop.forget(client.client_fd)
-            self.loop.forget(client.server_fd)
-        self.loop.close_socket(client.client_fd, client.client)
+            loop.forget(client_fd)
+            loop.forget(client.server_fd)
+        loop.close_socket(client_fd, client.client)
         if client.server is not None:
-            self.loop.close_socket(client.server_fd, client.server)
+            loop.close_socket(client.server_fd, client.server)
             client.server = None
 
     def _give_back(self, client: Client) -> None:

@@ -159,13 +159,14 @@ class Sniffer:
         state = client.listener
         ruleset = state.ruleset
         while True:
+            # By position: names cost as much as the rest of the call, for every connection.
             decision: Decision = ruleset.decide(
                 client.received,
-                client=client.peer,
-                local_port=state.local_port,
-                end=end,
-                now_unix_s=time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
-                state=client.conversation,
+                client.peer,
+                state.local_port,
+                end,
+                time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
+                client.conversation,
             )
             if decision is NEED_MORE:
                 return
