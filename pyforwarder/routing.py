@@ -130,7 +130,6 @@ class Ruleset:
     def decide(
         self,
         data: bytes,
-        *,
         client: Address | None,
         local_port: int,
         end: End = End.OPEN,

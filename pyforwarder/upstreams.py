@@ -36,6 +36,10 @@ SLOW_START_FLOOR: Final = 0.05
 # configured time (Envoy's outlier detection multiplies in the same way, up to 300 s).
 LONGEST_EJECTION: Final = 16
 
+# A round of turns is worked out once, in up to so many steps (a millisecond); weights that need
+# more are weighed anew for every pair.
+ROUND_STEPS: Final = 1 << 14
+
 _MASK: Final = (1 << 64) - 1
 
 
@@ -239,6 +243,12 @@ class Balancer:
         self._worker = worker
         self._latest_s = -math.inf  # the last time that was passed in
         self._servers: dict[str, ServerState] = {}
+        # Who can be chosen, and by round_robin in which order, as long as nothing happens to any
+        # server: choosing is on the path of every connection, and there may be many servers.
+        # Empty: not known, or about to change by itself (an ejection ends, a slow start goes on).
+        self._settled: list[tuple[ServerState, float]] = []
+        self._round: list[ServerState] = []
+        self._turn = worker - 1  # the last one taken of the round
         self._configure(upstream, shared or {})
 
     @property
@@ -274,9 +284,11 @@ class Balancer:
             servers[state.name] = state
         self._servers = servers
         self._start_turn()
+        self._unsettle()
 
     def _start_turn(self) -> None:
         """Give the first turn of a round to another server in each worker."""
+        self._turn = self._worker - 1
         for server in self._servers.values():
             server._credit = 0.0
         turns = [
@@ -287,6 +299,24 @@ class Balancer:
         if turns:
             for _ in range(self._worker % len(turns)):
                 self._round_robin(turns, None)
+
+    def _unsettle(self) -> None:
+        """Something has happened to a server: who can be chosen has to be found out again."""
+        self._settled = []
+        self._round = []
+
+    def _settle(self, now_s: float) -> None:
+        """Remember who can be chosen, if that stays so until something happens."""
+        able = [server for server in self._servers.values() if server.is_up and server.weight]
+        if any(server.is_ejected(now_s) or self._is_rising(server, now_s) for server in able):
+            return
+        for backup in (False, True):
+            group = [(s, float(s.weight)) for s in able if s.backup is backup]
+            if group:
+                self._settled = group
+                if self._choose == self._round_robin:
+                    self._round = _smooth_round([server for server, _ in group])
+                return
 
     def choose(
         self,
@@ -300,6 +330,14 @@ class Balancer:
         failed this client.  In this order: servers, backups, ejected servers, ejected backups.
         """
         self._latest_s = now_s
+        if not tried:
+            if not self._settled:
+                self._settle(now_s)
+            if self._round:
+                self._turn = turn = (self._turn + 1) % len(self._round)
+                return self._round[turn]
+            if self._settled:
+                return self._choose(self._settled, client_ip)
         fit: list[ServerState] = []
         ejected: list[ServerState] = []
         for server in self._servers.values():
@@ -337,6 +375,7 @@ class Balancer:
         if server.is_ejected(self._latest_s):
             # It was tried because nobody else was left, and it works.
             server._ejected_until_s = server._rising_since_s = -math.inf
+            self._unsettle()
 
     def closed(self, server: ServerState) -> None:
         """A pair for which `opened` was called has ended."""
@@ -359,6 +398,7 @@ class Balancer:
             server._rising_since_s = server._ejected_until_s
             server._ejections = min(server._ejections + 1, LONGEST_EJECTION)
             server._failures_in_a_row = 0
+            self._unsettle()
 
     def mark_up(self, name: str, now_s: float) -> None:
         """Health checks say that the server of this name is back; its slow start begins."""
@@ -369,12 +409,14 @@ class Balancer:
             # What failed before it was seen to be well says nothing any more.
             server._ejected_until_s = -math.inf
             server._failures_in_a_row = server._ejections = 0
+            self._unsettle()
 
     def mark_down(self, name: str) -> None:
         """Health checks say that the server of this name must get no new pairs."""
         server = self._servers.get(name)
         if server is not None:
             server.is_up = False
+            self._unsettle()
 
     def condition(self, server: ServerState, now_s: float) -> Condition:
         """What to show of a server; the strongest reason against it first."""
@@ -387,6 +429,10 @@ class Balancer:
         if self._share(server, now_s) < server.weight:
             return Condition.SLOW_START
         return Condition.UP
+
+    def _is_rising(self, server: ServerState, now_s: float) -> bool:
+        """Whether its slow start still goes on."""
+        return now_s - server._rising_since_s < self._slow_start_s
 
     def _share(self, server: ServerState, now_s: float) -> float:
         """The weight in force: it grows with time after a server came back."""
@@ -438,6 +484,28 @@ class Balancer:
                 candidate[0].name,
             ),
         )[0]
+
+
+def _smooth_round(servers: Sequence[ServerState]) -> list[ServerState]:
+    """One round of smooth weighted round robin, as `Balancer._round_robin` chooses it.
+
+    Begun with no credit it ends with none, so rounds repeat.  Empty if it were too much work.
+    """
+    divisor = math.gcd(*(server.weight for server in servers))
+    weights = [server.weight // divisor for server in servers]
+    total = sum(weights)
+    if total == len(servers):
+        return list(servers)  # all alike
+    if total * len(servers) > ROUND_STEPS:
+        return []
+    credit = [0] * len(servers)
+    turns = []
+    for _ in range(total):
+        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
+        best = credit.index(max(credit))
+        credit[best] -= total
+        turns.append(servers[best])
+    return turns
 
 
 def _hash_client(client_ip: str | None) -> int:

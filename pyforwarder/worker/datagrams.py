@@ -25,7 +25,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.loop import EPOLLIN, Timed
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route
-from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted, source_for
+from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.resolver import Resolver, addresses_of
 
 if TYPE_CHECKING:
@@ -340,9 +340,7 @@ class DatagramServer:
         self, session: Session, generation: Generation, addresses: Sequence[Address]
     ) -> None:
         for address in addresses:
-            if not is_permitted(
-                generation, session.route, address, self.loop.now_s, protocol="udp"
-            ):
+            if not generation.permits(session.route.rule, address, self.loop.now_s, protocol="udp"):
                 self._refuse(session, CloseReason.DENIED)
                 return
         reason = CloseReason.UNREACHABLE
@@ -356,7 +354,7 @@ class DatagramServer:
             try:
                 to = session.route.to
                 if isinstance(to, str):
-                    source = source_for(generation.config.upstreams[to], session.id, family)
+                    source = generation.upstreams[to].source_for(session.id, family)
                     if source:
                         sock.bind((source, 0))
                 sock.connect(address)

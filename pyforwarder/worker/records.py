@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address, UnixAddress
@@ -34,12 +34,12 @@ class Records:
     def __init__(self, loop: Loop, window: PairWindow) -> None:
         self._loop = loop
         self._window = window
-        self._unshown: deque[Client] = deque()
+        self._unshown: dict[Client, None] = {}  # the oldest first
         self._timer = 0
 
     def show_later(self, client: Client) -> None:
         """Show the connection once it has lived long enough to be looked at."""
-        self._unshown.append(client)
+        self._unshown[client] = None
         if not self._timer:
             self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown)
 
@@ -90,15 +90,18 @@ class Records:
     def _show_unshown(self) -> None:
         """Write the records of the connections that have lived long enough to be looked at."""
         before_s = self._loop.now_s - SHOW_AFTER_S
-        unshown = self._unshown
-        while unshown and unshown[0].accepted_s <= before_s:
-            client = unshown.popleft()
-            if client.life is not Life.CLOSED and client.slot < 0:
+        due = list(itertools.takewhile(lambda c: c.accepted_s <= before_s, self._unshown))
+        for client in due:
+            del self._unshown[client]
+            if client.slot < 0:
                 self.show(client)
-        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if unshown else 0
+        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if self._unshown else 0
 
     def release(self, client: Client) -> None:
-        """Give the record back, if there is one."""
-        if client.slot >= 0:
+        """Give the record back, if there is one; if not, none is made any more."""
+        if client.slot < 0:
+            # Now, not when its time comes: memory that is used again soon is still in the cache.
+            self._unshown.pop(client, None)
+        else:
             self._window.release(client.slot)
             client.slot = -1

@@ -568,6 +568,33 @@ def test_server_that_does_not_answer_is_given_up_in_time(start: StartPlay) -> No
         play.wait_for_end(CloseReason.TIMEOUT)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_server_that_answers_late_is_waited_for(start: StartPlay, family: int) -> None:
+    # A server of this host answers within connect(2), unless it has no room: then its kernel does
+    # not answer, and is asked again after a second.
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+        listening.listen(0)
+        listening.setblocking(False)
+        host, port, *_ = listening.getsockname()
+        play = start(named())
+        with socket.create_connection((host, port), timeout=DEADLINE_S):
+            client = play.dial()
+            address = f"{host}:{port}" if family == socket.AF_INET else f"[{host}]:{port}"
+            client.sendall(instruction(address) + b"first")
+            play.run_until(lambda: play.server.clients, "client")
+            play.loop.run_once(0.01)
+            assert play.only_client().life is Life.CONNECTING
+            client.sendall(b" second")
+            play.loop.run_once(0.01)
+            play.own(listening.accept()[0])
+            server = play.accept(listening)
+            assert play.read(client, 6) == ACK
+            assert play.read(server, 12) == b"first second"
+            server.sendall(b"answer")
+            assert play.read(client, 6) == b"answer"
+
+
 def test_server_that_resets_at_once_resets_the_client(start: StartPlay, servers: Servers) -> None:
     listening, address = servers()
     play = start(named())
@@ -1020,6 +1047,25 @@ def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: S
 
 
 # Faults of ours
+
+
+def test_internal_error_at_accept_costs_one_connection_only(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Clients that have spoken by then are served from the listener's event.
+    play = start(named())
+    listening, address = servers()
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(play.server._connector, "_connect", fail)
+        unlucky = play.dial()
+        unlucky.sendall(instruction(address))
+        play.wait_for_end(CloseReason.INTERNAL)
+        assert play.read_end(unlucky) == (b"", "reset")
+    play.joined(listening, address)
 
 
 def test_internal_error_costs_one_connection_only(

@@ -132,6 +132,38 @@ def test_over_one_round_each_server_gets_exactly_its_weight(
     assert Counter(turns(balancer, sum(weights))) == dict(enumerate(weights, 1))
 
 
+def test_a_round_that_is_too_long_to_be_laid_out_is_as_fair() -> None:
+    weights = range(248, 257)  # 2268 turns
+    servers = [server(number, weight) for number, weight in enumerate(weights, 1)]
+    balancer = Balancer(upstream(*servers))
+    taken = turns(balancer, sum(weights))
+    assert balancer._round == []
+    assert Counter(taken) == dict(enumerate(weights, 1))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_a_round_that_is_laid_out_is_the_one_that_is_weighed(weights: list[int]) -> None:
+    servers = [server(number, weight) for number, weight in enumerate(weights, 1)]
+    laid_out, weighed = Balancer(upstream(*servers)), Balancer(upstream(*servers))
+    candidates = [(state, float(state.weight)) for state in weighed.servers]
+    for _ in range(2 * sum(weights) + 1):
+        expected = weighed._round_robin(candidates, None)
+        assert last_byte(laid_out.choose("1.1.1.1", 0.0)) == last_byte(expected)
+
+
+def test_retries_do_not_shift_the_turns() -> None:
+    # A dead server that is never ejected must not make its neighbour the first choice of all.
+    balancer = Balancer(upstream(1, 2, 3))
+    firsts = []
+    for _ in range(6):
+        first = balancer.choose("1.1.1.1", 0.0)
+        assert first is not None
+        firsts.append(last_byte(first))
+        if firsts[-1] == 2:
+            assert balancer.choose("1.1.1.1", 0.0, [first]) is not first
+    assert firsts == [1, 2, 3, 1, 2, 3]
+
+
 # --- least pairs
 
 
