@@ -960,6 +960,23 @@ def test_handed_over_pair_goes_on_where_copy_left_off(start: StartPlay, servers:
     assert play.counters[Counter.UP_BYTES] == 13
 
 
+def test_pair_that_ends_right_after_its_handover_is_not_shown_later(
+    start: StartPlay, servers: Servers
+) -> None:
+    # The handover has made its record, before the clock would have.
+    play = start(named(EAGER))
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    play.run_until(lambda: play.fake.joined, "handover")
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    passed: list[int] = []
+    play.loop.after(0.05, lambda: passed.append(1))
+    play.run_until(lambda: passed, "end of the time after which a connection is shown")
+    assert list(read_records(play._memory)) == []
+
+
 def test_stalled_datapath_keeps_every_byte_in_order(start: StartPlay, servers: Servers) -> None:
     play = start(named(EAGER))
     client, server = play.joined(*servers())
