@@ -866,10 +866,18 @@ int control(struct __sk_buff *skb)
 	*(volatile __u32 *)&splice->state = PF_SPLICE_MUTE;
 	/* The look must not come before the silence: a full barrier. */
 	__sync_fetch_and_add(&splice->tries, 1);
+	/* One after the other, or the verifier would go through all combinations of what they say.
+	 */
 	key = splice->way[PF_UP].from;
-	busy = look(skb, &key, family, &client) | look_beyond(skb, &key, family);
-	key = splice->way[PF_DOWN].from;
-	busy |= look(skb, &key, family, &server) | look_beyond(skb, &key, family);
+	busy = look(skb, &key, family, &client);
+	if (!busy)
+		busy = look_beyond(skb, &key, family);
+	if (!busy) {
+		key = splice->way[PF_DOWN].from;
+		busy = look(skb, &key, family, &server);
+	}
+	if (!busy)
+		busy = look_beyond(skb, &key, family);
 	if (busy) {
 		*(volatile __u32 *)&splice->state = PF_SPLICE_HOLD;
 		return (int)busy;

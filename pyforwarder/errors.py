@@ -72,6 +72,10 @@ class ControlError(ForwarderError):
     """The daemon understood the request and refused it."""
 
 
+class InternalError(ForwarderError):
+    """The daemon failed over a request; a fault of ours, told to its log with a traceback."""
+
+
 class UsageError(ForwarderError):
     """The arguments of a command or of a request to the daemon cannot be used."""
 

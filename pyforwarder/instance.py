@@ -2,6 +2,7 @@
 
     RUN_DIR/NAME/control   unix socket, one JSON object per line
     RUN_DIR/NAME/pid       for people; nothing here decides by it, a pid may be another process's
+    RUN_DIR/NAME/log       what a daemon in the background says; stays after its end
     RUN_DIR/NAME/lock      held with flock(2) for as long as the daemon lives
     RUN_DIR/NAME/proc/     the pseudo-/proc
     BPFFS/NAME/            pins
@@ -89,6 +90,11 @@ class Instance:
     def lock_file(self) -> Path:
         """The file that the daemon holds with flock."""
         return self.run_dir / "lock"
+
+    @property
+    def log_file(self) -> Path:
+        """What a daemon in the background says."""
+        return self.run_dir / "log"
 
     @property
     def proc_dir(self) -> Path:

@@ -8,7 +8,7 @@ blanks, a value never contains one, and a new column only ever goes to the end.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
 
 _NUMBERS: Final = frozenset(
     {"id", "up_bytes", "down_bytes", "up_packets", "down_packets", "age_s", "idle_s"}
-    | {"backlog_bytes"}
+    | {"backlog_bytes", "accepted", "open", "refused"}
 )
 _NOTHING: Final = "-"  # a value that is not known (yet), as in the kernel's file
 _UNPRINTABLE = re.compile(r"[^!-\[\]-~]")  # blanks, controls, the backslash itself, non-ASCII
@@ -129,9 +129,26 @@ def parse(text: str) -> list[dict[str, str]]:
     ]
 
 
-def pair_from_text(row: Mapping[str, str]) -> dict[str, object]:
-    """A parsed line of the kernel's `show` file with its numbers as numbers."""
-    return {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
+def rows_from_text(text: str) -> list[dict[str, object]]:
+    """The rows of the kernel's `show` or `listeners`, with their numbers as numbers."""
+    return [
+        {key: _number(value) if key in _NUMBERS else value for key, value in row.items()}
+        for row in parse(text)
+    ]
+
+
+def stats_from_text(text: str) -> dict[str, object]:
+    """The kernel's `stats` as the daemon answers it: a dot in a name is a level."""
+    stats: dict[str, Any] = {}
+    for line in text.splitlines()[1:]:
+        if not line or line.startswith("#"):
+            continue
+        name, _, value = line.partition(" ")
+        group, dot, member = name.partition(".")
+        where = stats.setdefault(group, {}) if dot else stats
+        where[member or group] = _number(_ESCAPE.sub(_from_octal, value.strip()))
+    stats.setdefault("closed", {})
+    return stats
 
 
 def _number(text: str) -> object:

@@ -104,4 +104,6 @@ def reload(call: Call) -> int:
     answer = call.control(timeout_s=30.0).reload()
     count = answer.get("listeners")
     call.say(f"reloaded: {count} listener{'' if count == 1 else 's'}")
+    if isinstance(waiting := answer.get("waiting"), list) and waiting:
+        call.say(f"changed, but fixed until the next `up`: {', '.join(map(str, waiting))}")
     return DONE

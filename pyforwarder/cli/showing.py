@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, cast
 
 import click
 
@@ -12,7 +13,7 @@ from pyforwarder.cli.command import DONE, Call, command
 from pyforwarder.errors import NotRunningError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from pyforwarder.client import Json, What
 
@@ -38,8 +39,8 @@ def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> 
     With --watch a terminal is drawn anew each time; elsewhere tables follow each other with an
     empty line between them, and --json prints one line per look.
 
-    A daemon that was killed leaves its table of pairs in the kernel: `show` prints that, and says
-    so on stderr and with exit code 3.
+    A daemon that was killed leaves pairs, listeners and stats in the kernel: `show` prints those,
+    and says so on stderr and with exit code 3.
     """
     kind = cast("What", what)
     control = call.control()
@@ -47,8 +48,7 @@ def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> 
         try:
             result = control.show(kind)
         except NotRunningError:
-            if what == "pairs":
-                _show_leftovers(call, as_json=as_json)
+            _show_leftovers(call, what, as_json=as_json)
             raise
         call.write(_text(what, result, as_json=as_json, indent=2))
         return DONE
@@ -72,18 +72,26 @@ def _text(what: str, result: Json, *, as_json: bool, indent: int | None) -> str:
     return tables.render(what, cast("Sequence[Mapping[str, object]]", result))
 
 
-def _show_leftovers(call: Call, *, as_json: bool) -> None:
+# What of it the kernel prints by itself, and how its text becomes what the daemon would say.
+_PINNED: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
+    "pairs": ("show", tables.rows_from_text),
+    "listeners": ("listeners", tables.rows_from_text),
+    "stats": ("stats", tables.stats_from_text),
+}
+
+
+def _show_leftovers(call: Call, what: str, *, as_json: bool) -> None:
     """Print the pinned table of a daemon that is gone, if there is one."""
-    pinned = call.instance.bpffs_dir / "show"
+    if what not in _PINNED:
+        return
+    name, parse = _PINNED[what]
+    pinned = call.instance.bpffs_dir / name
     try:
         text = pinned.read_text(errors="replace")
     except OSError:
         return
     call.say(f"pyforwarder: read from {pinned}, which a daemon that is gone has left:")
-    if as_json:
-        rows = [tables.pair_from_text(row) for row in tables.parse(text)]
-        text = json.dumps(rows, indent=2) + "\n"
-    call.write(text)
+    call.write(json.dumps(parse(text), indent=2) + "\n" if as_json else text)
 
 
 @command(example="pyforwarder top\npyforwarder top --interval 0.5")

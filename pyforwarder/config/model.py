@@ -164,6 +164,7 @@ class Listener(Section):
 
     name: values.Name = ""  # never empty in a config: it names its unnamed listeners
     bind: values.Bind
+    mode: values.Mode | None = None  # of a unix socket; None: as the umask says
     protocol: Literal["tcp", "udp"] = "tcp"
     proxy_protocol: ProxyProtocol = ProxyProtocol()
     first_packet: FirstPacket = FirstPacket()
@@ -190,6 +191,8 @@ class Listener(Section):
     def _check_consistent(self) -> None:
         is_unix = isinstance(self.bind, UnixAddress)
         proxy = self.proxy_protocol
+        if self.mode is not None and not is_unix:
+            raise problem("only a unix socket has a mode", "mode")
         if proxy.accept and not proxy.trusted and not is_unix:
             raise problem(
                 "whose PROXY headers are to be believed? write `trusted: [10.0.0.0/8]`",
@@ -370,7 +373,10 @@ class Config(Section):
         self._check_binds()
         for position, listener in enumerate(self.listeners):
             for index, rule in enumerate(listener.rules):
-                self._check_rule(rule, ("listeners", position, "rules", index))
+                at = ("listeners", position, "rules", index)
+                self._check_rule(rule, at)
+                if listener.protocol == "udp":
+                    self._check_datagram_rule(rule, at)
         self._check_no_loop()
 
     def _check_binds(self) -> None:
@@ -412,6 +418,19 @@ class Config(Section):
                     f"no user is called {user!r} ({hint}): `users: {{NAME: /FILE}}`", *at, "users"
                 )
 
+    def _check_datagram_rule(self, rule: Rule, at: tuple[str | int, ...]) -> None:
+        """Refuse what a UDP session would silently go without."""
+        upstream = self.upstreams.get(rule.to) if isinstance(rule.to, str) else None
+        says = rule.send_proxy
+        if says is None and upstream is not None:
+            says = upstream.send_proxy
+        if says not in (None, "off"):
+            raise problem("PROXY headers are for TCP: `send_proxy: off`", *at, "send_proxy")
+        if upstream is not None and upstream.transparent:
+            raise problem(
+                f"{rule.to} is `transparent`, which is for TCP: use another upstream", *at, "to"
+            )
+
     def _check_no_loop(self) -> None:
         for protocol in ("tcp", "udp"):
             own = OwnListeners(
@@ -448,18 +467,32 @@ class Config(Section):
             raise ConfigError(str(error), path="--listen") from error
         for index, listener in enumerate(self.listeners):
             if listener.protocol == "tcp":
-                moved = listener.model_copy(update={"bind": address})
-                listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
-                config = self.model_copy(update={"listeners": listeners})
-                break
-        else:
-            raise ConfigError("there is no TCP listener to move", path="--listen")
+                return self._with_listener_at(index, address, "--listen")
+        raise ConfigError("there is no TCP listener to move", path="--listen")
+
+    def with_port(self, name: str, port: int) -> Config:
+        """This configuration with the listener of that name at another port, if there is one.
+
+        Raises:
+            ConfigError: the port makes the configuration wrong, as above.
+        """
+        for index, listener in enumerate(self.listeners):
+            if listener.name == name and isinstance(listener.bind, Address):
+                return self._with_listener_at(
+                    index, Address(listener.bind.host, port), "listen_port"
+                )
+        return self
+
+    def _with_listener_at(self, index: int, address: Address | UnixAddress, path: str) -> Config:
+        moved = self.listeners[index].model_copy(update={"bind": address})
+        listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
+        config = self.model_copy(update={"listeners": listeners})
         try:
             # Copies are not validated.
             moved._check_consistent()
             config._check_references()
         except PydanticCustomError as error:
-            raise ConfigError(error.message(), path="--listen") from error
+            raise ConfigError(error.message(), path=path) from error
         return config
 
 

@@ -57,8 +57,8 @@ def _mounts() -> list[Mount]:
     return parse_mounts(Path("/proc/self/mountinfo").read_text())
 
 
-def enter(root: Path) -> bool:
-    """Make sure that `root` is a directory in a BPF file system; whether we made the directory.
+def enter(root: Path) -> None:
+    """Make sure that `root` is a directory in a BPF file system.
 
     One that is not mounted is mounted: at /sys/fs/bpf for a root below it, else at the root itself.
 
@@ -73,17 +73,16 @@ def enter(root: Path) -> bool:
             if point != USUAL_MOUNT:
                 point.mkdir(mode=0o755, parents=True, exist_ok=True)
             _mount(point)
-        is_new = not resolved.is_dir()
         resolved.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise ForwarderError(f"BPF file system for {root}: {error.strerror}") from error
-    return is_new
 
 
-def leave(root: Path, *, remove: bool) -> None:
-    """Remove what `enter` made, if nothing else is in it; never raises.
+def leave(root: Path) -> None:
+    """Remove the root, if nothing is in it, whoever has made it; never raises.
 
-    `remove`: the directory is ours. A mount of ours at the root (not at /sys/fs/bpf) goes too.
+    The last instance does that, which need not be the one that made it. A mount of ours at the root
+    (not at /sys/fs/bpf) goes, too.
     """
     with contextlib.suppress(OSError):
         resolved = root.resolve()
@@ -93,7 +92,7 @@ def leave(root: Path, *, remove: bool) -> None:
             pins = [name for name in os.listdir(resolved) if "." not in name]
             if mount.source == _SOURCE and mount.kind == "bpf" and not pins:
                 _libc.umount2(os.fsencode(resolved), 0)
-        elif remove:
+        elif mount is not None and mount.kind == "bpf":
             resolved.rmdir()
 
 

@@ -1,7 +1,8 @@
 """The control socket: one JSON object per line in, one per line out, mode 0600.
 
 Nobody who talks to it can hold the daemon up: requests and clients are bounded, answers are sent
-as fast as the client reads them and dropped with it when it does not.
+as fast as the client reads them and dropped with it when it does not, and of requests that come
+all at once one is served between any two other things that the daemon has to do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.errors import ConfigError, ForwarderError, UsageError
+from pyforwarder.errors import ConfigError, ForwarderError, InternalError, UsageError
 from pyforwarder.loop import EPOLLIN, EPOLLOUT, EPOLLRDHUP, Timed
 
 if TYPE_CHECKING:
@@ -25,13 +26,16 @@ MOST_REQUEST_BYTES: Final = 64 * 1024
 MOST_FDS: Final = 2
 # A client has this long for its next request, and again to read the answer.
 CLIENT_TIMEOUT_S: Final = 30.0
+# After an accept(2) that found no descriptor free: the listener stays readable, and would be
+# called again at once.
+ACCEPT_PAUSE_S: Final = 0.1
 
 # Takes a request and the descriptors that came with it (closed afterwards); returns the result.
 Obey = "Callable[[dict[str, Any], list[int]], object]"
 
 
 class _ControlClient(Timed):
-    __slots__ = ("fds", "incoming", "outgoing", "owner", "sock")
+    __slots__ = ("fds", "incoming", "is_last", "outgoing", "owner", "sock")
 
     def __init__(self, owner: ControlServer, sock: socket.socket) -> None:
         super().__init__()
@@ -40,6 +44,7 @@ class _ControlClient(Timed):
         self.incoming = b""
         self.outgoing = memoryview(b"")
         self.fds: list[int] = []
+        self.is_last = False  # it has its last answer; whatever else it sends is thrown away
 
     def expired(self) -> None:
         self.owner.drop(self)
@@ -64,7 +69,7 @@ class ControlServer:
             os.umask(mask)
         self._listener.listen(MOST_CLIENTS)
         self._listener.setblocking(False)
-        loop.watch(self._listener.fileno(), EPOLLIN, self._accept, self)
+        self._resume()
 
     def fds(self) -> list[int]:
         """Descriptors that a worker must not keep."""
@@ -74,14 +79,25 @@ class ControlServer:
         """Stop answering; the path goes."""
         for client in list(self._clients.values()):
             self.drop(client)
-        self._loop.forget(self._listener.fileno())
+        if self._pause:
+            self._loop.cancel(self._pause)
+        else:
+            self._loop.forget(self._listener.fileno())
         self._listener.close()
         self._path.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        self._pause = 0
+        self._loop.watch(self._listener.fileno(), EPOLLIN, self._accept, self)
 
     def _accept(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
             sock, _ = self._listener.accept()
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:  # EMFILE, ENFILE, ENOMEM: whoever asks has to wait, nobody else does
+            self._loop.forget(self._listener.fileno())
+            self._pause = self._loop.after(ACCEPT_PAUSE_S, self._resume)
             return
         if len(self._clients) >= MOST_CLIENTS:
             sock.close()
@@ -107,36 +123,49 @@ class ControlServer:
         client.fds = []
 
     def _ready(self, client: _ControlClient, _fd: int, mask: int) -> None:
-        if mask & EPOLLOUT:
-            self._send(client)
-            return
+        """It has sent something, reads what we have sent, or has another request waiting here."""
+        if client.outgoing:
+            if mask:
+                self._send(client)
+        elif b"\n" in client.incoming or self._receive(client):
+            self._take_request(client)
+
+    def _receive(self, client: _ControlClient) -> bool:
+        """Whether there may be a request now."""
         try:
             data, fds, _, _ = socket.recv_fds(client.sock, MOST_REQUEST_BYTES, MOST_FDS)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             self.drop(client)
-            return
+            return False
         client.fds += fds
         for fd in fds:
             os.set_inheritable(fd, False)  # recv_fds() forgets MSG_CMSG_CLOEXEC (Python 3.11)
         if not data or len(client.fds) > MOST_FDS:
             self.drop(client)
-            return
+            return False
+        if client.is_last:
+            return False
         client.incoming += data
+        return True
+
+    def _take_request(self, client: _ControlClient) -> None:
         line, newline, rest = client.incoming.partition(b"\n")
-        if not newline:
-            if len(client.incoming) > MOST_REQUEST_BYTES:
-                self._answer(client, {"ok": False, "kind": "usage", "error": "request too long"})
-            return
-        client.incoming = rest
-        self._answer(client, self._serve(line, client.fds))
-        self._close_fds(client)
+        if len(line) > MOST_REQUEST_BYTES:
+            client.is_last = True
+            client.incoming = b""
+            self._answer(client, {"ok": False, "kind": "usage", "error": "request too long"})
+        elif newline:
+            client.incoming = rest
+            answer = self._serve(line, client.fds)
+            self._close_fds(client)
+            self._answer(client, answer)
 
     def _serve(self, line: bytes, fds: list[int]) -> dict[str, object]:
         try:
             request = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: brackets, thousands deep
             return {"ok": False, "kind": "usage", "error": "the request is not JSON"}
         if not isinstance(request, dict) or not isinstance(request.get("do"), str):
             return {"ok": False, "kind": "usage", "error": 'a request is {"do": ...}'}
@@ -152,6 +181,8 @@ class ControlServer:
             }
         except UsageError as error:
             return {"ok": False, "kind": "usage", "error": str(error)}
+        except InternalError as error:
+            return {"ok": False, "kind": "internal", "error": str(error)}
         except ForwarderError as error:
             return {"ok": False, "kind": "refused", "error": str(error)}
 
@@ -170,5 +201,9 @@ class ControlServer:
             self.drop(client)
             return
         client.outgoing = client.outgoing[sent:]
-        wanted = EPOLLOUT if client.outgoing else EPOLLIN | EPOLLRDHUP
-        self._loop.change(client.sock.fileno(), wanted)
+        if client.outgoing:
+            self._loop.change(client.sock.fileno(), EPOLLOUT)
+        else:
+            self._loop.change(client.sock.fileno(), EPOLLIN | EPOLLRDHUP)
+            if b"\n" in client.incoming:
+                self._loop.soon(client, client.sock.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import resource
@@ -9,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
@@ -26,6 +27,7 @@ from pyforwarder.errors import (
     ConfigError,
     ControlError,
     ForwarderError,
+    InternalError,
     LoadError,
     UsageError,
 )
@@ -38,13 +40,15 @@ from pyforwarder.supervisor import bpffs, report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
+from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
+from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.channel import MOST_LISTENERS, Channel, text_to_fd
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
-from pyforwarder.worker.log import Log
+from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import Inheritance, most_clients
 from pyforwarder.worker.used_tokens import SharedUsedTokens
 
@@ -64,6 +68,10 @@ _STOP_S: Final = 5.0
 # SIGIO: somebody wants to open a file of the pseudo-/proc.
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
 
+
+_NOT_WANTED: Final = "not wanted by the configuration"
+# What a running daemon cannot change any more.
+_FIXED: Final = ("workers", "user")
 
 # The view's files and what `show` calls them.
 _RENDERED: Final = (("show", "pairs"), ("stats", "stats"), ("listeners", "listeners"))
@@ -87,7 +95,6 @@ class Daemon:
         self._arrays: Arrays | None = None
         self._maps: KernelMaps | None = None
         self._splicing: Splicing | None = None
-        self._made_bpffs = False
         self._view: View | None = None
         self._proc: ProcDirectory | None = None
         self._datapaths: dict[str, str] = {}
@@ -137,15 +144,24 @@ class Daemon:
     def _read_config(self) -> tuple[str, Config]:
         path = self._options.config_path
         text = "" if path is None else read_config_text(path)
+        return text, self._parse(text)
+
+    def _parse(self, text: str) -> Config:
+        path = self._options.config_path
         config = parse_config(text, source="built-in" if path is None else str(path))
         config = with_overrides(config, self._overrides)
         if len(config.listeners) > MOST_LISTENERS:
             raise ConfigError(f"more than {MOST_LISTENERS} listeners", path="listeners")
-        return text, config
+        return config
 
     def _prepare(self, config: Config) -> None:
         """What stays for the daemon's life: workers, tables, maps."""
-        self._log = Log(level=config.log.level, form=config.log.format, fd=self._log_fd())
+        self._log = Log(
+            level=config.log.level,
+            form=config.log.format,
+            fd=impatient(self._log_fd()),
+            is_timed="JOURNAL_STREAM" not in self._env.environ,  # journald adds its own
+        )
         self._user = config.user if os.geteuid() == 0 else None
         if self._user is not None:
             check_user(self._user)
@@ -167,7 +183,7 @@ class Daemon:
         self._secret = new_secret()
         self._used_tokens = SharedUsedTokens()
         self._slots = slots_for(clients)
-        remove_stale(self._instance.bpffs_dir)
+        self._remove_stale_pins()
         self._make_tables()
         self._maps = self._load(config)
         self._splicing = self._load_splice(config)
@@ -183,6 +199,17 @@ class Daemon:
             close_in_child=self._close_in_child,
             tell=self._tell_of_health,
         )
+
+    def _remove_stale_pins(self) -> None:
+        """Clean up after a daemon that was killed, and tell of what is not simply our own."""
+        found = remove_stale(self._instance.bpffs_dir)
+        where = found.directory
+        if found.is_of_another_version:
+            version = found.stamp.version if found.stamp else "unknown"
+            self._log.write("info", "pins_replaced", directory=where, version=version)
+        if found.foreign:
+            names = ",".join(found.foreign)
+            self._log.write("warning", "pins_left_alone", directory=where, names=names)
 
     def _make_tables(self) -> None:
         """The shared memory: BPF arrays for the kernel to read, or anonymous where it may not."""
@@ -206,17 +233,21 @@ class Daemon:
     def _log_fd(self) -> int:
         """Standard error, or in the background the instance's log file."""
         if self._options.detach:
-            path = self._instance.run_dir / "log"
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fd = open_log(self._instance.log_file)
             os.dup2(fd, 2)
             os.close(fd)
+            self._keep_log_small()
         return 2
+
+    def _keep_log_small(self) -> None:
+        keep_small(self._instance.log_file)
+        self._loop.after(LOOK_S, self._keep_log_small)
 
     def _load(self, config: Config) -> KernelMaps | None:
         """The kernel's part, proven to work; None with the reason in `datapaths`."""
-        self._datapaths = {"copy": "available", "splice": "not wanted by the configuration"}
-        if not _wants_kernel(config):
-            self._datapaths["sockmap"] = "not wanted by the configuration"
+        self._datapaths = {"copy": "available", "splice": _NOT_WANTED}
+        if not _kernel_choices(config):
+            self._datapaths["sockmap"] = _NOT_WANTED
             return None
         try:
             if self._arrays is None:
@@ -240,7 +271,7 @@ class Daemon:
     def _load_splice(self, config: Config) -> Splicing | None:
         """The same for splice; also where it is not wanted, if there are pairs that go on."""
         pins = pins_of(self._instance.bpffs_dir)
-        if not {"splice", "auto"} & set(_choices(config)) and not pins.is_dir():
+        if "splice" not in _kernel_choices(config) and not pins.is_dir():
             return None
         try:
             splicing = self._proven_splice(pins)
@@ -249,7 +280,7 @@ class Daemon:
             self._log.write("warning", "no_splice", reason=str(error))
             return None
         try:
-            self._made_bpffs = bpffs.enter(self._instance.bpffs_dir.parent)
+            bpffs.enter(self._instance.bpffs_dir.parent)
             splicing.maps.pin()
         except ForwarderError as error:
             # It works, and ends with us.
@@ -333,7 +364,7 @@ class Daemon:
 
     def _bind_and_start(self, text: str, config: Config) -> None:
         following, obsolete = self._listeners.change_to(config)
-        self._listeners.commit(following, obsolete)
+        self._listeners.commit(config, following, obsolete)
         self._settings = self._make_settings(text, config, following)
         self._config = config
         self._limit_packets()
@@ -352,7 +383,7 @@ class Daemon:
         self._checks.change_to(config.upstreams)
         self._metrics.start()
         if self._metrics.listener is not None:
-            self._log.write("info", "metrics", bind=self._metrics.listener.bind)
+            self._log.write("info", "metrics", bind=str(self._metrics.listener.bind))
 
     def _make_settings(
         self, text: str, config: Config, bound: dict[str, BoundListener]
@@ -407,6 +438,7 @@ class Daemon:
                 used_tokens=self._used_tokens,
                 user=self._user,
                 splicing=self._splicing,
+                log=self._log,
                 last_id=self._last_id,
             )
 
@@ -684,7 +716,7 @@ class Daemon:
         if self._view is not None:
             self._view.unpin()
             self._view.close()
-        bpffs.leave(self._instance.bpffs_dir.parent, remove=self._made_bpffs)
+        bpffs.leave(self._instance.bpffs_dir.parent)
         if self._maps is not None:
             self._maps.close()
         if self._arrays is not None:
@@ -693,6 +725,20 @@ class Daemon:
     # Requests
 
     def _obey(self, request: dict[str, Any], fds: list[int]) -> object:
+        """Do what was asked; a fault of ours over it costs this request and no pair.
+
+        Raises:
+            ForwarderError: it cannot be done, or failed.
+        """
+        try:
+            return self._do(request, fds)
+        except ForwarderError:
+            raise
+        except Exception as error:
+            self._log.fault("request_failed", error)
+            raise InternalError(f"{type(error).__name__}: {error}") from error
+
+    def _do(self, request: dict[str, Any], fds: list[int]) -> object:
         match request["do"]:
             case "ping":
                 return {"pid": os.getpid(), "version": __version__, "datapaths": self._datapaths}
@@ -703,7 +749,7 @@ class Daemon:
             case "flush":
                 return self._flush(request)
             case "reload":
-                return {"listeners": self._reload()}
+                return self._reload()
             case "down":
                 self._loop.defer(
                     lambda now: self._stop() if now else self._end() if not self._ending else None,
@@ -747,7 +793,7 @@ class Daemon:
         ids = None
         if not request.get("all"):
             ids = request.get("ids")
-            if not isinstance(ids, list) or not all(isinstance(n, int) for n in ids):
+            if not isinstance(ids, list) or not all(type(n) is int for n in ids):
                 raise UsageError("flush wants a list of ids, or all")
         flushed = [n for found in ask_all(self._living(), "flush", ids=ids) for n in found]
         return {
@@ -759,10 +805,10 @@ class Daemon:
         """Take two sockets out of another process (pidfd_getfd(2)) and join them."""
         pid, numbers = request.get("pid"), request.get("fds")
         if (
-            not isinstance(pid, int)
+            not _is_number(pid)
             or not isinstance(numbers, list)
             or len(numbers) != 2
-            or not all(isinstance(n, int) and 0 <= n < 2**31 for n in (pid, *numbers))
+            or not all(map(_is_number, numbers))
         ):
             raise UsageError("forward wants a process and two of its descriptors")
         from pyforwarder.supervisor.pidfd import fetch_descriptors
@@ -778,6 +824,17 @@ class Daemon:
         living = self._living()
         if not living:
             raise ControlError("no worker is running just now")
+        # Two pairs on one socket would tear its bytes apart, and each worker knows only its own.
+        cookies = []
+        for fd in (client_fd, server_fd):
+            try:
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    cookies.append(cookie_of(sock))
+            except OSError as error:
+                raise ControlError(f"cannot join: {error.strerror}") from error
+        for owner in ask_all(living, "pair_with", cookies=cookies):
+            if owner is not None:
+                raise ControlError(f"cannot join: pair {owner} has that socket already")
         worker = living[client_fd % len(living)]
         return {"id": worker.ask("join", [client_fd, server_fd])}
 
@@ -799,34 +856,53 @@ class Daemon:
             port = parse_port(str(request["port"]))
         except AddressError as error:
             raise UsageError(str(error)) from error
-        if self._config.listeners[0].name != name:
-            raise ControlError("the first listener is no TCP listener")
         before = dict(self._overrides)
-        self._overrides["listen"] = str(Address(listener.bind.host, port))
+        self._overrides["moved"] = f"{name} {port}"
         try:
-            self._reload()
+            # Nothing else changes: what is in the file by now waits for a `reload`.
+            text = self._settings.config_text
+            self._change_to(text, self._parse(text))
         except ForwarderError:
             self._overrides = before
             raise
-        return {"port": port}
+        bound = self._listeners.bound[name].bind
+        assert isinstance(bound, Address)
+        self._log.write("info", "listener_moved", listener=name, bind=str(bound))
+        return {"port": bound.port}
 
     def _reload_on_signal(self) -> None:
         self._notify("RELOADING=1")
-        try:
-            count = self._reload()
-            self._log.write("info", "reloaded", listeners=count)
-        except ForwarderError as error:
-            self._log.write("error", "reload_refused", error=str(error))
+        # What went wrong is in the log by then.
+        with contextlib.suppress(ForwarderError):
+            self._obey({"do": "reload"}, [])
         self._notify("READY=1")
 
-    def _reload(self) -> int:
-        """Read the configuration again and put it in force; how many listeners it has.
+    def _reload(self) -> object:
+        """Read the configuration again and put it in force; an error changes nothing."""
+        before = self._config
+        try:
+            self._change_to(*self._read_config())
+        except ForwarderError as error:
+            self._log.write("error", "reload_refused", error=str(error))
+            raise
+        waiting = [key for key in _FIXED if getattr(before, key) != getattr(self._config, key)]
+        if any(
+            self._datapaths.get(choice) == _NOT_WANTED for choice in _kernel_choices(self._config)
+        ):
+            waiting.append("datapath")
+        count = len(self._config.listeners)
+        self._log.write("info", "reloaded", listeners=count)
+        if waiting:
+            self._log.write("warning", "restart_needed", keys=",".join(waiting))
+        return {"listeners": count, "waiting": waiting}
+
+    def _change_to(self, text: str, config: Config) -> None:
+        """Put a configuration in force.
 
         Everything that can fail comes before the first change, so an error changes nothing.
         """
         if self._ending:
             raise ControlError("the daemon is ending")
-        text, config = self._read_config()
         following, obsolete = self._listeners.change_to(config)
         try:
             settings = self._make_settings(text, config, following)
@@ -835,6 +911,7 @@ class Daemon:
             self._listeners.abandon(following)
             raise
         self._settings, self._config = settings, config
+        self._log.change(level=config.log.level, form=config.log.format)
         before = self._binds()
         self._listeners.bound = following
         for index, worker in enumerate(self._workers):
@@ -845,7 +922,7 @@ class Daemon:
                     # It will be replaced by one that begins with the new settings.
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
-        self._listeners.commit(following, obsolete)
+        self._listeners.commit(config, following, obsolete)
         self._limit_packets()
         self._describe_listeners()
         self._metrics.commit(metrics)
@@ -856,19 +933,21 @@ class Daemon:
             if before.get(name) != str(listener.bind):
                 self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
         self._env.stdout.flush()
-        return len(config.listeners)
 
 
-def _wants_kernel(config: Config) -> bool:
-    """Whether any pair could go through the kernel."""
-    return any(choice != "copy" for choice in _choices(config))
+def _is_number(value: object) -> TypeGuard[int]:
+    """Of a process or a descriptor; True and False are instances of int, too."""
+    return type(value) is int and 0 <= value < 2**31
 
 
-def _choices(config: Config) -> list[str]:
-    choices: list[str] = [config.datapath]
+def _kernel_choices(config: Config) -> set[str]:
+    """The datapaths of the kernel that the configuration names or leaves open."""
+    choices: set[str] = {config.datapath}
     for listener in config.listeners:
-        choices += [listener.datapath or config.datapath]
-        choices += [
+        choices.add(listener.datapath or config.datapath)
+        choices |= {
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
-        ]
-    return choices
+        }
+    if "auto" in choices:
+        choices |= {"sockmap", "splice"}
+    return choices - {"auto", "copy"}

@@ -166,19 +166,17 @@ TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = (
 def stats(counters: Counters, windows: Sequence[mmap.mmap], datapaths: Mapping[str, str]) -> Row:
     """Totals since `up`; bytes include those of open pairs."""
     live = open_bytes(windows)
-    row: Row = {"closed": {}}
+    row: Row = {}
     for name, kind, word in TOTALS:
         value = counters.total(word)
         if kind is LineKind.UP_BYTES:
             value += live[Direction.UP]
         elif kind is LineKind.DOWN_BYTES:
             value += live[Direction.DOWN]
+        group, dot, member = name.partition(".")
+        where = row.setdefault(group, {}) if dot else row
         if value or kind is not LineKind.NONZERO:
-            group, dot, member = name.partition(".")
-            if dot:
-                row.setdefault(group, {})[member] = value
-            else:
-                row[name] = value
+            where[member or name] = value
     row["datapaths"] = dict(datapaths)
     return row
 

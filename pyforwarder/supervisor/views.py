@@ -3,6 +3,7 @@
     BPFFS/NAME/show        one line per pair
     BPFFS/NAME/stats       totals
     BPFFS/NAME/listeners   one line per listener
+    BPFFS/NAME/version     who made them (pins.py)
 
 Whoever reads a pin runs its program in the kernel, on the tables as they are at that moment. The
 daemon has no part in it: the files are readable while it is busy, and after it was killed, when
@@ -11,7 +12,6 @@ the header says so. bpf/view.c is the other half.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,20 @@ from pyforwarder.datapath.abi import Backlog
 from pyforwarder.datapath.arrays import LISTENER_LINES, STAT_LINES, Arrays, Line, LineTable
 from pyforwarder.datapath.loading import ProgramKind, load_programs
 from pyforwarder.errors import ControlError, ForwarderError, LoadError
-from pyforwarder.supervisor import bpffs
+from pyforwarder.supervisor import bpffs, pins
+from pyforwarder.tables import COLUMNS
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.supervisor.pins import Found
 
 FILES: Final = ("show", "stats", "listeners")
+_COLUMNS: Final = {
+    "show": COLUMNS["pairs"],
+    "stats": COLUMNS["stats"],
+    "listeners": COLUMNS["listeners"],
+}
+_HEADER_BYTES: Final = 256
 # How many may read `stats` at the same moment.
 _MOST_READERS: Final = 256
 _SUMS_BYTES: Final = (2 + STAT_LINES) * 8  # struct sums
@@ -52,7 +60,6 @@ class View:
         self._stats = LineTable(arrays.stats_fd, STAT_LINES)
         self._listeners = LineTable(arrays.listeners_fd, LISTENER_LINES)
         self._directory: Path | None = None
-        self._made_root = False
 
     @classmethod
     def load(cls, arrays: Arrays, maps: KernelMaps | None, *, workers: int, slots: int) -> View:
@@ -128,34 +135,42 @@ class View:
         holds the instance's lock.
 
         Raises:
-            ForwarderError: no bpffs, or it refuses. Nothing is left in a directory of ours.
+            ForwarderError: no bpffs, or it refuses, or one of the names is somebody else's.
+                Nothing is left in a directory of ours, and nothing of others has changed.
         """
-        self._made_root = bpffs.enter(directory.parent)
+        bpffs.enter(directory.parent)
+        taken = {*FILES, pins.STAMP}.intersection(_survey(directory).foreign)
+        if taken:
+            names = ", ".join(str(directory / name) for name in sorted(taken))
+            raise ForwarderError(f"{names}: not made by pyforwarder; remove it, then `up` again")
         self._directory = directory
         new = directory.parent / (directory.name + _NEW)
         try:
-            _remove_files(new)
+            pins.remove(_survey(new))
             new.mkdir(mode=0o755)
+            stamp = pins.stamp_of(FILES)
+            pins.write_stamp(new, stamp)
             for name, link in self._links.items():
                 bpf.pin(link, new / name)
                 (new / name).chmod(0o400)
             if directory.is_dir():
                 # Another's pins may stand beside ours, so file by file.
+                pins.write_stamp(directory, stamp)
                 for name in FILES:
                     (new / name).rename(directory / name)
-                new.rmdir()
+                pins.remove(_survey(new))
             else:
                 new.rename(directory)
         except OSError as error:
-            _remove_files(new)
+            pins.remove(_survey(new))
             self.unpin()
             raise ForwarderError(f"pin the view in {directory}: {error.strerror}") from error
 
     def unpin(self) -> None:
         """Remove the names that are still there, and what `pin` made for them; never raises."""
         if self._directory is not None:
-            _remove_files(self._directory)
-            bpffs.leave(self._directory.parent, remove=self._made_root)
+            pins.remove(_survey(self._directory))
+            bpffs.leave(self._directory.parent)
             self._directory = None
 
     def set_stats(self, lines: list[Line]) -> None:
@@ -192,16 +207,29 @@ class View:
             os.close(fd)
 
 
-def remove_stale(directory: Path) -> None:
-    """Remove what a daemon that was killed has left there; the caller holds the lock."""
-    _remove_files(directory.parent / (directory.name + _NEW))
-    _remove_files(directory)
+def remove_stale(directory: Path) -> Found:
+    """Remove what a daemon that was killed has left there, whatever its version; what was there.
+
+    The caller holds the lock.
+    """
+    pins.remove(_survey(directory.parent / (directory.name + _NEW)))
+    found = _survey(directory)
+    pins.remove(found)
+    return found
 
 
-def _remove_files(directory: Path) -> None:
-    """Our files, and the directory if nothing else is in it."""
-    for name in FILES:
-        with contextlib.suppress(OSError):
-            (directory / name).unlink()
-    with contextlib.suppress(OSError):
-        directory.rmdir()
+def _survey(directory: Path) -> Found:
+    return pins.survey(directory, FILES, _is_ours)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the file begins as ours of that name does, in every version (columns are only added).
+
+    Reading it is all that is needed for this: no privilege, and no kernel that tells of links.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            words = file.read(_HEADER_BYTES).decode(errors="replace").split()
+    except OSError:  # EIO: a map, a program, a link of another kind
+        return False
+    return words[:2] == list(_COLUMNS[path.name][:2])

@@ -12,13 +12,14 @@ from typing import Final
 
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
 
+_SO_COOKIE: Final = 57
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 _SO_PROTOCOL: Final = 38
 _TCP_ULP: Final = 31  # linux/tcp.h
 
 
-def adopt(fd: int) -> _socket.socket:
-    """The connected stream socket behind a descriptor, set up as ours are.
+def adoptable(fd: int) -> _socket.socket:
+    """The connected stream socket behind a descriptor, as it is: nothing about it has changed.
 
     Raises:
         OSError: it is no connected stream socket; the descriptor is closed.
@@ -30,17 +31,22 @@ def adopt(fd: int) -> _socket.socket:
         raise
     # From here on closing the object closes the descriptor.
     try:
-        _set_up(sock)
+        sock.getpeername()
+        if sock.type & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
+            raise OSError(errno.EPROTOTYPE, "not a stream socket")
     except OSError:
         sock.close()
         raise
     return sock
 
 
-def _set_up(sock: _socket.socket) -> None:
-    sock.getpeername()
-    if sock.type & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
-        raise OSError(errno.EPROTOTYPE, "not a stream socket")
+def cookie_of(sock: _socket.socket) -> int:
+    """What identifies the socket, whatever descriptors lead to it and in whichever process."""
+    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _SO_COOKIE, 8), "little")
+
+
+def set_up(sock: _socket.socket) -> None:
+    """Make it as ours are; whoever else has it sees that too."""
     os.set_blocking(sock.fileno(), False)
     if sock.family != _socket.AF_UNIX:
         # As at the listeners: a crash is a reset, and no byte is taken out of the stream.

@@ -18,6 +18,9 @@ _MOST_BYTES: Final = 128 * 1024
 _MOST_FDS: Final = 253  # SCM_MAX_FD (unix(7))
 # How many listeners fit into one message of settings, beside the text and a large message's own.
 MOST_LISTENERS: Final = 250
+# How many may wait to be accepted at one of its sockets: somaxconn caps it; HAProxy and nginx ask
+# for as much as they may, too.
+BACKLOG: Final = 4096
 _IN_LAST_FD: Final = b'"in the last descriptor"'
 _MOST_TEXT_BYTES: Final = 64 << 20
 SEND_TIMEOUT_S: Final = 5.0

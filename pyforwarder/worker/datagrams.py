@@ -25,7 +25,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.loop import EPOLLIN, Timed
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route
-from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted
+from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.resolver import Resolver, addresses_of
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Session(Timed):
         "waiting",
     )
 
+    pair_reason = PairReason.DATAGRAMS
+
     def __init__(self, owner: DatagramServer, port: _Port, key: Key, route: Route) -> None:
         super().__init__()
         self.owner = owner
@@ -112,6 +114,13 @@ class Session(Timed):
     def expired(self) -> None:
         """Time to look whether anybody still speaks."""
         self.owner.look_at_idle(self)
+
+    def source_address(self) -> Address | None:
+        """Where datagrams to the server come from."""
+        if self.sock is None:
+            return None
+        name = self.sock.getsockname()
+        return Address(name[0], name[1])
 
     @property
     def listener_name(self) -> str:
@@ -303,6 +312,7 @@ class DatagramServer:
                 self._refuse(session, CloseReason.UNREACHABLE)
                 return
             session.server_state = chosen
+            session.balancer.hold(chosen)
             to = chosen.address
         session.destination = to
         self.loop.deadlines.start(session, generation.connect_s, self.loop.now_s)
@@ -330,9 +340,7 @@ class DatagramServer:
         self, session: Session, generation: Generation, addresses: Sequence[Address]
     ) -> None:
         for address in addresses:
-            if not is_permitted(
-                generation, session.route, address, self.loop.now_s, protocol="udp"
-            ):
+            if not generation.permits(session.route.rule, address, self.loop.now_s, protocol="udp"):
                 self._refuse(session, CloseReason.DENIED)
                 return
         reason = CloseReason.UNREACHABLE
@@ -344,6 +352,11 @@ class DatagramServer:
                 reason = CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE)
                 break
             try:
+                to = session.route.to
+                if isinstance(to, str):
+                    source = generation.upstreams[to].source_for(session.id, family)
+                    if source:
+                        sock.bind((source, 0))
                 sock.connect(address)
             except OSError as error:
                 sock.close()
@@ -467,11 +480,16 @@ class DatagramServer:
         self._limits.remove_pair()
         if session.counts_client:
             self._limits.remove_client(session.peer.host)
-        if session.server_opened and session.balancer is not None:
-            assert session.server_state is not None
-            session.balancer.closed(session.server_state)
+        if session.balancer is not None and session.server_state is not None:
+            if session.server_opened:
+                session.balancer.closed(session.server_state)
+            session.balancer.release(session.server_state)
         self.loop.deadlines.stop(session)
-        self._log.closed(session, session.up_bytes, session.down_bytes)
+        self._log.closed(
+            session,
+            (session.up_bytes, session.up_packets),
+            (session.down_bytes, session.down_packets),
+        )
         if session.sock is not None:
             self.loop.close(session.sock.detach())
         if session.slot >= 0:
@@ -482,7 +500,8 @@ class DatagramServer:
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:
         """End the sessions with these ids, or all (None); the ids that were found."""
-        found = [s for s in self._sessions.values() if ids is None or s.id in ids]
+        wanted = None if ids is None else set(ids)
+        found = [s for s in self._sessions.values() if wanted is None or s.id in wanted]
         for session in found:
             self.end(session, CloseReason.FLUSHED)
         return [session.id for session in found]
@@ -504,10 +523,6 @@ class DatagramServer:
             local = session.key[2]
             host = socket.inet_ntop(socket.AF_INET6 if len(local) == 16 else socket.AF_INET, local)
             own = pack_endpoint(Address(host, listener.local_port))
-        source: Address | None = None
-        if session.sock is not None:
-            name = session.sock.getsockname()
-            source = Address(name[0], name[1])
         to = session.destination
         self._window.describe(
             session.slot,
@@ -515,13 +530,13 @@ class DatagramServer:
             started_ns=int(session.accepted_s * 1e9),
             endpoints=pack_endpoint(session.peer)
             + own
-            + pack_endpoint(source)
+            + pack_endpoint(session.source_address())
             + pack_endpoint(to if isinstance(to, Address) else None),
             rule=session.rule_name,
             listener=listener.name,
             state=state,
             datapath=DatapathKind.COPY,
-            reason=PairReason.DATAGRAMS,
+            reason=session.pair_reason,
         )
 
 

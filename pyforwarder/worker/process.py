@@ -63,6 +63,7 @@ class Inheritance:
     maps: KernelMaps | None
     used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
+    log: Log
     splicing: Splicing | None = None
     last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
 
@@ -118,6 +119,7 @@ class _Worker:
     def __init__(self, inheritance: Inheritance) -> None:
         self._inheritance = inheritance
         self._channel = inheritance.channel
+        self._counters = Counters(inheritance.counters_memory, inheritance.workers)
         self.loop = Loop()
         self._server: Server | None = None
         self._datagrams: DatagramServer | None = None
@@ -161,6 +163,8 @@ class _Worker:
                 return self._serving().upstreams()
             case "health":
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
+            case "pair_with":
+                return self._serving().pair_with(message["cookies"])
             case "join":
                 return self._serving().join_sockets(fds[0], fds[1])
             case unknown:
@@ -185,12 +189,18 @@ class _Worker:
             worker=self._inheritance.worker,
             previous=previous,
             used_tokens=self._inheritance.used_tokens,
+            counters=self._counters,
         )
         if self._server is None:
             self._server = self._make_server(generation)
         server = self._server
         server.generation = generation
+        log = generation.config.log
+        server.log.log.change(level=log.level, form=log.format)
+        stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets.values():
+            if os.fstat(sock.fileno()).st_ino not in stays:
+                server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}
@@ -228,10 +238,10 @@ class _Worker:
         server = Server(
             self.loop,
             generation=generation,
-            counters=Counters(given.counters_memory, given.workers).block(given.worker),
+            counters=self._counters.block(given.worker),
             limits=limits,
             window=window,
-            log=ConnectionLog(Log(level=config.log.level, form=config.log.format)),
+            log=ConnectionLog(given.log),
             worker=given.worker,
             workers=given.workers,
             most_clients=most_clients(config.limits.pairs),
@@ -274,6 +284,7 @@ class _Worker:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
         for sock in self._sockets.values():
+            server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
         self._sockets = {}

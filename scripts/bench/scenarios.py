@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from bench import cpu_time, memory
 from bench import load as load_module
-from bench import memory
 from bench.measures import DIRECT
 from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from bench.load import Load, Session
@@ -29,6 +31,7 @@ DELAY_BYTES_PER_S: Final = 1e9 / 8  # a gigabit: far from saturation everywhere
 CONNECTIONS: Final = 64  # at a time
 PACED_CONNECTIONS_PER_S: Final = 1_000
 PACE_TOLERANCE: Final = 0.05
+LOOKS_PER_S: Final = 10  # `watch cat show` is one every two seconds
 QUIET: Final = 0.9  # what soakers must get of the machine while nothing is measured
 # What the generator calls the ways in which a connection fails; the last two got their answer and
 # then no clean end.
@@ -186,6 +189,50 @@ def _delay(stage: Stage, way: str) -> Values:
     return {f"delay_{way}_p99": report["p99_us"], f"delay_{way}_max": report["max_us"]}
 
 
+@contextlib.contextmanager
+def _read_again_and_again(path: Path | None) -> Iterator[list[int]]:
+    """Somebody watches the file while the block runs; how often. Without a file, nobody does."""
+    looks = [0]
+    stop = threading.Event()
+
+    def watch(path: Path) -> None:
+        while not stop.wait(1 / LOOKS_PER_S):
+            path.read_bytes()
+            looks[0] += 1
+
+    if path is None:
+        yield looks
+        return
+    thread = threading.Thread(target=watch, args=(path,))
+    thread.start()
+    try:
+        yield looks
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _view(stage: Stage, what: str) -> Values:
+    """The same run unread and read, there and back, so that what drifts favours neither.
+
+    A target without a view is run four times alike: how far its ratio is away from 1 is noise.
+    A single round trip would not do: it has two modes, by where the scheduler puts whom. The CPU
+    time is without the reader's own, which runs while the idle machine is looked at, too.
+    """
+    instance = stage.target.instance
+    path = instance.bpffs_dir / "show" if instance is not None else None
+    totals = {True: 0.0, False: 0.0}
+    for is_read in (False, True, True, False):
+        with _read_again_and_again(path if is_read else None) as looks:
+            if what == "rtt":
+                totals[is_read] += stage.load().run("rtt", pairs=CONNECTIONS)["p50_us"]
+            else:
+                totals[is_read] += _cpu(stage, "up")["cpu_up"]
+        if is_read and path is not None and not looks[0]:
+            raise ScenarioError("`show` was not read")
+    return {f"view_{what}": totals[True] / totals[False]}
+
+
 def _connect(stage: Stage, *, port: int = FORWARDER_PORT, **options: object) -> Values:
     report = stage.load(port=port).run("connect", pairs=CONNECTIONS, **options)
     if report["failed"]:
@@ -202,14 +249,24 @@ def _connect_paced(stage: Stage) -> Values:
     return _percentiles("connect_paced", report)
 
 
+def _connect_at_most(
+    stage: Stage, scenario: str, *, port: int = FORWARDER_PORT, **options: object
+) -> Values:
+    pid = stage.target.pid
+    before = cpu_time.tree_seconds(pid) if pid else 0.0
+    report = _connect(stage, port=port, **options)
+    values = {scenario: report["connections_per_s"]}
+    if pid:
+        values[f"{scenario}_cpu"] = (cpu_time.tree_seconds(pid) - before) / report["done"] * 1e6
+    return values
+
+
 def _connect_first(stage: Stage, order: str) -> Values:
-    report = _connect(stage, server_closes=order == "server")
-    return {f"connect_{order}_first": report["connections_per_s"]}
+    return _connect_at_most(stage, f"connect_{order}_first", server_closes=order == "server")
 
 
 def _connect_instruction(stage: Stage) -> Values:
-    report = _connect(stage, port=INSTRUCTION_PORT, instruction=True)
-    return {"connect_instruction": report["connections_per_s"]}
+    return _connect_at_most(stage, "connect_instruction", port=INSTRUCTION_PORT, instruction=True)
 
 
 _WAYS: Final = ("up", "down")
@@ -224,6 +281,7 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     **{f"bulk_{n}_{way}": partial(_bulk, streams=n, way=way) for n in (1, 8) for way in _WAYS},
     **{f"cpu_{way}": partial(_cpu, way=way) for way in _WAYS},
     **{f"delay_{way}": partial(_delay, way=way) for way in _WAYS},
+    **{f"view_{what}": partial(_view, what=what) for what in ("rtt", "cpu")},
     "connect_paced": _connect_paced,
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,
@@ -231,7 +289,12 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
 
 
 def is_possible(scenario: str, target: Target) -> bool:
-    """Whether the target can take part: only pyforwarder takes instructions."""
+    """Whether the target can take part: only pyforwarder takes instructions and has a view.
+
+    `direct` says how far a ratio of equal runs is away from 1.
+    """
+    if scenario.startswith("view_"):
+        return target.instance is not None or target.name == DIRECT
     return scenario != "connect_instruction" or target.takes_instructions
 
 

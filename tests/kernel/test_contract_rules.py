@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import tempfile
@@ -25,7 +26,7 @@ from tests.helpers.peers import (
     read_to_end,
     unused_port,
 )
-from tests.helpers.waiting import DEADLINE_S
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -222,6 +223,44 @@ def test_source_hash_keeps_a_client_with_its_server(start_forwarder: StartForwar
             upstream_config(a.address, b.address, c.address, balance="source_hash")
         )
         assert len({greeting(forwarder) for _ in range(7)}) == 1
+
+
+def test_least_pairs_counts_the_pairs_of_all_workers(start_forwarder: StartForwarder) -> None:
+    with Waiting() as first, Waiting() as second, contextlib.ExitStack() as open_sockets:
+        one = "workers: 3\n" + upstream_config(first.address, balance="least_pairs")
+        both = "workers: 3\n" + upstream_config(
+            first.address, second.address, balance="least_pairs"
+        )
+        forwarder = start_forwarder(one)
+
+        def next_pair(server: Waiting) -> None:
+            client = open_sockets.enter_context(dial(forwarder.address))
+            served = open_sockets.enter_context(server.accept())
+            served.sendall(b"x")
+            assert read_exactly(client, 1) == b"x"
+
+        def pairs() -> list[int]:
+            return [row["pairs"] for row in forwarder.show("upstreams")]
+
+        for _ in range(23):
+            next_pair(first)
+        forwarder.reconfigure(both)
+        assert forwarder.command("reload").returncode == 0
+        # Each connection falls to one of three workers by its hash, and not evenly: a worker that
+        # knew its own pairs only would give some of these to the first server.
+        for _ in range(23):
+            next_pair(second)
+        assert pairs() == [23, 23]
+        # A worker's pairs go with it, and are counted no more.
+        killed = forwarder.workers()[0]
+        killed.kill()
+        forwarder.wait_for_line("worker_died")
+        wait_for(lambda: len(forwarder.workers()) == 3, "a new worker")
+        left = pairs()
+        assert sum(left) < 46
+        for _ in range(abs(left[0] - left[1])):
+            next_pair(first if left[0] < left[1] else second)
+        assert pairs() == [max(left)] * 2
 
 
 def test_the_next_server_is_tried_when_one_refuses(start_forwarder: StartForwarder) -> None:

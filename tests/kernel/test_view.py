@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import itertools
 import os
 import random
+import signal
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +20,7 @@ from pyforwarder import tables
 from pyforwarder.address import Address, UnixAddress
 from pyforwarder.counters import BLOCK_BYTES, BLOCK_WORDS, Counter, Counters
 from pyforwarder.datapath.abi import (
+    PAIR_BYTES,
     DatapathKind,
     Direction,
     LineKind,
@@ -25,10 +29,11 @@ from pyforwarder.datapath.abi import (
     pack_endpoint,
 )
 from pyforwarder.datapath.arrays import LISTENER_LINES, Arrays, Line
-from pyforwarder.datapath.kernel import PairTable
+from pyforwarder.datapath.kernel import PairTable, slots_for
 from pyforwarder.datapath.table import PairWindow
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.views import View
+from tests.helpers.waiting import DEADLINE_S
 from tests.kernel.conftest import temporary_place
 
 if TYPE_CHECKING:
@@ -42,20 +47,21 @@ GONE: Final = "# the daemon is gone"
 class Bench:
     """The arrays of a daemon that is not there, and its view."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, slots: int = SLOTS) -> None:
         self.directory = directory
-        self.arrays = Arrays.create(workers=WORKERS, slots=SLOTS)
-        self.table = PairTable(workers=WORKERS, slots=SLOTS, fd=self.arrays.pairs_fd)
+        self.slots = slots
+        self.arrays = Arrays.create(workers=WORKERS, slots=slots)
+        self.table = PairTable(workers=WORKERS, slots=slots, fd=self.arrays.pairs_fd)
         self.memory = self.arrays.counters_memory(WORKERS)
         self.counters = Counters(self.memory, WORKERS)
-        self.view = View.load(self.arrays, None, workers=WORKERS, slots=SLOTS)
+        self.view = View.load(self.arrays, None, workers=WORKERS, slots=slots)
         self.view.pin(directory)
         self.empty()
 
     def empty(self) -> None:
         """As it was at first."""
         self.windows = [
-            PairWindow(memory, first_slot=n * SLOTS, worker_index=n)
+            PairWindow(memory, first_slot=n * self.slots, worker_index=n)
             for n, memory in enumerate(self.table.windows)
         ]
         for worker in range(WORKERS):
@@ -155,8 +161,8 @@ def without_clocks(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def bench_at(place: Place) -> Iterator[Bench]:
-    bench = Bench(place.bpffs / "bench")
+def bench_at(place: Place, *, slots: int = SLOTS) -> Iterator[Bench]:
+    bench = Bench(place.bpffs / "bench", slots=slots)
     yield bench
     bench.close()
     assert place.pins() == []
@@ -235,6 +241,154 @@ def test_a_record_that_changes_hands_is_not_shown(bench: Bench) -> None:
     assert [row["id"] for row in bench.rows()] == ["2"]
     window.words[sequence] += 1
     assert [row["id"] for row in bench.rows()] == ["1", "2"]
+
+
+class Occupant:
+    """The connection of that number: everything about it follows from the number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.ends = [
+            Address(f"10.{n}.{number >> 8 & 255}.{number & 255}", number % 65521)
+            if (number + n) % 2
+            else Address(f"2001:db8:{n + 1}::{number & 0xFFFF or 1:x}", number % 65519)
+            for n in range(4)
+        ]
+        self.state = [state for state in PairState if state][number % 6]
+        self.kind = list(DatapathKind)[number % len(DatapathKind)]
+        self.rule = f"r{number % 9973}"
+
+    def enter(self, window: PairWindow, slot: int) -> None:
+        """As a worker does it (worker/records.py): the counters first, then who it is."""
+        now_ns = time.monotonic_ns()
+        window.count(slot, Direction.UP, self.number * 1_000_003, 1, now_ns)
+        window.count(slot, Direction.DOWN, self.number * 999_983, 1, now_ns)
+        window.describe(
+            slot,
+            pair_id=self.number,
+            started_ns=now_ns,
+            endpoints=b"".join(map(pack_endpoint, self.ends)),
+            rule=self.rule.encode(),
+            listener=b"main",
+            state=self.state,
+            datapath=self.kind,
+            reason=0,
+        )
+
+    def columns(self) -> list[str]:
+        return [
+            str(self.number),
+            self.state.label,
+            self.kind.label,
+            *map(str, self.ends),
+            str(self.number * 1_000_003),
+            str(self.number * 999_983),
+            self.rule,
+        ]
+
+
+def come_and_go_as_fast_as_they_can(window: PairWindow, slots: int) -> None:
+    """Slots change hands without end; the child that calls this is killed."""
+    window._free = deque(range(slots))
+    taken: deque[int] = deque()
+    for number in itertools.count(1):
+        if len(taken) == slots:
+            window.release(taken.popleft())
+        slot = window.allocate()
+        Occupant(number).enter(window, slot)
+        taken.append(slot)
+
+
+def be_described_as_fast_as_possible(window: PairWindow) -> None:
+    """Slot 0 is described anew without end, by the protocol of PairWindow.describe().
+
+    What takes microseconds there is one copy here, so that half of the time one is under way.
+    """
+    sequence, number_at = PairRecord.sequence.offset // 8, PairRecord.id.offset // 8
+    begin, end = PairRecord.started_ns.offset, PAIR_BYTES
+    words, memory = window.words, window._bytes
+    bodies = []
+    for number in range(1, 64):
+        Occupant(number).enter(window, 0)
+        bodies.append((number, bytes(memory[begin:end])))
+    for number, body in itertools.cycle(bodies):
+        words[sequence] += 1
+        words[number_at] = number
+        memory[begin:end] = body
+        words[sequence] += 1
+
+
+@contextlib.contextmanager
+def running_beside(action: Callable[[], None]) -> Iterator[None]:
+    """The action in a child that has everything of ours, killed at the end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("slots", [2, 31])
+def test_no_line_mixes_two_connections_whose_slot_changes_hands(bench: Bench, slots: int) -> None:
+    # Thousands of times a second, on every slot: far more than connections can come and go.
+    seen: set[str] = set()
+    lines = 0
+    end_s = time.monotonic() + DEADLINE_S
+    with running_beside(lambda: come_and_go_as_fast_as_they_can(bench.windows[0], slots)):
+        while (lines < 1000 or len(seen) < 500) and time.monotonic() < end_s:
+            for line in bench.read().splitlines()[1:]:
+                words = line.split()
+                assert words[:9] + words[11:] == Occupant(int(words[0])).columns(), line
+                seen.add(words[0])
+                lines += 1
+    assert lines >= 1000
+    assert len(seen) >= 500
+
+
+def test_no_line_mixes_two_descriptions(place: Place) -> None:
+    expected = {}
+    for number in range(1, 64):
+        columns = Occupant(number).columns()
+        # Not the counters: they are not described, but belong to whoever counted last.
+        expected[number] = columns[:7] + columns[9:]
+    seen: set[int] = set()
+    lines = 0
+    # As few slots as there can be: a walk is over in microseconds.
+    with bench_at(place, slots=slots_for(1)) as small:
+        window = small.windows[0]
+        end_s = time.monotonic() + DEADLINE_S
+        with running_beside(lambda: be_described_as_fast_as_possible(window)):
+            while lines < 20_000 and time.monotonic() < end_s:
+                for line in small.read().splitlines()[1:]:
+                    words = line.split()
+                    assert words[:7] + words[11:] == expected[int(words[0])], line
+                    seen.add(int(words[0]))
+                    lines += 1
+    assert lines >= 20_000
+    assert len(seen) == 63
+
+
+def test_pairs_that_stay_are_all_there_once_while_others_come_and_go(bench: Bench) -> None:
+    bench.fill(10_000)
+    stays = [str(number) for number in range(1, 10_001)]
+
+    def others() -> None:
+        window = bench.windows[0]
+        for number in itertools.count(100_001):
+            slot = window.allocate()
+            Occupant(number).enter(window, slot)
+            window.release(slot)
+
+    with running_beside(others):
+        for at_once in (1 << 16, 4096) * 5:
+            ids = [line.split()[0] for line in bench.read(at_once=at_once).splitlines()[1:]]
+            assert [number for number in ids if int(number) <= 10_000] == stays
 
 
 def test_age_and_idle_count_whole_seconds(bench: Bench) -> None:

@@ -43,7 +43,7 @@ FILES: Final = ("show", "stats", "listeners")
 HEADER: Final = list(tables.PAIR_COLUMNS)
 GONE: Final = "# the daemon is gone"
 STATES: Final = "sniffing|connecting|handover|joined|half-closed|draining"
-END: Final = r"(?:\d+\.\d+\.\d+\.\d+:\d+|-)"
+END: Final = r"(?:\d+\.\d+\.\d+\.\d+:\d+|\[[0-9a-f:]+\]:\d+|-)"
 LINE: Final = re.compile(
     rf" *\d+ (?:{STATES}) +(?:-|copy|sockmap) +{END} +{END} +{END} +{END} +\d+ +\d+ +\d+ +\d+ \S+"
 )
@@ -171,33 +171,44 @@ def test_no_line_is_torn_while_connections_come_and_go(
     place: Place, start_forwarder: StartForwarder, datapath: str
 ) -> None:
     forwarder = start_forwarder(config(datapath))
+    listeners = forwarder.listeners()
     stop = threading.Event()
     failed: list[BaseException] = []
-    done = [0]
+    done = [0] * 8
 
-    def come_and_go(server: EchoServer) -> None:
+    def come_and_go(number: int, via: tuple[str, int], to: tuple[str, int], size: int) -> None:
         began_s = time.monotonic()
         try:
             while not stop.is_set():
-                with dial_through(forwarder.address, server.address, b"x" * 1023) as client:
-                    assert read_exactly(client, 1023) == b"x" * 1023
+                with dial_through(via, to, b"x" * size) as client:
+                    assert read_exactly(client, size) == b"x" * size
                     # Some live long enough to be in the table, all end.
                     stop.wait(0.02)
-                done[0] += 1
-                # Four of us, together some 200 a second.
-                stop.wait(max(0.0, began_s + done[0] / 200 - time.monotonic()))
+                done[number] += 1
+                # Eight of us, together 200 a second.
+                stop.wait(max(0.0, began_s + done[number] / 25 - time.monotonic()))
         except BaseException as error:
             failed.append(error)
 
-    with EchoServer() as server, pair_through(forwarder.address) as (client, peer):
+    with (
+        EchoServer() as one,
+        EchoServer(host="::1") as two,
+        pair_through(forwarder.address) as (client, peer),
+    ):
         transfer(client, peer, 5003)
         stays = wait_for_datapath(place, datapath)[0]
-        threads = [threading.Thread(target=come_and_go, args=(server,)) for _ in range(8)]
+        # Two kinds, with nothing in common: a line has all of one and nothing of the other.
+        kinds = [(listeners["main"], one.address, 1023), (listeners["six"], two.address, 777)]
+        rules = ["named", "a-name-longer-than-that"[:15]]
+        threads = [
+            threading.Thread(target=come_and_go, args=(number, *kinds[number % 2]))
+            for number in range(8)
+        ]
         for thread in threads:
             thread.start()
         looks = seen = 0
-        end_s = time.monotonic() + 4
-        while time.monotonic() < end_s:
+        end_s = time.monotonic() + DEADLINE_S
+        while (looks < 40 or seen < 100 or sum(done) < 400) and time.monotonic() < end_s:
             text = text_of(place)
             header, *lines = text.splitlines()
             assert header.split() == HEADER
@@ -211,20 +222,26 @@ def test_no_line_is_torn_while_connections_come_and_go(
             kept = by_id.pop(stays["id"])
             assert (kept["client"], kept["up_bytes"]) == (stays["client"], "5003")
             for row in by_id.values():
-                assert row["listener"] == address_text(forwarder.address)
-                assert row["server"] in ("-", address_text(server.address))
-                assert row["up_bytes"] in ("0", "1023"), row
-                assert row["down_bytes"] in ("0", "1023"), row
+                kind = int(row["listener"] != address_text(kinds[0][0]))
+                listener, server, size = kinds[kind]
+                host = address_text(listener).rpartition(":")[0]
+                assert row["listener"] == address_text(listener), row
+                assert row["client"].rpartition(":")[0] == host, row
+                assert row["rule"] in ("-", rules[kind]), row
+                assert row["server"] in ("-", address_text(server)), row
+                assert row["source"] == "-" or row["source"].rpartition(":")[0] == host, row
+                assert row["up_bytes"] in ("0", str(size)), row
+                assert row["down_bytes"] in ("0", str(size)), row
             looks += 1
             seen += len(by_id)
         stop.set()
         for thread in threads:
             thread.join(timeout=DEADLINE_S)
     assert failed == []
-    print(f"{looks} looks, {seen} lines, {done[0]} connections")
-    assert looks > 20
-    assert seen > 20
-    assert done[0] > 200
+    print(f"{looks} looks, {seen} lines, {sum(done)} connections")
+    assert looks >= 40
+    assert seen >= 100
+    assert sum(done) >= 400
 
 
 def test_backlog_stays_small_before_a_stalled_reader_and_is_0_once_it_is_drained(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import _socket
 import json
 import os
+import re
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -13,20 +15,21 @@ import pytest
 
 from pyforwarder.address import Address
 from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.datapath.base import PairReason
 from pyforwarder.reasons import CloseReason
-from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log
+from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log, impatient
 
 if TYPE_CHECKING:
     from pyforwarder.worker.client import Client
 
 
 class Pipe:
-    """Where a log is written, and what came out."""
+    """Where a log is written, and what came out; blocking at the writer's end, as pipes are."""
 
     def __init__(self) -> None:
-        self._read_fd, self.fd = os.pipe()
+        self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
-        os.set_blocking(self.fd, False)
+        self.fd = impatient(self._write_fd)
 
     def lines(self) -> list[str]:
         """What was written since the last look."""
@@ -43,6 +46,7 @@ class Pipe:
 
     def close(self) -> None:
         os.close(self.fd)
+        os.close(self._write_fd)
         if self._read_fd >= 0:
             os.close(self._read_fd)
 
@@ -66,6 +70,7 @@ class Owner:
 
 PEER = Address("192.0.2.1", 40000)
 SERVER = Address("::1", 9001)
+SOURCE = Address("::1", 50000)
 
 
 @dataclass
@@ -81,10 +86,14 @@ class Ended:
     destination: Address | None = SERVER
     kind: DatapathKind = DatapathKind.SOCKMAP
     accepted_s: float = 987.5
+    pair_reason: PairReason = PairReason.BEST
+
+    def source_address(self) -> Address | None:
+        return SOURCE if self.destination else None
 
 
 def closed(log: ConnectionLog, ended: Ended) -> None:
-    log.closed(cast("Client", ended), 1023, 7)
+    log.closed(cast("Client", ended), (1023, 3), (7, 1))
 
 
 # Lines
@@ -120,7 +129,71 @@ def test_full_pipe_loses_lines_and_stops_nobody(pipe: Pipe) -> None:
     log = Log(level="info", form="text", fd=pipe.fd)
     for _ in range(3000):
         log.write("info", "x" * 100)
-    assert 0 < len(pipe.lines()) < 3000
+    before = pipe.lines()
+    assert 0 < len(before) < 3000
+    log.write("info", "y")
+    assert pipe.lines() == [
+        f"pyforwarder warning: log_lines_lost lines={3000 - len(before)}",
+        "pyforwarder info: y",
+    ]
+
+
+def test_full_pipe_that_cannot_be_opened_anew_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(path, flags)
+
+    monkeypatch.setattr("pyforwarder.worker.log.os.open", refuse)
+    pipe = Pipe()
+    try:
+        assert os.get_blocking(pipe.fd)
+        log = Log(level="info", form="text", fd=pipe.fd)
+        for _ in range(3000):
+            log.write("info", "x" * 100)
+        assert 0 < len(pipe.lines()) < 3000
+    finally:
+        pipe.close()
+
+
+def test_full_socket_loses_lines_and_stops_nobody() -> None:
+    reader, writer = socket.socketpair()  # journald gives a unix stream socket
+    with reader, writer:
+        fd = impatient(writer.fileno())
+        log = Log(level="info", form="text", fd=fd)
+        for _ in range(20_000):
+            log.write("info", "x" * 100)
+        reader.setblocking(False)
+        assert 0 < len(reader.recv(16 << 20).splitlines()) < 20_000
+        assert writer.getblocking()
+        log.close()
+        os.close(fd)
+
+
+def test_the_open_file_that_others_share_stays_as_it_was() -> None:
+    read_fd, write_fd = os.pipe()
+    fd = impatient(write_fd)
+    assert (os.get_blocking(write_fd), os.get_blocking(fd)) == (True, False)
+    for each in (read_fd, write_fd, fd):
+        os.close(each)
+
+
+def test_text_line_tells_the_time_where_nobody_else_does(pipe: Pipe) -> None:
+    Log(level="info", form="text", fd=pipe.fd, is_timed=True).write("info", "reloaded")
+    (line,) = pipe.lines()
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z pyforwarder info: reloaded", line)
+
+
+def test_text_value_with_blanks_is_quoted_and_commands_no_terminal(pipe: Pipe) -> None:
+    log = Log(level="info", form="text", fd=pipe.fd)
+    log.write("info", "x", a="two words", b="", c='"', d="\x1b[31m", e="k=v")
+    assert pipe.lines() == ['pyforwarder info: x a="two words" b="" c="\\"" d=\\033[31m e="k=v"']
+
+
+def test_another_level_and_form_count_from_then_on(pipe: Pipe) -> None:
+    log = Log(level="warning", form="text", fd=pipe.fd)
+    log.write("info", "unseen")
+    log.change(level="info", form="json")
+    log.write("info", "seen")
+    assert [json.loads(line)["event"] for line in pipe.lines()] == ["seen"]
 
 
 def test_reader_that_has_gone_stops_nobody(pipe: Pipe) -> None:
@@ -135,8 +208,9 @@ def test_ended_connection_is_one_line(pipe: Pipe) -> None:
     closed(ConnectionLog(Log(level="info", form="text", fd=pipe.fd)), Ended(Owner()))
     assert pipe.lines() == [
         "pyforwarder info: closed id=23 reason=finished listener=main rule=named "
-        "client=192.0.2.1:40000 server=[::1]:9001 datapath=sockmap up_bytes=1023 down_bytes=7 "
-        "age_s=12.5"
+        "client=192.0.2.1:40000 source=[::1]:50000 server=[::1]:9001 datapath=sockmap "
+        'why="the best this host and this pair allow" '
+        "up_bytes=1023 down_bytes=7 up_packets=3 down_packets=1 age_s=12.5"
     ]
 
 
@@ -144,12 +218,8 @@ def test_what_is_not_known_is_a_dash(pipe: Pipe) -> None:
     ended = Ended(Owner(), peer=None, destination=None, kind=DatapathKind.NONE, rule_name=b"-")
     closed(ConnectionLog(Log(level="info", form="json", fd=pipe.fd)), ended)
     said = json.loads(pipe.lines()[0])
-    assert (said["client"], said["server"], said["datapath"], said["rule"]) == (
-        "unix:",
-        "-",
-        "-",
-        "-",
-    )
+    names = ("client", "source", "server", "datapath", "rule")
+    assert [said[name] for name in names] == ["unix:", "-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("reason", CloseReason)
@@ -170,25 +240,19 @@ def test_flood_of_connections_is_counted_instead_of_written(pipe: Pipe) -> None:
     assert len(written) == MOST_PER_SECOND
     owner.loop.now_s += 1
     closed(log, Ended(owner))
-    assert [line.split(" ", 3)[2:] for line in pipe.lines()] == [
-        ["suppressed", "lines=23"],
-        [
-            "closed",
-            "id=23 reason=finished listener=main rule=named client=192.0.2.1:40000 "
-            "server=[::1]:9001 datapath=sockmap up_bytes=1023 down_bytes=7 age_s=13.5",
-        ],
-    ]
+    suppressed, line = pipe.lines()
+    assert suppressed == "pyforwarder info: suppressed lines=23"
+    assert line.startswith("pyforwarder info: closed id=23 ")
     owner.loop.now_s += 1
     closed(log, Ended(owner))
     assert len(pipe.lines()) == 1
 
 
-def test_fault_of_ours_is_logged_with_its_traceback(
-    pipe: Pipe, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_fault_of_ours_is_logged_with_its_traceback(pipe: Pipe) -> None:
     try:
         _socket.inet_aton("no address")
     except OSError as error:
         ConnectionLog(Log(level="error", form="text", fd=pipe.fd)).internal_error(error)
-    assert pipe.lines()[0].startswith("pyforwarder error: internal_error error=OSError(")
-    assert "test_log.py" in capfd.readouterr().err
+    (line,) = pipe.lines()
+    assert line.startswith('pyforwarder error: internal_error error="OSError(')
+    assert "test_log.py" in line

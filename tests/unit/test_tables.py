@@ -71,8 +71,10 @@ def test_parse_of_nothing_is_no_rows() -> None:
 
 
 def test_numbers_of_a_parsed_pair_are_numbers() -> None:
-    row = tables.pair_from_text({"id": "3", "up_bytes": "23", "age_s": "1.5", "rule": "17"})
+    (row,) = tables.rows_from_text("ID UP_BYTES AGE_S RULE\n3 23 1.5 17\n")
     assert row == {"id": 3, "up_bytes": 23, "age_s": 1.5, "rule": "17"}
+    (row,) = tables.rows_from_text("NAME ACCEPTED OPEN REFUSED  # gone\n80 1 2 3\n")
+    assert row == {"name": "80", "accepted": 1, "open": 2, "refused": 3}
 
 
 def test_stats_are_one_line_per_number() -> None:
@@ -84,6 +86,18 @@ def test_stats_are_one_line_per_number() -> None:
         ["closed.denied", "3"],
         ["closed.finished", "17"],
     ]
+
+
+def test_stats_come_back_from_their_text() -> None:
+    stats = {
+        "accepted": 23,
+        "joined": {"copy": 1, "sockmap": 0},
+        "closed": {"denied": 3},
+        "datapaths": {"copy": "available", "splice": "no \\ tc\x1b here"},
+    }
+    text = tables.render("stats", tables.stats_rows(stats))
+    assert tables.stats_from_text(text) == stats
+    assert tables.stats_from_text("STAT VALUE  # the daemon is gone\n") == {"closed": {}}
 
 
 def test_stats_that_are_words_keep_their_blanks() -> None:
