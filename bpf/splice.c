@@ -701,7 +701,7 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 			at = 3;
 #pragma unroll
 		for (i = 0; i < 10; i++) {
-			if (i >= at && 20 + 4 * i < header) {
+			if (i >= at && 20u + 4 * i < header) {
 				if ((void *)(word + 6 + i) > data_end)
 					return DROP; /* its headers are in front: never */
 				put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
@@ -866,10 +866,18 @@ int control(struct __sk_buff *skb)
 	*(volatile __u32 *)&splice->state = PF_SPLICE_MUTE;
 	/* The look must not come before the silence: a full barrier. */
 	__sync_fetch_and_add(&splice->tries, 1);
+	/* One after the other, or the verifier would go through all combinations of what they say.
+	 */
 	key = splice->way[PF_UP].from;
-	busy = look(skb, &key, family, &client) | look_beyond(skb, &key, family);
-	key = splice->way[PF_DOWN].from;
-	busy |= look(skb, &key, family, &server) | look_beyond(skb, &key, family);
+	busy = look(skb, &key, family, &client);
+	if (!busy)
+		busy = look_beyond(skb, &key, family);
+	if (!busy) {
+		key = splice->way[PF_DOWN].from;
+		busy = look(skb, &key, family, &server);
+	}
+	if (!busy)
+		busy = look_beyond(skb, &key, family);
 	if (busy) {
 		*(volatile __u32 *)&splice->state = PF_SPLICE_HOLD;
 		return (int)busy;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import mmap
+from collections.abc import Iterator
 from typing import Final
 
 from pyforwarder.reasons import CloseReason
@@ -51,14 +52,20 @@ class RuleCounter(enum.IntEnum):
     REFUSED = 1
 
 
+class ServerCounter(enum.IntEnum):
+    """Per server of an upstream."""
+
+    HELD = 0  # a gauge: pairs that it has, and connections that are being made to it
+
+
 REASONS: Final = tuple(CloseReason)
 CLOSED_FIRST: Final = 64
 CLOSED_INDEX: Final = {reason: CLOSED_FIRST + n for n, reason in enumerate(REASONS)}
-NAMED_FIRST: Final = 128  # from here on: listeners and rules, as a Directory hands them out
+NAMED_FIRST: Final = 128  # from here on: what a Directory hands out
 
 
 class Directory:
-    """Which words belong to which listener and rule: the same ones across reloads.
+    """Which words belong to which listener, rule and server: the same ones across reloads.
 
     A name keeps its words for the daemon's life, so counts survive a reload; when all words are
     given out (about 1,900 names), later ones share the last.
@@ -69,12 +76,26 @@ class Directory:
         self._next = NAMED_FIRST
 
     def index(self, *name: str) -> int:
-        """The first of the two to four words of a listener (one name) or rule (two names)."""
+        """The first of the words of a listener (one name) or rule (two names)."""
+        size = len(ListenerCounter) if len(name) == 1 else len(RuleCounter)
+        index = self._find(name, size)
+        return BLOCK_WORDS - len(ListenerCounter) if index is None else index
+
+    def server_index(self, upstream: str, server: str) -> int | None:
+        """The first of a server's words; None: all are given out, and these cannot be shared."""
+        return self._find(("upstream", upstream, server), len(ServerCounter))
+
+    def gauges(self) -> Iterator[int]:
+        """The words of listeners and servers that go with the worker that has written them."""
+        for name, index in self._indexes.items():
+            if len(name) == 1:
+                yield index + ListenerCounter.OPEN
+            elif len(name) == 3:
+                yield index + ServerCounter.HELD
+
+    def _find(self, name: tuple[str, ...], size: int) -> int | None:
         index = self._indexes.get(name)
-        if index is None:
-            size = len(ListenerCounter) if len(name) == 1 else len(RuleCounter)
-            if self._next + size > BLOCK_WORDS:
-                return BLOCK_WORDS - len(ListenerCounter)
+        if index is None and self._next + size <= BLOCK_WORDS - len(ListenerCounter):
             index = self._indexes[name] = self._next
             self._next += size
         return index
@@ -109,6 +130,24 @@ class Counters:
         """A worker died with its connections: what counted them as open is 0 again."""
         block = self.block(worker)
         block[Counter.OPEN] = block[Counter.PAIRS_OPEN] = 0
-        for name, index in directory._indexes.items():
-            if len(name) == 1:
-                block[index + ListenerCounter.OPEN] = 0
+        for index in directory.gauges():
+            block[index] = 0
+
+
+class SharedHeld:
+    """The `ServerCounter.HELD` of one server: this worker's to change, everybody's to read."""
+
+    __slots__ = ("_counters", "_index", "_own")
+
+    def __init__(self, counters: Counters, worker: int, index: int) -> None:
+        self._counters = counters
+        self._own = counters.block(worker)
+        self._index = index
+
+    def add(self, by: int) -> None:
+        """Change this worker's part."""
+        self._own[self._index] += by
+
+    def total(self) -> int:
+        """The sum over all workers."""
+        return self._counters.total(self._index)

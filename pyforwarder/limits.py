@@ -50,6 +50,16 @@ class SharedLimits:
             total += column[_PAIRS]
         return total
 
+    def add_pair_below(self, most: int) -> bool:
+        """Count one more pair of this worker, unless all workers have `most` already."""
+        total = 0
+        for column in self._columns:
+            total += column[_PAIRS]
+        if total >= most:
+            return False
+        self._own[_PAIRS] += 1
+        return True
+
     def add_pair(self) -> None:
         """This worker has one more pair."""
         self._own[_PAIRS] += 1

@@ -7,12 +7,16 @@ events in which it was given up, so that an old event can never reach a new conn
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import _socket
 
 EPOLLIN: Final = select.EPOLLIN
 EPOLLPRI: Final = select.EPOLLPRI
@@ -55,6 +59,9 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._queues: dict[float, dict[Timed, None]] = {}
+        # No deadline passes before: the loop need not look at every one of its turns. It may be
+        # too early, as `stop` does not search for the next one.
+        self.soonest_s = math.inf
 
     def start(self, item: Timed, length_s: float, now_s: float) -> None:
         """Give `item` a deadline `length_s` from now, in place of the one it had."""
@@ -66,7 +73,9 @@ class Deadlines:
             queue = self._queues[length_s] = {}
         queue[item] = None
         item._queue = queue
-        item._expires_s = now_s + length_s
+        item._expires_s = expires_s = now_s + length_s
+        if expires_s < self.soonest_s:
+            self.soonest_s = expires_s
 
     def stop(self, item: Timed) -> None:
         """Take the deadline away; nothing happens if there is none."""
@@ -95,6 +104,8 @@ class Deadlines:
             # Lengths come and go with reloads; an empty queue is made again when needed.
             if not queue:
                 del self._queues[length_s]
+        next_s = self.next_s()
+        self.soonest_s = math.inf if next_s is None else next_s
         for item in list(due):
             if item._queue is due:
                 item._queue = None
@@ -117,6 +128,7 @@ class Loop:
         self._callbacks: list[Callback | None] = []
         self._owners: list[Any] = []
         self._to_close: list[int] = []
+        self._sockets_to_close: list[_socket.socket] = []
         self._soon: deque[tuple[Any, int]] = deque()
         self._deferred: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._timers: dict[int, tuple[float, Callable[[], None]]] = {}
@@ -168,6 +180,11 @@ class Loop:
         self._callbacks[fd] = self._owners[fd] = None
         self._to_close.append(fd)
 
+    def close_socket(self, fd: int, sock: _socket.socket) -> None:
+        """The same for a descriptor that a socket object owns."""
+        self._callbacks[fd] = self._owners[fd] = None
+        self._sockets_to_close.append(sock)
+
     def soon(self, owner: Any, fd: int) -> None:
         """Call whoever serves the descriptor once more, with mask 0, after the running batch.
 
@@ -196,13 +213,14 @@ class Loop:
     def _timeout_s(self) -> float:
         if self._soon or self._deferred:
             return 0.0
-        next_s = self.deadlines.next_s()
+        next_s = self.deadlines.soonest_s
         for due_s, _ in self._timers.values():
-            if next_s is None or due_s < next_s:
+            if due_s < next_s:
                 next_s = due_s
-        if next_s is None:
+        wait_s = next_s - time.monotonic()
+        if wait_s >= _LONGEST_WAIT_S:
             return _LONGEST_WAIT_S
-        return min(_LONGEST_WAIT_S, max(0.0, next_s - time.monotonic()))
+        return wait_s if wait_s > 0.0 else 0.0
 
     def run(self) -> None:
         """Serve until `stop`; an exception of a callback goes to `on_error` with its owner."""
@@ -240,23 +258,27 @@ class Loop:
                 action(owner)
             except Exception as error:
                 self.on_error(owner, error)
-        self._run_due()
-        self._close_given_up()
+        if self.deadlines.soonest_s <= self.now_s:
+            self.deadlines.run_expired(self.now_s, self.on_error)
+        if self._timers:
+            self._run_due()
+        if self._to_close or self._sockets_to_close:
+            self._close_given_up()
 
     def _run_due(self) -> None:
-        self.deadlines.run_expired(self.now_s, self.on_error)
-        if self._timers:
-            due = [n for n, (due_s, _) in self._timers.items() if due_s <= self.now_s]
-            for number in due:
-                entry = self._timers.pop(number, None)
-                if entry is not None:
-                    entry[1]()
+        due = [n for n, (due_s, _) in self._timers.items() if due_s <= self.now_s]
+        for number in due:
+            entry = self._timers.pop(number, None)
+            if entry is not None:
+                entry[1]()
 
     def _close_given_up(self) -> None:
-        if self._to_close:
-            for fd in self._to_close:
-                os.close(fd)
-            self._to_close.clear()
+        for fd in self._to_close:
+            os.close(fd)
+        self._to_close.clear()
+        for sock in self._sockets_to_close:
+            sock.close()
+        self._sockets_to_close.clear()
 
     def dispose(self) -> None:
         """Close the epoll descriptor and whatever was given up."""

@@ -29,6 +29,10 @@ class CloseReason(enum.Enum):
     BACKLOG = "backlog"
     INTERNAL = "internal"
 
+    # Members are unique, so their identity will do; Enum hashes their names, in Python. Every
+    # connection's end looks something up by its reason.
+    __hash__ = object.__hash__
+
 
 class RefusalCode(enum.Enum):
     """What a refused client is told, in the word its protocol has for it."""

@@ -109,6 +109,9 @@ class Ruleset:
         self._converses = any(
             part.asks or (isinstance(part, Speaker) and part.converses) for part in parts
         )
+        # Whether a first rule may say yes or no before a byte has come, and so the rules be through
+        # with a connection; a server that speaks first must not wait for its client then.
+        self.may_decide_at_once = any(not part.reads for part in entries[0].matcher.parts())
         self.needs_clock = any(isinstance(part, Instruction) and part.needs_clock for part in parts)
 
     @property
@@ -127,7 +130,6 @@ class Ruleset:
     def decide(
         self,
         data: bytes,
-        *,
         client: Address | None,
         local_port: int,
         end: End = End.OPEN,

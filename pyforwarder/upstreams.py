@@ -10,7 +10,8 @@ guess, so it never empties an upstream: when nobody else is left, ejected server
 
 Each worker has balancers of its own.  What they must agree on (where `source_hash` sends a client)
 depends only on names and weights; what they need not agree on (the turn in `round_robin`) is
-shifted by the worker's number, so that the workers do not all begin with the first server.
+shifted by the worker's number, so that the workers do not all begin with the first server.  How
+many pairs a server has (`least_pairs`) they tell each other, through `Held`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 from pyforwarder.policy import parse_ip
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pyforwarder.address import Address, HostPort, UnixAddress
 
@@ -34,6 +35,10 @@ SLOW_START_FLOOR: Final = 0.05
 # A server that fails again right after an ejection rests twice as long, up to this many times the
 # configured time (Envoy's outlier detection multiplies in the same way, up to 300 s).
 LONGEST_EJECTION: Final = 16
+
+# A round of turns is worked out once, in up to so many steps (a millisecond); weights that need
+# more are weighed anew for every pair.
+ROUND_STEPS: Final = 1 << 14
 
 _MASK: Final = (1 << 64) - 1
 
@@ -142,8 +147,35 @@ class CheckSchedule:
         return min(self._due_s.values(), default=math.inf)
 
 
+class Held(Protocol):
+    """How many pairs have a server or are being connected to it, in all workers."""
+
+    def add(self, by: int) -> None:
+        """This worker has so many more."""
+        ...
+
+    def total(self) -> int:
+        """Those of all workers."""
+        ...
+
+
+class _OwnHeld:
+    """For a worker that knows of no other."""
+
+    __slots__ = ("_count",)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, by: int) -> None:
+        self._count += by
+
+    def total(self) -> int:
+        return self._count
+
+
 class ServerState:
-    """One server and what is known of it.  Only `pairs_elsewhere` may be set from outside."""
+    """One server and what is known of it."""
 
     __slots__ = (
         "_credit",
@@ -156,20 +188,20 @@ class ServerState:
         "backup",
         "connects",
         "failures",
+        "held",
         "is_up",
         "name",
         "pairs",
-        "pairs_elsewhere",
         "weight",
     )
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, held: Held | None = None) -> None:
         self.address = settings.address
         self.name = str(settings.address)
         self.weight = settings.weight
         self.backup = settings.backup
         self.pairs = 0  # open ones that this balancer gave it
-        self.pairs_elsewhere = 0  # those of other workers, set from outside if known
+        self.held = held or _OwnHeld()
         self.connects = 0  # attempts that were answered
         self.failures = 0  # attempts that were not
         self.is_up = True
@@ -192,32 +224,49 @@ class ServerState:
 class Balancer:
     """Chooses servers of one upstream.
 
-    `worker` is this worker's number, from 0.
+    `worker` is this worker's number, from 0; `shared` counts for all workers what a server of
+    this name holds.
 
     For every choice the caller reports what became of it: `opened` once the connection stands,
-    later `closed` when the pair ends, or `failed` when it never stood.
+    later `closed` when the pair ends, or `failed` when it never stood.  Besides it says `hold` when
+    it begins to connect and `release` when it has nothing to do with the server any more: of many
+    that come at once, each has to see those before it.
     """
 
-    def __init__(self, upstream: UpstreamSettings, *, worker: int = 0) -> None:
+    def __init__(
+        self,
+        upstream: UpstreamSettings,
+        *,
+        worker: int = 0,
+        shared: Mapping[str, Held] | None = None,
+    ) -> None:
         self._worker = worker
         self._latest_s = -math.inf  # the last time that was passed in
         self._servers: dict[str, ServerState] = {}
-        self._configure(upstream)
+        # Who can be chosen, and by round_robin in which order, as long as nothing happens to any
+        # server: choosing is on the path of every connection, and there may be many servers.
+        # Empty: not known, or about to change by itself (an ejection ends, a slow start goes on).
+        self._settled: list[tuple[ServerState, float]] = []
+        self._round: list[ServerState] = []
+        self._turn = worker - 1  # the last one taken of the round
+        self._configure(upstream, shared or {})
 
     @property
     def servers(self) -> tuple[ServerState, ...]:
         """All servers, in the order of the configuration."""
         return tuple(self._servers.values())
 
-    def reconfigure(self, upstream: UpstreamSettings) -> None:
+    def reconfigure(
+        self, upstream: UpstreamSettings, *, shared: Mapping[str, Held] | None = None
+    ) -> None:
         """Take over a new configuration; servers that stay keep their pairs, health and history.
 
         A server that is gone gets no new pair; the state that open pairs still hold stays valid
-        for `closed` and `failed`.
+        for `closed`, `failed` and `release`.
         """
-        self._configure(upstream)
+        self._configure(upstream, shared or {})
 
-    def _configure(self, upstream: UpstreamSettings) -> None:
+    def _configure(self, upstream: UpstreamSettings, shared: Mapping[str, Held]) -> None:
         self._choose = {
             "round_robin": self._round_robin,
             "least_pairs": self._least_pairs,
@@ -228,15 +277,18 @@ class Balancer:
         self._slow_start_s: float = upstream.slow_start_s
         servers = {}
         for settings in upstream.servers:
-            state = self._servers.get(str(settings.address)) or ServerState(settings)
+            name = str(settings.address)
+            state = self._servers.get(name) or ServerState(settings, shared.get(name))
             state.weight = settings.weight
             state.backup = settings.backup
             servers[state.name] = state
         self._servers = servers
         self._start_turn()
+        self._unsettle()
 
     def _start_turn(self) -> None:
         """Give the first turn of a round to another server in each worker."""
+        self._turn = self._worker - 1
         for server in self._servers.values():
             server._credit = 0.0
         turns = [
@@ -247,6 +299,24 @@ class Balancer:
         if turns:
             for _ in range(self._worker % len(turns)):
                 self._round_robin(turns, None)
+
+    def _unsettle(self) -> None:
+        """Something has happened to a server: who can be chosen has to be found out again."""
+        self._settled = []
+        self._round = []
+
+    def _settle(self, now_s: float) -> None:
+        """Remember who can be chosen, if that stays so until something happens."""
+        able = [server for server in self._servers.values() if server.is_up and server.weight]
+        if any(server.is_ejected(now_s) or self._is_rising(server, now_s) for server in able):
+            return
+        for backup in (False, True):
+            group = [(s, float(s.weight)) for s in able if s.backup is backup]
+            if group:
+                self._settled = group
+                if self._choose == self._round_robin:
+                    self._round = _smooth_round([server for server, _ in group])
+                return
 
     def choose(
         self,
@@ -260,6 +330,14 @@ class Balancer:
         failed this client.  In this order: servers, backups, ejected servers, ejected backups.
         """
         self._latest_s = now_s
+        if not tried:
+            if not self._settled:
+                self._settle(now_s)
+            if self._round:
+                self._turn = turn = (self._turn + 1) % len(self._round)
+                return self._round[turn]
+            if self._settled:
+                return self._choose(self._settled, client_ip)
         fit: list[ServerState] = []
         ejected: list[ServerState] = []
         for server in self._servers.values():
@@ -278,6 +356,16 @@ class Balancer:
                     return self._choose(candidates, client_ip)
         return None
 
+    @staticmethod
+    def hold(server: ServerState) -> None:
+        """A connection to this server is about to be made."""
+        server.held.add(1)
+
+    @staticmethod
+    def release(server: ServerState) -> None:
+        """The client for which `hold` was called is through with this server."""
+        server.held.add(-1)
+
     def opened(self, server: ServerState) -> None:
         """A connection to this server stands, a pair begins."""
         server.pairs += 1
@@ -287,6 +375,7 @@ class Balancer:
         if server.is_ejected(self._latest_s):
             # It was tried because nobody else was left, and it works.
             server._ejected_until_s = server._rising_since_s = -math.inf
+            self._unsettle()
 
     def closed(self, server: ServerState) -> None:
         """A pair for which `opened` was called has ended."""
@@ -309,6 +398,7 @@ class Balancer:
             server._rising_since_s = server._ejected_until_s
             server._ejections = min(server._ejections + 1, LONGEST_EJECTION)
             server._failures_in_a_row = 0
+            self._unsettle()
 
     def mark_up(self, name: str, now_s: float) -> None:
         """Health checks say that the server of this name is back; its slow start begins."""
@@ -319,12 +409,14 @@ class Balancer:
             # What failed before it was seen to be well says nothing any more.
             server._ejected_until_s = -math.inf
             server._failures_in_a_row = server._ejections = 0
+            self._unsettle()
 
     def mark_down(self, name: str) -> None:
         """Health checks say that the server of this name must get no new pairs."""
         server = self._servers.get(name)
         if server is not None:
             server.is_up = False
+            self._unsettle()
 
     def condition(self, server: ServerState, now_s: float) -> Condition:
         """What to show of a server; the strongest reason against it first."""
@@ -337,6 +429,10 @@ class Balancer:
         if self._share(server, now_s) < server.weight:
             return Condition.SLOW_START
         return Condition.UP
+
+    def _is_rising(self, server: ServerState, now_s: float) -> bool:
+        """Whether its slow start still goes on."""
+        return now_s - server._rising_since_s < self._slow_start_s
 
     def _share(self, server: ServerState, now_s: float) -> float:
         """The weight in force: it grows with time after a server came back."""
@@ -365,9 +461,7 @@ class Balancer:
         self, candidates: Sequence[tuple[ServerState, float]], client_ip: str | None
     ) -> ServerState:
         # The load *after* the choice, so that of two idle servers the heavier one is taken.
-        loads = [
-            (server.pairs + server.pairs_elsewhere + 1) / share for server, share in candidates
-        ]
+        loads = [(server.held.total() + 1) / share for server, share in candidates]
         least = min(loads)
         equal = [
             candidate
@@ -390,6 +484,28 @@ class Balancer:
                 candidate[0].name,
             ),
         )[0]
+
+
+def _smooth_round(servers: Sequence[ServerState]) -> list[ServerState]:
+    """One round of smooth weighted round robin, as `Balancer._round_robin` chooses it.
+
+    Begun with no credit it ends with none, so rounds repeat.  Empty if it were too much work.
+    """
+    divisor = math.gcd(*(server.weight for server in servers))
+    weights = [server.weight // divisor for server in servers]
+    total = sum(weights)
+    if total == len(servers):
+        return list(servers)  # all alike
+    if total * len(servers) > ROUND_STEPS:
+        return []
+    credit = [0] * len(servers)
+    turns = []
+    for _ in range(total):
+        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
+        best = credit.index(max(credit))
+        credit[best] -= total
+        turns.append(servers[best])
+    return turns
 
 
 def _hash_client(client_ip: str | None) -> int:

@@ -164,6 +164,7 @@ class Listener(Section):
 
     name: values.Name = ""  # never empty in a config: it names its unnamed listeners
     bind: values.Bind
+    mode: values.Mode | None = None  # of a unix socket; None: as the umask says
     protocol: Literal["tcp", "udp"] = "tcp"
     proxy_protocol: ProxyProtocol = ProxyProtocol()
     first_packet: FirstPacket = FirstPacket()
@@ -190,6 +191,8 @@ class Listener(Section):
     def _check_consistent(self) -> None:
         is_unix = isinstance(self.bind, UnixAddress)
         proxy = self.proxy_protocol
+        if self.mode is not None and not is_unix:
+            raise problem("only a unix socket has a mode", "mode")
         if proxy.accept and not proxy.trusted and not is_unix:
             raise problem(
                 "whose PROXY headers are to be believed? write `trusted: [10.0.0.0/8]`",
@@ -370,7 +373,10 @@ class Config(Section):
         self._check_binds()
         for position, listener in enumerate(self.listeners):
             for index, rule in enumerate(listener.rules):
-                self._check_rule(rule, ("listeners", position, "rules", index))
+                at = ("listeners", position, "rules", index)
+                self._check_rule(rule, at)
+                if listener.protocol == "udp":
+                    self._check_datagram_rule(rule, at)
         self._check_no_loop()
 
     def _check_binds(self) -> None:
@@ -411,6 +417,19 @@ class Config(Section):
                 raise problem(
                     f"no user is called {user!r} ({hint}): `users: {{NAME: /FILE}}`", *at, "users"
                 )
+
+    def _check_datagram_rule(self, rule: Rule, at: tuple[str | int, ...]) -> None:
+        """Refuse what a UDP session would silently go without."""
+        upstream = self.upstreams.get(rule.to) if isinstance(rule.to, str) else None
+        says = rule.send_proxy
+        if says is None and upstream is not None:
+            says = upstream.send_proxy
+        if says not in (None, "off"):
+            raise problem("PROXY headers are for TCP: `send_proxy: off`", *at, "send_proxy")
+        if upstream is not None and upstream.transparent:
+            raise problem(
+                f"{rule.to} is `transparent`, which is for TCP: use another upstream", *at, "to"
+            )
 
     def _check_no_loop(self) -> None:
         for protocol in ("tcp", "udp"):

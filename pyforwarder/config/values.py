@@ -96,6 +96,19 @@ def parse_size(value: object) -> int:
     return size
 
 
+def parse_mode(value: object) -> int:
+    """The permissions of a file from its octal digits, `0660` or `660`.
+
+    Raises:
+        ValueError: something else, or more than permissions.
+    """
+    # Digits without a leading 0 have become a number on the way here; what was meant is the digits.
+    text = str(value)
+    if isinstance(value, bool) or not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError(f"{describe(value)} is no mode like 0660")
+    return int(text, 8)
+
+
 def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return re.fullmatch(r"[0-9]+(\.[0-9]+)?", value) is not None
@@ -258,3 +271,4 @@ NetworkSet = Annotated[policy.Networks, PlainValidator(parse_networks)]
 IpList = Annotated[tuple[str, ...], PlainValidator(parse_ip_list)]
 File = Annotated[Path, PlainValidator(parse_file)]
 Switch = Annotated[bool, PlainValidator(parse_switch)]
+Mode = Annotated[int, PlainValidator(parse_mode)]

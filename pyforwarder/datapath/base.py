@@ -84,6 +84,14 @@ _REASON_TEXT: Final = {
 }
 
 
+# Made for every connection: looking a member up in its enum costs more than storing it.
+_OPEN: Final = Phase.OPEN
+_UP: Final = Direction.UP
+_DOWN: Final = Direction.DOWN
+_NONE: Final = DatapathKind.NONE
+_UNDECIDED: Final = PairReason.UNDECIDED
+
+
 class Flow:
     """One direction of a pair, as userspace knows it."""
 
@@ -108,7 +116,7 @@ class Flow:
         self.direction = direction
         self.source_fd = source_fd
         self.target_fd = target_fd
-        self.phase = Phase.OPEN
+        self.phase = _OPEN
         # Bytes that were read and that the target's TCP has not taken yet: at most one read.
         self.pending: bytes | memoryview | None = None
         self.readable = False  # the source may have bytes: an edge was seen and not used up
@@ -158,11 +166,11 @@ class Pair(Timed):
         self.server = None
         self.server_fd = -1
         self.server_mask = 0
-        self.up = Flow(Direction.UP, client_fd, -1)
-        self.down = Flow(Direction.DOWN, -1, client_fd)
+        self.up = Flow(_UP, client_fd, -1)
+        self.down = Flow(_DOWN, -1, client_fd)
         self.datapath: Datapath | None = None
-        self.kind = DatapathKind.NONE
-        self.pair_reason = PairReason.UNDECIDED
+        self.kind = _NONE
+        self.pair_reason = _UNDECIDED
         self.state: object | None = None  # the datapath's own record of this pair
         self.slot = -1  # in the pair table; -1 while it has none
         self.id = 0

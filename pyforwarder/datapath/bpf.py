@@ -23,6 +23,7 @@ _number = _SYS_BPF.get(platform.machine(), -1)
 
 F_MMAPABLE: Final = 1 << 10
 F_NO_PREALLOC: Final = 1
+_F_BEFORE: Final = 1 << 3
 
 
 class MapType(enum.IntEnum):
@@ -186,12 +187,16 @@ def link_iterator(program_fd: int, map_fd: int) -> int:
     return _call(_Command.LINK_CREATE, attributes)
 
 
-def link_interface(program_fd: int, interface: int, kind: AttachType) -> int:
+def link_interface(
+    program_fd: int, interface: int, kind: AttachType, *, first: bool = False
+) -> int:
     """A link of a sched_cls program to an interface (tcx, Linux 6.6); it ends with the descriptor.
 
-    `interface` is its index in the caller's network namespace.
+    `interface` is its index in the caller's network namespace.  It runs behind those that are
+    linked there already, or ahead of them.
     """
-    attributes = struct.pack("=IIIIIIQ", program_fd, interface, kind, 0, 0, 0, 0)
+    flags = _F_BEFORE if first else 0
+    attributes = struct.pack("=IIIIIIQ", program_fd, interface, kind, flags, 0, 0, 0)
     return _call(_Command.LINK_CREATE, attributes)
 
 

@@ -27,6 +27,9 @@ FAIR_SHARE_BYTES: Final = 4 * 1024 * 1024
 
 WATCHED: Final = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 BLOCKED: Final = WATCHED | EPOLLOUT
+_RARE: Final = EPOLLERR | EPOLLPRI
+_COPY: Final = DatapathKind.COPY
+_OPEN: Final = Phase.OPEN
 
 
 class CopyDatapath:
@@ -43,7 +46,7 @@ class CopyDatapath:
 
     def join(self, pair: Pair) -> PairReason | None:
         """Take the pair over; never refuses."""
-        pair.kind = DatapathKind.COPY
+        pair.kind = _COPY
         self._loop.redirect(pair.client_fd, self.ready)
         self._loop.redirect(pair.server_fd, self.ready)
         if pair.up.readable or pair.up.pending is not None:
@@ -73,8 +76,11 @@ class CopyDatapath:
             inward, outward = pair.up, pair.down
         else:
             inward, outward = pair.down, pair.up
-        if mask == EPOLLIN:  # nearly always: what follows would do the same, later
+        # Nearly always; what follows would do the same, later.
+        if mask & EPOLLIN and not mask & _RARE and not outward.blocked:
             inward.readable = True
+            if mask & EPOLLRDHUP:
+                inward.end_seen = True
             if not inward.blocked:
                 self.pump(pair, inward)
             return
@@ -110,21 +116,23 @@ class CopyDatapath:
         """
         if flow.pending is not None and not self.write_pending(pair, flow):
             return
+        if flow.phase is not _OPEN:
+            return
         moved = 0
         chunk: bytes | memoryview
-        while flow.readable and flow.phase is Phase.OPEN:
+        while flow.readable:
             if moved >= FAIR_SHARE_BYTES:
                 self._loop.soon(pair, flow.source_fd)
                 break
             try:
                 if flow.bulk:
-                    asked = BULK_READ_BYTES
                     count = os.readv(flow.source_fd, self._vector)
                     chunk = self._view[:count]
+                    is_full = count == BULK_READ_BYTES
                 else:
-                    asked = READ_BYTES
                     chunk = os.read(flow.source_fd, READ_BYTES)
                     count = len(chunk)
+                    is_full = count == READ_BYTES
             except BlockingIOError:
                 flow.readable = flow.urgent = False
                 break
@@ -137,14 +145,12 @@ class CopyDatapath:
                 self._host.delivered(pair, flow)
                 break
             flow.read_bytes += count
-            if count < asked:
+            flow.bulk = is_full
+            if not is_full:
                 # A short read has emptied the queue, so the next byte brings an edge of its own; a
                 # FIN that came with these bytes does not, and wants one more read; so does what
                 # is behind an urgent byte.
                 flow.readable = flow.end_seen or flow.urgent
-                flow.bulk = False
-            else:
-                flow.bulk = True
             try:
                 written = os.write(flow.target_fd, chunk)
             except BlockingIOError:
@@ -185,7 +191,8 @@ class CopyDatapath:
             self._block(pair, flow)
             return False
         flow.pending = None
-        self._host.moved(pair, flow)
+        if pair.datapath is not None or pair.slot >= 0:
+            self._host.moved(pair, flow)
         return True
 
     def _block(self, pair: Pair, flow: Flow) -> None:

@@ -166,11 +166,10 @@ class Keeper:
     def refuse_what_waits(self) -> None:
         """Answer what another keeper was asked and did not come to: it is too late for that."""
         for sock in self._socks:
+            sock.setblocking(False)  # recv_fds() does not pass its flags on (Python 3.11)
             while True:
                 try:
-                    data, fds, _, _ = socket.recv_fds(
-                        sock, _MOST_MESSAGE_BYTES, 4, socket.MSG_DONTWAIT
-                    )
+                    data, fds, _, _ = socket.recv_fds(sock, _MOST_MESSAGE_BYTES, 4)
                 except OSError:
                     break
                 for fd in fds:
@@ -178,8 +177,14 @@ class Keeper:
                 if not data:
                     break
                 with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    number = json.loads(data)["n"]
-                    sock.send(json.dumps({"n": number, "error": "asked another keeper"}).encode())
+                    request = json.loads(data)
+                    answer = {"n": request["n"]}
+                    if request["do"] == "join":  # nobody has read it, so nothing was begun
+                        answer["refused"] = int(PairReason.NOT_AVAILABLE)
+                    else:
+                        answer["error"] = "asked another keeper"
+                    sock.send(json.dumps(answer).encode())
+            sock.setblocking(True)
 
     def _answer(self, worker: int) -> bool:
         """Serve one request; False once the worker's end is gone for good."""

@@ -15,5 +15,7 @@ if TYPE_CHECKING:
 class Anything(Matcher):
     """Matches whatever comes, and nothing at all."""
 
+    reads = False
+
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
         return MATCH

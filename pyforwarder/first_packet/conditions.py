@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class ClientIn(Matcher):
     """Matches clients in one of `networks`; a client on a unix socket is in none."""
 
+    reads = False
+
     def __init__(self, networks: Networks) -> None:
         self._networks = networks
 
@@ -46,6 +48,8 @@ class ClientIn(Matcher):
 
 class ListenerPort(Matcher):
     """Matches connections that came to one of `ranges` (both ends included)."""
+
+    reads = False
 
     def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
         self._ranges = ranges

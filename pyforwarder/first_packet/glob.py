@@ -21,7 +21,13 @@ class Globs:
         """Whether `text` is one of them."""
         if self._ignore_case:
             text = text.lower()
-        return text in self._exact or any(_fits(text, parts) for parts in self._globs)
+        if text in self._exact:
+            return True
+        # Not any(): a generator costs more than most names do.
+        for parts in self._globs:  # noqa: SIM110
+            if _fits(text, parts):
+                return True
+        return False
 
 
 def _fits(text: str, parts: tuple[str, ...]) -> bool:

@@ -70,6 +70,8 @@ _CUT_SHORT: Final = {
 class Negotiation:
     """Tells the client in HTTP responses."""
 
+    tells_source = False
+
     def granted(self, source: Address | None) -> bytes:
         return _ESTABLISHED
 

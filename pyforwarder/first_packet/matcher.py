@@ -51,6 +51,9 @@ class Matcher(ABC):
 
     # Whether `ask` may ever return something: such a rule needs a Conversation.
     asks = False
+    # Whether `match` looks at the bytes, or at the end of them; where it does not, its answer is
+    # known when the connection is accepted.
+    reads = True
 
     @abstractmethod
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:

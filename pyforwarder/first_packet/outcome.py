@@ -44,6 +44,8 @@ MATCH: Final = Outcome.MATCH
 class Negotiation(Protocol):
     """What a client that named its destination is told about it."""
 
+    tells_source: bool  # else `granted` needs no address, and the kernel need not be asked for it
+
     def granted(self, source: Address | None) -> bytes:
         """The answer once the server is connected; `source` is the address we connected from."""
         ...

@@ -5,7 +5,11 @@ r"""`regex`: a regular expression over the first bytes, in time linear to them.
 
 RE2 does the matching, so neither a pattern nor a client's bytes can stall the loop: Python's own
 `re` backtracks and is not used, not even when RE2 is missing (then a rule with a regex is a
-config error).  Without an anchor the pattern may stand anywhere in the first packet.
+config error).  Without an anchor the pattern may stand anywhere in the first 16 KiB.
+
+Linear is not quick by itself: where a pattern has too many states to keep, RE2 goes through all of
+its steps for every byte, at some 5 ns each.  So both are bounded, `MAX_STEPS` and `MAX_TEXT`: the
+worst look takes one or two tenths of a second, and the usual one some microseconds.
 
 Two things about first packets decide which syntax is accepted:
 
@@ -34,9 +38,16 @@ if TYPE_CHECKING:
 
 # `_prefixes` nests one group per element, and RE2 parses at most 1000 levels.
 MAX_PATTERN_LENGTH = 500
+MAX_NESTING = 50  # the parser here calls itself four times for each
+MAX_STEPS = 1000
+# Those of the expression for the beginnings of a pattern's matches, which says "no match" early.
+MAX_PREFIX_STEPS = 1500
+MAX_TEXT = 16 << 10
 
 
 class _Compiled(Protocol):
+    @property
+    def programsize(self) -> int: ...
     def search(self, text: bytes) -> object | None: ...
     def fullmatch(self, text: bytes) -> object | None: ...
 
@@ -62,10 +73,12 @@ class Pattern(Matcher):
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
         outcome = NO_MATCH
+        is_full = len(data) >= MAX_TEXT
+        text = data[:MAX_TEXT] if is_full else data
         for whole, prefixes in self._patterns:
-            if whole.search(data) is not None:
+            if whole.search(text) is not None:
                 return MATCH
-            if prefixes is None or prefixes.fullmatch(data) is not None:
+            if not is_full and (prefixes is None or prefixes.fullmatch(text) is not None):
                 outcome = NEED_MORE
         return outcome
 
@@ -79,8 +92,20 @@ def _compile(text: str) -> _Compiled:
         raise OptionError(f"a pattern may have {MAX_PATTERN_LENGTH} characters, not {len(text)}")
     if not text.isascii():
         raise OptionError(f"{text!r}: write bytes above 127 as \\xHH")
-    _Parser(text).parse()
-    return _compile_re2(text, re2)
+    _, tree = _Parser(text).parse()
+    # Before RE2 sees it, which would take seconds over the worst.
+    _bound_steps(text, _steps(tree))
+    compiled = _compile_re2(text, re2)
+    _bound_steps(text, compiled.programsize)
+    return compiled
+
+
+def _bound_steps(text: str, steps: int) -> None:
+    if steps > MAX_STEPS:
+        raise OptionError(
+            f"{text!r} has {steps} steps, and {MAX_STEPS} are allowed; a first packet is bounded "
+            "anyway: write * for a repeat like {0,900}"
+        )
 
 
 def _compile_re2(text: str, re2: object) -> _Compiled:
@@ -103,11 +128,12 @@ def _compile_prefixes(text: str) -> _Compiled | None:
     flags, tree = _Parser(text).parse()
     if not _is_anchored(tree):
         return None
+    # Where it is too large the rule works, but says "no match" only when the bytes end.
     try:
-        return _compile_re2(flags + _prefixes(tree), re2)
+        compiled = _compile_re2(flags + _prefixes(tree), re2)
     except OptionError:
-        # Larger than RE2 allows: the rule works, but says "no match" only when the bytes end.
         return None
+    return compiled if compiled.programsize <= MAX_PREFIX_STEPS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +197,20 @@ def _is_anchored(node: _Node) -> bool:
             return False
 
 
+def _steps(node: _Node) -> int:
+    """About how many steps RE2 makes of it; fewer than it does, by a factor."""
+    match node:
+        case _Atom() | _Begin():
+            return 1
+        case _Group(inner=inner):
+            return _steps(inner)
+        case _Repeat(inner=inner, at_least=at_least, at_most=at_most):
+            return _steps(inner) * (max(at_least, 1) if at_most is None else at_most)
+        case _Sequence(items=items) | _Alternatives(items=items):
+            return sum(_steps(item) for item in items)
+    raise AssertionError(node)
+
+
 def _prefixes(node: _Node) -> str:
     """A pattern for every beginning of what `node` matches, from nothing up to the whole."""
     match node:
@@ -218,6 +258,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self._depth = 0
 
     def parse(self) -> tuple[str, _Node]:
         """Leading flags such as `(?i)`, and the tree of the rest.
@@ -301,7 +342,11 @@ class _Parser:
         if not opening or (self._text.startswith("(?", start) and len(opening.group()) == 1):
             raise self._error(f"has a group that is not understood: {self._text[start:][:8]!r}")
         self._at = opening.end()
+        self._depth += 1
+        if self._depth > MAX_NESTING:
+            raise self._error(f"has groups nested more than {MAX_NESTING} deep")
         inner = self._alternatives()
+        self._depth -= 1
         if not self._text.startswith(")", self._at):
             raise self._error("has a ( that is never closed")
         self._at += 1

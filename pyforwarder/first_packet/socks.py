@@ -84,6 +84,8 @@ def _reply_5(code: int, source: Address | None = None) -> bytes:
 class Negotiation4:
     """Tells the client in SOCKS 4 replies."""
 
+    tells_source = False
+
     def granted(self, source: Address | None) -> bytes:
         # The address in the reply means something after BIND only.
         return _reply_4(90)
@@ -94,6 +96,8 @@ class Negotiation4:
 
 class Negotiation5:
     """Tells the client in SOCKS 5 replies."""
+
+    tells_source = True
 
     def granted(self, source: Address | None) -> bytes:
         return _reply_5(0, source)

@@ -95,9 +95,8 @@ class Tls(Matcher):
         )
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
-        begins = _begins(data)
-        if begins is not MATCH or not self._reads_hello:
-            return begins
+        if not self._reads_hello:
+            return _begins(data)
         hello = _hello_or_outcome(data)
         if isinstance(hello, Outcome):
             return hello
@@ -196,6 +195,9 @@ def read_client_hello(data: bytes) -> ClientHello:
 @functools.lru_cache(maxsize=1)
 def _hello_or_outcome(data: bytes) -> ClientHello | Outcome:
     """What `read_client_hello` returns, and its errors as the outcomes they mean."""
+    begins = _begins(data)
+    if begins is not MATCH:
+        return begins
     try:
         return read_client_hello(data)
     except Truncated:

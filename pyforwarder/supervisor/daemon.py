@@ -364,7 +364,7 @@ class Daemon:
 
     def _bind_and_start(self, text: str, config: Config) -> None:
         following, obsolete = self._listeners.change_to(config)
-        self._listeners.commit(following, obsolete)
+        self._listeners.commit(config, following, obsolete)
         self._settings = self._make_settings(text, config, following)
         self._config = config
         self._limit_packets()
@@ -922,7 +922,7 @@ class Daemon:
                     # It will be replaced by one that begins with the new settings.
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
-        self._listeners.commit(following, obsolete)
+        self._listeners.commit(config, following, obsolete)
         self._limit_packets()
         self._describe_listeners()
         self._metrics.commit(metrics)

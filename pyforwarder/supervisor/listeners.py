@@ -30,19 +30,27 @@ _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 class BoundListener:
     """One listener's sockets, one per worker (a unix socket's is shared by all)."""
 
-    def __init__(self, wanted: Address | UnixAddress, protocol: str, workers: int) -> None:
-        """Bind and listen.
+    def __init__(
+        self,
+        wanted: Address | UnixAddress,
+        protocol: str,
+        workers: int,
+        *,
+        mode: int | None = None,
+    ) -> None:
+        """Bind and listen; `mode` is that of a unix socket (None: as the umask says).
 
         Raises:
             ForwarderError: the address cannot be bound; no socket is left open.
         """
         self.wanted = wanted
         self.protocol = protocol
+        self.mode = mode
         self.sockets: list[socket.socket] = []
         try:
             if isinstance(wanted, UnixAddress):
                 self.bind: Address | UnixAddress = wanted
-                self.sockets.append(_bind_unix(wanted))
+                self.sockets.append(_bind_unix(wanted, mode))
             elif protocol == "udp":
                 self.bind = self._bind_udp(wanted, workers)
             else:
@@ -96,6 +104,14 @@ class BoundListener:
             for sock in self.sockets:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mtu - headers if mtu else 0)
 
+    def change_mode(self, mode: int | None) -> None:
+        """A unix socket's mode from now on; None leaves it as it is."""
+        if isinstance(self.wanted, UnixAddress) and mode not in (None, self.mode):
+            # It is our file. If somebody has removed it, nobody finds it any more anyway.
+            with contextlib.suppress(OSError):
+                os.chmod(self.wanted.path, mode)
+            self.mode = mode
+
     def socket_of(self, worker: int) -> socket.socket:
         """The socket that this worker accepts from."""
         return self.sockets[worker % len(self.sockets)]
@@ -129,7 +145,7 @@ def _udp_socket(address: Address) -> socket.socket:
     return sock
 
 
-def _bind_unix(address: UnixAddress) -> socket.socket:
+def _bind_unix(address: UnixAddress, mode: int | None) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
@@ -139,6 +155,8 @@ def _bind_unix(address: UnixAddress) -> socket.socket:
                 raise
             os.unlink(address.path)
             sock.bind(address.path)
+        if mode is not None:
+            os.chmod(address.path, mode)
         sock.listen(BACKLOG)
     except OSError:
         sock.close()
@@ -181,7 +199,7 @@ class Listeners:
                     # A name that changed keeps its sockets; port 0 is another port each time.
                     same = by_address.get(wanted) if _is_fixed(listener.bind) else None
                 following[listener.name] = same or BoundListener(
-                    listener.bind, listener.protocol, self._workers
+                    listener.bind, listener.protocol, self._workers, mode=listener.mode
                 )
         except ForwarderError:
             self.abandon(following)
@@ -189,9 +207,16 @@ class Listeners:
         kept = {id(listener) for listener in following.values()}
         return following, [old for old in self.bound.values() if id(old) not in kept]
 
-    def commit(self, following: Mapping[str, BoundListener], obsolete: list[BoundListener]) -> None:
-        """These are in force now; the obsolete ones are closed."""
+    def commit(
+        self,
+        config: Config,
+        following: Mapping[str, BoundListener],
+        obsolete: list[BoundListener],
+    ) -> None:
+        """These are in force now, as `config` wants them; the obsolete ones are closed."""
         self.bound = dict(following)
+        for listener in config.listeners:
+            self.bound[listener.name].change_mode(listener.mode)
         for old in obsolete:
             old.close()
 

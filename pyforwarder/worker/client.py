@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address
 from pyforwarder.connection import Life
@@ -10,15 +10,19 @@ from pyforwarder.datapath.base import Pair
 
 if TYPE_CHECKING:
     import _socket
+    from collections.abc import Sequence
 
     from pyforwarder.address import HostPort, UnixAddress
     from pyforwarder.datapath.abi import Direction
     from pyforwarder.datapath.base import PairReason
     from pyforwarder.reasons import CloseReason
     from pyforwarder.routing import Conversation, Route
-    from pyforwarder.upstreams import Balancer, ServerState
-    from pyforwarder.worker.generation import ListenerState
+    from pyforwarder.upstreams import ServerState
+    from pyforwarder.worker.generation import ListenerState, UpstreamState
     from pyforwarder.worker.server import Server
+
+
+_SNIFFING: Final = Life.SNIFFING
 
 
 class Client(Pair):
@@ -26,7 +30,6 @@ class Client(Pair):
 
     __slots__ = (
         "accepted_s",
-        "balancer",
         "candidates",
         "conversation",
         "cookies",
@@ -34,6 +37,7 @@ class Client(Pair):
         "counts_pair",
         "destination",
         "handover_asked",
+        "header",
         "is_eager",
         "life",
         "listener",
@@ -52,13 +56,15 @@ class Client(Pair):
         "tried",
         "turn_direction",
         "turns",
+        "upstream",
         "waits_for_handover",
     )
 
-    # Set on listeners that accept PROXY headers, and only there: whether the header has come, and
-    # where it says that the client connected to.
+    # Set on listeners that accept PROXY headers, and only there: whether the header has come, where
+    # it says that the client connected to, and what has been read of it while it was incomplete.
     proxied: bool
     proxied_to: Address | None
+    header: bytes
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class Client(Pair):
         self.owner = owner
         self.listener = listener
         self.peer = peer  # None on a unix socket
-        self.life = Life.SNIFFING
+        self.life = _SNIFFING
         self.accepted_s = now_s
         self.active_s = now_s
         self.received = b""  # the first packet so far, without what a dialogue has used up
@@ -81,13 +87,13 @@ class Client(Pair):
         self.route: Route | None = None
         self.reason: CloseReason | None = None  # why it ends, once it does
         # Connecting: addresses still to be tried, and the one being tried.
-        self.candidates: list[Address | UnixAddress] = []
+        self.candidates: Sequence[Address] = ()
         self.destination: Address | HostPort | UnixAddress | None = None
         self.source: Address | None = None  # the local end of the outgoing connection
-        self.balancer: Balancer | None = None
+        self.upstream: UpstreamState | None = None
         self.server_state: ServerState | None = None
         self.server_opened = False  # the balancer counts this pair as open
-        self.tried: list[ServerState] = []
+        self.tried: Sequence[ServerState] = ()
         # Joined: whether and when a better datapath takes over.
         self.waits_for_handover = False
         self.is_eager = False  # a handover that cannot be made just now is tried at every move

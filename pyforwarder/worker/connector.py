@@ -7,26 +7,25 @@ import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.connection import Event, Life
 from pyforwarder.counters import Counter
+from pyforwarder.datapath.copying import WATCHED
 from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
 from pyforwarder.reasons import CloseReason
+from pyforwarder.worker.linger import reset_at_close
 from pyforwarder.worker.resolver import KEEP_S, addresses_of
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Upstream
-    from pyforwarder.routing import Route
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.generation import Generation
     from pyforwarder.worker.resolver import Resolver
     from pyforwarder.worker.server import Server
 
+_STREAM: Final = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
 CONNECTING: Final = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
 IP_BIND_ADDRESS_NO_PORT: Final = 24  # linux/in.h; Python 3.11 has no name for it
-LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"  # struct linger {1, 0}: close() sends RST
 
 
 def _first_ephemeral_port() -> int:
@@ -61,23 +60,6 @@ CONNECT_ERRORS: Final[Mapping[int, CloseReason]] = {
 }
 
 
-def is_permitted(
-    generation: Generation,
-    route: Route,
-    address: Address | UnixAddress,
-    now_s: float,
-    *,
-    protocol: Literal["tcp", "udp"] = "tcp",
-) -> bool:
-    """Whether the rule's client may be connected to the address: it is allowed, and not us."""
-    if generation.is_own(address, now_s, protocol=protocol):
-        return False
-    allow = route.rule.allow
-    if allow is None:
-        return True
-    return isinstance(address, Address) and allow.permits(address.host, address.port)
-
-
 class Connector:
     """Connects clients to servers, one attempt after the other."""
 
@@ -95,8 +77,7 @@ class Connector:
         assert route is not None
         to = route.to
         if isinstance(to, str):
-            generation = client.listener.generation
-            client.balancer = generation.balancers[to]
+            client.upstream = client.listener.generation.upstreams[to]
             self._choose_server(client)
         else:
             self._approach(client, to)
@@ -113,30 +94,32 @@ class Connector:
         if client.life is not Life.CONNECTING:
             return
         if client.candidates:
-            self._connect(client)
-        elif client.balancer is not None:
+            address, *client.candidates = client.candidates
+            self._connect(client, address)
+        elif client.upstream is not None:
             self._choose_server(client)
         else:
             self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
 
     def _choose_server(self, client: Client) -> None:
-        assert client.balancer is not None
+        assert client.upstream is not None
         host = client.peer.host if client.peer is not None else None
-        chosen = client.balancer.choose(host, self._loop.now_s, client.tried)
+        chosen = client.upstream.balancer.choose(host, self._loop.now_s, client.tried)
         if chosen is None:
             self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
             return
         client.server_state = chosen
-        client.tried.append(chosen)
+        client.upstream.balancer.hold(chosen)
         self._approach(client, chosen.address)
 
     def _approach(self, client: Client, to: Address | HostPort | UnixAddress) -> None:
         client.destination = to
         if isinstance(to, HostPort):
             self._resolve(client, to)
-        elif self._may(client, [to]):
-            client.candidates = [to]
-            self._connect(client)
+        elif self._may(client, to):
+            self._connect(client, to)
+        else:
+            self._server.refuse(client, CloseReason.DENIED)
 
     def _resolve(self, client: Client, to: HostPort) -> None:
         self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
@@ -150,47 +133,38 @@ class Connector:
             if client.life is not Life.CONNECTING or client.destination is not to:
                 return
             addresses = addresses_of(hosts, to.port)
+            # Every one of them is asked about, because the client may control the name, and which
+            # one is used is chance.
             if not addresses:
                 self.failed(client, CloseReason.UNRESOLVED)
-            elif self._may(client, addresses):
-                client.candidates = list(addresses)
-                self._connect(client)
+            elif all(self._may(client, address) for address in addresses):
+                address, *client.candidates = addresses
+                self._connect(client, address)
+            else:
+                self._server.refuse(client, CloseReason.DENIED)
 
-        upstream = self._upstream(client)
-        keep_s = upstream.resolve_every_s if upstream is not None else KEEP_S
+        keep_s = client.upstream.keep_s if client.upstream is not None else KEEP_S
         if not self._resolver.resolve(to.name, answer, keep_s=keep_s):
             self._server.refuse(client, CloseReason.BUSY)
 
-    def _may(self, client: Client, addresses: list[Address] | list[Address | UnixAddress]) -> bool:
-        """Whether every one of the addresses is permitted; refuses the client if not.
-
-        Every one, because the client may control the name, and which address is used is chance.
-        """
+    def _may(self, client: Client, address: Address | UnixAddress) -> bool:
+        """Whether the client may be connected to the address."""
         route = client.route
         assert route is not None
-        generation = client.listener.generation
-        for address in addresses:
-            if not is_permitted(generation, route, address, self._loop.now_s):
-                self._server.refuse(client, CloseReason.DENIED)
-                return False
-        return True
+        return client.listener.generation.permits(route.rule, address, self._loop.now_s)
 
-    def _upstream(self, client: Client) -> Upstream | None:
-        route = client.route
-        if route is None or not isinstance(route.to, str):
-            return None
-        return client.listener.generation.config.upstreams[route.to]
-
-    def _timeout_s(self, client: Client) -> float:
-        if client.balancer is not None:
-            upstream = self._upstream(client)
-            if upstream is not None and upstream.connect_timeout_s is not None:
-                return upstream.connect_timeout_s
+    @staticmethod
+    def _timeout_s(client: Client) -> float:
+        if client.upstream is not None:
+            return client.upstream.timeout_s
         return client.listener.generation.connect_s
 
-    def _connect(self, client: Client) -> None:
-        """Begin to connect to the next candidate."""
-        address = client.candidates.pop(0)
+    def _connect(self, client: Client, address: Address | UnixAddress) -> None:
+        """Begin to connect to a server, and go on at once if it is there already.
+
+        A TCP of this host answers within connect(2); asking it again tells so, and costs less than
+        the event would. A server that is further away answers by an event.
+        """
         client.destination = address
         try:
             if isinstance(address, UnixAddress):
@@ -198,11 +172,12 @@ class Connector:
             else:
                 family = _socket.AF_INET6 if ":" in address.host else _socket.AF_INET
                 protocol = _socket.IPPROTO_TCP  # never MPTCP, see supervisor/listeners.py
-            sock = _socket.socket(family, _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK, protocol)
+            sock = _socket.socket(family, _STREAM, protocol)
         except OSError as error:
             self.failed(client, CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE))
             return
         fd = sock.fileno()
+        client.attach_server(sock, fd)
         try:
             if isinstance(address, UnixAddress):
                 code = sock.connect_ex(address.path)
@@ -210,7 +185,7 @@ class Connector:
                 # What accepted sockets inherit from their listener: a crash is a reset, urgent
                 # bytes stay in the stream, and a small write never waits for an ACK (the kernel's
                 # worker writes packet by packet, too).
-                sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, LINGER_RESET)
+                reset_at_close(fd)
                 sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
                 sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
                 segment_bytes = client.listener.segment_bytes
@@ -220,41 +195,46 @@ class Connector:
                         _socket.TCP_MAXSEG,
                         segment_bytes[family == _socket.AF_INET6],
                     )
-                if client.balancer is not None:
-                    if self._wants_own_address(client, family):
-                        self._ask_for_own_address(client, sock, fd)
+                upstream = client.upstream
+                if upstream is not None and not upstream.is_plain:
+                    if upstream.transparent and self._has_address(client, family):
+                        self._ask_for_own_address(client, fd)
                         return
-                    self._bind_source(client, sock, family)
+                    self._bind_source(sock, upstream.source_for(client.id, family))
                 code = sock.connect_ex(address)
+                if code == errno.EINPROGRESS:
+                    code = sock.connect_ex(address)
         except OSError as error:
             code = error.errno or errno.EIO
-        client.attach_server(sock, fd)
-        if code not in (0, errno.EINPROGRESS):
-            self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
-            return
-        self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
-        client.server_mask = CONNECTING
-        self._loop.watch(fd, CONNECTING, self._ready, client)
+        if code == 0:
+            client.server_mask = WATCHED
+            self._loop.watch(fd, WATCHED, self._ready, client)
+            self._connected(client)
+        elif code == errno.EALREADY:
+            self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
+            client.server_mask = CONNECTING
+            self._loop.watch(fd, CONNECTING, self._ready, client)
+        else:
+            self._refused(client, code)
 
-    def _wants_own_address(self, client: Client, family: int) -> bool:
-        """Whether the server is to see the client's own address as the source."""
-        upstream = self._upstream(client)
-        if upstream is None or not upstream.transparent or client.peer is None:
-            return False
-        return (":" in client.peer.host) == (family == _socket.AF_INET6)
+    @staticmethod
+    def _has_address(client: Client, family: int) -> bool:
+        """Whether the client's own address can be the source of a connection of this family."""
+        peer = client.peer
+        return peer is not None and (":" in peer.host) == (family == _socket.AF_INET6)
 
-    def _ask_for_own_address(self, client: Client, sock: _socket.socket, fd: int) -> None:
+    def _ask_for_own_address(self, client: Client, fd: int) -> None:
         """Binding to an address that is not ours takes a privilege: the supervisor has it.
 
         It sets IP_TRANSPARENT on this one socket; `granted` goes on from there.
         """
-        client.attach_server(sock, fd)
+        assert client.server is not None
         self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
         # A socket that is neither connected nor listening reports EPOLLHUP, once.
         client.server_mask = EPOLLET
         self._loop.watch(fd, EPOLLET, self._ready, client)
         self._asked += 1
-        self._waiting_for_address[self._asked] = (client, sock)
+        self._waiting_for_address[self._asked] = (client, client.server)
         self._server.ask_supervisor("transparent", [fd], self._asked)
 
     def granted(self, number: int, *, done: bool) -> None:
@@ -275,65 +255,63 @@ class Connector:
         except OSError as error:
             code = error.errno or errno.EIO
         if code not in (0, errno.EINPROGRESS):
-            self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
+            self._refused(client, code)
             return
         client.server_mask = CONNECTING
         self._loop.change(client.server_fd, CONNECTING)
 
-    def _bind_source(self, client: Client, sock: _socket.socket, family: int) -> None:
+    @staticmethod
+    def _bind_source(sock: _socket.socket, source: str | None) -> None:
         """Connect from one of the upstream's `source` addresses.
 
         With IP_BIND_ADDRESS_NO_PORT the port is chosen at connect, so that one port serves
         different servers at the same time (ip(7)).
         """
-        upstream = self._upstream(client)
-        if upstream is None:
-            return
-        sources = [
-            host
-            for host in map(str, upstream.source)
-            if (":" in host) == (family == _socket.AF_INET6)
-        ]
-        if sources:
+        if source is not None:
             sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((sources[client.id % len(sources)], 0))
+            sock.bind((source, 0))
 
     def _ready(self, client: Client, fd: int, mask: int) -> None:
         """The outcome of a connect: writable and no error means connected (connect(2))."""
         if mask & (EPOLLERR | EPOLLHUP) or not mask & EPOLLOUT:
             assert client.server is not None
             code = client.server.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
-            if code in RESET_SINCE and not client.candidates and client.balancer is None:
-                # It is no refusal: a client that is connected directly would see this reset.
-                self._server.broken(client, CloseReason.SERVER_RESET)
-                return
             if code or mask & EPOLLERR:
-                self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
+                self._refused(client, code)
                 return
             if not mask & EPOLLOUT:
                 return
-        if self._met_itself(client):
-            self.failed(client, CloseReason.REFUSED)
-            return
-        if client.balancer is not None and client.server_state is not None:
-            client.balancer.opened(client.server_state)
-            client.server_opened = True
         # What came with the connect (a server that speaks first) is found by the first read.
         if mask & (EPOLLIN | EPOLLRDHUP):
             client.down.readable = True
             client.down.end_seen = bool(mask & EPOLLRDHUP)
             client.down.urgent = bool(mask & EPOLLPRI)
+        self._connected(client)
+
+    def _connected(self, client: Client) -> None:
+        to = client.destination
+        if isinstance(to, Address) and to.port >= self._first_ephemeral_port:
+            assert client.server is not None
+            name = client.server.getsockname()
+            client.source = Address(name[0], name[1])
+            if client.source == to:
+                # Nobody listens there: the connection is its own server.
+                self.failed(client, CloseReason.REFUSED)
+                return
+        if client.server_state is not None:
+            assert client.upstream is not None
+            client.upstream.balancer.opened(client.server_state)
+            client.server_opened = True
         self._server.happen(client, Event.CONNECTED)
 
-    def _met_itself(self, client: Client) -> bool:
-        """Whether the connection is its own server: connected to the port it was given itself."""
-        to = client.destination
-        if not isinstance(to, Address) or to.port < self._first_ephemeral_port:
-            return False
-        assert client.server is not None
-        name = client.server.getsockname()
-        client.source = Address(name[0], name[1])
-        return client.source.port == to.port and client.source.host == to.host
+    def _refused(self, client: Client, code: int) -> None:
+        """The connect has failed, with this errno."""
+        if code in RESET_SINCE and not client.candidates and client.upstream is None:
+            # It is no refusal: a client that is connected directly would see this reset.
+            self._drop(client)
+            self._server.broken(client, CloseReason.SERVER_RESET)
+        else:
+            self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
 
     def timed_out(self, client: Client) -> None:
         """The deadline of a resolve or a connect has passed."""
@@ -344,12 +322,11 @@ class Connector:
         self._drop(client)
         self._server.counters[Counter.CONNECT_FAILED] += 1
         client.reason = reason
-        if (
-            not client.candidates
-            and client.balancer is not None
-            and client.server_state is not None
-        ):
-            client.balancer.failed(client.server_state, self._loop.now_s)
+        if client.server_state is not None and not client.candidates:
+            assert client.upstream is not None
+            client.upstream.balancer.failed(client.server_state, self._loop.now_s)
+            client.upstream.balancer.release(client.server_state)
+            client.tried = [*client.tried, client.server_state]
             client.server_state = None
         self._server.happen(client, Event.SERVER_FAILED)
 

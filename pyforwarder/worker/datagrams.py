@@ -25,7 +25,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.loop import EPOLLIN, Timed
 from pyforwarder.reasons import CloseReason, refusal_code
 from pyforwarder.routing import NEED_MORE, End, Refuse, Route
-from pyforwarder.worker.connector import CONNECT_ERRORS, is_permitted
+from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.resolver import Resolver, addresses_of
 
 if TYPE_CHECKING:
@@ -312,6 +312,7 @@ class DatagramServer:
                 self._refuse(session, CloseReason.UNREACHABLE)
                 return
             session.server_state = chosen
+            session.balancer.hold(chosen)
             to = chosen.address
         session.destination = to
         self.loop.deadlines.start(session, generation.connect_s, self.loop.now_s)
@@ -339,9 +340,7 @@ class DatagramServer:
         self, session: Session, generation: Generation, addresses: Sequence[Address]
     ) -> None:
         for address in addresses:
-            if not is_permitted(
-                generation, session.route, address, self.loop.now_s, protocol="udp"
-            ):
+            if not generation.permits(session.route.rule, address, self.loop.now_s, protocol="udp"):
                 self._refuse(session, CloseReason.DENIED)
                 return
         reason = CloseReason.UNREACHABLE
@@ -353,6 +352,11 @@ class DatagramServer:
                 reason = CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE)
                 break
             try:
+                to = session.route.to
+                if isinstance(to, str):
+                    source = generation.upstreams[to].source_for(session.id, family)
+                    if source:
+                        sock.bind((source, 0))
                 sock.connect(address)
             except OSError as error:
                 sock.close()
@@ -476,9 +480,10 @@ class DatagramServer:
         self._limits.remove_pair()
         if session.counts_client:
             self._limits.remove_client(session.peer.host)
-        if session.server_opened and session.balancer is not None:
-            assert session.server_state is not None
-            session.balancer.closed(session.server_state)
+        if session.balancer is not None and session.server_state is not None:
+            if session.server_opened:
+                session.balancer.closed(session.server_state)
+            session.balancer.release(session.server_state)
         self.loop.deadlines.stop(session)
         self._log.closed(
             session,

@@ -10,10 +10,11 @@ import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pyforwarder.address import Address, UnixAddress, parse_bind
 from pyforwarder.config import Config, Listener, parse_config
+from pyforwarder.counters import SharedHeld
 from pyforwarder.datapath.abi import pack_endpoint
 from pyforwarder.policy import OwnListeners
 from pyforwarder.routing import Ruleset, compile_rules
@@ -21,10 +22,12 @@ from pyforwarder.token import TokenKeys, UsedTokens
 from pyforwarder.upstreams import Balancer
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Rule
-    from pyforwarder.counters import Directory
+    from pyforwarder.config import Rule, Timeouts, Upstream
+    from pyforwarder.counters import Counters, Directory
     from pyforwarder.policy import Networks
+    from pyforwarder.routing import Rule as RoutedRule
     from pyforwarder.token import TokenMemory
+    from pyforwarder.upstreams import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class Settings:
     overrides: Mapping[str, str]  # see `with_overrides`
     keys: Mapping[str, bytes]
     binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
-    indexes: Mapping[str, int]  # "listener" or "listener rule" -> its counters
+    # "listener", "listener rule" or "upstream NAME SERVER" -> its counters
+    indexes: Mapping[str, int]
     passwords: Mapping[str, bytes] = field(default_factory=dict)  # by users' names
     # Listener name -> what packets of its connections, and of those to their servers, may have.
     mtus: Mapping[str, int] = field(default_factory=dict)
@@ -109,9 +113,11 @@ def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
 
 # How often a joined pair is looked at for idleness, as a part of the shorter timeout.
 IDLE_CHECKS: Final = 8
+# A handover that bytes stand in the way of is tried again as they move, and by this clock.
+HANDOVER_RETRY_S: Final = 0.1
 
-_OWN_CACHE_S: Final = 1.0
-_OWN_CACHE_ENTRIES: Final = 4096
+_VERDICTS_S: Final = 1.0
+_MOST_VERDICTS: Final = 4096
 
 # Where pairs belong that another program hands over (`forward`): a listener that nobody binds.
 JOINED: Final = Listener.model_validate(
@@ -124,21 +130,38 @@ JOINED: Final = Listener.model_validate(
 
 
 def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
-    """Where each listener and rule of this configuration counts."""
+    """Where each listener, rule and server of this configuration counts."""
     indexes = {}
     for listener in (*config.listeners, JOINED):
         indexes[listener.name] = directory.index(listener.name)
         for rule in listener.rules:
             indexes[f"{listener.name} {rule.name}"] = directory.index(listener.name, rule.name)
+    for name, upstream in config.upstreams.items():
+        for server in upstream.servers:
+            index = directory.server_index(name, str(server.address))
+            if index is not None:
+                indexes[f"upstream {name} {server.address}"] = index
     return indexes
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverTerms:
+    """`handover:` of the configuration, for a look at every message."""
+
+    after_bytes: int
+    after_round_trips: int
+    after_s: float
+    at_once: bool
 
 
 class ListenerState:
     """One listener of one generation, with what the accept path needs at hand."""
 
     __slots__ = (
+        "asks_limits",
         "bind",
         "config",
+        "converses",
         "counter",
         "datapaths",
         "decides_at_once",
@@ -200,14 +223,37 @@ class ListenerState:
         send_proxy = [generation.send_proxy_of(rule) for rule in listener.rules]
         self.send_proxy = send_proxy if any(form != "off" for form in send_proxy) else None
         # A first rule that needs no byte (`any`) connects before the client has said anything.
-        self.decides_at_once = _needs_no_byte(listener)
-        # One question on the accept path for all that is not the common case.
+        self.decides_at_once = self.ruleset.may_decide_at_once
+        # One question each on the accept path for all that is not the common case.
+        self.converses = self.ruleset.begin() is not None
+        limits = generation.limits
+        self.asks_limits = bool(limits.new_per_second or limits.pairs_per_client)
         self.starts_specially = self.decides_at_once or self.trusted_proxies is not None
 
 
-def _needs_no_byte(listener: Listener) -> bool:
-    match = listener.rules[0].match
-    return match == "any" or (isinstance(match, Mapping) and set(match) <= {"client", "port"})
+class UpstreamState:
+    """One upstream of one generation: who chooses a server, and how it is connected to."""
+
+    __slots__ = ("balancer", "is_plain", "keep_s", "sources", "timeout_s", "transparent")
+
+    def __init__(self, upstream: Upstream, balancer: Balancer, timeouts: Timeouts) -> None:
+        self.balancer = balancer
+        given_s = upstream.connect_timeout_s
+        self.timeout_s = timeouts.connect_s if given_s is None else given_s
+        self.transparent = upstream.transparent
+        self.keep_s = upstream.resolve_every_s  # what a server's name stands for
+        hosts = [str(host) for host in upstream.source]
+        self.sources: dict[int, list[str]] = {
+            socket.AF_INET: [host for host in hosts if ":" not in host],
+            socket.AF_INET6: [host for host in hosts if ":" in host],
+        }
+        # One question on the path of every connection: nothing is to be done before the connect.
+        self.is_plain = not self.transparent and not hosts
+
+    def source_for(self, number: int, family: int) -> str | None:
+        """Which of the `source` addresses the connection of this number takes, if any."""
+        sources = self.sources[family]
+        return sources[number % len(sources)] if sources else None
 
 
 class Generation:
@@ -220,10 +266,12 @@ class Generation:
         worker: int,
         previous: Generation | None = None,
         used_tokens: TokenMemory | None = None,
+        counters: Counters | None = None,
     ) -> None:
         """Compile `settings`; balancers of upstreams that stay keep their state.
 
-        `used_tokens` outlives generations: a reload makes no token good again.
+        `used_tokens` outlives generations: a reload makes no token good again.  In `counters`
+        the workers tell each other how many pairs a server has; without, each knows its own.
 
         Raises:
             ConfigError: the configuration cannot be used (the supervisor has checked it before).
@@ -231,13 +279,23 @@ class Generation:
         self.settings = settings
         self.config = settings.config()
         # What every connection asks for, without walking through the models.
-        self.handover = self.config.handover
+        handover = self.config.handover
+        self.handover = HandoverTerms(
+            handover.after_bytes,
+            handover.after_round_trips,
+            handover.after_s,
+            not (handover.after_bytes and handover.after_round_trips and handover.after_s),
+        )
         self.limits = self.config.limits
+        self.most_pairs = self.limits.pairs
         timeouts = self.config.timeouts
         self.connect_s = timeouts.connect_s
         self.idle_check_s = min(timeouts.idle_s, timeouts.half_closed_s) / IDLE_CHECKS
-        self._own_cache: dict[tuple[str, Address | UnixAddress], bool] = {}
-        self._own_cache_until_s = 0.0
+        # The same for a pair that waits for its handover, which may be a matter of age.
+        self.young_check_s = min(self.idle_check_s, max(self.handover.after_s, HANDOVER_RETRY_S))
+        self.backlog_limit_bytes = self.config.backlog_limit_bytes
+        self._verdicts: dict[tuple[object, str, Address | UnixAddress], bool] = {}
+        self._verdicts_until_s = 0.0
         tokens = self.config.tokens
         self.keys = (
             TokenKeys(
@@ -262,12 +320,21 @@ class Generation:
         }
         self.balancers: dict[str, Balancer] = {}
         for name, upstream in self.config.upstreams.items():
+            shared: dict[str, Held] = {}
+            for server in upstream.servers:
+                index = settings.indexes.get(f"upstream {name} {server.address}")
+                if counters is not None and index is not None:
+                    shared[str(server.address)] = SharedHeld(counters, worker, index)
             balancer = previous.balancers.get(name) if previous else None
             if balancer is None:
-                balancer = Balancer(upstream, worker=worker)
+                balancer = Balancer(upstream, worker=worker, shared=shared)
             else:
-                balancer.reconfigure(upstream)
+                balancer.reconfigure(upstream, shared=shared)
             self.balancers[name] = balancer
+        self.upstreams = {
+            name: UpstreamState(upstream, self.balancers[name], timeouts)
+            for name, upstream in self.config.upstreams.items()
+        }
 
     def send_proxy_of(self, rule: Rule) -> str:
         """Which PROXY header a rule's servers get: what it says, else what its upstream says."""
@@ -276,22 +343,33 @@ class Generation:
         upstream = self.config.upstreams.get(rule.to) if isinstance(rule.to, str) else None
         return upstream.send_proxy if upstream is not None else "off"
 
-    def is_own(
-        self, address: Address | UnixAddress, now_s: float, *, protocol: str = "tcp"
+    def permits(
+        self,
+        rule: RoutedRule,
+        address: Address | UnixAddress,
+        now_s: float,
+        protocol: Literal["tcp", "udp"] = "tcp",
     ) -> bool:
-        """Whether connecting there would come back to us.
+        """Whether the rule's client may be connected to the address: it is allowed, and not us.
 
         Remembered for a moment, not for long: this host's addresses may change.
         """
-        if now_s > self._own_cache_until_s or len(self._own_cache) >= _OWN_CACHE_ENTRIES:
-            self._own_cache.clear()
-            self._own_cache_until_s = now_s + _OWN_CACHE_S
-        key = (protocol, address)
-        known = self._own_cache.get(key)
+        verdicts = self._verdicts
+        if now_s > self._verdicts_until_s or len(verdicts) >= _MOST_VERDICTS:
+            verdicts.clear()
+            self._verdicts_until_s = now_s + _VERDICTS_S
+        key = (rule, protocol, address)
+        known = verdicts.get(key)
         if known is None:
-            known = self.own[protocol].includes(address, is_local=is_local)
-            self._own_cache[key] = known
+            known = verdicts[key] = self._judge(rule, address, protocol)
         return known
+
+    def _judge(self, rule: RoutedRule, address: Address | UnixAddress, protocol: str) -> bool:
+        if self.own[protocol].includes(address, is_local=is_local):
+            return False
+        if rule.allow is None:
+            return True
+        return isinstance(address, Address) and rule.allow.permits(address.host, address.port)
 
 
 def is_local(host: str) -> bool:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 
+# Plain names and numbers: every pair asks.
+_AF_UNIX: Final = int(socket.AF_UNIX)
+_SHORT: Final = PairReason.SHORT
+_JOINED_COPY: Final = int(Counter.JOINED_COPY)
+
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
 _FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
 
@@ -44,19 +49,17 @@ class Handover:
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
-        self._server.counters[Counter.JOINED_COPY] += 1
+        self._server.counters[_JOINED_COPY] += 1
         assert client.route is not None
         choice = client.listener.datapaths[client.route.rule.index]
         client.pair_reason = self._obstacle(client, choice)
-        if client.pair_reason is not PairReason.SHORT:
+        if client.pair_reason is not _SHORT:
             return
+        generation = client.listener.generation
         if self._sockmap is not None:
-            self._sockmap.limit_bytes = client.listener.generation.config.backlog_limit_bytes
+            self._sockmap.limit_bytes = generation.backlog_limit_bytes
         client.waits_for_handover = True
-        when = client.listener.generation.handover
-        client.is_eager = choice in ("sockmap", "splice") or not (
-            when.after_bytes and when.after_round_trips and when.after_s
-        )
+        client.is_eager = choice in ("sockmap", "splice") or generation.handover.at_once
         if client.is_eager and not self._is_spliced_at_once(client, choice):
             self._ask(client)
 
@@ -73,12 +76,11 @@ class Handover:
         if self._sockmap is None and (self._splice is None or choice == "sockmap"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
-        ends = (client.client, client.server)
-        if any(end.family == socket.AF_UNIX for end in ends):
+        if client.client.family == _AF_UNIX or client.server.family == _AF_UNIX:
             return PairReason.UNIX_SOCKET
-        if client.is_adopted and not all(is_plain_tcp(end) for end in ends):
+        if client.is_adopted and not (is_plain_tcp(client.client) and is_plain_tcp(client.server)):
             return PairReason.NOT_PLAIN_TCP
-        return PairReason.SHORT
+        return _SHORT
 
     def moved(self, client: Client, flow: Flow) -> None:
         """Bytes were copied: count what earns the handover."""

@@ -138,11 +138,19 @@ def _word(value: object) -> str:
     return printable(text)
 
 
+def _level_of(reason: CloseReason) -> str:
+    return "warning" if reason in _WARNINGS else "info"
+
+
 class ConnectionLog:
     """The worker's lines about its connections."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
+        # Nearly every connection ends well, and often nobody wants to read that.
+        self._untold = frozenset(
+            reason for reason in CloseReason if not log.wants(_level_of(reason))
+        )
         self._second = 0
         self._written = 0
         self._suppressed = 0
@@ -150,11 +158,10 @@ class ConnectionLog:
     def closed(self, client: Client | Session, up: tuple[int, int], down: tuple[int, int]) -> None:
         """A connection has ended; `up` and `down` are the bytes and packets that were carried."""
         assert client.reason is not None
-        level = "warning" if client.reason in _WARNINGS else "info"
-        if not self.log.wants(level) or not self._admit(client.owner.loop.now_s):
+        if client.reason in self._untold or not self._admit(client.owner.loop.now_s):
             return
         self.log.write(
-            level,
+            _level_of(client.reason),
             "closed",
             id=client.id,
             reason=client.reason.value,

@@ -119,6 +119,7 @@ class _Worker:
     def __init__(self, inheritance: Inheritance) -> None:
         self._inheritance = inheritance
         self._channel = inheritance.channel
+        self._counters = Counters(inheritance.counters_memory, inheritance.workers)
         self.loop = Loop()
         self._server: Server | None = None
         self._datagrams: DatagramServer | None = None
@@ -188,6 +189,7 @@ class _Worker:
             worker=self._inheritance.worker,
             previous=previous,
             used_tokens=self._inheritance.used_tokens,
+            counters=self._counters,
         )
         if self._server is None:
             self._server = self._make_server(generation)
@@ -236,7 +238,7 @@ class _Worker:
         server = Server(
             self.loop,
             generation=generation,
-            counters=Counters(given.counters_memory, given.workers).block(given.worker),
+            counters=self._counters.block(given.worker),
             limits=limits,
             window=window,
             log=ConnectionLog(given.log),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.address import Address, UnixAddress
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 SHOW_AFTER_S: Final = 0.02
 
 _NO_ENDPOINT: Final = pack_endpoint(None)
+_UNIX_ENDPOINT: Final = pack_endpoint(UnixAddress("/"))
 _SHOWN: Final = {state.label: state for state in PairState}
+
+
+def _pack_end(address: Address | None) -> bytes:
+    """One end of a connection that stands: without an address it is a unix socket."""
+    return _UNIX_ENDPOINT if address is None else pack_endpoint(address)
 
 
 class Records:
@@ -28,12 +34,12 @@ class Records:
     def __init__(self, loop: Loop, window: PairWindow) -> None:
         self._loop = loop
         self._window = window
-        self._unshown: deque[Client] = deque()
+        self._unshown: dict[Client, None] = {}  # the oldest first
         self._timer = 0
 
     def show_later(self, client: Client) -> None:
         """Show the connection once it has lived long enough to be looked at."""
-        self._unshown.append(client)
+        self._unshown[client] = None
         if not self._timer:
             self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown)
 
@@ -55,14 +61,14 @@ class Records:
         listener = state.endpoint or self._local_endpoint(pair)
         source = server = _NO_ENDPOINT
         if pair.life >= Life.HANDOVER and pair.server is not None:
-            source = pack_endpoint(pair.source_address())
+            source = _pack_end(pair.source_address())
         if isinstance(pair.destination, Address | UnixAddress):
             server = pack_endpoint(pair.destination)
         self._window.describe(
             pair.slot,
             pair_id=pair.id,
             started_ns=int(pair.accepted_s * 1e9),
-            endpoints=pack_endpoint(pair.peer) + listener + source + server,
+            endpoints=_pack_end(pair.peer) + listener + source + server,
             rule=pair.rule_name,
             listener=state.name,
             state=_SHOWN[shown_state(pair.life, pair.up.phase, pair.down.phase)],
@@ -73,7 +79,7 @@ class Records:
     @staticmethod
     def _local_endpoint(client: Client) -> bytes:
         name = client.client.getsockname()
-        return pack_endpoint(address_of(name))
+        return _pack_end(address_of(name))
 
     def show_state(self, pair: Client) -> None:
         if pair.slot >= 0:
@@ -84,15 +90,18 @@ class Records:
     def _show_unshown(self) -> None:
         """Write the records of the connections that have lived long enough to be looked at."""
         before_s = self._loop.now_s - SHOW_AFTER_S
-        unshown = self._unshown
-        while unshown and unshown[0].accepted_s <= before_s:
-            client = unshown.popleft()
-            if client.life is not Life.CLOSED and client.slot < 0:
+        due = list(itertools.takewhile(lambda c: c.accepted_s <= before_s, self._unshown))
+        for client in due:
+            del self._unshown[client]
+            if client.slot < 0:
                 self.show(client)
-        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if unshown else 0
+        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if self._unshown else 0
 
     def release(self, client: Client) -> None:
-        """Give the record back, if there is one."""
-        if client.slot >= 0:
+        """Give the record back, if there is one; if not, none is made any more."""
+        if client.slot < 0:
+            # Now, not when its time comes: memory that is used again soon is still in the cache.
+            self._unshown.pop(client, None)
+        else:
             self._window.release(client.slot)
             client.slot = -1

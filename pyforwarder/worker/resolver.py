@@ -2,7 +2,8 @@
 
 Bounded in every way: so many threads, so many questions waiting, and answers are kept only for a
 while: `KEEP_S`, or what an upstream says (`resolve_every`). A question that takes longer than its
-connection's deadline is answered to nobody.
+connection's deadline is answered to nobody. While nobody can be asked, a name keeps the addresses
+that it had (RFC 8767, serve-stale): a name server's failure is not its servers'.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 THREADS: Final = 4
 MOST_WAITING: Final = 1024
 KEEP_S: Final = 5.0  # getaddrinfo hides the record's TTL; short enough for a name that moves
+STALE_S: Final = 86400.0  # RFC 8767 section 5 suggests one to three days
 _MOST_KEPT: Final = 4096
+# What getaddrinfo(3) says when there is no such name or it has no address; else it does not know.
+_NO_SUCH_NAME: Final = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
 
 Answer = Callable[[list[str]], None]  # addresses in getaddrinfo's order (RFC 6724), [] if none
 
@@ -34,9 +38,10 @@ class Resolver:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._questions: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[tuple[str, list[str]]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, list[str] | None]] = queue.SimpleQueue()
         self._waiting: dict[str, list[Answer]] = {}
-        self._kept: dict[str, tuple[float, list[str]]] = {}
+        # By name: when it was asked for last, when it was answered last, and that answer.
+        self._kept: dict[str, tuple[float, float, list[str]]] = {}
         self._threads = 0
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         loop.watch(self._event_fd, EPOLLIN, self._answered, self)
@@ -49,7 +54,7 @@ class Resolver:
         """
         kept = self._kept.get(name)
         if kept is not None and kept[0] + keep_s > self._loop.now_s:
-            answer(kept[1])
+            answer(kept[2])
             return True
         waiting = self._waiting.get(name)
         if waiting is not None:
@@ -75,20 +80,38 @@ class Resolver:
         os.eventfd_read(fd)
         while not self._answers.empty():
             name, addresses = self._answers.get()
-            if len(self._kept) >= _MOST_KEPT:
-                self._kept.clear()
-            if addresses:
-                self._kept[name] = (self._loop.now_s, addresses)
+            addresses = self._keep(name, addresses)
             for answer in self._waiting.pop(name, ()):
                 answer(addresses)
 
+    def _keep(self, name: str, addresses: list[str] | None) -> list[str]:
+        """Remember an answer; what to tell whoever asked."""
+        now_s = answered_s = self._loop.now_s
+        old = self._kept.pop(name, None)
+        if addresses is None:
+            if old is None or now_s - old[1] >= STALE_S:
+                return []
+            _, answered_s, addresses = old
+        if addresses:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[name] = (now_s, answered_s, addresses)
+        return addresses
 
-def lookup(name: str) -> list[str]:
-    """The name's addresses without duplicates; [] if it has none. Blocks."""
+
+def lookup(name: str) -> list[str] | None:
+    """The name's addresses without duplicates; [] if it has none, None if that is not known.
+
+    Blocks.
+    """
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
+    except socket.gaierror as error:
+        return [] if error.errno in _NO_SUCH_NAME else None
+    except UnicodeError:
         return []
+    except OSError:
+        return None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 

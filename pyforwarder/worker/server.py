@@ -11,13 +11,13 @@ from pyforwarder import proxy_protocol
 from pyforwarder.address import UnixAddress
 from pyforwarder.connection import (
     LIFE,
+    PHASES,
     Command,
     Event,
     Life,
     Phase,
     Step,
     UnexpectedEventError,
-    next_phase,
 )
 from pyforwarder.counters import (
     CLOSED_INDEX,
@@ -39,6 +39,7 @@ from pyforwarder.worker.adopting import (
 from pyforwarder.worker.channel import BACKLOG
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
+from pyforwarder.worker.linger import end_orderly
 from pyforwarder.worker.records import Records
 from pyforwarder.worker.resolver import Resolver
 from pyforwarder.worker.sniffer import Sniffer
@@ -79,10 +80,37 @@ REFUSAL_LINGER_S: Final = 1.0
 REFUSAL_DISCARD_BYTES: Final = 64 * 1024
 # Clients over a limit that are still listened to, so that they can be told `busy`.
 BUSY_CLIENTS: Final = 64
-# A handover that bytes stand in the way of is tried again as they move, and by this clock.
-HANDOVER_RETRY_S: Final = 0.1
 
-_NO_LINGER: Final = b"\0\0\0\0\0\0\0\0"
+# Plain names and numbers for the path of every connection: looking a member up in its enum costs
+# more than most of what is done with it.
+_STREAM: Final = _socket.SOCK_STREAM
+_SNIFFING: Final = Life.SNIFFING
+_CLOSED: Final = Life.CLOSED
+_HANDOVER: Final = Life.HANDOVER
+_PHASE_CLOSED: Final = Phase.CLOSED
+_ACCEPTED: Final = int(Counter.ACCEPTED)
+_OPEN: Final = int(Counter.OPEN)
+_PAIRS_OPEN: Final = int(Counter.PAIRS_OPEN)
+_UP_BYTES: Final = int(Counter.UP_BYTES)
+_DOWN_BYTES: Final = int(Counter.DOWN_BYTES)
+_LISTENER_ACCEPTED: Final = int(ListenerCounter.ACCEPTED)
+_LISTENER_OPEN: Final = int(ListenerCounter.OPEN)
+_FINISHED: Final = CloseReason.FINISHED
+_FLUSHED: Final = Event.FLUSHED
+_FIN: Final = Step.FIN
+_DELIVERED: Final = Step.DELIVERED
+
+
+def _in_turn(actions: list[Callable[[Client], None]]) -> Callable[[Client], None]:
+    """One call for all of them; most are alone."""
+    if len(actions) == 1:
+        return actions[0]
+
+    def obey(client: Client) -> None:
+        for action in actions:
+            action(client)
+
+    return obey
 
 
 class Server:
@@ -118,8 +146,7 @@ class Server:
         self.limits = limits
         self.log = log
         self._workers = workers
-        self._worker = worker
-        self._last_id = last_id
+        self._first_id = last_id + worker + 1
         self._most_clients = most_clients
         self.clients: dict[int, Client] = {}
         self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
@@ -128,7 +155,7 @@ class Server:
         self._sniffer = Sniffer(self)
         self._connector = Connector(self, Resolver(loop))
         self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
-        self._commands: dict[Command, Callable[[Client], None]] = {
+        commands: dict[Command, Callable[[Client], None]] = {
             Command.CONNECT: self._connector.start,
             Command.CONNECT_NEXT: self._connector.next,
             Command.ANSWER: self._answer,
@@ -137,6 +164,14 @@ class Server:
             Command.CLOSE: self._close,
             Command.RESET: self._reset,
         }
+        # The table of connection.py, with what obeys its commands in place of their names.
+        self._life = {
+            life: {
+                event: (following, _in_turn([commands[command] for command in row_commands]))
+                for event, (following, row_commands) in row.items()
+            }
+            for life, row in LIFE.items()
+        }
         loop.on_error = self._failed
 
     # Events
@@ -144,11 +179,10 @@ class Server:
     def happen(self, client: Client, event: Event) -> None:
         """Feed one event to the connection's table and obey."""
         try:
-            client.life, commands = LIFE[client.life][event]
+            client.life, act = self._life[client.life][event]
         except KeyError:
             raise UnexpectedEventError(f"{event.name} while {client.life.name}") from None
-        for command in commands:
-            self._commands[command](client)
+        act(client)
 
     def refuse(self, client: Client, reason: CloseReason) -> None:
         """The routed client cannot be served; without words for that it is reset.
@@ -231,42 +265,54 @@ class Server:
 
     def next_id(self) -> int:
         """Count one more client and name it; the count survives the worker, so no id recurs."""
-        number: int = self.counters[Counter.ACCEPTED]
-        self.counters[Counter.ACCEPTED] = number + 1
-        return self._last_id + number * self._workers + self._worker + 1
+        number: int = self.counters[_ACCEPTED]
+        self.counters[_ACCEPTED] = number + 1
+        return self._first_id + number * self._workers
 
     def _admit(self, state: ListenerState, fd: int, peer: object, family: int) -> None:
         os.set_blocking(fd, False)
-        sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
+        sock = _socket.socket(family, _STREAM, 0, fd)
         counters = self.counters
-        counters[state.counter + ListenerCounter.ACCEPTED] += 1
-        address = address_of(peer)
-        now_s = self.loop.now_s
-        client = Client(self, state, sock, fd, address, now_s)
-        client.id = self.next_id()
-        limits = state.generation.limits
-        if limits.new_per_second and not self.limits.admit_this_second(
-            limits.new_per_second, now_s
-        ):
-            client.over_limit = True
-        elif limits.pairs_per_client and state.trusted_proxies is None:
-            self.count_client(client)
+        counters[state.counter + _LISTENER_ACCEPTED] += 1
+        client = Client(self, state, sock, fd, address_of(peer), self.loop.now_s)
+        number: int = counters[_ACCEPTED]
+        counters[_ACCEPTED] = number + 1
+        client.id = self._first_id + number * self._workers  # as in next_id
+        if state.asks_limits:
+            self._ask_limits(client)
         listened_to = not client.over_limit or self.listen_to_busy(client)
         if len(self.clients) >= self._most_clients or not listened_to:
             self._turn_away(client)
             return
-        counters[Counter.OPEN] += 1
-        counters[state.counter + ListenerCounter.OPEN] += 1
+        counters[_OPEN] += 1
+        counters[state.counter + _LISTENER_OPEN] += 1
         self.clients[fd] = client
         client.client_mask = WATCHED
         self.loop.watch(fd, WATCHED, self._sniffer.sniffed, client)
-        client.conversation = state.ruleset.begin()
+        if state.converses:
+            client.conversation = state.ruleset.begin()
         self.records.show_later(client)
-        if state.starts_specially:
-            self._sniffer.start(client)
-            if client.life is not Life.SNIFFING:
-                return
-        self.loop.deadlines.start(client, state.timeout_s, now_s)
+        try:
+            if state.starts_specially:
+                self._sniffer.begin_specially(client)
+            else:
+                # Most of those that speak first have spoken by now: that saves an event.
+                self._sniffer.sniffed(client, fd, EPOLLIN)
+            if client.life is _SNIFFING:
+                self.loop.deadlines.start(client, state.timeout_s, self.loop.now_s)
+        except Exception as error:
+            # To the loop the listener would be its owner, whose faults end the process.
+            self._failed(client, error)
+
+    def _ask_limits(self, client: Client) -> None:
+        """Whether the connection is one too many, in this second or of this client."""
+        limits = client.listener.generation.limits
+        if limits.new_per_second and not self.limits.admit_this_second(
+            limits.new_per_second, self.loop.now_s
+        ):
+            client.over_limit = True
+        elif limits.pairs_per_client and client.listener.trusted_proxies is None:
+            self.count_client(client)
 
     def count_client(self, client: Client) -> None:
         """Count the connection among those of its client's address, and find out if it may be."""
@@ -344,14 +390,16 @@ class Server:
             if header:
                 up.pending = header + first
                 up.carried_bytes = -len(header)
-        if route.negotiation is not None:
-            answer = route.negotiation.granted(client.source_address())
+        negotiation = route.negotiation
+        if negotiation is not None:
+            source = client.source_address() if negotiation.tells_source else None
+            answer = negotiation.granted(source)
             if answer:
                 down.pending = answer
                 # Not carried for anybody: what is written of it must not count.
                 down.carried_bytes = -len(answer)
         self._flush_more(client)
-        if client.life is Life.HANDOVER:
+        if client.life is _HANDOVER:
             self.loop.redirect(client.client_fd, self._flushing)
             self.loop.redirect(client.server_fd, self._flushing)
             self.loop.deadlines.start(
@@ -374,9 +422,12 @@ class Server:
 
     def _flush_more(self, client: Client) -> None:
         # The answer first: nothing of the server's may come before it.
-        done = self.copying.write_pending(client, client.down)
-        if client.life is Life.HANDOVER and self.copying.write_pending(client, client.up) and done:
-            self.happen(client, Event.FLUSHED)
+        done = client.down.pending is None or self.copying.write_pending(client, client.down)
+        if client.life is not _HANDOVER:
+            return
+        done &= client.up.pending is None or self.copying.write_pending(client, client.up)
+        if done:
+            self.happen(client, _FLUSHED)
 
     def _flushing(self, client: Client, fd: int, mask: int) -> None:
         inward, outward = (
@@ -413,19 +464,21 @@ class Server:
 
     def fin_seen(self, pair: Pair, flow: Flow) -> None:
         """The flow's source has sent FIN."""
-        assert isinstance(pair, Client)
-        flow.phase = next_phase(flow.phase, Step.FIN)
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
+        flow.phase = PHASES[flow.phase][_FIN]
         if pair.slot >= 0:
             self.records.show_state(pair)
 
     def delivered(self, pair: Pair, flow: Flow) -> None:
         """Every byte is with the target's TCP: its FIN goes out."""
-        assert isinstance(pair, Client)
-        flow.phase = next_phase(flow.phase, Step.DELIVERED)
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
+        flow.phase = PHASES[flow.phase][_DELIVERED]
         other = pair.down if flow is pair.up else pair.up
-        if other.phase is Phase.CLOSED:
+        if other.phase is _PHASE_CLOSED:
             # Nothing is unread on either side, so close() sends the second FIN.
-            pair.reason = CloseReason.FINISHED
+            pair.reason = _FINISHED
             self.happen(pair, Event.FINISHED)
             return
         target = pair.server if flow is pair.up else pair.client
@@ -444,7 +497,7 @@ class Server:
     def broken(self, pair: Pair, reason: CloseReason) -> None:
         """The pair cannot be continued correctly."""
         assert isinstance(pair, Client)
-        if pair.life is not Life.CLOSED:
+        if pair.life is not _CLOSED:
             pair.reason = reason
             self.happen(pair, Event.BROKEN)
 
@@ -458,7 +511,8 @@ class Server:
                 flow.carried_packets,
                 int(self.loop.now_s * 1e9),
             )
-        assert isinstance(pair, Client)
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
 
@@ -490,9 +544,7 @@ class Server:
     def watch_idle(self, client: Client) -> None:
         """Look at the joined pair every now and then; a byte that moves does not touch a timer."""
         generation = client.listener.generation
-        wait_s = generation.idle_check_s
-        if client.waits_for_handover:
-            wait_s = min(wait_s, max(generation.handover.after_s, HANDOVER_RETRY_S))
+        wait_s = generation.young_check_s if client.waits_for_handover else generation.idle_check_s
         self.loop.deadlines.start(client, wait_s, self.loop.now_s)
 
     @staticmethod
@@ -518,12 +570,9 @@ class Server:
 
     def _close(self, client: Client) -> None:
         """An orderly end: TCP goes on sending what it has, and the FIN behind it."""
-        try:
-            client.client.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _NO_LINGER)
-            if client.server is not None:
-                client.server.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _NO_LINGER)
-        except OSError:
-            pass  # SO_LINGER fails on no socket; were it to, the end would be a reset
+        end_orderly(client.client_fd)
+        if client.server is not None:
+            end_orderly(client.server_fd)
         self._end(client)
 
     def _reset(self, client: Client) -> None:
@@ -531,13 +580,16 @@ class Server:
         self._end(client)
 
     def _end(self, client: Client) -> None:
-        reason = client.reason or CloseReason.FINISHED
-        client.reason = reason
+        reason = client.reason
+        if reason is None:
+            reason = client.reason = _FINISHED
         counters = self.counters
+        loop = self.loop
         counters[CLOSED_INDEX[reason]] += 1
-        counters[Counter.OPEN] -= 1
-        counters[client.listener.counter + ListenerCounter.OPEN] -= 1
+        counters[_OPEN] -= 1
+        counters[client.listener.counter + _LISTENER_OPEN] -= 1
         datapath = client.datapath
+        # Below 0 as long as some of what we say ourselves is not written.
         up = max(0, client.up.carried_bytes), client.up.carried_packets
         down = max(0, client.down.carried_bytes), client.down.carried_packets
         if datapath is not None:
@@ -547,27 +599,28 @@ class Server:
                 counters[Counter.BACKLOG_TRIPS] += datapath.trips(client)
                 datapath.leave(client)
             client.datapath = None
-            # The slot first: who adds the table to these counters may miss the bytes for a moment,
-            # but must not see them twice.
-            self.records.release(client)
-            counters[Counter.UP_BYTES] += up[0]
-            counters[Counter.DOWN_BYTES] += down[0]
+        # The slot first: who adds the table to these counters may miss the bytes for a moment, but
+        # must not see them twice.
+        self.records.release(client)
+        if datapath is not None:
+            counters[_UP_BYTES] += up[0]
+            counters[_DOWN_BYTES] += down[0]
         self.log.closed(client, up, down)
-        self.loop.deadlines.stop(client)
+        loop.deadlines.stop(client)
         self._give_back(client)
-        del self.clients[client.client_fd]
+        client_fd = client.client_fd
+        del self.clients[client_fd]
         if client.is_adopted:
             for cookie in client.cookies:
                 del self._adopted[cookie]
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach whoever is given the number next.
-            self.loop.forget(client.client_fd)
-            self.loop.forget(client.server_fd)
-        self.loop.close(client.client.detach())
+            loop.forget(client_fd)
+            loop.forget(client.server_fd)
+        loop.close_socket(client_fd, client.client)
         if client.server is not None:
-            self.loop.close(client.server.detach())
+            loop.close_socket(client.server_fd, client.server)
             client.server = None
-        self.records.release(client)
 
     def _give_back(self, client: Client) -> None:
         """What limits and balancers counted for this connection."""
@@ -577,10 +630,13 @@ class Server:
             self.limits.remove_client(client.peer.host)
         if client.counts_pair:
             self.limits.remove_pair()
-            self.counters[Counter.PAIRS_OPEN] -= 1
-        if client.balancer is not None and client.server_state is not None:
+            self.counters[_PAIRS_OPEN] -= 1
+        if client.server_state is not None:
             if client.server_opened:
-                client.balancer.closed(client.server_state)
+                assert client.upstream is not None
+                client.upstream.balancer.closed(client.server_state)
+            assert client.upstream is not None
+            client.upstream.balancer.release(client.server_state)
             client.server_state = None
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:

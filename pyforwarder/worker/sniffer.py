@@ -5,7 +5,7 @@ from __future__ import annotations
 import _socket
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder import proxy_protocol
 from pyforwarder.address import Address
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 
+# Plain names: looking a member up in its enum costs more than most of what is done with it.
+_SNIFFING: Final = Life.SNIFFING
+_OPEN: Final = End.OPEN
+_ROUTED: Final = Event.ROUTED
+_TAKEN: Final = int(RuleCounter.TAKEN)
+_PAIRS_OPEN: Final = int(Counter.PAIRS_OPEN)
+_PAIRS_OPENED: Final = int(Counter.PAIRS_OPENED)
+
+
 class Sniffer:
     """Reads what clients send first, and asks the rules about it until they decide."""
 
@@ -29,12 +38,13 @@ class Sniffer:
         self._server = server
         self._loop = server.loop
 
-    def start(self, client: Client) -> None:
+    def begin_specially(self, client: Client) -> None:
         """What else comes first on some listeners: a PROXY header, or a decision without a byte."""
         state = client.listener
         if state.trusted_proxies is not None:
             client.proxied = False
             client.proxied_to = None
+            client.header = b""
             if client.peer is not None and not state.trusted_proxies.contains(client.peer.host):
                 # Whoever it is, it is not one of our proxies: nothing it says is read.
                 self._refuse_header(client, CloseReason.DENIED)
@@ -51,8 +61,7 @@ class Sniffer:
             self._server.broken(client, CloseReason.CLIENT_RESET)
             return
         try:
-            data = client.client.recv(proxy_protocol.MAX_LENGTH, _socket.MSG_PEEK)
-            header = proxy_protocol.read(data)
+            header = self._read_header(client, fd)
         except BlockingIOError:
             return
         except OSError:
@@ -61,14 +70,10 @@ class Sniffer:
         except ParseError:
             self._refuse_header(client, CloseReason.MALFORMED)
             return
-        if header is NEED_MORE:
-            if mask & EPOLLRDHUP:
-                reason = CloseReason.MALFORMED if data else CloseReason.CLIENT_GONE
-                self._refuse_header(client, reason)
+        if header is None:
+            reason = CloseReason.MALFORMED if client.header else CloseReason.CLIENT_GONE
+            self._refuse_header(client, reason)
             return
-        assert isinstance(header, proxy_protocol.Header)
-        os.read(fd, header.length)
-        client.up.read_bytes += header.length
         self._take_header(client, header)
         if client.life is Life.SNIFFING:
             self._loop.redirect(fd, self.sniffed)
@@ -81,6 +86,32 @@ class Sniffer:
                 client.up.readable = True
                 client.up.end_seen = bool(mask & EPOLLRDHUP)
                 client.up.urgent = bool(mask & EPOLLPRI)
+
+    @staticmethod
+    def _read_header(client: Client, fd: int) -> proxy_protocol.Header | None:
+        """The header, taken out of the socket; None: the client has closed before its end.
+
+        Raises:
+            BlockingIOError: it is not complete.
+            ParseError: there is none.
+            OSError: from the socket.
+        """
+        while True:
+            new = client.client.recv(proxy_protocol.MAX_LENGTH, _socket.MSG_PEEK)
+            header = proxy_protocol.read(client.header + new)
+            if isinstance(header, proxy_protocol.Header):
+                rest = header.length - len(client.header)
+                os.read(fd, rest)
+                client.up.read_bytes += rest
+                return header
+            if not new:
+                return None
+            # While it is incomplete, all that is there belongs to it. Out of the queue with that: a
+            # unix socket with 70 small pieces in it takes no more (unix_writable in
+            # net/unix/af_unix.c), and a peek may stop between two of them.
+            os.read(fd, len(new))
+            client.header += new
+            client.up.read_bytes += len(new)
 
     def _refuse_header(self, client: Client, reason: CloseReason) -> None:
         """No rule is asked about a connection that has to begin with a header and does not."""
@@ -142,21 +173,22 @@ class Sniffer:
         if mask & EPOLLPRI:
             client.up.urgent = True
         client.up.readable = client.up.end_seen or client.up.urgent
-        self.decide(client, End.OPEN)
-        if client.up.readable and client.life is Life.SNIFFING:
+        self.decide(client, _OPEN)
+        if client.up.readable and client.life is _SNIFFING:
             self.sniffed(client, fd, mask)
 
     def decide(self, client: Client, end: End) -> None:
         state = client.listener
         ruleset = state.ruleset
         while True:
+            # By position: names cost as much as the rest of the call, for every connection.
             decision: Decision = ruleset.decide(
                 client.received,
-                client=client.peer,
-                local_port=state.local_port,
-                end=end,
-                now_unix_s=time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
-                state=client.conversation,
+                client.peer,
+                state.local_port,
+                end,
+                time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
+                client.conversation,
             )
             if decision is NEED_MORE:
                 return
@@ -187,20 +219,22 @@ class Sniffer:
 
     def _route(self, client: Client, route: Route) -> None:
         client.route = route
-        counter = client.listener.rule_counters[route.rule.index]
+        server = self._server
+        counters = server.counters
+        listener = client.listener
+        counter = listener.rule_counters[route.rule.index]
         self._loop.deadlines.stop(client)
         self._loop.redirect(client.client_fd, self._waiting)
-        limits = client.listener.generation.limits
-        if client.over_limit or self._server.limits.pairs >= limits.pairs:
-            self._server.counters[counter + RuleCounter.REFUSED] += 1
-            self._server.refuse(client, CloseReason.BUSY)
+        most_pairs = listener.generation.most_pairs
+        if client.over_limit or not server.limits.add_pair_below(most_pairs):
+            counters[counter + RuleCounter.REFUSED] += 1
+            server.refuse(client, CloseReason.BUSY)
             return
-        self._server.counters[counter + RuleCounter.TAKEN] += 1
+        counters[counter + _TAKEN] += 1
         client.counts_pair = True
-        self._server.limits.add_pair()
-        self._server.counters[Counter.PAIRS_OPEN] += 1
-        self._server.counters[Counter.PAIRS_OPENED] += 1
-        self._server.happen(client, Event.ROUTED)
+        counters[_PAIRS_OPEN] += 1
+        counters[_PAIRS_OPENED] += 1
+        server.happen(client, _ROUTED)
 
     def _refuse(self, client: Client, refusal: Refuse, end: End) -> None:
         if refusal.rule is not None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from bench import cpu_time, memory
 from bench import load as load_module
-from bench import memory
 from bench.measures import DIRECT
 from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 
@@ -249,14 +249,24 @@ def _connect_paced(stage: Stage) -> Values:
     return _percentiles("connect_paced", report)
 
 
+def _connect_at_most(
+    stage: Stage, scenario: str, *, port: int = FORWARDER_PORT, **options: object
+) -> Values:
+    pid = stage.target.pid
+    before = cpu_time.tree_seconds(pid) if pid else 0.0
+    report = _connect(stage, port=port, **options)
+    values = {scenario: report["connections_per_s"]}
+    if pid:
+        values[f"{scenario}_cpu"] = (cpu_time.tree_seconds(pid) - before) / report["done"] * 1e6
+    return values
+
+
 def _connect_first(stage: Stage, order: str) -> Values:
-    report = _connect(stage, server_closes=order == "server")
-    return {f"connect_{order}_first": report["connections_per_s"]}
+    return _connect_at_most(stage, f"connect_{order}_first", server_closes=order == "server")
 
 
 def _connect_instruction(stage: Stage) -> Values:
-    report = _connect(stage, port=INSTRUCTION_PORT, instruction=True)
-    return {"connect_instruction": report["connections_per_s"]}
+    return _connect_at_most(stage, "connect_instruction", port=INSTRUCTION_PORT, instruction=True)
 
 
 _WAYS: Final = ("up", "down")

@@ -19,6 +19,8 @@ from typing import Any, Final
 import psutil
 import yaml
 
+from pyforwarder.client import ControlClient
+from pyforwarder.instance import Instance
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 LISTENING: Final = re.compile(r"listening on (?P<address>\S+) \((?P<name>[^)]+)\)")
@@ -174,6 +176,10 @@ class Daemon:
         return run_command(
             self.place, verb, "--instance", self.instance, *rest, stdin=stdin, deadline_s=deadline_s
         )
+
+    def control(self) -> ControlClient:
+        """Its control socket: the answers of the commands, without starting one for each."""
+        return ControlClient(Instance.named(self.instance, self.place.environ()))
 
     def reconfigure(self, config: str) -> None:
         """Write another text to its configuration file; `reload` or SIGHUP makes it count."""

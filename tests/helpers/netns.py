@@ -15,6 +15,84 @@ _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
+class Network:
+    """A network namespace with `lo` up; it lasts as long as this, or anything that runs in it.
+
+    A socket belongs to the namespace that its maker was in, so one process may have both ends of
+    a connection: `with network.entered(): socket.create_connection(...)`.
+    """
+
+    def __init__(self) -> None:
+        before = _own_network()
+        try:
+            _checked(_libc.unshare(_CLONE_NEWNET), "unshare")
+            try:
+                self.fd = _own_network()
+                subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            finally:
+                _checked(_libc.setns(before, _CLONE_NEWNET), "setns")
+        finally:
+            os.close(before)
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self.fd)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The calling thread, and what it starts, is in the namespace meanwhile."""
+        before = _own_network()
+        try:
+            _checked(_libc.setns(self.fd, _CLONE_NEWNET), "setns")
+            try:
+                yield
+            finally:
+                _checked(_libc.setns(before, _CLONE_NEWNET), "setns")
+        finally:
+            os.close(before)
+
+    @property
+    def path(self) -> str:
+        """Its name for iproute2, which takes a path where it takes a name."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def run(self, *words: str, stdin: str = "") -> str:
+        """What a command prints that runs there.
+
+        Raises:
+            subprocess.CalledProcessError: it failed; its stderr is in the test's output.
+        """
+        with self.entered():
+            done = subprocess.run(words, check=True, input=stdin, text=True, stdout=subprocess.PIPE)
+        return done.stdout
+
+    def ip(self, *commands: str) -> None:
+        """Some lines for `ip`."""
+        self.run("ip", "-batch", "-", stdin="\n".join(commands))
+
+    def set(self, **settings: object) -> None:
+        """Write settings, for example `set(ipv4__tcp_sack=0)` for /proc/sys/net/ipv4/tcp_sack."""
+        with self.entered():
+            for name, value in settings.items():
+                Path("/proc/sys/net", name.replace("__", "/")).write_text(str(value))
+
+    def counters(self) -> dict[str, int]:
+        """What `nstat` shows, by its names there (`TcpInCsumErrors`, `TcpExtTCPOFOQueue`)."""
+        found = {}
+        with self.entered():
+            for name in ("snmp", "netstat"):
+                lines = Path("/proc/thread-self/net", name).read_text().splitlines()
+                for head, values in zip(lines[::2], lines[1::2], strict=True):
+                    group, *names = head.split()
+                    for each, value in zip(names, values.split()[1:], strict=True):
+                        found[group.rstrip(":") + each] = int(value)
+        return found
+
+
+def _own_network() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
 @contextlib.contextmanager
 def private_network() -> Iterator[None]:
     """The calling thread, and what it starts from here on, in a new namespace with `lo` up.
@@ -22,16 +100,8 @@ def private_network() -> Iterator[None]:
     Afterwards the thread is back where it was; the namespace goes with the last process and
     socket in it.
     """
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _checked(_libc.unshare(_CLONE_NEWNET), "unshare")
-        try:
-            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-            yield
-        finally:
-            _checked(_libc.setns(before, _CLONE_NEWNET), "setns")
-    finally:
-        os.close(before)
+    with contextlib.closing(Network()) as network, network.entered():
+        yield
 
 
 def narrow_the_network() -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
 from tests.helpers.netns import narrow_the_network, private_network
+from tests.helpers.transfers import Transfers, compile_program
 from tests.helpers.waiting import wait_for
 
 
@@ -117,3 +118,9 @@ def start_shared_forwarder(network: None) -> Iterator[StartForwarder]:
     del network
     with temporary_place() as place, forwarders_at(place) as start:
         yield start
+
+
+@pytest.fixture(scope="session")
+def transfers(tmp_path_factory: pytest.TempPathFactory) -> Transfers:
+    """The program that is both ends of many transfers."""
+    return Transfers(compile_program(tmp_path_factory.mktemp("transfers")))

@@ -6,7 +6,7 @@
 #define NEXT -1 /* TCX_NEXT */
 #define DROP 2	/* TCX_DROP */
 
-int lose(struct __sk_buff *skb)
+int lose(struct __sk_buff *skb __attribute__((unused)))
 {
 	return bpf_get_prandom_u32() % ONE_IN ? NEXT : DROP;
 }

@@ -171,6 +171,7 @@ def test_a_stalled_direction_does_not_stall_the_other(
         assert hash_of(busy, waiting) == digest(waiting)
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("narrow_network")
 @pytest.mark.parametrize("datapath", ["sockmap", "auto"])
 def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(
@@ -191,6 +192,7 @@ def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(
         assert read_exactly(server, tiny) == b"x" * tiny
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("narrow_network")
 @pytest.mark.parametrize("datapath", list(DATAPATHS))
 def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(

@@ -223,7 +223,7 @@ def test_a_server_that_resets_at_once_resets_the_client(start_forwarder: StartFo
     assert closed(forwarder) == {"server_reset": 300}
 
 
-@pytest.mark.parametrize("datapath", ["copy", "sockmap"])
+@pytest.mark.parametrize("datapath", ["copy", "sockmap", "splice"])
 def test_a_server_that_resets_mid_way_resets_the_client(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
@@ -239,7 +239,7 @@ def test_a_server_that_resets_mid_way_resets_the_client(
     assert closed(forwarder) == {"server_reset": 1}
 
 
-@pytest.mark.parametrize("datapath", ["copy", "sockmap"])
+@pytest.mark.parametrize("datapath", ["copy", "sockmap", "splice"])
 def test_a_client_that_resets_mid_way_resets_the_server(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_refused_connect_is_counted(start_forwarder: StartForwarder) -> None:
 # ---------------------------------------------------------------------------- timers
 
 
-@pytest.mark.parametrize("datapath", ["copy", "sockmap"])
+@pytest.mark.parametrize("datapath", ["copy", "sockmap", "splice"])
 def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
@@ -304,7 +304,7 @@ def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
     assert closed(forwarder) == {"idle": 1, "finished": 1}
 
 
-@pytest.mark.parametrize("datapath", ["copy", "sockmap"])
+@pytest.mark.parametrize("datapath", ["copy", "sockmap", "splice"])
 def test_a_half_closed_pair_has_its_own_deadline(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
@@ -323,7 +323,7 @@ def test_a_half_closed_pair_has_its_own_deadline(
     assert closed(forwarder) == {"half_closed": 1}
 
 
-@pytest.mark.parametrize("datapath", ["copy", "sockmap"])
+@pytest.mark.parametrize("datapath", ["copy", "sockmap", "splice"])
 def test_a_half_closed_pair_goes_on_in_the_other_direction(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +26,7 @@ from tests.helpers.peers import (
     read_to_end,
     unused_port,
 )
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -138,13 +142,48 @@ def test_need_more_ends_at_max_bytes(start_forwarder: StartForwarder) -> None:
         assert time.monotonic() - began_s < 8
 
 
-def test_a_rule_names_an_ipv6_server_and_a_unix_socket(start_forwarder: StartForwarder) -> None:
+def test_a_rule_names_an_ipv6_server(start_forwarder: StartForwarder) -> None:
     with NameServer("six", host="::1") as six:
         forwarder = start_forwarder(rules_config(rule_to(six, "any")))
+        assert greeting(forwarder) == b"six"
+
+
+def test_a_rule_names_a_unix_socket(start_forwarder: StartForwarder) -> None:
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = Path(directory, "server")
+        path.parent.chmod(0o755)
+        listener.bind(str(path))
+        path.chmod(0o777)  # the workers are nobody
+        listener.listen()
+        listener.settimeout(DEADLINE_S)
+        forwarder = start_forwarder(rules_config(f"{{match: any, to: 'unix:{path}'}}"))
         with dial(forwarder.address) as client:
             client.sendall(b"hello")
+            server, _ = listener.accept()
+            with server:
+                server.settimeout(DEADLINE_S)
+                assert read_exactly(server, 5) == b"hello"
+                (row,) = forwarder.pairs()
+                assert row["server"].startswith("unix:")
+                assert row["datapath"] == "copy"
+                assert "unix" in row["reason"]
+                client.shutdown(socket.SHUT_WR)
+                assert read_to_end(server) == b""
+                server.sendall(b"from a unix socket")
+            assert read_to_end(client) == b"from a unix socket"
+
+
+def test_a_listener_may_be_a_unix_socket(start_forwarder: StartForwarder) -> None:
+    with NameServer("inside") as server, tempfile.TemporaryDirectory() as directory:
+        path = str(Path(directory, "listener"))
+        config = rules_config(rule_to(server, "any")).replace("127.0.0.1:0", f"unix:{path}", 1)
+        forwarder = start_forwarder(config)
+        with dial(path) as client:
+            client.sendall(b"hello")
             client.shutdown(socket.SHUT_WR)
-            assert read_to_end(client) == b"six"
+            assert read_to_end(client) == b"inside"
+        assert forwarder.stop() == 0
+        assert not Path(path).exists()
 
 
 # ---------------------------------------------------------------------------- upstreams
@@ -184,6 +223,44 @@ def test_source_hash_keeps_a_client_with_its_server(start_forwarder: StartForwar
             upstream_config(a.address, b.address, c.address, balance="source_hash")
         )
         assert len({greeting(forwarder) for _ in range(7)}) == 1
+
+
+def test_least_pairs_counts_the_pairs_of_all_workers(start_forwarder: StartForwarder) -> None:
+    with Waiting() as first, Waiting() as second, contextlib.ExitStack() as open_sockets:
+        one = "workers: 3\n" + upstream_config(first.address, balance="least_pairs")
+        both = "workers: 3\n" + upstream_config(
+            first.address, second.address, balance="least_pairs"
+        )
+        forwarder = start_forwarder(one)
+
+        def next_pair(server: Waiting) -> None:
+            client = open_sockets.enter_context(dial(forwarder.address))
+            served = open_sockets.enter_context(server.accept())
+            served.sendall(b"x")
+            assert read_exactly(client, 1) == b"x"
+
+        def pairs() -> list[int]:
+            return [row["pairs"] for row in forwarder.show("upstreams")]
+
+        for _ in range(23):
+            next_pair(first)
+        forwarder.reconfigure(both)
+        assert forwarder.command("reload").returncode == 0
+        # Each connection falls to one of three workers by its hash, and not evenly: a worker that
+        # knew its own pairs only would give some of these to the first server.
+        for _ in range(23):
+            next_pair(second)
+        assert pairs() == [23, 23]
+        # A worker's pairs go with it, and are counted no more.
+        killed = forwarder.workers()[0]
+        killed.kill()
+        forwarder.wait_for_line("worker_died")
+        wait_for(lambda: len(forwarder.workers()) == 3, "a new worker")
+        left = pairs()
+        assert sum(left) < 46
+        for _ in range(abs(left[0] - left[1])):
+            next_pair(first if left[0] < left[1] else second)
+        assert pairs() == [max(left)] * 2
 
 
 def test_the_next_server_is_tried_when_one_refuses(start_forwarder: StartForwarder) -> None:

@@ -200,6 +200,31 @@ def test_limits_hold_for_sessions(start_forwarder: StartForwarder, server: EchoS
         assert answers == [ACK, ACK, refusal("busy")]
 
 
+def test_sessions_of_an_upstream_come_from_its_source_addresses(
+    start_forwarder: StartForwarder,
+) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.settimeout(5)
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        daemon = start_forwarder(
+            config(
+                "{match: any, to: dns}",
+                more=f"workers: 1\nupstreams: {{dns: {{servers: ['127.0.0.1:{port}'],"
+                " source: [127.0.0.7, '::1', 127.0.0.8]}}\n",
+            )
+        )
+        seen = []
+        for _ in range(4):
+            with client_of(daemon.address) as client:
+                client.send(b"question")
+                _, address = server.recvfrom(100)
+                server.sendto(b"answer", address)
+                assert client.recv(100) == b"answer"
+                seen.append(address[0])
+        assert sorted(seen) == ["127.0.0.7", "127.0.0.7", "127.0.0.8", "127.0.0.8"]
+
+
 def test_garbage_is_dropped_and_counted(
     start_forwarder: StartForwarder, server: EchoServer
 ) -> None:

@@ -8,6 +8,7 @@ Every run takes another seed and prints it when something is wrong; to see that 
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -29,9 +30,9 @@ SEED: Final = int(
     os.environ.get("PYFORWARDER_TEST_SEED") or random.SystemRandom().randrange(1 << 32)
 )
 BATCH: Final = 500
-# How many, by the network they are played in; a batch takes about a second per datapath.
-CONVERSATIONS: Final = {"wide": 6000, "narrow": 3000}
-SOAK_S: Final = 600.0
+# How many, by the network they are played in; a batch takes about a second per datapath. Every run
+# plays others, and the soak many more.
+CONVERSATIONS: Final = {"wide": 2000, "narrow": 1000}
 
 DATAPATHS: Final = {
     "copy": "datapath: copy",
@@ -41,8 +42,9 @@ DATAPATHS: Final = {
 }
 # Of all pairs, how many must have been in the kernel's hands for the test to prove anything.  In
 # the forced case the others had ended, or had their client's FIN, before they could be joined, or
-# there was not one moment when all that had arrived was read.
-LEAST_IN_KERNEL: Final = {"copy": 0.0, "sockmap": 0.7, "splice": 0.3, "auto": 0.1}
+# there was not one moment when all that had arrived was read: that varies with what else the
+# machine does (seen of a thousand: sockmap 67 to 89 %, splice 35 to 57 %).
+LEAST_IN_KERNEL: Final = {"copy": 0.0, "sockmap": 0.5, "splice": 0.2, "auto": 0.1}
 # Splice waits for a moment of rest, and bulk between slow peers may never have one.
 LEAST_OF_BULK: Final = {"copy": 0.0, "sockmap": 0.25, "splice": 0.0, "auto": 0.1}
 
@@ -140,7 +142,7 @@ def test_bulk_conversations_end_as_direct_ones_do(
     start_forwarder: StartForwarder, datapath: str, limit: str
 ) -> None:
     forwarder = start_forwarder(config(datapath, f"backlog_limit: {limit}"))
-    conversations = [traffic.bulk_conversation(SEED, number) for number in range(12)]
+    conversations = [traffic.bulk_conversation(SEED, number) for number in range(6)]
     bad = play(conversations, forwarder, concurrency=3, seconds=90)
     assert not bad, traffic.report(SEED, bad)
     check_nothing_is_left(
@@ -152,38 +154,35 @@ def test_bulk_conversations_end_as_direct_ones_do(
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(SOAK_S * len(DATAPATHS))
-def test_soak(start_forwarder: StartForwarder) -> None:
-    """All datapaths in turns, in a wide network and a narrow one, for ten minutes."""
-    ends_s = time.monotonic() + SOAK_S
+def test_soak(start_forwarder: StartForwarder, soak_s: float) -> None:
+    """All datapaths in turns, in a wide network and a narrow one, until the time is over."""
+    ends_s = time.monotonic() + soak_s
     rng = random.Random(SEED)
     number = 0
-    while time.monotonic() < ends_s:
-        for network_is in CONVERSATIONS:
-            with private_network():
-                if network_is == "narrow":
-                    narrow_the_network()
-                for datapath in DATAPATHS:
-                    forwarder = start_forwarder(config(datapath), instance=f"soak{number}")
-                    played = 0
-                    for batch in batches(range(number, number + 4 * BATCH)):
-                        some = rng.choice([8, 64, 128, 400])
-                        bad = play(batch, forwarder, concurrency=some, seconds=30)
-                        assert not bad, traffic.report(SEED, bad)
-                        played += len(batch)
-                    if network_is == "wide":
-                        bulk = [
-                            traffic.bulk_conversation(SEED, n) for n in range(number, number + 4)
-                        ]
-                        bad = play(bulk, forwarder, concurrency=2, seconds=90)
-                        assert not bad, traffic.report(SEED, bad)
-                        played += len(bulk)
-                    check_nothing_is_left(
-                        forwarder,
-                        datapath=datapath,
-                        conversations=played,
-                        least=LEAST_IN_KERNEL[datapath],
-                    )
-                    assert forwarder.stop() == 0
-                    number += 4 * BATCH
+    for network_is, datapath in itertools.cycle(itertools.product(CONVERSATIONS, DATAPATHS)):
+        with private_network():
+            if network_is == "narrow":
+                narrow_the_network()
+            forwarder = start_forwarder(config(datapath), instance=f"soak{number}")
+            played = 0
+            for batch in batches(range(number, number + 2 * BATCH)):
+                some = rng.choice([8, 64, 128, 400])
+                bad = play(batch, forwarder, concurrency=some, seconds=30)
+                assert not bad, traffic.report(SEED, bad)
+                played += len(batch)
+            if network_is == "wide":
+                bulk = [traffic.bulk_conversation(SEED, number + n) for n in range(4)]
+                bad = play(bulk, forwarder, concurrency=2, seconds=90)
+                assert not bad, traffic.report(SEED, bad)
+                played += len(bulk)
+            check_nothing_is_left(
+                forwarder,
+                datapath=datapath,
+                conversations=played,
+                least=LEAST_IN_KERNEL[datapath],
+            )
+            assert forwarder.stop() == 0
+            number += 2 * BATCH
+        if time.monotonic() > ends_s:
+            break
     print(f"{number} conversations, seed {SEED}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import socket
 import time
 from pathlib import Path
@@ -19,9 +20,22 @@ if TYPE_CHECKING:
 KEY = bytes(range(32))
 
 
-def signed(server: tuple[str, int], *, lifetime_s: int = 60, key: bytes = KEY) -> bytes:
+def signed(
+    server: tuple[str, int],
+    *,
+    lifetime_s: int = 60,
+    key: bytes = KEY,
+    key_id: str = "ops",
+    source: str | None = None,
+) -> bytes:
     expires_unix_s = int(time.time()) + lifetime_s  # noqa: TID251 - tokens expire by the wall clock
-    return token.make(Address(*server), expires_unix_s=expires_unix_s, key_id="ops", key=key)
+    return token.make(
+        Address(*server),
+        expires_unix_s=expires_unix_s,
+        key_id=key_id,
+        key=key,
+        source=ipaddress.ip_network(source) if source else None,
+    )
 
 
 def config(directory: Path, *, single_use: bool = False, workers: int = 3) -> str:
@@ -73,6 +87,94 @@ def test_a_single_use_token_is_good_once_in_all_workers_and_after_a_reload(
         assert forwarder.command("reload").returncode == 0
         assert answer(forwarder.address, once) == refusal("token")
         assert answer(forwarder.address, signed(server.address, lifetime_s=61)) == ACK
+
+
+def test_keys_are_rotated_by_reload(start_forwarder: StartForwarder, tmp_path: Path) -> None:
+    text = config(tmp_path)
+    (tmp_path / "new.key").write_bytes(bytes(32))
+    both = text.replace("{ops: ", f"{{new: {tmp_path}/new.key, ops: ")
+    only_new = text.replace(f"{{ops: {tmp_path}/ops.key}}", f"{{new: {tmp_path}/new.key}}")
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(text)
+
+        def answers() -> list[bytes]:
+            by_id = {"ops": KEY, "new": bytes(32)}
+            return [
+                answer(forwarder.address, signed(server.address, key=key, key_id=key_id))
+                for key_id, key in by_id.items()
+            ]
+
+        assert answers() == [ACK, refusal("token")]
+        with dial(forwarder.address) as old:
+            old.sendall(signed(server.address))
+            assert read_exactly(old, len(ACK)) == ACK
+            for changed, expected in (
+                (both, [ACK, ACK]),
+                (only_new, [refusal("token"), ACK]),
+            ):
+                forwarder.reconfigure(changed)
+                assert forwarder.command("reload").returncode == 0
+                assert answers() == expected
+            # Another key under the same name counts from the reload on, not before.
+            (tmp_path / "new.key").write_bytes(bytes(range(1, 33)))
+            assert answers() == [refusal("token"), ACK]
+            assert forwarder.command("reload").returncode == 0
+            assert answers() == [refusal("token")] * 2
+            # What was let in with a key that is gone stays.
+            old.sendall(b"payload")
+            assert read_exactly(old, 18) == b"server got payload"
+
+
+def test_a_clock_that_is_behind_is_allowed_for_as_configured(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    text = config(tmp_path).replace("clock_skew: 0", "clock_skew: 1m, max_lifetime: 5m")
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(text)
+        for lifetime_s, expected in (
+            (-30, ACK),
+            (-90, refusal("token")),
+            (330, ACK),
+            (420, refusal("token")),
+        ):
+            good_for = signed(server.address, lifetime_s=lifetime_s)
+            assert answer(forwarder.address, good_for) == expected, lifetime_s
+
+
+def test_a_token_for_some_clients_means_those_in_the_proxy_header(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    text = config(tmp_path).replace(
+        "    rules:", "    proxy_protocol: {accept: true, trusted: [loopback]}\n    rules:"
+    )
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(text)
+        token_ = signed(server.address, source="192.0.2.0/24")
+        for client, expected in (("192.0.2.7", ACK), ("198.51.100.7", refusal("token"))):
+            header = f"PROXY TCP4 {client} 127.0.0.1 4711 9999\r\n".encode()
+            assert answer(forwarder.address, header + token_) == expected
+
+
+def test_the_commands_sign_what_the_forwarder_takes(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(config(tmp_path))
+        to, via = address_text(server.address), address_text(forwarder.address)
+        key = f"{tmp_path}/ops.key"
+        done = forwarder.command("connect", to, "--via", via, "--key", key, stdin=b"hello")
+        assert (done.returncode, done.stdout) == (0, "server got hello")
+        done = forwarder.command("connect", to, "--via", via, stdin=b"hello")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "token" in done.stderr
+        assert forwarder.command("token", "--new", f"{tmp_path}/other.key").returncode == 0
+        other = f"ops={tmp_path}/other.key"
+        done = forwarder.command("connect", to, "--via", via, "--key", other, stdin=b"hello")
+        assert (done.returncode, done.stdout) == (1, "")
+        made = forwarder.command("token", to, "--key", key, "--from", "127.0.0.0/8").stdout
+        assert answer(forwarder.address, made.encode()) == ACK
+        made = forwarder.command("token", to, "--key", key, "--from", "192.0.2.0/24").stdout
+        assert answer(forwarder.address, made.encode()) == refusal("token")
 
 
 def test_http_connect_asks_users_for_their_password(

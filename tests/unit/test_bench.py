@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from bench import goals, picture, report, scenarios, targets
+from bench import cpu_time, goals, picture, report, scenarios, targets
 from bench.measures import (
     ALL_TARGETS,
     DEFAULT_TARGETS,
@@ -178,6 +181,13 @@ def test_memory_is_measured_before_connections_leave_their_traces() -> None:
     kinds = [name.partition("_")[0] for name in SCENARIOS]
     assert kinds.index("idle") == 0
     assert set(kinds[kinds.index("connect") :]) == {"connect"}
+
+
+def test_cpu_time_of_a_child_that_has_ended_is_counted() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    before_s = cpu_time.tree_seconds(os.getpid())
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert cpu_time.tree_seconds(os.getpid()) - before_s >= 0.28  # in ticks of 10 ms, two of them
 
 
 def test_every_goal_is_about_a_row_and_a_target_that_exist() -> None:

@@ -518,6 +518,11 @@ def test_references_are_followed_with_suggestions() -> None:
             "for TCP",
         ),
         ("{bind: 'unix:/x', protocol: udp}", "protocol", "stream"),
+        ("{bind: 'unix:/x', mode: 0888}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: rw}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: 4755}", "mode", "no mode like 0660"),
+        ("{bind: 'unix:/x', mode: true}", "mode", "no mode like 0660"),
+        ("mode: 0660", "mode", "only a unix socket has a mode"),
     ],
 )
 def test_a_listener_that_cannot_be_meant_is_an_error(extra: str, key: str, reason: str) -> None:
@@ -526,6 +531,14 @@ def test_a_listener_that_cannot_be_meant_is_an_error(extra: str, key: str, reaso
     error = refuse(f"listeners:\n- {{{bind}{fields}, rules: [{{match: any, reject: reset}}]}}\n")
     assert reason in error.reason
     assert error.path == f"listeners[0].{key}"
+
+
+@pytest.mark.parametrize("written", ["0660", "660", "'0660'", '"660"'])
+def test_a_mode_is_its_octal_digits(written: str) -> None:
+    config = parse(
+        f"listeners: [{{bind: 'unix:/x', mode: {written}, rules: [{{match: any, reject: reset}}]}}]"
+    )
+    assert config.listeners[0].mode == 0o660
 
 
 def test_a_unix_listener_may_take_proxy_headers_from_whoever_can_open_it() -> None:
@@ -538,6 +551,30 @@ def test_a_unix_listener_may_take_proxy_headers_from_whoever_can_open_it() -> No
         """
     )
     assert config.listeners[0].proxy_protocol.accept is True
+
+
+@pytest.mark.parametrize(
+    ("rule", "upstream", "key", "reason"),
+    [
+        ("{match: any, to: web, send_proxy: v2}", "", ".send_proxy", "PROXY headers are for TCP"),
+        ("{match: any, to: '1.2.3.4:5', send_proxy: v1}", "", ".send_proxy", "for TCP"),
+        ("{match: any, to: web}", ", send_proxy: v2", ".send_proxy", "`send_proxy: off`"),
+        ("{match: any, to: web}", ", transparent: on", ".to", "use another upstream"),
+    ],
+)
+def test_what_datagrams_would_go_without_is_an_error(
+    rule: str, upstream: str, key: str, reason: str
+) -> None:
+    text = (
+        f"listeners: [{{bind: '127.0.0.1:53', protocol: udp, rules: [{rule}]}}]\n"
+        f"upstreams: {{web: {{servers: ['1.2.3.4:53']{upstream}}}}}\n"
+    )
+    error = refuse(text)
+    assert reason in error.reason
+    assert error.path == f"listeners[0].rules[0]{key}"
+    # An upstream for TCP may serve datagrams too, if the rule says that they have no header.
+    if "send_proxy: v2" in upstream:
+        parse(text.replace("to: web", "to: web, send_proxy: off"))
 
 
 def test_silence_is_no_match_for_datagrams() -> None:

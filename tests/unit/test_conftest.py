@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_takes_minutes():
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A directory of tests under the project's conftest; CI is not set."""
     monkeypatch.delenv("CI", raising=False)
-    pytester.makeini("[pytest]\nmarkers =\n    kernel: k\n    soak: s\n")
+    pytester.makeini("[pytest]\nmarkers =\n    kernel: k\n    soak: s\n    alone: a\n")
     pytester.makeconftest(_CONFTEST.read_text(encoding="utf-8"))
     pytester.makepyfile(test_suite=_SUITE)
     return pytester
@@ -72,3 +73,50 @@ def test_a_module_that_skips_itself_fails_when_skips_are_forbidden(
 def test_soak_tests_run_when_asked_for(suite: pytest.Pytester) -> None:
     result = suite.runpytest_subprocess("--soak", "-m", "soak")
     result.assert_outcomes(passed=1, deselected=3)
+
+
+_TIMES = """
+import json, os, time, pytest
+from pathlib import Path
+
+@pytest.mark.parametrize("number", range(12))
+def test_beside_others(number):
+    began = time.monotonic()
+    time.sleep(0.05)
+    write("beside", began)
+
+@pytest.mark.alone
+def test_alone():
+    began = time.monotonic()
+    time.sleep(0.3)
+    write("alone", began)
+
+def write(name, began):
+    line = json.dumps([name, began, time.monotonic(), os.getpid()])
+    with open(os.environ["TIMES"], "a") as file:
+        file.write(line + "\\n")
+"""
+
+
+def test_nothing_runs_beside_a_test_that_wants_to_be_alone(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("test_one", "test_two"):
+        suite.makepyfile(**{name: _TIMES})
+    times = suite.path / "times"
+    monkeypatch.setenv("TIMES", str(times))
+    result = suite.runpytest_subprocess(
+        "-n", "2", "--dist", "loadfile", "test_one.py", "test_two.py"
+    )
+    result.assert_outcomes(passed=26)
+    ran = [json.loads(line) for line in times.read_text().splitlines()]
+    assert len(ran) == 26
+    assert len({pid for _, _, _, pid in ran}) == 2
+    alone = [(began, ended) for name, began, ended, _ in ran if name == "alone"]
+    assert len(alone) == 2
+    for began, ended in alone:
+        beside = [row for row in ran if row[1] < ended and row[2] > began and row[1] != began]
+        assert not beside
+    # The others did run side by side, or the test would show nothing.
+    others = [row for row in ran if row[0] == "beside"]
+    assert any(a[1] < b[2] and b[1] < a[2] and a[3] != b[3] for a in others for b in others)

@@ -17,6 +17,8 @@ from pyforwarder.counters import (
     Directory,
     ListenerCounter,
     RuleCounter,
+    ServerCounter,
+    SharedHeld,
 )
 from pyforwarder.reasons import CloseReason
 
@@ -81,10 +83,41 @@ def test_name_has_the_same_words_whenever_it_is_asked_for() -> None:
 def test_names_beyond_the_block_share_the_last_words_and_touch_no_other() -> None:
     directory = Directory()
     given = [directory.index(f"listener {n}") for n in range(2000)]
-    most = (BLOCK_WORDS - NAMED_FIRST) // len(ListenerCounter)
+    shared = BLOCK_WORDS - len(ListenerCounter)
+    most = (shared - NAMED_FIRST) // len(ListenerCounter)
     assert len(set(given[:most])) == most
-    assert set(given[most:]) == {BLOCK_WORDS - len(ListenerCounter)}
+    assert max(given[:most]) + len(ListenerCounter) <= shared
+    assert set(given[most:]) == {shared}
     assert max(given) + len(ListenerCounter) <= BLOCK_WORDS
+
+
+def test_servers_have_words_of_their_own_or_none() -> None:
+    directory = Directory()
+    listener = directory.index("main")
+    one = directory.server_index("web", "10.0.0.1:80")
+    assert one == listener + len(ListenerCounter)
+    assert directory.server_index("web", "10.0.0.2:80") == one + len(ServerCounter)
+    assert directory.server_index("other", "10.0.0.1:80") == one + 2 * len(ServerCounter)
+    assert directory.server_index("web", "10.0.0.1:80") == one
+    given = [directory.server_index("many", str(n)) for n in range(5000)]
+    known = [index for index in given if index is not None]
+    assert given == known + [None] * (len(given) - len(known))
+    # What listeners beyond the block share is no server's.
+    assert max(known) < directory.index("late")
+
+
+def test_what_a_server_holds_is_summed_over_the_workers_that_live() -> None:
+    counters = Counters(Counters.memory(2), 2)
+    directory = Directory()
+    index = directory.server_index("web", "10.0.0.1:80")
+    assert index is not None
+    first, second = (SharedHeld(counters, worker, index) for worker in (0, 1))
+    first.add(3)
+    second.add(5)
+    second.add(-1)
+    assert (first.total(), second.total()) == (7, 7)
+    counters.forget_gauges(1, directory)
+    assert first.total() == 3
 
 
 def test_gauges_of_a_dead_worker_are_forgotten_and_its_counts_kept() -> None:

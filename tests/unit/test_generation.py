@@ -160,12 +160,16 @@ def test_wildcard_listener_takes_its_endpoint_from_the_connection(bind: str) -> 
         ("any", True),
         ("{port: 9999}", True),
         ("{client: 10.0.0.0/8}", True),
+        ("{not: {client: 10.0.0.0/8}}", True),
+        ("[{client: 10.0.0.0/8}, {all: [any, {port: 1}]}]", True),
+        # For clients from elsewhere it is known at once that this is not their rule.
+        ("{client: 10.0.0.0/8, tls: {}}", True),
         ("silence", False),
         ("{bytes: {prefix: A}}", False),
-        ("{all: [any, {bytes: {prefix: A}}]}", False),
+        ("{all: [{not: tls}, {bytes: {prefix: A}}]}", False),
     ],
 )
-def test_rule_that_needs_no_byte_decides_at_once(match: str, at_once: bool) -> None:
+def test_rule_that_may_need_no_byte_is_asked_at_once(match: str, at_once: bool) -> None:
     text = f"listeners: [{{bind: '127.0.0.1:9', rules: [{{match: {match}, to: 127.0.0.1:1}}]}}]"
     (state,) = generation_of(text).listeners.values()
     assert state.decides_at_once is at_once

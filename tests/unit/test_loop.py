@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -144,6 +146,34 @@ def test_closed_descriptor_stays_open_until_the_batch_is_over(
     loop.run_once(0)
     assert victim not in opened
     assert not is_open(victim)
+
+
+def test_deadline_behind_one_that_was_stopped_is_not_missed(loop: Loop) -> None:
+    calls: list[str] = []
+    early, late = Call("early", calls), Call("late", calls)
+    for item, length_s in ((late, 0.03), (early, 0.01)):
+        loop.deadlines.start(item, length_s, time.monotonic())
+    loop.deadlines.stop(early)
+    began_s = time.monotonic()
+    while not calls:
+        loop.run_once(loop._timeout_s())
+        assert time.monotonic() - began_s < 5
+    assert calls == ["late"]
+    assert loop.deadlines.soonest_s == math.inf
+
+
+def test_closed_socket_stays_open_until_the_batch_is_over(loop: Loop, event_fds: MakeFd) -> None:
+    sock = socket.socket()
+    with sock:
+        fd = sock.fileno()
+        loop.close_socket(fd, sock)
+        loop.watch(trigger := event_fds(), EPOLLIN, lambda *_: seen.append(is_open(fd)), None)
+        seen: list[bool] = []
+        assert trigger != fd
+        loop.run_once(0)
+        assert seen == [True]
+        assert sock.fileno() == -1
+        assert not is_open(fd)
 
 
 def test_descriptor_that_reuses_a_number_gets_only_its_own_events(

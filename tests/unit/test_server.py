@@ -451,6 +451,28 @@ def dead_server() -> str:
     return f"127.0.0.1:{unused_port()}"
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        "{match: any, to: '%s'}",
+        "{match: {not: {client: 10.0.0.0/8}}, to: '%s'}",
+        "{match: [{client: 10.0.0.0/8}, {client: 127.0.0.0/8}], to: '%s'}",
+        "{match: {client: 10.0.0.0/8, tls: {}}, reject: reset}, {match: any, to: '%s'}",
+    ],
+)
+def test_server_that_speaks_first_is_heard_where_no_byte_is_needed_to_decide(
+    rules: str, start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    play = start(
+        "listeners: [{name: main, bind: '127.0.0.1:0', first_packet: {timeout: 1h},"
+        f" rules: [{rules % address}]}}]"
+    )
+    client = play.dial()
+    play.accept(listening).sendall(b"220 hello")
+    assert play.read(client, 9) == b"220 hello"
+
+
 def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: Servers) -> None:
     listening, address = servers()
     dead = dead_server()
@@ -489,6 +511,40 @@ def test_client_without_words_for_it_is_reset(start: StartPlay) -> None:
     play.wait_for_end(CloseReason.REFUSED)
 
 
+def test_nothing_is_held_of_a_server_that_a_client_is_through_with(
+    start: StartPlay, servers: Servers
+) -> None:
+    listening, address = servers()
+    with blackhole() as (host, port):
+        listed = f"'{dead_server()}', '{host}:{port}', {{address: '{address}', backup: true}}"
+        play = start(
+            to(
+                "web",
+                f"upstreams: {{web: {{servers: [{listed}], balance: least_pairs,"
+                " eject: {failures: 0}, connect_timeout: 200ms}}",
+            )
+        )
+
+        def held() -> list[int]:
+            return [server.held.total() for server in play.generation.balancers["web"].servers]
+
+        client = play.dial()
+        client.sendall(b"hello")
+        # Already while it is being connected, and by one server at a time.
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        served = play.accept(listening)
+        play.run_until(lambda: held() == [0, 0, 1], "pair")
+        served.close()
+        client.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the pair")
+        gone = play.dial()
+        gone.sendall(b"hello")
+        play.run_until(lambda: held() == [0, 1, 0], "attempt")
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        gone.close()
+        play.run_until(lambda: held() == [0, 0, 0], "end of the client")
+
+
 def test_very_many_dead_servers_are_only_dead_servers(start: StartPlay, tmp_path: Path) -> None:
     # Each fails at once, within connect(2): nothing may be stacked up by that.
     listed = ", ".join(f"'unix:{tmp_path}/{n}'" for n in range(400))
@@ -510,6 +566,33 @@ def test_server_that_does_not_answer_is_given_up_in_time(start: StartPlay) -> No
         assert 0.1 <= time.monotonic() - started_s < 5
         client.close()
         play.wait_for_end(CloseReason.TIMEOUT)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_server_that_answers_late_is_waited_for(start: StartPlay, family: int) -> None:
+    # A server of this host answers within connect(2), unless it has no room: then its kernel does
+    # not answer, and is asked again after a second.
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+        listening.listen(0)
+        listening.setblocking(False)
+        host, port, *_ = listening.getsockname()
+        play = start(named())
+        with socket.create_connection((host, port), timeout=DEADLINE_S):
+            client = play.dial()
+            address = f"{host}:{port}" if family == socket.AF_INET else f"[{host}]:{port}"
+            client.sendall(instruction(address) + b"first")
+            play.run_until(lambda: play.server.clients, "client")
+            play.loop.run_once(0.01)
+            assert play.only_client().life is Life.CONNECTING
+            client.sendall(b" second")
+            play.loop.run_once(0.01)
+            play.own(listening.accept()[0])
+            server = play.accept(listening)
+            assert play.read(client, 6) == ACK
+            assert play.read(server, 12) == b"first second"
+            server.sendall(b"answer")
+            assert play.read(client, 6) == b"answer"
 
 
 def test_server_that_resets_at_once_resets_the_client(start: StartPlay, servers: Servers) -> None:
@@ -964,6 +1047,25 @@ def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: S
 
 
 # Faults of ours
+
+
+def test_internal_error_at_accept_costs_one_connection_only(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Clients that have spoken by then are served from the listener's event.
+    play = start(named())
+    listening, address = servers()
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(play.server._connector, "_connect", fail)
+        unlucky = play.dial()
+        unlucky.sendall(instruction(address))
+        play.wait_for_end(CloseReason.INTERNAL)
+        assert play.read_end(unlucky) == (b"", "reset")
+    play.joined(listening, address)
 
 
 def test_internal_error_costs_one_connection_only(

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from pyforwarder.address import Address, UnixAddress
 from pyforwarder.config import parse_config
+from pyforwarder.counters import Counters, SharedHeld
 from pyforwarder.upstreams import (
     LONGEST_EJECTION,
     SLOW_START_FLOOR,
@@ -131,7 +132,50 @@ def test_over_one_round_each_server_gets_exactly_its_weight(
     assert Counter(turns(balancer, sum(weights))) == dict(enumerate(weights, 1))
 
 
+def test_a_round_that_is_too_long_to_be_laid_out_is_as_fair() -> None:
+    weights = range(248, 257)  # 2268 turns
+    servers = [server(number, weight) for number, weight in enumerate(weights, 1)]
+    balancer = Balancer(upstream(*servers))
+    taken = turns(balancer, sum(weights))
+    assert balancer._round == []
+    assert Counter(taken) == dict(enumerate(weights, 1))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
+def test_a_round_that_is_laid_out_is_the_one_that_is_weighed(weights: list[int]) -> None:
+    servers = [server(number, weight) for number, weight in enumerate(weights, 1)]
+    laid_out, weighed = Balancer(upstream(*servers)), Balancer(upstream(*servers))
+    candidates = [(state, float(state.weight)) for state in weighed.servers]
+    for _ in range(2 * sum(weights) + 1):
+        expected = weighed._round_robin(candidates, None)
+        assert last_byte(laid_out.choose("1.1.1.1", 0.0)) == last_byte(expected)
+
+
+def test_retries_do_not_shift_the_turns() -> None:
+    # A dead server that is never ejected must not make its neighbour the first choice of all.
+    balancer = Balancer(upstream(1, 2, 3))
+    firsts = []
+    for _ in range(6):
+        first = balancer.choose("1.1.1.1", 0.0)
+        assert first is not None
+        firsts.append(last_byte(first))
+        if firsts[-1] == 2:
+            assert balancer.choose("1.1.1.1", 0.0, [first]) is not first
+    assert firsts == [1, 2, 3, 1, 2, 3]
+
+
 # --- least pairs
+
+
+def hold(balancer: Balancer, count: int) -> list[int]:
+    """Choose that many times, and keep what was chosen."""
+    chosen = []
+    for _ in range(count):
+        best = balancer.choose("1.1.1.1", 0.0)
+        assert best is not None
+        balancer.hold(best)
+        chosen.append(last_byte(best))
+    return chosen
 
 
 def test_least_pairs_fills_the_emptiest() -> None:
@@ -139,40 +183,52 @@ def test_least_pairs_fills_the_emptiest() -> None:
     one, two, three = balancer.servers
     for busy, pairs in ((one, 5), (two, 2), (three, 3)):
         for _ in range(pairs):
-            balancer.opened(busy)
-    chosen = []
-    for _ in range(5):
-        best = balancer.choose("1.1.1.1", 0.0)
-        assert best is not None
-        balancer.opened(best)
-        chosen.append(last_byte(best))
-    assert sorted(chosen) == [2, 2, 2, 3, 3]
-    assert [s.pairs for s in balancer.servers] == [5, 5, 5]
-    balancer.closed(one)
+            balancer.hold(busy)
+    assert sorted(hold(balancer, 5)) == [2, 2, 2, 3, 3]
+    assert [s.held.total() for s in balancer.servers] == [5, 5, 5]
+    balancer.release(one)
     assert turns(balancer, 1) == [1]
+
+
+def test_least_pairs_counts_connections_that_do_not_stand_yet() -> None:
+    # Of many that come at once none is `opened` before the last has chosen.
+    balancer = Balancer(upstream(1, 2, balance="least_pairs"))
+    for _ in range(7):
+        balancer.hold(balancer.servers[0])
+    assert hold(balancer, 9) == [2] * 7 + [1, 2]
 
 
 def test_least_pairs_counts_in_proportion_to_weight() -> None:
     balancer = Balancer(upstream(server(1, 3), 2, balance="least_pairs"))
-    for _ in range(40):
-        best = balancer.choose("1.1.1.1", 0.0)
-        assert best is not None
-        balancer.opened(best)
-    assert [s.pairs for s in balancer.servers] == [30, 10]
+    assert Counter(hold(balancer, 40)) == {1: 30, 2: 10}
 
 
 def test_least_pairs_takes_turns_among_equals() -> None:
     assert turns(Balancer(upstream(1, 2, 3, balance="least_pairs")), 4) == [1, 2, 3, 1]
 
 
-def test_least_pairs_sees_the_pairs_of_other_workers() -> None:
-    balancer = Balancer(upstream(1, 2, balance="least_pairs"))
-    balancer.servers[0].pairs_elsewhere = 7
-    for _ in range(7):
-        best = balancer.choose("1.1.1.1", 0.0)
-        assert best is not None
-        assert last_byte(best) == 2
-        balancer.opened(best)
+def test_least_pairs_counts_what_all_workers_hold() -> None:
+    counters = Counters(Counters.memory(3), 3)
+    settings = upstream(1, 2, balance="least_pairs")
+    workers = [
+        Balancer(
+            settings,
+            worker=worker,
+            shared={f"10.0.0.{n}:80": SharedHeld(counters, worker, 200 + n) for n in (1, 2)},
+        )
+        for worker in range(3)
+    ]
+    for worker, pairs in zip(workers, (4, 2, 1), strict=True):
+        for _ in range(pairs):
+            worker.hold(worker.servers[0])
+    chosen = [hold(workers[n % 3], 1)[0] for n in range(9)]
+    assert chosen[:7] == [2] * 7
+    assert sorted(chosen[7:]) == [1, 2]
+    # A server that was taken out and put back has the pairs it had.
+    workers[1].reconfigure(upstream(1, balance="least_pairs"))
+    gone = {f"10.0.0.{n}:80": SharedHeld(counters, 1, 200 + n) for n in (1, 2)}
+    workers[1].reconfigure(settings, shared=gone)
+    assert [s.held.total() for s in workers[1].servers] == [8, 8]
 
 
 # --- source hash

@@ -1,0 +1,1 @@
+"""Fuzzing with Atheris; `scripts/fuzz/run` prepares what it needs."""

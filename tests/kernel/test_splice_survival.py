@@ -1,0 +1,300 @@
+"""Spliced connections whose daemon, or a part of it, is killed.
+
+The two ends talk to each other, so none of them may notice: bytes go on, and endings arrive. What
+was not yet spliced breaks, and is told so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import psutil
+import pytest
+
+from tests.helpers import transfers as judge
+from tests.helpers.peers import ends_with_reset
+from tests.helpers.spliced import DATAPATH, Site, config, exchange
+from tests.helpers.topology import topology
+from tests.helpers.waiting import stays, wait_for
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
+    from tests.helpers.topology import Topology
+    from tests.helpers.transfers import Clients, Server, Transfers
+    from tests.kernel.conftest import StartForwarder
+
+VERSIONS: Final = (4, 6)
+BYTES: Final = 40_009  # each way; a quarter of them after the kill
+# The ports are held by mute sockets of the keeper, two for a pair, and so are they by a worker.
+MANY: Final = 1501
+AS_MANY_AS_FIT: Final = 9001
+
+
+@pytest.fixture
+def hosts() -> Iterator[Topology]:
+    with topology() as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def start(hosts: Topology, start_forwarder: StartForwarder) -> Any:
+    """Start a forwarder, or its next life, on the middle host."""
+
+    def start(more: str = "") -> Site:
+        with hosts.forwarder.entered():
+            return Site(hosts, start_forwarder(config(more)))
+
+    return start
+
+
+def everyone(daemon: Daemon) -> list[psutil.Process]:
+    parent = psutil.Process(daemon.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def rows(site: Site) -> list[dict[str, Any]]:
+    return [row for row in site.pairs() if row["datapath"] == DATAPATH]
+
+
+@contextlib.contextmanager
+def held(
+    transfers: Transfers, site: Site, count: int, *, seed: int = 1, besides: int = 0
+) -> Iterator[list[tuple[Server, Clients]]]:
+    """`count` spliced pairs of either version, three quarters of their bytes through.
+
+    `besides` so many that are there already.
+    """
+    with contextlib.ExitStack() as stack:
+        groups = []
+        way = site.topology.way()
+        for version in VERSIONS:
+            server = stack.enter_context(transfers.server(way.server))
+            clients = stack.enter_context(
+                transfers.clients(
+                    way.client,
+                    count,
+                    to=(way.destination[version], server.port),
+                    via=site.via(way, version),
+                    seed=seed + version,
+                    exactly=BYTES,
+                    parallel=100,
+                    hold=1,
+                )
+            )
+            clients.wait_until_held()
+            groups.append((server, clients))
+        wait_for(lambda: len(rows(site)) == besides + 2 * count, "all spliced", deadline_s=60)
+        yield groups
+
+
+def finish(groups: list[tuple[Server, Clients]]) -> None:
+    """The rest of the bytes goes through, and both ends of all of them end as they must."""
+    for _, clients in groups:
+        clients.go()
+    for server, clients in groups:
+        ended = clients.wait()
+        bad = judge.faults(clients.count, ended, server.wait())
+        assert not bad, f"{len(bad)} faults\n" + "\n".join(bad[:10])
+
+
+def test_pairs_outlive_the_daemon(start: Any, transfers: Transfers) -> None:
+    site: Site = start()
+    processes = everyone(site.forwarder)
+    with held(transfers, site, 17) as groups:
+        site.forwarder.kill()
+        wait_for(
+            lambda: not any(process.is_running() for process in processes), "all of it has ended"
+        )
+        finish(groups)
+        # Another one, while the records of those that have ended are still there.
+        site = start()
+        with held(transfers, site, 5, seed=100) as more:
+            finish(more)
+    site.wait_for_no_pairs()
+
+
+def test_the_next_daemon_goes_on_with_them(start: Any, transfers: Transfers) -> None:
+    """It shows them, counts them, and lets go of them when they end."""
+    site: Site = start()
+    with held(transfers, site, 17) as groups:
+        before = {row["client"]: row for row in rows(site)}
+        site.forwarder.kill()
+        wait_for(lambda: not site.forwarder.place.processes(), "all of it has ended")
+        site = start()
+        wait_for(lambda: len(rows(site)) == 34, "all of them are shown")
+        after = {row["client"]: row for row in rows(site)}
+        for client, row in before.items():
+            for column in ("server", "source", "up_bytes", "down_bytes"):
+                assert after[client][column] == row[column], column
+        assert site.stats()["pairs_open"] == 34
+        finish(groups)
+    site.wait_for_no_pairs()
+    stats = site.stats()
+    assert {reason: number for reason, number in stats["closed"].items() if number} == {
+        "finished": 34
+    }
+
+
+def test_the_next_daemon_can_flush_them(start: Any) -> None:
+    site: Site = start()
+    way = site.topology.way()
+    with contextlib.ExitStack() as stack:
+        pairs = [stack.enter_context(site.spliced(way, version)) for version in VERSIONS * 2]
+        site.forwarder.kill()
+        wait_for(lambda: not site.forwarder.place.processes(), "all of it has ended")
+        for client, server, _ in pairs:
+            exchange(client, server)
+        site = start()
+        kept, flushed = pairs[:2], pairs[2:]
+        for client, server, _ in flushed:
+            row = wait_for(lambda client=client: site.row(client), "it is shown")  # type: ignore[misc]
+            assert row is not None
+            assert row["up_bytes"] == row["down_bytes"] == 2000
+            site.forwarder.control().flush([row["id"]])
+            assert ends_with_reset(client) == b""
+            assert ends_with_reset(server) == b""
+        for client, server, _ in kept:
+            exchange(client, server)
+            row = site.row(client)
+            assert row is not None
+            assert row["up_bytes"] == row["down_bytes"] == 3000
+        assert site.forwarder.stop() == 0
+        for client, server, _ in kept:
+            assert ends_with_reset(client) == b""
+            assert ends_with_reset(server) == b""
+
+
+def test_pairs_outlive_every_worker(start: Any, transfers: Transfers) -> None:
+    """And go on being shown, counted and collected."""
+    site: Site = start()
+    with held(transfers, site, 17) as groups:
+        workers = site.forwarder.workers()
+        before = sorted(row["client"] for row in rows(site))
+        for number, worker in enumerate(workers, start=1):
+            os.kill(worker.pid, signal.SIGKILL)
+            site.forwarder.wait_for_line("worker_died", count=number)
+        wait_for(lambda: len(rows(site)) == 34, "all of them are shown")
+        assert sorted(row["client"] for row in rows(site)) == before
+        finish(groups)
+    site.wait_for_no_pairs()
+    way = site.topology.way()
+    with site.spliced(way, 4) as (client, server, _):
+        exchange(client, server)
+
+
+def test_pairs_outlive_whatever_process_is_killed(start: Any, transfers: Transfers) -> None:
+    """One after the other, all but the first, which is the daemon; each is replaced."""
+    site: Site = start()
+    with held(transfers, site, 5) as groups:
+        parent, *children = everyone(site.forwarder)
+        for number, child in enumerate(children):
+            child.kill()
+            wait_until_replaced(site, child, len(children))
+            wait_for(lambda: comes_to_be_spliced(site), "pairs are spliced again")
+            with held(transfers, site, 3, besides=10, seed=50 + 10 * number) as more:
+                finish(more)
+        assert len(rows(site)) == 10
+        finish(groups)
+        assert parent.is_running()
+    site.wait_for_no_pairs()
+
+
+def comes_to_be_spliced(site: Site) -> bool:
+    """Whether a pair is by the time that `show` has it; it carries its bytes in any case."""
+    with site.pair(site.topology.way(), 4) as (client, server):
+        row = wait_for(lambda: site.row(client), "it is shown")
+        exchange(client, server)
+        return row is not None and row["datapath"] == DATAPATH
+
+
+def wait_until_replaced(site: Site, child: psutil.Process, count: int) -> None:
+    def is_replaced() -> bool:
+        _, *children = everyone(site.forwarder)
+        return child not in children and len(children) == count
+
+    wait_for(is_replaced, f"another {child.name()}")
+
+
+def wait_until_accepted(site: Site, count: int) -> None:
+    wait_for(lambda: site.stats()["accepted"] > count, "traffic")
+
+
+ENDINGS: Final = {"eof", "reset", "refused"}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("start_is", ["eager", "mid"])
+def test_killed_while_pairs_are_being_switched(
+    start: Any, transfers: Transfers, start_is: str
+) -> None:
+    """Each connection works to its end or is reset, in a few seconds, at both ends."""
+    rng = random.Random(start_is)
+    for round_number in range(3):
+        site: Site = start()
+        way = site.topology.way()
+        with contextlib.ExitStack() as stack:
+            groups = []
+            for version in VERSIONS:
+                server = stack.enter_context(transfers.server(way.server))
+                clients = stack.enter_context(
+                    transfers.clients(
+                        way.client,
+                        400,
+                        to=(way.destination[version], server.port),
+                        via=site.via(way, version),
+                        seed=round_number,
+                        largest=1 << 21,
+                        parallel=40,
+                        wait=int(start_is == "eager"),
+                        stall=8000,
+                    )
+                )
+                groups.append((server, clients))
+            least = rng.randrange(50, 400)
+            wait_until_accepted(site, least)
+            site.forwarder.kill()
+            for server, clients in groups:
+                ended = clients.wait()
+                servers = server.wait()
+                assert len(ended) == clients.count
+                bad = [
+                    line
+                    for line in (*ended, *servers)
+                    if line.ending not in ENDINGS or (line.ending == "eof" and not line.is_whole)
+                ]
+                assert not bad, f"round {round_number}\n" + "\n".join(map(str, bad[:10]))
+                # A server's whole ending is its client's too, but for what was still under way.
+                assert {line.number for line in servers} <= {line.number for line in ended}
+        wait_for(lambda site=site: not site.forwarder.place.processes(), "all of it has ended")  # type: ignore[misc]
+    site = start()
+    with held(transfers, site, 3) as groups:
+        finish(groups)
+    site.wait_for_no_pairs()
+
+
+def cpu_s(daemon: Daemon) -> float:
+    times = [process.cpu_times() for process in everyone(daemon)]
+    return sum(time.user + time.system for time in times)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("count", [MANY, pytest.param(AS_MANY_AS_FIT, marks=pytest.mark.soak)])
+def test_many_idle_pairs_cost_no_time(start: Any, transfers: Transfers, count: int) -> None:
+    """All are listed, by the command and by the kernel's file; and then they all go on."""
+    site: Site = start()
+    half = count // 2
+    with held(transfers, site, half) as groups:
+        assert len(site.forwarder.pairs()) == 2 * half
+        path = site.forwarder.place.run_dir / site.forwarder.instance / "proc/show"
+        assert path.read_text().count(f" {DATAPATH} ") == 2 * half
+        before_s = cpu_s(site.forwarder)
+        stays(lambda: site.forwarder.process.poll() is None, "the daemon", for_s=3.0)
+        # Of three seconds; a look at a clock now and then is allowed, a look at each pair is not.
+        assert cpu_s(site.forwarder) - before_s <= 0.05
+        finish(groups)
+    site.wait_for_no_pairs()
