@@ -20,20 +20,20 @@ enum action {
 	PASS,
 	LOSE,
 	DUPLICATE,
-	DELAY
+	DELAY,
+	MARK
 };
 
 struct faults {
 	__u64 seed;
-	/* Of 65,536 packets that match so many are lost, doubled, delayed. */
-	__u32 lose, duplicate, delay;
+	/* Of 65,536 packets that match so many are lost, doubled, delayed, marked (ECN: CE). */
+	__u32 lose, duplicate, delay, mark;
 	__u32 rounds;
 	/* Only packets with one of these TCP flags (0: all) and at least so many bytes of data. */
 	__u32 flags;
 	__u32 least_bytes;
 	/* Which address they are from, its last 4 bytes (0: any). */
 	__u32 source;
-	__u32 padding;
 	__u64 matched, lost, duplicated, delayed;
 };
 
@@ -99,7 +99,11 @@ int judge(struct __sk_buff *skb)
 			action = DUPLICATE;
 		else if ((drawn >> 32 & 0xffff) < faults->delay)
 			action = DELAY;
+		else if ((drawn >> 48 & 0xffff) < faults->mark)
+			action = MARK;
 	}
+	if (action == MARK)
+		bpf_skb_ecn_set_ce(skb); /* if it is of a connection that knows what that is */
 	if (action == LOSE) {
 		__sync_fetch_and_add(&faults->lost, 1);
 		return DROP;

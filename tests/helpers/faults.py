@@ -31,6 +31,7 @@ class Action(enum.IntEnum):
     LOSE = 1
     DUPLICATE = 2
     DELAY = 3
+    MARK = 4
 
 
 class _Record(ctypes.Structure):
@@ -41,11 +42,11 @@ class _Record(ctypes.Structure):
         ("lose", ctypes.c_uint32),
         ("duplicate", ctypes.c_uint32),
         ("delay", ctypes.c_uint32),
+        ("mark", ctypes.c_uint32),
         ("rounds", ctypes.c_uint32),
         ("flags", ctypes.c_uint32),
         ("least_bytes", ctypes.c_uint32),
         ("source", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
         ("matched", ctypes.c_uint64),
         ("lost", ctypes.c_uint64),
         ("duplicated", ctypes.c_uint64),
@@ -90,6 +91,7 @@ class Faults:
         lose: float = 0.0,
         duplicate: float = 0.0,
         delay: float = 0.0,
+        mark: float = 0.0,
         rounds: int = 40,
         flags: int = 0,
         least_bytes: int = 0,
@@ -98,9 +100,9 @@ class Faults:
     ) -> None:
         """Begin to count anew, and do this.
 
-        `lose`, `duplicate` and `delay` are shares of all packets that match: of TCP, with one of
-        the `flags` if any, with at least so many bytes of data, from an address. `exact` says it
-        for packets by their number, from 1.
+        `lose`, `duplicate`, `delay` and `mark` (ECN) are shares of all packets that match: of TCP,
+        with one of the `flags` if any, with at least so many bytes of data, from an address.
+        `exact` says it for packets by their number, from 1.
         """
         for key in self._exact.all_keys():
             self._exact.delete(key)
@@ -111,6 +113,7 @@ class Faults:
             lose=round(lose * _OF),
             duplicate=round(duplicate * _OF),
             delay=round(delay * _OF),
+            mark=round(mark * _OF),
             rounds=rounds,
             flags=flags,
             least_bytes=least_bytes,

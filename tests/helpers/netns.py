@@ -76,6 +76,11 @@ class Network:
             for name, value in settings.items():
                 Path("/proc/sys/net", name.replace("__", "/")).write_text(str(value))
 
+    def get(self, name: str) -> str:
+        """A setting's value, as `set` takes it."""
+        with self.entered():
+            return Path("/proc/sys/net", name.replace("__", "/")).read_text().strip()
+
     def counters(self) -> dict[str, int]:
         """What `nstat` shows, by its names there (`TcpInCsumErrors`, `TcpExtTCPOFOQueue`)."""
         found = {}
