@@ -312,6 +312,7 @@ static void shape(struct end *end)
 static const char *transmit(struct end *end)
 {
 	uint64_t most, piece;
+	int pieces;
 	ssize_t taken;
 	size_t header;
 
@@ -335,7 +336,8 @@ static const char *transmit(struct end *end)
 			return errno == EAGAIN ? NULL : broken(errno);
 		end->header_read += (size_t)taken;
 	}
-	while (!end->fin_sent && !end->paused) {
+	/* A few pieces at a time: what has come meanwhile is not to wait for its reader. */
+	for (pieces = 0; pieces < 4 && !end->fin_sent && !end->paused; pieces++) {
 		most = allowed(end);
 		if (end->sent >= most) {
 			if (fin_is_due(end)) {
