@@ -32,6 +32,7 @@ from tests.helpers.peers import (
 from tests.helpers.spliced import Site, config, exchange
 from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, stays, wait_for
+from tests.kernel.test_retransmission_overlap import send_again
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -341,6 +342,25 @@ def test_bytes_are_counted_exactly_on_a_bad_network(
         counts = bad_network.counts()
         assert counts["lost"]
         assert counts["duplicated"]
+
+
+@pytest.mark.parametrize("by", ["client", "server"])
+def test_bytes_from_before_the_switch_that_come_again_are_delivered_once(
+    site: Site, by: str
+) -> None:
+    """All of a packet from before, and one of which the end is from after; made by hand."""
+    hosts = site.topology
+    with site.spliced(hosts.way(), 4) as (client, server, _):
+        sender, network = (client, hosts.client) if by == "client" else (server, hosts.server)
+        with network.entered():
+            send_again(sender, pattern(1000)[-500:], b"")
+        exchange(client, server, 307)
+        with network.entered():
+            send_again(sender, pattern(1000)[-400:] + pattern(307), b"")
+        exchange(client, server, 503)
+        row = site.row(client)
+        assert row is not None
+        assert (row["up_bytes"], row["down_bytes"]) == (1000 + 307 + 503,) * 2
 
 
 # ---------------------------------------------------------------------------- endings of ours
