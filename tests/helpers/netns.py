@@ -99,14 +99,14 @@ def _own_network() -> int:
 
 
 @contextlib.contextmanager
-def private_network() -> Iterator[None]:
+def private_network() -> Iterator[Network]:
     """The calling thread, and what it starts from here on, in a new namespace with `lo` up.
 
     Afterwards the thread is back where it was; the namespace goes with the last process and
     socket in it.
     """
     with contextlib.closing(Network()) as network, network.entered():
-        yield
+        yield network
 
 
 def narrow_the_network() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import re
 import signal
 import socket
@@ -17,10 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pyforwarder.datapath import bpf, splice_abi
+from pyforwarder.datapath import splice_abi
 from pyforwarder.datapath.abi import DatapathKind
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.loading import bpf_directory, load_programs
+from pyforwarder.datapath.loading import bpf_directory
 from pyforwarder.datapath.scenarios import (
     both_close_at_once,
     both_ways_in_pieces,
@@ -33,6 +34,7 @@ from pyforwarder.datapath.scenarios import (
 )
 from pyforwarder.datapath.splice_keeper import Splicing
 from pyforwarder.datapath.splice_maps import SpliceMaps
+from tests.helpers.faults import faults
 from tests.helpers.netns import narrow_the_network, private_network
 from tests.helpers.peers import (
     Waiting,
@@ -227,22 +229,16 @@ def test_a_listener_may_forbid_it(start_forwarder: StartForwarder) -> None:
 @pytest.fixture(params=["wide", "narrow"])
 def lossy_stage(request: pytest.FixtureRequest) -> Iterator[tuple[KernelMaps, Splicing]]:
     """Everything that splice needs, on a loopback that loses one packet in a hundred."""
-    with private_network():
+    with private_network() as network, faults() as bad_network:
         if request.param == "narrow":
             narrow_the_network()
         maps = KernelMaps.load(workers=1, slots=SLOTS)
         splicing = Splicing(
             SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd), workers=1
         )
-        (program,) = load_programs(
-            str(Path(__file__).with_name("loss.c")),
-            [("lose", "sched_cls")],
-            defines={"ONE_IN": 100},
-        )
-        link = bpf.link_interface(program, socket.if_nametoindex("lo"), bpf.AttachType.TCX_EGRESS)
-        yield maps, splicing
-        os.close(link)
-        os.close(program)
+        bad_network.set(seed=random.SystemRandom().randrange(1 << 32), lose=0.01)
+        with bad_network.put_on((network, "lo")):
+            yield maps, splicing
         splicing.close()
         maps.close()
 

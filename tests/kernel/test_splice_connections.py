@@ -10,9 +10,9 @@ import errno
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 import pytest
@@ -427,18 +427,19 @@ def is_reset(end: socket.socket) -> bool:
 
 
 @pytest.fixture
-def own_site(hosts: Topology, start_forwarder: StartForwarder) -> Any:
-    """A function that starts a forwarder of the test's own."""
+def own_site(start_forwarder: StartForwarder) -> Iterator[Callable[[str], Site]]:
+    """A function that starts a forwarder of the test's own, on hosts of its own."""
+    with topology() as hosts:
 
-    def start(more: str = "", **words: str) -> Site:
-        with hosts.forwarder.entered():
-            return Site(hosts, start_forwarder(config(more, **words)))
+        def start(more: str) -> Site:
+            with hosts.forwarder.entered():
+                return Site(hosts, start_forwarder(config(more)))
 
-    return start
+        yield start
 
 
-def test_down_waits_for_spliced_pairs_until_its_deadline(own_site: Any) -> None:
-    site: Site = own_site("timeouts: {drain: 3s}")
+def test_down_waits_for_spliced_pairs_until_its_deadline(own_site: Callable[[str], Site]) -> None:
+    site = own_site("timeouts: {drain: 3s}")
     way = site.topology.way()
     with (
         site.spliced(way, 4) as (client, server, _),
@@ -462,8 +463,8 @@ def refuses(site: Site) -> bool:
         return sock.connect_ex(site.via(site.topology.way(), 4)) == errno.ECONNREFUSED
 
 
-def test_down_now_resets_spliced_pairs(own_site: Any) -> None:
-    site: Site = own_site()
+def test_down_now_resets_spliced_pairs(own_site: Callable[[str], Site]) -> None:
+    site = own_site("")
     way = site.topology.way()
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(site.spliced(way, version)) for version in (4, 6) * 4]
