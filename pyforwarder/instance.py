@@ -162,6 +162,11 @@ def acquire(instance: Instance) -> InstanceLock:
             if time.monotonic() < deadline_s:
                 continue  # a daemon that is ending removed the directory between the two lines
             raise ForwarderError(f"{instance.lock_file}: {error.strerror}") from error
+        except PermissionError as error:
+            raise ForwarderError(
+                f"{instance.lock_file}: permission denied "
+                "(not root? PYFORWARDER_RUN_DIR may name a directory of yours)"
+            ) from error
         except OSError as error:
             raise ForwarderError(f"{instance.lock_file}: {error.strerror}") from error
         if not _try_lock(fd, fcntl.LOCK_EX):

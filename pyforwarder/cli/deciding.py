@@ -140,7 +140,7 @@ def _first_bytes(call: Call, hex_text: str | None, file: Path | None) -> bytes:
         try:
             return bytes.fromhex(hex_text.replace(":", " "))
         except ValueError as error:
-            raise UsageError(f"--hex: {error}") from error
+            raise UsageError(f"--hex {hex_text[:80]!r}: not pairs of hexadecimal digits") from error
     assert file is not None
     if file == Path("-"):
         return _read_stdin(call)

@@ -35,6 +35,7 @@ class Client(Pair):
         "cookies",
         "counts_client",
         "counts_pair",
+        "deciding_s",
         "destination",
         "handover_asked",
         "header",
@@ -83,6 +84,7 @@ class Client(Pair):
         self.accepted_s = now_s
         self.active_s = now_s
         self.received = b""  # the first packet so far, without what a dialogue has used up
+        self.deciding_s = 0.0  # processor time for all its pieces but the first
         self.conversation: Conversation | None = None
         self.route: Route | None = None
         self.reason: CloseReason | None = None  # why it ends, once it does

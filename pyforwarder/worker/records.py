@@ -49,6 +49,7 @@ class Records:
             pair.slot = self._window.allocate()
             if pair.slot < 0:
                 return
+            self._unshown.pop(pair, None)  # a handover does not wait for that
             for flow in (pair.up, pair.down):
                 self._window.count(
                     pair.slot,

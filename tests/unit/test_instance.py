@@ -152,3 +152,16 @@ def test_run_dir_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ForwarderError, match="run/default/lock"):
         acquire(make_instance(tmp_path))
+
+
+def test_who_may_not_is_told_what_would_help(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(ForwarderError, match=r"permission denied.*PYFORWARDER_RUN_DIR"):
+            acquire(make_instance(tmp_path))
+    finally:
+        if is_root:
+            os.seteuid(0)

@@ -30,7 +30,7 @@ from pyforwarder.errors import ControlError
 from pyforwarder.limits import SharedLimits, shared_memory
 from pyforwarder.loop import Loop
 from pyforwarder.reasons import CloseReason
-from pyforwarder.worker import resolver
+from pyforwarder.worker import resolver, sniffer
 from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
@@ -471,6 +471,31 @@ def test_server_that_speaks_first_is_heard_where_no_byte_is_needed_to_decide(
     client = play.dial()
     play.accept(listening).sendall(b"220 hello")
     assert play.read(client, 9) == b"220 hello"
+
+
+def test_client_whose_pieces_cost_too_much_is_decided_by_what_has_come(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every piece is one more look at all that has come.
+    monkeypatch.setattr(sniffer, "DECIDING_S", 0.0)
+    _, address = servers()
+    play = start(
+        "listeners: [{name: main, bind: '127.0.0.1:0', first_packet: {timeout: 1h},"
+        f" rules: [{{match: {{regex: '^a*b'}}, to: '{address}'}}, {{match: any, reject: reset}}]}}]"
+    )
+    whole, dripping = play.dial(), play.dial()
+    whole.sendall(b"a")
+    dripping.sendall(b"a")
+    play.run_until(
+        lambda: [c.received for c in play.server.clients.values()] == [b"a", b"a"], "first pieces"
+    )
+    # What comes in one piece costs one look, and is not measured.
+    assert play.closed(CloseReason.REJECTED) == 0
+    dripping.sendall(b"a")
+    assert play.read_end(dripping) == (b"", "reset")
+    assert play.counters[Counter.FIRST_PACKET_FULL] == 0  # a rule has taken it
+    whole.sendall(b"b")
+    play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 1, "pair")
 
 
 def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: Servers) -> None:
@@ -958,6 +983,23 @@ def test_handed_over_pair_goes_on_where_copy_left_off(start: StartPlay, servers:
     server.close()
     play.wait_for_end(CloseReason.FINISHED)
     assert play.counters[Counter.UP_BYTES] == 13
+
+
+def test_pair_that_ends_right_after_its_handover_is_not_shown_later(
+    start: StartPlay, servers: Servers
+) -> None:
+    # The handover has made its record, before the clock would have.
+    play = start(named(EAGER))
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    play.run_until(lambda: play.fake.joined, "handover")
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+    passed: list[int] = []
+    play.loop.after(0.05, lambda: passed.append(1))
+    play.run_until(lambda: passed, "end of the time after which a connection is shown")
+    assert list(read_records(play._memory)) == []
 
 
 def test_stalled_datapath_keeps_every_byte_in_order(start: StartPlay, servers: Servers) -> None:
