@@ -142,18 +142,25 @@ def _level_of(reason: CloseReason) -> str:
     return "warning" if reason in _WARNINGS else "info"
 
 
+def _untold_by(log: Log) -> frozenset[CloseReason]:
+    """Nearly every connection ends well, and often nobody wants to read that."""
+    return frozenset(reason for reason in CloseReason if not log.wants(_level_of(reason)))
+
+
 class ConnectionLog:
     """The worker's lines about its connections."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        # Nearly every connection ends well, and often nobody wants to read that.
-        self._untold = frozenset(
-            reason for reason in CloseReason if not log.wants(_level_of(reason))
-        )
+        self._untold = _untold_by(log)
         self._second = 0
         self._written = 0
         self._suppressed = 0
+
+    def change(self, *, level: str, form: str) -> None:
+        """Another level and form from here on."""
+        self.log.change(level=level, form=form)
+        self._untold = _untold_by(self.log)
 
     def closed(self, client: Client | Session, up: tuple[int, int], down: tuple[int, int]) -> None:
         """A connection has ended; `up` and `down` are the bytes and packets that were carried."""

@@ -196,7 +196,7 @@ class _Worker:
         server = self._server
         server.generation = generation
         log = generation.config.log
-        server.log.log.change(level=log.level, form=log.format)
+        server.log.change(level=log.level, form=log.format)
         stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets.values():
             if os.fstat(sock.fileno()).st_ino not in stays:

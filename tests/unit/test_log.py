@@ -222,6 +222,17 @@ def test_what_is_not_known_is_a_dash(pipe: Pipe) -> None:
     assert [said[name] for name in names] == ["unix:", "-", "-", "-", "-"]
 
 
+def test_another_level_counts_for_connections_too(pipe: Pipe) -> None:
+    log = ConnectionLog(Log(level="warning", form="text", fd=pipe.fd))
+    closed(log, Ended(Owner()))
+    log.change(level="info", form="json")
+    closed(log, Ended(Owner()))
+    assert [json.loads(line)["event"] for line in pipe.lines()] == ["closed"]
+    log.change(level="warning", form="json")
+    closed(log, Ended(Owner()))
+    assert pipe.lines() == []
+
+
 @pytest.mark.parametrize("reason", CloseReason)
 def test_faults_of_ours_and_overload_are_warnings(pipe: Pipe, reason: CloseReason) -> None:
     log = ConnectionLog(Log(level="warning", form="text", fd=pipe.fd))
