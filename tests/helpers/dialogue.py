@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pyforwarder.first_packet.outcome import NEED_MORE, Decision, End, Send
 
 if TYPE_CHECKING:
+    from pyforwarder.address import Address
     from pyforwarder.routing import Ruleset
 
 
@@ -21,7 +22,14 @@ class Ended:
     rest: bytes  # what the client sent beyond what we used up, of the pieces until the decision
 
 
-def talk(rules: Ruleset, pieces: Iterable[bytes]) -> Ended:
+def talk(
+    rules: Ruleset,
+    pieces: Iterable[bytes],
+    *,
+    client: Address | None = None,
+    local_port: int = 0,
+    now_unix_s: float = 0.0,
+) -> Ended:
     """Hear the pieces one after the other until something is decided."""
     state = rules.begin()
     received, said = b"", b""
@@ -29,7 +37,12 @@ def talk(rules: Ruleset, pieces: Iterable[bytes]) -> Ended:
         received += piece
         while True:
             decision = rules.decide(
-                received, client=None, local_port=0, end=End.OPEN, now_unix_s=0.0, state=state
+                received,
+                client=client,
+                local_port=local_port,
+                end=End.OPEN,
+                now_unix_s=now_unix_s,
+                state=state,
             )
             if not isinstance(decision, Send):
                 break

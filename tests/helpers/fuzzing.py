@@ -22,7 +22,7 @@ from pyforwarder.first_packet.options import OptionError
 from pyforwarder.first_packet.outcome import NEED_MORE, End, Outcome, Refuse, Route, Send
 from pyforwarder.first_packet.table import PROTOCOLS, Terms, build
 from pyforwarder.routing import Ruleset, explain
-from tests.helpers.dialogue import talk
+from tests.helpers.dialogue import Ended, talk
 from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
@@ -192,12 +192,16 @@ def examine_rules(rules: Ruleset, data: bytes, watch: Stopwatch) -> None:
         )
 
     first = watch.time("decide", data, lambda: decide(data, End.OPEN))
-    whole = watch.time("dialogue", data, lambda: talk(rules, [data]))
+
+    def hear(pieces: list[bytes]) -> Ended:
+        return talk(rules, pieces, client=CLIENT, local_port=9999, now_unix_s=NOW_UNIX_S)
+
+    whole = watch.time("dialogue", data, lambda: hear([data]))
     assert whole.decision is NEED_MORE or isinstance(whole.decision, Route | Refuse)
     # The empty piece first: some rules decide before a byte has come.
     every_byte = [b"", *(data[at : at + 1] for at in range(len(data)))]
     for pieces in (pieces_of(data), every_byte if len(data) <= 200 else [b"", data]):
-        cut = talk(rules, pieces)
+        cut = hear(pieces)
         assert (cut.decision, cut.said) == (whole.decision, whole.said), pieces
     for end in End:
         last = watch.time("decide", data, lambda end=end: decide(data, end))  # type: ignore[misc]
