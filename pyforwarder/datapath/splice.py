@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 _FREE_LOOKS: Final = 4
 _LOOK_AGAIN_S: Final = 0.001
 _MOST_SELDOM_S: Final = 0.1
-# How long it is held then, and how long after each hold it is left alone, because every hold costs
-# its peers a retransmission. After the last it is given up.
+# How long it is held then, and at least for how many looks (a busy worker has not even read what had
+# come before, else); and how long after each hold it is left alone, because every hold costs its
+# peers a retransmission. After the last it is given up.
 _HOLD_S: Final = 0.005
+_HOLD_LOOKS: Final = 4
 _PAUSES_S: Final = (0.02, 0.1, 0.5, 5.0)
 # After a keeper that did not answer, none is asked for so long.
 _KEEPER_PAUSE_S: Final = 5.0
@@ -60,6 +62,7 @@ class _Tries:
 
     __slots__ = (
         "held",
+        "held_since",
         "held_until_s",
         "holds",
         "is_timed",
@@ -77,6 +80,7 @@ class _Tries:
         self.next_hold_s = 0.0
         self.is_timed = False  # the next look comes by the clock, if not before
         self.held = -1  # its place among the splices while it is held
+        self.held_since = 0  # after so many looks
         self.held_until_s = 0.0
 
 
@@ -185,6 +189,7 @@ class SpliceDatapath:
             return None
         if hold:
             tries.held = answer["index"]
+            tries.held_since = tries.looks
             tries.held_until_s = now_s + _HOLD_S
         return PairReason.UNREAD_BYTES
 
@@ -202,7 +207,7 @@ class SpliceDatapath:
             if not answer["busy"]:
                 self._take(pair, tries.held, is_mute=answer["mute"])
                 return None
-        if now_s >= tries.held_until_s:
+        if now_s >= tries.held_until_s and tries.looks - tries.held_since >= _HOLD_LOOKS:
             tries.next_hold_s = now_s + _PAUSES_S[tries.holds - 1]
             self._let_go(pair, tries)
         return PairReason.UNREAD_BYTES
