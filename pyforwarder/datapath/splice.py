@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 _FREE_LOOKS: Final = 4
 _LOOK_AGAIN_S: Final = 0.001
 _MOST_SELDOM_S: Final = 0.1
-# How long it is held then, and at least for how many looks (a busy worker has not even read what had
-# come before, else); and how long after each hold it is left alone, because every hold costs its
+# How long it is held then, at least, and for how many looks: a busy worker has not even read what
+# had come before, else. After each hold it is left alone for so long, because every hold costs its
 # peers a retransmission. After the last it is given up.
 _HOLD_S: Final = 0.005
 _HOLD_LOOKS: Final = 4
