@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#define PF_SPLICE_VERSION 3
+#define PF_SPLICE_VERSION 4
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
@@ -81,7 +81,7 @@ struct splice {
 	__u32 reset; /* 1: by the client, 2: by the server, PF_SPLICE_ODD: unknown TCP options */
 	__u32 client_clock, server_clock; /* our sockets' timestamp clocks, right before control */
 	__u32 family;			  /* 4 or 6 */
-	__u32 padding;
+	__u32 last_slot;		  /* before it had none, in the table that is pinned */
 	__u32 out[2]; /* interfaces by which our sockets reach the client and the server */
 };
 

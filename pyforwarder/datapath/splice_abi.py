@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 # Of the records: the maps outlive the daemon, and the next one must know what is in them.
-VERSION: Final = 3
+VERSION: Final = 4
 # What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
 PRIORITY: Final = 0x50465350
 # `slot` of a pair that nobody shows just now.
@@ -99,7 +99,7 @@ class Splice(ctypes.Structure):
         ("client_clock", ctypes.c_uint32),
         ("server_clock", ctypes.c_uint32),
         ("family", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
+        ("last_slot", ctypes.c_uint32),
         ("out", ctypes.c_uint32 * 2),
     )
 

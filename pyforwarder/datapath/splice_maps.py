@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import re
 import socket
@@ -26,7 +27,7 @@ from typing import Final
 import psutil
 
 from pyforwarder.datapath import bpf, btf
-from pyforwarder.datapath.abi import ABI_VERSION, PAIR_BYTES
+from pyforwarder.datapath.abi import ABI_VERSION, PAIR_BYTES, PairRecord
 from pyforwarder.datapath.loading import load_programs
 from pyforwarder.datapath.splice_abi import (
     NO_SLOT,
@@ -91,7 +92,7 @@ class Links:
     ingress_fd: int
     egress_fd: int
     directory: Path | None  # of pins, which are used where there are some
-    is_pinned: bool = False  # whether those that are added are to be pinned there
+    is_pinned: bool = False  # by us
     fds: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def has(self, interface: int) -> bool:
@@ -111,7 +112,9 @@ class Links:
         for side in _SIDES:
             if (side, interface) not in self.fds:
                 self.fds[side, interface] = self._link(side, interface)
-                self._pin(side, interface)
+                # Asked of the file system: the keeper was there before the pins were.
+                if self.directory is not None and (self.directory / _MAPS[0]).exists():
+                    self._pin(side, interface)
         return True
 
     def _link(self, side: str, interface: int) -> int:
@@ -129,11 +132,10 @@ class Links:
         return bpf.link_interface(program, interface, _SIDES[side])
 
     def _pin(self, side: str, interface: int) -> None:
-        if self.is_pinned:
-            assert self.directory is not None
-            path = self.directory / f"{side}_{interface}"
-            path.unlink(missing_ok=True)
-            bpf.pin(self.fds[side, interface], path)
+        assert self.directory is not None
+        path = self.directory / f"{side}_{interface}"
+        path.unlink(missing_ok=True)
+        bpf.pin(self.fds[side, interface], path)
 
     def pin(self) -> set[str]:
         """Let them, and those that are added later, outlive us; the names of the pins.
@@ -339,10 +341,17 @@ class _Left:
             for index in used_indexes(memory):
                 record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)
                 if record.state == SpliceState.ACTIVE and record.id:
-                    at = record.slot * PAIR_BYTES
-                    said = table[at : at + PAIR_BYTES] if record.slot < pairs else b""
+                    # Where it was, or where it was before a daemon that did not get far.
+                    said = b""
+                    for slot in (record.slot, record.last_slot):
+                        at = slot * PAIR_BYTES
+                        if slot < pairs and id_of(table, at) == record.id:
+                            said = table[at : at + PAIR_BYTES]
+                            break
+                    if said:
+                        self._store(memory, index, Splice.last_slot.offset, slot)
                     # Its slot is nobody's in the new table.
-                    struct.pack_into("=I", memory, index * SPLICE_BYTES + SLOT_AT, NO_SLOT)
+                    self._store(memory, index, SLOT_AT, NO_SLOT)
                     found.append(Found(index, record.id, said))
                 else:
                     forget_flows(flows, index, record)
@@ -351,6 +360,10 @@ class _Left:
             memory.close()
             table.close()
         return tuple(found)
+
+    @staticmethod
+    def _store(memory: mmap.mmap, index: int, at: int, number: int) -> None:
+        struct.pack_into("=I", memory, index * SPLICE_BYTES + at, number)
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -389,6 +402,12 @@ def _open_left(pins: Path) -> _Left | None:
         os.close(fd)
     unpin(pins)
     return None
+
+
+def id_of(table: mmap.mmap, at: int) -> int:
+    """The pair that a record of the pair table describes."""
+    (pair_id,) = struct.unpack_from("=Q", table, at + PairRecord.id.offset)
+    return int(pair_id)
 
 
 def used_indexes(memory: object) -> Iterator[int]:

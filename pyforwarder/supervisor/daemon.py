@@ -121,6 +121,7 @@ class Daemon:
                     self._loop, self._instance.control, self._obey
                 )
                 self._instance.pid_file.write_text(f"{os.getpid()}\n")
+                self._pin_splice()
                 self._open_view()
                 self._announce()
                 if on_ready is not None:
@@ -279,14 +280,22 @@ class Daemon:
             self._datapaths["splice"] = str(error)
             self._log.write("warning", "no_splice", reason=str(error))
             return None
+        self._datapaths["splice"] = "available"
+        return splicing
+
+    def _pin_splice(self) -> None:
+        """From here on spliced pairs outlive us.
+
+        Not before we serve: if we cannot, what an earlier daemon left must stay as it was.
+        """
+        if self._splicing is None:
+            return
         try:
             bpffs.enter(self._instance.bpffs_dir.parent)
-            splicing.maps.pin()
+            self._splicing.maps.pin()
         except ForwarderError as error:
             # It works, and ends with us.
             self._log.write("warning", "splice_not_pinned", reason=str(error))
-        self._datapaths["splice"] = "available"
-        return splicing
 
     def _proven_splice(self, pins: Path) -> Splicing:
         if self._arrays is None:

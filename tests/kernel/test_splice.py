@@ -34,6 +34,7 @@ from pyforwarder.datapath.scenarios import (
 )
 from pyforwarder.datapath.splice_keeper import Splicing
 from pyforwarder.datapath.splice_maps import SpliceMaps
+from tests.helpers import daemon as daemons
 from tests.helpers.faults import faults
 from tests.helpers.netns import narrow_the_network, private_network
 from tests.helpers.peers import (
@@ -49,7 +50,7 @@ from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.rig import Rig
-    from tests.helpers.daemon import Daemon
+    from tests.helpers.daemon import Daemon, Place
     from tests.kernel.conftest import StartForwarder
 
 CONFIG: Final = """
@@ -196,6 +197,32 @@ def test_pairs_of_a_killed_worker_go_on(forwarder: Daemon) -> None:
     forwarder.wait_for_no_pairs()
     with pair_through(forwarder.address) as (client, server):
         exchange(client, server)
+
+
+def test_an_up_that_fails_leaves_what_goes_on_alone(
+    start_forwarder: StartForwarder, place: Place
+) -> None:
+    forwarder = start_forwarder(CONFIG)
+    with (
+        pair_through(forwarder.address) as (client, server),
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
+        exchange(client, server, 777)
+        wait_until_spliced(forwarder)
+        forwarder.kill()
+        port = taken.getsockname()[1]
+        failing = daemons.start(place, CONFIG.replace(".1:0", f".1:{port}"), wait=False)
+        try:
+            assert failing.wait(deadline_s=daemons.START_DEADLINE_S) == 1
+        finally:
+            failing.close()
+        exchange(client, server, 100_003)
+        forwarder = start_forwarder(CONFIG)
+        exchange(client, server, 1001)
+        (row,) = forwarder.pairs()
+        total = 777 + 100_003 + 1001
+        assert (row["datapath"], row["up_bytes"], row["down_bytes"]) == ("splice", total, total)
+    forwarder.wait_for_no_pairs()
 
 
 def is_reset(end: socket.socket) -> bool:
