@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -281,26 +281,19 @@ class SpliceMaps:
 
     def keep_only(self, worker: int) -> None:
         """In a worker, which has mapped the records: close all but its ring."""
-        self.links.close()
-        for fd in (
-            self.flows_fd,
-            self.splices_fd,
-            self.rings_fd,
-            *(fd for other, fd in enumerate(self.ring_fds) if other != worker),
-            self.handshakes_fd,
-            self.probe_fd,
-            self.control_fd,
-        ):
-            os.close(fd)
+        self._close(ring_fd for n, ring_fd in enumerate(self.ring_fds) if n != worker)
 
     def close(self) -> None:
         """Close the descriptors; unless they are pinned, the programs leave the interfaces."""
+        self._close(self.ring_fds)
+
+    def _close(self, ring_fds: Iterable[int]) -> None:
         self.links.close()
         for fd in (
+            *ring_fds,
             self.flows_fd,
             self.splices_fd,
             self.rings_fd,
-            *self.ring_fds,
             self.handshakes_fd,
             self.probe_fd,
             self.control_fd,
