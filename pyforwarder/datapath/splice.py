@@ -232,6 +232,10 @@ class SpliceDatapath:
             return
         if pair.datapath is not None:
             self._host.try_again(pair)
+            if tries.held >= 0:
+                # It may end before it is its turn, and then somebody must still let go of it.
+                tries.next_look_s = time.monotonic() + _LOOK_AGAIN_S
+                self._look_by_the_clock(pair, tries, time.monotonic())
         elif tries.held >= 0:
             # It ended meanwhile. Its sockets are gone, and with them what they had to say.
             self._let_go(pair, tries)
