@@ -339,8 +339,8 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 }
 
 /*
- * An acknowledgement of the tail, and of nothing else, is for our own socket. It expects no other
- * bytes from that peer than those it has, however many have come since.
+ * An acknowledgement of the tail, and of nothing else, is for our own socket. It takes one only
+ * with the number that it expects next, however many bytes have passed it by since.
  */
 inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 ack,
 			       const int v6)
@@ -353,7 +353,7 @@ inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *w
 		return DROP; /* never: it was there a moment ago */
 	if ((__s32)(ack - way->last_ack) > 0)
 		way->last_ack = ack;
-	put(seq, bpf_htonl(way->begin), &sum);
+	put(seq, bpf_htonl(volatile_read(way->ours)), &sum);
 	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
 	return NEXT;
 }
@@ -448,6 +448,14 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		if (state == PF_SPLICE_RESET || n || (flags & FIN))
 			return DROP;
 		return NEXT;
+	}
+	if (n && volatile_read(back->tail_open) && (__s32)(seq - way->begin) < 0) {
+		/*
+		 * Bytes of before the beginning, again: they are in the tail, or were for us alone
+		 * (an instruction). Those of the tail may be missing where our own words (a PROXY
+		 * header) have the numbers that these would get. They come again, until it is over.
+		 */
+		return DROP;
 	}
 	if (way->tail_open && (flags & (SYN | ACK)) == ACK) {
 		before = way->tail;
@@ -683,6 +691,12 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 			return NEXT;
 		}
 	}
+	/*
+	 * It may still get a packet that passed `ingress` before that knew the pair. Its sender
+	 * sends that again, to the other end; but our socket expects what is behind it from now on.
+	 */
+	if ((__s32)(bpf_ntohl(tcp->ack) - way->ours) > 0)
+		way->ours = bpf_ntohl(tcp->ack);
 	header = (__u32)(tcp->offset >> 4) * 4;
 	if (state == PF_SPLICE_ACTIVE && way->tail_open && !(tcp->flags & (SYN | FIN)) &&
 	    skb->len > TCP_AT(v6) + header && (__s32)(bpf_ntohl(tcp->seq) - way->tail) < 0) {
@@ -848,7 +862,7 @@ int probe(struct __sk_buff *skb)
 inlined void begin(struct splice_direction *way, const struct splice_look *seen)
 {
 	way->last_ack = seen->snd_una;
-	way->last_end = way->begin = seen->rcv_nxt;
+	way->last_end = way->begin = way->ours = seen->rcv_nxt;
 	way->tail = seen->write_seq;
 	way->tail_open = seen->snd_una != seen->write_seq;
 }

@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#define PF_SPLICE_VERSION 4
+#define PF_SPLICE_VERSION 5
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
@@ -64,6 +64,7 @@ struct splice_direction {
 	__u32 tail;		      /* its end */
 	__u32 tail_open;	      /* not 0: this peer has not acknowledged it yet */
 	__u32 begin;		      /* of what is sent end to end, in this peer's own numbers */
+	__u32 ours;		      /* what our socket expects next of this peer, likewise */
 	__u8 shift_left, shift_right; /* of its windows */
 	__u8 no_ecn;		      /* only one of the connections knows of congestion marks */
 	__u8 padding;

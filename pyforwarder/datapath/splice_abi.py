@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 # Of the records: the maps outlive the daemon, and the next one must know what is in them.
-VERSION: Final = 4
+VERSION: Final = 5
 # What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
 PRIORITY: Final = 0x50465350
 # `slot` of a pair that nobody shows just now.
@@ -75,6 +75,7 @@ class SpliceDirection(ctypes.Structure):
         ("tail", ctypes.c_uint32),
         ("tail_open", ctypes.c_uint32),
         ("begin", ctypes.c_uint32),
+        ("ours", ctypes.c_uint32),
         ("shift_left", ctypes.c_uint8),
         ("shift_right", ctypes.c_uint8),
         ("no_ecn", ctypes.c_uint8),
