@@ -65,7 +65,7 @@ class Handover:
 
     def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
         """Before the client can have read its answer: no moment is quieter."""
-        if self._splice is None or choice == "sockmap":
+        if self._splice is None or choice != "splice":
             return False
         self._attempt(client, only_splice=True)
         return not client.waits_for_handover
@@ -73,7 +73,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None and (self._splice is None or choice == "sockmap"):
+        if self._sockmap is None and (self._splice is None or choice != "splice"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         if client.client.family == _AF_UNIX or client.server.family == _AF_UNIX:
@@ -134,7 +134,7 @@ class Handover:
         reason: PairReason | None = PairReason.NOT_AVAILABLE
         if client.not_spliced is not None:
             reason = because = client.not_spliced
-        elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
+        elif choice == "splice":
             reason = self._try_splice(client)
             if reason not in _FINAL:
                 client.not_spliced = because = reason
