@@ -492,6 +492,13 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 			forget(splice);
 			return NEXT;
 		}
+		/*
+		 * The last packet of the handshake was lost, and the server has no connection yet:
+		 * our socket must answer again. Nobody else could: until then the server takes only
+		 * what echoes the timestamp of its SYN-ACK.
+		 */
+		if (flags & ACK)
+			return NEXT;
 	} else if (header > 20) {
 		if (data + TCP_AT(v6) + header > data_end) {
 			if (bpf_skb_pull_data(skb, TCP_AT(v6) + header))
@@ -698,6 +705,18 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	if ((__s32)(bpf_ntohl(tcp->ack) - way->ours) > 0)
 		way->ours = bpf_ntohl(tcp->ack);
 	header = (__u32)(tcp->offset >> 4) * 4;
+	if (state == PF_SPLICE_ACTIVE && !(tcp->flags & (SYN | FIN | RST)) &&
+	    skb->len == TCP_AT(v6) + header && way->last_end == way->begin &&
+	    (header == 20 || (header == 32 && (void *)(word + 6) <= data_end &&
+			      word[5] == bpf_htonl(TIMESTAMP_WORD)))) {
+		/*
+		 * As long as the peer has sent nothing to the other end, our socket may repeat that
+		 * it has got what came before: the last packet of a handshake is such a one.
+		 */
+		put(&word[2], bpf_htonl(way->begin), &sum);
+		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+		return NEXT;
+	}
 	if (state == PF_SPLICE_ACTIVE && way->tail_open && !(tcp->flags & (SYN | FIN)) &&
 	    skb->len > TCP_AT(v6) + header && (__s32)(bpf_ntohl(tcp->seq) - way->tail) < 0) {
 		/*
