@@ -371,10 +371,10 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 slot, told, index, state, total, header, seq, ack, end, acked, window, change, before,
-		n, interface;
+	__u32 slot, index, state, total, header, seq, ack, end, acked, window, change, before, n,
+		interface;
 	__u64 sum = 0;
-	__s64 carried;
+	__u64 counted;
 	__u8 flags;
 	int ring = 0, ack_floor = 0, alone;
 
@@ -527,32 +527,31 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	acked = ack + way->ack_delta; /* in the numbers of whom it is for */
 	if ((flags & ACK) && (__s32)(ack - way->last_ack) > 0)
 		way->last_ack = ack;
-	told = way->last_end;
-	carried = 0;
-	if ((__s32)(end - told) > 0) {
+	if ((__s32)(end - way->last_end) > 0)
 		way->last_end = end;
-		carried = end - told;
-	}
 	if ((flags & FIN) && !way->fin) {
 		way->fin_seq = end;
 		__sync_fetch_and_add(&way->fin, 1);
 		ring = 1;
-		/* It has a number, and is no byte; one that was lost first was counted for one. */
-		carried--;
 	}
-	if (carried)
-		__sync_fetch_and_add(&way->bytes, carried);
-	if (n)
+	/*
+	 * Counted by how far the peer has got, and stored, not added: two processors may be here at
+	 * once, and what one of them puts back the next packet puts right. A FIN is no byte.
+	 */
+	if (n || (flags & FIN)) {
+		counted = way->bytes;
+		counted += (__s64)(__s32)(end - (flags & FIN) - (way->begin + (__u32)counted));
+		if ((__s64)(counted - way->bytes) > 0)
+			way->bytes = counted;
 		__sync_fetch_and_add(&way->packets, 1);
+	}
 	slot = splice->slot;
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
 	/* The pair's record is another's once the worker has let go of this one. */
 	if (pair && pair->id == splice->id) {
 		seen = flow->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
-		if (carried)
-			__sync_fetch_and_add(&seen->redirected_bytes, carried);
-		if (n)
-			__sync_fetch_and_add(&seen->redirected_packets, 1);
+		seen->redirected_bytes = way->bytes;
+		seen->redirected_packets = way->packets;
 		seen->last_ns = bpf_ktime_get_ns();
 	}
 	if ((flags & ACK) && volatile_read(back->fin) && !back->fin_acked &&

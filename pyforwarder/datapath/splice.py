@@ -290,33 +290,16 @@ class SpliceDatapath:
         Raises:
             KeeperError: the keeper does not answer.
         """
-        self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
-        slot = self._window.first_slot + pair.slot
-        self._keeper.ask("adopted", index=orphan.index, slot=slot)
+        words, at = self._window.words, pair.slot * self._window.WORDS
+        words[at + table.ID] = pair.id
+        # From here on the program stores the same here, with every packet.
+        record = Splice.from_buffer_copy(self._memory, orphan.index * SPLICE_BYTES)
+        for direction in Direction:
+            words[at + table.REDIRECTED[direction]] = record.way[direction].bytes
+            words[at + table.REDIRECTED_PACKETS[direction]] = record.way[direction].packets
+        self._keeper.ask("adopted", index=orphan.index, slot=self._window.first_slot + pair.slot)
         self._take(pair, orphan.index, is_mute=True)
-        for flow in (pair.up, pair.down):
-            total_bytes, packets = self._spliced_before(pair, flow)
-            flow.carried_bytes += total_bytes
-            flow.carried_packets += packets
         self._look(pair)
-
-    def _spliced_before(self, pair: Pair, flow: Flow) -> tuple[int, int]:
-        """What was carried before the table counted it, although packets go on all the time."""
-        at = pair.slot * self._window.WORDS
-        words = self._window.words
-        seen = (0, 0, 0, 0)
-        for _ in range(100):
-            way = self._record(pair).way[flow.direction]
-            now = (
-                way.bytes,
-                words[at + table.REDIRECTED[flow.direction]],
-                way.packets,
-                words[at + table.REDIRECTED_PACKETS[flow.direction]],
-            )
-            if now == seen:
-                break
-            seen = now
-        return seen[0] - seen[1], seen[2] - seen[3]
 
     def _obstacle(self, pair: Pair) -> PairReason | None:
         if pair.slot < 0:
