@@ -82,14 +82,13 @@ class Sniffer:
         if client.life is Life.SNIFFING:
             self._loop.redirect(fd, self.sniffed)
             if client.listener.decides_at_once and not client.over_limit:
-                self.decide(client, End.OPEN)
-            if client.life is Life.SNIFFING:
-                self.sniffed(client, fd, mask)
-            else:
-                # No edge will tell of what came with the header.
+                # No edge will tell of what came with the header; the pair may be joined at once.
                 client.up.readable = True
                 client.up.end_seen = bool(mask & EPOLLRDHUP)
                 client.up.urgent = bool(mask & EPOLLPRI)
+                self.decide(client, End.OPEN)
+            if client.life is Life.SNIFFING:
+                self.sniffed(client, fd, mask)
 
     @staticmethod
     def _read_header(client: Client, fd: int) -> proxy_protocol.Header | None:

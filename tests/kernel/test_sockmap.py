@@ -205,8 +205,9 @@ def test_tiny_packets_are_charged_for_the_memory_that_they_take(rig: Rig) -> Non
         rig.loop.run_once(0)
         most_waiting = max(most_waiting, sockmap.carried(pair, pair.up)[2])
     assert half(rig, pair, table.TRIPS, Direction.UP) >= 1
-    # Every byte that waits is a packet.
-    assert most_waiting <= limit // 64
+    # Every byte that waits is a packet. The two numbers that it is the difference of are read one
+    # after the other, and a packet may pass in between.
+    assert most_waiting <= limit // 64 + 1
     reader = Reader("server", server)
     client.setblocking(True)
     client.shutdown(socket.SHUT_WR)

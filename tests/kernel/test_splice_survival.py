@@ -134,6 +134,8 @@ def test_the_next_daemon_can_flush_them(start: Any) -> None:
     way = site.topology.way()
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(site.spliced(way, version)) for version in VERSIONS * 2]
+        for client, server, _ in pairs:
+            exchange(client, server)  # so that nothing of before the switch is under way any more
         site.forwarder.kill()
         wait_for(lambda: not site.forwarder.place.processes(), "all of it has ended")
         for client, server, _ in pairs:
@@ -143,7 +145,7 @@ def test_the_next_daemon_can_flush_them(start: Any) -> None:
         for client, server, _ in flushed:
             row = wait_for(lambda client=client: site.row(client), "it is shown")  # type: ignore[misc]
             assert row is not None
-            assert row["up_bytes"] == row["down_bytes"] == 2000
+            assert row["up_bytes"] == row["down_bytes"] == 3000
             site.forwarder.control().flush([row["id"]])
             assert ends_with_reset(client) == b""
             assert ends_with_reset(server) == b""
@@ -151,7 +153,7 @@ def test_the_next_daemon_can_flush_them(start: Any) -> None:
             exchange(client, server)
             row = site.row(client)
             assert row is not None
-            assert row["up_bytes"] == row["down_bytes"] == 3000
+            assert row["up_bytes"] == row["down_bytes"] == 4000
         assert site.forwarder.stop() == 0
         for client, server, _ in kept:
             assert ends_with_reset(client) == b""
@@ -206,7 +208,7 @@ def wait_until_replaced(site: Site, child: psutil.Process, count: int) -> None:
         _, *children = everyone(site.forwarder)
         return child not in children and len(children) == count
 
-    wait_for(is_replaced, f"another {child.name()}")
+    wait_for(is_replaced, f"another process for {child.pid}")
 
 
 def wait_until_accepted(site: Site, count: int) -> None:
