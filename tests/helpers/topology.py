@@ -108,6 +108,10 @@ def topology(
     with contextlib.ExitStack() as stack:
         hosts = [stack.enter_context(contextlib.closing(Network())) for _ in range(3 + router)]
         client, forwarder, server = hosts[:3]
+        for host in hosts:
+            # A connection that lost its SYN would hand its round trip of a second down to all that
+            # come after it: their first timeout would be three of these, with any datapath.
+            host.set(ipv4__tcp_no_metrics_save=1)
         forwarder.set(ipv4__ip_forward=int(direct), ipv6__conf__all__forwarding=int(direct))
         _wire(client, "c0", forwarder, "f0", mtu=client_mtu, net=1)
         _route_by(client, "c0", net=1)
