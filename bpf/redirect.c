@@ -27,9 +27,10 @@
  * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
  * tcp_read_skb() hands the packet to us as it is.
  *
- * Returns how many bytes are new; 0 if the old ones could not be cut off.
+ * Returns how many bytes are new: none in front of a FIN that was lost and comes again together with
+ * the bytes before it. Negative: the old ones could not be cut off.
  */
-static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
+static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
 							struct verdict_direction *seen)
 {
 	struct bpf_sock *source = skb->sk;
@@ -43,19 +44,19 @@ static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
 	if (!seen->passed_bytes && !seen->redirected_bytes) {
 		/* The first packet: everything before it was read, up to copied_seq. */
 		if (!source)
-			return 0;
+			return -1;
 		tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(source);
 		if (!tcp)
-			return 0;
+			return -1;
 		seen->next_seq = *(volatile __u32 *)((void *)tcp + TCP_SOCK_COPIED_SEQ);
 	}
 	old = seen->next_seq - seq;
 	if (old == 0 || old > 0x7fffffff) {
 		seen->next_seq = seq + length;
-		return length;
+		return (__s32)length;
 	}
-	if (old >= length)
-		return 0;
+	if (old > length)
+		return -1;
 	seen->next_seq = seq + length;
 	seen->trimmed_bytes += old;
 	length -= old;
@@ -63,10 +64,10 @@ static inline __attribute__((always_inline)) __u32 trim(struct __sk_buff *skb,
 	for (i = 0; i < TRIM_STEPS; i++) {
 		step = old > TRIM_STEP ? TRIM_STEP : old;
 		if (step && bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
-			return 0;
+			return -1;
 		old -= step;
 	}
-	return old ? 0 : length;
+	return old ? -1 : (__s32)length;
 }
 
 /*
@@ -108,6 +109,7 @@ int verdict(struct __sk_buff *skb)
 	__u64 peer_cookie;
 	__u32 slot, worker, write_seq, backlog, queued, send_buffer;
 	__u32 length = skb->len;
+	__s32 fresh;
 	__u64 before;
 	int outcome = SK_PASS;
 
@@ -137,14 +139,17 @@ int verdict(struct __sk_buff *skb)
 	 * Old bytes that cannot be cut off (no memory) may go nowhere, and the new ones behind them
 	 * are lost with them: drop all, and have the worker reset the pair.
 	 */
-	length = trim(skb, seen);
-	if (!length) {
+	fresh = trim(skb, seen);
+	if (!fresh)
+		return SK_DROP; /* a lone FIN, once the old bytes in front of it are off */
+	if (fresh < 0) {
 		seen->latched = 0;
 		seen->lost = 1;
 		length = skb->len;
 		outcome = SK_DROP;
 		goto pass;
 	}
+	length = (__u32)fresh;
 
 	/* Not armed, or userspace still has earlier bytes in its hands: this packet is behind them.
 	 */

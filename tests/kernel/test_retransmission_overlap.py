@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pyforwarder.datapath import table
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
 from pyforwarder.datapath.rig import Reader, Rig
 
@@ -43,13 +44,13 @@ def _checksum(data: bytes) -> int:
     return int(~total & 0xFFFF)
 
 
-def send_again(sock: socket.socket, old: bytes, new: bytes) -> None:
-    """One segment as if from `sock`: its last bytes once more, and new ones behind them."""
+def send_again(sock: socket.socket, old: bytes, new: bytes, *, fin: bool = False) -> None:
+    """One segment as if from `sock`: its last bytes once more, and new ones or a FIN behind them."""
     next_send, next_receive = _sequence_numbers(sock)
     (source, sport), (target, dport) = sock.getsockname(), sock.getpeername()
     now = sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
     options = b"\1\1\x08\x0a" + struct.pack("!II", now, 0)
-    flags = (5 + len(options) // 4) << 12 | 0x018  # ACK and PSH
+    flags = (5 + len(options) // 4) << 12 | 0x018 | fin  # ACK and PSH
     seq = (next_send - len(old)) & 0xFFFFFFFF
     head = struct.pack("!HHIIHHHH", sport, dport, seq, next_receive, flags, 512, 0, 0) + options
     payload = old + new
@@ -82,8 +83,6 @@ def test_bytes_that_come_again_are_delivered_once(rig: Rig, size: int, armed: bo
     client, pair, server = rig.connect()
     rig.join(pair)
     if not armed:
-        from pyforwarder.datapath import table
-
         rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[0]] = 0
     reader = Reader("server", server)
     first, old, new = os.urandom(500), os.urandom(size), os.urandom(100)
@@ -92,3 +91,23 @@ def test_bytes_that_come_again_are_delivered_once(rig: Rig, size: int, armed: bo
     send_again(client, old[-min(size, 60_000) :], new)
     rig.run_until(lambda: len(reader.data) >= len(first + old + new), "new bytes")
     assert bytes(reader.data) == first + old + new
+
+
+@pytest.mark.parametrize("size", [1, 10, 5000])
+@pytest.mark.parametrize("armed", [True, False], ids=["redirected", "passed"])
+def test_bytes_that_come_again_with_a_fin_end_the_direction(
+    rig: Rig, size: int, armed: bool
+) -> None:
+    """TCP joins a lost FIN and what was not acknowledged before it (tcp_retrans_try_collapse)."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    if not armed:
+        rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[0]] = 0
+    reader = Reader("server", server)
+    first, old = os.urandom(500), os.urandom(size)
+    client.sendall(first + old)
+    rig.run_until(lambda: len(reader.data) == len(first + old), "first bytes")
+    send_again(client, old, b"", fin=True)
+    rig.run_until(lambda: bool(reader.ended), "the end")
+    assert (bytes(reader.data), reader.ended) == (first + old, "eof")
+    assert pair.reason is None
