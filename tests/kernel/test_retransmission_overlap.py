@@ -45,7 +45,7 @@ def _checksum(data: bytes) -> int:
 
 
 def send_again(sock: socket.socket, old: bytes, new: bytes, *, fin: bool = False) -> None:
-    """One segment as if from `sock`: its last bytes once more, and new ones or a FIN behind them."""
+    """One segment as if from `sock`: its last bytes once more, then new ones, or a FIN."""
     next_send, next_receive = _sequence_numbers(sock)
     (source, sport), (target, dport) = sock.getsockname(), sock.getpeername()
     now = sock.getsockopt(socket.IPPROTO_TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
