@@ -27,8 +27,8 @@
  * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
  * tcp_read_skb() hands the packet to us as it is.
  *
- * Returns how many bytes are new: none in front of a FIN that was lost and comes again together with
- * the bytes before it. Negative: the old ones could not be cut off.
+ * Returns how many bytes are new: none in front of a FIN that was lost and comes again together
+ * with the bytes before it. Negative: the old ones could not be cut off.
  */
 static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
 							struct verdict_direction *seen)
