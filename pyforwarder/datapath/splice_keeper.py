@@ -238,7 +238,8 @@ class Keeper:
                 slot = int(request["slot"])
                 if slot // self._maps.slots != worker:
                     raise ValueError("not yours")
-                return self._join(worker, int(request["id"]), slot, *sockets, hold=request["hold"])
+                pending = [int(count) for count in request["pending"]]
+                return self._join(worker, int(request["id"]), slot, pending, *sockets)
         index = int(request["index"])
         if self._owner.get(index) != worker or index in self._orphans:
             raise ValueError("not yours")
@@ -249,9 +250,6 @@ class Keeper:
                     raise ValueError("not yours")
                 self._store(index, WORKER_AT, worker)
                 self._store(index, SLOT_AT, slot)
-            case "switch":
-                busy = self._switch(index, *sockets)
-                return {"busy": busy, "mute": not busy and self._mute(index, sockets)}
             case "mute":
                 return {"mute": self._mute(index, sockets)}
             case "abort":
@@ -282,10 +280,9 @@ class Keeper:
         worker: int,
         pair_id: int,
         slot: int,
+        pending: list[int],
         client: socket.socket,
         server: socket.socket,
-        *,
-        hold: bool,
     ) -> dict[str, object]:
         try:
             ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
@@ -310,7 +307,9 @@ class Keeper:
             # behind the other, at least one sees the other's mark.
             for sock in (client, server):
                 splice_sockets.mark(sock)
-            record.state = SpliceState.HOLD
+            for direction in Direction:
+                record.way[direction].pending = pending[direction]
+            record.state = SpliceState.ARMED
             self._write(index, record)
             self._owner[index] = worker
             for direction in Direction:
@@ -322,14 +321,16 @@ class Keeper:
             else:
                 self._free.append(index)
             raise
-        if busy and (not hold or busy & Busy.FOREIGN):
+        if busy:
             self._forget(index)
             for sock in (client, server):
                 splice_sockets.unmark(sock)
             if busy & Busy.FOREIGN:
                 return {"refused": int(PairReason.CHAINED)}
-        mute = not busy and self._mute(index, (client, server))
-        return {"busy": busy, "index": index, "mute": mute}
+            return {"busy": busy}
+        unread = [way.unread for way in self._record(index).way]
+        mute = self._mute(index, (client, server))
+        return {"busy": 0, "index": index, "unread": unread, "mute": mute}
 
     def _find_ways(self, index: int, record: Splice) -> PairReason | None:
         """Write by which interfaces the packets go; or why the programs would not see them."""
@@ -357,7 +358,7 @@ class Keeper:
         return None
 
     def _switch(self, index: int, client: socket.socket, server: socket.socket) -> int:
-        """Let it begin if both sockets are ready for it; 0, or why not."""
+        """Let it begin; 0, or why not."""
         struct.pack_into(
             "=II",
             self._memory,
@@ -373,7 +374,9 @@ class Keeper:
         Until then closing them resets the pair: that is what must happen if we all die.
         """
         if any(way.tail_open for way in self._record(index).way):
-            return False
+            bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
+            if any(way.tail_open for way in self._record(index).way):
+                return False
         for sock in sockets:
             splice_sockets.mute(sock)
         return True

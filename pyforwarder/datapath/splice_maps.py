@@ -44,8 +44,8 @@ FIELDS: Final = {
     "tcp_sock": (
         "rcv_nxt",
         "copied_seq",
-        "snd_nxt",
         "snd_una",
+        "snd_wnd",
         "write_seq",
         "out_of_order_queue",
         "rx_opt",
