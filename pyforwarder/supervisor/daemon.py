@@ -950,10 +950,7 @@ def _is_number(value: object) -> TypeGuard[int]:
 
 
 def _kernel_choices(config: Config) -> set[str]:
-    """The datapaths of the kernel that the configuration names or leaves open.
-
-    Splice is for those who name it.
-    """
+    """The datapaths of the kernel that the configuration names or leaves open."""
     choices: set[str] = {config.datapath}
     for listener in config.listeners:
         choices.add(listener.datapath or config.datapath)
@@ -961,5 +958,5 @@ def _kernel_choices(config: Config) -> set[str]:
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         }
     if "auto" in choices:
-        choices.add("sockmap")
+        choices |= {"sockmap", "splice"}
     return choices - {"auto", "copy"}

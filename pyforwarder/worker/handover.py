@@ -65,7 +65,7 @@ class Handover:
 
     def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
         """Before the client can have read its answer: no moment is quieter."""
-        if self._splice is None or choice != "splice":
+        if self._splice is None or choice == "sockmap":
             return False
         self._attempt(client, only_splice=True)
         return not client.waits_for_handover
@@ -73,7 +73,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None and (self._splice is None or choice != "splice"):
+        if self._sockmap is None and (self._splice is None or choice == "sockmap"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         if client.client.family == _AF_UNIX or client.server.family == _AF_UNIX:
@@ -114,11 +114,6 @@ class Handover:
             return PairReason.NOT_ELIGIBLE
         return self._splice.join(client)
 
-    def try_again(self, client: Client) -> None:
-        """What stood in a datapath's way may be gone."""
-        if client.waits_for_handover and not client.handover_asked:
-            self._ask(client)
-
     def _ask(self, client: Client) -> None:
         # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
         client.handover_asked = True
@@ -134,7 +129,7 @@ class Handover:
         reason: PairReason | None = PairReason.NOT_AVAILABLE
         if client.not_spliced is not None:
             reason = because = client.not_spliced
-        elif choice == "splice":
+        elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
             reason = self._try_splice(client)
             if reason not in _FINAL:
                 client.not_spliced = because = reason
