@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 # to send there, and is lost if there is no room for it. So a moment is waited for at which we have
 # sent all, for so long.
 _PATIENCE_S: Final = 0.25
+# An acknowledgement that came at the very moment at which a pair began has told nobody that its
+# tail has come; so it is looked after such pairs so long afterwards, then twice as long, and so on.
+_LOOK_S: Final = 1.0
 # After a keeper that did not answer, none is asked for so long.
 _KEEPER_PAUSE_S: Final = 5.0
 _RESET_BY: Final = {
@@ -53,12 +56,14 @@ _RESET_BY: Final = {
 class _Spliced:
     """A pair's place among the splices."""
 
-    __slots__ = ("index", "is_mute", "left_bytes")
+    __slots__ = ("index", "is_mute", "left_bytes", "look_s", "pause_s")
 
     def __init__(self, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
         self.index = index
         self.left_bytes = left_bytes  # to read, for each direction: they came before it began
         self.is_mute = is_mute  # closing its sockets says nothing to anybody
+        self.pause_s = _LOOK_S
+        self.look_s = time.monotonic() + _LOOK_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,8 @@ class SpliceDatapath:
         self._memory = splice_memory(maps)
         self._ring = RingBuffer(maps.ring_fds[worker], RING_BYTES)
         self._by_index: dict[int, Pair] = {}
+        self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
+        self._is_looking = False  # a timer is set
         self._keeper_from_s = 0.0  # not asked before
         self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
 
@@ -212,6 +219,9 @@ class SpliceDatapath:
 
     def _take(self, pair: Pair, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
         pair.state = _Spliced(index, left_bytes, is_mute=is_mute)
+        if not is_mute:
+            self._with_tail[index] = pair
+            self._look_later()
         pair.kind = DatapathKind.SPLICE
         pair.datapath = self
         self._by_index[index] = pair
@@ -344,10 +354,7 @@ class SpliceDatapath:
         state = pair.state
         assert isinstance(state, _Spliced)
         if not state.is_mute and not any(way.tail_open for way in record.way):
-            fds = [pair.client_fd, pair.server_fd]
-            # Without an answer it goes on all the same, as long as we live.
-            with contextlib.suppress(KeeperError):
-                state.is_mute = bool(self._keeper.ask("mute", fds, index=state.index).get("mute"))
+            self._mute(pair, state)
         for flow in (pair.up, pair.down):
             way = record.way[flow.direction]
             if way.fin and flow.phase is Phase.OPEN:
@@ -358,6 +365,32 @@ class SpliceDatapath:
                     return
         if record.reset:
             self._host.broken(pair, _RESET_BY[record.reset])
+
+    def _mute(self, pair: Pair, state: _Spliced) -> None:
+        """If no tail is left, closing our sockets says nothing, so that the pair outlives us."""
+        # Without an answer it goes on all the same, as long as we live.
+        with contextlib.suppress(KeeperError):
+            answer = self._keeper.ask("mute", [pair.client_fd, pair.server_fd], index=state.index)
+            state.is_mute = bool(answer.get("mute"))
+
+    def _look_after_tails(self) -> None:
+        """Once a second, as long as there is a pair whose sockets are not mute."""
+        now_s = time.monotonic()
+        self._is_looking = False
+        for index, pair in list(self._with_tail.items()):
+            state = pair.state
+            if not isinstance(state, _Spliced) or state.index != index or state.is_mute:
+                del self._with_tail[index]
+            elif now_s >= state.look_s:
+                self._mute(pair, state)
+                state.pause_s *= 2
+                state.look_s = now_s + state.pause_s
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._with_tail and not self._is_looking:
+            self._is_looking = True
+            self._loop.after(_LOOK_S, self._look_after_tails)
 
     def close(self) -> None:
         """Unmap the records and the ring."""
