@@ -419,8 +419,8 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 slot, index, state, total, header, seq, ack, end, acked, window, change, was, n,
-		interface, edge, floor, number;
+	__u32 slot, index, state, total, header, seq, ack, end, acked, window, change, was, n, edge,
+		floor, number;
 	__u64 sum = 0;
 	__u64 counted;
 	__u8 flags;
@@ -466,8 +466,10 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		 * what the keeper wants to know of a pair. Behind a NAT rule of this host a socket
 		 * has other ones.
 		 */
-		interface = skb->ifindex;
-		map_update(MAP_HANDSHAKES_FD, &key, &interface);
+		struct splice_handshake handshake = { .interface = skb->ifindex,
+						      .isn = bpf_ntohl(tcp->seq) };
+
+		map_update(MAP_HANDSHAKES_FD, &key, &handshake);
 	}
 	flow = map_lookup(MAP_FLOWS_FD, &key);
 	if (!flow)
@@ -881,6 +883,8 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 	if (*(volatile __u8 *)((void *)tcp + SOCK_COMMON_SKC_STATE) != 1)
 		busy |= PF_BUSY_GONE;
 	seen->unread = seen->rcv_nxt - read32(tcp, TCP_SOCK_COPIED_SEQ);
+	/* The SYN has a number of its own, which bytes_received does not count. */
+	seen->isn = seen->rcv_nxt - (__u32)read64(tcp, TCP_SOCK_BYTES_RECEIVED) - 1;
 	seen->snd_una = read32(tcp, TCP_SOCK_SND_UNA);
 	seen->edge = seen->snd_una + read32(tcp, TCP_SOCK_SND_WND);
 	/* What is behind a gap may have been acknowledged selectively: its sender keeps it back. */
@@ -957,6 +961,8 @@ int probe(struct __sk_buff *skb)
 		settle(splice, &splice->way[PF_DOWN], &server);
 	splice->out[PF_UP] = client.out;
 	splice->out[PF_DOWN] = server.out;
+	splice->isn[PF_UP] = client.isn;
+	splice->isn[PF_DOWN] = server.isn;
 	return 0;
 }
 

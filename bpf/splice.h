@@ -43,6 +43,12 @@ struct splice_flow {
 	__u32 direction;
 };
 
+/* How the connection began whose packets come from those addresses. */
+struct splice_handshake {
+	__u32 interface; /* by which its SYN came, or the SYN with which it was answered */
+	__u32 isn;	 /* and the number of that */
+};
+
 /* What is done to packets that come from one peer: PF_UP from the client, PF_DOWN from the server.
  */
 struct splice_direction {
@@ -87,6 +93,7 @@ struct splice {
 	__u32 family;			  /* 4 or 6 */
 	__u32 last_slot;		  /* before it had none, in the table that is pinned */
 	__u32 out[2]; /* interfaces by which our sockets reach the client and the server */
+	__u32 isn[2]; /* with which their peers have begun */
 };
 
 struct splice_event {
@@ -96,5 +103,5 @@ struct splice_event {
 };
 
 struct splice_look {
-	__u32 rcv_nxt, unread, write_seq, snd_una, edge, ts_recent, out;
+	__u32 rcv_nxt, unread, write_seq, snd_una, edge, ts_recent, out, isn;
 };

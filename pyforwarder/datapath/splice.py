@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # What is under way to us when a pair begins goes to the other end at once, past what we have still
 # to send there, and is lost if there is no room for it. So a moment is waited for at which we have
 # sent all, for so long.
-_PATIENCE_S: Final = 0.25
+_PATIENCE_S: Final = 0.03
 # An acknowledgement that came at the very moment at which a pair began has told nobody that its
 # tail has come; so it is looked after such pairs so long afterwards, then twice as long, and so on.
 _LOOK_S: Final = 1.0

@@ -52,6 +52,12 @@ class SpliceFlow(ctypes.Structure):
     _fields_ = (("index", ctypes.c_uint32), ("direction", ctypes.c_uint32))
 
 
+class SpliceHandshake(ctypes.Structure):
+    """struct splice_handshake."""
+
+    _fields_ = (("interface", ctypes.c_uint32), ("isn", ctypes.c_uint32))
+
+
 class SpliceDirection(ctypes.Structure):
     """struct splice_direction."""
 
@@ -105,6 +111,7 @@ class Splice(ctypes.Structure):
         ("family", ctypes.c_uint32),
         ("last_slot", ctypes.c_uint32),
         ("out", ctypes.c_uint32 * 2),
+        ("isn", ctypes.c_uint32 * 2),
     )
 
 

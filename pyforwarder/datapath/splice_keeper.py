@@ -34,6 +34,7 @@ from pyforwarder.datapath.splice_abi import (
     SPLICE_BYTES,
     Busy,
     Splice,
+    SpliceHandshake,
     SpliceState,
 )
 from pyforwarder.datapath.splice_maps import (
@@ -60,6 +61,7 @@ _RESET_LINGER_S: Final = 2.0
 _MOST_MESSAGE_BYTES: Final = 8192
 
 _INDEX: Final = struct.Struct("=14xI46x")  # what the programs that are run read it from
+_HANDSHAKE_BYTES: Final = ctypes.sizeof(SpliceHandshake)
 _CLOCKS_AT: Final = Splice.client_clock.offset
 
 
@@ -122,7 +124,9 @@ class Keeper:
         self._socks = list(socks)
         self._maps = maps
         self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
-        self._handshakes = bpf.Map(maps.handshakes_fd, key_bytes=KEY_BYTES, value_bytes=4)
+        self._handshakes = bpf.Map(
+            maps.handshakes_fd, key_bytes=KEY_BYTES, value_bytes=_HANDSHAKE_BYTES
+        )
         self._memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
         self._pairs = bpf.map_memory(
             maps.pairs_fd, maps.workers * maps.slots * PAIR_BYTES, write=False
@@ -336,16 +340,20 @@ class Keeper:
         """Write by which interfaces the packets go; or why the programs would not see them."""
         self._write(index, record)  # FREE: for the probe alone
         bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
-        out = list(self._record(index).out)
+        seen = self._record(index)
+        out = list(seen.out)
         if not all(out):
             return PairReason.REFUSED_BY_KERNEL  # a route has just changed
         came_by = []
-        for way in record.way:
+        for direction in Direction:
             try:
-                (interface,) = struct.unpack("=I", self._handshakes.lookup(bytes(way.from_)))
+                known = self._handshakes.lookup(bytes(record.way[direction].from_))
             except FileNotFoundError:
-                interface = 0
-            came_by.append(interface)
+                known = bytes(_HANDSHAKE_BYTES)
+            handshake = SpliceHandshake.from_buffer_copy(known)
+            # The same addresses may have been those of another connection, before.
+            is_its_own = handshake.isn == seen.isn[direction]
+            came_by.append(handshake.interface if is_its_own else 0)
         for interface in out:
             if not self._maps.links.add(interface):
                 return PairReason.NOT_ETHERNET

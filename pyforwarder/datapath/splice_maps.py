@@ -13,6 +13,7 @@ read, for what `show` said of those pairs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -35,6 +36,7 @@ from pyforwarder.datapath.splice_abi import (
     VERSION,
     Splice,
     SpliceFlow,
+    SpliceHandshake,
     SpliceKey,
     SpliceState,
 )
@@ -46,6 +48,7 @@ FIELDS: Final = {
         "copied_seq",
         "snd_una",
         "snd_wnd",
+        "bytes_received",
         "write_seq",
         "out_of_order_queue",
         "rx_opt",
@@ -489,7 +492,7 @@ def _make_handshakes() -> int:
     return bpf.create_map(
         bpf.MapType.LRU_HASH,
         key_bytes=KEY_BYTES,
-        value_bytes=4,
+        value_bytes=ctypes.sizeof(SpliceHandshake),
         entries=HANDSHAKES,
         name="pf_handshakes",
     )
