@@ -488,8 +488,15 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	ack = bpf_ntohl(tcp->ack);
 	n = total - IP_BYTES(v6) - header;
 
-	if (state == PF_SPLICE_RESET)
-		return DROP; /* nothing that our sockets would answer is right any more */
+	if (state == PF_SPLICE_RESET) {
+		/*
+		 * Nothing that our sockets would answer is right any more. But their RST must have
+		 * the number that the peer expects: it ignores an older one.
+		 */
+		if ((flags & ACK) && after(ack, way->last_ack))
+			way->last_ack = ack;
+		return DROP;
+	}
 	if (state != PF_SPLICE_ACTIVE)
 		return is_copy ? DROP : NEXT;
 	if (header > 20 && data + TCP_AT(v6) + header > data_end) {
@@ -627,6 +634,16 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	    seq + way->seq_delta - back->last_ack < RESET_REACH) {
 		splice->reset = 1 + flow->direction;
 		ring = 1;
+	}
+	if ((flags & RST) && volatile_read(back->tail_open)) {
+		/*
+		 * The other end expects a byte of the tail. It would answer this with a challenge
+		 * (RFC 5961), which nobody could take up, and then no other for half a second: also
+		 * not the RST with the right number, which is our socket's.
+		 */
+		if (ring)
+			tell(splice, index);
+		return DROP;
 	}
 
 	word = (__u32 *)tcp;

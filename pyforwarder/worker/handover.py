@@ -29,6 +29,8 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
+_AGAIN_S: Final = 0.05
+
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
 _FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
 
@@ -46,6 +48,7 @@ class Handover:
         self._server = server
         self._sockmap = sockmap
         self._splice = splice
+        self._again: set[Client] = set()  # who is asked again by the clock, if not before
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -143,6 +146,8 @@ class Handover:
         if reason is PairReason.UNREAD_BYTES:
             # More has arrived than was read: the copy goes on, and its next move asks again.
             client.handover_asked = False
+            if choice in ("auto", "splice") and self._splice is not None:
+                self._ask_again_soon(client)
             return
         client.waits_for_handover = False
         if reason is None:
@@ -154,3 +159,15 @@ class Handover:
             client.pair_reason = reason
         if client.slot >= 0:
             self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
+
+    def _ask_again_soon(self, client: Client) -> None:
+        """Nothing tells when TCP has sent the last byte, and then the pair may rest for hours."""
+        if not self._again:
+            self._server.loop.after(_AGAIN_S, self._ask_all_again)
+        self._again.add(client)
+
+    def _ask_all_again(self) -> None:
+        clients, self._again = self._again, set()
+        for client in clients:
+            if client.waits_for_handover and not client.handover_asked:
+                self._ask(client)
