@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.helpers import transfers as judge
-from tests.helpers.faults import Faults, faults
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import Waiting, address_text, pattern, read_exactly
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
@@ -26,6 +25,7 @@ from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.faults import Faults
     from tests.helpers.topology import Topology, Way
     from tests.helpers.transfers import Transfers
     from tests.kernel.conftest import StartForwarder
@@ -52,13 +52,6 @@ def hosts(network: None) -> Iterator[Topology]:
 def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
     with hosts.forwarder.entered():
         return Site(hosts, start_shared_forwarder(config()))
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    del network
-    with faults() as made:
-        yield made
 
 
 def play(

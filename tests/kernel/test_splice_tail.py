@@ -19,7 +19,6 @@ import pytest
 from pyforwarder.datapath import bpf
 from pyforwarder.datapath.splice_abi import SPLICE_BYTES, VERSION, Splice
 from pyforwarder.datapath.splice_maps import used_indexes
-from tests.helpers.faults import Faults, faults
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import (
     Waiting,
@@ -37,6 +36,7 @@ from tests.helpers.topology import topology
 from tests.helpers.waiting import stays, wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.faults import Faults
     from tests.helpers.topology import Topology, Way
     from tests.kernel.conftest import StartForwarder
 
@@ -44,7 +44,7 @@ VERSIONS: Final = (4, 6)
 # (client is local, server is local)
 WAYS: Final = {"remote": (False, False), "client-local": (True, False), "local": (True, True)}
 PIECE: Final = 100_003
-# More than our sockets hold of one direction: it is earned while bytes move, and others wait.
+# A handover that is earned while the buffers on the way are full, and by bytes alone.
 LATE: Final = """
 handover: {after_bytes: 4MiB, after_round_trips: 1000000, after: 1h}
 """
@@ -52,24 +52,9 @@ MOST: Final = 1 << 28
 
 
 @pytest.fixture(scope="module")
-def hosts(network: None) -> Iterator[Topology]:
-    del network
-    with topology() as hosts:
-        yield hosts
-        assert hosts.checksum_errors() == 0
-
-
-@pytest.fixture(scope="module")
 def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
     with hosts.forwarder.entered():
         return Site(hosts, start_shared_forwarder(config(LATE, datapath="auto")))
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    del network
-    with faults() as made:
-        yield made
 
 
 @dataclass(slots=True)
@@ -107,10 +92,10 @@ def open_tails(site: Site, pair_id: int) -> int:
 
 
 @contextlib.contextmanager
-def stalled(site: Site, way: Way, version: int, *, both: bool = True) -> Iterator[Stalled]:
-    """Neither end reads (or with `both` false, only the server), then the server does a little.
+def stalled(site: Site, way: Way, version: int) -> Iterator[Stalled]:
+    """Neither end reads, then the server does for a while, as the client goes on sending.
 
-    So the pair is one that is switched in mid-stream, and the ends stand still again.
+    So the pair is switched in mid-stream; and then the ends stand still again.
     """
     with contextlib.ExitStack() as stack:
         with way.server.entered():
@@ -119,11 +104,9 @@ def stalled(site: Site, way: Way, version: int, *, both: bool = True) -> Iterato
         with way.client.entered():
             client = stack.enter_context(dial(site.via(way, version)))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
-        # With the bytes right behind the instruction, the pair never begins at rest.
-        begun = pattern(PIECE)
-        client.sendall(instruction(address_text(waiting.address)) + begun)
+        client.sendall(instruction(address_text(waiting.address)) + pattern(PIECE))
         server = stack.enter_context(waiting.accept())
-        down_sent = push_until_blocked(server, most=MOST, quiet_s=0.4) if both else 0
+        down_sent = push_until_blocked(server, most=MOST, quiet_s=0.4)
         sent = PIECE + push_until_blocked(client, most=MOST, quiet_s=0.4, start=PIECE)
         received = 0
 

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.helpers import transfers as judge
-from tests.helpers.faults import FIN, Action, Faults, faults
+from tests.helpers.faults import FIN, Action, Faults
 from tests.helpers.spliced import DATAPATH, Site, config
-from tests.helpers.topology import topology
 
 if TYPE_CHECKING:
-    from tests.helpers.topology import Way
+    from tests.helpers.topology import Topology, Way
     from tests.helpers.transfers import Transfers
     from tests.kernel.conftest import StartForwarder
 
@@ -49,21 +48,11 @@ LEAST_SPLICED: Final = {"rest": 1.0, "eager": 0.4, "mid": 0.1}
 
 
 @pytest.fixture(scope="module")
-def site(start_shared_forwarder: StartForwarder) -> Iterator[Site]:
-    with topology() as hosts:
-        with hosts.forwarder.entered():
-            forwarder = start_shared_forwarder(config())
-        yield Site(hosts, forwarder)
-        assert forwarder.stop() == 0
-        assert hosts.checksum_errors() == 0
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    """Loaded once; a test puts it where it wants it."""
-    del network
-    with faults() as made:
-        yield made
+def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Iterator[Site]:
+    with hosts.forwarder.entered():
+        forwarder = start_shared_forwarder(config())
+    yield Site(hosts, forwarder)
+    assert forwarder.stop() == 0
 
 
 def play(
