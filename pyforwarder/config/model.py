@@ -170,7 +170,7 @@ class Listener(Section):
     first_packet: FirstPacket = FirstPacket()
     rules: tuple[Rule, ...]
     datapath: DatapathName | None = None  # None: as the config says
-    splice: values.Switch = True  # off: `auto` does not choose splice here
+    splice: values.Switch = True  # off: no pair is spliced here, whatever a rule says
 
     @field_validator("rules")
     @classmethod

@@ -29,6 +29,7 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
+# Who was not ready to be spliced is asked again so long afterwards, if not before.
 _AGAIN_S: Final = 0.05
 
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
@@ -48,7 +49,7 @@ class Handover:
         self._server = server
         self._sockmap = sockmap
         self._splice = splice
-        self._again: set[Client] = set()  # who is asked again by the clock, if not before
+        self._again: set[Client] = set()  # who is asked again by the clock
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -136,6 +137,8 @@ class Handover:
             reason = self._try_splice(client)
             if reason not in _FINAL:
                 client.not_spliced = because = reason
+            elif reason is PairReason.UNREAD_BYTES:
+                self._ask_again_soon(client)
         if reason not in _FINAL and self._sockmap is not None:
             if only_splice:
                 return  # the next turn of the loop asks the sockmap
@@ -146,8 +149,6 @@ class Handover:
         if reason is PairReason.UNREAD_BYTES:
             # More has arrived than was read: the copy goes on, and its next move asks again.
             client.handover_asked = False
-            if choice in ("auto", "splice") and self._splice is not None:
-                self._ask_again_soon(client)
             return
         client.waits_for_handover = False
         if reason is None:
