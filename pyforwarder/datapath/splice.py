@@ -22,7 +22,7 @@ from pyforwarder.connection import Phase
 from pyforwarder.datapath import table
 from pyforwarder.datapath.abi import DatapathKind, Direction, PairRecord
 from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
-from pyforwarder.datapath.copying import BULK_READ_BYTES
+from pyforwarder.datapath.copying import BULK_READ_BYTES, CopyDatapath
 from pyforwarder.datapath.ringbuf import RingBuffer
 from pyforwarder.datapath.splice_abi import SPLICE_BYTES, Splice, SpliceEvent
 from pyforwarder.datapath.splice_keeper import KeeperClient, KeeperError, splice_memory
@@ -96,6 +96,7 @@ class SpliceDatapath:
         self._loop = host.loop
         self._keeper = keeper
         self._window = window
+        self._copying = CopyDatapath(host)
         self._memory = splice_memory(maps)
         self._ring = RingBuffer(maps.ring_fds[worker], RING_BYTES)
         self._by_index: dict[int, Pair] = {}
@@ -249,25 +250,9 @@ class SpliceDatapath:
                 flow.read_bytes += len(flow.pending)
                 flow.carried_packets += 1
                 state.left_bytes[flow.direction] -= len(flow.pending)
-            try:
-                written = os.write(flow.target_fd, flow.pending)
-            except BlockingIOError:
-                written = 0
-            except OSError:
-                return self._fail(pair, flow.target_fd)
-            flow.written_bytes += written
-            flow.carried_bytes += written
-            pair.active_s = self._loop.now_s
-            self._host.moved(pair, flow)
-            if written < len(flow.pending):
-                flow.pending = memoryview(flow.pending)[written:]
-                # Each later edge comes by itself: the write has set SOCK_NOSPACE.
-                if not flow.blocked:
-                    flow.blocked = True
-                    self._loop.change(flow.target_fd, EPOLLOUT | EPOLLET)
-                return True
-            flow.pending = None
-        return True
+            if not self._copying.write_pending(pair, flow):
+                break
+        return pair.datapath is self
 
     def _fail(self, pair: Pair, fd: int) -> bool:
         side = CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
@@ -288,6 +273,7 @@ class SpliceDatapath:
                 self._fail(pair, fd)
                 return
         if mask & EPOLLOUT and outward.blocked:
+            outward.blocked = False
             self._copy_rest(pair, outward)
 
     def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
