@@ -218,9 +218,20 @@ class Daemon:
         return [child for child in children if child.is_running() and child.uids().real != 0]
 
     def open_fds(self) -> dict[int, int]:
-        """How many descriptors each worker, and the daemon itself, has open."""
-        processes = [psutil.Process(self.process.pid), *self.workers()]
+        """How many descriptors each process of the daemon has open."""
+        daemon = psutil.Process(self.process.pid)
+        processes = [daemon, *daemon.children(recursive=True)]
         return {process.pid: process.num_fds() for process in processes}
+
+    def wait_for_no_more_fds(self, before: dict[int, int]) -> None:
+        """Until no process has more open than `open_fds` said before.
+
+        Not as many: then something of what had just ended may have been open still.
+        """
+        wait_for(
+            lambda: all(now <= before.get(pid, 0) for pid, now in self.open_fds().items()),
+            f"no more descriptors than before: {before}",
+        )
 
     # ------------------------------------------------------------------ ending it
 

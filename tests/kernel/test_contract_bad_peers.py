@@ -135,7 +135,7 @@ def test_clients_that_come_and_go_leave_nothing(start_forwarder: StartForwarder)
             client.close()
             ways["other"] += 1
     forwarder.wait_for_no_pairs()
-    wait_for(lambda: forwarder.open_fds() == before, f"the descriptors of before: {before}")
+    forwarder.wait_for_no_more_fds(before)
     assert sum(closed(forwarder).values()) == 201
     still_works(forwarder)
 

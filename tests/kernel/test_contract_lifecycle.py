@@ -500,4 +500,4 @@ def test_nothing_is_left_open_after_many_pairs(start_forwarder: StartForwarder) 
         for _ in range(300):
             assert ask(forwarder.address, there.address) == ACK + b"there"
         forwarder.wait_for_no_pairs()
-        wait_for(lambda: forwarder.open_fds() == before, f"the descriptors of before: {before}")
+        forwarder.wait_for_no_more_fds(before)

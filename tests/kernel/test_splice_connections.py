@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
-import psutil
 import pytest
 
 from tests.helpers.faults import FIN, Action, Faults
@@ -35,7 +34,6 @@ from tests.helpers.waiting import DEADLINE_S, stays, wait_for
 from tests.kernel.test_retransmission_overlap import send_again
 
 if TYPE_CHECKING:
-    from tests.helpers.daemon import Daemon
     from tests.helpers.topology import Topology
     from tests.kernel.conftest import StartForwarder
 
@@ -503,30 +501,17 @@ def test_a_listener_may_forbid_it(site: Site) -> None:
     site.forwarder.control().reload()
 
 
-def fds(daemon: Daemon) -> dict[int, int]:
-    processes = [daemon.process.pid, *(child.pid for child in children(daemon))]
-    return {pid: psutil.Process(pid).num_fds() for pid in processes}
-
-
-def children(daemon: Daemon) -> list[psutil.Process]:
-    return psutil.Process(daemon.process.pid).children(recursive=True)
-
-
 def test_nothing_is_left_open_by_pairs_that_have_ended(site: Site) -> None:
     """Descriptors, in whatever process of the daemon, after every kind of ending."""
     way = site.topology.way()
     with site.spliced(way, 4):
         pass  # what is opened once, for all of them, is open now
     site.wait_for_no_pairs()
-    before = fds(site.forwarder)
+    before = site.forwarder.open_fds()
     for version in VERSIONS:
         for first in ("neither", "client", "server"):
             with site.spliced(way, version) as (client, server, _):
                 if first != "neither":
                     reset(client if first == "client" else server)
     site.wait_for_no_pairs()
-    # At most: what ended just before the first look may have been open still.
-    wait_for(
-        lambda: all(before[pid] >= now for pid, now in fds(site.forwarder).items()),
-        "no more descriptors than before",
-    )
+    site.forwarder.wait_for_no_more_fds(before)
