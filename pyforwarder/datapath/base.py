@@ -49,6 +49,7 @@ class PairReason(enum.IntEnum):
     NEVER_AT_REST = 21
     SPLICE_OFF = 22
     GOES_ON = 23
+    NO_KEEPER = 24
 
     @property
     def text(self) -> str:
@@ -81,6 +82,7 @@ _REASON_TEXT: Final = {
     PairReason.NEVER_AT_REST: "not spliced: its bytes never rested",
     PairReason.SPLICE_OFF: "not spliced: the listener says `splice: off`",
     PairReason.GOES_ON: "it was spliced before this daemon or worker started",
+    PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
 }
 
 
