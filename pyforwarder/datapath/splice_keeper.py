@@ -387,6 +387,8 @@ class Keeper:
             if not self._maps.links.add(interface):
                 return PairReason.NOT_ETHERNET
         if not all(came_by):
+            for interface in out:
+                self._maps.links.put_back(interface)
             return PairReason.HANDSHAKE_UNSEEN
         for direction in Direction:
             stays = came_by[direction] == LOOPBACK and out[1 - direction] == LOOPBACK

@@ -117,8 +117,26 @@ class Links:
                     self._pin(side, interface)
         return True
 
+    def put_back(self, interface: int) -> None:
+        """The same where an interface went and another has its number: no program is there.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        for side in _SIDES:
+            try:
+                bpf.update_link(self.fds[side, interface], self._program(side))
+            except KeyError:
+                pass
+            except OSError:
+                os.close(self.fds.pop((side, interface)))
+        self.add(interface)
+
+    def _program(self, side: str) -> int:
+        return self.ingress_fd if side == "in" else self.egress_fd
+
     def _link(self, side: str, interface: int) -> int:
-        program = self.ingress_fd if side == "in" else self.egress_fd
+        program = self._program(side)
         if self.directory is not None:
             link = -1
             try:
