@@ -304,6 +304,8 @@ class Daemon:
             raise self._no_arrays or LoadError("no BPF maps")
         pairs_fd = self._arrays.pairs_fd
         maps = SpliceMaps.load(workers=self._count, slots=self._slots, pairs_fd=pairs_fd, pins=pins)
+        if maps.has_replaced:
+            self._log.write("warning", "splice_pins_replaced", directory=pins)
         splicing = Splicing(
             maps,
             workers=self._count,
