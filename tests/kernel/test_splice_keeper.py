@@ -134,7 +134,8 @@ def test_pairs_of_a_worker_that_dies_while_the_keeper_hangs(site: Site) -> None:
         pairs = [stack.enter_context(site.spliced(way, version)) for version in VERSIONS * 3]
         for client, server, _ in pairs:
             exchange(client, server)  # so that nothing of before the switch is under way any more
-        assert comes_to_be_spliced(site)  # and the worker has seen that
+        # And the worker has seen that, before it came to another pair.
+        wait_for(lambda: comes_to_be_spliced(site), "another pair is spliced")
         wait_for(lambda: len(rows(site)) == len(pairs), "the other pair is gone")
         (worker,) = site.forwarder.workers()
         with stopped(keeper_of(site.forwarder)):
