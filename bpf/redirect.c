@@ -14,10 +14,13 @@
 #include "abi.h"
 #include "maps.h"
 
-/* The most that sk_skb_adjust_room() takes off at once, and how often: 128 KiB, one large packet.
+/*
+ * The most that sk_skb_adjust_room() takes off at once, and how often. What came again while the
+ * socket was in use has been joined to one packet (tcp_add_backlog), of at most 17 pieces of 32
+ * KiB.
  */
 #define TRIM_STEP  4095
-#define TRIM_STEPS 33
+#define TRIM_STEPS 144
 
 /* Bytes; see allowed_backlog(). */
 #define SMALL_PACKET 64
@@ -60,10 +63,9 @@ static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
 	seen->next_seq = seq + length;
 	seen->trimmed_bytes += old;
 	length -= old;
-#pragma unroll
-	for (i = 0; i < TRIM_STEPS; i++) {
+	for (i = 0; i < TRIM_STEPS && old; i++) {
 		step = old > TRIM_STEP ? TRIM_STEP : old;
-		if (step && bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
+		if (bpf_skb_adjust_room(skb, -(__s32)step, 0, 0))
 			return -1;
 		old -= step;
 	}

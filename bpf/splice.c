@@ -6,21 +6,23 @@
  *
  * ingress  what the two peers send to us, and what routers say of it (ICMP)
  * egress   what our own two sockets of a pair send: nothing any more
- * probe    run by the keeper (BPF_PROG_TEST_RUN): by which interfaces our sockets reach the peers
- * control  run by the keeper, too: looks whether both sockets are at rest, and if so lets the pair
- *	    begin, in one go
+ * probe    run by the keeper (BPF_PROG_TEST_RUN): by which interfaces our sockets reach the peers,
+ *	    and whether they have been told by now that all they had sent has come
+ * control  run by the keeper, too: lets a pair begin, at whatever moment
  *
- * A forwarder copies bytes one to one. So at a moment when both sockets have been read empty, and
- * all that was read has been sent on, one constant for each direction takes the numbers of the one
- * connection to those of the other, for all time.
+ * A forwarder copies bytes one to one. So one constant for each direction takes the numbers of the
+ * one connection to those of the other, for all time: those of a byte that is read here and will be
+ * written there.
  *
- * What our sockets had sent by then and was not acknowledged yet (the tail) is still theirs: they
- * get the acknowledgements of it, and may send it again. Everything behind it is between the ends.
+ * What had come to our sockets when the pair began, and was not yet with the other end (the tail),
+ * stays theirs: userspace reads and writes the rest of it, our sockets send it, get the
+ * acknowledgements of it, and send it again if need be. Everything behind it is between the ends.
  *
- * Why no packet can be lost or counted twice at that moment: `control` first makes our sockets mute
- * (egress drops all they send), then looks at them. A packet that had passed `ingress` before it
- * knew the pair is either seen by that look, and the pair does not begin, or its acknowledgement is
- * dropped: then its sender sends it again, and that goes through. It is as if it had been lost.
+ * Why no packet can be lost or counted twice at that moment: `control` first lets our sockets
+ * acknowledge nothing more than they have (BEGINNING), then looks how far that is. A packet that
+ * had passed `ingress` before it knew better, and reaches our socket after the look, is not
+ * acknowledged: then its sender sends it again, and that goes to the other end. It is as if it had
+ * been lost.
  */
 #include <uapi/linux/bpf.h>
 
@@ -63,6 +65,7 @@
 #define ECN_OF_TOS 3	      /* of the second byte of IPv4 */
 #define ECN_OF_V6  0x00300000 /* of the first word of IPv6 */
 #define ECN_OF_TCP 0x01c00000 /* AE, CWR and ECE, of the fourth word of TCP */
+#define FIN_OF_TCP 0x00010000
 #define URG_OF_TCP 0x00200000
 
 #define NO_OP_WORD     0x01010101
@@ -109,6 +112,10 @@ static int (*redirect_neigh)(__u32 interface, void *next_hop, int bytes,
 #define volatile_read(field) (*(volatile typeof(field) *)&(field))
 #define inlined		     static inline __attribute__((always_inline))
 
+/* Of two sequence numbers, as TCP compares them. */
+#define before(one, other) ((__s32)((one) - (other)) < 0)
+#define after(one, other)  ((__s32)((one) - (other)) > 0)
+
 inlined __u16 fold(__u64 sum)
 {
 	sum = (sum & 0xffffffff) + (sum >> 32);
@@ -146,18 +153,27 @@ inlined void put(__be32 *field, __u32 after, __u64 *sum)
 	*field = after;
 }
 
-/* The edges of a selective acknowledgement at a place in the header that the compiler knows. */
-inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta, __u64 *sum)
+/* How many edges a selective acknowledgement at this place has; negative: it is something else. */
+inlined int count_edges(__be32 *option, void *data_end, __u32 bytes)
 {
-	__u32 i, edges = 0;
+	__u32 size;
 
 	if ((void *)(option + 1) > data_end)
 		return -1;
-	edges = bpf_ntohl(option[0]) - SACK_WORD;
+	size = bpf_ntohl(option[0]) - SACK_WORD;
 	/* Two bytes of kind and length, and at most four blocks of two edges. */
-	if (edges < 2 || edges > 34 || edges + 2 > bytes)
+	if (size < 2 || size > 34 || size + 2 > bytes)
 		return -1;
-	edges = (edges - 2) / 4;
+	return (int)(size - 2) / 4;
+}
+
+/* The edges of a selective acknowledgement at a place in the header that the compiler knows. */
+inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta, __u64 *sum)
+{
+	int i, edges = count_edges(option, data_end, bytes);
+
+	if (edges < 0)
+		return -1;
 #pragma unroll
 	for (i = 0; i < 8; i++) {
 		if (i < edges) {
@@ -186,6 +202,23 @@ inlined int shift_options(__be32 *option, void *data_end, __u32 bytes, struct sp
 		return shift_edges(option + 3, data_end, bytes - 12, way->ack_delta, sum);
 	}
 	return shift_edges(option, data_end, bytes, way->ack_delta, sum);
+}
+
+/* What is acknowledged selectively of the tail alone: our socket knows of nothing behind it. */
+inlined void clip_edges(__be32 *option, void *data_end, __u32 bytes, __u32 tail, __u64 *sum)
+{
+	int i, edges = count_edges(option, data_end, bytes);
+
+#pragma unroll
+	for (i = 0; i < 8; i++) {
+		if (i < edges) {
+			if ((void *)(option + i + 2) > data_end)
+				return; /* never: the header is in front */
+			/* A block that begins behind the tail is empty then, and ignored. */
+			if (after(bpf_ntohl(option[i + 1]), tail))
+				put(&option[i + 1], bpf_htonl(tail), sum);
+		}
+	}
 }
 
 inlined void forget(struct splice *splice)
@@ -246,6 +279,12 @@ inlined void replace_pseudo(struct __sk_buff *skb, __u32 at, __u16 sum, const in
 	bpf_l4_csum_replace(skb, at, 0, sum, F_PSEUDO);
 }
 
+inlined __u32 window_field(__u32 bytes, __u8 scale)
+{
+	bytes >>= scale & 15;
+	return bytes > 65535 ? 65535 : bytes;
+}
+
 /* A rewritten packet goes on: up the stack of this host, or out. */
 inlined int send_on(__u32 interface)
 {
@@ -300,6 +339,8 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 	/* `back` translates what the sender sends: undo that. */
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	if (volatile_read(way->tail_open) && before(bpf_ntohl(ports[1]), way->tail))
+		return NEXT; /* our own socket has sent that */
 
 	put(&ports[0], (__u32)back->from.sport | (__u32)back->from.dport << 16, &sum);
 	shift(&ports[1], -back->seq_delta, &sum);
@@ -339,21 +380,28 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 }
 
 /*
- * An acknowledgement of the tail, and of nothing else, is for our own socket. It takes one only
- * with the number that it expects next, however many bytes have passed it by since.
+ * What a packet says about the tail is for our own socket. It gets the packet as one whose bytes
+ * have come before, with the number that it expects next behind them, however many bytes have
+ * passed it by since. If `again` they have come before indeed, and it answers that.
  */
-inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 ack,
-			       const int v6)
+inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 header,
+			       __u32 bytes, int again, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	__be32 *seq = data + TCP_AT(v6) + 4;
+	__u32 *word = data + TCP_AT(v6);
 	__u64 sum = 0;
 
-	if ((void *)(seq + 1) > data_end)
+	if (data + HEADERS_BYTES(v6) > data_end)
 		return DROP; /* never: it was there a moment ago */
-	if ((__s32)(ack - way->last_ack) > 0)
-		way->last_ack = ack;
-	put(seq, bpf_htonl(volatile_read(way->ours)), &sum);
+	if (!again)
+		put(&word[1], bpf_htonl(volatile_read(way->ours) - bytes), &sum);
+	if (after(bpf_ntohl(word[2]), way->tail))
+		put(&word[2], bpf_htonl(way->tail), &sum);
+	put(&word[3], word[3] & ~bpf_htonl(FIN_OF_TCP | URG_OF_TCP), &sum);
+	if (header > 32 && (void *)(word + 6) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD))
+		clip_edges(word + 8, data_end, header - 32, way->tail, &sum);
+	else if (header > 20)
+		clip_edges(word + 5, data_end, header - 20, way->tail, &sum);
 	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
 	return NEXT;
 }
@@ -371,12 +419,12 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 slot, index, state, total, header, seq, ack, end, acked, window, change, before, n,
-		interface;
+	__u32 slot, index, state, total, header, seq, ack, end, acked, window, change, was, n, edge,
+		floor, number;
 	__u64 sum = 0;
 	__u64 counted;
 	__u8 flags;
-	int ring = 0, ack_floor = 0, alone;
+	int ring = 0, alone, is_copy = skb->tc_index == FOR_OUR_SOCKET, is_news = 0;
 
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;
@@ -418,12 +466,14 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		 * what the keeper wants to know of a pair. Behind a NAT rule of this host a socket
 		 * has other ones.
 		 */
-		interface = skb->ifindex;
-		map_update(MAP_HANDSHAKES_FD, &key, &interface);
+		struct splice_handshake handshake = { .interface = skb->ifindex,
+						      .isn = bpf_ntohl(tcp->seq) };
+
+		map_update(MAP_HANDSHAKES_FD, &key, &handshake);
 	}
 	flow = map_lookup(MAP_FLOWS_FD, &key);
 	if (!flow)
-		return NEXT;
+		return is_copy ? DROP : NEXT;
 	index = flow->index;
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!splice)
@@ -438,53 +488,78 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	ack = bpf_ntohl(tcp->ack);
 	n = total - IP_BYTES(v6) - header;
 
-	if (state == PF_SPLICE_FREE)
-		return NEXT;
-	if (state != PF_SPLICE_ACTIVE) {
+	if (state == PF_SPLICE_RESET) {
 		/*
-		 * Bytes and FINs come again; acknowledgements are what our sockets wait for. When
-		 * the pair is being reset, nothing that our sockets would say is right any more.
+		 * Nothing that our sockets would answer is right any more. But their RST must have
+		 * the number that the peer expects: it ignores an older one.
 		 */
-		if (state == PF_SPLICE_RESET || n || (flags & FIN))
-			return DROP;
-		return NEXT;
-	}
-	if (n && volatile_read(back->tail_open) && (__s32)(seq - way->begin) < 0) {
-		/*
-		 * Bytes of before the beginning, again: they are in the tail, or were for us alone
-		 * (an instruction). Those of the tail may be missing where our own words (a PROXY
-		 * header) have the numbers that these would get. They come again, until it is over.
-		 */
+		if ((flags & ACK) && after(ack, way->last_ack))
+			way->last_ack = ack;
 		return DROP;
 	}
-	if (way->tail_open && (flags & (SYN | ACK)) == ACK) {
-		before = way->tail;
-		alone = !n && !(flags & (FIN | RST));
-		if ((__s32)(ack - before) < 0) {
-			if (alone)
-				return give_to_our_socket(skb, way, ack, v6);
+	if (state != PF_SPLICE_ACTIVE)
+		return is_copy ? DROP : NEXT;
+	if (header > 20 && data + TCP_AT(v6) + header > data_end) {
+		if (bpf_skb_pull_data(skb, TCP_AT(v6) + header))
+			return DROP; /* no memory: as if it had been lost */
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+		if (data + HEADERS_BYTES(v6) > data_end)
+			return DROP; /* never: it was there a moment ago */
+		tcp = data + TCP_AT(v6);
+	}
+	if (is_copy) {
+		skb->tc_index = 0;
+		return give_to_our_socket(skb, way, header, n, 0, v6);
+	}
+
+	alone = !n && !(flags & (SYN | FIN | RST));
+	floor = ack;
+	if ((flags & (SYN | ACK | RST)) == ACK) {
+		edge = ack + ((__u32)bpf_ntohs(tcp->window) << (way->shift_left & 15));
+		if (way->tail_open && before(ack, way->tail)) {
 			/* The rest is acknowledged by us, as it was before. */
-			ack_floor = 1;
-		} else {
+			floor = way->tail;
+			/* Told twice, our socket would take it for a sign of loss. */
+			is_news = edge != way->edge || after(ack, way->last_ack) || header > 32;
+		} else if (way->tail_open) {
 			way->tail_open = 0;
-			ring = 1;
-			if (alone && ack == before) {
-				tell(splice, index);
-				return give_to_our_socket(skb, way, ack, v6);
-			}
-			/*
-			 * Our socket must learn of it, too, or it would go on sending until it
-			 * gives up. If it cannot be told, it does, and only its ports are lost.
-			 */
-			skb->tc_index = FOR_OUR_SOCKET;
-			bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
-			skb->tc_index = 0;
-			data = (void *)(long)skb->data;
-			data_end = (void *)(long)skb->data_end;
-			if (data + HEADERS_BYTES(v6) > data_end)
-				return DROP; /* never: it was there a moment ago */
-			tcp = data + TCP_AT(v6);
+			ring = is_news = 1;
 		}
+		way->edge = edge;
+	}
+	if (volatile_read(back->tail_open) && before(seq, way->begin) && !(flags & (SYN | RST))) {
+		/*
+		 * Bytes of before the beginning, again, or a probe: our socket has these bytes, and
+		 * says so. The other end may have none of them yet, nor our own words (a PROXY
+		 * header) in front of them, whose numbers they would get there.
+		 */
+		if ((flags & ACK) && after(ack, way->last_ack))
+			way->last_ack = ack;
+		way->answer = 1;
+		if (ring)
+			tell(splice, index);
+		return give_to_our_socket(skb, way, header, n, 1, v6);
+	}
+	if (floor != ack && alone && !before(seq, way->last_end)) {
+		/* Nothing else is in it: the other end would take it for a sign of loss. */
+		if (after(ack, way->last_ack))
+			way->last_ack = ack;
+		return give_to_our_socket(skb, way, header, 0, 0, v6);
+	}
+	if (is_news) {
+		/*
+		 * It is for both. If our socket cannot be told that the tail has come, it sends it
+		 * until it gives up, and `egress` drops that.
+		 */
+		skb->tc_index = FOR_OUR_SOCKET;
+		bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
+		skb->tc_index = 0;
+		data = (void *)(long)skb->data;
+		data_end = (void *)(long)skb->data_end;
+		if (data + HEADERS_BYTES(v6) > data_end)
+			return DROP; /* never: it was there a moment ago */
+		tcp = data + TCP_AT(v6);
 	}
 	if (flags & SYN) {
 		if ((way->fin_acked && back->fin_acked) || splice->reset) {
@@ -500,12 +575,6 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		if (flags & ACK)
 			return NEXT;
 	} else if (header > 20) {
-		if (data + TCP_AT(v6) + header > data_end) {
-			if (bpf_skb_pull_data(skb, TCP_AT(v6) + header))
-				return DROP; /* no memory: as if it had been lost */
-			data = (void *)(long)skb->data;
-			data_end = (void *)(long)skb->data_end;
-		}
 		if (shift_options(data + OPTIONS_AT(v6), data_end, header - 20, way, &sum)) {
 			/* Such a pair cannot go on: it ends with a reset, unless a stranger
 			 * guesses. */
@@ -525,9 +594,9 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	/* What the peers have said, for the end of the pair and for a reset of ours. */
 	end = seq + n + (flags & FIN);
 	acked = ack + way->ack_delta; /* in the numbers of whom it is for */
-	if ((flags & ACK) && (__s32)(ack - way->last_ack) > 0)
+	if ((flags & ACK) && after(ack, way->last_ack))
 		way->last_ack = ack;
-	if ((__s32)(end - way->last_end) > 0)
+	if (after(end, way->last_end))
 		way->last_end = end;
 	if ((flags & FIN) && !way->fin) {
 		way->fin_seq = end;
@@ -555,7 +624,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		seen->last_ns = bpf_ktime_get_ns();
 	}
 	if ((flags & ACK) && volatile_read(back->fin) && !back->fin_acked &&
-	    (__s32)(acked - back->fin_seq) >= 0) {
+	    !before(acked, back->fin_seq)) {
 		back->fin_acked = 1;
 		ring = 1;
 	}
@@ -566,25 +635,39 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		splice->reset = 1 + flow->direction;
 		ring = 1;
 	}
+	if ((flags & RST) && volatile_read(back->tail_open)) {
+		/*
+		 * The other end expects a byte of the tail. It would answer this with a challenge
+		 * (RFC 5961), which nobody could take up, and then no other for half a second: also
+		 * not the RST with the right number, which is our socket's.
+		 */
+		if (ring)
+			tell(splice, index);
+		return DROP;
+	}
 
 	word = (__u32 *)tcp;
 	put(&word[0], (__u32)way->sport | (__u32)way->dport << 16, &sum);
-	shift(&word[1], way->seq_delta, &sum);
+	number = seq + way->seq_delta;
+	/* The other end takes an acknowledgement only from within its window, tail and all. */
+	if (alone && volatile_read(back->tail_open) && after(number, back->edge))
+		number = back->edge;
+	put(&word[1], bpf_htonl(number), &sum);
 	if (flags & ACK)
-		put(&word[2], bpf_htonl((ack_floor ? way->tail : ack) + way->ack_delta), &sum);
+		put(&word[2], bpf_htonl(floor + way->ack_delta), &sum);
 	/*
 	 * Urgent bytes stay where they stand in the stream, as on every datapath: a reader who
 	 * knows nothing of them would lose one.
 	 */
-	before = bpf_ntohl(word[3]);
-	change = before & ~URG_OF_TCP;
+	was = bpf_ntohl(word[3]);
+	change = was & ~URG_OF_TCP;
 	if (way->no_ecn)
 		change &= ~ECN_OF_TCP;
 	if (!(flags & SYN)) {
-		window = ((before & 0xffff) << (way->shift_left & 15)) >> (way->shift_right & 15);
-		if (window > 65535)
-			window = 65535;
-		change = (change & 0xffff0000) | window;
+		/* What is left of the window behind the tail. */
+		window = (was & 0xffff) << (way->shift_left & 15);
+		window = floor - ack < window ? window - (floor - ack) : 0;
+		change = (change & 0xffff0000) | window_field(window, way->shift_right);
 	}
 	put(&word[3], bpf_htonl(change), &sum);
 	sum += (__u16)~tcp->urgent;
@@ -623,10 +706,6 @@ int ingress(struct __sk_buff *skb)
 	/* One with a tag is not yet where it belongs: it comes again, by its own interface. */
 	if (skb->vlan_present)
 		return NEXT;
-	if (skb->tc_index == FOR_OUR_SOCKET) {
-		skb->tc_index = 0;
-		return NEXT;
-	}
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4))
 		return translate(skb, 0);
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6))
@@ -645,9 +724,9 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	struct ipv6 *six;
 	struct tcp *tcp;
 	__u32 *word;
-	__u32 index, state, header, ack;
+	__u32 index, state, header, seq, ack, edge;
 	__u64 sum = 0;
-	int i, at;
+	int i, at, is_empty;
 
 	if (data + HEADERS_BYTES(v6) > data_end)
 		return NEXT; /* a socket's packets have all their headers in front */
@@ -668,7 +747,7 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	if (!splice)
 		return NEXT;
 	state = volatile_read(splice->state);
-	if (state == PF_SPLICE_FREE || state == PF_SPLICE_HOLD)
+	if (state == PF_SPLICE_FREE || state == PF_SPLICE_ARMED)
 		return NEXT;
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
@@ -689,6 +768,8 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 		map_delete(MAP_FLOWS_FD, &key);
 		return NEXT;
 	}
+	if (state == PF_SPLICE_BEGINNING && (tcp->flags & (SYN | FIN | RST)))
+		return NEXT; /* the kernel's own: our worker waits */
 	if (tcp->flags & SYN) {
 		/* A new connection from a port that served a pair which has ended. */
 		if ((splice->way[PF_UP].fin_acked && splice->way[PF_DOWN].fin_acked) ||
@@ -697,52 +778,65 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 			return NEXT;
 		}
 	}
+	if (state == PF_SPLICE_RESET || (tcp->flags & (SYN | FIN | RST)))
+		return DROP; /* begin and end are between the two ends */
 	/*
 	 * It may still get a packet that passed `ingress` before that knew the pair. Its sender
 	 * sends that again, to the other end; but our socket expects what is behind it from now on.
 	 */
-	if ((__s32)(bpf_ntohl(tcp->ack) - way->ours) > 0)
-		way->ours = bpf_ntohl(tcp->ack);
+	seq = bpf_ntohl(tcp->seq);
+	ack = bpf_ntohl(tcp->ack);
 	header = (__u32)(tcp->offset >> 4) * 4;
-	if (state == PF_SPLICE_ACTIVE && !(tcp->flags & (SYN | FIN | RST)) &&
-	    skb->len == TCP_AT(v6) + header && way->last_end == way->begin &&
-	    (header == 20 || (header == 32 && (void *)(word + 6) <= data_end &&
-			      word[5] == bpf_htonl(TIMESTAMP_WORD)))) {
-		/*
-		 * As long as the peer has sent nothing to the other end, our socket may repeat that
-		 * it has got what came before: the last packet of a handshake is such a one.
-		 */
-		put(&word[2], bpf_htonl(way->begin), &sum);
-		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
-		return NEXT;
-	}
-	if (state == PF_SPLICE_ACTIVE && way->tail_open && !(tcp->flags & (SYN | FIN)) &&
-	    skb->len > TCP_AT(v6) + header && (__s32)(bpf_ntohl(tcp->seq) - way->tail) < 0) {
-		/*
-		 * The tail, again. What has come to our socket since is not acknowledged here, the
-		 * sender must not forget it: only what went to the other end.
-		 */
-		ack = back->last_ack + back->ack_delta;
-		if ((__s32)(ack - way->begin) < 0)
+	is_empty = skb->len == TCP_AT(v6) + header;
+	if (state == PF_SPLICE_BEGINNING) {
+		if (after(ack, way->begin))
 			ack = way->begin;
-		put(&word[2], bpf_htonl(ack), &sum);
-		/* Timestamps stay; behind them may be what our socket alone has got. */
-		at = 0;
-		if (header > 20 && (void *)(word + 6) <= data_end &&
-		    word[5] == bpf_htonl(TIMESTAMP_WORD))
-			at = 3;
-#pragma unroll
-		for (i = 0; i < 10; i++) {
-			if (i >= at && 20u + 4 * i < header) {
-				if ((void *)(word + 6 + i) > data_end)
-					return DROP; /* its headers are in front: never */
-				put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
-			}
+	} else {
+		if (after(ack, way->ours))
+			way->ours = ack;
+		if (is_empty) {
+			/*
+			 * An answer to what has come again; a probe of the window that the tail
+			 * waits for. And as long as the peer has sent nothing to the other end, our
+			 * socket may repeat that it has got what came before: the last packet of a
+			 * handshake is such a one.
+			 */
+			if (!way->answer && way->last_end != way->begin &&
+			    !(way->tail_open && before(seq, way->last_ack)))
+				return DROP;
+			way->answer = 0;
+		} else if (!way->tail_open || !before(seq, way->tail)) {
+			return DROP; /* it does not know yet that this has come */
 		}
-		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
-		return NEXT;
+		/*
+		 * What has come to our socket since is not acknowledged here, the sender must not
+		 * forget it: only what went to the other end. And the window is the other end's.
+		 */
+		ack = volatile_read(back->last_ack) + back->ack_delta;
+		if (before(ack, way->begin))
+			ack = way->begin;
+		edge = back->edge + back->ack_delta;
+		edge = after(edge, ack) ? edge - ack : 0;
+		put(&word[3],
+		    (word[3] & ~bpf_htonl(0xffff)) |
+			    bpf_htonl(window_field(edge, back->shift_right)),
+		    &sum);
 	}
-	return DROP; /* the two ends talk to each other: our sockets have nothing to say */
+	put(&word[2], bpf_htonl(ack), &sum);
+	/* Timestamps stay; behind them may be what our socket alone has got. */
+	at = 0;
+	if (header > 20 && (void *)(word + 6) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD))
+		at = 3;
+#pragma unroll
+	for (i = 0; i < 10; i++) {
+		if (i >= at && 20u + 4 * i < header) {
+			if ((void *)(word + 6 + i) > data_end)
+				return DROP; /* its headers are in front: never */
+			put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
+		}
+	}
+	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+	return NEXT;
 }
 
 int egress(struct __sk_buff *skb)
@@ -784,7 +878,7 @@ inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *fr
 	return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
 }
 
-/* One socket as it is now; 0 if all was read, all is sent, nothing is missing. */
+/* One socket as it is now; 0 if it is connected both ways, and nothing is missing. */
 inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 family,
 		   struct splice_look *seen)
 {
@@ -805,11 +899,12 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 	seen->ts_recent = read32(tcp, TCP_SOCK_RX_OPT + TCP_OPTIONS_RECEIVED_TS_RECENT);
 	if (*(volatile __u8 *)((void *)tcp + SOCK_COMMON_SKC_STATE) != 1)
 		busy |= PF_BUSY_GONE;
-	if (read32(tcp, TCP_SOCK_COPIED_SEQ) != seen->rcv_nxt)
-		busy |= PF_BUSY_UNREAD;
+	seen->unread = seen->rcv_nxt - read32(tcp, TCP_SOCK_COPIED_SEQ);
+	/* The SYN has a number of its own, which bytes_received does not count. */
+	seen->isn = seen->rcv_nxt - (__u32)read64(tcp, TCP_SOCK_BYTES_RECEIVED) - 1;
 	seen->snd_una = read32(tcp, TCP_SOCK_SND_UNA);
-	if (read32(tcp, TCP_SOCK_SND_NXT) != seen->write_seq)
-		busy |= PF_BUSY_UNSENT;
+	seen->edge = seen->snd_una + read32(tcp, TCP_SOCK_SND_WND);
+	/* What is behind a gap may have been acknowledged selectively: its sender keeps it back. */
 	if (read64(tcp, TCP_SOCK_OUT_OF_ORDER_QUEUE))
 		busy |= PF_BUSY_UNREAD;
 	route = *(void *volatile *)((void *)tcp + SOCK_SK_DST_CACHE);
@@ -857,6 +952,14 @@ inlined struct splice *asked_for(struct __sk_buff *skb)
 	return map_lookup(MAP_SPLICES_FD, &index);
 }
 
+/* An acknowledgement of the tail's end may have passed `ingress` right before the pair began. */
+inlined void settle(struct splice *splice, struct splice_direction *way,
+		    const struct splice_look *seen)
+{
+	if (splice->state == PF_SPLICE_ACTIVE && seen->snd_una == way->tail)
+		way->tail_open = 0;
+}
+
 int probe(struct __sk_buff *skb)
 {
 	struct splice *splice = asked_for(skb);
@@ -868,21 +971,28 @@ int probe(struct __sk_buff *skb)
 		return PF_BUSY_GONE;
 	family = splice->family;
 	key = splice->way[PF_UP].from;
-	look(skb, &key, family, &client);
+	if (!(look(skb, &key, family, &client) & PF_BUSY_GONE))
+		settle(splice, &splice->way[PF_UP], &client);
 	key = splice->way[PF_DOWN].from;
-	look(skb, &key, family, &server);
+	if (!(look(skb, &key, family, &server) & PF_BUSY_GONE))
+		settle(splice, &splice->way[PF_DOWN], &server);
 	splice->out[PF_UP] = client.out;
 	splice->out[PF_DOWN] = server.out;
+	splice->isn[PF_UP] = client.isn;
+	splice->isn[PF_DOWN] = server.isn;
 	return 0;
 }
 
-/* Where a direction stands as it begins. */
-inlined void begin(struct splice_direction *way, const struct splice_look *seen)
+/* Where a direction stands as it begins: packets from the one socket's peer, to `tail`. */
+inlined void begin(struct splice_direction *way, const struct splice_look *seen, __u32 tail)
 {
 	way->last_ack = seen->snd_una;
 	way->last_end = way->begin = way->ours = seen->rcv_nxt;
-	way->tail = seen->write_seq;
-	way->tail_open = seen->snd_una != seen->write_seq;
+	way->edge = seen->edge;
+	way->unread = seen->unread;
+	way->tail = tail;
+	way->tail_open = seen->snd_una != tail;
+	way->answer = 0;
 }
 
 int control(struct __sk_buff *skb)
@@ -890,14 +1000,11 @@ int control(struct __sk_buff *skb)
 	struct splice *splice = asked_for(skb);
 	struct splice_key key;
 	struct splice_look client = {}, server = {};
-	__u32 family, busy, up, down, client_time, server_time;
+	__u32 family, busy, up, down, up_tail, down_tail, client_time, server_time;
 
-	if (!splice || splice->state != PF_SPLICE_HOLD)
+	if (!splice || splice->state != PF_SPLICE_ARMED)
 		return PF_BUSY_GONE;
 	family = splice->family;
-	*(volatile __u32 *)&splice->state = PF_SPLICE_MUTE;
-	/* The look must not come before the silence: a full barrier. */
-	__sync_fetch_and_add(&splice->tries, 1);
 	/* One after the other, or the verifier would go through all combinations of what they say.
 	 */
 	key = splice->way[PF_UP].from;
@@ -910,12 +1017,29 @@ int control(struct __sk_buff *skb)
 	}
 	if (!busy)
 		busy = look_beyond(skb, &key, family);
+	if (busy)
+		return (int)busy;
+	/* So far, and not further, until it is known how far that is. */
+	splice->way[PF_UP].begin = client.rcv_nxt;
+	splice->way[PF_DOWN].begin = server.rcv_nxt;
+	*(volatile __u32 *)&splice->state = PF_SPLICE_BEGINNING;
+	/* The look must not come before that: a full barrier. */
+	__sync_fetch_and_add(&splice->tries, 1);
+	key = splice->way[PF_UP].from;
+	busy = look(skb, &key, family, &client);
+	if (!busy) {
+		key = splice->way[PF_DOWN].from;
+		busy = look(skb, &key, family, &server);
+	}
 	if (busy) {
-		*(volatile __u32 *)&splice->state = PF_SPLICE_HOLD;
+		*(volatile __u32 *)&splice->state = PF_SPLICE_ARMED;
 		return (int)busy;
 	}
-	up = server.write_seq - client.rcv_nxt;
-	down = client.write_seq - server.rcv_nxt;
+	/* What userspace will have written when it has read and written all that had come. */
+	up_tail = server.write_seq + splice->way[PF_UP].pending + client.unread;
+	down_tail = client.write_seq + splice->way[PF_DOWN].pending + server.unread;
+	up = up_tail - client.rcv_nxt;
+	down = down_tail - server.rcv_nxt;
 	/* One more than the clock's last reading: the socket may have spoken since. */
 	server_time = splice->server_clock + 1 - client.ts_recent;
 	client_time = splice->client_clock + 1 - server.ts_recent;
@@ -923,12 +1047,12 @@ int control(struct __sk_buff *skb)
 	splice->way[PF_UP].ack_delta = -down;
 	splice->way[PF_UP].tsval_delta = server_time;
 	splice->way[PF_UP].tsecr_delta = -client_time;
-	begin(&splice->way[PF_UP], &client);
+	begin(&splice->way[PF_UP], &client, down_tail);
 	splice->way[PF_DOWN].seq_delta = down;
 	splice->way[PF_DOWN].ack_delta = -up;
 	splice->way[PF_DOWN].tsval_delta = client_time;
 	splice->way[PF_DOWN].tsecr_delta = -server_time;
-	begin(&splice->way[PF_DOWN], &server);
+	begin(&splice->way[PF_DOWN], &server, up_tail);
 	__sync_fetch_and_add(&splice->tries, 1);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ACTIVE;
 	return 0;

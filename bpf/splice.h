@@ -6,23 +6,22 @@
  */
 #pragma once
 
-#define PF_SPLICE_VERSION 5
+#define PF_SPLICE_VERSION 6
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
-	PF_SPLICE_HOLD,	  /* bytes that come are dropped, and come again; our sockets talk */
-	PF_SPLICE_MUTE,	  /* our sockets do not either: for the moment of one look */
-	PF_SPLICE_ACTIVE, /* end to end */
-	PF_SPLICE_RESET,  /* our sockets may send their last word, a RST */
+	PF_SPLICE_ARMED,     /* the programs know of it, and do nothing */
+	PF_SPLICE_BEGINNING, /* our sockets acknowledge nothing new: for the run of `control` */
+	PF_SPLICE_ACTIVE,    /* end to end */
+	PF_SPLICE_RESET,     /* our sockets may send their last word, a RST */
 };
 
 #define PF_SPLICE_ODD 3
 
 /* Why `control` did not let a pair begin, as bits. */
 #define PF_BUSY_GONE	1
-#define PF_BUSY_UNREAD	2
-#define PF_BUSY_UNSENT	4
-#define PF_BUSY_FOREIGN 8 /* a peer is another forwarder's spliced socket on this host */
+#define PF_BUSY_UNREAD	2 /* something is missing in front of bytes that have come */
+#define PF_BUSY_FOREIGN 4 /* a peer is another forwarder's spliced socket on this host */
 
 /* What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it. */
 #define PF_SPLICE_PRIORITY 0x50465350
@@ -44,6 +43,12 @@ struct splice_flow {
 	__u32 direction;
 };
 
+/* How the connection began whose packets come from those addresses. */
+struct splice_handshake {
+	__u32 interface; /* by which its SYN came, or the SYN with which it was answered */
+	__u32 isn;	 /* and the number of that */
+};
+
 /* What is done to packets that come from one peer: PF_UP from the client, PF_DOWN from the server.
  */
 struct splice_direction {
@@ -58,14 +63,18 @@ struct splice_direction {
 	__u32 fin;	/* not 0: it has sent one */
 	__u32 fin_acked;
 	/*
-	 * What our socket had sent to this peer when the pair began, and was not yet acknowledged:
-	 * that is still between the two. In numbers of what this peer acknowledges.
+	 * What our socket still sends to this peer once the pair has begun: bytes that had come by
+	 * then. That is between the two. In numbers of what this peer acknowledges.
 	 */
-	__u32 tail;		      /* its end */
-	__u32 tail_open;	      /* not 0: this peer has not acknowledged it yet */
-	__u32 begin;		      /* of what is sent end to end, in this peer's own numbers */
-	__u32 ours;		      /* what our socket expects next of this peer, likewise */
-	__u8 shift_left, shift_right; /* of its windows */
+	__u32 tail;	 /* its end */
+	__u32 tail_open; /* not 0: this peer has not acknowledged it yet */
+	__u32 begin;	 /* of what is sent end to end, in this peer's own numbers */
+	__u32 ours;	 /* what our socket expects next of this peer, likewise */
+	__u32 edge;	 /* of this peer's window, in numbers of what it acknowledges */
+	__u32 unread;	 /* bytes in front of `begin` that userspace has still to read */
+	__u32 pending;	 /* and that it had read, but not written, when it asked */
+	__u32 answer;	 /* not 0: our socket may send an acknowledgement */
+	__u8 shift_left, shift_right; /* of its windows: the peer's scale, and the other socket's */
 	__u8 no_ecn;		      /* only one of the connections knows of congestion marks */
 	__u8 padding;
 	__u32 address_sum; /* what the new addresses add to a checksum */
@@ -84,6 +93,7 @@ struct splice {
 	__u32 family;			  /* 4 or 6 */
 	__u32 last_slot;		  /* before it had none, in the table that is pinned */
 	__u32 out[2]; /* interfaces by which our sockets reach the client and the server */
+	__u32 isn[2]; /* with which their peers have begun */
 };
 
 struct splice_event {
@@ -93,5 +103,5 @@ struct splice_event {
 };
 
 struct splice_look {
-	__u32 rcv_nxt, write_seq, snd_una, ts_recent, out;
+	__u32 rcv_nxt, unread, write_seq, snd_una, edge, ts_recent, out, isn;
 };

@@ -46,10 +46,9 @@ class PairReason(enum.IntEnum):
     NOT_ETHERNET = 18
     HANDSHAKE_UNSEEN = 19
     CHAINED = 20
-    NEVER_AT_REST = 21
-    SPLICE_OFF = 22
-    GOES_ON = 23
-    NO_KEEPER = 24
+    SPLICE_OFF = 21
+    GOES_ON = 22
+    NO_KEEPER = 23
 
     @property
     def text(self) -> str:
@@ -79,7 +78,6 @@ _REASON_TEXT: Final = {
     PairReason.NOT_ETHERNET: "not spliced: it goes by an interface that is not like Ethernet",
     PairReason.HANDSHAKE_UNSEEN: "not spliced: its handshake was not seen under these addresses",
     PairReason.CHAINED: "not spliced: its peer is, by another forwarder on this host",
-    PairReason.NEVER_AT_REST: "not spliced: its bytes never rested",
     PairReason.SPLICE_OFF: "not spliced: the listener says `splice: off`",
     PairReason.GOES_ON: "it was spliced before this daemon or worker started",
     PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
@@ -203,9 +201,6 @@ class PairHost(Protocol):
 
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Userspace has moved bytes of this flow (for counters and the handover's timing)."""
-
-    def try_again(self, pair: Pair) -> None:
-        """A datapath that could not take the pair just now may be able to: ask it again, soon."""
 
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """Let the socket's send queue hold so many more bytes, beyond the system's limit.

@@ -89,9 +89,6 @@ class Rig:
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Nothing depends on it here."""
 
-    def try_again(self, pair: Pair) -> None:
-        """`hand_over` does so all the time."""
-
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """At once, where we may."""
         with contextlib.suppress(PermissionError):

@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 # Of the records: the maps outlive the daemon, and the next one must know what is in them.
-VERSION: Final = 5
+VERSION: Final = 6
 # What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
 PRIORITY: Final = 0x50465350
 # `slot` of a pair that nobody shows just now.
@@ -21,8 +21,8 @@ class SpliceState(enum.IntEnum):
     """enum pf_splice_state."""
 
     FREE = 0
-    HOLD = 1
-    MUTE = 2
+    ARMED = 1
+    BEGINNING = 2
     ACTIVE = 3
     RESET = 4
 
@@ -32,8 +32,7 @@ class Busy(enum.IntFlag):
 
     GONE = 1
     UNREAD = 2
-    UNSENT = 4
-    FOREIGN = 8
+    FOREIGN = 4
 
 
 class SpliceKey(ctypes.Structure):
@@ -51,6 +50,12 @@ class SpliceFlow(ctypes.Structure):
     """struct splice_flow."""
 
     _fields_ = (("index", ctypes.c_uint32), ("direction", ctypes.c_uint32))
+
+
+class SpliceHandshake(ctypes.Structure):
+    """struct splice_handshake."""
+
+    _fields_ = (("interface", ctypes.c_uint32), ("isn", ctypes.c_uint32))
 
 
 class SpliceDirection(ctypes.Structure):
@@ -76,6 +81,10 @@ class SpliceDirection(ctypes.Structure):
         ("tail_open", ctypes.c_uint32),
         ("begin", ctypes.c_uint32),
         ("ours", ctypes.c_uint32),
+        ("edge", ctypes.c_uint32),
+        ("unread", ctypes.c_uint32),
+        ("pending", ctypes.c_uint32),
+        ("answer", ctypes.c_uint32),
         ("shift_left", ctypes.c_uint8),
         ("shift_right", ctypes.c_uint8),
         ("no_ecn", ctypes.c_uint8),
@@ -102,6 +111,7 @@ class Splice(ctypes.Structure):
         ("family", ctypes.c_uint32),
         ("last_slot", ctypes.c_uint32),
         ("out", ctypes.c_uint32 * 2),
+        ("isn", ctypes.c_uint32 * 2),
     )
 
 

@@ -43,6 +43,7 @@ from pyforwarder.datapath.splice_abi import (
     SPLICE_BYTES,
     Busy,
     Splice,
+    SpliceHandshake,
     SpliceState,
 )
 from pyforwarder.datapath.splice_maps import (
@@ -75,6 +76,7 @@ _MOST_MESSAGE_BYTES: Final = 8192
 _numbers: Final = itertools.count()  # of what this process has asked, whoever in it
 _PULSE: Final = struct.Struct("=I")
 _INDEX: Final = struct.Struct("=14xI46x")  # what the programs that are run read it from
+_HANDSHAKE_BYTES: Final = ctypes.sizeof(SpliceHandshake)
 _CLOCKS_AT: Final = Splice.client_clock.offset
 
 
@@ -174,7 +176,9 @@ class Keeper:
         self._pulse = pulse
         self._maps = maps
         self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
-        self._handshakes = bpf.Map(maps.handshakes_fd, key_bytes=KEY_BYTES, value_bytes=4)
+        self._handshakes = bpf.Map(
+            maps.handshakes_fd, key_bytes=KEY_BYTES, value_bytes=_HANDSHAKE_BYTES
+        )
         self._memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
         self._pairs = bpf.map_memory(
             maps.pairs_fd, maps.workers * maps.slots * PAIR_BYTES, write=False
@@ -276,7 +280,8 @@ class Keeper:
                 slot = int(request["slot"])
                 if slot // self._maps.slots != worker:
                     raise ValueError("not yours")
-                return self._join(worker, int(request["id"]), slot, *sockets, hold=request["hold"])
+                pending = [int(count) for count in request["pending"]]
+                return self._join(worker, int(request["id"]), slot, pending, *sockets)
         index = int(request["index"])
         if self._owner.get(index) != worker or index in self._orphans:
             raise ValueError("not yours")
@@ -287,9 +292,6 @@ class Keeper:
                     raise ValueError("not yours")
                 self._store(index, WORKER_AT, worker)
                 self._store(index, SLOT_AT, slot)
-            case "switch":
-                busy = self._switch(index, *sockets)
-                return {"busy": busy, "mute": not busy and self._mute(index, sockets)}
             case "mute":
                 return {"mute": self._mute(index, sockets)}
             case "abort":
@@ -320,10 +322,9 @@ class Keeper:
         worker: int,
         pair_id: int,
         slot: int,
+        pending: list[int],
         client: socket.socket,
         server: socket.socket,
-        *,
-        hold: bool,
     ) -> dict[str, object]:
         try:
             ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
@@ -348,7 +349,9 @@ class Keeper:
             # behind the other, at least one sees the other's mark.
             for sock in (client, server):
                 splice_sockets.mark(sock)
-            record.state = SpliceState.HOLD
+            for direction in Direction:
+                record.way[direction].pending = pending[direction]
+            record.state = SpliceState.ARMED
             self._write(index, record)
             self._owner[index] = worker
             for direction in Direction:
@@ -360,29 +363,35 @@ class Keeper:
             else:
                 self._free.append(index)
             raise
-        if busy and (not hold or busy & Busy.FOREIGN):
+        if busy:
             self._forget(index)
             for sock in (client, server):
                 splice_sockets.unmark(sock)
             if busy & Busy.FOREIGN:
                 return {"refused": int(PairReason.CHAINED)}
-        mute = not busy and self._mute(index, (client, server))
-        return {"busy": busy, "index": index, "mute": mute}
+            return {"busy": busy}
+        unread = [way.unread for way in self._record(index).way]
+        mute = self._mute(index, (client, server))
+        return {"busy": 0, "index": index, "unread": unread, "mute": mute}
 
     def _find_ways(self, index: int, record: Splice) -> PairReason | None:
         """Write by which interfaces the packets go; or why the programs would not see them."""
         self._write(index, record)  # FREE: for the probe alone
         bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
-        out = list(self._record(index).out)
+        seen = self._record(index)
+        out = list(seen.out)
         if not all(out):
             return PairReason.REFUSED_BY_KERNEL  # a route has just changed
         came_by = []
-        for way in record.way:
+        for direction in Direction:
             try:
-                (interface,) = struct.unpack("=I", self._handshakes.lookup(bytes(way.from_)))
+                known = self._handshakes.lookup(bytes(record.way[direction].from_))
             except FileNotFoundError:
-                interface = 0
-            came_by.append(interface)
+                known = bytes(_HANDSHAKE_BYTES)
+            handshake = SpliceHandshake.from_buffer_copy(known)
+            # The same addresses may have been those of another connection, before.
+            is_its_own = handshake.isn == seen.isn[direction]
+            came_by.append(handshake.interface if is_its_own else 0)
         for interface in out:
             if not self._maps.links.add(interface):
                 return PairReason.NOT_ETHERNET
@@ -397,7 +406,7 @@ class Keeper:
         return None
 
     def _switch(self, index: int, client: socket.socket, server: socket.socket) -> int:
-        """Let it begin if both sockets are ready for it; 0, or why not."""
+        """Let it begin; 0, or why not."""
         struct.pack_into(
             "=II",
             self._memory,
@@ -413,7 +422,9 @@ class Keeper:
         Until then closing them resets the pair: that is what must happen if we all die.
         """
         if any(way.tail_open for way in self._record(index).way):
-            return False
+            bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
+            if any(way.tail_open for way in self._record(index).way):
+                return False
         for sock in sockets:
             splice_sockets.mute(sock)
         return True

@@ -13,6 +13,7 @@ read, for what `show` said of those pairs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
@@ -35,6 +36,7 @@ from pyforwarder.datapath.splice_abi import (
     VERSION,
     Splice,
     SpliceFlow,
+    SpliceHandshake,
     SpliceKey,
     SpliceState,
 )
@@ -44,8 +46,9 @@ FIELDS: Final = {
     "tcp_sock": (
         "rcv_nxt",
         "copied_seq",
-        "snd_nxt",
         "snd_una",
+        "snd_wnd",
+        "bytes_received",
         "write_seq",
         "out_of_order_queue",
         "rx_opt",
@@ -517,7 +520,7 @@ def _make_handshakes() -> int:
     return bpf.create_map(
         bpf.MapType.LRU_HASH,
         key_bytes=KEY_BYTES,
-        value_bytes=4,
+        value_bytes=ctypes.sizeof(SpliceHandshake),
         entries=HANDSHAKES,
         name="pf_handshakes",
     )

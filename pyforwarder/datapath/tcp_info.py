@@ -18,7 +18,7 @@ TCP_CLOSE: Final = 7
 
 _INFO_BYTES: Final = 232
 _RECEIVED: Final = struct.Struct("=B127xQ")  # state, tcpi_bytes_received at 128
-_REST: Final = struct.Struct("=B23xI100xQ8xI")  # unacked at 24, received at 128, notsent at 144
+_REST: Final = struct.Struct("=B127xQ8xI")  # the same, and notsent at 144
 _QUEUED: Final = struct.Struct("=144xI52xQQ")  # notsent at 144, bytes_sent at 200, retrans at 208
 
 
@@ -30,16 +30,15 @@ class Received(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """Whether a socket has anything under way."""
+    """Whether a socket has anything in its hands."""
 
     state: int
-    unacked_packets: int
     bytes_received: int  # a FIN counts as one
     unsent_bytes: int
 
 
 def rest(sock: _socket.socket) -> Rest:
-    """What is still to be acknowledged, read or sent."""
+    """What is still to be read or sent."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
     return Rest._make(_REST.unpack_from(info))
 

@@ -29,6 +29,9 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
+# Who was not ready to be spliced is asked again so long afterwards, if not before.
+_AGAIN_S: Final = 0.05
+
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
 _FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
 
@@ -46,6 +49,7 @@ class Handover:
         self._server = server
         self._sockmap = sockmap
         self._splice = splice
+        self._again: set[Client] = set()  # who is asked again by the clock
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -65,7 +69,7 @@ class Handover:
 
     def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
         """Before the client can have read its answer: no moment is quieter."""
-        if self._splice is None or choice != "splice":
+        if self._splice is None or choice == "sockmap":
             return False
         self._attempt(client, only_splice=True)
         return not client.waits_for_handover
@@ -73,7 +77,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None and (self._splice is None or choice != "splice"):
+        if self._sockmap is None and (self._splice is None or choice == "sockmap"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         if client.client.family == _AF_UNIX or client.server.family == _AF_UNIX:
@@ -114,11 +118,6 @@ class Handover:
             return PairReason.NOT_ELIGIBLE
         return self._splice.join(client)
 
-    def try_again(self, client: Client) -> None:
-        """What stood in a datapath's way may be gone."""
-        if client.waits_for_handover and not client.handover_asked:
-            self._ask(client)
-
     def _ask(self, client: Client) -> None:
         # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
         client.handover_asked = True
@@ -134,10 +133,12 @@ class Handover:
         reason: PairReason | None = PairReason.NOT_AVAILABLE
         if client.not_spliced is not None:
             reason = because = client.not_spliced
-        elif choice == "splice":
+        elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
             reason = self._try_splice(client)
             if reason not in _FINAL:
                 client.not_spliced = because = reason
+            elif reason is PairReason.UNREAD_BYTES:
+                self._ask_again_soon(client)
         if reason not in _FINAL and self._sockmap is not None:
             if only_splice:
                 return  # the next turn of the loop asks the sockmap
@@ -159,3 +160,15 @@ class Handover:
             client.pair_reason = reason
         if client.slot >= 0:
             self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
+
+    def _ask_again_soon(self, client: Client) -> None:
+        """Nothing tells when TCP has sent the last byte, and then the pair may rest for hours."""
+        if not self._again:
+            self._server.loop.after(_AGAIN_S, self._ask_all_again)
+        self._again.add(client)
+
+    def _ask_all_again(self) -> None:
+        clients, self._again = self._again, set()
+        for client in clients:
+            if client.waits_for_handover and not client.handover_asked:
+                self._ask(client)

@@ -516,11 +516,6 @@ class Server:
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
 
-    def try_again(self, pair: Pair) -> None:
-        """A datapath may be able to take the pair now."""
-        assert isinstance(pair, Client)
-        self.handover.try_again(pair)
-
     def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
         """Ask the supervisor, who may."""
         self.ask_supervisor("enlarge", [sock.fileno()], by_bytes)

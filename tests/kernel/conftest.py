@@ -14,7 +14,9 @@ import pytest
 
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
+from tests.helpers.faults import Faults, faults
 from tests.helpers.netns import narrow_the_network, private_network
+from tests.helpers.topology import Topology, topology
 from tests.helpers.transfers import Transfers, compile_program
 from tests.helpers.waiting import wait_for
 
@@ -118,6 +120,23 @@ def start_shared_forwarder(network: None) -> Iterator[StartForwarder]:
     del network
     with temporary_place() as place, forwarders_at(place) as start:
         yield start
+
+
+@pytest.fixture(scope="module")
+def hosts(network: None) -> Iterator[Topology]:
+    """Three hosts in a row, for all tests of a module."""
+    del network
+    with topology() as made:
+        yield made
+        assert made.checksum_errors() == 0
+
+
+@pytest.fixture(scope="module")
+def bad_network(network: None) -> Iterator[Faults]:
+    """Loaded once; a test puts it where it wants it."""
+    del network
+    with faults() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

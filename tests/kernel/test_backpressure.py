@@ -70,7 +70,7 @@ def joined(forwarder: Daemon, datapath: str) -> Iterator[tuple[socket.socket, so
     """A pair that has carried 100,000 bytes each way, and is on that datapath now."""
     with pair_through(forwarder.address) as (client, server):
         warm_up(client, server)
-        wanted = "sockmap" if datapath == "auto" else datapath
+        wanted = "splice" if datapath == "auto" else datapath  # it is at rest: the best one
         forwarder.wait_for_pair(lambda row: row["datapath"] == wanted, f"a pair on {wanted}")
         yield client, server
 

@@ -55,7 +55,7 @@ def without(name: str) -> list[str]:
     return with_capabilities(capabilities() - {name})
 
 
-def config(*, port: int = 0, datapath: str = "auto") -> str:
+def config(*, port: int = 0) -> str:
     # Pairs of the kernel's datapath are handed over at once, so that no test waits for it.
     return f"""
 listeners:
@@ -63,7 +63,6 @@ listeners:
     bind: 127.0.0.1:{port}
     rules: [{{match: instruction, allow: [loopback]}}]
 handover: {{after_bytes: 0}}
-datapath: {datapath}
 timeouts: {{drain: 2s}}
 """
 
@@ -79,14 +78,9 @@ def carry_by(forwarder: Daemon, datapath: str) -> None:
         )
 
 
-@pytest.mark.parametrize(("datapath", "expected"), [("auto", "sockmap"), ("splice", "splice")])
-def test_the_capabilities_of_the_unit_are_enough(
-    start_forwarder: StartForwarder, datapath: str, expected: str
-) -> None:
-    forwarder = start_forwarder(
-        config(port=443, datapath=datapath), prefix=with_capabilities(capabilities())
-    )
-    carry_by(forwarder, expected)
+def test_the_capabilities_of_the_unit_are_enough(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder(config(port=443), prefix=with_capabilities(capabilities()))
+    carry_by(forwarder, "splice")
     pins = forwarder.place.bpffs / forwarder.instance
     assert (pins / "show").read_text().split()[:3] == ["ID", "STATE", "DATAPATH"]
     assert forwarder.command("reload").returncode == 0
@@ -105,7 +99,7 @@ def test_a_worker_that_does_not_answer_can_be_ended(start_forwarder: StartForwar
 
 @pytest.mark.parametrize("name", ["bpf", "perfmon", "net_admin"])
 def test_a_kernel_datapath_needs(name: str, start_forwarder: StartForwarder) -> None:
-    forwarder = start_forwarder(config(datapath="splice"), prefix=without(name))
+    forwarder = start_forwarder(config(), prefix=without(name))
     carry_by(forwarder, "copy")
     assert "no_sockmap" in forwarder.output()
     assert "no_splice" in forwarder.output()

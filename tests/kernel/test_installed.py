@@ -60,7 +60,7 @@ def test_an_installed_wheel_forwards_in_the_kernel(
     programs = install(wheel, tmp_path / "venv")
     forwarder = start_installed(start_forwarder, programs)
     assert program_file(forwarder) == programs / "python"
-    carry_by(forwarder, "sockmap")
+    carry_by(forwarder, "splice")
 
 
 def test_without_bcc_it_forwards_in_userspace(

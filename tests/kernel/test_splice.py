@@ -63,6 +63,7 @@ datapath: splice
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "splice_key": splice_abi.SpliceKey,
     "splice_flow": splice_abi.SpliceFlow,
+    "splice_handshake": splice_abi.SpliceHandshake,
     "splice_direction": splice_abi.SpliceDirection,
     "splice": splice_abi.Splice,
     "splice_event": splice_abi.SpliceEvent,

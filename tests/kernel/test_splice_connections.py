@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import psutil
 import pytest
 
-from tests.helpers.faults import FIN, Action, Faults, faults
+from tests.helpers.faults import FIN, Action, Faults
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import (
     Waiting,
@@ -43,25 +43,10 @@ VERSIONS: Final = (4, 6)
 
 
 @pytest.fixture(scope="module")
-def hosts(network: None) -> Iterator[Topology]:
-    del network
-    with topology() as hosts:
-        yield hosts
-        assert hosts.checksum_errors() == 0
-
-
-@pytest.fixture(scope="module")
 def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
     """One forwarder for all tests that leave it as it was."""
     with hosts.forwarder.entered():
         return Site(hosts, start_shared_forwarder(config()))
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    del network
-    with faults() as made:
-        yield made
 
 
 @contextlib.contextmanager

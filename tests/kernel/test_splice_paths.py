@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.helpers import transfers as judge
-from tests.helpers.faults import Faults, faults
-from tests.helpers.peers import pattern, read_exactly
+from tests.helpers.instruction import ACK, instruction
+from tests.helpers.peers import Waiting, address_text, pattern, read_exactly
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
 from tests.helpers.topology import topology
-from tests.helpers.waiting import DEADLINE_S
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.faults import Faults
     from tests.helpers.topology import Topology, Way
     from tests.helpers.transfers import Transfers
     from tests.kernel.conftest import StartForwarder
@@ -50,13 +52,6 @@ def hosts(network: None) -> Iterator[Topology]:
 def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
     with hosts.forwarder.entered():
         return Site(hosts, start_shared_forwarder(config()))
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    del network
-    with faults() as made:
-        yield made
 
 
 def play(
@@ -349,3 +344,41 @@ def test_nat_on_the_forwarder_s_host_breaks_no_connection(
     site.wait_for_no_pairs()
     # And nothing of it is left that a later one would stumble over.
     play(transfers, site, version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_handshake_of_the_same_addresses_is_another_s(site: Site, version: int) -> None:
+    """A port that has come without NAT comes again through it."""
+    way = site.topology.way()
+    with way.server.entered():
+        waiting = Waiting(way.destination[version])
+
+    def come(port: int, to: int) -> tuple[socket.socket, socket.socket]:
+        with way.client.entered():
+            client = socket.socket(waiting.listener.family)
+        client.settimeout(DEADLINE_S)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.bind(("", port))
+        client.connect((way.listener[version], to))
+        client.sendall(instruction(address_text(waiting.address)))
+        assert read_exactly(client, len(ACK)) == ACK
+        server = waiting.accept()
+        exchange(client, server)
+        return client, server
+
+    with waiting:
+        client, server = come(0, {4: 7004, 6: 7006}[version])
+        site.wait_until_spliced(client)
+        port = client.getsockname()[1]
+        client.close()
+        server.close()
+        site.wait_for_no_pairs()
+        with rules(site.topology, nat("redirect")):
+            client, server = come(port, {4: 9004, 6: 9006}[version])
+            row = wait_for(lambda: site.row(client), "it is shown")
+            assert row is not None
+            assert row["datapath"] != "splice"
+            exchange(client, server)
+            client.close()
+            server.close()
+        site.wait_for_no_pairs()

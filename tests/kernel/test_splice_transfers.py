@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.helpers import transfers as judge
-from tests.helpers.faults import FIN, Action, Faults, faults
+from tests.helpers.faults import FIN, Action, Faults
 from tests.helpers.spliced import DATAPATH, Site, config
-from tests.helpers.topology import topology
 
 if TYPE_CHECKING:
-    from tests.helpers.topology import Way
+    from tests.helpers.topology import Topology, Way
     from tests.helpers.transfers import Transfers
     from tests.kernel.conftest import StartForwarder
 
@@ -43,27 +42,17 @@ STARTS: Final[dict[str, dict[str, int]]] = {
     "mid": {"wait": 0},  # before: the client does not wait for it
 }
 # Of all pairs, how many must have been spliced for a test to prove anything: all that were at rest
-# before. Of short ones that were busy from the start any number may be over, or have a FIN, before
-# they can be; of long ones some must have been, see below.
-LEAST_SPLICED: Final = {"rest": 1.0, "eager": 0.0, "mid": 0.0}
+# before, and all that are long. Of short ones that were busy from the start many are over, or have
+# a FIN, before they can be.
+LEAST_SPLICED: Final = {"rest": 1.0, "eager": 0.4, "mid": 0.1}
 
 
 @pytest.fixture(scope="module")
-def site(start_shared_forwarder: StartForwarder) -> Iterator[Site]:
-    with topology() as hosts:
-        with hosts.forwarder.entered():
-            forwarder = start_shared_forwarder(config())
-        yield Site(hosts, forwarder)
-        assert forwarder.stop() == 0
-        assert hosts.checksum_errors() == 0
-
-
-@pytest.fixture(scope="module")
-def bad_network(network: None) -> Iterator[Faults]:
-    """Loaded once; a test puts it where it wants it."""
-    del network
-    with faults() as made:
-        yield made
+def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Iterator[Site]:
+    with hosts.forwarder.entered():
+        forwarder = start_shared_forwarder(config())
+    yield Site(hosts, forwarder)
+    assert forwarder.stop() == 0
 
 
 def play(
@@ -138,10 +127,6 @@ def test_long_transfers_are_whole(
     site: Site, transfers: Transfers, version: int, start: str
 ) -> None:
     """However busy both ends are when they are switched."""
-    play_long(transfers, site, version, start, least=0.03)
-
-
-def play_long(transfers: Transfers, site: Site, version: int, start: str, *, least: float) -> None:
     site.topology.wire("wide")
     play(
         transfers,
@@ -149,7 +134,7 @@ def play_long(transfers: Transfers, site: Site, version: int, start: str, *, lea
         site.topology.way(),
         version,
         29,
-        least=least,
+        least=0.9,
         seed=SEED,
         **STARTS[start],
         parallel=4,

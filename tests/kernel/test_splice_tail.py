@@ -1,0 +1,244 @@
+"""Pairs that begin in mid-stream: what had come to our sockets by then (the tail) is still ours.
+
+A reader that stops makes it long: megabytes wait in our sockets when the pair is switched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from pyforwarder.datapath import bpf
+from pyforwarder.datapath.splice_abi import SPLICE_BYTES, VERSION, Splice
+from pyforwarder.datapath.splice_maps import used_indexes
+from tests.helpers.instruction import ACK, instruction
+from tests.helpers.peers import (
+    Waiting,
+    address_text,
+    dial,
+    ends_with_reset,
+    pattern,
+    push_until_blocked,
+    read_exactly,
+    read_to_end,
+    reset,
+)
+from tests.helpers.spliced import DATAPATH, Site, config, exchange
+from tests.helpers.topology import topology
+from tests.helpers.waiting import stays, wait_for
+
+if TYPE_CHECKING:
+    from tests.helpers.faults import Faults
+    from tests.helpers.topology import Topology, Way
+    from tests.kernel.conftest import StartForwarder
+
+VERSIONS: Final = (4, 6)
+# (client is local, server is local)
+WAYS: Final = {"remote": (False, False), "client-local": (True, False), "local": (True, True)}
+PIECE: Final = 100_003
+# A handover that is earned while the buffers on the way are full, and by bytes alone.
+LATE: Final = """
+handover: {after_bytes: 4MiB, after_round_trips: 1000000, after: 1h}
+"""
+MOST: Final = 1 << 28
+
+
+@pytest.fixture(scope="module")
+def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
+    with hosts.forwarder.entered():
+        return Site(hosts, start_shared_forwarder(config(LATE, datapath="auto")))
+
+
+@dataclass(slots=True)
+class Stalled:
+    """A pair on the datapath, with bytes in our sockets; what each end has sent and received."""
+
+    client: socket.socket
+    server: socket.socket
+    id: int
+    up_sent: int
+    up_received: int
+    down_sent: int
+
+    def rest_of(self, end: socket.socket) -> bytes:
+        """What this end has still to get of what was sent before."""
+        if end is self.server:
+            return pattern(self.up_sent)[self.up_received :]
+        return pattern(self.down_sent)
+
+
+def open_tails(site: Site, pair_id: int) -> int:
+    """In how many directions our sockets have still to send, or to hear that it has come."""
+    daemon = site.forwarder
+    pinned = daemon.place.bpffs / daemon.instance / "splice" / f"splices_{VERSION}"
+    with contextlib.ExitStack() as stack:
+        fd = bpf.open_pin(pinned)
+        stack.callback(os.close, fd)
+        size = bpf.map_sizes(fd).entries * SPLICE_BYTES
+        memory = stack.enter_context(contextlib.closing(bpf.map_memory(fd, size, write=False)))
+        for index in used_indexes(memory):
+            record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)
+            if record.id == pair_id:
+                return sum(1 for way in record.way if way.tail_open)
+    return 0
+
+
+@contextlib.contextmanager
+def stalled(site: Site, way: Way, version: int) -> Iterator[Stalled]:
+    """Neither end reads, then the server does for a while, as the client goes on sending.
+
+    So the pair is switched in mid-stream; and then the ends stand still again.
+    """
+    with contextlib.ExitStack() as stack:
+        with way.server.entered():
+            waiting = stack.enter_context(Waiting(way.destination[version]))
+        waiting.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
+        with way.client.entered():
+            client = stack.enter_context(dial(site.via(way, version)))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
+        client.sendall(instruction(address_text(waiting.address)) + pattern(PIECE))
+        server = stack.enter_context(waiting.accept())
+        down_sent = push_until_blocked(server, most=MOST, quiet_s=0.4)
+        sent = PIECE + push_until_blocked(client, most=MOST, quiet_s=0.4, start=PIECE)
+        received = 0
+
+        def is_spliced() -> dict[str, Any] | None:
+            nonlocal received, sent
+            assert read_exactly(server, PIECE) == pattern(PIECE, start=received)
+            received += PIECE
+            sent += push_until_blocked(client, most=MOST, quiet_s=0.002, start=sent)
+            row = site.row(client)
+            return row if row and row["datapath"] == DATAPATH else None
+
+        row = wait_for(is_spliced, "switched while bytes move")
+        assert row is not None
+        assert read_exactly(client, len(ACK)) == ACK
+        yield Stalled(client, server, row["id"], sent, received, down_sent)
+
+
+def way_of(site: Site, name: str) -> Way:
+    client_local, server_local = WAYS[name]
+    return site.topology.way(client_local=client_local, server_local=server_local)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", WAYS)
+def test_what_waits_in_our_sockets_arrives(site: Site, name: str, version: int) -> None:
+    """First it, then what is said from end to end; and then they are one connection."""
+    with stalled(site, way_of(site, name), version) as pair:
+        assert open_tails(site, pair.id) == 2
+        # Nobody reads: nothing changes, and nobody gives up.
+        stays(lambda: site.row(pair.client) is not None, "the pair", for_s=1.0)
+        with ThreadPoolExecutor(4) as pool:
+            more = pattern(3_000_017)
+            sending = [pool.submit(end.sendall, more) for end in (pair.client, pair.server)]
+            reading = [
+                pool.submit(read_exactly, end, len(pair.rest_of(end)) + len(more))
+                for end in (pair.client, pair.server)
+            ]
+            for end, got in zip((pair.client, pair.server), reading, strict=True):
+                assert got.result() == pair.rest_of(end) + more
+            for done in sending:
+                done.result()
+        exchange(pair.client, pair.server)
+        assert open_tails(site, pair.id) == 0
+        pair.client.shutdown(socket.SHUT_WR)
+        assert pair.server.recv(1) == b""
+        pair.server.shutdown(socket.SHUT_WR)
+        assert pair.client.recv(1) == b""
+        site.wait_until_gone(pair.id)
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_one_end_may_never_read(site: Site, first: str) -> None:
+    """What the other reads does not wait for it."""
+    with stalled(site, site.topology.way(), 4) as pair:
+        reader, sender = pair.client, pair.server
+        if first == "server":
+            reader, sender = sender, reader
+        with ThreadPoolExecutor(1) as pool:
+            more = pattern(3_000_017)
+            sending = pool.submit(sender.sendall, more)
+            rest = pair.rest_of(reader)
+            assert read_exactly(reader, len(rest) + len(more)) == rest + more
+            sending.result()
+        # And now that one.
+        assert read_exactly(sender, len(pair.rest_of(sender))) == pair.rest_of(sender)
+        exchange(pair.client, pair.server)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_on_a_bad_network(site: Site, bad_network: Faults, name: str) -> None:
+    """Five of a hundred packets are lost, one comes twice, some come late."""
+    way = way_of(site, name)
+    with stalled(site, way, 4) as pair:
+        bad_network.set(seed=1, lose=0.05, duplicate=0.01, delay=0.03)
+        with bad_network.put_on(*way.doors), ThreadPoolExecutor(4) as pool:
+            more = pattern(500_017)
+            reading = [
+                pool.submit(read_exactly, end, len(pair.rest_of(end)) + len(more))
+                for end in (pair.client, pair.server)
+            ]
+            sending = [pool.submit(end.sendall, more) for end in (pair.client, pair.server)]
+            for end, got in zip((pair.client, pair.server), reading, strict=True):
+                assert got.result() == pair.rest_of(end) + more
+            for done in sending:
+                done.result()
+            assert bad_network.counts()["lost"] > 10
+
+
+def test_the_ends_may_close_while_it_waits(site: Site) -> None:
+    with stalled(site, site.topology.way(), 4) as pair:
+        for end in (pair.client, pair.server):
+            end.shutdown(socket.SHUT_WR)
+        for end in (pair.server, pair.client):
+            assert read_to_end(end) == pair.rest_of(end)
+        site.wait_until_gone(pair.id)
+
+
+def check_cut_short(pair: Stalled, *ends: socket.socket) -> None:
+    """They get some of what was sent, in order, and then a reset: never a clean end."""
+    for end in ends:
+        got = ends_with_reset(end)
+        assert got == pair.rest_of(end)[: len(got)]
+
+
+@pytest.mark.parametrize("by", ["client", "server"])
+def test_a_reset_by_one_end_reaches_the_other(site: Site, by: str) -> None:
+    with stalled(site, site.topology.way(), 4) as pair:
+        one, other = (pair.client, pair.server) if by == "client" else (pair.server, pair.client)
+        reset(one)
+        site.wait_until_gone(pair.id)
+        check_cut_short(pair, other)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_flush_resets_both_ends(site: Site, version: int) -> None:
+    with stalled(site, site.topology.way(), version) as pair:
+        assert site.forwarder.control().flush([pair.id]) == {"flushed": [pair.id], "unknown": []}
+        check_cut_short(pair, pair.client, pair.server)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_worker_that_dies_takes_the_pair_with_it(
+    start_forwarder: StartForwarder, name: str
+) -> None:
+    """Nobody else could send what waits."""
+    with topology() as hosts:
+        with hosts.forwarder.entered():
+            own = Site(hosts, start_forwarder(config("workers: 1" + LATE, datapath="auto")))
+        with stalled(own, way_of(own, name), 4) as pair:
+            (worker,) = own.forwarder.workers()
+            os.kill(worker.pid, signal.SIGKILL)
+            check_cut_short(pair, pair.client, pair.server)
+            own.forwarder.wait_for_line("worker_died")
+        with own.pair(own.topology.way(), 4) as (client, server):
+            exchange(client, server)
