@@ -48,6 +48,7 @@ class PairReason(enum.IntEnum):
     CHAINED = 20
     SPLICE_OFF = 21
     GOES_ON = 22
+    NO_KEEPER = 23
 
     @property
     def text(self) -> str:
@@ -79,6 +80,7 @@ _REASON_TEXT: Final = {
     PairReason.CHAINED: "not spliced: its peer is, by another forwarder on this host",
     PairReason.SPLICE_OFF: "not spliced: the listener says `splice: off`",
     PairReason.GOES_ON: "it was spliced before this daemon or worker started",
+    PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
 }
 
 

@@ -7,12 +7,20 @@ that it hands over, never from its words, and it reaches only splices it began.
 
 All the keeper knows stands in the records, too. So one that died is replaced by one that reads
 them, and pairs whose worker or whole daemon died go on, and are given to whoever comes next.
+
+Nobody waits long for a keeper that hangs: a request says until when it must have been read, and is
+not obeyed any more later on. So whoever waited knows that nothing was begun, and goes on without.
+The supervisor replaces such a keeper.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
+import errno
+import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -20,6 +28,7 @@ import select
 import signal
 import socket
 import struct
+import termios
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -54,12 +63,18 @@ from pyforwarder.datapath.splice_maps import (
 from pyforwarder.errors import DatapathError
 
 _PR_SET_PDEATHSIG: Final = 1
-_ASK_TIMEOUT_S: Final = 2.0
+# Within that a request must have been read; whatever was read in time is done soon.
+_READ_TIMEOUT_S: Final = 0.25
+_ANSWER_TIMEOUT_S: Final = 2.0
+# It shows at least so often that it lives.
+_PULSE_S: Final = 1.0
 # TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
 _LINGER_S: Final = 60.0
 _RESET_LINGER_S: Final = 2.0
 _MOST_MESSAGE_BYTES: Final = 8192
 
+_numbers: Final = itertools.count()  # of what this process has asked, whoever in it
+_PULSE: Final = struct.Struct("=I")
 _INDEX: Final = struct.Struct("=14xI46x")  # what the programs that are run read it from
 _HANDSHAKE_BYTES: Final = ctypes.sizeof(SpliceHandshake)
 _CLOCKS_AT: Final = Splice.client_clock.offset
@@ -70,14 +85,18 @@ class KeeperError(DatapathError):
 
 
 class KeeperClient:
-    """A worker's end: asks, and waits for the answer."""
+    """A worker's end: asks, and waits for the answer.
+
+    While the keeper has not even read what it was asked last, it is not asked again, and nobody
+    waits.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._number = 0
+        self._is_silent = False
 
     def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> dict[str, Any]:
-        """The keeper's answer.
+        """The keeper's answer; a `join` that it has not read in time is refused.
 
         Raises:
             KeeperError: there was none.
@@ -91,37 +110,70 @@ class KeeperClient:
         self, do: str, fds: Sequence[int] = (), **fields: object
     ) -> tuple[dict[str, Any], list[int]]:
         """The same, and the descriptors that came with it, which are the caller's."""
-        self._number += 1
-        # What another worker, dead by now, asked over this socket may still be answered.
-        number = os.getpid() << 32 | self._number
         try:
-            self._sock.settimeout(_ASK_TIMEOUT_S)
-            socket.send_fds(
-                self._sock, [json.dumps({"do": do, "n": number, **fields}).encode()], list(fds)
-            )
-            while True:
-                data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
-                for fd in given:
-                    os.set_inheritable(fd, False)
-                if not data:
-                    raise KeeperError("ask the splice keeper", 32)
-                answer: dict[str, Any] = json.loads(data)
-                if answer["n"] == number:
+            if not (self._is_silent and self._is_unread()):
+                answer, given = self._ask(do, fds, fields)
+                self._is_silent = "late" in answer
+                if not self._is_silent:
                     return answer, given
-                for fd in given:
-                    os.close(fd)
         except OSError as error:
-            raise KeeperError("ask the splice keeper", error.errno or 0) from error
+            raise KeeperError("ask the splice keeper", error.errno or errno.ETIMEDOUT) from error
+        if do == "join":  # nothing was begun
+            return {"refused": int(PairReason.NO_KEEPER)}, []
+        raise KeeperError("ask the splice keeper", errno.ETIMEDOUT)
+
+    def _ask(
+        self, do: str, fds: Sequence[int], fields: dict[str, object]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The answer; {"late": ...} if the request has not been and will not be obeyed."""
+        # What was given up, or asked by another worker, dead by now, may still be answered.
+        number = os.getpid() << 32 | next(_numbers)
+        request = {"do": do, "n": number, "until": time.monotonic() + _READ_TIMEOUT_S, **fields}
+        self._sock.settimeout(_READ_TIMEOUT_S)
+        try:
+            socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
+            return self._answer(number)
+        except TimeoutError:
+            if self._is_unread():
+                return {"late": True}, []
+        self._sock.settimeout(_ANSWER_TIMEOUT_S)
+        return self._answer(number)
+
+    def _answer(self, number: int) -> tuple[dict[str, Any], list[int]]:
+        while True:
+            data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
+            for fd in given:
+                os.set_inheritable(fd, False)
+            if not data:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+            answer: dict[str, Any] = json.loads(data)
+            if answer["n"] == number:
+                return answer, given
+            for fd in given:
+                os.close(fd)
+
+    def _is_unread(self) -> bool:
+        """Whether anything that was asked is still in the keeper's queue."""
+        left = fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return any(left)
 
 
 class Keeper:
     """The keeper's process: serves until all clients are gone or it is killed."""
 
     def __init__(
-        self, maps: SpliceMaps, socks: Sequence[socket.socket], found: Sequence[Found] = ()
+        self,
+        maps: SpliceMaps,
+        socks: Sequence[socket.socket],
+        found: Sequence[Found],
+        pulse: mmap.mmap,
     ) -> None:
-        """`socks[n]` is where worker n asks; `found` is what goes on from an earlier daemon."""
+        """`socks[n]` is where worker n asks; `found` is what goes on from an earlier daemon.
+
+        `pulse` is a number that grows as long as this works.
+        """
         self._socks = list(socks)
+        self._pulse = pulse
         self._maps = maps
         self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
         self._handshakes = bpf.Map(
@@ -161,34 +213,13 @@ class Keeper:
             poll.register(sock, select.POLLIN)
             workers[sock.fileno()] = worker
         while workers:
-            for fd, _ in poll.poll(1000):
+            for fd, _ in poll.poll(_PULSE_S * 1000):
                 if not self._answer(workers[fd]):
                     poll.unregister(fd)
                     del workers[fd]
             self._forget_due()
-
-    def refuse_what_waits(self) -> None:
-        """Answer what another keeper was asked and did not come to: it is too late for that."""
-        for sock in self._socks:
-            sock.setblocking(False)  # recv_fds() does not pass its flags on (Python 3.11)
-            while True:
-                try:
-                    data, fds, _, _ = socket.recv_fds(sock, _MOST_MESSAGE_BYTES, 4)
-                except OSError:
-                    break
-                for fd in fds:
-                    os.close(fd)
-                if not data:
-                    break
-                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    request = json.loads(data)
-                    answer = {"n": request["n"]}
-                    if request["do"] == "join":  # nobody has read it, so nothing was begun
-                        answer["refused"] = int(PairReason.NOT_AVAILABLE)
-                    else:
-                        answer["error"] = "asked another keeper"
-                    sock.send(json.dumps(answer).encode())
-            sock.setblocking(True)
+            (number,) = _PULSE.unpack_from(self._pulse)
+            _PULSE.pack_into(self._pulse, 0, number + 1)
 
     def _answer(self, worker: int) -> bool:
         """Serve one request; False once the worker's end is gone for good."""
@@ -206,10 +237,17 @@ class Keeper:
             answer: dict[str, object] = {"n": request["n"]}
             try:
                 sockets.extend(socket.socket(fileno=os.dup(fd)) for fd in fds)
-                answer.update(self._obey(worker, request, sockets, given))
+                # Asked now, as it was read before: whoever finds it unread then may give it up.
+                if time.monotonic() > request["until"]:
+                    answer["late"] = True
+                else:
+                    answer.update(self._obey(worker, request, sockets, given))
             except (OSError, ValueError, TypeError, KeyError) as error:
                 answer["error"] = repr(error)
-            socket.send_fds(sock, [json.dumps(answer).encode()], [s.fileno() for s in given])
+            rights = array.array("i", [one.fileno() for one in given])
+            said = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if given else []
+            # A worker that reads no answers must not keep the others waiting.
+            sock.sendmsg([json.dumps(answer).encode()], said, socket.MSG_DONTWAIT)
         except (OSError, ValueError, TypeError, KeyError):
             pass  # no sense, or nobody is there any more
         finally:
@@ -358,6 +396,8 @@ class Keeper:
             if not self._maps.links.add(interface):
                 return PairReason.NOT_ETHERNET
         if not all(came_by):
+            for interface in out:
+                self._maps.links.put_back(interface)
             return PairReason.HANDSHAKE_UNSEEN
         for direction in Direction:
             stays = came_by[direction] == LOOPBACK and out[1 - direction] == LOOPBACK
@@ -467,10 +507,13 @@ class KeeperProcess:
         self.clients = [ours for ours, _ in pairs]
         # Kept for the keeper that comes after one that died.
         self._ends = [theirs for _, theirs in pairs]
+        self._pulse = mmap.mmap(-1, _PULSE.size)
+        self._last_pulse = -1
+        self._still = 0  # looks at it that found it as it was before
         self.pid = 0
         self._start(maps.found)
 
-    def _start(self, found: Sequence[Found], *, again: bool = False) -> None:
+    def _start(self, found: Sequence[Found]) -> None:
         self.pid = os.fork()
         if self.pid != 0:
             return
@@ -487,17 +530,15 @@ class KeeperProcess:
             for fd in (null, 0, 1):
                 os.dup2(null, fd)
             self._close_in_child()
-            keeper = Keeper(self._maps, self._ends, found)
-            if again:
-                keeper.refuse_what_waits()
-            keeper.serve()
+            Keeper(self._maps, self._ends, found, self._pulse).serve()
             code = 0
         finally:
             os._exit(code)
 
     def restart(self) -> None:
         """Put another in the place of one that died; it knows what that one knew."""
-        self._start((), again=True)
+        self._still = 0
+        self._start(())
 
     def has_died(self) -> bool:
         """Whether it has ended by itself since the last call; reaps it."""
@@ -508,6 +549,22 @@ class KeeperProcess:
             self.pid = 0
         return bool(pid)
 
+    def hangs(self) -> bool:
+        """Whether it has done nothing since the last call but one.
+
+        One such look is not enough: the whole daemon may have been stopped, and the first to go on
+        is the one who looks. Call it more seldom than every `_PULSE_S`.
+        """
+        (pulse,) = _PULSE.unpack_from(self._pulse)
+        self._still = self._still + 1 if self.pid and pulse == self._last_pulse else 0
+        self._last_pulse = pulse
+        return self._still >= 2
+
+    def kill(self) -> None:
+        """End one that hangs; `has_died` tells of it."""
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
     def keep_only(self, worker: int) -> None:
         """In a worker: close the ends of all others."""
         for other, sock in enumerate(self.clients):
@@ -515,6 +572,7 @@ class KeeperProcess:
                 sock.close()
         for sock in self._ends:
             sock.close()
+        self._pulse.close()
 
     def close(self) -> None:
         """End it."""

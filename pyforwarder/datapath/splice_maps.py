@@ -120,8 +120,26 @@ class Links:
                     self._pin(side, interface)
         return True
 
+    def put_back(self, interface: int) -> None:
+        """The same where an interface went and another has its number: no program is there.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        for side in _SIDES:
+            try:
+                bpf.update_link(self.fds[side, interface], self._program(side))
+            except KeyError:
+                pass
+            except OSError:
+                os.close(self.fds.pop((side, interface)))
+        self.add(interface)
+
+    def _program(self, side: str) -> int:
+        return self.ingress_fd if side == "in" else self.egress_fd
+
     def _link(self, side: str, interface: int) -> int:
-        program = self.ingress_fd if side == "in" else self.egress_fd
+        program = self._program(side)
         if self.directory is not None:
             link = -1
             try:
@@ -190,6 +208,7 @@ class SpliceMaps:
     slots: int  # pairs per worker
     workers: int
     found: tuple[Found, ...]  # what an earlier daemon has left running
+    has_replaced: bool = False  # pins that were of no use
 
     @classmethod
     def load(
@@ -204,6 +223,7 @@ class SpliceMaps:
             LoadError: this host cannot; the message says why and what would help.
         """
         defines = btf.defines(btf.field_offsets(FIELDS))
+        had_pins = pins is not None and bool(_pins_in(pins))
         with _what_is_left(pins) as left, contextlib.ExitStack() as opened:
 
             def keep(fd: int) -> int:
@@ -258,6 +278,7 @@ class SpliceMaps:
             slots,
             workers,
             found,
+            has_replaced=had_pins and left is None,
         )
 
     def pin(self) -> None:
@@ -276,8 +297,8 @@ class SpliceMaps:
                 (directory / name).unlink(missing_ok=True)
                 bpf.pin(fd, directory / name)
             wanted = {*_MAPS, *self.links.pin()}
-            for path in directory.iterdir():
-                if path.name not in wanted and _OURS.fullmatch(path.name):
+            for path in _pins_in(directory):
+                if path.name not in wanted:
                     path.unlink()  # of an interface that is gone
         except OSError as error:
             raise LoadError(f"pin splice in {directory}: {error.strerror}") from error
@@ -310,10 +331,16 @@ def unpin(directory: Path) -> None:
     A pair that was still spliced gets the kernel's RST for its next packet.
     """
     with contextlib.suppress(OSError):
-        for path in directory.iterdir():
-            if _OURS.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        for path in _pins_in(directory):
+            path.unlink(missing_ok=True)
         directory.rmdir()
+
+
+def _pins_in(directory: Path) -> list[Path]:
+    """Ours, of whatever version."""
+    if not directory.is_dir():
+        return []
+    return [path for path in directory.iterdir() if _OURS.fullmatch(path.name)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +414,7 @@ def _open_left(pins: Path) -> _Left | None:
         sizes = bpf.map_sizes(splices)
         is_ours = sizes.value_bytes == SPLICE_BYTES
         is_ours = is_ours and bpf.map_sizes(pairs).value_bytes == PAIR_BYTES
+        is_ours = is_ours and bpf.map_sizes(flows)[:2] == (KEY_BYTES, FLOW.size)
         matches = [_LINK.fullmatch(path.name) for path in pins.iterdir()]
     except OSError:
         is_ours = False

@@ -63,6 +63,10 @@ if TYPE_CHECKING:
 # A worker that dies again this soon after its start is replaced only after a pause.
 _SOON_S: Final = 1.0
 _PAUSE_S: Final = 1.0
+_LOOK_AT_KEEPER_S: Final = 2.0
+# How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
+# all the same: a keeper that hangs is replaced sooner.
+_BURIALS: Final = 15
 # How long workers have to reset and close what is left, once they are told to stop.
 _STOP_S: Final = 5.0
 # SIGIO: somebody wants to open a file of the pseudo-/proc.
@@ -124,6 +128,7 @@ class Daemon:
                 self._pin_splice()
                 self._open_view()
                 self._announce()
+                self._look_at_keeper()
                 if on_ready is not None:
                     on_ready()
                 self._serve()
@@ -302,6 +307,8 @@ class Daemon:
             raise self._no_arrays or LoadError("no BPF maps")
         pairs_fd = self._arrays.pairs_fd
         maps = SpliceMaps.load(workers=self._count, slots=self._slots, pairs_fd=pairs_fd, pins=pins)
+        if maps.has_replaced:
+            self._log.write("warning", "splice_pins_replaced", directory=pins)
         splicing = Splicing(
             maps,
             workers=self._count,
@@ -607,6 +614,13 @@ class Daemon:
         if not self._ending and self._splicing is not None:
             self._splicing.keeper.restart()
 
+    def _look_at_keeper(self) -> None:
+        if self._splicing is not None:
+            if self._splicing.keeper.hangs():
+                self._log.write("error", "splice_keeper_hangs", pid=self._splicing.keeper.pid)
+                self._splicing.keeper.kill()
+            self._loop.after(_LOOK_AT_KEEPER_S, self._look_at_keeper)
+
     def _restart_metrics(self) -> None:
         if not self._ending:
             self._metrics.start()
@@ -650,19 +664,17 @@ class Daemon:
                 continue
             self._loop.forget(worker.channel.fileno())
             worker.close()
-            self._bury(index)
-            if self._ending:
-                continue
-            self._log.write("error", "worker_died", pid=worker.pid, exit_code=worker.exit_code)
-            if time.monotonic() - worker.started_s < _SOON_S:
-                self._loop.after(_PAUSE_S, lambda index=index: self._replace(index))  # type: ignore[misc]
-            else:
-                self._replace(index)
+            if not self._ending:
+                self._log.write("error", "worker_died", pid=worker.pid, exit_code=worker.exit_code)
+            self._bury(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
         if self._ending and all(worker.exit_code is not None for worker in self._workers):
             self._loop.stop()
 
-    def _bury(self, index: int) -> None:
-        """A worker is gone, and with it its sockets: clean up what it had in shared places."""
+    def _bury(self, index: int, *, is_soon: bool = False, tries: int = _BURIALS) -> None:
+        """A worker is gone, and with it its sockets: clean up what it had in shared places.
+
+        Then put another in its place, a while later if this one lived too short.
+        """
         self._counters.forget_gauges(index, self._directory)
         if self._splicing is not None:
             # What it had spliced goes on: first, while the table says what that is.
@@ -670,10 +682,18 @@ class Daemon:
                 self._splicing.bury(index)
             except KeeperError as error:
                 self._log.write("error", "splice_keeper", error=str(error))
+                if not self._ending and tries > 1:
+                    # Its successor would not get them: the next keeper knows of them, soon.
+                    self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
+                    return
         window = self._table.windows[index]
         window[:] = bytes(len(window))
         if self._maps is not None:
             self._maps.forget_worker(index, self._slots)
+        if is_soon:
+            self._loop.after(_PAUSE_S, lambda: self._replace(index))
+        else:
+            self._replace(index)
 
     def _replace(self, index: int) -> None:
         if self._ending:

@@ -113,17 +113,17 @@ def topology(
             # come after it: their first timeout would be three of these, with any datapath.
             host.set(ipv4__tcp_no_metrics_save=1)
         forwarder.set(ipv4__ip_forward=int(direct), ipv6__conf__all__forwarding=int(direct))
-        _wire(client, "c0", forwarder, "f0", mtu=client_mtu, net=1)
+        lay_wire(client, "c0", forwarder, "f0", mtu=client_mtu, net=1)
         _route_by(client, "c0", net=1)
         if not router:
-            _wire(server, "s0", forwarder, "f1", mtu=server_mtu, net=2)
+            lay_wire(server, "s0", forwarder, "f1", mtu=server_mtu, net=2)
             _route_by(server, "s0", net=2)
             yield Topology(client, forwarder, server, None)
             return
         between = hosts[3]
         between.set(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
-        _wire(between, "r0", forwarder, "f1", mtu=server_mtu, net=2)
-        _wire(server, "s0", between, "r1", mtu=server_mtu, net=3)
+        lay_wire(between, "r0", forwarder, "f1", mtu=server_mtu, net=2)
+        lay_wire(server, "s0", between, "r1", mtu=server_mtu, net=3)
         _route_by(server, "s0", net=3)
         between.ip("route add default via 10.2.0.1 dev r0", "route add ::/0 via fd02::1 dev r0")
         forwarder.ip(
@@ -139,7 +139,7 @@ def _route_by(host: Network, interface: str, *, net: int) -> None:
     )
 
 
-def _wire(far: Network, far_name: str, near: Network, name: str, *, mtu: int, net: int) -> None:
+def lay_wire(far: Network, far_name: str, near: Network, name: str, *, mtu: int, net: int) -> None:
     """A pair of veths; the near end gets .1, the far end .2, of that net."""
     near.ip(f"link add {name} mtu {mtu} type veth peer name {far_name} mtu {mtu} netns {far.path}")
     for network, interface, number in ((near, name, 1), (far, far_name, 2)):

@@ -106,8 +106,8 @@ def stalled(site: Site, way: Way, version: int) -> Iterator[Stalled]:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)
         client.sendall(instruction(address_text(waiting.address)) + pattern(PIECE))
         server = stack.enter_context(waiting.accept())
-        down_sent = push_until_blocked(server, most=MOST, quiet_s=0.4)
-        sent = PIECE + push_until_blocked(client, most=MOST, quiet_s=0.4, start=PIECE)
+        down_sent = push_until_blocked(server, most=MOST, quiet_s=0.2)
+        sent = PIECE + push_until_blocked(client, most=MOST, quiet_s=0.2, start=PIECE)
         received = 0
 
         def is_spliced() -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def test_what_waits_in_our_sockets_arrives(site: Site, name: str, version: int) 
     with stalled(site, way_of(site, name), version) as pair:
         assert open_tails(site, pair.id) == 2
         # Nobody reads: nothing changes, and nobody gives up.
-        stays(lambda: site.row(pair.client) is not None, "the pair", for_s=1.0)
+        stays(lambda: site.row(pair.client) is not None, "the pair", for_s=0.5)
         with ThreadPoolExecutor(4) as pool:
             more = pattern(3_000_017)
             sending = [pool.submit(end.sendall, more) for end in (pair.client, pair.server)]

@@ -1,0 +1,144 @@
+"""A worker's side of its talk with the splice keeper, which the test plays itself."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import pytest
+
+from pyforwarder.datapath import splice_keeper
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.splice_keeper import KeeperClient, KeeperError
+
+REFUSED: Final = {"refused": int(PairReason.NO_KEEPER)}
+# Soon enough for a test; what the client itself takes is far from it.
+READ_S: Final = 0.5
+ANSWER_S: Final = 1.0
+# Of a call that must not wait at all; another that does takes `READ_S` at least.
+AT_ONCE_S: Final = READ_S / 2
+
+
+@pytest.fixture(autouse=True)
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splice_keeper, "_READ_TIMEOUT_S", READ_S)
+    monkeypatch.setattr(splice_keeper, "_ANSWER_TIMEOUT_S", ANSWER_S)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[KeeperClient, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(15)
+    with ours, theirs:
+        yield KeeperClient(ours), theirs
+
+
+def answering(
+    sock: socket.socket, make: Callable[[dict[str, Any]], dict[str, Any]]
+) -> threading.Thread:
+    """Answer the next request with what `make` says of it."""
+
+    def serve() -> None:
+        request = json.loads(sock.recv(8192))
+        sock.send(json.dumps({"n": request["n"], **make(request)}).encode())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+def took_s(call: Callable[[], object]) -> float:
+    began_s = time.monotonic()
+    call()
+    return time.monotonic() - began_s
+
+
+def test_a_join_that_nobody_reads_is_refused_and_then_nobody_waits(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    assert took_s(lambda: client.ask("join")) >= READ_S
+    assert min(took_s(lambda: client.ask("join")) for _ in range(3)) < AT_ONCE_S
+    assert client.ask("join") == REFUSED
+    with pytest.raises(KeeperError):
+        client.ask("leave")
+    keeper.recv(8192)  # the first; there is no other
+    keeper.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        keeper.recv(8192)
+
+
+def test_asks_again_once_the_old_request_was_read(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    assert client.ask("join") == REFUSED
+    old = json.loads(keeper.recv(8192))
+    # An answer to it comes too late for whoever asked, and is nobody else's.
+    keeper.send(json.dumps({"n": old["n"], "late": True}).encode())
+    thread = answering(keeper, lambda _: {"index": 7})
+    assert client.ask("join")["index"] == 7
+    thread.join()
+
+
+def test_what_was_read_too_late_is_refused(ends: tuple[KeeperClient, socket.socket]) -> None:
+    client, keeper = ends
+    thread = answering(keeper, lambda _: {"late": True})
+    assert client.ask("join") == REFUSED
+    thread.join()
+    thread = answering(keeper, lambda _: {"late": True})
+    with pytest.raises(KeeperError):
+        client.ask("leave")
+    thread.join()
+
+
+def test_what_was_read_in_time_is_waited_for(ends: tuple[KeeperClient, socket.socket]) -> None:
+    client, keeper = ends
+
+    def slow(request: dict[str, Any]) -> dict[str, int]:
+        # Until the client has looked whether it was read, and waits on.
+        time.sleep(max(request["until"] - time.monotonic(), 0) + ANSWER_S / 4)
+        return {"index": 7}
+
+    thread = answering(keeper, slow)
+    assert client.ask("join")["index"] == 7
+    thread.join()
+
+
+def test_what_was_read_and_never_answered_is_an_error(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    """It may have been begun."""
+    client, keeper = ends
+    thread = threading.Thread(target=keeper.recv, args=(8192,))
+    thread.start()
+    with pytest.raises(KeeperError):
+        client.ask("join")
+    thread.join()
+
+
+def test_a_keeper_that_is_gone_for_good_is_an_error(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    keeper.close()
+    with pytest.raises(KeeperError):
+        client.ask("join")
+
+
+def test_two_clients_of_a_process_do_not_take_each_other_s_answers(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    """The supervisor makes one for every dead worker that it buries."""
+    first, keeper = ends
+    with pytest.raises(KeeperError):
+        first.ask("bury")
+    old = json.loads(keeper.recv(8192))
+    keeper.send(json.dumps({"n": old["n"], "late": True}).encode())
+    thread = answering(keeper, lambda _: {})
+    assert "late" not in KeeperClient(first._sock).ask("bury")
+    thread.join()
