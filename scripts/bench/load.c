@@ -40,7 +40,7 @@
 #define NS_PER_S	  1000000000ULL
 #define NS_PER_MS	  1000000ULL
 #define HEADER_BYTES	  16	       /* what a client sends first, and the server echoes */
-#define MESSAGE_BYTES	  64	       /* request and answer of the connection modes */
+#define MESSAGE_BYTES	  64	       /* a request of the connection modes */
 #define CHUNK_BYTES	  (128 * 1024) /* one send or recv of a bulk stream */
 #define PACE_CHUNK_BYTES  (64 * 1024)  /* one burst of a paced stream */
 #define DELAY_CHUNK_BYTES (16 * 1024)  /* what gets one time stamp in mode `delay` */
@@ -56,7 +56,7 @@ struct options {
 	uint16_t to_port, server_port;
 	double seconds, warm_up_s, calibrate_s, quiet_s;
 	double bytes_per_s, connections_per_s; /* 0: as fast as it goes */
-	uint64_t cap_bytes;
+	uint64_t cap_bytes, answer_bytes;      /* answer_bytes: to one request of mode connect */
 	int pairs, trips, client_cpu, server_cpu;
 	bool down; /* bytes flow from server to client */
 	bool server_closes, instruction;
@@ -78,6 +78,7 @@ static struct options opt = {
 	.calibrate_s = 0.5,
 	.quiet_s = 0.5,
 	.cap_bytes = 1ULL << 30,
+	.answer_bytes = MESSAGE_BYTES,
 	.pairs = 1,
 	.trips = 8,
 	.client_cpu = -1,
@@ -878,19 +879,30 @@ static void run_delay(void)
 
 struct served {
 	size_t got;
+	uint64_t answered;
+	uint32_t watched; /* events; 0: not in the epoll set */
 	char order;
 };
 
-static void serve_event(int epoll, int fd, struct served *served, bool is_watched)
+static void wait_for(int epoll, int fd, struct served *served, uint32_t events)
 {
+	if (served->watched != events)
+		watch(epoll, served->watched ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events,
+		      (uint64_t)fd);
+	served->watched = events;
+}
+
+/* One step of a connection: request, answer, end; closes it at its end. */
+static void serve_event(int epoll, int fd, struct served *served)
+{
+	static char answer[CHUNK_BYTES];
 	char request[MESSAGE_BYTES];
-	ssize_t got;
+	ssize_t got, sent;
 
 	while (served->got < MESSAGE_BYTES) {
 		got = recv(fd, request, MESSAGE_BYTES - served->got, MSG_DONTWAIT);
 		if (got < 0 && errno == EAGAIN) {
-			if (!is_watched)
-				watch(epoll, EPOLL_CTL_ADD, fd, EPOLLIN, (uint64_t)fd);
+			wait_for(epoll, fd, served, EPOLLIN);
 			return;
 		}
 		if (got <= 0) { /* a client that gave up: its own side counts it */
@@ -900,17 +912,29 @@ static void serve_event(int epoll, int fd, struct served *served, bool is_watche
 		if (!served->got)
 			served->order = request[0];
 		served->got += (size_t)got;
-		if (served->got < MESSAGE_BYTES)
-			continue;
-		memset(request, 'r', sizeof(request));
-		if (send(fd, request, sizeof(request), MSG_NOSIGNAL) != sizeof(request) ||
-		    served->order == SERVER_CLOSES) {
+	}
+	while (served->answered < opt.answer_bytes) {
+		uint64_t left = opt.answer_bytes - served->answered;
+
+		sent = send(fd, answer, left < sizeof(answer) ? left : sizeof(answer),
+			    MSG_NOSIGNAL);
+		if (sent < 0 && errno == EAGAIN) {
+			wait_for(epoll, fd, served, EPOLLOUT);
+			return;
+		}
+		if (sent < 0) {
 			close(fd);
 			return;
 		}
-		if (!is_watched)
-			watch(epoll, EPOLL_CTL_ADD, fd, EPOLLIN, (uint64_t)fd);
-		return;
+		served->answered += (uint64_t)sent;
+		if (served->answered < opt.answer_bytes)
+			continue;
+		if (served->order == SERVER_CLOSES) {
+			close(fd);
+			return;
+		}
+		wait_for(epoll, fd, served, EPOLLIN);
+		return; /* the end cannot be here yet */
 	}
 	got = recv(fd, request, sizeof(request), MSG_DONTWAIT);
 	if (got < 0 && errno == EAGAIN)
@@ -938,13 +962,13 @@ static void *serve_connections(void *unused)
 			int fd = (int)events[i].data.u64;
 
 			if (fd != listener_fd) {
-				serve_event(epoll, fd, &served[fd], true);
+				serve_event(epoll, fd, &served[fd]);
 				continue;
 			}
 			while ((fd = accept4(listener_fd, NULL, NULL,
 					     SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
 				served[fd] = (struct served){ 0 };
-				serve_event(epoll, fd, &served[fd], false);
+				serve_event(epoll, fd, &served[fd]);
 			}
 			if (errno != EAGAIN && errno != ECONNABORTED)
 				die_errno("accept");
@@ -957,8 +981,7 @@ static void *serve_connections(void *unused)
 struct asking { /* one connection of the client */
 	int fd;
 	bool is_sent, is_answered;
-	size_t got;
-	uint64_t begin_ns;
+	uint64_t got, begin_ns;
 	size_t request_bytes;
 	char request[MESSAGE_BYTES + 100]; /* an instruction has at most 99 bytes */
 };
@@ -1031,8 +1054,8 @@ static size_t write_instruction(char *to, size_t room, uint64_t n)
 
 static void continue_asking(struct asking *asking)
 {
-	size_t expected = MESSAGE_BYTES + (opt.instruction ? ACK_BYTES : 0);
-	char answer[256];
+	static char answer[CHUNK_BYTES];
+	uint64_t expected = opt.answer_bytes + (opt.instruction ? ACK_BYTES : 0);
 
 	if (!asking->is_sent) {
 		ssize_t sent =
@@ -1062,13 +1085,13 @@ static void continue_asking(struct asking *asking)
 								  : RESET);
 			return;
 		}
-		if (asking->got + (size_t)got > expected ||
+		if (asking->got + (uint64_t)got > expected ||
 		    (opt.instruction && !asking->got && got >= ACK_BYTES &&
 		     memcmp(answer, ACK, ACK_BYTES))) {
 			fail_asking(asking, WRONG_ANSWER);
 			return;
 		}
-		asking->got += (size_t)got;
+		asking->got += (uint64_t)got;
 		if (asking->got == expected && !asking->is_answered) {
 			uint64_t now = now_ns();
 
@@ -1370,6 +1393,8 @@ static void parse_option(const char *argument)
 		opt.connections_per_s = number(value);
 	else if (!strcmp(key, "cap_bytes"))
 		opt.cap_bytes = (uint64_t)number(value);
+	else if (!strcmp(key, "answer_bytes"))
+		opt.answer_bytes = (uint64_t)number(value);
 	else if (!strcmp(key, "pairs"))
 		opt.pairs = (int)number(value);
 	else if (!strcmp(key, "trips"))
@@ -1406,8 +1431,8 @@ int main(int argc, char **argv)
 	prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* never outlive who measures */
 	for (int i = 2; i < argc; i++)
 		parse_option(argv[i]);
-	if (opt.pairs < 1 || opt.trips < 1)
-		die("pairs and trips start at 1");
+	if (opt.pairs < 1 || opt.trips < 1 || !opt.answer_bytes)
+		die("pairs, trips and answer_bytes start at 1");
 	for (size_t i = 0; i < sizeof(modes) / sizeof(*modes); i++) {
 		if (strcmp(modes[i].name, argv[1]))
 			continue;

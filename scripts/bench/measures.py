@@ -61,6 +61,9 @@ def _connections(scenario: str, title: str) -> tuple[Measure, ...]:
     )
 
 
+# Answers of these sizes show from which size on a datapath is worth its handover.
+ANSWERS_KIB: Final = (64, 256, 1024, 4096)
+
 # Memory comes first and connections last: the kernel keeps what remains of a closed connection
 # for a minute (TIME_WAIT), and that would be counted as memory of the next pairs.
 MEASURES: Final = (
@@ -157,6 +160,17 @@ MEASURES: Final = (
     *_connections("connect_client_first", "client closes first"),
     *_connections("connect_server_first", "server closes first"),
     *_connections("connect_instruction", "each with an instruction"),
+    *(
+        Measure(
+            f"answer_{kib}k",
+            f"answer_{kib}k",
+            f"new connections, each with an answer of {kib} KiB",
+            "1/s",
+            Better.HIGHER,
+            0,
+        )
+        for kib in ANSWERS_KIB
+    ),
 )
 
 SCENARIOS: Final = tuple(dict.fromkeys(measure.scenario for measure in MEASURES))

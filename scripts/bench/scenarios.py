@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from bench import cpu_time, memory
 from bench import load as load_module
-from bench.measures import DIRECT
+from bench.measures import ANSWERS_KIB, DIRECT
 from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 
 if TYPE_CHECKING:
@@ -269,6 +269,12 @@ def _connect_instruction(stage: Stage) -> Values:
     return _connect_at_most(stage, "connect_instruction", port=INSTRUCTION_PORT, instruction=True)
 
 
+def _answer(stage: Stage, kib: int) -> Values:
+    """Both processors are full, so the rate is that of what a connection costs in all."""
+    report = _connect(stage, answer_bytes=kib * KIB, server_closes=True)
+    return {f"answer_{kib}k": report["connections_per_s"]}
+
+
 _WAYS: Final = ("up", "down")
 _ORDERS: Final = ("client", "server")
 # One per scenario of `measures.SCENARIOS`.
@@ -285,6 +291,7 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     "connect_paced": _connect_paced,
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,
+    **{f"answer_{kib}k": partial(_answer, kib=kib) for kib in ANSWERS_KIB},
 }
 
 
