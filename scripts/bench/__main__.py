@@ -198,6 +198,14 @@ def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...] | None]:
     show_default=True,
     help="Gbit/s of the streams whose CPU time is measured.",
 )
+@click.option(
+    "--quiet",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="What share of the machine must be free around such a stream for its number to count: "
+    "less on a machine with neighbours, and then more rounds.",
+)
 @click.option("--quick", is_flag=True, help="Under two minutes: order of magnitude, no proof.")
 @click.option(
     "--topology",
@@ -227,6 +235,7 @@ def main(
     seconds: float | None,
     pairs: int | None,
     pace: float,
+    quiet: float,
     quick: bool,
     place: str,
     output: Path,
@@ -255,6 +264,7 @@ def main(
         # the generator holds both ends, so it is bounded as a forwarder is
         pairs=min(pairs or (1_000 if quick else 10_000), most_pairs()),
         pace_bytes_per_s=pace * 1e9 / 8,
+        quiet=quiet,
     )
     results = Results(
         rounds=rounds or (1 if quick else 5),
@@ -265,6 +275,7 @@ def main(
             "seconds": f"{effort.seconds:g}",
             "pairs": str(effort.pairs),
             "pace_gbit_per_s": f"{pace:g}",
+            "quiet": f"{quiet:g}",
         },
     )
     topology.remove_leftovers()

@@ -674,8 +674,9 @@ static uint64_t soaked(void)
 
 /*
  * What the soakers get per second while nothing flows: the whole machine, except what it does
- * anyhow.  Taken right before the measurement, because it drifts.  `quiet` tells how much of the
- * machine that was: the mean over that of the best slice, in which nothing else ran.
+ * anyhow.  Taken right before the measurement and right after, because it drifts.  `quiet` tells
+ * how much of the machine that was: the mean over that of the best slice, in which nothing else
+ * ran.
  */
 static double calibrate(double *quiet)
 {
@@ -706,7 +707,7 @@ static double calibrate(double *quiet)
 static void run_bulk(void)
 {
 	uint64_t received, begin_ns, end_ns, left = 0;
-	double seconds, idle_per_s = 0, quiet = 0;
+	double seconds, idle_per_s = 0, quiet = 0, quiet_after;
 	pthread_t sender, receiver;
 
 	take_places();
@@ -737,6 +738,11 @@ static void run_bulk(void)
 		    (unsigned long long)atomic_load(&bytes_received));
 	if (!received)
 		die("nothing arrived in the window");
+	if (opt.soak_file) {
+		idle_per_s = (idle_per_s + calibrate(&quiet_after)) / 2;
+		if (quiet_after < quiet)
+			quiet = quiet_after;
+	}
 	seconds = (double)(end_ns - begin_ns) / NS_PER_S;
 	printf("{\"bytes\": %llu, \"seconds\": %.6f, \"bytes_per_s\": %.1f",
 	       (unsigned long long)received, seconds, (double)received / seconds);

@@ -32,7 +32,6 @@ CONNECTIONS: Final = 64  # at a time
 PACED_CONNECTIONS_PER_S: Final = 1_000
 PACE_TOLERANCE: Final = 0.05
 LOOKS_PER_S: Final = 10  # `watch cat show` is one every two seconds
-QUIET: Final = 0.9  # what soakers must get of the machine while nothing is measured
 # What the generator calls the ways in which a connection fails; the last two got their answer and
 # then no clean end.
 FAILURES: Final = (
@@ -57,11 +56,15 @@ class ScenarioError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured: seconds per run, pairs of `idle`, bytes per second of `cpu_*`."""
+    """How much is measured: seconds per run, pairs of `idle`, bytes per second of `cpu_*`.
+
+    `quiet` is the share of the machine that must be free around a run of `cpu_*`.
+    """
 
     seconds: float
     pairs: int
     pace_bytes_per_s: float
+    quiet: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +174,7 @@ def _cpu(stage: Stage, way: str) -> Values:
             soak_file=soak_file,
             calibrate_s=max(0.3, stage.effort.seconds / 2),
         )
-    if report["quiet"] < QUIET:
+    if report["quiet"] < stage.effort.quiet:
         raise ScenarioError(
             f"the machine was busy with other things ({1 - report['quiet']:.0%} of it)"
         )

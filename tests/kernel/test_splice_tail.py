@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -31,6 +31,7 @@ from tests.helpers.peers import (
     read_to_end,
     reset,
 )
+from tests.helpers.segments import segment, send_by_interface
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
 from tests.helpers.topology import topology
 from tests.helpers.waiting import stays, wait_for
@@ -91,6 +92,12 @@ def open_tails(site: Site, pair_id: int) -> int:
     return 0
 
 
+def spliced_id(site: Site, client: socket.socket) -> int:
+    """The pair's number; 0 as long as it is elsewhere."""
+    row = site.row(client)
+    return row["id"] if row and row["datapath"] == DATAPATH else 0
+
+
 @contextlib.contextmanager
 def stalled(site: Site, way: Way, version: int) -> Iterator[Stalled]:
     """Neither end reads, then the server does for a while, as the client goes on sending.
@@ -110,18 +117,16 @@ def stalled(site: Site, way: Way, version: int) -> Iterator[Stalled]:
         sent = PIECE + push_until_blocked(client, most=MOST, quiet_s=0.2, start=PIECE)
         received = 0
 
-        def is_spliced() -> dict[str, Any] | None:
+        def is_spliced() -> int:
             nonlocal received, sent
             assert read_exactly(server, PIECE) == pattern(PIECE, start=received)
             received += PIECE
             sent += push_until_blocked(client, most=MOST, quiet_s=0.002, start=sent)
-            row = site.row(client)
-            return row if row and row["datapath"] == DATAPATH else None
+            return spliced_id(site, client)
 
-        row = wait_for(is_spliced, "switched while bytes move")
-        assert row is not None
+        pair_id = wait_for(is_spliced, "switched while bytes move")
         assert read_exactly(client, len(ACK)) == ACK
-        yield Stalled(client, server, row["id"], sent, received, down_sent)
+        yield Stalled(client, server, pair_id, sent, received, down_sent)
 
 
 def way_of(site: Site, name: str) -> Way:
@@ -241,4 +246,34 @@ def test_a_worker_that_dies_takes_the_pair_with_it(
             check_cut_short(pair, pair.client, pair.server)
             own.forwarder.wait_for_line("worker_died")
         with own.pair(own.topology.way(), 4) as (client, server):
+            exchange(client, server)
+
+
+def test_an_acknowledgement_that_came_as_the_pair_began_is_not_waited_for(
+    start_forwarder: StartForwarder, bad_network: Faults
+) -> None:
+    """It had passed the programs before they knew the pair; its sender need not repeat it.
+
+    Here it comes in by an interface where there is no program.
+    """
+    early = "handover: {after_bytes: 8KiB, after_round_trips: 1000000, after: 1h}"
+    with topology() as hosts:
+        with hosts.forwarder.entered():
+            own = Site(hosts, start_forwarder(config(early, datapath="auto")))
+        hosts.forwarder.ip("link add x0 type veth peer name x1", "link set x0 up", "link set x1 up")
+        hosts.forwarder.set(ipv4__conf__all__rp_filter=0, ipv4__conf__x0__rp_filter=0)
+        way = hosts.way()
+        with own.pair(way, 4) as (client, server):
+            bad_network.set(lose=1.0, source=client.getsockname()[0])
+            with bad_network.put_on((hosts.forwarder, "f0")):
+                server.sendall(pattern(10_000))
+                assert read_exactly(client, 10_000) == pattern(10_000)
+                pair_id = wait_for(lambda: spliced_id(own, client), "switched")
+                stays(lambda: open_tails(own, pair_id) == 1, "it waits", for_s=0.3)
+                with hosts.forwarder.entered():
+                    send_by_interface(client, segment(client), out="x1", into="x0")
+                wait_for(lambda: open_tails(own, pair_id) == 0, "noticed all the same")
+            # Its worker answers this when it is done with that: now the pair can do without us.
+            own.forwarder.control().upstreams()
+            own.forwarder.kill()
             exchange(client, server)
