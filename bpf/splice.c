@@ -186,15 +186,34 @@ inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta
 }
 
 /*
+ * The timestamp of a packet to a peer that two clocks speak to, ours and the other end's, until it
+ * has the tail: none may be older than one that was sent before, or it would be thrown away (PAWS,
+ * RFC 7323).
+ */
+inlined __u32 stamp(struct splice_direction *peer, __u32 tsval, const int ours)
+{
+	if (volatile_read(peer->stamped) && before(tsval, peer->stamp))
+		return peer->stamp;
+	if (volatile_read(peer->tail_open)) {
+		peer->stamp = tsval;
+		peer->stamped = 1;
+	} else if (!ours && peer->stamped) {
+		peer->stamped = 0; /* the other end's clock is ahead, and alone from here on */
+	}
+	return tsval;
+}
+
+/*
  * The options as Linux, BSD and Windows write them once a connection stands: timestamps, edges or
  * both, each behind two no-ops. Not 0: they are something else.
  */
 inlined int shift_options(__be32 *option, void *data_end, __u32 bytes, struct splice_direction *way,
-			  __u64 *sum)
+			  struct splice_direction *back, __u64 *sum)
 {
 	if (bytes >= 12 && (void *)(option + 3) <= data_end &&
 	    option[0] == bpf_htonl(TIMESTAMP_WORD)) {
-		shift(&option[1], way->tsval_delta, sum);
+		put(&option[1], bpf_htonl(stamp(back, bpf_ntohl(option[1]) + way->tsval_delta, 0)),
+		    sum);
 		if (option[2])
 			shift(&option[2], way->tsecr_delta, sum);
 		if (bytes == 12)
@@ -575,7 +594,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		if (flags & ACK)
 			return NEXT;
 	} else if (header > 20) {
-		if (shift_options(data + OPTIONS_AT(v6), data_end, header - 20, way, &sum)) {
+		if (shift_options(data + OPTIONS_AT(v6), data_end, header - 20, way, back, &sum)) {
 			/* Such a pair cannot go on: it ends with a reset, unless a stranger
 			 * guesses. */
 			if (seq - way->last_end < RESET_REACH && !splice->reset) {
@@ -823,10 +842,13 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 		    &sum);
 	}
 	put(&word[2], bpf_htonl(ack), &sum);
-	/* Timestamps stay; behind them may be what our socket alone has got. */
+	/* Behind the timestamps may be what our socket alone has got. */
 	at = 0;
-	if (header > 20 && (void *)(word + 6) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD))
+	if (header > 20 && (void *)(word + 7) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD)) {
 		at = 3;
+		if (state == PF_SPLICE_ACTIVE)
+			put(&word[6], bpf_htonl(stamp(way, bpf_ntohl(word[6]), 1)), &sum);
+	}
 #pragma unroll
 	for (i = 0; i < 10; i++) {
 		if (i >= at && 20u + 4 * i < header) {
@@ -993,6 +1015,7 @@ inlined void begin(struct splice_direction *way, const struct splice_look *seen,
 	way->tail = tail;
 	way->tail_open = seen->snd_una != tail;
 	way->answer = 0;
+	way->stamped = 0;
 }
 
 int control(struct __sk_buff *skb)

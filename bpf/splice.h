@@ -6,7 +6,7 @@
  */
 #pragma once
 
-#define PF_SPLICE_VERSION 6
+#define PF_SPLICE_VERSION 7
 
 enum pf_splice_state {
 	PF_SPLICE_FREE = 0,
@@ -74,6 +74,8 @@ struct splice_direction {
 	__u32 unread;	 /* bytes in front of `begin` that userspace has still to read */
 	__u32 pending;	 /* and that it had read, but not written, when it asked */
 	__u32 answer;	 /* not 0: our socket may send an acknowledgement */
+	__u32 stamp;	 /* the latest timestamp that was sent to this peer during the tail */
+	__u32 stamped;	 /* not 0: there is one, and the other end's are not known to be later */
 	__u8 shift_left, shift_right; /* of its windows: the peer's scale, and the other socket's */
 	__u8 no_ecn;		      /* only one of the connections knows of congestion marks */
 	__u8 padding;

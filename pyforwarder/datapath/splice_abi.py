@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 # Of the records: the maps outlive the daemon, and the next one must know what is in them.
-VERSION: Final = 6
+VERSION: Final = 7
 # What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
 PRIORITY: Final = 0x50465350
 # `slot` of a pair that nobody shows just now.
@@ -85,6 +85,8 @@ class SpliceDirection(ctypes.Structure):
         ("unread", ctypes.c_uint32),
         ("pending", ctypes.c_uint32),
         ("answer", ctypes.c_uint32),
+        ("stamp", ctypes.c_uint32),
+        ("stamped", ctypes.c_uint32),
         ("shift_left", ctypes.c_uint8),
         ("shift_right", ctypes.c_uint8),
         ("no_ecn", ctypes.c_uint8),
