@@ -27,20 +27,20 @@ from pyforwarder.datapath.ringbuf import RingBuffer
 from pyforwarder.datapath.splice_abi import SPLICE_BYTES, Splice, SpliceEvent
 from pyforwarder.datapath.splice_keeper import KeeperClient, KeeperError, splice_memory
 from pyforwarder.datapath.splice_maps import RING_BYTES
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, rest
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
 from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT
 from pyforwarder.reasons import CloseReason
 
 if TYPE_CHECKING:
+    import _socket
     from collections.abc import Iterator
 
     from pyforwarder.datapath.splice_maps import SpliceMaps
     from pyforwarder.datapath.table import PairWindow
 
-# What is under way to us when a pair begins goes to the other end at once, past what we have still
-# to send there, and is lost if there is no room for it. So a moment is waited for at which we have
-# sent all, for so long.
-_PATIENCE_S: Final = 0.03
+# socket(7) has not got it yet: which buffers the kernel leaves as they are, since Linux 5.14.
+_SO_BUF_LOCK: Final = 72
+_SOCK_RCVBUF_LOCK: Final = 2
 # An acknowledgement that came at the very moment at which a pair began has told nobody that its
 # tail has come; so it is looked after such pairs so long afterwards, then twice as long, and so on.
 _LOOK_S: Final = 1.0
@@ -51,6 +51,15 @@ _RESET_BY: Final = {
     2: CloseReason.SERVER_RESET,
     3: CloseReason.INTERNAL,
 }
+
+
+class _Expected:
+    """A pair that is to begin before long."""
+
+    __slots__ = ("locks",)
+
+    def __init__(self, locks: list[tuple[_socket.socket, int]]) -> None:
+        self.locks = locks  # what was locked before of the sockets' buffers
 
 
 class _Spliced:
@@ -105,29 +114,39 @@ class SpliceDatapath:
         self._keeper_from_s = 0.0  # not asked before
         self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
 
+    def expect(self, pair: Pair) -> None:
+        """The pair, which is copied now, will be asked for: let its sockets promise no more.
+
+        What a peer has under way to us when a pair begins goes to the other end at once, and is
+        lost if that has no room for it. Peers may send what we have receive buffers for, which the
+        kernel makes larger and larger as long as we copy.
+        """
+        assert pair.server is not None
+        option = socket.SOL_SOCKET, _SO_BUF_LOCK
+        locks = [(sock, sock.getsockopt(*option)) for sock in (pair.client, pair.server)]
+        for sock, lock in locks:
+            sock.setsockopt(*option, lock | _SOCK_RCVBUF_LOCK)
+        pair.state = _Expected(locks)
+
+    @staticmethod
+    def _expect_no_more(pair: Pair) -> None:
+        """Another datapath gets the pair as it was."""
+        if isinstance(pair.state, _Expected):
+            for sock, lock in pair.state.locks:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, lock)
+        pair.state = None
+
     def join(self, pair: Pair) -> PairReason | None:
         """Take the pair over; UNREAD_BYTES: a later moment may be better."""
-        now_s = time.monotonic()
-        if pair.state is None:
-            pair.state = now_s + _PATIENCE_S
-        assert isinstance(pair.state, float)
-        obstacle = self._obstacle(pair, is_patient=now_s < pair.state)
-        if obstacle is None and now_s < self._keeper_from_s:
-            obstacle = PairReason.NOT_AVAILABLE
-        if obstacle is not None:
-            if obstacle is not PairReason.UNREAD_BYTES:
-                pair.state = None
-            return obstacle
-        try:
-            return self._begin(pair)
-        except KeeperError:
-            # It may have begun the pair, and then nobody may go on with these sockets.
-            self._keeper_from_s = now_s + _KEEPER_PAUSE_S
-            self._host.broken(pair, CloseReason.INTERNAL)
-            return PairReason.REFUSED_BY_KERNEL
+        obstacle = self._obstacle(pair)
+        if obstacle is None:
+            obstacle = self._begin(pair)
+        if obstacle not in (None, PairReason.UNREAD_BYTES):
+            self._expect_no_more(pair)
+        return obstacle
 
     def _begin(self, pair: Pair) -> PairReason | None:
-        """Ask the keeper to take the pair."""
+        """Have the keeper take the pair."""
         assert pair.server is not None
         fds = [pair.client_fd, pair.server_fd]
         self._acknowledge(pair)
@@ -135,9 +154,12 @@ class SpliceDatapath:
         self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
         slot = self._window.first_slot + pair.slot
         pending = [len(flow.pending or b"") for flow in (pair.up, pair.down)]
-        answer = self._keeper.ask("join", fds, id=pair.id, slot=slot, pending=pending)
+        try:
+            answer = self._keeper.ask("join", fds, id=pair.id, slot=slot, pending=pending)
+        except KeeperError:
+            self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
+            answer = {"error": "none"}
         if "refused" in answer:
-            pair.state = None
             return PairReason(answer["refused"])
         if "error" in answer:
             # How far it came is not known, so nobody may go on with these sockets.
@@ -198,25 +220,21 @@ class SpliceDatapath:
         self._take(pair, orphan.index, [0, 0], is_mute=True)
         self._look(pair)
 
-    @staticmethod
-    def _obstacle(pair: Pair, *, is_patient: bool) -> PairReason | None:
+    def _obstacle(self, pair: Pair) -> PairReason | None:
         if pair.slot < 0:
             return PairReason.MAP_FULL
-        up, down = pair.up, pair.down
-        if up.phase is not Phase.OPEN or down.phase is not Phase.OPEN:
-            return PairReason.HALF_CLOSED
-        if up.end_seen or down.end_seen:
-            return PairReason.HALF_CLOSED
+        if time.monotonic() < self._keeper_from_s:
+            return PairReason.NOT_AVAILABLE
+        for flow in (pair.up, pair.down):
+            if flow.phase is not Phase.OPEN or flow.end_seen:
+                return PairReason.HALF_CLOSED
         assert pair.server is not None
-        has_sent = up.pending is None and down.pending is None
         for sock in (pair.client, pair.server):
             if sock.family == socket.AF_UNIX:
                 return PairReason.UNIX_SOCKET
-            now = rest(sock)
-            if now.state != TCP_ESTABLISHED:
+            if received(sock).state != TCP_ESTABLISHED:
                 return PairReason.HALF_CLOSED
-            has_sent = has_sent and not now.unsent_bytes
-        return PairReason.UNREAD_BYTES if is_patient and not has_sent else None
+        return None
 
     def _take(self, pair: Pair, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
         pair.state = _Spliced(index, left_bytes, is_mute=is_mute)

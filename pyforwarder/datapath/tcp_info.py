@@ -18,7 +18,6 @@ TCP_CLOSE: Final = 7
 
 _INFO_BYTES: Final = 232
 _RECEIVED: Final = struct.Struct("=B127xQ")  # state, tcpi_bytes_received at 128
-_REST: Final = struct.Struct("=B127xQ8xI")  # the same, and notsent at 144
 _QUEUED: Final = struct.Struct("=144xI52xQQ")  # notsent at 144, bytes_sent at 200, retrans at 208
 
 
@@ -27,20 +26,6 @@ class Received(NamedTuple):
 
     state: int
     bytes_received: int  # a FIN counts as one
-
-
-class Rest(NamedTuple):
-    """Whether a socket has anything in its hands."""
-
-    state: int
-    bytes_received: int  # a FIN counts as one
-    unsent_bytes: int
-
-
-def rest(sock: _socket.socket) -> Rest:
-    """What is still to be read or sent."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-    return Rest._make(_REST.unpack_from(info))
 
 
 def received(sock: _socket.socket) -> Received:

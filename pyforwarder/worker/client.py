@@ -37,6 +37,7 @@ class Client(Pair):
         "counts_pair",
         "deciding_s",
         "destination",
+        "expects_splice",
         "handover_asked",
         "header",
         "is_eager",
@@ -98,6 +99,7 @@ class Client(Pair):
         self.tried: Sequence[ServerState] = ()
         # Joined: whether and when a better datapath takes over.
         self.waits_for_handover = False
+        self.expects_splice = False  # and splice has not been told so yet
         self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
         self.not_spliced: PairReason | None = None  # what splice said when it refused

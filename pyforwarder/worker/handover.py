@@ -29,6 +29,10 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
+# From so many bytes on a pair is likely to be handed over: before the kernel makes its sockets'
+# receive buffers larger.
+_LIKELY_BYTES: Final = 1 << 14
+
 # Who was not ready to be spliced is asked again so long afterwards, if not before.
 _AGAIN_S: Final = 0.05
 
@@ -64,6 +68,9 @@ class Handover:
             self._sockmap.limit_bytes = generation.backlog_limit_bytes
         client.waits_for_handover = True
         client.is_eager = choice in ("sockmap", "splice") or generation.handover.at_once
+        client.expects_splice = (
+            self._splice is not None and choice != "sockmap" and client.listener.config.splice
+        )
         if client.is_eager and not self._is_spliced_at_once(client, choice):
             self._ask(client)
 
@@ -88,6 +95,12 @@ class Handover:
 
     def moved(self, client: Client, flow: Flow) -> None:
         """Bytes were copied: count what earns the handover."""
+        carried_bytes = client.up.carried_bytes + client.down.carried_bytes
+        if client.expects_splice and carried_bytes >= _LIKELY_BYTES:
+            client.expects_splice = False
+            if client.not_spliced is None:
+                assert self._splice is not None
+                self._splice.expect(client)
         if client.handover_asked:
             return
         if client.is_eager:
@@ -98,10 +111,7 @@ class Handover:
             client.turns += 1
         when = client.listener.generation.handover
         # A round trip is two turns of who is speaking.
-        if (
-            client.turns >= 2 * when.after_round_trips
-            or client.up.carried_bytes + client.down.carried_bytes >= when.after_bytes
-        ):
+        if client.turns >= 2 * when.after_round_trips or carried_bytes >= when.after_bytes:
             self._ask(client)
 
     def aged(self, client: Client) -> None:
