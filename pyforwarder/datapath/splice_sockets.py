@@ -118,9 +118,7 @@ def describe(record: Splice, client: End, server: End) -> None:
         way.source[:], way.target[:] = _words(there.local), _words(there.peer)
         way.sport, way.dport = socket.htons(there.local_port), socket.htons(there.peer_port)
         way.address_sum = _difference(old, new)
-        left, right = here.peer_scale, there.own_scale
-        both = min(left, right)
-        way.shift_left, way.shift_right = left - both, right - both
+        way.shift_left, way.shift_right = here.peer_scale, there.own_scale
         way.no_ecn = client.ecn != server.ecn
 
 
