@@ -141,7 +141,8 @@ class SpliceDatapath:
         obstacle = self._obstacle(pair)
         if obstacle is None:
             obstacle = self._begin(pair)
-        if obstacle not in (None, PairReason.UNREAD_BYTES):
+        # One that has ended meanwhile has no sockets any more.
+        if obstacle not in (None, PairReason.UNREAD_BYTES) and pair.datapath is not None:
             self._expect_no_more(pair)
         return obstacle
 

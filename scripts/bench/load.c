@@ -193,14 +193,15 @@ static double percentile_us(const struct samples *samples, double percent)
 	return (double)samples->ns[rank ? rank - 1 : 0] / 1e3;
 }
 
-static void print_samples(struct samples *samples)
+/* `name` is put in front of what they are called. */
+static void print_samples(struct samples *samples, const char *name)
 {
 	if (!samples->count)
 		die("not one round was completed in the window");
 	qsort(samples->ns, samples->count, sizeof(*samples->ns), compare_u64);
-	printf("\"count\": %zu, \"p50_us\": %.3f, \"p99_us\": %.3f, \"max_us\": %.3f",
-	       samples->count, percentile_us(samples, 50), percentile_us(samples, 99),
-	       percentile_us(samples, 100));
+	printf("\"%scount\": %zu, \"%sp50_us\": %.3f, \"%sp99_us\": %.3f, \"%smax_us\": %.3f", name,
+	       samples->count, name, percentile_us(samples, 50), name, percentile_us(samples, 99),
+	       name, percentile_us(samples, 100));
 }
 
 /* ---- sockets ---------------------------------------------------------------------------- */
@@ -545,7 +546,7 @@ static void run_rtt(void)
 		shutdown(rtt_pairs[i].client, SHUT_WR);
 	pthread_join(server, NULL);
 	printf("{\"trips_per_s\": %.1f, ", (double)samples.count / opt.seconds);
-	print_samples(&samples);
+	print_samples(&samples, "");
 	printf("}\n");
 }
 
@@ -873,7 +874,7 @@ static void run_delay(void)
 		die("%llu bytes arrived of %llu", (unsigned long long)received,
 		    (unsigned long long)(stamps * DELAY_CHUNK_BYTES));
 	printf("{");
-	print_samples(&samples);
+	print_samples(&samples, "");
 	printf("}\n");
 }
 
@@ -988,6 +989,7 @@ struct asking { /* one connection of the client */
 	int fd;
 	bool is_sent, is_answered;
 	uint64_t got, begin_ns;
+	uint64_t read_ns, pause_ns; /* when bytes last came, and how long none have come at most */
 	size_t request_bytes;
 	char request[MESSAGE_BYTES + 100]; /* an instruction has at most 99 bytes */
 };
@@ -1017,7 +1019,7 @@ static struct {
 	uint64_t begun, done, failed, measured;
 	uint64_t failures[FAILURES];
 	uint64_t from_ns, until_ns;
-	struct samples samples;
+	struct samples samples, pauses;
 } asked;
 
 static void fail_asking(struct asking *asking, enum failure why)
@@ -1056,6 +1058,15 @@ static size_t write_instruction(char *to, size_t room, uint64_t n)
 		sum += (unsigned char)to[i];
 	snprintf(to + length - 2, room - (size_t)length + 2, "%02u", sum % 100);
 	return (size_t)length;
+}
+
+static void note_pause(struct asking *asking)
+{
+	uint64_t now = now_ns();
+
+	if (asking->read_ns && now - asking->read_ns > asking->pause_ns)
+		asking->pause_ns = now - asking->read_ns;
+	asking->read_ns = now;
 }
 
 static void continue_asking(struct asking *asking)
@@ -1098,12 +1109,15 @@ static void continue_asking(struct asking *asking)
 			return;
 		}
 		asking->got += (uint64_t)got;
+		note_pause(asking);
 		if (asking->got == expected && !asking->is_answered) {
 			uint64_t now = now_ns();
 
 			asking->is_answered = true;
-			if (asking->begin_ns >= asked.from_ns && now < asked.until_ns)
+			if (asking->begin_ns >= asked.from_ns && now < asked.until_ns) {
 				add_sample(&asked.samples, now - asking->begin_ns);
+				add_sample(&asked.pauses, asking->pause_ns);
+			}
 			if (!opt.server_closes) {
 				shutdown(asking->fd, SHUT_WR);
 				return; /* the end cannot be here yet */
@@ -1119,6 +1133,7 @@ static void begin_asking(void)
 	struct sockaddr_in to = address_of(opt.to_ip, opt.to_count, opt.to_port, n);
 
 	asking->begin_ns = now_ns();
+	asking->read_ns = asking->pause_ns = 0;
 	asking->fd = client_socket(n);
 	set_blocking(asking->fd, false);
 	asking->is_sent = asking->is_answered = false;
@@ -1211,7 +1226,9 @@ static void run_connect(void)
 	       (unsigned long long)asked.done);
 	for (int i = 0; i < FAILURES; i++)
 		printf("\"%s\": %llu, ", failure_names[i], (unsigned long long)asked.failures[i]);
-	print_samples(&asked.samples);
+	print_samples(&asked.samples, "");
+	printf(", ");
+	print_samples(&asked.pauses, "pause_");
 	printf("}\n");
 }
 

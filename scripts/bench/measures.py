@@ -63,6 +63,8 @@ def _connections(scenario: str, title: str) -> tuple[Measure, ...]:
 
 # Answers of these sizes show from which size on a datapath is worth its handover.
 ANSWERS_KIB: Final = (64, 256, 1024, 4096)
+# Long enough to be handed over in mid-stream.
+PAUSE_ANSWER_MIB: Final = 16
 
 # Memory comes first and connections last: the kernel keeps what remains of a closed connection
 # for a minute (TIME_WAIT), and that would be counted as memory of the next pairs.
@@ -170,6 +172,16 @@ MEASURES: Final = (
             0,
         )
         for kib in ANSWERS_KIB
+    ),
+    *(
+        Measure(
+            f"pause_{key}",
+            "pause",
+            f"longest pause in an answer of {PAUSE_ANSWER_MIB} MiB, {title}",
+            "ms",
+            Better.LOWER,
+        )
+        for key, title in (("p50", "p50"), ("p99", "p99"), ("max", "longest of all"))
     ),
 )
 

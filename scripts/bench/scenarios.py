@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from bench import cpu_time, memory
 from bench import load as load_module
-from bench.measures import ANSWERS_KIB, DIRECT
+from bench.measures import ANSWERS_KIB, DIRECT, PAUSE_ANSWER_MIB
 from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ STALLED_PAIRS: Final = 16  # their queues stand out against what the machine's m
 STALL_CAP_BYTES: Final = 64 * MIB  # per pair: who takes more than that has no bound
 DELAY_BYTES_PER_S: Final = 1e9 / 8  # a gigabit: far from saturation everywhere
 CONNECTIONS: Final = 64  # at a time
+PAUSE_STREAMS: Final = 4
 PACED_CONNECTIONS_PER_S: Final = 1_000
 PACE_TOLERANCE: Final = 0.05
 LOOKS_PER_S: Final = 10  # `watch cat show` is one every two seconds
@@ -236,8 +237,10 @@ def _view(stage: Stage, what: str) -> Values:
     return {f"view_{what}": totals[True] / totals[False]}
 
 
-def _connect(stage: Stage, *, port: int = FORWARDER_PORT, **options: object) -> Values:
-    report = stage.load(port=port).run("connect", pairs=CONNECTIONS, **options)
+def _connect(
+    stage: Stage, *, port: int = FORWARDER_PORT, pairs: int = CONNECTIONS, **options: object
+) -> Values:
+    report = stage.load(port=port).run("connect", pairs=pairs, **options)
     if report["failed"]:
         why = ", ".join(f"{key} {report[key]:.0f}" for key in FAILURES if report[key])
         raise ScenarioError(
@@ -278,6 +281,14 @@ def _answer(stage: Stage, kib: int) -> Values:
     return {f"answer_{kib}k": report["connections_per_s"]}
 
 
+def _pause(stage: Stage) -> Values:
+    """A new connection after the other, few at once, so that all of them flow all the time."""
+    report = _connect(
+        stage, pairs=PAUSE_STREAMS, answer_bytes=PAUSE_ANSWER_MIB * MIB, server_closes=True
+    )
+    return {f"pause_{key}": report[f"pause_{key}_us"] / 1e3 for key in ("p50", "p99", "max")}
+
+
 _WAYS: Final = ("up", "down")
 _ORDERS: Final = ("client", "server")
 # One per scenario of `measures.SCENARIOS`.
@@ -294,6 +305,7 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     "connect_paced": _connect_paced,
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,
+    "pause": _pause,
     **{f"answer_{kib}k": partial(_answer, kib=kib) for kib in ANSWERS_KIB},
 }
 

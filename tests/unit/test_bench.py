@@ -180,7 +180,7 @@ def test_every_scenario_can_be_run_and_yields_rows() -> None:
 def test_memory_is_measured_before_connections_leave_their_traces() -> None:
     kinds = [name.partition("_")[0] for name in SCENARIOS]
     assert kinds.index("idle") == 0
-    assert set(kinds[kinds.index("connect") :]) == {"connect", "answer"}
+    assert set(kinds[kinds.index("connect") :]) == {"connect", "answer", "pause"}
 
 
 def test_cpu_time_of_a_child_that_has_ended_is_counted() -> None:
