@@ -237,10 +237,8 @@ def _view(stage: Stage, what: str) -> Values:
     return {f"view_{what}": totals[True] / totals[False]}
 
 
-def _connect(
-    stage: Stage, *, port: int = FORWARDER_PORT, pairs: int = CONNECTIONS, **options: object
-) -> Values:
-    report = stage.load(port=port).run("connect", pairs=pairs, **options)
+def _connect(stage: Stage, *, port: int = FORWARDER_PORT, **options: object) -> Values:
+    report = stage.load(port=port).run("connect", **{"pairs": CONNECTIONS, **options})
     if report["failed"]:
         why = ", ".join(f"{key} {report[key]:.0f}" for key in FAILURES if report[key])
         raise ScenarioError(
