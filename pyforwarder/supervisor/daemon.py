@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.config import Config, parse_config, read_config_text
-from pyforwarder.counters import Counters, Directory
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.abi import PAIR_BYTES
-from pyforwarder.datapath.arrays import Arrays
-from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
+from pyforwarder.datapath.kernel import KernelMaps, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
 from pyforwarder.datapath.splice_keeper import KeeperError, Splicing, pins_of
 from pyforwarder.datapath.splice_maps import SpliceMaps, smallest_mtu
@@ -33,7 +29,6 @@ from pyforwarder.errors import (
 )
 from pyforwarder.instance import Instance, acquire
 from pyforwarder.key_files import read_keys, read_passwords
-from pyforwarder.limits import new_secret, shared_memory
 from pyforwarder.loop import EPOLLIN, Loop
 from pyforwarder.routing import compile_rules
 from pyforwarder.supervisor import bpffs, report
@@ -41,6 +36,7 @@ from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
+from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
@@ -50,7 +46,6 @@ from pyforwarder.worker.channel import MOST_LISTENERS, Channel, text_to_fd
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
 from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import Inheritance, most_clients
-from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,9 +89,7 @@ class Daemon:
         }
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
-        self._directory = Directory()
         self._workers: list[WorkerProcess] = []
-        self._arrays: Arrays | None = None
         self._maps: KernelMaps | None = None
         self._splicing: Splicing | None = None
         self._view: View | None = None
@@ -185,12 +178,8 @@ class Daemon:
                 pairs_per_worker=clients,
                 configured=config.limits.pairs,
             )
-        self._limits_memory = shared_memory(self._count)
-        self._secret = new_secret()
-        self._used_tokens = SharedUsedTokens()
-        self._slots = slots_for(clients)
         self._remove_stale_pins()
-        self._make_tables()
+        self._memory = SharedMemory(workers=self._count, slots=slots_for(clients))
         self._maps = self._load(config)
         self._splicing = self._load_splice(config)
         self._view = self._load_view()
@@ -217,25 +206,6 @@ class Daemon:
             names = ",".join(found.foreign)
             self._log.write("warning", "pins_left_alone", directory=where, names=names)
 
-    def _make_tables(self) -> None:
-        """The shared memory: BPF arrays for the kernel to read, or anonymous where it may not."""
-        self._no_arrays: LoadError | None = None
-        try:
-            self._arrays = Arrays.create(workers=self._count, slots=self._slots)
-        except LoadError as error:
-            self._no_arrays = error
-        self._counters_memory = (
-            self._arrays.counters_memory(self._count)
-            if self._arrays
-            else Counters.memory(self._count)
-        )
-        self._counters = Counters(self._counters_memory, self._count)
-        self._table = PairTable(
-            workers=self._count,
-            slots=self._slots,
-            fd=self._arrays.pairs_fd if self._arrays else -1,
-        )
-
     def _log_fd(self) -> int:
         """Standard error, or in the background the instance's log file."""
         if self._options.detach:
@@ -256,16 +226,16 @@ class Daemon:
             self._datapaths["sockmap"] = _NOT_WANTED
             return None
         try:
-            if self._arrays is None:
-                raise self._no_arrays or LoadError("no BPF maps")
             maps = KernelMaps.load(
-                workers=self._count, slots=self._slots, pairs_fd=self._arrays.pairs_fd
+                workers=self._count,
+                slots=self._memory.slots,
+                pairs_fd=self._memory.arrays().pairs_fd,
             )
         except LoadError as error:
             self._datapaths["sockmap"] = str(error)
             self._log.write("warning", "no_sockmap", reason=str(error))
             return None
-        proof = prove_sockmap(maps, slots=self._slots, user=self._user)
+        proof = prove_sockmap(maps, slots=self._memory.slots, user=self._user)
         if not proof.passed:
             maps.close()
             self._datapaths["sockmap"] = f"failed its self-test: {proof.reason}"
@@ -303,10 +273,8 @@ class Daemon:
             self._log.write("warning", "splice_not_pinned", reason=str(error))
 
     def _proven_splice(self, pins: Path) -> Splicing:
-        if self._arrays is None:
-            raise self._no_arrays or LoadError("no BPF maps")
-        pairs_fd = self._arrays.pairs_fd
-        maps = SpliceMaps.load(workers=self._count, slots=self._slots, pairs_fd=pairs_fd, pins=pins)
+        slots, pairs_fd = self._memory.slots, self._memory.arrays().pairs_fd
+        maps = SpliceMaps.load(workers=self._count, slots=slots, pairs_fd=pairs_fd, pins=pins)
         if maps.has_replaced:
             self._log.write("warning", "splice_pins_replaced", directory=pins)
         splicing = Splicing(
@@ -315,7 +283,7 @@ class Daemon:
             # One that is started later inherits more.
             close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
         )
-        proof = prove_splice(splicing, pairs_fd=pairs_fd, slots=self._slots, user=self._user)
+        proof = prove_splice(splicing, pairs_fd=pairs_fd, slots=slots, user=self._user)
         if not proof.passed:
             splicing.close()
             raise LoadError(f"failed its self-test: {proof.reason}")
@@ -324,9 +292,9 @@ class Daemon:
     def _load_view(self) -> View | None:
         """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
         try:
-            if self._arrays is None:
-                raise self._no_arrays or LoadError("no BPF maps")
-            return View.load(self._arrays, self._maps, workers=self._count, slots=self._slots)
+            return View.load(
+                self._memory.arrays(), self._maps, workers=self._count, slots=self._memory.slots
+            )
         except LoadError as error:
             self._log.write("warning", "no_view", reason=str(error))
             return None
@@ -370,7 +338,7 @@ class Daemon:
     def _describe_listeners(self) -> None:
         """Tell the view which listeners there are."""
         if self._view is not None:
-            lines = report.listener_lines(self._config, self._binds(), self._directory)
+            lines = report.listener_lines(self._config, self._binds(), self._memory.directory)
             told = self._view.set_listeners(lines)
             if told < len(lines):
                 self._log.write("warning", "view_is_full", listeners=len(lines), shown=told)
@@ -419,7 +387,7 @@ class Daemon:
             overrides=self._overrides,
             keys=keys,
             binds={name: str(listener.bind) for name, listener in bound.items()},
-            indexes=counter_indexes(config, self._directory),
+            indexes=counter_indexes(config, self._memory.directory),
             passwords=passwords,
             mtus=self._mtus(config),
         )
@@ -446,12 +414,12 @@ class Daemon:
                 worker=index,
                 workers=self._count,
                 channel=channel,
-                counters_memory=self._counters_memory,
-                limits_memory=self._limits_memory,
-                limits_secret=self._secret,
-                table=self._table,
+                counters_memory=self._memory.counters_memory,
+                limits_memory=self._memory.limits,
+                limits_secret=self._memory.limits_secret,
+                table=self._memory.table,
                 maps=self._maps,
-                used_tokens=self._used_tokens,
+                used_tokens=self._memory.used_tokens,
                 user=self._user,
                 splicing=self._splicing,
                 log=self._log,
@@ -576,22 +544,8 @@ class Daemon:
         """In the metrics process: what it tells, from memory that it cannot write."""
         from pyforwarder.metrics import Source
 
-        windows, counters = self._table.windows, self._counters
-        if self._arrays is not None:
-            length = self._slots * PAIR_BYTES
-            windows = [
-                bpf.map_memory(
-                    self._arrays.pairs_fd, length, offset_bytes=worker * length, write=False
-                )
-                for worker in range(self._count)
-            ]
-            for window in self._table.windows:
-                window.close()
-            counters.close()
-            self._counters_memory.close()
-            self._limits_memory.close()
-            self._used_tokens.close()
-            counters = Counters(self._arrays.counters_memory(self._count, write=False), self._count)
+        counters, windows = self._memory.give_up_writing()
+        directory = self._memory.directory
         listeners = self._config.listeners
         return Source(
             version=__version__,
@@ -599,11 +553,9 @@ class Daemon:
             workers=self._count,
             counters=counters,
             windows=windows,
-            listeners={
-                listener.name: self._directory.index(listener.name) for listener in listeners
-            },
+            listeners={listener.name: directory.index(listener.name) for listener in listeners},
             rules={
-                (listener.name, rule.name): self._directory.index(listener.name, rule.name)
+                (listener.name, rule.name): directory.index(listener.name, rule.name)
                 for listener in listeners
                 for rule in listener.rules
             },
@@ -675,7 +627,7 @@ class Daemon:
 
         Then put another in its place, a while later if this one lived too short.
         """
-        self._counters.forget_gauges(index, self._directory)
+        self._memory.forget_gauges(index)
         if self._splicing is not None:
             # What it had spliced goes on: first, while the table says what that is.
             try:
@@ -686,10 +638,9 @@ class Daemon:
                     # Its successor would not get them: the next keeper knows of them, soon.
                     self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
                     return
-        window = self._table.windows[index]
-        window[:] = bytes(len(window))
+        self._memory.clear_window(index)
         if self._maps is not None:
-            self._maps.forget_worker(index, self._slots)
+            self._maps.forget_worker(index, self._memory.slots)
         if is_soon:
             self._loop.after(_PAUSE_S, lambda: self._replace(index))
         else:
@@ -748,8 +699,7 @@ class Daemon:
         bpffs.leave(self._instance.bpffs_dir.parent)
         if self._maps is not None:
             self._maps.close()
-        if self._arrays is not None:
-            self._arrays.close()
+        self._memory.close()
 
     # Requests
 
@@ -800,18 +750,20 @@ class Daemon:
         match what:
             case "pairs":
                 backlogs = self._view.backlogs() if self._view is not None else {}
-                return report.pair_rows(self._table.windows, backlogs)
+                return report.pair_rows(self._memory.table.windows, backlogs)
             case "listeners":
                 return report.listener_rows(
-                    self._config, self._binds(), self._counters, self._directory
+                    self._config, self._binds(), self._memory.counters, self._memory.directory
                 )
             case "rules":
-                return report.rule_rows(self._config, self._counters, self._directory)
+                return report.rule_rows(self._config, self._memory.counters, self._memory.directory)
             case "upstreams":
                 reports = ask_all(self._living(), "upstreams")
                 return report.upstream_rows(self._config, reports)
             case "stats":
-                return report.stats(self._counters, self._table.windows, self._datapaths)
+                return report.stats(
+                    self._memory.counters, self._memory.table.windows, self._datapaths
+                )
             case _:
                 raise UsageError(f"cannot show {what!r}")
 
