@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.config import Config, parse_config, read_config_text
-from pyforwarder.datapath.kernel import KernelMaps, slots_for
-from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
-from pyforwarder.datapath.splice_keeper import KeeperError, Splicing, pins_of
-from pyforwarder.datapath.splice_maps import SpliceMaps, smallest_mtu
+from pyforwarder.datapath.kernel import slots_for
+from pyforwarder.datapath.splice_keeper import KeeperError
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -34,6 +32,7 @@ from pyforwarder.routing import compile_rules
 from pyforwarder.supervisor import bpffs, report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.control import ControlServer
+from pyforwarder.supervisor.datapaths import Datapaths
 from pyforwarder.supervisor.listeners import BoundListener, Listeners
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
@@ -48,8 +47,6 @@ from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import Inheritance, most_clients
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pyforwarder.environment import Environment
     from pyforwarder.health import Verdict
     from pyforwarder.metrics import Source
@@ -58,7 +55,6 @@ if TYPE_CHECKING:
 # A worker that dies again this soon after its start is replaced only after a pause.
 _SOON_S: Final = 1.0
 _PAUSE_S: Final = 1.0
-_LOOK_AT_KEEPER_S: Final = 2.0
 # How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
 # all the same: a keeper that hangs is replaced sooner.
 _BURIALS: Final = 15
@@ -68,7 +64,6 @@ _STOP_S: Final = 5.0
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
 
 
-_NOT_WANTED: Final = "not wanted by the configuration"
 # What a running daemon cannot change any more.
 _FIXED: Final = ("workers", "user")
 
@@ -90,11 +85,8 @@ class Daemon:
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
         self._workers: list[WorkerProcess] = []
-        self._maps: KernelMaps | None = None
-        self._splicing: Splicing | None = None
         self._view: View | None = None
         self._proc: ProcDirectory | None = None
-        self._datapaths: dict[str, str] = {}
         self._ending = False
         self._stop_asked = False
         self._started_unix_s = env.unix_time_s()
@@ -118,10 +110,10 @@ class Daemon:
                     self._loop, self._instance.control, self._obey
                 )
                 self._instance.pid_file.write_text(f"{os.getpid()}\n")
-                self._pin_splice()
+                self._datapaths.pin()
                 self._open_view()
                 self._announce()
-                self._look_at_keeper()
+                self._datapaths.look_at_keeper()
                 if on_ready is not None:
                     on_ready()
                 self._serve()
@@ -180,8 +172,16 @@ class Daemon:
             )
         self._remove_stale_pins()
         self._memory = SharedMemory(workers=self._count, slots=slots_for(clients))
-        self._maps = self._load(config)
-        self._splicing = self._load_splice(config)
+        self._datapaths = Datapaths(
+            config,
+            self._memory,
+            pins=self._instance.bpffs_dir,
+            user=self._user,
+            loop=self._loop,
+            log=self._log,
+            # One that is started later inherits more.
+            close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
+        )
         self._view = self._load_view()
         self._metrics = MetricsProcess(
             self._metrics_source,
@@ -219,81 +219,14 @@ class Daemon:
         keep_small(self._instance.log_file)
         self._loop.after(LOOK_S, self._keep_log_small)
 
-    def _load(self, config: Config) -> KernelMaps | None:
-        """The kernel's part, proven to work; None with the reason in `datapaths`."""
-        self._datapaths = {"copy": "available", "splice": _NOT_WANTED}
-        if not _kernel_choices(config):
-            self._datapaths["sockmap"] = _NOT_WANTED
-            return None
-        try:
-            maps = KernelMaps.load(
-                workers=self._count,
-                slots=self._memory.slots,
-                pairs_fd=self._memory.arrays().pairs_fd,
-            )
-        except LoadError as error:
-            self._datapaths["sockmap"] = str(error)
-            self._log.write("warning", "no_sockmap", reason=str(error))
-            return None
-        proof = prove_sockmap(maps, slots=self._memory.slots, user=self._user)
-        if not proof.passed:
-            maps.close()
-            self._datapaths["sockmap"] = f"failed its self-test: {proof.reason}"
-            self._log.write("warning", "no_sockmap", reason=self._datapaths["sockmap"])
-            return None
-        self._datapaths["sockmap"] = "available"
-        return maps
-
-    def _load_splice(self, config: Config) -> Splicing | None:
-        """The same for splice; also where it is not wanted, if there are pairs that go on."""
-        pins = pins_of(self._instance.bpffs_dir)
-        if "splice" not in _kernel_choices(config) and not pins.is_dir():
-            return None
-        try:
-            splicing = self._proven_splice(pins)
-        except LoadError as error:
-            self._datapaths["splice"] = str(error)
-            self._log.write("warning", "no_splice", reason=str(error))
-            return None
-        self._datapaths["splice"] = "available"
-        return splicing
-
-    def _pin_splice(self) -> None:
-        """From here on spliced pairs outlive us.
-
-        Not before we serve: if we cannot, what an earlier daemon left must stay as it was.
-        """
-        if self._splicing is None:
-            return
-        try:
-            bpffs.enter(self._instance.bpffs_dir.parent)
-            self._splicing.maps.pin()
-        except ForwarderError as error:
-            # It works, and ends with us.
-            self._log.write("warning", "splice_not_pinned", reason=str(error))
-
-    def _proven_splice(self, pins: Path) -> Splicing:
-        slots, pairs_fd = self._memory.slots, self._memory.arrays().pairs_fd
-        maps = SpliceMaps.load(workers=self._count, slots=slots, pairs_fd=pairs_fd, pins=pins)
-        if maps.has_replaced:
-            self._log.write("warning", "splice_pins_replaced", directory=pins)
-        splicing = Splicing(
-            maps,
-            workers=self._count,
-            # One that is started later inherits more.
-            close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
-        )
-        proof = prove_splice(splicing, pairs_fd=pairs_fd, slots=slots, user=self._user)
-        if not proof.passed:
-            splicing.close()
-            raise LoadError(f"failed its self-test: {proof.reason}")
-        return splicing
-
     def _load_view(self) -> View | None:
         """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
         try:
             return View.load(
-                self._memory.arrays(), self._maps, workers=self._count, slots=self._memory.slots
+                self._memory.arrays(),
+                self._datapaths.sockmap,
+                workers=self._count,
+                slots=self._memory.slots,
             )
         except LoadError as error:
             self._log.write("warning", "no_view", reason=str(error))
@@ -307,7 +240,7 @@ class Daemon:
         """
         pins = None
         if self._view is not None:
-            self._view.set_stats(report.stats_lines(self._datapaths))
+            self._view.set_stats(report.stats_lines(self._datapaths.states))
             self._describe_listeners()
             try:
                 self._view.pin(self._instance.bpffs_dir)
@@ -356,7 +289,7 @@ class Daemon:
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
         self._watch_signals()
-        found = self._splicing.maps.found if self._splicing is not None else ()
+        found = self._datapaths.found
         # A new pair must not be given the number of one that goes on.
         self._last_id = max((one.id for one in found), default=0)
         for index in range(self._count):
@@ -394,7 +327,7 @@ class Daemon:
 
     def _mtus(self, config: Config) -> dict[str, int]:
         """What packets may have where pairs can be spliced between interfaces."""
-        mtu = smallest_mtu() if self._splicing is not None else 0
+        mtu = self._datapaths.mtu()
         return {
             listener.name: mtu
             for listener in config.listeners
@@ -418,10 +351,10 @@ class Daemon:
                 limits_memory=self._memory.limits,
                 limits_secret=self._memory.limits_secret,
                 table=self._memory.table,
-                maps=self._maps,
+                maps=self._datapaths.sockmap,
                 used_tokens=self._memory.used_tokens,
                 user=self._user,
-                splicing=self._splicing,
+                splicing=self._datapaths.splicing,
                 log=self._log,
                 last_id=self._last_id,
             )
@@ -559,19 +492,12 @@ class Daemon:
                 for listener in listeners
                 for rule in listener.rules
             },
-            datapaths=self._datapaths,
+            datapaths=self._datapaths.states,
         )
 
     def _restart_keeper(self) -> None:
-        if not self._ending and self._splicing is not None:
-            self._splicing.keeper.restart()
-
-    def _look_at_keeper(self) -> None:
-        if self._splicing is not None:
-            if self._splicing.keeper.hangs():
-                self._log.write("error", "splice_keeper_hangs", pid=self._splicing.keeper.pid)
-                self._splicing.keeper.kill()
-            self._loop.after(_LOOK_AT_KEEPER_S, self._look_at_keeper)
+        if not self._ending:
+            self._datapaths.restart_keeper()
 
     def _restart_metrics(self) -> None:
         if not self._ending:
@@ -607,7 +533,7 @@ class Daemon:
         if self._checks.has_died() and not self._ending:
             self._log.write("error", "health_checks_died")
             self._loop.after(_PAUSE_S, self._restart_checks)
-        if self._splicing is not None and self._splicing.keeper.has_died() and not self._ending:
+        if self._datapaths.keeper_has_died() and not self._ending:
             # Pairs that are spliced go on meanwhile.
             self._log.write("error", "splice_keeper_died")
             self._loop.after(_PAUSE_S, self._restart_keeper)
@@ -628,19 +554,17 @@ class Daemon:
         Then put another in its place, a while later if this one lived too short.
         """
         self._memory.forget_gauges(index)
-        if self._splicing is not None:
+        try:
             # What it had spliced goes on: first, while the table says what that is.
-            try:
-                self._splicing.bury(index)
-            except KeeperError as error:
-                self._log.write("error", "splice_keeper", error=str(error))
-                if not self._ending and tries > 1:
-                    # Its successor would not get them: the next keeper knows of them, soon.
-                    self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
-                    return
+            self._datapaths.bury(index)
+        except KeeperError as error:
+            self._log.write("error", "splice_keeper", error=str(error))
+            if not self._ending and tries > 1:
+                # Its successor would not get them: the next keeper knows of them, soon.
+                self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
+                return
         self._memory.clear_window(index)
-        if self._maps is not None:
-            self._maps.forget_worker(index, self._memory.slots)
+        self._datapaths.forget_worker(index)
         if is_soon:
             self._loop.after(_PAUSE_S, lambda: self._replace(index))
         else:
@@ -691,14 +615,12 @@ class Daemon:
         self._instance.pid_file.unlink(missing_ok=True)
         if self._proc is not None:
             self._proc.close()
-        if self._splicing is not None:
-            self._splicing.close()
+        # The pins of splice are in a directory of the view's, which goes once nothing is in it.
+        self._datapaths.close()
         if self._view is not None:
             self._view.unpin()
             self._view.close()
         bpffs.leave(self._instance.bpffs_dir.parent)
-        if self._maps is not None:
-            self._maps.close()
         self._memory.close()
 
     # Requests
@@ -720,7 +642,11 @@ class Daemon:
     def _do(self, request: dict[str, Any], fds: list[int]) -> object:
         match request["do"]:
             case "ping":
-                return {"pid": os.getpid(), "version": __version__, "datapaths": self._datapaths}
+                return {
+                    "pid": os.getpid(),
+                    "version": __version__,
+                    "datapaths": self._datapaths.states,
+                }
             case "show":
                 return self._show(request.get("what", "pairs"))
             case "config":
@@ -762,7 +688,7 @@ class Daemon:
                 return report.upstream_rows(self._config, reports)
             case "stats":
                 return report.stats(
-                    self._memory.counters, self._memory.table.windows, self._datapaths
+                    self._memory.counters, self._memory.table.windows, self._datapaths.states
                 )
             case _:
                 raise UsageError(f"cannot show {what!r}")
@@ -867,9 +793,7 @@ class Daemon:
             self._log.write("error", "reload_refused", error=str(error))
             raise
         waiting = [key for key in _FIXED if getattr(before, key) != getattr(self._config, key)]
-        if any(
-            self._datapaths.get(choice) == _NOT_WANTED for choice in _kernel_choices(self._config)
-        ):
+        if self._datapaths.lacks(self._config):
             waiting.append("datapath")
         count = len(self._config.listeners)
         self._log.write("info", "reloaded", listeners=count)
@@ -919,16 +843,3 @@ class Daemon:
 def _is_number(value: object) -> TypeGuard[int]:
     """Of a process or a descriptor; True and False are instances of int, too."""
     return type(value) is int and 0 <= value < 2**31
-
-
-def _kernel_choices(config: Config) -> set[str]:
-    """The datapaths of the kernel that the configuration names or leaves open."""
-    choices: set[str] = {config.datapath}
-    for listener in config.listeners:
-        choices.add(listener.datapath or config.datapath)
-        choices |= {
-            rule.datapath or listener.datapath or config.datapath for rule in listener.rules
-        }
-    if "auto" in choices:
-        choices |= {"sockmap", "splice"}
-    return choices - {"auto", "copy"}
