@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import resource
 import signal
@@ -14,11 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
-from pyforwarder.config import Config, parse_config, read_config_text
 from pyforwarder.datapath.kernel import slots_for
 from pyforwarder.datapath.splice_keeper import KeeperError
 from pyforwarder.errors import (
-    ConfigError,
     ControlError,
     ForwarderError,
     InternalError,
@@ -26,14 +23,12 @@ from pyforwarder.errors import (
     UsageError,
 )
 from pyforwarder.instance import Instance, acquire
-from pyforwarder.key_files import read_keys, read_passwords
 from pyforwarder.loop import EPOLLIN, Loop
-from pyforwarder.routing import compile_rules
 from pyforwarder.supervisor import bpffs, report
 from pyforwarder.supervisor.checking import CheckerProcess
+from pyforwarder.supervisor.configuration import ConfigSource, InForce
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.datapaths import Datapaths
-from pyforwarder.supervisor.listeners import BoundListener, Listeners
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.proc import ProcDirectory
@@ -41,12 +36,12 @@ from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
 from pyforwarder.worker.adopting import cookie_of
-from pyforwarder.worker.channel import MOST_LISTENERS, Channel, text_to_fd
-from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
+from pyforwarder.worker.channel import Channel, text_to_fd
 from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import Inheritance, most_clients
 
 if TYPE_CHECKING:
+    from pyforwarder.config import Config
     from pyforwarder.environment import Environment
     from pyforwarder.health import Verdict
     from pyforwarder.metrics import Source
@@ -77,11 +72,7 @@ class Daemon:
     def __init__(self, env: Environment, options: UpOptions) -> None:
         self._env = env
         self._options = options
-        self._overrides = {
-            key: value
-            for key, value in (("listen", options.listen), ("datapath", options.datapath))
-            if value is not None
-        }
+        self._source = ConfigSource(options)
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
         self._workers: list[WorkerProcess] = []
@@ -100,12 +91,11 @@ class Daemon:
         with acquire(self._instance) as lock:
             # No descriptor of ours may outlive us in a child: a worker would hold the lock.
             self._lock = lock
-            settings, config = self._read_config()
+            text, config = self._source.read()
             self._prepare(config)
-            listeners = self._listeners = Listeners(self._count)
             control: ControlServer | None = None
             try:
-                self._bind_and_start(settings, config)
+                self._bind_and_start(text, config)
                 control = self._control = ControlServer(
                     self._loop, self._instance.control, self._obey
                 )
@@ -123,7 +113,7 @@ class Daemon:
                 for worker in self._workers:
                     worker.kill()
                     worker.close()
-                listeners.close()
+                self._in_force.listeners.close()
                 if control is not None:
                     control.close()
                 self._clean_up()
@@ -131,19 +121,6 @@ class Daemon:
         return 0
 
     # Starting
-
-    def _read_config(self) -> tuple[str, Config]:
-        path = self._options.config_path
-        text = "" if path is None else read_config_text(path)
-        return text, self._parse(text)
-
-    def _parse(self, text: str) -> Config:
-        path = self._options.config_path
-        config = parse_config(text, source="built-in" if path is None else str(path))
-        config = with_overrides(config, self._overrides)
-        if len(config.listeners) > MOST_LISTENERS:
-            raise ConfigError(f"more than {MOST_LISTENERS} listeners", path="listeners")
-        return config
 
     def _prepare(self, config: Config) -> None:
         """What stays for the daemon's life: workers, tables, maps."""
@@ -181,6 +158,12 @@ class Daemon:
             log=self._log,
             # One that is started later inherits more.
             close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
+        )
+        self._in_force = InForce(
+            self._source,
+            workers=self._count,
+            directory=self._memory.directory,
+            mtu=self._datapaths.mtu,
         )
         self._view = self._load_view()
         self._metrics = MetricsProcess(
@@ -271,20 +254,17 @@ class Daemon:
     def _describe_listeners(self) -> None:
         """Tell the view which listeners there are."""
         if self._view is not None:
-            lines = report.listener_lines(self._config, self._binds(), self._memory.directory)
+            lines = report.listener_lines(
+                self._in_force.config, self._in_force.listeners.binds(), self._memory.directory
+            )
             told = self._view.set_listeners(lines)
             if told < len(lines):
                 self._log.write("warning", "view_is_full", listeners=len(lines), shown=told)
 
-    def _binds(self) -> dict[str, str]:
-        return {name: str(listener.bind) for name, listener in self._listeners.bound.items()}
-
     def _bind_and_start(self, text: str, config: Config) -> None:
-        following, obsolete = self._listeners.change_to(config)
-        self._listeners.commit(config, following, obsolete)
-        self._settings = self._make_settings(text, config, following)
-        self._config = config
-        self._limit_packets()
+        change = self._in_force.change_to(text, config)
+        self._in_force.take(change)
+        self._in_force.commit(change)
         # Known before any worker is forked, so that none keeps the socket.
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
@@ -301,45 +281,6 @@ class Daemon:
         self._metrics.start()
         if self._metrics.listener is not None:
             self._log.write("info", "metrics", bind=str(self._metrics.listener.bind))
-
-    def _make_settings(
-        self, text: str, config: Config, bound: dict[str, BoundListener]
-    ) -> Settings:
-        """What workers are told; compiles the rules once, so that they cannot fail over it.
-
-        Raises:
-            ConfigError: a rule or a key file cannot be used.
-        """
-        keys, passwords = read_keys(config), read_passwords(config)
-        for index, listener in enumerate(config.listeners):
-            compile_rules(listener, None, passwords=passwords, path=f"listeners[{index}]")
-        path = self._options.config_path
-        return Settings(
-            config_text=text,
-            source="built-in" if path is None else str(path),
-            overrides=self._overrides,
-            keys=keys,
-            binds={name: str(listener.bind) for name, listener in bound.items()},
-            indexes=counter_indexes(config, self._memory.directory),
-            passwords=passwords,
-            mtus=self._mtus(config),
-        )
-
-    def _mtus(self, config: Config) -> dict[str, int]:
-        """What packets may have where pairs can be spliced between interfaces."""
-        mtu = self._datapaths.mtu()
-        return {
-            listener.name: mtu
-            for listener in config.listeners
-            if mtu
-            and listener.splice
-            and isinstance(listener.bind, Address)
-            and not ipaddress.ip_address(listener.bind.host).is_loopback
-        }
-
-    def _limit_packets(self) -> None:
-        for name, listener in self._listeners.bound.items():
-            listener.limit_packets(self._settings.mtus.get(name, 0))
 
     def _start_worker(self, index: int, *, listening: bool = True) -> WorkerProcess:
         def make(channel: Channel) -> Inheritance:
@@ -376,11 +317,13 @@ class Daemon:
             self._loop.forget(fd)  # SIGCHLD does the rest
 
     def _configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
-        names = list(self._listeners.bound) if listening else []
-        worker.may_be_transparent = any(u.transparent for u in self._config.upstreams.values())
-        text_fd = text_to_fd(self._settings.to_json())
+        names = list(self._in_force.listeners.bound) if listening else []
+        worker.may_be_transparent = any(
+            u.transparent for u in self._in_force.config.upstreams.values()
+        )
+        text_fd = text_to_fd(self._in_force.settings.to_json())
         try:
-            fds = [self._listeners.bound[name].socket_of(index).fileno() for name in names]
+            fds = [self._in_force.listeners.bound[name].socket_of(index).fileno() for name in names]
             worker.ask("settings", [text_fd, *fds], listeners=names)
         finally:
             os.close(text_fd)
@@ -399,9 +342,7 @@ class Daemon:
         self._lock.close()
         for other in self._workers:
             other.close()
-        for listener in self._listeners.bound.values():
-            for sock in listener.sockets:
-                sock.close()
+        self._in_force.listeners.close_in_child()
         if not is_metrics:
             self._metrics.close_socket()
         self._checks.close_channel()
@@ -417,7 +358,7 @@ class Daemon:
         self._loop.dispose()
 
     def _announce(self) -> None:
-        for name, listener in self._listeners.bound.items():
+        for name, listener in self._in_force.listeners.bound.items():
             self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
         self._env.stdout.flush()
         self._notify("READY=1")
@@ -479,7 +420,7 @@ class Daemon:
 
         counters, windows = self._memory.give_up_writing()
         directory = self._memory.directory
-        listeners = self._config.listeners
+        listeners = self._in_force.config.listeners
         return Source(
             version=__version__,
             started_unix_s=self._started_unix_s,
@@ -585,9 +526,9 @@ class Daemon:
         """Accept no more, let pairs finish until the drain deadline, then stop."""
         self._ending = True
         self._notify("STOPPING=1")
-        self._listeners.close()
+        self._in_force.listeners.close()
         self._tell("drain")
-        self._loop.after(self._config.timeouts.drain_s, self._stop)
+        self._loop.after(self._in_force.config.timeouts.drain_s, self._stop)
         self._look_after_workers()
 
     def _stop(self) -> None:
@@ -596,7 +537,7 @@ class Daemon:
             return
         self._stop_asked = True
         self._ending = True
-        self._listeners.close()
+        self._in_force.listeners.close()
         self._tell("stop")
         self._loop.after(_STOP_S, self._loop.stop)
         self._look_after_workers()
@@ -650,7 +591,10 @@ class Daemon:
             case "show":
                 return self._show(request.get("what", "pairs"))
             case "config":
-                return {"text": self._settings.config_text, "source": self._settings.source}
+                return {
+                    "text": self._in_force.settings.config_text,
+                    "source": self._in_force.settings.source,
+                }
             case "flush":
                 return self._flush(request)
             case "reload":
@@ -660,7 +604,7 @@ class Daemon:
                     lambda now: self._stop() if now else self._end() if not self._ending else None,
                     bool(request.get("now")),
                 )
-                return {"drain_s": self._config.timeouts.drain_s}
+                return {"drain_s": self._in_force.config.timeouts.drain_s}
             case "forward":
                 return self._forward(request)
             case "join":
@@ -679,13 +623,18 @@ class Daemon:
                 return report.pair_rows(self._memory.table.windows, backlogs)
             case "listeners":
                 return report.listener_rows(
-                    self._config, self._binds(), self._memory.counters, self._memory.directory
+                    self._in_force.config,
+                    self._in_force.listeners.binds(),
+                    self._memory.counters,
+                    self._memory.directory,
                 )
             case "rules":
-                return report.rule_rows(self._config, self._memory.counters, self._memory.directory)
+                return report.rule_rows(
+                    self._in_force.config, self._memory.counters, self._memory.directory
+                )
             case "upstreams":
                 reports = ask_all(self._living(), "upstreams")
-                return report.upstream_rows(self._config, reports)
+                return report.upstream_rows(self._in_force.config, reports)
             case "stats":
                 return report.stats(
                     self._memory.counters, self._memory.table.windows, self._datapaths.states
@@ -750,7 +699,7 @@ class Daemon:
         name, listener = next(
             (
                 (name, bound)
-                for name, bound in self._listeners.bound.items()
+                for name, bound in self._in_force.listeners.bound.items()
                 if isinstance(bound.bind, Address) and bound.protocol == "tcp"
             ),
             ("", None),
@@ -763,16 +712,11 @@ class Daemon:
             port = parse_port(str(request["port"]))
         except AddressError as error:
             raise UsageError(str(error)) from error
-        before = dict(self._overrides)
-        self._overrides["moved"] = f"{name} {port}"
-        try:
+        with self._source.moving(name, port):
             # Nothing else changes: what is in the file by now waits for a `reload`.
-            text = self._settings.config_text
-            self._change_to(text, self._parse(text))
-        except ForwarderError:
-            self._overrides = before
-            raise
-        bound = self._listeners.bound[name].bind
+            text = self._in_force.settings.config_text
+            self._change_to(text, self._source.parse(text))
+        bound = self._in_force.listeners.bound[name].bind
         assert isinstance(bound, Address)
         self._log.write("info", "listener_moved", listener=name, bind=str(bound))
         return {"port": bound.port}
@@ -786,16 +730,18 @@ class Daemon:
 
     def _reload(self) -> object:
         """Read the configuration again and put it in force; an error changes nothing."""
-        before = self._config
+        before = self._in_force.config
         try:
-            self._change_to(*self._read_config())
+            self._change_to(*self._source.read())
         except ForwarderError as error:
             self._log.write("error", "reload_refused", error=str(error))
             raise
-        waiting = [key for key in _FIXED if getattr(before, key) != getattr(self._config, key)]
-        if self._datapaths.lacks(self._config):
+        waiting = [
+            key for key in _FIXED if getattr(before, key) != getattr(self._in_force.config, key)
+        ]
+        if self._datapaths.lacks(self._in_force.config):
             waiting.append("datapath")
-        count = len(self._config.listeners)
+        count = len(self._in_force.config.listeners)
         self._log.write("info", "reloaded", listeners=count)
         if waiting:
             self._log.write("warning", "restart_needed", keys=",".join(waiting))
@@ -808,17 +754,15 @@ class Daemon:
         """
         if self._ending:
             raise ControlError("the daemon is ending")
-        following, obsolete = self._listeners.change_to(config)
+        change = self._in_force.change_to(text, config)
         try:
-            settings = self._make_settings(text, config, following)
             metrics = self._metrics.change_to(config.metrics.bind if config.metrics else None)
         except ForwarderError:
-            self._listeners.abandon(following)
+            self._in_force.abandon(change)
             raise
-        self._settings, self._config = settings, config
+        before = self._in_force.listeners.binds()
+        self._in_force.take(change)
         self._log.change(level=config.log.level, form=config.log.format)
-        before = self._binds()
-        self._listeners.bound = following
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
                 try:
@@ -827,14 +771,13 @@ class Daemon:
                     # It will be replaced by one that begins with the new settings.
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
-        self._listeners.commit(config, following, obsolete)
-        self._limit_packets()
+        self._in_force.commit(change)
         self._describe_listeners()
         self._metrics.commit(metrics)
         self._checks.change_to(config.upstreams)
         if self._proc is not None:
             self._proc.port_changed()
-        for name, listener in following.items():
+        for name, listener in change.following.items():
             if before.get(name) != str(listener.bind):
                 self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
         self._env.stdout.flush()

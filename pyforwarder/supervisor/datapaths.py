@@ -114,7 +114,7 @@ class Datapaths:
         return self.splicing.maps.found if self.splicing is not None else ()
 
     def mtu(self) -> int:
-        """What packets may have where pairs can be spliced between interfaces; 0: anything."""
+        """What packets may have where pairs can be spliced between interfaces; 0: any."""
         return smallest_mtu() if self.splicing is not None else 0
 
     def lacks(self, config: Config) -> bool:
