@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from pyforwarder import __version__, tables
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.datapath.kernel import slots_for
-from pyforwarder.datapath.splice_keeper import KeeperError
 from pyforwarder.errors import (
     ControlError,
     ForwarderError,
@@ -34,25 +33,20 @@ from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.views import View, remove_stale
-from pyforwarder.supervisor.workers import WorkerProcess, ask_all, check_user
+from pyforwarder.supervisor.worker_pool import WorkerPool
+from pyforwarder.supervisor.workers import ask_all, check_user
 from pyforwarder.worker.adopting import cookie_of
-from pyforwarder.worker.channel import Channel, text_to_fd
 from pyforwarder.worker.log import Log, impatient
-from pyforwarder.worker.process import Inheritance, most_clients
+from pyforwarder.worker.process import most_clients
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
     from pyforwarder.environment import Environment
-    from pyforwarder.health import Verdict
     from pyforwarder.metrics import Source
     from pyforwarder.supervisor import UpOptions
 
-# A worker that dies again this soon after its start is replaced only after a pause.
-_SOON_S: Final = 1.0
+# A helper process that has died is replaced after this long.
 _PAUSE_S: Final = 1.0
-# How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
-# all the same: a keeper that hangs is replaced sooner.
-_BURIALS: Final = 15
 # How long workers have to reset and close what is left, once they are told to stop.
 _STOP_S: Final = 5.0
 # SIGIO: somebody wants to open a file of the pseudo-/proc.
@@ -75,9 +69,9 @@ class Daemon:
         self._source = ConfigSource(options)
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
-        self._workers: list[WorkerProcess] = []
         self._view: View | None = None
         self._proc: ProcDirectory | None = None
+        self._has_children = False
         self._ending = False
         self._stop_asked = False
         self._started_unix_s = env.unix_time_s()
@@ -110,9 +104,7 @@ class Daemon:
             finally:
                 self._metrics.close()
                 self._checks.close()
-                for worker in self._workers:
-                    worker.kill()
-                    worker.close()
+                self._workers.close()
                 self._in_force.listeners.close()
                 if control is not None:
                     control.close()
@@ -156,14 +148,23 @@ class Daemon:
             user=self._user,
             loop=self._loop,
             log=self._log,
-            # One that is started later inherits more.
-            close_in_child=lambda: self._close_in_child() if self._workers else self._lock.close(),
+            close_in_child=self._close_in_keeper,
         )
         self._in_force = InForce(
             self._source,
             workers=self._count,
             directory=self._memory.directory,
             mtu=self._datapaths.mtu,
+        )
+        self._workers = WorkerPool(
+            self._in_force,
+            self._memory,
+            self._datapaths,
+            user=self._user,
+            loop=self._loop,
+            log=self._log,
+            close_in_child=self._close_in_child,
+            down=lambda: self._checks.down,
         )
         self._view = self._load_view()
         self._metrics = MetricsProcess(
@@ -175,7 +176,7 @@ class Daemon:
             self._loop,
             user=self._user,
             close_in_child=self._close_in_child,
-            tell=self._tell_of_health,
+            tell=self._workers.tell_of_health,
         )
 
     def _remove_stale_pins(self) -> None:
@@ -269,64 +270,19 @@ class Daemon:
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
         self._watch_signals()
-        found = self._datapaths.found
-        # A new pair must not be given the number of one that goes on.
-        self._last_id = max((one.id for one in found), default=0)
-        for index in range(self._count):
-            # While there are ports to be taken over, nobody may connect anywhere yet.
-            self._workers.append(self._start_worker(index, listening=not found))
-        for index in range(self._count) if found else ():
-            self._configure(self._workers[index], index)
+        self._has_children = True
+        self._workers.start()
         self._checks.change_to(config.upstreams)
         self._metrics.start()
         if self._metrics.listener is not None:
             self._log.write("info", "metrics", bind=str(self._metrics.listener.bind))
 
-    def _start_worker(self, index: int, *, listening: bool = True) -> WorkerProcess:
-        def make(channel: Channel) -> Inheritance:
-            return Inheritance(
-                worker=index,
-                workers=self._count,
-                channel=channel,
-                counters_memory=self._memory.counters_memory,
-                limits_memory=self._memory.limits,
-                limits_secret=self._memory.limits_secret,
-                table=self._memory.table,
-                maps=self._datapaths.sockmap,
-                used_tokens=self._memory.used_tokens,
-                user=self._user,
-                splicing=self._datapaths.splicing,
-                log=self._log,
-                last_id=self._last_id,
-            )
-
-        worker = WorkerProcess(make, self._close_in_child)
-        try:
-            self._configure(worker, index, listening=listening)
-        except ForwarderError:
-            worker.kill()
-            worker.close()
-            raise
-        for verdict in self._checks.down:
-            self._say_health(worker, verdict)
-        self._loop.watch(worker.channel.fileno(), EPOLLIN, self._hear, worker)
-        return worker
-
-    def _hear(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
-        if not worker.hear():
-            self._loop.forget(fd)  # SIGCHLD does the rest
-
-    def _configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
-        names = list(self._in_force.listeners.bound) if listening else []
-        worker.may_be_transparent = any(
-            u.transparent for u in self._in_force.config.upstreams.values()
-        )
-        text_fd = text_to_fd(self._in_force.settings.to_json())
-        try:
-            fds = [self._in_force.listeners.bound[name].socket_of(index).fileno() for name in names]
-            worker.ask("settings", [text_fd, *fds], listeners=names)
-        finally:
-            os.close(text_fd)
+    def _close_in_keeper(self) -> None:
+        """In a new keeper of spliced pairs: the first one is forked when there is only the lock."""
+        if self._has_children:
+            self._close_in_child()
+        else:
+            self._lock.close()
 
     def _close_in_child(self, *, is_metrics: bool = False) -> None:
         """In a new worker: close what is the supervisor's alone."""
@@ -340,8 +296,7 @@ class Daemon:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         self._lock.close()
-        for other in self._workers:
-            other.close()
+        self._workers.close_in_child()
         self._in_force.listeners.close_in_child()
         if not is_metrics:
             self._metrics.close_socket()
@@ -401,7 +356,7 @@ class Daemon:
             elif number == signal.SIGHUP:
                 self._reload_on_signal()
             elif number == signal.SIGCHLD:
-                self._look_after_workers()
+                self._look_after_children()
             elif number == signal.SIGIO and self._proc is not None:
                 self._proc.asked()
 
@@ -448,26 +403,7 @@ class Daemon:
         if not self._ending:
             self._checks.start()
 
-    def _tell_of_health(self, verdict: Verdict) -> None:
-        """Every worker learns that a server went up or down."""
-        self._log.write(
-            "info" if verdict.up else "warning",
-            "server_up" if verdict.up else "server_down",
-            upstream=verdict.upstream,
-            server=verdict.server,
-            why=verdict.why,
-        )
-        for worker in self._living():
-            self._say_health(worker, verdict)
-
-    def _say_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
-        try:
-            worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
-        except ControlError as error:
-            # It dies or is stuck; whoever takes its place is told at the start.
-            self._log.write("error", "worker_health", error=str(error))
-
-    def _look_after_workers(self) -> None:
+    def _look_after_children(self) -> None:
         if self._metrics.has_died() and not self._ending:
             self._log.write("error", "metrics_died")
             self._loop.after(_PAUSE_S, self._restart_metrics)
@@ -478,47 +414,9 @@ class Daemon:
             # Pairs that are spliced go on meanwhile.
             self._log.write("error", "splice_keeper_died")
             self._loop.after(_PAUSE_S, self._restart_keeper)
-        for index, worker in enumerate(self._workers):
-            if worker.exit_code is not None or not worker.has_ended():
-                continue
-            self._loop.forget(worker.channel.fileno())
-            worker.close()
-            if not self._ending:
-                self._log.write("error", "worker_died", pid=worker.pid, exit_code=worker.exit_code)
-            self._bury(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
-        if self._ending and all(worker.exit_code is not None for worker in self._workers):
+        self._workers.look_after()
+        if self._ending and not self._workers.living:
             self._loop.stop()
-
-    def _bury(self, index: int, *, is_soon: bool = False, tries: int = _BURIALS) -> None:
-        """A worker is gone, and with it its sockets: clean up what it had in shared places.
-
-        Then put another in its place, a while later if this one lived too short.
-        """
-        self._memory.forget_gauges(index)
-        try:
-            # What it had spliced goes on: first, while the table says what that is.
-            self._datapaths.bury(index)
-        except KeeperError as error:
-            self._log.write("error", "splice_keeper", error=str(error))
-            if not self._ending and tries > 1:
-                # Its successor would not get them: the next keeper knows of them, soon.
-                self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
-                return
-        self._memory.clear_window(index)
-        self._datapaths.forget_worker(index)
-        if is_soon:
-            self._loop.after(_PAUSE_S, lambda: self._replace(index))
-        else:
-            self._replace(index)
-
-    def _replace(self, index: int) -> None:
-        if self._ending:
-            return
-        try:
-            self._workers[index] = self._start_worker(index)
-        except ForwarderError as error:
-            self._log.write("error", "worker_start", error=str(error))
-            self._loop.after(_PAUSE_S, lambda: self._replace(index))
 
     # Ending
 
@@ -527,9 +425,9 @@ class Daemon:
         self._ending = True
         self._notify("STOPPING=1")
         self._in_force.listeners.close()
-        self._tell("drain")
+        self._workers.end("drain")
         self._loop.after(self._in_force.config.timeouts.drain_s, self._stop)
-        self._look_after_workers()
+        self._look_after_children()
 
     def _stop(self) -> None:
         """Reset what is left and end."""
@@ -538,19 +436,9 @@ class Daemon:
         self._stop_asked = True
         self._ending = True
         self._in_force.listeners.close()
-        self._tell("stop")
+        self._workers.end("stop")
         self._loop.after(_STOP_S, self._loop.stop)
-        self._look_after_workers()
-
-    def _tell(self, do: str) -> None:
-        for worker in self._workers:
-            if worker.exit_code is None:
-                try:
-                    worker.ask(do)
-                except ControlError as error:
-                    if not worker.has_ended():
-                        self._log.write("error", "worker_stuck", error=str(error))
-                        worker.kill()
+        self._look_after_children()
 
     def _clean_up(self) -> None:
         self._instance.pid_file.unlink(missing_ok=True)
@@ -633,7 +521,7 @@ class Daemon:
                     self._in_force.config, self._memory.counters, self._memory.directory
                 )
             case "upstreams":
-                reports = ask_all(self._living(), "upstreams")
+                reports = ask_all(self._workers.living, "upstreams")
                 return report.upstream_rows(self._in_force.config, reports)
             case "stats":
                 return report.stats(
@@ -642,16 +530,13 @@ class Daemon:
             case _:
                 raise UsageError(f"cannot show {what!r}")
 
-    def _living(self) -> list[WorkerProcess]:
-        return [worker for worker in self._workers if worker.exit_code is None]
-
     def _flush(self, request: dict[str, Any]) -> object:
         ids = None
         if not request.get("all"):
             ids = request.get("ids")
             if not isinstance(ids, list) or not all(type(n) is int for n in ids):
                 raise UsageError("flush wants a list of ids, or all")
-        flushed = [n for found in ask_all(self._living(), "flush", ids=ids) for n in found]
+        flushed = [n for found in ask_all(self._workers.living, "flush", ids=ids) for n in found]
         return {
             "flushed": sorted(flushed),
             "unknown": sorted(set(ids or ()) - set(flushed)),
@@ -677,7 +562,7 @@ class Daemon:
                 os.close(fd)
 
     def _join(self, client_fd: int, server_fd: int) -> object:
-        living = self._living()
+        living = self._workers.living
         if not living:
             raise ControlError("no worker is running just now")
         # Two pairs on one socket would tear its bytes apart, and each worker knows only its own.
@@ -763,14 +648,7 @@ class Daemon:
         before = self._in_force.listeners.binds()
         self._in_force.take(change)
         self._log.change(level=config.log.level, form=config.log.format)
-        for index, worker in enumerate(self._workers):
-            if worker.exit_code is None:
-                try:
-                    self._configure(worker, index)
-                except ControlError as error:
-                    # It will be replaced by one that begins with the new settings.
-                    self._log.write("error", "worker_reload", error=str(error))
-                    worker.kill()
+        self._workers.configure()
         self._in_force.commit(change)
         self._describe_listeners()
         self._metrics.commit(metrics)
