@@ -22,7 +22,7 @@ from pyforwarder.errors import (
     UsageError,
 )
 from pyforwarder.instance import Instance, acquire
-from pyforwarder.loop import EPOLLIN, Loop
+from pyforwarder.loop import Loop
 from pyforwarder.supervisor import bpffs, report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.configuration import ConfigSource, InForce
@@ -32,6 +32,7 @@ from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
+from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.worker_pool import WorkerPool
 from pyforwarder.supervisor.workers import ask_all, check_user
@@ -49,10 +50,6 @@ if TYPE_CHECKING:
 _PAUSE_S: Final = 1.0
 # How long workers have to reset and close what is left, once they are told to stop.
 _STOP_S: Final = 5.0
-# SIGIO: somebody wants to open a file of the pseudo-/proc.
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
-
-
 # What a running daemon cannot change any more.
 _FIXED: Final = ("workers", "user")
 
@@ -269,7 +266,7 @@ class Daemon:
         # Known before any worker is forked, so that none keeps the socket.
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
-        self._watch_signals()
+        self._signals = Signals(self._loop, self._signalled)
         self._has_children = True
         self._workers.start()
         self._checks.change_to(config.upstreams)
@@ -292,9 +289,7 @@ class Daemon:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.close(null)
-        signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        self._signals.restore()
         self._lock.close()
         self._workers.close_in_child()
         self._in_force.listeners.close_in_child()
@@ -308,8 +303,7 @@ class Daemon:
             os.close(fd)
         if self._view is not None:
             self._view.close()
-        self._wakeup_read.close()
-        self._wakeup_write.close()
+        self._signals.close()
         self._loop.dispose()
 
     def _announce(self) -> None:
@@ -332,42 +326,25 @@ class Daemon:
 
     # Serving
 
-    def _watch_signals(self) -> None:
-        self._wakeup_read, self._wakeup_write = socket.socketpair()
-        self._wakeup_read.setblocking(False)
-        self._wakeup_write.setblocking(False)
-        signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            # The handler does nothing; the wakeup descriptor carries the number to the loop.
-            signal.signal(number, lambda *_: None)
-        self._loop.watch(self._wakeup_read.fileno(), EPOLLIN, self._signalled, self)
-
-    def _signalled(self, _owner: object, _fd: int, _mask: int) -> None:
-        try:
-            numbers = self._wakeup_read.recv(256)
-        except BlockingIOError:
-            return
-        for number in numbers:
-            if number in (signal.SIGINT, signal.SIGTERM):
-                if self._ending:
-                    self._stop()
-                else:
-                    self._end()
-            elif number == signal.SIGHUP:
-                self._reload_on_signal()
-            elif number == signal.SIGCHLD:
-                self._look_after_children()
-            elif number == signal.SIGIO and self._proc is not None:
-                self._proc.asked()
+    def _signalled(self, number: int) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            if self._ending:
+                self._stop()
+            else:
+                self._end()
+        elif number == signal.SIGHUP:
+            self._reload_on_signal()
+        elif number == signal.SIGCHLD:
+            self._look_after_children()
+        elif number == signal.SIGIO and self._proc is not None:
+            self._proc.asked()
 
     def _serve(self) -> None:
         self._loop.run()
         if self._proc is not None:
             self._proc.close()  # while SIGIO, which ends a process that does not expect it, is ours
             self._proc = None
-        signal.set_wakeup_fd(-1)
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        self._signals.restore()
 
     def _metrics_source(self) -> Source:
         """In the metrics process: what it tells, from memory that it cannot write."""
