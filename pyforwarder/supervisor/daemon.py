@@ -7,33 +7,30 @@ import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from pyforwarder import __version__, tables
+from pyforwarder import __version__
 from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.datapath.kernel import slots_for
 from pyforwarder.errors import (
     ControlError,
     ForwarderError,
     InternalError,
-    LoadError,
     UsageError,
 )
 from pyforwarder.instance import Instance, acquire
 from pyforwarder.loop import Loop
-from pyforwarder.supervisor import bpffs, report
+from pyforwarder.supervisor import report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.configuration import ConfigSource, InForce
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.datapaths import Datapaths
+from pyforwarder.supervisor.files import Files, remove_stale_pins
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
-from pyforwarder.supervisor.proc import ProcDirectory
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.signals import Signals
-from pyforwarder.supervisor.views import View, remove_stale
 from pyforwarder.supervisor.worker_pool import WorkerPool
 from pyforwarder.supervisor.workers import ask_all, check_user
 from pyforwarder.worker.adopting import cookie_of
@@ -53,9 +50,6 @@ _STOP_S: Final = 5.0
 # What a running daemon cannot change any more.
 _FIXED: Final = ("workers", "user")
 
-# The view's files and what `show` calls them.
-_RENDERED: Final = (("show", "pairs"), ("stats", "stats"), ("listeners", "listeners"))
-
 
 class Daemon:
     """One instance, from its lock to its last file."""
@@ -66,8 +60,6 @@ class Daemon:
         self._source = ConfigSource(options)
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
-        self._view: View | None = None
-        self._proc: ProcDirectory | None = None
         self._has_children = False
         self._ending = False
         self._stop_asked = False
@@ -92,7 +84,7 @@ class Daemon:
                 )
                 self._instance.pid_file.write_text(f"{os.getpid()}\n")
                 self._datapaths.pin()
-                self._open_view()
+                self._files.open(self._obey, self._show)
                 self._announce()
                 self._datapaths.look_at_keeper()
                 if on_ready is not None:
@@ -136,7 +128,7 @@ class Daemon:
                 pairs_per_worker=clients,
                 configured=config.limits.pairs,
             )
-        self._remove_stale_pins()
+        remove_stale_pins(self._instance, self._log)
         self._memory = SharedMemory(workers=self._count, slots=slots_for(clients))
         self._datapaths = Datapaths(
             config,
@@ -163,7 +155,15 @@ class Daemon:
             close_in_child=self._close_in_child,
             down=lambda: self._checks.down,
         )
-        self._view = self._load_view()
+        self._files = Files(
+            self._instance,
+            self._in_force,
+            self._memory,
+            self._datapaths,
+            loop=self._loop,
+            log=self._log,
+            unix_time_s=self._env.unix_time_s,
+        )
         self._metrics = MetricsProcess(
             self._metrics_source,
             user=self._user,
@@ -175,17 +175,6 @@ class Daemon:
             close_in_child=self._close_in_child,
             tell=self._workers.tell_of_health,
         )
-
-    def _remove_stale_pins(self) -> None:
-        """Clean up after a daemon that was killed, and tell of what is not simply our own."""
-        found = remove_stale(self._instance.bpffs_dir)
-        where = found.directory
-        if found.is_of_another_version:
-            version = found.stamp.version if found.stamp else "unknown"
-            self._log.write("info", "pins_replaced", directory=where, version=version)
-        if found.foreign:
-            names = ",".join(found.foreign)
-            self._log.write("warning", "pins_left_alone", directory=where, names=names)
 
     def _log_fd(self) -> int:
         """Standard error, or in the background the instance's log file."""
@@ -199,65 +188,6 @@ class Daemon:
     def _keep_log_small(self) -> None:
         keep_small(self._instance.log_file)
         self._loop.after(LOOK_S, self._keep_log_small)
-
-    def _load_view(self) -> View | None:
-        """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
-        try:
-            return View.load(
-                self._memory.arrays(),
-                self._datapaths.sockmap,
-                workers=self._count,
-                slots=self._memory.slots,
-            )
-        except LoadError as error:
-            self._log.write("warning", "no_view", reason=str(error))
-            return None
-
-    def _open_view(self) -> None:
-        """Make the files that show and steer us, now that there is something to show.
-
-        Raises:
-            ForwarderError: the pseudo-/proc cannot be made.
-        """
-        pins = None
-        if self._view is not None:
-            self._view.set_stats(report.stats_lines(self._datapaths.states))
-            self._describe_listeners()
-            try:
-                self._view.pin(self._instance.bpffs_dir)
-                pins = self._instance.bpffs_dir
-            except ForwarderError as error:
-                self._log.write("warning", "no_view", reason=str(error))
-        self._proc = ProcDirectory(
-            self._loop,
-            self._instance.proc_dir,
-            obey=self._obey,
-            unix_time_s=self._env.unix_time_s,
-            refused=lambda name, reason: self._log.write(
-                "warning", "write_refused", file=name, reason=reason
-            ),
-            pins=pins,
-            render={name: lambda what=what: self._render(what) for name, what in _RENDERED},  # type: ignore[misc]
-        )
-
-    def _render(self, what: str) -> str:
-        """What the view would say, made by us; the remark goes where the kernel puts its own."""
-        rows: Any = self._show(what)
-        text = tables.render(what, list(tables.stats_rows(rows)) if what == "stats" else rows)
-        header, _, rest = text.partition("\n")
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._env.unix_time_s()))
-        remark = f"# as of {when}, said by the daemon (pid {os.getpid()}): no BPF view here"
-        return f"{header}  {remark}\n{rest}"
-
-    def _describe_listeners(self) -> None:
-        """Tell the view which listeners there are."""
-        if self._view is not None:
-            lines = report.listener_lines(
-                self._in_force.config, self._in_force.listeners.binds(), self._memory.directory
-            )
-            told = self._view.set_listeners(lines)
-            if told < len(lines):
-                self._log.write("warning", "view_is_full", listeners=len(lines), shown=told)
 
     def _bind_and_start(self, text: str, config: Config) -> None:
         change = self._in_force.change_to(text, config)
@@ -299,10 +229,7 @@ class Daemon:
         control = getattr(self, "_control", None)
         for fd in control.fds() if control is not None else ():
             os.close(fd)
-        for fd in self._proc.fds() if self._proc is not None else ():
-            os.close(fd)
-        if self._view is not None:
-            self._view.close()
+        self._files.close_in_child()
         self._signals.close()
         self._loop.dispose()
 
@@ -336,14 +263,13 @@ class Daemon:
             self._reload_on_signal()
         elif number == signal.SIGCHLD:
             self._look_after_children()
-        elif number == signal.SIGIO and self._proc is not None:
-            self._proc.asked()
+        elif number == signal.SIGIO:
+            self._files.asked()
 
     def _serve(self) -> None:
         self._loop.run()
-        if self._proc is not None:
-            self._proc.close()  # while SIGIO, which ends a process that does not expect it, is ours
-            self._proc = None
+        # While SIGIO, which ends a process that does not expect it, is ours.
+        self._files.close_proc()
         self._signals.restore()
 
     def _metrics_source(self) -> Source:
@@ -419,14 +345,10 @@ class Daemon:
 
     def _clean_up(self) -> None:
         self._instance.pid_file.unlink(missing_ok=True)
-        if self._proc is not None:
-            self._proc.close()
+        self._files.close_proc()
         # The pins of splice are in a directory of the view's, which goes once nothing is in it.
         self._datapaths.close()
-        if self._view is not None:
-            self._view.unpin()
-            self._view.close()
-        bpffs.leave(self._instance.bpffs_dir.parent)
+        self._files.close_view()
         self._memory.close()
 
     # Requests
@@ -484,8 +406,7 @@ class Daemon:
     def _show(self, what: object) -> object:
         match what:
             case "pairs":
-                backlogs = self._view.backlogs() if self._view is not None else {}
-                return report.pair_rows(self._memory.table.windows, backlogs)
+                return report.pair_rows(self._memory.table.windows, self._files.backlogs())
             case "listeners":
                 return report.listener_rows(
                     self._in_force.config,
@@ -627,11 +548,10 @@ class Daemon:
         self._log.change(level=config.log.level, form=config.log.format)
         self._workers.configure()
         self._in_force.commit(change)
-        self._describe_listeners()
+        self._files.describe_listeners()
         self._metrics.commit(metrics)
         self._checks.change_to(config.upstreams)
-        if self._proc is not None:
-            self._proc.port_changed()
+        self._files.port_changed()
         for name, listener in change.following.items():
             if before.get(name) != str(listener.bind):
                 self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
