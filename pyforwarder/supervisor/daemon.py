@@ -8,20 +8,13 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder import __version__
-from pyforwarder.address import Address, AddressError, parse_port
 from pyforwarder.datapath.kernel import slots_for
-from pyforwarder.errors import (
-    ControlError,
-    ForwarderError,
-    InternalError,
-    UsageError,
-)
+from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.instance import Instance, acquire
 from pyforwarder.loop import Loop
-from pyforwarder.supervisor import report
 from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.configuration import ConfigSource, InForce
 from pyforwarder.supervisor.control import ControlServer
@@ -29,11 +22,11 @@ from pyforwarder.supervisor.datapaths import Datapaths
 from pyforwarder.supervisor.files import Files, remove_stale_pins
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
+from pyforwarder.supervisor.requests import Requests
 from pyforwarder.supervisor.scraping import MetricsProcess
 from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.worker_pool import WorkerPool
-from pyforwarder.supervisor.workers import ask_all, check_user
-from pyforwarder.worker.adopting import cookie_of
+from pyforwarder.supervisor.workers import check_user
 from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import most_clients
 
@@ -47,8 +40,6 @@ if TYPE_CHECKING:
 _PAUSE_S: Final = 1.0
 # How long workers have to reset and close what is left, once they are told to stop.
 _STOP_S: Final = 5.0
-# What a running daemon cannot change any more.
-_FIXED: Final = ("workers", "user")
 
 
 class Daemon:
@@ -60,6 +51,7 @@ class Daemon:
         self._source = ConfigSource(options)
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
+        self._control: ControlServer | None = None
         self._has_children = False
         self._ending = False
         self._stop_asked = False
@@ -76,15 +68,14 @@ class Daemon:
             self._lock = lock
             text, config = self._source.read()
             self._prepare(config)
-            control: ControlServer | None = None
             try:
                 self._bind_and_start(text, config)
-                control = self._control = ControlServer(
-                    self._loop, self._instance.control, self._obey
+                self._control = ControlServer(
+                    self._loop, self._instance.control, self._requests.obey
                 )
                 self._instance.pid_file.write_text(f"{os.getpid()}\n")
                 self._datapaths.pin()
-                self._files.open(self._obey, self._show)
+                self._files.open(self._requests.obey, self._requests.show)
                 self._announce()
                 self._datapaths.look_at_keeper()
                 if on_ready is not None:
@@ -95,8 +86,8 @@ class Daemon:
                 self._checks.close()
                 self._workers.close()
                 self._in_force.listeners.close()
-                if control is not None:
-                    control.close()
+                if self._control is not None:
+                    self._control.close()
                 self._clean_up()
             lock.remove()
         return 0
@@ -175,6 +166,19 @@ class Daemon:
             close_in_child=self._close_in_child,
             tell=self._workers.tell_of_health,
         )
+        self._requests = Requests(
+            self._source,
+            self._in_force,
+            self._memory,
+            self._datapaths,
+            self._workers,
+            self._files,
+            loop=self._loop,
+            log=self._log,
+            change_to=self._change_to,
+            drain=self._end,
+            stop=self._stop,
+        )
 
     def _log_fd(self) -> int:
         """Standard error, or in the background the instance's log file."""
@@ -226,8 +230,7 @@ class Daemon:
         if not is_metrics:
             self._metrics.close_socket()
         self._checks.close_channel()
-        control = getattr(self, "_control", None)
-        for fd in control.fds() if control is not None else ():
+        for fd in self._control.fds() if self._control is not None else ():
             os.close(fd)
         self._files.close_in_child()
         self._signals.close()
@@ -321,214 +324,14 @@ class Daemon:
         if self._ending and not self._workers.living:
             self._loop.stop()
 
-    # Ending
-
-    def _end(self) -> None:
-        """Accept no more, let pairs finish until the drain deadline, then stop."""
-        self._ending = True
-        self._notify("STOPPING=1")
-        self._in_force.listeners.close()
-        self._workers.end("drain")
-        self._loop.after(self._in_force.config.timeouts.drain_s, self._stop)
-        self._look_after_children()
-
-    def _stop(self) -> None:
-        """Reset what is left and end."""
-        if self._stop_asked:
-            return
-        self._stop_asked = True
-        self._ending = True
-        self._in_force.listeners.close()
-        self._workers.end("stop")
-        self._loop.after(_STOP_S, self._loop.stop)
-        self._look_after_children()
-
-    def _clean_up(self) -> None:
-        self._instance.pid_file.unlink(missing_ok=True)
-        self._files.close_proc()
-        # The pins of splice are in a directory of the view's, which goes once nothing is in it.
-        self._datapaths.close()
-        self._files.close_view()
-        self._memory.close()
-
-    # Requests
-
-    def _obey(self, request: dict[str, Any], fds: list[int]) -> object:
-        """Do what was asked; a fault of ours over it costs this request and no pair.
-
-        Raises:
-            ForwarderError: it cannot be done, or failed.
-        """
-        try:
-            return self._do(request, fds)
-        except ForwarderError:
-            raise
-        except Exception as error:
-            self._log.fault("request_failed", error)
-            raise InternalError(f"{type(error).__name__}: {error}") from error
-
-    def _do(self, request: dict[str, Any], fds: list[int]) -> object:
-        match request["do"]:
-            case "ping":
-                return {
-                    "pid": os.getpid(),
-                    "version": __version__,
-                    "datapaths": self._datapaths.states,
-                }
-            case "show":
-                return self._show(request.get("what", "pairs"))
-            case "config":
-                return {
-                    "text": self._in_force.settings.config_text,
-                    "source": self._in_force.settings.source,
-                }
-            case "flush":
-                return self._flush(request)
-            case "reload":
-                return self._reload()
-            case "down":
-                self._loop.defer(
-                    lambda now: self._stop() if now else self._end() if not self._ending else None,
-                    bool(request.get("now")),
-                )
-                return {"drain_s": self._in_force.config.timeouts.drain_s}
-            case "forward":
-                return self._forward(request)
-            case "join":
-                if len(fds) != 2:
-                    raise UsageError("join wants two descriptors")
-                return self._join(fds[0], fds[1])
-            case "listen_port":
-                return self._listen_port(request)
-            case unknown:
-                raise UsageError(f"unknown request {unknown!r}")
-
-    def _show(self, what: object) -> object:
-        match what:
-            case "pairs":
-                return report.pair_rows(self._memory.table.windows, self._files.backlogs())
-            case "listeners":
-                return report.listener_rows(
-                    self._in_force.config,
-                    self._in_force.listeners.binds(),
-                    self._memory.counters,
-                    self._memory.directory,
-                )
-            case "rules":
-                return report.rule_rows(
-                    self._in_force.config, self._memory.counters, self._memory.directory
-                )
-            case "upstreams":
-                reports = ask_all(self._workers.living, "upstreams")
-                return report.upstream_rows(self._in_force.config, reports)
-            case "stats":
-                return report.stats(
-                    self._memory.counters, self._memory.table.windows, self._datapaths.states
-                )
-            case _:
-                raise UsageError(f"cannot show {what!r}")
-
-    def _flush(self, request: dict[str, Any]) -> object:
-        ids = None
-        if not request.get("all"):
-            ids = request.get("ids")
-            if not isinstance(ids, list) or not all(type(n) is int for n in ids):
-                raise UsageError("flush wants a list of ids, or all")
-        flushed = [n for found in ask_all(self._workers.living, "flush", ids=ids) for n in found]
-        return {
-            "flushed": sorted(flushed),
-            "unknown": sorted(set(ids or ()) - set(flushed)),
-        }
-
-    def _forward(self, request: dict[str, Any]) -> object:
-        """Take two sockets out of another process (pidfd_getfd(2)) and join them."""
-        pid, numbers = request.get("pid"), request.get("fds")
-        if (
-            not _is_number(pid)
-            or not isinstance(numbers, list)
-            or len(numbers) != 2
-            or not all(map(_is_number, numbers))
-        ):
-            raise UsageError("forward wants a process and two of its descriptors")
-        from pyforwarder.supervisor.pidfd import fetch_descriptors
-
-        fds = fetch_descriptors(pid, numbers)
-        try:
-            return self._join(fds[0], fds[1])
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    def _join(self, client_fd: int, server_fd: int) -> object:
-        living = self._workers.living
-        if not living:
-            raise ControlError("no worker is running just now")
-        # Two pairs on one socket would tear its bytes apart, and each worker knows only its own.
-        cookies = []
-        for fd in (client_fd, server_fd):
-            try:
-                with socket.socket(fileno=os.dup(fd)) as sock:
-                    cookies.append(cookie_of(sock))
-            except OSError as error:
-                raise ControlError(f"cannot join: {error.strerror}") from error
-        for owner in ask_all(living, "pair_with", cookies=cookies):
-            if owner is not None:
-                raise ControlError(f"cannot join: pair {owner} has that socket already")
-        worker = living[client_fd % len(living)]
-        return {"id": worker.ask("join", [client_fd, server_fd])}
-
-    def _listen_port(self, request: dict[str, Any]) -> object:
-        """Move the first TCP listener to another port; live pairs are not touched."""
-        name, listener = next(
-            (
-                (name, bound)
-                for name, bound in self._in_force.listeners.bound.items()
-                if isinstance(bound.bind, Address) and bound.protocol == "tcp"
-            ),
-            ("", None),
-        )
-        if listener is None or not isinstance(listener.bind, Address):
-            raise ControlError("there is no TCP listener")
-        if "port" not in request:
-            return {"port": listener.bind.port}
-        try:
-            port = parse_port(str(request["port"]))
-        except AddressError as error:
-            raise UsageError(str(error)) from error
-        with self._source.moving(name, port):
-            # Nothing else changes: what is in the file by now waits for a `reload`.
-            text = self._in_force.settings.config_text
-            self._change_to(text, self._source.parse(text))
-        bound = self._in_force.listeners.bound[name].bind
-        assert isinstance(bound, Address)
-        self._log.write("info", "listener_moved", listener=name, bind=str(bound))
-        return {"port": bound.port}
+    # Changing
 
     def _reload_on_signal(self) -> None:
         self._notify("RELOADING=1")
         # What went wrong is in the log by then.
         with contextlib.suppress(ForwarderError):
-            self._obey({"do": "reload"}, [])
+            self._requests.obey({"do": "reload"}, [])
         self._notify("READY=1")
-
-    def _reload(self) -> object:
-        """Read the configuration again and put it in force; an error changes nothing."""
-        before = self._in_force.config
-        try:
-            self._change_to(*self._source.read())
-        except ForwarderError as error:
-            self._log.write("error", "reload_refused", error=str(error))
-            raise
-        waiting = [
-            key for key in _FIXED if getattr(before, key) != getattr(self._in_force.config, key)
-        ]
-        if self._datapaths.lacks(self._in_force.config):
-            waiting.append("datapath")
-        count = len(self._in_force.config.listeners)
-        self._log.write("info", "reloaded", listeners=count)
-        if waiting:
-            self._log.write("warning", "restart_needed", keys=",".join(waiting))
-        return {"listeners": count, "waiting": waiting}
 
     def _change_to(self, text: str, config: Config) -> None:
         """Put a configuration in force.
@@ -557,7 +360,34 @@ class Daemon:
                 self._env.stdout.write(f"listening on {listener.bind} ({name})\n")
         self._env.stdout.flush()
 
+    # Ending
 
-def _is_number(value: object) -> TypeGuard[int]:
-    """Of a process or a descriptor; True and False are instances of int, too."""
-    return type(value) is int and 0 <= value < 2**31
+    def _end(self) -> None:
+        """Accept no more, let pairs finish until the drain deadline, then stop."""
+        if self._ending:
+            return
+        self._ending = True
+        self._notify("STOPPING=1")
+        self._in_force.listeners.close()
+        self._workers.end("drain")
+        self._loop.after(self._in_force.config.timeouts.drain_s, self._stop)
+        self._look_after_children()
+
+    def _stop(self) -> None:
+        """Reset what is left and end."""
+        if self._stop_asked:
+            return
+        self._stop_asked = True
+        self._ending = True
+        self._in_force.listeners.close()
+        self._workers.end("stop")
+        self._loop.after(_STOP_S, self._loop.stop)
+        self._look_after_children()
+
+    def _clean_up(self) -> None:
+        self._instance.pid_file.unlink(missing_ok=True)
+        self._files.close_proc()
+        # The pins of splice are in a directory of the view's, which goes once nothing is in it.
+        self._datapaths.close()
+        self._files.close_view()
+        self._memory.close()
