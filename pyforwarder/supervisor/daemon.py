@@ -1,4 +1,8 @@
-"""The daemon: starts everything in the right order, and ends it in the reverse order."""
+"""The daemon: starts everything in the right order, and ends it in the reverse order.
+
+What each part does is in a module of its own; here is only what comes before what, and who is
+told of whom.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder import __version__
 from pyforwarder.datapath.kernel import slots_for
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.instance import Instance, acquire
@@ -23,7 +26,7 @@ from pyforwarder.supervisor.files import Files, remove_stale_pins
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.requests import Requests
-from pyforwarder.supervisor.scraping import MetricsProcess
+from pyforwarder.supervisor.scraping import MetricsProcess, source_in_child
 from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.worker_pool import WorkerPool
 from pyforwarder.supervisor.workers import check_user
@@ -33,7 +36,6 @@ from pyforwarder.worker.process import most_clients
 if TYPE_CHECKING:
     from pyforwarder.config import Config
     from pyforwarder.environment import Environment
-    from pyforwarder.metrics import Source
     from pyforwarder.supervisor import UpOptions
 
 # A helper process that has died is replaced after this long.
@@ -82,12 +84,6 @@ class Daemon:
                     on_ready()
                 self._serve()
             finally:
-                self._metrics.close()
-                self._checks.close()
-                self._workers.close()
-                self._in_force.listeners.close()
-                if self._control is not None:
-                    self._control.close()
                 self._clean_up()
             lock.remove()
         return 0
@@ -95,23 +91,23 @@ class Daemon:
     # Starting
 
     def _prepare(self, config: Config) -> None:
-        """What stays for the daemon's life: workers, tables, maps."""
+        """Make what stays for the daemon's life; nobody is served yet."""
         self._log = Log(
             level=config.log.level,
             form=config.log.format,
             fd=impatient(self._log_fd()),
             is_timed="JOURNAL_STREAM" not in self._env.environ,  # journald adds its own
         )
-        self._user = config.user if os.geteuid() == 0 else None
-        if self._user is not None:
-            check_user(self._user)
-        self._count = (os.cpu_count() or 1) if config.workers == "auto" else int(config.workers)
-        self._count = min(self._count, 255)
+        user = config.user if os.geteuid() == 0 else None
+        if user is not None:
+            check_user(user)
+        workers = (os.cpu_count() or 1) if config.workers == "auto" else int(config.workers)
+        workers = min(workers, 255)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         clients = most_clients(config.limits.pairs)
-        if clients * self._count < config.limits.pairs:
+        if clients * workers < config.limits.pairs:
             self._log.write(
                 "warning",
                 "few_descriptors",
@@ -120,19 +116,19 @@ class Daemon:
                 configured=config.limits.pairs,
             )
         remove_stale_pins(self._instance, self._log)
-        self._memory = SharedMemory(workers=self._count, slots=slots_for(clients))
+        self._memory = SharedMemory(workers=workers, slots=slots_for(clients))
         self._datapaths = Datapaths(
             config,
             self._memory,
             pins=self._instance.bpffs_dir,
-            user=self._user,
+            user=user,
             loop=self._loop,
             log=self._log,
             close_in_child=self._close_in_keeper,
         )
         self._in_force = InForce(
             self._source,
-            workers=self._count,
+            workers=workers,
             directory=self._memory.directory,
             mtu=self._datapaths.mtu,
         )
@@ -140,7 +136,7 @@ class Daemon:
             self._in_force,
             self._memory,
             self._datapaths,
-            user=self._user,
+            user=user,
             loop=self._loop,
             log=self._log,
             close_in_child=self._close_in_child,
@@ -156,13 +152,18 @@ class Daemon:
             unix_time_s=self._env.unix_time_s,
         )
         self._metrics = MetricsProcess(
-            self._metrics_source,
-            user=self._user,
+            lambda: source_in_child(
+                self._in_force,
+                self._memory,
+                self._datapaths.states,
+                started_unix_s=self._started_unix_s,
+            ),
+            user=user,
             close_in_child=lambda: self._close_in_child(is_metrics=True),
         )
         self._checks = CheckerProcess(
             self._loop,
-            user=self._user,
+            user=user,
             close_in_child=self._close_in_child,
             tell=self._workers.tell_of_health,
         )
@@ -201,6 +202,7 @@ class Daemon:
         wanted = config.metrics.bind if config.metrics else None
         self._metrics.listener = self._metrics.change_to(wanted)
         self._signals = Signals(self._loop, self._signalled)
+        # From here on another keeper, too, inherits more than the lock.
         self._has_children = True
         self._workers.start()
         self._checks.change_to(config.upstreams)
@@ -209,14 +211,14 @@ class Daemon:
             self._log.write("info", "metrics", bind=str(self._metrics.listener.bind))
 
     def _close_in_keeper(self) -> None:
-        """In a new keeper of spliced pairs: the first one is forked when there is only the lock."""
+        """In a new keeper of spliced pairs; the first is forked before there is anything else."""
         if self._has_children:
             self._close_in_child()
         else:
             self._lock.close()
 
     def _close_in_child(self, *, is_metrics: bool = False) -> None:
-        """In a new worker: close what is the supervisor's alone."""
+        """In a new child: close what is the supervisor's alone."""
         # With `--detach` the command's own output is inherited too, and whoever reads it (a shell's
         # `$(...)`, an installer) waits for an end of file that only the last holder brings.
         null = os.open(os.devnull, os.O_RDWR)
@@ -275,54 +277,29 @@ class Daemon:
         self._files.close_proc()
         self._signals.restore()
 
-    def _metrics_source(self) -> Source:
-        """In the metrics process: what it tells, from memory that it cannot write."""
-        from pyforwarder.metrics import Source
-
-        counters, windows = self._memory.give_up_writing()
-        directory = self._memory.directory
-        listeners = self._in_force.config.listeners
-        return Source(
-            version=__version__,
-            started_unix_s=self._started_unix_s,
-            workers=self._count,
-            counters=counters,
-            windows=windows,
-            listeners={listener.name: directory.index(listener.name) for listener in listeners},
-            rules={
-                (listener.name, rule.name): directory.index(listener.name, rule.name)
-                for listener in listeners
-                for rule in listener.rules
-            },
-            datapaths=self._datapaths.states,
-        )
-
-    def _restart_keeper(self) -> None:
-        if not self._ending:
-            self._datapaths.restart_keeper()
-
-    def _restart_metrics(self) -> None:
-        if not self._ending:
-            self._metrics.start()
-
-    def _restart_checks(self) -> None:
-        if not self._ending:
-            self._checks.start()
-
     def _look_after_children(self) -> None:
         if self._metrics.has_died() and not self._ending:
             self._log.write("error", "metrics_died")
-            self._loop.after(_PAUSE_S, self._restart_metrics)
+            self._restart_later(self._metrics.start)
         if self._checks.has_died() and not self._ending:
             self._log.write("error", "health_checks_died")
-            self._loop.after(_PAUSE_S, self._restart_checks)
+            self._restart_later(self._checks.start)
         if self._datapaths.keeper_has_died() and not self._ending:
             # Pairs that are spliced go on meanwhile.
             self._log.write("error", "splice_keeper_died")
-            self._loop.after(_PAUSE_S, self._restart_keeper)
+            self._restart_later(self._datapaths.restart_keeper)
         self._workers.look_after()
         if self._ending and not self._workers.living:
             self._loop.stop()
+
+    def _restart_later(self, start: Callable[[], None]) -> None:
+        """After a pause, and not if we are ending by then."""
+
+        def restart() -> None:
+            if not self._ending:
+                start()
+
+        self._loop.after(_PAUSE_S, restart)
 
     # Changing
 
@@ -385,6 +362,13 @@ class Daemon:
         self._look_after_children()
 
     def _clean_up(self) -> None:
+        """End every process and leave nothing behind, however far the start has come."""
+        self._metrics.close()
+        self._checks.close()
+        self._workers.close()
+        self._in_force.listeners.close()
+        if self._control is not None:
+            self._control.close()
         self._instance.pid_file.unlink(missing_ok=True)
         self._files.close_proc()
         # The pins of splice are in a directory of the view's, which goes once nothing is in it.
