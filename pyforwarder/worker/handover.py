@@ -126,6 +126,7 @@ class Handover:
             return PairReason.SPLICE_OFF
         if self._splice is None:
             return PairReason.NOT_ELIGIBLE
+        client.expects_splice = False  # bytes are moved for the last time in there
         return self._splice.join(client)
 
     def _ask(self, client: Client) -> None:
