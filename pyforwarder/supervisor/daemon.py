@@ -23,6 +23,7 @@ from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
 from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
 from pyforwarder.datapath.splice_keeper import KeeperError, Splicing, pins_of
 from pyforwarder.datapath.splice_maps import SpliceMaps, smallest_mtu
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -857,7 +858,7 @@ class Daemon:
         cookies = []
         for fd in (client_fd, server_fd):
             try:
-                with socket.socket(fileno=os.dup(fd)) as sock:
+                with duplicate_socket(fd) as sock:
                     cookies.append(cookie_of(sock))
             except OSError as error:
                 raise ControlError(f"cannot join: {error.strerror}") from error
