@@ -22,6 +22,7 @@ import stat
 import struct
 from typing import Final
 
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ForwarderError
 
 _READ_BYTES: Final = 1 << 18
@@ -52,7 +53,7 @@ def relay(connection: socket.socket, *, stdin_fd: int, stdout_fd: int) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         stdout_socket = None
         if _is_open(stdout_fd) and stat.S_ISSOCK(os.fstat(stdout_fd).st_mode):
-            stdout_socket = stack.enter_context(socket.socket(fileno=os.dup(stdout_fd)))
+            stdout_socket = stack.enter_context(duplicate_socket(stdout_fd))
         _Relay(connection, stdin_fd, stdout_fd, stdout_socket).run()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _FIN_ON_CLOSE)
 

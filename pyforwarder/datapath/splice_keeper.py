@@ -60,6 +60,7 @@ from pyforwarder.datapath.splice_maps import (
     unpin,
     used_indexes,
 )
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import DatapathError
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -236,7 +237,7 @@ class Keeper:
             request = json.loads(data)
             answer: dict[str, object] = {"n": request["n"]}
             try:
-                sockets.extend(socket.socket(fileno=os.dup(fd)) for fd in fds)
+                sockets.extend(duplicate_socket(fd) for fd in fds)
                 # Asked now, as it was read before: whoever finds it unread then may give it up.
                 if time.monotonic() > request["until"]:
                     answer["late"] = True

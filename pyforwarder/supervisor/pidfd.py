@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ControlError
 
 _SYS_PIDFD_GETFD: Final = 438  # the same number on every architecture (since Linux 5.6)
@@ -44,7 +45,7 @@ def fetch_descriptors(pid: int, numbers: Sequence[int]) -> list[int]:
 
 def _check_connected(fd: int, what: str) -> None:
     try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
+        with duplicate_socket(fd) as sock:
             kind = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE)
             sock.getpeername()
     except OSError as error:

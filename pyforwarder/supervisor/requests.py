@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from pyforwarder import __version__
 from pyforwarder.address import Address, AddressError, parse_port
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.workers import ask_all
@@ -177,7 +177,7 @@ class Requests:
         cookies = []
         for fd in (client_fd, server_fd):
             try:
-                with socket.socket(fileno=os.dup(fd)) as sock:
+                with duplicate_socket(fd) as sock:
                     cookies.append(cookie_of(sock))
             except OSError as error:
                 raise ControlError(f"cannot join: {error.strerror}") from error

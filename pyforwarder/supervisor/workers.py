@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.send_buffer import enlarge_send_buffer
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.worker.channel import Channel
 from pyforwarder.worker.process import Inheritance, main
@@ -139,7 +140,7 @@ def grant(
     try:
         if len(fds) != 1:
             return None
-        with socket.socket(fileno=os.dup(fds[0])) as sock:
+        with duplicate_socket(fds[0]) as sock:
             if sock.family not in (socket.AF_INET, socket.AF_INET6):
                 return None
             if message["ask"] == "enlarge":

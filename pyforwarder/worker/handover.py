@@ -29,9 +29,9 @@ _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
-# From so many bytes on a pair is likely to be handed over: before the kernel makes its sockets'
-# receive buffers larger.
-_LIKELY_BYTES: Final = 1 << 14
+# A pair is likely to be handed over once it has carried this part of what it takes: early enough,
+# by default, for the kernel not to have made its sockets' receive buffers larger.
+_LIKELY: Final = 16
 
 # Who was not ready to be spliced is asked again so long afterwards, if not before.
 _AGAIN_S: Final = 0.05
@@ -96,7 +96,8 @@ class Handover:
     def moved(self, client: Client, flow: Flow) -> None:
         """Bytes were copied: count what earns the handover."""
         carried_bytes = client.up.carried_bytes + client.down.carried_bytes
-        if client.expects_splice and carried_bytes >= _LIKELY_BYTES:
+        when = client.listener.generation.handover
+        if client.expects_splice and carried_bytes * _LIKELY >= when.after_bytes:
             client.expects_splice = False
             if client.not_spliced is None:
                 assert self._splice is not None
@@ -109,7 +110,6 @@ class Handover:
         if flow.direction is not client.turn_direction:
             client.turn_direction = flow.direction
             client.turns += 1
-        when = client.listener.generation.handover
         # A round trip is two turns of who is speaking.
         if client.turns >= 2 * when.after_round_trips or carried_bytes >= when.after_bytes:
             self._ask(client)
@@ -126,6 +126,7 @@ class Handover:
             return PairReason.SPLICE_OFF
         if self._splice is None:
             return PairReason.NOT_ELIGIBLE
+        client.expects_splice = False  # bytes are moved for the last time in there
         return self._splice.join(client)
 
     def _ask(self, client: Client) -> None:

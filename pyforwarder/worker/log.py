@@ -19,6 +19,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.reasons import CloseReason
 from pyforwarder.tables import printable
 
@@ -63,7 +64,7 @@ class Log:
         self._socket: socket.socket | None = None
         self._room: select.poll | None = None
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            self._socket = socket.socket(fileno=os.dup(fd))
+            self._socket = duplicate_socket(fd)
         elif os.get_blocking(fd):
             self._room = select.poll()
             self._room.register(fd, select.POLLOUT)

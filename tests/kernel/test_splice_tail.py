@@ -20,6 +20,8 @@ import pytest
 from pyforwarder.datapath import bpf
 from pyforwarder.datapath.splice_abi import SPLICE_BYTES, VERSION, Splice
 from pyforwarder.datapath.splice_maps import used_indexes
+from pyforwarder.errors import ControlError
+from pyforwarder.supervisor.pidfd import fetch_descriptors
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import (
     Waiting,
@@ -51,6 +53,8 @@ LATE: Final = """
 handover: {after_bytes: 4MiB, after_round_trips: 1000000, after: 1h}
 """
 MOST: Final = 1 << 28
+SO_BUF_LOCK: Final = 72  # asm-generic/socket.h
+SOCK_RCVBUF_LOCK: Final = 2  # linux/net.h
 
 
 @pytest.fixture(scope="module")
@@ -296,3 +300,39 @@ def test_an_acknowledgement_that_came_as_the_pair_began_is_not_waited_for(
             own.forwarder.control().upstreams()
             own.forwarder.kill()
             exchange(client, server)
+
+
+def locked_buffers(site: Site, client: socket.socket) -> int:
+    """Which buffers the kernel leaves as they are (SO_BUF_LOCK) of our socket to this client."""
+    for worker in site.forwarder.workers():
+        for name in os.listdir(f"/proc/{worker.pid}/fd"):
+            with contextlib.suppress(ControlError):  # not a connected socket
+                (fd,) = fetch_descriptors(worker.pid, [int(name)])
+                with socket.socket(fileno=fd) as sock:
+                    if sock.getpeername()[:2] == client.getsockname()[:2]:
+                        return sock.getsockopt(socket.SOL_SOCKET, SO_BUF_LOCK)
+    raise AssertionError("no worker has it")
+
+
+@pytest.mark.parametrize("timestamps", [1, 0])
+def test_who_will_be_spliced_is_promised_no_more(
+    start_forwarder: StartForwarder, timestamps: int
+) -> None:
+    """What is under way to us at that moment may find no room at the other end.
+
+    A pair that cannot be spliced, because one connection alone has timestamps, is let go again.
+    """
+    late = "handover: {after_bytes: 256KiB, after_round_trips: 1000000, after: 1h}"
+    with topology() as hosts:
+        hosts.client.set(ipv4__tcp_timestamps=timestamps)
+        with hosts.forwarder.entered():
+            own = Site(hosts, start_forwarder(config(late, datapath="auto")))
+        with own.pair(hosts.way(), 4) as (client, server):
+            assert locked_buffers(own, client) == 0
+            exchange(client, server, 50_000)
+            assert locked_buffers(own, client) == SOCK_RCVBUF_LOCK
+            exchange(client, server, 200_000)
+            if not timestamps:
+                wait_for(lambda: locked_buffers(own, client) == 0, "as it was")
+                return
+            wait_for(lambda: spliced_id(own, client), "spliced")

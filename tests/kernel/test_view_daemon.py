@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder import tables
+from pyforwarder.errors import ForwarderError
 from tests.helpers.daemon import Daemon, Place, leftovers, run_command
 from tests.helpers.instruction import instruction, refusal
 from tests.helpers.peers import (
@@ -482,6 +483,21 @@ def test_forward_joins_sockets_of_another_process(
         [row] = wait_for(lambda: rows_of(place), "the pair")
         assert (row["up_bytes"], row["down_bytes"]) == ("5003", "4711")
     assert "process 2147483647" in shell(place, "echo 2147483647 3 4 > forward; cat errors")
+
+
+def test_what_cannot_be_forwarded_is_not_kept(
+    place: Place, start_forwarder: StartForwarder
+) -> None:
+    forwarder = start_forwarder(config("copy"))
+    with open(os.devnull, "rb") as no_socket, socket.socket() as unconnected:
+        fds = (no_socket.fileno(), unconnected.fileno())
+        before = forwarder.open_fds()
+        for one, other in [fds, fds[::-1]] * 5:
+            request = f"echo {os.getpid()} {one} {other} > forward; cat errors"
+            assert "not a connected socket" in shell(place, request)
+            with pytest.raises(ForwarderError):
+                forwarder.control().join(one, other)
+        forwarder.wait_for_no_more_fds(before)
 
 
 def test_only_root_may_write(place: Place, start_forwarder: StartForwarder) -> None:
