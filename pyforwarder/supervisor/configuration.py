@@ -141,7 +141,7 @@ class InForce:
         return Settings(
             config_text=text,
             source=self._source.name,
-            overrides=self._source.overrides,
+            overrides=dict(self._source.overrides),  # they may be tried out and taken back
             keys=keys,
             binds={name: str(listener.bind) for name, listener in bound.items()},
             indexes=counter_indexes(config, self._directory),

@@ -280,24 +280,29 @@ class Daemon:
     def _look_after_children(self) -> None:
         if self._metrics.has_died() and not self._ending:
             self._log.write("error", "metrics_died")
-            self._restart_later(self._metrics.start)
+            self._restart_later("metrics", self._metrics.start)
         if self._checks.has_died() and not self._ending:
             self._log.write("error", "health_checks_died")
-            self._restart_later(self._checks.start)
+            self._restart_later("health_checks", self._checks.start)
         if self._datapaths.keeper_has_died() and not self._ending:
             # Pairs that are spliced go on meanwhile.
             self._log.write("error", "splice_keeper_died")
-            self._restart_later(self._datapaths.restart_keeper)
+            self._restart_later("splice_keeper", self._datapaths.restart_keeper)
         self._workers.look_after()
         if self._ending and not self._workers.living:
             self._loop.stop()
 
-    def _restart_later(self, start: Callable[[], None]) -> None:
+    def _restart_later(self, name: str, start: Callable[[], None]) -> None:
         """After a pause, and not if we are ending by then."""
 
         def restart() -> None:
-            if not self._ending:
+            if self._ending:
+                return
+            try:
                 start()
+            except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
+                self._log.write("error", "restart", process=name, error=str(error))
+                self._restart_later(name, start)
 
         self._loop.after(_PAUSE_S, restart)
 

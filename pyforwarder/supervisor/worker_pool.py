@@ -56,6 +56,7 @@ class WorkerPool:
         self._close_in_child = close_in_child
         self._down = down
         self._workers: list[WorkerProcess] = []
+        self._buried: set[int] = set()  # indexes: dead, seen to be, and not replaced yet
         self._last_id = 0
         self._ending = False
 
@@ -105,8 +106,10 @@ class WorkerPool:
     def look_after(self) -> None:
         """Bury those that have died, and replace them; call it on SIGCHLD."""
         for index, worker in enumerate(self._workers):
-            if worker.exit_code is not None or not worker.has_ended():
+            # Who asked one in vain may have found out before us that it is dead.
+            if index in self._buried or not worker.has_ended():
                 continue
+            self._buried.add(index)
             self._loop.forget(worker.channel.fileno())
             worker.close()
             if not self._ending:
@@ -205,7 +208,10 @@ class WorkerPool:
                 self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
                 return
         self._memory.clear_window(index)
-        self._datapaths.forget_worker(index)
+        try:
+            self._datapaths.forget_worker(index)
+        except ForwarderError as error:
+            self._log.write("error", "worker_forget", error=str(error))
         if is_soon:
             self._loop.after(_PAUSE_S, lambda: self._replace(index))
         else:
@@ -216,6 +222,8 @@ class WorkerPool:
             return
         try:
             self._workers[index] = self._start_worker(index)
-        except ForwarderError as error:
+        except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
             self._log.write("error", "worker_start", error=str(error))
             self._loop.after(_PAUSE_S, lambda: self._replace(index))
+        else:
+            self._buried.discard(index)
