@@ -180,6 +180,10 @@ class Listeners:
         self._workers = workers
         self.bound: dict[str, BoundListener] = {}
 
+    def binds(self) -> dict[str, str]:
+        """Where each listens, port 0 resolved."""
+        return {name: str(listener.bind) for name, listener in self.bound.items()}
+
     def change_to(self, config: Config) -> tuple[dict[str, BoundListener], list[BoundListener]]:
         """Bind what is new; the listeners of `config` by name, and those that it has no more.
 
@@ -226,6 +230,17 @@ class Listeners:
         for listener in following.values():
             if id(listener) not in kept:
                 listener.close()
+
+    def limit_packets(self, mtus: Mapping[str, int]) -> None:
+        """See `BoundListener.limit_packets`; no limit for those that are not in `mtus`."""
+        for name, listener in self.bound.items():
+            listener.limit_packets(mtus.get(name, 0))
+
+    def close_in_child(self) -> None:
+        """In another process: close the sockets, which are not its own; their paths stay."""
+        for listener in self.bound.values():
+            for sock in listener.sockets:
+                sock.close()
 
     def close(self) -> None:
         """Close all."""

@@ -12,15 +12,18 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder import __version__
 from pyforwarder.address import Address
 from pyforwarder.errors import ForwarderError
 from pyforwarder.worker.process import give_up_privileges
 
 if TYPE_CHECKING:
     from pyforwarder.metrics import Source
+    from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.memory import SharedMemory
 
 _BACKLOG: Final = 128
 
@@ -148,3 +151,32 @@ class MetricsProcess:
             traceback.print_exc(file=sys.stderr)
             return 1
         return 0
+
+
+def source_in_child(
+    in_force: InForce,
+    memory: SharedMemory,
+    datapaths: Mapping[str, str],
+    *,
+    started_unix_s: float,
+) -> Source:
+    """In the metrics process: what it tells, from memory that it cannot write."""
+    from pyforwarder.metrics import Source
+
+    counters, windows = memory.give_up_writing()
+    directory = memory.directory
+    listeners = in_force.config.listeners
+    return Source(
+        version=__version__,
+        started_unix_s=started_unix_s,
+        workers=memory.workers,
+        counters=counters,
+        windows=windows,
+        listeners={listener.name: directory.index(listener.name) for listener in listeners},
+        rules={
+            (listener.name, rule.name): directory.index(listener.name, rule.name)
+            for listener in listeners
+            for rule in listener.rules
+        },
+        datapaths=datapaths,
+    )

@@ -1,4 +1,4 @@
-"""The worker processes: started, asked, replaced when they die."""
+"""A worker process, as its supervisor sees it: forked, asked, granted, ended."""
 
 from __future__ import annotations
 

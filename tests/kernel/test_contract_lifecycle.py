@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import stat
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from pyforwarder.client import ControlClient
+from pyforwarder.errors import ForwarderError
+from pyforwarder.instance import Instance
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place, leftovers, run_command
 from tests.helpers.instruction import ACK, instruction, refusal
@@ -437,6 +441,36 @@ def test_leftovers_of_a_killed_daemon_are_cleaned_although_its_pid_is_taken(
         assert ask(again.address, there.address) == ACK + b"there"
 
 
+def test_a_worker_that_does_not_take_a_reload_is_replaced(start_forwarder: StartForwarder) -> None:
+    forwarder = start_forwarder("workers: 1\n" + config())
+    (worker,) = forwarder.workers()
+    worker.send_signal(signal.SIGSTOP)
+    ControlClient(Instance.named("default", forwarder.place.environ()), timeout_s=60.0).reload()
+    forwarder.wait_for_line("worker_reload")
+    check_replaced(forwarder, worker)
+
+
+def test_a_refused_listen_port_does_not_keep_workers_from_being_replaced(
+    start_forwarder: StartForwarder,
+) -> None:
+    metrics = "metrics: {bind: 127.0.0.1:9998}\n"
+    forwarder = start_forwarder("workers: 1\n" + metrics + config())
+    worker = forwarder.workers()[0]
+    with pytest.raises(ForwarderError):
+        forwarder.control().listen_port(9998)
+    worker.kill()
+    check_replaced(forwarder, worker)
+
+
+def check_replaced(forwarder: Daemon, worker: psutil.Process) -> None:
+    """There is another one, and it serves."""
+    wait_for(
+        lambda: [other.pid for other in forwarder.workers()] not in ([], [worker.pid]), "another"
+    )
+    with NameServer("there") as there:
+        wait_for(lambda: ask(forwarder.address, there.address) == ACK + b"there", "it serves")
+
+
 # ---------------------------------------------------------------------------- shortage
 
 
@@ -454,6 +488,21 @@ def limit_descriptors(process: psutil.Process, most: int) -> None:
         group=group,
         extra_groups=[],
     )
+
+
+def test_a_worker_is_replaced_as_soon_as_there_are_descriptors(
+    start_forwarder: StartForwarder,
+) -> None:
+    """Until then the daemon lives, and tries again."""
+    forwarder = start_forwarder("workers: 1\n" + config())
+    (worker,) = forwarder.workers()
+    daemon = psutil.Process(forwarder.process.pid)
+    _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, hard))
+    worker.kill()
+    forwarder.wait_for_line("worker_start", count=2)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    check_replaced(forwarder, worker)
 
 
 def test_running_out_of_descriptors_is_survived(start_forwarder: StartForwarder) -> None:

@@ -1,0 +1,239 @@
+"""What may be asked of a running daemon: over its control socket, by its files, by a signal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
+
+from pyforwarder import __version__
+from pyforwarder.address import Address, AddressError, parse_port
+from pyforwarder.descriptors import duplicate_socket
+from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
+from pyforwarder.supervisor import report
+from pyforwarder.supervisor.workers import ask_all
+from pyforwarder.worker.adopting import cookie_of
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Config
+    from pyforwarder.loop import Loop
+    from pyforwarder.supervisor.configuration import ConfigSource, InForce
+    from pyforwarder.supervisor.datapaths import Datapaths
+    from pyforwarder.supervisor.files import Files
+    from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.worker_pool import WorkerPool
+    from pyforwarder.worker.log import Log
+
+# What a running daemon cannot change any more.
+_FIXED: Final = ("workers", "user")
+
+
+class Requests:
+    """Obeys them, one after the other."""
+
+    def __init__(
+        self,
+        source: ConfigSource,
+        in_force: InForce,
+        memory: SharedMemory,
+        datapaths: Datapaths,
+        workers: WorkerPool,
+        files: Files,
+        *,
+        loop: Loop,
+        log: Log,
+        change_to: Callable[[str, Config], None],
+        drain: Callable[[], None],
+        stop: Callable[[], None],
+    ) -> None:
+        """`change_to` puts a configuration in force; `drain` and `stop` end the daemon."""
+        self._source = source
+        self._in_force = in_force
+        self._memory = memory
+        self._datapaths = datapaths
+        self._workers = workers
+        self._files = files
+        self._loop = loop
+        self._log = log
+        self._change_to = change_to
+        self._drain = drain
+        self._stop = stop
+
+    def obey(self, request: dict[str, Any], fds: list[int]) -> object:
+        """Do what was asked; a fault of ours over it costs this request and no pair.
+
+        Raises:
+            ForwarderError: it cannot be done, or failed.
+        """
+        try:
+            return self._do(request, fds)
+        except ForwarderError:
+            raise
+        except Exception as error:
+            self._log.fault("request_failed", error)
+            raise InternalError(f"{type(error).__name__}: {error}") from error
+
+    def _do(self, request: dict[str, Any], fds: list[int]) -> object:
+        match request["do"]:
+            case "ping":
+                return {
+                    "pid": os.getpid(),
+                    "version": __version__,
+                    "datapaths": self._datapaths.states,
+                }
+            case "show":
+                return self.show(request.get("what", "pairs"))
+            case "config":
+                return {
+                    "text": self._in_force.settings.config_text,
+                    "source": self._in_force.settings.source,
+                }
+            case "flush":
+                return self._flush(request)
+            case "reload":
+                return self._reload()
+            case "down":
+                end = self._stop if request.get("now") else self._drain
+                # Once this is answered.
+                self._loop.defer(lambda _: end(), None)
+                return {"drain_s": self._in_force.config.timeouts.drain_s}
+            case "forward":
+                return self._forward(request)
+            case "join":
+                if len(fds) != 2:
+                    raise UsageError("join wants two descriptors")
+                return self._join(fds[0], fds[1])
+            case "listen_port":
+                return self._listen_port(request)
+            case unknown:
+                raise UsageError(f"unknown request {unknown!r}")
+
+    def show(self, what: object) -> object:
+        """The rows (`stats`: the totals) of what was asked for, as `show --json` prints them.
+
+        Raises:
+            ForwarderError: there is no such thing, or it cannot be told just now.
+        """
+        match what:
+            case "pairs":
+                return report.pair_rows(self._memory.table.windows, self._files.backlogs())
+            case "listeners":
+                return report.listener_rows(
+                    self._in_force.config,
+                    self._in_force.listeners.binds(),
+                    self._memory.counters,
+                    self._memory.directory,
+                )
+            case "rules":
+                return report.rule_rows(
+                    self._in_force.config, self._memory.counters, self._memory.directory
+                )
+            case "upstreams":
+                reports = ask_all(self._workers.living, "upstreams")
+                return report.upstream_rows(self._in_force.config, reports)
+            case "stats":
+                return report.stats(
+                    self._memory.counters, self._memory.table.windows, self._datapaths.states
+                )
+            case _:
+                raise UsageError(f"cannot show {what!r}")
+
+    def _flush(self, request: dict[str, Any]) -> object:
+        ids = None
+        if not request.get("all"):
+            ids = request.get("ids")
+            if not isinstance(ids, list) or not all(type(n) is int for n in ids):
+                raise UsageError("flush wants a list of ids, or all")
+        flushed = [n for found in ask_all(self._workers.living, "flush", ids=ids) for n in found]
+        return {
+            "flushed": sorted(flushed),
+            "unknown": sorted(set(ids or ()) - set(flushed)),
+        }
+
+    def _forward(self, request: dict[str, Any]) -> object:
+        """Take two sockets out of another process (pidfd_getfd(2)) and join them."""
+        pid, numbers = request.get("pid"), request.get("fds")
+        if (
+            not _is_number(pid)
+            or not isinstance(numbers, list)
+            or len(numbers) != 2
+            or not all(map(_is_number, numbers))
+        ):
+            raise UsageError("forward wants a process and two of its descriptors")
+        from pyforwarder.supervisor.pidfd import fetch_descriptors
+
+        fds = fetch_descriptors(pid, numbers)
+        try:
+            return self._join(fds[0], fds[1])
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _join(self, client_fd: int, server_fd: int) -> object:
+        living = self._workers.living
+        if not living:
+            raise ControlError("no worker is running just now")
+        # Two pairs on one socket would tear its bytes apart, and each worker knows only its own.
+        cookies = []
+        for fd in (client_fd, server_fd):
+            try:
+                with duplicate_socket(fd) as sock:
+                    cookies.append(cookie_of(sock))
+            except OSError as error:
+                raise ControlError(f"cannot join: {error.strerror}") from error
+        for owner in ask_all(living, "pair_with", cookies=cookies):
+            if owner is not None:
+                raise ControlError(f"cannot join: pair {owner} has that socket already")
+        worker = living[client_fd % len(living)]
+        return {"id": worker.ask("join", [client_fd, server_fd])}
+
+    def _listen_port(self, request: dict[str, Any]) -> object:
+        """Move the first TCP listener to another port; live pairs are not touched."""
+        name, listener = next(
+            (
+                (name, bound)
+                for name, bound in self._in_force.listeners.bound.items()
+                if isinstance(bound.bind, Address) and bound.protocol == "tcp"
+            ),
+            ("", None),
+        )
+        if listener is None or not isinstance(listener.bind, Address):
+            raise ControlError("there is no TCP listener")
+        if "port" not in request:
+            return {"port": listener.bind.port}
+        try:
+            port = parse_port(str(request["port"]))
+        except AddressError as error:
+            raise UsageError(str(error)) from error
+        with self._source.moving(name, port):
+            # Nothing else changes: what is in the file by now waits for a `reload`.
+            text = self._in_force.settings.config_text
+            self._change_to(text, self._source.parse(text))
+        bound = self._in_force.listeners.bound[name].bind
+        assert isinstance(bound, Address)
+        self._log.write("info", "listener_moved", listener=name, bind=str(bound))
+        return {"port": bound.port}
+
+    def _reload(self) -> object:
+        """Read the configuration again and put it in force; an error changes nothing."""
+        before = self._in_force.config
+        try:
+            self._change_to(*self._source.read())
+        except ForwarderError as error:
+            self._log.write("error", "reload_refused", error=str(error))
+            raise
+        waiting = [
+            key for key in _FIXED if getattr(before, key) != getattr(self._in_force.config, key)
+        ]
+        if self._datapaths.lacks(self._in_force.config):
+            waiting.append("datapath")
+        count = len(self._in_force.config.listeners)
+        self._log.write("info", "reloaded", listeners=count)
+        if waiting:
+            self._log.write("warning", "restart_needed", keys=",".join(waiting))
+        return {"listeners": count, "waiting": waiting}
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    """Of a process or a descriptor; True and False are instances of int, too."""
+    return type(value) is int and 0 <= value < 2**31
