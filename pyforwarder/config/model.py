@@ -7,7 +7,7 @@ Rules that concern one section stand in it, those that concern several in `Confi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -276,12 +276,22 @@ class Upstream(Section):
         return self
 
 
+# A switch costs about as much as copying so many bytes instead of splicing them.
+SPLICE_AFTER_BYTES: Final = 4 << 20
+
+
 class Handover(Section):
     """When a pair enters its datapath: whichever comes first; any 0 means at once."""
 
     after_bytes: values.Size = 256 << 10
     after_round_trips: Count = 4
     after_s: values.Duration = Field(1.0, alias="after")
+
+    @property
+    def splice_after_bytes(self) -> int:
+        """`after_bytes` for pairs that may be spliced."""
+        is_given = "after_bytes" in self.model_fields_set
+        return self.after_bytes if is_given else SPLICE_AFTER_BYTES
 
 
 class Limits(Section):

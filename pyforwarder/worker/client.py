@@ -99,7 +99,7 @@ class Client(Pair):
         self.tried: Sequence[ServerState] = ()
         # Joined: whether and when a better datapath takes over.
         self.waits_for_handover = False
-        self.expects_splice = False  # and splice has not been told so yet
+        self.expects_splice = False  # it has not been asked yet, and may take this pair
         self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
         self.not_spliced: PairReason | None = None  # what splice said when it refused

@@ -149,6 +149,7 @@ class HandoverTerms:
     """`handover:` of the configuration, for a look at every message."""
 
     after_bytes: int
+    splice_after_bytes: int
     after_round_trips: int
     after_s: float
     at_once: bool
@@ -282,6 +283,7 @@ class Generation:
         handover = self.config.handover
         self.handover = HandoverTerms(
             handover.after_bytes,
+            handover.splice_after_bytes,
             handover.after_round_trips,
             handover.after_s,
             not (handover.after_bytes and handover.after_round_trips and handover.after_s),

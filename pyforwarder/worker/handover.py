@@ -97,9 +97,10 @@ class Handover:
         """Bytes were copied: count what earns the handover."""
         carried_bytes = client.up.carried_bytes + client.down.carried_bytes
         when = client.listener.generation.handover
-        if client.expects_splice and carried_bytes * _LIKELY >= when.after_bytes:
-            client.expects_splice = False
-            if client.not_spliced is None:
+        after_bytes = when.after_bytes
+        if client.expects_splice:
+            after_bytes = when.splice_after_bytes
+            if client.state is None and carried_bytes * _LIKELY >= after_bytes:
                 assert self._splice is not None
                 self._splice.expect(client)
         if client.handover_asked:
@@ -111,7 +112,7 @@ class Handover:
             client.turn_direction = flow.direction
             client.turns += 1
         # A round trip is two turns of who is speaking.
-        if client.turns >= 2 * when.after_round_trips or carried_bytes >= when.after_bytes:
+        if client.turns >= 2 * when.after_round_trips or carried_bytes >= after_bytes:
             self._ask(client)
 
     def aged(self, client: Client) -> None:

@@ -57,6 +57,7 @@ def test_the_built_in_config_is_a_local_listener_for_instructions_to_loopback() 
     assert main.proxy_protocol.accept is False
     assert config.datapath == "auto"
     assert config.handover.after_bytes == 262_144
+    assert config.handover.splice_after_bytes == 4_194_304
     assert (config.handover.after_round_trips, config.handover.after_s) == (4, 1.0)
     limits = config.limits
     assert (limits.pairs, limits.pairs_per_client, limits.new_per_second) == (10_000, 0, 0)
@@ -160,6 +161,7 @@ def test_every_key_reaches_its_attribute() -> None:
     assert config.datapath == "copy"
     handover = config.handover
     assert (handover.after_bytes, handover.after_round_trips, handover.after_s) == (0, 9, 0.0)
+    assert handover.splice_after_bytes == 0
     assert config.backlog_limit_bytes == 65_536
     limits = config.limits
     assert (limits.pairs, limits.pairs_per_client, limits.new_per_second) == (23, 5, 100)
