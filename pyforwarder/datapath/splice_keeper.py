@@ -75,6 +75,8 @@ _RESET_LINGER_S: Final = 2.0
 _MOST_MESSAGE_BYTES: Final = 8192
 
 _numbers: Final = itertools.count()  # of what this process has asked, whoever in it
+# How often a pair is looked at whose handshake seems to be another's.
+_LOOKS: Final = 4
 _PULSE: Final = struct.Struct("=I")
 _INDEX: Final = struct.Struct("=14xI46x")  # what the programs that are run read it from
 _HANDSHAKE_BYTES: Final = ctypes.sizeof(SpliceHandshake)
@@ -378,21 +380,26 @@ class Keeper:
     def _find_ways(self, index: int, record: Splice) -> PairReason | None:
         """Write by which interfaces the packets go; or why the programs would not see them."""
         self._write(index, record)  # FREE: for the probe alone
-        bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
-        seen = self._record(index)
+        handshakes = [self._handshake(bytes(way.from_)) for way in record.way]
+        for _ in range(_LOOKS):
+            bpf.run_program(self._maps.probe_fd, _INDEX.pack(index))
+            seen = self._record(index)
+            # The same addresses may have been those of another connection, before.
+            is_its_own = [
+                handshake is not None and handshake.isn == isn
+                for handshake, isn in zip(handshakes, seen.isn, strict=True)
+            ]
+            # A byte that comes just now is in one of the numbers that make up the ISN and not yet
+            # in the other.
+            if all(is_its_own):
+                break
         out = list(seen.out)
         if not all(out):
             return PairReason.REFUSED_BY_KERNEL  # a route has just changed
-        came_by = []
-        for direction in Direction:
-            try:
-                known = self._handshakes.lookup(bytes(record.way[direction].from_))
-            except FileNotFoundError:
-                known = bytes(_HANDSHAKE_BYTES)
-            handshake = SpliceHandshake.from_buffer_copy(known)
-            # The same addresses may have been those of another connection, before.
-            is_its_own = handshake.isn == seen.isn[direction]
-            came_by.append(handshake.interface if is_its_own else 0)
+        came_by = [
+            handshake.interface if handshake is not None and is_own else 0
+            for handshake, is_own in zip(handshakes, is_its_own, strict=True)
+        ]
         for interface in out:
             if not self._maps.links.add(interface):
                 return PairReason.NOT_ETHERNET
@@ -405,6 +412,13 @@ class Keeper:
             record.way[direction].interface = 0 if stays else out[1 - direction]
             record.out[direction] = out[direction]
         return None
+
+    def _handshake(self, key: bytes) -> SpliceHandshake | None:
+        """How the last connection began whose packets came from these addresses, if it was seen."""
+        try:
+            return SpliceHandshake.from_buffer_copy(self._handshakes.lookup(key))
+        except FileNotFoundError:
+            return None
 
     def _switch(self, index: int, client: socket.socket, server: socket.socket) -> int:
         """Let it begin; 0, or why not."""
