@@ -391,7 +391,7 @@ class Keeper:
             ]
             # A byte that comes just now is in one of the numbers that make up the ISN and not yet
             # in the other.
-            if all(is_its_own):
+            if all(is_its_own) or None in handshakes:
                 break
         out = list(seen.out)
         if not all(out):

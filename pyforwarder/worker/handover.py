@@ -95,14 +95,6 @@ class Handover:
 
     def moved(self, client: Client, flow: Flow) -> None:
         """Bytes were copied: count what earns the handover."""
-        carried_bytes = client.up.carried_bytes + client.down.carried_bytes
-        when = client.listener.generation.handover
-        after_bytes = when.after_bytes
-        if client.expects_splice:
-            after_bytes = when.splice_after_bytes
-            if client.state is None and carried_bytes * _LIKELY >= after_bytes:
-                assert self._splice is not None
-                self._splice.expect(client)
         if client.handover_asked:
             return
         if client.is_eager:
@@ -111,6 +103,14 @@ class Handover:
         if flow.direction is not client.turn_direction:
             client.turn_direction = flow.direction
             client.turns += 1
+        carried_bytes = client.up.carried_bytes + client.down.carried_bytes
+        when = client.listener.generation.handover
+        after_bytes = when.after_bytes
+        if client.expects_splice:
+            after_bytes = when.splice_after_bytes
+            if client.state is None and carried_bytes * _LIKELY >= after_bytes:
+                assert self._splice is not None
+                self._splice.expect(client)
         # A round trip is two turns of who is speaking.
         if client.turns >= 2 * when.after_round_trips or carried_bytes >= after_bytes:
             self._ask(client)
