@@ -1,6 +1,7 @@
 /*
  * What the BPF programs and Python share: the record of a pair, its states and the events.
- * Data only: no helper, no map. pyforwarder/datapath/abi.py mirrors it, a test compares the two.
+ * Data only: no helper, no map. pyforwarder/datapath/ebpf/abi.py mirrors it, a test compares the
+ * two.
  */
 #pragma once
 
@@ -45,8 +46,8 @@ struct endpoint {
 
 /*
  * One direction, as the verdict program sees it; the program alone writes it, and its runs are
- * serialised by the lock of the source socket, so a plain add would do; passed_bytes is added
- * atomically for the barrier that redirect.c explains.
+ * serialised by the lock of the source socket, so a plain add would do; passed_bytes is
+ * written atomically for the barrier that redirect.c explains.
  */
 struct verdict_direction {
 	__u64 passed_bytes;	/* given to userspace since the sockets entered the map */
@@ -85,7 +86,7 @@ struct pair {
 	__u64 last_ns;	  /* last byte moved by userspace */
 	__u8 state;	  /* enum pf_state */
 	__u8 datapath;	  /* enum pf_datapath */
-	__u8 reason;	  /* why this datapath: index into the names in datapath/abi.py */
+	__u8 reason;	  /* why this datapath: index into the names in datapath/ebpf/abi.py */
 	__u8 worker_index;
 	__u32 padding;
 	struct endpoint client, listener, source, server;
@@ -96,13 +97,13 @@ struct pair {
 
 /* Where the other end of a socket is found. Key of the map `ends`: the socket's cookie. */
 struct end {
-	__u32 slot;	 /* index into the map `pairs` */
+	__u32 slot;	 /* in the window of the worker whose map this is */
 	__u32 direction; /* PF_UP for the client's socket, PF_DOWN for the server's */
 };
 
 /* What a worker's ring carries: one direction has bytes for userspace. */
 struct wakeup {
-	__u32 slot;
+	__u32 slot; /* in the worker's window */
 	__u32 direction;
 	__u64 id; /* of the pair, so that a late event never wakes the slot's next owner */
 };

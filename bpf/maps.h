@@ -1,20 +1,27 @@
 /*
- * Every map, once. Python creates them, and passes each file descriptor as -DMAP_..._FD;
+ * Every map, once. Python creates them, and puts each file descriptor in MAP_..._FD's place;
  * bcc's own map macros know no lookup in a sockhash and no 8-byte values in it.
  *
+ * Of each worker its own, which no other worker can reach, for its copy of the verdict program:
  * sockets  SOCKHASH   cookie -> socket                  written: worker         read: verdict
  * ends     HASH       cookie -> struct end              written: worker         read: verdict
- * pairs    ARRAY      slot   -> struct pair (mmapable)  written: worker, verdict read: all
- * rings    ARRAY_OF_MAPS worker -> RINGBUF of struct wakeup  written: verdict   read: worker
+ * ring     RINGBUF of struct wakeup                     written: verdict        read: worker
  *
- * For splice (splice.c), which also counts in `pairs`; its own `rings` is like the one above:
+ * For all of them:
+ * pairs    ARRAY      slot   -> struct pair (mmapable)  written: worker, verdict read: all
+ *
+ * For splice (splice.c), which also counts in `pairs`:
+ * rings    ARRAY_OF_MAPS worker -> RINGBUF of struct splice_event  written: splice  read: worker
  * flows    HASH       struct splice_key -> struct splice_flow   written: keeper, splice
  * splices  ARRAY      index -> struct splice (mmapable)         written: keeper, splice
+ * session_flows HASH struct splice_key -> struct splice_flow    written: keeper
+ * sessions ARRAY      index -> struct session (mmapable)        written: keeper, splice
  *
  * For the view (view.c); mmapable, written through memory:
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view
  * listeners ARRAY     line -> struct view_line                    written: supervisor  read: view
+ * all_ends ARRAY_OF_MAPS worker -> its `ends`                     written: nobody
  * sums     HASH       session -> struct sums                      view alone
  * zero     ARRAY      0 -> struct sums of zeros                   written: nobody
  */

@@ -22,6 +22,12 @@
 #define TRIM_STEP  4095
 #define TRIM_STEPS 144
 
+/*
+ * Each worker has a copy of this program, with maps of its own, and with FIRST_SLOT, where its
+ * window of SLOTS pairs begins (datapath/kernel.py). So whatever a worker writes into its maps, no
+ * packet of another worker's pair is touched by it.
+ */
+
 /* Bytes; see allowed_backlog(). */
 #define SMALL_PACKET 64
 
@@ -109,7 +115,7 @@ int verdict(struct __sk_buff *skb)
 	struct bpf_sock *target;
 	struct tcp_sock *tcp;
 	__u64 peer_cookie;
-	__u32 slot, worker, write_seq, backlog, queued, send_buffer;
+	__u32 slot, write_seq, backlog, queued, send_buffer;
 	__u32 length = skb->len;
 	__s32 fresh;
 	__u64 before;
@@ -129,7 +135,10 @@ int verdict(struct __sk_buff *skb)
 	end = map_lookup(MAP_ENDS_FD, &cookie);
 	if (!end)
 		return SK_PASS;
-	slot = end->slot;
+	/* A slot of another worker: nothing is counted there, the owner of the socket reads it. */
+	if (end->slot >= SLOTS)
+		return SK_PASS;
+	slot = FIRST_SLOT + end->slot;
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
 	if (!pair)
 		return SK_PASS;
@@ -204,24 +213,22 @@ int verdict(struct __sk_buff *skb)
 pass:
 	/*
 	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the
-	 * other way round, with a full barrier between: an atomic add whose old value is asked for
-	 * (one without is unordered on some machines). So one of the two sees the other's write,
-	 * and no packet waits for a worker that sleeps.
+	 * other way round, with a full barrier between: an atomic exchange is one on every machine
+	 * and for every compiler (an add is unordered on some machines, and one whose old value is
+	 * asked for is refused by LLVM 21 as bcc uses it). So one of the two sees the other's
+	 * write, and no packet waits for a worker that sleeps. Nobody else writes the counter: the
+	 * verdicts of a socket run one after the other.
 	 */
-	before = __sync_fetch_and_add(&seen->passed_bytes, length);
+	before = __sync_lock_test_and_set(&seen->passed_bytes, seen->passed_bytes + length);
 	asm volatile("" : : "r"(before));
 	if (*(volatile __u32 *)&told->asleep) {
-		struct wakeup wakeup = { .slot = slot,
+		struct wakeup wakeup = { .slot = end->slot,
 					 .direction = end->direction,
 					 .id = pair->id };
-		void *ring;
 
 		*(volatile __u32 *)&told->asleep = 0;
-		worker = pair->worker_index;
-		ring = map_lookup(MAP_RINGS_FD, &worker);
 		/* Room for one event of every direction there is: it is never full. */
-		if (ring)
-			bpf_ringbuf_output(ring, &wakeup, sizeof(wakeup), 0);
+		bpf_ringbuf_output(map_pointer(MAP_RING_FD), &wakeup, sizeof(wakeup), 0);
 	}
 	return outcome;
 }

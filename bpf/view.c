@@ -1,13 +1,23 @@
 /*
  * The view: BPF iterators that print the tables as text. Python pins their links in bpffs, and
- * each open of a pin is a walk of its own, run in the kernel by whoever reads: the daemon has no
+ * each open of a pin is a walk of its own, run in the kernel by the reader: the daemon has no
  * part in it, and need not live.
  *
- * An object's output is taken whole or, when it does not fit into the 32 KiB of one read, made
- * again for the next (bpf_seq_read), so a line is never cut, lost or doubled, however many calls
- * it is printed with. A program keeps nothing from one object to the next but the map `sums`.
+ * There are two ways to walk a table, and Python takes the first that the kernel lets it load:
  *
- * Source: kernel/bpf/bpf_iter.c, kernel/bpf/map_iter.c, kernel/bpf/arraymap.c.
+ * - over the map's elements (bpf_map_elem): `show`, `stats`, `listeners`;
+ * - over something that has nothing to do with it, the kernel's symbols (ksym), whose visits are
+ *   only counted: visit n is for the pairs from n * PAIRS_PER_VISIT on. `show_by_visits` and so on.
+ *   For kernels that refuse iterators over maps. Python makes sure that there are more visits than
+ *   are needed. The last one may be made twice (bpf_iter_ksym_seq_stop), so nothing is left to it.
+ *
+ * An object's output is taken whole or, when it does not fit into the 32 KiB of one read, made
+ * again for the next, with the same number (bpf_seq_read), so a line is never cut, lost or doubled,
+ * however many calls it is printed with. A program keeps nothing from one object to the next but
+ * the map `sums`.
+ *
+ * Source: kernel/bpf/bpf_iter.c, kernel/bpf/map_iter.c, kernel/bpf/arraymap.c, kernel/kallsyms.c,
+ * net/ipv4/tcp_ipv4.c.
  */
 #include <uapi/linux/bpf.h>
 
@@ -37,6 +47,19 @@ struct socket_element { /* struct bpf_iter__sockmap */
 	__u64 *key;
 	struct sock *sk;
 };
+
+struct visit { /* struct bpf_iter__ksym */
+	struct iterator_meta *meta;
+	void *symbol;
+};
+
+struct tcp_element { /* struct bpf_iter__tcp */
+	struct iterator_meta *meta;
+	struct sock *sk;
+};
+
+#define PAIRS	    (WORKERS * SLOTS)
+#define PAIR_VISITS ((PAIRS + PAIRS_PER_VISIT - 1) / PAIRS_PER_VISIT)
 
 /* How often a record that is being written is looked at again; the writer takes microseconds. */
 #define LOOKS 64
@@ -69,38 +92,46 @@ struct socket_element { /* struct bpf_iter__sockmap */
  * nor a worker lives. It goes behind the column names, where new columns go as well, so that
  * a program that reads the table by its columns is not disturbed.
  */
-static inline void end_header(struct seq_file *seq, struct bpf_map *map)
+static inline void end_header(struct seq_file *seq, void *map)
 {
-	__u64 writers = *(volatile __u64 *)((void *)map + BPF_MAP_WRITECNT);
+	__u64 writers = *(volatile __u64 *)(map + BPF_MAP_WRITECNT);
 
 	if (!writers)
 		SAY(seq, "  # the daemon is gone: this is what it left");
 	SAY(seq, "\n");
 }
 
+/* Of a column with an address: the longest of IPv4 (21), and one blank. */
+#define ENDPOINT_WIDTH 22
+
 static inline __u32 digits(__u32 number)
 {
 	return 1 + (number > 9) + (number > 99) + (number > 999) + (number > 9999);
 }
 
-static inline void print_ipv4(struct seq_file *seq, const struct endpoint *end)
+/* Of 16 bits; by borrows, and no branch, as below. */
+static inline __u32 hex_digits(__u32 group)
+{
+	return 1 + ((0xF - group) >> 16 & 1) + ((0xFF - group) >> 16 & 1) +
+	       ((0xFFF - group) >> 16 & 1);
+}
+
+/* The functions that print an address return how many characters it has. */
+static inline __u32 print_ipv4(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 a = end->ip[12], b = end->ip[13], c = end->ip[14], d = end->ip[15], port = end->port;
-	__u32 width = 4 + digits(a) + digits(b) + digits(c) + digits(d) + digits(port);
-	char blanks[] = "                      ";
 
 	PRINT(seq, "%u.%u.%u.%u:%u", a, b, c, d, port);
-	/* To 21, the longest there is, and one between the columns. */
-	bpf_seq_write(seq, blanks, (22 - width) & 15);
+	return 4 + digits(a) + digits(b) + digits(c) + digits(d) + digits(port);
 }
 
 /* The canonical form (RFC 5952): the first of the longest runs of two or more zeros is left out. */
-static inline void print_ipv6(struct seq_file *seq, const struct endpoint *end)
+static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 group[8];
 	__u32 zeros = 0, runs, shorter, first, left_out, before, here, after;
 	/* Through memory, so that the verifier does not follow every combination of bits. */
-	volatile __u8 is_left_out[8], colons[8];
+	volatile __u8 is_left_out[8], colons[8], width;
 	char text[] = "::";
 	int i;
 
@@ -132,30 +163,51 @@ static inline void print_ipv6(struct seq_file *seq, const struct endpoint *end)
 		colons[i] = (here & (after ^ 1)) << 1 | ((here | before) ^ 1);
 	}
 	SAY(seq, "[");
+	width = 3 + digits(end->port); /* and `[]:` */
 	NO_UNROLL
 	for (i = 0; i < 8; i++) {
 		bpf_seq_write(seq, text, colons[i] & 3);
-		if (!is_left_out[i])
+		width += colons[i];
+		if (!is_left_out[i]) {
 			PRINT(seq, "%x", group[i]);
+			width += hex_digits(group[i]);
+		}
 	}
-	PRINT(seq, "]:%u ", end->port);
+	PRINT(seq, "]:%u", end->port);
+	return width;
 }
 
+/* Fewer than 32. Apart, so that they share the stack with what is printed before. */
+static inline void print_blanks(struct seq_file *seq, __u32 count)
+{
+	char blanks[] = "                               ";
+
+	asm volatile("" : "+r"(count)); /* or the compiler finds the bound unnecessary */
+	bpf_seq_write(seq, blanks, count & (sizeof(blanks) - 1));
+}
+
+/* An address and the blanks behind it, one at least: IPv6 may be longer than the column. */
 static inline void print_endpoint(struct seq_file *seq, const struct endpoint *end)
 {
+	__u32 width;
+
 	switch (end->family) {
 	case PF_IPV4:
-		print_ipv4(seq, end);
+		width = print_ipv4(seq, end);
 		break;
 	case PF_IPV6:
-		print_ipv6(seq, end);
+		width = print_ipv6(seq, end);
 		break;
 	case PF_UNIX:
-		SAY(seq, "unix:                 ");
+		SAY(seq, "unix:");
+		width = 5;
 		break;
 	default:
-		SAY(seq, "-                     ");
+		SAY(seq, "-");
+		width = 1;
 	}
+	width = width < ENDPOINT_WIDTH ? width : ENDPOINT_WIDTH - 1;
+	print_blanks(seq, ENDPOINT_WIDTH - width);
 }
 
 static inline void print_state(struct seq_file *seq, __u8 state)
@@ -259,25 +311,23 @@ static inline int look_at(const struct pair *pair, struct look *look)
 	return 0;
 }
 
-int show(struct element *element)
+static inline void print_pairs_header(struct seq_file *seq)
 {
-	struct seq_file *seq = element->meta->seq;
-	const struct pair *pair = element->value;
+	SAY(seq, "    ID STATE       DATAPATH CLIENT                LISTENER              ");
+	SAY(seq, "SOURCE                SERVER                ");
+	SAY(seq, "    UP_BYTES   DOWN_BYTES   AGE_S  IDLE_S RULE");
+	end_header(seq, map_pointer(MAP_PAIRS_FD));
+}
+
+/* The line of one slot; nothing if it is free. */
+static inline void print_pair(struct seq_file *seq, const struct pair *pair)
+{
 	struct look look;
 	__u64 now, age, idle;
 	int i;
 
-	if (!element->key || !pair)
-		return 0;
-	if (*element->key == 0) {
-		SAY(seq,
-		    "    ID STATE       DATAPATH CLIENT                LISTENER              ");
-		SAY(seq, "SOURCE                SERVER                ");
-		SAY(seq, "    UP_BYTES   DOWN_BYTES   AGE_S  IDLE_S RULE");
-		end_header(seq, element->map);
-	}
 	if (!look_at(pair, &look))
-		return 0;
+		return;
 	now = bpf_ktime_get_ns();
 	age = now > look.started_ns ? (now - look.started_ns) / NANOSECONDS : 0;
 	/* A packet may be younger than `now`: another processor has seen it meanwhile. */
@@ -291,6 +341,41 @@ int show(struct element *element)
 		print_endpoint(seq, &look.ends[i]);
 	PRINT(seq, "%12llu %12llu %7llu %7llu %s\n", look.bytes[PF_UP], look.bytes[PF_DOWN], age,
 	      idle, STRING(look.rule));
+}
+
+int show(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	const struct pair *pair = element->value;
+
+	if (!element->key || !pair)
+		return 0;
+	if (*element->key == 0)
+		print_pairs_header(seq);
+	print_pair(seq, pair);
+	return 0;
+}
+
+int show_by_visits(struct visit *visit)
+{
+	struct seq_file *seq = visit->meta->seq;
+	__u64 number = visit->meta->seq_num;
+	const struct pair *pair;
+	__u32 slot;
+	int i;
+
+	if (number >= PAIR_VISITS)
+		return 0;
+	if (number == 0)
+		print_pairs_header(seq);
+	NO_UNROLL
+	for (i = 0; i < PAIRS_PER_VISIT; i++) {
+		slot = number * PAIRS_PER_VISIT + i;
+		pair = map_lookup(MAP_PAIRS_FD, &slot);
+		if (!pair)
+			break;
+		print_pair(seq, pair);
+	}
 	return 0;
 }
 
@@ -328,47 +413,46 @@ static inline void count(struct sums *sums, __u32 slot)
 }
 
 /*
- * Walks the pairs for their bytes, and prints at the end of the walk. Nothing is printed before, so
- * the whole walk happens within one read, and no sum is left behind by a reader who goes away. The
- * workers' counters are added up on the way: a loop over all of both would grow with the number of
- * workers, and the verifier's work with it.
+ * Both ways walk the pairs for their bytes, and print at the end of them. Nothing is printed
+ * before, so the whole walk happens within one read, and no sum is left behind by a reader who goes
+ * away. The workers' counters are added up on the way: a loop over all of both would grow with the
+ * number of workers, and the verifier's work with it.
  */
-int stats(struct element *element)
+static inline void sum_up(__u64 session, __u32 slot, const struct pair *pair)
 {
-	struct seq_file *seq = element->meta->seq;
-	__u64 session = element->meta->session_id;
-	const struct pair *pair = element->value;
-	const __u32 *key = element->key;
-	struct view_line *line;
 	struct sums *sums, *none;
 	struct look look;
-	__u64 value;
-	__u32 slot, at, zero = 0;
+	__u32 zero = 0;
 
-	if (key && pair) {
-		slot = *key;
-		if (slot == 0) {
-			none = map_lookup(MAP_ZERO_FD, &zero);
-			if (none)
-				map_update(MAP_SUMS_FD, &session, none);
-		}
-		sums = map_lookup(MAP_SUMS_FD, &session);
-		if (!sums)
-			return 0;
-		count(sums, slot);
-		if (look_at(pair, &look)) {
-			sums->bytes[PF_UP] += look.bytes[PF_UP];
-			sums->bytes[PF_DOWN] += look.bytes[PF_DOWN];
-		}
-		return 0;
+	if (slot == 0) {
+		none = map_lookup(MAP_ZERO_FD, &zero);
+		if (none)
+			map_update(MAP_SUMS_FD, &session, none);
 	}
+	sums = map_lookup(MAP_SUMS_FD, &session);
+	if (!sums)
+		return;
+	count(sums, slot);
+	if (look_at(pair, &look)) {
+		sums->bytes[PF_UP] += look.bytes[PF_UP];
+		sums->bytes[PF_DOWN] += look.bytes[PF_DOWN];
+	}
+}
+
+static inline void print_stats(struct seq_file *seq, __u64 session)
+{
+	struct view_line *line;
+	struct sums *sums;
+	__u64 value;
+	__u32 at;
+
 	SAY(seq, "STAT                           VALUE");
-	end_header(seq, element->map);
+	end_header(seq, map_pointer(MAP_PAIRS_FD));
 	sums = map_lookup(MAP_SUMS_FD, &session);
 	if (!sums) {
 		/* Rather no numbers than wrong ones. */
 		SAY(seq, "# too many readers at once\n");
-		return 0;
+		return;
 	}
 	NO_UNROLL
 	for (at = 0; at < STAT_LINES; at++) {
@@ -391,6 +475,39 @@ int stats(struct element *element)
 		PRINT(seq, "%-30s %llu\n", STRING(line->name), value);
 	}
 	map_delete(MAP_SUMS_FD, &session);
+}
+
+int stats(struct element *element)
+{
+	const struct pair *pair = element->value;
+	const __u32 *key = element->key;
+
+	if (key && pair)
+		sum_up(element->meta->session_id, *key, pair);
+	else
+		print_stats(element->meta->seq, element->meta->session_id);
+	return 0;
+}
+
+int stats_by_visits(struct visit *visit)
+{
+	__u64 number = visit->meta->seq_num;
+	const struct pair *pair;
+	__u32 slot;
+	int i;
+
+	if (number == PAIR_VISITS)
+		print_stats(visit->meta->seq, visit->meta->session_id);
+	if (number >= PAIR_VISITS)
+		return 0;
+	NO_UNROLL
+	for (i = 0; i < PAIRS_PER_VISIT; i++) {
+		slot = number * PAIRS_PER_VISIT + i;
+		pair = map_lookup(MAP_PAIRS_FD, &slot);
+		if (!pair)
+			break;
+		sum_up(visit->meta->session_id, slot, pair);
+	}
 	return 0;
 }
 
@@ -411,23 +528,20 @@ static inline __u64 counted(__u32 word)
 	return total;
 }
 
-int listeners(struct element *element)
+static inline void print_listeners_header(struct seq_file *seq)
 {
-	struct seq_file *seq = element->meta->seq;
-	const struct view_line *line = element->value;
-	const volatile __u64 *sequence;
+	SAY(seq, "NAME            BIND                  PROTOCOL   ACCEPTED");
+	SAY(seq, "       OPEN    REFUSED");
+	end_header(seq, map_pointer(MAP_LISTENERS_FD));
+}
+
+static inline void print_listener(struct seq_file *seq, const struct view_line *line)
+{
+	const volatile __u64 *sequence = &line->sequence;
 	struct view_line copy;
 	__u64 before;
 	int i;
 
-	if (!element->key || !line)
-		return 0;
-	if (*element->key == 0) {
-		SAY(seq, "NAME            BIND                  PROTOCOL   ACCEPTED");
-		SAY(seq, "       OPEN    REFUSED");
-		end_header(seq, element->map);
-	}
-	sequence = &line->sequence;
 	NO_UNROLL
 	for (i = 0; i < LOOKS; i++) {
 		before = *sequence;
@@ -439,56 +553,123 @@ int listeners(struct element *element)
 		if (*sequence == before)
 			goto print;
 	}
-	return 0;
+	return;
 print:
 	if (copy.kind != PF_LISTENER)
-		return 0;
+		return;
 	PRINT(seq, "%-15s %-21s ", STRING(copy.name), STRING(copy.text));
 	PRINT(seq, "%-8s %10llu %10llu %10llu\n", STRING(copy.protocol), counted(copy.word),
 	      counted(copy.word + 1), counted(copy.word + 2));
+}
+
+int listeners(struct element *element)
+{
+	struct seq_file *seq = element->meta->seq;
+	const struct view_line *line = element->value;
+
+	if (!element->key || !line)
+		return 0;
+	if (*element->key == 0)
+		print_listeners_header(seq);
+	print_listener(seq, line);
 	return 0;
 }
 
-#ifdef MAP_SOCKETS_FD
-/*
- * Over the sockets of the sockmap datapath: what waits in the kernel for each of them. The verdict
- * program knows it only as of its last packet; the target's own count of what it has taken is here.
- */
-int backlog(struct socket_element *element)
+int listeners_by_visits(struct visit *visit)
 {
-	struct sock *sk = element->sk;
+	struct seq_file *seq = visit->meta->seq;
+	__u64 number = visit->meta->seq_num;
+	const struct view_line *line;
+	__u32 key = number;
+
+	if (number >= LISTENER_LINES)
+		return 0;
+	if (number == 0)
+		print_listeners_header(seq);
+	line = map_lookup(MAP_LISTENERS_FD, &key);
+	if (line)
+		print_listener(seq, line);
+	return 0;
+}
+
+#ifdef MAP_ALL_ENDS_FD
+/*
+ * What waits in the kernel for one socket of the sockmap datapath. The verdict program knows it
+ * only as of its last packet; the target's own count of what it has taken is here. `least`: what is
+ * less is not told of. Each worker is believed of the pairs in its own window alone.
+ */
+static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 cookie,
+				   struct tcp_sock *tcp, __u64 least)
+{
 	struct backlog found = {};
 	struct verdict_direction *seen;
-	struct tcp_sock *tcp;
 	struct pair *pair;
 	struct end *end;
-	__u64 cookie;
+	void *ends;
 	__s32 waiting;
 
-	if (!element->key || !sk)
-		return 0;
-	cookie = *element->key;
-	end = map_lookup(MAP_ENDS_FD, &cookie);
-	if (!end)
-		return 0;
-	found.slot = end->slot;
+	ends = map_lookup(MAP_ALL_ENDS_FD, &worker);
+	if (!ends)
+		return;
+	end = bpf_map_lookup_elem_((uintptr_t)ends, &cookie);
+	if (!end || end->slot >= SLOTS)
+		return;
+	found.slot = worker * SLOTS + end->slot;
 	pair = map_lookup(MAP_PAIRS_FD, &found.slot);
-	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
-	if (!pair || !tcp)
-		return 0;
+	if (!pair)
+		return;
 	/* The source of one direction is the target of the other. */
 	found.direction = end->direction == PF_UP ? PF_DOWN : PF_UP;
 	seen = found.direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
 	if (!seen->redirected_bytes)
-		return 0;
+		return;
 	waiting = (__u32)seen->redirected_bytes - seen->latch_redirected -
 		  (*(volatile __u32 *)((void *)tcp + TCP_SOCK_WRITE_SEQ) - seen->latch_write_seq);
 	/* Below 0 once userspace has written too: it does so only after the last redirected byte.
 	 */
-	if (waiting <= 0)
+	found.bytes = waiting > 0 ? waiting : 0;
+	if (found.bytes >= least)
+		bpf_seq_write(seq, &found, sizeof(found));
+}
+
+static inline void tell_backlog(struct seq_file *seq, __u64 cookie, struct tcp_sock *tcp,
+				__u64 least)
+{
+	__u32 worker;
+
+	NO_UNROLL
+	for (worker = 0; worker < WORKERS; worker++)
+		tell_backlog_of(seq, worker, cookie, tcp, least);
+}
+
+/* Over the sockets in one worker's map. */
+int backlog(struct socket_element *element)
+{
+	struct sock *sk = element->sk;
+	struct tcp_sock *tcp;
+
+	if (!element->key || !sk)
 		return 0;
-	found.bytes = waiting;
-	bpf_seq_write(element->meta->seq, &found, sizeof(found));
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (tcp)
+		tell_backlog(element->meta->seq, *element->key, tcp, 1);
+	return 0;
+}
+
+/*
+ * The same over all TCP sockets of the reader's network namespace. One of another namespace
+ * (`forward` can bring it) is not told of, so that a backlog of 0 has to be.
+ */
+int backlog_of_tcp(struct tcp_element *element)
+{
+	struct sock *sk = element->sk;
+	struct tcp_sock *tcp;
+
+	if (!sk)
+		return 0;
+	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
+	if (tcp)
+		tell_backlog(element->meta->seq, bpf_get_socket_cookie(tcp), tcp, 0);
 	return 0;
 }
 #endif

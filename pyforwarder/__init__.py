@@ -1,3 +1,7 @@
 """pyforwarder: a TCP and UDP forwarder that decides by the first packet."""
 
-__version__ = "0.1.0"
+from pyforwarder import _moved
+
+__version__ = "0.2.0"
+
+_moved.install()

@@ -17,7 +17,6 @@ For programs that hold two connected sockets and want the kernel to move the byt
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import math
 import os
@@ -26,8 +25,10 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypedDict, cast
 
-from pyforwarder import token
-from pyforwarder.address import AddressError, UnixAddress, parse_destination, parse_server
+from pyforwarder.core import token
+from pyforwarder.core.address import AddressError, UnixAddress, parse_destination, parse_server
+from pyforwarder.core.first_packet.instruction import MIN_LENGTH, OK, frame
+from pyforwarder.core.policy import parse_network
 from pyforwarder.errors import (
     ConfigError,
     ControlError,
@@ -36,16 +37,15 @@ from pyforwarder.errors import (
     RefusedError,
     UsageError,
 )
-from pyforwarder.first_packet.instruction import MIN_LENGTH, OK, frame
-from pyforwarder.instance import DEFAULT_NAME, Instance
+from pyforwarder.runtime.instance import DEFAULT_NAME, Instance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pyforwarder.address import Address, HostPort
+    from pyforwarder.core.address import Address, HostPort
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-What: TypeAlias = Literal["pairs", "listeners", "rules", "upstreams", "stats"]
+What: TypeAlias = Literal["pairs", "listeners", "rules", "upstreams", "stats", "fleet"]
 
 DEFAULT_VIA: Final = "127.0.0.1:9999"  # the listener of the built-in configuration
 
@@ -73,7 +73,7 @@ class PairRow(TypedDict):
     reason: str
     up_packets: int
     down_packets: int
-    backlog_bytes: int
+    backlog_bytes: int | None  # None: this host's kernel cannot be asked
 
 
 class ListenerRow(TypedDict):
@@ -95,6 +95,7 @@ class RuleRow(TypedDict):
     taken: int
     refused: int
     to: str
+    decided: str
 
 
 class UpstreamRow(TypedDict):
@@ -176,6 +177,10 @@ class ControlClient:
     def reload(self) -> dict[str, Json]:
         """Have the configuration read again; after an error the old one stays in force."""
         return _object(self.request("reload"))
+
+    def set_server(self, server: str, state: Literal["drain", "ready"]) -> None:
+        """Let `UPSTREAM/SERVER` take no new pairs (its pairs go on), or new ones again."""
+        self.request("server", server=server, state=state)
 
     def down(self, *, now: bool = False) -> dict[str, Json]:
         """Ask the daemon to drain and end (`now`: to reset what is left and end).
@@ -321,6 +326,7 @@ def connect(
     via: str | Address | HostPort | UnixAddress = DEFAULT_VIA,
     key: tuple[str, bytes] | None = None,
     source: str | None = None,
+    audience: str | None = None,
     lifetime_s: float = 60.0,
     ack: bool = True,
     timeout_s: float = 30.0,
@@ -329,7 +335,8 @@ def connect(
 
     `destination` is `ip:port`, `[ip6]:port` or `name:port` (the forwarder resolves names).  With
     `key`, a key's id and its secret, the instruction is signed, expires after `lifetime_s`
-    seconds and, with `source` (a CIDR), counts for clients from there only.  `ack=False` is for
+    seconds and, with `source` (a CIDR), counts for clients from there only, with `audience` only at
+    the gateway of that name (its `tokens: {audience: NAME}`).  `ack=False` is for
     rules that say `ack: false`: the socket is returned before anything is known about the server.
 
     The socket is blocking and without a timeout; the caller closes it.  Exactly the forwarder's
@@ -344,6 +351,7 @@ def connect(
         destination,
         key=key,
         source=source,
+        audience=audience,
         # when it ends is said in the time of day, the forwarder's clock has to understand it
         expires_unix_s=time.time_ns() // 1_000_000_000 + math.ceil(lifetime_s),
     )
@@ -375,11 +383,13 @@ def instruction(
     *,
     key: tuple[str, bytes] | None = None,
     source: str | None = None,
+    audience: str | None = None,
     expires_unix_s: int = 0,
 ) -> bytes:
     """The instruction that asks for `destination`, signed if there is a `key` (its id and secret).
 
-    `expires_unix_s` and `source` (a CIDR: the clients it is good for) are for signed ones.
+    `expires_unix_s`, `source` (a CIDR: the clients it is good for) and `audience` (the name of the
+    only gateway to take it) are for signed ones.
 
     Raises:
         UsageError: no destination, no network, or the instruction would be too long.
@@ -387,6 +397,8 @@ def instruction(
     try:
         parsed = parse_destination(str(destination))
         if key is None:
+            if source is not None or audience is not None:
+                raise ValueError("only a signed instruction says for whom it is: a key is missing")
             return frame(str(parsed).encode())
         key_id, secret = key
         return token.make(
@@ -394,7 +406,8 @@ def instruction(
             expires_unix_s=expires_unix_s,
             key_id=key_id,
             key=secret,
-            source=ipaddress.ip_network(source) if source else None,
+            source=parse_network(source) if source else None,
+            audience=audience,
         )
     except ValueError as error:  # AddressError is one
         raise UsageError(f"{destination}: {error}") from error

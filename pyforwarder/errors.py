@@ -5,6 +5,7 @@ A peer's fault never becomes one of these: it ends one connection with a `CloseR
 
 from __future__ import annotations
 
+import enum
 import os
 
 
@@ -43,17 +44,40 @@ class DatapathError(ForwarderError):
         self.errno = errno
 
 
+class Refusal(enum.StrEnum):
+    """Why a BPF program or map could not be had."""
+
+    BCC = "bcc"  # there is none, or another project of that name
+    COMPILER = "compiler"
+    CAPABILITIES = "capabilities"  # this process lacks some
+    CONFINED = "confined"  # a user namespace or a seccomp filter stands before bpf(2)
+    PROGRAM_TYPE = "program type"  # this kernel refuses any of the kind to everybody
+    TOO_OLD = "too old"  # the kernel does not know it
+    VERIFIER = "verifier"
+    MEMORY = "memory"
+    TIMEOUT = "timeout"
+    SELF_TEST = "self-test"  # it loaded, and did not do what it should
+    OTHER = "other"
+
+
 class LoadError(ForwarderError):
     """A BPF program could not be compiled, loaded or attached.
 
-    `advice` tells the user what to do; `log` is the whole compiler or verifier output.
+    `cause` is why, `advice` tells the user what to do; `log` is the whole compiler or verifier
+    output, which the text, one line, does not have.
     """
 
-    def __init__(self, operation: str, *, advice: str = "", log: str = "") -> None:
-        tail = [line for line in log.strip().splitlines() if line.strip()][-6:]
-        parts = [operation, *(f"    {line}" for line in tail), advice]
-        super().__init__("\n".join(part for part in parts if part))
+    def __init__(
+        self,
+        operation: str,
+        *,
+        cause: Refusal = Refusal.OTHER,
+        advice: str = "",
+        log: str = "",
+    ) -> None:
+        super().__init__("; ".join(part for part in (operation, advice) if part))
         self.operation = operation
+        self.cause = cause
         self.advice = advice
         self.log = log
 

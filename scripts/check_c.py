@@ -1,10 +1,10 @@
 """Compile C files with warnings, and fail on any of them.
 
-BPF programs are compiled by what loads them (pyforwarder.datapath._bcc), for what they run on, but
-not loaded: that takes no privilege. What they leave to the loader (offsets, descriptors, sizes:
-names in capitals that no header declares) gets a number here, whichever names these are. One that
-the loader does not pass fails where it is loaded, so in the kernel tests. Other files are for this
-host.
+BPF programs are compiled as they are for a load (by pyforwarder.datapath.ebpf._bcc), for what they
+run on: that takes no privilege. What they leave to the loader (offsets, descriptors,
+sizes: names in capitals that no header declares) gets a number here, whichever names these are. One
+that the loader does not pass fails where it is loaded, so in the kernel tests. Other files are for
+this host.
 
 Run by scripts/check, with the files as arguments.
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from pyforwarder.runtime import children
 
 BPF: Final = Path(__file__).resolve().parent.parent / "bpf"
 WARNINGS: Final = ("-Wall", "-Wextra", "-Wundef")
@@ -64,41 +64,31 @@ def _compile_bpf(source: Path, flags: list[str]) -> Compiled:
         "kernel_source": str(BPF),
         "source": str(source),
         "cflags": [f"-I{BPF}", "-ferror-limit=0", *flags],
-        "programs": [],
+        "functions": [],
     }
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        child = subprocess.run(
-            [sys.executable, "-m", "pyforwarder.datapath._bcc", str(theirs.fileno())],
-            input=json.dumps(request).encode(),
-            pass_fds=(theirs.fileno(),),
-            capture_output=True,
-            check=False,
-        )
-        theirs.close()
-        answer = ours.recv(65536)
+    child = children.run(
+        children.python("pyforwarder.datapath.ebpf._bcc"), input=json.dumps(request).encode()
+    )
     said = child.stderr.decode(errors="replace")
-    if not answer:
+    if not child.stdout:
         return Compiled(False, f"{said}{source}: bcc ended with code {child.returncode}\n")
-    result = json.loads(answer)
+    result = json.loads(child.stdout)
     if not result["ok"]:
         said += f"{source}: {result['reason']}\n"
     return Compiled(result["ok"], said)
 
 
 def _complaints_host(source: Path) -> str:
-    done = subprocess.run(
-        ["clang", "-std=gnu11", "-O2", *WARNINGS, "-Werror", "-fsyntax-only", str(source)],
-        capture_output=True,
-        check=False,
-        text=True,
+    done = children.run(
+        ["clang", "-std=gnu11", "-O2", *WARNINGS, "-Werror", "-fsyntax-only", str(source)]
     )
-    return done.stderr or ("" if done.returncode == 0 else f"{source}: clang failed\n")
+    said = done.stderr.decode(errors="replace")
+    return said or ("" if done.returncode == 0 else f"{source}: clang failed\n")
 
 
 def main(arguments: list[str]) -> int:
     """0 if no file has a warning."""
-    found = [text for argument in arguments if (text := complaints(Path(argument)))]
+    found = [text for argument in arguments if (text := complaints(Path(argument).absolute()))]
     for text in found:
         print(text, file=sys.stderr, end="")
     return 1 if found else 0

@@ -1,12 +1,20 @@
 """What every test gets: markers by directory, skips that can be forbidden, hypothesis profiles.
 
     --no-skip    a test that is skipped has failed; CI=true in the environment means the same
+    --attach clsact    splice as on kernels before 6.6, on any kernel
     --soak       also run the tests marked `soak`, for minutes; --soak-for SECONDS says how long
+
+    --smoke      only the first test of each module in tests/kernel, and all contract commands
+    --failures-to FILE   write the ids of the tests that failed there, one a line
 
 HYPOTHESIS_PROFILE=deep in the environment tries many more examples per property than `fast` does.
 
 With pytest-xdist (`-n 2 --dist loadfile`, as scripts/test has it) modules run side by side, but
 nothing beside a test marked `alone`.
+
+The head of the report says what this host's kernel can do (helpers/capabilities.py). A test marked
+`needs("tcx")` is left out on a host that need not have it, with a line in the head that says why;
+on one that must have it and has not, it runs and fails.
 """
 
 from __future__ import annotations
@@ -21,9 +29,16 @@ from typing import Final
 import hypothesis
 import pytest
 
+from pyforwarder.runtime import slowness
+
 pytest.register_assert_rewrite("tests.helpers")
 
 _KERNEL_TESTS: Final = Path(__file__).parent / "kernel"
+
+# Of these --smoke takes every test: the commands as users call them.
+_SMOKE_WHOLE: Final = frozenset(
+    {"test_as_a_user.py", "test_contract_commands.py", "test_host.py", "test_selftest.py"}
+)
 
 # No deadline per example: other work on the machine must not fail a property. What hangs is ended
 # by the timeout of the test.  print_blob: a failure says how to repeat it.
@@ -47,6 +62,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("CI") == "true",
         help="a skipped test has failed (the default where CI=true)",
     )
+    parser.addoption(
+        "--attach",
+        choices=["clsact"],
+        help="attach programs to interfaces by clsact also where the kernel has tcx",
+    )
     parser.addoption("--soak", action="store_true", help="also run the tests marked soak")
     parser.addoption(
         "--soak-for",
@@ -56,12 +76,48 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how long a test marked soak goes on (default: 600)",
     )
 
+    parser.addoption(
+        "--smoke",
+        action="store_true",
+        help="only the first test of each module in tests/kernel, and those of whole modules that "
+        "_SMOKE_WHOLE names",
+    )
+    parser.addoption(
+        "--failures-to", metavar="FILE", help="write the ids of the tests that failed, one a line"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write the failures where --failures-to says; what is no test's is no line of it."""
+    path = terminalreporter.config.getoption("--failures-to")
+    if path is None:
+        return
+    failed = terminalreporter.getreports("failed") + terminalreporter.getreports("error")
+    ids = dict.fromkeys(report.nodeid for report in failed)
+    Path(path).write_text("".join(f"{nodeid}\n" for nodeid in ids), encoding="utf-8")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    from tests.helpers import capabilities
+
+    return [] if hasattr(config, "workerinput") else capabilities.header()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is attached to interfaces is attached so by every process that tests start."""
+    if config.getoption("--attach"):
+        os.environ["PYFORWARDER_ATTACH"] = config.getoption("--attach")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is in tests/kernel; leave out soak tests unless they were asked for."""
+    """Mark what is in tests/kernel; leave out soak tests unless they were asked for.
+
+    And those that need what a host like this one need not have.
+    """
     soaking = bool(config.getoption("--soak"))
     # They look at the clock between two rounds, and then put things away.
     soak_timeout_s = config.getoption("--soak-for") + 300
+    seen: set[Path] = set()
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
@@ -71,10 +127,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs root: sudo scripts/test"))
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(soak_timeout_s))
-        (left_out if item.get_closest_marker("soak") and not soaking else kept).append(item)
+        _scale_timeout(item)
+        is_left_out = (item.get_closest_marker("soak") and not soaking) or _excused(item)
+        if config.getoption("--smoke") and not is_left_out:
+            is_left_out = not _is_smoke(item, seen)
+        (left_out if is_left_out else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def _is_smoke(item: pytest.Item, seen: set[Path]) -> bool:
+    """Whether the test is of the small set; `seen` are the modules of which one was taken."""
+    if not item.path.is_relative_to(_KERNEL_TESTS):
+        return False
+    is_first = item.path not in seen
+    seen.add(item.path)
+    return is_first or item.path.name in _SMOKE_WHOLE
+
+
+def _scale_timeout(item: pytest.Item) -> None:
+    """On a slow host (pyforwarder/runtime/slowness.py), give the test more time."""
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker else item.config.getini("timeout") or 0)
+    if seconds and slowness.factor() > 1:
+        item.add_marker(pytest.mark.timeout(slowness.scaled_s(seconds)), append=False)
+
+
+def _excused(item: pytest.Item) -> bool:
+    """Whether this host need not have what the test is marked to need."""
+    names = {name for marker in item.iter_markers("needs") for name in marker.args}
+    if not names:
+        return False
+    from tests.helpers import capabilities
+
+    return bool(capabilities.unmet(tuple(sorted(names))))
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from pyforwarder.cli import connecting, deciding, lifecycle, pairs, proving, showing
+from pyforwarder.cli import connecting, deciding, fleet, lifecycle, pairs, proving, showing
 from pyforwarder.cli.command import root, run
-from pyforwarder.environment import Environment
+from pyforwarder.runtime.environment import Environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,14 +23,19 @@ for _command in (
     showing.show,
     showing.top,
     lifecycle.reload,
+    lifecycle.upgrade,
+    lifecycle.server,
     pairs.flush,
     pairs.forward,
     deciding.explain,
     connecting.connect,
     connecting.token,
+    connecting.password,
     deciding.check,
     proving.doctor,
     proving.demo,
+    fleet.fleet,
+    fleet.register,
 ):
     root.add_command(_command)
 

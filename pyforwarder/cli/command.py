@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
@@ -16,14 +17,18 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 import click
 
 from pyforwarder import __version__
-from pyforwarder.errors import ForwarderError
-from pyforwarder.instance import DEFAULT_NAME, Instance
+from pyforwarder.cli import completion
+from pyforwarder.errors import ForwarderError, LoadError
+from pyforwarder.runtime import slowness
+from pyforwarder.runtime.instance import DEFAULT_NAME, Instance
+from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.tables import one_line, visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyforwarder.client import ControlClient
-    from pyforwarder.environment import Environment
+    from pyforwarder.runtime.environment import Environment
 
 P = ParamSpec("P")
 
@@ -47,18 +52,21 @@ class Call:
         return Instance.named(self.instance_name, self.env.environ)
 
     def control(self, *, timeout_s: float = 10.0) -> ControlClient:
-        """A client of that instance's control socket."""
+        """A client of that instance's control socket; `timeout_s` is for a usual host."""
         from pyforwarder.client import ControlClient
 
-        return ControlClient(self.instance, timeout_s=timeout_s)
+        return ControlClient(self.instance, timeout_s=scaled_s(timeout_s))
 
     def say(self, words: str) -> None:
         """One line of words to stderr."""
         self.env.say(words)
 
     def write(self, data: str) -> None:
-        """Data to stdout, flushed: a pipe's reader must not wait for a full buffer."""
-        self.env.stdout.write(data)
+        """Data to stdout, flushed: a pipe's reader must not wait for a full buffer.
+
+        What comes from clients is in it: a terminal gets nothing to obey.
+        """
+        self.env.stdout.write(visible(data))
         self.env.stdout.flush()
 
 
@@ -98,6 +106,7 @@ def _common_options(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME",
         expose_value=False,
         callback=_take_instance,
+        shell_complete=completion.instances,
         help=f"Which instance; several run side by side.  [default: {DEFAULT_NAME}]",
     )(function)
 
@@ -120,6 +129,18 @@ def command(
     return decorate
 
 
+def group(*, example: str, name: str) -> Callable[[Callable[[], None]], click.Group]:
+    """Make a function the group of commands of that name; what it does is in its docstring."""
+
+    def decorate(function: Callable[[], None]) -> click.Group:
+        lines = "\n".join(f"  {line}" for line in example.splitlines())
+        return click.group(cls=_Root, name=name, epilog=f"\b\nExample:\n{lines}")(
+            _common_options(function)
+        )
+
+    return decorate
+
+
 @click.group(
     cls=_Root,
     name="pyforwarder",
@@ -136,6 +157,7 @@ def run(arguments: list[str], env: Environment) -> int:
     """Run the command that `arguments` name and turn every end into an exit code."""
     call = Call(env)
     try:
+        slowness.factor(env.environ)  # said before anything waits by it
         # click prints help and the version to sys.stdout; everything else here asks `env`
         with contextlib.redirect_stdout(env.stdout), contextlib.redirect_stderr(env.stderr):
             result = root.main(
@@ -161,7 +183,7 @@ def run(arguments: list[str], env: Environment) -> int:
         env.say("pyforwarder: interrupted")
         return FAILED
     except BrokenPipeError:
-        # whoever read our stdout left; so that python's own last flush does not complain
+        # the reader of our stdout has left; so that python's own last flush does not complain
         _discard_stdout(env)
         return FAILED
     except SystemExit as error:
@@ -170,13 +192,20 @@ def run(arguments: list[str], env: Environment) -> int:
         return error.code if isinstance(error.code, int) else FAILED
     except Exception as error:
         _trace(call)
-        env.say(f"pyforwarder: internal error: {type(error).__name__}: {error}{_hint(call)}")
+        env.say(f"pyforwarder: internal error: {_named(error)}{_hint(call)}")
         return FAILED
 
 
 def _trace(call: Call) -> None:
     if call.verbosity:
-        traceback.print_exc(file=call.env.stderr)
+        call.env.say(traceback.format_exc().rstrip())
+        error = sys.exception()
+        if isinstance(error, LoadError) and error.log:
+            call.env.say(error.log.rstrip())
+
+
+def _named(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _hint(call: Call) -> str:

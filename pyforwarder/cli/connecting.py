@@ -13,8 +13,9 @@ from pyforwarder.cli.command import DONE, Call, command
 from pyforwarder.errors import ControlError, ForwarderError, NotRunningError, UsageError
 
 if TYPE_CHECKING:
-    from pyforwarder.address import Address, UnixAddress
+    from pyforwarder.core.address import Address, UnixAddress
 
+_AUD_HELP = "With --key: only the gateway of this name takes it (tokens: {audience: NAME})."
 _KEY_HELP = "Sign with the key in FILE; ID is its name there (default: FILE's without .key)."
 
 
@@ -31,6 +32,7 @@ _KEY_HELP = "Sign with the key in FILE; ID is its name there (default: FILE's wi
 )
 @click.option("--key", metavar="[ID=]FILE", help=_KEY_HELP)
 @click.option("--from", "source", metavar="CIDR", help="With --key: clients it is good for.")
+@click.option("--aud", "audience", metavar="NAME", help=_AUD_HELP)
 @click.option(
     "--expires",
     "lifetime_s",
@@ -54,6 +56,7 @@ def connect(
     via: str | None,
     key: str | None,
     source: str | None,
+    audience: str | None,
     lifetime_s: int,
     no_ack: bool,
     timeout_s: float,
@@ -71,6 +74,7 @@ def connect(
         via=via or _running_listener(call) or client.DEFAULT_VIA,
         key=_read_key(key) if key else None,
         source=source,
+        audience=audience,
         lifetime_s=lifetime_s,
         ack=not no_ack,
         timeout_s=timeout_s,
@@ -81,7 +85,7 @@ def connect(
 
 def _running_listener(call: Call) -> str | None:
     """Where the instance's first TCP listener can be reached from here, if we may know."""
-    from pyforwarder.address import AddressError, parse_bind
+    from pyforwarder.core.address import AddressError, parse_bind
 
     try:
         listeners = call.control().listeners()
@@ -101,7 +105,7 @@ def _running_listener(call: Call) -> str | None:
 
 
 def _reachable(bind: Address | UnixAddress) -> Address | UnixAddress:
-    from pyforwarder.address import Address
+    from pyforwarder.core.address import Address
 
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     if isinstance(bind, Address):
@@ -116,6 +120,7 @@ def _reachable(bind: Address | UnixAddress) -> Address | UnixAddress:
 @click.argument("destination", metavar="[DEST]", required=False)
 @click.option("--key", metavar="[ID=]FILE", help=_KEY_HELP)
 @click.option("--from", "source", metavar="CIDR", help="Good for clients from there only.")
+@click.option("--aud", "audience", metavar="NAME", help=_AUD_HELP)
 @click.option(
     "--expires",
     "lifetime_s",
@@ -132,6 +137,7 @@ def token(
     destination: str | None,
     key: str | None,
     source: str | None,
+    audience: str | None,
     lifetime_s: int,
     new_file: Path | None,
 ) -> int:
@@ -141,7 +147,7 @@ def token(
     send it as it is.
     """
     if new_file is not None:
-        if destination or key or source:
+        if destination or key or source or audience:
             raise UsageError("token: --new stands alone")
         _write_new_key(new_file)
         call.say(f"{new_file}: a new key; copy it to those who may sign")
@@ -154,6 +160,7 @@ def token(
         destination,
         key=_read_key(key),
         source=source,
+        audience=audience,
         expires_unix_s=int(call.env.unix_time_s()) + lifetime_s,
     )
     call.env.stdout.flush()
@@ -164,7 +171,7 @@ def token(
 
 def _read_key(text: str) -> tuple[str, bytes]:
     """The id and the secret that `[ID=]FILE` names."""
-    from pyforwarder.token import key_from_file
+    from pyforwarder.core.token import key_from_file
 
     key_id, equals, name = text.partition("=")
     if not equals or "/" in key_id:  # a path may have an = in it, an id has no slash
@@ -189,3 +196,32 @@ def _write_new_key(path: Path) -> None:
     # Text, so that an editor or a terminal does not damage it: 32 random bytes as 64 digits.
     with os.fdopen(fd, "w") as file:
         file.write(secrets.token_hex(32) + "\n")
+
+
+@command(
+    example="install -m 600 /dev/null /etc/pyforwarder/alice.password\n"
+    "pyforwarder password > /etc/pyforwarder/alice.password\n"
+    'printf %s "$PASSWORD" | pyforwarder password'
+)
+def password(call: Call) -> int:
+    """Print the hash of a password, for a file of `users`.
+
+    Asks for it twice at a terminal, and reads one line elsewhere.  By Argon2id; files may also have
+    what others made by bcrypt (`$2b$`), or a password as it is.
+    """
+    from pyforwarder.core.password import make_hash
+
+    if os.isatty(call.env.stdin_fd):
+        given = click.prompt(
+            "Password", hide_input=True, confirmation_prompt=True, err=True
+        ).encode()
+    else:
+        with os.fdopen(os.dup(call.env.stdin_fd), "rb") as stdin:
+            given = stdin.readline(_MOST_PASSWORD_BYTES + 2).removesuffix(b"\n")
+    if not 1 <= len(given) <= _MOST_PASSWORD_BYTES:
+        raise UsageError(f"password: it has 1 to {_MOST_PASSWORD_BYTES} bytes (RFC 1929)")
+    call.write(make_hash(given) + "\n")
+    return DONE
+
+
+_MOST_PASSWORD_BYTES = 255  # RFC 1929 counts it in one byte

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pyforwarder.cli.command import DONE, Call, command
-from pyforwarder.errors import NotRunningError, UsageError
+from pyforwarder.cli.completion import listeners
+from pyforwarder.errors import ConfigError, NotRunningError, UsageError
+from pyforwarder.runtime.tables import printable
 
 if TYPE_CHECKING:
-    from pyforwarder.address import Address, HostPort
     from pyforwarder.config import Config, Listener
-    from pyforwarder.routing import Decision, Explanation, Route
+    from pyforwarder.config.document import Node
+    from pyforwarder.config.explaining import Judged
+    from pyforwarder.core.address import Address, HostPort
 
 _BUILT_IN = "built-in"
 
@@ -24,7 +26,8 @@ _BUILT_IN = "built-in"
 @command(
     example="printf 18127.0.0.1:900102 | pyforwarder explain --file -\n"
     "pyforwarder explain --listener tls --hex '16 03 01'\n"
-    "pyforwarder explain -c my.yaml --file client-hello.bin --json"
+    "pyforwarder explain -c my.yaml --file client-hello.bin --json\n"
+    "pyforwarder explain -c my.yaml --udp --file one.bin --file two.bin"
 )
 @click.option(
     "-c",
@@ -34,16 +37,41 @@ _BUILT_IN = "built-in"
     metavar="FILE",
     help="Judge by this configuration.  [default: that of the running instance, else the built-in]",
 )
-@click.option("--listener", "listener_name", metavar="NAME", help="[default: the first one]")
-@click.option("--hex", "hex_text", metavar="HEX", help="The first bytes; blanks and : are ignored.")
+@click.option(
+    "--listener",
+    "listener_name",
+    metavar="NAME",
+    shell_complete=listeners,
+    help="[default: the first one]",
+)
+@click.option(
+    "--udp",
+    "is_udp",
+    is_flag=True,
+    help="A client of the first UDP listener; --listener names one.",
+)
+@click.option(
+    "--hex",
+    "hex_texts",
+    metavar="HEX",
+    multiple=True,
+    help="The first bytes; blanks and : are ignored.  Of UDP each is a datagram.",
+)
 @click.option(
     "--file",
-    "file",
+    "files",
     type=click.Path(path_type=Path, allow_dash=True),
     metavar="F",
-    help="A file with the first bytes; - is stdin.",
+    multiple=True,
+    help="A file with the first bytes, or with a datagram; - is stdin.",
 )
 @click.option("--client", metavar="IP:PORT", help="Where the client connects from.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="The listener's port that it connects to.  [default: its first]",
+)
 @click.option(
     "--end",
     "end_name",
@@ -56,9 +84,11 @@ def explain(
     call: Call,
     config_path: Path | None,
     listener_name: str | None,
-    hex_text: str | None,
-    file: Path | None,
+    is_udp: bool,
+    hex_texts: tuple[str, ...],
+    files: tuple[Path, ...],
     client: str | None,
+    port: int | None,
     end_name: str,
     as_json: bool,
 ) -> int:
@@ -67,59 +97,75 @@ def explain(
     And after how many of them, whether the destination is allowed, and why the other rules are
     not it.  Opens no connection; a name is resolved, because what is permitted are addresses.
     """
-    data = _first_bytes(call, hex_text, file)
+    pieces = _pieces(call, hex_texts, files)
     source_address = _client_address(client)
     config, source = _config(call, config_path)
-    from pyforwarder import routing
-    from pyforwarder.address import Address
-    from pyforwarder.key_files import load_token_keys, read_passwords
+    from pyforwarder.config.explaining import judge
+    from pyforwarder.config.key_files import load_token_keys, read_passwords
+    from pyforwarder.core.routing import End
 
-    index, listener = _listener(config, listener_name)
-    end = routing.End(end_name)
-    if len(data) >= listener.first_packet.max_bytes:
-        data = data[: listener.first_packet.max_bytes]
-        end = routing.End.FULL
-    ruleset = routing.compile_rules(
-        listener,
-        load_token_keys(config),
-        passwords=read_passwords(config),
-        path=f"listeners[{index}]",
-    )
-    explanation = routing.explain(
-        ruleset,
-        data,
+    index = _listener_index(config, listener_name, is_udp=is_udp)
+    _check_port(config.listeners[index], port)
+    judged = judge(
+        config,
+        index,
+        pieces,
         client=source_address,
-        local_port=listener.bind.port if isinstance(listener.bind, Address) else 0,
-        end=end,
+        port=port,
+        end=End(end_name),
         now_unix_s=call.env.unix_time_s(),
+        keys=load_token_keys(config),
+        passwords=read_passwords(config),
+        resolve=_resolve,
     )
-    verdict = _verdict(config, explanation.decision)
-    call.write(
-        _as_json(listener, source, data, explanation, verdict)
-        if as_json
-        else _as_text(listener, source, data, explanation, verdict)
-    )
+    if as_json:
+        call.write(json.dumps({"config": source, **judged.as_json()}, indent=2) + "\n")
+    else:
+        call.write(_as_text(judged, source))
     return DONE
 
 
-@command(example="pyforwarder check /etc/pyforwarder.yaml")
+@command(
+    example="pyforwarder check /etc/pyforwarder.yaml\n"
+    "pyforwarder check --dump my.yaml > complete.yaml"
+)
 @click.argument(
     "file", metavar="[FILE]", required=False, type=click.Path(path_type=Path, allow_dash=True)
 )
-def check(call: Call, file: Path | None) -> int:
+@click.option("--dump", is_flag=True, help="Print it as YAML, with every default written out.")
+def check(call: Call, file: Path | None, dump: bool) -> int:
     """Validate a configuration; errors name the line and the key.
 
-    Files with keys and passwords are read too.  Without FILE it is the built-in one; - is stdin.
-    """
-    from pyforwarder.config import load_config, parse_config
-    from pyforwarder.key_files import load_token_keys, read_passwords
-    from pyforwarder.routing import compile_rules
+    A warning tells of what is hardly meant: a rule that never matches, a key file that others
+    may read, a user that this host does not have.
 
-    if file == Path("-"):
-        config = parse_config(_read_stdin(call).decode(errors="replace"), source="stdin")
+    Files with keys, certificates and passwords are read too.  Without FILE it is the built-in one;
+    - is stdin.
+    """
+    from pyforwarder.config import load_whole, parse_config, validated
+    from pyforwarder.config.document import read_document
+    from pyforwarder.config.dump import dump_config
+    from pyforwarder.config.key_files import load_token_keys, placed, read_passwords
+    from pyforwarder.config.warnings import config_warnings
+    from pyforwarder.core.routing import compile_rules
+
+    name = {None: _BUILT_IN, Path("-"): "stdin"}.get(file, str(file))
+    document: Node | str = ""
+    if file is None or file == Path("-"):
+        document = "" if file is None else _read_stdin(call).decode(errors="replace")
+        config = parse_config(document, source=name)
     else:
-        config = load_config(file)
-    keys, passwords = load_token_keys(config), read_passwords(config)
+        document = load_whole(file).document
+        config = validated(document, source=name)
+    try:
+        keys, passwords = load_token_keys(config), read_passwords(config)
+        if config.fleet is not None:
+            from pyforwarder.fleet.files import read_files
+
+            read_files(config.fleet)
+    except ConfigError as error:
+        whole = read_document(document, source=name) if isinstance(document, str) else document
+        raise placed(error, whole, source=name) from error
     for index, listener in enumerate(config.listeners):
         compile_rules(listener, keys, passwords=passwords, path=f"listeners[{index}]")
     counts = (
@@ -128,20 +174,29 @@ def check(call: Call, file: Path | None) -> int:
         (len(config.upstreams), "upstream"),
     )
     summary = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
-    name = {None: _BUILT_IN, Path("-"): "stdin"}.get(file, str(file))
-    call.write(f"{name}: ok, {summary}\n")
+    for warning in config_warnings(config, document, source=name):
+        call.say(f"warning: {warning}")
+    if dump:
+        call.write(dump_config(config))
+    else:
+        call.write(f"{name}: ok, {summary}\n")
     return DONE
 
 
-def _first_bytes(call: Call, hex_text: str | None, file: Path | None) -> bytes:
-    if (hex_text is None) == (file is None):
+def _pieces(call: Call, hex_texts: tuple[str, ...], files: tuple[Path, ...]) -> list[bytes]:
+    if bool(hex_texts) == bool(files):
         raise UsageError("explain: wants either --hex or --file")
-    if hex_text is not None:
-        try:
-            return bytes.fromhex(hex_text.replace(":", " "))
-        except ValueError as error:
-            raise UsageError(f"--hex {hex_text[:80]!r}: not pairs of hexadecimal digits") from error
-    assert file is not None
+    return [*map(_from_hex, hex_texts), *(_from_file(call, file) for file in files)]
+
+
+def _from_hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text.replace(":", " "))
+    except ValueError as error:
+        raise UsageError(f"--hex {text[:80]!r}: not pairs of hexadecimal digits") from error
+
+
+def _from_file(call: Call, file: Path) -> bytes:
     if file == Path("-"):
         return _read_stdin(call)
     try:
@@ -160,7 +215,7 @@ def _read_stdin(call: Call) -> bytes:
 
 
 def _client_address(text: str | None) -> Address | None:
-    from pyforwarder.address import Address, AddressError, parse_destination
+    from pyforwarder.core.address import Address, AddressError, parse_destination
 
     if text is None:
         return None
@@ -188,75 +243,35 @@ def _config(call: Call, path: Path | None) -> tuple[Config, str]:
     return parse_config(text, source=source), source
 
 
-def _listener(config: Config, name: str | None) -> tuple[int, Listener]:
-    if name is None:
-        return 0, config.listeners[0]
+def _listener_index(config: Config, name: str | None, *, is_udp: bool) -> int:
     for index, listener in enumerate(config.listeners):
-        if listener.name == name:
-            return index, listener
+        if is_udp and listener.protocol != "udp":
+            if listener.name == name:
+                raise UsageError(f"--udp: the listener {name!r} takes TCP")
+            continue
+        if name is None or listener.name == name:
+            return index
+    if name is None:
+        raise UsageError("--udp: no listener says `protocol: udp`")
     names = ", ".join(listener.name for listener in config.listeners)
     raise UsageError(f"--listener {name!r}: there is none of that name, only {names}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    """What becomes of the connection, in words."""
+def _check_port(listener: Listener, port: int | None) -> None:
+    from pyforwarder.core.address import Address, SystemdSockets, bind_text
 
-    outcome: str  # route, refuse, need-more
-    rule: str  # "-": none
-    to: str
-    skip: int  # bytes of the first packet that are ours
-    allowed: bool | None  # None: nothing to allow, or not known without resolving
-    why: str
-
-
-def _verdict(config: Config, decision: Decision) -> _Verdict:
-    from pyforwarder.routing import Refuse, Route
-
-    if isinstance(decision, Route):
-        allowed, why = _permission(config, decision)
-        return _Verdict("route", decision.rule.name, str(decision.to), decision.skip, allowed, why)
-    if isinstance(decision, Refuse):
-        how = "a reset" if decision.reset else "a close"
-        answer = f"{decision.reply.decode('ascii', 'backslashreplace')!r} and " * bool(
-            decision.reply
-        )
-        name = decision.rule.name if decision.rule else "-"
-        return _Verdict("refuse", name, "-", 0, None, f"{decision.reason.value}: {answer}{how}")
-    return _Verdict("need-more", "-", "-", 0, None, "more bytes have to come first")
-
-
-def _permission(config: Config, route: Route) -> tuple[bool | None, str]:
-    """Whether the connection may be made, judged as `up` would."""
-    from pyforwarder.address import Address, UnixAddress
-    from pyforwarder.policy import OwnListeners
-
-    destination = route.to
-    if isinstance(destination, str):
-        servers = ", ".join(str(s.address) for s in config.upstreams[destination].servers)
-        return True, f"upstream {destination}: {servers}"
-    if isinstance(destination, UnixAddress):
-        return True, "the rule says so"
-    addresses = [destination] if isinstance(destination, Address) else _resolve(destination)
-    if not addresses:
-        return None, f"{destination}: the name has no address here"
-    own = OwnListeners(listener.bind for listener in config.listeners)
-    for address in addresses:
-        if own.includes(address, is_local=lambda _: False):
-            return False, f"{address} is the forwarder itself"
-        if route.rule.allow is not None:
-            refusal = route.rule.allow.refusal(address.host, address.port)
-            if refusal is not None:
-                return False, f"{address}: {refusal}"
-    by = "its `allow` has it" if route.rule.allow is not None else "the rule says so"
-    names = "" if isinstance(destination, Address) else f"{', '.join(map(str, addresses))}: "
-    return True, f"{names}{by}"
+    binds = listener.addresses
+    ports = {bind.port for bind in binds if isinstance(bind, Address)}
+    # The kernel chooses for port 0, and systemd knows its sockets.
+    is_known = 0 not in ports and not any(isinstance(one, SystemdSockets) for one in listener.bind)
+    if port is not None and is_known and port not in ports:
+        raise UsageError(f"--port {port}: {listener.name} listens on {bind_text(binds)}")
 
 
 def _resolve(name: HostPort) -> list[Address]:
     import socket
 
-    from pyforwarder.address import Address
+    from pyforwarder.core.address import Address
 
     try:
         found = socket.getaddrinfo(name.name, name.port, type=socket.SOCK_STREAM)
@@ -265,61 +280,43 @@ def _resolve(name: HostPort) -> list[Address]:
     return list(dict.fromkeys(Address(str(sockaddr[0]), name.port) for *_, sockaddr in found))
 
 
-def _as_json(
-    listener: Listener, source: str, data: bytes, explanation: Explanation, verdict: _Verdict
-) -> str:
-    return (
-        json.dumps(
-            {
-                "config": source,
-                "listener": listener.name,
-                "bytes": len(data),
-                **asdict(verdict),
-                "after_bytes": explanation.after_bytes,
-                "said": [said.hex() for said in explanation.said],
-                "rules": [
-                    {
-                        "rule": report.rule.name,
-                        "outcome": report.outcome.value.replace(" ", "-"),
-                        "after_bytes": report.after_bytes,
-                        "why": report.why,
-                    }
-                    for report in explanation.rules
-                ],
-            },
-            indent=2,
-        )
-        + "\n"
-    )
-
-
-def _as_text(
-    listener: Listener, source: str, data: bytes, explanation: Explanation, verdict: _Verdict
-) -> str:
+def _as_text(judged: Judged, source: str) -> str:
+    explanation, verdict = judged.explanation, judged.verdict
     width = max(len("RULE"), *(len(report.rule.name) for report in explanation.rules))
     lines = [f"{'RULE':<{width}} OUTCOME   AFTER WHY"]
     lines += [
         f"{report.rule.name:<{width}} {report.outcome.value.replace(' ', '-'):<9} "
-        f"{report.after_bytes:>5} {report.why}".rstrip()
+        f"{report.after_bytes:>5} {printable(report.why)}".rstrip()
         for report in explanation.rules
     ]
     lines.append("")
-    after = f"after {explanation.after_bytes} of {len(data)} bytes"
-    where = f"listener {listener.name} ({source})"
+    after = f"after {explanation.after_bytes} of {judged.size} bytes"
+    if judged.datagrams:
+        after += f" ({explanation.after_datagrams} of {judged.datagrams} datagrams)"
+    where = f"listener {judged.listener.name} ({source})"
     match verdict.outcome:
         case "route":
-            lines.append(f"{where}: rule {verdict.rule} takes it {after}, to {verdict.to}")
+            to = printable(verdict.to)
+            lines.append(f"{where}: rule {verdict.rule} takes it {after}, to {to}")
             lines.append(
-                f"{_PERMISSION[verdict.allowed]}: {verdict.why}; "
+                f"{_PERMISSION[verdict.allowed]}: {printable(verdict.why)}; "
                 f"{verdict.skip} of the bytes are the forwarder's own"
             )
         case "refuse":
             by = "no rule takes it" if verdict.rule == "-" else f"rule {verdict.rule} refuses it"
             lines.append(f"{where}: {by}, decided {after}")
-            lines.append(f"refused: {verdict.why}")
+            lines.append(f"refused: {printable(verdict.why)}")
         case _:
             lines.append(f"{where}: undecided {after}; {verdict.why}")
+    if verdict.outcome == "route":
+        lines.append(_where_decided(judged))
     return "\n".join(lines) + "\n"
+
+
+def _where_decided(judged: Judged) -> str:
+    in_kernel = judged.in_kernel
+    could = "could decide the same" if in_kernel.rule is not None else f"could not: {in_kernel.why}"
+    return f"decided in userspace; the kernel {could}"
 
 
 _PERMISSION = {True: "allowed", False: "denied", None: "not known"}

@@ -1,15 +1,17 @@
-"""Commands that start, stop and change a daemon: up, down, reload."""
+"""Commands that start, stop and change a daemon: up, down, reload, upgrade."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
+from pyforwarder.cli import completion
 from pyforwarder.cli.command import DONE, FAILED, Call, command
+from pyforwarder.core.datapaths import NAMES
 from pyforwarder.errors import UsageError
-
-DATAPATHS = ("auto", "sockmap", "splice", "copy")
+from pyforwarder.runtime.slowness import scaled_s
 
 # What a daemon may need after its own drain deadline to close, unpin and unlock.
 _AFTER_DRAIN_S = 15.0
@@ -30,11 +32,19 @@ _DEFAULT_DRAIN_S = 30.0  # `timeouts.drain` of the built-in configuration
 )
 @click.option("--listen", metavar="ADDR", help="Bind the first listener here instead.")
 @click.option(
-    "--datapath", type=click.Choice(DATAPATHS), help="What moves the bytes, for every listener."
+    "--datapath", type=click.Choice(NAMES), help="What moves the bytes, for every listener."
+)
+@click.option(
+    "--prove", is_flag=True, help="Prove the kernel's datapaths, though they were since the boot."
 )
 @click.option("--detach", is_flag=True, help="Return once it listens; it runs in the background.")
 def up(
-    call: Call, config_path: Path | None, listen: str | None, datapath: str | None, detach: bool
+    call: Call,
+    config_path: Path | None,
+    listen: str | None,
+    datapath: str | None,
+    prove: bool,
+    detach: bool,
 ) -> int:
     """Start forwarding; stays in the foreground.
 
@@ -54,12 +64,13 @@ def up(
             datapath=datapath,
             detach=detach,
             verbosity=call.verbosity,
+            prove=prove,
         ),
     )
 
 
 def _check_listen(listen: str) -> None:
-    from pyforwarder.address import AddressError, parse_bind
+    from pyforwarder.core.address import AddressError, parse_bind
 
     try:
         parse_bind(listen)
@@ -74,7 +85,7 @@ def down(call: Call, now: bool) -> int:
 
     Returns when the daemon is gone.
     """
-    from pyforwarder.instance import LockWatch
+    from pyforwarder.runtime.instance import LockWatch
 
     control = call.control()
     # Made before the request: a daemon that has gone by the time we look, and another one that was
@@ -84,7 +95,7 @@ def down(call: Call, now: bool) -> int:
         drain_s = answer.get("drain_s")
         if not isinstance(drain_s, int | float):
             drain_s = _DEFAULT_DRAIN_S
-        timeout_s = (0.0 if now else float(drain_s)) + _AFTER_DRAIN_S
+        timeout_s = (0.0 if now else float(drain_s)) + scaled_s(_AFTER_DRAIN_S)
         if not watch.wait_free(timeout_s=timeout_s):
             call.say(
                 f"pyforwarder: instance {call.instance_name!r} has not ended after "
@@ -92,6 +103,26 @@ def down(call: Call, now: bool) -> int:
             )
             return FAILED
     call.say(f"instance {call.instance_name!r} stopped")
+    return DONE
+
+
+@command(
+    example="pyforwarder server web/10.0.0.1:443 drain\npyforwarder server web/10.0.0.1:443 ready"
+)
+@click.argument("server", metavar="UPSTREAM/SERVER", shell_complete=completion.servers)
+@click.argument("state", type=click.Choice(("drain", "ready")))
+def server(call: Call, server: str, state: Literal["drain", "ready"]) -> int:
+    """Let a server take no new pairs, or new ones again.
+
+    A drained server keeps its pairs, and `show upstreams` says so.  That holds through reloads, as
+    long as the server is configured, and until the daemon ends.
+    """
+    if "/" not in server:
+        raise UsageError(
+            f"server {server!r}: write UPSTREAM/SERVER, as `pyforwarder show upstreams` has them"
+        )
+    call.control().set_server(server, state)
+    call.say(f"{server}: {'no new pairs' if state == 'drain' else 'takes new pairs'}")
     return DONE
 
 
@@ -106,4 +137,33 @@ def reload(call: Call) -> int:
     call.say(f"reloaded: {count} listener{'' if count == 1 else 's'}")
     if isinstance(waiting := answer.get("waiting"), list) and waiting:
         call.say(f"changed, but fixed until the next `up`: {', '.join(map(str, waiting))}")
+    return DONE
+
+
+@command(example="pyforwarder upgrade\n/opt/pyforwarder-0.2/bin/pyforwarder upgrade -c new.yaml")
+@click.option(
+    "-c",
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Another configuration; without it that of the running daemon, read again.",
+)
+def upgrade(call: Call, config_path: Path | None) -> int:
+    """Put this version in the running daemon's place, without a loss.
+
+    The new daemon starts beside it, proves its datapaths and takes its listeners; once its workers
+    accept, it gets the pairs.  If anything fails, the running daemon goes on as before.
+    """
+    from pyforwarder import __version__, supervisor
+
+    control = call.control(timeout_s=15.0)
+    control.ping()  # where there is none that is said here
+    supervisor.upgrade(
+        call.env,
+        call.instance,
+        config_path,
+        lambda fd: control.request("succeed", fds_sent=[fd]),
+    )
+    call.say(f"instance {call.instance_name!r} is version {__version__} now")
     return DONE

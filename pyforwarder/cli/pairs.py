@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from pyforwarder.cli.command import DONE, FAILED, Call, command
+from pyforwarder.cli.completion import pair_ids
 from pyforwarder.errors import UsageError
 
 
+def _pair_id(text: str) -> int:
+    """An id from the first column of `show`."""
+    if re.fullmatch("[0-9]{1,19}", text):
+        return int(text)
+    raise click.BadParameter(
+        f"{text!r} is no id: write the numbers in the first column of `pyforwarder show`"
+        + (", or --all" if text in ("all", "*") else "")
+    )
+
+
 @command(example="pyforwarder flush 12 17\npyforwarder flush --all")
-@click.argument("ids", metavar="ID...", nargs=-1, type=click.IntRange(min=0))
+@click.argument("ids", metavar="ID...", nargs=-1, type=_pair_id, shell_complete=pair_ids)
 @click.option("--all", "every", is_flag=True, help="Reset every pair.")
 def flush(call: Call, ids: tuple[int, ...], every: bool) -> int:
     """Reset pairs, both connections of each.

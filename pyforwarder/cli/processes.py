@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import psutil
 
-from pyforwarder.address import Address, AddressError, parse_destination
+from pyforwarder.core.address import Address, AddressError, ip_text, parse_destination
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,4 +82,4 @@ def _normal(host: str, port: int) -> Address:
     """As `parse_destination` writes it: an IPv4-mapped address is the IPv4 one."""
     ip = ipaddress.ip_address(host)
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
-    return Address(str(mapped or ip), port)
+    return Address(ip_text(mapped or ip), port)

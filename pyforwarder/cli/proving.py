@@ -16,10 +16,12 @@ def doctor(call: Call, as_json: bool) -> int:
 
     Fails if not even one datapath works.
     """
-    from pyforwarder import doctor as examination
+    from pyforwarder.cli import doctor as examination
 
     report = examination.run()
     call.write(json.dumps(report.as_json(), indent=2) + "\n" if as_json else report.as_text())
+    if call.verbosity and (logs := report.logs()):
+        call.say(logs.rstrip())
     return DONE if report.is_usable else FAILED
 
 
@@ -30,6 +32,6 @@ def demo(call: Call) -> int:
     Moves real data through every datapath that works here, prints the rates beside that of a
     direct connection, and leaves nothing behind.
     """
-    from pyforwarder import demo as demonstration
+    from pyforwarder.cli import demo as demonstration
 
     return demonstration.run(call.env)

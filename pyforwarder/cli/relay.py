@@ -22,8 +22,8 @@ import stat
 import struct
 from typing import Final
 
-from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime.descriptors import duplicate_socket
 
 _READ_BYTES: Final = 1 << 18
 _RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger: on, 0 s (socket(7))
@@ -116,8 +116,8 @@ class _Relay:
         if self._down:
             wanted[self._stdout_fd] = wanted.get(self._stdout_fd, 0) | select.POLLOUT
         elif self._stdin_ended and not self._down_done:
-            # stdin is at its end: whoever started us may be gone for good, and an end of stdout
-            # is the only thing that tells
+            # stdin is at its end: the program that started us may be gone for good, and an end of
+            # stdout is the only thing that tells
             wanted.setdefault(self._stdout_fd, 0)
         mask = 0
         if self._up:
@@ -176,6 +176,10 @@ class _Relay:
 
     def _write_stdout(self) -> None:
         if not self._down:  # we only asked whether somebody still reads
+            if self._up_done and not self._broken:
+                # As ssh does at its end. What the other side may still send, the kernel resets.
+                self._down_done = True
+                return
             raise RelayError("stdout: nobody reads it any more")
         try:
             if self._stdout_socket is not None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final, cast
 
 import click
 
-from pyforwarder import tables
 from pyforwarder.cli.command import DONE, Call, command
 from pyforwarder.errors import NotRunningError, UsageError
+from pyforwarder.runtime import tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ _CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # home, screen, scroll-back: ECMA-48 ED, the la
     example="pyforwarder show\npyforwarder show stats --json\npyforwarder show listeners --watch"
 )
 @click.argument("what", type=click.Choice(tuple(tables.COLUMNS)), default="pairs")
+@click.option("--fleet", "of_fleet", is_flag=True, help="The machines of the fleet: `show fleet`.")
 @click.option("--json", "as_json", is_flag=True, help="The same rows as JSON, every field.")
 @click.option("--watch", is_flag=True, help="Again and again until Ctrl-C.")
 @click.option(
@@ -33,8 +34,8 @@ _CLEAR = "\x1b[H\x1b[2J\x1b[3J"  # home, screen, scroll-back: ECMA-48 ED, the la
     metavar="SECONDS",
     help="Between two looks with --watch.  [default: 1]",
 )
-def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> int:
-    """Print pairs, listeners, rules, upstreams or stats.
+def show(call: Call, what: str, of_fleet: bool, as_json: bool, watch: bool, interval: float) -> int:
+    """Print pairs, listeners, rules, upstreams, stats or the fleet.
 
     With --watch a terminal is drawn anew each time; elsewhere tables follow each other with an
     empty line between them, and --json prints one line per look.
@@ -42,6 +43,10 @@ def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> 
     A daemon that was killed leaves pairs, listeners and stats in the kernel: `show` prints those,
     and says so on stderr and with exit code 3.
     """
+    if of_fleet:
+        if what not in ("pairs", "fleet"):
+            raise UsageError("show --fleet lists machines, and nothing else")
+        what = "fleet"
     kind = cast("What", what)
     control = call.control()
     if not watch:
@@ -52,16 +57,25 @@ def show(call: Call, what: str, as_json: bool, watch: bool, interval: float) -> 
             raise
         call.write(_text(what, result, as_json=as_json, indent=2))
         return DONE
+    _watch(call, kind, as_json=as_json, interval_s=interval)
+    return DONE
+
+
+def _watch(call: Call, what: What, *, as_json: bool, interval_s: float) -> None:
+    """Print it again and again, until Ctrl-C."""
+    control = call.control()
     is_screen = call.env.stdout.isatty() and not as_json
     separator = ""
     try:
         while True:
-            text = _text(what, control.show(kind), as_json=as_json, indent=None)
-            call.write((_CLEAR if is_screen else separator) + text)
+            text = _text(what, control.show(what), as_json=as_json, indent=None)
+            if is_screen:
+                call.env.stdout.write(_CLEAR)
+            call.write(text if is_screen else separator + text)
             separator = "" if as_json else "\n"
-            call.env.sleep(interval)
+            call.env.sleep(interval_s)
     except KeyboardInterrupt:  # the way to end it, not a failure
-        return DONE
+        return
 
 
 def _text(what: str, result: Json, *, as_json: bool, indent: int | None) -> str:
@@ -95,6 +109,7 @@ def _show_leftovers(call: Call, what: str, *, as_json: bool) -> None:
 
 
 @command(example="pyforwarder top\npyforwarder top --interval 0.5")
+@click.option("--fleet", "of_fleet", is_flag=True, help="The machines of the fleet instead.")
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1, max=60),
@@ -102,15 +117,19 @@ def _show_leftovers(call: Call, what: str, *, as_json: bool) -> None:
     metavar="SECONDS",
     help="Between two looks.  [default: 1]",
 )
-def top(call: Call, interval: float) -> int:
+def top(call: Call, of_fleet: bool, interval: float) -> int:
     """Watch the pairs live: by rate, with totals and refusals.
 
-    Keys sort, filter and flush; h lists them.
+    Keys sort, filter and flush; h lists them.  With --fleet it is the table of `show --fleet`,
+    again and again until Ctrl-C.
     """
     import os
 
     if not (call.env.stdout.isatty() and os.isatty(call.env.stdin_fd)):
         raise UsageError("top needs a terminal; `show --watch` writes to a pipe")
+    if of_fleet:
+        _watch(call, "fleet", as_json=False, interval_s=interval)
+        return DONE
     from pyforwarder.cli import top_screen
 
     return top_screen.run(call.env, call.control(timeout_s=2.0), interval_s=interval)

@@ -12,10 +12,11 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pyforwarder import rates, tables
+from pyforwarder.cli import rates
 from pyforwarder.cli.keyboard import read_keys, single_keys
 from pyforwarder.cli.processes import LocalProcesses
 from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime import tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from pyforwarder.client import ControlClient, PairRow
-    from pyforwarder.environment import Environment
+    from pyforwarder.runtime.environment import Environment
 
 _DONE = 0
 _FAILED = 1
@@ -84,7 +85,7 @@ class Screen:
 
     def _bytes(self) -> Text:
         shown = self.browser.shown
-        backlog = sum(row["backlog_bytes"] for row in self.snapshot.pairs)
+        backlog = sum(row["backlog_bytes"] or 0 for row in self.snapshot.pairs)
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(f"up {_size(sum(rate.up_per_s for rate in shown))}/s")
         line.append(f"  down {_size(sum(rate.down_per_s for rate in shown))}/s")
@@ -101,7 +102,7 @@ class Screen:
         counts = cast("Mapping[str, int]", closed if isinstance(closed, dict) else {})
         listed = sorted(((n, reason) for reason, n in counts.items() if n), reverse=True)
         words = ", ".join(f"{reason} {n:,}" for n, reason in listed) or "none"
-        return Text(f"ended: {words}", no_wrap=True, overflow="ellipsis")
+        return Text(f"ended: {tables.printable(words)}", no_wrap=True, overflow="ellipsis")
 
     def _pairs(self, width: int) -> Table:
         is_wide = width >= _WIDE
@@ -138,7 +139,7 @@ class Screen:
             if is_wide:
                 cells += [
                     row["datapath"],
-                    _size(row["backlog_bytes"]),
+                    "-" if row["backlog_bytes"] is None else _size(row["backlog_bytes"]),
                     _age(row["age_s"]),
                     tables.cell(row["rule"]),
                     " > ".join(filter(None, self._processes(row))),
@@ -160,15 +161,18 @@ class Screen:
             f"{tables.cell(row['source'])} > {tables.cell(row['server'])}{_in_brackets(server)}"
         )
         state = (
-            f"{row['state']}, {row['datapath']}: {tables.printable(row['reason']) or '-'}; "
+            f"{row['state']}, {row['datapath']}: {tables.one_line(row['reason']) or '-'}; "
             f"rule {tables.cell(row['rule'])}"
         )
+        waiting = row["backlog_bytes"]
+        backlog = "unknown" if waiting is None else f"{waiting:,} B"
         counters = (
             f"up {row['up_bytes']:,} B, down {row['down_bytes']:,} B, backlog "
-            f"{row['backlog_bytes']:,} B, age {_age(row['age_s'])}, idle {_age(row['idle_s'])}"
+            f"{backlog}, age {_age(row['age_s'])}, idle {_age(row['idle_s'])}"
         )
         text = Text(no_wrap=True, overflow="ellipsis")
-        text.append("\n".join(line[:width] for line in (accepted, outgoing, state, counters)))
+        lines = map(tables.printable, (accepted, outgoing, state, counters))
+        text.append("\n".join(line[:width] for line in lines))
         return text
 
     def _processes(self, row: PairRow) -> tuple[str, str]:
@@ -194,7 +198,9 @@ class Screen:
             case rates.Mode.CONFIRM:
                 return Text(f"reset pair {browser.doomed}? y/n", "bold")
             case _ if self.message:
-                return Text(self.message, "bold", no_wrap=True, overflow="ellipsis")
+                return Text(
+                    tables.printable(self.message), "bold", no_wrap=True, overflow="ellipsis"
+                )
         paused = "PAUSED  " if browser.is_paused else ""
         return Text(f"{paused}q quit  s sort  / filter  x reset  tab {browser.view.value}  h help")
 

@@ -28,6 +28,11 @@ MAX_VALUES: Final = 200_000  # after aliases are expanded; 1 MiB of text holds a
 # libyaml's parser when PyYAML was built with it: a file of 1 MiB in 0.3 s instead of 10 s.
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_UNQUOTED_IPV6: Final = re.compile(
+    r"""(?<!["'])(\[[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*\](?::[0-9]+)?)"""
+)
+# What is an alias to YAML, and a name with a wildcard to us.
+_UNQUOTED_STAR: Final = re.compile(r"""(?:^|[\s,\[{:])(\*(?:\.[A-Za-z0-9._*-]+|(?=[\s,\]}]|$)))""")
 _INTEGER: Final = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 _WORDS: Final[dict[str, bool | None]] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -47,6 +52,9 @@ class Node:
     items: list[Node] | None = None
     entries: dict[str, Node] | None = None
     key_lines: dict[str, int] = field(default_factory=dict)
+    file: str = ""  # from which it was included; empty: that of the node that it stands in
+    number: int | None = None  # its index in that file's list; None: that in its node
+    included: tuple[str, ...] = ()  # of the whole: the directories and files that were read for it
     values: int = 1  # how many values this stands for, itself included, aliases expanded
     depth: int = 1
 
@@ -64,22 +72,28 @@ class Node:
         A key that is missing stands where its mapping begins.  Parts that name no key of this
         document (a validator's own) are left out, except a last one: that is a missing key.
         """
-        node, line, text = self, self.line, ""
+        return self.place(path)[1:]
+
+    def place(self, path: Sequence[str | int]) -> tuple[str, str, int]:
+        """The file (empty: the document's own) besides what `locate` says."""
+        node, line, text, file = self, self.line, "", ""
         for position, part in enumerate(path):
             if isinstance(part, int):
                 if node.items is None or part >= len(node.items):
                     continue
                 node = node.items[part]
                 line = node.line
-                text += f"[{part}]"
+                file = node.file or file
+                text += f"[{part if node.number is None else node.number}]"
                 continue
             if node.entries is not None and part in node.entries:
                 line = node.key_lines[part]
                 node = node.entries[part]
+                file = node.file or file
             elif position != len(path) - 1 or node.entries is None:
                 continue
             text += f".{part}" if text else part
-        return text, line
+        return file, text, line
 
 
 @dataclass(slots=True)
@@ -107,6 +121,8 @@ def read_document(text: str, *, source: str) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = " ".join(part for part in (error.context, error.problem) if part)
+        if mark:
+            reason += _hint(text, mark.line, is_alias="an alias" in reason)
         raise ConfigError(
             f"not YAML: {reason}", line=mark.line + 1 if mark else None, source=source
         ) from error
@@ -114,6 +130,21 @@ def read_document(text: str, *, source: str) -> Node:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"not YAML: {reason}", source=source) from error
     return reader.root or Node(line=1, entries={})
+
+
+def _hint(text: str, line: int, *, is_alias: bool) -> str:
+    """What is most often behind a syntax error in that line (from 0)."""
+    lines = text.splitlines()
+    if is_alias and line < len(lines) and (alias := _UNQUOTED_STAR.search(lines[line])):
+        return f'; write "{alias[1]}" in quotes'
+    # A block that was never closed is noticed in the line behind it.
+    for near in lines[max(0, line - 1) : line + 1][::-1]:
+        unquoted = _UNQUOTED_IPV6.search(near)
+        if unquoted:
+            return f'; write "{unquoted[1]}" in quotes'
+        if "\t" in near[: len(near) - len(near.lstrip())]:
+            return "; indent with blanks, not tabs"
+    return ""
 
 
 class _Reader:
@@ -136,7 +167,11 @@ class _Reader:
             case yaml.AliasEvent():
                 anchored = self._anchors.get(event.anchor or "")
                 if anchored is None:
-                    raise self._error(f"*{event.anchor} names nothing before it", line)
+                    raise self._error(
+                        f"*{event.anchor} names nothing before it; "
+                        "text that begins with * needs quotes",
+                        line,
+                    )
                 self._place(anchored, line)
             case yaml.SequenceStartEvent():
                 self._begin(Node(line=line, items=[]), event, line)

@@ -1,88 +1,85 @@
 """The configuration as frozen models; their fields are the YAML's keys.
 
 Where the two differ an alias says so: a field that is a time ends in `_s`, a size in `_bytes`.
+The text below a field is its meaning for users: `reference` makes docs/configuration.md and
+pyforwarder.yaml(5) of it, so every field has one.
 Rules that concern one section stand in it, those that concern several in `Config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    PlainValidator,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from pyforwarder.address import Address, AddressError, UnixAddress, parse_bind
 from pyforwarder.config import values
+from pyforwarder.config.fields import (
+    Count,
+    Endpoints,
+    HostNames,
+    KeepaliveIdle,
+    KeepaliveInterval,
+    ListenerProtocol,
+    Names,
+    Port,
+    SendProxy,
+    TokenUse,
+    Workers,
+    off_is_a_word,
+)
+from pyforwarder.config.limits import UDP_LIMITS, Limits, ListenerLimits
 from pyforwarder.config.match import (
-    STREAM_ONLY,
     MatchField,
     Naming,
+    check_match,
     first_word,
     naming,
+    place_of_option,
     protocols,
 )
 from pyforwarder.config.problems import problem
+from pyforwarder.config.section import Section
+from pyforwarder.config.upstream import Upstream
+from pyforwarder.core.address import (
+    ANY_IPV4,
+    ANY_IPV6,
+    Address,
+    AddressError,
+    Bind,
+    BindEntry,
+    NameIn,
+    PortRange,
+    SamePort,
+    SystemdSockets,
+    UnixAddress,
+    parse_bind,
+)
+from pyforwarder.core.datapaths import DatapathName
+from pyforwarder.core.first_packet.naming import SOURCES
+from pyforwarder.core.first_packet.table import Terms
+from pyforwarder.core.keepalive import OFF
+from pyforwarder.core.keepalive import Keepalive as KeepaliveTerms
+from pyforwarder.core.policy import Networks, OwnListeners
 from pyforwarder.errors import ConfigError
-from pyforwarder.policy import Networks, OwnListeners
-
-
-def _off_is_a_word(value: object) -> object:
-    # An unquoted `off` is false to every YAML 1.1 tool that may have written this file.
-    return "off" if value is False else value
-
-
-def _workers(value: object) -> int | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 256:
-        return value
-    raise ValueError(f"{values.describe(value)} is neither auto nor 1 to 256")
-
-
-def _name_list(value: object) -> tuple[str, ...]:
-    return tuple(values.parse_name(item) for item in values.as_list(value))
-
-
-DatapathName = Literal["auto", "sockmap", "splice", "copy"]
-SendProxy = Annotated[Literal["off", "v1", "v2"], BeforeValidator(_off_is_a_word)]
-TokenUse = Annotated[Literal["required", "optional", "off"], BeforeValidator(_off_is_a_word)]
-Count = Annotated[int, Field(strict=True, ge=0, le=1 << 40)]
-Workers = Annotated[int | Literal["auto"], PlainValidator(_workers)]
-
-
-class Section(BaseModel):
-    """A mapping whose keys are all known; a key without a value is as good as absent."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_keys(cls, data: object) -> object:
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        if not isinstance(data, dict):
-            raise problem(
-                f"must be keys and values ({', '.join(known)}), not {values.describe(data)}"
-            )
-        for key in data:
-            if key not in known:
-                raise problem(f"unknown key {key!r}, {values.suggestion(key, known)}", key)
-        return {key: value for key, value in data.items() if value is not None}
 
 
 class FirstPacket(Section):
     """How long and how much a listener reads before it has to decide."""
 
     timeout_s: values.Timeout = Field(5.0, alias="timeout")
+    """How long a client has to send enough bytes for a decision. When it ends, rules with
+    `silence` are asked, for clients that have sent nothing.
+    """
     max_bytes: values.Size = 16 << 10
+    """How many bytes are read for the decision, 1 to 1MiB. They are held in memory until then."""
 
     @field_validator("max_bytes")
     @classmethod
@@ -96,24 +93,59 @@ class FirstPacket(Section):
 class ProxyProtocol(Section):
     """Whether connections of a listener begin with a PROXY header, and from whom."""
 
-    accept: values.Switch = False
+    accept: values.SwitchOrOptional = False
+    """Whether every connection must begin with a PROXY header (version 1 or 2). One without it is
+    reset. `optional`: connections of the trusted may begin with one; those of others are taken as
+    they are, and a header of theirs is no header, but a part of the first packet.
+    """
     trusted: values.NetworkSet = Networks.parse([])
+    """The proxies whose headers are believed. Required with `accept`, except on a unix socket."""
 
 
 class Rule(Section):
     """What one rule takes, and what happens to it."""
 
     name: values.Name = ""  # never empty in a listener: it names its unnamed rules
+    """What logs, `show` and metrics call it; the kernel's file `show` has its first 15 bytes. Not
+    given: the first word of `match`, with a number if that is taken.
+    """
     match: MatchField
+    """What a first packet must be, see [protocols](protocols.md): a protocol's name, a mapping of
+    conditions that must all hold, or a list of alternatives.
+    """
     to: values.To | None = None
+    """The server: an address, the name of an upstream, `sni` or `host`. Not given: the client
+    names the destination (`instruction`, `socks`, `http_connect`).
+    """
+    port: Port | None = None
+    """The port at the server with `to: sni` (not given: 443) and `to: host` (80)."""
     reject: Literal["reset", "close"] | None = None
-    allow: values.Allow | None = None  # with `to`: what the addresses of its name must be in
+    """Instead of `to`: end the connection with a RST or with a FIN."""
+    allow: values.Allow | None = None
+    """What a client that names its destination may reach: `loopback`, `private`, `public`, `any`,
+    addresses, networks, each with optional ports. Required where the client names the
+    destination.
+    """
     ack: values.Switch = True
+    """Whether a client's instruction is answered."""
     checksum: Literal["lenient", "required"] = "lenient"
+    """Whether the instruction's CHECK may be `00`, that is, left out."""
     token: TokenUse = "off"
-    users: Annotated[tuple[str, ...], PlainValidator(_name_list)] = ()
-    send_proxy: SendProxy | None = None  # None: as the upstream says
-    datapath: DatapathName | None = None  # None: as the listener says
+    """Whether an instruction must be signed, may be, or is not read as a signed one."""
+    users: Names = ()
+    """Who may use a `socks` or `http_connect` rule, by name and password; the names are keys of
+    `users`. Not given: nobody is asked.
+    """
+    send_proxy: SendProxy | None = None
+    """The PROXY header that the server gets before the first bytes. Not given: as the upstream
+    says.
+    """
+    datapath: DatapathName | None = None
+    """What moves the bytes of its pairs. Not given: as the listener says."""
+
+    @classmethod
+    def _place_of(cls, key: object, data: dict[object, object]) -> str:
+        return place_of_option(data.get("match"), key)
 
     @property
     def client_names_destination(self) -> bool:
@@ -123,8 +155,22 @@ class Rule(Section):
         """
         return self.to is None and self.reject is None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _port_of_a_name(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        to, port = data.get("to"), data.get("port")
+        if isinstance(to, str) and to in SOURCES and isinstance(port, int):
+            return {**data, "to": NameIn(to, port)}
+        return data
+
     @model_validator(mode="after")
     def _one_outcome(self) -> Self:
+        if isinstance(self.to, NameIn):
+            self._check_name(self.to)
+        elif self.port is not None:
+            raise problem("`port` goes with `to: sni` and `to: host`", "port")
         if self.to is not None and self.reject is not None:
             raise problem("a rule either connects (`to`) or refuses (`reject`), not both", "reject")
         named = naming(self.match)
@@ -145,6 +191,20 @@ class Rule(Section):
         self._only_where_it_means_something()
         return self
 
+    def _check_name(self, name: NameIn) -> None:
+        wanted = SOURCES[name.where].protocols
+        found = protocols(self.match)
+        if not found or any(protocol not in wanted for protocol in found):
+            first, *others = wanted
+            words = f"{first} alone" + (f" (in datagrams {' or '.join(others)})" if others else "")
+            raise problem(f"`to: {name.where}` wants a rule that matches {words}", "to")
+        if self.allow is None:
+            raise problem(
+                "the client names the destination here: say what it may reach, "
+                "for example `allow: [public]`",
+                "allow",
+            )
+
     def _only_where_it_means_something(self) -> None:
         written = self.model_fields_set
         reads = set(protocols(self.match)) if self.client_names_destination else set()
@@ -159,18 +219,83 @@ class Rule(Section):
                     raise problem(f"`{key}` means nothing in a rule that rejects", key)
 
 
+# Of all listeners: each address is a descriptor of every worker, and one of the supervisor for each
+# of them.
+MOST_BINDS: Final = 16_384
+
+
 class Listener(Section):
     """An address that accepts, and the rules that decide in their order."""
 
     name: values.Name = ""  # never empty in a config: it names its unnamed listeners
-    bind: values.Bind
-    mode: values.Mode | None = None  # of a unix socket; None: as the umask says
-    protocol: Literal["tcp", "udp"] = "tcp"
+    """What logs, `show` and metrics call it. Not given: `main`, then `main-2`."""
+    bind: values.Binds
+    """Where it listens: `ip:port`, `[ip6]:port`, `ip:first-last`, `unix:/path`, `systemd:NAME` (the
+    sockets that systemd passes under this name), or a list of them. Port 0: the kernel chooses.
+    """
+    mode: values.Mode | None = None
+    """The permissions of unix sockets, such as 0660. Not given: as the umask says."""
+    dual_stack: values.Switch = False
+    """`true`: `[::]` takes IPv4 as well, by a socket of its own."""
+    freebind: values.Switch = False
+    """`true`: IP addresses are bound that this host does not have (yet)."""
+    protocol: ListenerProtocol = "tcp"
+    """What it accepts."""
     proxy_protocol: ProxyProtocol = ProxyProtocol()
+    """Whether its connections begin with a PROXY header, and from whom."""
     first_packet: FirstPacket = FirstPacket()
+    """How long and how much is read before a rule has to decide."""
     rules: tuple[Rule, ...]
-    datapath: DatapathName | None = None  # None: as the config says
-    splice: values.Switch = True  # off: no pair is spliced here, whatever a rule says
+    """Asked in this order; the first that matches decides."""
+    datapath: DatapathName | None = None
+    """What moves the bytes of its pairs. Not given: as the top level says."""
+    splice: values.Switch = True
+    """`false`: no pair of this listener is spliced, whatever a rule says. Use it where the host's
+    packet filters must go on seeing the packets.
+    """
+    limits: ListenerLimits = ListenerLimits()
+    """Limits on this listener alone, beside those on all."""
+    amplification: Annotated[int, Field(strict=True, ge=0, le=1000)] = 0
+    """UDP: how many times the bytes of a client's first datagram it may be sent before it has sent
+    a second one. 0: no bound.
+    """
+    idle_s: values.Timeout | None = Field(None, alias="idle")
+    """UDP: after so long without a datagram in either direction a session ends. Not given: after
+    two minutes, as RFC 4787 has it for address translators, or `timeouts.idle` if that is shorter.
+    """
+
+    @property
+    def addresses(self) -> tuple[Bind, ...]:
+        """Every socket's address, with ranges and `dual_stack` written out."""
+        found: list[Bind] = []
+        for entry in self.bind:
+            each = entry.addresses() if isinstance(entry, PortRange) else (entry,)
+            for bind in each:
+                found.append(bind)
+                if self.dual_stack and isinstance(bind, Address) and bind.host == ANY_IPV6:
+                    # A socket of each family, and none of both: no IPv4 address is ever written as
+                    # an IPv6 one then, here or in the kernel's tables.
+                    found.append(Address(ANY_IPV4, bind.port))
+        return tuple(found)
+
+    @property
+    def is_unix(self) -> bool:
+        """Whether all its clients come by unix sockets."""
+        return all(isinstance(entry, UnixAddress) for entry in self.bind)
+
+    @property
+    def takes_systemd_sockets(self) -> bool:
+        """Whether some of its addresses are known to systemd alone."""
+        return any(isinstance(entry, SystemdSockets) for entry in self.bind)
+
+    @field_validator("bind")
+    @classmethod
+    def _few_enough(cls, binds: tuple[BindEntry, ...]) -> tuple[BindEntry, ...]:
+        # Each is a descriptor of every worker.
+        count = sum(e.last - e.first + 1 if isinstance(e, PortRange) else 1 for e in binds)
+        if count > MOST_BINDS:
+            raise ValueError(f"{count} addresses are more than {MOST_BINDS}: bind fewer ports")
+        return binds
 
     @field_validator("rules")
     @classmethod
@@ -189,11 +314,9 @@ class Listener(Section):
         return self
 
     def _check_consistent(self) -> None:
-        is_unix = isinstance(self.bind, UnixAddress)
+        self._check_addresses()
         proxy = self.proxy_protocol
-        if self.mode is not None and not is_unix:
-            raise problem("only a unix socket has a mode", "mode")
-        if proxy.accept and not proxy.trusted and not is_unix:
+        if proxy.accept and not proxy.trusted and not self.is_unix:
             raise problem(
                 "whose PROXY headers are to be believed? write `trusted: [10.0.0.0/8]`",
                 "proxy_protocol",
@@ -201,79 +324,45 @@ class Listener(Section):
             )
         if not self.splice and self.datapath == "splice":
             raise problem("`splice: off` contradicts `datapath: splice`", "splice")
+        if self.protocol == "tcp":
+            self._check_matches(datagrams=False)
+            if "amplification" in self.model_fields_set:
+                raise problem("`amplification` is for UDP", "amplification")
+            if self.idle_s is not None:
+                raise problem("`idle` of a listener is for UDP: `timeouts.idle`", "idle")
+            for key in UDP_LIMITS:
+                if key in self.limits.model_fields_set:
+                    raise problem(f"`{key}` is for UDP", "limits", key)
         if self.protocol == "udp":
-            if is_unix:
+            if self.limits.memory_bytes:
+                raise problem("`memory` is for TCP: UDP keeps nothing", "limits", "memory")
+            if any(isinstance(entry, UnixAddress) for entry in self.bind):
                 raise problem("a unix socket carries a stream: `protocol: tcp`", "protocol")
             if proxy.accept:
                 raise problem("PROXY headers are for TCP", "proxy_protocol", "accept")
-            for index, rule in enumerate(self.rules):
-                for protocol in protocols(rule.match):
-                    if protocol in STREAM_ONLY:
-                        raise problem(
-                            f"{protocol} needs a stream, not UDP", "rules", index, "match"
-                        )
+            self._check_matches(datagrams=True)
 
+    def _check_matches(self, *, datagrams: bool) -> None:
+        terms = Terms(datagrams=datagrams)
+        for index, rule in enumerate(self.rules):
+            check_match(rule.match, terms, "rules", index, "match")
 
-class Server(Section):
-    """One member of an upstream; a bare address is short for `{address: ...}`."""
-
-    address: values.ServerAddress
-    weight: Annotated[int, Field(strict=True, ge=0, le=256)] = 1  # 0: no new pairs
-    backup: values.Switch = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_address(cls, data: object) -> object:
-        return {"address": data} if isinstance(data, str) else data
-
-
-class Health(Section):
-    """Active checks: a TCP connect every `interval`."""
-
-    interval_s: values.Timeout = Field(5.0, alias="interval")
-    timeout_s: values.Timeout = Field(2.0, alias="timeout")
-    rise: Annotated[int, Field(strict=True, ge=1, le=100)] = 2  # HAProxy's defaults
-    fall: Annotated[int, Field(strict=True, ge=1, le=100)] = 3
-
-
-class Ejection(Section):
-    """Passive checks: a server whose connections fail in a row rests for a while."""
-
-    failures: Annotated[int, Field(strict=True, ge=0, le=1000)] = 3  # 0: never
-    for_s: values.Timeout = Field(10.0, alias="for")
-
-
-class Upstream(Section):
-    """A named set of servers and how to choose one."""
-
-    servers: tuple[Server, ...]
-    balance: Literal["round_robin", "least_pairs", "source_hash"] = "round_robin"
-    connect_timeout_s: values.Timeout | None = Field(None, alias="connect_timeout")
-    send_proxy: SendProxy = "off"
-    health: Health | None = None
-    eject: Ejection = Ejection()
-    slow_start_s: values.Duration = Field(0.0, alias="slow_start")
-    resolve_every_s: values.Timeout = Field(30.0, alias="resolve_every")
-    source: values.IpList = ()
-    transparent: values.Switch = False  # connect from the client's own address
-
-    @field_validator("servers")
-    @classmethod
-    def _distinct(cls, servers: tuple[Server, ...]) -> tuple[Server, ...]:
-        if not servers:
-            raise problem("an upstream needs a server")
-        seen = set()
-        for index, server in enumerate(servers):
-            if server.address in seen:
-                raise problem(f"{server.address} stands here twice: give it a weight", index)
-            seen.add(server.address)
-        return servers
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.transparent and self.source:
-            raise problem("`transparent` takes the client's address, not these", "source")
-        return self
+    def _check_addresses(self) -> None:
+        """What stands beside `bind` has to mean something for one of them."""
+        entries = self.bind
+        if self.mode is not None and not any(isinstance(e, UnixAddress) for e in entries):
+            raise problem("only a unix socket has a mode", "mode")
+        hosts = {e.host for e in entries if isinstance(e, Address | PortRange)}
+        if self.dual_stack and ANY_IPV6 not in hosts:
+            raise problem(
+                '`dual_stack` lets `[::]` take IPv4, too: write `bind: "[::]:PORT"`', "dual_stack"
+            )
+        if self.freebind and not hosts - {ANY_IPV6, ANY_IPV4}:
+            raise problem(
+                "`freebind` is for IP addresses that may be missing; this listener binds none that "
+                "can be: leave it out",
+                "freebind",
+            )
 
 
 # A switch costs about as much as copying so many bytes instead of splicing them.
@@ -284,53 +373,231 @@ class Handover(Section):
     """When a pair enters its datapath: whichever comes first; any 0 means at once."""
 
     after_bytes: values.Size = 256 << 10
+    """After so many bytes of both directions."""
+    spliced_bytes: values.Size | None = Field(None, alias="splice_after_bytes")
+    """The same for pairs that may be spliced, for which a switch costs more. Not given:
+    `after_bytes` if that is given, else 4MiB.
+    """
     after_round_trips: Count = 4
+    """After so many changes of direction."""
     after_s: values.Duration = Field(1.0, alias="after")
+    """After so long."""
 
     @property
     def splice_after_bytes(self) -> int:
         """`after_bytes` for pairs that may be spliced."""
+        if self.spliced_bytes is not None:
+            return self.spliced_bytes
         is_given = "after_bytes" in self.model_fields_set
         return self.after_bytes if is_given else SPLICE_AFTER_BYTES
-
-
-class Limits(Section):
-    """Bounds on connections; 0 means none."""
-
-    pairs: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 10_000
-    pairs_per_client: Count = 0
-    new_per_second: Count = 0
 
 
 class Timeouts(Section):
     """Deadlines of a connection's later life; the first packet's is its listener's."""
 
     connect_s: values.Timeout = Field(5.0, alias="connect")
+    """For connecting to a server; for a name, all its addresses together."""
     idle_s: values.Timeout = Field(3600.0, alias="idle")
+    """After so long without a byte in either direction a pair ends. UDP sessions end after two
+    minutes at the latest, unless their listener says otherwise.
+    """
     half_closed_s: values.Timeout = Field(300.0, alias="half_closed")
+    """The same for a pair of which one direction has ended."""
     drain_s: values.Duration = Field(30.0, alias="drain")
+    """How long `down` waits for pairs to end before it resets them. 0: at once."""
+
+
+class Keepalive(Section):
+    """How a silent peer of a joined pair is asked whether it is there; `off`: never."""
+
+    idle_s: KeepaliveIdle = Field(60.0, alias="idle")
+    """A peer that was silent for so long is asked, in whole seconds up to 9h. 0: nobody is."""
+    interval_s: KeepaliveInterval = Field(10.0, alias="interval")
+    """How long it has for the answer before it is asked again, in whole seconds up to 9h."""
+    count: Annotated[int, Field(strict=True, ge=1, le=127)] = 3  # MAX_TCP_KEEPCNT
+    """After so many questions without an answer the pair is reset."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off(cls, data: object) -> object:
+        return {"idle": 0} if off_is_a_word(data) == "off" else data
+
+    @property
+    def terms(self) -> KeepaliveTerms:
+        """In the kernel's own numbers."""
+        if not self.idle_s:
+            return OFF
+        return KeepaliveTerms(int(self.idle_s), int(self.interval_s), self.count)
 
 
 class Tokens(Section):
     """Keys of signed instructions by their id, and how strictly times are taken."""
 
     keys: Mapping[values.Name, values.File] = {}
+    """Key files by key id, `{ID: /FILE}`. A file holds the raw key (a final newline is cut off)."""
     clock_skew_s: values.Duration = Field(0.0, alias="clock_skew")
-    max_lifetime_s: values.Timeout | None = Field(None, alias="max_lifetime")
-    single_use: values.Switch = False
+    """How far the clocks of client and gateway may be apart."""
+    max_lifetime_s: values.TimeoutOrOff = Field(300.0, alias="max_lifetime")
+    """The longest life that an instruction may have left. `off`: no bound."""
+    single_use: values.Switch = True
+    """Whether an instruction is good once only."""
+    audience: values.Audience | None = None
+    """This gateway's name. An instruction that names another one (`aud=`) is refused; with
+    `single_use` it must name this one.
+    """
+
+    @property
+    def longest_life_s(self) -> float | None:
+        """How much of its life an instruction may have before it; None: as much as it likes."""
+        return None if self.max_lifetime_s == "off" else self.max_lifetime_s
+
+    @property
+    def audience_required(self) -> bool:
+        """Whether an instruction must name this gateway.
+
+        One that names none could be used once at every gateway that has its key.
+        """
+        return self.single_use and self.audience is not None
 
 
 class Metrics(Section):
     """Where Prometheus asks."""
 
     bind: values.TcpBind
+    """Where `/metrics` is served, for example 127.0.0.1:9998."""
+
+
+class FleetTls(Section):
+    """How the store is known, and what it is shown."""
+
+    ca: values.File
+    """Certificates of the authorities, in PEM, that may have signed the store's."""
+    cert: values.File | None = None
+    """The certificate that the store is shown. Not given: none."""
+    key: values.File | None = None
+    """Its key, without a passphrase."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.cert is None) != (self.key is None):
+            missing = "key" if self.key is None else "cert"
+            raise problem("a certificate goes with its key", missing)
+        return self
+
+
+class FleetTokens(Section):
+    """Instructions that are good once only, where there is more than one machine."""
+
+    scope: Literal["fleet", "machine"] = "fleet"
+    """Where one is used up: in the whole fleet, by its store, or at each machine by itself."""
+    store_lost: Literal["refuse", "machine"] = "refuse"
+    """What happens to one if the store does not answer: it is refused, or used up at this machine
+    alone, so that it may be used once more at each other machine.
+    """
+    wait_s: Annotated[values.Duration, Field(ge=0.1, le=10)] = Field(2.0, alias="wait")
+    """How long the store is waited for."""
+
+
+class Failover(Section):
+    """Pairs that another machine goes on with when this one is gone; see fleet.md."""
+
+    addresses: values.IpList
+    """The addresses that move from one machine to another: those that clients connect to, and those
+    that servers see (`source` of upstreams). Both are needed.
+    """
+
+    @field_validator("addresses")
+    @classmethod
+    def _some(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        if not addresses:
+            raise ValueError("without addresses that move no pair can")
+        return addresses
+
+
+class Fleet(Section):
+    """The store with what this machine shares with others."""
+
+    store: Literal["etcd"] = "etcd"
+    """The kind of the store."""
+    endpoints: Endpoints
+    """Members of the store's cluster, for example http://10.0.0.1:2379. One is asked at a time."""
+    name: values.Name
+    """Which fleet: a part of its keys."""
+    instance: values.Name = ""
+    """What this machine is called in it. Not given: its host name."""
+    tls: FleetTls | None = None
+    """For endpoints with https."""
+    user: values.Name = ""
+    """The user of the store, if it has users."""
+    password: values.File | None = None
+    """A file with the user's password."""
+    tokens: FleetTokens = FleetTokens()
+    """Instructions that are good once only (`tokens.single_use`)."""
+    failover: Failover | None = None
+    """Spliced pairs are known to the other machines. Not given: they end with this one."""
+
+    @field_validator("name", "instance")
+    @classmethod
+    def _part_of_a_key(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{0,128}", name):
+            raise ValueError(f"{name!r}: letters, digits, '.', '_' and '-' in the store's keys")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if bool(self.user) != (self.password is not None):
+            raise problem(
+                "a user goes with a file that has the password",
+                "password" if self.user else "user",
+            )
+        schemes = {endpoint.partition(":")[0] for endpoint in self.endpoints}
+        if "https" in schemes and self.tls is None:
+            raise problem("https wants `tls: {ca: /FILE}`", "tls")
+        if self.tls is not None and schemes != {"https"}:
+            raise problem("with `tls` all endpoints are https://HOST:PORT", "endpoints")
+        return self
+
+
+class Status(Section):
+    """The page in a browser: where it is, who may look, and whether they may also do something."""
+
+    bind: values.TcpBind = Address("127.0.0.1", 9997)
+    """Where the page is. An address that is not loopback wants `users`."""
+    users: Names = ()
+    """Who may look, by their names in the top level's `users`. None: everybody who reaches it."""
+    control: values.Switch = False
+    """Whether those who look may also reset pairs and drain servers."""
+    hosts: HostNames = ()
+    """Names by which browsers reach it. Addresses and `localhost` need not be listed."""
+
+    @field_validator("bind")
+    @classmethod
+    def _known_port(cls, bind: Address) -> Address:
+        # Nobody would know what to type, nor we which address no client may be connected to.
+        if bind.port == 0:
+            raise ValueError("a page is at a port that one knows: not 0")
+        return bind
+
+    @model_validator(mode="after")
+    def _strangers_log_in(self) -> Self:
+        if not self.users and not ipaddress.ip_address(self.bind.host).is_loopback:
+            raise problem(
+                f"{self.bind} can be reached from elsewhere: say who may look, "
+                "`users: [NAME]` with `users: {NAME: /FILE}` at the top",
+                "users",
+            )
+        return self
 
 
 class Log(Section):
     """What is logged, and how."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are written. `debug` tells each step of each connection."""
     format: Literal["text", "json"] = "text"
+    """Words and `key=value`, or one JSON object per line."""
+    null_connections: values.Switch = False
+    """Whether connections that have sent nothing (checks by load balancers, `nc -z`) have lines."""
 
 
 def _builtin_listener() -> Listener:
@@ -341,19 +608,49 @@ def _builtin_listener() -> Listener:
 class Config(Section):
     """The whole configuration; an empty file gives the built-in one."""
 
+    include: values.Directories | None = None  # read before: see config/including.py
+    """Directories of configuration files (`*.yaml`, `*.yml`, in the order of their names), each
+    with `listeners`, `upstreams` and `users` that are added to those of this file. A relative path
+    is relative to this file.
+    """
     listeners: tuple[Listener, ...] = Field(default_factory=lambda: (_builtin_listener(),))
+    """Where clients connect. Not given: one on 127.0.0.1:9999 with the rule `{match: instruction,
+    allow: [loopback]}`.
+    """
     upstreams: Mapping[values.UpstreamName, Upstream] = {}
+    """Sets of servers by name, for `to:` in rules."""
     datapath: DatapathName = "auto"
+    """What moves the bytes, see [datapaths](datapaths.md). A listener or rule may differ."""
     handover: Handover = Handover()
+    """When a pair passes from userspace to its datapath."""
     backlog_limit_bytes: values.Size = Field(1 << 20, alias="backlog_limit")
+    """How many bytes one direction of a sockmap pair may hold in the kernel, 4KiB to 1GiB."""
+    splice_interfaces: Literal["own", "any"] = "own"
+    """By which interfaces packets of a spliced pair may come: those of its handshakes and routes,
+    or any.
+    """
     limits: Limits = Limits()
+    """Limits on the connections of all listeners."""
     timeouts: Timeouts = Timeouts()
+    """Deadlines of connections."""
+    keepalive: Keepalive = Keepalive()
+    """Whether silent clients and servers of TCP pairs are asked if they are there. `off`: no."""
     tokens: Tokens = Tokens()
-    users: Mapping[values.Name, values.File] = {}  # files with the passwords
+    """Keys of signed instructions, and how strictly they are taken."""
+    users: Mapping[values.Name, values.File] = {}
+    """Password files by user name, `{NAME: /FILE}`, for rules with `users`."""
     metrics: Metrics | None = None
+    """For Prometheus. Not given: none."""
+    fleet: Fleet | None = None
+    """What this machine shares with others, see [fleets](fleet.md). Not given: nothing."""
+    status: Status | None = None
+    """The page in a browser, see [the page](page.md). Not given: none."""
     log: Log = Log()
+    """What is logged, and how."""
     workers: Workers = "auto"
+    """Processes that serve connections, 1 to 256. `auto`: one for each processor."""
     user: values.Name = "nobody"
+    """The user that workers run as, if `up` is run by root."""
 
     @field_validator("backlog_limit_bytes")
     @classmethod
@@ -366,16 +663,24 @@ class Config(Section):
     @field_validator("listeners")
     @classmethod
     def _listeners_named(cls, listeners: tuple[Listener, ...]) -> tuple[Listener, ...]:
-        if not listeners:
-            raise problem("a forwarder needs a listener")
         names = _unique_names([listener.name for listener in listeners], ["main"] * len(listeners))
         return tuple(
             listener.model_copy(update={"name": name}) if not listener.name else listener
             for listener, name in zip(listeners, names, strict=True)
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _none_of_its_own(cls, data: object) -> object:
+        """The built-in listener is not for a machine whose listeners are in the store."""
+        if isinstance(data, dict) and data.get("fleet") and data.get("listeners") is None:
+            return {**data, "listeners": []}
+        return data
+
     @model_validator(mode="after")
     def _references(self) -> Self:
+        if not self.listeners and self.fleet is None:
+            raise problem("a forwarder needs a listener", "listeners")
         self._check_references()
         return self
 
@@ -385,35 +690,50 @@ class Config(Section):
             for index, rule in enumerate(listener.rules):
                 at = ("listeners", position, "rules", index)
                 self._check_rule(rule, at)
+                if listener.is_unix:
+                    self._check_has_port(rule, at)
                 if listener.protocol == "udp":
                     self._check_datagram_rule(rule, at)
+        if self.status is not None:
+            self._check_users(self.status.users, ("status", "users"))
         self._check_no_loop()
 
+    def _check_users(self, users: Iterable[str], at: tuple[str | int, ...]) -> None:
+        for user in users:
+            if user not in self.users:
+                hint = values.suggestion(user, self.users) or "there are none"
+                raise problem(f"no user is called {user!r} ({hint}): `users: {{NAME: /FILE}}`", *at)
+
     def _check_binds(self) -> None:
-        taken: dict[tuple[str, Address | UnixAddress], str] = {}
+        taken: dict[tuple[str, Bind], str] = {}
         for index, listener in enumerate(self.listeners):
-            if isinstance(listener.bind, Address) and listener.bind.port == 0:
-                continue
-            key = (listener.protocol, listener.bind)
-            if key in taken:
+            for bind in listener.addresses:
+                if isinstance(bind, Address) and bind.port == 0:
+                    continue
+                key = (listener.protocol, bind)
+                if key in taken:
+                    by = f"the listener {taken[key]!r} already"
+                    if taken[key] == listener.name:
+                        by = "this listener twice"
+                    raise problem(f"{bind} is bound by {by}", "listeners", index, "bind")
+                taken[key] = listener.name
+        if len(taken) > MOST_BINDS:
+            raise problem(f"{len(taken)} addresses to bind are more than {MOST_BINDS}", "listeners")
+        for section_key, section in (("metrics", self.metrics), ("status", self.status)):
+            if section is not None and ("tcp", section.bind) in taken:
+                name = taken["tcp", section.bind]
                 raise problem(
-                    f"{listener.bind} is bound by the listener {taken[key]!r} already",
-                    "listeners",
-                    index,
-                    "bind",
+                    f"{section.bind} is bound by the listener {name!r} already", section_key, "bind"
                 )
-            taken[key] = listener.name
-        if self.metrics is not None and ("tcp", self.metrics.bind) in taken:
-            name = taken["tcp", self.metrics.bind]
-            raise problem(
-                f"{self.metrics.bind} is bound by the listener {name!r} already", "metrics", "bind"
-            )
+        if self.metrics and self.status and self.metrics.bind == self.status.bind:
+            raise problem(f"{self.status.bind} is bound by `metrics` already", "status", "bind")
 
     def _check_rule(self, rule: Rule, at: tuple[str | int, ...]) -> None:
         if isinstance(rule.to, str) and rule.to not in self.upstreams:
             hint = values.suggestion(rule.to, self.upstreams) or "there are none"
+            form = "host:same" if rule.to.lower() == "same" else "host:port"
             raise problem(
-                f"no upstream is called {rule.to!r} ({hint}); a server is written host:port",
+                f"no upstream is called {rule.to!r} ({hint}); a server is written {form}",
                 *at,
                 "to",
             )
@@ -421,11 +741,19 @@ class Config(Section):
             raise problem(
                 "tokens are checked with keys: `tokens: {keys: {ID: /FILE}}`", *at, "token"
             )
-        for user in rule.users:
-            if user not in self.users:
-                hint = values.suggestion(user, self.users) or "there are none"
+        self._check_users(rule.users, (*at, "users"))
+
+    def _check_has_port(self, rule: Rule, at: tuple[str | int, ...]) -> None:
+        """Of clients of a unix socket: there is no port for `same`."""
+        upstream = self.upstreams.get(rule.to) if isinstance(rule.to, str) else None
+        servers = [server.address for server in upstream.servers] if upstream else [rule.to]
+        for server in servers:
+            if isinstance(server, SamePort):
                 raise problem(
-                    f"no user is called {user!r} ({hint}): `users: {{NAME: /FILE}}`", *at, "users"
+                    f"{server} wants the port that a client has connected to, and a unix socket "
+                    "has none: write the port",
+                    *at,
+                    "to",
                 )
 
     def _check_datagram_rule(self, rule: Rule, at: tuple[str | int, ...]) -> None:
@@ -434,8 +762,10 @@ class Config(Section):
         says = rule.send_proxy
         if says is None and upstream is not None:
             says = upstream.send_proxy
-        if says not in (None, "off"):
-            raise problem("PROXY headers are for TCP: `send_proxy: off`", *at, "send_proxy")
+        if says == "v1":
+            raise problem(
+                "PROXY headers of version 1 are for TCP: `send_proxy: v2`", *at, "send_proxy"
+            )
         if upstream is not None and upstream.transparent:
             raise problem(
                 f"{rule.to} is `transparent`, which is for TCP: use another upstream", *at, "to"
@@ -444,25 +774,26 @@ class Config(Section):
     def _check_no_loop(self) -> None:
         for protocol in ("tcp", "udp"):
             own = OwnListeners(
-                listener.bind
+                bind
                 for listener in self.listeners
                 if listener.protocol == protocol
-                and not (isinstance(listener.bind, Address) and listener.bind.port == 0)
+                for bind in listener.addresses
+                if isinstance(bind, UnixAddress) or (isinstance(bind, Address) and bind.port)
             )
             for position, listener in enumerate(self.listeners):
                 for index, rule in enumerate(listener.rules):
-                    to = rule.to
-                    if listener.protocol != protocol or not isinstance(to, (Address, UnixAddress)):
+                    if listener.protocol != protocol:
                         continue
-                    if own.includes(to, is_local=lambda _: False):
-                        raise problem(
-                            f"{to} is a listener of this forwarder: that would be a loop",
-                            "listeners",
-                            position,
-                            "rules",
-                            index,
-                            "to",
-                        )
+                    for to in _destinations(rule, listener):
+                        if own.includes(to, is_local=lambda _: False):
+                            raise problem(
+                                f"{to} is a listener of this forwarder: that would be a loop",
+                                "listeners",
+                                position,
+                                "rules",
+                                index,
+                                "to",
+                            )
 
     def listening_on(self, bind: str) -> Config:
         """This configuration with the first TCP listener moved to another address.
@@ -487,14 +818,38 @@ class Config(Section):
             ConfigError: the port makes the configuration wrong, as above.
         """
         for index, listener in enumerate(self.listeners):
-            if listener.name == name and isinstance(listener.bind, Address):
-                return self._with_listener_at(
-                    index, Address(listener.bind.host, port), "listen_port"
-                )
+            bind = listener.bind[0]
+            if listener.name == name and len(listener.bind) == 1 and isinstance(bind, Address):
+                return self._with_listener_at(index, Address(bind.host, port), "listen_port")
         return self
 
+    @property
+    def claims_tokens(self) -> bool:
+        """Whether instructions that are good once only are used up in the whole fleet."""
+        tokens = self.tokens
+        in_fleet = self.fleet is not None and self.fleet.tokens.scope == "fleet"
+        return in_fleet and tokens.single_use and bool(tokens.keys)
+
+    def can_move(self, name: str) -> bool:
+        """Whether `with_port` moves the listener of that name."""
+        return any(
+            listener.name == name
+            and len(listener.bind) == 1
+            and isinstance(listener.bind[0], Address)
+            for listener in self.listeners
+        )
+
     def _with_listener_at(self, index: int, address: Address | UnixAddress, path: str) -> Config:
-        moved = self.listeners[index].model_copy(update={"bind": address})
+        listener = self.listeners[index]
+        host = address.host if isinstance(address, Address) else ""
+        moved = listener.model_copy(
+            update={
+                "bind": (address,),
+                # Neither is said of the new address.
+                "dual_stack": listener.dual_stack and host == ANY_IPV6,
+                "freebind": listener.freebind and host not in ("", ANY_IPV4, ANY_IPV6),
+            }
+        )
         listeners = (*self.listeners[:index], moved, *self.listeners[index + 1 :])
         config = self.model_copy(update={"listeners": listeners})
         try:
@@ -504,6 +859,15 @@ class Config(Section):
         except PydanticCustomError as error:
             raise ConfigError(error.message(), path=path) from error
         return config
+
+
+def _destinations(rule: Rule, listener: Listener) -> list[Address | UnixAddress]:
+    """The numeric addresses that this rule itself leads clients of the listener to."""
+    if isinstance(rule.to, SamePort):
+        ports = [bind.port for bind in listener.addresses if isinstance(bind, Address)]
+        same = [rule.to.at(port) for port in ports]
+        return [address for address in same if isinstance(address, Address)]
+    return [rule.to] if isinstance(rule.to, Address | UnixAddress) else []
 
 
 def _unique_names(given: list[str], bases: list[str]) -> list[str]:

@@ -31,13 +31,13 @@ def config_error(error: ValidationError, document: Node, *, source: str) -> Conf
     """All complaints as one error in the order of their lines; it carries the first one's place."""
     complaints = []
     for details in error.errors(include_url=False):
-        path, line = document.locate(_path(details))
-        complaints.append((line, path, _reason(details)))
-    complaints.sort(key=lambda complaint: complaint[0])
-    (line, path, reason), *others = complaints
+        file, path, line = document.place(_path(details))
+        complaints.append((file or source, line, path, _reason(details)))
+    complaints.sort(key=lambda complaint: (complaint[0] != source, complaint[:2]))
+    (source, line, path, reason), *others = complaints
     shown = [
-        str(ConfigError(other_reason, path=other_path, line=other_line, source=source))
-        for other_line, other_path, other_reason in others[: _MOST_SHOWN - 1]
+        str(ConfigError(other_reason, path=other_path, line=other_line, source=other_source))
+        for other_source, other_line, other_path, other_reason in others[: _MOST_SHOWN - 1]
     ]
     if len(others) >= _MOST_SHOWN:
         shown.append(f"and {len(others) - _MOST_SHOWN + 1} more")

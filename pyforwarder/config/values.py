@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import PlainSerializer, PlainValidator
 
-from pyforwarder import address, policy
+from pyforwarder.core import address, policy, token
+from pyforwarder.core.first_packet.naming import SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,6 +31,13 @@ _SIZE: Final = re.compile(r"([0-9]{1,18})(B|KiB|MiB|GiB)")
 MAX_SIZE_BYTES: Final = 1 << 40
 
 _NAME: Final = re.compile(r"[!-~]{1,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the reference calls the values of an annotated type: kinds, or words, with commas."""
+
+    kinds: str
 
 
 def describe(value: object) -> str:
@@ -72,6 +81,37 @@ def parse_duration(value: object) -> float:
         return seconds
     hint = f": did you mean {value}s?" if _is_number(value) else ""
     raise ValueError(f"{describe(value)} is no duration like 250ms, 5s or 1h{hint}")
+
+
+def parse_timeout(value: object) -> float:
+    """A duration that is not 0: every wait has an end.
+
+    Raises:
+        ValueError: 0, or no duration.
+    """
+    duration = parse_duration(value)
+    if duration == 0:
+        longest = f"{MAX_DURATION_S / 86400:.0f}d"
+        raise ValueError(
+            f"must be greater than 0, not {describe(value)}: every wait has an end; write a "
+            f"duration up to {longest}"
+        )
+    return duration
+
+
+def parse_timeout_or_off(value: object) -> float | Literal["off"]:
+    """A duration that is not 0, or `off`.
+
+    Raises:
+        ValueError: 0, or neither.
+    """
+    # An unquoted `off` is false to every YAML 1.1 tool that may have written this file.
+    if value is False or value == "off":
+        return "off"
+    try:
+        return parse_timeout(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, or off") from None
 
 
 def parse_size(value: object) -> int:
@@ -136,9 +176,13 @@ def parse_upstream_name(value: object) -> str:
     """A name without colon, since a colon makes a `to:` an address.
 
     Raises:
-        ValueError: no name, or a colon in it.
+        ValueError: no name, or a colon in it, or a word that means something else in `to:`.
     """
     name = parse_name(value)
+    if name in SOURCES:
+        raise ValueError(
+            f"{name!r} means the name in the first packet: call the upstream otherwise"
+        )
     if ":" in name:
         raise ValueError(f"{name!r}: an upstream's name has no colon")
     return name
@@ -149,12 +193,31 @@ def _text(value: object, what: str) -> str:
         return value
     if isinstance(value, (list, dict)):
         raise ValueError(f"{what} is text, not {describe(value)}; [ip6]:port needs quotes in YAML")
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 65535:
+        raise ValueError(
+            f"{what} is text, not {value}: write 127.0.0.1:{value} for this host"
+            + (f", or 0.0.0.0:{value} for all its IPv4 addresses" if "bind" in what else "")
+        )
     raise ValueError(f"{what} is text, not {describe(value)}")
 
 
 def parse_bind(value: object) -> address.Address | address.UnixAddress:
     """Where a listener binds; see `address.parse_bind`."""
     return address.parse_bind(_text(value, "an address to bind"))
+
+
+def parse_binds(value: object) -> tuple[address.BindEntry, ...]:
+    """Where a listener binds, one entry or a list of them; see `address.parse_bind_entry`.
+
+    Raises:
+        ValueError: one of them is none, or there is none.
+    """
+    entries = tuple(
+        address.parse_bind_entry(_text(item, "an address to bind")) for item in as_list(value)
+    )
+    if not entries:
+        raise ValueError("an empty list binds nothing: write for example 127.0.0.1:9999")
+    return entries
 
 
 def parse_tcp_bind(value: object) -> address.Address:
@@ -165,15 +228,33 @@ def parse_tcp_bind(value: object) -> address.Address:
     return bind
 
 
-def parse_server(value: object) -> address.Address | address.HostPort | address.UnixAddress:
-    """A server's address; see `address.parse_server`."""
-    return address.parse_server(_text(value, "a server"))
+def parse_server(value: object) -> address.ServerAddress:
+    """A server's address; see `address.parse_configured_server`."""
+    return address.parse_configured_server(_text(value, "a server"))
 
 
-def parse_to(value: object) -> address.Address | address.HostPort | address.UnixAddress | str:
-    """A server's address, or an upstream's name (text without a colon)."""
+def parse_to(value: object) -> address.ServerAddress | address.NameIn | str:
+    """A server's address, an upstream's name (text without a colon), `sni` or `host`."""
+    if isinstance(value, address.NameIn):
+        return value
     text = _text(value, "to")
-    return address.parse_server(text) if ":" in text else parse_upstream_name(text)
+    if text in SOURCES:
+        return address.NameIn(text, SOURCES[text].default_port)
+    return address.parse_configured_server(text) if ":" in text else parse_upstream_name(text)
+
+
+def parse_host_name(value: object) -> str:
+    """The name of a host as browsers say it, in lower case and without a port.
+
+    Raises:
+        ValueError: something else.
+    """
+    text = _text(value, "a host's name")
+    if not address.is_name(text):
+        raise ValueError(
+            f"{describe(value)} is no host's name: write it without port and `http://`"
+        )
+    return text.lower()
 
 
 def as_list(value: object) -> list[object]:
@@ -219,7 +300,7 @@ def parse_ip_list(value: object) -> tuple[str, ...]:
     result = []
     for text in _texts(value, "an address"):
         try:
-            result.append(str(policy.parse_ip(text)))
+            result.append(address.ip_text(policy.parse_ip(text)))
         except ValueError:
             raise ValueError(f"{text!r} is not a numeric address") from None
     return tuple(result)
@@ -235,6 +316,15 @@ def parse_file(value: object) -> Path:
     if not text.startswith("/") or "\0" in text:
         raise ValueError(f"{describe(text)} is not an absolute path")
     return Path(text)
+
+
+def parse_directories(value: object) -> tuple[str, ...]:
+    """One directory, or several in a list.
+
+    Raises:
+        ValueError: one of them is not text.
+    """
+    return tuple(_text(item, "a directory") for item in as_list(value))
 
 
 def parse_switch(value: object) -> bool:
@@ -253,22 +343,139 @@ def parse_switch(value: object) -> bool:
     raise ValueError(f"{describe(value)} is neither true nor false")
 
 
-Duration = Annotated[float, PlainValidator(parse_duration)]
-Timeout = Annotated[float, PlainValidator(parse_duration), Field(gt=0)]  # every wait has an end
-Size = Annotated[int, PlainValidator(parse_size)]
-Name = Annotated[str, PlainValidator(parse_name)]
-UpstreamName = Annotated[str, PlainValidator(parse_upstream_name)]
-Bind = Annotated[address.Address | address.UnixAddress, PlainValidator(parse_bind)]
-TcpBind = Annotated[address.Address, PlainValidator(parse_tcp_bind)]
+def parse_switch_or_optional(value: object) -> bool | Literal["optional"]:
+    """A yes, a no, or `optional`.
+
+    Raises:
+        ValueError: something else.
+    """
+    if value == "optional":
+        return "optional"
+    try:
+        return parse_switch(value)
+    except ValueError as error:
+        raise ValueError(f"{error}, nor optional") from None
+
+
+def parse_audience(value: object) -> str:
+    """A gateway's name, as signed instructions carry it in `aud=`.
+
+    Raises:
+        ValueError: not text, or no such name.
+    """
+    return token.parse_audience(_text(value, "a gateway's name"))
+
+
+def format_duration(seconds: float) -> str | int:
+    """As `parse_duration` takes it, in the largest unit in which it is a whole number."""
+    if seconds == 0:
+        return 0
+    for unit, length_s in sorted(_DURATION_UNITS_S.items(), key=lambda item: -item[1]):
+        count = seconds / length_s
+        if 0 < round(count) < 10**9 and abs(count - round(count)) < 1e-9 * count:
+            return f"{round(count)}{unit}"
+    whole_s, rest_s = divmod(seconds, 1)
+    milliseconds = f"{rest_s * 1000:.6f}".rstrip("0").rstrip(".") + "ms"
+    return f"{whole_s:.0f}s{milliseconds}" if whole_s else milliseconds
+
+
+def format_timeout_or_off(seconds: float | Literal["off"]) -> str | int:
+    """As `parse_timeout_or_off` takes it."""
+    return seconds if seconds == "off" else format_duration(seconds)
+
+
+def format_size(size: int) -> str | int:
+    """As `parse_size` takes it, in the largest unit in which it is a whole number."""
+    for unit, length in sorted(_SIZE_UNITS.items(), key=lambda item: -item[1]):
+        if size and size % length == 0:
+            return f"{size // length}{unit}"
+    return size
+
+
+def format_entries(entries: policy.AllowList | policy.Networks) -> list[str]:
+    """The entries as they were written."""
+    return list(entries.entries)
+
+
+def format_binds(binds: tuple[address.BindEntry, ...]) -> str | list[str]:
+    """As `parse_binds` takes them."""
+    return str(binds[0]) if len(binds) == 1 else list(map(str, binds))
+
+
+def format_to(to: address.ServerAddress | address.NameIn | str) -> str:
+    """As `parse_to` takes it; the port of a name is a key of its own."""
+    return to.where if isinstance(to, address.NameIn) else str(to)
+
+
+def format_mode(mode: int) -> str:
+    """The octal digits of permissions."""
+    return f"{mode:04o}"
+
+
+# What a value becomes, how `check --dump` writes it, and what the reference calls it.
+Duration = Annotated[
+    float, PlainValidator(parse_duration), PlainSerializer(format_duration), Written("duration")
+]
+Timeout = Annotated[
+    float,
+    PlainValidator(parse_timeout),
+    PlainSerializer(format_duration),
+    Written("duration over 0"),
+]
+TimeoutOrOff = Annotated[
+    float | Literal["off"],
+    PlainValidator(parse_timeout_or_off),
+    PlainSerializer(format_timeout_or_off),
+    Written("duration over 0, off"),
+]
+Size = Annotated[int, PlainValidator(parse_size), PlainSerializer(format_size), Written("size")]
+Name = Annotated[str, PlainValidator(parse_name), Written("name")]
+Audience = Annotated[str, PlainValidator(parse_audience), Written("name")]
+UpstreamName = Annotated[str, PlainValidator(parse_upstream_name), Written("name")]
+Binds = Annotated[
+    tuple[address.BindEntry, ...],
+    PlainValidator(parse_binds),
+    PlainSerializer(format_binds),
+    Written("list of addresses"),
+]
+TcpBind = Annotated[
+    address.Address, PlainValidator(parse_tcp_bind), PlainSerializer(str), Written("address")
+]
 ServerAddress = Annotated[
-    address.Address | address.HostPort | address.UnixAddress, PlainValidator(parse_server)
+    address.ServerAddress,
+    PlainValidator(parse_server),
+    PlainSerializer(str),
+    Written("address"),
 ]
 To = Annotated[
-    address.Address | address.HostPort | address.UnixAddress | str, PlainValidator(parse_to)
+    address.ServerAddress | address.NameIn | str,
+    PlainValidator(parse_to),
+    PlainSerializer(format_to),
+    Written("address, upstream, sni, host"),
 ]
-Allow = Annotated[policy.AllowList, PlainValidator(parse_allow)]
-NetworkSet = Annotated[policy.Networks, PlainValidator(parse_networks)]
-IpList = Annotated[tuple[str, ...], PlainValidator(parse_ip_list)]
-File = Annotated[Path, PlainValidator(parse_file)]
-Switch = Annotated[bool, PlainValidator(parse_switch)]
-Mode = Annotated[int, PlainValidator(parse_mode)]
+Allow = Annotated[
+    policy.AllowList,
+    PlainValidator(parse_allow),
+    PlainSerializer(format_entries),
+    Written("list of networks"),
+]
+NetworkSet = Annotated[
+    policy.Networks,
+    PlainValidator(parse_networks),
+    PlainSerializer(format_entries),
+    Written("list of networks"),
+]
+IpList = Annotated[tuple[str, ...], PlainValidator(parse_ip_list), Written("list of IP addresses")]
+File = Annotated[Path, PlainValidator(parse_file), PlainSerializer(str), Written("file")]
+Directories = Annotated[
+    tuple[str, ...], PlainValidator(parse_directories), Written("list of directories")
+]
+Switch = Annotated[bool, PlainValidator(parse_switch), Written("true, false")]
+SwitchOrOptional = Annotated[
+    bool | Literal["optional"],
+    PlainValidator(parse_switch_or_optional),
+    Written("true, false, optional"),
+]
+Mode = Annotated[
+    int, PlainValidator(parse_mode), PlainSerializer(format_mode), Written("permissions")
+]

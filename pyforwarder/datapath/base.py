@@ -1,4 +1,4 @@
-"""The seam between a connection and whoever moves its bytes.
+"""The seam between a connection and what moves its bytes.
 
 A `Pair` is two connected sockets and two `Flow`s. The worker makes it, and gives it to a
 `Datapath` with `join`; from then on the datapath answers the events of both sockets and reports
@@ -8,18 +8,18 @@ that is the worker's, after `leave`.
 
 from __future__ import annotations
 
+import _socket
 import enum
+import errno
 from typing import TYPE_CHECKING, Final, Protocol
 
-from pyforwarder.connection import Phase
-from pyforwarder.datapath.abi import DatapathKind, Direction
-from pyforwarder.loop import Timed
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
+from pyforwarder.runtime.loop import Timed
 
 if TYPE_CHECKING:
-    import _socket
-
-    from pyforwarder.loop import Loop
-    from pyforwarder.reasons import CloseReason
+    from pyforwarder.runtime.loop import Loop
 
 
 class PairReason(enum.IntEnum):
@@ -49,6 +49,9 @@ class PairReason(enum.IntEnum):
     SPLICE_OFF = 21
     GOES_ON = 22
     NO_KEEPER = 23
+    INTERFACE_TAKEN = 24
+    SMALL_WINDOW = 25
+    OTHER_SOCKET = 26
 
     @property
     def text(self) -> str:
@@ -70,6 +73,7 @@ _REASON_TEXT: Final = {
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
     PairReason.DRAINING: "the pair is about to end",
     PairReason.DATAGRAMS: "datagrams are copied",
+    PairReason.SMALL_WINDOW: "not spliced: one end's window is less than two steps of the other's",
     PairReason.NOT_ELIGIBLE: "splice was asked for, and this host cannot, see pyforwarder doctor",
     PairReason.TWO_FAMILIES: "not spliced: one connection is IPv4, the other IPv6",
     PairReason.LINK_LOCAL: "not spliced: a peer has a link-local address",
@@ -80,6 +84,8 @@ _REASON_TEXT: Final = {
     PairReason.CHAINED: "not spliced: its peer is, by another forwarder on this host",
     PairReason.SPLICE_OFF: "not spliced: the listener says `splice: off`",
     PairReason.GOES_ON: "it was spliced before this daemon or worker started",
+    PairReason.INTERFACE_TAKEN: "not spliced: an interface has another program's qdisc or filter",
+    PairReason.OTHER_SOCKET: "not spliced: its datagrams are another socket's",
     PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
 }
 
@@ -90,6 +96,11 @@ _UP: Final = Direction.UP
 _DOWN: Final = Direction.DOWN
 _NONE: Final = DatapathKind.NONE
 _UNDECIDED: Final = PairReason.UNDECIDED
+
+
+# In the place of a socket that has ended.
+_CLOSED: Final = _socket.socket()
+_CLOSED.close()
 
 
 class Flow:
@@ -136,8 +147,8 @@ class Pair(Timed):
     """Two connected sockets on their way together; the worker's connection extends it."""
 
     __slots__ = (
+        "_client",
         "active_s",
-        "client",
         "client_fd",
         "client_mask",
         "datapath",
@@ -154,13 +165,13 @@ class Pair(Timed):
         "up",
     )
 
-    client: _socket.socket
     server: _socket.socket | None
 
-    def __init__(self, client: _socket.socket, client_fd: int) -> None:
+    def __init__(self, client: _socket.socket | None, client_fd: int) -> None:
+        """`client` may be None for a socket of which only the descriptor is known so far."""
         self._queue = None
         self._expires_s = 0.0
-        self.client = client
+        self._client = client
         self.client_fd = client_fd
         self.client_mask = 0  # what epoll watches for
         self.server = None
@@ -177,12 +188,44 @@ class Pair(Timed):
         self.is_adopted = False  # another program connected these sockets, and may still have them
         self.active_s = 0.0  # when userspace last moved a byte
 
+    @property
+    def client(self) -> _socket.socket:
+        """The client's socket as an object, made when somebody asks: most never do."""
+        sock = self._client
+        if sock is None:
+            sock = self._client = _socket.socket(fileno=self.client_fd)
+        return sock
+
+    def give_up_client(self) -> _socket.socket | None:
+        """The client's socket, if there is an object, before its end; `client` is closed after.
+
+        None: the caller closes the descriptor. No object may be made of its number any more, which
+        will be another socket's.
+        """
+        sock = self._client
+        if sock is None:
+            self._client = _CLOSED
+        return sock
+
     def attach_server(self, server: _socket.socket, server_fd: int) -> None:
         """Give the pair its second socket; a server that failed before is replaced."""
         self.server = server
         self.server_fd = server_fd
         self.up.target_fd = server_fd
         self.down.source_fd = server_fd
+
+
+def failure(pair: Pair, fd: int, error: int) -> CloseReason:
+    """Why a pair ends whose socket `fd` has failed with that errno; 0: it is not known."""
+    if error == errno.ETIMEDOUT:  # nobody has acknowledged its bytes, or answered its keepalives
+        return CloseReason.CLIENT_TIMEOUT if fd == pair.client_fd else CloseReason.SERVER_TIMEOUT
+    return CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
+
+
+def error_of(pair: Pair, fd: int) -> int:
+    """The error that the socket has (SO_ERROR), which forgets it."""
+    sock = pair.client if fd == pair.client_fd else pair.server
+    return sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) if sock is not None else 0
 
 
 class PairHost(Protocol):
@@ -194,7 +237,13 @@ class PairHost(Protocol):
         """The flow's source has sent FIN."""
 
     def delivered(self, pair: Pair, flow: Flow) -> None:
-        """Every byte of the flow is with the target's TCP, and its FIN is due: shuts it down."""
+        """Every byte of the flow is with the target's TCP, and its FIN is due: shuts it down.
+
+        Not a spliced pair's, which has got its FIN from the other end.
+        """
+
+    def ended(self, pair: Pair, flow: Flow) -> None:
+        """`fin_seen` and `delivered` in one, of a flow that was copied to its end."""
 
     def broken(self, pair: Pair, reason: CloseReason) -> None:
         """The pair cannot be continued correctly: both ends are reset."""

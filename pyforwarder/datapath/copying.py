@@ -10,10 +10,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.connection import Phase
-from pyforwarder.datapath.abi import DatapathKind
-from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
-from pyforwarder.reasons import CloseReason
+from pyforwarder.core.connection import Phase
+from pyforwarder.datapath.base import error_of, failure
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.runtime.loop import (
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+)
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
@@ -28,6 +36,10 @@ FAIR_SHARE_BYTES: Final = 4 * 1024 * 1024
 WATCHED: Final = EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLET
 BLOCKED: Final = WATCHED | EPOLLOUT
 _RARE: Final = EPOLLERR | EPOLLPRI
+# A message, the source's end, the end of both.
+_ORDINARY: Final = (EPOLLIN, EPOLLIN | EPOLLRDHUP, EPOLLIN | EPOLLRDHUP | EPOLLHUP)
+_read: Final = os.read
+_write: Final = os.write
 _COPY: Final = DatapathKind.COPY
 _OPEN: Final = Phase.OPEN
 
@@ -43,6 +55,8 @@ class CopyDatapath:
         self._buffer = bytearray(BULK_READ_BYTES)
         self._view = memoryview(self._buffer)
         self._vector = [self._buffer]
+        # While memory is tight reads stay small: what is behind a write that was cut short waits.
+        self.may_take_much = True
 
     def join(self, pair: Pair) -> PairReason | None:
         """Take the pair over; never refuses."""
@@ -76,7 +90,46 @@ class CopyDatapath:
             inward, outward = pair.up, pair.down
         else:
             inward, outward = pair.down, pair.up
-        # Nearly always; what follows would do the same, later.
+        # Nearly always: a message that one read takes and one write delivers, or the end.
+        if (
+            mask in _ORDINARY
+            and not (inward.readable or inward.urgent or inward.blocked or inward.bulk)
+            and not outward.blocked
+            and inward.pending is None
+            and inward.phase is _OPEN
+        ):
+            # What `pump` does, for a message of which nothing is known but that it has come.
+            try:
+                chunk = _read(fd, READ_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._fail(pair, fd, error.errno)
+                return
+            count = len(chunk)
+            if not count:
+                self._host.ended(pair, inward)
+                return
+            inward.read_bytes += count
+            try:
+                written = _write(inward.target_fd, chunk)
+            except BlockingIOError:
+                written = 0
+            except OSError as error:
+                self._fail(pair, inward.target_fd, error.errno)
+                return
+            inward.carried_packets += 1
+            inward.written_bytes += written
+            inward.carried_bytes += written
+            if mask != EPOLLIN or count == READ_BYTES or written < count:
+                self._note(pair, inward, chunk, written, ends=mask != EPOLLIN)
+            if written:
+                pair.active_s = self._loop.now_s
+                self._host.moved(pair, inward)
+            if inward.readable and not inward.blocked and pair.datapath is not None:
+                self.pump(pair, inward)
+            return
+        # Less often; what follows would do the same, later.
         if mask & EPOLLIN and not mask & _RARE and not outward.blocked:
             inward.readable = True
             if mask & EPOLLRDHUP:
@@ -102,11 +155,21 @@ class CopyDatapath:
         # What the socket still had to give has been read above; now its error counts. EPOLLHUP
         # alone is the ordinary end of both directions.
         if mask & EPOLLERR:
-            self._fail(pair, fd)
+            self._fail(pair, fd, error_of(pair, fd))
 
-    def _fail(self, pair: Pair, fd: int) -> None:
-        side = CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
-        self._host.broken(pair, side)
+    def _note(self, pair: Pair, flow: Flow, chunk: bytes, written: int, *, ends: bool) -> None:
+        """More is to be done for a message: a FIN or more is behind it, or there was no room."""
+        is_full = len(chunk) == READ_BYTES
+        if ends:
+            flow.end_seen = True
+        flow.readable = ends or is_full
+        flow.bulk = is_full and self.may_take_much
+        if written < len(chunk):
+            flow.pending = memoryview(chunk)[written:]
+            self._block(pair, flow)
+
+    def _fail(self, pair: Pair, fd: int, error: int | None) -> None:
+        self._host.broken(pair, failure(pair, fd, error or 0))
 
     def pump(self, pair: Pair, flow: Flow) -> None:
         """Move bytes of one flow until the source is empty, the target full, or the turn over.
@@ -136,16 +199,15 @@ class CopyDatapath:
             except BlockingIOError:
                 flow.readable = flow.urgent = False
                 break
-            except OSError:
-                self._fail(pair, flow.source_fd)
+            except OSError as error:
+                self._fail(pair, flow.source_fd, error.errno)
                 return
             if count == 0:
                 flow.readable = False
-                self._host.fin_seen(pair, flow)
-                self._host.delivered(pair, flow)
+                self._host.ended(pair, flow)
                 break
             flow.read_bytes += count
-            flow.bulk = is_full
+            flow.bulk = is_full and self.may_take_much
             if not is_full:
                 # A short read has emptied the queue, so the next byte brings an edge of its own; a
                 # FIN that came with these bytes does not, and wants one more read; so does what
@@ -155,8 +217,8 @@ class CopyDatapath:
                 written = os.write(flow.target_fd, chunk)
             except BlockingIOError:
                 written = 0
-            except OSError:
-                self._fail(pair, flow.target_fd)
+            except OSError as error:
+                self._fail(pair, flow.target_fd, error.errno)
                 return
             flow.carried_packets += 1
             flow.written_bytes += written
@@ -180,8 +242,8 @@ class CopyDatapath:
             written = os.write(flow.target_fd, pending)
         except BlockingIOError:
             written = 0
-        except OSError:
-            self._fail(pair, flow.target_fd)
+        except OSError as error:
+            self._fail(pair, flow.target_fd, error.errno)
             return False
         flow.written_bytes += written
         flow.carried_bytes += written

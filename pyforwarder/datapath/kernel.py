@@ -5,25 +5,34 @@ Needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (or root); using the maps afterward
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath import bpf, btf
-from pyforwarder.datapath.abi import PAIR_BYTES, End, Wakeup
-from pyforwarder.datapath.loading import load_programs
-from pyforwarder.datapath.ringbuf import RingBuffer
+from pyforwarder.datapath import supervised
+from pyforwarder.datapath.ebpf import btf, refusal
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, End, Wakeup
+from pyforwarder.datapath.ebpf.loading import Copy, load_copies
+from pyforwarder.datapath.ebpf.pair_table import SLOTS_PER_PAGE, PairWindow
+from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
 from pyforwarder.datapath.sockmap import SockmapDatapath
-from pyforwarder.datapath.table import SLOTS_PER_PAGE, PairWindow
 from pyforwarder.errors import DatapathError, LoadError
+from pyforwarder.runtime.shared_memory import SharedBlocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from pyforwarder.datapath.base import PairHost
 
 # struct bpf_ringbuf_hdr is 8 bytes; each record is rounded up to 8.
 _RING_RECORD_BYTES: Final = 8 + 16
 assert Wakeup.id.offset + Wakeup.id.size + 8 == _RING_RECORD_BYTES
+
+# Of a worker, in the order of `WorkerMaps`.
+_MAP_NAMES: Final = ("MAP_SOCKETS_FD", "MAP_ENDS_FD", "MAP_RING_FD")
 
 # Kernel structure fields that the programs read.
 FIELDS: Final = {
@@ -45,37 +54,62 @@ class PairTable:
         self.slots = slots
         length = slots * PAIR_BYTES
         if fd < 0:
-            self.windows = [mmap.mmap(-1, length) for _ in range(workers)]
+            self._blocks = SharedBlocks.make("pairs", workers, length)
         else:
-            self.windows = [
-                bpf.map_memory(fd, length, offset_bytes=worker * length, write=True)
-                for worker in range(workers)
-            ]
+            self._blocks = SharedBlocks.over(fd, workers, length)
+        self.windows = self._blocks.map_all()
 
     def take_window(self, worker: int) -> PairWindow:
         """In the worker: its own window, emptied; the others are unmapped."""
         for other, memory in enumerate(self.windows):
             if other != worker:
                 memory.close()
+        self.close()
         return PairWindow(self.windows[worker], first_slot=worker * self.slots, worker_index=worker)
+
+    def read_only(self) -> list[mmap.mmap]:
+        """All windows, in memory that cannot be written."""
+        return self._blocks.map(writable=())
+
+    def close(self) -> None:
+        """Close the descriptors that are the table's own; what is mapped stays."""
+        self._blocks.close()
+        self._blocks = SharedBlocks(0, (), ())
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMaps:
+    """Of one worker: what it writes; its copy of the verdict program is attached to its sockhash.
+
+    No other worker has any of it, so none can end, misjoin or wake a pair of this one.
+    """
+
+    sockets_fd: int
+    ends_fd: int
+    ring_fd: int
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All of them."""
+        return (self.sockets_fd, self.ends_fd, self.ring_fd)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelMaps:
-    """Descriptors of the maps and the attached program, which live as long as they are open."""
+    """Descriptors of the maps, which live as long as they are open, and with them the programs.
 
-    sockets_fd: int
-    ends_fd: int
+    In three steps, as the second may be another process's: `create`, `load_programs`, `attach`.
+    """
+
+    of: tuple[WorkerMaps, ...]  # by worker
     pairs_fd: int
-    rings_fd: int
-    ring_fds: tuple[int, ...]  # one per worker
+    slots: int  # pairs per worker
     ring_bytes: int
-    program_fd: int
     owns_pairs: bool
 
     @classmethod
     def load(cls, *, workers: int, slots: int, pairs_fd: int = -1) -> KernelMaps:
-        """Make the maps, load the verdict program and attach it.
+        """All three steps.
 
         `pairs_fd` is an array of workers * slots records that stays the caller's; without it, one
         is made.
@@ -83,36 +117,38 @@ class KernelMaps:
         Raises:
             LoadError: this host cannot; the message says why and what would help.
         """
-        defines = btf.defines(btf.field_offsets(FIELDS))
+        maps = cls.create(workers=workers, slots=slots, pairs_fd=pairs_fd)
+        try:
+            maps.attach(maps.load_programs())
+        except LoadError:
+            maps.close()
+            raise
+        return maps
+
+    @classmethod
+    def create(cls, *, workers: int, slots: int, pairs_fd: int = -1) -> KernelMaps:
+        """Make the maps; what is put into them goes nowhere before a program is attached.
+
+        Raises:
+            LoadError: as `load`.
+        """
         opened: list[int] = []
 
         def create(kind: bpf.MapType, name: str, **sizes: int) -> int:
             try:
                 fd = bpf.create_map(kind, name=name, **sizes)
             except OSError as error:
-                raise LoadError(
-                    f"create the BPF map {name}: {error.strerror}",
-                    advice="run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+                raise refusal.explain(
+                    f"create the BPF map {name}", error.errno or 0, needs=refusal.NETWORK
                 ) from error
             opened.append(fd)
             return fd
 
-        total = workers * slots
         ring_bytes = mmap.PAGESIZE
         while ring_bytes < 2 * slots * _RING_RECORD_BYTES:
             ring_bytes *= 2
+        ends_sizes = {"key_bytes": 8, "value_bytes": _size(End), "entries": 2 * slots}
         try:
-            sockets = create(
-                bpf.MapType.SOCKHASH, "pf_sockets", key_bytes=8, value_bytes=8, entries=2 * total
-            )
-            ends = create(
-                bpf.MapType.HASH,
-                "pf_ends",
-                key_bytes=8,
-                value_bytes=_size(End),
-                entries=2 * total,
-                flags=bpf.F_NO_PREALLOC,
-            )
             pairs = pairs_fd
             if pairs < 0:
                 pairs = create(
@@ -120,91 +156,144 @@ class KernelMaps:
                     "pf_pairs",
                     key_bytes=4,
                     value_bytes=PAIR_BYTES,
-                    entries=total,
+                    entries=workers * slots,
                     flags=bpf.F_MMAPABLE,
                 )
-            ring_fds = tuple(
-                create(
-                    bpf.MapType.RINGBUF, "pf_ring", key_bytes=0, value_bytes=0, entries=ring_bytes
+            maps = [
+                (
+                    create(
+                        bpf.MapType.SOCKHASH,
+                        "pf_sockets",
+                        key_bytes=8,
+                        value_bytes=8,
+                        entries=2 * slots,
+                    ),
+                    create(bpf.MapType.HASH, "pf_ends", **ends_sizes, flags=bpf.F_NO_PREALLOC),
+                    create(
+                        bpf.MapType.RINGBUF,
+                        "pf_ring",
+                        key_bytes=0,
+                        value_bytes=0,
+                        entries=ring_bytes,
+                    ),
                 )
                 for _ in range(workers)
-            )
-            rings = create(
-                bpf.MapType.ARRAY_OF_MAPS,
-                "pf_rings",
-                key_bytes=4,
-                value_bytes=4,
-                entries=workers,
-                inner_map_fd=ring_fds[0],
-            )
-            table = bpf.Map(rings, key_bytes=4, value_bytes=4)
-            for worker, ring_fd in enumerate(ring_fds):
-                table.update(worker.to_bytes(4, "little"), ring_fd.to_bytes(4, "little"))
-            fds = {
-                "MAP_SOCKETS_FD": sockets,
-                "MAP_ENDS_FD": ends,
-                "MAP_PAIRS_FD": pairs,
-                "MAP_RINGS_FD": rings,
-            }
-            (program,) = load_programs(
-                "redirect.c",
-                [("verdict", "sk_skb")],
-                defines={**defines, **fds},
-                map_fds=list(fds.values()),
-            )
-            opened.append(program)
-            try:
-                bpf.attach(program, sockets, bpf.AttachType.SK_SKB_STREAM_VERDICT)
-            except OSError as error:
-                raise LoadError(f"attach the verdict program: {error.strerror}") from error
-        except (LoadError, OSError) as error:
+            ]
+        except LoadError:
             for fd in opened:
                 os.close(fd)
-            if isinstance(error, LoadError):
-                raise
-            raise LoadError(f"fill the BPF maps: {error.strerror}") from error
-        return cls(
-            sockets, ends, pairs, rings, ring_fds, ring_bytes, program, owns_pairs=pairs_fd < 0
+            raise
+        of = tuple(WorkerMaps(*own) for own in maps)
+        return cls(of, pairs, slots, ring_bytes, owns_pairs=pairs_fd < 0)
+
+    def load_programs(self) -> list[int]:
+        """Each worker's verdict program; the caller closes the descriptors, or attaches them.
+
+        Raises:
+            LoadError: as `load`.
+        """
+        return load_copies(
+            "redirect.c",
+            ("verdict", "sk_skb"),
+            [
+                Copy(
+                    maps={
+                        **dict(zip(_MAP_NAMES, own.fds, strict=True)),
+                        "MAP_PAIRS_FD": self.pairs_fd,
+                    },
+                    values={"FIRST_SLOT": worker * self.slots, "SLOTS": self.slots},
+                )
+                for worker, own in enumerate(self.of)
+            ],
+            defines=btf.defines(btf.field_offsets(FIELDS)),
         )
 
+    def attach(self, program_fds: Sequence[int]) -> None:
+        """From here on they decide what happens to what the sockets receive; closes them.
+
+        Raises:
+            LoadError: the kernel refuses.
+        """
+        try:
+            for own, program_fd in zip(self.of, program_fds, strict=True):
+                bpf.attach(program_fd, own.sockets_fd, bpf.AttachType.SK_SKB_STREAM_VERDICT)
+        except OSError as error:
+            raise refusal.explain(
+                "attach the verdict program", error.errno or 0, needs=refusal.NETWORK
+            ) from error
+        finally:
+            for program_fd in program_fds:
+                os.close(program_fd)  # the maps hold them
+
     def datapath(self, host: PairHost, window: PairWindow, worker: int) -> SockmapDatapath:
-        """In the worker: the datapath over its window and its ring."""
+        """In the worker: the datapath over its window, its maps and its ring."""
+        own = self.of[worker]
         return SockmapDatapath(
             host,
             window=window,
-            sockets=bpf.Map(self.sockets_fd, key_bytes=8, value_bytes=8),
-            ends=bpf.Map(self.ends_fd, key_bytes=8, value_bytes=_size(End)),
-            ring=RingBuffer(self.ring_fds[worker], self.ring_bytes),
+            sockets=bpf.Map(own.sockets_fd, key_bytes=8, value_bytes=8),
+            ends=bpf.Map(own.ends_fd, key_bytes=8, value_bytes=_size(End)),
+            ring=RingBuffer(own.ring_fd, self.ring_bytes),
             limit_bytes=1 << 20,
         )
 
-    def forget_worker(self, worker: int, slots: int) -> None:
-        """A worker died: its sockets left the sockhash by themselves, `ends` is cleaned here."""
-        ends = bpf.Map(self.ends_fd, key_bytes=8, value_bytes=_size(End))
+    def forget_worker(self, worker: int) -> None:
+        """A worker died: its sockets left its sockhash by themselves, its `ends` are cleaned here.
+
+        Raises:
+            DatapathError: the kernel refuses.
+        """
+        ends = bpf.Map(self.of[worker].ends_fd, key_bytes=8, value_bytes=_size(End))
         for cookie in ends.all_keys():
             try:
-                slot = int.from_bytes(ends.lookup(cookie)[:4], "little")
-                if slot // slots == worker:
-                    ends.delete(cookie)
+                ends.delete(cookie)
             except FileNotFoundError:
-                continue  # another worker's pair ended meanwhile
+                continue  # it was listed twice
             except OSError as error:
                 raise DatapathError("clean the map pf_ends", error.errno or 0) from error
 
     def close(self) -> None:
         """Close the descriptors."""
-        for fd in (
-            self.sockets_fd,
-            self.ends_fd,
-            self.rings_fd,
-            self.program_fd,
-            *self.ring_fds,
-            *((self.pairs_fd,) if self.owns_pairs else ()),
-        ):
-            os.close(fd)
+        for own in self.of:
+            for fd in own.fds:
+                os.close(fd)
+        if self.owns_pairs:
+            os.close(self.pairs_fd)
 
 
 def _size(structure: type[End]) -> int:
-    import ctypes
-
     return ctypes.sizeof(structure)
+
+
+class SupervisedSockmap(supervised.KernelDatapath):
+    """The sockmap datapath as the supervisor has it."""
+
+    def __init__(self, maps: KernelMaps) -> None:
+        self.maps = maps
+
+    @classmethod
+    def make(cls, given: supervised.Given) -> SupervisedSockmap | None:
+        """Wherever pairs may leave userspace: for what is not spliced it is the next best."""
+        if not given.choices:
+            return None
+        maps = KernelMaps.create(
+            workers=given.workers, slots=given.slots, pairs_fd=given.arrays().pairs_fd
+        )
+        return cls(maps)
+
+    def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
+        """A program for each worker."""
+        proof = prove("sockmap")
+        return supervised.LoadedPrograms(self.maps.load_programs(), proof, {})
+
+    def attach(self, descriptors: Sequence[int]) -> None:
+        """To each worker's sockhash."""
+        self.maps.attach(descriptors)
+
+    def forget_worker(self, worker: int) -> None:
+        """Its sockets left the map by themselves."""
+        self.maps.forget_worker(worker)
+
+    def close(self) -> None:
+        """Close the maps, which detaches the programs."""
+        self.maps.close()

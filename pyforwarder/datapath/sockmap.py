@@ -36,13 +36,14 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.connection import Phase
-from pyforwarder.datapath import table
-from pyforwarder.datapath.abi import DatapathKind, Direction
-from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason, error_of, failure
 from pyforwarder.datapath.copying import BULK_READ_BYTES, FAIR_SHARE_BYTES, CopyDatapath
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
-from pyforwarder.loop import (
+from pyforwarder.runtime.loop import (
     EPOLLERR,
     EPOLLET,
     EPOLLHUP,
@@ -52,14 +53,13 @@ from pyforwarder.loop import (
     EPOLLRDHUP,
     Timed,
 )
-from pyforwarder.reasons import CloseReason
 
 if TYPE_CHECKING:
     import _socket
 
-    from pyforwarder.datapath.bpf import Map
-    from pyforwarder.datapath.ringbuf import RingBuffer
-    from pyforwarder.datapath.table import PairWindow
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
+    from pyforwarder.datapath.ebpf.syscall import Map
 
 SO_COOKIE: Final = 57  # asm-generic/socket.h; Python has no name for it
 _ASLEEP_MASK: Final = EPOLLRDHUP | EPOLLET
@@ -202,13 +202,12 @@ class SockmapDatapath:
         self._words[slot * self._window.WORDS + table.ID] = pair.id
         self._prepare(slot, Direction.UP, server_cookie)
         self._prepare(slot, Direction.DOWN, client_cookie)
-        global_slot = self._window.first_slot + slot
         try:
-            self._ends.update(server_cookie, _END.pack(global_slot, Direction.DOWN))
+            self._ends.update(server_cookie, _END.pack(slot, Direction.DOWN))
         except OSError:
             return PairReason.MAP_FULL
         try:
-            self._ends.update(client_cookie, _END.pack(global_slot, Direction.UP))
+            self._ends.update(client_cookie, _END.pack(slot, Direction.UP))
             self._sockets.update(server_cookie, _SOCKET_VALUE.pack(pair.server_fd))
         except OSError as error:
             self._forget(client_cookie, server_cookie)
@@ -227,7 +226,7 @@ class SockmapDatapath:
         pair.state = _Halves(up, down)
         pair.kind = DatapathKind.SOCKMAP
         pair.datapath = self
-        self._by_slot[global_slot] = pair
+        self._by_slot[slot] = pair
         for fd in (pair.client_fd, pair.server_fd):
             self._loop.redirect(fd, self.ready)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
@@ -269,7 +268,7 @@ class SockmapDatapath:
             for cookie in (halves.up.cookie, halves.down.cookie):
                 with contextlib.suppress(OSError):
                     self._sockets.delete(cookie)
-        del self._by_slot[self._window.first_slot + pair.slot]
+        del self._by_slot[pair.slot]
         pair.state = None
 
     # What the view asks
@@ -323,7 +322,7 @@ class SockmapDatapath:
         else:
             inward, outward = halves.down, halves.up
         if mask & EPOLLERR:
-            self._fail(pair, fd)
+            self._fail(pair, fd, error_of(pair, fd))
             return
         if mask & EPOLLRDHUP and not inward.flow.end_seen:
             inward.flow.end_seen = True
@@ -344,9 +343,8 @@ class SockmapDatapath:
         elif not inward.sleeping:
             self.advance(pair, inward)
 
-    def _fail(self, pair: Pair, fd: int) -> None:
-        side = CloseReason.CLIENT_RESET if fd == pair.client_fd else CloseReason.SERVER_RESET
-        self._host.broken(pair, side)
+    def _fail(self, pair: Pair, fd: int, error: int | None) -> None:
+        self._host.broken(pair, failure(pair, fd, error or 0))
 
     # One direction
 
@@ -410,8 +408,8 @@ class SockmapDatapath:
                 # Passed, but still on its way through the kernel's queue.
                 self._look_again(pair, half)
                 return 0
-            except OSError:
-                self._fail(pair, flow.source_fd)
+            except OSError as error:
+                self._fail(pair, flow.source_fd, error.errno)
                 return 0
             if count == 0:
                 # An EOF that overtakes passed bytes (tcp_bpf_recvmsg_parser sees SOCK_DONE and no
@@ -426,8 +424,8 @@ class SockmapDatapath:
             written = os.write(flow.target_fd, chunk)
         except BlockingIOError:
             written = 0
-        except OSError:
-            self._fail(pair, flow.target_fd)
+        except OSError as error:
+            self._fail(pair, flow.target_fd, error.errno)
             return 0
         flow.written_bytes += written
         flow.carried_bytes += written

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from pyforwarder.environment import Environment
+    from pyforwarder.runtime.environment import Environment
+    from pyforwarder.runtime.instance import Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class UpOptions:
     datapath: str | None  # replaces every choice of datapath
     detach: bool
     verbosity: int
+    prove: bool = False  # also what has been proven since the host was booted
 
 
 def run(env: Environment, options: UpOptions) -> int:
@@ -38,3 +41,22 @@ def run(env: Environment, options: UpOptions) -> int:
     if options.detach:
         return detached(env, options, Daemon)
     return Daemon(env, options).run()
+
+
+def upgrade(
+    env: Environment,
+    instance: Instance,
+    config_path: Path | None,
+    introduce: Callable[[int], object],
+) -> int:
+    """Have a daemon of this version take the running one's place; returns once it has.
+
+    `config_path` is its configuration; None: that of the running one. `introduce` hands that a
+    descriptor by its control socket, with the request `succeed`.
+
+    Raises:
+        ForwarderError: it cannot; the one that is running goes on as before.
+    """
+    from pyforwarder.supervisor.succeeding import succeed
+
+    return succeed(env, instance, config_path, introduce)

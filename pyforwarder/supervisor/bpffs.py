@@ -79,7 +79,7 @@ def enter(root: Path) -> None:
 
 
 def leave(root: Path) -> None:
-    """Remove the root, if nothing is in it, whoever has made it; never raises.
+    """Remove the root, ours or another's, if nothing is in it; never raises.
 
     The last instance does that, which need not be the one that made it. A mount of ours at the root
     (not at /sys/fs/bpf) goes, too.

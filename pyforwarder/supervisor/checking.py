@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.health import Checker, Verdict
-from pyforwarder.loop import EPOLLIN, Loop
-from pyforwarder.worker.channel import Channel
-from pyforwarder.worker.process import give_up_privileges
+from pyforwarder.runtime.loop import Loop
+from pyforwarder.supervisor.child import ChildProcess, Serving
+from pyforwarder.supervisor.health import Checker, Verdict
+from pyforwarder.supervisor.messages import FROM_CHECKER, FaultyMessageError, Health, understand
 
 if TYPE_CHECKING:
     from pyforwarder.config import Upstream
+    from pyforwarder.runtime.channel import Channel
+    from pyforwarder.worker.log import Log
+
+_MOST_SHOWN: Final = 200
 
 
-class CheckerProcess:
-    """One process after the other: after a reload, and after a death.
+class CheckerProcess(ChildProcess[Verdict]):
+    """Remembers which servers are down, for workers that are started later."""
 
-    Remembers which servers are down, for workers that are started later.
-    """
+    name = "health_checks"
 
     def __init__(
         self,
         loop: Loop,
+        log: Log,
         *,
         user: str | None,
         close_in_child: Callable[[], None],
         tell: Callable[[Verdict], None],
     ) -> None:
         """`tell` is called in this process with every change."""
-        self._loop = loop
-        self._user = user
-        self._close_in_child = close_in_child
+        super().__init__(loop, log, user=user, close_in_child=close_in_child)
         self._tell = tell
         self._upstreams: Mapping[str, Upstream] = {}
-        self._channel: Channel | None = None
-        self._pid = 0
         self._down: dict[tuple[str, str], Verdict] = {}
 
     @property
@@ -63,97 +58,33 @@ class CheckerProcess:
             self._tell(Verdict(*key, up=True, why="checked no more"))
         self.start()
 
-    def start(self) -> None:
-        """Start a process, if there is something to check and none runs."""
-        if self._pid or all(upstream.health is None for upstream in self._upstreams.values()):
-            return
-        ours, theirs = Channel.pair()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                ours.close()
-                code = self._child(theirs)
-            finally:
-                os._exit(code)
-        theirs.close()
-        self._pid = pid
-        self._channel = ours
-        self._loop.watch(ours.fileno(), EPOLLIN, self._hear, self)
+    @property
+    def _is_wanted(self) -> bool:
+        return any(upstream.health is not None for upstream in self._upstreams.values())
 
-    def has_died(self) -> bool:
-        """Whether it has ended by itself since the last call; reaps it."""
-        if not self._pid:
-            return False
-        pid, _ = os.waitpid(self._pid, os.WNOHANG)
-        if pid == 0:
-            return False
-        self._pid = 0
-        self._hang_up()
-        return True
+    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+        def run() -> None:
+            loop = Loop()
+            Checker(loop, self._upstreams, lambda verdict: channel.send(verdict._asdict()))
+            loop.run()
 
-    def close_channel(self) -> None:
-        """In another child: it hears no verdicts."""
-        if self._channel is not None:
-            self._channel.close()
+        return lambda: Serving(run)
 
-    def close(self) -> None:
-        """End the process; the servers stay what they are."""
-        self._kill()
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Verdict:
+        said = understand(message, fds, FROM_CHECKER)
+        assert isinstance(said, Health)
+        upstream = self._upstreams.get(said.upstream)
+        servers = () if upstream is None or upstream.health is None else upstream.servers
+        if said.server not in {str(server.address) for server in servers}:
+            raise FaultyMessageError("a verdict on what it does not check")
+        return Verdict(said.upstream, said.server, up=said.up, why=said.why[:_MOST_SHOWN])
 
-    def _hear(self, _owner: object, fd: int, _mask: int) -> None:
-        assert self._channel is not None
-        try:
-            received = self._channel.receive()
-        except BlockingIOError:
-            return
-        except OSError:
-            received = None
-        if received is None:
-            self._loop.forget(fd)  # SIGCHLD does the rest
-            return
-        message, fds = received
-        for stray in fds:
-            os.close(stray)
-        verdict = Verdict(**message)
-        key = (verdict.upstream, verdict.server)
+    def _heard(self, said: Verdict) -> None:
+        key = (said.upstream, said.server)
         was_down = key in self._down
-        if verdict.up:
+        if said.up:
             self._down.pop(key, None)
         else:
-            self._down[key] = verdict
-        if was_down == verdict.up:
-            self._tell(verdict)
-
-    def _hang_up(self) -> None:
-        if self._channel is not None:
-            self._loop.forget(self._channel.fileno())
-            self._channel.close()
-            self._channel = None
-
-    def _kill(self) -> None:
-        if self._pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._pid = 0
-        self._hang_up()
-
-    def _child(self, channel: Channel) -> int:
-        try:
-            supervisor = os.getppid()
-            self._close_in_child()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # A terminal's Ctrl-C reaches the whole group; the supervisor decides.
-                signal.signal(number, signal.SIG_IGN)
-            give_up_privileges(self._user)
-            if os.getppid() == supervisor:
-                loop = Loop()
-                Checker(loop, self._upstreams, lambda verdict: channel.send(verdict._asdict()))
-                loop.run()
-        except BrokenPipeError:
-            return 0  # the supervisor is gone
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-            return 1
-        return 0
+            self._down[key] = said
+        if was_down == said.up:
+            self._tell(said)

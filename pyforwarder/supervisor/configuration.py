@@ -5,45 +5,101 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pyforwarder.address import Address
-from pyforwarder.config import Config, parse_config, read_config_text
-from pyforwarder.errors import ConfigError, ForwarderError
-from pyforwarder.key_files import read_keys, read_passwords
-from pyforwarder.routing import compile_rules
-from pyforwarder.supervisor.listeners import BoundListener, Listeners
-from pyforwarder.worker.channel import MOST_LISTENERS
+from pyforwarder.config import Config, load_whole, parse_config, validated
+from pyforwarder.config.joining import check_shared, joined_text
+from pyforwarder.config.key_files import read_keys, read_passwords
+from pyforwarder.config.values import suggestion
+from pyforwarder.config.warnings import config_warnings
+from pyforwarder.core.address import Address
+from pyforwarder.core.routing import compile_rules
+from pyforwarder.errors import ForwarderError, UsageError
+from pyforwarder.supervisor.listeners import Bound, BoundSocket, Listeners
 from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyforwarder.counters import Directory
+    from pyforwarder.config.including import Loaded
+    from pyforwarder.runtime.counters import Directory
     from pyforwarder.supervisor import UpOptions
+    from pyforwarder.supervisor.activation import Activation
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a fleet's store has for all of its machines."""
+
+    fleet: str = ""  # its name
+    serial: int = 0  # of the edition; 0: there is none
+    text: str = ""
+    servers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # weights
 
 
 class ConfigSource:
-    """A file, or what is built in, and what the command line says instead of it."""
+    """A file, or what is built in, what a fleet shares, and what the command line says instead."""
 
     def __init__(self, options: UpOptions) -> None:
-        self._path = options.config_path
-        self.name = "built-in" if self._path is None else str(self._path)
+        # The daemon leaves the directory that a relative path is in.
+        self._path = None if options.config_path is None else options.config_path.absolute()
+        # For another process, which may be in another directory.
+        self.name_from_anywhere = None if self._path is None else str(self._path)
+        self.name = "built-in" if options.config_path is None else str(options.config_path)
         # See `with_overrides`; what `listen_port` was told is added here.
         self.overrides = {
             key: value
-            for key, value in (("listen", options.listen), ("datapath", options.datapath))
+            for key, value in (
+                ("listen", options.listen),
+                ("datapath", options.datapath),
+                ("log", "debug" if options.verbosity else None),
+            )
             if value is not None
         }
 
+        self._loaded: Loaded | None = None  # as it was read last
+        self.own = ""  # the file's text that is in force
+        self.shared = Shared()  # in force
+
     def read(self) -> tuple[str, Config]:
-        """The text as it is now, and what it says.
+        """The text as it is now, with what the fleet shares, and what it says.
 
         Raises:
             ForwarderError: it cannot be read, or is wrong.
         """
-        text = "" if self._path is None else read_config_text(self._path)
+        return self.joined(self.read_own(), self.shared)
+
+    def read_own(self) -> str:
+        """The file's text as it is now, with what it includes.
+
+        Raises:
+            ConfigError: it cannot be read, or is wrong.
+        """
+        if self._path is None:
+            return ""
+        self._loaded = loaded = load_whole(self._path, source=self.name)
+        # Here, where it is known in which file and line each part stands.
+        validated(loaded.document, source=self.name)
+        return loaded.text
+
+    def joined(self, own: str, shared: Shared) -> tuple[str, Config]:
+        """The text of the whole, and what it says.
+
+        Raises:
+            ConfigError: one of both is wrong, or they do not fit each other.
+        """
+        config = self.parse(own)
+        if config.fleet is None:
+            return own, config
+        if shared.fleet != config.fleet.name:
+            shared = Shared()  # that of another
+        source = f"fleet {config.fleet.name}, edition {shared.serial}"
+        if shared.text:
+            check_shared(shared.text, own, source=source)
+        text = joined_text(
+            own, shared.text, shared.servers, own_source=self.name, shared_source=source
+        )
         return text, self.parse(text)
 
     def parse(self, text: str) -> Config:
@@ -52,10 +108,15 @@ class ConfigSource:
         Raises:
             ConfigError: it is wrong, or they do not fit it.
         """
-        config = with_overrides(parse_config(text, source=self.name), self.overrides)
-        if len(config.listeners) > MOST_LISTENERS:
-            raise ConfigError(f"more than {MOST_LISTENERS} listeners", path="listeners")
-        return config
+        return with_overrides(parse_config(text, source=self.name), self.overrides)
+
+    def warnings(self, text: str, config: Config) -> list[str]:
+        """What is hardly meant in a configuration from here."""
+        loaded = self._loaded
+        is_its = loaded is not None and loaded.text == text
+        return config_warnings(
+            config, loaded.document if loaded and is_its else text, source=self.name
+        )
 
     @contextlib.contextmanager
     def moving(self, listener: str, port: int) -> Iterator[None]:
@@ -75,8 +136,8 @@ class Change:
 
     config: Config
     settings: Settings
-    following: Mapping[str, BoundListener]  # all of its listeners by name
-    obsolete: list[BoundListener]  # those that it has no more
+    following: Mapping[str, Bound]  # all of its listeners by name
+    obsolete: list[BoundSocket]  # of those that are bound, the ones that it has no more
 
 
 class InForce:
@@ -86,7 +147,13 @@ class InForce:
     settings: Settings
 
     def __init__(
-        self, source: ConfigSource, *, workers: int, directory: Directory, mtu: Callable[[], int]
+        self,
+        source: ConfigSource,
+        *,
+        workers: int,
+        directory: Directory,
+        mtu: Callable[[], int],
+        activation: Activation,
     ) -> None:
         """Nothing is in force before the first `take`.
 
@@ -95,7 +162,10 @@ class InForce:
         self._source = source
         self._directory = directory
         self._mtu = mtu
-        self.listeners = Listeners(workers)
+        # Upstream and server, told to take no new pairs; of those that are configured.
+        self.drained: set[tuple[str, str]] = set()
+        self.listeners = Listeners(workers, activation)
+        self.changes = 0  # of what is in force, each of which may have brought other listeners
 
     def change_to(self, text: str, config: Config) -> Change:
         """Everything about a change that can fail; until it is taken, nothing has changed.
@@ -120,16 +190,37 @@ class InForce:
     def take(self, change: Change) -> None:
         """This is what workers are to be told from here on, the new listeners included."""
         self.config, self.settings = change.config, change.settings
+        self.changes += 1
+        self.drained &= servers_of(change.config)
         self.listeners.bound = dict(change.following)
+
+    def drain(self, text: str, *, drained: bool) -> None:
+        """Whether the server `UPSTREAM/SERVER` is to take no new pairs; workers are to be told.
+
+        Raises:
+            UsageError: there is no such server in the configuration in force.
+        """
+        # Either part may have a slash in it.
+        configured = {
+            f"{name}/{server}": (name, server) for name, server in servers_of(self.config)
+        }
+        if text not in configured:
+            hint = suggestion(text, configured) or "no upstream is configured"
+            raise UsageError(f"no server {text}: {hint}")
+        if drained:
+            self.drained.add(configured[text])
+        else:
+            self.drained.discard(configured[text])
+        self.changes += 1
+        self.settings = replace(self.settings, drained=tuple(sorted(self.drained)))
 
     def commit(self, change: Change) -> None:
         """Now that all know of the change: close the listeners that are no more."""
         self.listeners.commit(change.config, change.following, change.obsolete)
         self.listeners.limit_packets(change.settings.mtus)
+        self.listeners.keep_alive(change.config.keepalive.terms)
 
-    def _make_settings(
-        self, text: str, config: Config, bound: Mapping[str, BoundListener]
-    ) -> Settings:
+    def _make_settings(self, text: str, config: Config, bound: Mapping[str, Bound]) -> Settings:
         """What workers are told; compiles the rules once, so that they cannot fail over it.
 
         Raises:
@@ -143,20 +234,35 @@ class InForce:
             source=self._source.name,
             overrides=dict(self._source.overrides),  # they may be tried out and taken back
             keys=keys,
-            binds={name: str(listener.bind) for name, listener in bound.items()},
+            binds={
+                name: tuple(str(each.bind) for each in sockets) for name, sockets in bound.items()
+            },
             indexes=counter_indexes(config, self._directory),
             passwords=passwords,
-            mtus=_mtus(config, self._mtu()),
+            drained=tuple(sorted(self.drained & servers_of(config))),
+            mtus=_mtus(config, bound, self._mtu()),
         )
 
 
-def _mtus(config: Config, mtu: int) -> dict[str, int]:
+def servers_of(config: Config) -> set[tuple[str, str]]:
+    """Each server that is configured, by its upstream and its own name."""
+    return {
+        (name, str(server.address))
+        for name, upstream in config.upstreams.items()
+        for server in upstream.servers
+    }
+
+
+def _mtus(config: Config, bound: Mapping[str, Bound], mtu: int) -> dict[str, int]:
     """By listener, where its pairs can be spliced between interfaces."""
     return {
         listener.name: mtu
         for listener in config.listeners
         if mtu
         and listener.splice
-        and isinstance(listener.bind, Address)
-        and not ipaddress.ip_address(listener.bind.host).is_loopback
+        and any(
+            isinstance(each.bind, Address)
+            and not ipaddress.ip_address(each.bind.host.partition("%")[0]).is_loopback
+            for each in bound[listener.name]
+        )
     }

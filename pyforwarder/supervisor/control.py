@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.errors import ConfigError, ForwarderError, InternalError, UsageError
-from pyforwarder.loop import EPOLLIN, EPOLLOUT, EPOLLRDHUP, Timed
+from pyforwarder.runtime.loop import EPOLLIN, EPOLLOUT, EPOLLRDHUP, Timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 MOST_CLIENTS: Final = 32
 MOST_REQUEST_BYTES: Final = 64 * 1024
@@ -53,12 +53,26 @@ class _ControlClient(Timed):
 class ControlServer:
     """Listens at a path and answers one request after the other for each client."""
 
-    def __init__(self, loop: Loop, path: Path, obey: Callable[[dict[str, Any], list[int]], object]):
-        """Replaces a socket that a dead daemon left: the caller holds the instance's lock."""
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        obey: Callable[[dict[str, Any], list[int]], object],
+        listener: socket.socket | None = None,
+    ):
+        """Replaces a socket that a dead daemon left: the caller holds the instance's lock.
+
+        `listener` is that of a daemon that lives, and lets go of it: ours from here on.
+        """
         self._loop = loop
         self._path = path
         self._obey = obey
+        self._has_let_go = False
         self._clients: dict[int, _ControlClient] = {}
+        if listener is not None:
+            self._listener = listener
+            self._resume()
+            return
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Never connectable by others, not even between bind and chmod.
@@ -73,18 +87,32 @@ class ControlServer:
 
     def fds(self) -> list[int]:
         """Descriptors that a worker must not keep."""
-        return [self._listener.fileno(), *self._clients]
+        listening = () if self._has_let_go else (self._listener.fileno(),)
+        return [*listening, *self._clients]
 
-    def close(self) -> None:
-        """Stop answering; the path goes."""
-        for client in list(self._clients.values()):
-            self.drop(client)
+    @property
+    def listener(self) -> socket.socket:
+        """Where it listens; ours."""
+        return self._listener
+
+    def let_go(self) -> None:
+        """Another daemon listens there from here on; who is connected still gets its answer."""
+        if self._has_let_go:
+            return
+        self._has_let_go = True
         if self._pause:
             self._loop.cancel(self._pause)
         else:
             self._loop.forget(self._listener.fileno())
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Stop answering; the path goes, unless it is another daemon's."""
+        for client in list(self._clients.values()):
+            self.drop(client)
+        if not self._has_let_go:
+            self.let_go()
+            self._path.unlink(missing_ok=True)
 
     def _resume(self) -> None:
         self._pause = 0
@@ -95,7 +123,7 @@ class ControlServer:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError:  # EMFILE, ENFILE, ENOMEM: whoever asks has to wait, nobody else does
+        except OSError:  # EMFILE, ENFILE, ENOMEM: the client that asks waits, nobody else
             self._loop.forget(self._listener.fileno())
             self._pause = self._loop.after(ACCEPT_PAUSE_S, self._resume)
             return

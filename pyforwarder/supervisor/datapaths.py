@@ -6,31 +6,50 @@ start: what a running daemon is told to want besides has to wait for the next on
 
 from __future__ import annotations
 
+import os
+import pkgutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.selftest import prove_sockmap, prove_splice
-from pyforwarder.datapath.splice_keeper import Splicing, pins_of
-from pyforwarder.datapath.splice_maps import SpliceMaps, smallest_mtu
+from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, row_of
+from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.kernel import SupervisedSockmap
+from pyforwarder.datapath.proof.remembered import proven
+from pyforwarder.datapath.splice.maps import smallest_mtu
+from pyforwarder.datapath.splice.supervised import SupervisedSplice
+from pyforwarder.datapath.supervised import Given, KernelDatapath
 from pyforwarder.errors import ForwarderError, LoadError
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor import bpffs
+from pyforwarder.supervisor.preparing import Loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pyforwarder.config import Config
-    from pyforwarder.datapath.splice_maps import Found
-    from pyforwarder.loop import Loop
+    from pyforwarder.config import Config, Listener
+    from pyforwarder.core.datapaths import Datapath
+    from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.datapath.splice.maps import Found
+    from pyforwarder.datapath.splice.session_maps import FoundSession
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.preparing import Part
     from pyforwarder.worker.log import Log
 
 _LOOK_AT_KEEPER_S: Final = 2.0
+_KERNEL_NAMES: Final = {row.name for row in IN_KERNEL}
+_AVAILABLE: Final = "available"
 _NOT_WANTED: Final = "not wanted by the configuration"
+_IN_PREPARATION: Final = "being loaded and proven"
 
 
 class Datapaths:
-    """What is there for workers to inherit; `states` says of each one `available`, or why not."""
+    """What is there for workers to inherit; `states` says of each one `available`, or why not.
+
+    The maps are there from the start. The programs come later, from another process (`parts`,
+    `take`): until then connections are copied.
+    """
 
     def __init__(
         self,
@@ -42,76 +61,151 @@ class Datapaths:
         loop: Loop,
         log: Log,
         close_in_child: Callable[[], None],
+        prove_anew: bool = False,
+        is_successor: bool = False,
+        handshakes_fd: int = -1,
     ) -> None:
-        """Load what `config` may come to use, and prove it; what fails is logged and left out.
+        """Make the maps of what `config` may come to use; what fails is logged and left out.
+
+        `is_successor`: the daemon that has `pins` lives, and `handshakes_fd` is one of its maps, if
+        it splices; ours from here on.
 
         `pins` is the instance's directory in bpffs; nothing is pinned before `pin`. The self-test
-        runs as `user`, and each keeper of spliced pairs calls `close_in_child`: the first of them
-        is forked here.
+        runs as `user`, also (`prove_anew`) where it has passed since the host was booted; each
+        keeper of spliced pairs calls `close_in_child`.
         """
-        self._memory = memory
         self._pins = pins
         self._user = user
         self._loop = loop
         self._log = log
-        self._close_in_child = close_in_child
-        self.states = {"copy": "available", "splice": _NOT_WANTED}
-        self.sockmap = self._load_sockmap(config)
-        self.splicing = self._load_splice(config)
+        self._prove_anew = prove_anew
+        self._is_successor = is_successor
+        # In the order in which they are shown.
+        self.states = {row.name: _AVAILABLE for row in DATAPATHS if not row.supervised}
+        self._there: dict[str, KernelDatapath] = {}
+        given = Given(
+            config=config,
+            choices=frozenset(kernel_choices(config)),
+            workers=memory.workers,
+            slots=memory.slots,
+            arrays=memory.arrays,
+            pins=pins,
+            warn=partial(log.write, "warning"),
+            close_in_child=close_in_child,
+            is_successor=is_successor,
+            handshakes_fd=handshakes_fd,
+        )
+        for row in IN_KERNEL:
+            self._make(row, given)
 
-    def _load_sockmap(self, config: Config) -> KernelMaps | None:
-        if not _kernel_choices(config):
-            self.states["sockmap"] = _NOT_WANTED
-            return None
+    def _make(self, row: Datapath, given: Given) -> None:
         try:
-            maps = self._proven_sockmap()
+            made = pkgutil.resolve_name(row.supervised).make(given)
         except LoadError as error:
-            self.states["sockmap"] = str(error)
-            self._log.write("warning", "no_sockmap", reason=str(error))
-            return None
-        self.states["sockmap"] = "available"
-        return maps
+            self._fail(row.name, error)
+            return
+        self.states[row.name] = _NOT_WANTED if made is None else _IN_PREPARATION
+        if made is not None:
+            self._there[row.name] = made
 
-    def _proven_sockmap(self) -> KernelMaps:
-        slots, pairs_fd = self._memory.slots, self._memory.arrays().pairs_fd
-        maps = KernelMaps.load(workers=self._memory.workers, slots=slots, pairs_fd=pairs_fd)
-        proof = prove_sockmap(maps, slots=slots, user=self._user)
-        if not proof.passed:
-            maps.close()
-            raise LoadError(f"failed its self-test: {proof.reason}")
-        return maps
-
-    def _load_splice(self, config: Config) -> Splicing | None:
-        """Also where it is not wanted, if there are pairs that go on."""
-        pins = pins_of(self._pins)
-        if "splice" not in _kernel_choices(config) and not pins.is_dir():
-            return None
-        try:
-            splicing = self._proven_splice(pins)
-        except LoadError as error:
-            self.states["splice"] = str(error)
-            self._log.write("warning", "no_splice", reason=str(error))
-            return None
-        self.states["splice"] = "available"
-        return splicing
-
-    def _proven_splice(self, pins: Path) -> Splicing:
-        workers, slots = self._memory.workers, self._memory.slots
-        pairs_fd = self._memory.arrays().pairs_fd
-        maps = SpliceMaps.load(workers=workers, slots=slots, pairs_fd=pairs_fd, pins=pins)
-        if maps.has_replaced:
-            self._log.write("warning", "splice_pins_replaced", directory=pins)
-        splicing = Splicing(maps, workers=workers, close_in_child=self._close_in_child)
-        proof = prove_splice(splicing, pairs_fd=pairs_fd, slots=slots, user=self._user)
-        if not proof.passed:
-            splicing.close()
-            raise LoadError(f"failed its self-test: {proof.reason}")
-        return splicing
+    def _fail(self, name: str, error: LoadError) -> None:
+        self.states[name] = str(error)
+        self._log.load_error(f"no_{name}", error)
 
     @property
-    def found(self) -> tuple[Found, ...]:
-        """The pairs that go on from an earlier daemon; workers take them over."""
-        return self.splicing.maps.found if self.splicing is not None else ()
+    def sockmap(self) -> KernelMaps | None:
+        """What workers inherit for sockmap."""
+        found = self._there.get("sockmap")
+        return found.maps if isinstance(found, SupervisedSockmap) else None
+
+    @property
+    def splicing(self) -> Splicing | None:
+        """What workers inherit for splice."""
+        found = self._there.get("splice")
+        return found.splicing if isinstance(found, SupervisedSplice) else None
+
+    @property
+    def in_preparation(self) -> list[str]:
+        """Those that are loaded and proven just now, the best first."""
+        return [row.name for row in IN_KERNEL if self.states[row.name] == _IN_PREPARATION]
+
+    @property
+    def must_come_first(self) -> bool:
+        """Whether nobody may connect anywhere yet: an earlier daemon's pairs have ports."""
+        if self._is_successor:
+            return False  # they are the other daemon's until that lets go of them
+        return any(self._there[name].takes_over for name in self.in_preparation)
+
+    @property
+    def splice_standing(self) -> Literal["none", "pinned", "passing"]:
+        """Whether spliced pairs outlive us; `passing`: there may be some, and they do not."""
+        if self.splicing is None or not self.splicing.has_begun:
+            return "none"
+        return "pinned" if self.splicing.maps.links.is_pinned else "passing"
+
+    @property
+    def handshakes_fd(self) -> int:
+        """The map of those that were seen lately, ours; -1: there is none."""
+        if self.splicing is None or not self.splicing.has_begun:
+            return -1
+        return self.splicing.maps.handshakes_fd
+
+    def release(self) -> None:
+        """Another daemon goes on with what outlives us: leave that as it is."""
+        for name in [name for name, datapath in self._there.items() if datapath.can_pin]:
+            self._there.pop(name).release()
+            self.states[name] = _NOT_WANTED
+
+    def parts(self) -> dict[str, Part]:
+        """What is to be done in another process, which has inherited the maps."""
+        # A child does not see who has forced it.
+        attach = os.environ.get(attaching.FORCED)
+
+        def load(datapath: KernelDatapath) -> Loaded:
+            if attach is not None:
+                os.environ[attaching.FORCED] = attach
+            descriptors, proof, sessions = datapath.load(self._prove)
+            return Loaded(descriptors, {"proof": proof, "sessions": sessions})
+
+        return {name: partial(load, self._there[name]) for name in self.in_preparation}
+
+    def _prove(self, name: str) -> str:
+        """How it was proven, for the log."""
+        prove = pkgutil.resolve_name(row_of(name).proof)
+        proof = proven(name, self._user, prove, anew=self._prove_anew)
+        if proof is None:
+            return "passed before, since the host was booted"
+        return f"{len(proof.scenarios)} scenarios in {proof.took_s:.2f} s"
+
+    def take(self, name: str, loaded: Loaded | LoadError) -> None:
+        """A part has come: attach it, or do without it."""
+        try:
+            if isinstance(loaded, LoadError):
+                raise loaded
+            self._there[name].attach(loaded.descriptors)
+        except LoadError as error:
+            self._fail(name, error)
+            self._there.pop(name).close()
+            return
+        self.states[name] = _AVAILABLE
+        self._log.write("info", "datapath", datapath=name, proof=loaded.said["proof"])
+        for sessions, reason in loaded.said["sessions"].items():
+            self.states[sessions] = reason or _AVAILABLE
+            if reason:
+                self._log.write("warning", f"no_{sessions}", reason=reason)
+
+    @property
+    def available(self) -> list[str]:
+        """Those to which workers may give pairs or sessions."""
+        return [name for name, state in self.states.items() if state == _AVAILABLE]
+
+    @property
+    def found(self) -> tuple[Found | FoundSession, ...]:
+        """What goes on from an earlier daemon, pairs and sessions; workers take them over."""
+        if self.splicing is None:
+            return ()
+        maps = self.splicing.maps
+        return (*maps.found, *maps.sessions.found)
 
     def mtu(self) -> int:
         """What packets may have where pairs can be spliced between interfaces; 0: any."""
@@ -119,21 +213,22 @@ class Datapaths:
 
     def lacks(self, config: Config) -> bool:
         """Whether `config` names one that was not wanted at the start."""
-        return any(self.states.get(choice) == _NOT_WANTED for choice in _kernel_choices(config))
+        return any(self.states.get(choice) == _NOT_WANTED for choice in kernel_choices(config))
 
     def pin(self) -> None:
         """From here on spliced pairs outlive us.
 
         Not before we serve: if we cannot, what an earlier daemon left must stay as it was.
         """
-        if self.splicing is None:
-            return
-        try:
-            bpffs.enter(self._pins.parent)
-            self.splicing.maps.pin()
-        except ForwarderError as error:
-            # It works, and ends with us.
-            self._log.write("warning", "splice_not_pinned", reason=str(error))
+        for name, datapath in self._there.items():
+            if not datapath.can_pin:
+                continue
+            try:
+                bpffs.enter(self._pins.parent)
+                datapath.pin()
+            except ForwarderError as error:
+                # It works, and ends with us.
+                self._log.write("warning", f"{name}_not_pinned", reason=str(error))
 
     def look_at_keeper(self) -> None:
         """Kill it if it hangs, and look again in a while; `keeper_has_died` tells of it."""
@@ -141,7 +236,15 @@ class Datapaths:
             if self.splicing.keeper.hangs():
                 self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
                 self.splicing.keeper.kill()
-            self._loop.after(_LOOK_AT_KEEPER_S, self.look_at_keeper)
+            self._loop.after(scaled_s(_LOOK_AT_KEEPER_S), self.look_at_keeper)
+
+    def accused(self) -> set[int]:
+        """The workers that have asked the keeper for what they may not, since the last call."""
+        return self.splicing.keeper.complaints() if self.splicing is not None else set()
+
+    def complaints_fd(self) -> int | None:
+        """Readable when `accused` has something to say."""
+        return self.splicing.keeper.complaints_fd if self.splicing is not None else None
 
     def keeper_has_died(self) -> bool:
         """Whether it has ended by itself since the last call; pairs that are spliced go on."""
@@ -160,23 +263,29 @@ class Datapaths:
         Raises:
             KeeperError: the keeper does not answer.
         """
-        if self.splicing is not None:
-            self.splicing.bury(worker)
+        for datapath in self._there.values():
+            datapath.bury(worker)
 
     def forget_worker(self, worker: int) -> None:
         """A worker died: take out of the maps what it had there."""
-        if self.sockmap is not None:
-            self.sockmap.forget_worker(worker, self._memory.slots)
+        for datapath in self._there.values():
+            datapath.forget_worker(worker)
 
     def close(self) -> None:
         """End the keeper, remove the pins of splice, and close the maps."""
-        if self.splicing is not None:
-            self.splicing.close()
-        if self.sockmap is not None:
-            self.sockmap.close()
+        for datapath in self._there.values():
+            datapath.close()
 
 
-def _kernel_choices(config: Config) -> set[str]:
+def waits_for_datapath(listener: Listener, config: Config) -> bool:
+    """Whether one of its rules names a datapath of the kernel, so that nothing else will do."""
+    if listener.protocol == "udp" or listener.is_unix:
+        return False
+    choices = {rule.datapath or listener.datapath or config.datapath for rule in listener.rules}
+    return not choices.isdisjoint(_KERNEL_NAMES)
+
+
+def kernel_choices(config: Config) -> set[str]:
     """The datapaths of the kernel that the configuration names or leaves open."""
     choices: set[str] = {config.datapath}
     for listener in config.listeners:
@@ -185,5 +294,5 @@ def _kernel_choices(config: Config) -> set[str]:
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         }
     if "auto" in choices:
-        choices |= {"sockmap", "splice"}
-    return choices - {"auto", "copy"}
+        choices |= _KERNEL_NAMES
+    return choices & _KERNEL_NAMES

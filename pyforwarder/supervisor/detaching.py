@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime.children import detach
 
 if TYPE_CHECKING:
-    from pyforwarder.environment import Environment
+    from pyforwarder.runtime.environment import Environment
     from pyforwarder.supervisor import UpOptions
 
 _MOST_REPORT_BYTES: Final = 65536
@@ -37,8 +38,12 @@ def detached(
     env: Environment,
     options: UpOptions,
     make: Callable[[Environment, UpOptions], RunnableDaemon],
+    *,
+    has_output: bool = False,
 ) -> int:
     """Run the daemon in a session of its own; 0 once it accepts connections.
+
+    `has_output`: `make` has given it a standard output and error that are not the caller's.
 
     Raises:
         DetachedError: it said why it cannot start.
@@ -46,16 +51,13 @@ def detached(
     env.stdout.flush()
     env.stderr.flush()
     read_fd, write_fd = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+
+    def child() -> int:
         os.close(read_fd)
-        os.setsid()
-        # A second fork: a session leader could get a controlling terminal back.
-        if os.fork():
-            os._exit(0)
-        os._exit(_background(env, options, make, write_fd))
+        return _background(env, options, make, write_fd, has_output=has_output)
+
+    detach(child)
     os.close(write_fd)
-    os.waitpid(pid, 0)
     with os.fdopen(read_fd, "rb") as report:
         # One line, not up to the end: the workers were forked with the other end open, and
         # there is no end before theirs.
@@ -73,6 +75,8 @@ def _background(
     options: UpOptions,
     make: Callable[[Environment, UpOptions], RunnableDaemon],
     report_fd: int,
+    *,
+    has_output: bool,
 ) -> int:
     def report(error: str, exit_code: int) -> None:
         os.write(
@@ -86,11 +90,12 @@ def _background(
     def ready() -> None:
         nonlocal reported
         reported = True
-        _leave_terminal()
+        if not has_output:
+            _leave_terminal()
         report("", 0)
 
     try:
-        return make(env, replace(options, detach=True)).run(ready)
+        return make(env, options if has_output else replace(options, detach=True)).run(ready)
     except ForwarderError as error:
         if not reported:
             report(str(error), error.exit_code)

@@ -6,24 +6,30 @@ that say the same, made by the daemon.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder import tables
 from pyforwarder.errors import ForwarderError, LoadError
-from pyforwarder.supervisor import bpffs, report
+from pyforwarder.runtime import tables
+from pyforwarder.supervisor import bpffs, report, view_ways
+from pyforwarder.supervisor.preparing import Loaded
 from pyforwarder.supervisor.proc import Obey, ProcDirectory
+from pyforwarder.supervisor.view_selftest import WITHOUT_VIEW
+from pyforwarder.supervisor.view_ways import WAYS, Links
 from pyforwarder.supervisor.views import View, remove_stale
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
 
-    from pyforwarder.instance import Instance
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.instance import Instance
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import InForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.preparing import Part
+    from pyforwarder.supervisor.view_ways import Way
     from pyforwarder.worker.log import Log
 
 # The view's files and what `show` calls them.
@@ -43,8 +49,12 @@ class Files:
         loop: Loop,
         log: Log,
         unix_time_s: Callable[[], float],
+        ways: Sequence[Way] = WAYS,
     ) -> None:
-        """Load the view; there are no files yet."""
+        """There are no files yet; the view comes from another process (`parts`, `take`).
+
+        It is made by the first of the `ways` that works.
+        """
         self._instance = instance
         self._in_force = in_force
         self._memory = memory
@@ -53,20 +63,35 @@ class Files:
         self._log = log
         self._unix_time_s = unix_time_s
         self._proc: ProcDirectory | None = None
-        self._view = self._load_view()
+        self._ways = ways
+        self._view: View | None = None
 
-    def _load_view(self) -> View | None:
-        """The iterators, not yet pinned; None (and why, in the log) where they cannot be."""
-        try:
-            return View.load(
+    def parts(self) -> dict[str, Part]:
+        """What is to be done in another process, which has inherited the maps."""
+        maps = self._datapaths.sockmap
+
+        def load_view() -> Loaded:
+            links = view_ways.link(
                 self._memory.arrays(),
-                self._datapaths.sockmap,
+                maps,
+                self._ways,
                 workers=self._memory.workers,
                 slots=self._memory.slots,
             )
-        except LoadError as error:
-            self._log.write("warning", "no_view", reason=str(error))
-            return None
+            return Loaded(*links.for_another_process())
+
+        return {"view": load_view}
+
+    def take(self, loaded: Loaded | LoadError) -> None:
+        """The iterators have come, not yet pinned; or (why is in the log) they will not."""
+        if isinstance(loaded, LoadError):
+            self._tell_of_no_view(loaded)
+        else:
+            links = Links.of_another_process(loaded.descriptors, loaded.said)
+            self._view = View(self._memory.arrays(), links)
+
+    def _tell_of_no_view(self, error: ForwarderError) -> None:
+        self._log.load_error("no_view", error, consequence=WITHOUT_VIEW)
 
     def open(self, obey: Obey, show: Callable[[str], object]) -> None:
         """Make the files, now that there is something to show.
@@ -84,7 +109,7 @@ class Files:
                 self._view.pin(self._instance.bpffs_dir)
                 pins = self._instance.bpffs_dir
             except ForwarderError as error:
-                self._log.write("warning", "no_view", reason=str(error))
+                self._tell_of_no_view(error)
         self._proc = ProcDirectory(
             self._loop,
             self._instance.proc_dir,
@@ -128,13 +153,15 @@ class Files:
         if self._proc is not None:
             self._proc.asked()
 
-    def backlogs(self) -> Mapping[tuple[int, int], int]:
-        """What waits in the kernel now, by slot and direction; nothing where the view cannot tell.
+    def backlogs(self) -> report.Backlogs:
+        """What waits in the kernel now; nothing is known of it where the view cannot tell.
 
         Raises:
             ControlError: the kernel could not be asked just now.
         """
-        return self._view.backlogs() if self._view is not None else {}
+        if self._view is not None:
+            return self._view.backlogs()
+        return report.Backlogs({}, is_complete=self._datapaths.sockmap is None)
 
     def close_in_child(self) -> None:
         """In another process: close the descriptors; the files stay."""
@@ -149,11 +176,21 @@ class Files:
             self._proc.close()
             self._proc = None
 
+    def let_go(self) -> None:
+        """Remove the view's pins, and no directory: another daemon makes its own there."""
+        if self._view is not None:
+            self._view.unpin()
+            self._view.close()
+            self._view = None
+
     def close_view(self) -> None:
         """Remove the view's pins, and the directory of all pins if they were the last."""
         if self._view is not None:
             self._view.unpin()
             self._view.close()
+        # Splice may have made it, where there is no view.
+        with contextlib.suppress(OSError):
+            self._instance.bpffs_dir.rmdir()
         bpffs.leave(self._instance.bpffs_dir.parent)
 
 

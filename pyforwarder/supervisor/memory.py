@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from pyforwarder.counters import Counters, Directory
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.abi import PAIR_BYTES
-from pyforwarder.datapath.arrays import Arrays
+from pyforwarder.core.datapaths import DATAPATHS
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.ebpf.arrays import Arrays
+from pyforwarder.datapath.ebpf.pair_table import read_records
 from pyforwarder.datapath.kernel import PairTable
 from pyforwarder.errors import LoadError
-from pyforwarder.limits import new_secret, shared_memory
-from pyforwarder.worker.used_tokens import SharedUsedTokens
+from pyforwarder.runtime.counters import BLOCK_BYTES, CLOSED_INDEX, Counter, Counters, Directory
+from pyforwarder.runtime.limits import COLUMN_BYTES, new_secret
+from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
+from pyforwarder.worker.connection_ids import PART_BYTES
+from pyforwarder.worker.process import WorkerMemory
+from pyforwarder.worker.used_tokens import TABLE_BYTES
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Sequence
+
+_OUTLIVING: Final = {DatapathKind[row.name.upper()] for row in DATAPATHS if row.outlives_worker}
 
 
 class SharedMemory:
@@ -28,20 +35,21 @@ class SharedMemory:
         """For that many workers, each with that many slots for pairs."""
         self.workers = workers
         self.slots = slots
-        self.limits = shared_memory(workers)
+        self.limits = SharedBlocks.make("limits", workers, COLUMN_BYTES)
         self.limits_secret = new_secret()
-        self.used_tokens = SharedUsedTokens()
+        self.used_tokens = SharedBlocks.make("tokens", workers, TABLE_BYTES)
+        self.connection_ids = SharedBlocks.make("ids", workers, PART_BYTES)
         self._arrays: Arrays | LoadError  # the latter: why there are none
         try:
             self._arrays = arrays = Arrays.create(workers=workers, slots=slots)
         except LoadError as error:
             self._arrays = error
-            self.counters_memory = Counters.memory(workers)
+            self.counter_blocks = SharedBlocks.make("counters", workers, BLOCK_BYTES)
             self.table = PairTable(workers=workers, slots=slots)
         else:
-            self.counters_memory = arrays.counters_memory(workers)
+            self.counter_blocks = arrays.counters_memory(workers)
             self.table = PairTable(workers=workers, slots=slots, fd=arrays.pairs_fd)
-        self.counters = Counters(self.counters_memory, workers)
+        self.counters = Counters(self.counter_blocks.map_all())
         self.directory = Directory()
 
     def arrays(self) -> Arrays:
@@ -53,6 +61,21 @@ class SharedMemory:
         if isinstance(self._arrays, LoadError):
             raise self._arrays
         return self._arrays
+
+    def count_reset(self, worker: int) -> int:
+        """A worker died: how many connections it took along; they are counted as `internal`.
+
+        Call it before what it has left is forgotten. Spliced pairs go on without it.
+        """
+        block = self.counters.block(worker)
+        outliving = sum(
+            record.datapath in _OUTLIVING for record in read_records(self.table.windows[worker])
+        )
+        # It may have been taken over, and have written whatever it liked.
+        reset = int(min(max(0, block[Counter.OPEN] - outliving), 2 * self.slots))
+        index = CLOSED_INDEX[CloseReason.INTERNAL]
+        block[index] = (block[index] + reset) % (1 << 64)
+        return reset
 
     def forget_gauges(self, worker: int) -> None:
         """A worker died with its connections: what counted them as open is 0 again."""
@@ -66,25 +89,33 @@ class SharedMemory:
     def give_up_writing(self) -> tuple[Counters, Sequence[mmap.mmap]]:
         """In a process that only reads: counters and table, in memory that it cannot write.
 
-        Everything else is unmapped. Where there are no arrays nothing changes.
+        The caller keeps none of what it has inherited (`keep_memory`).
         """
-        if isinstance(self._arrays, LoadError):
-            return self.counters, self.table.windows
-        length = self.slots * PAIR_BYTES
-        windows = [
-            bpf.map_memory(self._arrays.pairs_fd, length, offset_bytes=worker * length, write=False)
-            for worker in range(self.workers)
-        ]
-        for window in self.table.windows:
-            window.close()
-        self.counters.close()
-        self.counters_memory.close()
-        self.limits.close()
-        self.used_tokens.close()
-        counters_memory = self._arrays.counters_memory(self.workers, write=False)
-        return Counters(counters_memory, self.workers), windows
+        return Counters(self.counter_blocks.map(writable=())), self.table.read_only()
+
+    def of_worker(self, worker: int, *also: mmap.mmap) -> WorkerMemory:
+        """In a worker: what it shares with others, its own part of each for writing.
+
+        It keeps `also` what it shares with its supervisor alone. All other memory that it has
+        inherited becomes its own, and zero; the descriptors are closed.
+        """
+        own = WorkerMemory(
+            counters=self.counter_blocks.map(writable=[worker]),
+            limits=self.limits.map(writable=[worker]),
+            used_tokens=self.used_tokens.map(writable=[worker]),
+            connection_ids=self.connection_ids.map(writable=[worker]),
+        )
+        keep_memory([*also, *(blocks[worker] for blocks in (*own, self.table.windows))])
+        self._close_blocks()
+        return own
 
     def close(self) -> None:
         """Close the arrays' descriptors; a pinned view keeps them alive."""
+        self._close_blocks()
+        self.table.close()
         if not isinstance(self._arrays, LoadError):
             self._arrays.close()
+
+    def _close_blocks(self) -> None:
+        for shared in (self.counter_blocks, self.limits, self.used_tokens, self.connection_ids):
+            shared.close()

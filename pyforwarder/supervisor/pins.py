@@ -5,12 +5,12 @@ Beside a set of pins stands their stamp, which tells which version made them and
     BPFFS/NAME/version -> pyforwarder/0.1.0 layout 1-5c2a9d1e0b7f4a36: listeners show stats
 
 A symbolic link that leads nowhere, its text being the message: bpffs knows no ordinary files, and
-this one is made and replaced at once, read by `ls -l`, and needs no BPF. (The slash is for whoever
-follows it: bpffs answers EPERM for a name with a dot, ENOENT for a directory that is not there.)
+this one is made and replaced at once, read by `ls -l`, and needs no BPF. (The slash is for programs
+that follow the link: bpffs answers EPERM for a name with a dot, ENOENT for a missing directory.)
 
-The next `up` knows by it what it may remove, whoever made it, and what it may go on using: only
-what has its own layout. A subdirectory is a set of its own, with a stamp of its own, and whoever
-makes it looks after it.
+The next `up` knows by it what it may remove, also of another daemon, and what it may go on using:
+only what has its own layout. A subdirectory is a set of its own, with a stamp of its own; its maker
+looks after it.
 
 What stands under one of our names and is not ours is foreign, as is everything that no stamp
 names. It is never touched.
@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Final
 
 from pyforwarder import __version__
-from pyforwarder.datapath.abi import ABI_VERSION
-from pyforwarder.datapath.loading import bpf_directory
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION
+from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.errors import LoadError
 
 STAMP: Final = "version"

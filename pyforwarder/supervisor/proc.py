@@ -1,12 +1,13 @@
 """The pseudo-/proc of an instance: RUN_DIR/NAME/proc/.
 
-    show stats listeners    links to the view in bpffs; without BPF, files that the daemon fills
+    show stats listeners    links to the view in bpffs; without one, files that the daemon fills
     listen_port             the port of the first TCP listener; write another one to move it
     forward                 write `PID FD FD`: join two connected sockets of that process
     flush                   write ids, or `all`: reset those pairs
     errors                  why the last refused writes were refused, newest last
 
-A write is obeyed when the file is closed; one that cannot be obeyed changes nothing.
+A write is obeyed when the file is closed; one that cannot be obeyed changes nothing. The kernel's
+files cannot seek (bpf_iter_fops), which head(1) complains of: `cat show | head -3`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder import tables
 from pyforwarder.errors import ForwarderError, UsageError
+from pyforwarder.runtime import tables
 from pyforwarder.supervisor.pseudo_files import MOST_WRITTEN_BYTES, PseudoFile, PseudoFiles
-from pyforwarder.supervisor.views import FILES
+from pyforwarder.supervisor.view_ways import FILES
 
 if TYPE_CHECKING:
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 _MOST_ERRORS: Final = 64
 _LARGEST_NUMBER: Final = 2**31 - 1  # of a process or a descriptor: a C int
@@ -127,7 +128,7 @@ class ProcDirectory:
     def _complain(self, name: str, reason: str) -> None:
         when = datetime.datetime.fromtimestamp(int(self._unix_time_s()), datetime.UTC)
         # What was written may be anything, and this is read on terminals.
-        reason = tables.printable(reason.replace("\n", "; "))
+        reason = tables.one_line(reason)
         self._errors.append(f"{when:%Y-%m-%dT%H:%M:%SZ} {name}: {reason}\n")
         self._files.changed("errors")
         self._refused(name, reason)
@@ -182,7 +183,7 @@ def _quoted(text: str) -> str:
 
 
 def remove(directory: Path) -> None:
-    """Remove a pseudo-/proc, whoever left it; never raises."""
+    """Remove a pseudo-/proc, ours or one that was left; never raises."""
     with contextlib.suppress(OSError):
         if os.path.islink(directory):
             os.unlink(directory)

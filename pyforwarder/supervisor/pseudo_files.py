@@ -1,8 +1,8 @@
 """Files that the daemon answers for: made when they are opened, obeyed when they are closed.
 
 Ordinary files, so that everything works on them (cat, echo, cp, an editor), and nothing hangs when
-the daemon is gone. What makes them more is a write lease (fcntl(2), F_SETLEASE): whoever opens
-such a file waits in open(2) until the daemon, told by SIGIO, has let go. Meanwhile the daemon
+the daemon is gone. What makes them more is a write lease (fcntl(2), F_SETLEASE): a process that
+opens such a file waits in open(2) until the daemon, told by SIGIO, has let go. Meanwhile the daemon
 
 - puts a new file, with a lease of its own, under the name: each opener has one for itself, so
   commands that follow each other closely never overwrite one another;
@@ -25,17 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.loop import EPOLLIN
-from pyforwarder.supervisor.inotify import Inotify
+from pyforwarder.runtime.inotify import Inotify
+from pyforwarder.runtime.loop import EPOLLIN
 
 if TYPE_CHECKING:
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 MOST_WRITTEN_BYTES: Final = 4096
 # Openers wait at most this long for somebody who has opened a file for writing and does not close
 # it; the kernel itself would make them wait 45 s (/proc/sys/fs/lease-break-time).
 PATIENCE_S: Final = 1.0
-# Writers who are waited for after that, whoever waits; then what they write goes nowhere.
+# Writers who are waited for after that; then what they write goes nowhere.
 _WRITER_S: Final = 30.0
 _MOST_WRITERS: Final = 64
 _LOOK_AGAIN_S: Final = 0.001

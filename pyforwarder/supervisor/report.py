@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder import tables
-from pyforwarder.counters import (
-    CLOSED_INDEX,
-    Counter,
-    Counters,
-    Directory,
-    ListenerCounter,
-    RuleCounter,
-)
-from pyforwarder.datapath.abi import (
+from pyforwarder.core.address import bind_text
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
     Direction,
     LineKind,
     PairRecord,
     PairState,
+    ViewLine,
     unpack_endpoint,
 )
-from pyforwarder.datapath.arrays import Line
-from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.table import read_records, read_slots
+from pyforwarder.datapath.ebpf.arrays import Line
+from pyforwarder.datapath.ebpf.pair_table import read_records, read_slots
+from pyforwarder.runtime import tables
+from pyforwarder.runtime.counters import Counters, Directory, ListenerCounter, RuleCounter
+from pyforwarder.status.table import ROWS
 
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Mapping, Sequence
 
     from pyforwarder.config import Config
+    from pyforwarder.config.model import Rule
+    from pyforwarder.core.address import Bind
 
 Row = dict[str, Any]
 
 
-def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int) -> Row:
+@dataclass(frozen=True, slots=True)
+class Backlogs:
+    """Bytes that wait in the kernel, by slot (of the whole table) and direction."""
+
+    known: Mapping[tuple[int, int], int]
+    is_complete: bool = True  # what is not known of is 0
+
+    def of(self, slot: int, record: PairRecord) -> int | None:
+        """What waits for the pair in that slot; None if that cannot be told."""
+        waiting = 0
+        for direction in Direction:
+            found = self.known.get((slot, direction))
+            if found is None and not self.is_complete and _is_redirected(record, direction):
+                return None
+            waiting += found or 0
+        return waiting
+
+
+def _is_redirected(record: PairRecord, direction: Direction) -> bool:
+    redirected_bytes: int = record.verdict[direction].redirected_bytes
+    return record.datapath == DatapathKind.SOCKMAP and redirected_bytes > 0
+
+
+def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:
     """One pair's row, named as `show --json` does; `backlog_bytes` waits in the kernel now."""
     row: Row = {
         "id": record.id,
@@ -63,24 +86,26 @@ def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int) -> Row:
     return row
 
 
-def pair_rows(windows: Sequence[mmap.mmap], backlogs: Mapping[tuple[int, int], int]) -> list[Row]:
-    """Every connection that is old enough to be in the table, by id.
-
-    `backlogs` says what waits in the kernel, by slot of the whole table and direction.
-    """
+def pair_rows(windows: Sequence[mmap.mmap], backlogs: Backlogs) -> list[Row]:
+    """Every connection that is old enough to be in the table, by id."""
     now_ns = time.monotonic_ns()
     rows = []
     first_slot = 0
     for memory in windows:
         for slot, record in read_slots(memory):
-            waiting = sum(backlogs.get((first_slot + slot, d), 0) for d in Direction)
-            rows.append(pair_row(record, now_ns, waiting))
+            waiting = backlogs.of(first_slot + slot, record)
+            # What a worker that was taken over writes there hides its own pairs, and no others.
+            with contextlib.suppress(ValueError):
+                rows.append(pair_row(record, now_ns, waiting))
         first_slot += len(memory) // PAIR_BYTES
     return sorted(rows, key=lambda row: int(row["id"]))
 
 
 def listener_rows(
-    config: Config, binds: Mapping[str, str], counters: Counters, directory: Directory
+    config: Config,
+    binds: Mapping[str, Sequence[Bind]],
+    counters: Counters,
+    directory: Directory,
 ) -> list[Row]:
     """Every listener of the configuration in force."""
     rows = []
@@ -89,7 +114,7 @@ def listener_rows(
         rows.append(
             {
                 "name": listener.name,
-                "bind": binds[listener.name],
+                "bind": bind_text(binds[listener.name]),
                 "protocol": listener.protocol,
                 "accepted": counters.total(base + ListenerCounter.ACCEPTED),
                 "open": counters.total(base + ListenerCounter.OPEN),
@@ -105,17 +130,22 @@ def rule_rows(config: Config, counters: Counters, directory: Directory) -> list[
     for listener in config.listeners:
         for rule in listener.rules:
             base = directory.index(listener.name, rule.name)
-            to = str(rule.to) if rule.to is not None else f"({rule.reject or 'client'})"
             rows.append(
                 {
                     "listener": listener.name,
                     "rule": rule.name,
                     "taken": counters.total(base + RuleCounter.TAKEN),
                     "refused": counters.total(base + RuleCounter.REFUSED),
-                    "to": to,
+                    "to": goes_to(rule),
+                    "decided": "user",  # no datapath decides in the kernel yet
                 }
             )
     return rows
+
+
+def goes_to(rule: Rule) -> str:
+    """Where a rule sends what it takes, in the word of `show rules`."""
+    return str(rule.to) if rule.to is not None else f"({rule.reject or 'client'})"
 
 
 def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -133,6 +163,8 @@ def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[
                     "pairs": sum(entry["pairs"] for entry in seen),
                     "connects": sum(entry["connects"] for entry in seen),
                     "failures": sum(entry["failures"] for entry in seen),
+                    "weight": server.weight,
+                    "backup": server.backup,
                 }
             )
     return rows
@@ -140,26 +172,8 @@ def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[
 
 # The totals of `show stats` by their flat names, a dot being a level of the JSON: what the
 # kernel's `stats` file sums up and what the daemon answers is one list.
-TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = (
-    ("accepted", LineKind.COUNTER, Counter.ACCEPTED),
-    ("open", LineKind.COUNTER, Counter.OPEN),
-    ("pairs_open", LineKind.COUNTER, Counter.PAIRS_OPEN),
-    ("pairs_opened", LineKind.COUNTER, Counter.PAIRS_OPENED),
-    ("joined.copy", LineKind.COUNTER, Counter.JOINED_COPY),
-    ("joined.sockmap", LineKind.COUNTER, Counter.JOINED_SOCKMAP),
-    ("joined.splice", LineKind.COUNTER, Counter.JOINED_SPLICE),
-    *(
-        (f"closed.{reason.value}", LineKind.NONZERO, index)
-        for reason, index in CLOSED_INDEX.items()
-    ),
-    ("bytes_up", LineKind.UP_BYTES, Counter.UP_BYTES),
-    ("bytes_down", LineKind.DOWN_BYTES, Counter.DOWN_BYTES),
-    ("first_packet_full", LineKind.COUNTER, Counter.FIRST_PACKET_FULL),
-    ("first_packet_timeout", LineKind.COUNTER, Counter.FIRST_PACKET_TIMEOUT),
-    ("accept_paused", LineKind.COUNTER, Counter.ACCEPT_PAUSED),
-    ("datagrams_lost", LineKind.COUNTER, Counter.DATAGRAMS_LOST),
-    ("connect_failed", LineKind.COUNTER, Counter.CONNECT_FAILED),
-    ("backlog_trips", LineKind.COUNTER, Counter.BACKLOG_TRIPS),
+TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = tuple(
+    (row.stats, row.kind, row.word) for row in ROWS if row.stats
 )
 
 
@@ -199,20 +213,30 @@ def stats_lines(datapaths: Mapping[str, str]) -> list[Line]:
     return [
         *(Line(kind, name, word) for name, kind, word in TOTALS),
         *(
-            Line(LineKind.TEXT, f"datapaths.{name}", text=tables.printable(state))
+            Line(LineKind.TEXT, f"datapaths.{name}", text=tables.one_line(state))
             for name, state in datapaths.items()
         ),
     ]
 
 
-def listener_lines(config: Config, binds: Mapping[str, str], directory: Directory) -> list[Line]:
+def _shortened(text: str) -> str:
+    """A column that fits the kernel's line, cut between two addresses."""
+    room = ViewLine.text.size - 1
+    if len(text.encode()) <= room:
+        return text
+    return text.encode()[: room - 4].decode(errors="ignore").rpartition(",")[0] + ",..."
+
+
+def listener_lines(
+    config: Config, binds: Mapping[str, Sequence[Bind]], directory: Directory
+) -> list[Line]:
     """The lines of the kernel's `listeners` file."""
     return [
         Line(
             LineKind.LISTENER,
             tables.cell(listener.name),
             directory.index(listener.name),
-            tables.cell(binds[listener.name]),
+            _shortened(tables.cell(bind_text(binds[listener.name]))),
             listener.protocol,
         )
         for listener in config.listeners

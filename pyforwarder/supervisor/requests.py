@@ -7,20 +7,21 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from pyforwarder import __version__
-from pyforwarder.address import Address, AddressError, parse_port
-from pyforwarder.descriptors import duplicate_socket
+from pyforwarder.core.address import Address, AddressError, bind_text, parse_port
 from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
+from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.workers import ask_all
 from pyforwarder.worker.adopting import cookie_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigSource, InForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.files import Files
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.succession import Predecessor
     from pyforwarder.supervisor.worker_pool import WorkerPool
     from pyforwarder.worker.log import Log
 
@@ -42,11 +43,19 @@ class Requests:
         *,
         loop: Loop,
         log: Log,
+        fleet_rows: Callable[[], list[dict[str, Any]] | None],
         change_to: Callable[[str, Config], None],
         drain: Callable[[], None],
         stop: Callable[[], None],
+        succeed: Callable[[list[int]], object],
+        elder: Callable[[], Predecessor | None] = lambda: None,
     ) -> None:
-        """`change_to` puts a configuration in force; `drain` and `stop` end the daemon."""
+        """`fleet_rows` tells of the machines of the fleet, if there is one.
+
+        `change_to` puts a configuration in force; `drain` and `stop` end the daemon.
+        `succeed` is asked by who wants to take its place; `elder` is the daemon whose place this
+        one has taken, as long as that has pairs.
+        """
         self._source = source
         self._in_force = in_force
         self._memory = memory
@@ -55,9 +64,12 @@ class Requests:
         self._files = files
         self._loop = loop
         self._log = log
+        self._fleet_rows = fleet_rows
         self._change_to = change_to
         self._drain = drain
         self._stop = stop
+        self._succeed = succeed
+        self._elder = elder
 
     def obey(self, request: dict[str, Any], fds: list[int]) -> object:
         """Do what was asked; a fault of ours over it costs this request and no pair.
@@ -103,8 +115,12 @@ class Requests:
                 if len(fds) != 2:
                     raise UsageError("join wants two descriptors")
                 return self._join(fds[0], fds[1])
+            case "server":
+                return self._drain_server(request)
             case "listen_port":
                 return self._listen_port(request)
+            case "succeed":
+                return self._succeed(fds)
             case unknown:
                 raise UsageError(f"unknown request {unknown!r}")
 
@@ -116,7 +132,7 @@ class Requests:
         """
         match what:
             case "pairs":
-                return report.pair_rows(self._memory.table.windows, self._files.backlogs())
+                return self._pairs()
             case "listeners":
                 return report.listener_rows(
                     self._in_force.config,
@@ -131,12 +147,29 @@ class Requests:
             case "upstreams":
                 reports = ask_all(self._workers.living, "upstreams")
                 return report.upstream_rows(self._in_force.config, reports)
+            case "fleet":
+                rows = self._fleet_rows()
+                if rows is None:
+                    raise ControlError(
+                        "this instance is in no fleet (`fleet` in its configuration)"
+                    )
+                return rows
             case "stats":
                 return report.stats(
                     self._memory.counters, self._memory.table.windows, self._datapaths.states
                 )
             case _:
                 raise UsageError(f"cannot show {what!r}")
+
+    def _pairs(self) -> object:
+        """The rows of our pairs, and of those that the daemon before us lets end."""
+        rows = report.pair_rows(self._memory.table.windows, self._files.backlogs())
+        elder = self._elder()
+        if elder is not None:
+            own = {row["id"] for row in rows}
+            reason = f"it ends with the daemon before (pid {elder.offer.pid})"
+            rows += [{**row, "reason": reason} for row in elder.pairs() if row.get("id") not in own]
+        return rows
 
     def _flush(self, request: dict[str, Any]) -> object:
         ids = None
@@ -145,6 +178,9 @@ class Requests:
             if not isinstance(ids, list) or not all(type(n) is int for n in ids):
                 raise UsageError("flush wants a list of ids, or all")
         flushed = [n for found in ask_all(self._workers.living, "flush", ids=ids) for n in found]
+        elder = self._elder()
+        if elder is not None:
+            flushed += elder.flush(ids)
         return {
             "flushed": sorted(flushed),
             "unknown": sorted(set(ids or ()) - set(flushed)),
@@ -160,7 +196,7 @@ class Requests:
             or not all(map(_is_number, numbers))
         ):
             raise UsageError("forward wants a process and two of its descriptors")
-        from pyforwarder.supervisor.pidfd import fetch_descriptors
+        from pyforwarder.runtime.pidfd import fetch_descriptors
 
         fds = fetch_descriptors(pid, numbers)
         try:
@@ -189,18 +225,26 @@ class Requests:
 
     def _listen_port(self, request: dict[str, Any]) -> object:
         """Move the first TCP listener to another port; live pairs are not touched."""
-        name, listener = next(
+        binds = self._in_force.listeners.binds()
+        name, bind = next(
             (
-                (name, bound)
-                for name, bound in self._in_force.listeners.bound.items()
-                if isinstance(bound.bind, Address) and bound.protocol == "tcp"
+                (listener.name, bind)
+                for listener in self._in_force.config.listeners
+                if listener.protocol == "tcp"
+                for bind in binds.get(listener.name, ())
+                if isinstance(bind, Address)
             ),
             ("", None),
         )
-        if listener is None or not isinstance(listener.bind, Address):
+        if bind is None:
             raise ControlError("there is no TCP listener")
         if "port" not in request:
-            return {"port": listener.bind.port}
+            return {"port": bind.port}
+        if not self._in_force.config.can_move(name):
+            raise ControlError(
+                f"the listener {name!r} does not bind one address that could be moved: change its "
+                "`bind` and reload"
+            )
         try:
             port = parse_port(str(request["port"]))
         except AddressError as error:
@@ -209,16 +253,31 @@ class Requests:
             # Nothing else changes: what is in the file by now waits for a `reload`.
             text = self._in_force.settings.config_text
             self._change_to(text, self._source.parse(text))
-        bound = self._in_force.listeners.bound[name].bind
-        assert isinstance(bound, Address)
-        self._log.write("info", "listener_moved", listener=name, bind=str(bound))
-        return {"port": bound.port}
+        moved = self._in_force.listeners.binds()[name]
+        assert isinstance(moved[0], Address)
+        self._log.write("info", "listener_moved", listener=name, bind=bind_text(moved))
+        return {"port": moved[0].port}
+
+    def _drain_server(self, request: dict[str, Any]) -> object:
+        """Let one server of an upstream take no new pairs, or new ones again."""
+        server, state = request.get("server"), request.get("state")
+        if not isinstance(server, str):
+            raise UsageError("server wants UPSTREAM/SERVER")
+        if state not in ("drain", "ready"):
+            raise UsageError("a server is told to `drain` or to be `ready`")
+        self._in_force.drain(server, drained=state == "drain")
+        self._workers.configure()
+        self._log.write("info", f"server_{state}", server=server)
+        return {"server": server, "state": state}
 
     def _reload(self) -> object:
         """Read the configuration again and put it in force; an error changes nothing."""
         before = self._in_force.config
         try:
-            self._change_to(*self._source.read())
+            own = self._source.read_own()
+            text, config = self._source.joined(own, self._source.shared)
+            self._change_to(text, config)
+            self._source.own = own
         except ForwarderError as error:
             self._log.write("error", "reload_refused", error=str(error))
             raise
@@ -228,7 +287,9 @@ class Requests:
         if self._datapaths.lacks(self._in_force.config):
             waiting.append("datapath")
         count = len(self._in_force.config.listeners)
-        self._log.write("info", "reloaded", listeners=count)
+        self._log.write("info", "reloaded", listeners=count, config=self._source.name)
+        for warning in self._source.warnings(text, config):
+            self._log.write("warning", "config", reason=warning)
         if waiting:
             self._log.write("warning", "restart_needed", keys=",".join(waiting))
         return {"listeners": count, "waiting": waiting}

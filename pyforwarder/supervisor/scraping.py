@@ -1,4 +1,4 @@
-"""The process that Prometheus asks: forked, unprivileged, reading what the workers count.
+"""The process that Prometheus and browsers ask: forked, unprivileged, reading what workers count.
 
 It has a process of its own so that an answer, however long, never holds the supervisor up, and
 so that nothing which reads HTTP has any privilege.
@@ -6,32 +6,56 @@ so that nothing which reads HTTP has any privilege.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import socket
-import sys
-import traceback
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
-from pyforwarder.address import Address
+from pyforwarder.core.address import Address, bind_text
 from pyforwarder.errors import ForwarderError
-from pyforwarder.worker.process import give_up_privileges
+from pyforwarder.supervisor import report
+from pyforwarder.supervisor.child import ChildProcess, Serving
+from pyforwarder.supervisor.messages import (
+    FROM_PAGE,
+    FaultyMessageError,
+    Flush,
+    SetServer,
+    understand,
+)
 
 if TYPE_CHECKING:
-    from pyforwarder.metrics import Source
+    from pyforwarder.config import Config
+    from pyforwarder.runtime.channel import Channel
+    from pyforwarder.runtime.loop import Loop
+    from pyforwarder.status.metrics import Source
+    from pyforwarder.status.process import PageSource
     from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.messages import FleetInstance
+    from pyforwarder.worker.log import Log
 
 _BACKLOG: Final = 128
 
 
-class MetricsListener:
-    """The listening socket, which outlives the processes that serve it."""
+# Of servers that went up or down the page is told so many when it starts.
+_MOST_VERDICTS: Final = 50
 
-    def __init__(self, wanted: Address) -> None:
+# What is served where, by the key of the configuration.
+Wanted = Mapping[str, Address]
+
+
+def wanted_of(config: Config) -> Wanted:
+    """The addresses that the configuration has for this process."""
+    sections = {"metrics": config.metrics, "status": config.status}
+    return {key: section.bind for key, section in sections.items() if section is not None}
+
+
+class WebListener:
+    """A listening socket, which outlives the processes that serve it."""
+
+    def __init__(self, key: str, wanted: Address) -> None:
         """Bind and listen.
 
         Raises:
@@ -44,113 +68,158 @@ class MetricsListener:
                 (wanted.host, wanted.port), family=family, backlog=_BACKLOG
             )
         except OSError as error:
-            raise ForwarderError(f"metrics: cannot listen on {wanted}: {error.strerror}") from error
+            raise ForwarderError(f"{key}: cannot listen on {wanted}: {error.strerror}") from error
         host, port = self.sock.getsockname()[:2]
         self.bind = Address(host, port)  # port 0 resolved
+
+    @classmethod
+    def inherited(cls, wanted: Address, fd: int) -> WebListener:
+        """The socket of the daemon before, with its descriptor, which is ours from here on."""
+        listener = cls.__new__(cls)
+        listener.wanted = wanted
+        listener.sock = socket.socket(fileno=fd)
+        listener.bind = Address(*listener.sock.getsockname()[:2])
+        return listener
 
     def close(self) -> None:
         """Close it."""
         self.sock.close()
 
 
-class MetricsProcess:
-    """One process after the other: after a reload, and after a death."""
+Listening = dict[str, WebListener]
+
+
+class WebProcess(ChildProcess["Flush | SetServer"]):
+    """Remembers which servers went up and down, for the processes to come."""
+
+    name = "web"
+    pause_s = 0.05  # between two orders of the page
 
     def __init__(
-        self, source: Callable[[], Source], *, user: str | None, close_in_child: Callable[[], None]
+        self,
+        sources: Callable[[], tuple[Source, PageSource | None]],
+        *,
+        user: str | None,
+        loop: Loop,
+        log: Log,
+        close_in_child: Callable[[], None],
+        obey: Callable[[dict[str, Any], list[int]], object],
+        may_order: Callable[[], bool],
+        unix_time_s: Callable[[], float],
     ) -> None:
-        """`source` is called in the child, before `close_in_child`."""
-        self._source = source
-        self._user = user
-        self._close_in_child = close_in_child
-        self.listener: MetricsListener | None = None
-        self._pid = 0
+        """`sources` is called in the child, before `close_in_child`.
 
-    def change_to(self, wanted: Address | None) -> MetricsListener | None:
+        What viewers order is asked of `obey`, as over the control socket, while `may_order`.
+        """
+        super().__init__(loop, log, user=user, close_in_child=close_in_child)
+        self._sources = sources
+        self._obey = obey
+        self._may_order = may_order
+        self._unix_time_s = unix_time_s
+        self.listening: Listening = {}
+        self.verdicts: deque[tuple[float, Verdict]] = deque(maxlen=_MOST_VERDICTS)
+        self.fleet: list[dict[str, Any]] = []  # machines, for processes to come
+
+    def change_to(self, wanted: Wanted) -> Listening:
         """Bind what is wanted, unless it is bound; nothing changes before `commit`.
 
         Raises:
-            ForwarderError: it cannot be bound.
+            ForwarderError: it cannot be bound; nothing new is left bound.
         """
-        if wanted is None:
-            return None
-        if self.listener is not None and self.listener.wanted == wanted:
-            return self.listener
-        return MetricsListener(wanted)
+        following: Listening = {}
+        try:
+            for key, bind in wanted.items():
+                present = self.listening.get(key)
+                is_same = present is not None and present.wanted == bind
+                following[key] = present if present and is_same else WebListener(key, bind)
+        except ForwarderError:
+            self.abandon(following)
+            raise
+        return following
 
-    def abandon(self, following: MetricsListener | None) -> None:
+    def abandon(self, following: Listening) -> None:
         """The change does not come."""
-        if following is not None and following is not self.listener:
-            following.close()
+        for listener in following.values():
+            if listener not in self.listening.values():
+                listener.close()
 
-    def commit(self, following: MetricsListener | None) -> None:
+    def commit(self, following: Listening) -> None:
         """Serve there from now on, and tell of the configuration in force."""
         self._kill()
-        if self.listener is not None and self.listener is not following:
-            self.listener.close()
-        self.listener = following
+        for listener in self.listening.values():
+            if listener not in following.values():
+                listener.close()
+        self.listening = following
         self.start()
 
-    def start(self) -> None:
-        """Start a process, if one is wanted and none runs."""
-        if self.listener is None or self._pid:
-            return
-        sock = self.listener.sock
-        pid = os.fork()
-        if pid:
-            self._pid = pid
-            return
-        code = 1
-        try:
-            code = self._child(sock)
-        finally:
-            os._exit(code)
-
-    def has_died(self) -> bool:
-        """Whether it has ended by itself since the last call; reaps it."""
-        if not self._pid:
-            return False
-        pid, _ = os.waitpid(self._pid, os.WNOHANG)
-        if pid == 0:
-            return False
-        self._pid = 0
-        return True
-
-    def close_socket(self) -> None:
-        """In another child: it does not listen here."""
-        if self.listener is not None:
-            self.listener.close()
+    def close_in_other_child(self) -> None:
+        """In another child: it does not listen here, and hears no orders."""
+        self.close_channel()
+        for listener in self.listening.values():
+            listener.close()
 
     def close(self) -> None:
         """End the process and stop listening."""
-        self._kill()
-        self.close_socket()
-        self.listener = None
+        super().close()
+        for listener in self.listening.values():
+            listener.close()
+        self.listening = {}
 
-    def _kill(self) -> None:
-        if self._pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            self._pid = 0
+    def tell_of_health(self, verdict: Verdict) -> None:
+        """A server went up or down: viewers may want to know."""
+        now_unix_s = self._unix_time_s()
+        self.verdicts.append((now_unix_s, verdict))
+        self._say({"at": now_unix_s, **verdict._asdict()})
 
-    def _child(self, sock: socket.socket) -> int:
+    def tell_of_fleet(self, instances: Sequence[FleetInstance]) -> None:
+        """The machines of the fleet have changed: that is told at `/metrics`."""
+        self.fleet = [one.model_dump(exclude={"started", "why"}) for one in instances]
+        self._say({"fleet": self.fleet})
+
+    @property
+    def _is_wanted(self) -> bool:
+        return bool(self.listening)
+
+    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+        source, page = self._sources()
+
+        def make() -> Serving:
+            from pyforwarder.status.process import prepare
+
+            sockets = {key: listener.sock for key, listener in self.listening.items()}
+            serving = prepare(sockets, source, page, channel)
+            return Serving(serving.run, serving.fds)
+
+        return make
+
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Flush | SetServer:
+        order = understand(message, fds, FROM_PAGE)
+        assert isinstance(order, Flush | SetServer)
+        if not self._may_order():
+            raise FaultyMessageError("an order, and viewers may only look")
+        return order
+
+    def _heard(self, said: Flush | SetServer) -> None:
+        self._say({"n": said.n, **self._carry_out(said)})
+
+    def _carry_out(self, order: Flush | SetServer) -> dict[str, object]:
+        """Do it; who has asked for it, by what the process says, is in the log."""
+        user = order.user or "-"
         try:
-            supervisor = os.getppid()
-            source = self._source()
-            self._close_in_child()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # A terminal's Ctrl-C reaches the whole group; the supervisor decides.
-                signal.signal(number, signal.SIG_IGN)
-            give_up_privileges(self._user)
-            if os.getppid() == supervisor:
-                from pyforwarder.metrics import serve
-
-                serve(sock, source)
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-            return 1
-        return 0
+            if isinstance(order, SetServer):
+                request = {"do": "server", "server": order.server, "state": order.state}
+                self._obey(request, [])
+                self._log.write(
+                    "info", "server_set_by_page", user=user, server=order.server, state=order.state
+                )
+                return {"done": 1}
+            result = self._obey({"do": "flush", "ids": order.flush}, [])
+        except ForwarderError as error:
+            return {"error": str(error)}
+        assert isinstance(result, dict)
+        count = len(result["flushed"])
+        self._log.write("info", "flushed_by_page", user=user, pairs=count)
+        return {"done": count}
 
 
 def source_in_child(
@@ -159,9 +228,10 @@ def source_in_child(
     datapaths: Mapping[str, str],
     *,
     started_unix_s: float,
+    fleet: Sequence[Mapping[str, Any]],
 ) -> Source:
     """In the metrics process: what it tells, from memory that it cannot write."""
-    from pyforwarder.metrics import Source
+    from pyforwarder.status.metrics import Source
 
     counters, windows = memory.give_up_writing()
     directory = memory.directory
@@ -178,5 +248,90 @@ def source_in_child(
             for listener in listeners
             for rule in listener.rules
         },
+        servers={
+            (name, str(server.address)): index
+            for name, upstream in in_force.config.upstreams.items()
+            for server in upstream.servers
+            if (index := directory.server_index(name, str(server.address))) is not None
+        },
+        upstreams={
+            name: index
+            for name in in_force.config.upstreams
+            if (index := directory.upstream_index(name)) is not None
+        },
         datapaths=datapaths,
+        fleet=list(fleet),
+    )
+
+
+def page_source_in_child(
+    in_force: InForce,
+    source: Source,
+    memory: SharedMemory,
+    *,
+    instance: str,
+    verdicts: Iterable[tuple[float, Verdict]],
+    down: Iterable[Verdict],
+    unix_time_s: Callable[[], float],
+) -> PageSource | None:
+    """In that process: what the page shows, from what metrics tell; None: no page is wanted."""
+    from pyforwarder.status.looking import ListenerPlan, Plan, RulePlan, ServerPlan
+    from pyforwarder.status.process import PageSource
+    from pyforwarder.status.site import About, HealthChange
+
+    config, directory = in_force.config, memory.directory
+    if config.status is None:
+        return None
+    binds = in_force.listeners.binds()
+    plan = Plan(
+        listeners=tuple(
+            ListenerPlan(
+                one.name,
+                bind_text(binds[one.name]),
+                one.protocol,
+                directory.index(one.name),
+            )
+            for one in config.listeners
+        ),
+        rules=tuple(
+            RulePlan(
+                one.name,
+                rule.name,
+                report.goes_to(rule),
+                rule.to if isinstance(rule.to, str) else None,
+                directory.index(one.name, rule.name),
+            )
+            for one in config.listeners
+            for rule in one.rules
+        ),
+        servers=tuple(
+            ServerPlan(
+                name,
+                str(server.address),
+                directory.server_index(name, str(server.address)),
+                upstream.health is not None,
+                server.weight,
+                server.backup,
+            )
+            for name, upstream in config.upstreams.items()
+            for server in upstream.servers
+        ),
+    )
+    return PageSource(
+        about=About(
+            instance=instance,
+            version=source.version,
+            started_unix_s=source.started_unix_s,
+            workers=source.workers,
+            datapaths=source.datapaths,
+            config=config,
+            control=config.status.control,
+        ),
+        plan=plan,
+        counters=source.counters,
+        windows=source.windows,
+        passwords=in_force.settings.passwords,
+        health=tuple(HealthChange(at_s, *verdict) for at_s, verdict in verdicts),
+        down=frozenset((one.upstream, one.server) for one in down),
+        unix_time_s=unix_time_s,
     )

@@ -6,12 +6,13 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.loop import EPOLLIN
+from pyforwarder.runtime.children import TOLD_TO_GROUPS
+from pyforwarder.runtime.loop import EPOLLIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 # SIGIO: somebody wants to open a file of the pseudo-/proc.
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
@@ -46,7 +47,11 @@ class Signals:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
-    def close(self) -> None:
-        """In another process, after `restore`: close the descriptors."""
+    def close_in_child(self) -> None:
+        """In a child, which ignores what `children.fork` says: the rest, and the descriptors."""
+        signal.set_wakeup_fd(-1)
+        for number in _SIGNALS:
+            if number not in TOLD_TO_GROUPS:
+                signal.signal(number, signal.SIG_DFL)
         self._reading.close()
         self._writing.close()

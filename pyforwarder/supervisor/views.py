@@ -5,128 +5,79 @@
     BPFFS/NAME/listeners   one line per listener
     BPFFS/NAME/version     who made them (pins.py)
 
-Whoever reads a pin runs its program in the kernel, on the tables as they are at that moment. The
+Who reads a pin runs its program in the kernel, on the tables as they are at that moment. The
 daemon has no part in it: the files are readable while it is busy, and after it was killed, when
-the header says so. bpf/view.c is the other half.
+the header says so. bpf/view.c is the other half, and view_ways.py tells the two ways of making it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.counters import BLOCK_WORDS
-from pyforwarder.datapath import bpf, btf
-from pyforwarder.datapath.abi import Backlog
-from pyforwarder.datapath.arrays import LISTENER_LINES, STAT_LINES, Arrays, Line, LineTable
-from pyforwarder.datapath.loading import ProgramKind, load_programs
-from pyforwarder.errors import ControlError, ForwarderError, LoadError
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import Backlog
+from pyforwarder.datapath.ebpf.arrays import LISTENER_LINES, STAT_LINES, Arrays, Line, LineTable
+from pyforwarder.errors import ControlError, ForwarderError
+from pyforwarder.runtime.tables import COLUMNS
 from pyforwarder.supervisor import bpffs, pins
-from pyforwarder.tables import COLUMNS
+from pyforwarder.supervisor.report import Backlogs
+from pyforwarder.supervisor.view_ways import FILES, WAYS, Links, Way, link
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.supervisor.pins import Found
 
-FILES: Final = ("show", "stats", "listeners")
 _COLUMNS: Final = {
     "show": COLUMNS["pairs"],
     "stats": COLUMNS["stats"],
     "listeners": COLUMNS["listeners"],
 }
-_HEADER_BYTES: Final = 256
-# How many may read `stats` at the same moment.
-_MOST_READERS: Final = 256
-_SUMS_BYTES: Final = (2 + STAT_LINES) * 8  # struct sums
+# The names of its first two columns.
+_HEADER_BYTES: Final = 40
 # Cannot be in an instance's name, and bpffs takes it (it refuses dots).
 _NEW: Final = "~new"
-
-# Kernel structure fields that the programs read.
-_FIELDS: Final = {"tcp_sock": ("write_seq",), "bpf_map": ("writecnt",)}
 
 
 class View:
     """The loaded iterators of one daemon, pinned or not."""
 
-    def __init__(
-        self, arrays: Arrays, links: Mapping[str, int], backlog_link: int, opened: Sequence[int]
-    ) -> None:
-        self._links = dict(links)
-        self._backlog_link = backlog_link
-        self._opened = list(opened)
+    def __init__(self, arrays: Arrays, links: Links) -> None:
+        self._links = links
         self._stats = LineTable(arrays.stats_fd, STAT_LINES)
         self._listeners = LineTable(arrays.listeners_fd, LISTENER_LINES)
         self._directory: Path | None = None
 
     @classmethod
-    def load(cls, arrays: Arrays, maps: KernelMaps | None, *, workers: int, slots: int) -> View:
+    def load(
+        cls,
+        arrays: Arrays,
+        maps: KernelMaps | None,
+        *,
+        workers: int,
+        slots: int,
+        ways: Sequence[Way] = WAYS,
+    ) -> View:
         """Load the programs and link them; the caller pins and closes the view.
 
         Raises:
-            LoadError: this host cannot.
+            LoadError: this host cannot, by any of the ways.
         """
-        opened: list[int] = []
-        try:
-            sums = bpf.create_map(
-                bpf.MapType.HASH,
-                name="pf_sums",
-                key_bytes=8,
-                value_bytes=_SUMS_BYTES,
-                entries=_MOST_READERS,
-                flags=bpf.F_NO_PREALLOC,
-            )
-            opened.append(sums)
-            zero = bpf.create_map(
-                bpf.MapType.ARRAY, name="pf_zero", key_bytes=4, value_bytes=_SUMS_BYTES, entries=1
-            )
-            opened.append(zero)
-            fds = {
-                "MAP_PAIRS_FD": arrays.pairs_fd,
-                "MAP_COUNTERS_FD": arrays.counters_fd,
-                "MAP_STATS_FD": arrays.stats_fd,
-                "MAP_SUMS_FD": sums,
-                "MAP_ZERO_FD": zero,
-            }
-            programs: list[tuple[str, ProgramKind]] = [(name, "map_iterator") for name in FILES]
-            if maps is not None:
-                fds |= {"MAP_SOCKETS_FD": maps.sockets_fd, "MAP_ENDS_FD": maps.ends_fd}
-                programs.append(("backlog", "socket_iterator"))
-            loaded = load_programs(
-                "view.c",
-                programs,
-                defines={
-                    **btf.defines(btf.field_offsets(_FIELDS)),
-                    **fds,
-                    "WORKERS": workers,
-                    "SLOTS": slots,
-                    "BLOCK_WORDS": BLOCK_WORDS,
-                    "STAT_LINES": STAT_LINES,
-                },
-                map_fds=list(fds.values()),
-            )
-            opened += loaded
-            targets = [arrays.pairs_fd, arrays.pairs_fd, arrays.listeners_fd]
-            if maps is not None:
-                targets.append(maps.sockets_fd)
-            links = []
-            for program, target in zip(loaded, targets, strict=True):
-                links.append(bpf.link_iterator(program, target))
-                opened.append(links[-1])
-            return cls(
-                arrays,
-                dict(zip(FILES, links, strict=False)),
-                links[3] if maps is not None else -1,
-                opened,
-            )
-        except (LoadError, OSError) as error:
-            for fd in opened:
-                os.close(fd)
-            if isinstance(error, LoadError):
-                raise
-            raise LoadError(f"make the view: {error.strerror}") from error
+        return cls(arrays, link(arrays, maps, ways, workers=workers, slots=slots))
+
+    @property
+    def way(self) -> Way:
+        """How it is made."""
+        return self._links.way
+
+    def why_no_other(self) -> str:
+        """What the kernel said of the ways that come before; the kernel is asked again."""
+        kinds = {way.kind for way in WAYS}
+        refused = [r for r in self._links.refused if r.kind in kinds]
+        return "; ".join(str(r.error()) for r in refused)
 
     def pin(self, directory: Path) -> None:
         """Give the iterators their names; what a dead daemon left under them goes.
@@ -150,8 +101,8 @@ class View:
             new.mkdir(mode=0o755)
             stamp = pins.stamp_of(FILES)
             pins.write_stamp(new, stamp)
-            for name, link in self._links.items():
-                bpf.pin(link, new / name)
+            for name, fd in self._links.files.items():
+                bpf.pin(fd, new / name)
                 (new / name).chmod(0o400)
             if directory.is_dir():
                 # Another's pins may stand beside ours, so file by file.
@@ -181,29 +132,32 @@ class View:
         """What `listeners` says, in this order; how many of them found room."""
         return self._listeners.write(lines)
 
-    def backlogs(self) -> dict[tuple[int, int], int]:
-        """Bytes that wait in the kernel now, by slot (of the whole table) and direction.
+    def read(self, name: str) -> str:
+        """What one of the files says now, pinned or not. Raises OSError."""
+        return bpf.read_link(self._links.files[name]).decode()
 
-        Only directions in which some wait are in it.
+    def backlogs(self) -> Backlogs:
+        """What waits in the kernel now.
 
         Raises:
             ControlError: the kernel could not be asked just now (ENOMEM).
         """
-        if self._backlog_link < 0:
-            return {}
         try:
-            said = bpf.read_link(self._backlog_link)
+            said = b"".join(map(bpf.read_link, self._links.backlogs))
         except OSError as error:
             raise ControlError(f"read the backlogs: {error.strerror}") from error
         size = ctypes.sizeof(Backlog)
         records = [Backlog.from_buffer_copy(said, at) for at in range(0, len(said), size)]
-        return {(record.slot, record.direction): record.bytes for record in records}
+        return Backlogs(
+            {(record.slot, record.direction): record.bytes for record in records},
+            is_complete=self._links.tells_all_backlogs,
+        )
 
     def close(self) -> None:
         """Close the descriptors; pinned iterators live on."""
         self._stats.close()
         self._listeners.close()
-        for fd in self._opened:
+        for fd in self._links.opened:
             os.close(fd)
 
 

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath.splice_keeper import KeeperError
+from pyforwarder.datapath.splice.keeper import KeeperError
 from pyforwarder.errors import ControlError, ForwarderError
-from pyforwarder.loop import EPOLLIN
-from pyforwarder.supervisor.workers import WorkerProcess
-from pyforwarder.worker.channel import Channel, text_to_fd
+from pyforwarder.runtime.channel import MOST_SOCKETS, Channel, text_to_fd
+from pyforwarder.runtime.counters import Counter
+from pyforwarder.runtime.loop import EPOLLIN, EPOLLOUT
+from pyforwarder.runtime.pulse import PULSE_S
+from pyforwarder.supervisor.datapaths import waits_for_datapath
+from pyforwarder.supervisor.messages import FaultyMessageError
+from pyforwarder.supervisor.workers import WorkerProcess, ask_all
 from pyforwarder.worker.process import Inheritance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import socket
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from pyforwarder.health import Verdict
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
+    from pyforwarder.runtime.pulse import Pulse
     from pyforwarder.supervisor.configuration import InForce
     from pyforwarder.supervisor.datapaths import Datapaths
+    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.listeners import Bound
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.messages import TokenClaim
     from pyforwarder.worker.log import Log
 
 # A worker that dies again this soon after its start is replaced only after a pause.
 _SOON_S: Final = 1.0
 _PAUSE_S: Final = 1.0
+# One that asks for more than it can need is not heard for so long.
+_BREATH_S: Final = 0.1
 # How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
 # all the same: a keeper that hangs is replaced sooner.
 _BURIALS: Final = 15
+# Nobody has so many pairs; beyond that there is room for those of many daemons to come.
+_MOST_ID: Final = 1 << 62
 
 
 class WorkerPool:
@@ -45,8 +58,12 @@ class WorkerPool:
         log: Log,
         close_in_child: Callable[[], None],
         down: Callable[[], Iterable[Verdict]],
+        claim: Callable[[TokenClaim, Callable[[bool | None], None]], None] | None = None,
     ) -> None:
-        """Each worker runs as `user`, calls `close_in_child`, and is told of the servers `down`."""
+        """Each worker runs as `user`, calls `close_in_child`, and is told of the servers `down`.
+
+        `claim` is asked by those that want a token used up in a fleet.
+        """
         self._in_force = in_force
         self._memory = memory
         self._datapaths = datapaths
@@ -55,10 +72,17 @@ class WorkerPool:
         self._log = log
         self._close_in_child = close_in_child
         self._down = down
+        self._claim = claim
         self._workers: list[WorkerProcess] = []
         self._buried: set[int] = set()  # indexes: dead, seen to be, and not replaced yet
         self._last_id = 0
         self._ending = False
+        self._has_retired = False
+        self._is_settled = False  # which datapaths there are
+        # Where each worker's predecessor, of the daemon before, sends its pairs; once it has been
+        # given to the worker there is none.
+        self._heirs: dict[int, socket.socket] = {}
+        self._not_theirs: Sequence[socket.socket] = ()
 
     @property
     def living(self) -> list[WorkerProcess]:
@@ -72,13 +96,110 @@ class WorkerPool:
             ForwarderError: one does not start; those that have end with `close`.
         """
         found = self._datapaths.found
-        # A new pair must not be given the number of one that goes on.
-        self._last_id = max((one.id for one in found), default=0)
+        complaints_fd = self._datapaths.complaints_fd()
+        if complaints_fd is not None:
+            self._loop.watch(complaints_fd, EPOLLIN, self._accused, self)
+        # A new pair must not be given the number of one that goes on. No worker counts as far as
+        # some of these may say, which one that was taken over has made up.
+        found_id = max((one.id for one in found if one.id <= _MOST_ID), default=0)
+        self._last_id = max(self._last_id, found_id)
         for index in range(self._memory.workers):
             # While there are ports to be taken over, nobody may connect anywhere yet.
             self._workers.append(self._start_worker(index, listening=not found))
         for index, worker in enumerate(self._workers) if found else ():
             self._configure(worker, index)
+
+    def start_beside(
+        self,
+        last_id: int,
+        heirs: Mapping[int, socket.socket],
+        not_theirs: Sequence[socket.socket],
+    ) -> None:
+        """As `start`, beside another daemon that still serves, and whose pairs have lower numbers.
+
+        `heirs` are where its workers send their pairs, by worker; ours to close. No worker of ours
+        keeps one of another, or of `not_theirs`.
+
+        Raises:
+            ForwarderError: as `start`.
+        """
+        self._last_id = last_id
+        self._heirs = dict(heirs)
+        self._not_theirs = not_theirs
+        self.start()
+        self._not_theirs = ()
+        for sock in self._heirs.values():
+            sock.close()
+        self._heirs = {}
+
+    def take_over_spliced(self) -> None:
+        """What the daemon before had spliced is in our keeper's hands: the workers may ask it."""
+        for worker in self.living:
+            try:
+                worker.ask("take_over")
+            except ControlError as error:
+                self._log.write("error", "worker_takes_over", error=str(error))
+                worker.kill()
+
+    def retire(self, heirs: Sequence[int]) -> None:
+        """They accept no more, and send their pairs to another daemon's; nobody is replaced."""
+        self._ending = self._has_retired = True
+        for index, worker in enumerate(self._workers):
+            if worker.exit_code is None:
+                fds = [heirs[index]] if index < len(heirs) else []
+                try:
+                    worker.ask("retire", fds)
+                except ControlError as error:
+                    if not worker.has_ended():
+                        self._log.write("error", "worker_stuck", error=str(error))
+                        worker.kill()
+
+    def spliced_left(self) -> int:
+        """How many pairs and sessions that the kernel has they have not let go of yet."""
+        return sum(ask_all(self.living, "spliced_left"))
+
+    def last_id(self) -> int:
+        """As high as any number that a pair of ours has by now."""
+        most = max(
+            self._memory.counters.block(index)[Counter.ACCEPTED]
+            for index in range(self._memory.workers)
+        )
+        # A worker counts there, which may have been taken over.
+        most = min(most, _MOST_ID >> 20)
+        return self._last_id + (most + 1) * self._memory.workers
+
+    def datapaths_are_settled(self) -> None:
+        """Tell them which datapaths they have; from here on every listener is served."""
+        self._is_settled = True
+        for worker in self.living:
+            try:
+                self._say_datapaths(worker)
+            except ControlError as error:
+                # It will be replaced by one that knows.
+                self._log.write("error", "worker_datapaths", error=str(error))
+                worker.kill()
+        self.configure()
+
+    def _say_datapaths(self, worker: WorkerProcess) -> None:
+        worker.ask("datapaths", available=self._datapaths.available)
+
+    def adopt(self, index: int) -> None:
+        """Have a worker take in the spliced pairs that the keeper has for it."""
+        # One that is away gets them when it begins.
+        if index >= len(self._workers) or self._workers[index].exit_code is not None:
+            return
+        worker = self._workers[index]
+        try:
+            worker.ask("adopt")
+        except ControlError as error:
+            self._log.write("error", "worker_adopt", error=str(error))
+            worker.kill()
+
+    def look_at_pulses(self) -> None:
+        """End those that hang, and look again in a while."""
+        for worker in self.living:
+            worker.end_if_stuck()
+        self._loop.after(PULSE_S, self.look_at_pulses)
 
     def configure(self) -> None:
         """Tell them what is in force now."""
@@ -110,10 +231,21 @@ class WorkerPool:
             if index in self._buried or not worker.has_ended():
                 continue
             self._buried.add(index)
+            reset = self._memory.count_reset(index)
             self._loop.forget(worker.channel.fileno())
             worker.close()
             if not self._ending:
-                self._log.write("error", "worker_died", pid=worker.pid, exit_code=worker.exit_code)
+                self._log.write(
+                    "error",
+                    "worker_died",
+                    pid=worker.pid,
+                    exit_code=worker.exit_code,
+                    pairs_reset=reset,
+                )
+            if self._has_retired:
+                # The kernel compares with its records until the other daemon's programs are there,
+                # which reads in them what `show` has said.
+                continue
             self._bury(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
 
     def end(self, do: str) -> None:
@@ -140,27 +272,32 @@ class WorkerPool:
             worker.close()
 
     def _start_worker(self, index: int, *, listening: bool = True) -> WorkerProcess:
-        def make(channel: Channel) -> Inheritance:
+        def make(channel: Channel, pulse: Pulse) -> Inheritance:
+            heir = self._heirs.pop(index, None)
+            for sock in (*self._heirs.values(), *self._not_theirs):
+                sock.close()
             return Inheritance(
                 worker=index,
                 workers=self._memory.workers,
                 channel=channel,
-                counters_memory=self._memory.counters_memory,
-                limits_memory=self._memory.limits,
+                pulse=pulse,
+                take_memory=partial(self._memory.of_worker, index, pulse.memory),
                 limits_secret=self._memory.limits_secret,
                 table=self._memory.table,
                 maps=self._datapaths.sockmap,
-                used_tokens=self._memory.used_tokens,
                 user=self._user,
                 splicing=self._datapaths.splicing,
                 log=self._log,
                 last_id=self._last_id,
+                heir=Channel(heir) if heir is not None else None,
             )
 
-        worker = WorkerProcess(make, self._close_in_child)
+        worker = WorkerProcess(make, self._close_in_child, self._log, self._claim)
         try:
             self._configure(worker, index, listening=listening)
-        except ForwarderError:
+            if self._is_settled:
+                self._say_datapaths(worker)
+        except (ForwarderError, OSError):  # descriptors are short
             worker.kill()
             worker.close()
             raise
@@ -170,26 +307,81 @@ class WorkerPool:
         return worker
 
     def _hear(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
-        if not worker.hear():
-            self._loop.forget(fd)  # SIGCHLD does the rest
+        """One message of a worker; whatever goes wrong over it is the worker's fault."""
+        was_deaf = worker.is_deaf
+        try:
+            if not worker.hear():
+                self._loop.forget(fd)  # SIGCHLD does the rest
+                # It has ended, or only says so.
+                self._loop.after(_PAUSE_S, worker.kill)
+                return
+        except Exception as error:
+            self._loop.forget(fd)
+            worker.fault(error)
+            return
+        if worker.is_deaf != was_deaf:
+            self._loop.change(fd, EPOLLOUT if worker.is_deaf else EPOLLIN)
+        if worker.has_said_much(self._loop.now_s):
+            # The others, and who asks us, have their turn first.
+            self._loop.forget(fd)
+            self._loop.after(_BREATH_S, lambda: self._hear_again(worker, fd))
+
+    def _accused(self, _owner: object, _fd: int, _mask: int) -> None:
+        self._replace_accused(self._datapaths.accused())
+
+    def _replace_accused(self, indexes: Iterable[int]) -> None:
+        """Workers that have asked the keeper for what they may not."""
+        for index in indexes:
+            worker = self._workers[index]
+            if worker.exit_code is None:
+                worker.fault(FaultyMessageError("it asked the splice keeper for what it may not"))
+
+    def _hear_again(self, worker: WorkerProcess, fd: int) -> None:
+        if worker.exit_code is None and worker in self._workers:
+            mask = EPOLLOUT if worker.is_deaf else EPOLLIN
+            self._loop.watch(fd, mask, self._hear, worker)
 
     def _configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
-        bound = self._in_force.listeners.bound
-        names = list(bound) if listening else []
+        bound = self._served() if listening else {}
+        places: list[tuple[str, int]] = []
+        fds: list[int] = []
+        for name, sockets in bound.items():
+            for position, each in enumerate(sockets):
+                sock = each.socket_of(index)
+                if sock is not None:
+                    places.append((name, position))
+                    fds.append(sock.fileno())
         upstreams = self._in_force.config.upstreams.values()
         worker.may_be_transparent = any(upstream.transparent for upstream in upstreams)
         text_fd = text_to_fd(self._in_force.settings.to_json())
         try:
-            fds = [bound[name].socket_of(index).fileno() for name in names]
-            worker.ask("settings", [text_fd, *fds], listeners=names)
+            # As many as fit into one message; they are listened to with the last of them.
+            rest = max(0, len(fds) - MOST_SOCKETS)
+            for first in range(0, rest, MOST_SOCKETS):
+                worker.ask("sockets", fds[first : min(first + MOST_SOCKETS, rest)])
+            worker.ask("settings", [text_fd, *fds[rest:]], listeners=places)
         finally:
             os.close(text_fd)
+
+    def _served(self) -> dict[str, Bound]:
+        """The listeners whose connections are accepted: not yet those that copying will not do for.
+
+        Their connections wait in the kernel.
+        """
+        config = self._in_force.config
+        waiting = {
+            listener.name
+            for listener in config.listeners
+            if not self._is_settled and waits_for_datapath(listener, config)
+        }
+        bound = self._in_force.listeners.bound
+        return {name: sockets for name, sockets in bound.items() if name not in waiting}
 
     def _say_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
         try:
             worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
         except ControlError as error:
-            # It dies or is stuck; whoever takes its place is told at the start.
+            # It dies or is stuck; its successor is told at the start.
             self._log.write("error", "worker_health", error=str(error))
 
     def _bury(self, index: int, *, is_soon: bool = False, tries: int = _BURIALS) -> None:
@@ -201,6 +393,8 @@ class WorkerPool:
         try:
             # What it had spliced goes on: first, while the table says what that is.
             self._datapaths.bury(index)
+            # All that it had asked was read before: complaints of it are not about its successor.
+            self._replace_accused(self._datapaths.accused() - {index})
         except KeeperError as error:
             self._log.write("error", "splice_keeper", error=str(error))
             if not self._ending and tries > 1:
@@ -224,6 +418,7 @@ class WorkerPool:
             self._workers[index] = self._start_worker(index)
         except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
             self._log.write("error", "worker_start", error=str(error))
-            self._loop.after(_PAUSE_S, lambda: self._replace(index))
+            # It may have begun, and been given its predecessor's pairs: they are the next one's.
+            self._loop.after(_PAUSE_S, lambda: self._bury(index))
         else:
             self._buried.discard(index)

@@ -8,19 +8,45 @@ import select
 import signal
 import socket
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+from pyforwarder.datapath.send_buffer import MOST_BYTES as MOST_SEND_BUFFER
 from pyforwarder.datapath.send_buffer import enlarge_send_buffer
-from pyforwarder.descriptors import duplicate_socket
 from pyforwarder.errors import ControlError, ForwarderError
-from pyforwarder.worker.channel import Channel
+from pyforwarder.runtime.channel import Channel
+from pyforwarder.runtime.children import fork
+from pyforwarder.runtime.descriptors import close_given, duplicate_socket
+from pyforwarder.runtime.pulse import PULSE_S, Pulse, PulseWatch
+from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.supervisor.messages import (
+    FROM_WORKER,
+    MOST_BYTES,
+    Answer,
+    Ask,
+    FaultyMessageError,
+    Refusal,
+    TokenClaim,
+    understand,
+    understand_result,
+)
 from pyforwarder.worker.process import Inheritance, main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from pyforwarder.worker.log import Log
+
 # A worker answers between two turns of its loop; one that does not for so long is stuck.
 ANSWER_TIMEOUT_S: Final = 10.0
+# How much it may ask before it answers, and how many of our answers it may leave unread.
+_MOST_BEFORE_ANSWER: Final = 20_000
+_MOST_UNSENT: Final = 1024
+_MOST_SHOWN: Final = 200
+_MOST_CLAIMS: Final = 64
+# What a worker may ask in that time: it asks once for a connection, if at all.
+_WHILE_S: Final = 0.1
+_MOST_IN_A_WHILE: Final = 2000
 # Level and option with which a socket may be bound to an address that is not this host's (ip(7)).
 TRANSPARENT: Final = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
@@ -31,82 +57,190 @@ TRANSPARENT: Final = {
 class WorkerProcess:
     """One worker, from fork to wait."""
 
-    def __init__(self, make: Callable[[Channel], Inheritance], close_in_child: Callable[[], None]):
-        """Fork; the child runs `worker.process.main` and never returns from here."""
+    def __init__(
+        self,
+        make: Callable[[Channel, Pulse], Inheritance],
+        close_in_child: Callable[[], None],
+        log: Log,
+        claim: Callable[[TokenClaim, Callable[[bool | None], None]], None] | None = None,
+    ) -> None:
+        """Fork; the child runs `worker.process.main` and never returns from here.
+
+        `claim` has a token used up in a fleet, and tells whether that was its first use.
+        """
         ours, theirs = Channel.pair()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                ours.close()
-                close_in_child()
-                code = main(make(theirs))
-            finally:
-                # No cleanup of the parent's objects, no buffered output twice. Its connections
-                # end as resets: every socket has SO_LINGER 0.
-                os._exit(code)
+        self._pulse = Pulse()
+
+        def child() -> int:
+            # When it ends its connections end as resets: every socket has SO_LINGER 0.
+            ours.close()
+            close_in_child()
+            return main(make(theirs, self._pulse))
+
+        self.pid = fork(child)
         theirs.close()
-        self.pid = pid
         self.channel = ours
         self.started_s = time.monotonic()
         self.exit_code: int | None = None
         # Whether it may connect from any address: set while an upstream is `transparent`.
         self.may_be_transparent = False
         self._number = 0
+        self._watch = PulseWatch(self._pulse, self.pid)
+        self._log = log
+        self._claim = claim
+        self._claims = 0  # that are not answered yet
+        self._heard = 0
+        self._heard_since_s = 0.0
+        self._unsent: deque[Mapping[str, object]] = deque()  # answers for which it has no room
 
     def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> Any:
         """Send a request and wait for its result.
 
         Raises:
-            ControlError: the worker refused, died or did not answer in time.
+            ControlError: the worker refused, died or did not answer in time, or said what it may
+                not say, and was ended for that.
         """
         self._number += 1
         try:
             self.channel.send({"do": do, "n": self._number, **fields}, fds)
-            return self._result(self._number)
+            return self._result(do, self._number)
         except OSError as error:
             raise ControlError(f"worker {self.pid}: {error.strerror or error}") from error
+        except ControlError:
+            raise
+        except Exception as error:
+            self.fault(error)
+            raise ControlError(f"worker {self.pid} does not make sense: {error}") from error
 
-    def _result(self, number: int) -> Any:
-        deadline_s = time.monotonic() + ANSWER_TIMEOUT_S
+    def _result(self, do: str, number: int) -> Any:
+        deadline_s = time.monotonic() + scaled_s(ANSWER_TIMEOUT_S)
         readable = select.poll()  # select(2) ends at descriptor 1023
         readable.register(self.channel.fileno(), select.POLLIN)
-        while True:
-            left_ms = (deadline_s - time.monotonic()) * 1000
-            if left_ms <= 0 or not readable.poll(left_ms):
-                raise ControlError(f"worker {self.pid} does not answer")
-            received = self.channel.receive()
-            if received is None:
-                raise ControlError(f"worker {self.pid} has died")
-            message, fds = received
-            if "ask" in message:
-                self._grant(message, fds)
-            elif message["n"] == number:
-                if "error" in message:
-                    raise ControlError(message["error"])
-                return message["result"]
+        for _ in range(_MOST_BEFORE_ANSWER):
+            while not readable.poll(min(PULSE_S, max(0.0, deadline_s - time.monotonic())) * 1000):
+                if self.end_if_stuck() or time.monotonic() >= deadline_s:
+                    raise ControlError(f"worker {self.pid} does not answer")
+            message = self._receive()
+            match message:
+                case None:
+                    raise ControlError(f"worker {self.pid} has died")
+                case Refusal(n=n, error=error) if n == number:
+                    raise ControlError(error)
+                case Answer(n=n, result=result) if n == number:
+                    return understand_result(do, result)
+        raise FaultyMessageError("it asks without end")
 
     def hear(self) -> bool:
-        """Serve what the worker asks of its own accord; False once it has gone."""
+        """Serve one thing that the worker asks of its own accord; False once it has gone.
+
+        Raises:
+            Exception: it said what it may not say, whatever of it is noticed where.
+        """
+        if self._unsent:
+            self._send_grants()
+        if self.is_deaf:
+            return True
         try:
-            received = self.channel.receive()
+            return self._receive() is not None
         except BlockingIOError:
             return True
         except OSError:
             return False
-        if received is None:
-            return False
-        message, fds = received
-        if "ask" in message:
-            self._grant(message, fds)
-        return True
 
-    def _grant(self, message: Mapping[str, Any], fds: Sequence[int]) -> None:
-        answer = grant(message, fds, may_be_transparent=self.may_be_transparent)
+    def has_said_much(self, now_s: float) -> bool:
+        """Whether it has asked for more than is good since it was last heard again."""
+        if now_s - self._heard_since_s >= _WHILE_S:
+            self._heard_since_s, self._heard = now_s, 0
+        self._heard += 1
+        return self._heard > _MOST_IN_A_WHILE
+
+    def _receive(self) -> Answer | Refusal | Ask | TokenClaim | None:
+        """The next message, granted if it asks for something; None at the end.
+
+        Raises:
+            BlockingIOError: there is none.
+            OSError: the worker has gone.
+            ValueError, FaultyMessageError: it is none that a worker may send.
+        """
+        received = self.channel.receive(most_bytes=MOST_BYTES)
+        if received is None:
+            return None
+        message, fds = received
+        try:
+            # Where we have no room for descriptors, none came, and nothing can be granted.
+            expected = [-1] if self.channel.was_cut else fds
+            understood = understand(message, expected, FROM_WORKER)
+            if isinstance(understood, Ask):
+                self._grant(understood, fds)
+                return understood
+            if isinstance(understood, TokenClaim):
+                self._have_claimed(understood)
+                return understood
+            assert isinstance(understood, Answer | Refusal)
+            if understood.n > self._number:
+                raise FaultyMessageError("an answer to what was not asked")
+            return understood
+        finally:
+            close_given(fds)
+
+    def _grant(self, asked: Ask, fds: Sequence[int]) -> None:
+        answer = grant(asked, fds, may_be_transparent=self.may_be_transparent)
         if answer is not None:
-            # If it is gone, SIGCHLD tells.
+            if len(self._unsent) >= _MOST_UNSENT:
+                raise FaultyMessageError("it reads none of its answers")
+            self._unsent.append({"granted": answer, "number": asked.number})
+            self._send_grants()
+
+    def _have_claimed(self, asked: TokenClaim) -> None:
+        def answer(is_first: bool | None) -> None:
+            self._claims -= 1
+            # One that does not read just now misses it: it has a deadline of its own.
             with contextlib.suppress(OSError):
-                self.channel.send({"granted": answer, "number": message.get("number")})
+                self.channel.send({"claimed": asked.number, "first": is_first}, wait=False)
+
+        self._claims += 1
+        # A worker asks for fewer at once (`token_claims.MOST_SENT`).
+        if self._claim is None or self._claims > _MOST_CLAIMS:
+            answer(None)
+        else:
+            self._claim(asked, answer)
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether it has to read what it was told before it is heard any more."""
+        return bool(self._unsent)
+
+    def _send_grants(self) -> None:
+        # Never waiting: of a worker that does not read we are not the prisoners. If it is gone,
+        # SIGCHLD tells.
+        try:
+            while self._unsent:
+                self.channel.send(self._unsent[0], wait=False)
+                self._unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+
+    def fault(self, error: Exception) -> None:
+        """End it for what it said; SIGCHLD does the rest."""
+        if isinstance(error, FaultyMessageError | ValueError):
+            self._log.write("error", "worker_fault", pid=self.pid, error=str(error)[:_MOST_SHOWN])
+        else:
+            self._log.fault("worker_fault", error, pid=self.pid)
+        self.kill()
+
+    def end_if_stuck(self) -> bool:
+        """Whether it does nothing any more: then it is ended, and SIGCHLD does the rest.
+
+        Nobody waits for its end: it may be in the middle of a system call.
+        """
+        why = "" if self.exit_code is not None else self._watch.why_stuck()
+        if why:
+            self._log.write("error", "worker_hangs", pid=self.pid, why=why)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        return bool(why)
 
     def has_ended(self) -> bool:
         """Whether the process is gone; reaps it."""
@@ -125,37 +259,32 @@ class WorkerProcess:
             self.exit_code = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """Close the channel."""
+        """Close the channel, and unmap what shows that it works."""
         self.channel.close()
+        self._pulse.close()
 
 
-def grant(
-    message: Mapping[str, Any], fds: Sequence[int], *, may_be_transparent: bool
-) -> bool | None:
-    """Do for a worker what needs a privilege; closes the descriptors.
+def grant(asked: Ask, fds: Sequence[int], *, may_be_transparent: bool) -> bool | None:
+    """Do for a worker what needs a privilege; the descriptors stay the caller's.
 
     A worker is not trusted: whatever it asks, this is all it can get. Returns whether it was done,
     for a worker that waits to know; None: it does not.
     """
+    waits = asked.ask == "transparent"
     try:
         if len(fds) != 1:
-            return None
+            return False if waits else None
         with duplicate_socket(fds[0]) as sock:
-            if sock.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            if message["ask"] == "enlarge":
-                enlarge_send_buffer(sock, max(0, int(message["number"])))
-            elif message["ask"] == "transparent":
+            if sock.family in (socket.AF_INET, socket.AF_INET6):
+                if not waits:
+                    enlarge_send_buffer(sock, min(asked.number, MOST_SEND_BUFFER))
+                    return None
                 if may_be_transparent:
                     sock.setsockopt(*TRANSPARENT[sock.family], 1)
-                return may_be_transparent
-    except (OSError, ValueError, TypeError):
-        # Not a socket, no privilege, or no sense: the worker goes on without.
-        return False if message["ask"] == "transparent" else None
-    finally:
-        for fd in fds:
-            os.close(fd)
-    return None
+                    return True
+    except OSError:
+        pass  # not a socket, or no privilege: the worker goes on without
+    return False if waits else None
 
 
 def ask_all(workers: Sequence[WorkerProcess], do: str, **fields: object) -> list[Any]:

@@ -5,22 +5,43 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.address import Address, HostPort, UnixAddress
-from pyforwarder.connection import Event, Life
-from pyforwarder.counters import Counter
+from pyforwarder.core.address import Address, HostPort, SamePort, UnixAddress
+from pyforwarder.core.connection import Event, Life
+from pyforwarder.core.eyeballs import Liveness
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.copying import WATCHED
-from pyforwarder.loop import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP
-from pyforwarder.reasons import CloseReason
-from pyforwarder.worker.linger import reset_at_close
-from pyforwarder.worker.resolver import KEEP_S, addresses_of
+from pyforwarder.runtime.counters import (
+    CONNECT_BOUNDS_S,
+    CONNECT_FIRST,
+    Counter,
+    count_connect,
+    count_failure,
+    observe,
+)
+from pyforwarder.runtime.keepalive import keep_alive
+from pyforwarder.runtime.linger import reset_at_close
+from pyforwarder.runtime.loop import (
+    EPOLLERR,
+    EPOLLET,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+)
+from pyforwarder.runtime.resolver import KEEP_S, MOST_ADDRESSES, TooManyNamesError, addresses_of
+from pyforwarder.runtime.sockaddr import sockaddr
+from pyforwarder.worker.race import SHORTAGES, Race, outcome_of
 
 if TYPE_CHECKING:
+    from pyforwarder.core.address import ServerAddress
+    from pyforwarder.runtime.resolver import Names
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.resolver import Resolver
     from pyforwarder.worker.server import Server
 
 _STREAM: Final = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
@@ -50,24 +71,61 @@ CONNECT_ERRORS: Final[Mapping[int, CloseReason]] = {
     errno.EPIPE: CloseReason.REFUSED,
     errno.ENOENT: CloseReason.REFUSED,  # unix: no such socket
     errno.ETIMEDOUT: CloseReason.TIMEOUT,
-    # Ours to be short of: local ports, descriptors, memory, a unix listener's backlog.
-    errno.EADDRNOTAVAIL: CloseReason.BUSY,
-    errno.EMFILE: CloseReason.BUSY,
-    errno.ENFILE: CloseReason.BUSY,
-    errno.ENOBUFS: CloseReason.BUSY,
-    errno.ENOMEM: CloseReason.BUSY,
-    errno.EAGAIN: CloseReason.BUSY,
+    errno.EADDRNOTAVAIL: CloseReason.BUSY,  # no address to connect from
+    errno.EAGAIN: CloseReason.BUSY,  # unix: the server's backlog is full
+    **dict.fromkeys(SHORTAGES, CloseReason.BUSY),
 }
+
+
+def _family_of(address: Address) -> int:
+    return _socket.AF_INET6 if address.is_ipv6 else _socket.AF_INET
+
+
+class Answered:
+    """A name's answer that is to be obeyed after the running batch, unless it is stopped."""
+
+    __slots__ = ("is_stopped",)
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        """Nobody wants it any more: the client is gone, or has been given another server."""
+        self.is_stopped = True
+
+
+class _Dialing:
+    """One client's race between the addresses of its server."""
+
+    __slots__ = ("_client", "_connector")
+
+    def __init__(self, connector: Connector, client: Client) -> None:
+        self._connector = connector
+        self._client = client
+
+    def dial(self, address: Address) -> tuple[_socket.socket, int]:
+        """See `Racer`."""
+        return self._connector.dial(self._client, address)
+
+    def won(self, sock: _socket.socket, address: Address) -> None:
+        """See `Racer`."""
+        self._connector.won(self._client, sock, address)
+
+    def lost(self, code: int) -> None:
+        """See `Racer`."""
+        self._connector.lost(self._client, code)
 
 
 class Connector:
     """Connects clients to servers, one attempt after the other."""
 
-    def __init__(self, server: Server, resolver: Resolver) -> None:
+    def __init__(self, server: Server, names: Names) -> None:
         self._server = server
         self._loop = server.loop
-        self._resolver = resolver
-        self._first_ephemeral_port = _first_ephemeral_port()
+        self._names = names
+        # By whether a client has named the server: what clients try tells nothing of upstreams.
+        self._liveness = {True: Liveness(), False: Liveness()}
+        self.first_ephemeral_port = _first_ephemeral_port()
         self._asked = 0
         self._waiting_for_address: dict[int, tuple[Client, _socket.socket]] = {}
 
@@ -80,7 +138,8 @@ class Connector:
             client.upstream = client.listener.generation.upstreams[to]
             self._choose_server(client)
         else:
-            self._approach(client, to)
+            client.connecting_s = time.monotonic()
+            self.approach(client, to)
 
     def next(self, client: Client) -> None:
         """The last attempt failed: another address, another server, or no hope.
@@ -95,7 +154,7 @@ class Connector:
             return
         if client.candidates:
             address, *client.candidates = client.candidates
-            self._connect(client, address)
+            self._connect(client, address, timeout_s=client.each_timeout_s)
         elif client.upstream is not None:
             self._choose_server(client)
         else:
@@ -106,46 +165,114 @@ class Connector:
         host = client.peer.host if client.peer is not None else None
         chosen = client.upstream.balancer.choose(host, self._loop.now_s, client.tried)
         if chosen is None:
-            self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
+            cause = ""  # what the last one that was tried has said
+            if not client.tried:
+                assert client.route is not None
+                why = client.upstream.balancer.why_none(self._loop.now_s)
+                cause = f"no server of upstream {client.route.to}: {why}"
+            self._server.refuse(client, client.reason or CloseReason.UNREACHABLE, cause)
             return
         client.server_state = chosen
+        client.connecting_s = time.monotonic()
         client.upstream.balancer.hold(chosen)
-        self._approach(client, chosen.address)
+        self.approach(client, chosen.address)
 
-    def _approach(self, client: Client, to: Address | HostPort | UnixAddress) -> None:
+    def approach(self, client: Client, to: ServerAddress) -> None:
+        """The client's server is known: find its address, and connect to it if that may be."""
+        if isinstance(to, SamePort):
+            port = client.listener.local_port
+            if not port:
+                self.failed(client, CloseReason.UNREACHABLE, f"no port for {to}", is_ours=True)
+                return
+            to = to.at(port)
         client.destination = to
         if isinstance(to, HostPort):
             self._resolve(client, to)
         elif self._may(client, to):
-            self._connect(client, to)
+            self._connect(client, to, timeout_s=self._timeout_s(client))
         else:
-            self._server.refuse(client, CloseReason.DENIED)
+            self._deny(client, to)
 
     def _resolve(self, client: Client, to: HostPort) -> None:
+        """Find the name's addresses; what is denied whatever they are is not asked for."""
+        route = client.route
+        assert route is not None
+        by_client = route.named_by_client
+        allow = route.rule.allow
+        if by_client and allow is not None and not allow.permits_port(to.port):
+            cause = f"allow does not list port {to.port}"
+            self._server.refuse(client, CloseReason.DENIED, cause)
+            return
+        # One deadline for the name and the connection, however many addresses there are.
         self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
 
         def answer(hosts: list[str]) -> None:
-            # Deferred, so that what goes wrong is this client's and nobody else's.
-            self._loop.defer(lambda _: proceed(hosts), client)
+            # Deferred, so that what goes wrong is this client's and nobody else's. Its deadline may
+            # pass before that; whatever ends this attempt stops what it waits for.
+            answered = client.approach = Answered()
+            self._loop.defer(lambda _: proceed(hosts, answered), client)
 
-        def proceed(hosts: list[str]) -> None:
-            # The client may be gone, or already with its next server.
-            if client.life is not Life.CONNECTING or client.destination is not to:
-                return
-            addresses = addresses_of(hosts, to.port)
-            # Every one of them is asked about, because the client may control the name, and which
-            # one is used is chance.
-            if not addresses:
-                self.failed(client, CloseReason.UNRESOLVED)
-            elif all(self._may(client, address) for address in addresses):
-                address, *client.candidates = addresses
-                self._connect(client, address)
-            else:
-                self._server.refuse(client, CloseReason.DENIED)
+        def proceed(hosts: list[str], answered: Answered) -> None:
+            if client.life is Life.CONNECTING and not answered.is_stopped:
+                client.approach = None
+                if by_client and len(hosts) > MOST_ADDRESSES:
+                    cause = "the name has too many addresses"
+                    self.failed(client, CloseReason.UNRESOLVED, cause)
+                    return
+                self._resolved(client, addresses_of(hosts, to.port))
 
         keep_s = client.upstream.keep_s if client.upstream is not None else KEEP_S
-        if not self._resolver.resolve(to.name, answer, keep_s=keep_s):
-            self._server.refuse(client, CloseReason.BUSY)
+        peer = client.peer.host if by_client and client.peer is not None else None
+        try:
+            wait = self._names.of(named_by_client=by_client).resolve(
+                to.name, answer, keep_s=keep_s, client=peer
+            )
+            # None: `answer` has been called, and has set it.
+            if wait is not None:
+                client.approach = wait
+        except TooManyNamesError:
+            self._server.counters[Counter.NAMES_REFUSED] += 1
+            self._server.refuse(client, CloseReason.BUSY, "too many names at once")
+
+    def _resolved(self, client: Client, addresses: list[Address]) -> None:
+        """Connect to one of the addresses of the client's server, if all of them may be."""
+        assert client.route is not None
+        by_client = client.route.named_by_client
+        if not addresses:
+            self.failed(client, CloseReason.UNRESOLVED, "the name has no address")
+            return
+        # Every one of them is asked about, because the client may control the name, and which
+        # one is used is chance.
+        for address in addresses:
+            if not self._may(client, address):
+                self._deny(client, address)
+                return
+        if len(addresses) == 1:
+            self._connect(client, addresses[0], timeout_s=None)
+        elif client.upstream is not None and client.upstream.transparent:
+            # The supervisor prepares these sockets, one at a time.
+            first, *rest = self._liveness[by_client].order(addresses, self._loop.now_s)
+            client.each_timeout_s = self._timeout_s(client) / (1 + len(rest))
+            client.candidates = rest
+            self._connect(client, first, timeout_s=client.each_timeout_s)
+        else:
+            race = client.approach = Race(
+                self._loop,
+                _Dialing(self, client),
+                addresses,
+                self._liveness[by_client],
+                within_s=self._timeout_s(client),
+                pair=client,
+            )
+            race.begin()
+
+    def _deny(self, client: Client, address: Address | UnixAddress) -> None:
+        """The client may not be connected to the address."""
+        assert client.route is not None
+        allow, cause = client.route.rule.allow, None
+        if allow is not None and isinstance(address, Address):
+            cause = allow.refusal(address.host, address.port)
+        self._server.refuse(client, CloseReason.DENIED, cause or f"{address} is this forwarder")
 
     def _may(self, client: Client, address: Address | UnixAddress) -> bool:
         """Whether the client may be connected to the address."""
@@ -159,22 +286,19 @@ class Connector:
             return client.upstream.timeout_s
         return client.listener.generation.connect_s
 
-    def _connect(self, client: Client, address: Address | UnixAddress) -> None:
+    def _connect(
+        self, client: Client, address: Address | UnixAddress, *, timeout_s: float | None
+    ) -> None:
         """Begin to connect to a server, and go on at once if it is there already.
 
-        A TCP of this host answers within connect(2); asking it again tells so, and costs less than
-        the event would. A server that is further away answers by an event.
+        A server that is further away answers by an event, or `timeout_s` passes (None: the deadline
+        that is running).
         """
         client.destination = address
         try:
-            if isinstance(address, UnixAddress):
-                family, protocol = _socket.AF_UNIX, 0
-            else:
-                family = _socket.AF_INET6 if ":" in address.host else _socket.AF_INET
-                protocol = _socket.IPPROTO_TCP  # never MPTCP, see supervisor/listeners.py
-            sock = _socket.socket(family, _STREAM, protocol)
+            sock = self._socket_to(address)
         except OSError as error:
-            self.failed(client, CONNECT_ERRORS.get(error.errno or 0, CloseReason.UNREACHABLE))
+            self.refused(client, error.errno or errno.EIO)
             return
         fd = sock.fileno()
         client.attach_server(sock, fd)
@@ -182,40 +306,95 @@ class Connector:
             if isinstance(address, UnixAddress):
                 code = sock.connect_ex(address.path)
             else:
-                # What accepted sockets inherit from their listener: a crash is a reset, urgent
-                # bytes stay in the stream, and a small write never waits for an ACK (the kernel's
-                # worker writes packet by packet, too).
-                reset_at_close(fd)
-                sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
-                sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
-                segment_bytes = client.listener.segment_bytes
-                if segment_bytes is not None:
-                    sock.setsockopt(
-                        _socket.IPPROTO_TCP,
-                        _socket.TCP_MAXSEG,
-                        segment_bytes[family == _socket.AF_INET6],
-                    )
+                self._set_up(client, sock, address)
                 upstream = client.upstream
-                if upstream is not None and not upstream.is_plain:
-                    if upstream.transparent and self._has_address(client, family):
+                if upstream is not None and upstream.transparent:
+                    family = _family_of(address)
+                    if self._has_address(client, family):
                         self._ask_for_own_address(client, fd)
                         return
-                    self._bind_source(sock, upstream.source_for(client.id, family))
-                code = sock.connect_ex(address)
-                if code == errno.EINPROGRESS:
-                    code = sock.connect_ex(address)
+                code = self._dial(client, sock, address)
         except OSError as error:
             code = error.errno or errno.EIO
+        self.came(client, code, timeout_s=timeout_s)
+
+    def came(self, client: Client, code: int, *, timeout_s: float | None) -> None:
+        """What the first connect(2) has said: see `_dial`."""
+        fd = client.server_fd
         if code == 0:
             client.server_mask = WATCHED
             self._loop.watch(fd, WATCHED, self._ready, client)
             self._connected(client)
         elif code == errno.EALREADY:
-            self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
+            if timeout_s is not None:
+                self._loop.deadlines.start(client, timeout_s, self._loop.now_s)
             client.server_mask = CONNECTING
             self._loop.watch(fd, CONNECTING, self._ready, client)
         else:
-            self._refused(client, code)
+            self.refused(client, code)
+
+    @staticmethod
+    def _socket_to(address: Address | UnixAddress) -> _socket.socket:
+        if isinstance(address, UnixAddress):
+            return _socket.socket(_socket.AF_UNIX, _STREAM, 0)
+        # never MPTCP, see supervisor/listeners.py
+        return _socket.socket(_family_of(address), _STREAM, _socket.IPPROTO_TCP)
+
+    @staticmethod
+    def _set_up(client: Client, sock: _socket.socket, address: Address) -> None:
+        """What accepted sockets inherit from their listener.
+
+        A crash is a reset, urgent bytes stay in the stream, and a small write never waits for an
+        ACK (the kernel's worker writes packet by packet, too).
+        """
+        reset_at_close(sock.fileno())
+        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
+        sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
+        keepalive = client.listener.generation.keepalive
+        if keepalive.idle_s:
+            keep_alive(sock, keepalive)
+        segment_bytes = client.listener.segment_bytes
+        if segment_bytes is not None:
+            sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_MAXSEG, segment_bytes[address.is_ipv6])
+
+    def _dial(self, client: Client, sock: _socket.socket, address: Address) -> int:
+        """What connect(2) says: 0, EALREADY as long as nobody has answered, or an error.
+
+        A TCP of this host answers within connect(2); asking it again tells so, and costs less than
+        the event would.
+        """
+        upstream = client.upstream
+        if upstream is not None and not upstream.is_plain:
+            self._bind_source(sock, upstream.source_for(client.id, _family_of(address)))
+        name = address if "%" not in address.host else sockaddr(address)
+        code = sock.connect_ex(name)
+        return sock.connect_ex(name) if code == errno.EINPROGRESS else outcome_of(code, address)
+
+    def dial(self, client: Client, address: Address) -> tuple[_socket.socket, int]:
+        """For one of several connections that are made at once; see `Racer`."""
+        sock = self._socket_to(address)
+        try:
+            self._set_up(client, sock, address)
+            return sock, self._dial(client, sock, address)
+        except OSError as error:
+            os.close(sock.detach())
+            raise error from None
+
+    def won(self, client: Client, sock: _socket.socket, address: Address) -> None:
+        """One of several connections stands."""
+        fd = sock.fileno()
+        client.approach = None
+        client.destination = address
+        client.attach_server(sock, fd)
+        client.server_mask = WATCHED
+        # Edge-triggered, but what has come before is reported.
+        self._loop.watch(fd, WATCHED, self._ready, client)
+        self._connected(client)
+
+    def lost(self, client: Client, code: int) -> None:
+        """None of several connections can be made."""
+        client.approach = None
+        self.refused(client, code)
 
     @staticmethod
     def _has_address(client: Client, family: int) -> bool:
@@ -235,30 +414,41 @@ class Connector:
         self._loop.watch(fd, EPOLLET, self._ready, client)
         self._asked += 1
         self._waiting_for_address[self._asked] = (client, client.server)
+        client.asked = self._asked
         self._server.ask_supervisor("transparent", [fd], self._asked)
 
     def granted(self, number: int, *, done: bool) -> None:
         """The supervisor's answer; the client may be gone, or already with its next server."""
-        client, sock = self._waiting_for_address.pop(number)
+        waiting = self._waiting_for_address.pop(number, None)
+        if waiting is None:
+            return  # it was given up
+        client, sock = waiting
+        client.asked = 0
         if client.life is not Life.CONNECTING or client.server is not sock:
             return
         peer, address = client.peer, client.destination
         assert peer is not None
         assert isinstance(address, Address)
         if not done:
-            self.failed(client, CloseReason.UNREACHABLE)
+            self.failed(client, CloseReason.UNREACHABLE, is_ours=True)
             return
         try:
             sock.setsockopt(_socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((peer.host, 0))
-            code = sock.connect_ex(address)
+            code = outcome_of(sock.connect_ex(sockaddr(address)), address)
         except OSError as error:
             code = error.errno or errno.EIO
         if code not in (0, errno.EINPROGRESS):
-            self._refused(client, code)
+            self.refused(client, code)
             return
         client.server_mask = CONNECTING
         self._loop.change(client.server_fd, CONNECTING)
+
+    def forget(self, client: Client) -> None:
+        """The client goes on without an answer of the supervisor's, or has ended."""
+        if client.asked:
+            self._waiting_for_address.pop(client.asked, None)
+            client.asked = 0
 
     @staticmethod
     def _bind_source(sock: _socket.socket, source: str | None) -> None:
@@ -277,7 +467,7 @@ class Connector:
             assert client.server is not None
             code = client.server.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
             if code or mask & EPOLLERR:
-                self._refused(client, code)
+                self.refused(client, code)
                 return
             if not mask & EPOLLOUT:
                 return
@@ -290,48 +480,87 @@ class Connector:
 
     def _connected(self, client: Client) -> None:
         to = client.destination
-        if isinstance(to, Address) and to.port >= self._first_ephemeral_port:
-            assert client.server is not None
-            name = client.server.getsockname()
-            client.source = Address(name[0], name[1])
-            if client.source == to:
-                # Nobody listens there: the connection is its own server.
-                self.failed(client, CloseReason.REFUSED)
-                return
+        if (
+            isinstance(to, Address)
+            and to.port >= self.first_ephemeral_port
+            and self.is_itself(client)
+        ):
+            self.met_itself(client)
+            return
+        client.refusal = ""  # of a server that was tried before
+        took_s = time.monotonic() - client.connecting_s
+        counters = self._server.counters
         if client.server_state is not None:
             assert client.upstream is not None
             client.upstream.balancer.opened(client.server_state)
             client.server_opened = True
+            count_connect(counters, client.server_state.counter)
+            if client.upstream.connect_times:
+                observe(counters, client.upstream.connect_times, CONNECT_BOUNDS_S, took_s)
+        else:
+            observe(counters, CONNECT_FIRST, CONNECT_BOUNDS_S, took_s)
         self._server.happen(client, Event.CONNECTED)
 
-    def _refused(self, client: Client, code: int) -> None:
+    @staticmethod
+    def is_itself(client: Client) -> bool:
+        """Whether nobody listens at the destination, and the connection is its own server."""
+        assert client.server is not None
+        name = client.server.getsockname()
+        client.source = Address(name[0], name[1])
+        return client.source == client.destination
+
+    def met_itself(self, client: Client) -> None:
+        """The connection `is_itself`."""
+        self.failed(client, CloseReason.REFUSED, os.strerror(errno.ECONNREFUSED))
+
+    def refused(self, client: Client, code: int) -> None:
         """The connect has failed, with this errno."""
         if code in RESET_SINCE and not client.candidates and client.upstream is None:
             # It is no refusal: a client that is connected directly would see this reset.
             self._drop(client)
             self._server.broken(client, CloseReason.SERVER_RESET)
         else:
-            self.failed(client, CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE))
+            reason = CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE)
+            self.failed(client, reason, os.strerror(code), is_ours=code in SHORTAGES)
 
     def timed_out(self, client: Client) -> None:
         """The deadline of a resolve or a connect has passed."""
-        self.failed(client, CloseReason.TIMEOUT)
+        is_ours = False
+        if isinstance(client.approach, Race):
+            client.approach.stop(timed_out=True)
+            is_ours = client.approach.code in SHORTAGES  # not all addresses have been asked
+        self.failed(client, CloseReason.TIMEOUT, "no answer in time", is_ours=is_ours)
 
-    def failed(self, client: Client, reason: CloseReason) -> None:
-        """This address will not do; the next one may."""
+    def failed(
+        self, client: Client, reason: CloseReason, cause: str = "", *, is_ours: bool = False
+    ) -> None:
+        """This address will not do; the next one may.
+
+        What is ours (a shortage, no privilege) is not held against the server: else a client that
+        uses up descriptors or ports could have all of them ejected.
+        """
         self._drop(client)
         self._server.counters[Counter.CONNECT_FAILED] += 1
         client.reason = reason
+        client.refusal = cause
         if client.server_state is not None and not client.candidates:
             assert client.upstream is not None
-            client.upstream.balancer.failed(client.server_state, self._loop.now_s)
+            if not is_ours:
+                client.upstream.balancer.failed(client.server_state, self._loop.now_s)
+            count_failure(
+                self._server.counters, client.server_state.counter, reason, is_ours=is_ours
+            )
             client.upstream.balancer.release(client.server_state)
             client.tried = [*client.tried, client.server_state]
             client.server_state = None
         self._server.happen(client, Event.SERVER_FAILED)
 
     def _drop(self, client: Client) -> None:
-        """Give up the server's socket, if there is one."""
+        """Give up the server's socket, if there is one, and what was to lead to one."""
+        if client.approach is not None:
+            client.approach.stop()
+            client.approach = None
+        self.forget(client)
         sock = client.server
         if sock is not None:
             fd = sock.detach()
@@ -340,6 +569,7 @@ class Connector:
             else:
                 os.close(fd)
             client.server = client.source = None
+            client.is_bare = False  # the next one gets all options at once
             client.server_fd = -1
             client.server_mask = 0
         self._loop.deadlines.stop(client)

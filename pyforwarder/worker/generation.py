@@ -12,22 +12,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pyforwarder.address import Address, UnixAddress, parse_bind
 from pyforwarder.config import Config, Listener, parse_config
-from pyforwarder.counters import SharedHeld
-from pyforwarder.datapath.abi import pack_endpoint
-from pyforwarder.policy import OwnListeners
-from pyforwarder.routing import Ruleset, compile_rules
-from pyforwarder.token import TokenKeys, UsedTokens
-from pyforwarder.upstreams import Balancer
+from pyforwarder.core.address import Address, UnixAddress, parse_bind
+from pyforwarder.core.policy import OwnListeners
+from pyforwarder.core.routing import Ruleset, compile_rules
+from pyforwarder.core.token import FleetUse, TokenKeys, UsedTokens
+from pyforwarder.core.upstreams import Balancer
+from pyforwarder.datapath.ebpf.abi import pack_endpoint
+from pyforwarder.runtime.counters import SharedHeld
+from pyforwarder.runtime.host_memory import available_bytes
+from pyforwarder.runtime.limits import TCP, UDP, Bounds
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Rule, Timeouts, Upstream
-    from pyforwarder.counters import Counters, Directory
-    from pyforwarder.policy import Networks
-    from pyforwarder.routing import Rule as RoutedRule
-    from pyforwarder.token import TokenMemory
-    from pyforwarder.upstreams import Held
+    from pyforwarder.config import Limits, ListenerLimits, Rule, Timeouts, Upstream
+    from pyforwarder.core.policy import Networks
+    from pyforwarder.core.routing import Rule as RoutedRule
+    from pyforwarder.core.token import TokenMemory
+    from pyforwarder.core.upstreams import Held
+    from pyforwarder.runtime.counters import Counters, Directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,15 @@ class Settings:
     source: str
     overrides: Mapping[str, str]  # see `with_overrides`
     keys: Mapping[str, bytes]
-    binds: Mapping[str, str]  # listener name -> the address in force, port 0 resolved
+    # Listener name -> its addresses in force, port 0 resolved, in the order of its sockets.
+    binds: Mapping[str, tuple[str, ...]]
     # "listener", "listener rule" or "upstream NAME SERVER" -> its counters
     indexes: Mapping[str, int]
     passwords: Mapping[str, bytes] = field(default_factory=dict)  # by users' names
     # Listener name -> what packets of its connections, and of those to their servers, may have.
     mtus: Mapping[str, int] = field(default_factory=dict)
+
+    drained: tuple[tuple[str, str], ...] = ()  # upstream and server, of the command `server`
 
     def to_json(self) -> str:
         """For a pipe to another process."""
@@ -60,6 +65,7 @@ class Settings:
                 "binds": dict(self.binds),
                 "indexes": dict(self.indexes),
                 "mtus": dict(self.mtus),
+                "drained": list(self.drained),
             }
         )
 
@@ -69,6 +75,8 @@ class Settings:
         fields: dict[str, Any] = json.loads(text)
         for secrets in ("keys", "passwords"):
             fields[secrets] = {n: base64.b64decode(text) for n, text in fields[secrets].items()}
+        fields["drained"] = tuple((upstream, server) for upstream, server in fields["drained"])
+        fields["binds"] = {name: tuple(binds) for name, binds in fields["binds"].items()}
         return cls(**fields)
 
     def config(self) -> Config:
@@ -83,6 +91,7 @@ def _as_text(secrets: Mapping[str, bytes]) -> dict[str, str]:
 def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
     """`--listen` replaces the first TCP listener's address, `--datapath` every choice of datapath.
 
+    `log` is the level of the log (`up -v`).
     `moved` is what `listen_port` was told: a listener's name, a blank, and its port.
 
     Raises:
@@ -108,11 +117,20 @@ def with_overrides(config: Config, overrides: Mapping[str, str]) -> Config:
         config = config.model_copy(
             update={"datapath": overrides["datapath"], "listeners": listeners}
         )
+    if "log" in overrides:
+        config = config.model_copy(
+            update={"log": config.log.model_copy(update={"level": overrides["log"]})}
+        )
     return config
 
 
 # How often a joined pair is looked at for idleness, as a part of the shorter timeout.
 IDLE_CHECKS: Final = 8
+# RFC 4787 REQ-5: a mapping must live for two minutes of silence; a longer one only helps those who
+# send from made-up addresses to fill the table.
+SESSION_IDLE_S: Final = 120.0
+# Which part of the memory that there is pairs may hold, unless `limits.memory` says.
+MEMORY_SHARE: Final = 4
 # A handover that bytes stand in the way of is tried again as they move, and by this clock.
 HANDOVER_RETRY_S: Final = 0.1
 
@@ -141,6 +159,9 @@ def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
             index = directory.server_index(name, str(server.address))
             if index is not None:
                 indexes[f"upstream {name} {server.address}"] = index
+        index = directory.upstream_index(name)
+        if index is not None:
+            indexes[f"upstream {name}"] = index
     return indexes
 
 
@@ -156,9 +177,10 @@ class HandoverTerms:
 
 
 class ListenerState:
-    """One listener of one generation, with what the accept path needs at hand."""
+    """One address of a listener of one generation, with what the accept path needs at hand."""
 
     __slots__ = (
+        "amplification",
         "asks_limits",
         "bind",
         "config",
@@ -168,44 +190,56 @@ class ListenerState:
         "decides_at_once",
         "endpoint",
         "generation",
+        "is_plain",
         "is_unix",
         "local_port",
         "max_bytes",
+        "memory_here",
+        "most_here",
         "name",
+        "needs_header",
+        "prefix",
         "rule_configs",
         "rule_counters",
         "rule_names",
         "ruleset",
+        "scopes",
         "segment_bytes",
         "send_proxy",
+        "session_idle_s",
         "starts_specially",
         "timeout_s",
         "trusted_proxies",
     )
 
-    def __init__(self, generation: Generation, listener: Listener, settings: Settings) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        listener: Listener,
+        settings: Settings,
+        *,
+        bind: Address | UnixAddress,
+        ruleset: Ruleset,
+    ) -> None:
+        """`bind` is where its clients connect to; `ruleset` its rules, compiled."""
         self.generation = generation
         self.config = listener
         self.name = listener.name.encode()
-        bind = settings.binds.get(listener.name)
-        self.bind = parse_bind(bind) if bind is not None else listener.bind
+        self.bind = bind
         self.is_unix = isinstance(self.bind, UnixAddress)
         self.local_port = self.bind.port if isinstance(self.bind, Address) else 0
         # A wildcard listener learns the local address from each connection, when it is shown.
         wildcard = isinstance(self.bind, Address) and self.bind.host in ("0.0.0.0", "::")
         self.endpoint = None if wildcard or listener is JOINED else pack_endpoint(self.bind)
-        self.ruleset: Ruleset = compile_rules(
-            listener,
-            generation.keys,
-            passwords=settings.passwords,
-            path=f"listeners.{listener.name}",
-        )
+        self.ruleset = ruleset
         self.max_bytes = listener.first_packet.max_bytes
         self.timeout_s = listener.first_packet.timeout_s
         # Whose PROXY headers are believed; None: there is none to come.
         self.trusted_proxies: Networks | None = (
             listener.proxy_protocol.trusted if listener.proxy_protocol.accept else None
         )
+        # Who has none is not served, and neither is who is not trusted.
+        self.needs_header = listener.proxy_protocol.accept is True
         # TCP_MAXSEG of outgoing sockets, for IPv4 and IPv6; None: as the route says. What a server
         # sends must fit into the path to the client, too, or the pair could not be spliced.
         mtu = settings.mtus.get(listener.name, 0)
@@ -227,18 +261,71 @@ class ListenerState:
         self.decides_at_once = self.ruleset.may_decide_at_once
         # One question each on the accept path for all that is not the common case.
         self.converses = self.ruleset.begin() is not None
-        limits = generation.limits
-        self.asks_limits = bool(limits.new_per_second or limits.pairs_per_client)
+        is_udp = listener.protocol == "udp"
+        own = bounds_of(listener.limits, generation.limits, self.counter, udp=is_udp)
+        shared = bounds_of(generation.limits, generation.limits, UDP if is_udp else TCP, udp=is_udp)
+        # For who counts as one client, and what the listener's pairs may hold; 0: no limit.
+        self.prefix = listener.limits.client_prefix or generation.limits.client_prefix
+        self.memory_here = int(listener.limits.memory_bytes)
+        self.most_here = own.most  # pairs or sessions of this listener; 0: no limit
+        # The listener's own first: what it refuses must use up no second that the others want.
+        self.scopes = tuple(bounds for bounds in (own, shared) if bounds.asks)
+        self.asks_limits = bool(self.scopes)
+        self.amplification = listener.amplification
+        idle_s = min(SESSION_IDLE_S, generation.config.timeouts.idle_s)
+        self.session_idle_s = idle_s if listener.idle_s is None else listener.idle_s
         self.starts_specially = self.decides_at_once or self.trusted_proxies is not None
+        # Whether its connections may take the straight path: see worker/plain.py.
+        self.is_plain = not (
+            self.asks_limits
+            or self.converses
+            or self.is_unix
+            or self.trusted_proxies is not None
+            or self.send_proxy is not None
+            or generation.handover.at_once
+            or not {"copy", "auto"}.issuperset(self.datapaths)
+        )
+
+
+def bounds_of(limits: ListenerLimits, shared: Limits, scope: int, *, udp: bool) -> Bounds:
+    """The limits of one scope as they are asked; `shared` are those of all listeners."""
+    most, per_client = limits.pairs, limits.pairs_per_client
+    if udp:
+        most = most if limits.sessions is None else limits.sessions
+        if limits.sessions_per_client is not None:
+            per_client = limits.sessions_per_client
+    prefix = limits.client_prefix or shared.client_prefix
+    return Bounds(
+        scope=scope,
+        most=most,
+        per_client=per_client,
+        per_second=limits.new_per_second,
+        per_second_per_client=limits.new_per_second_per_client,
+        ipv4_bits=prefix.ipv4,
+        ipv6_bits=prefix.ipv6,
+        is_udp=udp,
+    )
 
 
 class UpstreamState:
     """One upstream of one generation: who chooses a server, and how it is connected to."""
 
-    __slots__ = ("balancer", "is_plain", "keep_s", "sources", "timeout_s", "transparent")
+    __slots__ = (
+        "balancer",
+        "connect_times",
+        "is_plain",
+        "keep_s",
+        "sources",
+        "timeout_s",
+        "transparent",
+    )
 
-    def __init__(self, upstream: Upstream, balancer: Balancer, timeouts: Timeouts) -> None:
+    def __init__(
+        self, upstream: Upstream, balancer: Balancer, timeouts: Timeouts, *, connect_times: int
+    ) -> None:
+        """`connect_times` is where they are counted; 0: nowhere."""
         self.balancer = balancer
+        self.connect_times = connect_times
         given_s = upstream.connect_timeout_s
         self.timeout_s = timeouts.connect_s if given_s is None else given_s
         self.transparent = upstream.transparent
@@ -290,6 +377,10 @@ class Generation:
         )
         self.limits = self.config.limits
         self.most_pairs = self.limits.pairs
+        self.most_sessions = self.limits.most_sessions
+        memory = self.limits.memory_bytes
+        self.memory_bytes = available_bytes() // MEMORY_SHARE if memory == "auto" else memory
+        self.keepalive = self.config.keepalive.terms
         timeouts = self.config.timeouts
         self.connect_s = timeouts.connect_s
         self.idle_check_s = min(timeouts.idle_s, timeouts.half_closed_s) / IDLE_CHECKS
@@ -303,23 +394,37 @@ class Generation:
             TokenKeys(
                 settings.keys,
                 clock_skew_s=tokens.clock_skew_s,
-                max_lifetime_s=tokens.max_lifetime_s,
+                max_lifetime_s=tokens.longest_life_s,
+                audience=tokens.audience,
+                audience_required=tokens.audience_required,
                 used=(used_tokens or UsedTokens()) if tokens.single_use else None,
+                in_fleet=self._fleet_use(),
             )
             if settings.keys
             else None
         )
-        self.listeners = {
-            listener.name: ListenerState(self, listener, settings)
+        # By name, in the order of their sockets.
+        self.addresses = {
+            listener.name: self._states_of(
+                listener,
+                settings.binds.get(listener.name) or tuple(map(str, listener.addresses)),
+            )
             for listener in self.config.listeners
         }
-        self.joined = ListenerState(self, JOINED, settings)
+        # Each listener's first.
+        self.listeners = {name: states[0] for name, states in self.addresses.items()}
+        self.joined = self._states_of(JOINED, (str(UnixAddress("/")),))[0]
         self.own = {
             protocol: OwnListeners(
-                state.bind for state in self.listeners.values() if state.config.protocol == protocol
+                state.bind
+                for states in self.addresses.values()
+                for state in states
+                if state.config.protocol == protocol
             )
             for protocol in ("tcp", "udp")
         }
+        status = self.config.status
+        self._page = OwnListeners([status.bind] if status is not None else [])
         self.balancers: dict[str, Balancer] = {}
         for name, upstream in self.config.upstreams.items():
             shared: dict[str, Held] = {}
@@ -333,10 +438,36 @@ class Generation:
             else:
                 balancer.reconfigure(upstream, shared=shared)
             self.balancers[name] = balancer
+            balancer.drain({server for upstream, server in settings.drained if upstream == name})
+            for state in balancer.servers:
+                state.counter = settings.indexes.get(f"upstream {name} {state.name}", 0)
         self.upstreams = {
-            name: UpstreamState(upstream, self.balancers[name], timeouts)
+            name: UpstreamState(
+                upstream,
+                self.balancers[name],
+                timeouts,
+                connect_times=settings.indexes.get(f"upstream {name}", 0),
+            )
             for name, upstream in self.config.upstreams.items()
         }
+
+    def _fleet_use(self) -> FleetUse | None:
+        fleet = self.config.fleet
+        if fleet is None or not self.config.claims_tokens:
+            return None
+        return FleetUse(fleet.tokens.wait_s, fleet.tokens.store_lost == "machine")
+
+    def _states_of(self, listener: Listener, binds: tuple[str, ...]) -> tuple[ListenerState, ...]:
+        ruleset = compile_rules(
+            listener,
+            self.keys,
+            passwords=self.settings.passwords,
+            path=f"listeners.{listener.name}",
+        )
+        return tuple(
+            ListenerState(self, listener, self.settings, bind=parse_bind(bind), ruleset=ruleset)
+            for bind in binds
+        )
 
     def send_proxy_of(self, rule: Rule) -> str:
         """Which PROXY header a rule's servers get: what it says, else what its upstream says."""
@@ -371,6 +502,9 @@ class Generation:
             return False
         if rule.allow is None:
             return True
+        # From this host, as whom we would connect, the page asks for no password.
+        if protocol == "tcp" and self._page.includes(address, is_local=is_local):
+            return False
         return isinstance(address, Address) and rule.allow.permits(address.host, address.port)
 
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.connection import Life
-from pyforwarder.counters import Counter
-from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.adopting import is_plain_tcp
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow
     from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.splice import SpliceDatapath
+    from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.server import Server
 
@@ -49,11 +49,31 @@ class Handover:
         sockmap: SockmapDatapath | None,
         splice: SpliceDatapath | None = None,
     ) -> None:
-        """Each is None where this host cannot run it, or nobody wants it."""
+        """Each is None where this host cannot run it, or nobody wants it.
+
+        Whether they work is not known before `settle`: until then pairs are copied, and those that
+        would be handed over wait for it.
+        """
         self._server = server
+        self._is_settled = False
         self._sockmap = sockmap
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
+
+    def settle(self, *, sockmap: bool, splice: bool) -> None:
+        """It is known which of them work: hand over the pairs that waited for it."""
+        if not sockmap:
+            self._sockmap = None
+        if not splice:
+            self._splice = None
+        self._is_settled = True
+        for client in self._server.clients.values():
+            if client.waits_for_handover and client.handover_asked:
+                self._ask(client)
+
+    def stop(self) -> None:
+        """Give nothing more to the kernel: pairs are copied from here on, as before `settle`."""
+        self._is_settled = False
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -69,14 +89,17 @@ class Handover:
         client.waits_for_handover = True
         client.is_eager = choice in ("sockmap", "splice") or generation.handover.at_once
         client.expects_splice = (
-            self._splice is not None and choice != "sockmap" and client.listener.config.splice
+            self._is_settled
+            and self._splice is not None
+            and choice != "sockmap"
+            and client.listener.config.splice
         )
         if client.is_eager and not self._is_spliced_at_once(client, choice):
             self._ask(client)
 
     def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
         """Before the client can have read its answer: no moment is quieter."""
-        if self._splice is None or choice == "sockmap":
+        if not self._is_settled or self._splice is None or choice == "sockmap":
             return False
         self._attempt(client, only_splice=True)
         return not client.waits_for_handover
@@ -87,7 +110,7 @@ class Handover:
         if self._sockmap is None and (self._splice is None or choice == "sockmap"):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
-        if client.client.family == _AF_UNIX or client.server.family == _AF_UNIX:
+        if client.is_unix or client.server.family == _AF_UNIX:
             return PairReason.UNIX_SOCKET
         if client.is_adopted and not (is_plain_tcp(client.client) and is_plain_tcp(client.server)):
             return PairReason.NOT_PLAIN_TCP
@@ -128,6 +151,9 @@ class Handover:
         if self._splice is None:
             return PairReason.NOT_ELIGIBLE
         client.expects_splice = False  # bytes are moved for the last time in there
+        config = client.listener.generation.config
+        self._splice.takes_any_interface = config.splice_interfaces == "any"
+        self._splice.keepalive = config.keepalive.terms
         return self._splice.join(client)
 
     def _ask(self, client: Client) -> None:
@@ -140,6 +166,8 @@ class Handover:
             return
         if client.slot < 0:
             self._server.records.show(client)
+        if not self._is_settled:
+            return  # `settle` asks again
         choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
         because = PairReason.BEST if choice == "auto" else PairReason.FORCED
         reason: PairReason | None = PairReason.NOT_AVAILABLE
@@ -172,6 +200,10 @@ class Handover:
             client.pair_reason = reason
         if client.slot >= 0:
             self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
+        if self._server.log.tells_steps:
+            self._server.log.step(
+                client, "handover", datapath=client.kind.label, why=client.pair_reason.text
+            )
 
     def _ask_again_soon(self, client: Client) -> None:
         """Nothing tells when TCP has sent the last byte, and then the pair may rest for hours."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyforwarder.connection import Life
-from pyforwarder.datapath.abi import DatapathKind, PairState
+from pyforwarder.core.connection import Life
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.routing import Route
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice_keeper import KeeperError
-from pyforwarder.reasons import CloseReason
-from pyforwarder.routing import Route
+from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
+from pyforwarder.datapath.splice.keeper import KeeperError
 from pyforwarder.worker.client import Client, address_of
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.splice import Orphan, SpliceDatapath
+    from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.worker.server import Server
 
 
@@ -31,13 +31,13 @@ def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
             server.loop.watch(fd, 0, splice.ready, client)
         client.life = Life.JOINED
         client.datapath = splice
-        _show(server, client, orphan)
+        show_as_before(server, client, orphan)
         try:
             if client.slot < 0:
                 raise KeeperError("find room in the pair table", 28)
             splice.go_on_with(client, orphan)
         except KeeperError:
-            # Nobody could end it or count it: whoever still speaks gets a RST.
+            # Nobody could end it or count it: a peer that still speaks gets a RST.
             splice.forget(orphan.index)
             client.datapath = None
             server.broken(client, CloseReason.INTERNAL)
@@ -55,7 +55,9 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     record = orphan.record
     listener_name = record.listener_name.decode(errors="replace") if record else ""
     rule_name = record.rule.decode(errors="replace") if record else ""
-    state = generation.listeners.get(listener_name, generation.joined)
+    port = orphan.client.getsockname()[1]
+    states = generation.addresses.get(listener_name, (generation.joined,))
+    state = next((state for state in states if state.local_port == port), states[0])
     rules = state.ruleset.rules
     rule = next((rule for rule in rules if rule.name == rule_name), rules[0])
     peer = address_of(orphan.client.getpeername())
@@ -75,7 +77,7 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     return client
 
 
-def _show(server: Server, client: Client, orphan: Orphan) -> None:
+def show_as_before(server: Server, client: Client, orphan: Orphan) -> None:
     """Write the record as it was, with the names that the configuration may not know any more."""
     server.records.show(client)
     record = orphan.record

@@ -19,34 +19,54 @@ import socket
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from pyforwarder.address import Address
-from pyforwarder.counters import Counter, Counters
-from pyforwarder.datapath.splice import SpliceDatapath
+from pyforwarder.core.address import Address
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.splice.datapath import SpliceDatapath
+from pyforwarder.datapath.splice.sessions import SessionOrphan, SpliceSessions
 from pyforwarder.errors import ForwarderError
-from pyforwarder.limits import SharedLimits
-from pyforwarder.loop import EPOLLIN, Loop
-from pyforwarder.reasons import CloseReason
-from pyforwarder.worker.channel import Channel, text_from_fd
+from pyforwarder.runtime.channel import Channel, text_from_fd
+from pyforwarder.runtime.counters import Counter, Counters
+from pyforwarder.runtime.limits import SharedLimits
+from pyforwarder.runtime.loop import EPOLLIN, Loop
+from pyforwarder.runtime.pulse import PULSE_S
+from pyforwarder.runtime.seccomp import confine
+from pyforwarder.runtime.tables import visible
+from pyforwarder.worker.connection_ids import ConnectionIds
 from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
+from pyforwarder.worker.moving import Giving, Taking
 from pyforwarder.worker.orphans import adopt_orphans
 from pyforwarder.worker.server import Server
+from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable, Sequence
 
+    from pyforwarder.config import Config
     from pyforwarder.datapath.kernel import KernelMaps, PairTable
-    from pyforwarder.datapath.splice_keeper import Splicing
-    from pyforwarder.worker.used_tokens import SharedUsedTokens
+    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.runtime.pulse import Pulse
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 # Descriptors that a worker needs beside its connections: maps, rings, epoll, channel, log, spare.
-_OWN_DESCRIPTORS: Final = 64
+_OWN_DESCRIPTORS: Final = 192
+_TOLD: Final = 1024  # clients beyond the limit on pairs
+
+
+class WorkerMemory(NamedTuple):
+    """A block of each worker, of which its own is writable."""
+
+    counters: Sequence[mmap.mmap]
+    limits: Sequence[mmap.mmap]
+    used_tokens: Sequence[mmap.mmap]
+    connection_ids: Sequence[mmap.mmap]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +76,50 @@ class Inheritance:
     worker: int
     workers: int
     channel: Channel
-    counters_memory: mmap.mmap
-    limits_memory: mmap.mmap
+    take_memory: Callable[[], WorkerMemory]  # in the worker; what else it shares it gives up
     limits_secret: bytes
     table: PairTable
     maps: KernelMaps | None
-    used_tokens: SharedUsedTokens
     user: str | None  # None: stay who we are
     log: Log
     splicing: Splicing | None = None
+    pulse: Pulse | None = None  # where it shows that it works
     last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
+    heir: Channel | None = None  # where a worker of the daemon before sends its pairs
 
 
-def most_clients(pairs: int) -> int:
-    """How many clients one worker may have at once: two descriptors for each, and some to spare."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many clients of each kind one worker may have at once, by its descriptors."""
+
+    clients: int  # two descriptors each
+    sessions: int  # one each
+
+
+def room_for(config: Config) -> Room:
+    """What the limit on open files leaves, TCP and UDP apart: neither can use up the other's.
+
+    A few more than the configured limits, for those who are only told that there is no room.
+    """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, min(pairs + 1024, (files - _OWN_DESCRIPTORS) // 2))
+    addresses = sum(len(listener.addresses) for listener in config.listeners)
+    files = max(files - _OWN_DESCRIPTORS - addresses, 4)
+    sessions = 0
+    if any(listener.protocol == "udp" for listener in config.listeners):
+        # A quarter is left for UDP where there is not enough for all.
+        clients_want = 2 * (config.limits.pairs + _TOLD)
+        sessions = min(config.limits.most_sessions, max(files - clients_want, files // 4))
+    return Room(max(1, min(config.limits.pairs + _TOLD, (files - sessions) // 2)), sessions)
+
+
+def slots_of(config: Config, workers: int) -> int:
+    """A worker's share of the pair table: room for all its TCP clients, and some for UDP sessions.
+
+    More listeners for UDP may come by a reload, which cannot make the table larger.
+    """
+    room = room_for(config)
+    sessions = config.limits.most_sessions
+    return room.clients + max(min(room.sessions, 2 * sessions // workers), min(sessions, _TOLD))
 
 
 def give_up_privileges(user: str | None) -> None:
@@ -97,13 +145,14 @@ def give_up_privileges(user: str | None) -> None:
 
 def run(inheritance: Inheritance) -> None:
     """Serve; returns when the supervisor is gone or has said stop."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A terminal's Ctrl-C reaches the whole group; the supervisor decides what it means.
-        signal.signal(number, signal.SIG_IGN)
     supervisor = os.getppid()
     give_up_privileges(inheritance.user)
     if os.getppid() != supervisor:
         return  # it died before the signal was set
+    # Before there is a thread, and before the first byte of a client.
+    unconfined = confine()
+    if unconfined:
+        inheritance.log.write("warning", "no_seccomp", reason=unconfined)
     worker = _Worker(inheritance)
     # Objects made so far live as long as the process: keep the collector away from them.
     gc.collect()
@@ -119,13 +168,28 @@ class _Worker:
     def __init__(self, inheritance: Inheritance) -> None:
         self._inheritance = inheritance
         self._channel = inheritance.channel
-        self._counters = Counters(inheritance.counters_memory, inheritance.workers)
+        self._memory = inheritance.take_memory()
+        self._counters = Counters(self._memory.counters)
+        self._used_tokens = SharedUsedTokens(self._memory.used_tokens, inheritance.worker)
         self.loop = Loop()
         self._server: Server | None = None
         self._datagrams: DatagramServer | None = None
-        self._sockets: dict[str, _socket.socket] = {}
+        self._sockets: list[_socket.socket] = []
+        self._given: list[int] = []  # listening sockets that came before their settings
         self._draining = False
+        # Sessions that have lost their worker, until the listeners are known.
+        self._orphans: list[SessionOrphan] = []
+        self._sessions: SpliceSessions | None = None
+        self._splice: SpliceDatapath | None = None
+        self._giving: Giving | None = None
+        self._taking: Taking | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
+        self._beat()
+
+    def _beat(self) -> None:
+        if self._inheritance.pulse is not None:
+            self._inheritance.pulse.beat()
+            self.loop.after(PULSE_S, self._beat)
 
     def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
@@ -139,6 +203,9 @@ class _Worker:
         if "granted" in message:
             self._serving().granted(message["number"], done=message["granted"])
             return
+        if "claimed" in message:
+            self._serving().claims.told(message["claimed"], message["first"])
+            return
         answer: dict[str, object]
         try:
             answer = {"result": self._obey(message, fds)}
@@ -148,6 +215,8 @@ class _Worker:
 
     def _obey(self, message: dict[str, Any], fds: list[int]) -> object:
         match message["do"]:
+            case "sockets":
+                self._given += fds
             case "settings":
                 self._take_settings(message["listeners"], fds)
             case "flush":
@@ -155,6 +224,12 @@ class _Worker:
                 return self._serving().flush_ids(ids) + self._datagrams_of().flush_ids(ids)
             case "drain":
                 self._drain()
+            case "retire":
+                self._retire(fds)
+            case "take_over":
+                self._take_over_spliced()
+            case "spliced_left":
+                return self._giving.spliced_left() if self._giving is not None else 0
             case "stop":
                 self._serving().reset_all(CloseReason.SHUTDOWN)
                 self._datagrams_of().end_all(CloseReason.SHUTDOWN)
@@ -163,6 +238,15 @@ class _Worker:
                 return self._serving().upstreams()
             case "health":
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
+                self._datagrams_of().servers_changed()
+            case "datapaths":
+                available = message["available"]
+                self._serving().handover.settle(
+                    sockmap="sockmap" in available, splice="splice" in available
+                )
+                self._datagrams_of().handover.settle(splice="splice_udp" in available)
+            case "adopt":
+                return self._adopt_moved()
             case "pair_with":
                 return self._serving().pair_with(message["cookies"])
             case "join":
@@ -170,6 +254,16 @@ class _Worker:
             case unknown:
                 raise ForwarderError(f"unknown message {unknown!r}")
         return None
+
+    def _adopt_moved(self) -> int:
+        """Take in spliced pairs that went through another machine; how many."""
+        if self._splice is None:
+            return 0
+        adopted = adopt_orphans(self._serving(), self._splice)
+        if adopted:
+            log, worker = self._serving().log.log, self._inheritance.worker
+            log.write("info", "adopted", worker=worker, pairs=adopted)
+        return adopted
 
     def _serving(self) -> Server:
         assert self._server is not None  # settings are always the first message
@@ -179,61 +273,87 @@ class _Worker:
         assert self._datagrams is not None
         return self._datagrams
 
-    def _take_settings(self, names: list[str], fds: list[int]) -> None:
-        """A new configuration: the text in the first descriptor, then one listener per name."""
-        text_fd, *listener_fds = fds
+    def _take_settings(self, places: list[tuple[str, int]], fds: list[int]) -> None:
+        """A new configuration: the text in the first descriptor, then the listening sockets.
+
+        `places` says of each which listener's it is, and which one of that listener's.
+        """
+        text_fd = fds[0]
+        listener_fds = [*self._given, *fds[1:]]
+        self._given = []
         settings = Settings.from_json(text_from_fd(text_fd))
         previous = self._server.generation if self._server else None
         generation = Generation(
             settings,
             worker=self._inheritance.worker,
             previous=previous,
-            used_tokens=self._inheritance.used_tokens,
+            used_tokens=self._used_tokens,
             counters=self._counters,
         )
         if self._server is None:
             self._server = self._make_server(generation)
         server = self._server
         server.generation = generation
+        server.tell_of_servers()
+        room = room_for(generation.config)
+        server.most_clients = room.clients
+        server.pressure.memory_bytes = generation.memory_bytes
+        self._datagrams_of().most_sessions = room.sessions
         log = generation.config.log
-        server.log.change(level=log.level, form=log.format)
+        server.log.change(level=log.level, form=log.format, null_connections=log.null_connections)
+        self._datagrams_of().log.change(
+            level=log.level, form=log.format, null_connections=log.null_connections
+        )
         stays = {os.fstat(fd).st_ino for fd in listener_fds}
-        for sock in self._sockets.values():
+        for sock in self._sockets:
             if os.fstat(sock.fileno()).st_ino not in stays:
                 server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
-        self._sockets = {}
-        for name, fd in zip(names, listener_fds, strict=True):
-            state = generation.listeners[name]
+        self._sockets = []
+        udp = []
+        for (name, position), fd in zip(places, listener_fds, strict=True):
+            state = generation.addresses[name][position]
             if state.config.protocol == "udp":
-                self._listen_for_datagrams(name, fd, state)
+                udp.append(self._listen_for_datagrams(fd, state))
                 continue
-            family = socket.AF_UNIX if state.is_unix else socket.AF_INET
-            if not state.is_unix and ":" in str(state.bind).rpartition(":")[0]:
-                family = socket.AF_INET6
+            family = socket.AF_UNIX
+            if isinstance(state.bind, Address):
+                family = socket.AF_INET6 if state.bind.is_ipv6 else socket.AF_INET
             sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
             sock.setblocking(False)
-            self._sockets[name] = sock
+            self._sockets.append(sock)
             server.listen(sock, state)
-        udp = [name for name in names if generation.listeners[name].config.protocol == "udp"]
         self._datagrams_of().keep_only(udp)
+        self._datagrams_of().servers_changed(generation.balancers)
+        if places:
+            self._take_in_sessions()
 
-    def _listen_for_datagrams(self, name: str, fd: int, state: ListenerState) -> None:
+    def _take_in_sessions(self) -> None:
+        """Go on with the sessions that have lost their worker, now that there are listeners."""
+        orphans, self._orphans = self._orphans, []
+        taken = self._datagrams_of().take_in(orphans)
+        if taken:
+            log, worker = self._serving().log.log, self._inheritance.worker
+            log.write("info", "adopted", worker=worker, sessions=taken)
+
+    def _listen_for_datagrams(self, fd: int, state: ListenerState) -> str:
+        """Serve a UDP socket; what the server knows it by."""
         assert isinstance(state.bind, Address)
         sock = adopt_datagram_socket(fd, ipv6=state.bind.is_ipv6, wildcard=state.endpoint is None)
+        name = f"{state.config.name} {state.bind}"
         self._datagrams_of().listen(name, sock, state)
+        return name
 
     def _make_server(self, generation: Generation) -> Server:
         given = self._inheritance
         limits = SharedLimits(
-            given.limits_memory,
+            self._memory.limits,
             worker=given.worker,
-            workers=given.workers,
             secret=given.limits_secret,
         )
         limits.reset_own()
-        config = generation.config
+        room = room_for(generation.config)
         window = given.table.take_window(given.worker)
         server = Server(
             self.loop,
@@ -244,52 +364,121 @@ class _Worker:
             log=ConnectionLog(given.log),
             worker=given.worker,
             workers=given.workers,
-            most_clients=most_clients(config.limits.pairs),
+            most_clients=room.clients,
             ask_supervisor=self._ask_supervisor,
             last_id=given.last_id,
+            send_claim=lambda message: self._channel.send(message, wait=False),
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
         splice = None
         if given.splicing is not None:
-            splice = SpliceDatapath(
+            splice = self._splice = SpliceDatapath(
                 server,
                 given.splicing.maps,
                 given.splicing.client(given.worker),
                 window=window,
                 worker=given.worker,
             )
+            self._sessions = SpliceSessions(
+                given.splicing.maps.sessions, given.splicing.client(given.worker), window=window
+            )
             given.splicing.keep_only(given.worker)
+        self._drop_kernel_objects()
+        server.pressure.start()
         server.handover = Handover(server, sockmap, splice)
-        if splice is not None:
-            adopted = adopt_orphans(server, splice)
-            if adopted:
-                server.log.log.write("info", "adopted", worker=given.worker, pairs=adopted)
+        self._splice = splice
+        if splice is not None and given.splicing is not None and given.splicing.has_begun:
+            self._adopt(server, splice)
         self._datagrams = DatagramServer(
             self.loop,
             counters=server.counters,
             limits=limits,
             window=window,
-            log=server.log,
+            # Lines of its own: made-up addresses must not use up those about connections.
+            log=ConnectionLog(given.log),
             next_id=server.next_id,
-            most_sessions=most_clients(config.limits.pairs),
+            names=server.names,
+            most_sessions=room.sessions,
+            most_shown=given.table.slots - room.clients,
+            ids=ConnectionIds(self._memory.connection_ids, given.worker),
+            kernel=self._sessions,
+            claims=server.claims,
         )
+        if given.heir is not None:
+            self._taking = Taking(given.heir, server, self._datagrams, splice)
         return server
 
+    def _adopt(self, server: Server, splice: SpliceDatapath) -> None:
+        """Take in what has lost its worker, or its daemon."""
+        adopted = adopt_orphans(server, splice)
+        if adopted:
+            server.log.log.write("info", "adopted", worker=self._inheritance.worker, pairs=adopted)
+        assert self._sessions is not None
+        self._orphans = list(self._sessions.adopt())
+
+    def _take_over_spliced(self) -> None:
+        """What the daemon before had spliced is the keeper's now: ask it."""
+        if self._taking is not None:
+            self._taking.take_over_spliced(self._adopt_the_rest)
+        else:
+            self._adopt_the_rest()
+
+    def _adopt_the_rest(self) -> None:
+        if self._splice is not None:
+            self._adopt(self._serving(), self._splice)
+            self._take_in_sessions()
+
+    def _retire(self, fds: list[int]) -> None:
+        """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
+        server = self._serving()
+        for sock in self._sockets:
+            # What waits there is not lost: the other daemon has the same socket.
+            server.unlisten(sock)
+            sock.close()
+        self._sockets = []
+        self._datagrams_of().listen_no_more()
+        if fds:
+            heir = Channel(socket.socket(fileno=fds[0]))
+            self._giving = Giving(heir, server, self._datagrams_of(), self._splice)
+        self._draining = True
+        self._stop_when_empty()
+
+    def _drop_kernel_objects(self) -> None:
+        """Of maps, programs and links, which are everybody's, keep what is written by descriptor.
+
+        All else is memory by now, and that has none.
+        """
+        given = self._inheritance
+        kept = set()
+        if given.maps is not None:
+            kept |= set(given.maps.of[given.worker].fds)
+        if given.splicing is not None:
+            kept.add(given.splicing.maps.ring_fds[given.worker])
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if int(name) not in kept and "bpf" in os.readlink(f"/proc/self/fd/{name}"):
+                    os.close(int(name))
+
     def _ask_supervisor(self, what: str, fds: list[int], number: int) -> None:
-        # A lost request is asked again by whoever still needs it.
-        with contextlib.suppress(OSError):
-            self._channel.send({"ask": what, "number": number}, fds)
+        # Never waited for: every other pair would wait, too. What is lost is asked again by those
+        # who still need it; but who waits for an answer gets one.
+        try:
+            self._channel.send({"ask": what, "number": number}, fds, wait=False)
+        except OSError:
+            if what == "transparent":
+                refuse = partial(self._serving().granted, number, done=False)
+                self.loop.after(0.0, refuse)
 
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
-        for sock in self._sockets.values():
+        for sock in self._sockets:
             server.accept_rest(sock)
             server.unlisten(sock)
             sock.close()
-        self._sockets = {}
+        self._sockets = []
         # A datagram session has no end to wait for.
-        self._datagrams_of().end_all(CloseReason.SHUTDOWN)
+        self._datagrams_of().drain(CloseReason.SHUTDOWN)
         if not self._draining:
             self._draining = True
             self._stop_when_empty()
@@ -306,6 +495,6 @@ def main(inheritance: Inheritance) -> int:
     try:
         run(inheritance)
     except Exception:
-        traceback.print_exc(file=sys.stderr)
+        sys.stderr.write(visible(traceback.format_exc()))
         return 1
     return 0

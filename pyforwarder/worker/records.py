@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.address import Address, UnixAddress
-from pyforwarder.connection import Life, shown_state
-from pyforwarder.datapath.abi import PairState, pack_endpoint
+from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.core.connection import Life, shown_state
+from pyforwarder.datapath.ebpf.abi import PairState, pack_endpoint
 from pyforwarder.worker.client import address_of
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.table import PairWindow
-    from pyforwarder.loop import Loop
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.client import Client
 
 # A connection shows up in the table once it is this old: most of the short ones never pay for it.
 SHOW_AFTER_S: Final = 0.02
+# But while many make each other slow, all would: beyond so many at a look the others are shown once
+# they are that old.
+_SHOWN_AT_ONCE: Final = 16
+_SHOW_ALL_AFTER_S: Final = 0.1
 
 _NO_ENDPOINT: Final = pack_endpoint(None)
 _UNIX_ENDPOINT: Final = pack_endpoint(UnixAddress("/"))
@@ -34,22 +38,25 @@ class Records:
     def __init__(self, loop: Loop, window: PairWindow) -> None:
         self._loop = loop
         self._window = window
-        self._unshown: dict[Client, None] = {}  # the oldest first
+        # Who has no record yet, the oldest first; who ends must leave it.
+        self.unshown: dict[Client, None] = {}
         self._timer = 0
 
     def show_later(self, client: Client) -> None:
         """Show the connection once it has lived long enough to be looked at."""
-        self._unshown[client] = None
+        self.unshown[client] = None
         if not self._timer:
             self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown)
 
     def show(self, pair: Client) -> None:
         """Write the connection's record; it gets a slot if it has none and one is free."""
+        if pair.is_bare:
+            pair.settle()  # it has lived a while, or is about to be handed over
         if pair.slot < 0:
             pair.slot = self._window.allocate()
             if pair.slot < 0:
                 return
-            self._unshown.pop(pair, None)  # a handover does not wait for that
+            self.unshown.pop(pair, None)  # a handover does not wait for that
             for flow in (pair.up, pair.down):
                 self._window.count(
                     pair.slot,
@@ -90,19 +97,25 @@ class Records:
 
     def _show_unshown(self) -> None:
         """Write the records of the connections that have lived long enough to be looked at."""
-        before_s = self._loop.now_s - SHOW_AFTER_S
-        due = list(itertools.takewhile(lambda c: c.accepted_s <= before_s, self._unshown))
+        now_s = self._loop.now_s
+        due = [
+            client
+            for number, client in enumerate(
+                itertools.takewhile(lambda c: c.accepted_s <= now_s - SHOW_AFTER_S, self.unshown)
+            )
+            if number < _SHOWN_AT_ONCE or client.accepted_s <= now_s - _SHOW_ALL_AFTER_S
+        ]
         for client in due:
-            del self._unshown[client]
+            del self.unshown[client]
             if client.slot < 0:
                 self.show(client)
-        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if self._unshown else 0
+        self._timer = self._loop.after(SHOW_AFTER_S, self._show_unshown) if self.unshown else 0
 
     def release(self, client: Client) -> None:
         """Give the record back, if there is one; if not, none is made any more."""
         if client.slot < 0:
             # Now, not when its time comes: memory that is used again soon is still in the cache.
-            self._unshown.pop(client, None)
+            self.unshown.pop(client, None)
         else:
             self._window.release(client.slot)
             client.slot = -1

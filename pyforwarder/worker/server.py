@@ -7,9 +7,9 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder import proxy_protocol
-from pyforwarder.address import UnixAddress
-from pyforwarder.connection import (
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.address import UnixAddress
+from pyforwarder.core.connection import (
     LIFE,
     PHASES,
     Command,
@@ -19,16 +19,38 @@ from pyforwarder.connection import (
     Step,
     UnexpectedEventError,
 )
-from pyforwarder.counters import (
+from pyforwarder.core.reasons import CloseReason, refusal_code
+from pyforwarder.core.routing import Route
+from pyforwarder.datapath.copying import WATCHED, CopyDatapath
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.errors import ControlError
+from pyforwarder.runtime.channel import BACKLOG
+from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
+    LIMITED_INDEX,
     Counter,
     ListenerCounter,
+    ServerCounter,
+    change,
+    count_connect,
+    count_disconnect,
 )
-from pyforwarder.datapath.copying import WATCHED, CopyDatapath
-from pyforwarder.errors import ControlError
-from pyforwarder.loop import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, Loop
-from pyforwarder.reasons import CloseReason, refusal_code
-from pyforwarder.routing import Route
+from pyforwarder.runtime.keepalive import keep_alive
+from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.linger import end_orderly
+from pyforwarder.runtime.loop import (
+    EPOLLERR,
+    EPOLLHUP,
+    EPOLLIN,
+    EPOLLOUT,
+    EPOLLPRI,
+    EPOLLRDHUP,
+    Loop,
+)
+from pyforwarder.runtime.password_checks import PasswordChecks
+from pyforwarder.runtime.raw_sockets import accept, end_writing, peer_name
+from pyforwarder.runtime.refusals import count_refusal
+from pyforwarder.runtime.resolver import Names
 from pyforwarder.worker.adopting import (
     adoptable,
     cookie_of,
@@ -36,20 +58,21 @@ from pyforwarder.worker.adopting import (
     set_up,
     written_so_far,
 )
-from pyforwarder.worker.channel import BACKLOG
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
-from pyforwarder.worker.linger import end_orderly
+from pyforwarder.worker.datagrams import Session
+from pyforwarder.worker.plain import PlainPath
+from pyforwarder.worker.pressure import Pressure
 from pyforwarder.worker.records import Records
-from pyforwarder.worker.resolver import Resolver
 from pyforwarder.worker.sniffer import Sniffer
+from pyforwarder.worker.token_claims import TokenClaims
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pyforwarder.datapath.base import Flow, Pair
-    from pyforwarder.datapath.table import PairWindow
-    from pyforwarder.limits import SharedLimits
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.runtime.limits import SharedLimits
     from pyforwarder.worker.generation import Generation, ListenerState
     from pyforwarder.worker.handover import Handover
     from pyforwarder.worker.log import ConnectionLog
@@ -83,7 +106,6 @@ BUSY_CLIENTS: Final = 64
 
 # Plain names and numbers for the path of every connection: looking a member up in its enum costs
 # more than most of what is done with it.
-_STREAM: Final = _socket.SOCK_STREAM
 _SNIFFING: Final = Life.SNIFFING
 _CLOSED: Final = Life.CLOSED
 _HANDOVER: Final = Life.HANDOVER
@@ -95,8 +117,12 @@ _UP_BYTES: Final = int(Counter.UP_BYTES)
 _DOWN_BYTES: Final = int(Counter.DOWN_BYTES)
 _LISTENER_ACCEPTED: Final = int(ListenerCounter.ACCEPTED)
 _LISTENER_OPEN: Final = int(ListenerCounter.OPEN)
+_LISTENER_UP_BYTES: Final = int(ListenerCounter.UP_BYTES)
+_LISTENER_DOWN_BYTES: Final = int(ListenerCounter.DOWN_BYTES)
 _FINISHED: Final = CloseReason.FINISHED
 _FLUSHED: Final = Event.FLUSHED
+_CLOSED_FINISHED: Final = CLOSED_INDEX[CloseReason.FINISHED]
+_SERVER_PAIRS: Final = int(ServerCounter.PAIRS)
 _FIN: Final = Step.FIN
 _DELIVERED: Final = Step.DELIVERED
 
@@ -130,11 +156,13 @@ class Server:
         most_clients: int,
         ask_supervisor: Callable[[str, list[int], int], None],
         last_id: int = 0,
+        send_claim: Callable[[dict[str, object]], None] | None = None,
     ) -> None:
         """`most_clients` bounds open connections, by the descriptors this process may have.
 
         `ask_supervisor(what, descriptors, number)` asks for what needs a privilege, without
-        waiting for it. `last_id` is the highest id of the pairs that go on from before.
+        waiting for it. `last_id` is the highest id of the pairs that go on from before;
+        `send_claim` asks for the use of a token, see `TokenClaims`.
         """
         self.ask_supervisor = ask_supervisor
         self.loop = loop
@@ -147,13 +175,18 @@ class Server:
         self.log = log
         self._workers = workers
         self._first_id = last_id + worker + 1
-        self._most_clients = most_clients
+        self.most_clients = most_clients
         self.clients: dict[int, Client] = {}
         self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
         self._busy_clients = 0
+        self.pressure = Pressure(self, memory_bytes=generation.memory_bytes, workers=workers)
         self.records = Records(loop, window)
+        self.passwords = PasswordChecks(loop)
+        self.claims = TokenClaims(loop, send_claim)
         self._sniffer = Sniffer(self)
-        self._connector = Connector(self, Resolver(loop))
+        self.names = Names(loop)
+        self._connector = Connector(self, self.names)
+        self._plain = PlainPath(self, self._sniffer, self._connector)
         self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
         commands: dict[Command, Callable[[Client], None]] = {
             Command.CONNECT: self._connector.start,
@@ -172,7 +205,7 @@ class Server:
             }
             for life, row in LIFE.items()
         }
-        loop.on_error = self._failed
+        loop.on_error = self.failed
 
     # Events
 
@@ -182,14 +215,25 @@ class Server:
             client.life, act = self._life[client.life][event]
         except KeyError:
             raise UnexpectedEventError(f"{event.name} while {client.life.name}") from None
+        if self.log.tells_steps:
+            self.log.step(
+                client,
+                event.name.lower(),
+                life=client.life.name.lower(),
+                rule=client.rule_name.decode(),
+                server=str(client.destination) if client.destination else "-",
+                datapath=client.kind.label,
+            )
         act(client)
 
-    def refuse(self, client: Client, reason: CloseReason) -> None:
+    def refuse(self, client: Client, reason: CloseReason, cause: str = "") -> None:
         """The routed client cannot be served; without words for that it is reset.
 
-        A clean EOF instead would look like a server that had nothing to say.
+        A clean EOF instead would look like a server that had nothing to say. `cause` is for the
+        log (empty: as was said before).
         """
         client.reason = reason
+        client.refusal = cause or client.refusal
         route = client.route
         if route is not None and route.negotiation is not None:
             answer = route.negotiation.refused(refusal_code(reason))
@@ -199,12 +243,22 @@ class Server:
                 return
         self.happen(client, Event.BROKEN)
 
-    def _failed(self, owner: object, error: Exception) -> None:
-        """An exception of ours while serving one connection: that one is reset, the rest go on."""
+    def failed(self, owner: object, error: Exception) -> None:
+        """An exception of ours while serving one connection: that one is reset, the rest go on.
+
+        One of a timer, of work that was put off or of a ring, which are nobody's, is told of.
+        """
         # A datapath's timer belongs to a pair, too.
         client = getattr(owner, "pair", owner)
+        if isinstance(owner, Session):
+            self.log.internal_error(error)
+            owner.owner.end(owner, CloseReason.INTERNAL)
+            return
         if not isinstance(client, Client):
-            raise error
+            if owner is not None and not callable(owner):
+                raise error  # a listener, or the supervisor's channel: without them we are useless
+            self.log.internal_error(error)
+            return
         self.log.internal_error(error)
         if client.life is not Life.CLOSED:
             client.reason = CloseReason.INTERNAL
@@ -236,20 +290,26 @@ class Server:
     def _accept(
         self, state: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
     ) -> None:
-        listener = self._listeners[fd][0]
         for _ in range(most):
-            try:
-                client_fd, peer = listener._accept()  # type: ignore[attr-defined]
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in OVERLOADED:
-                    self._pause(listener)
+            client_fd = accept(fd)
+            if client_fd < 0:
+                code = -client_fd
+                if code == errno.EAGAIN:
                     return
-                if error.errno in NEVER_OURS:
+                if code in OVERLOADED:
+                    self._pause(self._listeners[fd][0])
+                    return
+                if code in NEVER_OURS:
                     continue
-                raise
-            self._admit(state, client_fd, peer, listener.family)
+                raise OSError(code, os.strerror(code))
+            if (
+                state.is_plain
+                and not self.log.tells_steps
+                and len(self.clients) < self.most_clients
+            ):
+                self._plain.serve(state, client_fd, peer_name(), self.next_id())
+            else:
+                self._admit(state, client_fd, peer_name())
 
     def _pause(self, listener: _socket.socket) -> None:
         """Let the backlog wait until some connections have ended."""
@@ -269,19 +329,18 @@ class Server:
         self.counters[_ACCEPTED] = number + 1
         return self._first_id + number * self._workers
 
-    def _admit(self, state: ListenerState, fd: int, peer: object, family: int) -> None:
-        os.set_blocking(fd, False)
-        sock = _socket.socket(family, _STREAM, 0, fd)
+    def _admit(self, state: ListenerState, fd: int, peer: bytes) -> None:
         counters = self.counters
         counters[state.counter + _LISTENER_ACCEPTED] += 1
-        client = Client(self, state, sock, fd, address_of(peer), self.loop.now_s)
-        number: int = counters[_ACCEPTED]
-        counters[_ACCEPTED] = number + 1
-        client.id = self._first_id + number * self._workers  # as in next_id
+        client = Client(self, state, None, fd, peer, self.loop.now_s)
+        client.id = self.next_id()
         if state.asks_limits:
             self._ask_limits(client)
-        listened_to = not client.over_limit or self.listen_to_busy(client)
-        if len(self.clients) >= self._most_clients or not listened_to:
+        if client.over_limit is not None and not self.listen_to_busy(client):
+            self._turn_away(client)
+            return
+        if len(self.clients) >= self.most_clients:
+            self.limited(client, Limit.DESCRIPTORS)
             self._turn_away(client)
             return
         counters[_OPEN] += 1
@@ -302,52 +361,77 @@ class Server:
                 self.loop.deadlines.start(client, state.timeout_s, self.loop.now_s)
         except Exception as error:
             # To the loop the listener would be its owner, whose faults end the process.
-            self._failed(client, error)
+            self.failed(client, error)
 
     def _ask_limits(self, client: Client) -> None:
         """Whether the connection is one too many, in this second or of this client."""
-        limits = client.listener.generation.limits
-        if limits.new_per_second and not self.limits.admit_this_second(
-            limits.new_per_second, self.loop.now_s
-        ):
-            client.over_limit = True
-        elif limits.pairs_per_client and client.listener.trusted_proxies is None:
-            self.count_client(client)
+        state = client.listener
+        is_known = client.peer is not None and state.trusted_proxies is None
+        host = client.peer.host if client.peer is not None and is_known else None
+        self._settle(client, self.limits.admit(host, state.scopes, self.loop.now_s))
 
     def count_client(self, client: Client) -> None:
-        """Count the connection among those of its client's address, and find out if it may be."""
+        """Ask the limits on clients, now that a PROXY header has said who it is."""
         if client.peer is not None:
-            limit = client.listener.generation.limits.pairs_per_client
-            client.counts_client = self.limits.add_client(client.peer.host, limit)
-            client.over_limit = not client.counts_client
+            scopes = client.listener.scopes
+            answer = self.limits.admit_host(client.peer.host, scopes, self.loop.now_s)
+            self._settle(client, answer)
+
+    def _settle(self, client: Client, answer: Limit | tuple[int, ...]) -> None:
+        if isinstance(answer, Limit):
+            self.limited(client, answer)
+        else:
+            client.client_keys = answer
+
+    def limited(self, client: Client, limit: Limit) -> None:
+        """A limit says no to the connection, which is to be told or reset."""
+        client.over_limit = limit
+        self.counters[LIMITED_INDEX[limit]] += 1
 
     def listen_to_busy(self, client: Client) -> bool:
         """Count one more client over a limit; whether there is room to tell it so."""
+        client.counts_busy = True
         self._busy_clients += 1
         return self._busy_clients <= BUSY_CLIENTS
 
     def _turn_away(self, client: Client) -> None:
         """No room even to listen: a reset, at once."""
         client.life = Life.CLOSED
+        client.refusal = client.refusal or "limit of descriptors"
         client.reason = CloseReason.BUSY
         self.counters[CLOSED_INDEX[CloseReason.BUSY]] += 1
-        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        self._count_refusal(client)
+        self.log.closed(client, (0, 0), (0, 0))
         self._give_back(client)
-        os.close(client.client.detach())
+        sock = client.give_up_client()
+        os.close(client.client_fd if sock is None else sock.detach())
 
     # Refusing
 
+    def _count_refusal(self, client: Client) -> None:
+        """Settle whether the connection that was not joined is a refusal."""
+        rule, state = client.rule, client.listener
+        assert client.reason is not None
+        client.is_refused = count_refusal(
+            self.counters,
+            client.reason,
+            listener=state.counter,
+            rule=state.rule_counters[rule.index] if rule is not None else None,
+        )
+
     def _answer(self, client: Client) -> None:
         """Tell the client why not, send FIN, and give it a moment to read that."""
-        self.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        self._count_refusal(client)
         reply = client.down.pending
         client.down.pending = None
         try:
             if reply:
                 # A few bytes into an empty queue: if TCP does not take them, nobody is reading.
                 os.write(client.client_fd, reply)
-            client.client.shutdown(_socket.SHUT_WR)
         except OSError:
+            self.happen(client, Event.BROKEN)
+            return
+        if not end_writing(client.client_fd):
             self.happen(client, Event.BROKEN)
             return
         self.loop.redirect(client.client_fd, self._discard)
@@ -398,10 +482,14 @@ class Server:
                 down.pending = answer
                 # Not carried for anybody: what is written of it must not count.
                 down.carried_bytes = -len(answer)
+        self.go_on_flushing(client)
+
+    def go_on_flushing(self, client: Client) -> None:
+        """Write what is `pending` before the join, now or as there is room."""
         self._flush_more(client)
         if client.life is _HANDOVER:
-            self.loop.redirect(client.client_fd, self._flushing)
-            self.loop.redirect(client.server_fd, self._flushing)
+            self.loop.redirect(client.client_fd, self.flushing)
+            self.loop.redirect(client.server_fd, self.flushing)
             self.loop.deadlines.start(
                 client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
             )
@@ -429,7 +517,8 @@ class Server:
         if done:
             self.happen(client, _FLUSHED)
 
-    def _flushing(self, client: Client, fd: int, mask: int) -> None:
+    def flushing(self, client: Client, fd: int, mask: int) -> None:
+        """An event while something still has to be written before the join."""
         inward, outward = (
             (client.up, client.down) if fd == client.client_fd else (client.down, client.up)
         )
@@ -481,12 +570,30 @@ class Server:
             pair.reason = _FINISHED
             self.happen(pair, Event.FINISHED)
             return
-        target = pair.server if flow is pair.up else pair.client
-        assert target is not None
-        try:
-            target.shutdown(_socket.SHUT_WR)
-        except OSError:
+        # A spliced pair's source has said that itself. Our socket would say it again and again to
+        # nobody, give up after some minutes, and its port would be free while the pair goes on.
+        if pair.kind is not DatapathKind.SPLICE and not end_writing(flow.target_fd):
             # ENOTCONN: the target was reset, and the event of that is on its way to us.
+            side = CloseReason.SERVER_RESET if flow is pair.up else CloseReason.CLIENT_RESET
+            self.broken(pair, side)
+            return
+        pair.active_s = self.loop.now_s
+        if pair.slot >= 0:
+            self.records.show_state(pair)
+
+    def ended(self, pair: Pair, flow: Flow) -> None:
+        """Both at once: nearly every connection ends so, twice."""
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
+        flow.phase = _PHASE_CLOSED
+        if (pair.down if flow is pair.up else pair.up).phase is _PHASE_CLOSED:
+            pair.reason = _FINISHED
+            if pair.is_bare and pair.slot < 0 and not self.log.tells_steps:
+                self._finish(pair)
+            else:
+                self.happen(pair, Event.FINISHED)
+            return
+        if not end_writing(flow.target_fd):
             side = CloseReason.SERVER_RESET if flow is pair.up else CloseReason.CLIENT_RESET
             self.broken(pair, side)
             return
@@ -498,7 +605,8 @@ class Server:
         """The pair cannot be continued correctly."""
         assert isinstance(pair, Client)
         if pair.life is not _CLOSED:
-            pair.reason = reason
+            if not pair.is_refused:
+                pair.reason = reason  # a refusal stays what it is, however its client takes it
             self.happen(pair, Event.BROKEN)
 
     def moved(self, pair: Pair, flow: Flow) -> None:
@@ -513,6 +621,8 @@ class Server:
             )
         if TYPE_CHECKING:
             assert isinstance(pair, Client)
+        if pair.is_bare and flow.carried_packets > 1 and flow is pair.up:
+            pair.settle()  # what TCP has put off goes out by that, too
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
 
@@ -570,6 +680,49 @@ class Server:
             end_orderly(client.server_fd)
         self._end(client)
 
+    def _finish(self, client: Client) -> None:
+        """`_close` of a pair that came by the straight path and was never shown: most of them."""
+        client.life = _CLOSED
+        client.datapath = None
+        client_fd, server_fd, server = client.client_fd, client.server_fd, client.server
+        end_orderly(client_fd)
+        end_orderly(server_fd)
+        self.records.unshown.pop(client, None)
+        counters, listener = self.counters, client.listener.counter
+        up, down = client.up, client.down
+        counters[_CLOSED_FINISHED] += 1
+        counters[_UP_BYTES] += up.carried_bytes
+        counters[_DOWN_BYTES] += down.carried_bytes
+        counters[listener + _LISTENER_UP_BYTES] += up.carried_bytes
+        counters[listener + _LISTENER_DOWN_BYTES] += down.carried_bytes
+        chosen = client.server_state
+        gauges: tuple[int, ...] = (_OPEN, _PAIRS_OPEN, listener + _LISTENER_OPEN)
+        if chosen is not None:
+            assert client.upstream is not None
+            client.upstream.balancer.closed(chosen)
+            chosen.held.add(-1)  # as Balancer.release does
+            client.server_state = None
+            if chosen.counter:
+                gauges = (*gauges, chosen.counter + _SERVER_PAIRS)
+        for gauge in gauges:
+            count = counters[gauge]
+            if count:  # as `change` does
+                counters[gauge] = count - 1
+        self.limits.remove_pair(listener)
+        if self.log.tells:
+            self.log.closed(
+                client,
+                (up.carried_bytes, up.carried_packets),
+                (down.carried_bytes, down.carried_packets),
+            )
+        queue = client._queue
+        if queue is not None:
+            del queue[client]
+            client._queue = None
+        del self.clients[client_fd]
+        client.server = None
+        self.loop.close_two(client_fd, client.give_up_client(), server_fd, server)
+
     def _reset(self, client: Client) -> None:
         """Both ends get a RST: all sockets have had SO_LINGER 0 from their first moment."""
         self._end(client)
@@ -581,8 +734,8 @@ class Server:
         counters = self.counters
         loop = self.loop
         counters[CLOSED_INDEX[reason]] += 1
-        counters[_OPEN] -= 1
-        counters[client.listener.counter + _LISTENER_OPEN] -= 1
+        change(counters, _OPEN, -1)
+        change(counters, client.listener.counter + _LISTENER_OPEN, -1)
         datapath = client.datapath
         # Below 0 as long as some of what we say ourselves is not written.
         up = max(0, client.up.carried_bytes), client.up.carried_packets
@@ -594,14 +747,25 @@ class Server:
                 counters[Counter.BACKLOG_TRIPS] += datapath.trips(client)
                 datapath.leave(client)
             client.datapath = None
+        elif not client.is_refused:
+            self._count_refusal(client)
         # The slot first: who adds the table to these counters may miss the bytes for a moment, but
         # must not see them twice.
         self.records.release(client)
         if datapath is not None:
-            counters[_UP_BYTES] += up[0]
-            counters[_DOWN_BYTES] += down[0]
+            change(counters, _UP_BYTES, up[0])
+            change(counters, _DOWN_BYTES, down[0])
+            change(counters, client.listener.counter + _LISTENER_UP_BYTES, up[0])
+            change(counters, client.listener.counter + _LISTENER_DOWN_BYTES, down[0])
         self.log.closed(client, up, down)
         loop.deadlines.stop(client)
+        if client.approach is not None:
+            client.approach.stop()
+            client.approach = None
+        if client.asked:
+            self._connector.forget(client)
+        if self._sniffer.put_off:
+            self._sniffer.put_off.pop(client, None)
         self._give_back(client)
         client_fd = client.client_fd
         del self.clients[client_fd]
@@ -612,24 +776,29 @@ class Server:
             # epoll, and its events would reach whoever is given the number next.
             loop.forget(client_fd)
             loop.forget(client.server_fd)
-        loop.close_socket(client_fd, client.client)
+        sock = client.give_up_client()
+        if sock is None:
+            loop.close(client_fd)
+        else:
+            loop.close_socket(client_fd, sock)
         if client.server is not None:
             loop.close_socket(client.server_fd, client.server)
             client.server = None
 
     def _give_back(self, client: Client) -> None:
         """What limits and balancers counted for this connection."""
-        if client.over_limit:
+        if client.counts_busy:
             self._busy_clients -= 1
-        if client.counts_client and client.peer is not None:
-            self.limits.remove_client(client.peer.host)
+        if client.client_keys:
+            self.limits.give_back(client.client_keys)
         if client.counts_pair:
-            self.limits.remove_pair()
-            self.counters[_PAIRS_OPEN] -= 1
+            self.limits.remove_pair(client.listener.counter)
+            change(self.counters, _PAIRS_OPEN, -1)
         if client.server_state is not None:
             if client.server_opened:
                 assert client.upstream is not None
                 client.upstream.balancer.closed(client.server_state)
+                count_disconnect(self.counters, client.server_state.counter)
             assert client.upstream is not None
             client.upstream.balancer.release(client.server_state)
             client.server_state = None
@@ -673,9 +842,12 @@ class Server:
         try:
             cookies = self._admit_join(client_socket, server_socket)
             peer = address_of(client_socket.getpeername())
+            destination = address_of(server_socket.getpeername())
             # Only now: the caller keeps sockets that are refused, and goes on with them.
-            set_up(client_socket)
-            set_up(server_socket)
+            for sock in (client_socket, server_socket):
+                set_up(sock)
+                if sock.family != _socket.AF_UNIX:
+                    keep_alive(sock, self.generation.keepalive)
         except (ControlError, OSError) as error:
             client_socket.close()
             server_socket.close()
@@ -686,7 +858,7 @@ class Server:
         client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
         client.id = self.next_id()
         client.attach_server(server_socket, server_fd)
-        client.destination = address_of(server_socket.getpeername()) or UnixAddress("/")
+        client.destination = destination or UnixAddress("/")
         client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
         client.is_adopted = True
         client.cookies = cookies
@@ -702,8 +874,8 @@ class Server:
             flow.read_bytes = read_so_far(source)
             flow.written_bytes = written_so_far(target)
         client.client_mask = client.server_mask = WATCHED
-        self.loop.watch(client_fd, WATCHED, self._flushing, client)
-        self.loop.watch(server_fd, WATCHED, self._flushing, client)
+        self.loop.watch(client_fd, WATCHED, self.flushing, client)
+        self.loop.watch(server_fd, WATCHED, self.flushing, client)
         client.life = Life.HANDOVER
         self.records.show_later(client)
         self.happen(client, Event.FLUSHED)
@@ -721,7 +893,10 @@ class Server:
         if (owner := self.pair_with(cookies)) is not None:
             raise ControlError(f"pair {owner} has that socket already")
         limit = self.generation.limits.pairs
-        if len(self.clients) >= self._most_clients or self.limits.pairs >= limit:
+        if self.pressure.is_full and self.pressure.is_all_held():
+            self.counters[LIMITED_INDEX[Limit.MEMORY]] += 1
+            raise ControlError("pairs hold as much memory as they may (limits.memory)")
+        if len(self.clients) >= self.most_clients or self.limits.pairs >= limit:
             raise ControlError(f"there are as many pairs as there may be (limits.pairs: {limit})")
         return cookies
 
@@ -735,11 +910,64 @@ class Server:
     def take_in(self, client: Client) -> None:
         """Count a pair that did not come by a listener among those that are open."""
         client.counts_pair = True
-        self.limits.add_pair()
+        self.limits.add_pair(client.listener.counter)
         self.counters[Counter.PAIRS_OPEN] += 1
         self.counters[Counter.OPEN] += 1
         self.counters[client.listener.counter + ListenerCounter.OPEN] += 1
         self.clients[client.client_fd] = client
+
+    # Between daemons
+
+    def let_go(self, client: Client) -> None:
+        """The pair is another daemon's from here on, with its sockets: forget it, and say nothing.
+
+        Nothing of it is left with a datapath of ours.
+        """
+        change(self.counters, _OPEN, -1)
+        change(self.counters, client.listener.counter + _LISTENER_OPEN, -1)
+        client.life = Life.CLOSED
+        client.datapath = None
+        client.waits_for_handover = False
+        if client.kind is DatapathKind.SPLICE:
+            client.slot = -1  # the record tells the other daemon what `show` said
+        else:
+            self.records.release(client)
+        self.loop.deadlines.stop(client)
+        self._give_back(client)
+        del self.clients[client.client_fd]
+        for cookie in client.cookies:
+            del self._adopted[cookie]
+        # Closing does not take them out of epoll: the other daemon has the sockets.
+        self.loop.forget(client.client_fd)
+        self.loop.forget(client.server_fd)
+        self.loop.close_socket(client.client_fd, client.client)
+        assert client.server is not None
+        self.loop.close_socket(client.server_fd, client.server)
+        client.server = None
+
+    def know_adopted(self, client: Client, cookies: tuple[int, ...]) -> None:
+        """Another program may have its sockets, which have these cookies."""
+        client.is_adopted = True
+        client.cookies = cookies
+        self._adopted.update(dict.fromkeys(cookies, client))
+
+    def hold_server(self, client: Client, upstream: str, server: str) -> None:
+        """Count the pair for a server of an upstream, if it is configured still."""
+        state = self.generation.upstreams.get(upstream)
+        if state is None:
+            return
+        found = next((one for one in state.balancer.servers if one.name == server), None)
+        if found is None:
+            return
+        client.upstream, client.server_state = state, found
+        state.balancer.hold(found)
+        state.balancer.opened(found)
+        count_connect(self.counters, found.counter)
+        client.server_opened = True
+
+    def join(self, client: Client) -> None:
+        """A pair that another worker had copied flows here."""
+        self._join(client)
 
     def upstreams(self) -> dict[str, dict[str, dict[str, object]]]:
         """What this worker knows of every server: upstream -> server -> state and counts."""
@@ -770,3 +998,13 @@ class Server:
             balancer.mark_up(server, self.loop.now_s)
         else:
             balancer.mark_down(server)
+        self.tell_of_servers()
+
+    def tell_of_servers(self) -> None:
+        """Write down which servers get no new pairs here, and why."""
+        for balancer in self.generation.balancers.values():
+            for server in balancer.servers:
+                if server.counter:
+                    self.counters[server.counter + ServerCounter.DOWN] = int(not server.is_up)
+                    drained = int(server.is_drained)
+                    self.counters[server.counter + ServerCounter.DRAINED] = drained

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import _socket
+import ipaddress
 import os
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from pyforwarder import proxy_protocol
-from pyforwarder.address import Address
-from pyforwarder.connection import Event, Life
-from pyforwarder.counters import Counter, ListenerCounter, RuleCounter
-from pyforwarder.first_packet.cursor import ParseError
-from pyforwarder.loop import EPOLLERR, EPOLLIN, EPOLLPRI, EPOLLRDHUP
-from pyforwarder.reasons import CloseReason
-from pyforwarder.routing import NEED_MORE, End, Refuse, Route, Send
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.address import Address
+from pyforwarder.core.connection import Event, Life
+from pyforwarder.core.first_packet.cursor import ParseError
+from pyforwarder.core.first_packet.outcome import NO_MATCH, Outcome
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.routing import NEED_MORE, Claim, End, Refuse, Route, Send, Verify
+from pyforwarder.runtime.counters import (
+    DECISION_BOUNDS_S,
+    DECISION_FIRST,
+    Counter,
+    RuleCounter,
+    observe,
+)
+from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.loop import EPOLLERR, EPOLLIN, EPOLLPRI, EPOLLRDHUP
+from pyforwarder.runtime.password_checks import Check
+from pyforwarder.worker.token_claims import Claiming
 
 if TYPE_CHECKING:
-    from pyforwarder.routing import Decision
+    from collections.abc import Callable, Hashable
+
+    from pyforwarder.core.routing import Decision
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.server import Server
 
@@ -33,6 +46,18 @@ _PAIRS_OPENED: Final = int(Counter.PAIRS_OPENED)
 # may cost so much processor time, three times what 16 KiB of HTTP took; then what has come is
 # all that there is to decide by.
 DECIDING_S: Final = 0.5
+# And all of them together: so much of the worker's time, and so much at once. Those for which there
+# is none left are looked at a little later, with whatever has come by then.
+AGAIN_SHARE: Final = 0.25
+AGAIN_BURST_S: Final = 0.25
+_AGAIN_PAUSE_S: Final = 0.02
+
+
+def _network_of(peer: Address | None) -> Hashable:
+    """Who waits behind himself: a host, of IPv6 the network of one."""
+    if peer is None or ":" not in peer.host:
+        return peer.host if peer is not None else None
+    return ipaddress.IPv6Address(peer.host.partition("%")[0]).packed[:8]
 
 
 class Sniffer:
@@ -41,6 +66,10 @@ class Sniffer:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._loop = server.loop
+        self._again_s = AGAIN_BURST_S  # what is left for second looks
+        self._again_from_s = server.loop.now_s
+        # Those whose second look waits, the longest first; who ends must leave it.
+        self.put_off: dict[Client, None] = {}
 
     def begin_specially(self, client: Client) -> None:
         """What else comes first on some listeners: a PROXY header, or a decision without a byte."""
@@ -50,11 +79,15 @@ class Sniffer:
             client.proxied_to = None
             client.header = b""
             if client.peer is not None and not state.trusted_proxies.contains(client.peer.host):
-                # Whoever it is, it is not one of our proxies: nothing it says is read.
-                self._refuse_header(client, CloseReason.DENIED)
+                if state.needs_header:
+                    # It is not one of our proxies: nothing it says is read.
+                    cause = "not one of the trusted proxies"
+                    self._refuse_header(client, CloseReason.DENIED, cause)
+                else:
+                    self._go_on_without_header(client, EPOLLIN)
                 return
             self._loop.redirect(client.client_fd, self._header_came)
-        elif not client.over_limit:
+        elif client.over_limit is None:
             self.decide(client, End.OPEN)
 
     # The PROXY header
@@ -71,17 +104,20 @@ class Sniffer:
         except OSError:
             self._server.broken(client, CloseReason.CLIENT_RESET)
             return
-        except ParseError:
-            self._refuse_header(client, CloseReason.MALFORMED)
+        except ParseError as error:
+            self._refuse_header(client, CloseReason.MALFORMED, f"PROXY header: {error}")
+            return
+        if header is NO_MATCH:
+            self._go_on_without_header(client, mask)
             return
         if header is None:
             reason = CloseReason.MALFORMED if client.header else CloseReason.CLIENT_GONE
-            self._refuse_header(client, reason)
+            self._refuse_header(client, reason, "the client has closed before its PROXY header")
             return
         self._take_header(client, header)
         if client.life is Life.SNIFFING:
             self._loop.redirect(fd, self.sniffed)
-            if client.listener.decides_at_once and not client.over_limit:
+            if client.listener.decides_at_once and client.over_limit is None:
                 # No edge will tell of what came with the header; the pair may be joined at once.
                 client.up.readable = True
                 client.up.end_seen = bool(mask & EPOLLRDHUP)
@@ -90,9 +126,41 @@ class Sniffer:
             if client.life is Life.SNIFFING:
                 self.sniffed(client, fd, mask)
 
+    def _go_on_without_header(self, client: Client, mask: int) -> None:
+        """The client is who it seems to be; what was taken for a header is its first packet's."""
+        client.proxied = True
+        client.received, client.header = client.header, b""
+        if not self._count_client(client):
+            return
+        self._loop.redirect(client.client_fd, self.sniffed)
+        if len(client.received) >= client.listener.max_bytes:
+            client.up.readable = True
+            self.decide(client, End.FULL)
+            return
+        if client.listener.decides_at_once and client.over_limit is None:
+            client.up.readable = True
+            client.up.end_seen = bool(mask & EPOLLRDHUP)
+            client.up.urgent = bool(mask & EPOLLPRI)
+            self.decide(client, End.OPEN)
+        if client.life is Life.SNIFFING:
+            self.sniffed(client, client.client_fd, mask)
+
+    def _count_client(self, client: Client) -> bool:
+        """Now that it is known who the client is: whether it is served, or told that it is not."""
+        if client.listener.asks_limits and client.over_limit is None:
+            self._server.count_client(client)
+            if client.over_limit is not None and not self._server.listen_to_busy(client):
+                self._refuse_header(client, CloseReason.BUSY, "")
+                return False
+        return True
+
     @staticmethod
-    def _read_header(client: Client, fd: int) -> proxy_protocol.Header | None:
+    def _read_header(
+        client: Client, fd: int
+    ) -> proxy_protocol.Header | Literal[Outcome.NO_MATCH] | None:
         """The header, taken out of the socket; None: the client has closed before its end.
+
+        NO_MATCH: there need not be one, and there is none; what tells that stays in the socket.
 
         Raises:
             BlockingIOError: it is not complete.
@@ -101,6 +169,10 @@ class Sniffer:
         """
         while True:
             new = client.client.recv(proxy_protocol.MAX_LENGTH, _socket.MSG_PEEK)
+            if not client.listener.needs_header:
+                begins = proxy_protocol.begins(client.header + new)
+                if begins is False or (begins is None and not new):
+                    return NO_MATCH
             header = proxy_protocol.read(client.header + new)
             if isinstance(header, proxy_protocol.Header):
                 rest = header.length - len(client.header)
@@ -116,9 +188,9 @@ class Sniffer:
             client.header += new
             client.up.read_bytes += len(new)
 
-    def _refuse_header(self, client: Client, reason: CloseReason) -> None:
+    def _refuse_header(self, client: Client, reason: CloseReason, cause: str) -> None:
         """No rule is asked about a connection that has to begin with a header and does not."""
-        self._server.counters[client.listener.counter + ListenerCounter.REFUSED] += 1
+        client.refusal = cause
         self._server.broken(client, reason)
 
     def _take_header(self, client: Client, header: proxy_protocol.Header) -> None:
@@ -130,11 +202,8 @@ class Sniffer:
             client.peer = None  # a unix socket
         if isinstance(header.destination, Address):
             client.proxied_to = header.destination
-        if client.listener.generation.limits.pairs_per_client and not client.over_limit:
-            self._server.count_client(client)
-            if client.over_limit and not self._server.listen_to_busy(client):
-                self._refuse_header(client, CloseReason.BUSY)
-                return
+        if not self._count_client(client):
+            return
         if client.slot >= 0:
             self._server.records.show(client)
 
@@ -142,8 +211,18 @@ class Sniffer:
 
     def timed_out(self, client: Client) -> None:
         """The first packet's time is over: decide by what has come."""
+        if isinstance(client.approach, Check | Claiming):
+            client.refusal = client.approach.late
+            self._server.broken(client, CloseReason.TIMEOUT)
+            return
         if client.listener.trusted_proxies is not None and not client.proxied:
-            self._refuse_header(client, CloseReason.TIMEOUT)  # silence is no header either
+            if client.listener.needs_header or proxy_protocol.begins(client.header):
+                # Silence is no header either.
+                self._refuse_header(client, CloseReason.TIMEOUT, "no PROXY header in time")
+                return
+            self._go_on_without_header(client, 0)
+            if client.life is Life.SNIFFING:
+                self.decide(client, End.TIMEOUT)
         else:
             self.decide(client, End.TIMEOUT)
 
@@ -165,6 +244,8 @@ class Sniffer:
         size = len(data)
         client.up.read_bytes += size
         if not size:
+            # No edge will tell of it again to who takes the connection from here.
+            client.up.readable = client.up.end_seen = True
             self.decide(client, End.EOF)
             return
         is_first = not client.received
@@ -181,17 +262,49 @@ class Sniffer:
             self.decide(client, _OPEN)
         else:
             self._decide_again(client)
-        if client.up.readable and client.life is _SNIFFING:
+        if client.up.readable and client.life is _SNIFFING and client.approach is None:
             self.sniffed(client, fd, mask)
 
     def _decide_again(self, client: Client) -> None:
+        """Another piece has come: look at all of it again, now or a little later."""
+        if self.put_off or not self._has_time_again():
+            if not self.put_off:
+                self._loop.after(_AGAIN_PAUSE_S, self._decide_put_off)
+            self.put_off[client] = None
+            return
+        self._look_again(client)
+
+    def _has_time_again(self) -> bool:
+        now_s = self._loop.now_s
+        self._again_s += (now_s - self._again_from_s) * AGAIN_SHARE
+        self._again_s = min(self._again_s, AGAIN_BURST_S)
+        self._again_from_s = now_s
+        return self._again_s > 0
+
+    def _decide_put_off(self) -> None:
+        while self.put_off and self._has_time_again():
+            client = next(iter(self.put_off))
+            del self.put_off[client]
+            if client.life is _SNIFFING:
+                try:
+                    self._look_again(client)
+                except Exception as error:
+                    self._loop.on_error(client, error)
+        if self.put_off:
+            self._loop.after(_AGAIN_PAUSE_S, self._decide_put_off)
+
+    def _look_again(self, client: Client) -> None:
         before_s = time.thread_time()
         self.decide(client, _OPEN)
-        client.deciding_s += time.thread_time() - before_s
+        took_s = time.thread_time() - before_s
+        self._again_s -= took_s
+        client.deciding_s += took_s
         if client.deciding_s > DECIDING_S and client.life is _SNIFFING:
             self.decide(client, End.FULL)
 
     def decide(self, client: Client, end: End) -> None:
+        if client.approach is not None:
+            return  # decided but for an answer: to ask the rules again would use a token twice
         state = client.listener
         ruleset = state.ruleset
         while True:
@@ -204,19 +317,90 @@ class Sniffer:
                 time.time() if ruleset.needs_clock else None,  # noqa: TID251 - expiry
                 client.conversation,
             )
-            if decision is NEED_MORE:
+            following = self._obey(client, decision, end)
+            if following is None:
                 return
-            if isinstance(decision, Route):
-                self._route(client, decision)
-                return
-            if isinstance(decision, Refuse):
-                self._refuse(client, decision, end)
-                return
-            if not self._say(client, decision):
-                return
-            if end is End.FULL and decision.skip:
-                end = End.OPEN  # room again for what the dialogue goes on with
-                self._loop.soon(client, client.client_fd)
+            end = following
+
+    def follow(self, client: Client, decision: Decision, end: End) -> None:
+        """Do what was decided about the bytes that have come."""
+        following = self._obey(client, decision, end)
+        if following is not None:
+            self.decide(client, following)
+
+    def _obey(self, client: Client, decision: Decision, end: End) -> End | None:
+        """Do what was decided; whether the rules have to be asked again, and with which end."""
+        if decision is NEED_MORE:
+            return None
+        if isinstance(decision, Route):
+            self._route(client, decision)
+            return None
+        if isinstance(decision, Refuse):
+            self._refuse(client, decision, end)
+            return None
+        if isinstance(decision, Verify):
+            return self._verify(client, decision, end)
+        if isinstance(decision, Claim):
+            return self._claim(client, decision, end)
+        if not self._say(client, decision):
+            return None
+        if end is End.FULL and decision.skip:
+            # Room again for what the dialogue goes on with.
+            self._loop.soon(client, client.client_fd)
+            return End.OPEN
+        return end
+
+    def _verify(self, client: Client, decision: Verify, end: End) -> End | None:
+        """Have a password verified; what the client sends meanwhile waits in the kernel."""
+
+        def answer(is_right: bool) -> None:
+            # Deferred, so that what goes wrong is this client's and nobody else's.
+            self._loop.defer(
+                lambda _: self._go_on(client, lambda: decision.then(is_right), end), client
+            )
+
+        asked = self._server.passwords.ask(
+            decision.stored, decision.password, client=_network_of(client.peer), answer=answer
+        )
+        if asked is None:
+            return self._obey(client, decision.busy, end)
+        if asked is True:
+            return self._obey(client, decision.then(True), end)
+        assert isinstance(asked, Check)
+        client.approach = asked
+        self._loop.redirect(client.client_fd, self.waiting)
+        return None
+
+    def _claim(self, client: Client, claim: Claim, end: End) -> End | None:
+        """Have a token used up in the fleet; as with a password, what the client sends waits."""
+
+        def answer(is_first: bool | None) -> None:
+            self._loop.defer(
+                lambda _: self._go_on(client, lambda: claim.then(is_first), end), client
+            )
+
+        asked = self._server.claims.ask(
+            claim.digest, until_unix_s=claim.until_unix_s, wait_s=claim.wait_s, answer=answer
+        )
+        if asked is None:
+            return self._obey(client, claim.then(None), end)
+        client.approach = asked
+        self._loop.redirect(client.client_fd, self.waiting)
+        return None
+
+    def _go_on(self, client: Client, decide: Callable[[], Decision], end: End) -> None:
+        """It is known now what the decision depended on."""
+        if client.life is not Life.SNIFFING or client.approach is None:
+            return
+        client.approach = None
+        self._loop.redirect(client.client_fd, self.sniffed)
+        self.follow(client, decide(), end)
+        # No edge will tell of what has come meanwhile.
+        self._read_on(client)
+
+    def _read_on(self, client: Client) -> None:
+        if client.life is Life.SNIFFING and client.approach is None:
+            self.sniffed(client, client.client_fd, EPOLLIN)
 
     def _say(self, client: Client, decision: Send) -> bool:
         """Our part of a dialogue; a client that does not read a few bytes is not waited for."""
@@ -233,15 +417,27 @@ class Sniffer:
 
     def _route(self, client: Client, route: Route) -> None:
         client.route = route
+        took_s = time.monotonic() - client.accepted_s
+        observe(self._server.counters, DECISION_FIRST, DECISION_BOUNDS_S, took_s)
         server = self._server
+        if server.log.tells:
+            client.facts = (
+                *route.facts,
+                *client.listener.ruleset.facts(route.rule, client.received),
+            )
         counters = server.counters
         listener = client.listener
         counter = listener.rule_counters[route.rule.index]
         self._loop.deadlines.stop(client)
-        self._loop.redirect(client.client_fd, self._waiting)
-        most_pairs = listener.generation.most_pairs
-        if client.over_limit or not server.limits.add_pair_below(most_pairs):
-            counters[counter + RuleCounter.REFUSED] += 1
+        self._loop.redirect(client.client_fd, self.waiting)
+        if client.over_limit is None:
+            if server.pressure.is_full and server.pressure.forbids(client):
+                server.limited(client, Limit.MEMORY)
+            elif not server.limits.add_pair_below(
+                listener.generation.most_pairs, listener.counter, listener.most_here
+            ):
+                server.limited(client, Limit.PAIRS)
+        if client.over_limit is not None:
             server.refuse(client, CloseReason.BUSY)
             return
         counters[counter + _TAKEN] += 1
@@ -251,9 +447,11 @@ class Sniffer:
         server.happen(client, _ROUTED)
 
     def _refuse(self, client: Client, refusal: Refuse, end: End) -> None:
-        if refusal.rule is not None:
-            counter = client.listener.rule_counters[refusal.rule.index]
-            self._server.counters[counter + RuleCounter.REFUSED] += 1
+        took_s = time.monotonic() - client.accepted_s
+        observe(self._server.counters, DECISION_FIRST, DECISION_BOUNDS_S, took_s)
+        client.refused_by = refusal.rule
+        client.refusal = refusal.cause
+        client.facts = (*client.listener.ruleset.read(client.received), *refusal.facts)
         if refusal.reason in (CloseReason.TIMEOUT, CloseReason.NO_MATCH, CloseReason.MALFORMED):
             if end is End.FULL:
                 self._server.counters[Counter.FIRST_PACKET_FULL] += 1
@@ -270,7 +468,7 @@ class Sniffer:
         else:
             self._server.happen(client, Event.REFUSED)
 
-    def _waiting(self, client: Client, _fd: int, mask: int) -> None:
+    def waiting(self, client: Client, _fd: int, mask: int) -> None:
         """While its server is being connected, the client's bytes wait in the kernel."""
         if mask & EPOLLERR:
             self._server.broken(client, CloseReason.CLIENT_RESET)

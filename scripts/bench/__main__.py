@@ -32,6 +32,7 @@ from bench.measures import (
 )
 from bench.results import Problem, Results, ResultsError, from_json, to_json
 from bench.targets import Target, TargetError, most_pairs, running
+from pyforwarder.runtime.children import surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +51,9 @@ VERSIONS: Final = {
 
 def _first_line(command: list[str], *, containing: str = "") -> str:
     try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, **surroundings()
+        )
     except OSError as error:
         return str(error)
     lines = (done.stdout + done.stderr).splitlines()

@@ -9,7 +9,14 @@ import enum
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
-from bench.measures import DIRECT, MEASURES, OURS, Measure
+from bench.measures import (
+    DATAGRAM_BYTES,
+    DATAGRAM_SESSIONS,
+    DIRECT,
+    MEASURES,
+    OURS,
+    Measure,
+)
 
 if TYPE_CHECKING:
     from bench.results import Results
@@ -66,6 +73,7 @@ BULK: Final = ("bulk_1_up", "bulk_1_down", "bulk_8_up", "bulk_8_down")
 ONE_CONNECTION: Final = ("rtt_near_p50", "rtt_far_p50")
 CPU: Final = ("cpu_up", "cpu_down")
 VIEW: Final = ("view_rtt", "view_cpu")
+DATAGRAMS: Final = tuple(f"udp_{size}_{n}" for size in DATAGRAM_BYTES for n in DATAGRAM_SESSIONS)
 
 GOALS: Final = (
     *(Goal("sockmap", key, BEST_PEER, Limit.AT_MOST, 0.5) for key in ONE_CONNECTION),
@@ -77,6 +85,10 @@ GOALS: Final = (
     *(Goal("splice", key, DIRECT, Limit.AT_MOST, 1.05) for key in CPU),
     # reading the view in a loop costs nothing that `direct`, which has none, does not show as well
     *(Goal(t, key, DIRECT, Limit.AT_MOST, 1.02) for key in VIEW for t in ("copy", "sockmap")),
+    *(Goal("splice", key, DIRECT, Limit.AT_LEAST, 0.9) for key in DATAGRAMS),
+    *(Goal("splice", key, "nginx", Limit.AT_LEAST, 2.0) for key in DATAGRAMS),
+    Goal("splice", "udp_rtt_p50", DIRECT, Limit.AT_MOST, 1.1),
+    *(Goal("copy", key, "nginx", Limit.AT_LEAST, 1.0) for key in DATAGRAMS),
     # `auto` is what a user gets; `copy` is where its short connections end
     *(
         Goal(target, f"connect_{order}_first", "haproxy", Limit.ABOVE, 1.0)

@@ -18,6 +18,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -29,6 +30,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -55,9 +57,9 @@ struct options {
 	uint32_t to_count, source_count, server_count;
 	uint16_t to_port, server_port;
 	double seconds, warm_up_s, calibrate_s, quiet_s;
-	double bytes_per_s, connections_per_s; /* 0: as fast as it goes */
-	uint64_t cap_bytes, answer_bytes;      /* answer_bytes: to one request of mode connect */
-	int pairs, trips, client_cpu, server_cpu;
+	double bytes_per_s, connections_per_s, datagrams_per_s; /* 0: as fast as it goes */
+	uint64_t cap_bytes, answer_bytes; /* answer_bytes: to one request of mode connect */
+	int pairs, trips, client_cpu, server_cpu, datagram_bytes;
 	bool down; /* bytes flow from server to client */
 	bool server_closes, instruction;
 	const char *soak_file;
@@ -81,6 +83,7 @@ static struct options opt = {
 	.answer_bytes = MESSAGE_BYTES,
 	.pairs = 1,
 	.trips = 8,
+	.datagram_bytes = MESSAGE_BYTES,
 	.client_cpu = -1,
 	.server_cpu = -1,
 };
@@ -1348,6 +1351,8 @@ static void run_stall(void)
 
 /* ---- arguments ------------------------------------------------------------------------------ */
 
+#include "datagrams.h"
+
 static double number(const char *text)
 {
 	char *end;
@@ -1414,6 +1419,10 @@ static void parse_option(const char *argument)
 		opt.bytes_per_s = number(value);
 	else if (!strcmp(key, "connections_per_s"))
 		opt.connections_per_s = number(value);
+	else if (!strcmp(key, "datagrams_per_s"))
+		opt.datagrams_per_s = number(value);
+	else if (!strcmp(key, "datagram_bytes"))
+		opt.datagram_bytes = (int)number(value);
 	else if (!strcmp(key, "cap_bytes"))
 		opt.cap_bytes = (uint64_t)number(value);
 	else if (!strcmp(key, "answer_bytes"))
@@ -1442,9 +1451,9 @@ static const struct {
 	const char *name;
 	void (*run)(void);
 } modes[] = {
-	{ "rtt", run_rtt },	    { "bulk", run_bulk }, { "delay", run_delay },
-	{ "connect", run_connect }, { "idle", run_idle }, { "stall", run_stall },
-	{ "soak", run_soak },
+	{ "rtt", run_rtt },	    { "bulk", run_bulk },	{ "delay", run_delay },
+	{ "connect", run_connect }, { "idle", run_idle },	{ "stall", run_stall },
+	{ "soak", run_soak },	    { "udp_rtt", run_udp_rtt }, { "udp_rate", run_udp_rate },
 };
 
 int main(int argc, char **argv)
@@ -1456,6 +1465,8 @@ int main(int argc, char **argv)
 		parse_option(argv[i]);
 	if (opt.pairs < 1 || opt.trips < 1 || !opt.answer_bytes)
 		die("pairs, trips and answer_bytes start at 1");
+	if (opt.datagram_bytes < 1 || opt.datagram_bytes > MOST_DATAGRAM)
+		die("datagram_bytes is 1 to %d", MOST_DATAGRAM);
 	for (size_t i = 0; i < sizeof(modes) / sizeof(*modes); i++) {
 		if (strcmp(modes[i].name, argv[1]))
 			continue;

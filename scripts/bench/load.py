@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
+from pyforwarder.runtime.children import surroundings
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -39,6 +41,7 @@ def build(directory: Path) -> Path:
         check=False,
         capture_output=True,
         text=True,
+        **surroundings(),
     )
     if done.returncode:
         raise LoadError(f"{compiler} failed:\n{done.stderr.strip()}")
@@ -131,6 +134,7 @@ class Load:
                 text=True,
                 stdin=subprocess.DEVNULL,
                 timeout=PATIENCE_S,
+                **surroundings(),
             )
         except subprocess.TimeoutExpired as error:
             raise LoadError(f"{mode} did not end within {PATIENCE_S:.0f} s") from error
@@ -148,6 +152,7 @@ class Load:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                **surroundings(),
             ) as process,
         ):
             try:

@@ -66,6 +66,10 @@ ANSWERS_KIB: Final = (64, 256, 1024, 4096)
 # Long enough to be handed over in mid-stream.
 PAUSE_ANSWER_MIB: Final = 16
 
+# Datagrams of these sizes, in so many sessions at once.
+DATAGRAM_BYTES: Final = (64, 1200)
+DATAGRAM_SESSIONS: Final = (1, 32)
+
 # Memory comes first and connections last: the kernel keeps what remains of a closed connection
 # for a minute (TIME_WAIT), and that would be counted as memory of the next pairs.
 MEASURES: Final = (
@@ -157,6 +161,49 @@ MEASURES: Final = (
             ("rtt", "round trip 64 B, 64 connections, p50,", Better.LOWER),
             ("cpu", "CPU without the reader's, paced stream up,", Better.LOWER),
         )
+    ),
+    *_latency("udp_rtt", "round trip of a datagram of 64 B"),
+    *(
+        measure
+        for size in DATAGRAM_BYTES
+        for sessions in DATAGRAM_SESSIONS
+        for measure in (
+            Measure(
+                f"udp_{size}_{sessions}",
+                f"udp_{size}_{sessions}",
+                f"datagrams of {size:,} B, {sessions} session{'s' if sessions > 1 else ''}",
+                "1/s",
+                Better.HIGHER,
+                0,
+            ),
+            Measure(
+                f"udp_{size}_{sessions}_lost",
+                f"udp_{size}_{sessions}",
+                f"of these lost, {sessions} session{'s' if sessions > 1 else ''}, {size:,} B",
+                "%",
+                Better.LOWER,
+                2,
+            ),
+            # What else the machine does moves this less. What the kernel does for the sender's or
+            # the receiver's account is not in it: `udp_cpu` has that.
+            Measure(
+                f"udp_{size}_{sessions}_cpu",
+                f"udp_{size}_{sessions}",
+                f"forwarder's own CPU for each, {sessions} session{'s' if sessions > 1 else ''}, "
+                f"{size:,} B",
+                "us",
+                Better.LOWER,
+                2,
+            ),
+        )
+    ),
+    Measure(
+        "udp_cpu",
+        "udp_cpu",
+        "machine's CPU per datagram of 1,200 B at a paced rate",
+        "us",
+        Better.LOWER,
+        2,
     ),
     *_latency("connect_paced", "connect to answer at a paced rate"),
     *_connections("connect_client_first", "client closes first"),

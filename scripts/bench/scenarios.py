@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Final
 
 from bench import cpu_time, memory
 from bench import load as load_module
-from bench.measures import ANSWERS_KIB, DIRECT, PAUSE_ANSWER_MIB
-from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+from bench.measures import (
+    ANSWERS_KIB,
+    DATAGRAM_BYTES,
+    DATAGRAM_SESSIONS,
+    DIRECT,
+    PAUSE_ANSWER_MIB,
+)
+from bench.topology import DATAGRAM_PORT, FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +37,7 @@ DELAY_BYTES_PER_S: Final = 1e9 / 8  # a gigabit: far from saturation everywhere
 CONNECTIONS: Final = 64  # at a time
 PAUSE_STREAMS: Final = 4
 PACED_CONNECTIONS_PER_S: Final = 1_000
+PACED_DATAGRAMS_PER_S: Final = 20_000
 PACE_TOLERANCE: Final = 0.05
 LOOKS_PER_S: Final = 10  # `watch cat show` is one every two seconds
 # What the generator calls the ways in which a connection fails; the last two got their answer and
@@ -287,6 +294,45 @@ def _pause(stage: Stage) -> Values:
     return {f"pause_{key}": report[f"pause_{key}_us"] / 1e3 for key in ("p50", "p99", "max")}
 
 
+def _udp_rtt(stage: Stage) -> Values:
+    return _percentiles("udp_rtt", stage.load(port=DATAGRAM_PORT).run("udp_rtt"))
+
+
+def _udp_rate(stage: Stage, size: int, sessions: int) -> Values:
+    """As many as arrive, while no more are under way than any socket's buffer takes."""
+    pid = stage.target.pid
+    before = cpu_time.tree_seconds(pid) if pid else 0.0
+    report = stage.load(port=DATAGRAM_PORT).run("udp_rate", pairs=sessions, datagram_bytes=size)
+    key = f"udp_{size}_{sessions}"
+    lost = max(0.0, 1 - report["datagrams"] / report["sent"]) * 100
+    values = {key: report["datagrams_per_s"], f"{key}_lost": lost}
+    if pid:
+        used_s = cpu_time.tree_seconds(pid) - before
+        values[f"{key}_cpu"] = used_s / report["in_all"] * 1e6
+    return values
+
+
+def _udp_cpu(stage: Stage) -> Values:
+    with load_module.soakers(stage.program, stage.directory) as soak_file:
+        report = stage.load(port=DATAGRAM_PORT).run(
+            "udp_rate",
+            pairs=DATAGRAM_SESSIONS[-1],
+            datagram_bytes=DATAGRAM_BYTES[-1],
+            datagrams_per_s=PACED_DATAGRAMS_PER_S,
+            soak_file=soak_file,
+            calibrate_s=max(0.3, stage.effort.seconds / 2),
+        )
+    if report["quiet"] < stage.effort.quiet:
+        raise ScenarioError(
+            f"the machine was busy with other things ({1 - report['quiet']:.0%} of it)"
+        )
+    if report["datagrams_per_s"] < PACED_DATAGRAMS_PER_S * (1 - PACE_TOLERANCE):
+        raise ScenarioError(
+            f"{report['datagrams_per_s']:.0f} of {PACED_DATAGRAMS_PER_S} datagrams per second came"
+        )
+    return {"udp_cpu": report["cpu_s"] / report["datagrams"] * 1e6}
+
+
 _WAYS: Final = ("up", "down")
 _ORDERS: Final = ("client", "server")
 # One per scenario of `measures.SCENARIOS`.
@@ -300,6 +346,13 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     **{f"cpu_{way}": partial(_cpu, way=way) for way in _WAYS},
     **{f"delay_{way}": partial(_delay, way=way) for way in _WAYS},
     **{f"view_{what}": partial(_view, what=what) for what in ("rtt", "cpu")},
+    "udp_rtt": _udp_rtt,
+    **{
+        f"udp_{size}_{sessions}": partial(_udp_rate, size=size, sessions=sessions)
+        for size in DATAGRAM_BYTES
+        for sessions in DATAGRAM_SESSIONS
+    },
+    "udp_cpu": _udp_cpu,
     "connect_paced": _connect_paced,
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,
@@ -311,10 +364,14 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
 def is_possible(scenario: str, target: Target) -> bool:
     """Whether the target can take part: only pyforwarder takes instructions and has a view.
 
+    And not all take datagrams.
+
     `direct` says how far a ratio of equal runs is away from 1.
     """
     if scenario.startswith("view_"):
         return target.instance is not None or target.name == DIRECT
+    if scenario.startswith("udp_"):
+        return target.takes_datagrams
     return scenario != "connect_instruction" or target.takes_instructions
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bench.measures import DIRECT, OURS
-from bench.topology import FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+from bench.topology import DATAGRAM_PORT, FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
 from pyforwarder.client import ControlClient
 from pyforwarder.errors import ForwarderError
-from pyforwarder.instance import Instance
+from pyforwarder.runtime.children import ENVIRONMENT, surroundings
+from pyforwarder.runtime.instance import Instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,8 @@ SPARE_FILES: Final = 200
 # all connections: enough for the streams that are measured leaves more of them for idle pairs.
 HAPROXY_PIPES: Final = 128
 KERNEL_DATAPATHS: Final = ("sockmap", "splice")
+# sockmap has none, and would be a second row `copy`.
+TAKE_DATAGRAMS: Final = (DIRECT, "nginx", "socat", "copy", "splice", "auto")
 
 # One process per connection: ten thousand of them measure the scheduler, not the forwarder.
 FORKING_MAX_PAIRS: Final = 1_000
@@ -61,6 +64,11 @@ class Target:
     def takes_instructions(self) -> bool:
         """Whether it has a listener for them."""
         return self.instance is not None
+
+    @property
+    def takes_datagrams(self) -> bool:
+        """Whether it forwards UDP."""
+        return self.name in TAKE_DATAGRAMS
 
     def datapaths(self) -> str:
         """What a pyforwarder says of its datapaths, `auto` for example by which it stands for.
@@ -150,12 +158,17 @@ stream {{
         proxy_pass servers;
         proxy_timeout 1h;
     }}
+    server {{
+        listen {site.listen_ip}:{DATAGRAM_PORT} udp reuseport;
+        proxy_pass {site.servers.first}:{SERVER_PORT};
+        proxy_timeout 1h;
+    }}
 }}
 """
 
 
 def pyforwarder_config(site: Site, datapath: str) -> str:
-    """Two listeners: one that forwards anything, as the peers do, and one for instructions."""
+    """Listeners: one that forwards anything, as the peers do, one for instructions, one for UDP."""
     servers = ", ".join(f'"{ip}:{SERVER_PORT}"' for ip in site.servers.addresses())
     allowed = ", ".join(f'"{ip}/32:{SERVER_PORT}"' for ip in site.servers.addresses())
     return f"""\
@@ -171,6 +184,12 @@ listeners:
     datapath: {datapath}
     rules:
       - {{name: instruction, match: instruction, allow: [{allowed}]}}
+  - name: datagrams
+    bind: {site.listen_ip}:{DATAGRAM_PORT}
+    protocol: udp
+    datapath: {datapath if datapath in TAKE_DATAGRAMS else "copy"}
+    rules:
+      - {{name: datagrams, match: any, to: "{site.servers.first}:{SERVER_PORT}"}}
 upstreams:
   servers: {{balance: round_robin, servers: [{servers}]}}
 limits: {{pairs: {most_pairs()}}}
@@ -209,13 +228,12 @@ def _socat(site: Site, _directory: Path, _name: str) -> _Recipe:
     )
     # -t: how long the other direction may still flow after one ended; the default of half a
     # second would cut slow ones
-    # fmt: off
-    command = [
-        "socat", "-t", "30", "-b", "65536", listen,
-        f"TCP:{site.servers.first}:{SERVER_PORT},nodelay",
-    ]
-    # fmt: on
-    return _Recipe(command, {}, max_pairs=FORKING_MAX_PAIRS)
+    to = f"{site.servers.first}:{SERVER_PORT}"
+    datagrams = f"UDP-LISTEN:{DATAGRAM_PORT},bind={site.listen_ip},reuseaddr,fork"
+    # Two of them, each a child of the shell, which is the process to look at.
+    streams = f"socat -t 30 -b 65536 {listen} TCP:{to},nodelay"
+    script = f"socat -T 3600 {datagrams} UDP:{to} & {streams} & wait"
+    return _Recipe(["sh", "-c", script], {}, max_pairs=FORKING_MAX_PAIRS)
 
 
 def _pyforwarder(site: Site, directory: Path, name: str) -> _Recipe:
@@ -230,7 +248,7 @@ def _pyforwarder(site: Site, directory: Path, name: str) -> _Recipe:
             "PYFORWARDER_BPFFS": f"/sys/fs/bpf/pyforwarder-bench-{os.getpid()}-{name}",
         },
         stop_command=[program, "down", "--now"],
-        ports=(FORWARDER_PORT, INSTRUCTION_PORT),
+        ports=(FORWARDER_PORT, INSTRUCTION_PORT, DATAGRAM_PORT),
     )
 
 
@@ -324,7 +342,7 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
         yield Target(name, None, most_pairs())
         return
     recipe = _RECIPES[name](site, directory, name)
-    environment = {**os.environ, **recipe.environment}
+    environment = {**ENVIRONMENT, **recipe.environment}
     # It ends with us even if we are killed; and only its network is another, because
     # `ip netns exec` would also hide the bpffs.
     command = ["setpriv", "--pdeathsig", "TERM", "nsenter", f"--net={site.forwarder_ns}", "--"]
@@ -337,8 +355,8 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
                 start_new_session=True,
+                **surroundings(recipe.environment),
             )
         except OSError as error:
             raise TargetError(str(error)) from error
@@ -348,10 +366,10 @@ def running(name: str, site: Site, directory: Path) -> Iterator[Target]:
         subprocess.run(
             recipe.stop_command,
             check=False,
-            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=STOP_TIMEOUT_S,
+            **surroundings(recipe.environment),
         )
 
     try:

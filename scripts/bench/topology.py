@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.runtime.children import surroundings
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FORWARDER_PORT: Final = 7000
 SERVER_PORT: Final = 7001
 INSTRUCTION_PORT: Final = 7002
+DATAGRAM_PORT: Final = 7003
 # One destination has about 28,000 source ports and each is taken for a minute after a close: at
 # 10,000 connections a second one server address would be used up in three seconds.
 SERVERS: Final = 32
@@ -58,7 +61,7 @@ class Site:
 
 
 def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(["ip", *arguments], check=True, stdin=subprocess.DEVNULL, **surroundings())
 
 
 @contextlib.contextmanager
@@ -76,6 +79,7 @@ def _set(namespace: Path, setting: str) -> None:
         ["nsenter", f"--net={namespace}", "sysctl", "-q", "-w", setting],
         check=True,
         stdin=subprocess.DEVNULL,
+        **surroundings(),
     )
 
 

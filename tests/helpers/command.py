@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from pyforwarder.cli import main
-from pyforwarder.environment import Environment
+from pyforwarder.runtime.environment import Environment
 from tests.helpers.fake_control import environ
 
 UNIX_TIME_S: Final = 1_700_000_000.5

@@ -14,20 +14,27 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import yaml
 
 from pyforwarder.client import ControlClient
-from pyforwarder.instance import Instance
+from pyforwarder.runtime.instance import Instance
+from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.filters import all_filters
+from tests.helpers.netns import entered
 from tests.helpers.waiting import DEADLINE_S, wait_for
+
+if TYPE_CHECKING:
+    from pyforwarder.client import What
+    from pyforwarder.datapath.attach.traffic_control import Filter
 
 LISTENING: Final = re.compile(r"listening on (?P<address>\S+) \((?P<name>[^)]+)\)")
 COMMAND: Final = (str(Path(sys.executable).with_name("pyforwarder")),)
 # Loading and proving the datapaths comes before the first line; compiling takes seconds when
 # several do it at once.
-START_DEADLINE_S: Final = 60.0
+START_DEADLINE_S: Final = scaled_s(60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +109,10 @@ class Daemon:
     instance: str
     config_path: Path | None
     lines: list[str] = field(default_factory=list)
+    # Of the network namespace that it is in, which is that of whoever starts it.
+    network_fd: int = field(
+        default_factory=lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    )
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _readers: list[threading.Thread] = field(default_factory=list)
 
@@ -192,6 +203,10 @@ class Daemon:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
+    def look(self, what: What = "pairs") -> Any:
+        """The same without starting a command, for who looks again and again."""
+        return self.control().show(what)
+
     def pairs(self) -> list[dict[str, Any]]:
         """The rows of `show --json`."""
         rows = self.show("pairs")
@@ -202,9 +217,7 @@ class Daemon:
         self, wanted: Callable[[dict[str, Any]], bool], what: str = "a pair"
     ) -> dict[str, Any]:
         """The first row for which `wanted` is true."""
-        return (
-            wait_for(lambda: next((row for row in self.pairs() if wanted(row)), None), what) or {}
-        )
+        return wait_for(lambda: next((row for row in self.look() if wanted(row)), None), what) or {}
 
     def wait_for_no_pairs(self) -> None:
         """Until the table is empty."""
@@ -255,13 +268,22 @@ class Daemon:
         return code
 
     def stop(self, *, deadline_s: float = DEADLINE_S) -> int:
-        """`down --now`, then its exit code."""
-        done = self.command("down", "--now", deadline_s=deadline_s)
-        assert done.returncode == 0, done.stderr
+        """What `down --now` asks for, then its exit code."""
+        self.control().down(now=True)
         return self.wait(deadline_s=deadline_s)
+
+    def filters(self) -> list[Filter]:
+        """The tc filters of this place that are in its network namespace."""
+        with entered(self.network_fd):
+            return [
+                one for one in all_filters() if f"{self.place.bpffs}/{self.instance}/" in one.name
+            ]
 
     def close(self) -> None:
         """Make sure that nothing of it runs, whatever the test did; closes the pipes."""
+        if self.network_fd >= 0:
+            os.close(self.network_fd)
+            self.network_fd = -1
         for process in self.place.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()

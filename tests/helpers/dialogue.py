@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyforwarder.first_packet.outcome import NEED_MORE, Decision, End, Send
+from pyforwarder.core.first_packet.outcome import NEED_MORE, Decision, End, Send
 
 if TYPE_CHECKING:
-    from pyforwarder.address import Address
-    from pyforwarder.routing import Ruleset
+    from pyforwarder.core.address import Address
+    from pyforwarder.core.routing import Ruleset
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
-from pyforwarder import instance as instances
+from pyforwarder.runtime import instance as instances
 from tests.helpers.waiting import DEADLINE_S
 
 Request = dict[str, Any]

@@ -10,10 +10,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Final
 
-from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
-from pyforwarder.loop import EPOLLERR, EPOLLIN, EPOLLOUT
-from pyforwarder.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.runtime.loop import EPOLLERR, EPOLLIN, EPOLLOUT
 
 _PIECE: Final = 1 << 16
 

@@ -1,6 +1,6 @@
 /*
  * A bad network: packets are lost, come twice, or come late. Linked before everything else to the
- * ingress of an interface (tcx), by helpers/faults.py.
+ * ingress of an interface (tcx or clsact), by helpers/faults.py.
  *
  * A packet comes late by going to the end of its processor's queue (netif_rx) some more times: all
  * that waits there passes it.
@@ -34,6 +34,8 @@ struct faults {
 	__u32 least_bytes;
 	/* Which address they are from, its last 4 bytes (0: any). */
 	__u32 source;
+	/* Only packets that somebody on this host has marked: copies that it has made. */
+	__u32 marked, padding;
 	__u64 matched, lost, duplicated, delayed;
 };
 
@@ -65,6 +67,8 @@ static inline __attribute__((always_inline)) int matches(struct __sk_buff *skb,
 	if (faults->flags && !(flags & faults->flags))
 		return 0;
 	if (faults->source && faults->source != source)
+		return 0;
+	if (faults->marked && !skb->mark)
 		return 0;
 	return skb->len >= tcp_at + (offset >> 4) * 4 + faults->least_bytes;
 }

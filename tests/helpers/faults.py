@@ -7,12 +7,15 @@ import ctypes
 import enum
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.loading import load_programs
+from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.attach.clsact import ClsactAttacher
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.loading import load_programs
 
 if TYPE_CHECKING:
     from tests.helpers.netns import Network
@@ -47,6 +50,8 @@ class _Record(ctypes.Structure):
         ("flags", ctypes.c_uint32),
         ("least_bytes", ctypes.c_uint32),
         ("source", ctypes.c_uint32),
+        ("marked", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
         ("matched", ctypes.c_uint64),
         ("lost", ctypes.c_uint64),
         ("duplicated", ctypes.c_uint64),
@@ -67,8 +72,8 @@ class Faults:
         (self._program_fd,) = load_programs(
             str(Path(__file__).with_name("faults.c")),
             [("judge", "sched_cls")],
-            defines={"MAP_FAULTS_FD": self._faults_fd, "MAP_EXACT_FD": self._exact_fd},
-            map_fds=[self._faults_fd, self._exact_fd],
+            defines={},
+            maps={"MAP_FAULTS_FD": self._faults_fd, "MAP_EXACT_FD": self._exact_fd},
         )
 
     @contextlib.contextmanager
@@ -76,13 +81,27 @@ class Faults:
         """Judge what comes in there meanwhile, ahead of all that is linked there besides."""
         with contextlib.ExitStack() as stack:
             for network, interface in doors:
-                with network.entered():
-                    index = socket.if_nametoindex(interface)
-                    link = bpf.link_interface(
-                        self._program_fd, index, bpf.AttachType.TCX_INGRESS, first=True
-                    )
-                stack.callback(os.close, link)
+                stack.enter_context(self._put_on(network, interface))
             yield
+
+    @contextlib.contextmanager
+    def _put_on(self, network: Network, interface: str) -> Iterator[None]:
+        with network.entered():
+            index = socket.if_nametoindex(interface)
+            if attaching.kind() == "tcx":
+                link = bpf.link_interface(
+                    self._program_fd, index, bpf.AttachType.TCX_INGRESS, first=True
+                )
+                take_off: Callable[[], None] = partial(os.close, link)
+            else:  # of filters with the same priority the last one is the first
+                attacher = ClsactAttacher(None)
+                attacher.attach(self._program_fd, index, "in")
+                take_off = attacher.close
+        try:
+            yield
+        finally:
+            with network.entered():
+                take_off()
 
     def set(
         self,
@@ -96,18 +115,20 @@ class Faults:
         flags: int = 0,
         least_bytes: int = 0,
         source: str = "",
+        marked: bool = False,
         exact: Mapping[int, Action] | None = None,
     ) -> None:
         """Begin to count anew, and do this.
 
         `lose`, `duplicate`, `delay` and `mark` (ECN) are shares of all packets that match: of TCP,
-        with one of the `flags` if any, with at least so many bytes of data, from an address.
+        with one of the `flags` if any, with at least so many bytes of data, from an address; with
+        `marked` only copies that the host has made for itself.
         `exact` says it for packets by their number, from 1.
         """
         for key in self._exact.all_keys():
             self._exact.delete(key)
         family = socket.AF_INET6 if ":" in source else socket.AF_INET
-        packed = socket.inet_pton(family, source)[:4] if source else bytes(4)
+        packed = socket.inet_pton(family, source)[-4:] if source else bytes(4)
         record = _Record(
             seed=seed,
             lose=round(lose * _OF),
@@ -118,6 +139,7 @@ class Faults:
             flags=flags,
             least_bytes=least_bytes,
             source=int.from_bytes(packed, "little"),
+            marked=int(marked),
         )
         self._faults.update(bytes(4), bytes(record))
         for number, action in (exact or {}).items():

@@ -8,9 +8,9 @@ from typing import Final
 
 from hypothesis import strategies as st
 
-from pyforwarder.first_packet.matcher import Matcher
-from pyforwarder.first_packet.outcome import NEED_MORE, End, Outcome
-from pyforwarder.first_packet.table import Terms, build
+from pyforwarder.core.first_packet.matcher import Matcher
+from pyforwarder.core.first_packet.outcome import NEED_MORE, End, Outcome
+from pyforwarder.core.first_packet.table import Terms, build
 
 _RECORDS: Final = json.loads(
     (Path(__file__).parent.parent / "data" / "first_packets.json").read_text()
@@ -21,6 +21,19 @@ TURNS: Final = {
 }
 # Its first turn.
 CLIENTS: Final = {name: turns[0] for name, turns in TURNS.items()}
+
+
+def client_hello(name: bytes | None) -> bytes:
+    """The shortest ClientHello that asks for this server name, or for none."""
+    extensions = b""
+    if name is not None:
+        entry = b"\0" + len(name).to_bytes(2, "big") + name
+        extension = len(entry).to_bytes(2, "big") + entry
+        extensions = b"\0\0" + len(extension).to_bytes(2, "big") + extension
+    body = b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0"
+    body += len(extensions).to_bytes(2, "big") + extensions
+    message = b"\1" + len(body).to_bytes(3, "big") + body
+    return b"\x16\3\1" + len(message).to_bytes(2, "big") + message
 
 
 def matcher(match: object) -> Matcher:

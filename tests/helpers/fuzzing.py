@@ -14,19 +14,19 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from pyforwarder import proxy_protocol, token
-from pyforwarder.address import Address
 from pyforwarder.config.match import protocols
-from pyforwarder.first_packet.cursor import ParseError
-from pyforwarder.first_packet.options import OptionError
-from pyforwarder.first_packet.outcome import NEED_MORE, End, Outcome, Refuse, Route, Send
-from pyforwarder.first_packet.table import PROTOCOLS, Terms, build
-from pyforwarder.routing import Ruleset, explain
+from pyforwarder.core import proxy_protocol, token
+from pyforwarder.core.address import Address
+from pyforwarder.core.first_packet.cursor import ParseError
+from pyforwarder.core.first_packet.options import OptionError
+from pyforwarder.core.first_packet.outcome import NEED_MORE, End, Outcome, Refuse, Route, Send
+from pyforwarder.core.first_packet.table import PROTOCOLS, Terms, build
+from pyforwarder.core.routing import Ruleset, explain
 from tests.helpers.dialogue import Ended, talk
 from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
-    from pyforwarder.first_packet.matcher import Matcher
+    from pyforwarder.core.first_packet.matcher import Matcher
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ NOW_UNIX_S: Final = 1_800_000_000.0
 
 # Conditions that read something, so that a parser goes on after the first bytes.
 LEAVES: Final[tuple[object, ...]] = (
-    *sorted(set(PROTOCOLS) - {"bytes", "regex"}),
+    *sorted({word for word, each in PROTOCOLS.items() if each.in_streams} - {"bytes", "regex"}),
     {"tls": {"sni": "*.example.com"}},
     {"tls": {"alpn": "h2", "version": ["1.2", "1.3"]}},
     {"http": {"host": ["*.example.com", "a"]}},
@@ -52,6 +52,7 @@ LEAVES: Final[tuple[object, ...]] = (
     {"postgres": {"database": "app*", "user": "*"}},
     {"mqtt": {"client_id": "sensor*"}},
     {"dns": {"qname": "*.example"}},
+    {"dns": {"qtype": ["AAAA", "TYPE65280"]}},
     {"xmpp": {"to": "*.example.com"}},
     {"bytes": {"prefix": ["GET ", "hex:1603"], "offset": 2}},
     {"bytes": "hex:00"},

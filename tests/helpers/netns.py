@@ -38,18 +38,9 @@ class Network:
         """Let go of it."""
         os.close(self.fd)
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> contextlib.AbstractContextManager[None]:
         """The calling thread, and what it starts, is in the namespace meanwhile."""
-        before = _own_network()
-        try:
-            _checked(_libc.setns(self.fd, _CLONE_NEWNET), "setns")
-            try:
-                yield
-            finally:
-                _checked(_libc.setns(before, _CLONE_NEWNET), "setns")
-        finally:
-            os.close(before)
+        return entered(self.fd)
 
     @property
     def path(self) -> str:
@@ -92,6 +83,20 @@ class Network:
                     for each, value in zip(names, values.split()[1:], strict=True):
                         found[group.rstrip(":") + each] = int(value)
         return found
+
+
+@contextlib.contextmanager
+def entered(network_fd: int) -> Iterator[None]:
+    """The calling thread, and what it starts, is in that namespace meanwhile."""
+    before = _own_network()
+    try:
+        _checked(_libc.setns(network_fd, _CLONE_NEWNET), "setns")
+        try:
+            yield
+        finally:
+            _checked(_libc.setns(before, _CLONE_NEWNET), "setns")
+    finally:
+        os.close(before)
 
 
 def _own_network() -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pyforwarder.loop import EPOLLIN, Loop
+from pyforwarder.runtime.loop import EPOLLIN, Loop
 from tests.helpers.waiting import DEADLINE_S
 
 

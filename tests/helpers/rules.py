@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pyforwarder.config import Listener
-from pyforwarder.routing import Ruleset, compile_rules
+from pyforwarder.core.routing import Ruleset, compile_rules
 
 if TYPE_CHECKING:
-    from pyforwarder.token import TokenKeys
+    from pyforwarder.core.token import TokenKeys
 
 
 def ruleset(

@@ -103,6 +103,10 @@ class Site:
         """What `show stats --json` says."""
         return self.forwarder.control().stats()
 
+    def joined(self) -> int:
+        """How many pairs the datapath has taken so far."""
+        return int(self.stats()["joined"][DATAPATH])
+
     def row(self, client: socket.socket) -> dict[str, Any] | None:
         """What `show` says of a client's pair."""
         text = address_text(client.getsockname()[:2])

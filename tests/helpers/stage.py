@@ -8,18 +8,18 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
-from pyforwarder.datapath.rig import Rig
-from pyforwarder.datapath.scenarios import SLOW_LIMIT_BYTES
-from pyforwarder.datapath.splice import SpliceDatapath
-from pyforwarder.datapath.table import PairWindow
+from pyforwarder.datapath.proof.rig import Rig
+from pyforwarder.datapath.proof.scenarios import SLOW_LIMIT_BYTES
+from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from tests.helpers.fake_datapath import FakeDatapath
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.splice_keeper import Splicing
+    from pyforwarder.datapath.splice.keeper import Splicing
 
 SLOTS: Final = 16
 
@@ -62,8 +62,8 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
         yield rig
         # What a pair took it has given back by itself, when it ended.
         rig.loop.run_once(0)
-        assert keys_in(maps.ends_fd) == 0
-        assert keys_in(maps.sockets_fd) == 0
+        assert keys_in(maps.of[0].ends_fd) == 0
+        assert keys_in(maps.of[0].sockets_fd) == 0
         assert len(window._free) == SLOTS
         assert rig.loop.deadlines.next_s() is None
         assert sockmap is None or sockmap._by_slot == {}

@@ -1013,6 +1013,11 @@ def _client_left_early(result: Result) -> bool:
     return gone and result.ack != ACK
 
 
+def server_given_up(result: Result) -> bool:
+    """Whether the server was closed before anybody had connected, for want of a client."""
+    return not result.server.connected and _client_left_early(result)
+
+
 def report(seed: int, bad: Sequence[tuple[Result, list[str]]], *, most: int = 5) -> str:
     """A text that lets someone else see the same failures again."""
     lines = [f"{len(bad)} bad conversations, seed {seed}"]

@@ -25,6 +25,7 @@
  *
  * `hold`: a client that has sent and received three quarters waits with the rest; once all of them
  * have come so far it says "held" and goes on when a line comes in. The server ends with its stdin.
+ * `quiet`: the same for a client that has had its answer and sent nothing behind the instruction.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -61,6 +62,7 @@ struct options {
 	uint64_t first; /* number of the first connection */
 	uint64_t calm;	/* 1: no small buffers, no pauses, large pieces */
 	uint64_t rest;	/* ms that a client is silent after the answer */
+	uint64_t quiet;
 };
 
 enum {
@@ -75,7 +77,7 @@ struct header {
 	struct options options;
 };
 
-_Static_assert(sizeof(struct header) == 104, "HEADER_BYTES in transfers.py");
+_Static_assert(sizeof(struct header) == 112, "HEADER_BYTES in transfers.py");
 
 struct plan {
 	uint64_t bytes[2]; /* by who sends them */
@@ -403,7 +405,11 @@ static const char *take(struct end *end)
 		if (memcmp(in, &ANSWER[strlen(ANSWER) - end->answer_left], (size_t)got))
 			return "answer";
 		end->answer_left -= (uint64_t)got;
-		if (!end->answer_left && end->options.rest) {
+		if (!end->answer_left && end->options.quiet && !going) {
+			end->held = end->paused = 1;
+			end->resume_ns = UINT64_MAX;
+			holding++;
+		} else if (!end->answer_left && end->options.rest) {
 			end->paused = 1;
 			end->resume_ns = now + end->options.rest * 1000000ULL;
 		}
@@ -494,7 +500,8 @@ static void tick(void)
 			end->paused = 0;
 			interest(end);
 		}
-		if (!end->held && !(end->role == SERVER && is_holding(end)) &&
+		if (!end->held &&
+		    !(end->role == SERVER && (is_holding(end) || !end->header_read)) &&
 		    now - end->moved_ns > end->options.stall * 1000000ULL)
 			over(end, "stalled");
 	}
@@ -508,7 +515,7 @@ static void go(void)
 	going = 1;
 	for (end = ends.next; end != &ends; end = end->next) {
 		if (end->held) {
-			end->held = 0;
+			end->held = end->paused = 0;
 			holding--;
 		}
 		end->moved_ns = now;
@@ -561,7 +568,7 @@ static void set_options(char **words)
 {
 	static const char *const names[] = { "seed",  "largest", "exactly", "parallel",
 					     "stall", "wait",	 "hold",    "order",
-					     "first", "calm",	 "rest" };
+					     "first", "calm",	 "rest",    "quiet" };
 	uint64_t *fields = (uint64_t *)&defaults;
 	size_t i, length;
 
@@ -596,7 +603,7 @@ int main(int argc, char **words)
 		set_options(words + 6);
 		aim_at(words[2], words[3], words[4]);
 		count = strtoull(words[5], NULL, 10);
-		going = !defaults.hold;
+		going = !defaults.hold && !defaults.quiet;
 	} else {
 		return 2;
 	}

@@ -20,7 +20,7 @@ BOTH_FIRST, CLIENT_FIRST, SERVER_FIRST = 0, 1, 2  # who sends its FIN first
 # Nothing may stand still for longer. TCP's own recovery from three losses in a row of one packet
 # takes 1.4 s, of a SYN 7 s.
 STALL_MS: Final = 10_000
-HEADER_BYTES: Final = 13 * 8  # struct header, in front of a client's bytes
+HEADER_BYTES: Final = 14 * 8  # struct header, in front of a client's bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Clients:
         self._output = output
 
     def wait_until_held(self, *, deadline_s: float = 60.0) -> None:
-        """Until all have come to where `hold` keeps them (or have ended)."""
+        """Until all have come to where `hold` or `quiet` keeps them (or have ended)."""
         wait_for(self._is_held, "every connection held", deadline_s=deadline_s)
 
     def _is_held(self) -> bool:

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from pyforwarder.runtime.slowness import scaled_s
+
 T = TypeVar("T")
 
 # Generous: several people and programs share a test machine, and a test that fails for want of
 # CPU time proves nothing.  What must be fast is measured, not waited for.
-DEADLINE_S: Final = 15.0
+DEADLINE_S: Final = scaled_s(15.0)
 _LOOK_EVERY_S: Final = 0.01
 
 

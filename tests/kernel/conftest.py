@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import tempfile
@@ -12,6 +13,7 @@ from typing import Protocol
 
 import pytest
 
+from pyforwarder.datapath.attach import choice as attaching
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
 from tests.helpers.faults import Faults, faults
@@ -37,6 +39,24 @@ def narrow_network() -> Iterator[None]:
     with private_network():
         narrow_the_network()
         yield
+
+
+@pytest.fixture(autouse=True)
+def attachment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test is played with programs attached by tcx, and by clsact, see `each_attachment`.
+
+    For every test: one that is only put among a test's fixtures later is not made.
+    """
+    if getattr(request, "param", "") == "clsact":
+        monkeypatch.setenv(attaching.FORCED, "clsact")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Play a test marked `each_attachment` for each way that this kernel has."""
+    if metafunc.definition.get_closest_marker("each_attachment"):
+        has_tcx = os.geteuid() == 0 and attaching.kind() == "tcx"
+        ways = ("tcx", "clsact") if has_tcx else ("clsact",)
+        metafunc.parametrize("attachment", ways, indirect=True)
 
 
 @contextlib.contextmanager
@@ -73,8 +93,10 @@ class StartForwarder(Protocol):
 
 
 @contextlib.contextmanager
-def forwarders_at(place: Place) -> Iterator[StartForwarder]:
+def forwarders_at(place: Place, *first: str) -> Iterator[StartForwarder]:
     """Start daemons; at the end they must stop when asked, with code 0, and leave nothing.
+
+    `first` are arguments of each.
 
     One that was killed may leave files and pins (the next `up` removes them), but no process.
     """
@@ -86,7 +108,7 @@ def forwarders_at(place: Place) -> Iterator[StartForwarder]:
         instance: str = "default",
         prefix: Sequence[str] = (),
     ) -> Daemon:
-        daemon = daemons.start(place, config, *words, instance=instance, prefix=prefix)
+        daemon = daemons.start(place, config, *first, *words, instance=instance, prefix=prefix)
         started.append(daemon)
         return daemon
 
@@ -95,6 +117,9 @@ def forwarders_at(place: Place) -> Iterator[StartForwarder]:
         for daemon in started:
             if daemon.process.poll() is None:
                 assert daemon.stop() == 0
+        for daemon in started:
+            # One that was killed leaves them to the next, which removes them.
+            assert daemon.process.returncode == -signal.SIGKILL or daemon.filters() == []
         last = {daemon.instance: daemon.process.returncode for daemon in started}
         if -signal.SIGKILL in last.values():
             wait_for(lambda: not place.processes(), "the workers of a killed daemon end")
@@ -108,17 +133,26 @@ def forwarders_at(place: Place) -> Iterator[StartForwarder]:
 
 
 @pytest.fixture
-def start_forwarder(place: Place) -> Iterator[StartForwarder]:
+def start_forwarder(place: Place, request: pytest.FixtureRequest) -> Iterator[StartForwarder]:
     """A function that starts a daemon for this test."""
-    with forwarders_at(place) as start:
+    with forwarders_at(place, *_datapath(request.node)) as start:
         yield start
 
 
+def _datapath(node: pytest.Item | pytest.Collector) -> tuple[str, ...]:
+    """The arguments of `up` where tests are marked `copied`, but for those `copied(False)`."""
+    marker = node.get_closest_marker("copied")
+    return ("--datapath", "copy") if marker and marker.args != (False,) else ()
+
+
 @pytest.fixture(scope="module")
-def start_shared_forwarder(network: None) -> Iterator[StartForwarder]:
+def start_shared_forwarder(
+    network: None, request: pytest.FixtureRequest
+) -> Iterator[StartForwarder]:
     """The same for a whole module, for tests that leave the daemon as it was."""
     del network
-    with temporary_place() as place, forwarders_at(place) as start:
+    words = _datapath(request.node)
+    with temporary_place() as place, forwarders_at(place, *words) as start:
         yield start
 
 

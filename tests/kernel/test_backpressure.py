@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.peers import (
     digest,
     pair_through,
@@ -169,7 +170,7 @@ def test_a_stalled_direction_does_not_stall_the_other(
         thread = threading.Thread(target=busy.sendall, args=(pattern(size),))
         thread.start()
         assert hash_of(lazy, size) == digest(size)
-        thread.join(timeout=15)
+        thread.join(timeout=scaled_s(15))
         assert hash_of(busy, waiting) == digest(waiting)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers import daemon as daemons
 from tests.helpers.peers import pair_through, pattern, read_exactly
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import stays, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon, Place
@@ -89,6 +89,19 @@ def test_the_capabilities_of_the_unit_are_enough(start_forwarder: StartForwarder
         assert re.findall(r"^Cap(?:Eff|Prm):\s+(\w+)$", status, re.M) == [NO_CAPABILITIES] * 2
 
 
+def test_who_cannot_be_asked_is_not_given_up(start_forwarder: StartForwarder) -> None:
+    """CAP_NET_RAW: the keeper asks silent peers of spliced pairs."""
+    text = config() + "keepalive: {idle: 1s, interval: 1s, count: 1}\n"
+    forwarder = start_forwarder(text, prefix=without("net_raw"))
+    with pair_through(forwarder.address) as (client, server):
+        client.sendall(b"x")
+        assert read_exactly(server, 1) == b"x"
+        forwarder.wait_for_pair(lambda row: row["datapath"] == "splice", "a spliced pair")
+        stays(lambda: len(forwarder.control().pairs()) == 1, "it is there", for_s=4.5)
+        server.sendall(b"y")
+        assert read_exactly(client, 1) == b"y"
+
+
 def test_a_worker_that_does_not_answer_can_be_ended(start_forwarder: StartForwarder) -> None:
     """CAP_KILL: the workers belong to another user."""
     forwarder = start_forwarder(config(), prefix=with_capabilities(capabilities()))
@@ -103,6 +116,12 @@ def test_a_kernel_datapath_needs(name: str, start_forwarder: StartForwarder) -> 
     carry_by(forwarder, "copy")
     assert "no_sockmap" in forwarder.output()
     assert "no_splice" in forwarder.output()
+
+
+def test_pairs_are_spliced_without_net_raw_too(start_forwarder: StartForwarder) -> None:
+    """Nobody asks their silent peers then."""
+    forwarder = start_forwarder(config(), prefix=without("net_raw"))
+    carry_by(forwarder, "splice")
 
 
 @pytest.mark.parametrize(
@@ -157,4 +176,4 @@ def test_forward_takes_sockets_of_another_user_with_sys_ptrace(
         done = forwarder.command("forward", str(holder.pid), *fds)
         assert done.returncode == code, done.stderr
         holder.kill()
-    wait_for(lambda: not forwarder.pairs(), "the pair ends with its process")
+    wait_for(lambda: not forwarder.look(), "the pair ends with its process")

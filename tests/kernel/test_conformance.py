@@ -6,18 +6,28 @@ followed by a look at what it left behind.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.scenarios import ALL, at_random
-from pyforwarder.datapath.splice_keeper import Splicing
-from pyforwarder.datapath.splice_maps import SpliceMaps
+from pyforwarder.datapath.proof.scenarios import ALL, at_random
+from pyforwarder.datapath.splice.keeper import Splicing
+from pyforwarder.datapath.splice.maps import SpliceMaps
 from tests.helpers.stage import SLOTS, stage
 
-DATAPATHS: Final = ("copy", "sockmap", "splice", "fake")
+if TYPE_CHECKING:
+    from pyforwarder.datapath.proof.rig import Rig
+
+BY_CLSACT: Final = "splice by clsact"
+DATAPATHS: Final = (
+    *("copy", "sockmap", "splice", "fake"),
+    # Where there is no tcx, splice is by clsact anyway.
+    pytest.param(BY_CLSACT, marks=pytest.mark.needs("tcx")),
+)
 SEEDS: Final = tuple(range(1000, 1012))
 
 
@@ -33,25 +43,39 @@ def maps(network: None) -> Iterator[KernelMaps]:
 @pytest.fixture(scope="module")
 def splicing(maps: KernelMaps) -> Iterator[Splicing]:
     """Splice's maps, programs and keeper, over the same pair table."""
+    yield from _splicing(maps)
+
+
+@pytest.fixture(scope="module")
+def splicing_by_clsact(maps: KernelMaps) -> Iterator[Splicing]:
+    """The same, attached as before Linux 6.6."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(attaching.FORCED, "clsact")
+        yield from _splicing(maps)
+
+
+def _splicing(maps: KernelMaps) -> Iterator[Splicing]:
     loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
-    splicing = Splicing(loaded, workers=1)
-    yield splicing
-    splicing.close()
+    with contextlib.closing(Splicing(loaded, workers=1)) as splicing:
+        yield splicing
+
+
+@pytest.fixture
+def rig(datapath: str, request: pytest.FixtureRequest, maps: KernelMaps) -> Iterator[Rig]:
+    """A stage for the datapath of the test; splice is loaded for its own tests alone."""
+    fixture = {"splice": "splicing", BY_CLSACT: "splicing_by_clsact"}.get(datapath)
+    splicing = request.getfixturevalue(fixture) if fixture else None
+    with stage("splice" if splicing else datapath, maps, splicing) as rig:
+        yield rig
 
 
 @pytest.mark.parametrize("datapath", DATAPATHS)
 @pytest.mark.parametrize("name", ALL)
-def test_datapath_does_what_the_server_relies_on(
-    name: str, datapath: str, maps: KernelMaps, splicing: Splicing
-) -> None:
-    with stage(datapath, maps, splicing) as rig:
-        ALL[name](rig)
+def test_datapath_does_what_the_server_relies_on(name: str, rig: Rig) -> None:
+    ALL[name](rig)
 
 
 @pytest.mark.parametrize("datapath", DATAPATHS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_datapath_does_so_at_random(
-    seed: int, datapath: str, maps: KernelMaps, splicing: Splicing
-) -> None:
-    with stage(datapath, maps, splicing) as rig:
-        at_random(rig, seed=seed)
+def test_datapath_does_so_at_random(seed: int, rig: Rig) -> None:
+    at_random(rig, seed=seed)

@@ -108,7 +108,7 @@ def carry(sender: socket.socket, receiver: socket.socket, size: int) -> None:
 def wait_for_counts(forwarder: Daemon, up: int, down: int) -> None:
     """Until `show` says this of the only pair; the counts follow the bytes by a moment."""
     wait_for(
-        lambda: [(row["up_bytes"], row["down_bytes"]) for row in forwarder.pairs()] == [(up, down)],
+        lambda: [(row["up_bytes"], row["down_bytes"]) for row in forwarder.look()] == [(up, down)],
         f"{up} bytes up, {down} down",
     )
 
@@ -123,7 +123,7 @@ def test_flush_resets_the_named_pairs_and_no_others(
         for client, server in pairs:
             exchange(client, server)
         wait_for(
-            lambda: [row["datapath"] for row in forwarder.pairs()] == [datapath] * 3, "three pairs"
+            lambda: [row["datapath"] for row in forwarder.look()] == [datapath] * 3, "three pairs"
         )
         ids = {row["client"]: str(row["id"]) for row in forwarder.pairs()}
         (client, server), *others = pairs

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.daemon import Place, run_command
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def test_a_file_full_of_aliases_is_refused_quickly(place: Place) -> None:
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
     path = place.bpffs.parent / "bomb.yaml"
     path.write_text("\n".join(lines))
-    assert run_command(place, "check", str(path), deadline_s=10).returncode == 2
+    assert run_command(place, "check", str(path), deadline_s=scaled_s(10)).returncode == 2
 
 
 def test_up_refuses_a_bad_configuration_and_leaves_nothing(place: Place) -> None:
@@ -146,7 +147,9 @@ def test_up_with_an_address_in_use_fails_and_names_it(
     taken = f"127.0.0.1:{forwarder.address[1]}"
     path = place.bpffs.parent / "second.yaml"
     path.write_text(listener(bind=taken))
-    done = run_command(place, "up", "--instance", "second", "-c", str(path), deadline_s=30)
+    done = run_command(
+        place, "up", "--instance", "second", "-c", str(path), deadline_s=scaled_s(30)
+    )
     assert done.returncode == 1
     assert taken in done.stderr
     assert "Traceback" not in done.stderr

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
+pytestmark = pytest.mark.copied
+
 CONFIG = """
 listeners:
   - name: main

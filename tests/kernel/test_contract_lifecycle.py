@@ -19,7 +19,8 @@ import pytest
 
 from pyforwarder.client import ControlClient
 from pyforwarder.errors import ForwarderError
-from pyforwarder.instance import Instance
+from pyforwarder.runtime.instance import Instance
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place, leftovers, run_command
 from tests.helpers.instruction import ACK, instruction, refusal
@@ -130,7 +131,7 @@ def test_a_second_up_of_the_same_instance_fails_and_touches_nothing(
     files = sorted((path, path.lstat().st_ino) for path in place.run_files())
     pins = sorted(place.pins())
     with joined_pairs(forwarder, 1, forwarder_datapath(forwarder)) as [(client, server)]:
-        done = run_command(place, "up", "-c", str(forwarder.config_path), deadline_s=30)
+        done = run_command(place, "up", "-c", str(forwarder.config_path), deadline_s=scaled_s(30))
         assert done.returncode == 1
         assert "default" in done.stderr
         assert "running" in done.stderr
@@ -170,7 +171,7 @@ def test_detach_returns_once_it_listens(place: Place) -> None:
     path = place.bpffs.parent / "config.yaml"
     path.write_text(config())
     try:
-        done = run_command(place, "up", "-c", str(path), "--detach", deadline_s=60)
+        done = run_command(place, "up", "-c", str(path), "--detach", deadline_s=scaled_s(60))
         assert done.returncode == 0, done.stderr
         shown = run_command(place, "show", "listeners")
         assert shown.returncode == 0
@@ -214,6 +215,43 @@ def test_a_signal_drains(
     assert forwarder.wait() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_its_processes_is_for_the_daemon_alone(
+    start_forwarder: StartForwarder, number: signal.Signals
+) -> None:
+    """As Ctrl-C in a terminal is, where every process of the foreground gets it."""
+    forwarder = start_forwarder(config())
+    before = {process.pid for process in forwarder.place.processes()}
+    os.killpg(forwarder.process.pid, number)
+    if number is signal.SIGHUP:
+        wait_for(lambda: " reloaded " in forwarder.output(), "it has read its configuration")
+        assert {process.pid for process in forwarder.place.processes()} == before
+        forwarder.signal(signal.SIGTERM)
+    assert forwarder.wait() == 0
+    assert " error: " not in forwarder.output()
+
+
+@pytest.mark.parametrize("what", ["pairs", "listeners", "rules", "upstreams", "stats"])
+def test_everything_can_be_shown_while_pairs_drain(
+    start_forwarder: StartForwarder, what: str
+) -> None:
+    forwarder = start_forwarder(config(drain="60s"))
+    before = forwarder.show("listeners")
+    with pair_through(forwarder.address) as (client, server):
+        exchange(client, server)
+        forwarder.signal(signal.SIGTERM)
+        wait_for(lambda: refuses(forwarder.address), "no new connection is accepted")
+        rows = forwarder.show(what)
+        assert forwarder.command("show", what).returncode == 0
+        if what == "listeners":
+            assert [(row["name"], row["bind"], row["open"]) for row in rows] == [
+                (row["name"], row["bind"], 1) for row in before
+            ]
+        exchange(client, server)
+    assert forwarder.wait() == 0
+    assert "Error" not in forwarder.output()
+
+
 def refuses(address: tuple[str, int]) -> bool:
     try:
         dial(address).close()
@@ -247,7 +285,7 @@ def test_a_second_signal_ends_at_once_with_a_reset(
         forwarder.signal(signal.SIGTERM)
         assert ends_with_reset(client) == b""
         assert ends_with_reset(server) == b""
-        forwarder.wait(deadline_s=10)
+        forwarder.wait(deadline_s=scaled_s(10))
 
 
 def test_down_drains_and_down_now_resets(start_forwarder: StartForwarder) -> None:
@@ -264,7 +302,7 @@ def test_down_drains_and_down_now_resets(start_forwarder: StartForwarder) -> Non
         assert done.returncode == 0, done.stderr
         assert ends_with_reset(client) == b""
         assert ends_with_reset(server) == b""
-        assert going.wait(timeout=15) == 0
+        assert going.wait(timeout=scaled_s(15)) == 0
     assert forwarder.wait() == 0
 
 
@@ -384,8 +422,8 @@ def test_a_killed_worker_resets_its_pairs_only_and_is_replaced(
         assert len(before) == 2
         victim = psutil.Process(before.pop())
         victim.kill()
-        victim.wait(timeout=10)
-        left = wait_for(lambda: forwarder.pairs(), "the other worker's pairs")
+        victim.wait(timeout=scaled_s(10))
+        left = wait_for(lambda: forwarder.look(), "the other worker's pairs")
         alive = {row["client"] for row in left}
         for client, server in pairs:
             if address_text(client.getsockname()) in alive:

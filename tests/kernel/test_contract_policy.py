@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
+pytestmark = pytest.mark.copied
+
 PORTS = range(20_000, 20_004)
 
 CONFIG = """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.helpers.first_packets import client_hello
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole
 from tests.helpers.peers import (
@@ -31,6 +32,8 @@ from tests.helpers.waiting import DEADLINE_S, wait_for
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
+
+pytestmark = pytest.mark.copied
 
 
 def rules_config(*rules: str, more: str = "", timeout: str = "400ms") -> str:
@@ -76,6 +79,36 @@ def test_the_first_rule_that_matches_decides(start_forwarder: StartForwarder) ->
             assert client.recv(100) == b"prefix got x"
 
 
+def test_the_name_in_the_first_packet_is_connected_to_if_it_may(
+    start_forwarder: StartForwarder,
+) -> None:
+    with AnswerServer("named") as server, AnswerServer("rest") as rest:
+        port = server.address[1]
+        forwarder = start_forwarder(
+            rules_config(
+                f"{{name: sni, match: tls, to: sni, port: {port}, allow: [127.0.0.0/8, '::1']}}",
+                f"{{name: host, match: http, to: host, port: {port}, allow: [10.0.0.0/8]}}",
+                rule_to(rest, "any"),
+            )
+        )
+        for data, answer in (
+            (client_hello(b"localhost"), b"named got "),
+            (client_hello(b"127.0.0.1"), b"named got "),
+            (client_hello(None), b"rest got "),
+        ):
+            with dial(forwarder.address) as client:
+                client.sendall(data)
+                assert client.recv(100).startswith(answer)
+        for data in (
+            client_hello(b"192.0.2.7"),  # not allowed
+            client_hello(b"nowhere.invalid"),
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ):
+            with dial(forwarder.address) as client:
+                client.sendall(data)
+                assert ends_with_reset(client) == b""
+
+
 def test_first_bytes_are_forwarded_whole(start_forwarder: StartForwarder) -> None:
     with Waiting() as waiting:
         forwarder = start_forwarder(
@@ -104,7 +137,7 @@ def test_silence_goes_to_a_server_that_speaks_first(start_forwarder: StartForwar
         began_s = time.monotonic()
         with dial(forwarder.address) as client:
             assert read_to_end(client) == b"220 mail"
-        assert 0.4 <= time.monotonic() - began_s < 5
+        assert 0.4 <= time.monotonic() - began_s < DEADLINE_S
 
 
 def test_reject_reset_and_reject_close(start_forwarder: StartForwarder) -> None:
@@ -132,14 +165,14 @@ def test_need_more_ends_at_max_bytes(start_forwarder: StartForwarder) -> None:
             rules_config(
                 "{match: {regex: '^x*y'}, reject: reset}",
                 rule_to(server, "any"),
-                timeout="10s",
+                timeout="60s",
             )
         )
         began_s = time.monotonic()
         with dial(forwarder.address) as client:
             client.sendall(b"x" * 3000)
             assert read_exactly(client, 8) == b"any got "
-        assert time.monotonic() - began_s < 8
+        assert time.monotonic() - began_s < DEADLINE_S
 
 
 def test_a_rule_names_an_ipv6_server(start_forwarder: StartForwarder) -> None:
@@ -148,6 +181,7 @@ def test_a_rule_names_an_ipv6_server(start_forwarder: StartForwarder) -> None:
         assert greeting(forwarder) == b"six"
 
 
+@pytest.mark.copied(False)  # what is shown is why it must be
 def test_a_rule_names_a_unix_socket(start_forwarder: StartForwarder) -> None:
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
         path = Path(directory, "server")
@@ -163,7 +197,7 @@ def test_a_rule_names_a_unix_socket(start_forwarder: StartForwarder) -> None:
             with server:
                 server.settimeout(DEADLINE_S)
                 assert read_exactly(server, 5) == b"hello"
-                (row,) = forwarder.pairs()
+                row = forwarder.wait_for_pair(lambda row: row["state"] == "joined")
                 assert row["server"].startswith("unix:")
                 assert row["datapath"] == "copy"
                 assert "unix" in row["reason"]

@@ -7,12 +7,17 @@ import errno
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.worker.standing import STEADY_AFTER_S
+from tests.helpers.first_packets import CLIENTS
 from tests.helpers.instruction import ACK, instruction, refusal
+from tests.helpers.netns import Network, private_network
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -49,7 +54,7 @@ class EchoServer(threading.Thread):
     def close(self) -> None:
         with socket.socket(self.sock.family, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"quit", self.sock.getsockname())
-        self.join(timeout=5)
+        self.join(timeout=scaled_s(5))
         self.sock.close()
 
 
@@ -64,7 +69,7 @@ def server() -> Iterator[EchoServer]:
 def client_of(address: tuple[str, int]) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(5)
+        sock.settimeout(scaled_s(5))
         sock.connect(address)
         yield sock
 
@@ -87,6 +92,30 @@ def test_datagrams_keep_their_boundaries(start_forwarder: StartForwarder, host: 
             client.send(b"x" * size)
             assert client.recv(65535) == b"A" + b"x" * size
     echo.close()
+
+
+def test_dns_and_openvpn_are_recognised_in_datagrams(start_forwarder: StartForwarder) -> None:
+    names, tunnel, other = EchoServer("N"), EchoServer("V"), EchoServer("O")
+    daemon = start_forwarder(
+        config(
+            f"{{match: {{dns: {{qname: '*.internal.example'}}}}, to: '{names.text}'}}",
+            f"{{match: openvpn, to: '{tunnel.text}'}}",
+            f"{{match: any, to: '{other.text}'}}",
+        )
+    )
+    query = CLIENTS["dns-dig"][2:]
+    sent = {
+        query: b"N",
+        query.replace(b"\x08internal", b"\x08external"): b"O",
+        CLIENTS["openvpn"][2:]: b"V",
+        b"neither": b"O",
+    }
+    for data, server in sent.items():
+        with client_of(daemon.address) as client:
+            client.send(data)
+            assert client.recv(65535) == server + data
+    for echo in (names, tunnel, other):
+        echo.close()
 
 
 def test_each_client_has_its_own_session_and_gets_its_own_answers(
@@ -171,7 +200,7 @@ def test_a_server_that_is_not_there_ends_the_session(start_forwarder: StartForwa
     daemon = start_forwarder(config(f"{{match: any, to: '127.0.0.1:{port}'}}"))
     with client_of(daemon.address) as client:
         client.send(b"anybody")
-        wait_for(lambda: daemon.show("stats")["closed"].get("refused"), "end of the session")
+        wait_for(lambda: daemon.look("stats")["closed"].get("refused"), "end of the session")
         assert daemon.pairs() == []
 
 
@@ -182,7 +211,7 @@ def test_silent_sessions_end(start_forwarder: StartForwarder, server: EchoServer
     with client_of(daemon.address) as client:
         client.send(b"once")
         assert client.recv(100) == b"Aonce"
-        wait_for(lambda: daemon.show("stats")["closed"].get("idle") == 1, "idle session to end")
+        wait_for(lambda: daemon.look("stats")["closed"].get("idle") == 1, "idle session to end")
         client.send(b"again")
         assert client.recv(100) == b"Aagain"
 
@@ -192,19 +221,23 @@ def test_limits_hold_for_sessions(start_forwarder: StartForwarder, server: EchoS
         config("{match: instruction, allow: [loopback]}", more="limits: {pairs: 2}\nworkers: 1\n")
     )
     with contextlib.ExitStack() as stack:
-        answers = []
-        for _ in range(3):
-            client = stack.enter_context(client_of(daemon.address))
+        clients = [stack.enter_context(client_of(daemon.address)) for _ in range(3)]
+        for client in clients[:2]:
             client.send(instruction(server.text))
-            answers.append(client.recv(100))
-        assert answers == [ACK, ACK, refusal("busy")]
+            assert client.recv(100) == ACK
+        time.sleep(STEADY_AFTER_S)  # who goes on speaking makes room for nobody
+        for client in clients[:2]:
+            client.send(b"still here")
+            assert client.recv(100) == b"Astill here"
+        clients[2].send(instruction(server.text))
+        assert clients[2].recv(100) == refusal("busy")
 
 
 def test_sessions_of_an_upstream_come_from_its_source_addresses(
     start_forwarder: StartForwarder,
 ) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.settimeout(5)
+        server.settimeout(scaled_s(5))
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
         daemon = start_forwarder(
@@ -281,3 +314,38 @@ def test_an_address_in_use_is_an_error(start_forwarder: StartForwarder) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(AssertionError, match=f"cannot listen on 127.0.0.1:{port}"):
             start_forwarder(config("{match: any, to: '127.0.0.1:9'}", bind=f"127.0.0.1:{port}"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_link_local_clients_are_answered_on_the_link_they_came_from(
+    start_forwarder: StartForwarder, workers: int
+) -> None:
+    """Two hosts with the same link-local address and port, on two links, are two clients."""
+    with private_network() as forwarder_net, contextlib.ExitStack() as stack:
+        hosts = [stack.enter_context(contextlib.closing(Network())) for _ in range(2)]
+        for number, host in enumerate(hosts):
+            forwarder_net.ip(f"link add f{number} type veth peer name c0 netns {host.path}")
+            forwarder_net.ip(f"addr add fe80::1/64 dev f{number} nodad", f"link set f{number} up")
+            host.ip("addr add fe80::2/64 dev c0 nodad", "link set c0 up")
+        server = EchoServer("A", "127.0.0.1")
+        stack.callback(server.close)
+        forwarder = start_forwarder(
+            config(
+                f"{{match: any, to: '{server.text}'}}", bind="[::]:0", more=f"workers: {workers}\n"
+            )
+        )
+        port = forwarder.address[1]
+        clients = []
+        for host in hosts:
+            with host.entered():
+                sock = stack.enter_context(socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))
+                sock.settimeout(scaled_s(5))
+                sock.bind(("fe80::2", 4711, 0, socket.if_nametoindex("c0")))
+                sock.connect(("fe80::1", port, 0, socket.if_nametoindex("c0")))
+                clients.append(sock)
+        for turn in range(3):
+            for number, sock in enumerate(clients):
+                sock.send(b"%d.%d" % (number, turn))
+            for number, sock in enumerate(clients):
+                assert sock.recv(100) == b"A%d.%d" % (number, turn)
+        assert len(forwarder.pairs()) == 2

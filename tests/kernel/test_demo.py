@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from pyforwarder.runtime.slowness import scaled_s
+
 
 def processes_below(directory: Path) -> list[str]:
     """Command lines of the processes that work with files below `directory`."""
@@ -28,7 +30,7 @@ def test_demo_shows_every_datapath_and_leaves_nothing_behind(tmp_path: Path) -> 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=scaled_s(50),
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import os
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -73,21 +74,34 @@ def network_is(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of a batch."""
+
+    bad: list[tuple[traffic.Result, list[str]]]
+    # Whose client had left before its answer, and whose server was given up before anybody
+    # connected to it: a forwarder that comes later is refused there.
+    given_up: int
+
+
 def play(
     conversations: list[traffic.Conversation],
     forwarder: Daemon,
     *,
     concurrency: int,
     seconds: float,
-) -> list[tuple[traffic.Result, list[str]]]:
-    """The conversations that went wrong; each may take so many seconds."""
+) -> Played:
+    """Play them directly and forwarded; each conversation may take so many seconds."""
     direct = traffic.run(conversations, concurrency=concurrency, deadline_s=seconds)
     forwarded = traffic.run(
         conversations, via=forwarder.address, concurrency=concurrency, deadline_s=seconds
     )
     assert len(direct) == len(forwarded) == len(conversations)
     judged = [(result, traffic.faults(direct[n], result)) for n, result in forwarded.items()]
-    return [(result, found) for result, found in judged if found]
+    return Played(
+        [(result, found) for result, found in judged if found],
+        sum(traffic.server_given_up(result) for result in forwarded.values()),
+    )
 
 
 def in_kernel(forwarder: Daemon, datapath: str) -> int:
@@ -98,16 +112,21 @@ def in_kernel(forwarder: Daemon, datapath: str) -> int:
 
 
 def check_nothing_is_left(
-    forwarder: Daemon, *, datapath: str, conversations: int, least: float
+    forwarder: Daemon, *, datapath: str, conversations: int, least: float, given_up: int
 ) -> None:
-    """Every connection ended for a reason that its peers gave, on the datapath that is meant."""
+    """Every connection ended for a reason that its peers gave, on the datapath that is meant.
+
+    `given_up` is how many servers were closed before anybody had connected to them.
+    """
     forwarder.wait_for_no_pairs()
     stats = forwarder.show("stats")
     assert stats["accepted"] == conversations
     closed = {reason: count for reason, count in stats["closed"].items() if count}
+    # On a busy machine a worker may come to a server that was given up meanwhile.
+    assert closed.pop("refused", 0) <= given_up
     # client_gone: a client that resets within its instruction may look like one that closes.
     assert set(closed) <= {"finished", "client_reset", "server_reset", "client_gone"}, closed
-    assert sum(closed.values()) == conversations
+    assert sum(stats["closed"].values()) == conversations
     assert in_kernel(forwarder, datapath) >= least * conversations
     assert datapath != "copy" or in_kernel(forwarder, "auto") == 0
     assert "Traceback" not in forwarder.output()
@@ -131,14 +150,17 @@ def test_conversations_end_as_direct_ones_do(
     forwarder = start_forwarder(config(datapath))
     workers = [worker.pid for worker in forwarder.workers()]
     rng = random.Random(SEED)
+    given_up = 0
     for batch in batches(range(CONVERSATIONS[network_is])):
-        bad = play(batch, forwarder, concurrency=rng.choice([8, 64, 128, 400]), seconds=30)
-        assert not bad, traffic.report(SEED, bad)
+        played = play(batch, forwarder, concurrency=rng.choice([8, 64, 128, 400]), seconds=30)
+        assert not played.bad, traffic.report(SEED, played.bad)
+        given_up += played.given_up
     check_nothing_is_left(
         forwarder,
         datapath=datapath,
         conversations=CONVERSATIONS[network_is],
         least=LEAST_IN_KERNEL[datapath],
+        given_up=given_up,
     )
     assert [worker.pid for worker in forwarder.workers()] == workers
 
@@ -155,10 +177,11 @@ def test_bulk_conversations_end_as_direct_ones_do(
         assert count < MOST_BULK_BATCHES * BULK_BATCH
         numbers = range(count, count + BULK_BATCH)
         conversations = [traffic.bulk_conversation(SEED, number) for number in numbers]
-        bad = play(conversations, forwarder, concurrency=3, seconds=90)
-        assert not bad, traffic.report(SEED, bad)
+        played = play(conversations, forwarder, concurrency=3, seconds=90)
+        assert not played.bad, traffic.report(SEED, played.bad)
+        assert not played.given_up
         count += BULK_BATCH
-    check_nothing_is_left(forwarder, datapath=datapath, conversations=count, least=0.0)
+    check_nothing_is_left(forwarder, datapath=datapath, conversations=count, least=0.0, given_up=0)
 
 
 @pytest.mark.soak
@@ -172,22 +195,24 @@ def test_soak(start_forwarder: StartForwarder, soak_s: float) -> None:
             if network_is == "narrow":
                 narrow_the_network()
             forwarder = start_forwarder(config(datapath), instance=f"soak{number}")
-            played = 0
+            count = given_up = 0
             for batch in batches(range(number, number + 2 * BATCH)):
                 some = rng.choice([8, 64, 128, 400])
-                bad = play(batch, forwarder, concurrency=some, seconds=30)
-                assert not bad, traffic.report(SEED, bad)
-                played += len(batch)
+                played = play(batch, forwarder, concurrency=some, seconds=30)
+                assert not played.bad, traffic.report(SEED, played.bad)
+                count += len(batch)
+                given_up += played.given_up
             if network_is == "wide":
                 bulk = [traffic.bulk_conversation(SEED, number + n) for n in range(4)]
-                bad = play(bulk, forwarder, concurrency=2, seconds=90)
-                assert not bad, traffic.report(SEED, bad)
-                played += len(bulk)
+                played = play(bulk, forwarder, concurrency=2, seconds=90)
+                assert not played.bad, traffic.report(SEED, played.bad)
+                count += len(bulk)
             check_nothing_is_left(
                 forwarder,
                 datapath=datapath,
-                conversations=played,
+                conversations=count,
                 least=LEAST_IN_KERNEL[datapath],
+                given_up=given_up,
             )
             assert forwarder.stop() == 0
             number += 2 * BATCH

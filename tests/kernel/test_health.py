@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from pyforwarder import proxy_protocol
-from pyforwarder.first_packet.outcome import NEED_MORE
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.first_packet.outcome import NEED_MORE
 from tests.helpers.peers import NameServer, Waiting, address_text, dial, read_to_end, unused_port
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
+
+pytestmark = pytest.mark.copied
 
 HEALTH = "{interval: 100ms, timeout: 80ms, rise: 2, fall: 2}"
 

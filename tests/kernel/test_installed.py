@@ -80,3 +80,26 @@ def test_without_bcc_doctor_names_the_packages_and_warns_of_the_other_bcc(
     assert "python3-bpfcc" in said
     assert "PyPI's package `bcc` is another project" in said
     assert "Traceback" not in said
+
+
+def test_environment_that_cannot_see_the_hosts_bcc_is_told_so(wheel: Path, tmp_path: Path) -> None:
+    programs = install(wheel, tmp_path / "venv", plain=True)
+    said = run(programs / "pyforwarder", "doctor", cwd=tmp_path)
+    assert "bcc is installed at /usr/lib/python3/dist-packages/bcc" in said
+    assert "--system-site-packages" in said
+    assert str(tmp_path / "venv" / "pyvenv.cfg") in said
+    assert "Traceback" not in said
+
+
+def test_environment_that_was_mended_as_told_sees_bcc(
+    wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
+) -> None:
+    programs = install(wheel, tmp_path / "venv", plain=True)
+    settings = tmp_path / "venv" / "pyvenv.cfg"
+    settings.write_text(
+        settings.read_text().replace(
+            "include-system-site-packages = false", "include-system-site-packages = true"
+        )
+    )
+    forwarder = start_installed(start_forwarder, programs)
+    carry_by(forwarder, "splice")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.peers import digest, pair_through, pattern, read_exactly
 from tests.helpers.waiting import wait_for
 
@@ -68,7 +69,7 @@ def traced(pid: int, path: Path) -> Iterator[None]:
         yield
     finally:
         tracer.send_signal(signal.SIGINT)
-        tracer.communicate(timeout=15)
+        tracer.communicate(timeout=scaled_s(15))
 
 
 def exchange(

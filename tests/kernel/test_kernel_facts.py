@@ -23,14 +23,15 @@ from typing import Final
 
 import pytest
 
-from pyforwarder.datapath import bpf
-from pyforwarder.datapath.btf import VMLINUX, field_offsets
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.btf import VMLINUX, field_offsets
+from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.datapath.kernel import FIELDS
-from pyforwarder.datapath.loading import load_programs
-from pyforwarder.datapath.rig import loopback_pair
+from pyforwarder.datapath.proof.rig import loopback_pair
 from pyforwarder.datapath.sockmap import SO_COOKIE
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
 from pyforwarder.errors import LoadError
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.waiting import stays, wait_for
 
 PASS_EMPTY, DROP_EMPTY, REDIRECT_EMPTY = range(3)
@@ -59,8 +60,8 @@ class Redirector:
         (program,) = load_programs(
             str(Path(__file__).with_name("facts.c")),
             [("facts", "sk_skb")],
-            defines=dict(zip(names, self.fds, strict=True)),
-            map_fds=self.fds,
+            defines={},
+            maps=dict(zip(names, self.fds, strict=True)),
         )
         self.fds.append(program)
         bpf.attach(program, self.fds[0], bpf.AttachType.SK_SKB_STREAM_VERDICT)
@@ -289,7 +290,7 @@ def test_passed_fin_breaks_its_own_socket_if_redirected_bytes_wait_there(
     sent = fill_beyond(ends.a, ends.server)
     ends.client.shutdown(socket.SHUT_WR)
     wait_for(lambda: received(ends.a).state != TCP_ESTABLISHED, "FIN")
-    ends.client.settimeout(5)
+    ends.client.settimeout(scaled_s(5))
     if error:
         got = 0
 
@@ -395,7 +396,7 @@ def test_nothing_slows_a_sender_whose_bytes_are_redirected(
     # Why redirect.c has a fuse: far more than both sockets' buffers hold is taken for a reader
     # that never reads.
     join(redirector, ends)
-    ends.client.settimeout(10)
+    ends.client.settimeout(scaled_s(10))
     for _ in range(48):
         ends.client.sendall(bytes(1 << 20))
     wait_for_bytes(ends.a, 48 << 20)

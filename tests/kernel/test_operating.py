@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import pytest
 
-from pyforwarder.instance import Instance
+from pyforwarder.runtime.instance import Instance
 from tests.helpers.daemon import COMMAND, Place, leftovers, run_command
+from tests.helpers.first_packets import client_hello
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.peers import (
+    AnswerServer,
     EchoServer,
     Waiting,
     address_text,
@@ -107,6 +109,8 @@ def test_log_that_nobody_reads_stops_nothing(place: Place) -> None:
         assert run_command(place, "down").returncode == 0
         assert process.wait(timeout=DEADLINE_S) == 0
         with os.fdopen(read_fd, "rb") as log:
+            assert b" info: accepting " in log.readline()
+            assert b" info: started " in log.readline()
             assert b"reason=denied" in log.readline()
     finally:
         process.kill()
@@ -129,8 +133,11 @@ def test_closed_connection_is_a_line_with_every_field(
         row = forwarder.wait_for_pair(lambda row: row["up_bytes"] == 1023)
     said = json.loads(forwarder.wait_for_line('"event": "closed"'))
     assert 0 < said.pop("age_s") < 60
-    assert abs(said.pop("time") - time.time()) < 60  # noqa: TID251
+    told = datetime.datetime.fromisoformat(said.pop("time"))
+    assert abs((told - datetime.datetime.now(datetime.UTC)).total_seconds()) < 60
     assert said == {
+        "instance": "default",
+        "asked": row["server"],
         "level": "info",
         "event": "closed",
         "id": row["id"],
@@ -341,3 +348,90 @@ def test_clients_who_have_connected_by_then_are_served(
             assert read_exactly(client, 7) == ACK + b"x"
     if how == "drain":
         assert forwarder.wait() == 0
+
+
+# ---------------------------------------------------------------------------- audit
+
+AUDITED: Final = """
+listeners:
+  - name: main
+    bind: 127.0.0.1:0
+    rules:
+      - {name: web, match: {tls: {sni: "*.test"}}, to: web}
+      - {name: sni, match: {tls: {sni: localhost}}, to: sni, port: PORT, allow: [127.0.0.0/8]}
+      - {name: away, match: {tls: {sni: "*.away"}}, to: away}
+      - {name: named, match: instruction, allow: [127.0.0.0/8]}
+      - {name: rest, match: any, reject: close}
+upstreams:
+  web: {servers: ["127.0.0.1:PORT"]}
+  away: {servers: [{address: "127.0.0.1:PORT", weight: 0}]}
+log: {format: json}
+"""
+
+
+def test_a_line_tells_what_a_connection_was_decided_on_and_why_it_was_refused(
+    start_forwarder: StartForwarder,
+) -> None:
+    with AnswerServer("a") as server:
+        port = server.address[1]
+        forwarder = start_forwarder(AUDITED.replace("PORT", str(port)))
+        told: list[dict[str, object]] = []
+        for sent in (
+            client_hello(b"A.test"),
+            client_hello(b"localhost"),
+            client_hello(b"b.other"),
+            client_hello(b"a.away"),
+            instruction(f"127.0.0.1:{port}") + b"x",
+            instruction("192.0.2.7:9"),
+            b"x",
+        ):
+            with dial(forwarder.address) as client, contextlib.suppress(OSError):
+                client.sendall(sent)
+                client.recv(100)
+            told.append(
+                json.loads(forwarder.wait_for_line('"event": "closed"', count=len(told) + 1))
+            )
+    fields = ("rule", "sni", "asked", "resolved", "upstream", "refusal")
+    assert [{name: line[name] for name in fields if name in line} for line in told] == [
+        {"rule": "web", "sni": "a.test", "upstream": "web"},
+        {
+            "rule": "sni",
+            "sni": "localhost",
+            "asked": f"localhost:{port}",
+            "resolved": f"127.0.0.1:{port}",
+        },
+        {"rule": "rest", "sni": "b.other", "refusal": "the rule says `reject: close`"},
+        {
+            "rule": "away",
+            "sni": "a.away",
+            "upstream": "away",
+            "refusal": "no server of upstream away: 1 drained",
+        },
+        {"rule": "named", "asked": f"127.0.0.1:{port}"},
+        {
+            "rule": "named",
+            "asked": "192.0.2.7:9",
+            "refusal": "allow does not list 192.0.2.7 port 9",
+        },
+        {"rule": "rest", "refusal": "the rule says `reject: close`"},
+    ]
+
+
+def test_start_reload_and_stop_are_lines_and_steps_are_at_level_debug(
+    place: Place, start_forwarder: StartForwarder
+) -> None:
+    forwarder = start_forwarder(CONFIG + "log: {level: debug}\n")
+    with socket.create_connection(forwarder.address):
+        pass
+    forwarder.wait_for_line(r" closed id=\d+ reason=client_gone ")
+    with pair_through(forwarder.address):
+        line = forwarder.wait_for_line(r" debug: flushed id=\d+ ")
+    (pair,) = re.findall(r" id=\d+ ", line)
+    forwarder.wait_for_line(f" closed{pair}")
+    assert run_command(place, "reload").returncode == 0
+    assert forwarder.stop() == 0
+    told = [line for line in forwarder.output().splitlines() if " pyforwarder info: " in line]
+    said = [line.split()[3] for line in told if " id=" not in line]
+    assert said == ["accepting", "started", "reloaded", "stopped"]
+    steps = [line.split()[3] for line in forwarder.output().splitlines() if pair in line]
+    assert steps == ["routed", "connected", "flushed", "finished", "closed"]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pyforwarder import __version__, tables
-from pyforwarder.datapath import bpf
+from pyforwarder import __version__
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.runtime import tables
 from pyforwarder.supervisor import pins
 from pyforwarder.supervisor.pins import Stamp
 from tests.helpers.daemon import Place, leftovers
@@ -74,6 +75,34 @@ def test_own_leftovers_are_replaced_without_a_word(
 
 
 @pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param("map", "ksym", marks=pytest.mark.needs("map iterators")),
+        pytest.param("ksym", "map", marks=pytest.mark.needs("map iterators")),
+        ("ksym", "daemon"),
+        ("daemon", "ksym"),
+    ],
+)
+def test_leftovers_of_another_way_are_replaced_without_a_word(
+    place: Place, start_forwarder: StartForwarder, first: str, second: str
+) -> None:
+    """The files are the same, whichever iterator prints them."""
+    directory = place.bpffs / "default"
+    start_forwarder(CONFIG, prefix=("env", f"PYFORWARDER_VIEW={first}")).kill()
+    wait_for(lambda: not place.processes(), "its workers end")
+    assert (directory / "show").exists() is (first != "daemon")
+    forwarder = start_forwarder(CONFIG, prefix=("env", f"PYFORWARDER_VIEW={second}"))
+    assert "pins_" not in forwarder.output()
+    for name in FILES:
+        assert (directory / name).exists() is (second != "daemon")
+        text = (place.run_dir / "default" / "proc" / name).read_text()
+        assert GONE not in text
+        assert ("no BPF view here" in text) is (second == "daemon")
+    assert forwarder.stop() == 0
+    assert leftovers(place) == []
+
+
+@pytest.mark.parametrize(
     ("stamp", "told"),
     [
         (Stamp("0.0.9", pins.layout(), ("show", "stats", "old")), "version=0.0.9"),
@@ -93,7 +122,8 @@ def test_another_versions_leftovers_are_replaced_and_told_of(
         (directory / "stats").rename(directory / "old")  # not a name of this version
     forwarder = start_forwarder(CONFIG)
     line = forwarder.wait_for_line("pins_replaced")
-    assert line.endswith(f"pyforwarder info: pins_replaced directory={directory} {told}")
+    said = f"pyforwarder info: pins_replaced directory={directory} {told} instance=default"
+    assert line.endswith(said)
     assert names_of(directory) == [*FILES, "version"]
     assert GONE not in (directory / "show").read_text()
     assert forwarder.stop() == 0

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pyforwarder import proxy_protocol
-from pyforwarder.address import Address
-from pyforwarder.first_packet.outcome import NEED_MORE
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.address import Address
+from pyforwarder.core.first_packet.outcome import NEED_MORE
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.peers import (
     AnswerServer,
@@ -160,7 +161,7 @@ def test_nobody_but_the_trusted_is_believed(start_forwarder: StartForwarder) -> 
         assert server.nobody_came()
         assert closed(forwarder, "denied") == 1
         with socket.create_connection(
-            forwarder.address, timeout=10, source_address=("127.0.0.2", 0)
+            forwarder.address, timeout=scaled_s(10), source_address=("127.0.0.2", 0)
         ) as sock:
             sock.sendall(HEADERS["v1"])
             server.accept().close()

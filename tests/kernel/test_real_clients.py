@@ -227,7 +227,7 @@ def test_ssh_with_our_connect_as_its_proxy_command(
     command = f"{' '.join(COMMAND)} connect %h:%p --via {at(forwarder)}"
     assert ssh(tmp_path, "-o", f"ProxyCommand={command}", port=sshd[1]) == "in\n"
     # ssh kills its proxy command in the end, so how it ends is chance; that it does is not.
-    wait_for(lambda: forwarder.show("stats")["closed"], "the end of the pair")
+    wait_for(lambda: forwarder.look("stats")["closed"], "the end of the pair")
     forwarder.wait_for_no_pairs()
 
 

@@ -143,7 +143,7 @@ def test_haproxys_own_checks_find_us_up(tmp_path: Path, start_forwarder: StartFo
             f"listen front\n  bind 127.0.0.1:{front}\n"
             f"  server us {at(forwarder)} send-proxy-v2 check inter 100ms rise 1 fall 1\n",
         ):
-            wait_for(lambda: forwarder.show("listeners")[0]["accepted"] > 5, "checks")
+            wait_for(lambda: forwarder.look("listeners")[0]["accepted"] > 5, "checks")
             assert curl(f"http://127.0.0.1:{front}/") == "web: GET /\n"
             # The header of a check is one; none of them was malformed.
             assert "malformed" not in forwarder.show("stats")["closed"]

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyforwarder.datapath import table
+from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
-from pyforwarder.datapath.rig import Reader, Rig
+from pyforwarder.datapath.proof.rig import Reader, Rig
 from tests.helpers.segments import ACK, FIN, PSH, segment
 
 SLOTS = 16

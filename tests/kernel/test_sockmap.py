@@ -9,14 +9,16 @@ from typing import Final
 
 import pytest
 
-from pyforwarder.connection import Phase
-from pyforwarder.datapath import bpf, table
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath import sockmap as sockmap_module
-from pyforwarder.datapath.abi import DatapathKind, Direction
 from pyforwarder.datapath.base import Pair, PairReason
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.rig import Reader, Rig, RigPair, loopback_pair
-from pyforwarder.datapath.scenarios import (
+from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair, loopback_pair
+from pyforwarder.datapath.proof.scenarios import (
     ALL,
     SLOW_LIMIT_BYTES,
     bytes_of,
@@ -26,7 +28,6 @@ from pyforwarder.datapath.scenarios import (
 )
 from pyforwarder.datapath.sockmap import SO_COOKIE, SockmapDatapath, _Half
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_bytes, received
-from pyforwarder.reasons import CloseReason
 from tests.helpers.stage import SLOTS, keys_in, stage
 from tests.helpers.waiting import wait_for
 
@@ -291,7 +292,7 @@ def test_mptcp_client_is_read_as_always(rig: Rig, maps: KernelMaps) -> None:
     outgoing, server = loopback_pair()
     pair = rig.between(client, accepted, outgoing, server)
     rig.join(pair)
-    assert keys_in(maps.sockets_fd) == 1
+    assert keys_in(maps.of[0].sockets_fd) == 1
     talk_to_the_end(rig, client, pair, server)
 
 
@@ -305,7 +306,7 @@ def test_pair_without_a_slot_stays_with_copy(rig: Rig) -> None:
 
 
 def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) -> None:
-    ends = bpf.Map(maps.ends_fd, key_bytes=8, value_bytes=8)
+    ends = bpf.Map(maps.of[0].ends_fd, key_bytes=8, value_bytes=8)
     fillers = [n.to_bytes(8, "little") for n in range(1 << 60, (1 << 60) + 2 * SLOTS)]
     # One place is left: the second end of the pair does not fit.
     for filler in fillers[1:]:
@@ -313,7 +314,7 @@ def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) 
     client, pair, server = rig.connect()
     rig.copy(pair)
     assert rig.hand_over(pair) is PairReason.MAP_FULL
-    assert keys_in(maps.ends_fd) == len(fillers) - 1
+    assert keys_in(maps.of[0].ends_fd) == len(fillers) - 1
     ends.update(fillers[0], bytes(8))
     assert rig.hand_over(pair) is PairReason.MAP_FULL
     for filler in fillers:
@@ -323,7 +324,7 @@ def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) 
 
 @pytest.mark.parametrize("places", [0, 1])
 def test_full_sockhash_loses_no_byte(rig: Rig, maps: KernelMaps, places: int) -> None:
-    sockets = bpf.Map(maps.sockets_fd, key_bytes=8, value_bytes=8)
+    sockets = bpf.Map(maps.of[0].sockets_fd, key_bytes=8, value_bytes=8)
     fillers = [sock for _ in range(SLOTS) for sock in loopback_pair()]
     try:
         for sock in fillers[places:]:
@@ -407,7 +408,7 @@ def test_server_that_closes_before_its_insertion_leaves_the_pair_with_copy(
 
     update_that(rig, monkeypatch, close_first)
     assert sockmap_of(rig).join(pair) is PairReason.REFUSED_BY_KERNEL
-    assert keys_in(maps.ends_fd) == 0
+    assert keys_in(maps.of[0].ends_fd) == 0
     reader_c, reader_s = Reader("client", client), Reader("server", server)
     client.sendall(b"request")
     client.shutdown(socket.SHUT_WR)

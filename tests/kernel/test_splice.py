@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from pyforwarder.datapath import splice_abi
-from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.loading import bpf_directory
-from pyforwarder.datapath.scenarios import (
+from pyforwarder.datapath.proof.scenarios import (
     both_close_at_once,
     both_ways_in_pieces,
     fin_with_data,
@@ -32,8 +31,10 @@ from pyforwarder.datapath.scenarios import (
     round_trips,
     server_closes_first,
 )
-from pyforwarder.datapath.splice_keeper import Splicing
-from pyforwarder.datapath.splice_maps import SpliceMaps
+from pyforwarder.datapath.splice import abi as splice_abi
+from pyforwarder.datapath.splice.keeper import Splicing
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import daemon as daemons
 from tests.helpers.faults import faults
 from tests.helpers.netns import narrow_the_network, private_network
@@ -49,7 +50,7 @@ from tests.helpers.stage import SLOTS, stage
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.rig import Rig
+    from pyforwarder.datapath.proof.rig import Rig
     from tests.helpers.daemon import Daemon, Place
     from tests.kernel.conftest import StartForwarder
 
@@ -155,7 +156,7 @@ def test_ports_of_an_ended_pair_serve_again(forwarder: Daemon) -> None:
 
 def dial_from(port: int, address: tuple[str, int]) -> socket.socket:
     client = socket.socket()
-    client.settimeout(10)
+    client.settimeout(scaled_s(10))
     client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     client.bind(("127.0.0.1", port))
     client.connect(address)
@@ -172,6 +173,7 @@ def dial_on(client: socket.socket, waiting: Waiting) -> socket.socket:
     return server
 
 
+@pytest.mark.each_attachment
 def test_pairs_of_a_killed_worker_go_on(forwarder: Daemon) -> None:
     with pair_through(forwarder.address) as (client, server):
         exchange(client, server, 777)
@@ -200,6 +202,7 @@ def test_pairs_of_a_killed_worker_go_on(forwarder: Daemon) -> None:
         exchange(client, server)
 
 
+@pytest.mark.each_attachment
 def test_an_up_that_fails_leaves_what_goes_on_alone(
     start_forwarder: StartForwarder, place: Place
 ) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.faults import FIN, Action, Faults
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import (
@@ -254,7 +255,7 @@ def test_acknowledgements_that_are_put_off(site: Site) -> None:
                 sender.send(b"a")
                 sender.send(bytes([turn]))
                 assert read_exactly(receiver, 2) == b"a" + bytes([turn])
-        assert time.monotonic() - began_s < 40 * 0.3
+        assert time.monotonic() - began_s < scaled_s(40 * 0.3)
 
 
 # ---------------------------------------------------------------------------- ports that come back
@@ -274,7 +275,7 @@ def test_ports_serve_again_at_once(site: Site, version: int, ending: str) -> Non
         for _ in range(9):
             with way.client.entered():
                 client = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
-            client.settimeout(5)
+            client.settimeout(scaled_s(5))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # After its own FIN it is the client's TCP that keeps the port to itself.
             if ending != "client fin":

@@ -127,6 +127,7 @@ def test_packets_of_a_narrow_interface_that_comes_later(site: Site, newcomer: Ne
     site.wait_for_no_pairs()
 
 
+@pytest.mark.each_attachment
 def test_pairs_by_an_interface_that_came_later_outlive_the_daemon(
     site: Site, newcomer: Network, start_forwarder: StartForwarder
 ) -> None:
@@ -154,6 +155,7 @@ def test_pairs_by_an_interface_that_came_later_outlive_the_daemon(
     assert play(next_site, way, 4)[0] == DATAPATH
 
 
+@pytest.mark.each_attachment
 @pytest.mark.parametrize("role", ["client", "server"])
 @pytest.mark.parametrize("how", ["new", "moved"])
 def test_an_interface_of_the_same_number_in_the_place_of_one_that_went(

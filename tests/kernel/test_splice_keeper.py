@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import pytest
 
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.splice_keeper import Splicing
-from pyforwarder.datapath.splice_maps import SpliceMaps
+from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair
+from pyforwarder.datapath.splice import keeper as splice_keeper
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.keeper import Splicing
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.peers import pattern
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
-from tests.helpers.stage import SLOTS
+from tests.helpers.stage import SLOTS, stage
 from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, stays, wait_for
 from tests.kernel.test_splice_survival import comes_to_be_spliced, rows
 
 if TYPE_CHECKING:
-    import socket
-
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
@@ -34,6 +40,7 @@ PAIRS: Final = 20
 # All of these pairs together, the first of which waits for a quarter of a second. With a worker
 # that waits for two it would be more; without any waiting it is a tenth.
 MOST_S: Final = 1.8
+HANGS_S: Final = 0.5
 NO_KEEPER: Final = "not spliced: the process that does it did not answer"
 
 
@@ -166,3 +173,73 @@ def test_a_worker_that_reads_no_answers_keeps_no_other_waiting(network: None) ->
         for _ in range(1000):  # a queue takes some hundreds
             sock.send(request.encode())
         assert splicing.client(1).ask("adopt").keys() == {"n"}
+
+
+@pytest.fixture(scope="module")
+def maps(network: None) -> Iterator[KernelMaps]:
+    del network
+    with contextlib.closing(KernelMaps.load(workers=1, slots=SLOTS)) as maps:
+        yield maps
+
+
+@contextlib.contextmanager
+def hanging(maps: KernelMaps, where: object, name: str, patch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """A stage whose keeper hangs in that function for longer than a worker waits."""
+    usual = getattr(where, name)
+
+    def hangs(*words: Any) -> Any:
+        time.sleep(scaled_s(3 * HANGS_S))
+        return usual(*words)
+
+    patch.setattr(splice_keeper, "_READ_TIMEOUT_S", HANGS_S)
+    patch.setattr(splice_keeper, "_BEGIN_TIMEOUT_S", HANGS_S)
+    with patch.context() as patched:
+        patched.setattr(where, name, hangs)
+        loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
+        splicing = Splicing(loaded, workers=1)  # its keeper is forked now
+    with contextlib.closing(splicing):
+        splicing.patient_client(0).ask("adopt")  # it has begun to serve
+        with stage("splice", maps, splicing) as rig:
+            yield rig
+            splicing.patient_client(0).ask("adopt")  # it goes on
+
+
+def go_through(rig: Rig, pair: RigPair, client: socket.socket, server: socket.socket) -> None:
+    """What waits and more both ways, and both ends."""
+    data = pattern(100_003)
+    readers = [Reader("client", client), Reader("server", server)]
+    for sock in (client, server):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+    rig.finish(pair, *readers)
+    assert [reader.ended for reader in readers] == ["eof", "eof"]
+    assert bytes(readers[0].data) == data
+    assert bytes(readers[1].data) == b"while it hangs" + data
+    assert pair.reason is None
+
+
+def test_no_pair_begins_after_its_worker_has_given_the_keeper_up(
+    maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs right before, with all that it looks at behind it, and then goes on."""
+    with hanging(maps, splice_sockets, "clock", monkeypatch) as rig:
+        client, pair, server = rig.connect()
+        rig.copy(pair)
+        client.sendall(b"while it hangs")
+        assert rig.datapath.join(pair) is PairReason.NO_KEEPER
+        time.sleep(scaled_s(8 * HANGS_S))  # by then it has gone on
+        assert pair.datapath is rig.copying
+        go_through(rig, pair, client, server)
+
+
+def test_a_pair_that_has_begun_goes_on_though_its_keeper_hangs(
+    maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs right behind that, and does not say so in time."""
+    with hanging(maps, splice_keeper.Keeper, "_mute", monkeypatch) as rig:
+        client, pair, server = rig.connect()
+        rig.copy(pair)
+        client.sendall(b"while it hangs")  # unread, as the pair begins
+        assert rig.datapath.join(pair) is None
+        assert pair.kind is DatapathKind.SPLICE
+        go_through(rig, pair, client, server)

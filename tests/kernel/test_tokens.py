@@ -9,13 +9,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pyforwarder import token
-from pyforwarder.address import Address
+import pytest
+
+from pyforwarder.core import token
+from pyforwarder.core.address import Address
 from tests.helpers.instruction import ACK, refusal
 from tests.helpers.peers import AnswerServer, address_text, dial, read_exactly, read_to_end
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
+
+pytestmark = pytest.mark.copied
 
 KEY = bytes(range(32))
 
@@ -194,3 +198,34 @@ def test_http_connect_asks_users_for_their_password(
             header = f"Proxy-Authorization: Basic {said}\r\n"
             given = answer(forwarder.address, request.format(header).encode())
             assert given.startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_token_that_names_a_gateway_is_used_up_at_that_one_only(
+    start_forwarder: StartForwarder, tmp_path: Path
+) -> None:
+    with AnswerServer("server") as server:
+        one, two = (
+            start_forwarder(
+                config(tmp_path, single_use=True).replace("{keys", f"{{audience: {name}, keys"),
+                instance=name,
+            )
+            for name in ("gate-1", "gate-2")
+        )
+        unnamed = start_forwarder(config(tmp_path, single_use=True), instance="unnamed")
+        to, key = address_text(server.address), f"{tmp_path}/ops.key"
+        made = one.command("token", to, "--key", key, "--aud", "gate-1").stdout.encode()
+        assert made.count(b" aud=gate-1 ") == 1
+        assert answer(two.address, made) == refusal("token")
+        assert answer(unnamed.address, made) == refusal("token")
+        assert [answer(one.address, made) for _ in range(3)] == [ACK] + [refusal("token")] * 2
+        # One that names no gateway could be used at both.
+        assert answer(one.address, signed(server.address)) == refusal("token")
+        assert answer(unnamed.address, signed(server.address)) == ACK
+        via = address_text(two.address)
+        connect = ("connect", to, "--via", via, "--key", key)
+        done = two.command(*connect, "--aud", "gate-2", stdin=b"hello")
+        assert (done.returncode, done.stdout) == (0, "server got hello")
+        assert two.command(*connect, "--aud", "gate-1", stdin=b"hello").returncode == 1
+        done = two.command("connect", to, "--via", via, "--aud", "gate-2", stdin=b"hello")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "a key is missing" in done.stderr

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder.supervisor.messages import Ask
 from pyforwarder.supervisor.workers import TRANSPARENT, grant
 from tests.helpers.netns import private_network
 from tests.helpers.peers import Waiting, address_text, read_exactly
@@ -119,11 +120,12 @@ def peer_of(served: socket.socket) -> str:
 @pytest.mark.usefixtures("alone")
 def test_no_worker_may_take_an_address_that_no_upstream_asks_for() -> None:
     with socket.socket() as sock:
-        ask = {"ask": "transparent", "number": 1}
-        assert grant(ask, [os.dup(sock.fileno())], may_be_transparent=False) is False
+        ask = Ask(ask="transparent", number=1)
+        assert grant(ask, [sock.fileno()], may_be_transparent=False) is False
         assert sock.getsockopt(*TRANSPARENT[socket.AF_INET]) == 0
-        assert grant(ask, [os.dup(sock.fileno())], may_be_transparent=True) is True
+        assert grant(ask, [sock.fileno()], may_be_transparent=True) is True
         assert sock.getsockopt(*TRANSPARENT[socket.AF_INET]) == 1
     read_fd, write_fd = os.pipe()
     os.close(write_fd)
     assert grant(ask, [read_fd], may_be_transparent=True) is False
+    os.close(read_fd)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pyforwarder import proxy_protocol
-from pyforwarder.address import Address
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.address import Address
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.peers import (
     AnswerServer,

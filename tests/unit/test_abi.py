@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address, UnixAddress
-from pyforwarder.datapath import abi
+from pyforwarder.core.address import Address, UnixAddress, ip_text
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.loading import bpf_directory
+from pyforwarder.datapath.ebpf import abi
+from pyforwarder.datapath.ebpf.loading import bpf_directory
 
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "endpoint": abi.Endpoint,
@@ -193,7 +193,7 @@ def test_ipv4_endpoint_stands_as_a_mapped_address_with_its_port_in_host_order() 
 def test_any_endpoint_reads_as_it_was_written(
     ip: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
 ) -> None:
-    address = Address(str(ip), port)
+    address = Address(ip_text(ip), port)
     endpoint = abi.Endpoint.from_buffer_copy(abi.pack_endpoint(address))
     assert abi.unpack_endpoint(endpoint) == str(address)
 

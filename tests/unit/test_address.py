@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import (
+from pyforwarder.core.address import (
     Address,
     AddressError,
     HostPort,

@@ -371,4 +371,4 @@ def test_the_datapath_asked_for_is_forced_on_every_listener() -> None:
     path = Path("/run/netns/none")
     site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.1", 2))
     lines = targets.pyforwarder_config(site, "splice").splitlines()
-    assert sum(line.strip() == "datapath: splice" for line in lines) == 3
+    assert sum(line.strip() == "datapath: splice" for line in lines) == 4

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pyforwarder.datapath.btf import defines, field_offsets
+from pyforwarder.datapath.ebpf.btf import defines, field_offsets
 from pyforwarder.datapath.kernel import FIELDS
 from pyforwarder.errors import LoadError
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyforwarder.worker import channel as channel_module
-from pyforwarder.worker.channel import MOST_LISTENERS, Channel, text_from_fd, text_to_fd
+from pyforwarder.runtime import channel as channel_module
+from pyforwarder.runtime.channel import MOST_SOCKETS, Channel, text_from_fd, text_to_fd
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ def test_message_of_any_size_arrives_with_its_descriptors(
 @pytest.mark.parametrize("large", [False, True])
 def test_as_many_listeners_as_are_promised_fit(ends: tuple[Channel, Channel], large: bool) -> None:
     ours, theirs = ends
-    names = ["x" * (1000 if large else 1)] * MOST_LISTENERS
-    ours.send({"listeners": names}, [0] * (MOST_LISTENERS + 1))
+    names = ["x" * (1000 if large else 1)] * MOST_SOCKETS
+    ours.send({"listeners": names}, [0] * (MOST_SOCKETS + 1))
     message, fds = receive(theirs)
     assert message == {"listeners": names}
-    assert len(fds) == MOST_LISTENERS + 1
+    assert len(fds) == MOST_SOCKETS + 1
     for fd in fds:
         os.close(fd)
 

@@ -22,8 +22,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pyforwarder import rates
-from pyforwarder.cli import keyboard, top_screen
+from pyforwarder.cli import keyboard, rates, top_screen
 from pyforwarder.cli.processes import LocalProcesses
 from pyforwarder.cli.top_screen import Screen, Snapshot
 from tests.helpers.fake_control import PAIR, FakeControl, Request, environ, make_instance
@@ -94,6 +93,15 @@ def test_selected_pair_is_told_in_full() -> None:
     assert "up 1,023 B, down 23 B, backlog 0 B, age 12s, idle 0s" in text
 
 
+def test_backlog_that_is_not_known_is_no_number() -> None:
+    screen = screen_of(pair(id=7, backlog_bytes=None), pair(id=8, backlog_bytes=1024))
+    screen.browser.sort = rates.Sort.BACKLOG
+    text = "\n".join(drawn(screen, 120, 24))
+    assert "backlog 1.0 KiB" in text
+    assert "down 23 B, backlog unknown, age 12s" in text
+    assert len(re.findall(r"sockmap +- ", text)) == 1
+
+
 def test_names_from_clients_cannot_write_to_the_terminal() -> None:
     text = "\n".join(drawn(screen_of(pair(server="\x1b[2Jevil"))))
     assert "\x1b" not in text
@@ -103,12 +111,19 @@ def test_names_from_clients_cannot_write_to_the_terminal() -> None:
 def test_rules_have_a_table_of_their_own() -> None:
     screen = screen_of()
     screen.snapshot.rows["rules"] = [
-        {"listener": "main", "rule": "named", "taken": 23, "refused": 3, "to": "-"}
+        {
+            "listener": "main",
+            "rule": "named",
+            "taken": 23,
+            "refused": 3,
+            "to": "-",
+            "decided": "user",
+        }
     ]
     screen.browser.view = rates.View.RULES
     lines = [line.split() for line in drawn(screen)]
-    assert ["LISTENER", "RULE", "TAKEN", "REFUSED", "TO"] in lines
-    assert ["main", "named", "23", "3", "-"] in lines
+    assert ["LISTENER", "RULE", "TAKEN", "REFUSED", "TO", "DECIDED"] in lines
+    assert ["main", "named", "23", "3", "-", "user"] in lines
 
 
 def test_help_names_every_key() -> None:

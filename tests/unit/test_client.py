@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pyforwarder import client, token
-from pyforwarder.address import Address
+from pyforwarder import client
 from pyforwarder.client import ControlClient
+from pyforwarder.core import token
+from pyforwarder.core.address import Address
 from pyforwarder.errors import (
     ConfigError,
     ControlError,

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.config import Config, Rule, load_config, parse_config
+from pyforwarder.config.warnings import config_warnings
+from pyforwarder.core.address import Address, HostPort, NameIn, UnixAddress
+from pyforwarder.core.keepalive import OFF, Keepalive
+from pyforwarder.core.policy import AllowList, Networks
 from pyforwarder.errors import ConfigError
-from pyforwarder.policy import AllowList, Networks
 
 
 def parse(text: str) -> Config:
@@ -47,7 +49,7 @@ def test_the_built_in_config_is_a_local_listener_for_instructions_to_loopback() 
     config = load_config(None)
     (main,) = config.listeners
     (rule,) = main.rules
-    assert (main.name, main.bind, main.protocol) == ("main", Address("127.0.0.1", 9999), "tcp")
+    assert (main.name, main.bind, main.protocol) == ("main", (Address("127.0.0.1", 9999),), "tcp")
     assert (rule.name, rule.match) == ("instruction", "instruction")
     assert rule.allow == AllowList.parse(["loopback"])
     assert (rule.ack, rule.checksum, rule.token) == (True, "lenient", "off")
@@ -64,6 +66,7 @@ def test_the_built_in_config_is_a_local_listener_for_instructions_to_loopback() 
     timeouts = config.timeouts
     assert (timeouts.connect_s, timeouts.idle_s) == (5.0, 3600.0)
     assert (timeouts.half_closed_s, timeouts.drain_s) == (300.0, 30.0)
+    assert config.keepalive.terms == Keepalive(60, 10, 3)
     assert config.metrics is None
     assert (config.log.level, config.log.format) == ("info", "text")
     assert (config.workers, config.user) == ("auto", "nobody")
@@ -106,6 +109,7 @@ EVERY_KEY = """
     backlog_limit: 64KiB
     limits: {pairs: 23, pairs_per_client: 5, new_per_second: 100}
     timeouts: {connect: 1s, idle: 2h, half_closed: 3m, drain: 0s}
+    keepalive: {idle: 9h, interval: 75s, count: 9}
     tokens: {keys: {ops: /etc/ops.key}, clock_skew: 5s, max_lifetime: 1h, single_use: true}
     users: {alice: /etc/alice.password}
     metrics: {bind: 127.0.0.1:9998}
@@ -118,7 +122,7 @@ EVERY_KEY = """
 def test_every_key_reaches_its_attribute() -> None:
     config = parse(EVERY_KEY)
     main, dns = config.listeners
-    assert (main.bind, main.datapath, main.splice) == (Address("::", 0), "sockmap", False)
+    assert (main.bind, main.datapath, main.splice) == ((Address("::", 0),), "sockmap", False)
     assert main.proxy_protocol.accept is True
     assert main.proxy_protocol.trusted == Networks.parse(["10.0.0.0/8", "loopback"])
     assert (main.first_packet.timeout_s, main.first_packet.max_bytes) == (0.25, 1024)
@@ -168,6 +172,7 @@ def test_every_key_reaches_its_attribute() -> None:
     timeouts = config.timeouts
     assert (timeouts.connect_s, timeouts.idle_s) == (1.0, 7200.0)
     assert (timeouts.half_closed_s, timeouts.drain_s) == (180.0, 0.0)
+    assert config.keepalive.terms == Keepalive(32_400, 75, 9)
     tokens = config.tokens
     assert tokens.keys == {"ops": Path("/etc/ops.key")}
     assert (tokens.clock_skew_s, tokens.max_lifetime_s) == (5.0, 3600.0)
@@ -274,10 +279,10 @@ def test_unnamed_rules_get_distinct_names_that_do_not_depend_on_the_others_outco
 def test_the_first_tcp_listener_can_be_moved() -> None:
     config = parse(EVERY_KEY)
     moved = config.listening_on("127.0.0.1:0")
-    assert moved.listeners[0].bind == Address("127.0.0.1", 0)
+    assert moved.listeners[0].bind == (Address("127.0.0.1", 0),)
     assert moved.listeners[0].rules == config.listeners[0].rules
     assert moved.listeners[1] == config.listeners[1]
-    assert config.listeners[0].bind == Address("::", 0)
+    assert config.listeners[0].bind == (Address("::", 0),)
     with pytest.raises(ConfigError, match="--listen: 'nowhere' has no :port"):
         config.listening_on("nowhere")
 
@@ -321,13 +326,73 @@ def test_two_listeners_may_share_a_port_across_protocols_and_port_zero() -> None
             "limits:\n  zzz:",
             2,
             "limits.zzz",
-            "unknown key 'zzz', known: new_per_second, pairs, pairs_per_client",
+            "unknown key 'zzz', known: client_prefix, memory, new_per_second, ",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', rules: [{match: tls, sni: a.test, reject: close}]}]",
+            1,
+            "listeners[0].rules[0].sni",
+            "unknown key 'sni', write match: {tls: {sni: ...}}",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', rules: [{match: [ssh, {http: {method: GET}}],"
+            " host: 'https://', reject: close}]}]",
+            1,
+            "listeners[0].rules[0].host",
+            "unknown key 'host', write match: {http: {host: ...}}",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', rules: [{match: {wxyz: 1}, vw: 1, reject: close}]}]",
+            1,
+            "listeners[0].rules[0].vw",
+            "unknown key 'vw', known: ",
         ),
         (
             "limits: 5",
             1,
             "limits",
-            "must be keys and values (pairs, pairs_per_client, new_per_second), not 5",
+            "must be keys and values (pairs, pairs_per_client, sessions, ",
+        ),
+        (
+            "limits: {client_prefix: {ipv6: 129}}",
+            1,
+            "limits.client_prefix.ipv6",
+            "must be less than or equal to 128, not 129",
+        ),
+        ("limits: {memory: 1MiB}", 1, "limits.memory", "must be at least 8MiB"),
+        ("limits: {memory: 0}", 1, "limits.memory", "must be auto or a size"),
+        (
+            "listeners: [{bind: '127.0.0.1:1', protocol: udp, limits: {memory: 8MiB},"
+            " rules: [{match: any, reject: reset}]}]",
+            1,
+            "listeners[0].limits.memory",
+            "`memory` is for TCP",
+        ),
+        (
+            "limits: {client_prefix: 64}",
+            1,
+            "limits.client_prefix",
+            "must be keys and values (ipv4, ipv6), not 64",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', limits: {sessions: 5},"
+            " rules: [{match: any, reject: reset}]}]",
+            1,
+            "listeners[0].limits.sessions",
+            "`sessions` is for UDP",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', amplification: 3,"
+            " rules: [{match: any, reject: reset}]}]",
+            1,
+            "listeners[0].amplification",
+            "`amplification` is for UDP",
+        ),
+        (
+            "listeners: [{bind: '127.0.0.1:1', idle: 5m, rules: [{match: any, reject: reset}]}]",
+            1,
+            "listeners[0].idle",
+            "`idle` of a listener is for UDP",
         ),
         ("- a\n", 1, "", "must be keys and values"),
         ("listeners: {}", 1, "listeners", "must be a list, not a mapping"),
@@ -558,9 +623,9 @@ def test_a_unix_listener_may_take_proxy_headers_from_whoever_can_open_it() -> No
 @pytest.mark.parametrize(
     ("rule", "upstream", "key", "reason"),
     [
-        ("{match: any, to: web, send_proxy: v2}", "", ".send_proxy", "PROXY headers are for TCP"),
+        ("{match: any, to: web, send_proxy: v1}", "", ".send_proxy", "version 1 are for TCP"),
         ("{match: any, to: '1.2.3.4:5', send_proxy: v1}", "", ".send_proxy", "for TCP"),
-        ("{match: any, to: web}", ", send_proxy: v2", ".send_proxy", "`send_proxy: off`"),
+        ("{match: any, to: web}", ", send_proxy: v1", ".send_proxy", "`send_proxy: v2`"),
         ("{match: any, to: web}", ", transparent: on", ".to", "use another upstream"),
     ],
 )
@@ -574,9 +639,10 @@ def test_what_datagrams_would_go_without_is_an_error(
     error = refuse(text)
     assert reason in error.reason
     assert error.path == f"listeners[0].rules[0]{key}"
-    # An upstream for TCP may serve datagrams too, if the rule says that they have no header.
-    if "send_proxy: v2" in upstream:
+    # An upstream for TCP may serve datagrams too, if the rule says that they have another header.
+    if "send_proxy: v1" in upstream:
         parse(text.replace("to: web", "to: web, send_proxy: off"))
+        parse(text.replace("to: web", "to: web, send_proxy: v2"))
 
 
 def test_silence_is_no_match_for_datagrams() -> None:
@@ -590,7 +656,7 @@ def test_silence_is_no_match_for_datagrams() -> None:
           - {match: [silence, any], reject: reset}
         """
     )
-    assert (error.line, error.path) == (7, "listeners[0].rules[1].match")
+    assert (error.line, error.path) == (7, "listeners[0].rules[1].match[0]")
     assert "silence needs a stream" in error.reason
 
 
@@ -739,3 +805,201 @@ def test_any_tree_is_a_config_or_a_config_error(tree: dict[str, str]) -> None:
         line = len(config.listeners)
     assert line is not None
     assert line >= 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "reason"),
+    [
+        ("{match: tls, to: sni}", "allow", "allow: [public]"),
+        ("{match: ssh, to: sni, allow: [any]}", "to", "matches tls alone"),
+        ("{match: [tls, ssh], to: sni, allow: [any]}", "to", "matches tls alone"),
+        ("{match: {not: tls}, to: sni, allow: [any]}", "to", "matches tls alone"),
+        ("{match: tls, to: host, allow: [any]}", "to", "matches http alone"),
+        ("{match: tls, to: 127.0.0.1:1, port: 443}", "port", "goes with"),
+        ("{match: tls, to: sni, port: 0, allow: [any]}", "port", "greater"),
+        ("{match: tls, to: sni, port: '443', allow: [any]}", "port", "integer"),
+    ],
+)
+def test_a_destination_from_a_name_that_cannot_be_meant(rule: str, key: str, reason: str) -> None:
+    error = refuse(f"listeners: [{{bind: 127.0.0.1:1, rules: [{rule}]}}]")
+    assert error.path == f"listeners[0].rules[0].{key}" or key == "allow"
+    assert reason in error.reason
+
+
+def test_a_destination_from_a_name_has_a_port() -> None:
+    rules = (
+        "[{match: tls, to: sni, allow: [any]}, {match: http, to: host, port: 8080, allow: [any]}]"
+    )
+    config = parse(f"listeners: [{{bind: 127.0.0.1:1, rules: {rules}}}]")
+    assert [rule.to for rule in config.listeners[0].rules] == [
+        NameIn("sni", 443),
+        NameIn("host", 8080),
+    ]
+    assert "means the name" in str(refuse("upstreams: {sni: {servers: [127.0.0.1:1]}}"))
+
+
+# What is allowed, and hardly meant.
+
+
+def warnings_of(text: str) -> list[str]:
+    text = textwrap.dedent(text)
+    return config_warnings(parse_config(text, source="x.yaml"), text, source="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "first", "second", "word"),
+    [
+        ("udp", "{match: quic, to: '1.2.3.4:5'}", "{quic: {sni: a.example}}", "quic"),
+        ("tcp", "{match: {tls: {}}, to: '1.2.3.4:5'}", "{tls: {alpn: h2}, client: any}", "tls"),
+        ("tcp", "{match: [ssh], to: '1.2.3.4:5'}", "{all: [ssh, {not: {port: 1}}]}", "ssh"),
+        ("udp", "{match: dns, reject: close}", "[dns, {dns: {qtype: A}}]", "dns"),
+        ("udp", "{match: {dns: {qtype: A}}, reject: close}", "dns", ""),
+        ("udp", "{match: quic, to: '1.2.3.4:5'}", "[quic, {client: 10.0.0.0/8}]", ""),
+        ("udp", "{match: quic, to: '1.2.3.4:5'}", "{not: quic}", ""),
+        ("udp", "{match: quic, to: sni, allow: [any]}", "quic", ""),
+        ("udp", "{match: {quic: {}, port: 1}, to: '1.2.3.4:5'}", "quic", ""),
+        ("tcp", "{match: instruction, allow: [any]}", "[instruction, ssh]", ""),
+        ("tcp", "{match: tls, to: '1.2.3.4:5'}", "{any_of: [tls, ssh]}", ""),
+    ],
+)
+def test_a_rule_behind_one_for_its_whole_protocol_is_told_of(
+    protocol: str, first: str, second: str, word: str
+) -> None:
+    found = warnings_of(
+        f"listeners: [{{bind: '127.0.0.1:1', protocol: {protocol}, rules: [{first},"
+        f" {{match: {second}, to: '1.2.3.4:5'}}]}}]"
+    )
+    wanted = f"is never reached: the rule {word!r} takes every {word} connection"
+    assert found == ([f"x.yaml, line 1, listeners[0].rules[1]: {wanted}"] if word else [])
+
+
+def test_a_rule_that_no_connection_reaches_or_fits_is_told_of() -> None:
+    found = warnings_of(
+        """
+        listeners:
+          - bind: 127.0.0.1:443
+            first_packet: {max_bytes: 100B}
+            rules:
+              - {match: {port: 80}, to: 127.0.0.1:1}
+              - {match: {bytes: {prefix: [xy, x], offset: 100}}, to: 127.0.0.1:1}
+              - {match: {bytes: {prefix: [xy, x], offset: 99}}, to: 127.0.0.1:1}
+              - {match: {ssh: {}, not: any}, to: 127.0.0.1:1}
+              - {match: [{port: 80}, {client: 10.0.0.0/8, port: 81}], to: 127.0.0.1:1}
+              - {match: [{port: 80}, ssh], to: 127.0.0.1:1}
+              - {name: rest, match: [ssh, any], reject: close}
+              - {match: ssh, to: 127.0.0.1:1}
+          - bind: unix:/x
+            rules: [{match: {client: any}, reject: close}, {match: any, reject: close}]
+          - bind: 127.0.0.1:0
+            rules: [{match: {port: 80}, reject: close}, {match: {any: {}, ssh: {}}, reject: close}]
+        """
+    )
+    assert found == [
+        "x.yaml, line 6, listeners[0].rules[0].match: can never match: the listener's port is 443",
+        "x.yaml, line 7, listeners[0].rules[1].match: can never match: it needs 101 bytes, and "
+        "first_packet.max_bytes is 100",
+        "x.yaml, line 9, listeners[0].rules[3].match: can never match: what stands under `not` "
+        "always matches",
+        "x.yaml, line 10, listeners[0].rules[4].match: can never match: the listener's port is 443",
+        "x.yaml, line 13, listeners[0].rules[7]: is never reached: the rule 'rest' takes "
+        "everything",
+        "x.yaml, line 15, listeners[1].rules[0].match: can never match: clients of a unix socket "
+        "have no address",
+    ]
+
+
+def test_files_that_others_may_read_and_a_user_that_is_none_are_told_of(tmp_path: Path) -> None:
+    key, password = tmp_path / "ops.key", tmp_path / "alice.password"
+    for path in (key, password):
+        path.write_text("x" * 40)
+    key.chmod(0o640)
+    password.chmod(0o604)
+    text = (
+        f"tokens: {{keys: {{ops: {key}, gone: {tmp_path}/none}}}}\n"
+        f"users: {{alice: {password}}}\nuser: no-such-user\n"
+    )
+    found = warnings_of(text)
+    assert [warning.partition(": ")[0] for warning in found] == [
+        "x.yaml, line 2, users.alice",
+        "x.yaml, line 3, user",
+    ]
+    assert "0604" in found[0]
+    assert "no-such-user" in found[1]
+    password.chmod(0o600)
+    key.chmod(0o620)
+    assert [warning.partition(": ")[0] for warning in warnings_of(text)] == [
+        "x.yaml, line 1, tokens.keys.ops",
+        "x.yaml, line 3, user",
+    ]
+
+
+def test_what_is_built_in_is_beyond_doubt_and_many_doubts_are_cut_short() -> None:
+    assert warnings_of("") == []
+    rules = "      - {match: any, reject: close}\n" * 30
+    found = warnings_of(f"listeners:\n  - bind: 127.0.0.1:1\n    rules:\n{rules}")
+    assert len(found) == 21
+    assert found[-1] == "and 9 more"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("listeners: [{bind: ':9200', RULES}]", "0.0.0.0:9200"),
+        ("listeners: [{bind: '*:9200', RULES}]", "[::]:9200"),
+        ("listeners: [{bind: 9200, RULES}]", "127.0.0.1:9200"),
+        ("listeners: [{bind: '9200', RULES}]", "127.0.0.1:9200"),
+        ("listeners: [{bind: 'localhost:80', RULES}]", "127.0.0.1:80"),
+        ("listeners: [{bind: 'tcp://127.0.0.1:80', RULES}]", "write 127.0.0.1:80"),
+        ("listeners: [{bind: '127.0.0.1', RULES}]", "write 127.0.0.1:PORT"),
+        ("listeners: [{bind: '127.0.0.1:https', RULES}]", "write 443"),
+        ("listeners: [{bind: '::1:80', RULES}]", "[::1]:80"),
+        ("listeners: [{bind: '::1', RULES}]", "[::1]:PORT"),
+        ("listeners: [{bind: '[::1]', RULES}]", "[::1]:PORT"),
+        ("listeners: [{bind: [::1]:80, RULES}]", 'write "[::1]:80" in quotes'),
+        ("listeners:\n- bind: [::1]:80\n  RULES", 'write "[::1]:80" in quotes'),
+        ("upstreams: {a: {servers: ['http://a.test/x']}}", "write a.test:80"),
+        ("upstreams: {a: {servers: ['https://u:p@[::1]']}}", "write [::1]:443"),
+        ("upstreams: {a: {servers: ['redis://a.test:7']}}", "write a.test:7"),
+        ("upstreams: {a: {servers: [80]}}", "127.0.0.1:80"),
+        ("upstreams:\n\ta: {servers: [127.0.0.1:80]}", "blanks, not tabs"),
+        ("timeouts: {idle: 0}", "up to 366d"),
+        ("timeouts: {idle: 5}", "5s"),
+        ("listeners: [{bind: '127.0.0.1:80', protocol: tcp/udp, RULES}]", "write two listeners"),
+        ("listeners: [{bind: '127.0.0.1:80', protocol: TCP+UDP, RULES}]", "write two listeners"),
+        ("listeners: [{bind: '127.0.0.1:80', protocol: [tcp, udp], RULES}]", "write two listeners"),
+        ("upstreams: {a: {servers: ['127.0.0.1:8000-9000']}}", "127.0.0.1:same is the one that"),
+        (
+            "listeners: [{bind: '127.0.0.1:80', rules: [{match: any, to: '127.0.0.1:80-90'}]}]",
+            "127.0.0.1:same is the one that",
+        ),
+    ],
+)
+def test_a_common_mistake_is_answered_with_what_to_write(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text.replace("RULES", "rules: [{match: any, reject: close}]"), source="x")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["off", "false", "{idle: 0}", '"off"'])
+def test_keepalives_can_be_switched_off(text: str) -> None:
+    assert parse(f"keepalive: {text}").keepalive.terms == OFF
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{idle: 1500ms}",
+        "{idle: 60}",
+        "{idle: 10h}",
+        "{interval: 0}",
+        "{interval: 500ms}",
+        "{count: 0}",
+        "{count: 128}",
+        "{count: 2.5}",
+        "true",
+        "{every: 5s}",
+    ],
+)
+def test_keepalives_that_the_kernel_does_not_take_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="keepalive"):
+        parse(f"keepalive: {text}")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address, HostPort, UnixAddress
 from pyforwarder.config import values
+from pyforwarder.core.address import Address, HostPort, UnixAddress
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,10 @@ def test_takes_minutes():
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A directory of tests under the project's conftest; CI is not set."""
     monkeypatch.delenv("CI", raising=False)
-    pytester.makeini("[pytest]\nmarkers =\n    kernel: k\n    soak: s\n    alone: a\n")
+    monkeypatch.setenv("PYTHONPATH", str(_CONFTEST.parent.parent))
+    pytester.makeini(
+        "[pytest]\nmarkers =\n    kernel: k\n    soak: s\n    alone: a\n    needs: n\n"
+    )
     pytester.makeconftest(_CONFTEST.read_text(encoding="utf-8"))
     pytester.makepyfile(test_suite=_SUITE)
     return pytester
@@ -73,6 +76,32 @@ def test_a_module_that_skips_itself_fails_when_skips_are_forbidden(
 def test_soak_tests_run_when_asked_for(suite: pytest.Pytester) -> None:
     result = suite.runpytest_subprocess("--soak", "-m", "soak")
     result.assert_outcomes(passed=1, deselected=3)
+
+
+_NEEDS = """
+import pytest
+
+@pytest.mark.needs("wings")
+def test_flies():
+    pass
+
+@pytest.mark.needs("legs")
+def test_walks():
+    assert False
+"""
+
+_NO_WINGS = """
+from tests.helpers import capabilities
+capabilities.unmet = lambda names: "no wings" if "wings" in names else ""
+"""
+
+
+def test_what_a_host_need_not_have_is_left_out_and_all_else_fails(suite: pytest.Pytester) -> None:
+    suite.makeconftest(_CONFTEST.read_text(encoding="utf-8") + _NO_WINGS)
+    suite.makepyfile(test_needs=_NEEDS)
+    result = suite.runpytest_subprocess("--no-skip", "test_needs.py")
+    result.assert_outcomes(failed=1, deselected=1)
+    result.stdout.fnmatch_lines(["host*"])
 
 
 _TIMES = """
@@ -120,3 +149,53 @@ def test_nothing_runs_beside_a_test_that_wants_to_be_alone(
     # The others did run side by side, or the test would show nothing.
     others = [row for row in ran if row[0] == "beside"]
     assert any(a[1] < b[2] and b[1] < a[2] and a[3] != b[3] for a in others for b in others)
+
+
+_TIMED_SUITE = """
+import pytest
+
+def _seconds(request):
+    return request.node.get_closest_marker("timeout").args[0]
+
+def test_with_the_usual_timeout(request):
+    assert _seconds(request) == 180
+
+@pytest.mark.timeout(100)
+def test_with_one_of_its_own(request):
+    assert _seconds(request) == 300
+"""
+
+
+def test_on_a_slow_host_every_test_has_more_time(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYFORWARDER_SLOWNESS", "3")
+    suite.makeini("[pytest]\ntimeout = 60\nmarkers =\n    kernel: k\n    soak: s\n    needs: n\n")
+    suite.makepyfile(test_suite=_TIMED_SUITE)
+    suite.runpytest_subprocess().assert_outcomes(passed=2)
+
+
+def test_smoke_is_the_first_test_of_each_kernel_module_and_all_of_some(
+    suite: pytest.Pytester,
+) -> None:
+    suite.mkdir("kernel")
+    two = "def test_one(): pass\ndef test_two(): pass\n"
+    for name in ("test_view.py", "test_contract_commands.py"):
+        (suite.path / "kernel" / name).write_text(two)
+    result = suite.runpytest_subprocess("--smoke", "-v")
+    # test_suite.py is no kernel test, and left out with its four
+    result.assert_outcomes(passed=3, deselected=5)
+    result.stdout.fnmatch_lines(["*test_contract_commands.py::test_two PASSED*"])
+    result.stdout.no_fnmatch_line("*test_view.py::test_two*")
+
+
+def test_failures_are_written_where_they_are_wanted(suite: pytest.Pytester, tmp_path: Path) -> None:
+    path = tmp_path / "failed"
+    suite.makepyfile(
+        test_more="import pytest\n"
+        "def test_bad(): assert False\n"
+        "@pytest.fixture\ndef broken(): assert False\n"
+        "def test_broken(broken): pass\n"
+    )
+    suite.runpytest_subprocess("--failures-to", str(path))
+    assert path.read_text() == "test_more.py::test_bad\ntest_more.py::test_broken\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pyforwarder.connection import (
+from pyforwarder.core.connection import (
     LIFE,
     PHASES,
     Command,
@@ -22,7 +22,7 @@ from pyforwarder.connection import (
     next_phase,
     shown_state,
 )
-from pyforwarder.datapath.abi import PairState
+from pyforwarder.datapath.ebpf.abi import PairState
 
 
 def lives_from(start: Life) -> set[Life]:

@@ -15,7 +15,8 @@ from typing import Any, Final
 import pytest
 
 from pyforwarder.errors import ConfigError, ControlError, InternalError, UsageError
-from pyforwarder.loop import Loop
+from pyforwarder.runtime.loop import Loop
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor.control import (
     ACCEPT_PAUSE_S,
     CLIENT_TIMEOUT_S,
@@ -57,7 +58,7 @@ class Stage:
     def dial(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(self.path))
-        sock.settimeout(5)
+        sock.settimeout(scaled_s(5))
         self._opened.append(sock)
         return sock
 
@@ -173,7 +174,7 @@ def test_request_that_is_too_long_is_refused_and_takes_no_room(stage: Stage) -> 
     assert sent > 100 * MOST_REQUEST_BYTES
     (client,) = stage.server._clients.values()
     assert len(client.incoming) <= MOST_REQUEST_BYTES
-    sock.settimeout(5)
+    sock.settimeout(scaled_s(5))
     assert stage.answer(sock)["error"] == "request too long"
     assert stage.served == []
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pyforwarder.counters import (
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.runtime.counters import (
     BLOCK_BYTES,
     BLOCK_WORDS,
     CLOSED_FIRST,
     CLOSED_INDEX,
     NAMED_FIRST,
     REASONS,
+    SERVER_WORDS,
     Counter,
     Counters,
     Directory,
@@ -19,8 +21,9 @@ from pyforwarder.counters import (
     RuleCounter,
     ServerCounter,
     SharedHeld,
+    change,
+    count_disconnect,
 )
-from pyforwarder.reasons import CloseReason
 
 
 def in_processes(count: int, action: Callable[[int], None]) -> None:
@@ -48,7 +51,7 @@ def test_words_of_different_things_do_not_overlap() -> None:
 def test_total_is_exact_though_processes_add_at_the_same_time() -> None:
     workers, times = 3, 20_011
     memory = Counters.memory(workers)
-    counters = Counters(memory, workers)
+    counters = Counters(memory)
 
     def add(worker: int) -> None:
         block = counters.block(worker)
@@ -63,8 +66,9 @@ def test_total_is_exact_though_processes_add_at_the_same_time() -> None:
 
 def test_workers_write_into_blocks_of_their_own() -> None:
     memory = Counters.memory(2)
-    assert len(memory) == 2 * BLOCK_BYTES
-    counters = Counters(memory, 2)
+    assert [len(block) for block in memory] == [BLOCK_BYTES] * 2
+    assert BLOCK_BYTES % (64 << 10) == 0  # the largest page of a kernel that we run on
+    counters = Counters(memory)
     counters.block(0)[BLOCK_WORDS - 1] = 7
     assert list(counters.block(1)) == [0] * BLOCK_WORDS
     assert counters.total(BLOCK_WORDS - 1) == 7
@@ -82,7 +86,7 @@ def test_name_has_the_same_words_whenever_it_is_asked_for() -> None:
 
 def test_names_beyond_the_block_share_the_last_words_and_touch_no_other() -> None:
     directory = Directory()
-    given = [directory.index(f"listener {n}") for n in range(2000)]
+    given = [directory.index(f"listener {n}") for n in range(4000)]
     shared = BLOCK_WORDS - len(ListenerCounter)
     most = (shared - NAMED_FIRST) // len(ListenerCounter)
     assert len(set(given[:most])) == most
@@ -96,8 +100,8 @@ def test_servers_have_words_of_their_own_or_none() -> None:
     listener = directory.index("main")
     one = directory.server_index("web", "10.0.0.1:80")
     assert one == listener + len(ListenerCounter)
-    assert directory.server_index("web", "10.0.0.2:80") == one + len(ServerCounter)
-    assert directory.server_index("other", "10.0.0.1:80") == one + 2 * len(ServerCounter)
+    assert directory.server_index("web", "10.0.0.2:80") == one + SERVER_WORDS
+    assert directory.server_index("other", "10.0.0.1:80") == one + 2 * SERVER_WORDS
     assert directory.server_index("web", "10.0.0.1:80") == one
     given = [directory.server_index("many", str(n)) for n in range(5000)]
     known = [index for index in given if index is not None]
@@ -107,7 +111,7 @@ def test_servers_have_words_of_their_own_or_none() -> None:
 
 
 def test_what_a_server_holds_is_summed_over_the_workers_that_live() -> None:
-    counters = Counters(Counters.memory(2), 2)
+    counters = Counters(Counters.memory(2))
     directory = Directory()
     index = directory.server_index("web", "10.0.0.1:80")
     assert index is not None
@@ -121,7 +125,7 @@ def test_what_a_server_holds_is_summed_over_the_workers_that_live() -> None:
 
 
 def test_gauges_of_a_dead_worker_are_forgotten_and_its_counts_kept() -> None:
-    counters = Counters(Counters.memory(2), 2)
+    counters = Counters(Counters.memory(2))
     directory = Directory()
     listener, rule = directory.index("main"), directory.index("main", "named")
     for worker in (0, 1):
@@ -139,3 +143,32 @@ def test_gauges_of_a_dead_worker_are_forgotten_and_its_counts_kept() -> None:
     assert counters.total(listener + ListenerCounter.ACCEPTED) == 46
     assert counters.total(listener + ListenerCounter.OPEN) == 5
     assert counters.total(rule + RuleCounter.TAKEN) == 6
+
+
+def test_no_gauge_falls_below_nothing() -> None:
+    """A count that is wrong by one must not end a worker."""
+    block = Counters(Counters.memory(1)).block(0)
+    count_disconnect(block, NAMED_FIRST)
+    assert block[NAMED_FIRST + ServerCounter.PAIRS] == 0
+    change(block, Counter.OPEN, -1)
+    assert block[Counter.OPEN] == 0
+    change(block, Counter.UP_BYTES, (1 << 64) - 2)
+    change(block, Counter.UP_BYTES, 5)
+    assert block[Counter.UP_BYTES] == (1 << 64) - 1
+
+
+def test_a_server_that_nobody_holds_is_held_by_nobody_after_another_release() -> None:
+    counters = Counters(Counters.memory(1))
+    held = SharedHeld(counters, 0, NAMED_FIRST)
+    held.add(-1)
+    assert held.total() == 0
+
+
+def test_what_a_dead_worker_cannot_have_counted_is_bounded() -> None:
+    counters = Counters(Counters.memory(1))
+    block = counters.block(0)
+    block[Counter.UP_BYTES] = (1 << 64) - 1
+    block[Counter.DOWN_BYTES] = 1 << 50
+    counters.forget_gauges(0, Directory())
+    assert block[Counter.UP_BYTES] == 1 << 56
+    assert block[Counter.DOWN_BYTES] == 1 << 50

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pyforwarder.environment import Environment
 from pyforwarder.errors import ConfigError
+from pyforwarder.runtime.environment import Environment
 from pyforwarder.supervisor import UpOptions
 from pyforwarder.supervisor.detaching import DetachedError, detached
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Outcome
-from pyforwarder.first_packet.table import PROTOCOLS, Terms, build
+from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Outcome
+from pyforwarder.core.first_packet.table import PROTOCOLS, Terms, build
 from tests.helpers.first_packets import (
     CLIENTS,
     TURNS,
@@ -59,7 +59,8 @@ EXPECTED: dict[str, tuple[tuple[str, ...], int]] = {
 }
 # Those that say something about the bytes: not `any`, and not what waits for silence.
 SILENT = {"silence", "mysql", "smtp"}
-READING = sorted(set(PROTOCOLS) - SILENT - {"any", "bytes", "regex"})
+STREAMS = {word for word, protocol in PROTOCOLS.items() if protocol.in_streams}
+READING = sorted(STREAMS - SILENT - {"any", "bytes", "regex"})
 
 # With conditions, so that the whole of a packet is read. Each line holds for the client it names.
 CONDITIONS: list[tuple[str, object, object]] = [

@@ -24,8 +24,8 @@ from tests.helpers.fuzzing import (
 )
 
 if TYPE_CHECKING:
-    from pyforwarder.first_packet.matcher import Matcher
-    from pyforwarder.routing import Ruleset
+    from pyforwarder.core.first_packet.matcher import Matcher
+    from pyforwarder.core.routing import Ruleset
 
 # A thousand times what the typical decision takes: catches another order of growth, not a slow
 # machine.

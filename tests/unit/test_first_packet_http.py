@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Refuse, Route
-from pyforwarder.reasons import CloseReason, RefusalCode
+from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Refuse, Route
+from pyforwarder.core.reasons import CloseReason, RefusalCode
 from tests.helpers.first_packets import decided_after, said
 from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
-    from pyforwarder.routing import Decision
+    from pyforwarder.core.routing import Decision
 
 HOST = {"http": {"host": "a.example"}}
 

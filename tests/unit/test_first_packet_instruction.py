@@ -6,10 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.first_packet import instruction
-from pyforwarder.first_packet.instruction import ERRORS, OK, frame
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Answer, End, Refuse, Route
-from pyforwarder.reasons import CloseReason, RefusalCode
+from pyforwarder.core.first_packet import instruction
+from pyforwarder.core.first_packet.instruction import ERRORS, OK, frame
+from pyforwarder.core.first_packet.outcome import (
+    MATCH,
+    NEED_MORE,
+    NO_MATCH,
+    Answer,
+    End,
+    Refuse,
+    Route,
+)
+from pyforwarder.core.reasons import CloseReason, RefusalCode
 from tests.helpers.first_packets import decided_after, said
 from tests.helpers.rules import ruleset
 

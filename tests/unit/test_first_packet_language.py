@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address
-from pyforwarder.first_packet.cursor import Cursor, ParseError, Truncated
-from pyforwarder.first_packet.glob import Globs
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Outcome
+from pyforwarder.core.address import Address
+from pyforwarder.core.first_packet.cursor import Cursor, ParseError, Truncated
+from pyforwarder.core.first_packet.glob import Globs
+from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Outcome
 from tests.helpers.first_packets import decided_after, matcher, said
 
 # The cursor: too few bytes and wrong bytes are different things.

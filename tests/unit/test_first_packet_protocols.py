@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyforwarder.first_packet.options import OptionError
-from pyforwarder.first_packet.outcome import (
+from pyforwarder.core.first_packet.options import OptionError
+from pyforwarder.core.first_packet.outcome import (
     MATCH,
     NEED_MORE,
     NO_MATCH,

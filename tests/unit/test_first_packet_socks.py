@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address
-from pyforwarder.first_packet.outcome import NEED_MORE, End, Refuse, Route, Send
-from pyforwarder.reasons import CloseReason, RefusalCode
-from pyforwarder.routing import Ruleset, explain
+from pyforwarder.core.address import Address
+from pyforwarder.core.first_packet.outcome import NEED_MORE, End, Refuse, Route, Send
+from pyforwarder.core.reasons import CloseReason, RefusalCode
+from pyforwarder.core.routing import Ruleset, explain
 from tests.helpers.dialogue import Ended, talk
 from tests.helpers.first_packets import TURNS
 from tests.helpers.rules import ruleset

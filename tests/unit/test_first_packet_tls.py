@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.first_packet.cursor import ParseError, Truncated
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
-from pyforwarder.first_packet.tls import ClientHello, read_client_hello
+from pyforwarder.core.first_packet.client_hello import ClientHello
+from pyforwarder.core.first_packet.cursor import ParseError, Truncated
+from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
+from pyforwarder.core.first_packet.tls import read_client_hello
 from tests.helpers.first_packets import CLIENTS, decided_after, matcher, said
 
 NAMED = matcher({"tls": {"sni": "a.example"}})

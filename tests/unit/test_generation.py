@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address, UnixAddress
 from pyforwarder.config import parse_config
-from pyforwarder.counters import Directory
-from pyforwarder.datapath.abi import pack_endpoint
+from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.routing import End, Refuse, Route
+from pyforwarder.datapath.ebpf.abi import pack_endpoint
 from pyforwarder.errors import ConfigError
-from pyforwarder.reasons import CloseReason
-from pyforwarder.routing import End, Refuse, Route
+from pyforwarder.runtime.counters import Directory
+from pyforwarder.runtime.limits import SharedLimits, shared_memory
 from pyforwarder.worker.generation import (
     JOINED,
     Generation,
@@ -46,7 +47,7 @@ def settings_of(
     text: str,
     *,
     overrides: dict[str, str] | None = None,
-    binds: dict[str, str] | None = None,
+    binds: dict[str, tuple[str, ...]] | None = None,
     directory: Directory | None = None,
 ) -> Settings:
     config = with_overrides(parse_config(text, source="test.yaml"), overrides or {})
@@ -55,7 +56,7 @@ def settings_of(
         source="test.yaml",
         overrides=overrides or {},
         keys={},
-        binds=binds or {listener.name: str(listener.bind) for listener in config.listeners},
+        binds=binds or {listener.name: (str(listener.bind[0]),) for listener in config.listeners},
         indexes=counter_indexes(config, directory or Directory()),
     )
 
@@ -75,7 +76,7 @@ texts = st.text(max_size=30)
     source=texts,
     overrides=st.dictionaries(st.sampled_from(("listen", "datapath")), texts),
     keys=st.dictionaries(texts, st.binary(max_size=64), max_size=3),
-    binds=st.dictionaries(texts, texts, max_size=3),
+    binds=st.dictionaries(texts, st.lists(texts, max_size=3).map(tuple), max_size=3),
     indexes=st.dictionaries(texts, st.integers(0, 4095), max_size=3),
 )
 def test_settings_arrive_as_they_were_sent(
@@ -83,7 +84,7 @@ def test_settings_arrive_as_they_were_sent(
     source: str,
     overrides: dict[str, str],
     keys: dict[str, bytes],
-    binds: dict[str, str],
+    binds: dict[str, tuple[str, ...]],
     indexes: dict[str, int],
 ) -> None:
     settings = Settings(config_text, source, overrides, keys, binds, indexes)
@@ -121,8 +122,8 @@ def test_rule_then_listener_then_whole_file_choose_the_datapath() -> None:
 def test_listen_override_moves_the_first_listener_only() -> None:
     settings = settings_of(TWO_LISTENERS, overrides={"listen": "127.0.0.1:7777"})
     config = settings.config()
-    assert config.listeners[0].bind == Address("127.0.0.1", 7777)
-    assert config.listeners[1].bind == UnixAddress("/run/second")
+    assert config.listeners[0].bind == (Address("127.0.0.1", 7777),)
+    assert config.listeners[1].bind == (UnixAddress("/run/second"),)
 
 
 def test_override_that_cannot_be_used_is_a_config_error() -> None:
@@ -135,7 +136,7 @@ def test_override_that_cannot_be_used_is_a_config_error() -> None:
 
 def test_port_in_force_is_the_one_that_was_bound() -> None:
     settings = settings_of(
-        TWO_LISTENERS, binds={"main": "127.0.0.1:45678", "second": "unix:/run/second"}
+        TWO_LISTENERS, binds={"main": ("127.0.0.1:45678",), "second": ("unix:/run/second",)}
     )
     generation = Generation(settings, worker=0)
     main, second = generation.listeners["main"], generation.listeners["second"]
@@ -200,6 +201,30 @@ def test_listener_for_joined_sockets_refuses_whoever_would_be_routed_by_it() -> 
     assert isinstance(decision, Refuse)
     assert (decision.reason, decision.reset) == (CloseReason.REJECTED, True)
     assert joined.name == JOINED.name.encode()
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_flood_of_one_listener_leaves_the_others_their_second(protocol: str) -> None:
+    rules = "rules: [{match: any, to: 127.0.0.1:1}]"
+    text = f"""
+limits: {{new_per_second: 5}}
+listeners:
+  - name: flooded
+    bind: 127.0.0.1:1000
+    protocol: {protocol}
+    limits: {{new_per_second: 2}}
+    {rules}
+  - {{name: other, bind: 127.0.0.1:1001, protocol: {protocol}, {rules}}}
+"""
+    listeners = generation_of(text).listeners
+    limits = SharedLimits(shared_memory(1), worker=0, secret=b"s" * 16)
+
+    def admitted(name: str, tries: int) -> int:
+        answers = [limits.admit(None, listeners[name].scopes, 1000.0) for _ in range(tries)]
+        return sum(isinstance(answer, tuple) for answer in answers)
+
+    assert admitted("flooded", 100) == 2
+    assert admitted("other", 100) == 3
 
 
 # Reload

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyforwarder.errors import AlreadyRunningError, ConfigError, ForwarderError
-from pyforwarder.instance import Instance, LockWatch, acquire, is_running
+from pyforwarder.runtime.instance import Instance, LockWatch, acquire, is_running
 from tests.helpers.fake_control import make_instance
 from tests.helpers.waiting import DEADLINE_S
 

@@ -11,9 +11,10 @@ from typing import Any, Final
 
 import pytest
 
-from pyforwarder.datapath import splice_keeper
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice_keeper import KeeperClient, KeeperError
+from pyforwarder.datapath.splice import keeper as splice_keeper
+from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.runtime.slowness import scaled_s
 
 REFUSED: Final = {"refused": int(PairReason.NO_KEEPER)}
 # Soon enough for a test; what the client itself takes is far from it.
@@ -27,12 +28,13 @@ AT_ONCE_S: Final = READ_S / 2
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splice_keeper, "_READ_TIMEOUT_S", READ_S)
     monkeypatch.setattr(splice_keeper, "_ANSWER_TIMEOUT_S", ANSWER_S)
+    monkeypatch.setattr(splice_keeper, "_BEGIN_TIMEOUT_S", ANSWER_S)
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[KeeperClient, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    theirs.settimeout(15)
+    theirs.settimeout(scaled_s(15))
     with ours, theirs:
         yield KeeperClient(ours), theirs
 
@@ -112,12 +114,22 @@ def test_what_was_read_in_time_is_waited_for(ends: tuple[KeeperClient, socket.so
 def test_what_was_read_and_never_answered_is_an_error(
     ends: tuple[KeeperClient, socket.socket],
 ) -> None:
-    """It may have been begun."""
     client, keeper = ends
     thread = threading.Thread(target=keeper.recv, args=(8192,))
     thread.start()
     with pytest.raises(KeeperError):
-        client.ask("join")
+        client.ask("leave")
+    thread.join()
+
+
+def test_a_join_that_was_read_and_is_not_answered_is_not_waited_for(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    """Whether it has begun stands in its record, and it will not begin any more."""
+    client, keeper = ends
+    thread = threading.Thread(target=keeper.recv, args=(8192,))
+    thread.start()
+    assert client.ask("join") == {"overdue": True}
     thread.join()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pyforwarder.config import Config, parse_config
+from pyforwarder.config.key_files import load_token_keys, read_keys, read_passwords
 from pyforwarder.errors import ConfigError
-from pyforwarder.key_files import load_token_keys, read_keys, read_passwords
 
 
 def config(section: str) -> Config:
@@ -39,6 +39,9 @@ def test_without_files_there_is_nothing() -> None:
         (b"", "1 to 255 bytes"),
         (b"\n", "1 to 255 bytes"),
         (b"x" * 256, "1 to 255 bytes"),
+        (b"alice:$2y$05$" + b"x" * 53 + b"\n", "what stands behind its colon, the hash alone"),
+        (b"alice:$argon2id$v=19$m=8,t=1,p=1$abc\n", "the hash alone"),
+        (b"alice:$apr1$abc$def\n", "the hash alone"),
     ],
 )
 def test_a_password_that_cannot_be_used_is_named(
@@ -49,6 +52,12 @@ def test_a_password_that_cannot_be_used_is_named(
     with pytest.raises(ConfigError, match=reason) as caught:
         read_passwords(config(f"users: {{alice: {tmp_path}/alice}}"))
     assert caught.value.path == "users.alice"
+
+
+@pytest.mark.parametrize("password", [b"a:$2", b"a:$3$b", b"a b:$2y$", b":$2y$05$", b"$:$"])
+def test_a_password_with_a_colon_is_one(tmp_path: Path, password: bytes) -> None:
+    (tmp_path / "alice").write_bytes(password)
+    assert read_passwords(config(f"users: {{alice: {tmp_path}/alice}}")) == {"alice": password}
 
 
 def test_the_longest_password_is_taken(tmp_path: Path) -> None:

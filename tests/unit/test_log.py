@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from pyforwarder.address import Address
-from pyforwarder.datapath.abi import DatapathKind
+from pyforwarder.core.address import Address, HostPort
+from pyforwarder.core.first_packet.outcome import Facts, Route, Rule
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log, impatient
 
 if TYPE_CHECKING:
+    from pyforwarder.runtime.limits import Limit
     from pyforwarder.worker.client import Client
 
 
@@ -78,6 +81,7 @@ class Ended:
     """What the log looks at of a client."""
 
     owner: Owner
+    over_limit: Limit | None = None
     id: int = 23
     reason: CloseReason = CloseReason.FINISHED
     listener_name: str = "main"
@@ -87,6 +91,10 @@ class Ended:
     kind: DatapathKind = DatapathKind.SOCKMAP
     accepted_s: float = 987.5
     pair_reason: PairReason = PairReason.BEST
+    facts: Facts = ()
+    route: Route | None = None
+    refusal: str = ""
+    has_sent_nothing: bool = False
 
     def source_address(self) -> Address | None:
         return SOURCE if self.destination else None
@@ -108,8 +116,17 @@ def test_json_line_is_one_object_with_the_time_of_day(pipe: Pipe) -> None:
     Log(level="info", form="json", fd=pipe.fd).write("info", "reloaded", listeners=3)
     (line,) = pipe.lines()
     said = json.loads(line)
-    assert 1.6e9 < said.pop("time") < 1e11
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", said.pop("time"))
     assert said == {"level": "info", "event": "reloaded", "listeners": 3}
+
+
+def test_a_line_names_the_instance(pipe: Pipe) -> None:
+    for form in ("text", "json"):
+        log = Log(level="info", form=form, fd=pipe.fd, instance="web")
+        log.write("info", "reloaded", listeners=3)
+    text, line = pipe.lines()
+    assert text == "pyforwarder info: reloaded listeners=3 instance=web"
+    assert json.loads(line)["instance"] == "web"
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
@@ -233,6 +250,76 @@ def test_another_level_counts_for_connections_too(pipe: Pipe) -> None:
     assert pipe.lines() == []
 
 
+RULE = Rule("named", 0, None, True, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("to", "named", "destination", "fields"),
+    [
+        (HostPort("a.test", 9), True, SERVER, {"asked": "a.test:9", "resolved": "[::1]:9001"}),
+        (HostPort("a.test", 9), True, None, {"asked": "a.test:9"}),
+        (SERVER, True, SERVER, {"asked": "[::1]:9001"}),
+        ("web", False, SERVER, {"upstream": "web"}),
+        (SERVER, False, SERVER, {}),
+    ],
+)
+def test_a_line_says_what_was_asked_for_and_what_it_became(
+    pipe: Pipe,
+    to: HostPort | Address | str,
+    named: bool,
+    destination: Address | None,
+    fields: dict[str, str],
+) -> None:
+    ended = Ended(Owner(), destination=destination, route=Route(RULE, to, 0, None, named))
+    closed(ConnectionLog(Log(level="info", form="json", fd=pipe.fd)), ended)
+    said = json.loads(pipe.lines()[0])
+    assert {name: said[name] for name in AUDIT if name in said} == fields
+
+
+AUDIT = ("sni", "host", "user", "key", "asked", "resolved", "upstream", "refusal")
+
+
+def test_what_a_client_said_is_a_field_and_no_more_than_that(pipe: Pipe) -> None:
+    ended = Ended(Owner(), facts=(("sni", "a\n\x9b b"), ("user", "x=1")), refusal="no \x1b[m")
+    ended.reason = CloseReason.DENIED
+    closed(ConnectionLog(Log(level="info", form="text", fd=pipe.fd)), ended)
+    (line,) = pipe.lines()
+    assert line.isascii()
+    assert line.isprintable()
+    assert ' sni="' in line
+    assert ' user="x=1" refusal="' in line
+
+
+@pytest.mark.parametrize("reason", [CloseReason.CLIENT_GONE, CloseReason.CLIENT_RESET])
+def test_a_connection_that_sent_nothing_has_a_line_only_if_that_is_wanted(
+    pipe: Pipe, reason: CloseReason
+) -> None:
+    silent = Ended(Owner(), reason=reason, has_sent_nothing=True)
+    log = ConnectionLog(Log(level="info", form="text", fd=pipe.fd))
+    closed(log, silent)
+    closed(log, Ended(Owner(), reason=CloseReason.TIMEOUT, has_sent_nothing=True))
+    assert [line.split()[4] for line in pipe.lines()] == ["reason=timeout"]
+    closed(log, Ended(Owner(), reason=reason))
+    log.change(level="info", form="text", null_connections=True)
+    closed(log, silent)
+    log.change(level="debug", form="text")
+    closed(log, silent)
+    assert len(pipe.lines()) == 3
+
+
+def test_steps_are_lines_at_level_debug(pipe: Pipe) -> None:
+    log = ConnectionLog(Log(level="info", form="text", fd=pipe.fd))
+    assert (log.tells, log.tells_steps) == (True, False)
+    log.change(level="debug", form="text")
+    assert log.tells_steps
+    log.step(cast("Client", Ended(Owner())), "routed", rule="named")
+    assert pipe.lines() == [
+        "pyforwarder debug: routed id=23 listener=main client=192.0.2.1:40000 rule=named"
+    ]
+    log.change(level="warning", form="text")
+    assert (log.tells, log.tells_steps) == (False, False)
+
+
 @pytest.mark.parametrize("reason", CloseReason)
 def test_faults_of_ours_and_overload_are_warnings(pipe: Pipe, reason: CloseReason) -> None:
     log = ConnectionLog(Log(level="warning", form="text", fd=pipe.fd))
@@ -264,6 +351,37 @@ def test_fault_of_ours_is_logged_with_its_traceback(pipe: Pipe) -> None:
         _socket.inet_aton("no address")
     except OSError as error:
         ConnectionLog(Log(level="error", form="text", fd=pipe.fd)).internal_error(error)
+    said, *where = pipe.lines()
+    assert said.startswith('pyforwarder error: internal_error error="OSError: ')
+    assert all(line.startswith("pyforwarder error: traceback line=") for line in where)
+    assert any("test_log.py" in line for line in where)
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(("level", "lines"), [("debug", 3), ("warning", 1)])
+def test_what_the_verifier_said_is_written_at_level_debug_alone(
+    pipe: Pipe, form: str, level: str, lines: int
+) -> None:
+    error = LoadError("load show()", cause=Refusal.VERIFIER, log="0: (b7) r0 = 0\n\nR1 is bad\n")
+    Log(level=level, form=form, fd=pipe.fd).load_error("no_view", error)
+    said = pipe.lines()
+    assert len(said) == lines
+    assert "R1 is bad" not in said[0]
+    assert ("R1 is bad" in said[-1]) is (level == "debug")
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_of_a_value_are_joined(pipe: Pipe, form: str) -> None:
+    log = Log(level="info", form=form, fd=pipe.fd)
+    log.write("info", "x", reason="first\n   second\r\n\n third\u2028")
     (line,) = pipe.lines()
-    assert line.startswith('pyforwarder error: internal_error error="OSError(')
-    assert "test_log.py" in line
+    assert "first; second; third" in line
+    assert "\\" not in line
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_long_value_is_cut(pipe: Pipe, form: str) -> None:
+    Log(level="info", form=form, fd=pipe.fd).write("info", "x", reason="a" * 100_000)
+    (line,) = pipe.lines()
+    assert len(line) < 1200
+    assert "a ..." in line

@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import pytest
 
-from pyforwarder import manual
+from pyforwarder.cli import manual
 from pyforwarder.cli.command import root
+from pyforwarder.cli.roff import escape
+from pyforwarder.runtime.slowness import scaled_s
 
 # The requests that the page may use; any other line with a dot in front would be text gone astray.
 _REQUESTS = {"TH", "SH", "SS", "PP", "TP", "B", "nf", "fi"}
@@ -31,7 +33,9 @@ def test_every_command_and_every_option_has_a_place_in_the_page() -> None:
 
 def test_examples_are_in_the_page() -> None:
     page = _plain(manual.manual_page(root))
-    assert page.count("Example:") == len(root.commands)
+    inner = [group.commands for group in root.commands.values() if isinstance(group, click.Group)]
+    assert page.count("Example:") == len(root.commands) + sum(map(len, inner))
+    assert r"pyforwarder fleet rollback" in page
 
 
 def test_the_page_has_no_request_that_came_from_text() -> None:
@@ -52,7 +56,7 @@ def test_the_page_has_no_request_that_came_from_text() -> None:
     ],
 )
 def test_text_is_escaped_for_roff(text: str, escaped: str) -> None:
-    assert manual.escape(text) == escaped
+    assert escape(text) == escaped
 
 
 def test_all_files_are_written_below_the_directory(
@@ -60,7 +64,7 @@ def test_all_files_are_written_below_the_directory(
 ) -> None:
     assert manual.main([str(tmp_path)]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(written) == 4
+    assert len(written) == 5
     assert all(path.is_relative_to(tmp_path) and path.stat().st_size > 100 for path in written)
 
 
@@ -71,7 +75,7 @@ def test_bash_reads_its_completion(tmp_path: Path) -> None:
         ["bash", "-ec", f"source {script}; complete -p pyforwarder"],
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=scaled_s(10),
         check=True,
     )
     assert shell.stdout.strip().endswith("pyforwarder")

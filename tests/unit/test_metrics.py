@@ -11,18 +11,28 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pyforwarder.counters import (
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind, Direction, PairState
+from pyforwarder.datapath.ebpf.pair_table import PairWindow
+from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
+    CONNECT_BOUNDS_S,
+    DECISION_BOUNDS_S,
+    DECISION_FIRST,
+    NAMED_FIRST,
     Counter,
     Counters,
     Directory,
     ListenerCounter,
     RuleCounter,
+    ServerCounter,
+    count_connect,
+    count_disconnect,
+    count_failure,
+    observe,
 )
-from pyforwarder.datapath.abi import PAIR_BYTES, DatapathKind, Direction, PairState
-from pyforwarder.datapath.table import PairWindow
-from pyforwarder.metrics import ForwarderCollector, Source
-from pyforwarder.reasons import CloseReason
+from pyforwarder.status import table
+from pyforwarder.status.metrics import ForwarderCollector, Source
 
 DASHBOARD = Path(__file__).parents[2] / "scripts/grafana/pyforwarder.json"
 WORKERS = 2
@@ -34,7 +44,7 @@ class Forwarder:
 
     def __init__(self) -> None:
         memory = Counters.memory(WORKERS)
-        self.counters = Counters(memory, WORKERS)
+        self.counters = Counters(memory)
         self.directory = Directory()
         maps = [mmap.mmap(-1, SLOTS * PAIR_BYTES) for _ in range(WORKERS)]
         self.windows = [
@@ -42,6 +52,8 @@ class Forwarder:
             for n, memory in enumerate(maps)
         ]
         names = ("main", "web")
+        self.server = self.directory.server_index("up", "10.0.0.1:80") or 0
+        self.times = self.directory.upstream_index("up") or 0
         self.collector = ForwarderCollector(
             Source(
                 version="1.2.3",
@@ -51,7 +63,20 @@ class Forwarder:
                 windows=maps,
                 listeners={name: self.directory.index(name) for name in names},
                 rules={(name, "any"): self.directory.index(name, "any") for name in names},
+                servers={("up", "10.0.0.1:80"): self.server},
+                upstreams={"up": self.times},
                 datapaths={"copy": "available", "sockmap": "failed its self-test: x"},
+                fleet=[
+                    {
+                        "instance": "one",
+                        "version": "1",
+                        "serial": 4,
+                        "refused": 5,
+                        "pairs": 6,
+                        "datapaths": ["copy"],
+                        "unavailable": {"splice": "no"},
+                    }
+                ],
             )
         )
 
@@ -88,10 +113,30 @@ class Forwarder:
                 found.setdefault(sample.name, {})[values] = sample.value
         return found
 
+    def labels(self) -> dict[str, set[str]]:
+        """Sample name -> the names of its labels, those that a scrape adds included."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.collector)
+        known: dict[str, set[str]] = {}
+        for family in text_string_to_metric_families(generate_latest(registry).decode()):
+            for sample in family.samples:
+                known.setdefault(sample.name, {"job", "instance"}).update(sample.labels)
+        return known
+
 
 @pytest.fixture
 def forwarder() -> Forwarder:
     return Forwarder()
+
+
+def test_machines_of_a_fleet_are_told_of_by_their_names() -> None:
+    found = Forwarder().scrape()
+    assert found["pyforwarder_fleet_instance_info"] == {("one", "1"): 1}
+    assert found["pyforwarder_fleet_pairs"] == {("one",): 6}
+    assert found["pyforwarder_fleet_serial"] == {("one",): 4}
+    assert found["pyforwarder_fleet_refused_serial"] == {("one",): 5}
+    available = {("copy", "one"): 1, ("splice", "one"): 0}
+    assert found["pyforwarder_fleet_datapath_available"] == available
 
 
 def test_workers_are_summed(forwarder: Forwarder) -> None:
@@ -152,6 +197,89 @@ def test_bytes_are_those_of_open_and_closed_pairs_and_never_go_back(forwarder: F
     assert carried() == {("up",): 1024, ("down",): 7}
 
 
+def test_server_is_up_unless_a_worker_takes_it_for_down(forwarder: Forwarder) -> None:
+    labels = ("10.0.0.1:80", "up")
+    found = forwarder.scrape()
+    assert found["pyforwarder_server_up"] == {labels: 1}
+    assert found["pyforwarder_server_drained"] == {labels: 0}
+    forwarder.add(1, forwarder.server + ServerCounter.DOWN, 1)
+    forwarder.add(0, forwarder.server + ServerCounter.DRAINED, 1)
+    forwarder.add(1, forwarder.server + ServerCounter.DRAINED, 1)
+    found = forwarder.scrape()
+    assert found["pyforwarder_server_up"] == {labels: 0}
+    assert found["pyforwarder_server_drained"] == {labels: 1}
+
+
+def test_what_became_of_connections_to_a_server_is_told_by_cause(forwarder: Forwarder) -> None:
+    for worker, reason in (
+        (0, CloseReason.REFUSED),
+        (1, CloseReason.REFUSED),
+        (1, CloseReason.BUSY),
+    ):
+        count_failure(forwarder.counters.block(worker), forwarder.server, reason)
+    count_failure(forwarder.counters.block(0), forwarder.server, CloseReason.TIMEOUT, is_ours=True)
+    for _ in range(3):
+        count_connect(forwarder.counters.block(0), forwarder.server)
+    count_disconnect(forwarder.counters.block(0), forwarder.server)
+    found = forwarder.scrape()
+    failures = found["pyforwarder_server_failures_total"]
+    assert {cause: count for (cause, _, _), count in failures.items()} == {
+        "refused": 2,
+        "timeout": 0,
+        "unreachable": 0,
+        "unresolved": 0,
+        "local": 2,
+    }
+    assert found["pyforwarder_server_connects_total"] == {("10.0.0.1:80", "up"): 3}
+    assert found["pyforwarder_server_pairs"] == {("10.0.0.1:80", "up"): 2}
+
+
+def test_times_are_counted_below_every_bound_that_they_reach(forwarder: Forwarder) -> None:
+    for worker, took_s in ((0, 0.0001), (1, 0.0002), (1, 5.0), (0, 100.0)):
+        block = forwarder.counters.block(worker)
+        observe(block, forwarder.times, CONNECT_BOUNDS_S, took_s)
+        observe(block, DECISION_FIRST, DECISION_BOUNDS_S, took_s)
+    found = forwarder.scrape()
+    buckets = found["pyforwarder_connect_seconds_bucket"]
+    assert buckets[("0.0001", "up")] == 1
+    assert buckets[("0.0003", "up")] == buckets[("3", "up")] == 2
+    assert buckets[("10", "up")] == 3
+    assert buckets[("+Inf", "up")] == found["pyforwarder_connect_seconds_count"][("up",)] == 4
+    assert found["pyforwarder_connect_seconds_sum"][("up",)] == pytest.approx(105.0003)
+    assert found["pyforwarder_connect_seconds_count"][("-",)] == 0
+    assert found["pyforwarder_decision_seconds_count"] == {(): 4}
+
+
+def test_bytes_of_a_listener_are_those_of_its_open_and_closed_pairs(forwarder: Forwarder) -> None:
+    base = forwarder.directory.index("main")
+    forwarder.add(0, base + ListenerCounter.UP_BYTES, 1000)
+    slot = forwarder.pair(1, PairState.JOINED, DatapathKind.COPY, 23, 7)
+
+    def carried() -> dict[tuple[str, ...], float]:
+        return forwarder.scrape()["pyforwarder_listener_bytes_total"]
+
+    expected = {("up", "main"): 1023, ("down", "main"): 7, ("up", "web"): 0, ("down", "web"): 0}
+    assert carried() == expected
+    forwarder.windows[1].release(slot)
+    assert carried() == expected
+
+
+def test_every_row_has_a_word_of_its_own_and_a_meaning() -> None:
+    for rows in (table.ROWS, table.LISTENER_ROWS, table.RULE_ROWS, table.SERVER_ROWS):
+        words = [row.word for row in rows]
+        assert len(set(words)) == len(words)
+        series = [(row.family, row.values) for row in rows if row.family is not None]
+        assert len(set(series)) == len(series)
+        for row in rows:
+            assert row.stats or row.family
+            assert row.family is None or row.family.help.endswith(".")
+    fixed = {row.word for row in table.ROWS}
+    assert {int(counter) for counter in Counter} <= fixed
+    for histogram in (*table.HISTOGRAMS, table.CONNECT):
+        fixed |= set(range(histogram.word, histogram.word + len(histogram.bounds_s) + 2))
+    assert max(fixed) < NAMED_FIRST
+
+
 def test_the_instance_says_what_it_is(forwarder: Forwarder) -> None:
     found = forwarder.scrape()
     assert found["pyforwarder_build_info"] == {("1.2.3",): 1}
@@ -165,17 +293,12 @@ def test_every_counter_is_called_total(forwarder: Forwarder) -> None:
     registry.register(forwarder.collector)
     text = generate_latest(registry).decode()
     counters = [line.split()[2] for line in text.splitlines() if line.endswith(" counter")]
-    assert len(counters) == 13
+    assert len(counters) == 24
     assert all(name.startswith("pyforwarder_") and name.endswith("_total") for name in counters)
 
 
 def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(forwarder: Forwarder) -> None:
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(forwarder.collector)
-    known: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(generate_latest(registry).decode()):
-        for sample in family.samples:
-            known.setdefault(sample.name, {"job", "instance"}).update(sample.labels)
+    known = forwarder.labels()
     dashboard = json.loads(DASHBOARD.read_text())
     asked = set()
     for panel in dashboard["panels"]:
@@ -188,5 +311,14 @@ def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(forwarder: For
                 assert name in known, f"{panel['title']}: {name}"
             assert labels <= set.union(*(known[name] for name in names)), panel["title"]
             asked |= set(names)
-    assert set(known) - asked == {"pyforwarder_build_info", "pyforwarder_pairs_opened_total"}
+    # A sum alone is of no use without its count.
+    asked |= {
+        name.removesuffix("_bucket") + end
+        for name in asked
+        if name.endswith("_bucket")
+        for end in ("_sum", "_count")
+    }
+    # Of a fleet Prometheus asks each machine; what one knows of the others is for `show --fleet`.
+    left = {name for name in set(known) - asked if not name.startswith("pyforwarder_fleet_")}
+    assert left == {"pyforwarder_build_info", "pyforwarder_pairs_opened_total"}
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyforwarder import __version__
-from pyforwarder.datapath.loading import bpf_directory
+from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.supervisor import pins
 from pyforwarder.supervisor.pins import Stamp
 

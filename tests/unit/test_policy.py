@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address, AddressError, UnixAddress
-from pyforwarder.policy import (
+from pyforwarder.core.address import Address, AddressError, UnixAddress
+from pyforwarder.core.policy import (
     CACHE_SIZE,
     GUARDS,
     AllowList,

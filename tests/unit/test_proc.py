@@ -14,7 +14,7 @@ from pyforwarder.supervisor.proc import ProcDirectory
 from tests.helpers.pseudo import loop_with_sigio, shell
 
 if TYPE_CHECKING:
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 UNIX_TIME_S = 1_700_000_000.5
 WHEN = "2023-11-14T22:13:20Z"

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder import proxy_protocol
-from pyforwarder.address import Address, UnixAddress
-from pyforwarder.first_packet.cursor import ParseError
-from pyforwarder.first_packet.outcome import NEED_MORE
-from pyforwarder.proxy_protocol import (
+from pyforwarder.core import proxy_protocol
+from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.core.first_packet.cursor import ParseError
+from pyforwarder.core.first_packet.outcome import NEED_MORE
+from pyforwarder.core.proxy_protocol import (
     MAX_V2,
     TLV_AUTHORITY,
     TLV_UNIQUE_ID,

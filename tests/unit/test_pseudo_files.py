@@ -17,7 +17,7 @@ from tests.helpers.pseudo import loop_with_sigio, shell
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
-    from pyforwarder.loop import Loop
+    from pyforwarder.runtime.loop import Loop
 
 
 @dataclass

@@ -16,17 +16,11 @@ PACKAGE = Path(pyforwarder.__file__).parent
 
 # Decisions apart from input and output (design 7): what bytes mean, and what follows from it.
 PURE = [
-    "connection.py",
-    "routing.py",
-    "policy.py",
-    "upstreams.py",
-    "token.py",
-    "proxy_protocol.py",
-    "address.py",
-    "reasons.py",
-    "tables.py",
-    "rates.py",
-    *(f"first_packet/{path.name}" for path in sorted((PACKAGE / "first_packet").glob("*.py"))),
+    *sorted(str(path.relative_to(PACKAGE)) for path in (PACKAGE / "core").rglob("*.py")),
+    "runtime/tables.py",
+    "cli/rates.py",
+    "fleet/failover/ledger.py",
+    "fleet/failover/record.py",
 ]
 # Sockets, processes, clocks and the kernel; reading a file is looked for by name below.
 IMPURE = {
@@ -82,7 +76,8 @@ def test_pure_modules_bring_neither_sockets_nor_bcc_along() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     loaded = set(json.loads(done.stdout))
-    assert {f"pyforwarder.{name}" for name in ("connection", "routing", "policy")} <= loaded
+    some = ("core.connection", "core.routing", "core.policy")
+    assert {f"pyforwarder.{name}" for name in some} <= loaded
     assert not loaded & {"socket", "_socket", "select", "bcc", "ctypes", "asyncio", "subprocess"}
 
 
@@ -92,13 +87,13 @@ def test_one_file_imports_bcc() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
         if {module.partition(".")[0] for module in imported_by(path)} & {"bcc"}
     ]
-    assert found == ["datapath/_bcc.py"]
+    assert found == ["datapath/ebpf/_bcc.py"]
 
 
 def test_nothing_imports_the_file_that_imports_bcc() -> None:
     # It is run as a process of its own: bcc brings a compiler of 100 MB along.
     for path in sorted(PACKAGE.rglob("*.py")):
-        assert "pyforwarder.datapath._bcc" not in imported_by(path), path
+        assert "pyforwarder.datapath.ebpf._bcc" not in imported_by(path), path
 
 
 def test_what_a_worker_imports_brings_no_bcc_along() -> None:
@@ -120,4 +115,5 @@ def test_arrows_point_one_way() -> None:
     may_not("first_packet", "worker", "supervisor", "cli", "datapath", "config", "connection")
     may_not("config", "worker", "supervisor", "cli", "datapath", "connection")
     may_not("worker", "supervisor", "cli")
+    may_not("status", "worker", "supervisor", "cli")
     may_not("supervisor", "cli")

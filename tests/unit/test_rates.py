@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.rates import Browser, Flush, Meter, Mode, PairRate, Quit, Sort, TotalsMeter, View
+from pyforwarder.cli.rates import (
+    Browser,
+    Flush,
+    Meter,
+    Mode,
+    PairRate,
+    Quit,
+    Sort,
+    TotalsMeter,
+    View,
+)
 from tests.helpers.fake_control import PAIR
 
 if TYPE_CHECKING:

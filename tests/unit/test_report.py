@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import mmap
 
-from pyforwarder import tables
-from pyforwarder.counters import BLOCK_WORDS, CLOSED_INDEX, Counter, Counters
-from pyforwarder.datapath.abi import PAIR_BYTES, LineKind, ViewLine
-from pyforwarder.datapath.arrays import STAT_LINES
-from pyforwarder.reasons import CloseReason
+from pyforwarder.config import parse_config
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import (
+    PAIR_BYTES,
+    DatapathKind,
+    Direction,
+    LineKind,
+    PairRecord,
+    ViewLine,
+)
+from pyforwarder.datapath.ebpf.arrays import STAT_LINES
+from pyforwarder.runtime import tables
+from pyforwarder.runtime.counters import BLOCK_WORDS, CLOSED_INDEX, Counter, Counters
 from pyforwarder.supervisor import report
 
 DATAPATHS = {"copy": "available", "sockmap": "failed:\nno"}
 
 
 def test_the_kernels_lines_are_the_daemons_answer() -> None:
-    counters = Counters(Counters.memory(1), 1)
+    counters = Counters(Counters.memory(1))
     for index in range(BLOCK_WORDS):
         counters.block(0)[index] = index + 1
     row = report.stats(counters, [mmap.mmap(-1, 8 * PAIR_BYTES)], DATAPATHS)
@@ -26,11 +34,11 @@ def test_the_kernels_lines_are_the_daemons_answer() -> None:
         if line.kind is not LineKind.TEXT:
             assert said[line.name] == line.word + 1, line.name
     assert said["datapaths.sockmap"] == "failed:\nno"
-    assert lines[-1].text == "failed:\\012no"
+    assert lines[-1].text == "failed:; no"
 
 
 def test_reasons_that_never_came_are_left_out() -> None:
-    counters = Counters(Counters.memory(1), 1)
+    counters = Counters(Counters.memory(1))
     counters.block(0)[CLOSED_INDEX[CloseReason.IDLE]] = 3
     counters.block(0)[Counter.UP_BYTES] = 5
     row = report.stats(counters, [], DATAPATHS)
@@ -39,7 +47,33 @@ def test_reasons_that_never_came_are_left_out() -> None:
     assert row["joined"] == {"copy": 0, "sockmap": 0, "splice": 0}
 
 
+def test_a_server_has_its_weight_and_whether_it_is_a_backup_last() -> None:
+    config = parse_config(
+        "upstreams:\n  web: {servers: [{address: '10.0.0.1:1', weight: 3}, "
+        "{address: '10.0.0.2:1', backup: true}]}\n",
+        source="test",
+    )
+    seen = {"web": {"10.0.0.1:1": {"state": "down", "pairs": 1, "connects": 2, "failures": 3}}}
+    text = tables.render("upstreams", report.upstream_rows(config, [seen, {}]))
+    assert [" ".join(line.split()) for line in text.splitlines()] == [
+        "UPSTREAM SERVER STATE PAIRS CONNECTS FAILURES WEIGHT BACKUP",
+        "web 10.0.0.1:1 down 1 2 3 3 no",
+        "web 10.0.0.2:1 up 0 0 0 1 yes",
+    ]
+
+
 def test_every_line_fits() -> None:
     lines = report.stats_lines(DATAPATHS)
     assert len(lines) <= STAT_LINES
     assert all(len(line.name) < ViewLine.name.size for line in lines)
+
+
+def test_what_is_not_told_of_is_unknown_only_where_the_kernel_has_carried_bytes() -> None:
+    record = PairRecord()
+    record.datapath = DatapathKind.SOCKMAP
+    unknown = report.Backlogs({}, is_complete=False)
+    assert unknown.of(0, record) == 0
+    record.verdict[Direction.DOWN].redirected_bytes = 1
+    assert unknown.of(0, record) is None
+    assert report.Backlogs({}).of(0, record) == 0
+    assert report.Backlogs({(0, Direction.DOWN): 5}, is_complete=False).of(0, record) == 5

@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 
-from pyforwarder.datapath.ringbuf import RingBuffer
+from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
 
 SIZE: Final = mmap.PAGESIZE
 BUSY, DISCARDED = 1 << 31, 1 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import timeit
 
@@ -9,13 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address
+from pyforwarder.core.address import Address, HostPort
+from pyforwarder.core.first_packet import http, tls
+from pyforwarder.core.first_packet.outcome import (
+    MATCH,
+    NEED_MORE,
+    NO_MATCH,
+    End,
+    Refuse,
+    Route,
+    Send,
+)
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.routing import Decision, Ruleset, compile_rules, explain
+from pyforwarder.core.token import TokenKeys, make
 from pyforwarder.errors import ConfigError
-from pyforwarder.first_packet import http, tls
-from pyforwarder.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Refuse, Route, Send
-from pyforwarder.reasons import CloseReason
-from pyforwarder.routing import Decision, Ruleset, compile_rules, explain
-from tests.helpers.first_packets import CLIENTS, mutated_clients
+from tests.helpers.first_packets import CLIENTS, client_hello, mutated_clients
 from tests.helpers.instruction import instruction
 from tests.helpers.rules import ruleset
 
@@ -101,22 +111,122 @@ def test_when_no_more_can_come_who_still_needs_more_has_not_matched(
     assert taken_by(decide(SHARED, data, end)) == name
 
 
+LATE = "first_packet.timeout is over"
 FEW = ruleset(to("ssh", "ssh"), {"name": "named", "match": "instruction", "allow": ["loopback"]})
 
 
 @pytest.mark.parametrize(
     ("data", "end", "decision"),
     [
-        (b"x", End.OPEN, Refuse(None, CloseReason.NO_MATCH, b"", reset=True)),
-        (b"SS", End.FULL, Refuse(None, CloseReason.NO_MATCH, b"", reset=True)),
-        (b"SS", End.EOF, Refuse(None, CloseReason.NO_MATCH, b"", reset=True)),
-        (b"SS", End.TIMEOUT, Refuse(None, CloseReason.TIMEOUT, b"", reset=True)),
-        (b"", End.TIMEOUT, Refuse(None, CloseReason.TIMEOUT, b"", reset=True)),
+        (b"x", End.OPEN, Refuse(None, CloseReason.NO_MATCH, b"", True, "no rule matches")),
+        (b"SS", End.FULL, Refuse(None, CloseReason.NO_MATCH, b"", True, "no rule matches")),
+        (b"SS", End.EOF, Refuse(None, CloseReason.NO_MATCH, b"", True, "no rule matches")),
+        (b"SS", End.TIMEOUT, Refuse(None, CloseReason.TIMEOUT, b"", True, LATE)),
+        (b"", End.TIMEOUT, Refuse(None, CloseReason.TIMEOUT, b"", True, LATE)),
         (b"", End.EOF, Refuse(None, CloseReason.CLIENT_GONE, b"", reset=False)),
     ],
 )
 def test_nobody_takes_it(data: bytes, end: End, decision: Refuse) -> None:
     assert decide(FEW, data, end) == decision
+
+
+TRUSTING = ruleset(
+    {"match": {"tls": {"sni": "*.test"}}, "name": "sni", "to": "127.0.0.1:1"},
+    {"match": "tls", "name": "any-tls", "to": "127.0.0.1:1"},
+    {"match": {"http": {"host": "a.test"}}, "name": "host", "to": "127.0.0.1:1"},
+    {"match": "http_connect", "allow": ["any"], "users": ["alice"]},
+    {"match": "socks", "allow": ["any"], "users": ["alice"]},
+    {"match": "instruction", "allow": ["any"], "token": "optional", "checksum": "required"},
+    {"match": "any", "reject": "reset"},
+    keys=TokenKeys({"ops": b"k" * 16}),
+    passwords={"alice": b"secret"},
+)
+
+
+def basic(text: bytes) -> bytes:
+    return b"Proxy-Authorization: Basic %b\r\n" % base64.b64encode(text)
+
+
+def signed(key: bytes = b"k" * 16, expires_unix_s: int = 100) -> bytes:
+    to = Address("192.0.2.9", 7)
+    return make(to, expires_unix_s=expires_unix_s, key_id="ops", key=key)
+
+
+def all_facts(data: bytes) -> tuple[dict[str, str], str]:
+    """What the log is told of a decision, and the cause of a refusal."""
+    state = TRUSTING.begin()
+    while True:
+        decision = TRUSTING.decide(data, client=CLIENT, local_port=1, now_unix_s=50.0, state=state)
+        if not isinstance(decision, Send):
+            break
+        data = data[decision.skip :]
+    assert isinstance(decision, Route | Refuse)
+    facts = dict(decision.facts)
+    if decision.rule is not None:
+        facts |= dict(TRUSTING.facts(decision.rule, data))
+    return facts, decision.cause if isinstance(decision, Refuse) else ""
+
+
+CONNECT = b"CONNECT b.test:443 HTTP/1.1\r\n%b\r\n"
+SOCKS = b"\5\1\2\1\5alice\6%b\5\1\0\1\x7f\0\0\1\0\7"
+
+
+@pytest.mark.parametrize(
+    ("data", "facts", "cause"),
+    [
+        (client_hello(b"A.test"), {"sni": "a.test"}, ""),
+        (client_hello(b"b.other"), {}, ""),  # no name had to be read
+        (b"GET / HTTP/1.1\r\nHost: A.test:80\r\n\r\n", {"host": "a.test"}, ""),
+        (CONNECT % basic(b"alice:secret"), {"user": "alice"}, ""),
+        (
+            CONNECT % basic(b"alice:x"),
+            {"user": "alice", "asked": "b.test:443"},
+            "wrong user or password",
+        ),
+        (CONNECT % b"", {"asked": "b.test:443"}, "no password"),
+        (b"CONNECT b.test HTTP/1.1\r\n\r\n", {}, "'b.test' has no :port: write b.test:PORT"),
+        (SOCKS % b"secret", {"user": "alice"}, ""),
+        (SOCKS % b"wrong!", {"user": "alice"}, "wrong user or password"),
+        (b"\5\1\0", {}, "the client offers no method with a password"),
+        (b"\4\1\0\7\x7f\0\0\1\0", {}, "SOCKS 4 has no password"),
+        (b"\4\2\0\7\x7f\0\0\1\0", {}, "only CONNECT is served"),
+        (signed(), {"key": "ops"}, ""),
+        (
+            signed(b"x" * 16),
+            {"key": "ops", "asked": "192.0.2.9:7"},
+            "token: wrong signature",
+        ),
+        (signed(expires_unix_s=49), {"key": "ops", "asked": "192.0.2.9:7"}, "token: expired"),
+        (b"18127.0.0.1:900100", {}, "the check is '00', not '02'"),
+        (b"18127.0.0.1:9001xx", {}, "an instruction that breaks off"),
+        (b"18127.0.0.1:90 ", {}, "an instruction that breaks off"),
+        (b"x", {}, "the rule says `reject: reset`"),
+    ],
+)
+def test_a_decision_says_what_it_was_made_on(
+    data: bytes, facts: dict[str, str], cause: str
+) -> None:
+    found, why = all_facts(data)
+    assert found == facts
+    assert why.startswith(cause) if cause.startswith("token") else why == cause
+
+
+@pytest.mark.parametrize(
+    ("data", "facts"),
+    [
+        (client_hello(b"B.other"), {"sni": "b.other"}),
+        (b"GET / HTTP/1.1\r\nHost: b.other:80\r\n\r\n", {"host": "b.other"}),
+        (b"SSH-2.0-x\r\n", {}),
+        (client_hello(b"b.other")[:-1], {}),
+    ],
+)
+def test_what_no_rule_has_taken_says_whom_it_was_for(data: bytes, facts: dict[str, str]) -> None:
+    rules = ruleset(
+        {"match": {"any_of": [{"tls": {"sni": "a.test"}}, {"not": "any"}]}, "to": "127.0.0.1:1"},
+        {"match": {"http": {"host": "a.test"}}, "to": "127.0.0.1:2"},
+        {"match": "any", "reject": "reset"},
+    )
+    assert dict(rules.read(data)) == facts
 
 
 def test_an_unfinished_instruction_is_told_though_another_rule_waits_too() -> None:
@@ -173,6 +283,7 @@ def test_rules_that_cannot_be_compiled_name_their_place() -> None:
         to = reject = datapath = None
 
     class Listener:
+        protocol = "tcp"
         rules = (Rule(),)
 
     with pytest.raises(ConfigError, match="the client cannot say it") as caught:
@@ -273,3 +384,89 @@ def test_many_rules_read_a_first_packet_once(
     read.cache_clear()
     assert taken_by(decide(rules, data)) == "no_match"
     assert (read.cache_info().misses, read.cache_info().hits) == (1, 100)
+
+
+# `to: sni` and `to: host`.
+
+NAMED = ruleset(
+    {"name": "tls", "match": "tls", "to": "sni", "port": 8443, "allow": ["public"]},
+    {"name": "http", "match": {"http": {"method": "GET"}}, "to": "host", "allow": ["public"]},
+    {"name": "rest", "match": "any", "reject": "close"},
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "rule", "to"),
+    [
+        (client_hello(b"A.test"), "tls", HostPort("a.test", 8443)),
+        (client_hello(b"192.0.2.7"), "tls", Address("192.0.2.7", 8443)),
+        (b"GET / HTTP/1.1\r\nHost: b.test:81\r\n\r\n", "http", HostPort("b.test", 80)),
+        (b"GET http://c.test/ HTTP/1.1\r\nHost: b.test\r\n\r\n", "http", HostPort("c.test", 80)),
+        (b"GET / HTTP/1.1\r\nHost: [2001:db8::7]\r\n\r\n", "http", Address("2001:db8::7", 80)),
+    ],
+)
+def test_the_name_in_the_first_packet_is_the_destination(
+    data: bytes, rule: str, to: Address | HostPort
+) -> None:
+    decision = decide(NAMED, data + b"more")
+    assert isinstance(decision, Route)
+    assert (decision.rule.name, decision.to, decision.skip) == (rule, to, 0)
+    assert decision.named_by_client
+    for length in range(len(data)):
+        assert decide(NAMED, data[:length]) is NEED_MORE
+    assert explain(NAMED, data).after_bytes == len(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        client_hello(None),
+        client_hello(b"a/b"),
+        client_hello(b"127.1"),  # an IPv4 address in disguise
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a%00b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\n\r\n",
+    ],
+)
+def test_a_first_packet_without_a_usable_name_is_left_to_the_next_rule(data: bytes) -> None:
+    assert taken_by(decide(NAMED, data)) == "rest"
+
+
+@given(mutated_clients())
+def test_hostile_names_are_a_destination_or_none(data: bytes) -> None:
+    decision = decide(NAMED, data, End.FULL)
+    if isinstance(decision, Route):
+        assert isinstance(decision.to, Address | HostPort)
+
+
+BEGINNINGS = [
+    b"FWD1 ",
+    signed()[:-9],
+    b"CONNECT b.test:443 HTTP/1.1\r\n",
+    b"18127.0",
+    b"\4\1\0\7",
+    b"",
+]
+PLAIN = ruleset(
+    {"match": "http_connect", "allow": ["any"], "users": ["alice"]},
+    {"match": {"socks": {"version": "4"}}, "allow": ["any"]},
+    {"match": "instruction", "allow": ["any"], "token": "optional", "checksum": "required"},
+    {"match": "any", "reject": "reset"},
+    keys=TokenKeys({"ops": b"k" * 16}),
+    passwords={"alice": b"secret"},
+)
+
+
+@given(st.sampled_from(BEGINNINGS), st.binary(max_size=40), st.booleans())
+def test_the_cause_of_a_refusal_is_as_final_as_the_refusal(
+    beginning: bytes, rest: bytes, is_long: bool
+) -> None:
+    data = beginning + rest + (b"x" * 600 + b"\r\n" if is_long else b"\r\n\r\n")
+    first: Decision | None = None
+    for length in range(len(data) + 1):
+        decision = PLAIN.decide(data[:length], client=CLIENT, local_port=1, now_unix_s=50.0)
+        if first is not None:
+            assert decision == first
+        elif decision is not NEED_MORE:
+            first = decision

@@ -16,22 +16,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import pytest
 
-from pyforwarder.connection import Life
-from pyforwarder.counters import CLOSED_INDEX, Counter, Counters, ListenerCounter, RuleCounter
-from pyforwarder.datapath.abi import PAIR_BYTES, DatapathKind, PairState
+from pyforwarder.core.connection import Life
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.rig import loopback_pair
-from pyforwarder.datapath.table import PairWindow, read_records
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind, PairState
+from pyforwarder.datapath.ebpf.pair_table import PairWindow, read_records
+from pyforwarder.datapath.proof.rig import loopback_pair
 from pyforwarder.errors import ControlError
-from pyforwarder.limits import SharedLimits, shared_memory
-from pyforwarder.loop import Loop
-from pyforwarder.reasons import CloseReason
-from pyforwarder.worker import resolver, sniffer
+from pyforwarder.runtime import askers, resolver
+from pyforwarder.runtime.counters import (
+    CLOSED_INDEX,
+    Counter,
+    Counters,
+    ListenerCounter,
+    RuleCounter,
+)
+from pyforwarder.runtime.limits import SharedLimits, shared_memory
+from pyforwarder.runtime.loop import Loop
+from pyforwarder.runtime.raw_sockets import accept
+from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.worker import plain, sniffer
+from pyforwarder.worker import server as server_module
 from pyforwarder.worker.adopting import cookie_of
+from pyforwarder.worker.datagrams import Session
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
@@ -48,7 +60,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEADLINE_S: Final = 10.0
+DEADLINE_S: Final = scaled_s(10.0)
 SLOTS: Final = 64
 LINGER_RESET: Final = struct.pack("ii", 1, 0)
 NAMED: Final = """
@@ -78,9 +90,9 @@ listeners:
 """
 
 
-def listening_socket(kind: type[socket.socket] = socket.socket) -> socket.socket:
+def listening_socket() -> socket.socket:
     """A listener as the supervisor binds them: accepted sockets inherit what is set here."""
-    sock = kind(socket.AF_INET, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     sock.bind(("127.0.0.1", 0))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -98,10 +110,10 @@ class Play:
         self.loop = Loop()
         self.listener = self._stack.enter_context(listening_socket())
         self.address: tuple[str, int] = self.listener.getsockname()
-        settings = settings_of(config, binds={"main": "{}:{}".format(*self.address)})
+        settings = settings_of(config, binds={"main": ("{}:{}".format(*self.address),)})
         self.generation = Generation(settings, worker=0)
-        self.counters = Counters(Counters.memory(1), 1).block(0)
-        self.limits = SharedLimits(shared_memory(1), worker=0, workers=1, secret=b"s" * 16)
+        self.counters = Counters(Counters.memory(1)).block(0)
+        self.limits = SharedLimits(shared_memory(1), worker=0, secret=b"s" * 16)
         self._memory = mmap.mmap(-1, SLOTS * PAIR_BYTES)
         self.window = PairWindow(self._memory, first_slot=0, worker_index=0)
         self.asked: list[str] = []
@@ -120,6 +132,7 @@ class Play:
         self._stack.callback(os.close, self.server.log.log._fd)
         self.fake = FakeDatapath(self.server)
         self.server.handover = Handover(self.server, cast("SockmapDatapath", self.fake))
+        self.server.handover.settle(sockmap=True, splice=False)
         self.state = self.generation.listeners["main"]
         self.server.listen(self.listener, self.state)
 
@@ -228,10 +241,8 @@ class Play:
         assert list(read_records(self._memory)) == []
         assert self.loop.deadlines.next_s() is None
         assert self.fake.joined == self.fake.left
-        # A thread that still looks for a name would tell whoever has the number by then.
-        names = self.server._connector._resolver
-        self.run_until(lambda: not names._waiting, "answers")
-        os.close(names._event_fd)
+        self.server.names.close()
+        self.server.pressure.close()
         self.loop.dispose()
         self._stack.close()
         self.window.close()
@@ -299,7 +310,8 @@ class SlowNames:
             assert self._go.wait(DEADLINE_S)
             return answer
 
-        monkeypatch.setattr(resolver, "lookup", lookup)
+        monkeypatch.setattr(askers, "lookup", lookup)
+        monkeypatch.setattr(resolver, "cares_knows_all_sources", lambda: False)
 
     def release(self) -> None:
         self._go.set()
@@ -418,8 +430,8 @@ def test_urgent_byte_stays_in_its_place_and_holds_nothing_up(
 ) -> None:
     # A read stops in front of it: what is behind it must not wait for the next segment.
     listening, address = servers()
-    play = start(named("datapath: copy"))
     names = SlowNames(monkeypatch)
+    play = start(named("datapath: copy"))
     client = play.dial()
     port = address.rpartition(":")[2]
     head = instruction(f"server.test:{port}")
@@ -495,6 +507,60 @@ def test_client_whose_pieces_cost_too_much_is_decided_by_what_has_come(
     assert play.read_end(dripping) == (b"", "reset")
     assert play.counters[Counter.FIRST_PACKET_FULL] == 0  # a rule has taken it
     whole.sendall(b"b")
+    play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 1, "pair")
+
+
+DRIPPED: Final = (
+    "listeners: [{name: main, bind: '127.0.0.1:0', first_packet: {timeout: 1h},"
+    " rules: [{match: {regex: '^a*b'}, to: 'ADDRESS'}, {match: any, reject: reset}]}]"
+)
+
+
+def test_second_looks_wait_once_they_have_had_their_share(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, address = servers()
+    play = start(DRIPPED.replace("ADDRESS", address))
+    decisions = play.server._sniffer
+    clients = [play.dial() for _ in range(3)]
+    for client in clients:
+        client.sendall(b"a")
+    play.run_until(
+        lambda: [c.received for c in play.server.clients.values()] == [b"a"] * 3, "first pieces"
+    )
+    monkeypatch.setattr(sniffer, "AGAIN_SHARE", 0.0)
+    decisions._again_s = 0.0
+    for client in clients:
+        client.sendall(b"b")
+    play.run_until(
+        lambda: [c.received for c in play.server.clients.values()] == [b"ab"] * 3, "second pieces"
+    )
+    assert len(decisions.put_off) == 3
+    # A first look costs each connection one, and none waits.
+    play.dial().sendall(b"b")
+    play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 1, "pair")
+    # Who ends is waited for no more.
+    reset(clients[0])
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+    assert len(decisions.put_off) == 2
+    monkeypatch.setattr(sniffer, "AGAIN_SHARE", 1.0)
+    play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 3, "pairs")
+    assert not decisions.put_off
+
+
+def test_first_packet_whose_second_look_waits_is_decided_in_time(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, address = servers()
+    play = start(DRIPPED.replace("ADDRESS", address).replace("1h", "100ms"))
+    monkeypatch.setattr(sniffer, "AGAIN_SHARE", 0.0)
+    play.server._sniffer._again_s = 0.0
+    client = play.dial()
+    client.sendall(b"a")
+    play.run_until(
+        lambda: [c.received for c in play.server.clients.values()] == [b"a"], "first piece"
+    )
+    client.sendall(b"b")
     play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 1, "pair")
 
 
@@ -725,10 +791,13 @@ def test_refused_client_that_stays_is_ended(start: StartPlay) -> None:
     assert play.read_end(client)[1] == "eof"
     started_s = time.monotonic()
     play.wait_for_end(CloseReason.DENIED)
-    assert 0.5 < time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s > 0.5
 
 
-def test_refused_client_that_goes_on_sending_is_not_read_for_ever(start: StartPlay) -> None:
+def test_refused_client_that_goes_on_sending_is_not_read_for_ever(
+    start: StartPlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "REFUSAL_LINGER_S", 3600.0)
     play = start(named())
     client = play.dial()
     client.sendall(instruction("192.0.2.1:80"))
@@ -738,9 +807,7 @@ def test_refused_client_that_goes_on_sending_is_not_read_for_ever(start: StartPl
             client.send(bytes(1 << 16))
         return play.closed(CloseReason.DENIED) == 1
 
-    started_s = time.monotonic()
     play.run_until(push, "end")
-    assert time.monotonic() - started_s < 0.9  # well before its time is over
 
 
 def test_own_listener_is_denied(start: StartPlay) -> None:
@@ -854,28 +921,32 @@ def test_flood_beyond_the_rate_is_reset_once_too_many_listen(start: StartPlay) -
 # Accepting
 
 
-class Failing(socket.socket):
-    """A listener whose accept(2) fails as told before it works again."""
+class Failing:
+    """accept(2) of one listener, which fails as told before it works again."""
 
-    errors: list[int]
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.errors: list[int] = []
 
-    def _accept(self) -> tuple[int, object]:
-        if self.errors:
-            raise OSError(self.errors.pop(0), "injected")
-        return super()._accept()  # type: ignore[misc, no-any-return]
+    def __call__(self, fd: int) -> int:
+        if fd == self.listener.fileno() and self.errors:
+            return -self.errors.pop(0)
+        return accept(fd)
 
 
 @pytest.fixture
-def failing(start: StartPlay, servers: Servers) -> Iterator[tuple[Play, Failing, str]]:
+def failing(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Play, Failing, str]]:
     """A play with another listener, which fails; and where it listens."""
     _, address = servers()
     play = start(named())
-    with listening_socket(Failing) as listener:
-        assert isinstance(listener, Failing)
-        listener.errors = []
+    with listening_socket() as listener:
+        fails = Failing(listener)
+        monkeypatch.setattr(server_module, "accept", fails)
         play.address = listener.getsockname()
         play.server.listen(listener, play.state)
-        yield play, listener, address
+        yield play, fails, address
         play.server.unlisten(listener)
 
 
@@ -883,8 +954,8 @@ def failing(start: StartPlay, servers: Servers) -> Iterator[tuple[Play, Failing,
 def test_accept_without_descriptors_pauses_and_goes_on(
     failing: tuple[Play, Failing, str], error: int
 ) -> None:
-    play, listener, _ = failing
-    listener.errors = [error]
+    play, fails, _ = failing
+    fails.errors = [error]
     play.dial()
     started_s = time.monotonic()
     play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
@@ -902,30 +973,30 @@ def test_accept_without_descriptors_pauses_and_goes_on(
 def test_connection_that_was_aborted_before_accept_is_passed_over(
     failing: tuple[Play, Failing, str],
 ) -> None:
-    play, listener, _ = failing
-    listener.errors = [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
+    play, fails, _ = failing
+    fails.errors = [errno.ECONNABORTED, errno.EPROTO, errno.ENETDOWN]
     play.dial()
     play.run_until(lambda: play.server.clients, "client")
-    assert listener.errors == []
+    assert fails.errors == []
     assert play.counters[Counter.ACCEPT_PAUSED] == 0
 
 
 def test_accept_error_that_nobody_expects_is_a_fault(failing: tuple[Play, Failing, str]) -> None:
-    play, listener, _ = failing
-    listener.errors = [errno.EBADF]
+    play, fails, _ = failing
+    fails.errors = [errno.EBADF]
     play.dial()
-    with pytest.raises(OSError, match="injected"):
-        play.run_until(lambda: not listener.errors, "error")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        play.run_until(lambda: not fails.errors, "error")
 
 
 def test_listener_closed_during_its_pause_stays_closed(
     failing: tuple[Play, Failing, str],
 ) -> None:
-    play, listener, _ = failing
-    listener.errors = [errno.EMFILE]
+    play, fails, _ = failing
+    fails.errors = [errno.EMFILE]
     play.dial()
     play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
-    play.server.unlisten(listener)
+    play.server.unlisten(fails.listener)
     ran: list[int] = []
     play.loop.after(0.15, lambda: ran.append(1))
     play.run_until(lambda: ran, "end of the pause")
@@ -1079,6 +1150,35 @@ def test_handover_that_is_put_off_does_not_keep_the_loop_busy(
     play.run_until(lambda: play.fake.joined == 1, "handover")
 
 
+def test_pair_waits_for_what_is_not_proven_yet(start: StartPlay, servers: Servers) -> None:
+    play = start(named(EAGER))
+    play.server.handover = Handover(play.server, cast("SockmapDatapath", play.fake))
+    client, server = play.joined(*servers())
+    client.sendall(b"copied, ")
+    assert play.read(server, 8) == b"copied, "
+    assert play.fake.joined == 0
+    assert play.only_client().waits_for_handover
+    play.server.handover.settle(sockmap=True, splice=False)
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    client.sendall(b"moved")
+    assert play.read(server, 5) == b"moved"
+
+
+def test_pair_that_has_waited_in_vain_is_copied_for_good(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    play.server.handover = Handover(play.server, cast("SockmapDatapath", play.fake))
+    client, server = play.joined(*servers())
+    client.sendall(b"copied, ")
+    assert play.read(server, 8) == b"copied, "
+    play.server.handover.settle(sockmap=False, splice=False)
+    play.run_until(lambda: not play.only_client().waits_for_handover, "the answer")
+    assert play.only_client().pair_reason is PairReason.NOT_AVAILABLE
+    client.sendall(b"as before")
+    assert play.read(server, 9) == b"as before"
+
+
 def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: Servers) -> None:
     play = start(named(EAGER + "\ndatapath: copy"))
     client, server = play.joined(*servers())
@@ -1091,8 +1191,9 @@ def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: S
 # Faults of ours
 
 
+@pytest.mark.parametrize("before", ["policy", "connect"])
 def test_internal_error_at_accept_costs_one_connection_only(
-    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     # Clients that have spoken by then are served from the listener's event.
     play = start(named())
@@ -1102,7 +1203,10 @@ def test_internal_error_at_accept_costs_one_connection_only(
         raise ZeroDivisionError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(play.server._connector, "_connect", fail)
+        if before == "policy":
+            patch.setattr(play.generation, "permits", fail)
+        else:
+            patch.setattr(plain, "reset_at_close", fail)
         unlucky = play.dial()
         unlucky.sendall(instruction(address))
         play.wait_for_end(CloseReason.INTERNAL)
@@ -1372,3 +1476,22 @@ def test_descriptor_that_another_program_keeps_disturbs_nobody_later(
         play.loop.run_once(0.01)
     assert play.closed(CloseReason.CLIENT_RESET) == 0
     assert play.only_client().life is Life.SNIFFING
+
+
+def test_internal_error_that_is_no_connection_s_costs_none(
+    start: StartPlay, servers: Servers
+) -> None:
+    """Of a timer, of work that was put off, of a ring; one of a session costs that session."""
+    del servers
+    play = start(named())
+    ended: list[tuple[Session, CloseReason]] = []
+    session = Session.__new__(Session)
+    session.owner = SimpleNamespace(  # type: ignore[assignment]
+        end=lambda one, reason: ended.append((one, reason))
+    )
+    for owner in (None, lambda: None, session):
+        play.server.failed(owner, ValueError("ours"))
+    assert ended == [(session, CloseReason.INTERNAL)]
+    # Without a listener, or the supervisor's channel, a worker is of no use.
+    with pytest.raises(ValueError, match="ours"):
+        play.server.failed(object(), ValueError("ours"))

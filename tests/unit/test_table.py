@@ -11,18 +11,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyforwarder.address import Address
-from pyforwarder.datapath import table
-from pyforwarder.datapath.abi import (
+from pyforwarder.core.address import Address
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
     Direction,
+    PairRecord,
     PairState,
     pack_endpoint,
     unpack_endpoint,
 )
+from pyforwarder.datapath.ebpf.pair_table import (
+    SLOTS_PER_PAGE,
+    PairWindow,
+    read_records,
+    read_slots,
+)
 from pyforwarder.datapath.kernel import PairTable, slots_for
-from pyforwarder.datapath.table import SLOTS_PER_PAGE, PairWindow, read_records, read_slots
 
 SLOTS = 16
 
@@ -191,7 +197,7 @@ def test_allocated_slot_is_not_read_before_it_is_described(window: PairWindow) -
 def test_record_in_the_middle_of_a_change_is_not_read(window: PairWindow) -> None:
     slot = window.allocate()
     describe(window, slot)
-    sequence = slot * window.WORDS + table._SEQUENCE
+    sequence = slot * window.WORDS + table.SEQUENCE
     assert window.words[sequence] == 2
     window.words[sequence] += 1
     assert list(read_records(window._memory)) == []
@@ -269,3 +275,28 @@ def test_window_that_was_closed_is_unmapped(memory: mmap.mmap) -> None:
     window = PairWindow(memory, first_slot=0, worker_index=0)
     window.close()
     assert memory.closed
+
+
+def test_what_a_dead_worker_left_of_a_pair_is_bounded_by_what_can_have_been() -> None:
+    record = PairRecord()
+    record.id = 7
+    record.started_ns = record.last_ns = (1 << 64) - 1
+    for flow in record.worker:
+        flow.carried_bytes = flow.carried_packets = (1 << 64) - 1
+    before_ns = time.monotonic_ns()
+    said = table.inherited(bytes(record), 7)
+    assert said is not None
+    assert before_ns <= said.started_ns <= time.monotonic_ns()
+    assert said.last_ns == said.started_ns
+    assert {flow.carried_bytes for flow in said.worker} == {1 << 50}
+    assert {flow.carried_packets for flow in said.worker} == {1 << 50}
+
+
+def test_what_a_dead_worker_left_of_a_pair_is_read_as_it_is() -> None:
+    record = PairRecord(id=7, started_ns=5, rule=b"web")
+    record.worker[1].carried_bytes = 1000
+    said = table.inherited(bytes(record), 7)
+    assert said is not None
+    assert (said.started_ns, said.rule, said.worker[1].carried_bytes) == (5, b"web", 1000)
+    assert table.inherited(bytes(record), 8) is None  # another pair's by now
+    assert table.inherited(b"", 7) is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder import tables
+from pyforwarder.runtime import tables
 from tests.helpers.fake_control import PAIR
 
 HEADER = "ID STATE DATAPATH CLIENT LISTENER SOURCE SERVER UP_BYTES DOWN_BYTES AGE_S IDLE_S RULE"
@@ -93,11 +95,14 @@ def test_stats_come_back_from_their_text() -> None:
         "accepted": 23,
         "joined": {"copy": 1, "sockmap": 0},
         "closed": {"denied": 3},
+        "limited": {},
+        "splice_invalid": {"reset": 7},
         "datapaths": {"copy": "available", "splice": "no \\ tc\x1b here"},
     }
     text = tables.render("stats", tables.stats_rows(stats))
     assert tables.stats_from_text(text) == stats
-    assert tables.stats_from_text("STAT VALUE  # the daemon is gone\n") == {"closed": {}}
+    nothing: dict[str, object] = {"closed": {}, "limited": {}, "splice_invalid": {}}
+    assert tables.stats_from_text("STAT VALUE  # the daemon is gone\n") == nothing
 
 
 def test_stats_that_are_words_keep_their_blanks() -> None:
@@ -109,3 +114,57 @@ def test_stats_that_are_words_keep_their_blanks() -> None:
 def test_any_text_survives_a_table(rules: list[str]) -> None:
     rows = [{**PAIR, "rule": rule} for rule in rules]
     assert [row["rule"] for row in tables.parse(tables.render("pairs", rows))] == rules
+
+
+@given(st.text(), st.integers(min_value=8, max_value=600))
+def test_any_text_becomes_one_short_line_that_commands_no_terminal(text: str, most: int) -> None:
+    line = tables.single_line(text, most=most)
+    assert len(line) <= most
+    assert len(line.splitlines()) <= 1
+    assert all(" " <= character <= "~" for character in tables.one_line(text, most=most))
+
+
+@given(st.text())
+def test_line_that_was_made_of_a_text_stays_as_it_is(text: str) -> None:
+    line = tables.single_line(text)
+    assert tables.single_line(line) == line
+    assert tables.one_line(tables.one_line(line, most=10_000), most=10_000) == tables.one_line(
+        line, most=10_000
+    )
+
+
+@given(st.lists(st.from_regex(r"[!-~]{1,20}", fullmatch=True), min_size=1, max_size=10))
+def test_words_of_every_line_are_in_the_one_line(words: list[str]) -> None:
+    assert tables.single_line("\n".join(words)) == "; ".join(words)
+
+
+def test_stats_with_an_error_of_many_lines_stay_one_line_each() -> None:
+    text = tables.render("stats", tables.stats_rows({"datapaths": {"splice": "no:\n  R1\n  R2"}}))
+    assert text.splitlines()[1:] == ["datapaths.splice no:; R1; R2"]
+
+
+HOSTILE = "\x1b[2J\x9b31m\x07\x7f\r\u202e\u2066\u200b\u2028\x85\ud800"
+
+
+def test_what_a_terminal_might_obey_is_escaped_in_a_whole_output() -> None:
+    assert tables.visible("a\tb\nB\u00fccher \u00e9\n") == "a\tb\nB\u00fccher \u00e9\n"
+    assert tables.visible(HOSTILE) == (
+        "\\u001b[2J\\u009b31m\\u0007\\u007f\\u000d\\u202e\\u2066\\u200b\\u2028\\u0085\\ud800"
+    )
+    assert tables.visible("\U000e0001") == "\\U000e0001"
+
+
+@given(st.text())
+def test_json_means_the_same_when_it_is_made_visible(text: str) -> None:
+    for ascii_only in (True, False):
+        shown = tables.visible(json.dumps([text], ensure_ascii=ascii_only))
+        if all(ord(character) <= 0xFFFF for character in text):
+            assert json.loads(shown) == [text]
+        assert all(c.isprintable() for c in shown)
+
+
+@given(st.text())
+def test_no_output_has_anything_that_commands_a_terminal(text: str) -> None:
+    shown = tables.visible(text)
+    assert all(character in "\t\n" or character.isprintable() for character in shown)
+    assert tables.visible(shown) == shown

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.address import Address, HostPort
-from pyforwarder.first_packet.cursor import ParseError
-from pyforwarder.first_packet.instruction import ERRORS
-from pyforwarder.first_packet.outcome import NEED_MORE, NO_MATCH, Decision, Refuse, Route
-from pyforwarder.reasons import CloseReason, RefusalCode
-from pyforwarder.token import (
+from pyforwarder.core.address import Address, HostPort
+from pyforwarder.core.first_packet.cursor import ParseError
+from pyforwarder.core.first_packet.instruction import ERRORS
+from pyforwarder.core.first_packet.outcome import NEED_MORE, NO_MATCH, Decision, Refuse, Route
+from pyforwarder.core.reasons import CloseReason, RefusalCode
+from pyforwarder.core.token import (
     MAX_LENGTH,
     SignedInstruction,
     TokenKeys,
@@ -112,9 +112,9 @@ def test_a_key_that_is_not_in_force() -> None:
         (30.0, NOW + 90, None),
         (30.0, NOW + 90.5, "expired"),
         (0.0, NOW, None),
-        (0.0, NOW - 40.5, "expires too far ahead"),
+        (0.0, NOW - 40.5, "good for 100 s more, and tokens.max_lifetime is 100 s"),
         (30.0, NOW - 40.5, None),
-        (30.0, NOW - 70.5, "expires too far ahead"),
+        (30.0, NOW - 70.5, "good for 130 s more, and tokens.max_lifetime is 100 s"),
     ],
 )
 def test_times(skew_s: float, now: float, reason: str | None) -> None:
@@ -175,6 +175,52 @@ def test_need_more_ends_at_the_limit() -> None:
 @pytest.mark.parametrize("data", [b"FWD2", b"f", b"FWD1\t", b"\0"])
 def test_what_is_none(data: bytes) -> None:
     assert read(data) is NO_MATCH
+
+
+FOR_ONE = make(DEST, expires_unix_s=NOW + 60, key_id="ops", key=KEY, audience="gate-1")
+
+
+@pytest.mark.parametrize(
+    ("line", "audience", "required", "reason"),
+    [
+        (FOR_ONE, "gate-1", False, None),
+        (FOR_ONE, "gate-1", True, None),
+        (FOR_ONE, "gate-2", False, "for the gateway 'gate-1', not this one"),
+        (FOR_ONE, "GATE-1", False, "for the gateway 'gate-1', not this one"),
+        # A gateway without a name cannot know that it is meant.
+        (FOR_ONE, None, False, "for the gateway 'gate-1', not this one"),
+        (LINE, None, False, None),
+        (LINE, "gate-1", False, None),
+        (LINE, "gate-1", True, "names no gateway (aud=)"),
+    ],
+)
+def test_a_token_that_names_a_gateway_is_good_at_that_one_only(
+    line: bytes, audience: str | None, required: bool, reason: str | None
+) -> None:
+    keys = TokenKeys({"ops": KEY}, audience=audience, audience_required=required)
+    assert refusal(line, keys) == reason
+
+
+def test_the_gateway_is_signed_and_stands_behind_the_source() -> None:
+    both = make(
+        DEST, expires_unix_s=NOW + 60, key_id="ops", key=KEY,
+        source=ipaddress.ip_network("192.0.2.0/24"), audience="a.B_9-",
+    )  # fmt: skip
+    assert both.startswith(b"FWD1 10.0.0.7:22 exp=1800000060 key=ops from=192.0.2.0/24 aud=a.B_9- ")
+    assert parsed(both).audience == "a.B_9-"
+    assert parsed(FROM).audience is None
+    keys = TokenKeys({"ops": KEY}, audience="gate-2")
+    assert refusal(FOR_ONE.replace(b"gate-1", b"gate-2"), keys) == "wrong signature"
+    assert refusal(FOR_ONE.replace(b" aud=gate-1", b""), keys) == "wrong signature"
+    for broken in (b" aud=", b" aud=a b", b" aud=" + b"a" * 64, b" aud=gate-1 from=192.0.2.0/24"):
+        with pytest.raises(ParseError, match="the fields are not"):
+            read(FOR_ONE.replace(b" aud=gate-1", broken))
+
+
+@pytest.mark.parametrize("audience", ["", "a b", "\u00e4", "k" * 64, "a=b", "a\n"])
+def test_a_gateway_that_cannot_be_read_is_not_written(audience: str) -> None:
+    with pytest.raises(ValueError, match="no gateway's name"):
+        make(DEST, expires_unix_s=NOW, key_id="k", key=KEY, audience=audience)
 
 
 destinations = st.one_of(

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pyforwarder.address import Address, UnixAddress
 from pyforwarder.config import parse_config
-from pyforwarder.counters import Counters, SharedHeld
-from pyforwarder.upstreams import (
+from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.core.upstreams import (
     LONGEST_EJECTION,
     SLOW_START_FLOOR,
     Balancer,
@@ -24,6 +23,7 @@ from pyforwarder.upstreams import (
     Health,
     ServerState,
 )
+from pyforwarder.runtime.counters import Counters, SharedHeld
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +104,17 @@ def test_a_config_section_is_what_a_balancer_wants() -> None:
         Address("10.0.0.1", 80),
         UnixAddress("/run/a"),
     ]
+
+
+def test_why_no_server_is_left_is_told_by_what_keeps_pairs_from_each() -> None:
+    balancer = Balancer(upstream(1, 2, 3, server(4, weight=0)))
+    balancer.mark_down(
+        "10.0.0.1:80",
+    )
+    balancer.drain(["10.0.0.2:80", "10.0.0.3:80"])
+    assert balancer.choose("1.1.1.1", 0.0) is None
+    assert balancer.why_none(0.0) == "1 down, 3 drained"
+    assert Balancer(upstream()).why_none(0.0) == "it has none"
 
 
 # --- round robin
@@ -208,7 +219,7 @@ def test_least_pairs_takes_turns_among_equals() -> None:
 
 
 def test_least_pairs_counts_what_all_workers_hold() -> None:
-    counters = Counters(Counters.memory(3), 3)
+    counters = Counters(Counters.memory(3))
     settings = upstream(1, 2, balance="least_pairs")
     workers = [
         Balancer(
@@ -653,3 +664,15 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
+
+
+def test_drained_server_is_passed_over_until_it_is_ready() -> None:
+    balancer = Balancer(upstream(1, 2))
+    balancer.drain({"10.0.0.1:80"})
+    assert turns(balancer, 3) == [2, 2, 2]
+    assert balancer.condition(state(balancer, 1), 0.0) is Condition.DRAINED
+    assert balancer.choose(None, 0.0, tried=(state(balancer, 2),)) is None
+    balancer.reconfigure(upstream(1, 2))
+    assert turns(balancer, 3) == [2, 2, 2]
+    balancer.drain(())
+    assert sorted(turns(balancer, 2)) == [1, 2]

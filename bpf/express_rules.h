@@ -1,0 +1,450 @@
+/*
+ * Which rule takes a connection, by its first packet. What is read here, and what is left to
+ * userspace, pyforwarder/core/express/reading.py tells in the same order.
+ *
+ * Nothing is decided that is not certain: a message that is not whole, or not as nearly everybody
+ * writes it, is for userspace, which reads it with other means.
+ *
+ * The verifier has to walk through every loop. What a loop remembers stands in a map (`scratch`),
+ * of which the verifier knows no more in one round than in another, so that it looks at each round
+ * once.
+ */
+#pragma once
+
+#include "express.h"
+#include "maps.h"
+#include "splice_packet.h"
+
+#define RECORD_HEADER  5
+#define MESSAGE_HEADER 4
+#define HANDSHAKE      22
+#define CLIENT_HELLO   1
+#define MAX_FRAGMENT   (1 << 14)
+
+#define SERVER_NAME	   0
+#define ALPN		   16
+#define SUPPORTED_VERSIONS 43
+
+/*
+ * A number that the compiler must not know more about than the verifier does. In loops: the
+ * compiler would ask whether two bounds are met at once by another comparison, of which the
+ * verifier learns neither.
+ */
+#define hide(number) asm volatile("" : "+r"(number))
+
+/* Of each processor; a program is not interrupted by another of its kind. */
+struct express_scratch {
+	__u8 bytes[PF_EXPRESS_BYTES + 64];
+	struct express_name_key name;
+	__u64 holds, fails; /* the conditions that do, as bits */
+	__u64 offered;	    /* those that a protocol in the ClientHello's list fulfils */
+	__u32 size, name_at, name_bytes;
+	/* For read_hello(): kinds of extensions that were there, and where these two are. */
+	__u32 kinds[PF_EXPRESS_EXTENSIONS];
+	__u32 at, server_name_at, server_name_bytes, alpn_at, alpn_bytes;
+	/* For read_request(): where each state was entered last, and how often. */
+	__u32 last[PF_EXPRESS_STATES], count[PF_EXPRESS_STATES];
+};
+
+enum hello {
+	PF_NO_HELLO,
+	PF_SHORT_HELLO,	   /* too few bytes to know */
+	PF_UNREAD_HELLO,   /* one, and no more is known */
+	PF_NAMELESS_HELLO, /* it names no server */
+	PF_NAMED_HELLO,
+};
+
+enum request {
+	PF_NO_REQUEST,
+	PF_UNKNOWN_REQUEST,
+	PF_REQUEST,	 /* its method is known */
+	PF_HOST_REQUEST, /* and its host */
+};
+
+inlined __u32 byte_at(const struct express_scratch *scratch, __u32 at)
+{
+	hide(at);
+	at &= PF_EXPRESS_BYTES - 1;
+	return scratch->bytes[at];
+}
+
+inlined __u32 uint16_at(const struct express_scratch *scratch, __u32 at)
+{
+	return byte_at(scratch, at) << 8 | byte_at(scratch, at + 1);
+}
+
+/*
+ * Copy a name into the key, backwards, in lower case, without a final dot; not 0: it cannot be
+ * asked for.
+ */
+inlined int take_name(struct express_scratch *scratch, __u32 table, __u32 kind)
+{
+	struct express_name_key *key = &scratch->name;
+	__u32 bytes = scratch->name_bytes, last = scratch->name_at + bytes - 1, i;
+	__u64 byte;
+
+	if (bytes == 0 || bytes > PF_EXPRESS_NAME_BYTES)
+		return -1;
+	if (byte_at(scratch, last) == '.') {
+		bytes--;
+		last--;
+	}
+	if (bytes == 0)
+		return -1;
+	scratch->name_bytes = bytes;
+	__builtin_memset(key, 0, sizeof(*key));
+	key->prefix_bits = (4 + 1 + bytes + 1) * 8;
+	key->table = table;
+	key->kind = kind;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_NAME_BYTES; i++) {
+		if (i >= volatile_read(scratch->name_bytes))
+			break;
+		/* Neither difference is below 0: a capital. A branch would cost the verifier. */
+		byte = byte_at(scratch, last - i);
+		key->name[i] = byte | ~((byte - 'A') | ('Z' - byte)) >> 63 << 5;
+	}
+	return 0;
+}
+
+/* Of a server_name extension the one host name; not 0: it is something else (RFC 6066, 3). */
+inlined int find_server_name(struct express_scratch *scratch)
+{
+	__u32 at = scratch->server_name_at, length = scratch->server_name_bytes;
+	__u32 bytes, i;
+	__u64 byte, bad = 0;
+
+	if (length < 5 || uint16_at(scratch, at) != length - 2 || byte_at(scratch, at + 2) != 0)
+		return -1;
+	bytes = uint16_at(scratch, at + 3);
+	if (bytes != length - 5 || bytes == 0 || bytes > PF_EXPRESS_NAME_BYTES)
+		return -1;
+	scratch->name_at = at + 5;
+	scratch->name_bytes = bytes;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_NAME_BYTES; i++) {
+		if (i >= volatile_read(scratch->name_bytes))
+			break;
+		/* The sign of either difference; a branch would cost the verifier. */
+		byte = byte_at(scratch, at + 5 + i);
+		bad |= (byte - 0x21) | (0x7e - byte);
+	}
+	return bad >> 63 ? -1 : 0;
+}
+
+/* The bits of a protocol's name, of `bytes` at `at`. */
+inlined __u64 ask_for_protocol(struct express_scratch *scratch, __u32 table, __u32 at, __u32 bytes)
+{
+	struct express_name_key *key = &scratch->name;
+	__u64 *bits;
+	__u32 i;
+
+	__builtin_memset(key, 0, sizeof(*key));
+	key->prefix_bits = (4 + 1 + 1 + bytes) * 8;
+	key->table = table;
+	key->kind = PF_EXPRESS_IN_ALPN;
+	key->name[0] = bytes;
+	scratch->name_bytes = bytes;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_ALPN_BYTES; i++) {
+		if (i >= volatile_read(scratch->name_bytes))
+			break;
+		key->name[i + 1] = byte_at(scratch, at + i);
+	}
+	bits = map_lookup(MAP_EXPRESS_NAMES_FD, key);
+	return bits ? *bits : 0;
+}
+
+/* Whether an ALPN extension is a list of names (RFC 7301, 3.1); what they fulfil is `offered`. */
+inlined int is_alpn(struct express_scratch *scratch, const struct express_table *table, __u32 index)
+{
+	__u32 at = scratch->alpn_at, length = scratch->alpn_bytes, end = at + length, bytes;
+	int i;
+
+	if (length < 2 || uint16_at(scratch, at) != length - 2)
+		return 0;
+	scratch->at = at + 2;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_ALPN_NAMES; i++) {
+		at = scratch->at;
+		if (at == end)
+			return 1;
+		bytes = byte_at(scratch, at);
+		if (bytes == 0 || at + 1 + bytes > end)
+			return 0;
+		if (table->alpn && bytes <= PF_EXPRESS_ALPN_BYTES)
+			scratch->offered |= ask_for_protocol(scratch, index, at + 1, bytes);
+		scratch->at = at + 1 + bytes;
+	}
+	return scratch->at == end;
+}
+
+inlined enum hello read_hello(struct express_scratch *scratch, const struct express_table *table,
+			      __u32 index, __u32 size)
+{
+	__u32 at, end, kind, length, round, i, seen;
+	__u64 twice;
+
+	if (byte_at(scratch, 0) != HANDSHAKE || (size > 1 && byte_at(scratch, 1) != 3) ||
+	    (size > 2 && byte_at(scratch, 2) > 4))
+		return PF_NO_HELLO;
+	length = uint16_at(scratch, 3);
+	if (size > 4 && (length == 0 || length > MAX_FRAGMENT))
+		return PF_NO_HELLO;
+	if (size > RECORD_HEADER && byte_at(scratch, RECORD_HEADER) != CLIENT_HELLO)
+		return PF_NO_HELLO;
+	if (size <= RECORD_HEADER)
+		return PF_SHORT_HELLO;
+	at = RECORD_HEADER + MESSAGE_HEADER;
+	if (size < at)
+		return PF_UNREAD_HELLO;
+	end = at + (byte_at(scratch, 6) << 16 | uint16_at(scratch, 7));
+	/* It goes on in another record, or in another packet. */
+	if (end > RECORD_HEADER + length || end > size)
+		return PF_UNREAD_HELLO;
+	at += 2 + 32; /* version, random */
+	if (at + 1 > end || byte_at(scratch, at) > 32)
+		return PF_UNREAD_HELLO;
+	at += 1 + byte_at(scratch, at); /* session id */
+	if (at + 2 > end)
+		return PF_UNREAD_HELLO;
+	at += 2 + uint16_at(scratch, at); /* cipher suites */
+	if (at + 1 > end)
+		return PF_UNREAD_HELLO;
+	at += 1 + byte_at(scratch, at); /* compression methods */
+	if (at == end)
+		return PF_NAMELESS_HELLO;
+	if (at + 2 > end || at + 2 + uint16_at(scratch, at) != end)
+		return PF_UNREAD_HELLO;
+	at += 2;
+	scratch->server_name_at = scratch->alpn_at = 0;
+	scratch->at = at;
+#pragma clang loop unroll(disable)
+	for (round = 0; round < PF_EXPRESS_EXTENSIONS; round++) {
+		at = scratch->at;
+		if (at >= end)
+			break;
+		if (at + 4 > end)
+			return PF_UNREAD_HELLO;
+		kind = uint16_at(scratch, at);
+		length = uint16_at(scratch, at + 2);
+		at += 4;
+		if (at + length > end)
+			return PF_UNREAD_HELLO;
+		twice = 0;
+#pragma clang loop unroll(disable)
+		for (i = 0; i < PF_EXPRESS_EXTENSIONS; i++) {
+			seen = round;
+			hide(seen);
+			if (i >= seen)
+				break;
+			twice |= ((__u64)scratch->kinds[i] ^ kind) - 1; /* below 0 if it is 0 */
+		}
+		if (twice >> 63)
+			return PF_UNREAD_HELLO;
+		scratch->kinds[round] = kind;
+		if (kind == SERVER_NAME) {
+			scratch->server_name_at = at;
+			scratch->server_name_bytes = length;
+		} else if (kind == ALPN) {
+			scratch->alpn_at = at;
+			scratch->alpn_bytes = length;
+		} else if (kind == SUPPORTED_VERSIONS &&
+			   (length == 0 || byte_at(scratch, at) != length - 1 ||
+			    byte_at(scratch, at) % 2)) {
+			return PF_UNREAD_HELLO;
+		}
+		scratch->at = at + length;
+	}
+	if (scratch->at != end || (scratch->alpn_at && !is_alpn(scratch, table, index)))
+		return PF_UNREAD_HELLO;
+	if (!scratch->server_name_at)
+		return PF_NAMELESS_HELLO;
+	return find_server_name(scratch) ? PF_UNREAD_HELLO : PF_NAMED_HELLO;
+}
+
+/*
+ * RFC 9112, 2 to 5. The automaton stands in a map, and pyforwarder/core/express/request_grammar.py
+ * has made it: by state and class of byte the next state.
+ */
+inlined enum request read_request(struct express_scratch *scratch)
+{
+	__u32 zero = 0, i, state = PF_EXPRESS_START, class, at, bytes, end;
+	const struct express_grammar *grammar = map_lookup(MAP_EXPRESS_GRAMMAR_FD, &zero);
+
+	if (!grammar)
+		return PF_UNKNOWN_REQUEST; /* never */
+	scratch->count[PF_EXPRESS_METHOD] = scratch->count[PF_EXPRESS_HOST] = 0;
+	scratch->last[PF_EXPRESS_HOST] = 0;
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_HEAD_BYTES; i++) {
+		if (i >= volatile_read(scratch->size))
+			break;
+		class = grammar->class[scratch->bytes[i]] & (PF_EXPRESS_CLASSES - 1);
+		/* 6.1 knows nothing of a constant and a number put together by `|`. */
+		at = state * PF_EXPRESS_CLASSES + class;
+		hide(at);
+		at &= PF_EXPRESS_STATES * PF_EXPRESS_CLASSES - 1;
+		state = grammar->following[at];
+		state &= PF_EXPRESS_STATES - 1;
+		scratch->last[state] = i;
+		scratch->count[state]++;
+		if (state <= PF_EXPRESS_READ)
+			break;
+	}
+	bytes = scratch->count[PF_EXPRESS_METHOD];
+	if (state == PF_EXPRESS_NO_REQUEST || bytes > PF_EXPRESS_METHOD_BYTES)
+		return PF_NO_REQUEST;
+	if (state == PF_EXPRESS_UNKNOWN || (state > PF_EXPRESS_READ && state < PF_EXPRESS_LINE))
+		return PF_UNKNOWN_REQUEST;
+	end = scratch->last[PF_EXPRESS_HOST] + 1;
+	scratch->name_bytes = scratch->count[PF_EXPRESS_HOST];
+	scratch->name_at = end - scratch->name_bytes;
+	/* Elsewhere the target may say another host than the header does. */
+	if (state != PF_EXPRESS_READ || byte_at(scratch, bytes + 1) != '/' ||
+	    (bytes == 7 && byte_at(scratch, 0) == 'C' && byte_at(scratch, 1) == 'O' &&
+	     byte_at(scratch, 2) == 'N' && byte_at(scratch, 3) == 'N'))
+		return PF_REQUEST;
+	return PF_HOST_REQUEST;
+}
+
+/* The bits of requests that this one, whose method is known, fulfils. */
+inlined __u64 fulfilled(const struct express_scratch *scratch, const struct express_table *table)
+{
+	__u64 bits = table->any_method;
+	__u32 i, j, bytes = scratch->count[PF_EXPRESS_METHOD], differs;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_METHODS; i++) {
+		if (i >= volatile_read(table->method_count))
+			break;
+		differs = 0;
+#pragma clang loop unroll(disable)
+		for (j = 0; j < PF_EXPRESS_METHOD_BYTES; j++) {
+			if (j >= volatile_read(scratch->count[PF_EXPRESS_METHOD]))
+				break;
+			differs |= table->method[i].text[j] ^ scratch->bytes[j];
+		}
+		differs |= table->method[i].bytes ^ bytes;
+		bits |= differs ? 0 : table->method[i].bits;
+	}
+	return bits;
+}
+
+/* Fixed bytes: each alternative is ruled out by the first byte that differs. */
+inlined void look_for_bytes(struct express_scratch *scratch, const struct express_table *table)
+{
+	const __u64 *packet = (const __u64 *)scratch->bytes;
+	__u64 holds = 0, possible = 0, differs, there;
+	__u32 i, j, bytes, size;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_PREFIXES; i++) {
+		if (i >= volatile_read(table->prefix_count))
+			break;
+		differs = 0;
+		size = volatile_read(scratch->size);
+#pragma unroll
+		for (j = 0; j < PF_EXPRESS_WORDS; j++) {
+			bytes = size > 8 * j ? size - 8 * j : 0;
+			there = bytes >= 8 ? ~0ULL : ((1ULL << (8 * bytes)) - 1);
+			differs |= (packet[j] ^ table->prefix[i].value[j]) &
+				   table->prefix[i].mask[j] & there;
+		}
+		if (differs)
+			continue;
+		possible |= table->prefix[i].bit;
+		if (size >= table->prefix[i].end)
+			holds |= table->prefix[i].bit;
+	}
+	scratch->holds |= holds;
+	scratch->fails |= table->prefixes & ~possible;
+}
+
+/*
+ * The place of the rule that takes a connection whose first bytes are at `at`, or -1: it is for
+ * userspace. `network` has the client's address.
+ */
+inlined int decide(struct __sk_buff *skb, __u32 index, struct express_network_key *network,
+		   __u32 at, __u32 size)
+{
+	struct express_table *table = map_lookup(MAP_EXPRESS_TABLES_FD, &index);
+	__u32 zero = 0, i, load;
+	struct express_scratch *scratch = map_lookup(MAP_EXPRESS_SCRATCH_FD, &zero);
+	enum hello hello;
+	enum request request;
+	__u64 *bits, holds;
+
+	if (!table || !scratch || size == 0 || size > PF_EXPRESS_BYTES || size > table->most_bytes)
+		return -1;
+	/* From 1 to PF_EXPRESS_BYTES, in the verifier's words. */
+	load = size - 1;
+	hide(load);
+	load &= PF_EXPRESS_BYTES - 1;
+	if (bpf_skb_load_bytes(skb, at, scratch->bytes, load + 1))
+		return -1;
+
+	scratch->size = size;
+	scratch->holds = scratch->fails = scratch->offered = 0;
+	if (table->networks) {
+		bits = map_lookup(MAP_EXPRESS_NETWORKS_FD, network);
+		holds = bits ? *bits & table->networks : 0;
+		scratch->holds |= holds;
+		scratch->fails |= table->networks & ~holds;
+	}
+	if (table->prefixes)
+		look_for_bytes(scratch, table);
+	if (table->hello | table->server_names | table->alpn) {
+		hello = read_hello(scratch, table, index, size);
+		if (hello == PF_NO_HELLO)
+			scratch->fails |= table->hello | table->server_names | table->alpn;
+		else if (hello != PF_SHORT_HELLO)
+			scratch->holds |= table->hello;
+		if (hello == PF_NAMELESS_HELLO || hello == PF_NAMED_HELLO) {
+			holds = scratch->offered & table->alpn;
+			scratch->holds |= holds;
+			scratch->fails |= table->alpn & ~holds;
+		}
+		if (hello == PF_NAMELESS_HELLO)
+			scratch->fails |= table->server_names;
+		if (hello == PF_NAMED_HELLO && table->server_names &&
+		    !take_name(scratch, index, PF_EXPRESS_IN_HELLO)) {
+			bits = map_lookup(MAP_EXPRESS_NAMES_FD, &scratch->name);
+			holds = bits ? *bits & table->server_names : 0;
+			scratch->holds |= holds;
+			scratch->fails |= table->server_names & ~holds;
+		}
+	}
+	if (table->requests | table->hosts) {
+		request = read_request(scratch);
+		if (request == PF_NO_REQUEST)
+			scratch->fails |= table->requests | table->hosts;
+		else if (request != PF_UNKNOWN_REQUEST) {
+			holds = fulfilled(scratch, table);
+			scratch->holds |= holds;
+			scratch->fails |= table->requests & ~holds;
+		}
+		if (request == PF_HOST_REQUEST && table->hosts &&
+		    !take_name(scratch, index, PF_EXPRESS_IN_REQUEST)) {
+			bits = map_lookup(MAP_EXPRESS_NAMES_FD, &scratch->name);
+			holds = bits ? *bits & table->hosts : 0;
+			scratch->holds |= holds;
+			scratch->fails |= table->hosts & ~holds;
+		}
+	}
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PF_EXPRESS_CLAUSES; i++) {
+		const struct express_clause *clause = &table->clause[i];
+
+		if (i >= volatile_read(table->clause_count))
+			break;
+		if ((clause->holds & scratch->fails) | (clause->fails & scratch->holds))
+			continue;
+		if ((clause->holds & ~scratch->holds) | (clause->fails & ~scratch->fails))
+			return -1; /* it may, and a later rule must not win before that is known */
+		if (clause->rule > 63 || !(table->targets >> clause->rule & 1))
+			return -1;
+		return (int)clause->rule;
+	}
+	return -1;
+}

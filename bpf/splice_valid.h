@@ -1,0 +1,302 @@
+/*
+ * What is looked at before a packet changes anything, or goes on: would the end that it is for
+ * believe it? We stand in front of that end's own checks, and undo some of them (addresses that
+ * strict reverse path filtering would refuse, timestamps), so we make the same ones first.
+ *
+ * RFC 9293, 3.10.7.4  sequence numbers, acknowledgements
+ * RFC 5961, 3 4 5	resets, SYNs, the range of acknowledgements
+ * RFC 7323, 5		timestamps (PAWS)
+ * RFC 5927, 4		what routers say (ICMP) is about something that is under way
+ *
+ * A packet that is not believed is dropped, as that end would do, and counted by its kind.
+ */
+#pragma once
+
+#include "maps.h"
+#include "splice.h"
+#include "splice_packet.h"
+
+#define HOST_PACKET 0 /* PACKET_HOST of linux/if_packet.h */
+
+#define LEVEL_QUERY 0 /* BPF_CSUM_LEVEL_QUERY */
+
+/*
+ * SUM_BYTES are summed up at once, so often at most: the longest packets that are no aggregates are
+ * jumbo frames. Longer ones, made by hand on this host, are not known to be bad.
+ */
+#define SUM_STEPS 20
+
+/* How far back a packet may be at least: no window is thought to have been smaller. */
+#define LEAST_REACH 65536
+
+/*
+ * After so long without a packet a timestamp may have gone round (RFC 7323, 5.5): 36 minutes with a
+ * clock of microseconds, as Linux may have one (TCP_PAWS_WRAP).
+ */
+#define RECENT_FOR_S (0x7fffffff / 1000000)
+
+#define NS_PER_S 1000000000
+
+/*
+ * So many bytes may come in packets that say nothing new, beside as many as have come in others,
+ * and are thought to have been lost on their way. What is more than that is counted like new ones:
+ * the two ends may have agreed to speak so.
+ */
+#define MOST_AGAIN (1 << 20)
+
+/* What of a segment is believed or not; numbers in those of its sender. */
+struct segment {
+	__u32 seq, end, ack; /* `end` is behind the FIN, too */
+	__u32 tsval;
+	__u8 flags, has_timestamp;
+};
+
+enum verdict {
+	PF_VALID,
+	PF_OLD,	    /* it says nothing new, and is for the other end to answer (a keepalive) */
+	PF_INVALID, /* and up: of the kind that is left if this is taken off */
+};
+
+inlined void count_invalid(const struct splice *splice, __u32 kind)
+{
+	__u32 word = splice->worker * BLOCK_WORDS + INVALID_FIRST + kind;
+	__u64 *count = map_lookup(MAP_COUNTERS_FD, &word);
+
+	if (count)
+		__sync_fetch_and_add(count, 1);
+}
+
+/* Move a number forward, never back, also when another CPU does so at the same moment. */
+inlined void advance(__u64 *number, __u32 to)
+{
+	__u64 seen;
+	int i;
+
+#pragma unroll
+	for (i = 0; i < 2; i++) {
+		seen = volatile_read(*number);
+		if (!after(to, (__u32)seen))
+			return;
+		if (__sync_val_compare_and_swap(number, seen, (__u64)to) == seen)
+			return;
+	}
+}
+
+/* Whether a peer's packets may come by this interface. */
+inlined int comes_by(const struct splice_direction *way, __u32 interface)
+{
+	return way->by[0] == interface || way->by[1] == interface || !(way->by[0] | way->by[1]);
+}
+
+/* IPv4: whether the header, of 20 bytes, is as its sender has written it. */
+inlined int is_whole_header(const void *ip)
+{
+	const __u32 *word = ip;
+
+	return fold((__u64)word[0] + word[1] + word[2] + word[3] + word[4]) == 0xffff;
+}
+
+/*
+ * Whether a checksum is wrong as far as anybody can know.
+ *
+ * An aggregate has been looked at by GRO, which made it, or has none yet (TSO). CHECKSUM_PARTIAL
+ * is a packet of this machine, which has none yet either: its field has the sum of the
+ * pseudo-header, and stays what it is when `bpf_l4_csum_replace` is told of a change. Nearly all
+ * others were looked at by the interface or by GRO. What is left is summed up here.
+ *
+ * `at` is where the summed bytes begin, `field_at` where their checksum is, `sum` what the
+ * pseudo-header adds. Packets' pointers are void afterwards.
+ */
+inlined int is_corrupt(struct __sk_buff *skb, __u32 at, __u32 field_at, __u32 bytes, __u64 sum)
+{
+	__u64 left = bytes;
+	__u32 zero = 0;
+	__u16 field, changed;
+	__be32 *piece;
+	int i;
+
+	if (skb->gso_size || bpf_csum_level(skb, LEVEL_QUERY) >= 0)
+		return 0;
+	if (bpf_skb_load_bytes(skb, field_at, &field, 2))
+		return 1;
+	if (field == fold(sum)) {
+		if (bpf_l4_csum_replace(skb, field_at, 0, 1, 0) ||
+		    bpf_skb_load_bytes(skb, field_at, &changed, 2))
+			return 1;
+		if (changed == field)
+			return 0;
+		/* It only looked like that. */
+		if (bpf_skb_store_bytes(skb, field_at, &field, 2, 0))
+			return 1;
+	}
+	piece = map_lookup(MAP_SCRATCH_FD, &zero);
+	if (!piece)
+		return 1; /* never */
+	for (i = 0; i < SUM_STEPS; i++) {
+		if (left <= SUM_BYTES)
+			break;
+		if (bpf_skb_load_bytes(skb, at, piece, SUM_BYTES))
+			return 1;
+		sum += (__u32)bpf_csum_diff(NULL, 0, piece, SUM_BYTES, 0);
+		at += SUM_BYTES;
+		left -= SUM_BYTES;
+	}
+	if (left > SUM_BYTES)
+		return 0;
+	/* From 1 to SUM_BYTES: it is never 0, and the verifier believes it when it is written so.
+	 */
+	left = ((left - 1) & (SUM_BYTES - 1)) + 1;
+	piece[(left - 1) / 4] = 0;
+	if (bpf_skb_load_bytes(skb, at, piece, left))
+		return 1;
+	sum += (__u32)bpf_csum_diff(NULL, 0, piece, ((left - 1) | 3) + 1, 0);
+	return fold(sum) != 0xffff;
+}
+
+/* What the other end expects next of this peer, as far as it has said: in this peer's numbers. */
+inlined __u32 expected_of(const struct splice_direction *way, const struct splice_direction *back)
+{
+	__u32 expected = (__u32)volatile_read(back->last_ack) + back->ack_delta;
+
+	/* What came before the beginning our own socket has acknowledged; gigabytes ago, perhaps.
+	 */
+	if (volatile_read(back->tail_open) && before(expected, way->begin))
+		return way->begin;
+	return expected;
+}
+
+/* How far this peer may have got: what has been sent to it, in numbers of what it acknowledges. */
+inlined __u32 sent_to(const struct splice_direction *way, const struct splice_direction *back)
+{
+	__u32 sent = (__u32)volatile_read(way->sent);
+
+	return before(sent, way->tail) ? sent
+				       : (__u32)volatile_read(back->last_end) + back->seq_delta;
+}
+
+/*
+ * Whether a reset has the number that the other end expects next, or will when it has all that was
+ * sent; or the one in front of a FIN that has come, as macOS sends it.
+ */
+inlined int is_exact_reset(__u32 seq, const struct splice_direction *way,
+			   const struct splice_direction *back)
+{
+	return seq == expected_of(way, back) || seq == (__u32)volatile_read(way->last_end) ||
+	       (volatile_read(way->fin) && seq == way->fin_seq - 1);
+}
+
+inlined int is_stale(const struct segment *segment, const struct splice_direction *way)
+{
+	/* A tick of disorder is let through, as Linux does. */
+	return segment->has_timestamp && way->recent && before(segment->tsval + 1, way->recent) &&
+	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - way->recent_s < RECENT_FOR_S;
+}
+
+/* An acknowledging segment, neither SYN nor RST. */
+inlined int judge(const struct segment *segment, const struct splice_direction *way,
+		  const struct splice_direction *back)
+{
+	__u32 expected = expected_of(way, back);
+
+	/* A probe of a window of zero begins at its edge, or right in front of it. */
+	if (after(segment->seq, (__u32)volatile_read(way->limit)) ||
+	    before(segment->end, expected - way->reach) ||
+	    (volatile_read(way->fin) && after(segment->end, way->fin_seq)))
+		return PF_INVALID + PF_INVALID_SEQUENCE;
+	if (after(segment->ack, sent_to(way, back)) ||
+	    before(segment->ack, (__u32)volatile_read(way->last_ack) - back->reach))
+		return PF_INVALID + PF_INVALID_ACKNOWLEDGEMENT;
+	if (is_stale(segment, way))
+		return PF_INVALID + PF_INVALID_TIMESTAMP;
+	return before(segment->end, expected) ? PF_OLD : PF_VALID;
+}
+
+/* What has come of a peer's FIN is what `next` says; 1: it was not known before. */
+inlined int settle_fin(struct splice_direction *way)
+{
+	if (!volatile_read(way->fin_due) || volatile_read(way->fin))
+		return 0;
+	if ((__u32)volatile_read(way->next) == way->fin_seq - 1) {
+		__sync_fetch_and_add(&way->fin, 1);
+		return 1;
+	}
+	/* Bytes have come where the end should be: that was no FIN of this peer's. */
+	if (after((__u32)volatile_read(way->next), way->fin_seq - 1))
+		way->fin_due = 0;
+	return 0;
+}
+
+/*
+ * Remember what a valid segment says of its sender's own bytes; 1: its FIN is known from now on.
+ * `segment->end` is behind the FIN.
+ */
+inlined int take_in(const struct segment *segment, struct splice_direction *way,
+		    const struct splice_direction *back)
+{
+	__u32 limit = (__u32)volatile_read(way->limit), expected = expected_of(way, back);
+	__u32 end = segment->end - (segment->flags & FIN);
+
+	if (segment->has_timestamp && !after(segment->seq, expected) &&
+	    !before(segment->tsval, way->recent)) {
+		way->recent = segment->tsval;
+		way->recent_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	}
+	advance(&way->last_end, segment->end);
+	if ((segment->flags & FIN) && !volatile_read(way->fin) &&
+	    !before(end, (__u32)volatile_read(way->next))) {
+		way->fin_seq = segment->end;
+		way->fin_due = 1;
+	}
+	/* What is behind the window the other end need not take. */
+	if (after(end, limit))
+		end = limit;
+	if (!after(segment->seq, (__u32)volatile_read(way->next)))
+		advance(&way->next, end);
+	return settle_fin(way);
+}
+
+/*
+ * Remember what the other end has acknowledged of this peer's bytes, in this peer's numbers; 1: the
+ * FIN, or the acknowledgement of it, is known from now on.
+ */
+inlined int take_acknowledgement(struct splice_direction *way, __u32 acked)
+{
+	int is_news = 0;
+
+	if (volatile_read(way->fin_due) && acked == way->fin_seq) {
+		advance(&way->next, acked - 1);
+		is_news = settle_fin(way);
+		if (volatile_read(way->fin) && !way->fin_acked) {
+			way->fin_acked = 1;
+			is_news = 1;
+		}
+		return is_news;
+	}
+	advance(&way->next, acked);
+	return settle_fin(way);
+}
+
+/* Whether more has come again than can have been lost. */
+inlined int has_too_much_again(const struct splice_direction *way)
+{
+	return volatile_read(way->again) > way->bytes + MOST_AGAIN;
+}
+
+/* What a direction has carried, as `show` says it. It never gets less. */
+inlined __u64 shown_bytes(const struct splice_direction *way)
+{
+	return has_too_much_again(way) ? way->again - MOST_AGAIN : way->bytes;
+}
+
+/* Bytes of a peer that have come, for `show`; 1: more than before. A FIN is no byte. */
+inlined int count_bytes(struct splice_direction *way)
+{
+	__u64 counted = way->bytes;
+
+	/* Stored, not added: two processors may be here at once. */
+	counted += (__s64)(__s32)((__u32)volatile_read(way->next) - (way->begin + (__u32)counted));
+	if ((__s64)(counted - way->bytes) <= 0)
+		return 0;
+	way->bytes = counted;
+	return 1;
+}

@@ -1,0 +1,333 @@
+"""Commands about a fleet: what its machines share, how they fare, servers that register."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import signal
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyforwarder.cli.command import DONE, FAILED, Call, command, group
+from pyforwarder.errors import ConfigError, ForwarderError, UsageError
+from pyforwarder.runtime import tables
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Fleet
+    from pyforwarder.fleet.layout import Edition, Keys
+    from pyforwarder.fleet.store import Store
+
+_TURNS = 10  # when others change the same key at the same time
+
+_config = click.option(
+    "-c",
+    "--config",
+    "config_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A machine's configuration, with `fleet`.",
+)
+_comment = click.option("--comment", metavar="TEXT", default="", help="Why, for the history.")
+
+
+class _Opened:
+    """A fleet's store, for one command."""
+
+    def __init__(self, config_path: Path) -> None:
+        from pyforwarder.config import load_whole, validated
+
+        loaded = load_whole(config_path)
+        self.text = loaded.text
+        config = validated(loaded.document, source=str(config_path))
+        if config.fleet is None:
+            raise ConfigError("no fleet is named here", path="fleet", source=str(config_path))
+        self.fleet: Fleet = config.fleet
+        from pyforwarder.fleet.layout import Keys
+        from pyforwarder.fleet.opening import open_store
+
+        self.keys: Keys = Keys(config.fleet.name)
+        self.store: Store = open_store(config.fleet)
+
+    def current(self) -> tuple[Edition | None, int]:
+        """The edition that is to be in force, and the revision of the key that has it."""
+        from pyforwarder.fleet.layout import Edition, ValueFault
+
+        found = self.store.get(self.keys.config)
+        if found is None:
+            return None, 0
+        try:
+            return Edition.decode(found[0]), found[1]
+        except ValueFault as error:
+            raise ForwarderError(f"{self.keys.config}: {error}") from error
+
+    def edition(self, serial: int | None) -> Edition:
+        """One of the history; None: the current one."""
+        from pyforwarder.fleet.layout import Edition, ValueFault
+
+        if serial is None:
+            current, _ = self.current()
+            if current is None:
+                raise ForwarderError(f"the fleet {self.fleet.name!r} has no configuration yet")
+            return current
+        found = self.store.get(self.keys.edition(serial))
+        if found is None:
+            raise ForwarderError(f"there is no edition {serial}: see `pyforwarder fleet history`")
+        try:
+            return Edition.decode(found[0])
+        except ValueFault as error:
+            raise ForwarderError(f"edition {serial}: {error}") from error
+
+    def put(self, text: str, *, comment: str, now: float) -> Edition:
+        """A new edition with this text; machines take it at once."""
+        from pyforwarder.fleet.layout import HISTORY_LENGTH, Edition
+
+        for _ in range(_TURNS):
+            current, revision = self.current()
+            serial = (current.serial if current else 0) + 1
+            edition = Edition(
+                serial=serial,
+                text=text,
+                by=_who(),
+                at=datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds"),
+                comment=comment,
+            )
+            also: list[tuple[str, str | None]] = [(self.keys.edition(serial), edition.encode())]
+            if serial > HISTORY_LENGTH:
+                also.append((self.keys.edition(serial - HISTORY_LENGTH), None))
+            if self.store.change(self.keys.config, edition.encode(), was=revision, also=also):
+                return edition
+        raise ForwarderError("others change the configuration all the time: try again")
+
+
+@contextlib.contextmanager
+def _opened(config_path: Path) -> Iterator[_Opened]:
+    opened = _Opened(config_path)
+    try:
+        yield opened
+    finally:
+        opened.store.close()
+
+
+def _who() -> str:
+    import getpass
+    import socket
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        user = "?"
+    return f"{user}@{socket.gethostname()}"
+
+
+@group(
+    name="fleet",
+    example="pyforwarder fleet put -c /etc/fleet.yaml shared.yaml\n"
+    "pyforwarder fleet instances -c /etc/fleet.yaml",
+)
+def fleet() -> None:
+    """See and change what the machines of a fleet share.
+
+    Listeners and upstreams in the fleet's store are in force on each of its machines, beside those
+    in its own file.
+    """
+
+
+@command(
+    name="put",
+    example="pyforwarder fleet put -c /etc/fleet.yaml shared.yaml --comment v2",
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@_config
+@_comment
+def put(call: Call, file: Path, config_path: Path, comment: str) -> int:
+    """Put a configuration in force on all machines.
+
+    It is checked first, as one of a machine with the configuration of --config. A machine that
+    cannot use it keeps what it has: see `pyforwarder fleet instances`. Prints the serial number.
+    """
+    from pyforwarder.config import read_config_text
+    from pyforwarder.config.joining import check_shared, joined_text
+
+    with _opened(config_path) as opened:
+        text = read_config_text(file)
+        check_shared(text, opened.text, source=str(file))
+        joined_text(opened.text, text, {}, own_source=str(config_path), shared_source=str(file))
+        edition = opened.put(text, comment=comment, now=call.env.unix_time_s())
+    call.write(f"{edition.serial}\n")
+    return DONE
+
+
+@command(name="get", example="pyforwarder fleet get -c /etc/fleet.yaml --serial 7")
+@_config
+@click.option("--serial", type=click.IntRange(min=1), help="An earlier edition.")
+def get(call: Call, config_path: Path, serial: int | None) -> int:
+    """Print the configuration that the machines share."""
+    with _opened(config_path) as opened:
+        text = opened.edition(serial).text
+    call.write(text if text.endswith("\n") or not text else f"{text}\n")
+    return DONE
+
+
+@command(name="diff", example="pyforwarder fleet diff -c /etc/fleet.yaml shared.yaml")
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@_config
+@click.option("--serial", type=click.IntRange(min=1), help="An earlier edition.")
+def diff(call: Call, file: Path | None, config_path: Path, serial: int | None) -> int:
+    """Compare the configuration that the machines share with a file, or with an earlier edition.
+
+    Exits with 1 if they differ.
+    """
+    if (file is None) == (serial is None):
+        raise UsageError("fleet diff: a FILE, or --serial")
+    from pyforwarder.config import read_config_text
+
+    with _opened(config_path) as opened:
+        current = opened.edition(None)
+        here = f"edition {current.serial}"
+        if file is not None:
+            before, after = (current.text, here), (read_config_text(file), str(file))
+        else:
+            earlier = opened.edition(serial)
+            before, after = (earlier.text, f"edition {earlier.serial}"), (current.text, here)
+    lines = list(
+        difflib.unified_diff(
+            before[0].splitlines(), after[0].splitlines(), before[1], after[1], lineterm=""
+        )
+    )
+    call.write("".join(f"{line}\n" for line in lines))
+    return FAILED if lines else DONE
+
+
+@command(name="history", example="pyforwarder fleet history -c /etc/fleet.yaml")
+@_config
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def history(call: Call, config_path: Path, as_json: bool) -> int:
+    """List the editions, the newest first: when, by whom, and why."""
+    from pyforwarder.fleet.layout import newest_first
+
+    with _opened(config_path) as opened:
+        editions = newest_first(opened.store.list(opened.keys.history).entries)
+    rows = [
+        {name: getattr(edition, name) for name in ("serial", "at", "by", "comment")}
+        for edition in editions
+    ]
+    _show(call, rows, ("serial", "at", "by", "comment"), as_json)
+    return DONE
+
+
+@command(name="rollback", example="pyforwarder fleet rollback -c /etc/fleet.yaml 7")
+@click.argument("serial", type=click.IntRange(min=1))
+@_config
+@_comment
+def rollback(call: Call, serial: int, config_path: Path, comment: str) -> int:
+    """Put an earlier edition in force again, as a new one.  Prints its serial number."""
+    with _opened(config_path) as opened:
+        text = opened.edition(serial).text
+        edition = opened.put(
+            text, comment=comment or f"rollback to {serial}", now=call.env.unix_time_s()
+        )
+    call.write(f"{edition.serial}\n")
+    return DONE
+
+
+@command(name="instances", example="pyforwarder fleet instances -c /etc/fleet.yaml")
+@_config
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def instances(call: Call, config_path: Path, as_json: bool) -> int:
+    """List the machines: version, edition in force, and what one refused and why.
+
+    Fails if one of them has refused the newest edition.
+    """
+    from pyforwarder.fleet.layout import InstanceReport, ValueFault
+
+    rows: list[dict[str, Any]] = []
+    with _opened(config_path) as opened:
+        prefix = opened.keys.instances
+        for key, value in opened.store.list(prefix).entries:
+            try:
+                said = InstanceReport.decode(value)
+            except ValueFault as error:
+                call.say(f"pyforwarder: {key}: {error}")
+                continue
+            rows.append(
+                {"instance": key.removeprefix(prefix), **said.model_dump(exclude={"schema_"})}
+            )
+    _show(
+        call, rows, ("instance", "version", "serial", "refused", "started", "pid", "why"), as_json
+    )
+    return FAILED if any(row["refused"] for row in rows) else DONE
+
+
+@command(
+    name="register",
+    example="pyforwarder register -c /etc/fleet.yaml web 10.0.0.7:443 --ttl 10s",
+)
+@click.argument("upstream")
+@click.argument("address")
+@_config
+@click.option("--ttl", default="10s", metavar="TIME", show_default=True, help="Gone so long after.")
+@click.option("--weight", type=click.IntRange(0, 256), default=1, help="0: no new pairs.")
+def register(
+    call: Call, upstream: str, address: str, config_path: Path, ttl: str, weight: int
+) -> int:
+    """Register a server of a fleet's upstream while this runs.
+
+    The upstream says from where it takes servers (`registered: [10.0.0.0/8]`).  SIGTERM and Ctrl-C
+    end it and take the server out.
+    """
+    from pyforwarder.config.values import parse_duration, parse_upstream_name
+    from pyforwarder.core.address import Address, AddressError, parse_destination
+
+    try:
+        name = parse_upstream_name(upstream)
+        ttl_s = parse_duration(ttl)
+        parsed = parse_destination(address)
+    except (ValueError, AddressError) as error:
+        raise UsageError(f"register: {error}") from error
+    if not isinstance(parsed, Address):
+        raise UsageError("register: a server registers an IP address, not a name")
+    if not 1 <= ttl_s <= 86400:
+        raise UsageError("register: --ttl is 1s to 1d")
+    from pyforwarder.fleet.layout import Server
+    from pyforwarder.fleet.registration import Registration
+
+    with _opened(config_path) as opened:
+        registration = Registration(
+            opened.store,
+            opened.keys.server(name, parsed),
+            Server(weight=weight).encode(),
+            ttl_s=int(ttl_s),
+            say=lambda words: call.say(f"pyforwarder: {words}"),
+        )
+
+        def end(_number: int, _frame: FrameType | None) -> None:
+            registration.end()
+
+        before: dict[int, Any] = {
+            number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            registration.run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return DONE
+
+
+def _show(call: Call, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        call.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        heads = [column.upper() for column in columns]
+        call.write(tables.table(heads, rows, last_is_prose=True))
+
+
+for _command in (put, get, diff, history, rollback, instances):
+    fleet.add_command(_command)

@@ -1,0 +1,1 @@
+"""What needs neither sockets nor a kernel: values, rules, first packets, limits."""

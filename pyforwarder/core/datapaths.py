@@ -1,0 +1,62 @@
+"""The datapaths: one row each, from which the other parts of the program take what they need.
+
+To add a datapath: a row here, its name in `DatapathName` if the configuration may ask for it, and
+a folder or file of its own below `datapath/`. Where it has pairs in the table that `show` prints,
+it needs a number there (`enum pf_datapath` in bpf/abi.h, its word in bpf/view.c, `DatapathKind`)
+and a counter `JOINED_...` (`runtime/counters.py`).
+
+Functions and classes are named as entry points are, `module:name`, and imported by who uses them
+(`pkgutil.resolve_name`): this file itself imports nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple, get_args
+
+DatapathName = Literal["auto", "sockmap", "splice", "copy"]
+NAMES: Final[tuple[str, ...]] = get_args(DatapathName)
+
+
+class Datapath(NamedTuple):
+    """A row."""
+
+    name: str  # in the configuration, in `show`, `doctor`, metrics and the log
+    proof: str  # its self-test: a function from a user's name (None: stay who you are) to a Proof
+    # What the supervisor has of it, a `datapath.supervised.KernelDatapath`; empty: it needs nothing
+    # of the kernel, and is always there.
+    supervised: str = ""
+    outlives_worker: bool = False  # its pairs go on where the worker that had them has died
+
+
+# The best first: `auto` takes the first that host and pair allow.
+DATAPATHS: Final = (
+    Datapath(
+        "splice",
+        proof="pyforwarder.datapath.proof.apart:prove_splice_apart",
+        supervised="pyforwarder.datapath.splice.supervised:SupervisedSplice",
+        outlives_worker=True,
+    ),
+    Datapath(
+        "sockmap",
+        proof="pyforwarder.datapath.proof.apart:prove_sockmap_apart",
+        supervised="pyforwarder.datapath.kernel:SupervisedSockmap",
+    ),
+    Datapath("copy", proof="pyforwarder.datapath.proof.apart:prove_copy"),
+)
+# Of UDP, loaded together with one above.
+SESSIONS: Final = (
+    Datapath("splice_udp", proof="pyforwarder.datapath.proof.apart:prove_sessions_apart"),
+)
+IN_KERNEL: Final = tuple(row for row in DATAPATHS if row.supervised)
+
+
+def row_of(name: str) -> Datapath:
+    """The row of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _BY_NAME[name]
+
+
+_BY_NAME: Final = {row.name: row for row in (*DATAPATHS, *SESSIONS)}

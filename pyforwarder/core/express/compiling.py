@@ -1,0 +1,364 @@
+"""From the rules of a listener to the table of those that a program in the kernel can decide.
+
+These are the listener's first rules: the list ends with the first rule whose match the program
+cannot judge, since a later rule may win only once that one has said no. A rule that it can judge,
+but not act on, stays in the list: what it takes is for userspace, and later rules are still
+decided.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from pyforwarder.core.address import Address, NameIn, SamePort
+from pyforwarder.core.express.conditions import (
+    Alpn,
+    BytesAt,
+    Condition,
+    Constant,
+    Every,
+    HttpHost,
+    HttpRequest,
+    Leaf,
+    Negated,
+    ServerName,
+    Some,
+    UserspaceOnly,
+)
+from pyforwarder.core.express.reading import MOST_ALPN_BYTES, MOST_NAME_BYTES
+from pyforwarder.core.express.table import (
+    MOST_CLAUSES,
+    MOST_CONDITIONS,
+    MOST_METHODS,
+    Clause,
+    Table,
+)
+
+if TYPE_CHECKING:
+    from pyforwarder.core.address import ServerAddress
+    from pyforwarder.core.routing import Rule, Ruleset
+
+MOST_RULES: Final = 64
+MOST_PREFIX_BYTES: Final = 64  # of `bytes`, with what stands in front of them
+MOST_PREFIXES: Final = 64
+
+# The datapaths that leave it open who decides.
+_OPEN_CHOICES: Final = (None, "auto")
+
+
+class ServerConfig(Protocol):
+    """What is read of a server's configuration."""
+
+    @property
+    def address(self) -> ServerAddress: ...
+
+
+class UpstreamConfig(Protocol):
+    """What is read of an upstream's configuration."""
+
+    @property
+    def servers(self) -> Sequence[ServerConfig]: ...
+    @property
+    def balance(self) -> str: ...
+    @property
+    def send_proxy(self) -> str: ...
+    @property
+    def transparent(self) -> bool: ...
+    @property
+    def slow_start_s(self) -> float: ...
+    @property
+    def registered(self) -> object: ...
+
+
+class ProxyConfig(Protocol):
+    """What is read of what a listener says about PROXY headers."""
+
+    @property
+    def accept(self) -> object: ...
+
+
+class FirstPacketConfig(Protocol):
+    """What is read of what a listener says about first packets."""
+
+    @property
+    def max_bytes(self) -> int: ...
+
+
+class LimitsConfig(Protocol):
+    """What is read of limits."""
+
+    @property
+    def pairs_per_client(self) -> int: ...
+    @property
+    def new_per_second(self) -> int: ...
+    @property
+    def new_per_second_per_client(self) -> int: ...
+    @property
+    def memory_bytes(self) -> object: ...
+
+
+class RuleConfig(Protocol):
+    """What is read of a rule's configuration, beside what its compiled form says."""
+
+    @property
+    def send_proxy(self) -> str | None: ...
+
+
+class ListenerConfig(Protocol):
+    """What is read of a listener's configuration."""
+
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def is_unix(self) -> bool: ...
+    @property
+    def splice(self) -> bool: ...
+    @property
+    def datapath(self) -> str | None: ...
+    @property
+    def proxy_protocol(self) -> ProxyConfig: ...
+    @property
+    def first_packet(self) -> FirstPacketConfig: ...
+    @property
+    def limits(self) -> LimitsConfig: ...
+    @property
+    def rules(self) -> Sequence[RuleConfig]: ...
+
+
+class Config(Protocol):
+    """What is read of a whole configuration."""
+
+    @property
+    def datapath(self) -> str: ...
+    @property
+    def limits(self) -> LimitsConfig: ...
+    @property
+    def upstreams(self) -> Mapping[str, UpstreamConfig]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A listener's table for one port, and why what is not in it is not."""
+
+    table: Table | None  # None: no rule of this listener
+    # For each rule of the listener why userspace decides it; empty: the kernel could.
+    reasons: tuple[str, ...]
+
+
+def compile_table(
+    config: Config,
+    listener: ListenerConfig,
+    ruleset: Ruleset,
+    local: Address | None,
+    *,
+    is_own: Callable[[Address], bool],
+) -> Compiled:
+    """The table for connections to one address of a listener, whose compiled rules are `ruleset`.
+
+    A `local` of None is not known, or no IP address. `is_own` tells the forwarder's own addresses,
+    to which nobody is connected.
+    """
+    why_none = _why_not_listener(config, listener)
+    if local is None and not why_none:
+        why_none = "the listener's address is not known"
+    if local is None or why_none:
+        return Compiled(None, (why_none,) * len(ruleset.rules))
+    conditions: dict[Leaf, int] = {}
+    clauses: list[Clause] = []
+    reasons: list[str] = []
+    targets: set[int] = set()
+    ended_by = ""
+    matches = ruleset.conditions(local.port)
+    for rule, condition in zip(ruleset.rules, matches, strict=True):
+        if not ended_by:
+            ended_by = _add(rule, condition, conditions, clauses)
+            if ended_by:
+                reasons.append(ended_by)
+                ended_by = f"userspace decides the rule {rule.name} in front of it"
+                continue
+        if ended_by:
+            reasons.append(ended_by)
+            continue
+        why = _why_not_target(config, listener, rule, local, is_own)
+        reasons.append(why)
+        if not why:
+            targets.add(rule.index)
+    table = Table(
+        tuple(conditions),
+        tuple(clauses),
+        rules=len({clause.rule for clause in clauses}),
+        targets=frozenset(targets),
+        most_bytes=listener.first_packet.max_bytes,
+    )
+    return Compiled(table if targets else None, tuple(reasons))
+
+
+def _why_not_listener(config: Config, listener: ListenerConfig) -> str:
+    """Why userspace decides about all of a listener's connections; empty: it need not."""
+    if listener.protocol != "tcp":
+        return "only TCP connections begin with a packet that can wait"
+    if listener.is_unix:
+        return "connections to a unix socket have no packets"
+    if not listener.splice:
+        return "the listener says `splice: off`"
+    if listener.proxy_protocol.accept:
+        return "userspace alone reads PROXY headers"
+    for limits in (config.limits, listener.limits):
+        if limits.pairs_per_client or limits.new_per_second or limits.new_per_second_per_client:
+            return "userspace alone counts for `pairs_per_client` and `new_per_second`"
+    if listener.limits.memory_bytes:
+        return "userspace alone counts for the listener's `memory`"
+    return ""
+
+
+def _why_not_target(
+    config: Config,
+    listener: ListenerConfig,
+    rule: Rule,
+    local: Address,
+    is_own: Callable[[Address], bool],
+) -> str:
+    """Why userspace acts on what this rule takes; empty: a program could."""
+    datapath = rule.datapath or listener.datapath or config.datapath
+    if datapath not in _OPEN_CHOICES:
+        return f"the configuration says `datapath: {datapath}`"
+    if rule.reject is not None:
+        return "userspace alone refuses"
+    if rule.to is None or isinstance(rule.to, NameIn):
+        return "the client names the destination"
+    send_proxy = listener.rules[rule.index].send_proxy
+    servers: list[ServerAddress] = []
+    if isinstance(rule.to, str):
+        upstream = config.upstreams[rule.to]
+        why = _why_not_upstream(upstream)
+        if why:
+            return f"upstream {rule.to}: {why}"
+        send_proxy = send_proxy or upstream.send_proxy
+        servers += [server.address for server in upstream.servers]
+    else:
+        servers.append(rule.to)
+    if send_proxy not in (None, "off"):
+        return "userspace alone sends PROXY headers"
+    for server in servers:
+        address = server.at(local.port) if isinstance(server, SamePort) else server
+        if not isinstance(address, Address) or "%" in address.host:
+            return "userspace alone connects to names, unix sockets and link-local addresses"
+        if address.is_ipv6 is not local.is_ipv6:
+            return "one connection is IPv4, the other IPv6"
+        if is_own(address):
+            return f"{address} is the forwarder itself"
+    return ""
+
+
+def _why_not_upstream(upstream: UpstreamConfig) -> str:
+    if upstream.balance != "round_robin":
+        return f"userspace alone chooses by `{upstream.balance}`"
+    if upstream.registered:
+        return "its servers come and go"
+    if upstream.transparent:
+        return "userspace alone connects from the client's address"
+    if upstream.slow_start_s:
+        return "userspace alone knows `slow_start`"
+    return ""
+
+
+def _add(
+    rule: Rule,
+    condition: Condition | str,
+    conditions: dict[Leaf, int],
+    clauses: list[Clause],
+) -> str:
+    """Put a rule's clauses into the table; else the reason why they are not in it."""
+    if isinstance(condition, str):
+        return condition
+    if rule.index >= MOST_RULES:
+        return f"more than {MOST_RULES} rules"
+    try:
+        terms = _terms(condition, negated=False)
+        leaves = dict.fromkeys(leaf for term in terms for leaf in (*term[0], *term[1]))
+        for leaf in leaves:
+            _check(leaf)
+        new = [leaf for leaf in leaves if leaf not in conditions]
+        wanted = (*conditions, *new)
+        prefixes = sum(len(leaf.alternatives) for leaf in wanted if isinstance(leaf, BytesAt))
+        methods = {one for leaf in wanted if isinstance(leaf, HttpRequest) for one in leaf.methods}
+        if (
+            len(clauses) + len(terms) > MOST_CLAUSES
+            or len(wanted) > MOST_CONDITIONS
+            or prefixes > MOST_PREFIXES
+            or len(methods) > MOST_METHODS
+        ):
+            raise UserspaceOnly("the rules up to here have too many conditions")
+    except UserspaceOnly as error:
+        return str(error)
+    for leaf in new:
+        conditions[leaf] = len(conditions)
+    for holds, fails in terms:
+        clauses.append(Clause(rule.index, _bits(holds, conditions), _bits(fails, conditions)))
+    return ""
+
+
+def _bits(leaves: tuple[Leaf, ...], conditions: Mapping[Leaf, int]) -> int:
+    return sum(1 << conditions[leaf] for leaf in leaves)
+
+
+def _check(leaf: Leaf) -> None:
+    """Whether the program has room for a condition.
+
+    Raises:
+        UserspaceOnly: it has not.
+    """
+    if isinstance(leaf, BytesAt):
+        longest = leaf.offset + max(map(len, leaf.alternatives))
+        if longest > MOST_PREFIX_BYTES:
+            raise UserspaceOnly(f"`bytes` that reach behind the first {MOST_PREFIX_BYTES}")
+    if isinstance(leaf, Alpn) and any(len(name) > MOST_ALPN_BYTES for name in leaf.names):
+        raise UserspaceOnly(f"a protocol's name of more than {MOST_ALPN_BYTES} bytes")
+    if isinstance(leaf, ServerName | HttpHost):
+        names = leaf.names.exact | leaf.names.endings
+        if any(len(name) > MOST_NAME_BYTES for name in names):
+            raise UserspaceOnly(f"a name of more than {MOST_NAME_BYTES} bytes")
+
+
+# What must hold and what must not, for one way in which a condition can hold.
+Term = tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
+
+
+def _terms(condition: Condition, *, negated: bool) -> list[Term]:
+    """All ways in which a condition, or its opposite, can hold: its disjunctive normal form.
+
+    Raises:
+        UserspaceOnly: there are too many.
+    """
+    match condition:
+        case Constant():
+            return [((), ())] if condition.holds is not negated else []
+        case Negated():
+            return _terms(condition.part, negated=not negated)
+        case Every() | Some():
+            parts = [_terms(part, negated=negated) for part in condition.parts]
+            if isinstance(condition, Some) is not negated:
+                found = [term for part in parts for term in part]
+            else:
+                found = [((), ())]
+                for part in parts:
+                    if len(found) * len(part) > MOST_CLAUSES * MOST_CLAUSES:
+                        raise UserspaceOnly("it has too many conditions inside each other")
+                    found = list(
+                        dict.fromkeys(
+                            (_union(one[0], other[0]), _union(one[1], other[1]))
+                            for one, other in itertools.product(found, part)
+                        )
+                    )
+            if len(found) > MOST_CLAUSES:
+                raise UserspaceOnly("it has too many conditions inside each other")
+            return found
+        case _:
+            return [((), (condition,)) if negated else ((condition,), ())]
+
+
+def _union(some: tuple[Leaf, ...], others: tuple[Leaf, ...]) -> tuple[Leaf, ...]:
+    return tuple(dict.fromkeys((*some, *others)))

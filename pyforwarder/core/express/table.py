@@ -1,0 +1,150 @@
+"""The rules of a listener as a table, and what it decides about a first packet.
+
+Every condition that the rules make is a bit. What is known of a packet are two sets of bits: the
+conditions that hold, and those that do not. A clause is a set of conditions that must hold and of
+others that must not; the clauses are tried in the order of the rules, and each belongs to one.
+
+Listeners, networks and names are few numbers and short texts, so that a program in the kernel needs
+no more than arrays and longest-prefix maps: an entry for a network has the bits of all the networks
+around it, one for a name those of all the endings that it has.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from pyforwarder.core.express.conditions import (
+    Alpn,
+    BytesAt,
+    ClientNetworks,
+    HttpHost,
+    HttpRequest,
+    Leaf,
+    ServerName,
+    TlsHello,
+)
+from pyforwarder.core.express.reading import (
+    MOST_BYTES,
+    Hello,
+    Request,
+    read_hello,
+    read_request,
+)
+from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+MOST_CONDITIONS: Final = 64
+MOST_CLAUSES: Final = 64
+MOST_METHODS: Final = 16  # of HTTP, that rules name
+
+
+class Clause(NamedTuple):
+    """When all of these hold, and none of those, the rule at this place takes the connection."""
+
+    rule: int
+    holds: int  # bits of conditions
+    fails: int
+
+
+class Known(NamedTuple):
+    """What is known of a packet, as bits of conditions."""
+
+    holds: int
+    fails: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The rules of one port of a listener, as far as a program in the kernel can decide them."""
+
+    conditions: tuple[Leaf, ...]  # the bit of each is its place
+    clauses: tuple[Clause, ...]
+    rules: int  # of the listener, from the first on, that the clauses speak of
+    targets: frozenset[int]  # those of them whose server the program can connect to
+    most_bytes: int  # a longer first packet is more than the listener's rules look at
+
+    def decide(self, data: bytes, client: IpAddress | None) -> int | None:
+        """The place of the rule that takes a connection which begins with this packet.
+
+        None: the packet is for userspace. Either nothing is certain, or what comes next is not the
+        program's to do. A `client` of None is not known.
+        """
+        if not data or len(data) > min(self.most_bytes, MOST_BYTES):
+            return None
+        known = self.known(data, client)
+        for clause in self.clauses:
+            said = _judge(clause, known)
+            if said is MATCH:
+                return clause.rule if clause.rule in self.targets else None
+            if said is NEED_MORE:
+                return None
+        return None
+
+    def known(self, data: bytes, client: IpAddress | None) -> Known:
+        """Which conditions hold and which do not, of a connection that begins so."""
+        hello, request = read_hello(data), read_request(data)
+        holds = fails = 0
+        for bit, condition in enumerate(self.conditions):
+            said = _outcome(condition, data, client, hello, request)
+            if said is MATCH:
+                holds |= 1 << bit
+            elif said is NO_MATCH:
+                fails |= 1 << bit
+        return Known(holds, fails)
+
+
+def _judge(clause: Clause, known: Known) -> Outcome:
+    if clause.holds & known.fails or clause.fails & known.holds:
+        return NO_MATCH
+    if clause.holds & ~known.holds or clause.fails & ~known.fails:
+        return NEED_MORE
+    return MATCH
+
+
+def _outcome(
+    condition: Leaf, data: bytes, client: IpAddress | None, hello: Hello, request: Request
+) -> Outcome:
+    match condition:
+        case BytesAt():
+            return _bytes_at(condition, data)
+        case ClientNetworks():
+            if client is None:
+                return NEED_MORE
+            return _yes_or_no(any(client in network for network in condition.networks))
+        case TlsHello():
+            return NEED_MORE if hello.begins is None else _yes_or_no(hello.begins)
+        case ServerName():
+            if hello.begins is False:
+                return NO_MATCH
+            if not hello.is_read:
+                return NEED_MORE
+            return _yes_or_no(hello.name is not None and condition.names.include(hello.name))
+        case Alpn():
+            if hello.begins is False:
+                return NO_MATCH
+            if not hello.is_read:
+                return NEED_MORE
+            return _yes_or_no(not condition.names.isdisjoint(hello.alpn))
+        case HttpRequest():
+            if not request.method:
+                return NEED_MORE if request.method is None else NO_MATCH
+            return _yes_or_no(not condition.methods or request.method in condition.methods)
+        case HttpHost():
+            if request.host is None:
+                return NO_MATCH if request.method == b"" else NEED_MORE
+            return _yes_or_no(condition.names.include(request.host))
+
+
+def _yes_or_no(holds: bool) -> Outcome:
+    return MATCH if holds else NO_MATCH
+
+
+def _bytes_at(condition: BytesAt, data: bytes) -> Outcome:
+    here = data[condition.offset :]
+    if here.startswith(condition.alternatives):
+        return MATCH
+    may_come = any(wanted.startswith(here) for wanted in condition.alternatives)
+    return NEED_MORE if may_come else NO_MATCH

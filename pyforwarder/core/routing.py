@@ -1,0 +1,671 @@
+"""Which rule takes a connection: the listener's rules, compiled, applied to its first bytes.
+
+Pure: no sockets and no clock; the time is passed in.
+
+The rules are tried in order and the first that matches decides, so a later rule may only win once
+every earlier one said "no match".  While one of them needs more bytes the answer is "need more";
+once no more can come (`End`), a rule that still needs them counts as "no match".  What a rule says
+never depends on how the bytes were cut into segments, so neither does the decision.
+
+Where the client names the destination, routing does not ask whether it may: the server resolves
+names first and checks every address against `Route.rule.allow`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from pyforwarder.core.address import NameIn
+from pyforwarder.core.express.conditions import UserspaceOnly
+from pyforwarder.core.first_packet.combine import All
+from pyforwarder.core.first_packet.credentials import Users
+from pyforwarder.core.first_packet.datagrams import Datagrams, datagrams_in
+from pyforwarder.core.first_packet.instruction import Instruction, TokenUse
+from pyforwarder.core.first_packet.matcher import Conversation, Matcher, Speaker, Turn
+from pyforwarder.core.first_packet.naming import Named
+from pyforwarder.core.first_packet.options import OptionError
+from pyforwarder.core.first_packet.outcome import (
+    MATCH,
+    NEED_MORE,
+    NO_MATCH,
+    Answer,
+    Claim,
+    Decision,
+    End,
+    Facts,
+    Negotiation,
+    Outcome,
+    Refuse,
+    Route,
+    Rule,
+    Send,
+    Verify,
+)
+from pyforwarder.core.first_packet.table import Terms, build
+from pyforwarder.core.password import verify
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyforwarder.core.address import Address, ServerAddress
+    from pyforwarder.core.express.conditions import Condition
+    from pyforwarder.core.policy import AllowList
+    from pyforwarder.core.token import TokenKeys
+
+__all__ = [
+    "NEED_MORE",
+    "Claim",
+    "Conversation",
+    "Decision",
+    "End",
+    "Explanation",
+    "Negotiation",
+    "Refuse",
+    "Route",
+    "Rule",
+    "RuleReport",
+    "Ruleset",
+    "Send",
+    "Verify",
+    "compile_rules",
+    "explain",
+]
+
+
+# PostgreSQL clients ask for GSS and for TLS before they say who they are, each once; what asks on
+# and on would never get to the timeout's end any other way.
+MAX_QUESTIONS: Final = 4
+
+
+class RuleConfig(Protocol):
+    """What is read of a rule's configuration."""
+
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def match(self) -> object: ...
+    @property
+    def allow(self) -> AllowList | None: ...
+    @property
+    def ack(self) -> bool: ...
+    @property
+    def checksum(self) -> str: ...
+    @property
+    def token(self) -> str: ...
+    @property
+    def users(self) -> Sequence[str]: ...
+    @property
+    def to(self) -> ServerAddress | NameIn | str | None: ...
+    @property
+    def reject(self) -> str | None: ...
+    @property
+    def datapath(self) -> str | None: ...
+
+
+class ListenerConfig(Protocol):
+    """What is read of a listener's configuration."""
+
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def rules(self) -> Sequence[RuleConfig]: ...
+
+
+class Ruleset:
+    """One listener's rules, ready to decide.  Immutable; live connections keep the one they met."""
+
+    def __init__(self, entries: tuple[_Entry, ...], *, datagrams: bool = False) -> None:
+        self._entries = entries
+        self.datagrams = datagrams  # first packets are datagrams, or `Datagrams` of one client
+        parts = [part for entry in entries for part in entry.matcher.parts()]
+        self._converses = any(
+            part.asks or (isinstance(part, Speaker) and part.converses) for part in parts
+        )
+        # Whether another datagram may help to decide about the first.
+        self.spans_datagrams = any(part.spans_datagrams for part in parts)
+        self._reading = tuple(part for part in parts if part.has_facts)
+        # The rules whose clients are known by connection ids when their address changes.
+        self.followed = frozenset(
+            entry.rule.index
+            for entry in entries
+            if any(part.has_connection_ids for part in entry.matcher.parts())
+        )
+        # Whether a first rule may say yes or no before a byte has come, and so the rules be through
+        # with a connection; a server that speaks first must not wait for its client then.
+        self.may_decide_at_once = any(not part.reads for part in entries[0].matcher.parts())
+        # What becomes of every connection, whatever it sends, where the first rule takes them all.
+        first = entries[0]
+        self.always = first.always if isinstance(first, _Fixed) else None
+        # Whether it matters who the client is.
+        self.asks_client = any(part.asks_client for part in parts)
+        self.needs_clock = any(isinstance(part, Instruction) and part.needs_clock for part in parts)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules in the order in which they are tried."""
+        return tuple(entry.rule for entry in self._entries)
+
+    def entries_from(self, first: int) -> tuple[_Entry, ...]:
+        """The rules from position `first` on, for `explain`."""
+        return self._entries[first:]
+
+    def conditions(self, local_port: int) -> list[Condition | str]:
+        """What each rule wants, in the words of a program that sees first packets in the kernel.
+
+        Where such a program cannot tell, the reason, for people.
+        """
+        return [entry.in_kernel(local_port) for entry in self._entries]
+
+    def facts(self, rule: Rule, data: bytes) -> Facts:
+        """What of these first bytes decided for a rule of these, as fields for the log."""
+        return self._entries[rule.index].matcher.facts(data)
+
+    def read(self, data: bytes) -> Facts:
+        """The same of first bytes that were refused: what any of these rules has read of them."""
+        for part in self._reading:
+            facts = part.facts(data)
+            if facts:
+                return facts
+        return ()
+
+    def begin(self) -> Conversation | None:
+        """The `state` for one connection's decisions; None: these rules never need one."""
+        return Conversation() if self._converses else None
+
+    def decide(
+        self,
+        data: bytes,
+        client: Address | None,
+        local_port: int,
+        end: End = End.OPEN,
+        now_unix_s: float | None = None,
+        state: Conversation | None = None,
+    ) -> Decision:
+        """What to do with a connection whose first bytes are `data`.
+
+        `data` is all that was received, without what an earlier Send told to drop.  `client` is
+        None and `local_port` 0 on a unix socket.  `now_unix_s` is needed if `needs_clock` says
+        so: without it no signed instruction is good.  `state` comes from `begin`, one for each
+        connection.  NEED_MORE is only returned while `end` is OPEN; of datagrams only while another
+        one may help.
+
+        A decision that uses up a single-use token must be acted on: asking again refuses.
+        """
+        first = 0
+        if state is not None:
+            if state.turn is not None:
+                return _continue(state, state.turn, data, end)
+            first = state.first_rule
+        undecided: _Entry | None = None
+        for entry in self._entries if not first else self._entries[first:]:
+            answer = entry.decide(data, end, client, local_port, now_unix_s, state)
+            if answer is NO_MATCH:
+                continue
+            if answer is not NEED_MORE:
+                return answer
+            if end is End.OPEN and not (
+                self.datagrams and entry.is_whole(data, client, local_port)
+            ):
+                return NEED_MORE
+            if end is End.EOF and not data:
+                return _GONE
+            if undecided is None or (not undecided.speaks and entry.speaks):
+                undecided = entry
+        if self.datagrams and end is End.OPEN:
+            end = End.FULL  # no more is waited for
+        return _refuse_unmatched(undecided, data, end, client, local_port)
+
+
+_NO_MATCH_REFUSAL = Refuse(None, CloseReason.NO_MATCH, b"", reset=True, cause="no rule matches")
+_SILENT_REFUSAL = Refuse(
+    None, CloseReason.TIMEOUT, b"", reset=True, cause="first_packet.timeout is over"
+)
+_GONE = Refuse(None, CloseReason.CLIENT_GONE, b"", reset=False)
+
+
+def _refuse_unmatched(
+    undecided: _Entry | None, data: bytes, end: End, client: Address | None, local_port: int
+) -> Decision:
+    """The decision once every rule has said no match; `undecided` is one that lacked bytes."""
+    if end is End.OPEN:
+        return _NO_MATCH_REFUSAL
+    if not data:
+        return _GONE if end is End.EOF else _SILENT_REFUSAL
+    if undecided is None:
+        return _NO_MATCH_REFUSAL
+    reason = CloseReason.TIMEOUT if end is End.TIMEOUT else CloseReason.MALFORMED
+    speaker = undecided.matcher.speaker(data, end, client, local_port)
+    if not undecided.speaks or speaker is None:
+        return _SILENT_REFUSAL if end is End.TIMEOUT else _NO_MATCH_REFUSAL
+    reply = speaker.cut_short(end)
+    return Refuse(undecided.rule, reason, reply, reset=not reply, cause=_CUT_SHORT_BY[end])
+
+
+_CUT_SHORT = {
+    End.FULL: CloseReason.MALFORMED,
+    End.TIMEOUT: CloseReason.TIMEOUT,
+    End.EOF: CloseReason.CLIENT_GONE,
+}
+_CUT_SHORT_BY = {
+    End.FULL: "not whole within first_packet.max_bytes",
+    End.TIMEOUT: "not whole within first_packet.timeout",
+    End.EOF: "the client has closed in the middle of it",
+}
+
+
+def _continue(state: Conversation, turn: Turn, data: bytes, end: End) -> Decision:
+    """The next decision of a dialogue that a rule has begun: no other rule is asked any more."""
+    decision = turn.hear(data, state)
+    if decision is NEED_MORE and end is not End.OPEN:
+        return Refuse(
+            state.rule,
+            _CUT_SHORT[end],
+            b"",
+            reset=end is not End.EOF,
+            cause=_CUT_SHORT_BY[end],
+        )
+    return decision
+
+
+class _Entry(ABC):
+    """A rule and how it is applied."""
+
+    # Whether the client names the destination in this rule.
+    speaks = False
+
+    def __init__(self, rule: Rule, matcher: Matcher) -> None:
+        self.rule = rule
+        self.matcher = matcher
+        self._spanning = tuple(part for part in matcher.parts() if part.spans_datagrams)
+
+    def is_whole(self, data: bytes, client: Address | None, local_port: int) -> bool:
+        """Whether no other datagram can change what this rule says about these."""
+        return not any(
+            part.match(data, End.OPEN, client, local_port) is NEED_MORE for part in self._spanning
+        )
+
+    def in_kernel(self, local_port: int) -> Condition | str:
+        """What a program in the kernel would have to find out; or why userspace alone can.
+
+        Where it fails this rule does not match. Where it holds the rule matches, if it is one whose
+        server the program can connect to (an address or an upstream); else it may.
+        """
+        return _in_kernel(self.matcher, local_port)
+
+    @abstractmethod
+    def decide(
+        self,
+        data: bytes,
+        end: End,
+        client: Address | None,
+        local_port: int,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        """What this rule alone says."""
+
+
+def _in_kernel(matcher: Matcher, local_port: int) -> Condition | str:
+    try:
+        return matcher.in_kernel(local_port)
+    except UserspaceOnly as reason:
+        return str(reason)
+
+
+class _Fixed(_Entry):
+    """A rule that says itself what happens to what it matches."""
+
+    def __init__(self, rule: Rule, matcher: Matcher, decision: Route | Refuse) -> None:
+        super().__init__(rule, matcher)
+        self._decision = decision
+        self._asks = any(part.asks for part in matcher.parts())
+        self.always = decision if matcher.always else None
+
+    def decide(
+        self,
+        data: bytes,
+        end: End,
+        client: Address | None,
+        local_port: int,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        outcome = self.matcher.match(data, end, client, local_port)
+        if outcome is MATCH:
+            return self._decision
+        # FULL too: what is asked about makes room, and a client that sends much at once is answered
+        # as if it had come in small pieces.
+        if outcome is NEED_MORE and self._asks and end in (End.OPEN, End.FULL):
+            question = self.matcher.ask(data)
+            if question is not None:
+                assert conversation is not None, "rules that ask need Ruleset.begin()"
+                if conversation.asked == MAX_QUESTIONS:
+                    return NO_MATCH
+                conversation.asked += 1
+                conversation.first_rule = self.rule.index
+                return question
+        return outcome
+
+
+class _ToName(_Entry):
+    """A rule that goes where the first packet's server name or host says."""
+
+    def __init__(self, rule: Rule, matcher: Matcher, name: NameIn, *, datagrams: bool) -> None:
+        self._named = Named(name, datagrams=datagrams)
+        self._without_name = matcher
+        super().__init__(rule, All((matcher, self._named)))
+
+    def in_kernel(self, local_port: int) -> Condition | str:
+        # What holds without the name is for userspace all the same, which finds the name or not.
+        return _in_kernel(self._without_name, local_port)
+
+    def decide(
+        self,
+        data: bytes,
+        end: End,
+        client: Address | None,
+        local_port: int,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        outcome = self.matcher.match(data, end, client, local_port)
+        if outcome is not MATCH:
+            return outcome
+        destination = self._named.destination(data)
+        assert not isinstance(destination, Outcome)  # it has just matched
+        return Route(self.rule, destination, 0, None, named_by_client=True)
+
+
+class _Spoken(_Entry):
+    """A rule whose whole match is one protocol in which the client names the destination."""
+
+    speaks = True
+
+    def __init__(self, rule: Rule, matcher: Speaker) -> None:
+        super().__init__(rule, matcher)
+        self._answer = matcher.answer
+
+    def decide(
+        self,
+        data: bytes,
+        end: End,
+        client: Address | None,
+        local_port: int,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        return self._answer(self.rule, data, client, now_unix_s, conversation)
+
+
+class _Combined(_Entry):
+    """A rule with such a protocol among other conditions."""
+
+    speaks = True
+
+    def decide(
+        self,
+        data: bytes,
+        end: End,
+        client: Address | None,
+        local_port: int,
+        now_unix_s: float | None,
+        conversation: Conversation | None,
+    ) -> Answer:
+        outcome = self.matcher.match(data, end, client, local_port)
+        if outcome is not MATCH:
+            return outcome
+        speaker = self.matcher.speaker(data, end, client, local_port)
+        assert speaker is not None  # names_destination was checked when the rule was compiled
+        return speaker.answer(self.rule, data, client, now_unix_s, conversation)
+
+
+def compile_rules(
+    listener: ListenerConfig,
+    keys: TokenKeys | None = None,
+    *,
+    passwords: Mapping[str, bytes] | None = None,
+    path: str = "listener",
+) -> Ruleset:
+    """The rules of `listener`, ready to decide.
+
+    `keys` are the keys of signed instructions, `passwords` those of the users that rules name;
+    `path` is where the listener stands in the configuration, for errors.
+
+    Raises:
+        ConfigError: a rule's match cannot be used, or the rule does not say what to do.
+    """
+    datagrams = listener.protocol == "udp"
+    entries = tuple(
+        _compile_rule(
+            config,
+            index,
+            keys,
+            passwords or {},
+            f"{path}.rules[{index}]",
+            datagrams=datagrams,
+        )
+        for index, config in enumerate(listener.rules)
+    )
+    return Ruleset(entries, datagrams=datagrams)
+
+
+def _compile_rule(
+    config: RuleConfig,
+    index: int,
+    keys: TokenKeys | None,
+    passwords: Mapping[str, bytes],
+    path: str,
+    *,
+    datagrams: bool,
+) -> _Entry:
+    rule = Rule(
+        name=config.name or f"rule-{index + 1}",
+        index=index,
+        allow=config.allow,
+        ack=config.ack,
+        to=config.to,
+        reject=config.reject,
+        datapath=config.datapath,
+    )
+    terms = Terms(
+        acknowledged=config.ack,
+        checksum_required=config.checksum == "required",
+        tokens=TokenUse(config.token),
+        keys=keys,
+        users=_users(config.users, passwords, path),
+        datagrams=datagrams,
+    )
+    try:
+        matcher = build(config.match, terms)
+    except OptionError as error:
+        below = error.key if not error.key or error.key.startswith("[") else f".{error.key}"
+        raise ConfigError(error.reason, path=f"{path}.match{below}") from None
+    if rule.to is not None and rule.reject is not None:
+        raise ConfigError("says both `to` and `reject`", path=path)
+    if isinstance(rule.to, NameIn):
+        if rule.allow is None:
+            raise ConfigError("goes where the client says and must say `allow`", path=path)
+        return _ToName(rule, matcher, rule.to, datagrams=datagrams)
+    if rule.to is not None:
+        return _Fixed(rule, matcher, Route(rule, rule.to, 0, None, named_by_client=False))
+    if rule.reject is not None:
+        refusal = Refuse(
+            rule,
+            CloseReason.REJECTED,
+            b"",
+            reset=rule.reject == "reset",
+            cause=f"the rule says `reject: {rule.reject}`",
+        )
+        return _Fixed(rule, matcher, refusal)
+    if not matcher.names_destination:
+        raise ConfigError("says neither `to` nor `reject`, and the client cannot say it", path=path)
+    if rule.allow is None:
+        raise ConfigError("lets the client name the destination and must say `allow`", path=path)
+    return _Spoken(rule, matcher) if isinstance(matcher, Speaker) else _Combined(rule, matcher)
+
+
+def _users(names: Sequence[str], passwords: Mapping[str, bytes], path: str) -> Users | None:
+    for name in names:
+        if name not in passwords:
+            raise ConfigError(f"no password of a user {name!r} was read", path=f"{path}.users")
+    return Users({name: passwords[name] for name in names}) if names else None
+
+
+class RuleReport(NamedTuple):
+    """What one rule alone says about a first packet."""
+
+    rule: Rule
+    outcome: Outcome
+    after_bytes: int  # how many were needed to know; all of them while the outcome is NEED_MORE
+    why: str
+
+
+class Explanation(NamedTuple):
+    """What happens to a connection that begins with these bytes."""
+
+    decision: Decision
+    after_bytes: int  # how many were needed to decide
+    said: tuple[bytes, ...]  # what we sent in between, in dialogues
+    rules: tuple[RuleReport, ...]
+    after_datagrams: int = 0  # how many were needed; 0: the listener takes streams
+
+
+def explain(
+    ruleset: Ruleset,
+    data: bytes,
+    *,
+    client: Address | None = None,
+    local_port: int = 0,
+    end: End = End.OPEN,
+    now_unix_s: float | None = None,
+) -> Explanation:
+    """Why `ruleset` decides what it decides about a connection whose client sends `data`.
+
+    In a dialogue `data` is everything the client sends, our answers left out; of a client that
+    sends datagrams it is the first, or `Datagrams`.  It decides over and over: compile `ruleset`
+    with keys that remember no used tokens.
+    """
+    if ruleset.datagrams:
+        return _explain_datagrams(ruleset, datagrams_in(data), client, local_port, end, now_unix_s)
+    conversation = ruleset.begin()
+    reports: dict[int, RuleReport] = {}
+    said: list[bytes] = []
+    dropped = 0
+    while True:
+        rest = data[dropped:]
+
+        def decide(length: int, state: Conversation | None) -> Decision:
+            return ruleset.decide(
+                rest[:length],  # noqa: B023 - called before `rest` changes
+                client=client,
+                local_port=local_port,
+                end=end if length == len(rest) else End.OPEN,  # noqa: B023
+                now_unix_s=now_unix_s,
+                state=state,
+            )
+
+        if conversation is None or conversation.turn is None:
+            for entry in ruleset.entries_from(conversation.first_rule if conversation else 0):
+                reports[entry.rule.index] = _report(entry, rest, dropped, end, client, local_port)
+        needed = _fewest(
+            len(rest), lambda length: decide(length, _copy(conversation)) is not NEED_MORE
+        )
+        decision = decide(needed, conversation)
+        if isinstance(decision, Verify):
+            # Here somebody waits for this alone.
+            decision = decision.then(verify(decision.stored, decision.password))
+        if not isinstance(decision, Send):
+            break
+        said.append(decision.data)
+        dropped += decision.skip
+    return Explanation(
+        decision, dropped + needed, tuple(said), tuple(reports[index] for index in sorted(reports))
+    )
+
+
+def _explain_datagrams(
+    ruleset: Ruleset,
+    datagrams: tuple[bytes, ...],
+    client: Address | None,
+    local_port: int,
+    end: End,
+    now_unix_s: float | None,
+) -> Explanation:
+    def decide(count: int) -> Decision:
+        return ruleset.decide(
+            Datagrams(datagrams[:count]),
+            client=client,
+            local_port=local_port,
+            end=end if count == len(datagrams) else End.OPEN,
+            now_unix_s=now_unix_s,
+            state=ruleset.begin(),
+        )
+
+    sizes = [0, *itertools.accumulate(map(len, datagrams))]
+    counts = range(1, len(datagrams) + 1)
+    needed = next((n for n in counts if decide(n) is not NEED_MORE), len(datagrams))
+
+    def report(entry: _Entry) -> RuleReport:
+        def outcome_after(count: int) -> Outcome:
+            return entry.matcher.match(Datagrams(datagrams[:count]), End.OPEN, client, local_port)
+
+        after = next((n for n in counts if outcome_after(n) is not NEED_MORE), len(datagrams))
+        seen = Datagrams(datagrams[:after])
+        outcome, found = outcome_after(after), entry.matcher.found(seen)
+        if outcome is NEED_MORE:
+            more = "datagram" if after == 1 else "datagrams"
+            why = f"cannot tell from {after} {more}" + (f": {found}" if found else "")
+        elif outcome is MATCH or found:
+            why = found
+        else:
+            why = "not what the datagram is, or where it comes from or goes to"
+        return RuleReport(entry.rule, outcome, sizes[after], why)
+
+    reports = tuple(report(entry) for entry in ruleset.entries_from(0))
+    return Explanation(decide(needed), sizes[needed], (), reports, needed)
+
+
+def _copy(conversation: Conversation | None) -> Conversation | None:
+    """A conversation in the same place, so that trying a decision does not move the real one."""
+    if conversation is None:
+        return None
+    copy = Conversation()
+    copy.asked = conversation.asked
+    copy.first_rule = conversation.first_rule
+    copy.rule = conversation.rule
+    copy.turn = conversation.turn
+    return copy
+
+
+def _fewest(most: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number up to `most` for which `holds`; `most` if none.
+
+    Looks at a few lengths only: what was decided stays decided when bytes are added.
+    """
+    return bisect.bisect_left(range(most), True, key=holds)
+
+
+def _report(
+    entry: _Entry, data: bytes, dropped: int, end: End, client: Address | None, local_port: int
+) -> RuleReport:
+    def outcome_after(length: int) -> Outcome:
+        return entry.matcher.match(data[:length], End.OPEN, client, local_port)
+
+    needed = _fewest(len(data), lambda length: outcome_after(length) is not NEED_MORE)
+    outcome = outcome_after(needed)
+    if outcome is NEED_MORE:
+        outcome = entry.matcher.match(data, end, client, local_port)
+    found = entry.matcher.found(data[:needed])
+    if outcome is NEED_MORE:
+        why = f"cannot tell from {len(data)} bytes"
+    elif outcome is MATCH or found:
+        why = found
+    elif needed:
+        why = f"ruled out by byte {dropped + needed} (0x{data[needed - 1]:02x})"
+    else:
+        why = "ruled out by where the connection comes from or goes to"
+    return RuleReport(entry.rule, outcome, dropped + needed, why)

@@ -1,0 +1,1 @@
+"""What a datapath must show on this host before it is used."""

@@ -1,0 +1,104 @@
+"""The self-test with maps and programs of its own, beside whatever else is loaded on this host."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.ebpf import refusal
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.pair_table import PairWindow
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.proof.rig import Rig, RigError
+from pyforwarder.datapath.proof.scenarios import SELF_TEST
+from pyforwarder.datapath.proof.selftest import (
+    Proof,
+    prove_sessions,
+    prove_sockmap,
+    prove_splice,
+)
+from pyforwarder.datapath.splice.keeper import Splicing
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.errors import LoadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SLOTS: Final = 64
+
+
+def prove_sockmap_apart(user: str | None) -> Proof:
+    """The proof of sockmap; the scenarios run as `user`."""
+    started_s = time.monotonic()
+    try:
+        maps = KernelMaps.load(workers=1, slots=SLOTS)
+    except LoadError as error:
+        return Proof.refused(error, round(time.monotonic() - started_s, 3))
+    try:
+        return prove_sockmap(maps, slots=SLOTS, user=user)
+    finally:
+        maps.close()
+
+
+def prove_splice_apart(user: str | None) -> Proof:
+    """The same of splice, on interfaces of this network namespace."""
+    return _with_programs(user, prove_splice)
+
+
+def prove_sessions_apart(user: str | None) -> Proof:
+    """The same of UDP sessions."""
+    return _with_programs(user, prove_sessions)
+
+
+def _with_programs(user: str | None, prove: Callable[..., Proof]) -> Proof:
+    started_s = time.monotonic()
+    try:
+        pairs_fd = bpf.create_map(
+            bpf.MapType.ARRAY,
+            key_bytes=4,
+            value_bytes=PAIR_BYTES,
+            entries=SLOTS,
+            flags=bpf.F_MMAPABLE,
+        )
+    except OSError as error:
+        why = refusal.explain("create a BPF map", error.errno or 0, needs=refusal.NETWORK)
+        return Proof.refused(why, 0.0)
+    try:
+        splicing = Splicing(
+            SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=pairs_fd, sessions=SLOTS), workers=1
+        )
+    except LoadError as error:
+        os.close(pairs_fd)
+        return Proof.refused(error, round(time.monotonic() - started_s, 3))
+    try:
+        proof = prove(splicing, pairs_fd=pairs_fd, slots=SLOTS, user=user)
+        taken = "; ".join(splicing.maps.links.refusals.values())
+        if not proof.passed and taken:
+            proof = proof._replace(reason=f"{proof.reason} ({taken})")
+        return proof
+    finally:
+        splicing.close()
+        os.close(pairs_fd)
+
+
+def prove_copy(_user: str | None) -> Proof:
+    """The same of copy, in this process: nothing here can harm it."""
+    started_s = time.monotonic()
+    passed: dict[str, float] = {}
+    for name, scenario in SELF_TEST.items():
+        before_s = time.monotonic()
+        memory = mmap.mmap(-1, SLOTS * PAIR_BYTES)
+        rig = Rig(PairWindow(memory, first_slot=0, worker_index=0))
+        try:
+            scenario(rig)
+        except (RigError, OSError) as error:
+            took_s = round(time.monotonic() - started_s, 3)
+            return Proof(False, f"{name}: {error}", passed, took_s)
+        finally:
+            rig.close()
+            rig.window.close()
+        passed[name] = round(time.monotonic() - before_s, 3)
+    return Proof(True, "", passed, round(time.monotonic() - started_s, 3))

@@ -1,0 +1,196 @@
+"""The records that splice.c, its keeper and the worker share, as bpf/splice.h declares them.
+
+Data only. A test compiles splice.h and compares every offset and every enum with this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from typing import Final
+
+# Of the records: the maps outlive the daemon, and the next one must know what is in them.
+VERSION: Final = 10
+# What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
+PRIORITY: Final = 0x50465350
+# Bytes in packets that say nothing new, beside as many as were new, that are not counted.
+MOST_AGAIN: Final = 1 << 20
+# What `answer` is while the keeper asks a peer whether it is there.
+PROBE: Final = 2
+# `worker` of a pair that goes through another machine: no ring and no counters have that number.
+HELD: Final = 0xFFFFFFFF
+# `slot` of a pair that nobody shows just now.
+NO_SLOT: Final = 0xFFFFFFFF
+
+
+class SpliceState(enum.IntEnum):
+    """enum pf_splice_state."""
+
+    FREE = 0
+    ARMED = 1
+    BEGINNING = 2
+    ACTIVE = 3
+    RESET = 4
+
+
+class ResetBy(enum.IntEnum):
+    """enum pf_reset: who has ended a pair that its ends have not."""
+
+    NOBODY = 0
+    CLIENT = 1
+    SERVER = 2
+    NO_ROUTE = 3
+    CLIENT_TIMEOUT = 4
+    SERVER_TIMEOUT = 5
+    MOVED = 6
+
+
+class Routing(enum.IntFlag):
+    """How our socket's packets find their way, beside their addresses."""
+
+    BOUND = 1
+    FOREIGN = 2
+
+
+class Busy(enum.IntFlag):
+    """Why `control` did not let a pair begin."""
+
+    GONE = 1
+    UNREAD = 2
+    FOREIGN = 4
+    COARSE = 8
+    LATE = 16
+
+
+class Invalid(enum.IntEnum):
+    """enum pf_invalid: why a packet that bears a pair's addresses was not believed."""
+
+    NOT_FOR_US = 0
+    INTERFACE = 1
+    HEADER = 2
+    CHECKSUM = 3
+    FRAGMENT = 4
+    FLAGS = 5
+    SYN = 6
+    RESET = 7
+    SEQUENCE = 8
+    ACKNOWLEDGEMENT = 9
+    TIMESTAMP = 10
+    OPTION = 11
+    ERROR = 12
+
+
+class SpliceKey(ctypes.Structure):
+    """struct splice_key."""
+
+    _fields_ = (
+        ("source", ctypes.c_uint32 * 4),
+        ("target", ctypes.c_uint32 * 4),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
+    )
+
+
+class SpliceFlow(ctypes.Structure):
+    """struct splice_flow."""
+
+    _fields_ = (("index", ctypes.c_uint32), ("direction", ctypes.c_uint32))
+
+
+class SpliceHandshake(ctypes.Structure):
+    """struct splice_handshake."""
+
+    _fields_ = (("interface", ctypes.c_uint32), ("isn", ctypes.c_uint32))
+
+
+class SpliceDirection(ctypes.Structure):
+    """struct splice_direction."""
+
+    _fields_ = (
+        ("from_", SpliceKey),
+        ("source", ctypes.c_uint32 * 4),
+        ("target", ctypes.c_uint32 * 4),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
+        ("interface", ctypes.c_uint32),
+        ("by", ctypes.c_uint32 * 2),
+        ("seq_delta", ctypes.c_uint32),
+        ("ack_delta", ctypes.c_uint32),
+        ("tsval_delta", ctypes.c_uint32),
+        ("tsecr_delta", ctypes.c_uint32),
+        ("last_ack", ctypes.c_uint64),
+        ("last_end", ctypes.c_uint64),
+        ("next", ctypes.c_uint64),
+        ("limit", ctypes.c_uint64),
+        ("reach", ctypes.c_uint32),
+        ("fin_seq", ctypes.c_uint32),
+        ("fin_due", ctypes.c_uint32),
+        ("fin", ctypes.c_uint32),
+        ("fin_acked", ctypes.c_uint32),
+        ("recent", ctypes.c_uint32),
+        ("recent_s", ctypes.c_uint32),
+        ("tail", ctypes.c_uint32),
+        ("tail_open", ctypes.c_uint32),
+        ("sent", ctypes.c_uint64),
+        ("begin", ctypes.c_uint32),
+        ("ours", ctypes.c_uint32),
+        ("edge", ctypes.c_uint32),
+        ("unread", ctypes.c_uint32),
+        ("pending", ctypes.c_uint32),
+        ("answer", ctypes.c_uint32),
+        ("stamp", ctypes.c_uint32),
+        ("stamped", ctypes.c_uint32),
+        ("narrow_mtu", ctypes.c_uint32),
+        ("narrow_seq", ctypes.c_uint32),
+        ("shift_left", ctypes.c_uint8),
+        ("shift_right", ctypes.c_uint8),
+        ("no_ecn", ctypes.c_uint8),
+        ("routing", ctypes.c_uint8),
+        ("address_sum", ctypes.c_uint32),
+        ("pseudo_sum", ctypes.c_uint32),
+        ("deaf", ctypes.c_uint32),
+        ("heard_s", ctypes.c_uint32),
+        ("mark", ctypes.c_uint32),
+        ("heard_tick", ctypes.c_uint32),
+        ("claim", ctypes.c_uint32),
+        ("again", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("packets", ctypes.c_uint64),
+    )
+
+
+class Splice(ctypes.Structure):
+    """struct splice."""
+
+    _fields_ = (
+        ("way", SpliceDirection * 2),
+        ("id", ctypes.c_uint64),
+        ("tries", ctypes.c_uint64),
+        ("state", ctypes.c_uint32),
+        ("worker", ctypes.c_uint32),
+        ("slot", ctypes.c_uint32),
+        ("reset", ctypes.c_uint32),
+        ("client_clock", ctypes.c_uint32),
+        ("server_clock", ctypes.c_uint32),
+        ("family", ctypes.c_uint32),
+        ("last_slot", ctypes.c_uint32),
+        ("out", ctypes.c_uint32 * 2),
+        ("isn", ctypes.c_uint32 * 2),
+        ("owner", ctypes.c_uint32),
+        ("keep_idle_s", ctypes.c_uint32),
+        ("keep_interval_s", ctypes.c_uint32),
+        ("keep_count", ctypes.c_uint32),
+    )
+
+
+class SpliceEvent(ctypes.Structure):
+    """struct splice_event."""
+
+    _fields_ = (
+        ("index", ctypes.c_uint32),
+        ("worker", ctypes.c_uint32),
+        ("id", ctypes.c_uint64),
+    )
+
+
+SPLICE_BYTES: Final = ctypes.sizeof(Splice)

@@ -1,0 +1,561 @@
+"""The splice datapath: the two ends talk TCP end to end, we rewrite the packets' numbers.
+
+bpf/splice.c does that; splice_keeper.py begins and ends it. This is the worker's half: it has a
+pair begin, copies the last bytes that had come before, and follows what the programs say of its
+end.
+
+A pair begins at whatever moment. Bytes that had come to our sockets by then are still ours to read
+and to write; what comes later is in nobody's queue here, and must not be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.keepalive import OFF
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason, error_of, failure
+from pyforwarder.datapath.copying import BULK_READ_BYTES, CopyDatapath
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairRecord
+from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
+from pyforwarder.datapath.splice.abi import (
+    MOST_AGAIN,
+    SPLICE_BYTES,
+    ResetBy,
+    Splice,
+    SpliceDirection,
+    SpliceEvent,
+    SpliceState,
+)
+from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError, splice_memory
+from pyforwarder.datapath.splice.maps import ring_bytes, used_indexes
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
+from pyforwarder.runtime.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT
+from pyforwarder.runtime.slowness import scaled_s
+
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Iterator, Sequence
+
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.datapath.splice.maps import SpliceMaps
+
+# socket(7) has not got it yet: which buffers the kernel leaves as they are, since Linux 5.14.
+_SO_BUF_LOCK: Final = 72
+_SOCK_RCVBUF_LOCK: Final = 2
+# An acknowledgement that came at the very moment at which a pair began has told nobody that its
+# tail has come; so it is looked after such pairs so long afterwards, then twice as long, and so on.
+_LOOK_S: Final = 1.0
+# A program that lets a pair begin is done in microseconds, if it is not interrupted.
+_BEGINNING_S: Final = 0.5
+# After a keeper that did not answer, none is asked for so long.
+_KEEPER_PAUSE_S: Final = 5.0
+# Whose pair it is from now on it is told so often, with such pauses, until it answers.
+_ADOPTED_TRIES: Final = 50
+_ADOPTED_PAUSE_S: Final = 0.2
+_RESET_BY: Final = {
+    ResetBy.CLIENT: CloseReason.CLIENT_RESET,
+    ResetBy.SERVER: CloseReason.SERVER_RESET,
+    ResetBy.NO_ROUTE: CloseReason.NO_ROUTE,
+    ResetBy.CLIENT_TIMEOUT: CloseReason.CLIENT_TIMEOUT,
+    ResetBy.SERVER_TIMEOUT: CloseReason.SERVER_TIMEOUT,
+    ResetBy.MOVED: CloseReason.MOVED,
+}
+# A peer whose packets are too long for the interface in front of them, and that has been told so
+# again and again meanwhile, does not listen: its pair is reset, or it would hang.
+_NARROW_S: Final = 15.0
+# It is told at most so often: each time is a packet of ours, and a question to the keeper.
+_NARROW_PAUSE_S: Final = 1.0
+
+
+class _Expected:
+    """A pair that is to begin before long."""
+
+    __slots__ = ("locks",)
+
+    def __init__(self, locks: list[tuple[_socket.socket, int]]) -> None:
+        self.locks = locks  # what was locked before of the sockets' buffers
+
+
+class _Spliced:
+    """A pair's place among the splices."""
+
+    __slots__ = ("index", "is_mute", "left_bytes", "look_s", "narrow", "narrow_told_s", "pause_s")
+
+    def __init__(self, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
+        self.index = index
+        self.left_bytes = left_bytes  # to read, for each direction: they came before it began
+        self.is_mute = is_mute  # closing its sockets says nothing to anybody
+        self.pause_s = _LOOK_S
+        self.look_s = time.monotonic() + _LOOK_S
+        # For each direction whose packets were too long: the bytes that had passed, and since when.
+        self.narrow: dict[Direction, tuple[int, float]] = {}
+        self.narrow_told_s = -_NARROW_PAUSE_S  # when their sender was told last
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A spliced pair whose worker is gone: sockets in their place, and what is known of it."""
+
+    index: int
+    id: int
+    client: socket.socket
+    server: socket.socket
+    record: PairRecord | None  # what `show` said of it
+
+
+class SpliceDatapath:
+    """Pairs that are one TCP connection from end to end, for one worker."""
+
+    kind = DatapathKind.SPLICE
+
+    def __init__(
+        self,
+        host: PairHost,
+        maps: SpliceMaps,
+        keeper: KeeperClient,
+        *,
+        window: PairWindow,
+        worker: int,
+    ) -> None:
+        """Work on inherited maps, and on what the keeper does for us."""
+        self._host = host
+        self._loop = host.loop
+        self._keeper = keeper
+        self._window = window
+        self._copying = CopyDatapath(host)
+        self._memory = splice_memory(maps)
+        self._ring = RingBuffer(maps.ring_fds[worker], ring_bytes(maps.slots))
+        self._by_index: dict[int, Pair] = {}
+        self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
+        self._is_looking = False  # a timer is set
+        self._keeper_from_s = 0.0  # not asked before
+        # Packets of pairs that begin from now on may come by whatever interface.
+        self.takes_any_interface = False
+        self.keepalive = OFF  # of pairs that begin from now on
+        self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
+
+    def expect(self, pair: Pair) -> None:
+        """The pair, which is copied now, will be asked for: let its sockets promise no more.
+
+        What a peer has under way to us when a pair begins goes to the other end at once, and is
+        lost if that has no room for it. Peers may send what we have receive buffers for, which the
+        kernel makes larger and larger as long as we copy.
+        """
+        assert pair.server is not None
+        option = socket.SOL_SOCKET, _SO_BUF_LOCK
+        locks = [(sock, sock.getsockopt(*option)) for sock in (pair.client, pair.server)]
+        for sock, lock in locks:
+            sock.setsockopt(*option, lock | _SOCK_RCVBUF_LOCK)
+        pair.state = _Expected(locks)
+
+    @staticmethod
+    def _expect_no_more(pair: Pair) -> None:
+        """Another datapath gets the pair as it was."""
+        if isinstance(pair.state, _Expected):
+            for sock, lock in pair.state.locks:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, lock)
+        pair.state = None
+
+    def join(self, pair: Pair) -> PairReason | None:
+        """Take the pair over; UNREAD_BYTES: a later moment may be better."""
+        obstacle = self._obstacle(pair)
+        if obstacle is None:
+            obstacle = self._begin(pair)
+        # One that has ended meanwhile has no sockets any more.
+        if obstacle not in (None, PairReason.UNREAD_BYTES) and pair.datapath is not None:
+            self._expect_no_more(pair)
+        return obstacle
+
+    def _begin(self, pair: Pair) -> PairReason | None:
+        """Have the keeper take the pair."""
+        assert pair.server is not None
+        fds = [pair.client_fd, pair.server_fd]
+        self._acknowledge(pair)
+        # The program counts in the record only while it bears this number.
+        self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
+        slot = self._window.first_slot + pair.slot
+        pending = [len(flow.pending or b"") for flow in (pair.up, pair.down)]
+        try:
+            answer = self._keeper.ask(
+                "join",
+                fds,
+                id=pair.id,
+                slot=slot,
+                pending=pending,
+                any_interface=int(self.takes_any_interface),
+                keepalive=self.keepalive,
+            )
+        except KeeperError:
+            self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
+            answer = {"error": "none"}
+        if "overdue" in answer:
+            answer = self._look_up(pair)
+        if "refused" in answer:
+            return PairReason(answer["refused"])
+        if "error" in answer:
+            # How far it came is not known, so nobody may go on with these sockets.
+            self._host.broken(pair, CloseReason.INTERNAL)
+            return PairReason.REFUSED_BY_KERNEL
+        if answer["busy"]:
+            return PairReason.UNREAD_BYTES
+        self._take(pair, answer["index"], answer["unread"], is_mute=answer["mute"])
+        for flow in (pair.up, pair.down):
+            if not self._copy_rest(pair, flow):
+                break
+        return None
+
+    def _look_up(self, pair: Pair) -> dict[str, Any]:
+        """What the keeper would have answered: the pair has begun by now, or will not any more."""
+        slot = self._window.first_slot + pair.slot
+        until_s = time.monotonic() + scaled_s(_BEGINNING_S)
+        while True:
+            record = None
+            for index in used_indexes(self._memory):
+                found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+                if (found.id, found.slot) == (pair.id, slot):
+                    record = found
+                    break
+            if record is None or record.state in (SpliceState.FREE, SpliceState.ARMED):
+                return {"refused": int(PairReason.NO_KEEPER)}
+            if record.state == SpliceState.ACTIVE:
+                unread = [int(way.unread) for way in record.way]
+                return {"busy": 0, "index": index, "unread": unread, "mute": False}
+            if time.monotonic() > until_s:
+                return {"error": "none"}
+            time.sleep(0.001)  # in this very moment: a program is running
+
+    @staticmethod
+    def _acknowledge(pair: Pair) -> None:
+        """Have TCP send what it has put off: such an acknowledgement would never be sent."""
+        assert pair.server is not None
+        for sock in (pair.client, pair.server):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+    def adopt(self) -> Iterator[Orphan]:
+        """Spliced pairs that have lost their worker and are ours now, until there is none left.
+
+        Each must be given to `go_on_with` or closed, its sockets are the caller's.
+        """
+        while True:
+            try:
+                answer, fds = self._keeper.ask_for_sockets("adopt")
+            except KeeperError:
+                return
+            if "index" not in answer or len(fds) != 2:
+                for fd in fds:
+                    os.close(fd)
+                return
+            said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+            client, server = (socket.socket(fileno=fd) for fd in fds)
+            yield Orphan(answer["index"], answer["id"], client, server, said)
+
+    @staticmethod
+    def peek(pair: Pair) -> tuple[int, list[int], bool]:
+        """Its index, the bytes that are left to be read in each direction, and if it is mute.
+
+        With the pair's `pending` that is all that another daemon has to know.
+        """
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        return state.index, state.left_bytes, state.is_mute
+
+    def let_go(self, pair: Pair) -> None:
+        """The pair is another daemon's from here on, and goes on meanwhile."""
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        del self._by_index[state.index]
+        pair.state = None
+
+    def take_over(self, index: int, client: socket.socket, server: socket.socket) -> Orphan | None:
+        """A pair that another daemon has let go of, with the sockets that it has sent.
+
+        None: the pair is not there any more; the sockets stay the caller's.
+
+        Raises:
+            KeeperError: the keeper does not answer.
+        """
+        answer = self._keeper.ask("take_over", [client.fileno(), server.fileno()], index=index)
+        if "index" not in answer:
+            return None
+        said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+        return Orphan(index, answer["id"], client, server, said)
+
+    def go_on_with(
+        self,
+        pair: Pair,
+        orphan: Orphan,
+        *,
+        left_bytes: Sequence[int] = (0, 0),
+        is_mute: bool = True,
+    ) -> None:
+        """The pair, with the orphan's sockets, id and a slot, is the orphan from here on.
+
+        What it carried before is added to its counts. `left_bytes` are still to be read, and
+        `pending` to be written; with such sockets that are not mute, see `let_go`.
+        """
+        words, at = self._window.words, pair.slot * self._window.WORDS
+        words[at + table.ID] = pair.id
+        # From here on the program stores the same here, with every packet.
+        record = Splice.from_buffer_copy(self._memory, orphan.index * SPLICE_BYTES)
+        for direction in Direction:
+            words[at + table.REDIRECTED[direction]] = _shown_bytes(record.way[direction])
+            words[at + table.REDIRECTED_PACKETS[direction]] = record.way[direction].packets
+        self._take(pair, orphan.index, list(left_bytes), is_mute=is_mute)
+        assert isinstance(pair.state, _Spliced)
+        self._say_adopted(pair, pair.state, _ADOPTED_TRIES)
+        for flow in (pair.up, pair.down):
+            if not self._copy_rest(pair, flow):
+                return
+        self._look(pair)
+
+    def _say_adopted(self, pair: Pair, state: _Spliced, tries_left: int) -> None:
+        """Have what is carried counted in this pair's slot: asked again until it is answered.
+
+        A keeper that has just begun has much to do. Meanwhile the pair goes on.
+        """
+        if pair.datapath is not self or pair.state is not state:
+            return  # it has ended meanwhile
+        slot = self._window.first_slot + pair.slot
+        try:
+            self._keeper.ask("adopted", index=state.index, slot=slot)
+        except KeeperError:
+            if tries_left:
+                again = partial(self._say_adopted, pair, state, tries_left - 1)
+                self._loop.after(_ADOPTED_PAUSE_S, again)
+            else:
+                # Nobody would see it idle.
+                self._host.broken(pair, CloseReason.INTERNAL)
+
+    def _obstacle(self, pair: Pair) -> PairReason | None:
+        if pair.slot < 0:
+            return PairReason.MAP_FULL
+        if time.monotonic() < self._keeper_from_s:
+            return PairReason.NOT_AVAILABLE
+        for flow in (pair.up, pair.down):
+            if flow.phase is not Phase.OPEN or flow.end_seen:
+                return PairReason.HALF_CLOSED
+        assert pair.server is not None
+        for sock in (pair.client, pair.server):
+            if sock.family == socket.AF_UNIX:
+                return PairReason.UNIX_SOCKET
+            if received(sock).state != TCP_ESTABLISHED:
+                return PairReason.HALF_CLOSED
+        return None
+
+    def _take(self, pair: Pair, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
+        pair.state = _Spliced(index, left_bytes, is_mute=is_mute)
+        if not is_mute:
+            self._with_tail[index] = pair
+            self._look_later()
+        pair.kind = DatapathKind.SPLICE
+        pair.datapath = self
+        self._by_index[index] = pair
+        pair.client_mask = pair.server_mask = EPOLLET
+        for fd in (pair.client_fd, pair.server_fd):
+            self._loop.redirect(fd, self.ready)
+            self._loop.change(fd, EPOLLET)
+        for flow in (pair.up, pair.down):
+            flow.blocked = False
+
+    def _copy_rest(self, pair: Pair, flow: Flow) -> bool:
+        """Copy what had come before the pair began, and no byte more; False: the pair has ended."""
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        while flow.pending is not None or state.left_bytes[flow.direction]:
+            if flow.pending is None:
+                left_bytes = state.left_bytes[flow.direction]
+                error = 0
+                try:
+                    flow.pending = os.read(flow.source_fd, min(left_bytes, BULK_READ_BYTES))
+                except OSError as raised:
+                    flow.pending, error = b"", raised.errno or 0
+                if not flow.pending:
+                    # A reset has emptied its queue.
+                    return self._fail(pair, flow.source_fd, error)
+                flow.read_bytes += len(flow.pending)
+                flow.carried_packets += 1
+                state.left_bytes[flow.direction] -= len(flow.pending)
+            if not self._copying.write_pending(pair, flow):
+                break
+        return pair.datapath is self
+
+    def _fail(self, pair: Pair, fd: int, error: int) -> bool:
+        self._host.broken(pair, failure(pair, fd, error))
+        return False
+
+    def ready(self, pair: Pair, fd: int, mask: int) -> None:
+        """Our sockets are told nothing any more, but of room for what is left, and of errors."""
+        outward = pair.down if fd == pair.client_fd else pair.up
+        if mask & EPOLLERR:
+            error = error_of(pair, fd)
+            state = pair.state
+            assert isinstance(state, _Spliced)
+            # A reset right before the pair began; or nobody has taken the tail, or has ever told
+            # our socket so. It is gone, and its port would be another's.
+            way = self._record(pair).way[1 - outward.direction]
+            if error == errno.ECONNRESET or (error and (way.tail_open or not state.is_mute)):
+                self._fail(pair, fd, error)
+                return
+        if mask & EPOLLOUT and outward.blocked:
+            outward.blocked = False
+            self._copy_rest(pair, outward)
+
+    def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
+        """What was copied before, and what the two ends have said since.
+
+        Nothing waits here for long: at first, what had come before the pair began.
+        """
+        at = pair.slot * self._window.WORDS
+        spliced = self._window.words[at + table.REDIRECTED[flow.direction]]
+        packets = self._window.words[at + table.REDIRECTED_PACKETS[flow.direction]]
+        state = pair.state
+        left_bytes = state.left_bytes[flow.direction] if isinstance(state, _Spliced) else 0
+        left_bytes += len(flow.pending or b"")
+        return flow.carried_bytes + spliced, flow.carried_packets + packets, left_bytes
+
+    def trips(self, pair: Pair) -> int:
+        """Never: nothing waits here."""
+        return 0
+
+    def active_s(self, pair: Pair) -> float:
+        """When a byte last went through; packets without one (keepalives) do not count."""
+        at = pair.slot * self._window.WORDS
+        seen_ns = max(self._window.words[at + table.LAST_NS[d]] for d in Direction)
+        return max(pair.active_s, seen_ns / 1e9)
+
+    def leave(self, pair: Pair) -> None:
+        """Let go of the pair: silently if its ends have ended it, else our sockets reset it.
+
+        Also after a peer's own reset: whether the other end has believed that nobody knows, and
+        what we do not count any more must not go on.
+        """
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        ended = all(way.fin_acked for way in self._record(pair).way)
+        del self._by_index[state.index]
+        pair.state = None
+        try:
+            fds = [pair.client_fd, pair.server_fd]
+            self._keeper.ask("leave" if ended else "reset", fds, index=state.index)
+        except KeeperError:
+            # Later, then: from that moment on a peer that still speaks gets the kernel's RST.
+            self._loop.after(_KEEPER_PAUSE_S, lambda: self.forget(state.index))
+
+    def forget(self, index: int) -> None:
+        """Let go of one that nobody here can speak for: its peers' next packets get a RST."""
+        try:
+            self._keeper.ask("abort", index=index)
+        except KeeperError:
+            self._loop.after(_KEEPER_PAUSE_S, lambda: self.forget(index))
+
+    def _record(self, pair: Pair) -> Splice:
+        assert isinstance(pair.state, _Spliced)
+        return Splice.from_buffer_copy(self._memory, pair.state.index * SPLICE_BYTES)
+
+    def _rung(self, _owner: object, _fd: int, _mask: int) -> None:
+        for data in self._ring.records():
+            event = SpliceEvent.from_buffer_copy(data)
+            pair = self._by_index.get(event.index)
+            if pair is not None and pair.id == event.id:
+                try:
+                    self._look(pair)
+                except Exception as error:
+                    # The ring is everybody's: a fault costs the pair it happened to.
+                    self._loop.on_error(pair, error)
+
+    def _look(self, pair: Pair) -> None:
+        """Do what is due after the tail's end, a FIN, its acknowledgement or a reset."""
+        record = self._record(pair)
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        if not state.is_mute and not any(way.tail_open for way in record.way):
+            self._mute(pair, state)
+        for flow in (pair.up, pair.down):
+            way = record.way[flow.direction]
+            if way.fin and flow.phase is Phase.OPEN:
+                self._host.fin_seen(pair, flow)
+            if way.fin_acked and flow.phase is Phase.DRAINING:
+                self._host.delivered(pair, flow)
+                if pair.datapath is not self:
+                    return
+        if record.reset:
+            self._host.broken(pair, _RESET_BY[ResetBy(record.reset)])
+            return
+        if record.state == SpliceState.RESET:
+            # This host has reset one end in the name of our socket: a rule of its firewall.
+            self._host.broken(pair, CloseReason.INTERNAL)
+            return
+        if any(way.narrow_mtu for way in record.way):
+            self._tell_of_narrow_interface(pair, state, record)
+
+    def _tell_of_narrow_interface(self, pair: Pair, state: _Spliced, record: Splice) -> None:
+        """A peer's packet was too long for our own interface, and is lost: say so, as a router."""
+        now_s = time.monotonic()
+        if now_s - state.narrow_told_s < _NARROW_PAUSE_S:
+            # Until then the program does not ring again, however many such packets come.
+            self._loop.after(_NARROW_PAUSE_S, lambda: self._look_again(pair, state))
+            return
+        state.narrow_told_s = now_s
+        for direction in Direction:
+            way = record.way[direction]
+            if not way.narrow_mtu:
+                continue
+            passed_bytes, since_s = state.narrow.get(direction, (-1, now_s))
+            if way.bytes != passed_bytes:
+                state.narrow[direction] = way.bytes, now_s
+            elif now_s - since_s >= _NARROW_S:
+                self._host.broken(pair, CloseReason.INTERNAL)
+                return
+        # Without an answer the next such packet does not ring, and the pair is idle before long.
+        with contextlib.suppress(KeeperError):
+            self._keeper.ask("narrow", index=state.index)
+
+    def _look_again(self, pair: Pair, state: _Spliced) -> None:
+        if pair.datapath is self and pair.state is state:
+            self._look(pair)
+
+    def _mute(self, pair: Pair, state: _Spliced) -> None:
+        """If no tail is left, closing our sockets says nothing, so that the pair outlives us."""
+        # Without an answer it goes on all the same, as long as we live.
+        with contextlib.suppress(KeeperError):
+            answer = self._keeper.ask("mute", [pair.client_fd, pair.server_fd], index=state.index)
+            state.is_mute = bool(answer.get("mute"))
+
+    def _look_after_tails(self) -> None:
+        """Once a second, as long as there is a pair whose sockets are not mute."""
+        now_s = time.monotonic()
+        self._is_looking = False
+        for index, pair in list(self._with_tail.items()):
+            state = pair.state
+            if not isinstance(state, _Spliced) or state.index != index or state.is_mute:
+                del self._with_tail[index]
+            elif now_s >= state.look_s:
+                self._mute(pair, state)
+                state.pause_s *= 2
+                state.look_s = now_s + state.pause_s
+        self._look_later()
+
+    def _look_later(self) -> None:
+        if self._with_tail and not self._is_looking:
+            self._is_looking = True
+            self._loop.after(_LOOK_S, self._look_after_tails)
+
+    def close(self) -> None:
+        """Unmap the records and the ring."""
+        self._ring.close()
+        self._memory.close()
+
+
+def _shown_bytes(way: SpliceDirection) -> int:
+    """What a direction has carried, as the programs say it (`shown_bytes` in splice_valid.h)."""
+    return max(int(way.bytes), int(way.again) - MOST_AGAIN)

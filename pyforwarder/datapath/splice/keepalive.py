@@ -1,0 +1,189 @@
+"""Asking silent peers of spliced pairs whether they are there: the keeper's part.
+
+A mute socket has no keepalives of its own, it would not hear the answers. So the programs remember
+when each peer was heard last (`heard_s`), and the keeper asks in our socket's name: an empty packet
+with a number in front of what the peer expects (RFC 9293, 3.8.4), which any TCP answers. `egress`
+gives it its numbers. Keepalives of the two ends pass from one to the other; where they speak often
+enough nobody is asked.
+
+A peer that answers nothing is given up, and the pair is reset, so that its other end knows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import mmap
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice.abi import (
+    PROBE,
+    SPLICE_BYTES,
+    ResetBy,
+    Splice,
+    SpliceDirection,
+    SpliceState,
+)
+
+_PAIRS_AT_ONCE: Final = 64
+_GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
+_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_WORD: Final = struct.Struct("=I")
+_ACK: Final = 0x10
+_TIMESTAMP: Final = 0x0101080A  # no-op, no-op, kind 8, 10 bytes
+_HOPS: Final = 64
+_IP_PKTINFO: Final = 8  # linux/in.h
+_IPV6_PKTINFO: Final = 50  # linux/in6.h
+
+
+class Keepalives:
+    """Of all pairs of one keeper."""
+
+    def __init__(self, memory: mmap.mmap, end: Callable[[int, ResetBy], None]) -> None:
+        """`memory` are the records; `end` has a pair reset."""
+        self._memory = memory
+        self._end = end
+        self._due: list[tuple[float, int, int]] = []  # a heap: when, record, pair
+        # (record, direction) -> (when it was heard last, how often it was asked since).
+        self._asked: dict[tuple[int, Direction], tuple[int, int]] = {}
+        self._raw = _raw_sockets()
+
+    def watch(self, indexes: Iterable[int]) -> None:
+        """From here on these records' peers are asked, if they are to be."""
+        for index in indexes:
+            record = self._record(index)
+            if record.keep_idle_s and self._raw:
+                # How often an earlier keeper has asked is not known.
+                heapq.heappush(self._due, (time.monotonic() + 1.0, index, record.id))
+
+    def go_on(self) -> None:
+        """Ask who is to be asked now. Never raises."""
+        now_s = time.monotonic()
+        for _ in range(_PAIRS_AT_ONCE):
+            if not self._due or self._due[0][0] > now_s:
+                return
+            _, index, pair_id = heapq.heappop(self._due)
+            next_s = self._look(index, pair_id, now_s)
+            if next_s is not None:
+                heapq.heappush(self._due, (next_s, index, pair_id))
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called."""
+        if not self._due:
+            return most_s
+        return min(most_s, max(0.0, self._due[0][0] - time.monotonic()))
+
+    def _look(self, index: int, pair_id: int, now_s: float) -> float | None:
+        """When to look at it again; None: no more."""
+        record = self._record(index)
+        if record.state != SpliceState.ACTIVE or record.id != pair_id or record.reset:
+            for direction in Direction:
+                self._asked.pop((index, direction), None)
+            return None
+        next_s: float = now_s + int(record.keep_idle_s)
+        for direction in Direction:
+            way = record.way[direction]
+            if way.tail_open:
+                continue  # our own socket still speaks to it, and gives it up if need be
+            # It was heard some time in that second.
+            due_s: float = int(way.heard_s) + 1 + int(record.keep_idle_s)
+            if now_s >= due_s:
+                heard_s, times = self._asked.get((index, direction), (way.heard_s, 0))
+                if heard_s != way.heard_s:
+                    times = 0
+                # Counted, not reckoned: a host that has slept has not asked.
+                if times >= record.keep_count:
+                    self._end(index, _GIVEN_UP[direction])
+                    return None
+                # What could not be sent has asked nobody.
+                times += self._ask(index, record, direction)
+                self._asked[index, direction] = way.heard_s, times
+                due_s = now_s + int(record.keep_interval_s)
+            next_s = min(next_s, due_s)
+        return next_s
+
+    def ask(self, index: int, record: Splice, direction: Direction) -> bool:
+        """Ask a peer now, whether it is there; False if that cannot be sent."""
+        return record.family in self._raw and self._ask(index, record, direction)
+
+    def _ask(self, index: int, record: Splice, direction: Direction) -> bool:
+        """Whether the question is under way."""
+        at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
+        at += SpliceDirection.answer.offset
+        _WORD.pack_into(self._memory, at, PROBE)
+        try:
+            self._send(record, direction)
+        except OSError:
+            return False  # no route, which is for `ways.py`; or this host's firewall
+        finally:
+            # If it has not come as far as to the programs, nothing else may go in its place.
+            _WORD.pack_into(self._memory, at, 0)
+        return True
+
+    def _send(self, record: Splice, direction: Direction) -> None:
+        way, interface = record.way[direction], record.out[direction]
+        own, peer = bytes(way.from_.target), bytes(way.from_.source)
+        # `egress` knows better numbers; these are our socket's own, as a firewall has seen them.
+        options = struct.pack("!III", _TIMESTAMP, 0, way.recent) if way.recent else b""
+        segment = struct.pack("=HH", way.from_.dport, way.from_.sport) + struct.pack(
+            "!IIBBHHH",
+            (way.tail - 1) & 0xFFFFFFFF,
+            way.ours,
+            (20 + len(options)) // 4 << 4,
+            _ACK,
+            0,
+            0,
+            0,
+        )
+        segment += options
+        if record.family == 4:
+            own, peer = own[12:], peer[12:]
+        pseudo = own + peer + struct.pack("!II", len(segment), socket.IPPROTO_TCP)
+        segment = segment[:16] + struct.pack("!H", checksum(pseudo + segment)) + segment[18:]
+        said: list[tuple[int, int, bytes]] = []
+        if record.family == 4:
+            head = struct.pack(
+                "!BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0x4000, _HOPS, socket.IPPROTO_TCP, 0
+            )
+            target = socket.inet_ntop(socket.AF_INET, peer)
+            info = struct.pack("=I4s4x", interface, own)
+            said.append((socket.IPPROTO_IP, _IP_PKTINFO, info))
+        else:
+            head = struct.pack("!IHBB", 6 << 28, len(segment), socket.IPPROTO_TCP, _HOPS)
+            target = socket.inet_ntop(socket.AF_INET6, peer)
+            info = struct.pack("=16sI", bytes(16), interface)
+            said.append((socket.IPPROTO_IPV6, _IPV6_PKTINFO, info))
+        if way.mark:
+            said.append((socket.SOL_SOCKET, socket.SO_MARK, _WORD.pack(way.mark)))
+        self._raw[record.family].sendmsg([head + own + peer + segment], said, 0, (target, 0))
+
+    def _record(self, index: int) -> Splice:
+        return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+
+
+def _raw_sockets() -> dict[int, socket.socket]:
+    """By family; none if we may not make them, or the host has none: then nobody is asked."""
+    found = {}
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        try:
+            sock = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        except PermissionError:  # CAP_NET_RAW
+            return {}
+        except OSError:  # no IPv6 on this host, so no pair of it
+            continue
+        sock.setblocking(False)
+        found[version] = sock
+    return found
+
+
+def checksum(data: bytes) -> int:
+    """The Internet's, of an even number of bytes (RFC 1071)."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF

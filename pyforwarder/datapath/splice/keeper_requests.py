@@ -1,0 +1,162 @@
+"""What a worker may ask the keeper of spliced pairs: one table, and nothing else.
+
+A worker reads what strangers send and may be taken over, so each of its messages is compared with
+the table before anything is done with it. What is not in the table is the worker's fault, whatever
+is wrong with it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+_LONGEST_S: Final = 366 * 86400.0  # config/values.py knows no longer duration
+# Each costs the keeper some 50 us, and others wait meanwhile; and their counts fit one message.
+MOST_CLOSED_AT_ONCE: Final = 64
+
+
+class FaultyRequestError(Exception):
+    """A worker has asked for what it may not even ask for."""
+
+
+def _whole(most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and 0 <= value <= most
+
+
+def _from_one(most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and 1 <= value <= most
+
+
+def _is_moment(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
+
+
+def _is_a_silence(value: object) -> bool:
+    """Seconds: of any length that a configuration may have."""
+    return type(value) in (int, float) and 0 < value <= _LONGEST_S  # type: ignore[operator]
+
+
+def _are_places(value: object) -> bool:
+    """Sessions, as many as one request may end."""
+    return (
+        type(value) is list
+        and 0 < len(value) <= MOST_CLOSED_AT_ONCE
+        and all(map(_INDEX, value))
+        and len(set(value)) == len(value)
+    )
+
+
+def _is_host(value: object) -> bool:
+    """An IP address, without a scope."""
+    if type(value) is not str or "%" in value:
+        return False
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _are_counts(value: object) -> bool:
+    """Bytes that wait to be sent in each direction."""
+    return type(value) is list and len(value) == 2 and all(map(_whole((1 << 31) - 1), value))
+
+
+def _are_a_keepalive(value: object) -> bool:
+    """Seconds of silence, seconds between two questions, and how many: as tcp(7) takes them.
+
+    None of them is 0, or the keeper would do nothing else; or all are: no questions.
+    """
+    if type(value) is not list or len(value) != 3 or not all(map(_whole(32767), value)):
+        return False
+    return value == [0, 0, 0] or (0 not in value and value[2] <= 127)
+
+
+# A pair's or session's: 0 is nobody's, and the next daemon counts on from the highest it finds.
+_NUMBER: Final = _from_one((1 << 63) - 1)
+_INDEX: Final = _whole((1 << 32) - 2)
+_SLOT: Final = _whole((1 << 32) - 2)
+_ALWAYS: Final[Mapping[str, Callable[[object], bool]]] = {
+    "do": lambda value: type(value) is str,
+    "n": _whole((1 << 64) - 1),
+    "until": _is_moment,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The fields of one kind, and with how many sockets it comes."""
+
+    fields: Mapping[str, Callable[[object], bool]]
+    sockets: int  # none, or the client's and the server's
+
+
+REQUESTS: Final[Mapping[str, Request]] = {
+    "clear": Request({}, 0),
+    "bury": Request({}, 0),
+    "adopt": Request({}, 0),
+    "take_over": Request({"index": _INDEX}, 2),
+    "join": Request(
+        {
+            "id": _NUMBER,
+            "slot": _SLOT,
+            "pending": _are_counts,
+            "any_interface": _whole(1),
+            "keepalive": _are_a_keepalive,
+        },
+        2,
+    ),
+    "adopted": Request({"index": _INDEX, "slot": _SLOT}, 0),
+    "mute": Request({"index": _INDEX}, 2),
+    "narrow": Request({"index": _INDEX}, 0),
+    "abort": Request({"index": _INDEX}, 0),
+    "leave": Request({"index": _INDEX}, 2),
+    "reset": Request({"index": _INDEX}, 2),
+    # Of UDP sessions; the sockets are the listener's and the one to the server.
+    "open_session": Request(
+        {
+            "id": _NUMBER,
+            "slot": _SLOT,
+            "client": _is_host,
+            "client_port": _whole(65535),
+            "local": _is_host,
+            "any_interface": _whole(1),
+            "idle_s": _is_a_silence,
+        },
+        2,
+    ),
+    "close_sessions": Request({"indexes": _are_places}, 0),
+    "adopt_session": Request({}, 0),
+    "session_adopted": Request({"index": _INDEX, "slot": _SLOT, "idle_s": _is_a_silence}, 0),
+}
+
+
+def understand(data: bytes, sockets: int) -> dict[str, Any]:
+    """The request, with all of its fields and no others, each of its type and within its bounds.
+
+    Raises:
+        FaultyRequestError: it is not in the table.
+    """
+    try:
+        request = json.loads(data)
+    except (ValueError, RecursionError) as error:  # the latter: brackets, thousands deep
+        raise FaultyRequestError("no JSON") from error
+    if type(request) is not dict:
+        raise FaultyRequestError("a request is an object")
+    do = request.get("do")
+    kind = REQUESTS.get(do) if type(do) is str else None
+    if kind is None:
+        raise FaultyRequestError("a request of no kind")
+    fields = {**_ALWAYS, **kind.fields}
+    if request.keys() != fields.keys():
+        raise FaultyRequestError(f"{do}: a field too many, or one is missing")
+    for name, fits in fields.items():
+        if not fits(request[name]):
+            raise FaultyRequestError(f"{do}: {name}")
+    if sockets != kind.sockets:
+        raise FaultyRequestError(f"{do} with {sockets} descriptors")
+    return request

@@ -1,0 +1,104 @@
+"""Which spliced pairs go through this machine just now, from the maps, which are only read."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import struct
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.splice.abi import (
+    HELD,
+    SPLICE_BYTES,
+    Splice,
+    SpliceDirection,
+    SpliceState,
+)
+from pyforwarder.datapath.splice.maps import SpliceMaps, used_indexes
+from pyforwarder.datapath.splice.replicas import boot_unix_s, is_replicable, pair_of, said_of
+from pyforwarder.fleet.failover.ledger import MOVING_S, Own
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.failover.record import Pair
+
+_NUMBER: Final = struct.Struct("=Q")
+_FINS: Final = struct.Struct("=IIII")  # fin_seq, fin_due, fin, fin_acked
+_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_FINS_AT: Final = [n * _WAY_BYTES + SpliceDirection.fin_seq.offset for n in (0, 1)]
+assert SpliceDirection.fin_acked.offset == SpliceDirection.fin_seq.offset + 12
+_STATE_TO_RESET: Final = struct.Struct("=IIII")  # state, worker, slot, reset
+assert Splice.reset.offset == Splice.state.offset + 12
+
+
+class _Seen(NamedTuple):
+    id: int
+    ends: tuple[object, ...]  # its FINs
+    until_s: float  # so long its numbers are not read again
+    key: str
+    own: Own | None  # None: it is not for others
+
+
+class OwnPairs:
+    """Looks at all records; what costs time is done once a second for each that moves."""
+
+    def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:
+        """Map them for reading; no descriptor is kept. `addresses` are those that move."""
+        self._memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=False)
+        self._slots = maps.workers * maps.slots
+        self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
+        self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
+        self._seen: dict[int, _Seen] = {}
+        self._boot_unix_s = boot_unix_s()
+
+    def look(self, now_s: float) -> dict[str, Own]:
+        """Those that another machine could go on with, by their keys."""
+        seen = dict(self._look(now_s))
+        self._seen = seen
+        return {one.key: one.own for one in seen.values() if one.own is not None}
+
+    def _look(self, now_s: float) -> Iterator[tuple[int, _Seen]]:
+        memory = self._memory
+        for index in used_indexes(memory):
+            at = index * SPLICE_BYTES
+            state, worker, _, reset = _STATE_TO_RESET.unpack_from(memory, at + Splice.state.offset)
+            if state != SpliceState.ACTIVE or worker == HELD or reset:
+                continue
+            (pair_id,) = _NUMBER.unpack_from(memory, at + Splice.id.offset)
+            if not pair_id:
+                continue
+            ends = tuple(_FINS.unpack_from(memory, at + fins_at) for fins_at in _FINS_AT)
+            known = self._seen.get(index)
+            if known is None or (known.id, known.ends) != (pair_id, ends) or now_s >= known.until_s:
+                known = self._read(index, pair_id, ends, now_s, known)
+            yield index, known
+
+    def _read(
+        self,
+        index: int,
+        pair_id: int,
+        ends: tuple[object, ...],
+        now_s: float,
+        known: _Seen | None,
+    ) -> _Seen:
+        record = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+        own = None
+        key = ""
+        if record.id == pair_id and is_replicable(record):
+            pair = self._pair_of(record)
+            if {pair.ends.listener.ip, pair.ends.source.ip} <= self._addresses:
+                is_same = known is not None and known.id == pair_id and known.own is not None
+                key = known.key if is_same and known is not None else pair.key
+                own = Own(record.way[0].claim, pair)
+        return _Seen(pair_id, ends, now_s + MOVING_S, key, own)
+
+    def _pair_of(self, record: Splice) -> Pair:
+        said = said_of(record, self._table, self._slots)
+        return pair_of(record, said, boot_unix_s=self._boot_unix_s)
+
+    def close(self) -> None:
+        """Unmap them."""
+        self._memory.close()
+        self._table.close()

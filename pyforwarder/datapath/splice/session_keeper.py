@@ -1,0 +1,586 @@
+"""UDP sessions as the keeper has them: begun, ended, and given to their worker's successor.
+
+A worker is not trusted here, either. It hands over the socket at which its client's datagrams come
+in and the one that is connected to the server. Addresses are read from those. What it has to say
+itself is its client's address, and which of this host's addresses the client spoke to, as no
+connection tells these: so the kernel is asked which socket would get such datagrams, and it must be
+the very one that was handed over. A worker can have sent on what it could copy, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import mmap
+import os
+import secrets
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.core.address import ip_text
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Direction
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import NO_SLOT
+from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
+from pyforwarder.datapath.splice.routes import Route, Routes
+from pyforwarder.datapath.splice.session_abi import (
+    SESSION_BYTES,
+    SessionDirection,
+    SessionRecord,
+    SessionState,
+)
+from pyforwarder.datapath.splice.session_maps import (
+    FLOW,
+    KEY_BYTES,
+    SessionMaps,
+    forget_flows,
+    record_of,
+    store,
+    store_way,
+    store_wide,
+    used_indexes,
+)
+from pyforwarder.runtime.acting import acting_as
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.maps import Links
+
+LOOPBACK: Final = 1  # the index of `lo` in every network namespace
+# A program that has looked a session up may still count in its record.
+_LINGER_S: Final = 1.0
+# What changes at once, changes in many steps; and others wait for the keeper, too.
+_SETTLE_S: Final = 0.1
+_LOOKS_AT_ONCE: Final = 64
+_LOOK_PAUSE_S: Final = 2.0  # between one that has been done and the next
+_BOTH: Final = 3  # FOUND_CLIENT and FOUND_SERVER of bpf/splice_udp.h
+_INDEX: Final = struct.Struct("=14xI46x")  # what the program that is run reads it from
+# SO_PRIORITY of this size only the privileged may give to a socket (socket(7)).
+_LEAST_MARK: Final = 1 << 24
+_SO_PROTOCOL: Final = 38
+# A worker looks at a silent session several times in `idle` (IDLE_CHECKS), and ends it within that
+# and an eighth; the programs only take it for ended where no worker does.
+_IDLE_GRACE: Final = 0.25
+_IDLE_GRACE_S: Final = 2.0
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+_End = tuple[_Ip, int]
+
+
+class SessionKeeper:
+    """The keeper's sessions."""
+
+    def __init__(
+        self,
+        maps: SessionMaps,
+        links: Links,
+        *,
+        workers: int,
+        slots: int,
+        pairs: mmap.mmap,
+    ) -> None:
+        """`pairs` is the whole pair table; what `maps` found goes on, and waits for its worker."""
+        self._maps = maps
+        self._links = links
+        self._workers = workers
+        self._slots = slots
+        self._pairs = pairs
+        self._routes = Routes()
+        self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+        self._memory = bpf.map_memory(maps.sessions_fd, maps.entries * SESSION_BYTES, write=True)
+        self._owner: dict[int, int] = {}  # index -> worker
+        self._to_look_at: deque[int] = deque()
+        self._look_from_s = self._looked_s = 0.0
+        self._without_way: set[int] = set()
+        self._count = [0] * workers
+        # Those that wait for each worker, as the one before has died: index -> what `show` said.
+        self._orphans: list[dict[int, bytes]] = [{} for _ in range(workers)]
+        # The same of those that their owner was given and has no place for yet: if it dies before,
+        # they are its successor's.
+        self._given: dict[int, bytes] = {}
+        # Ended, the oldest first, each with the moment from which on another may have its place.
+        self._lingering: deque[tuple[float, int]] = deque()
+        used = set(used_indexes(self._memory))
+        self._free = deque(index for index in range(maps.entries) if index not in used)
+        for index in sorted(used):
+            record = record_of(self._memory, index)
+            if record.state != SessionState.ACTIVE:
+                self._forget(index)  # its worker has given up before it began
+                continue
+            self._own(index, record.worker % workers)
+            if record.slot == NO_SLOT:  # nobody has it
+                said = next((one.record for one in maps.found if one.id == record.id), b"")
+                self._orphans[record.worker % workers][index] = said
+        self._obeys: Mapping[str, Callable[..., dict[str, object]]] = {
+            "open_session": self._open,
+            "close_sessions": self._close,
+            "adopt_session": self._adopt,
+            "session_adopted": self._adopted,
+        }
+
+    def knows(self, do: str) -> bool:
+        """Whether a request is for sessions."""
+        return do in self._obeys
+
+    def obey(
+        self,
+        worker: int,
+        request: dict[str, Any],
+        sockets: Sequence[socket.socket],
+        given: list[socket.socket],
+    ) -> dict[str, object]:
+        """Do what a worker asks; what is appended to `given` goes to it.
+
+        Raises:
+            FaultyRequestError: it may not even ask for that.
+            ValueError: it is not its own any more.
+            OSError: the kernel refuses.
+        """
+        return self._obeys[request["do"]](worker, request, sockets, given)
+
+    # Beginning
+
+    def _open(
+        self,
+        worker: int,
+        request: dict[str, Any],
+        sockets: Sequence[socket.socket],
+        _given: list[socket.socket],
+    ) -> dict[str, object]:
+        slot = request["slot"]
+        if slot // self._slots != worker:
+            raise FaultyRequestError("a slot of another worker's")
+        listener, server = sockets
+        record = SessionRecord()
+        record.id, record.worker, record.slot = request["id"], worker, slot
+        record.mark = _LEAST_MARK + secrets.randbits(30)
+        record.idle_ns, record.began_ns = _idle_ns(request["idle_s"]), time.monotonic_ns()
+        obstacle = self._describe(record, request, listener, server)
+        if obstacle is not None:
+            return {"refused": int(obstacle)}
+        index = self._allocate(worker)
+        if index < 0:
+            return {"refused": int(PairReason.MAP_FULL)}
+        keys = [bytes(way.from_) for way in record.way]
+        try:
+            record.state = SessionState.PREPARED
+            self._write(index, record)
+            is_taken = keys[0] == keys[1] or any(map(self._is_taken, keys))
+            if is_taken or self._found(index, record, sockets) != _BOTH:
+                self._forget(index)
+                return {"refused": int(PairReason.OTHER_SOCKET)}
+            self._own(index, worker)
+            for direction in Direction:
+                self._flows.update(keys[direction], FLOW.pack(index, direction))
+            # Only now do the programs look at it.
+            store(self._memory, index, "state", SessionState.ACTIVE)
+        except OSError:
+            self._forget(index)
+            return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
+        return {"index": index}
+
+    def _describe(
+        self,
+        record: SessionRecord,
+        request: dict[str, Any],
+        listener: socket.socket,
+        server: socket.socket,
+    ) -> PairReason | None:
+        """Write down what is done to the session's datagrams; or why nothing can be done."""
+        try:
+            if not all(map(_is_udp, sockets := (listener, server))):
+                return PairReason.NOT_ELIGIBLE
+            if not all(map(splice_sockets.is_of_our_network, sockets)):
+                # In a network of its own a worker could give its sockets any addresses.
+                return PairReason.NOT_ELIGIBLE
+            if _has_peer(listener):
+                # The client would be served by this worker as long as it is connected, whoever's
+                # it is: the session would take another worker's client from it.
+                return PairReason.OTHER_SOCKET
+            own = _end_of(listener.getsockname())
+            ends = (
+                (_end_of((request["client"], request["client_port"])), own),
+                (_end_of(server.getpeername()), _end_of(server.getsockname())),
+            )
+        except (OSError, ValueError):
+            return PairReason.REFUSED_BY_KERNEL
+        if own[0].is_unspecified:
+            ends = (ends[0][0], (ipaddress.ip_address(request["local"]), own[1])), ends[1]
+        elif ipaddress.ip_address(request["local"]) != own[0]:
+            raise FaultyRequestError("an address that is not its listener's")
+        every = [end for pair in ends for end in pair]
+        if len({ip.version for ip, _ in every}) != 1:
+            return PairReason.TWO_FAMILIES
+        if any(ip.version == 6 and ip.is_link_local for ip, _ in every):
+            return PairReason.LINK_LOCAL
+        if any(not port or not _is_of_one_host(ip) for ip, port in every):
+            return PairReason.NOT_ELIGIBLE
+        if not all(_is_this_hosts(local) for _, (local, _) in ends):
+            return PairReason.NOT_ELIGIBLE
+        describe(record, *ends)
+        said = os.fstat(server.fileno())
+        record.owner, record.group = said.st_uid, said.st_gid
+        is_any = bool(request["any_interface"])
+        try:
+            return self._find_ways(record, any_interface=is_any)
+        except OSError:
+            return PairReason.REFUSED_BY_KERNEL
+
+    def _find_ways(self, record: SessionRecord, *, any_interface: bool) -> PairReason | None:
+        """Write by which interfaces the datagrams go, and must come; or why there are none.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        out = [self._routes.interface(_route_of(record, way)) for way in record.way]
+        for interface in out:
+            if not interface:
+                return PairReason.REFUSED_BY_KERNEL  # no way leads there
+            if not self._links.add(interface):
+                is_taken = interface in self._links.refusals
+                return PairReason.INTERFACE_TAKEN if is_taken else PairReason.NOT_ETHERNET
+        stays = out[0] == out[1] == LOOPBACK
+        for direction in Direction:
+            way = record.way[direction]
+            way.interface = 0 if stays else out[1 - direction]
+            way.by = 0 if any_interface else out[direction]
+        return None
+
+    def _is_taken(self, key: bytes) -> bool:
+        """Whether another session has datagrams of these addresses already."""
+        try:
+            self._flows.lookup(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _found(self, index: int, record: SessionRecord, sockets: Sequence[socket.socket]) -> int:
+        """Which of the sockets would get what the session takes, as bits."""
+        before = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) for sock in sockets]
+        try:
+            for sock in sockets:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, record.mark)
+            return bpf.run_program(self._maps.find_fd, _INDEX.pack(index))
+        finally:
+            for sock, priority in zip(sockets, before, strict=True):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+
+    # Following what becomes of interfaces and routes
+
+    def ways_changed(self) -> None:
+        """Interfaces, addresses, routes or rules have: each session is looked at again."""
+        self._look_from_s = max(time.monotonic() + _SETTLE_S, self._looked_s + _LOOK_PAUSE_S)
+        self._to_look_at = deque(self._owner)
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called, if nothing changes."""
+        if not self._to_look_at:
+            return most_s
+        return min(most_s, max(0.0, self._look_from_s - time.monotonic()))
+
+    def _look_at_ways(self) -> None:
+        """Look at some.
+
+        What has no way that is for our programs is our sockets' until it has."""
+        self._looked_s = time.monotonic()
+        for _ in range(min(_LOOKS_AT_ONCE, len(self._to_look_at))):
+            index = self._to_look_at.popleft()
+            if index not in self._owner:
+                continue
+            record = record_of(self._memory, index)
+            before = [(way.interface, way.by) for way in record.way]
+            # `any` was written so, and stays.
+            is_any = not any(by for _, by in before)
+            try:
+                obstacle = self._find_ways(record, any_interface=is_any)
+            except OSError:
+                obstacle = PairReason.REFUSED_BY_KERNEL
+            if obstacle is not None:
+                store(self._memory, index, "state", SessionState.PREPARED)
+                self._without_way.add(index)
+                continue
+            for direction in Direction:
+                way = record.way[direction]
+                store_way(self._memory, index, direction, "interface", way.interface)
+                store_way(self._memory, index, direction, "by", way.by)
+            if index in self._without_way:
+                self._without_way.discard(index)
+                # Meanwhile only our sockets have heard it.
+                store_wide(self._memory, index, "began_ns", time.monotonic_ns())
+                store(self._memory, index, "state", SessionState.ACTIVE)
+
+    # Ending
+
+    def _close(
+        self,
+        worker: int,
+        request: dict[str, Any],
+        _sockets: Sequence[socket.socket],
+        _given: list[socket.socket],
+    ) -> dict[str, object]:
+        """Forget sessions; what each has carried in the end, None of what is not its own."""
+        carried: list[object] = []
+        for index in request["indexes"]:
+            if not self._is_owner(worker, index):
+                carried.append(None)
+                continue
+            forget_flows(self._flows, index, record_of(self._memory, index))
+            record = record_of(self._memory, index)
+            # Another's record may be in that slot from now on.
+            store(self._memory, index, "slot", NO_SLOT)
+            store(self._memory, index, "state", SessionState.PREPARED)
+            self._disown(index)
+            self._lingering.append((time.monotonic() + _LINGER_S, index))
+            carried.append([[way.bytes, way.packets] for way in record.way])
+        return {"carried": carried}
+
+    def clear(self, worker: int) -> None:
+        """Forget a worker's sessions, but those that wait for it."""
+        for index in self._of(worker):
+            if index not in self._orphans[worker]:
+                self._forget(index)
+
+    # Going on without those who began it
+
+    def bury(self, worker: int) -> None:
+        """A worker died: its sessions go on, and are its successor's."""
+        for index in self._of(worker):
+            if index in self._orphans[worker]:
+                continue
+            slot = record_of(self._memory, index).slot
+            at = slot * PAIR_BYTES
+            said = self._pairs[at : at + PAIR_BYTES] if slot != NO_SLOT else b""
+            self._orphans[worker][index] = self._given.pop(index, said)
+            store(self._memory, index, "slot", NO_SLOT)
+
+    def _adopt(
+        self,
+        worker: int,
+        _request: dict[str, Any],
+        _sockets: Sequence[socket.socket],
+        given: list[socket.socket],
+    ) -> dict[str, object]:
+        """One session that has no worker, with a new socket to its server; {} if none is left."""
+        waiting = self._orphans[worker]
+        while waiting:
+            index, said = waiting.popitem()
+            record = record_of(self._memory, index)
+            try:
+                given.append(revive(record))
+            except OSError:
+                # The port is another's by now.
+                self._forget(index)
+                continue
+            self._given[index] = said
+            way = record.way[Direction.UP]
+            return {
+                "index": index,
+                "id": record.id,
+                "record": said.hex(),
+                "client": _host(way.from_.source, record.family),
+                "client_port": socket.ntohs(way.from_.sport),
+                "local": _host(way.from_.target, record.family),
+                "local_port": socket.ntohs(way.from_.dport),
+            }
+        return {}
+
+    def _adopted(
+        self,
+        worker: int,
+        request: dict[str, Any],
+        _sockets: Sequence[socket.socket],
+        _given: list[socket.socket],
+    ) -> dict[str, object]:
+        index, slot = request["index"], request["slot"]
+        self._check_owner(worker, index)
+        if slot // self._slots != worker:
+            raise FaultyRequestError("a slot of another worker's")
+        self._given.pop(index, None)
+        store(self._memory, index, "worker", worker)
+        store(self._memory, index, "slot", slot)
+        # As its configuration has it now; and its new sockets may have heard it already.
+        store_wide(self._memory, index, "idle_ns", _idle_ns(request["idle_s"]))
+        store_wide(self._memory, index, "began_ns", time.monotonic_ns())
+        return {}
+
+    # Records
+
+    def _is_owner(self, worker: int, index: int) -> bool:
+        return self._owner.get(index) == worker and index not in self._orphans[worker]
+
+    def _check_owner(self, worker: int, index: int) -> None:
+        if not self._is_owner(worker, index):
+            raise ValueError("not yours")
+
+    def _of(self, worker: int) -> list[int]:
+        return [index for index, owner in self._owner.items() if owner == worker]
+
+    def _own(self, index: int, worker: int) -> None:
+        self._owner[index] = worker
+        self._count[worker] += 1
+
+    def _disown(self, index: int) -> None:
+        worker = self._owner.pop(index, None)
+        if worker is not None:
+            self._count[worker] -= 1
+            self._orphans[worker].pop(index, None)
+        self._given.pop(index, None)
+        self._without_way.discard(index)
+
+    def _write(self, index: int, record: SessionRecord) -> None:
+        base = index * SESSION_BYTES
+        self._memory[base : base + SESSION_BYTES] = bytes(record)
+
+    def _allocate(self, worker: int) -> int:
+        """A place; -1 if there is none left, or the worker has its share."""
+        if self._count[worker] >= self._maps.entries // self._workers:
+            return -1
+        if not self._free and self._lingering:
+            self._forget(self._lingering.popleft()[1])
+        return self._free.popleft() if self._free else -1
+
+    def _forget(self, index: int) -> None:
+        with contextlib.suppress(OSError):
+            forget_flows(self._flows, index, record_of(self._memory, index))
+        store(self._memory, index, "state", SessionState.FREE)
+        self._disown(index)
+        self._free.append(index)
+
+    def go_on(self, now_s: float) -> None:
+        """Give back the places of those that ended a while ago, and look at what has changed."""
+        if self._to_look_at and now_s >= self._look_from_s:
+            self._look_at_ways()
+        while self._lingering and self._lingering[0][0] <= now_s:
+            self._forget(self._lingering.popleft()[1])
+
+
+def _idle_ns(idle_s: float) -> int:
+    """When the programs take a session for ended that its worker would end after `idle_s`."""
+    return int((idle_s * (1 + _IDLE_GRACE) + _IDLE_GRACE_S) * 1e9)
+
+
+def describe(
+    record: SessionRecord,
+    client: tuple[_End, _End],
+    server: tuple[_End, _End],
+) -> None:
+    """Write into a record what is done to the datagrams of these two: (peer, own) of each side."""
+    sides = (client, server)
+    record.family = client[0][0].version
+    for direction in Direction:
+        way: SessionDirection = record.way[direction]
+        (peer, own), (to, via) = sides[direction], sides[1 - direction]
+        old = _mapped(peer[0]) + _mapped(own[0])
+        new = _mapped(via[0]) + _mapped(to[0])
+        words = struct.Struct("=4I")
+        way.from_.source[:] = words.unpack(old[:16])
+        way.from_.target[:] = words.unpack(old[16:])
+        way.from_.sport, way.from_.dport = socket.htons(peer[1]), socket.htons(own[1])
+        way.source[:], way.target[:] = words.unpack(new[:16]), words.unpack(new[16:])
+        way.sport, way.dport = socket.htons(via[1]), socket.htons(to[1])
+        way.address_sum = splice_sockets.difference(old, new)
+        way.pseudo_sum = splice_sockets.pseudo_sum(old, record.family, socket.IPPROTO_UDP)
+
+
+def _route_of(record: SessionRecord, way: SessionDirection) -> Route:
+    """What our socket sends to the peer whose datagrams `way` is about."""
+    return Route(
+        record.family,
+        bytes(way.from_.target),
+        bytes(way.from_.source),
+        socket.ntohs(way.from_.dport),
+        socket.ntohs(way.from_.sport),
+        0,
+        record.owner,
+        socket.IPPROTO_UDP,
+    )
+
+
+def revive(record: SessionRecord) -> socket.socket:
+    """A socket to the server in the place of one that is gone; the caller closes it.
+
+    Raises:
+        OSError: the address or the port is another's now.
+    """
+    way = record.way[Direction.DOWN]
+    family = socket.AF_INET6 if record.family == 6 else socket.AF_INET
+    # Rules of this host may go by whose a socket is: it is the worker's, as the one before.
+    with acting_as(record.owner, record.group):
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.bind((_host(way.from_.target, record.family), socket.ntohs(way.from_.dport)))
+        sock.connect((_host(way.from_.source, record.family), socket.ntohs(way.from_.sport)))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_udp(sock: socket.socket) -> bool:
+    """A datagram socket may also be one for pings, or of UDP-Lite."""
+    return (
+        sock.family in (socket.AF_INET, socket.AF_INET6)
+        and sock.type == socket.SOCK_DGRAM
+        and sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_UDP
+    )
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    """Whether it is connected, and so is no listener's.
+
+    Raises:
+        OSError: nobody can tell.
+    """
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True
+
+
+def _end_of(name: Sequence[Any]) -> _End:
+    ip = ipaddress.ip_address(str(name[0]).partition("%")[0])
+    return ip, int(name[1])
+
+
+def _is_of_one_host(ip: _Ip) -> bool:
+    """Not a group's, nobody's, nor an IPv4 address in the clothes of IPv6."""
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return False
+    is_broadcast = ip == ipaddress.IPv4Address("255.255.255.255")
+    return not (ip.is_multicast or ip.is_unspecified or is_broadcast)
+
+
+def _is_this_hosts(ip: _Ip) -> bool:
+    """Whether it is an address of this host: nobody else's datagrams may be taken."""
+    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            # With `ip_nonlocal_bind` the kernel takes any: the route says more then.
+            sock.bind((str(ip), 0))
+            sock.connect((str(ip), 9))
+            return str(sock.getsockname()[0]) == ip_text(ip)
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL, errno.EACCES):
+                return False
+            raise
+
+
+def _mapped(ip: _Ip) -> bytes:
+    """16 bytes, as in a key."""
+    return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
+
+
+def _host(words: Any, family: int) -> str:
+    packed = bytes(words)
+    if family == 6:
+        return ip_text(ipaddress.IPv6Address(packed))
+    return ip_text(ipaddress.IPv4Address(packed[12:]))

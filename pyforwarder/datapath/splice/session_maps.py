@@ -1,0 +1,222 @@
+"""The maps of UDP sessions: made anew, or taken over as an earlier daemon has left them.
+
+Both are written by the keeper alone, and by the programs. Nothing in them is ever evicted: a
+session that finds no room is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
+from pyforwarder.datapath.splice.abi import NO_SLOT
+from pyforwarder.datapath.splice.session_abi import (
+    SESSION_BYTES,
+    SESSION_VERSION,
+    SessionDirection,
+    SessionRecord,
+    SessionState,
+)
+
+KEY_BYTES: Final = 36  # struct splice_key
+FLOW: Final = struct.Struct("=II")  # struct splice_flow
+PINS: Final = (f"session_flows_{SESSION_VERSION}", f"sessions_{SESSION_VERSION}")
+# Beyond that no host forwards so many clients by one table: it has 42 MB then.
+_MOST: Final = 1 << 16
+_LEAST: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSession:
+    """One session that goes on from before."""
+
+    index: int
+    id: int
+    record: bytes  # of the pair table: what `show` said of it; empty if that is not known
+
+
+@dataclass(slots=True)
+class SessionMaps:
+    """What the programs and the keeper have of sessions."""
+
+    flows_fd: int
+    sessions_fd: int
+    entries: int
+    is_left: bool  # by an earlier daemon
+    find_fd: int = -1  # the program that the keeper runs
+    found: tuple[FoundSession, ...] = ()
+
+    def take_over(self, pairs_fd: int) -> None:
+        """Find the sessions that go on, if there are any.
+
+        `pairs_fd` is the pair table in which those were shown.
+        """
+        if self.is_left:
+            self.found = take_over(self.flows_fd, self.sessions_fd, self.entries, pairs_fd)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in (self.flows_fd, self.sessions_fd, self.find_fd):
+            if fd >= 0:
+                os.close(fd)
+
+
+def room_for(most_sessions: int, workers: int) -> int:
+    """How many entries there are where so many sessions may be (0: as many as like).
+
+    Clients are dealt out to workers by their addresses, not evenly, and each worker has its share.
+    """
+    most = min(most_sessions or _MOST, _MOST)
+    return workers * max(_LEAST, 2 * most // workers)
+
+
+def make(entries: int) -> tuple[int, int]:
+    """Descriptors of new maps, of the flows and of the sessions; the caller closes them.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    flows = bpf.create_map(
+        bpf.MapType.HASH,
+        key_bytes=KEY_BYTES,
+        value_bytes=FLOW.size,
+        entries=2 * entries,
+        flags=bpf.F_NO_PREALLOC,
+        name="pf_session_flows",
+    )
+    try:
+        sessions = bpf.create_map(
+            bpf.MapType.ARRAY,
+            key_bytes=4,
+            value_bytes=SESSION_BYTES,
+            entries=entries,
+            flags=bpf.F_MMAPABLE,
+            name="pf_sessions",
+        )
+    except OSError:
+        os.close(flows)
+        raise
+    return flows, sessions
+
+
+def open_left(pins: Path) -> tuple[int, int, int] | None:
+    """The maps that an earlier daemon has pinned there, and how many entries they have.
+
+    None if there are none, or of another version. The caller closes them.
+    """
+    opened: list[int] = []
+    try:
+        opened.extend(bpf.open_pin(pins / name) for name in PINS)
+        flows, sessions = opened
+        sizes = bpf.map_sizes(sessions)
+        is_ours = sizes.value_bytes == SESSION_BYTES
+        is_ours = is_ours and bpf.map_sizes(flows)[:2] == (KEY_BYTES, FLOW.size)
+    except (OSError, ValueError):
+        is_ours = False
+    if is_ours:
+        return flows, sessions, sizes.entries
+    for fd in opened:
+        os.close(fd)
+    return None
+
+
+def take_over(
+    flows_fd: int, sessions_fd: int, entries: int, pairs_fd: int
+) -> tuple[FoundSession, ...]:
+    """The sessions that go on, of which none has a slot any more; the others are forgotten.
+
+    `pairs_fd` is the pair table in which those were shown.
+    """
+    slots = bpf.map_sizes(pairs_fd).entries
+    table = bpf.map_memory(pairs_fd, slots * PAIR_BYTES, write=False)
+    memory = bpf.map_memory(sessions_fd, entries * SESSION_BYTES, write=True)
+    flows = bpf.Map(flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+    found = []
+    try:
+        for index in used_indexes(memory):
+            record = record_of(memory, index)
+            is_left = record.state == SessionState.ACTIVE and record.id
+            if not is_left or is_over(record, time.monotonic_ns()):
+                forget_flows(flows, index, record)
+                store(memory, index, "state", SessionState.FREE)
+                continue
+            said = b""
+            # Where it was, or where it was before a daemon that did not get far.
+            for slot in (record.slot, record.last_slot):
+                at = slot * PAIR_BYTES
+                if slot < slots and _id_of(table, at) == record.id:
+                    said = table[at : at + PAIR_BYTES]
+                    store(memory, index, "last_slot", slot)
+                    break
+            store(memory, index, "slot", NO_SLOT)
+            found.append(FoundSession(index, record.id, said))
+    finally:
+        memory.close()
+        table.close()
+    return tuple(found)
+
+
+def _id_of(table: mmap.mmap, at: int) -> int:
+    return int(struct.unpack_from("=Q", table, at + PairRecord.id.offset)[0])
+
+
+def record_of(memory: mmap.mmap, index: int) -> SessionRecord:
+    """A copy of a session's record."""
+    return SessionRecord.from_buffer_copy(memory, index * SESSION_BYTES)
+
+
+def store(memory: mmap.mmap, index: int, name: str, number: int) -> None:
+    """Change one 32-bit number of a record, with one store."""
+    at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
+    struct.pack_into("=I", memory, at, number)
+
+
+def store_wide(memory: mmap.mmap, index: int, name: str, number: int) -> None:
+    """The same with one of 64 bits."""
+    at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
+    struct.pack_into("=Q", memory, at, number)
+
+
+def is_over(record: SessionRecord, now_ns: int) -> bool:
+    """Whether nobody has spoken for so long that the programs take it for ended (is_over there).
+
+    `now_ns` is of the monotonic clock.
+    """
+    last_ns = max(record.began_ns, *(way.last_ns for way in record.way))
+    return bool(now_ns - last_ns > record.idle_ns)
+
+
+def store_way(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
+    """The same of one direction."""
+    at = index * SESSION_BYTES + SessionRecord.way.offset
+    at += direction * ctypes.sizeof(SessionDirection)
+    struct.pack_into("=I", memory, at + int(getattr(SessionDirection, name).offset), number)
+
+
+def used_indexes(memory: mmap.mmap) -> Iterator[int]:
+    """The records that are not free."""
+    states = memoryview(memory)[SessionRecord.state.offset :: SESSION_BYTES]
+    try:
+        yield from [index for index, state in enumerate(states) if state != SessionState.FREE]
+    finally:
+        states.release()
+
+
+def forget_flows(flows: bpf.Map, index: int, record: SessionRecord) -> None:
+    """Take a session out of the programs' sight; what its ends still send is for our sockets."""
+    for way in record.way:
+        key = bytes(way.from_)
+        # The addresses may be another session's by now.
+        with contextlib.suppress(FileNotFoundError):
+            if FLOW.unpack(flows.lookup(key))[0] == index:
+                flows.delete(key)

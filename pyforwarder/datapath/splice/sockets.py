@@ -1,0 +1,315 @@
+"""What splice wants to know of two sockets, and what it makes of them: keeper's side, as root.
+
+Which connections can be one, and the record that says how; sockets that say nothing any more, and
+such sockets made anew for a pair that goes on without them.
+
+Source: tcp(7), Documentation of TCP_REPAIR in criu.org/TCP_connection, net/ipv4/tcp.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import sys
+import termios
+from dataclasses import dataclass
+from typing import Final
+
+from pyforwarder.core.address import ip_text
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice.abi import PRIORITY, Routing, Splice, SpliceDirection
+from pyforwarder.datapath.splice.keepalive import checksum
+
+_TCP_REPAIR: Final = 19  # linux/tcp.h; Python has no names for these
+_TCP_TIMESTAMP: Final = 24
+_REPAIR_ON, _REPAIR_OFF_WITHOUT_PROBE = 1, -1
+_SO_COOKIE, _SO_NETNS_COOKIE = 57, 71  # asm-generic/socket.h
+_NUMBER: Final = struct.Struct("=Q")
+_IPV6_TRANSPARENT: Final = 75  # linux/in6.h
+_MOST_DEVICE_BYTES: Final = 16  # IFNAMSIZ
+_SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
+# linux/filter.h: struct sock_filter {code, jt, jf, k}. Packets are seen from their TCP header on.
+_ONLY_SYNS: Final = b"".join(
+    struct.pack("=HBBI", *step)
+    for step in (
+        (0x30, 0, 0, 13),  # ldb [13]: the flags
+        (0x54, 0, 0, 0x06),  # and SYN | RST
+        (0x15, 0, 1, 0x02),  # jeq SYN
+        (0x06, 0, 0, 0x40000),  # ret: all of it
+        (0x06, 0, 0, 0),  # ret: nothing, which drops it
+    )
+)
+_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
+
+# struct tcp_info: options and both window scales at 5, the path's MTU at 60, our MSS at 84.
+_INFO: Final = struct.Struct("=5xBB53xI20xI")
+_OPTION_TIMESTAMPS, _OPTION_ECN = 1, 8
+_HEADERS_BYTES: Final = {4: 40, 6: 60}
+_MAPPED: Final = ipaddress.ip_network("::ffff:0:0/96")
+_LINK_LOCAL: Final = ipaddress.ip_network("fe80::/10")
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One of the two sockets: its addresses (16 bytes, wire order), and what its TCP agreed on."""
+
+    family: int  # 4 or 6
+    local: bytes
+    peer: bytes
+    local_port: int
+    peer_port: int
+    timestamps: bool
+    ecn: bool
+    peer_scale: int  # of the windows that come from the peer
+    own_scale: int
+    path_bytes: int
+    own_mss: int
+    is_link_local: bool
+    mark: int
+    owner: int
+    routing: Routing
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> End:
+        """What the kernel says of a connected socket.
+
+        Raises:
+            OSError: it is not connected any more.
+            ValueError: it is no TCP socket.
+        """
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+            raise ValueError("not TCP")
+        options, scales, path_bytes, own_mss = _INFO.unpack_from(
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        )
+        family, local, _ = _packed(sock.getsockname()[0])
+        _, peer, is_link_local = _packed(sock.getpeername()[0])
+        return cls(
+            family,
+            local,
+            peer,
+            sock.getsockname()[1],
+            sock.getpeername()[1],
+            bool(options & _OPTION_TIMESTAMPS),
+            bool(options & _OPTION_ECN),
+            scales & 15,
+            scales >> 4,
+            path_bytes,
+            own_mss,
+            is_link_local,
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) & 0xFFFFFFFF,
+            os.fstat(sock.fileno()).st_uid,
+            _routing(sock),
+        )
+
+
+def _routing(sock: socket.socket) -> Routing:
+    """What decides by which interface its packets go, beside addresses, mark and owner."""
+    if sock.family == socket.AF_INET6:
+        level, option = socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
+    else:
+        level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
+    found = Routing(0)
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _MOST_DEVICE_BYTES).rstrip(b"\0"):
+        found |= Routing.BOUND
+    if sock.getsockopt(level, option):
+        found |= Routing.FOREIGN
+    return found
+
+
+def _packed(host: str) -> tuple[int, bytes, bool]:
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return 4, b"\0" * 10 + b"\xff\xff" + address.packed, False
+    return 4 if address in _MAPPED else 6, address.packed, address in _LINK_LOCAL
+
+
+def obstacle(client: End, server: End) -> PairReason | None:
+    """Why these two connections cannot be one, or None."""
+    if client.family != server.family:
+        return PairReason.TWO_FAMILIES
+    if client.is_link_local or server.is_link_local:
+        return PairReason.LINK_LOCAL
+    if client.timestamps != server.timestamps:
+        return PairReason.ONE_HAS_TIMESTAMPS
+    headers = _HEADERS_BYTES[client.family]
+    for one, other in ((client, server), (server, client)):
+        # What the one connection's peer may send must go through the other's path.
+        if one.own_mss + headers > other.path_bytes:
+            return PairReason.PATHS_DIFFER
+    return None
+
+
+def describe(record: Splice, client: End, server: End) -> None:
+    """Write into a record what is done to the packets of these two connections."""
+    ends = (client, server)
+    record.family, record.owner = client.family, client.owner
+    for direction in Direction:
+        way: SpliceDirection = record.way[direction]
+        here, there = ends[direction], ends[1 - direction]
+        # A packet comes from the peer of one socket, and goes on as if the other had sent it.
+        old, new = here.peer + here.local, there.local + there.peer
+        way.from_.source[:], way.from_.target[:] = _words(here.peer), _words(here.local)
+        way.from_.sport = socket.htons(here.peer_port)
+        way.from_.dport = socket.htons(here.local_port)
+        way.source[:], way.target[:] = _words(there.local), _words(there.peer)
+        way.sport, way.dport = socket.htons(there.local_port), socket.htons(there.peer_port)
+        way.address_sum = difference(old, new)
+        way.pseudo_sum = pseudo_sum(old, client.family, socket.IPPROTO_TCP)
+        way.shift_left, way.shift_right = here.peer_scale, there.own_scale
+        way.no_ecn = client.ecn != server.ecn
+        way.mark, way.routing = here.mark, here.routing
+
+
+def _words(address: bytes) -> tuple[int, ...]:
+    return struct.unpack("=4I", address)
+
+
+def difference(old: bytes, new: bytes) -> int:
+    """What a ones' complement sum of 16-bit words grows by if `new` stands where `old` stood."""
+    total: int = sum(struct.unpack(f"={len(new) // 2}H", new))
+    total += sum(0xFFFF - word for word in struct.unpack(f"={len(old) // 2}H", old))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
+
+
+def pseudo_sum(addresses: bytes, family: int, protocol: int) -> int:
+    """What the pseudo-header adds to a checksum, but for the length (RFC 9293, 3.1; RFC 768)."""
+    if family == 4:
+        addresses = addresses[12:16] + addresses[28:32]
+    total: int = sum(struct.unpack(f"={len(addresses) // 2}H", addresses))
+    return total + socket.htons(protocol)
+
+
+def clock(sock: socket.socket) -> int:
+    """What the socket's timestamps say now."""
+    return int(sock.getsockopt(socket.IPPROTO_TCP, _TCP_TIMESTAMP)) & 0xFFFFFFFF
+
+
+def cookie(sock: socket.socket) -> int:
+    """The kernel's number of the socket, which no other one gets (socket(7))."""
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
+
+
+def is_of_our_network(sock: socket.socket) -> bool:
+    """Whether it is of this process's network namespace.
+
+    Linux before 5.14 does not say (no SO_NETNS_COOKIE).
+    """
+    try:
+        theirs = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _NUMBER.size)
+    except OSError:
+        return False
+    with socket.socket(socket.AF_UNIX) as ours:
+        return theirs == ours.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _NUMBER.size)
+
+
+def mark(sock: socket.socket) -> None:
+    """Show a forwarder on this host that has this socket for a peer that it is (to be) spliced.
+
+    Nothing is sent with this priority but a last RST.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, PRIORITY)
+
+
+def unmark(sock: socket.socket) -> None:
+    """It is not spliced after all."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)
+
+
+def mute(sock: socket.socket) -> bool:
+    """Closing it is silent from here on; it has no more to say, and hears SYNs alone.
+
+    Those it answers with a challenge acknowledgement (RFC 5961). Whatever else gets past the
+    programs (behind IP options, in fragments) was for the other end, and must not end this socket.
+
+    False: it has still to hear that the last of its bytes have come, so it hears everything; mute
+    it again later. Deaf it would send them until it gives up, and then its port is free.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
+    if any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))):
+        return False
+    _hear_only_syns(sock)
+    return True
+
+
+def _hear_only_syns(sock: socket.socket) -> None:
+    program = ctypes.create_string_buffer(_ONLY_SYNS, len(_ONLY_SYNS))
+    described = struct.pack("@HP", len(_ONLY_SYNS) // 8, ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
+
+
+def unmute(sock: socket.socket) -> None:
+    """Closing it sends a RST."""
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_WITHOUT_PROBE)
+
+
+def send_too_long(way: SpliceDirection, family: int) -> None:
+    """Tell the peer whose packets `way` is about how long they may be (ICMP), as a router does.
+
+    Never raises: where that cannot be said the peer sends again, and it is said again.
+    Source: RFC 792 and RFC 1191, 4; RFC 4443, 3.2; the quotation is RFC 5927's.
+    """
+    peer, own = bytes(way.from_.source), bytes(way.from_.target)
+    # As it came: the ports and the number are what the peer finds its connection by.
+    quoted = struct.pack("=HH", way.from_.sport, way.from_.dport)
+    quoted += struct.pack("!I", way.narrow_seq)
+    if family == 6:
+        head = struct.pack("!IHBB", 6 << 28, 20, socket.IPPROTO_TCP, 64) + peer + own
+        message = struct.pack("!BBHI", 2, 0, 0, way.narrow_mtu) + head + quoted + bytes(12)
+        kind, protocol = socket.AF_INET6, socket.IPPROTO_ICMPV6  # the kernel sums it up
+    else:
+        peer, own = peer[12:], own[12:]
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
+        head += peer + own
+        head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
+        message = struct.pack("!BBHHH", 3, 4, 0, 0, way.narrow_mtu) + head + quoted
+        message = message[:2] + struct.pack("!H", checksum(message)) + message[4:]
+        kind, protocol = socket.AF_INET, socket.IPPROTO_ICMP
+    with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_RAW, protocol) as raw:
+        raw.sendto(message, socket.MSG_DONTWAIT, (_host(way.from_.source, family), 0))
+
+
+def revive(way: SpliceDirection, family: int) -> socket.socket:
+    """A mute socket in the place of one that is gone: it keeps the ports, and can send the RST.
+
+    `way` is the direction whose packets it would get. The caller closes it.
+
+    Raises:
+        OSError: the addresses or the ports are another's now.
+    """
+    if family == 6:
+        kind, level, option = socket.AF_INET6, socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
+    else:
+        kind, level, option = socket.AF_INET, socket.IPPROTO_IP, socket.IP_TRANSPARENT
+    sock = socket.socket(kind, socket.SOCK_STREAM)
+    try:
+        # The old one may have had another's address (`transparent`).
+        sock.setsockopt(level, option, 1)
+        # In repair, bind() and connect() succeed beside a listener, and send nothing.
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        mark(sock)
+        _hear_only_syns(sock)
+        sock.bind((_host(way.from_.target, family), socket.ntohs(way.from_.dport)))
+        sock.connect((_host(way.from_.source, family), socket.ntohs(way.from_.sport)))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _host(words: object, family: int) -> str:
+    packed = bytes(words)  # type: ignore[call-overload]
+    if family == 6:
+        return ip_text(ipaddress.IPv6Address(packed))
+    return ip_text(ipaddress.IPv4Address(packed[12:]))

@@ -1,0 +1,483 @@
+"""Spliced pairs of other machines that this one could go on with: the keeper's part.
+
+They are in the programs' map from the start, with mute sockets that keep their ports, so nothing
+has to be done in a hurry, nor in any order: whose packets come here, those the programs forward.
+That a pair is here is harmless, as long as its packets go elsewhere.
+
+Once its addresses are this host's, it is taken over: a worker gets it, it counts and has timeouts.
+Its peers are asked until both have said something, so that the numbers are those of now
+(`replicas.narrow`); one that says nothing is given up. Whoever had a pair before lets go of it in
+silence when it hears of that.
+
+Who asks is a process without privileges that reads what stands in a fleet's store. It is believed
+no more than a worker: a request is in the table or costs that process its life, and pairs are taken
+in only if both of our addresses are among the configured ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import math
+import resource
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import psutil
+
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice, SpliceState
+from pyforwarder.datapath.splice.maps import FLOW, LOOPBACK
+from pyforwarder.datapath.splice.replicas import (
+    Ways,
+    boot_unix_s,
+    heard,
+    is_wide,
+    narrow,
+    shown,
+    slack_for,
+    splice_of,
+)
+from pyforwarder.datapath.splice.routes import Route, Routes
+from pyforwarder.fleet.failover.record import Entry, Pair, RecordFault
+
+if TYPE_CHECKING:
+    import mmap
+
+    from pyforwarder.datapath.ebpf import syscall as bpf
+    from pyforwarder.datapath.splice.keepalive import Keepalives
+    from pyforwarder.datapath.splice.maps import Links
+
+# Of one request, which comes as one message.
+MOST_AT_ONCE: Final = 16
+_TAKEN_AT_ONCE: Final = 64
+# Beside what the kernel tells of: an address may have come before we listened.
+_LOOK_S: Final = 1.0
+_FIRST_QUESTION_S: Final = 0.3
+_MOST_PAUSE_S: Final = 4.0
+# A peer that has been silent for so long after its pair was taken over has none any more.
+_GIVE_UP_S: Final = 30.0
+_SETTLED_AT_ONCE: Final = 64
+# Above those that a daemon gives, and exact in everybody's JSON.
+_FIRST_ID: Final = 1 << 51
+_KEY_BYTES: Final = 20
+_GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
+
+
+class FaultyStandbyError(Exception):
+    """A request is not in the table."""
+
+
+class Owner(Protocol):
+    """The keeper, as this part needs it."""
+
+    def allocate(self) -> int:
+        """A free record's index, or -1."""
+
+    def take_in(self, index: int, said: bytes) -> int:
+        """A pair is a worker's from now on, which is given it; which worker's."""
+
+    def owns(self, index: int) -> bool:
+        """Whether it is a worker's."""
+
+    def let_go(self, index: int) -> None:
+        """A worker's pair goes through another machine: end it without a word to its ends."""
+
+    def forget(self, index: int) -> None:
+        """Take it out of the kernel's sight."""
+
+    def end(self, index: int, why: ResetBy) -> None:
+        """Have it reset."""
+
+    def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
+        """These sockets are the pair's."""
+
+
+@dataclass(slots=True)
+class _Held:
+    index: int
+    pair: Pair
+    sockets: tuple[socket.socket, socket.socket]
+    routes: int  # how often they had changed when the kernel was asked for its ways
+
+
+@dataclass(slots=True)
+class _Unsettled:
+    """A pair that was taken over, and whose numbers are still those of before."""
+
+    index: int
+    id: int
+    since_s: float
+    next_s: float
+    pause_s: float
+
+
+class Standby:
+    """Of one keeper."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        memory: mmap.mmap,
+        flows: bpf.Map,
+        links: Links,
+        keepalives: Keepalives,
+        *,
+        addresses: Collection[str],
+        most: int,
+    ) -> None:
+        """`addresses` are those that move with the pairs; none: this part does nothing.
+
+        At most `most` pairs are held.
+        """
+        self._owner = owner
+        self._memory = memory
+        self._flows = flows
+        self._links = links
+        self._keepalives = keepalives
+        self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
+        # What workers ask comes with descriptors, too: half of them is for that.
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = min(most, files // 4)
+        self._routes = Routes() if self._addresses else None
+        self._held: dict[str, _Held] = {}
+        self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}  # of those taken over
+        self._left: deque[str] = deque()  # to be taken over
+        self._unsettled: deque[_Unsettled] = deque()
+        self._taken = 0
+        self._waiting: set[int] = set()  # workers that are to be told
+        self._is_changed = True
+        self._changes = 0  # of routes
+        self._look_s = 0.0
+        # Addresses that were away since we let go of a pair of theirs, or have begun: only these
+        # are a reason to take pairs over when they come.
+        self._absent: set[bytes] = set()
+        self._boot_unix_s = boot_unix_s()
+
+    # What it is told
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._addresses)
+
+    def ways_changed(self) -> None:
+        """Addresses or routes have."""
+        self._is_changed = True
+        self._changes += 1
+
+    def unsettled(self, index: int, record: Splice) -> None:
+        """A keeper before us has taken it over, and was not done with it."""
+        if self.is_wanted and is_wide(record):
+            self._settle_later(index, record.id)
+
+    def sockets_of(self, index: int) -> tuple[socket.socket, socket.socket] | None:
+        """The mute sockets of a pair that was taken over; they are the caller's from here on."""
+        return self._sockets.pop(index, None)
+
+    def forgotten(self, index: int) -> None:
+        """A pair is no more."""
+        for sock in self._sockets.pop(index, ()):
+            sock.close()
+
+    def answer(self, data: bytes) -> dict[str, object]:
+        """Obey a request.
+
+        Raises:
+            FaultyStandbyError: it is not in the table.
+        """
+        request = _understand(data)
+        answer: dict[str, object] = {"n": request["n"]}
+        if time.monotonic() > request["until"]:
+            return {**answer, "late": True}
+        match request["do"]:
+            case "begin":
+                for key in list(self._held):
+                    self._release(key)
+            case "hold":
+                answer["refused"] = [
+                    key for key, text in request["pairs"] if not self._hold(key, text)
+                ]
+            case "release":
+                for key in request["keys"]:
+                    self._release(key)
+            case "let_go":
+                for text in request["pairs"]:
+                    self._let_go(_decode(text))
+            case _:
+                answer["waiting"] = sorted(self._waiting)
+                answer["taken"], answer["held"] = self._taken, len(self._held)
+                self._waiting.clear()
+        return answer
+
+    def _hold(self, key: str, text: str) -> bool:
+        try:
+            entry, pair = Entry.decode(key, text)
+        except RecordFault as error:
+            raise FaultyStandbyError(str(error)) from error
+        if {pair.ends.listener.ip, pair.ends.source.ip} - self._addresses:
+            return False  # of a machine that is configured otherwise
+        held = self._held.get(key)
+        if held is not None and held.pair.deltas != pair.deltas:
+            self._release(key)  # another connection at the same ports
+            held = None
+        before = held.pair if held is not None else None
+        slack = slack_for(before, pair)
+        ways: Ways | None = None
+        if held is not None and held.routes == self._changes:
+            ways = Ways(*self._record(held.index).out)
+        else:
+            with contextlib.suppress(OSError):
+                ways = self._ways(pair)
+        if ways is None:
+            # If there was one, a route that is there again leads as before.
+            return held is not None
+        if held is not None:
+            record = self._record(held.index)
+            if not any(way.heard_s for way in record.way):
+                new = splice_of(pair, record.id, ways, claim=entry.claim + 1, slack=slack)
+                self._write(held.index, new)
+            held.pair, held.routes = pair, self._changes
+            return True
+        return self._begin(key, entry, pair, ways, slack)
+
+    def _begin(self, key: str, entry: Entry, pair: Pair, ways: Ways, slack: int) -> bool:
+        if len(self._held) >= self._most:
+            return False
+        record = splice_of(
+            pair, _FIRST_ID + secrets.randbits(50), ways, claim=entry.claim + 1, slack=slack
+        )
+        keys = [bytes(way.from_) for way in record.way]
+        if any(self._index_of(one) is not None for one in keys):
+            return False  # a pair of our own has these ports, or had them a moment ago
+        index = self._owner.allocate()
+        if index < 0:
+            return False
+        made: list[socket.socket] = []
+        try:
+            made.extend(_mute_socket(record, direction) for direction in Direction)
+            self._write(index, record)
+            for direction in Direction:
+                self._flows.update(keys[direction], FLOW.pack(index, direction))
+        except OSError:
+            for sock in made:
+                sock.close()
+            self._owner.forget(index)
+            return False
+        self._held[key] = _Held(index, pair, (made[0], made[1]), self._changes)
+        return True
+
+    def _ways(self, pair: Pair) -> Ways | None:
+        """By which interfaces the peers are reached; None: by none that is for the programs.
+
+        Our addresses may not be this host's yet, so the kernel is not asked for routes from them.
+        """
+        assert self._routes is not None
+        found = []
+        for end, mark in ((pair.ends.client, pair.marks[0]), (pair.ends.server, pair.marks[1])):
+            target = end.ip if len(end.ip) == 16 else b"\0" * 10 + b"\xff\xff" + end.ip
+            out = self._routes.interface(Route(pair.family, b"", target, 0, end.port, mark, 0))
+            if not out or out == LOOPBACK or not self._links.add(out):
+                return None
+            found.append(out)
+        return Ways(*found)
+
+    def _release(self, key: str) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            for sock in held.sockets:
+                sock.close()
+            self._owner.forget(held.index)
+
+    def _let_go(self, pair: Pair) -> None:
+        for end in (pair.ends.listener, pair.ends.source):
+            self._absent.discard(end.ip)
+        self._is_changed = True  # it may be away already
+        # Any ways will do: the key is what is looked for.
+        record = splice_of(pair, 1, Ways(0, 0), claim=0, slack=0)
+        found = {self._index_of(bytes(way.from_)) for way in record.way}
+        index = found.pop()
+        if found or index is None or not self._owner.owns(index):
+            return
+        there = self._record(index)
+        if [way.seq_delta for way in there.way] == [way.seq_delta for way in record.way]:
+            self._owner.let_go(index)
+
+    # What it does by itself
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called."""
+        if not self._addresses:
+            return most_s
+        if self._left or self._is_changed:
+            return 0.0
+        now_s = time.monotonic()
+        wait_s = min(most_s, max(0.0, self._look_s - now_s))
+        if self._unsettled:
+            wait_s = min(wait_s, 0.1)
+        return wait_s
+
+    def go_on(self) -> None:
+        """Do some of what is due. Never raises."""
+        if not self._addresses:
+            return
+        now_s = time.monotonic()
+        try:
+            if self._is_changed or now_s >= self._look_s:
+                self._is_changed, self._look_s = False, now_s + _LOOK_S
+                self._look_at_addresses()
+            for _ in range(min(_TAKEN_AT_ONCE, len(self._left))):
+                self._take(self._left.popleft(), now_s)
+            for _ in range(min(_SETTLED_AT_ONCE, len(self._unsettled))):
+                self._settle(self._unsettled.popleft(), now_s)
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+
+    def _look_at_addresses(self) -> None:
+        present = self._addresses & _addresses_here()
+        # The families of a fleet's addresses move together or apart, as their pairs need them.
+        ready = present & self._absent
+        for key, held in self._held.items():
+            both = {held.pair.ends.listener.ip, held.pair.ends.source.ip}
+            if both <= present and both & ready:
+                self._left.append(key)
+        self._absent |= self._addresses - present
+
+    def _take(self, key: str, now_s: float) -> None:
+        held = self._held.pop(key, None)
+        if held is None:
+            return  # it has ended meanwhile
+        record = self._record(held.index)
+        self._sockets[held.index] = held.sockets
+        self._owner.remember_joined(held.index, held.sockets)
+        said = shown(held.pair, record, boot_unix_s=self._boot_unix_s)
+        worker = self._owner.take_in(held.index, said)
+        self._waiting.add(worker)
+        self._taken += 1
+        self._settle_later(held.index, record.id, now_s)
+
+    def _settle_later(self, index: int, pair_id: int, now_s: float | None = None) -> None:
+        now_s = time.monotonic() if now_s is None else now_s
+        self._unsettled.append(
+            _Unsettled(index, pair_id, now_s, now_s + _FIRST_QUESTION_S, _FIRST_QUESTION_S)
+        )
+
+    def _settle(self, one: _Unsettled, now_s: float) -> None:
+        record = self._record(one.index)
+        if record.state != SpliceState.ACTIVE or record.id != one.id or record.reset:
+            return
+        if heard(record):
+            narrow(self._memory, one.index)
+            self._keepalives.watch([one.index])
+            return
+        silent = [n for n in Direction if not record.way[n].heard_s]
+        if now_s - one.since_s >= _GIVE_UP_S:
+            self._owner.end(one.index, _GIVEN_UP[silent[0]])
+            return
+        if now_s >= one.next_s:
+            for direction in silent:
+                self._keepalives.ask(one.index, record, direction)
+            one.pause_s = min(2 * one.pause_s, _MOST_PAUSE_S)
+            one.next_s = now_s + one.pause_s
+        self._unsettled.append(one)
+
+    # Records
+
+    def _index_of(self, key: bytes) -> int | None:
+        with contextlib.suppress(FileNotFoundError):
+            return int(FLOW.unpack(self._flows.lookup(key))[0])
+        return None
+
+    def _record(self, index: int) -> Splice:
+        return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+
+    def _write(self, index: int, record: Splice) -> None:
+        base = index * SPLICE_BYTES
+        self._memory[base : base + SPLICE_BYTES] = bytes(record)
+
+
+def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
+    """It keeps the ports, also while their address is another machine's."""
+    sock = splice_sockets.revive(record.way[direction], record.family)
+    # Without this it could speak in the name of an address that has gone again.
+    if record.family == 6:
+        level, option = socket.IPPROTO_IPV6, 75  # IPV6_TRANSPARENT, linux/in6.h
+    else:
+        level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
+    sock.setsockopt(level, option, 0)
+    return sock
+
+
+def _addresses_here() -> set[bytes]:
+    """Of this host's interfaces, 4 or 16 bytes each."""
+    found = set()
+    for addresses in psutil.net_if_addrs().values():
+        for one in addresses:
+            if one.family in (socket.AF_INET, socket.AF_INET6):
+                with contextlib.suppress(ValueError):
+                    found.add(ipaddress.ip_address(one.address.partition("%")[0]).packed)
+    return found
+
+
+# Requests
+
+_TABLE: Final[dict[str, str]] = {
+    "begin": "",
+    "hold": "pairs",
+    "release": "keys",
+    "let_go": "pairs",
+    "look": "",
+}
+
+
+def _understand(data: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise FaultyStandbyError("no JSON") from error
+    if type(request) is not dict or type(request.get("do")) is not str:
+        raise FaultyStandbyError("a request is an object")
+    if request["do"] not in _TABLE:
+        raise FaultyStandbyError("a request of no kind")
+    more = _TABLE[request["do"]]
+    if request.keys() != {"do", "n", "until", *([more] if more else [])}:
+        raise FaultyStandbyError("a field too many, or one is missing")
+    n, until = request["n"], request["until"]
+    if type(n) is not int or not 0 <= n < 1 << 64:
+        raise FaultyStandbyError("n")
+    if type(until) not in (int, float) or not 0 <= until < math.inf:
+        raise FaultyStandbyError("until")
+    if more:
+        _check_list(request["do"], request[more])
+    return request
+
+
+def _check_list(do: str, said: object) -> None:
+    if type(said) is not list or len(said) > MOST_AT_ONCE:
+        raise FaultyStandbyError("a list")
+    is_text: Callable[[object], bool] = lambda one: type(one) is str and one.isascii()  # noqa: E731
+    for one in said:
+        if do == "hold":
+            fits = type(one) is list and len(one) == 2 and all(map(is_text, one))
+        elif do == "release":
+            fits = is_text(one) and len(one) == _KEY_BYTES
+        else:
+            fits = is_text(one)
+        if not fits:
+            raise FaultyStandbyError(do)
+
+
+def _decode(text: str) -> Pair:
+    try:
+        return Pair.decode(text)
+    except RecordFault as error:
+        raise FaultyStandbyError(str(error)) from error

@@ -1,0 +1,122 @@
+"""The splice datapath as the supervisor has it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pyforwarder.datapath import supervised
+from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.splice.keeper import Splicing, pins_of
+from pyforwarder.datapath.splice.maps import Programs, SpliceMaps, has_pins
+from pyforwarder.errors import LoadError
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Config
+
+
+class SupervisedSplice(supervised.KernelDatapath):
+    """Maps, keeper, and the programs at the interfaces."""
+
+    def __init__(
+        self,
+        splicing: Splicing,
+        warn: supervised.Warn,
+        *,
+        takes_over: bool,
+        splices_sessions: bool,
+    ) -> None:
+        self.splicing = splicing
+        self.takes_over = takes_over
+        self._warn = warn
+        self._splices_sessions = splices_sessions
+
+    @classmethod
+    def make(cls, given: supervised.Given) -> SupervisedSplice | None:
+        """Also where it is not wanted, if an earlier daemon's pairs go on."""
+        pins = pins_of(given.pins)
+        takes_over = has_pins(pins)
+        if "splice" not in given.choices and not takes_over:
+            if not given.is_successor:
+                attaching.remove_unpinned(pins)
+            if given.handshakes_fd >= 0:
+                os.close(given.handshakes_fd)
+            return None
+        arrays = given.arrays()
+        maps = SpliceMaps.create(
+            workers=given.workers,
+            slots=given.slots,
+            pairs_fd=arrays.pairs_fd,
+            counters_fd=arrays.counters_fd,
+            pins=pins,
+            sessions=given.config.limits.most_sessions,
+            is_successor=given.is_successor,
+            handshakes_fd=given.handshakes_fd,
+        )
+        if maps.has_replaced:
+            given.warn("splice_pins_replaced", directory=pins)
+        splicing = Splicing(maps, workers=given.workers, close_in_child=given.close_in_child)
+        fleet = given.config.fleet
+        if fleet is not None and fleet.failover is not None:
+            splicing.keeper.standby_addresses = fleet.failover.addresses
+        return cls(
+            splicing,
+            given.warn,
+            takes_over=takes_over,
+            splices_sessions=splices_sessions(given.config),
+        )
+
+    def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
+        """With UDP, where that is asked for."""
+        proof = prove("splice")
+        sessions: dict[str, str] = {}
+        if self._splices_sessions:
+            # Without it UDP is copied; that is no reason to do without for TCP.
+            try:
+                prove("splice_udp")
+            except LoadError as error:
+                sessions["splice_udp"] = str(error)
+            else:
+                sessions["splice_udp"] = ""
+        return supervised.LoadedPrograms(self.splicing.maps.load_programs(), proof, sessions)
+
+    def attach(self, descriptors: Sequence[int]) -> None:
+        """To all interfaces that take them; of the others the log tells."""
+        self.splicing.begin(Programs(*descriptors))
+        for reason in self.splicing.maps.links.refusals.values():
+            self._warn("splice_not_on_interface", reason=reason)
+
+    @property
+    def can_pin(self) -> bool:
+        """Whether it has programs."""
+        return self.splicing.has_begun
+
+    def pin(self) -> None:
+        """Maps, programs and links."""
+        self.splicing.maps.pin()
+
+    def release(self) -> None:
+        """End the keeper, and leave the pairs."""
+        self.splicing.hand_over()
+
+    def bury(self, worker: int) -> None:
+        """What it had spliced goes on, and waits for the next."""
+        self.splicing.bury(worker)
+
+    def close(self) -> None:
+        """End the keeper, remove the pins, and close the maps."""
+        self.splicing.close()
+
+
+def splices_sessions(config: Config) -> bool:
+    """Whether there is a listener of UDP whose sessions the kernel is to get.
+
+    Only where that is asked for: `auto` copies datagrams.
+    """
+    return any(
+        "splice"
+        in {rule.datapath or listener.datapath or config.datapath for rule in listener.rules}
+        for listener in config.listeners
+        if listener.protocol == "udp" and listener.splice
+    )

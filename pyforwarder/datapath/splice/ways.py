@@ -1,0 +1,286 @@
+"""Spliced pairs follow what becomes of interfaces and routes: the keeper's part.
+
+A record says by which interface a peer's packets go and come. When something changes, the kernel is
+asked for each of our sockets' routes again, and where that is another the record is changed: so the
+pair goes on as one of a plain TCP proxy's would. Where no way leads to a peer, one waits as long as
+TCP itself would try (`tcp_retries2`), and where the way is none for our programs, a moment; then
+the pair is reset, so that its other end knows.
+
+Nobody can make this expensive: one look at all pairs takes as long as it takes, in small pieces
+between two requests of the workers, and the next one waits for a multiple of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import mmap
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice.abi import (
+    SPLICE_BYTES,
+    ResetBy,
+    Routing,
+    Splice,
+    SpliceDirection,
+    SpliceState,
+)
+from pyforwarder.datapath.splice.maps import LOOPBACK, Links, with_addresses
+from pyforwarder.datapath.splice.routes import Route, Routes, RouteWatch
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.netlink import Link
+
+# What changes at once, changes in many steps: an address goes, another comes, routes follow.
+_SETTLE_S: Final = 0.1
+# But who changes something all the time has to be followed, too.
+_MOST_SETTLE_S: Final = 1.0
+# At most this share of a processor goes into looking.
+_SHARE: Final = 0.05
+_PAIRS_AT_ONCE: Final = 64
+# A way that is none for us may be one in the midst of a change.
+_NO_WAY_FOR_US_S: Final = 1.0
+
+# net/ipv4/tcp_timer.c, tcp_model_timeout(): TCP_RTO_MIN doubled, up to TCP_RTO_MAX.
+_LEAST_RTO_S, _MOST_RTO_S = 0.2, 120.0
+_RETRIES: Final = Path("/proc/sys/net/ipv4/tcp_retries2")
+_DEFAULT_RETRIES: Final = 15
+
+_WORD: Final = struct.Struct("=I")
+_TWO_WORDS: Final = struct.Struct("=II")
+_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+
+
+def gives_up_after_s(retries: int) -> float:
+    """How long TCP sends again what nobody acknowledges, with `retries` of tcp_retries2."""
+    total_s, rto_s = 0.0, _LEAST_RTO_S
+    for _ in range(retries + 1):
+        total_s += rto_s
+        rto_s = min(2 * rto_s, _MOST_RTO_S)
+    return total_s
+
+
+def _patience_s() -> float:
+    try:
+        return gives_up_after_s(int(_RETRIES.read_text()))
+    except (OSError, ValueError):
+        return gives_up_after_s(_DEFAULT_RETRIES)
+
+
+class _NoWayError(Exception):
+    """A pair's packets cannot go, or come, as it is now; it may be waited for that long."""
+
+    def __init__(self, patience_s: float) -> None:
+        super().__init__()
+        self.patience_s = patience_s
+
+
+class Ways:
+    """Of all pairs of one keeper."""
+
+    def __init__(
+        self,
+        links: Links,
+        memory: mmap.mmap,
+        indexes: Callable[[], Iterable[int]],
+        end: Callable[[int, ResetBy], None],
+    ) -> None:
+        """`indexes` are the records that may be of pairs, `end` has a pair reset.
+
+        All of it is looked at at first: an earlier keeper may have died in the midst of it.
+        """
+        self._links = links
+        self._memory = memory
+        self._indexes = indexes
+        self._end = end
+        self._watch = RouteWatch()
+        self._routes = Routes()
+        self._there: dict[int, Link] = {}
+        self._since_s: float | None = time.monotonic()  # when something changed, first
+        self._last_s = 0.0  # and last
+        self._left: deque[int] = deque()  # to be looked at
+        self._took_s = 0.0  # the look that is under way, or was last
+        self._not_before_s = 0.0
+        # Pairs without a way: index -> (pair, since when, until when).
+        self._without: dict[int, tuple[int, float, float]] = {}
+
+    def fileno(self) -> int:
+        """Readable when something has changed: call `changed`."""
+        return self._watch.fileno()
+
+    def changed(self) -> None:
+        """Interfaces, addresses, routes or rules have."""
+        self._watch.drain()
+        self._last_s = time.monotonic()
+        if self._since_s is None:
+            self._since_s = self._last_s
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called, if nothing changes."""
+        if self._left:
+            return 0.0
+        if self._since_s is None:
+            return most_s
+        return min(most_s, max(0.0, self._due_s() - time.monotonic()))
+
+    def _due_s(self) -> float:
+        assert self._since_s is not None
+        settled_s = min(self._last_s + _SETTLE_S, self._since_s + _MOST_SETTLE_S)
+        return max(settled_s, self._not_before_s)
+
+    def go_on(self) -> None:
+        """Do some of what is to be done. Never raises: what was not possible is tried again."""
+        started_s = time.monotonic()
+        is_looking = bool(self._left)
+        try:
+            if not self._left and self._since_s is not None and started_s >= self._due_s():
+                self._since_s = None
+                self._took_s = 0.0
+                is_looking = True
+                self._look_at_interfaces()
+                self._left.extend(self._indexes())
+            for _ in range(min(_PAIRS_AT_ONCE, len(self._left))):
+                self._look(self._left.popleft())
+            self._look_at_those_without()
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            self._since_s = self._since_s or started_s
+        if is_looking:
+            ended_s = time.monotonic()
+            self._took_s += ended_s - started_s
+            self._not_before_s = ended_s + self._took_s / _SHARE
+
+    def _look_at_interfaces(self) -> None:
+        """Programs leave what has become a port, and are where they must be."""
+        before, self._there = self._there, self._routes.links()
+        lost = self._links.verify()
+        for interface in self._links.attacher.interfaces() | lost:
+            link = self._there.get(interface)
+            if link is not None and link.port_of:
+                self._links.take_off(interface)
+        addressed: set[int] | None = None
+        for interface, link in self._there.items():
+            was = before.get(interface)
+            if link.port_of or not (interface in lost or (was is not None and was.port_of)):
+                continue
+            if addressed is None:
+                addressed = set(with_addresses())
+            if interface in lost or interface in addressed:
+                with contextlib.suppress(OSError):
+                    self._links.add(interface)
+
+    def _look(self, index: int) -> None:
+        record = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+        if record.state != SpliceState.ACTIVE or not record.id or record.reset:
+            self._without.pop(index, None)
+            return
+        patience_s = -1.0
+        for direction in Direction:
+            try:
+                self._look_at_way(index, record, direction)
+            except _NoWayError as error:
+                known = patience_s < 0
+                patience_s = error.patience_s if known else min(patience_s, error.patience_s)
+        if patience_s < 0:
+            self._without.pop(index, None)
+            return
+        now_s = time.monotonic()
+        pair_id, since_s, _ = self._without.get(index, (0, 0.0, 0.0))
+        if pair_id != record.id:
+            since_s = now_s
+        self._without[index] = record.id, since_s, since_s + patience_s
+        if now_s - since_s >= patience_s:
+            del self._without[index]
+            self._end(index, ResetBy.NO_ROUTE)
+
+    def _look_at_those_without(self) -> None:
+        """Whether it has been long enough; then they are looked at once more."""
+        now_s = time.monotonic()
+        due = (index for index, (_, _, until_s) in self._without.items() if until_s <= now_s)
+        for index in list(itertools.islice(due, _PAIRS_AT_ONCE)):
+            self._look(index)
+
+    def _look_at_way(self, index: int, record: Splice, direction: Direction) -> None:
+        """To one peer and from it, in the numbers of interfaces that are right now.
+
+        Raises:
+            _NoWayError: there is none, or none that is for our programs.
+        """
+        way, was = record.way[direction], record.out[direction]
+        now = self._out(record, direction)
+        link = self._there.get(now)
+        if now != was and LOOPBACK in (now, was):
+            raise _NoWayError(_NO_WAY_FOR_US_S)  # an address has moved onto this host, or off it
+        came_by = self._came_by(tuple(way.by), now) if any(way.by) else now
+        for interface in {came_by, now}:
+            there = self._there.get(interface)
+            if there and not there.port_of and not self._has_programs(interface):
+                raise _NoWayError(_NO_WAY_FOR_US_S)
+        at = index * SPLICE_BYTES + Splice.way.offset
+        if any(way.by) and (came_by, now) != tuple(way.by):
+            by_at = at + direction * _WAY_BYTES + SpliceDirection.by.offset
+            _TWO_WORDS.pack_into(self._memory, by_at, came_by, now)
+        if now != was:
+            # `lo` to `lo` is 0, and never changes.
+            goes_at = at + (1 - direction) * _WAY_BYTES + SpliceDirection.interface.offset
+            _WORD.pack_into(self._memory, goes_at, now)
+            out_at = index * SPLICE_BYTES + Splice.out.offset + direction * _WORD.size
+            _WORD.pack_into(self._memory, out_at, now)
+        if link is None or link.port_of:
+            # At a port we cannot see what our own sockets say.
+            raise _NoWayError(_patience_s())
+
+    def _out(self, record: Splice, direction: Direction) -> int:
+        """By which interface our packets go to a peer; what it was, if there is none."""
+        way, was = record.way[direction], int(record.out[direction])
+        if way.routing & Routing.BOUND:
+            return was
+        route = Route(
+            record.family,
+            b"" if way.routing & Routing.FOREIGN else bytes(way.from_.target),
+            bytes(way.from_.source),
+            socket.ntohs(way.from_.dport),
+            socket.ntohs(way.from_.sport),
+            way.mark,
+            record.owner,
+        )
+        now = self._routes.interface(route)
+        if not now:
+            raise _NoWayError(_patience_s())
+        if now != was and was in self._there and self._routes.is_one_of_several(route, was):
+            return was
+        return now
+
+    def _came_by(self, before: tuple[int, ...], now: int) -> int:
+        """By which interface a peer's packets may come, beside that of our route to it.
+
+        One by which they came so far, as long as it is there: the peer may not know of a change.
+        What comes in at a port comes by the other interface.
+        """
+        for interface in before:
+            link = self._there.get(interface)
+            if link is not None and (link.port_of or interface) != now:
+                return link.port_of or interface
+        return now
+
+    def _has_programs(self, interface: int) -> bool:
+        if self._links.has(interface):
+            return True
+        with contextlib.suppress(OSError):
+            return self._links.add(interface)
+        return False
+
+    def close(self) -> None:
+        """Close the sockets."""
+        self._watch.close()
+        self._routes.close()

@@ -1,0 +1,266 @@
+"""Writes this machine's spliced pairs into the fleet's store, and tells the keeper of others'.
+
+Runs in a process of its own without privileges, beside the workers: it only reads the maps, and
+nobody waits for it. A thread watches the store; the main one looks, decides (`ledger.py`) and
+writes. While the store does not answer, pairs go on, and are known to nobody else.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+
+from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
+from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.layout import Keys
+
+# The records outlive their machine, so that another can go on with them also if it comes late.
+LEASE_S: Final = 600
+_RENEW_S: Final = 30.0
+_TURN_S: Final = 0.1
+# Of a processor, at most: where there are many pairs we look more seldom.
+_SHARE: Final = 0.1
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 5.0
+_WATCH_S: Final = 60.0
+# What the watching thread may be ahead of us.
+_MOST_WAITING: Final = 4096
+_WRITES_AT_ONCE: Final = 8
+_AT_ONCE: Final = 16  # pairs in one request to the keeper
+_TOLD_EVERY_S: Final = 1.0
+
+T = TypeVar("T")
+
+
+class KeeperFault(Exception):
+    """The keeper did not answer: the next process begins anew with it."""
+
+
+class Kernel(Protocol):
+    """What the keeper and the maps are to us."""
+
+    def look(self, now_s: float) -> dict[str, Own]:
+        """The pairs that go through this machine, by their keys."""
+
+    def ask(self, do: str, **fields: object) -> dict[str, Any]:
+        """The keeper's answer.
+
+        Raises:
+            KeeperFault: there was none.
+        """
+
+
+class Supervisor(Protocol):
+    """The process above us."""
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send it a message.
+
+        Raises:
+            OSError: it is gone.
+        """
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait so long.
+
+        Raises:
+            EOFError: it is gone.
+        """
+
+
+class _All(NamedTuple):
+    """Everything that is in the store."""
+
+    entries: list[tuple[str, bytes]]
+
+
+class _Lost(NamedTuple):
+    error: str
+
+
+class Watcher:
+    """The thread that hears what is in the store."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        """`store` is this thread's alone."""
+        self._store = store
+        self._prefix = prefix
+        self.heard: queue.Queue[_All | _Lost | Change] = queue.Queue(_MOST_WAITING)
+
+    def start(self) -> None:
+        """Begin; it ends with the process."""
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def _run(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                found = self._store.list(self._prefix)
+                self.heard.put(_All(found.entries))
+                revision, pause_s = found.revision, _FIRST_PAUSE_S
+                while True:
+                    until_s = time.monotonic() + _WATCH_S
+                    for change in self._store.events(self._prefix, after=revision, until_s=until_s):
+                        revision = change.revision
+                        self.heard.put(change)
+            except StoreError as error:
+                self.heard.put(_Lost(str(error)[:500]))
+                time.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+class Replicator:
+    """Looks, decides and writes, for as long as the supervisor lives."""
+
+    def __init__(
+        self,
+        store: Store,
+        watcher: Watcher,
+        keys: Keys,
+        tag: str,
+        machine: str,
+        kernel: Kernel,
+        supervisor: Supervisor,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`tag` is what this machine is called in entries, `machine` says which host it is."""
+        self._store = store
+        self._watcher = watcher
+        self._keys = keys
+        self._tag = tag
+        self._machine = machine
+        self._kernel = kernel
+        self._supervisor = supervisor
+        self._clock = clock
+        self._ledger = Ledger(tag)
+        self._is_known = False  # what is in the store
+        self._lease = 0
+        self._renew_s = 0.0
+        self._write_s = 0.0  # not before
+        self._pause_s = _FIRST_PAUSE_S
+        self._said: dict[str, Any] = {}
+        self._say_s = 0.0
+        self._error = ""
+
+    def run(self) -> None:
+        """Until the supervisor is gone.
+
+        Raises:
+            EOFError, OSError: it is.
+            KeeperFault: the keeper does not answer.
+        """
+        self._kernel.ask("begin")
+        self._watcher.start()
+        while True:
+            started_s = self._clock()
+            self._turn(started_s)
+            took_s = self._clock() - started_s
+            self._supervisor.wait(max(_TURN_S - took_s, took_s / _SHARE - took_s, 0.01))
+
+    def _turn(self, now_s: float) -> None:
+        self._hear()
+        answer = self._kernel.ask("look")
+        if answer["waiting"]:
+            self._supervisor.tell({"waiting": answer["waiting"], "taken": answer["taken"]})
+        if self._is_known:
+            turn = self._ledger.turn(self._kernel.look(now_s), now_s)
+            self._tell_keeper(turn, now_s)
+            if now_s >= self._write_s:
+                try:
+                    self._write(turn, now_s)
+                except StoreError as error:
+                    self._error = str(error)[:500]
+                    self._write_s = now_s + self._pause_s * random.uniform(0.5, 1.0)
+                    self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                else:
+                    self._error, self._pause_s = "", _FIRST_PAUSE_S
+        self._say(now_s)
+
+    def _hear(self) -> None:
+        """Take what the watching thread has heard."""
+        for _ in range(_MOST_WAITING):
+            try:
+                heard = self._watcher.heard.get_nowait()
+            except queue.Empty:
+                return
+            match heard:
+                case _All(entries):
+                    prefix = self._keys.pairs
+                    self._ledger.saw_all(
+                        (key.removeprefix(prefix), value) for key, value in entries
+                    )
+                    self._is_known = True
+                    self._error = ""
+                case Change(key=key, value=value):
+                    self._ledger.saw(key.removeprefix(self._keys.pairs), value)
+                case _Lost(error):
+                    self._error = error
+
+    def _tell_keeper(self, turn: Turn, now_s: float) -> None:
+        """Of others' pairs, and of those that are others' by now."""
+        for keys in _pieces(turn.release, _AT_ONCE):
+            self._kernel.ask("release", keys=keys)
+        for pairs in _pieces(list(turn.let_go.values()), _AT_ONCE):
+            self._kernel.ask("let_go", pairs=[pair.encode() for pair in pairs])
+        for some in _pieces(list(turn.hold.items()), _AT_ONCE):
+            answer = self._kernel.ask("hold", pairs=[list(one) for one in some])
+            self._ledger.refused(answer["refused"], now_s)
+
+    def _write(self, turn: Turn, now_s: float) -> None:
+        self._keep_lease(now_s)
+        # Removals first: what is gone must not be gone on with.
+        changes: list[tuple[str, str | None]] = [(key, None) for key in turn.deletes]
+        changes += [(key, entry.encode()) for key, entry in turn.puts.items()]
+        for some in list(_pieces(changes, MOST_IN_ONE))[:_WRITES_AT_ONCE]:
+            self._store.write(
+                [(self._keys.pairs + key, value) for key, value in some], lease=self._lease
+            )
+            self._ledger.wrote(
+                {key: turn.puts[key] for key, value in some if value is not None},
+                [key for key, value in some if value is None],
+                now_s,
+            )
+
+    def _keep_lease(self, now_s: float) -> None:
+        """Have one, and the name for ourselves.
+
+        Raises:
+            StoreError: it cannot be had, or the name is another host's.
+        """
+        if self._lease and now_s < self._renew_s:
+            return
+        if not self._lease or not self._store.renew(self._lease):
+            self._lease = 0
+            lease = self._store.grant(LEASE_S)
+            key = self._keys.machines + self._tag
+            if not self._store.create(key, self._machine, lease=lease):
+                found = self._store.get(key)
+                if found is not None and found[0] != self._machine.encode():
+                    self._store.revoke(lease)
+                    raise StoreError("another machine of this fleet has our name (`instance`)")
+                self._store.put(key, self._machine, lease=lease)
+            self._lease = lease
+            self._ledger.lost_lease()
+        self._renew_s = now_s + _RENEW_S
+
+    def _say(self, now_s: float) -> None:
+        if now_s < self._say_s or not (self._is_known or self._error):
+            return
+        own, held = self._ledger.counts
+        state = "lost" if self._error else "connected"
+        said = {"replicas": state, "error": self._error, "own": own, "held": held}
+        if said != self._said:
+            self._supervisor.tell(said)
+            self._said, self._say_s = said, now_s + _TOLD_EVERY_S
+
+
+def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,212 @@
+"""Which keys a fleet has in its store, and what stands in their values.
+
+    /pyforwarder/FLEET/current/config                     what is to be in force: an `Edition`
+    /pyforwarder/FLEET/current/servers/UPSTREAM/ADDRESS   a server that has registered: a `Server`
+    /pyforwarder/FLEET/history/00000012                   an `Edition`, by its serial number
+    /pyforwarder/FLEET/instances/NAME                     a machine's `InstanceReport`
+    /pyforwarder/FLEET/tokens/DIGEST                      a `UsedToken`
+    /pyforwarder/FLEET/failover/machines/TAG              a machine that has pairs, see `failover`
+    /pyforwarder/FLEET/failover/pairs/KEY                 such a pair: `failover.record.Entry`
+
+Values are JSON objects with `schema: 1`. Servers, instances and tokens have a lease: they
+are gone when nobody renews it. Any client of the store may write a server's key; what is no valid
+value is left out, and told of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pyforwarder.core.address import Address, AddressError, parse_destination
+
+ROOT: Final = "/pyforwarder"
+SCHEMA: Final = 1
+MOST_TEXT: Final = 1 << 20  # as a file may have
+HISTORY_LENGTH: Final = 100
+MOST_SERVERS: Final = 4096
+MOST_INSTANCES: Final = 256
+
+Number = Annotated[int, Field(ge=0, lt=1 << 53)]
+Name = Annotated[str, Field(max_length=256)]
+Words = Annotated[str, Field(max_length=4096)]
+
+
+class ValueFault(ValueError):
+    """What stands at a key is not what belongs there."""
+
+
+class Value(BaseModel):
+    """One value: no conversion of types; fields of later versions are passed over."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    schema_: Annotated[int, Field(alias="schema", ge=1, le=SCHEMA)] = SCHEMA
+
+    @classmethod
+    def decode(cls, text: bytes | str) -> Self:
+        """The value that a key has.
+
+        Raises:
+            ValueFault: it is none of this kind, or of a later schema.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part)[:32] for part in first["loc"][:4])
+            raise ValueFault(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+    def encode(self) -> str:
+        """What is to stand at the key."""
+        return self.model_dump_json(by_alias=True)
+
+
+class Edition(Value):
+    """One configuration of the fleet: its text, and who has put it there when and why."""
+
+    serial: Annotated[int, Field(ge=1, lt=100_000_000)]
+    text: Annotated[str, Field(max_length=MOST_TEXT)]
+    by: Name = ""
+    at: Name = ""  # RFC 3339
+    comment: Words = ""
+
+
+class Server(Value):
+    """A server of an upstream; weight 0: it gets no new pairs."""
+
+    weight: Annotated[int, Field(ge=0, le=256)] = 1
+
+
+class InstanceReport(Value):
+    """What a machine says of itself."""
+
+    version: Name
+    serial: Number = 0  # of the edition in force; 0: none
+    refused: Number = 0  # the newest serial that it could not use
+    why: Words = ""
+    pid: Number = 0
+    started: Name = ""  # RFC 3339
+    pairs: Number = 0  # open ones
+    accepted: Number = 0
+    # Name -> "available", or why not.
+    datapaths: Annotated[dict[Name, Words], Field(max_length=16)] = {}
+
+
+class UsedToken(Value):
+    """A single-use token that was used, until it has expired everywhere."""
+
+    by: Name  # the machine
+    claim: Name  # each attempt's own
+
+
+class Keys:
+    """The keys of one fleet."""
+
+    def __init__(self, fleet: str) -> None:
+        prefix = f"{ROOT}/{fleet}/"
+        self.current = f"{prefix}current/"
+        self.config = f"{self.current}config"
+        self.servers = f"{self.current}servers/"
+        self.history = f"{prefix}history/"
+        self.instances = f"{prefix}instances/"
+        self.tokens = f"{prefix}tokens/"
+        self.machines = f"{prefix}failover/machines/"
+        self.pairs = f"{prefix}failover/pairs/"
+
+    def edition(self, serial: int) -> str:
+        """Where an edition stays; ordered by number."""
+        return f"{self.history}{serial:08}"
+
+    def server(self, upstream: str, address: Address) -> str:
+        """Where a server registers itself."""
+        return f"{self.servers}{upstream}/{address}"
+
+    def token(self, digest: str) -> str:
+        """What is there once a token was used; the digest is of its signature."""
+        return f"{self.tokens}{digest}"
+
+    def instance(self, name: str) -> str:
+        """Where a machine reports."""
+        return f"{self.instances}{name}"
+
+
+def registered_servers(
+    keys: Keys, found: Iterable[tuple[str, bytes]]
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Weights by upstream and address from (key, value) below `keys.servers`, and what is wrong.
+
+    Two texts of one address ([::1]:80, [0::1]:80) are one server, with the weight of the last.
+    Never more than `MOST_SERVERS`.
+    """
+    servers: dict[str, dict[str, int]] = {}
+    faults: list[str] = []
+    count = 0
+    for key, value in found:
+        upstream, slash, text = key.removeprefix(keys.servers).partition("/")
+        try:
+            if not slash or not upstream:
+                raise ValueFault("the key names no upstream and address")
+            address = parse_destination(text)
+            if not isinstance(address, Address):
+                raise ValueFault("a server registers an IP address, not a name")
+            weight = Server.decode(value).weight
+        except (ValueFault, AddressError) as error:
+            faults.append(f"{key[:200]}: {error}")
+            continue
+        if count >= MOST_SERVERS:
+            faults.append(f"more than {MOST_SERVERS} servers")
+            break
+        count += 1
+        servers.setdefault(upstream, {})[str(address)] = weight
+    return servers, faults
+
+
+def instances_in(keys: Keys, found: Iterable[tuple[str, bytes]]) -> list[dict[str, Any]]:
+    """The machines of a fleet as one tells of them: what is no report is left out.
+
+    Never more than `MOST_INSTANCES`, and of each text a line at most.
+    """
+    rows: list[dict[str, Any]] = []
+    for key, value in found:
+        try:
+            said = InstanceReport.decode(value)
+        except ValueFault:
+            continue
+        available = [name for name, state in said.datapaths.items() if state == "available"]
+        rows.append(
+            {
+                "instance": key.removeprefix(keys.instances)[:128],
+                "version": said.version[:64],
+                "serial": said.serial,
+                "refused": said.refused,
+                "pairs": said.pairs,
+                "accepted": said.accepted,
+                "datapaths": [name[:32] for name in available],
+                "unavailable": {
+                    name[:32]: state[:128]
+                    for name, state in said.datapaths.items()
+                    if name not in available
+                },
+                "started": said.started[:64],
+                "why": said.why[:256],
+            }
+        )
+    return rows[:MOST_INSTANCES]
+
+
+def newest_first(found: Iterable[tuple[str, bytes]]) -> list[Edition]:
+    """The editions of a history; what is none is left out."""
+    editions: list[Edition] = []
+    for _, value in found:
+        try:
+            editions.append(Edition.decode(value))
+        except ValueFault:
+            continue
+    return sorted(editions, key=lambda edition: -edition.serial)
+
+
+def as_message(value: Value) -> dict[str, Any]:
+    """The value's fields, for another process of this instance."""
+    return value.model_dump(by_alias=True)

@@ -1,0 +1,399 @@
+"""The store of a fleet: etcd, by its HTTP gateway (API v3, etcd 3.4 and later).
+
+etcd3gw does the requests, their errors and leases. Its watch is not used: it reads a stream in a
+thread of its own whose errors nobody hears, and takes pieces of a stream for whole messages.
+
+All methods wait at most `timeout_s` for each member, and raise `StoreError`.
+
+Source: https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/, api/etcdserverpb/rpc.proto.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+from etcd3gw.client import Etcd3Client
+from etcd3gw.exceptions import Etcd3Exception
+from requests.adapters import HTTPAdapter
+
+from pyforwarder.errors import ForwarderError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from pyforwarder.config import Fleet
+    from pyforwarder.fleet.files import StoreFiles
+
+REQUEST_TIMEOUT_S: Final = 3.0
+# A watch that says nothing for so long is asked for again: the connection may have died silently.
+WATCH_TIMEOUT_S: Final = 5.0
+MOST_IN_ONE: Final = 128  # changes in one request: etcd's --max-txn-ops
+_MOST_LINE_BYTES: Final = 16 << 20
+_NOT_FOUND: Final = 5  # google.rpc.Code
+
+
+class StoreError(ForwarderError):
+    """The store does not answer, or refuses."""
+
+
+class NoSuchLeaseError(StoreError):
+    """The lease of a key is gone."""
+
+
+class Found(NamedTuple):
+    """Keys and values below a prefix, as they were at one revision of the store."""
+
+    revision: int
+    entries: list[tuple[str, bytes]]
+
+
+class Change(NamedTuple):
+    """What has become of one key."""
+
+    revision: int
+    key: str
+    value: bytes | None  # None: it is gone
+
+
+class Store:
+    """One member of the store's cluster at a time; the next one when that fails."""
+
+    def __init__(
+        self, fleet: Fleet, files: StoreFiles, *, timeout_s: float = REQUEST_TIMEOUT_S
+    ) -> None:
+        """No connection is made yet; `timeout_s` is how long each member is waited for."""
+        self._credentials = files.credentials
+        self._timeout_s = timeout_s
+        self._clients = [
+            _client(endpoint, files.context, timeout_s) for endpoint in fleet.endpoints
+        ]
+        self._current = 0
+        self._is_known = False  # to the member: we have a token, or need none
+
+    @property
+    def endpoint(self) -> str:
+        """Whom we speak to now."""
+        return self._clients[self._current].base_url
+
+    def close(self) -> None:
+        """Close the connections."""
+        for client in self._clients:
+            client.session.close()
+
+    def list(self, prefix: str) -> Found:
+        """All keys below a prefix, in order."""
+        answer = self._post("/kv/range", {"key": _encode(prefix), "range_end": _end_of(prefix)})
+        entries = [
+            (_decode(entry["key"]).decode(errors="replace"), _decode(entry.get("value", "")))
+            for entry in answer.get("kvs", ())
+        ]
+        return Found(_revision(answer), entries)
+
+    def get(self, key: str) -> tuple[bytes, int] | None:
+        """A key's value and the revision of its last change; None if there is no such key."""
+        answer = self._post("/kv/range", {"key": _encode(key)})
+        for entry in answer.get("kvs", ()):
+            return _decode(entry.get("value", "")), int(entry["mod_revision"])
+        return None
+
+    def put(self, key: str, value: str, *, lease: int = 0) -> None:
+        """Set a key; with a lease it goes when that ends."""
+        self._post("/kv/put", {"key": _encode(key), "value": _encode(value), "lease": lease})
+
+    def delete(self, key: str) -> None:
+        """Remove a key, if it is there."""
+        self._post("/kv/deleterange", {"key": _encode(key)})
+
+    def change(
+        self, key: str, value: str, *, was: int, also: Sequence[tuple[str, str | None]] = ()
+    ) -> bool:
+        """Set a key if its last change was at revision `was` (0: if it is not there), else False.
+
+        In the same moment `also` sets other keys, or removes them (None).
+        """
+        changes = [
+            {"request_put": {"key": _encode(name), "value": _encode(text)}}
+            if text is not None
+            else {"request_delete_range": {"key": _encode(name)}}
+            for name, text in [(key, value), *also]
+        ]
+        compare = {
+            "key": _encode(key),
+            "result": "EQUAL",
+            "target": "MOD",
+            "mod_revision": was,
+        }
+        answer = self._post("/kv/txn", {"compare": [compare], "success": changes})
+        return bool(answer.get("succeeded"))
+
+    def create(self, key: str, value: str, *, lease: int = 0) -> bool:
+        """Set a key if it is not there, else False."""
+        compare = {"key": _encode(key), "result": "EQUAL", "target": "CREATE", "create_revision": 0}
+        put = {"request_put": {"key": _encode(key), "value": _encode(value), "lease": lease}}
+        answer = self._post("/kv/txn", {"compare": [compare], "success": [put]})
+        return bool(answer.get("succeeded"))
+
+    def create_each(self, entries: Sequence[tuple[str, str, int]]) -> Sequence[bool]:
+        """Set those of some keys (key, value, lease) that are not there, in one transaction.
+
+        True for each that has its value now: by this, or by a call before whose answer was lost.
+        Keys are different ones; etcd takes 128 of them by default.
+
+        Raises:
+            NoSuchLeaseError: one of the leases is gone; no key is set.
+        """
+        changes = [
+            {
+                "request_txn": {
+                    "compare": [
+                        {
+                            "key": _encode(key),
+                            "result": "EQUAL",
+                            "target": "CREATE",
+                            "create_revision": 0,
+                        }
+                    ],
+                    "success": [
+                        {
+                            "request_put": {
+                                "key": _encode(key),
+                                "value": _encode(value),
+                                "lease": lease,
+                            }
+                        }
+                    ],
+                    "failure": [{"request_range": {"key": _encode(key)}}],
+                }
+            }
+            for key, value, lease in entries
+        ]
+        answer = self._post("/kv/txn", {"success": changes})
+        try:
+            found = [one["response_txn"] for one in answer["responses"]]
+            return [
+                bool(one.get("succeeded"))
+                or one["responses"][0]["response_range"]["kvs"][0]["value"] == _encode(value)
+                for one, (_, value, _) in zip(found, entries, strict=True)
+            ]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._failed(f"no answer of etcd: {type(error).__name__}") from error
+
+    def grant(self, ttl_s: int) -> int:
+        """A new lease."""
+        return int(self._post("/lease/grant", {"TTL": ttl_s, "ID": 0})["ID"])
+
+    def renew(self, lease: int) -> bool:
+        """Let a lease begin anew; False if it has ended."""
+        answer = self._post("/lease/keepalive", {"ID": lease})
+        return int(answer.get("result", {}).get("TTL", 0)) > 0
+
+    def revoke(self, lease: int) -> None:
+        """End a lease, and what has it; if the store does not hear it, time does that."""
+        with contextlib.suppress(StoreError):
+            self._post("/kv/lease/revoke", {"ID": lease})
+
+    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int = 0) -> None:
+        """Set keys, with a lease, or remove them (None), all in the same moment.
+
+        At most `MOST_IN_ONE`, and none of them twice.
+        """
+        operations = [
+            {"request_put": {"key": _encode(key), "value": _encode(value), "lease": lease}}
+            if value is not None
+            else {"request_delete_range": {"key": _encode(key)}}
+            for key, value in changes
+        ]
+        self._post("/kv/txn", {"success": operations})
+
+    def changes(self, prefix: str, *, after: int, until_s: float) -> Iterator[int]:
+        """The revision of each change below a prefix after a revision, as they come.
+
+        As `events`.
+        """
+        for change in self.events(prefix, after=after, until_s=until_s):
+            yield change.revision
+
+    def events(self, prefix: str, *, after: int, until_s: float) -> Iterator[Change]:
+        """Each change below a prefix after a revision, as they come.
+
+        Ends at `until_s` (time.monotonic()), or when nothing has come for `WATCH_TIMEOUT_S`. What
+        came in between two calls is not lost, if the second has the last revision seen.
+        """
+        create: dict[str, Any] = {
+            "key": _encode(prefix),
+            "range_end": _end_of(prefix),
+            "start_revision": after + 1,
+        }
+        client = self._known()
+        left_s = max(0.1, min(WATCH_TIMEOUT_S, until_s - time.monotonic()))
+        try:
+            with client.session.post(
+                client.get_url("/watch"),
+                json={"create_request": create},
+                stream=True,
+                timeout=(self._timeout_s, left_s),
+            ) as answer:
+                if answer.status_code != requests.codes["ok"]:
+                    raise self._failed(f"{answer.status_code} {answer.text[:200]}")
+                rest = b""
+                for piece in answer.iter_content(chunk_size=None):  # each as it comes
+                    *lines, rest = (rest + piece).split(b"\n")
+                    if len(rest) > _MOST_LINE_BYTES:
+                        raise self._failed("a message that is too long")
+                    for line in lines:
+                        yield from self._watched(line)
+                    if time.monotonic() >= until_s:
+                        return
+        except requests.exceptions.ConnectionError as error:
+            # A read that times out in the middle of a stream is reported as this one.
+            if "Read timed out" in str(error):
+                return
+            raise self._failed(str(error)) from error
+        except requests.exceptions.Timeout:
+            return
+        except (requests.exceptions.RequestException, Etcd3Exception) as error:
+            raise self._failed(_reason(error)) from error
+
+    def _watched(self, line: bytes) -> Iterator[Change]:
+        if not line.strip():
+            return
+        try:
+            message = json.loads(line)
+            if "error" in message:
+                raise self._failed(str(message["error"])[:200])
+            result = message["result"]
+            if result.get("canceled"):
+                # Compacted: what came in between is only to be had by listing.
+                raise self._failed(f"the watch was ended: {result.get('cancel_reason', '?')}")
+            for event in result.get("events", ()):
+                entry = event["kv"]
+                value = None if event.get("type") == "DELETE" else _decode(entry.get("value", ""))
+                key = _decode(entry["key"]).decode(errors="replace")
+                yield Change(int(entry["mod_revision"]), key, value)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._failed(f"no answer of etcd: {type(error).__name__}") from error
+
+    def _known(self) -> Etcd3Client:
+        """The member that we speak to; it knows who we are."""
+        client = self._clients[self._current]
+        if self._credentials is not None and not self._is_known:
+            client.session.headers.pop("Authorization", None)
+            try:
+                answer = client.post(
+                    client.get_url("/auth/authenticate"),
+                    json={"name": self._credentials.user, "password": self._credentials.password},
+                )
+                client.session.headers["Authorization"] = answer["token"]
+            except (Etcd3Exception, requests.exceptions.RequestException, KeyError) as error:
+                raise self._failed(_reason(error)) from error
+            self._is_known = True
+        return client
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Ask each member once."""
+        error: StoreError | None = None
+        for _ in self._clients:
+            try:
+                client = self._known()
+                answer = client.post(client.get_url(path), json=body)
+                if not isinstance(answer, dict):
+                    raise self._failed("no answer of etcd")
+                return answer
+            except StoreError as failed:
+                error = failed
+            except Etcd3Exception as failed:
+                if _code(failed) == _NOT_FOUND:
+                    raise NoSuchLeaseError(f"etcd at {self.endpoint}: {_reason(failed)}") from None
+                error = self._failed(_reason(failed))
+            except (requests.exceptions.RequestException, ValueError) as failed:
+                error = self._failed(_reason(failed))
+        assert error is not None
+        raise error
+
+    def _failed(self, reason: str) -> StoreError:
+        """The error to raise; the next member is asked from here on."""
+        endpoint = self.endpoint
+        self._current = (self._current + 1) % len(self._clients)
+        self._is_known = False
+        return StoreError(f"etcd at {endpoint}: {reason[:300]}")
+
+
+class _WithContext(HTTPAdapter):
+    """Knows the store by this context's authority alone, and shows it this context's certificate.
+
+    Their files were read before: later on we may not be root any more.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, ssl_context=self._context, **options)
+
+    def build_connection_pool_key_attributes(
+        self, *args: Any, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Without its authorities' files, which would be added to ours.
+        host, _ = super().build_connection_pool_key_attributes(*args, **options)
+        return host, {"cert_reqs": "CERT_REQUIRED"}
+
+    def cert_verify(self, conn: Any, *args: Any, **options: Any) -> None:
+        del args, options
+        conn.cert_reqs = "CERT_REQUIRED"
+
+
+def _client(endpoint: str, context: ssl.SSLContext | None, timeout_s: float) -> Etcd3Client:
+    parts = urlsplit(endpoint)
+    session = requests.Session()
+    session.trust_env = False  # no proxy of the environment, no .netrc
+    if context is not None:
+        session.mount("https://", _WithContext(context))
+    return Etcd3Client(
+        host=parts.hostname or "",
+        port=parts.port or 2379,
+        protocol=parts.scheme,
+        timeout=timeout_s,
+        api_path="/v3/",
+        session=session,
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Etcd3Exception) and error.detail_text:
+        with contextlib.suppress(ValueError, AttributeError):
+            return str(json.loads(error.detail_text).get("error") or error.detail_text)
+        return error.detail_text
+    return str(error) or type(error).__name__
+
+
+def _code(error: Etcd3Exception) -> int:
+    """What etcd calls the error; 0: nothing."""
+    with contextlib.suppress(ValueError, AttributeError, TypeError):
+        return int(json.loads(error.detail_text or "{}").get("code", 0))
+    return 0
+
+
+def _encode(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def _end_of(prefix: str) -> str:
+    """The first key behind all that begin so; prefixes end with a slash."""
+    end = prefix.encode()
+    return base64.b64encode(end[:-1] + bytes([end[-1] + 1])).decode()
+
+
+def _revision(answer: dict[str, Any]) -> int:
+    return int(answer.get("header", {}).get("revision", 0))

@@ -1,0 +1,1 @@
+"""What processes need from the system: an event loop, children, descriptors, names, privileges."""

@@ -1,0 +1,164 @@
+"""What is worth keeping between two starts: compiled programs, facts of this kernel, proofs.
+
+    /var/cache/pyforwarder/programs/HASH     of root; other users: RUN_DIR/.programs
+
+A file says what it was kept for (its key) and carries a digest; what is damaged, or was kept for
+something else, counts as not there. A program from here is loaded with our privileges, so nothing
+is read from a directory that anybody else owns or may write to, nor below one, and from no such
+file. `PYFORWARDER_CACHE_DIR` names another directory; `none` keeps nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+VARIABLE: Final = "PYFORWARDER_CACHE_DIR"
+_OF_ROOT: Final = Path("/var/cache/pyforwarder/programs")
+_NONE: Final = "none"
+_MAGIC: Final = b"pyforwarder 1\n"
+_DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_MOST_BYTES: Final = 16 << 20
+# The oldest go: each version of the programs has ten or so, and each size of the pair table one.
+_MOST_FILES: Final = 128
+_OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+
+def usual_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where this user's processes keep things; None: nowhere."""
+    named = environ.get(VARIABLE)
+    if named:
+        return None if named == _NONE else Path(named).absolute()
+    if os.geteuid() == 0:
+        return _OF_ROOT
+    run_dir = environ.get("PYFORWARDER_RUN_DIR")
+    # Not an instance's name, which begins with a letter or a digit.
+    return Path(run_dir).absolute() / ".programs" if run_dir else None
+
+
+def told_to_children() -> dict[str, str]:
+    """The variable that has a child keep things where we do; none where it does so anyway."""
+    directory = usual_directory()
+    if directory == (_OF_ROOT if os.geteuid() == 0 else None):
+        return {}
+    return {VARIABLE: _NONE if directory is None else str(directory)}
+
+
+class Store:
+    """Values by key in one directory; nothing here raises, what cannot be kept is not kept."""
+
+    def __init__(self, directory: Path | None) -> None:
+        """`directory` is made when something is put there; None: an empty store."""
+        self._directory = directory
+
+    @classmethod
+    def usual(cls) -> Store:
+        """That of this user."""
+        return cls(usual_directory())
+
+    def get(self, key: str) -> bytes | None:
+        """What was put there last for exactly this key; None: nothing that can be trusted."""
+        with contextlib.suppress(OSError), self._opened() as directory_fd:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            with os.fdopen(os.open(_name(key), flags, dir_fd=directory_fd), "rb") as file:
+                said = os.fstat(file.fileno())
+                if not stat.S_ISREG(said.st_mode) or not _is_ours_alone(said):
+                    return None
+                return _unpacked(file.read(_MOST_BYTES + 1), key)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keep this for the key, in the place of what was there; readers see one or the other."""
+        packed = _packed(key, value)
+        if self._directory is None or len(packed) > _MOST_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            self._directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            with self._opened() as directory_fd:
+                self._write(directory_fd, _name(key), packed)
+                _remove_oldest(directory_fd)
+
+    def forget(self, key: str) -> None:
+        """Keep nothing for this key any more."""
+        with contextlib.suppress(OSError), self._opened() as directory_fd:
+            os.unlink(_name(key), dir_fd=directory_fd)
+
+    @staticmethod
+    def _write(directory_fd: int, name: str, packed: bytes) -> None:
+        new = f".{secrets.token_hex(8)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(new, flags, 0o600, dir_fd=directory_fd), "wb") as file:
+                file.write(packed)
+            os.rename(new, name, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
+        except OSError:  # no space left, say
+            with contextlib.suppress(OSError):
+                os.unlink(new, dir_fd=directory_fd)
+            raise
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        """A descriptor of the directory; OSError if there is none, or it is not ours alone."""
+        if self._directory is None:
+            raise FileNotFoundError
+        path = self._directory.resolve()
+        for above in path.parents:
+            if not _is_safe_above(os.lstat(above)):
+                raise PermissionError(f"others may change {above}")
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not _is_ours_alone(os.fstat(fd)):
+                raise PermissionError(f"others may change {path}")
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def _is_ours_alone(said: os.stat_result) -> bool:
+    return said.st_uid == os.geteuid() and not said.st_mode & _OTHERS_MAY_WRITE
+
+
+def _is_safe_above(said: os.stat_result) -> bool:
+    """Whether nobody but root and us can put another in the place of what is below it."""
+    if said.st_uid not in (0, os.geteuid()):
+        return False
+    return not said.st_mode & _OTHERS_MAY_WRITE or bool(said.st_mode & stat.S_ISVTX)
+
+
+def _name(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:40]
+
+
+def _packed(key: str, value: bytes) -> bytes:
+    said = len(key.encode()).to_bytes(4, "big") + key.encode() + value
+    return _MAGIC + hashlib.sha256(said).digest() + said
+
+
+def _unpacked(packed: bytes, key: str) -> bytes | None:
+    start = len(_MAGIC) + _DIGEST_BYTES
+    said = packed[start:]
+    expected = len(key.encode()).to_bytes(4, "big") + key.encode()
+    if packed[:start] != _MAGIC + hashlib.sha256(said).digest() or not said.startswith(expected):
+        return None
+    return said[len(expected) :]
+
+
+def _remove_oldest(directory_fd: int) -> None:
+    names = os.listdir(directory_fd)
+    if len(names) <= _MOST_FILES:
+        return
+    aged = []
+    for name in names:
+        with contextlib.suppress(OSError):  # another process has removed it
+            said = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+            aged.append((said.st_mtime_ns, name))
+    for _, name in sorted(aged)[: len(aged) - _MOST_FILES]:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=directory_fd)

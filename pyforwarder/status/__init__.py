@@ -1,0 +1,1 @@
+"""What others may see of a running instance: Prometheus' metrics, and their server."""

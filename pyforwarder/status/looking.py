@@ -1,0 +1,542 @@
+"""What the page shows, read from the pair table and the counters: one look for all viewers.
+
+A look compares with the one before it, so that counters become rates. Descriptions are read once
+for each connection and its changes, numbers at every look: ten thousand pairs are some 30 ms.
+What a worker that was taken over writes into its window spoils its own pairs, and no others.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import (
+    PAIR_BYTES,
+    DatapathKind,
+    Direction,
+    PairRecord,
+    PairState,
+    unpack_endpoint,
+)
+from pyforwarder.datapath.ebpf.pair_table import (
+    ACTIVE_NS,
+    CARRIED,
+    DATAPATH,
+    LAST_NS,
+    REDIRECTED,
+    SEQUENCE,
+    STATE,
+    PairWindow,
+    read_slot,
+    used_slots,
+)
+from pyforwarder.runtime.counters import (
+    CLOSED_INDEX,
+    Counter,
+    Counters,
+    ListenerCounter,
+    RuleCounter,
+    ServerCounter,
+    ServerFailure,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LANES: Final = tuple(kind for kind in DatapathKind if kind is not DatapathKind.NONE)
+# As many rows fit on no screen.
+MOST_ROWS: Final = 100
+# Orders and filters that are kept for as long as a look is the last one.
+_MOST_ORDERS: Final = 32
+_STATES: Final = {int(state): state.label for state in PairState}
+_KINDS: Final = {int(kind): kind.label for kind in DatapathKind}
+_UP, _DOWN = Direction.UP, Direction.DOWN
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerPlan:
+    """A listener, and the first of its counters."""
+
+    name: str
+    bind: str
+    protocol: str
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class RulePlan:
+    """A rule, and the first of its counters; `upstream` if that is where it goes."""
+
+    listener: str
+    rule: str
+    to: str
+    upstream: str | None
+    counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """A server of an upstream, and the first of its counters, if it has any."""
+
+    upstream: str
+    server: str
+    counter: int | None
+    is_checked: bool
+    weight: int = 1
+    is_backup: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What there is by the configuration, in its order."""
+
+    listeners: tuple[ListenerPlan, ...]
+    rules: tuple[RulePlan, ...]
+    servers: tuple[ServerPlan, ...]
+
+    @property
+    def upstreams(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(dict.fromkeys(server.upstream for server in self.servers))
+
+
+@dataclass(slots=True)
+class Flow:
+    """What went by between two looks, and how many pairs there are at the second."""
+
+    pairs: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    new: int = 0
+    up_carried: int = 0  # by those pairs, since their begin
+    down_carried: int = 0
+
+
+class ServerNow(NamedTuple):
+    """What is counted of a server, by all workers together."""
+
+    held: int  # pairs, and connections that are being made
+    is_down: bool = False  # to some worker
+    is_drained: bool = False
+    connects: int = 0
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Look:
+    """The state at one moment, and what happened since the look before."""
+
+    span_s: float  # since then; 0: there was none
+    total: Flow
+    lanes: list[Flow]
+    listeners: list[Flow]
+    rules: list[Flow]
+    upstreams: list[Flow]
+    servers: list[Flow]
+    up_bytes: int = 0  # since the daemon's start
+    down_bytes: int = 0
+    refused: int = 0  # between the two looks
+    counts: Mapping[str, Any] = field(default_factory=dict)  # as they are now, see `_counts`
+
+
+class Pair:
+    """One connection, as the last look found it."""
+
+    __slots__ = (
+        "_text",
+        "client",
+        "datapath",
+        "down_bytes",
+        "down_per_s",
+        "id",
+        "listener",
+        "listener_at",
+        "listener_name",
+        "rule",
+        "rule_at",
+        "sequence",
+        "server",
+        "server_at",
+        "slot",
+        "source",
+        "started_ns",
+        "state",
+        "up_bytes",
+        "up_per_s",
+        "upstream_at",
+        "window",
+    )
+
+    def __init__(self, window: int, slot: int, sequence: int, record: PairRecord) -> None:
+        self.window = window
+        self.slot = slot
+        self.sequence = sequence
+        self.id: int = record.id
+        self.started_ns: int = record.started_ns
+        self.client = unpack_endpoint(record.client)
+        self.listener = unpack_endpoint(record.listener)
+        self.source = unpack_endpoint(record.source)
+        self.server = unpack_endpoint(record.server)
+        self.rule = record.rule.decode(errors="replace")
+        self.listener_name = record.listener_name.decode(errors="replace")
+        self.state = 0
+        self.datapath = 0
+        self.up_bytes = self.down_bytes = 0
+        self.up_per_s = self.down_per_s = 0.0
+        # Where it belongs in the plan; None: nowhere.
+        self.listener_at: int | None = None
+        self.rule_at: int | None = None
+        self.upstream_at: int | None = None
+        self.server_at: int | None = None
+        self._text = ""
+
+    @property
+    def per_s(self) -> float:
+        """Both directions together."""
+        return self.up_per_s + self.down_per_s
+
+    @property
+    def bytes(self) -> int:
+        """Both directions together."""
+        return self.up_bytes + self.down_bytes
+
+    def has(self, words: Sequence[str]) -> bool:
+        """Whether every word is in what is shown of it; the words are in lower case."""
+        if not self._text:
+            said = (self.client, self.listener, self.source, self.server, self.rule)
+            self._text = " ".join((str(self.id), *said, self.listener_name)).lower()
+        now = f"{self._text} {_STATES[self.state]} {_KINDS[self.datapath]}"
+        return all(word in now for word in words)
+
+
+# What pairs can be ordered by; those that are no attribute are in `Looker._order`.
+SORTS: Final[Mapping[str, Callable[[Pair], Any]]] = {
+    "rate": attrgetter("per_s"),
+    "up": attrgetter("up_per_s"),
+    "down": attrgetter("down_per_s"),
+    "bytes": attrgetter("bytes"),
+    "id": attrgetter("id"),
+    "client": attrgetter("client"),
+    "server": attrgetter("server"),
+    "rule": attrgetter("rule"),
+    "state": lambda pair: _STATES[pair.state],
+    "datapath": lambda pair: _KINDS[pair.datapath],
+    "age": lambda pair: -pair.started_ns,
+    "idle": lambda pair: 0,
+}
+
+
+class Looker:
+    """Looks at one daemon's tables, whenever it is told to."""
+
+    def __init__(self, plan: Plan, counters: Counters, windows: Sequence[mmap.mmap]) -> None:
+        """Nobody closes what is passed in before the process ends."""
+        self.plan = plan
+        self._counters = counters
+        self._views = [memoryview(window) for window in windows]
+        self._words = [view.cast("Q") for view in self._views]
+        self._places = _Places(plan)
+        self._at_s: float | None = None
+        self._pairs: list[dict[int, Pair]] = [{} for _ in windows]
+        self._by_id: list[Pair] | None = None
+        self._orders: dict[tuple[str, bool, str], list[Pair]] = {}
+        self._before: dict[int, int] = {}  # counters at the look before
+        self._carried: dict[tuple[str, int], int] = {}
+
+    def forget(self) -> None:
+        """Nobody has looked for long: the next look is the first."""
+        self._at_s = None
+        self._pairs = [{} for _ in self._views]
+        self._by_id = None
+        self._orders.clear()
+
+    def look(self, now_s: float) -> Look:
+        """What is there now, and what went by since the last look; `now_s` by a steady clock."""
+        span_s = 0.0 if self._at_s is None else max(now_s - self._at_s, 0.001)
+        plan = self.plan
+        look = Look(
+            span_s,
+            Flow(),
+            [Flow() for _ in LANES],
+            [Flow() for _ in plan.listeners],
+            [Flow() for _ in plan.rules],
+            [Flow() for _ in plan.upstreams],
+            [Flow() for _ in plan.servers],
+        )
+        for window in range(len(self._views)):
+            self._look_at_window(window, span_s, look)
+        self._look_at_counters(look, is_first=self._at_s is None)
+        self._at_s = now_s
+        self._by_id = None
+        self._orders.clear()
+        return look
+
+    def _look_at_window(self, window: int, span_s: float, look: Look) -> None:
+        view, words = self._views[window], self._words[window]
+        known = self._pairs[window]
+        found: dict[int, Pair] = {}
+        up_carried, down_carried = CARRIED
+        up_redirected, down_redirected = REDIRECTED
+        for slot in used_slots(view):
+            at = slot * PairWindow.WORDS
+            pair = known.get(slot)
+            is_new = False
+            if pair is None or pair.sequence != words[at + SEQUENCE]:
+                before, pair = pair, self._describe(window, slot)
+                if pair is None:
+                    continue
+                if before is not None and (before.id, before.client) == (pair.id, pair.client):
+                    pair.up_bytes, pair.down_bytes = before.up_bytes, before.down_bytes
+                else:
+                    is_new = True
+            state, datapath = view[slot * PAIR_BYTES + STATE], view[slot * PAIR_BYTES + DATAPATH]
+            if not state or state not in _STATES or datapath not in _KINDS:
+                continue
+            pair.state, pair.datapath = state, datapath
+            up_bytes = words[at + up_carried] + words[at + up_redirected]
+            down_bytes = words[at + down_carried] + words[at + down_redirected]
+            if span_s:
+                up = max(0, up_bytes - pair.up_bytes)
+                down = max(0, down_bytes - pair.down_bytes)
+            else:
+                up = down = 0  # since when is not known
+            pair.up_bytes, pair.down_bytes = up_bytes, down_bytes
+            pair.up_per_s = up / span_s if up else 0.0
+            pair.down_per_s = down / span_s if down else 0.0
+            found[slot] = pair
+            for flow in self._flows(pair, look):
+                flow.pairs += 1
+                flow.up_bytes += up
+                flow.down_bytes += down
+                flow.new += is_new and span_s > 0
+                flow.up_carried += up_bytes
+                flow.down_carried += down_bytes
+            look.up_bytes += up_bytes
+            look.down_bytes += down_bytes
+        self._pairs[window] = found
+
+    @staticmethod
+    def _flows(pair: Pair, look: Look) -> Iterable[Flow]:
+        yield look.total
+        if pair.datapath:
+            yield look.lanes[pair.datapath - 1]
+        if pair.listener_at is not None:
+            yield look.listeners[pair.listener_at]
+        if pair.rule_at is not None:
+            yield look.rules[pair.rule_at]
+        if pair.upstream_at is not None:
+            yield look.upstreams[pair.upstream_at]
+        if pair.server_at is not None:
+            yield look.servers[pair.server_at]
+
+    def _describe(self, window: int, slot: int) -> Pair | None:
+        """A connection that is new, or has changed; None: what is there is none."""
+        view = self._views[window]
+        record = read_slot(view, slot)
+        if record is None:
+            return None
+        try:
+            pair = Pair(window, slot, record.sequence, record)
+        except ValueError:
+            return None
+        self._places.find(pair)
+        return pair
+
+    def _look_at_counters(self, look: Look, *, is_first: bool) -> None:
+        """Totals, and what is counted whether or not a pair lived until now."""
+        total = self._counters.total
+
+        def carried(key: tuple[str, int], live: int, word: int) -> tuple[int, int]:
+            """Bytes since the start, of pairs that live and that ended; how many are new."""
+            # A pair that closes passes from the table to the counters, and may be in neither.
+            most = self._carried.get(key, 0)
+            now = self._carried[key] = max(most, live + total(word))
+            return now, 0 if is_first else now - most
+
+        look.up_bytes, look.total.up_bytes = carried(("", _UP), look.up_bytes, Counter.UP_BYTES)
+        look.down_bytes, look.total.down_bytes = carried(
+            ("", _DOWN), look.down_bytes, Counter.DOWN_BYTES
+        )
+        before, self._before = self._before, {}
+
+        def since(index: int) -> tuple[int, int]:
+            """What is counted now, and how many of them came since the last look."""
+            now = self._before[index] = total(index)
+            return now, 0 if is_first else max(0, now - before.get(index, 0))
+
+        plan = self.plan
+        listeners, rules, servers = [], [], []
+        for listener, flow in zip(plan.listeners, look.listeners, strict=True):
+            accepted, flow.new = since(listener.counter + ListenerCounter.ACCEPTED)
+            refused, more = since(listener.counter + ListenerCounter.REFUSED)
+            look.refused += more
+            open_now = total(listener.counter + ListenerCounter.OPEN)
+            # Those of pairs that have ended, too, which no rule and no server is told of.
+            flow.up_bytes = carried(
+                (listener.name, _UP), flow.up_carried, listener.counter + ListenerCounter.UP_BYTES
+            )[1]
+            flow.down_bytes = carried(
+                (listener.name, _DOWN),
+                flow.down_carried,
+                listener.counter + ListenerCounter.DOWN_BYTES,
+            )[1]
+            listeners.append((open_now, accepted, refused))
+        for rule, flow in zip(plan.rules, look.rules, strict=True):
+            taken, flow.new = since(rule.counter + RuleCounter.TAKEN)
+            refused, _ = since(rule.counter + RuleCounter.REFUSED)
+            rules.append((taken, refused))
+        for server, flow in zip(plan.servers, look.servers, strict=True):
+            if server.counter is None:
+                servers.append(ServerNow(flow.pairs))
+                continue
+            words = {name: total(server.counter + name) for name in ServerCounter}
+            connects, flow.new = since(server.counter + ServerCounter.CONNECTS)
+            first = server.counter + ServerCounter.FAILURES
+            servers.append(
+                ServerNow(
+                    words[ServerCounter.HELD],
+                    words[ServerCounter.DOWN] > 0,
+                    words[ServerCounter.DRAINED] > 0,
+                    connects,
+                    sum(total(first + cause) for cause in ServerFailure),
+                )
+            )
+        _, look.total.new = since(Counter.ACCEPTED)
+        ends = [(reason.value, *since(index)) for reason, index in CLOSED_INDEX.items()]
+        look.counts = {
+            "listeners": listeners,
+            "rules": rules,
+            "servers": servers,
+            "ends": [end for end in ends if end[1]],
+        }
+
+    # ---------------------------------------------------------------- the pairs, page by page
+
+    def page(
+        self, *, sort: str, rising: bool, filter: str, first: int, count: int, now_ns: int
+    ) -> dict[str, Any]:
+        """At most `MOST_ROWS` rows of the last look, from place `first` on in this order.
+
+        Raises:
+            KeyError: there is no such order.
+        """
+        ordered = self._order(sort, rising, filter)
+        rows = ordered[first : first + min(count, MOST_ROWS)]
+        return {
+            "total": sum(map(len, self._pairs)),
+            "shown": len(ordered),
+            "first": first,
+            "rows": [self._row(pair, now_ns) for pair in rows],
+        }
+
+    def pairs_to_order(self, sort: str, rising: bool, filter: str) -> int:
+        """How many pairs have to be looked at for a page of this order; 0: it is there already."""
+        known = _order_key(sort, rising, filter) in self._orders
+        return 0 if known else sum(map(len, self._pairs))
+
+    def _order(self, sort: str, rising: bool, filter: str) -> list[Pair]:
+        key = _order_key(sort, rising, filter)
+        words = key[2].split()
+        ordered = self._orders.get(key)
+        if ordered is None:
+            value = self._active_ns if sort == "idle" else SORTS[sort]
+            if self._by_id is None:
+                every = [pair for pairs in self._pairs for pair in pairs.values()]
+                self._by_id = sorted(every, key=SORTS["id"])
+            # Equal ones stand in the order of their ids, whichever way round.
+            kept = [pair for pair in self._by_id if pair.has(words)] if words else self._by_id
+            falls = (not rising) if sort != "idle" else rising  # who was active first is idle most
+            ordered = sorted(kept, key=value, reverse=falls)
+            if len(self._orders) >= _MOST_ORDERS:
+                self._orders.clear()
+            self._orders[key] = ordered
+        return ordered
+
+    def pair_ids(self, *, listener: str | None = None, rule: str | None = None) -> list[int]:
+        """The ids of all pairs of the last look, of a listener or of one of its rules."""
+        return [
+            pair.id
+            for pairs in self._pairs
+            for pair in pairs.values()
+            if listener in (None, pair.listener_name) and rule in (None, pair.rule)
+        ]
+
+    def _active_ns(self, pair: Pair) -> int:
+        words, at = self._words[pair.window], pair.slot * PairWindow.WORDS
+        return max(
+            pair.started_ns,
+            words[at + ACTIVE_NS],
+            words[at + LAST_NS[_UP]],
+            words[at + LAST_NS[_DOWN]],
+        )
+
+    def _row(self, pair: Pair, now_ns: int) -> dict[str, Any]:
+        record = read_slot(self._views[pair.window], pair.slot)
+        reason = ""
+        if record is not None and record.id == pair.id:
+            try:
+                reason = PairReason(record.reason).text
+            except ValueError:
+                reason = "unknown"
+        return {
+            "id": pair.id,
+            "state": _STATES[pair.state],
+            "datapath": _KINDS[pair.datapath],
+            "client": pair.client,
+            "listener": pair.listener,
+            "source": pair.source,
+            "server": pair.server,
+            "up_bytes": pair.up_bytes,
+            "down_bytes": pair.down_bytes,
+            "up_per_s": round(pair.up_per_s),
+            "down_per_s": round(pair.down_per_s),
+            "age_s": round(max(0, now_ns - pair.started_ns) / 1e9),
+            "idle_s": round(max(0, now_ns - self._active_ns(pair)) / 1e9),
+            "rule": pair.rule,
+            "listener_name": pair.listener_name,
+            "reason": reason,
+        }
+
+
+def _order_key(sort: str, rising: bool, filter: str) -> tuple[str, bool, str]:
+    return sort, rising, " ".join(filter.lower().split())
+
+
+class _Places:
+    """Finds a pair's listener, rule and server in the plan, by names and addresses."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._listeners = {one.name: n for n, one in enumerate(plan.listeners)}
+        self._rules = {(one.listener, one.rule): n for n, one in enumerate(plan.rules)}
+        self._upstreams = [one.upstream for one in plan.rules]
+        self._upstreams_at = {name: n for n, name in enumerate(plan.upstreams)}
+        self._servers = {(one.upstream, one.server): n for n, one in enumerate(plan.servers)}
+        # Servers that are named: their addresses are known only to those who resolve them.
+        named: dict[tuple[str, str], list[int]] = {}
+        for n, one in enumerate(plan.servers):
+            host, _, port = one.server.rpartition(":")
+            if host and not host.startswith("[") and not host.replace(".", "").isdigit():
+                named.setdefault((one.upstream, port), []).append(n)
+        # By port, if that tells which.
+        self._named = {key: places[0] for key, places in named.items() if len(places) == 1}
+
+    def find(self, pair: Pair) -> None:
+        """Set the pair's places."""
+        pair.listener_at = self._listeners.get(pair.listener_name)
+        pair.rule_at = self._rules.get((pair.listener_name, pair.rule))
+        if pair.rule_at is None:
+            return
+        upstream = self._upstreams[pair.rule_at]
+        if upstream is not None:
+            pair.upstream_at = self._upstreams_at.get(upstream)
+            place = self._servers.get((upstream, pair.server))
+            host, _, port = pair.server.rpartition(":")
+            if place is None:
+                place = self._servers.get((upstream, f"{host}:same"))
+            if place is None:
+                place = self._named.get((upstream, port))
+            pair.server_at = place

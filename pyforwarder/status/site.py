@@ -1,0 +1,628 @@
+"""The page in a browser: its files, what it shows as events, and what it may ask.
+
+    GET  /            the page, and its files by name
+    GET  /live        events: `hello` once, `tick` every second, `point` every five, `health`
+    GET  /pairs       some rows of the pairs as of the last look: sort order filter first count
+    POST /explain     which rule would take some first bytes
+    POST /flush       reset pairs, if the configuration lets viewers
+    POST /server      drain a server, or have it ready again, likewise
+
+There is one look at the tables a second for all viewers, and none while nobody looks. What is told
+to a viewer is the same for all, so it is encoded once; rows are asked for, a screen at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from urllib.parse import parse_qsl
+
+from pyforwarder.config.explaining import judge
+from pyforwarder.core.address import Address, AddressError, parse_destination
+from pyforwarder.core.routing import End
+from pyforwarder.errors import ConfigError
+from pyforwarder.status.allowance import Allowance, Rate, most_crowded, network_of
+from pyforwarder.status.gate import Doubt, Gate
+from pyforwarder.status.history import KEPT_S, History
+from pyforwarder.status.http import Answer, Request
+from pyforwarder.status.logins import LoginQueue
+from pyforwarder.status.looking import (
+    LANES,
+    SORTS,
+    Flow,
+    Look,
+    Looker,
+    ServerNow,
+    ServerPlan,
+)
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Config
+    from pyforwarder.runtime.loop import Loop
+    from pyforwarder.status.server import Visitor
+
+# Each gets a few kilobytes a second; who comes later is told so.
+MOST_VIEWERS: Final = 16
+TICK_S: Final = 1.0
+# Hex of 32 KiB: more than any first packet that is judged by its bytes.
+MOST_BODY_BYTES: Final = 65536
+MOST_QUERY_BYTES: Final = 2048
+MOST_FLUSHED: Final = 10_000
+MOST_VERDICTS: Final = 50
+_FIRST_BYTES: Final = 32768
+# Explaining and flushing cost others something: so many at once, and then so many a second.
+_ORDERS: Final = {
+    "client": Rate(20, 10),
+    "in_all": Rate(60, 30),
+    "viewer": Rate(5, 2),
+}
+# What is read costs about a millisecond of the processor for each: a screen of rows, or five
+# hundred pairs that are put in order. A page that is scrolled without a pause asks for fewer than a
+# hundred a second, one that is looked at for fewer than the part of a viewer. All together a
+# third of a processor, and for viewers, of which there are few, a third more.
+_QUESTIONS: Final = {
+    "client": Rate(300, 100),
+    "in_all": Rate(600, 300),
+    "viewer": Rate(100, 25),
+}
+_PAIRS_ORDERED: Final = 500
+_HELLO_COST: Final = 10
+_FILES: Final = Path(__file__).parent / "page"
+_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+# Nothing but our own files is loaded, no script stands in a document, and no text becomes markup.
+_POLICY: Final = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "connect-src 'self'",
+        "img-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
+)
+SECURITY_HEADERS: Final = (
+    ("Content-Security-Policy", _POLICY),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cache-Control", "no-store"),
+)
+_JSON: Final = ("Content-Type", "application/json")
+
+
+class HealthChange(NamedTuple):
+    """A server went up or down."""
+
+    at_unix_s: float
+    upstream: str
+    server: str
+    up: bool
+    why: str
+
+    def as_json(self) -> dict[str, object]:
+        """For the page."""
+        return {
+            "at": round(self.at_unix_s),
+            "upstream": self.upstream,
+            "server": self.server,
+            "up": self.up,
+            "why": self.why,
+        }
+
+
+class Done(Protocol):
+    """Takes what became of an order: how many pairs or servers it changed, or why none."""
+
+    def __call__(self, count: int, error: str = "") -> None: ...
+
+
+class Steering(Protocol):
+    """What the supervisor does for viewers."""
+
+    def set_server(self, user: str, server: str, state: str, answer: Done) -> bool:
+        """Ask it to `drain` a server, UPSTREAM/ADDRESS, or to have it `ready`; see `flush`."""
+        ...
+
+    def flush(self, user: str, ids: Sequence[int], answer: Done) -> bool:
+        """Ask it to reset these pairs; False if it takes no question just now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while the process lives."""
+
+    instance: str
+    version: str
+    started_unix_s: float
+    workers: int
+    datapaths: Mapping[str, str]  # name -> "available", or why not
+    config: Config
+    control: bool
+
+
+def read_files() -> dict[str, Answer]:
+    """The page's files by path, as they are answered."""
+    files = {}
+    for path in sorted(_FILES.iterdir()):
+        kind = _TYPES.get(path.suffix)
+        if kind is not None:
+            name = "/" if path.name == "index.html" else f"/{path.name}"
+            files[name] = Answer(HTTPStatus.OK, (("Content-Type", kind),), path.read_bytes())
+    return files
+
+
+class PageSite:
+    """One daemon's page."""
+
+    most_body_bytes = MOST_BODY_BYTES
+
+    def __init__(
+        self,
+        loop: Loop,
+        about: About,
+        looker: Looker,
+        history: History,
+        gate: Gate,
+        steering: Steering | None,
+        *,
+        files: Mapping[str, Answer],
+        health: Sequence[HealthChange] = (),
+        down: Collection[tuple[str, str]] = (),
+        unix_time_s: Callable[[], float],
+    ) -> None:
+        """Without `steering` viewers only look.
+
+        `health` is what has changed so far, oldest first, `down` which servers (upstream, server)
+        are down now.
+        """
+        self._loop = loop
+        self._about = about
+        self._looker = looker
+        self._history = history
+        self._gate = gate
+        self._steering = steering
+        self._files = files
+        self._health = deque(health, maxlen=MOST_VERDICTS)
+        self._down = set(down)
+        self._unix_time_s = unix_time_s
+        self._viewers: dict[Visitor, None] = {}
+        self._logins = LoginQueue(loop, gate.is_right)
+        self._orders = Allowance(**_ORDERS)
+        self._questions = Allowance(**_QUESTIONS)
+        self._looked_s: float | None = None
+        self._tick = b""
+        self._timer = 0
+        self._routes: Mapping[str, tuple[str, Callable[[Request, Visitor, str], Answer | None]]] = {
+            "/live": ("GET", self._begin),
+            "/pairs": ("GET", self._page),
+            "/explain": ("POST", self._explain),
+            "/flush": ("POST", self._flush),
+            "/server": ("POST", self._set_server),
+        }
+
+    # ---------------------------------------------------------------- requests
+
+    def answer(self, request: Request, visitor: Visitor) -> Answer | None:
+        """See `server.Site`."""
+        answer = self._answer(request, visitor)
+        return None if answer is None else _secured(answer)
+
+    def _answer(self, request: Request, visitor: Visitor) -> Answer | None:
+        refused = self._gate.refuses_browser(request)
+        if refused is not None:
+            return refused
+        user = self._gate.who(request, visitor.host, self._loop.now_s)
+        if isinstance(user, Doubt):
+            return self._verify(user, request, visitor)
+        return user if isinstance(user, Answer) else self._serve(request, visitor, user)
+
+    def _verify(self, doubt: Doubt, request: Request, visitor: Visitor) -> Answer | None:
+        """Have the password compared with its hash beside the loop, and answer then."""
+
+        def go_on(is_right: bool) -> Answer | None:
+            user = doubt.settle(is_right)
+            return user if isinstance(user, Answer) else self._serve(request, visitor, user)
+
+        def later(is_right: bool) -> None:
+            answer = go_on(is_right)
+            if answer is not None:
+                visitor.finish(_secured(answer))
+
+        def pushed_out() -> None:
+            visitor.finish(_secured(_TOO_MANY_LOGINS))
+
+        check = self._logins.ask(doubt, later, pushed_out)
+        if check is None:
+            return _TOO_MANY_LOGINS
+        if check is True:
+            return go_on(True)
+        number = int(check)
+        visitor.wait(lambda: self._logins.forget(number))
+        return None
+
+    def _serve(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
+        """What a viewer who may ask gets."""
+        file = self._files.get(request.path)
+        if file is not None:
+            return file if request.method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+        method, act = self._routes.get(request.path, ("", None))
+        if act is None:
+            return Answer.words(HTTPStatus.NOT_FOUND, "There is no such page.")
+        if request.method != method:
+            return _not_allowed(method)
+        if method == "POST":
+            refused = self._gate.refuses_order(request)
+            if refused is not None:
+                return refused
+            refused = self._too_much(self._orders, visitor)
+            if refused is not None:
+                return refused
+        return act(request, visitor, user)
+
+    def _too_much(self, allowance: Allowance, visitor: Visitor, cost: float = 1.0) -> Answer | None:
+        """What to answer who asks too much; None: he does not."""
+        client = network_of(visitor.host)
+        looks = any(network_of(viewer.host) == client for viewer in self._viewers)
+        refused = allowance.refuses(client, self._loop.now_s, cost=cost, looks=looks)
+        if refused is None:
+            return None
+        return _error(
+            refused.status,
+            "too much at once: try again",
+            ("Retry-After", str(refused.retry_after_s)),
+        )
+
+    # ---------------------------------------------------------------- events
+
+    def _begin(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
+        del request
+        refused = self._too_much(self._questions, visitor, _HELLO_COST)
+        if refused is not None:
+            return refused
+        if len(self._viewers) >= MOST_VIEWERS and not self._make_room(visitor):
+            return _TOO_MANY_VIEWERS
+        if not self._viewers:
+            if self._looked_s is None or time.monotonic() - self._looked_s >= TICK_S:
+                self._look()
+            self._come_again(TICK_S)
+        self._viewers[visitor] = None
+        first = _event("hello", self._hello(user)) + self._tick
+        headers = (("Content-Type", "text/event-stream"), *SECURITY_HEADERS)
+        visitor.stream(headers, b"retry: 3000\n\n" + first, lambda: self._left(visitor))
+        return None
+
+    def _make_room(self, newcomer: Visitor) -> bool:
+        """End the oldest of the client that looks most often, if that is not the newcomer's."""
+        viewers = list(self._viewers)
+        crowd = most_crowded([*(viewer.host for viewer in viewers), newcomer.host])
+        if len(viewers) in crowd:
+            return False
+        viewers[crowd[0]].end()
+        return True
+
+    def _left(self, visitor: Visitor) -> None:
+        self._viewers.pop(visitor, None)
+
+    def _come_again(self, delay_s: float) -> None:
+        self._loop.cancel(self._timer)
+        self._timer = self._loop.after(delay_s, self._again)
+
+    def _again(self) -> None:
+        """Once a second while somebody looks; what is known of pairs goes when nobody does."""
+        if self._viewers:
+            self._look()
+            self._come_again(TICK_S)
+        elif self._looked_s is not None and time.monotonic() - self._looked_s < KEPT_S:
+            self._come_again(KEPT_S)
+        else:
+            self._looker.forget()
+
+    def _look(self) -> None:
+        now_s, now_unix_s = time.monotonic(), self._unix_time_s()
+        look = self._looker.look(now_s)
+        self._looked_s = now_s
+        point = self._history.add(look, now_unix_s)
+        self._tick = _event("tick", self._said(look, now_unix_s))
+        self._tell(self._tick + (_event("point", point) if point is not None else b""))
+
+    def _tell(self, piece: bytes) -> None:
+        for viewer in list(self._viewers):
+            viewer.say(piece)  # one that is behind misses this, and gets the next whole
+
+    def _hello(self, user: str) -> dict[str, object]:
+        about, plan = self._about, self._looker.plan
+        now_unix_s = self._unix_time_s()
+        return {
+            "at": now_unix_s,
+            "instance": about.instance,
+            "version": about.version,
+            "started": about.started_unix_s,
+            "workers": about.workers,
+            "user": user,
+            "control": about.control and self._steering is not None,
+            "token": self._gate.token,
+            "lanes": [kind.label for kind in LANES],
+            "datapaths": dict(about.datapaths),
+            "listeners": [
+                {"name": one.name, "bind": one.bind, "protocol": one.protocol}
+                for one in plan.listeners
+            ],
+            "rules": [
+                {"listener": one.listener, "rule": one.rule, "to": one.to} for one in plan.rules
+            ],
+            "upstreams": plan.upstreams,
+            "servers": [
+                {
+                    "upstream": one.upstream,
+                    "server": one.server,
+                    "weight": one.weight,
+                    "backup": one.is_backup,
+                }
+                for one in plan.servers
+            ],
+            "history": self._history.told(now_unix_s),
+            "health": [one.as_json() for one in self._health],
+        }
+
+    def _said(self, look: Look, now_unix_s: float) -> dict[str, object]:
+        span_s = look.span_s
+
+        def per_s(count: int) -> float:
+            return round(count / span_s, 1) if span_s else 0.0
+
+        def rates(flow: Flow) -> tuple[float, float]:
+            return per_s(flow.up_bytes), per_s(flow.down_bytes)
+
+        counts = look.counts
+        return {
+            "at": now_unix_s,
+            "totals": {
+                "pairs": look.total.pairs,
+                "new": per_s(look.total.new),
+                "refused": per_s(look.refused),
+                "up": per_s(look.total.up_bytes),
+                "down": per_s(look.total.down_bytes),
+                "up_bytes": look.up_bytes,
+                "down_bytes": look.down_bytes,
+            },
+            "lanes": [[flow.pairs, *rates(flow)] for flow in look.lanes],
+            "listeners": [
+                [open_now, per_s(flow.new), *rates(flow), accepted, refused]
+                for flow, (open_now, accepted, refused) in zip(
+                    look.listeners, counts["listeners"], strict=True
+                )
+            ],
+            "rules": [
+                [flow.pairs, per_s(flow.new), *rates(flow), taken, refused]
+                for flow, (taken, refused) in zip(look.rules, counts["rules"], strict=True)
+            ],
+            "upstreams": [[flow.pairs, per_s(flow.new), *rates(flow)] for flow in look.upstreams],
+            "servers": [
+                [now.held, *rates(flow), self._state_of(one, now), now.connects, now.failures]
+                for flow, now, one in zip(
+                    look.servers, counts["servers"], self._looker.plan.servers, strict=True
+                )
+            ],
+            "ends": [[reason, count, per_s(more)] for reason, count, more in counts["ends"]],
+        }
+
+    def _state_of(self, server: ServerPlan, now: ServerNow) -> str:
+        if now.is_drained:
+            return "drained"
+        if now.is_down or (server.upstream, server.server) in self._down:
+            return "down"
+        return "up" if server.is_checked else "not checked"
+
+    def health_changed(self, change: HealthChange) -> None:
+        """A server went up or down: remember it, and tell who looks."""
+        self._health.append(change)
+        if change.up:
+            self._down.discard((change.upstream, change.server))
+        else:
+            self._down.add((change.upstream, change.server))
+        self._tell(_event("health", change.as_json()))
+
+    # ---------------------------------------------------------------- questions
+
+    def _page(self, request: Request, visitor: Visitor, user: str) -> Answer:
+        del user
+        if len(request.query) > MOST_QUERY_BYTES:
+            return _error(HTTPStatus.REQUEST_URI_TOO_LONG, "too long")
+        asked = dict(parse_qsl(request.query))
+        sort, order = asked.get("sort", "rate"), asked.get("order", "falling")
+        first, count = asked.get("first", "0"), asked.get("count", "50")
+        if sort not in SORTS or order not in ("rising", "falling"):
+            return _error(HTTPStatus.BAD_REQUEST, "there is no such order")
+        if not (_is_number(first) and _is_number(count)):
+            return _error(HTTPStatus.BAD_REQUEST, "first and count are numbers")
+        rising, words = order == "rising", asked.get("filter", "")
+        refused = self._too_much(
+            self._questions,
+            visitor,
+            1 + self._looker.pairs_to_order(sort, rising, words) / _PAIRS_ORDERED,
+        )
+        if refused is not None:
+            return refused
+        # For those who ask without looking: not more often than for those who look.
+        if self._looked_s is None or time.monotonic() - self._looked_s > 2 * TICK_S:
+            self._look()
+            if not self._viewers:
+                self._come_again(KEPT_S)
+        return _ok(
+            self._looker.page(
+                sort=sort,
+                rising=rising,
+                filter=words,
+                first=int(first),
+                count=int(count),
+                now_ns=time.monotonic_ns(),
+            )
+        )
+
+    def _explain(self, request: Request, visitor: Visitor, user: str) -> Answer:
+        del visitor, user
+        asked = _texts(request.body, {"listener", "hex", "client", "end"})
+        config = self._about.config
+        names = [listener.name for listener in config.listeners]
+        if asked is None or asked.get("listener") not in names:
+            return _error(HTTPStatus.BAD_REQUEST, "there is no such listener")
+        index = names.index(asked["listener"])
+        text = asked.get("hex", "").replace(":", " ")
+        # Of UDP each line is a datagram.
+        is_udp = config.listeners[index].protocol == "udp"
+        lines = [line for line in text.split("\n") if line.strip()] if is_udp else [text]
+        # What a person has mistyped is an answer, too, and no failure of the page's.
+        try:
+            pieces = [bytes.fromhex(line) for line in lines]
+        except ValueError:
+            return _ok({"error": "these are not pairs of hexadecimal digits"})
+        if sum(map(len, pieces)) > _FIRST_BYTES:
+            return _ok({"error": f"at most {_FIRST_BYTES} bytes"})
+        client: Address | None = None
+        try:
+            if "client" in asked:
+                named = parse_destination(asked["client"])
+                if not isinstance(named, Address):
+                    raise AddressError("an IP address and a port, not a name")
+                client = named
+            judged = judge(
+                config,
+                index,
+                pieces,
+                client=client,
+                port=None,
+                end=End(asked.get("end", "open")),
+                now_unix_s=self._unix_time_s(),
+                # Nobody is to try out passwords and signatures here, so none of them is right.
+                keys=None,
+                passwords={name: secrets.token_hex().encode() for name in config.users},
+                resolve=lambda _: None,
+            )
+        except (AddressError, ConfigError, ValueError) as error:
+            return _ok({"error": str(error)})
+        return _ok({**judged.as_json(), "hex": b"".join(pieces)[: judged.size].hex()})
+
+    # ---------------------------------------------------------------- orders
+
+    def _flush(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
+        steering = self._steering_of_viewers()
+        if steering is None:
+            return _error(HTTPStatus.FORBIDDEN, "`status: {control: true}` is not set")
+        ids = self._wanted(request.body)
+        if ids is None:
+            return _error(HTTPStatus.BAD_REQUEST, "say which: ids, listener, or listener and rule")
+        if not ids:
+            return _ok({"flushed": 0})
+        done = self._then(visitor, lambda count: {"flushed": count})
+        return None if steering.flush(user, ids[:MOST_FLUSHED], done) else _BUSY
+
+    def _set_server(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
+        steering = self._steering_of_viewers()
+        if steering is None:
+            return _error(HTTPStatus.FORBIDDEN, "`status: {control: true}` is not set")
+        asked = _texts(request.body, {"upstream", "server", "state"}) or {}
+        known = {(one.upstream, one.server) for one in self._looker.plan.servers}
+        upstream, server = asked.get("upstream", ""), asked.get("server", "")
+        if (upstream, server) not in known:
+            return _error(HTTPStatus.BAD_REQUEST, "there is no such server")
+        state = asked.get("state", "")
+        if state not in ("drain", "ready"):
+            return _error(HTTPStatus.BAD_REQUEST, "say `drain` or `ready`")
+        done = self._then(visitor, lambda _: {"state": state})
+        return None if steering.set_server(user, f"{upstream}/{server}", state, done) else _BUSY
+
+    def _steering_of_viewers(self) -> Steering | None:
+        return self._steering if self._about.control else None
+
+    @staticmethod
+    def _then(visitor: Visitor, said: Callable[[int], object]) -> Done:
+        """Answers the visitor once it is known what has become of an order."""
+
+        def answer(count: int, error: str = "") -> None:
+            result = _error(HTTPStatus.CONFLICT, error) if error else _ok(said(count))
+            visitor.finish(_secured(result))
+
+        return answer
+
+    def _wanted(self, body: bytes) -> list[int] | None:
+        """The ids of the pairs that a request names; None if it is none."""
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
+        match asked:
+            case {"ids": list(ids), **others} if not others:
+                if all(type(one) is int and 0 <= one < 1 << 64 for one in ids):
+                    return ids
+            case {"listener": str(listener), "rule": str(rule), **others} if not others:
+                self._look()
+                return self._looker.pair_ids(listener=listener, rule=rule)
+            case {"listener": str(listener), **others} if not others:
+                self._look()
+                return self._looker.pair_ids(listener=listener)
+        return None
+
+
+def _secured(answer: Answer) -> Answer:
+    return Answer(answer.status, (*answer.headers, *SECURITY_HEADERS), answer.body)
+
+
+def _not_allowed(methods: str) -> Answer:
+    return Answer.words(HTTPStatus.METHOD_NOT_ALLOWED, "Not so.", ("Allow", methods))
+
+
+def _ok(value: object) -> Answer:
+    return Answer(HTTPStatus.OK, (_JSON,), json.dumps(value, separators=(",", ":")).encode())
+
+
+def _error(status: HTTPStatus, words: str, *headers: tuple[str, str]) -> Answer:
+    return Answer(status, (_JSON, *headers), json.dumps({"error": words}).encode())
+
+
+_SOON: Final = ("Retry-After", "3")
+_BUSY: Final = _error(HTTPStatus.SERVICE_UNAVAILABLE, "the forwarder is busy: try again", _SOON)
+_TOO_MANY_LOGINS: Final = Answer.words(
+    HTTPStatus.SERVICE_UNAVAILABLE, "Too many log in: try again.", _SOON
+)
+_TOO_MANY_VIEWERS: Final = Answer.words(
+    HTTPStatus.SERVICE_UNAVAILABLE, "Too many look already.", _SOON
+)
+
+
+def _event(name: str, value: object) -> bytes:
+    # JSON has no line break of its own, so an event is always three lines.
+    return f"event: {name}\ndata: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
+def _texts(body: bytes, names: set[str]) -> dict[str, str] | None:
+    """An object of texts with no other names; None if it is none."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(asked, dict) or not asked.keys() <= names:
+        return None
+    return asked if all(isinstance(value, str) for value in asked.values()) else None

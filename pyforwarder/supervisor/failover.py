@@ -1,0 +1,169 @@
+"""The process that knows of other machines' spliced pairs, and lets them know of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.supervisor.child import ChildProcess, Serving
+from pyforwarder.supervisor.messages import FROM_FAILOVER, Replicas, Taken, understand
+
+if TYPE_CHECKING:
+    from pyforwarder.config import Failover, Fleet
+    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.runtime.channel import Channel
+    from pyforwarder.runtime.loop import Loop
+    from pyforwarder.worker.log import Log
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class FailoverProcess(ChildProcess["Taken | Replicas"]):
+    """Runs where `fleet.failover` is configured and pairs are spliced."""
+
+    name = "failover"
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        *,
+        user: str | None,
+        close_in_child: Callable[[], None],
+        splicing: Callable[[], Splicing | None],
+        adopt: Callable[[int], None],
+    ) -> None:
+        """`adopt` has a worker take in the pairs that it was given."""
+        super().__init__(loop, log, user=user, close_in_child=close_in_child)
+        self._splicing = splicing
+        self._adopt = adopt
+        self._fleet: Fleet | None = None
+        self._in_force: Failover | None = None
+        self._has_begun = False
+        self._state = ""
+
+    def change_to(self, fleet: Fleet | None) -> None:
+        """Speak to this store from now on; addresses are those of the start."""
+        if fleet == self._fleet:
+            return
+        failover = fleet.failover if fleet is not None else None
+        if not self._has_begun:
+            self._in_force = failover
+        elif failover != self._in_force:
+            self._log.write("warning", "failover_needs_restart")
+        self._kill()
+        self._fleet = fleet
+        if self._has_begun:
+            self.start()
+            if fleet is None:
+                self._release()
+
+    def _release(self) -> None:
+        """Nobody tells the keeper of other machines' pairs any more: have it forget them."""
+        splicing = self._splicing()
+        if splicing is not None and splicing.has_begun:
+            with contextlib.suppress(KeeperError):
+                KeeperClient(splicing.keeper.standby).ask("begin")
+
+    def begin(self) -> None:
+        """The datapaths are settled; or splice is, which came later from the daemon before."""
+        self._has_begun = True
+        if self._in_force is not None:
+            splicing = self._splicing()
+            if splicing is None or not splicing.has_begun:
+                self._log.write("warning", "no_failover", reason="splice is not available")
+        self.start()
+
+    @property
+    def _is_wanted(self) -> bool:
+        splicing = self._splicing()
+        is_there = splicing is not None and splicing.has_begun
+        return (
+            self._has_begun and self._fleet is not None and self._in_force is not None and is_there
+        )
+
+    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+        from pyforwarder.datapath.splice.own_pairs import OwnPairs
+        from pyforwarder.fleet.failover.record import tag_of
+        from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator, Watcher
+        from pyforwarder.fleet.layout import Keys
+        from pyforwarder.fleet.opening import open_store
+
+        fleet, splicing, failover = self._fleet, self._splicing(), self._in_force
+        assert fleet is not None
+        assert splicing is not None
+        assert failover is not None
+        stores = open_store(fleet), open_store(fleet)
+        name = fleet.instance or socket.gethostname()
+        machine = _BOOT_ID.read_text().strip()
+        pairs = OwnPairs(splicing.maps, failover.addresses)
+        standby = splicing.keeper.standby.dup()
+        client = KeeperClient(standby, is_patient=True)
+
+        class Kernel:
+            """The keeper and the maps."""
+
+            look = staticmethod(pairs.look)
+
+            @staticmethod
+            def ask(do: str, **fields: object) -> dict[str, Any]:
+                try:
+                    answer = client.ask(do, (), **fields)
+                except KeeperError as error:
+                    raise KeeperFault(str(error)) from error
+                if "late" in answer or "fault" in answer:
+                    raise KeeperFault(str(answer))
+                return answer
+
+        def serving() -> Serving:
+            keys = Keys(fleet.name)
+            replicator = Replicator(
+                stores[0],
+                Watcher(stores[1], keys.pairs),
+                keys,
+                tag_of(name),
+                machine,
+                Kernel(),
+                _Above(channel),
+            )
+            return Serving(replicator.run, [standby.fileno()])
+
+        return serving
+
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Taken | Replicas:
+        said = understand(message, fds, FROM_FAILOVER)
+        assert isinstance(said, Taken | Replicas)
+        return said
+
+    def _heard(self, said: Taken | Replicas) -> None:
+        if isinstance(said, Replicas):
+            if said.replicas != self._state:
+                self._state = said.replicas
+                level = "info" if said.replicas == "connected" else "warning"
+                self._log.write(level, f"failover_store_{said.replicas}", error=said.error)
+            self._log.write("debug", "failover", own=said.own, held=said.held)
+            return
+        self._log.write("warning", "failover_taken", pairs=said.taken)
+        for worker in said.waiting:
+            self._adopt(worker)
+
+
+class _Above:
+    """The supervisor, as its child sees it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self._channel.send(message)
+
+    def wait(self, timeout_s: float) -> None:
+        if self._poll.poll(timeout_s * 1000) and self._channel.receive() is None:
+            raise EOFError

@@ -1,0 +1,251 @@
+"""What the unprivileged processes may say to the supervisor: one table, and nothing else.
+
+They read what strangers send, so they may be taken over, and then their messages are a stranger's.
+Each is compared with this table before anything is done with it. One that is not in the table is
+its sender's fault, whatever is wrong with it, and never ours: see `FaultyMessageError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+# Of one message. Answers are the longest: `flush --all` tells the ids of all pairs of a worker.
+MOST_BYTES: Final = 16 << 20
+_MOST_PAIRS: Final = 1 << 20
+_MOST_FLUSHED: Final = 10_000
+_MOST_CLAIMED: Final = 256
+_MOST_SHOWN: Final = 200
+
+Number = Annotated[int, Field(ge=0, lt=1 << 64)]
+Name = Annotated[str, Field(max_length=1024)]
+Words = Annotated[str, Field(max_length=64 * 1024)]
+
+
+class FaultyMessageError(Exception):
+    """What another process said is not in the table."""
+
+
+class _Message(BaseModel):
+    """No conversion of types (1 is no True, "1" no number), and no field too many."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Ask(_Message):
+    """A worker wants something done to the one socket that comes with it; see `workers.grant`."""
+
+    ask: Literal["enlarge", "transparent"]
+    number: Number  # enlarge: by how many bytes; transparent: comes back with the answer
+
+
+class Answer(_Message):
+    """A worker's result for request `n`; what it may be depends on the request."""
+
+    n: Number
+    result: Any
+
+
+class Refusal(_Message):
+    """Why a worker did not do what request `n` said."""
+
+    n: Number
+    error: Words
+
+
+class TokenClaim(_Message):
+    """A worker wants a token used up in the fleet; its digest, and until when it may be good."""
+
+    claim: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    until: Annotated[int, Field(ge=0, lt=10**13)]
+    number: Number  # comes back with the answer
+
+
+class TokensClaimed(_Message):
+    """The numbers of claims that were the first ones, of those that were not, and of others."""
+
+    claimed: Annotated[list[Number], Field(max_length=_MOST_CLAIMED)]
+    used: Annotated[list[Number], Field(max_length=_MOST_CLAIMED)]
+    unknown: Annotated[list[Number], Field(max_length=_MOST_CLAIMED)]
+
+
+class Health(_Message):
+    """A server went up or down (`health.Verdict`)."""
+
+    upstream: Name
+    server: Name
+    up: bool
+    why: Words
+
+
+class FleetView(_Message):
+    """What is in a fleet's store (`fleet.layout`): an edition, and servers' weights."""
+
+    serial: Annotated[int, Field(ge=0, lt=100_000_000)]
+    text: Annotated[str, Field(max_length=1 << 20)]
+    servers: dict[Name, dict[Name, Annotated[int, Field(ge=0, le=256)]]]
+    faults: Annotated[list[Words], Field(max_length=16)]
+
+
+class FleetInstance(_Message):
+    """A machine of the fleet, by what it says of itself (`fleet.layout.instances_in`)."""
+
+    instance: Annotated[str, Field(max_length=128)]
+    version: Annotated[str, Field(max_length=64)]
+    serial: Number
+    refused: Number
+    pairs: Number
+    accepted: Number
+    datapaths: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=16)]
+    unavailable: Annotated[
+        dict[Annotated[str, Field(max_length=32)], Annotated[str, Field(max_length=128)]],
+        Field(max_length=16),
+    ]
+    started: Annotated[str, Field(max_length=64)]
+    why: Annotated[str, Field(max_length=256)]
+
+
+class FleetInstances(_Message):
+    """All machines of the fleet."""
+
+    instances: Annotated[list[FleetInstance], Field(max_length=256)]
+
+
+class FleetStore(_Message):
+    """Whether a fleet's store can be reached, and where, or why not."""
+
+    store: Literal["connected", "lost"]
+    endpoint: Words
+
+
+class Taken(_Message):
+    """Pairs of another machine are these workers' now, who are to adopt them."""
+
+    waiting: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=256)]
+    taken: Number  # pairs, since the keeper has begun
+
+
+class Replicas(_Message):
+    """How the pairs in a fleet's store fare."""
+
+    replicas: Literal["connected", "lost"]
+    error: Words
+    own: Number
+    held: Number
+
+
+class ServerReport(_Message):
+    """What one worker knows of one server."""
+
+    state: Annotated[str, Field(max_length=32, pattern=r"^[a-z_ -]+$")]
+    pairs: Number
+    connects: Number
+    failures: Number
+
+
+class Flush(_Message):
+    """A viewer of the status page wants pairs to be reset; `user` is who it says that it is."""
+
+    n: Number
+    flush: Annotated[list[Number], Field(min_length=1, max_length=_MOST_FLUSHED)]
+    user: Annotated[str, Field(max_length=63)]
+
+
+class SetServer(_Message):
+    """A viewer of the status page wants a server to get no new pairs, or some again."""
+
+    n: Number
+    server: Name  # UPSTREAM/ADDRESS
+    state: Literal["drain", "ready"]
+    user: Annotated[str, Field(max_length=63)]
+
+
+# What comes from where, by the field that only this kind has; how many descriptors go with it.
+FROM_WORKER: Final[dict[str, tuple[type[_Message], int]]] = {
+    "ask": (Ask, 1),
+    "result": (Answer, 0),
+    "error": (Refusal, 0),
+    "claim": (TokenClaim, 0),
+}
+FROM_PAGE: Final[dict[str, tuple[type[_Message], int]]] = {
+    "flush": (Flush, 0),
+    "state": (SetServer, 0),
+}
+FROM_CHECKER: Final[dict[str, tuple[type[_Message], int]]] = {"why": (Health, 0)}
+FROM_FLEET: Final[dict[str, tuple[type[_Message], int]]] = {
+    "servers": (FleetView, 0),
+    "store": (FleetStore, 0),
+    "instances": (FleetInstances, 0),
+}
+FROM_FAILOVER: Final[dict[str, tuple[type[_Message], int]]] = {
+    "waiting": (Taken, 0),
+    "replicas": (Replicas, 0),
+}
+
+FROM_TOKENS: Final[dict[str, tuple[type[_Message], int]]] = {
+    "claimed": (TokensClaimed, 0),
+    "store": (FleetStore, 0),
+}
+
+# The result of each request.
+RESULTS: Final[dict[str, TypeAdapter[Any]]] = {
+    "sockets": TypeAdapter(None),
+    "settings": TypeAdapter(None),
+    "drain": TypeAdapter(None),
+    "stop": TypeAdapter(None),
+    "health": TypeAdapter(None),
+    "datapaths": TypeAdapter(None),
+    "retire": TypeAdapter(None),
+    "take_over": TypeAdapter(None),
+    "spliced_left": TypeAdapter(Number),
+    "adopt": TypeAdapter(Number),
+    "flush": TypeAdapter(Annotated[list[Number], Field(max_length=_MOST_PAIRS)]),
+    "pair_with": TypeAdapter(Number | None),
+    "join": TypeAdapter(Number),
+    "upstreams": TypeAdapter(dict[Name, dict[Name, ServerReport]]),
+}
+
+
+def understand(
+    message: object, fds: Sequence[int], table: dict[str, tuple[type[_Message], int]]
+) -> _Message:
+    """The message as the table has it.
+
+    Raises:
+        FaultyMessageError: it is not there.
+    """
+    if not isinstance(message, dict):
+        raise FaultyMessageError("a message is an object")
+    kinds = [kind for kind in table if kind in message]
+    if len(kinds) != 1:
+        raise FaultyMessageError("a message of no kind")
+    model, descriptors = table[kinds[0]]
+    if len(fds) != descriptors:
+        raise FaultyMessageError(f"{len(fds)} descriptors with {kinds[0]!r}")
+    try:
+        return model.model_validate(message)
+    except (ValidationError, RecursionError) as error:
+        raise FaultyMessageError(_short(error)) from None
+
+
+def understand_result(do: str, result: object) -> Any:
+    """The result of a request in plain values.
+
+    Raises:
+        FaultyMessageError: it is none for this request.
+    """
+    try:
+        return RESULTS[do].dump_python(RESULTS[do].validate_python(result, strict=True))
+    except (ValidationError, RecursionError) as error:
+        raise FaultyMessageError(f"the result of {do}: {_short(error)}") from None
+
+
+def _short(error: Exception) -> str:
+    """What a log may say of it: nothing that the sender could make long or write itself."""
+    if not isinstance(error, ValidationError):
+        return "nested too deeply"
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part)[:32] for part in first["loc"][:4])
+    return f"{where}: {first['msg']}"[:_MOST_SHOWN]

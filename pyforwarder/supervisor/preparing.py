@@ -1,0 +1,173 @@
+"""A child that loads programs while we serve: compiling and verifying take seconds.
+
+It has inherited the maps, and hands over each part as soon as it has it: descriptors of what it has
+loaded, and a few words. What it cannot load it says so of, like a `LoadError` raised here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from pyforwarder.errors import LoadError, Refusal
+from pyforwarder.runtime import children, slowness
+from pyforwarder.runtime.slowness import scaled_s
+
+# Of all parts together: compiling 60 s, the self-test 30 s each, and some more.
+TIMEOUT_S: Final = 240.0
+_PR_SET_PDEATHSIG: Final = 1
+# The kernel takes 253 with a message (SCM_MAX_FD); there is one for each worker.
+_MOST_DESCRIPTORS: Final = 250
+# Of a message, which must fit into the socket's buffer whole.
+_MOST_BYTES: Final = 96 * 1024
+_MOST_LOG_CHARACTERS: Final = 32 * 1024
+
+
+class Loaded(NamedTuple):
+    """What one part has come to, for who sends it and for who gets it."""
+
+    descriptors: Sequence[int]
+    said: Mapping[str, Any]
+
+
+Part = Callable[[], Loaded]  # raises LoadError
+
+
+class Preparation:
+    """The child, from fork to wait."""
+
+    def __init__(self, parts: Mapping[str, Part], *, close_in_child: Callable[[], None]) -> None:
+        """Fork it; it works on the parts in their order, after `close_in_child`."""
+        self._left = list(parts)
+        self._come: list[int] = []  # descriptors of a part of which more are to come
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def child() -> int:
+            # It ends with us, however we end.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            self._ours.close()
+            close_in_child()
+            for name, part in parts.items():
+                _send(theirs, name, part)
+            return 0
+
+        self._pid = children.fork(child)
+        theirs.close()
+        self._deadline_s = time.monotonic() + scaled_s(TIMEOUT_S)
+
+    def fileno(self) -> int:
+        """Readable when `next` has something to say; until `close`."""
+        return self._ours.fileno()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all parts have come, or will not come: then close it."""
+        return not self._left
+
+    @property
+    def time_left_s(self) -> float:
+        """Until it is given up: then call `give_up`."""
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def next(self) -> Iterator[tuple[str, Loaded | LoadError]]:
+        """What has come, by the part's name; the descriptors are the caller's.
+
+        Waits for nothing if `fileno` is readable. When the child has ended early, all parts that
+        are left have failed.
+        """
+        with contextlib.suppress(ConnectionError):
+            data, fds, _, _ = socket.recv_fds(self._ours, _MOST_BYTES, _MOST_DESCRIPTORS)
+            if data:
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                answer = json.loads(data)
+                name = answer["part"]
+                fds, self._come = [*self._come, *fds], []
+                if answer["more"]:
+                    self._come = fds
+                    return
+                self._left.remove(name)
+                if "error" in answer:
+                    yield name, _error(answer["error"])
+                else:
+                    yield name, Loaded(fds, answer["said"])
+                return
+        yield from self._fail("the process that loads it has died")
+
+    def give_up(self) -> Iterator[tuple[str, LoadError]]:
+        """It takes too long."""
+        yield from self._fail(
+            f"not loaded within {scaled_s(TIMEOUT_S):.0f} s; {slowness.advice()}", Refusal.TIMEOUT
+        )
+
+    def _fail(self, reason: str, cause: Refusal = Refusal.OTHER) -> Iterator[tuple[str, LoadError]]:
+        left, self._left = self._left, []
+        self._close_come()
+        for name in left:
+            yield name, LoadError(reason, cause=cause)
+
+    def wait(self) -> Iterator[tuple[str, Loaded | LoadError]]:
+        """All that comes, until it is over."""
+        while not self.is_over:
+            poll = select.poll()
+            poll.register(self._ours, select.POLLIN)
+            if poll.poll(self.time_left_s * 1000):
+                yield from self.next()
+            elif not self.time_left_s:
+                yield from self.give_up()
+
+    def close(self) -> None:
+        """End it; nothing happens if it has ended."""
+        self._left = []
+        self._close_come()
+        self._ours.close()
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def _close_come(self) -> None:
+        come, self._come = self._come, []
+        for fd in come:
+            os.close(fd)
+
+    def close_in_child(self) -> None:
+        """In another process: close the socket."""
+        self._ours.close()
+
+
+def _send(sock: socket.socket, name: str, part: Part) -> None:
+    descriptors: Sequence[int] = ()
+    answer: dict[str, Any] = {"part": name, "more": False}
+    try:
+        descriptors, answer["said"] = part()
+    except LoadError as error:
+        answer["error"] = {
+            "operation": error.operation,
+            "cause": error.cause,
+            "advice": error.advice,
+            "log": error.log[-_MOST_LOG_CHARACTERS:],
+        }
+    with contextlib.suppress(ConnectionError):  # nobody wants it any more
+        rest = list(descriptors)
+        while len(rest) > _MOST_DESCRIPTORS:
+            some, rest = rest[:_MOST_DESCRIPTORS], rest[_MOST_DESCRIPTORS:]
+            socket.send_fds(sock, [json.dumps({"part": name, "more": True}).encode()], some)
+        socket.send_fds(sock, [json.dumps(answer).encode()], rest)
+    for fd in descriptors:
+        os.close(fd)
+
+
+def _error(said: Mapping[str, Any]) -> LoadError:
+    return LoadError(
+        said["operation"], cause=Refusal(said["cause"]), advice=said["advice"], log=said["log"]
+    )

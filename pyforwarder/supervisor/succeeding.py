@@ -1,0 +1,106 @@
+"""`pyforwarder upgrade`: a daemon that begins with what the running one has (succession.py)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyforwarder.errors import ControlError
+from pyforwarder.supervisor import UpOptions
+from pyforwarder.supervisor.daemon import Daemon
+from pyforwarder.supervisor.detaching import detached
+from pyforwarder.supervisor.succession import Predecessor, find
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyforwarder.runtime.environment import Environment
+    from pyforwarder.runtime.instance import Instance
+
+
+def succeed(
+    env: Environment,
+    instance: Instance,
+    config_path: Path | None,
+    introduce: Callable[[int], object],
+) -> int:
+    """Take the running daemon's place, in a process of its own; 0 once that serves.
+
+    `introduce` hands the running daemon a descriptor by its control socket, with `succeed`.
+
+    Raises:
+        ForwarderError: it cannot; the one that is running goes on as before.
+    """
+    if config_path is not None:
+        config_path = config_path.absolute()
+    options = UpOptions(
+        instance=instance.name,
+        config_path=config_path,
+        listen=None,
+        datapath=None,
+        detach=False,
+        verbosity=0,
+    )
+
+    def make(env: Environment, options: UpOptions) -> Daemon:
+        predecessor = find(introduce)
+        reason = _why_not_here(predecessor)
+        if reason:
+            predecessor.discard()
+            raise ControlError(reason)
+        return Daemon(_environment(env, predecessor), _options(options, predecessor), predecessor)
+
+    return detached(env, options, make, has_output=True)
+
+
+def _why_not_here(predecessor: Predecessor) -> str:
+    """Why this process cannot be what the running daemon is; empty: it can."""
+    pid = predecessor.offer.pid
+    if pid == 1:
+        return (
+            "the running daemon is process 1: all of its container ends with it, so that "
+            "nothing can take its place there; start another container"
+        )
+    if "NOTIFY_SOCKET" in predecessor.offer.environ and _group_of(pid) != _group_of(os.getpid()):
+        # It would have neither the service's limits nor its walls, and end with a login.
+        return (
+            "the running daemon is a service of systemd, and this command is not run in it: "
+            "`systemctl reload` its unit, whose ExecReload= runs it there"
+        )
+    return ""
+
+
+def _group_of(pid: int) -> str:
+    """The control groups of a process (cgroups(7)); empty if it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
+
+
+def _options(options: UpOptions, predecessor: Predecessor) -> UpOptions:
+    offer = predecessor.offer
+    path = options.config_path
+    if path is None and offer.config_path is not None:
+        path = Path(offer.config_path)
+    return replace(options, config_path=path, detach=offer.detach, verbosity=offer.verbosity)
+
+
+def _environment(env: Environment, predecessor: Predecessor) -> Environment:
+    """What systemd has told the running daemon; and where that writes, we do from here on."""
+    env.stdout.flush()
+    env.stderr.flush()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    for fd, standard in ((predecessor.stdout_fd, 1), (predecessor.stderr_fd, 2)):
+        os.dup2(fd, standard)
+        os.close(fd)  # whoever reads it waits for the end of the last holder
+    own = {
+        key: value
+        for key, value in env.environ.items()
+        if not key.startswith(("LISTEN_", "WATCHDOG_", "NOTIFY_", "JOURNAL_"))
+    }
+    return replace(env, environ={**own, **predecessor.offer.environ})

@@ -1,0 +1,573 @@
+"""Pairs that go from a worker to one of the daemon that takes its daemon's place.
+
+    sessions   UDP, each with its socket to the server; then a word that these were all
+    pairs      TCP, each with both sockets and what is known of them: bytes that were read and not
+               written yet, which ends have been said, what was carried
+
+A pair is in one process's hands at any time: the one lets go of it with the message in which it
+goes. The kernel keeps the sockets meanwhile, and what comes waits in their queues. A message that
+nobody gets any more closes them, and their peers see resets.
+
+What moves is what is copied and what is spliced. A pair that is in a sockmap stays, and so does one
+that has no server yet: that follows as soon as it has.
+
+The other worker is believed no more than a stranger: it may have been taken over. What it says of a
+pair is compared with a table, and one that does not make sense is reset.
+"""
+
+from __future__ import annotations
+
+import _socket
+import base64
+import contextlib
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.core.connection import Life, Phase
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.routing import Route
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.copying import BLOCKED, BULK_READ_BYTES, WATCHED
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind
+from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.sessions import SessionOrphan
+from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.loop import EPOLLIN
+from pyforwarder.worker.adopting import cookie_of, is_plain_tcp
+from pyforwarder.worker.client import Client
+from pyforwarder.worker.orphans import show_as_before
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyforwarder.datapath.base import Flow
+    from pyforwarder.datapath.splice.datapath import SpliceDatapath
+    from pyforwarder.runtime.channel import Channel
+    from pyforwarder.worker.datagrams import DatagramServer, Session
+    from pyforwarder.worker.server import Server
+
+# So many go in one turn of the loop: the pairs that stay have theirs in between.
+_BATCH: Final = 32
+# A keeper that does not answer is asked again after so long, and so often.
+_AGAIN_S: Final = 0.2
+_TRIES: Final = 50
+# How often it is looked for those that have got a server, and for room at the other end.
+_LOOK_S: Final = 0.02
+# Bytes of two directions, each at most one read, in base64, and some words.
+_MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
+_NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
+
+_Name = Annotated[str, Field(max_length=1024)]
+_Number = Annotated[int, Field(ge=0, lt=1 << 62)]
+_Carried = Annotated[int, Field(gt=-(1 << 20), lt=1 << 50)]
+_Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Said(BaseModel):
+    """No conversion of types; a field that another version adds is not for us."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class FlowSaid(_Said):
+    """One direction."""
+
+    is_closed: bool  # its FIN has been sent on
+    pending: Annotated[str, Field(max_length=2 * BULK_READ_BYTES)]  # read, not written; base64
+    read_bytes: _Number
+    written_bytes: _Number
+    carried_bytes: _Carried
+    carried_packets: _Number
+
+
+class SplicedSaid(_Said):
+    """What the kernel has of a spliced pair."""
+
+    index: Annotated[int, Field(ge=0, lt=(1 << 32) - 1)]
+    left_bytes: Annotated[
+        list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=2, max_length=2)
+    ]
+    is_mute: bool
+
+
+class AddressSaid(_Said):
+    """Where one end is."""
+
+    host: Annotated[str, Field(max_length=64)]
+    port: _Port
+
+
+class PairSaid(_Said):
+    """A pair; its client's socket and its server's come with it.
+
+    Where these are connected to they may not say any more: both FINs may be there, to be read.
+    """
+
+    id: Annotated[int, Field(ge=1, lt=1 << 62)]
+    listener: _Name
+    port: _Port  # which of its addresses
+    rule: _Name
+    upstream: _Name
+    server: _Name
+    started_s: Annotated[float, Field(ge=0, lt=1e12)]
+    active_s: Annotated[float, Field(ge=0, lt=1e12)]
+    peer: AddressSaid | None  # the rest are unix sockets
+    destination: AddressSaid | None
+    source: AddressSaid | None
+    is_adopted: bool
+    flows: Annotated[list[FlowSaid], Field(min_length=2, max_length=2)]
+    spliced: SplicedSaid | None
+
+
+class SessionSaid(_Said):
+    """A UDP session; its socket to the server comes with it."""
+
+    id: Annotated[int, Field(ge=1, lt=1 << 62)]
+    client: Annotated[str, Field(max_length=64)]
+    client_port: _Port
+    local: Annotated[str, Field(max_length=64)]
+    local_port: _Port
+    record: Annotated[str, Field(max_length=2 * PAIR_BYTES, pattern=r"^([0-9a-f][0-9a-f])*$")]
+
+
+class Giving:
+    """Sends what it can of a worker's pairs, until the worker ends."""
+
+    def __init__(
+        self,
+        heir: Channel,
+        server: Server,
+        datagrams: DatagramServer,
+        splice: SpliceDatapath | None,
+    ) -> None:
+        """`heir` is where they go, and ours to close."""
+        self._heir = heir
+        self._server = server
+        self._datagrams = datagrams
+        self._splice = splice
+        self._sessions_told = False
+        self._is_over = False
+        # Nothing more is given to the kernel; what has been, moves or stays.
+        server.handover.stop()
+        datagrams.handover.settle(splice=False)
+        server.loop.defer(lambda _: self._go_on(), None)
+
+    def spliced_left(self) -> int:
+        """How many pairs and sessions that the kernel has are here still."""
+        if self._is_over:
+            return 0  # nobody gets them
+        left = sum(1 for client in self._server.clients.values() if self._is_spliced(client))
+        return left + (0 if self._sessions_told else 1)
+
+    def _is_spliced(self, client: Client) -> bool:
+        return client.datapath is not None and client.datapath is self._splice
+
+    def _go_on(self) -> None:
+        try:
+            is_done = self._give_some()
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                self._stay()
+                return
+            is_done = True
+        if is_done:
+            self._server.loop.after(_LOOK_S, self._go_on)
+        else:
+            self._server.loop.defer(lambda _: self._go_on(), None)
+
+    def _stay(self) -> None:
+        """The other worker is gone: what is copied ends here, and what is spliced is adopted."""
+        self._is_over = True
+        self._heir.close()
+        for client in list(self._server.clients.values()):
+            if self._is_spliced(client):
+                assert self._splice is not None
+                self._splice.let_go(client)
+                self._server.let_go(client)
+
+    def _give_some(self) -> bool:
+        """Whether there are no more for now.
+
+        Raises:
+            OSError: the other end has no room, or is gone.
+        """
+        if not self._sessions_told:
+            for session in self._datagrams.sessions()[:_BATCH]:
+                self._give_session(session)
+            if self._datagrams.sessions():
+                return False
+            self._heir.send({"sessions": "all"}, wait=False)
+            self._sessions_told = True
+            return False
+        # Spliced pairs first: all wait for the last of them.
+        clients = [client for client in self._server.clients.values() if self._may_move(client)]
+        clients.sort(key=lambda client: not self._is_spliced(client))
+        for client in clients[:_BATCH]:
+            self._give(client)
+        return len(clients) <= _BATCH
+
+    def _may_move(self, client: Client) -> bool:
+        if client.life is not Life.JOINED or client.server is None:
+            return False
+        if client.datapath is self._server.copying:
+            return True
+        return self._is_spliced(client)
+
+    def _give(self, client: Client) -> None:
+        spliced = None
+        if self._is_spliced(client):
+            assert self._splice is not None
+            index, left_bytes, is_mute = self._splice.peek(client)
+            spliced = {"index": index, "left_bytes": left_bytes, "is_mute": is_mute}
+        if client.is_bare:
+            client.settle()  # the other takes its sockets as they are
+        state = client.listener
+        assert client.route is not None
+        message: dict[str, Any] = {
+            "id": client.id,
+            "listener": state.config.name,
+            "port": state.local_port,
+            "rule": client.route.rule.name,
+            "upstream": _upstream_of(client),
+            "server": client.server_state.name if client.server_state is not None else "",
+            "started_s": client.accepted_s,
+            "active_s": client.active_s,
+            "peer": _address_said(client.peer),
+            "destination": _address_said(client.destination),
+            "source": _address_said(client.source_address()),
+            "is_adopted": client.is_adopted,
+            "flows": [_said_of(flow) for flow in (client.up, client.down)],
+            "spliced": spliced,
+        }
+        self._heir.send({"pair": message}, [client.client_fd, client.server_fd], wait=False)
+        # Sent, and so it is the other's.
+        if spliced is not None:
+            assert self._splice is not None
+            self._splice.let_go(client)
+        self._server.let_go(client)
+
+    def _give_session(self, session: Session) -> None:
+        server = self._datagrams
+        record = b""
+        if session.slot >= 0:
+            record = server.record_of(session)
+        if session.sock is None or not record or session.key[3] or session.proxy_header:
+            # It has no server yet, or is too much: its client's next datagram begins another.
+            server.end(session, CloseReason.SHUTDOWN)
+            return
+        if session.place is not None:
+            # The kernel's: it goes on there, and comes to the other by its keeper.
+            server.let_go(session)
+            return
+        local = session.asked_address()
+        message = {
+            "id": session.id,
+            "client": session.key[0],
+            "client_port": session.key[1],
+            "local": local.host,
+            "local_port": local.port,
+            "record": record.hex(),
+        }
+        self._heir.send({"session": message}, [session.sock.fileno()], wait=False)
+        server.let_go(session)
+
+
+def _upstream_of(client: Client) -> str:
+    """The name of the upstream that counts it; empty: none."""
+    if client.server_state is None or client.route is None:
+        return ""
+    to = client.route.rule.to
+    return to if isinstance(to, str) else ""
+
+
+def _address_said(address: object) -> dict[str, str | int] | None:
+    if not isinstance(address, Address):
+        return None
+    return {"host": address.host, "port": address.port}
+
+
+def _address_of(said: AddressSaid | None) -> Address | None:
+    return None if said is None else Address(said.host, said.port)
+
+
+def _said_of(flow: Flow) -> dict[str, Any]:
+    return {
+        "is_closed": flow.phase is Phase.CLOSED,
+        "pending": base64.b64encode(flow.pending or b"").decode(),
+        "read_bytes": flow.read_bytes,
+        "written_bytes": flow.written_bytes,
+        "carried_bytes": flow.carried_bytes,
+        "carried_packets": flow.carried_packets,
+    }
+
+
+class Taking:
+    """Takes in what a worker of the daemon before sends."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        server: Server,
+        datagrams: DatagramServer,
+        splice: SpliceDatapath | None,
+    ) -> None:
+        """`channel` is ours to close."""
+        self._channel = channel
+        self._server = server
+        self._datagrams = datagrams
+        self._splice = splice
+        self._sessions: list[SessionOrphan] = []
+        # Spliced, with their sockets, until our own keeper has them.
+        self._spliced: list[tuple[PairSaid, socket.socket, socket.socket]] = []
+        self._may_splice = False
+        self._is_over = False
+        self.taken = 0
+        datagrams.waits_for_sessions = True
+        server.loop.watch(channel.fileno(), EPOLLIN, self._hear, None)
+
+    def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
+        self._read()
+
+    def _read(self) -> bool:
+        """Take in one more; False: there is none just now, or never will be."""
+        if self._is_over:
+            return False
+        try:
+            received = self._channel.receive(most_bytes=_MOST_MESSAGE_BYTES)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            received = None
+        if received is None:
+            self._is_over = True
+            self._server.loop.forget(self._channel.fileno())
+            self._channel.close()
+            self._sessions_have_come()
+            if self.taken:
+                self._server.log.log.write("info", "taken_over", pairs=self.taken)
+            return False
+        message, fds = received
+        try:
+            self._take(message, fds)
+        except (ValidationError, ValueError, OSError) as error:
+            # Whoever it was, it is reset, and nobody else.
+            self._server.log.internal_error(ValueError(f"not taken over: {type(error).__name__}"))
+        except Exception as error:
+            self._server.log.internal_error(error)
+        finally:
+            for one in fds:
+                with contextlib.suppress(OSError):
+                    os.close(one)
+        return True
+
+    def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        """What is ours of the descriptors is taken out of `fds`."""
+        if "pair" in message:
+            said = PairSaid.model_validate(message["pair"])
+            if len(fds) != 2:
+                raise ValueError("a pair has two sockets")
+            client, server = (_stream_socket(fds.pop(0)) for _ in range(2))
+            if not said.is_adopted and not all(map(_is_known_kind, (client, server))):
+                raise ValueError("sockets that no listener of ours accepts")
+            if said.spliced is None:
+                self._go_on_with(said, client, server)
+            else:
+                self._spliced.append((said, _known(client), _known(server)))
+                if self._may_splice:  # it has come late, as its worker had much to do
+                    self._go_on_with_all(lambda: None, _TRIES)
+        elif "session" in message:
+            one = SessionSaid.model_validate(message["session"])
+            if len(fds) != 1:
+                raise ValueError("a session has one socket")
+            sock = socket.socket(fileno=fds.pop())
+            if sock.type != socket.SOCK_DGRAM:
+                sock.close()
+                raise ValueError("no UDP socket")
+            sock.setblocking(False)
+            said_by_table = table.inherited(bytes.fromhex(one.record), one.id)
+            self._sessions.append(
+                SessionOrphan(
+                    -1,
+                    one.id,
+                    sock,
+                    (one.client, one.client_port),
+                    (one.local, one.local_port),
+                    said_by_table,
+                )
+            )
+        elif message.get("sessions") == "all":
+            self._sessions_have_come()
+
+    def _sessions_have_come(self) -> None:
+        if self._datagrams.waits_for_sessions:
+            sessions, self._sessions = self._sessions, []
+            self.taken += self._datagrams.take_in(sessions)
+            self._datagrams.sessions_have_come()
+
+    def take_over_spliced(self, then: Callable[[], None]) -> None:
+        """Our keeper has what the daemon before has spliced: go on with those pairs.
+
+        `then` is called when all have come whose sockets were sent: what the keeper has besides
+        has lost them, and gets new ones. These would be refused while the old ones are there.
+        """
+        # All were sent before the other daemon said that nothing is left, and before we heard it.
+        while self._read():
+            pass
+        self._may_splice = True
+        self._go_on_with_all(then, _TRIES)
+
+    def _go_on_with_all(self, then: Callable[[], None], tries_left: int) -> None:
+        waiting, self._spliced = self._spliced, []
+        for said, client, server in waiting:
+            try:
+                self._go_on_spliced(said, client, server)
+            except KeeperError:
+                self._spliced.append((said, client, server))
+            except Exception as error:
+                self._server.log.internal_error(error)
+        if self._spliced and tries_left:
+            # It has much to do when it begins.
+            self._server.loop.after(_AGAIN_S, lambda: self._go_on_with_all(then, tries_left - 1))
+            return
+        for said, client, server in self._spliced:
+            self._lose(said, client, server)
+        self._spliced = []
+        then()
+
+    def _lose(self, said: PairSaid, client: socket.socket, server: socket.socket) -> None:
+        """Nobody can speak for the pair any more: its peers' next packets get a RST."""
+        client.close()
+        server.close()
+        if self._splice is not None and said.spliced is not None:
+            self._splice.forget(said.spliced.index)
+
+    def _make(
+        self, said: PairSaid, client_socket: _socket.socket, server_socket: _socket.socket
+    ) -> Client:
+        """The pair as a client of ours, counted and watched for nothing yet."""
+        server = self._server
+        generation = server.generation
+        states = generation.addresses.get(said.listener, (generation.joined,))
+        state = next((state for state in states if state.local_port == said.port), states[0])
+        rules = state.ruleset.rules
+        rule = next((rule for rule in rules if rule.name == said.rule), rules[0])
+        peer = _address_of(said.peer)
+        client = Client(
+            server, state, client_socket, client_socket.fileno(), peer, server.loop.now_s
+        )
+        client.id = said.id
+        client.attach_server(server_socket, server_socket.fileno())
+        client.destination = _address_of(said.destination) or UnixAddress("/")
+        client.source = _address_of(said.source)
+        client.route = Route(rule, client.destination, 0, None, False)
+        client.accepted_s = min(said.started_s, server.loop.now_s)
+        client.active_s = min(said.active_s, server.loop.now_s)
+        if said.is_adopted:
+            cookies = tuple(map(cookie_of, (client_socket, server_socket)))
+            if server.pair_with(cookies) is None:
+                server.know_adopted(client, cookies)
+        if peer is not None and state.scopes:
+            answer = server.limits.admit(peer.host, state.scopes, server.loop.now_s)
+            if not isinstance(answer, Limit):  # it is no new one: it may be one too many
+                client.client_keys = answer
+        server.hold_server(client, said.upstream, said.server)
+        for flow, one in zip((client.up, client.down), said.flows, strict=True):
+            flow.read_bytes, flow.written_bytes = one.read_bytes, one.written_bytes
+            flow.carried_bytes, flow.carried_packets = one.carried_bytes, one.carried_packets
+            flow.pending = memoryview(base64.b64decode(one.pending)) if one.pending else None
+        server.take_in(client)
+        client.life = Life.JOINED
+        self.taken += 1
+        return client
+
+    def _go_on_with(
+        self, said: PairSaid, client_socket: _socket.socket, server_socket: _socket.socket
+    ) -> None:
+        """A pair that is copied: here from now on, and handed over if that pays."""
+        server = self._server
+        client = self._make(said, client_socket, server_socket)
+        for flow, one in zip((client.up, client.down), said.flows, strict=True):
+            flow.readable = not one.is_closed
+            flow.blocked = flow.pending is not None
+            if one.is_closed:
+                flow.phase = Phase.CLOSED
+        # What is there already is reported by the new watch, urgent bytes and ends too.
+        client.client_mask = BLOCKED if client.down.blocked else WATCHED
+        client.server_mask = BLOCKED if client.up.blocked else WATCHED
+        for fd, mask in (
+            (client.client_fd, client.client_mask),
+            (client.server_fd, client.server_mask),
+        ):
+            server.loop.watch(fd, mask, server.copying.ready, client)
+        server.records.show_later(client)
+        server.join(client)
+
+    def _go_on_spliced(
+        self, said: PairSaid, client_socket: socket.socket, server_socket: socket.socket
+    ) -> None:
+        server, splice = self._server, self._splice
+        assert said.spliced is not None
+        orphan = None
+        if splice is not None:
+            orphan = splice.take_over(said.spliced.index, client_socket, server_socket)
+        if splice is None or orphan is None or orphan.id != said.id:
+            # It has ended meanwhile.
+            client_socket.close()
+            server_socket.close()
+            return
+        client = self._make(said, client_socket, server_socket)
+        for fd in (client.client_fd, client.server_fd):
+            server.loop.watch(fd, 0, splice.ready, client)
+        client.datapath = splice
+        client.kind = DatapathKind.SPLICE
+        client.pair_reason = PairReason.GOES_ON
+        show_as_before(server, client, orphan)
+        try:
+            if client.slot < 0:
+                raise KeeperError("find room in the pair table", errno.ENOSPC)
+            splice.go_on_with(
+                client, orphan, left_bytes=said.spliced.left_bytes, is_mute=said.spliced.is_mute
+            )
+        except KeeperError:
+            splice.forget(orphan.index)
+            client.datapath = None
+            server.broken(client, CloseReason.INTERNAL)
+            return
+        if client.life is Life.JOINED:
+            for flow in (client.up, client.down):
+                server.moved(client, flow)
+            server.watch_idle(client)
+
+
+def _stream_socket(fd: int) -> _socket.socket:
+    """The socket behind a descriptor, which is its from here on; closed if it is another kind.
+
+    Raises:
+        OSError: it is no stream socket.
+    """
+    try:
+        sock = _socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    if sock.type & ~_socket.SOCK_NONBLOCK != _socket.SOCK_STREAM:
+        sock.close()
+        raise OSError(errno.EPROTOTYPE, "not a stream socket")
+    os.set_blocking(fd, False)
+    return sock
+
+
+def _is_known_kind(sock: _socket.socket) -> bool:
+    """Whether a pair of ours may have it: MPTCP in a sockmap can crash a 6.1 kernel."""
+    return sock.family == socket.AF_UNIX or is_plain_tcp(sock)
+
+
+def _known(sock: _socket.socket) -> socket.socket:
+    """The same socket, with the methods that the keeper's questions need."""
+    return socket.socket(fileno=sock.detach())

@@ -1,0 +1,270 @@
+"""When a UDP session leaves userspace for the kernel, and in which order its datagrams do.
+
+Only where a listener or rule says `datapath: splice`, and a session earns it. Its client must have
+sent a second datagram and its server have answered: so nobody fills the kernel's table with
+addresses that were made up, and an answer that `amplification` holds back is never sent on by the
+kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
+from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.sessions import Place
+from pyforwarder.runtime.counters import Counter
+from pyforwarder.worker.standing import Standing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan, SpliceSessions
+    from pyforwarder.worker.datagrams import DatagramPort, DatagramServer, Session
+
+# The keeper serves those who splice TCP, too, and who asks waits: beginning one takes half a
+# millisecond. Who makes addresses up can have it asked by two datagrams from each of them.
+MOST_PER_S: Final = 250.0
+_MOST_AT_ONCE: Final = 100.0
+# So long our sockets may have no quiet moment before the kernel's datagrams overtake those that
+# wait there.
+_OVERTAKE_AFTER_S: Final = 0.1
+_UP: Final = int(Direction.UP)
+_DOWN: Final = int(Direction.DOWN)
+
+
+class SessionHandover:
+    """Moves sessions from copy to the kernel, and ends them there."""
+
+    def __init__(self, server: DatagramServer, kernel: SpliceSessions | None) -> None:
+        """`kernel` is None where this host cannot, or nobody wants it.
+
+        Whether it works is not known before `settle`: until then sessions are copied.
+        """
+        self._server = server
+        self._kernel = kernel
+        self._works: bool | None = None
+        self._tokens = _MOST_AT_ONCE
+        self._tokens_s = 0.0
+
+    def settle(self, *, splice: bool) -> None:
+        """It is known whether the kernel may be given sessions; it keeps those that it has."""
+        self._works = splice
+
+    def established(self, session: Session) -> None:
+        """A session begins to flow: settle whether it may be handed over."""
+        listener = session.state
+        choice = listener.datapaths[session.route.rule.index]
+        if choice != "splice":
+            return
+        if not listener.config.splice:
+            session.pair_reason = PairReason.SPLICE_OFF
+        elif self._kernel is None or self._works is False:
+            session.pair_reason = PairReason.NOT_ELIGIBLE
+        else:
+            session.pair_reason = PairReason.SHORT
+            session.earns = True
+
+    def moved(self, session: Session) -> None:
+        """A datagram was copied: it may have been the one that earns the handover."""
+        if session.standing is Standing.NEW or not session.down_packets:
+            return
+        if self._works is None:
+            return
+        if not self._works:
+            session.earns = False
+            session.pair_reason = PairReason.NOT_ELIGIBLE
+            self._server.show_datapath(session)
+            return
+        if session.learning:
+            return  # what the server says next may be a connection id
+        if self._may_ask():
+            session.earns = False
+            # Not now: the server is in the middle of a socket's datagrams.
+            self._server.loop.defer(self._attempt, session)
+
+    def _may_ask(self) -> bool:
+        now_s = self._server.loop.now_s
+        grown = self._tokens + (now_s - self._tokens_s) * MOST_PER_S
+        self._tokens, self._tokens_s = min(grown, _MOST_AT_ONCE), now_s
+        if self._tokens < 1.0:
+            return False
+        self._tokens -= 1.0
+        return True
+
+    def _attempt(self, session: Session) -> None:
+        if session.life_ended or session.place is not None or session.sock is None:
+            return
+        if self._server.is_ending(session):
+            return  # its listener may be gone already
+        reason = self._open(session)
+        if reason is None:
+            reason = PairReason.FORCED
+            session.kind = DatapathKind.SPLICE
+            self._server.counters[Counter.JOINED_SPLICE] += 1
+        elif reason is PairReason.NO_KEEPER:
+            session.earns = True  # another may be there before long
+        elif reason is PairReason.MAP_FULL:
+            self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
+        session.pair_reason = reason
+        self._server.show_datapath(session)
+        if session.place is not None:
+            session.listener.behind[session] = None
+            self._server.look_at_both(session)
+
+    def _open(self, session: Session) -> PairReason | None:
+        if self._kernel is None or session.slot < 0:
+            return PairReason.MAP_FULL
+        if session.key[3]:
+            return PairReason.LINK_LOCAL  # only such addresses have a scope
+        assert session.sock is not None
+        answer = self._kernel.open(
+            session_id=session.id,
+            slot=session.slot,
+            client=session.key[:2],
+            local=session.asked_address().host,
+            sockets=(session.listener.sock, session.sock),
+            any_interface=session.state.generation.config.splice_interfaces == "any",
+            idle_s=session.state.session_idle_s,
+            now_s=self._server.loop.now_s,
+        )
+        if isinstance(answer, PairReason):
+            return answer
+        session.place = answer
+        return None
+
+    def go_on_with(self, session: Session, orphan: SessionOrphan) -> bool:
+        """The session is the orphan from here on; False: it cannot be, and is forgotten."""
+        assert self._kernel is not None
+        if session.slot >= 0:
+            try:
+                session.place = self._kernel.go_on_with(
+                    orphan, session.slot, session.state.session_idle_s
+                )
+            except KeeperError:
+                pass
+            else:
+                return True
+        self._kernel.forget(orphan.index)
+        return False
+
+    def end_orphan(self, orphan: SessionOrphan) -> Carried:
+        """Nobody goes on with it; bytes and datagrams that the kernel has sent on, up and down."""
+        orphan.server.close()
+        if orphan.index < 0:  # another worker has copied it
+            return (0, 0), (0, 0)
+        assert self._kernel is not None
+        (carried,) = self._kernel.close([Place(orphan.index, -1)])
+        return carried
+
+    # Order
+
+    def copied(self, session: Session, direction: int) -> None:
+        """A datagram of a session that the kernel has was copied all the same.
+
+        Before the direction is latched that is so with each; later with those that the program does
+        not understand.
+        """
+        assert self._kernel is not None
+        place = session.place
+        assert place is not None
+        if self._kernel.is_latched(place, direction):
+            if place.copied[direction] < self._kernel.passed(place, direction):
+                # It came before the ones that have gone by it meanwhile.
+                place.copied[direction] += 1
+                self._server.counters[Counter.DATAGRAMS_OVERTAKEN] += 1
+            return
+        place.copied[direction] += 1
+        if direction == _UP:
+            session.listener.behind[session] = None
+        now_s = self._server.loop.now_s
+        if not place.behind_s[direction]:
+            place.behind_s[direction] = now_s
+        elif now_s - place.behind_s[direction] > _OVERTAKE_AFTER_S:
+            self._kernel.latch_now(place)
+
+    def is_quiet(self, port: DatagramPort) -> bool:
+        """The listener's queue is empty: tell the programs; False: look once more before that.
+
+        What the programs have counted is read first, and only what comes in front of the next look
+        is known to be ours: else one that is just coming would be taken for copied.
+        """
+        if not port.behind:
+            return True
+        assert self._kernel is not None
+        if port.counted is None:
+            port.counted = [
+                (session, self._kernel.passed(session.place, _UP))
+                for session in port.behind
+                if session.place is not None
+            ]
+            return False
+        for session, passed in port.counted:
+            if session.place is not None:
+                self._kernel.caught_up(session.place, _UP, passed)
+        port.behind.clear()
+        port.counted = None
+        return True
+
+    def passed_down(self, session: Session) -> int | None:
+        """What the program has counted, if it waits to know that all of that was copied."""
+        place = session.place
+        if place is None or self._kernel is None or self._kernel.is_latched(place, _DOWN):
+            return None
+        return self._kernel.passed(place, _DOWN)
+
+    def caught_up_down(self, session: Session, passed: int) -> None:
+        """The queue of the socket to the server is empty, since after `passed` was read."""
+        if session.place is not None and self._kernel is not None:
+            self._kernel.caught_up(session.place, _DOWN, passed)
+
+    # Life
+
+    def active_s(self, session: Session) -> float:
+        """When a datagram last moved."""
+        if session.place is None or self._kernel is None:
+            return session.active_s
+        last_s = (self._kernel.last_s(session.place, direction) for direction in Direction)
+        return max(session.active_s, *last_s)
+
+    def heard_s(self, session: Session) -> float:
+        """When the kernel last had a datagram of the client; 0: never."""
+        if session.place is None or self._kernel is None:
+            return 0.0
+        return self._kernel.last_s(session.place, _UP)
+
+    def answered_s(self, session: Session) -> float:
+        """When the server last answered; -inf: never."""
+        if session.place is None or self._kernel is None:
+            return session.answered_s
+        return max(session.answered_s, self._kernel.last_s(session.place, _DOWN))
+
+    def packets(self, session: Session) -> tuple[int, int]:
+        """How many datagrams have gone up and down so far, copied and by the kernel."""
+        up, down = session.up_packets, session.down_packets
+        if session.place is not None and self._kernel is not None:
+            up += self._kernel.carried(session.place, _UP)[1]
+            down += self._kernel.carried(session.place, _DOWN)[1]
+        return up, down
+
+    def leave(self, sessions: Sequence[Session]) -> None:
+        """The sessions end: take them from the kernel, and add up what that has carried.
+
+        There are ENDS_AT_ONCE of them at most.
+        """
+        left = []
+        for session in sessions:
+            session.earns = False
+            if session.place is not None:
+                session.listener.behind.pop(session, None)
+                left.append((session, session.place))
+                session.place = None
+        if not left or self._kernel is None:
+            return
+        all_carried = self._kernel.close([place for _, place in left])
+        for (session, _), (up, down) in zip(left, all_carried, strict=True):
+            session.up_bytes += up[0]
+            session.up_packets += up[1]
+            session.down_bytes += down[0]
+            session.down_packets += down[1]

@@ -1,0 +1,117 @@
+"""Lists that the program has: metrics, commands, reasons, the table of a connection's life."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+import pyforwarder
+from documents.markdown import code, table
+from pyforwarder.cli.command import root
+from pyforwarder.core.connection import diagram
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.runtime.counters import Counters
+from pyforwarder.runtime.limits import Limit
+from pyforwarder.status.metrics import ForwarderCollector, Source
+
+_PACKAGE: Final = Path(pyforwarder.__file__).parent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+
+def life(_: str) -> str:
+    """The table of a connection's life, as the worker obeys it."""
+    return "\n".join(f"    {line}" for line in diagram().splitlines())
+
+
+def metrics(_: str) -> str:
+    """A row for each metric, as a scrape has them."""
+    return table(
+        ("Metric", "Kind", "Labels", "Meaning"),
+        [
+            (code(_name(metric)), metric.type, _labels(metric), metric.documentation)
+            for metric in sorted(collected(), key=lambda metric: str(metric.name))
+        ],
+    )
+
+
+def collected() -> list[Metric]:
+    """The metrics of a daemon with one listener and one rule that has done nothing yet."""
+    source = Source(
+        version="0",
+        started_unix_s=0.0,
+        workers=1,
+        counters=Counters(Counters.memory(1)),
+        windows=(),
+        listeners={"main": 128},
+        rules={("main", "named"): 132},
+        servers={("web", "10.0.0.1:443"): 140},
+        upstreams={"web": 160},
+        datapaths={"copy": "available"},
+    )
+    return list(ForwarderCollector(source).collect())
+
+
+def limits(_: str) -> str:
+    """The names of the limits, as the log and the metrics have them."""
+    return ", ".join(code(limit.value) for limit in Limit)
+
+
+def pair_reasons(_: str) -> str:
+    """Why a pair is on its datapath."""
+    return "\n".join(f"* {reason.text}" for reason in PairReason)
+
+
+def commands(_: str) -> str:
+    """A row for each command."""
+    return table(
+        ("Command", "What it does"),
+        [
+            (code(" ".join([name, *_arguments(command)])), (command.help or "").split("\n\n")[0])
+            for name, command in root.commands.items()
+            if not command.hidden
+        ],
+    )
+
+
+def _arguments(command: click.Command) -> Iterator[str]:
+    """What stands behind a command's name; click's own way to write it depends on its version."""
+    if isinstance(command, click.Group):
+        yield "COMMAND ..."
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            words = parameter.metavar or (
+                "|".join(map(str, parameter.type.choices))
+                if isinstance(parameter.type, click.Choice)
+                else (parameter.name or "").upper()
+            )
+            is_optional = not parameter.required and not words.startswith("[")
+            yield f"[{words}]" if is_optional else words
+
+
+def files(package: str) -> str:
+    """A line for each file of a package: the first of the text at its top."""
+    directory = _PACKAGE / package
+    if not directory.is_dir():
+        raise KeyError(package)
+    rows = []
+    for path in sorted(directory.glob("*.py")):
+        about = ast.get_docstring(ast.parse(path.read_text())) or ""
+        if path.name != "__init__.py":
+            rows.append((code(path.name), " ".join(about.split("\n\n")[0].split())))
+    return table((f"`{package}/`", ""), rows)
+
+
+def _name(metric: Metric) -> str:
+    return metric.name + {"counter": "_total", "info": "_info"}.get(metric.type, "")
+
+
+def _labels(metric: Metric) -> str:
+    names = dict.fromkeys(name for sample in metric.samples for name in sample.labels)
+    return ", ".join(map(code, names))

@@ -1,0 +1,104 @@
+"""Which kernels are booted, and what `doctor` must say on each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from kernels.doctor import Expected
+
+CLOUD: Final = "linux-image-cloud-amd64"
+
+# What every guest runs: kernel facts, the conformance suite on every datapath, sockmap, splice, the
+# view, and the commands as a user calls them. What measures, or needs two processors, is left to
+# the host.
+_OF_THE_KERNEL: Final = (
+    "tests/kernel/test_host.py",
+    "tests/kernel/test_kernel_facts.py",
+    "tests/kernel/test_conformance.py",
+    "tests/kernel/test_sockmap.py",
+    "tests/kernel/test_sockmap_walls.py",
+    "tests/kernel/test_sockmap_teardown.py",
+)
+TESTS: Final = (
+    *_OF_THE_KERNEL,
+    "tests/kernel/test_splice.py::test_flush_resets_both_ends",
+    "tests/kernel/test_attaching.py::test_kill_leaves_them_and_the_next_up_replaces_them",
+    "tests/kernel/test_view.py",
+    "tests/kernel/test_as_a_user.py",
+)
+# Each takes ten seconds or more of an emulated processor, and says nothing about a kernel that the
+# others do not.
+NOT_HERE: Final = tuple(
+    f"tests/kernel/test_view.py::{name}"
+    for name in (
+        "test_no_line_mixes_two_descriptions",
+        "test_no_line_mixes_two_connections_whose_slot_changes_hands",
+        "test_pairs_that_stay_are_all_there_once_while_others_come_and_go",
+        "test_several_pairs_at_a_visit_are_all_there_once_in_order",
+        "test_ten_thousand_pairs_are_all_there_once_in_order",
+        "test_the_header_says_when_nobody_can_write_any_more",
+        "test_many_readers_at_once_get_every_line_once",
+        "test_stats_is_the_same_read_by_small_pieces_and_by_many",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A kernel package of a suite of Debian, and the userland of that suite."""
+
+    name: str
+    suite: str  # of the userland: bookworm, trixie
+    release: str  # where the kernel comes from: the suite, or its backports
+    package: str
+    expected: Expected | None = None  # None: of a kernel that somebody names, nothing is known
+    command_line: str = ""  # more for the kernel
+    tests: tuple[str, ...] = TESTS
+    left_out: tuple[str, ...] = field(default=NOT_HERE)
+
+    def userland(self) -> str:
+        """For people."""
+        return {"bookworm": "Debian 12", "trixie": "Debian 13"}.get(self.suite, self.suite)
+
+
+ALL: Final = (
+    Guest("6.1", "bookworm", "bookworm", CLOUD, Expected(attach="clsact")),
+    Guest("6.12", "trixie", "trixie", CLOUD, Expected()),
+    # All of it is for the two before; what is new on the newest is the kernel itself.
+    Guest("backports", "trixie", "trixie-backports", CLOUD, Expected(), tests=_OF_THE_KERNEL),
+    Guest(
+        "lockdown",
+        "trixie",
+        "trixie",
+        CLOUD,
+        Expected(lockdown="integrity"),
+        command_line="lockdown=integrity",
+        # the datapaths prove themselves in `doctor`; what lockdown may forbid is loading and pins
+        tests=("tests/kernel/test_host.py", "tests/kernel/test_as_a_user.py"),
+    ),
+)
+
+
+class UnknownGuestError(ValueError):
+    """A name that is neither in the table nor SUITE/PACKAGE."""
+
+
+def named(name: str) -> Guest:
+    """The guest of that name, or one for SUITE/PACKAGE and RELEASE/PACKAGE[=VERSION].
+
+    Raises:
+        UnknownGuestError: it is neither.
+    """
+    for guest in ALL:
+        if guest.name == name:
+            return guest
+    release, slash, package = name.partition("/")
+    suite = release.removesuffix("-backports")
+    if not slash or not package or suite not in {"bookworm", "trixie"}:
+        known = ", ".join(guest.name for guest in ALL)
+        raise UnknownGuestError(
+            f"{name!r} is none of {known}, and not RELEASE/PACKAGE such as "
+            f"trixie-backports/{CLOUD} or bookworm/{CLOUD}=6.1.176-1"
+        )
+    return Guest(name, suite, release, package)

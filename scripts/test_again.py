@@ -1,0 +1,68 @@
+"""Run pytest; where CI=true run what failed once more, alone, and say so.
+
+    python scripts/test_again.py PYTEST ARGUMENTS...
+
+A test that fails twice fails the run, and so do more than five that fail once: that is no chance.
+Each that passes the second time is named in a line that begins with FLAKY, which .ci/run repeats
+at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+MOST_REPEATED: Final = 5
+_TESTS_FAILED: Final = 1  # pytest.ExitCode; any other failure is not that of a test
+_XML: Final = "--junit-xml="
+
+
+def run_pytest(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    """pytest's exit code, and the ids of the tests that failed."""
+    with tempfile.TemporaryDirectory(prefix="pyforwarder-tests-") as directory:
+        path = Path(directory) / "failed"
+        command = [sys.executable, "-m", "pytest", *arguments, "--failures-to", str(path)]
+        code = subprocess.run(command, check=False).returncode
+        failed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return code, failed
+
+
+def may_be_repeated(code: int, failed: Sequence[str]) -> bool:
+    """Whether the run failed by tests alone, and by few."""
+    return (
+        code == _TESTS_FAILED
+        and 1 <= len(failed) <= MOST_REPEATED
+        and all("::" in name for name in failed)  # else a module could not be collected
+    )
+
+
+def second_arguments(first: Sequence[str], failed: Sequence[str]) -> list[str]:
+    """One process, these tests; a results file of its own beside that of the first run."""
+    results = [f"{word}.again" for word in first if word.startswith(_XML)]
+    return ["-v", *results, *failed]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The run's exit code."""
+    code, failed = run_pytest(arguments)
+    if os.environ.get("CI") != "true" or not may_be_repeated(code, failed):
+        return code
+    print(f"\nFLAKY? {len(failed)} failed and run once more, alone:", *failed, sep="\n  ")
+    sys.stdout.flush()
+    code, failed_again = run_pytest(second_arguments(arguments, failed))
+    for name in failed:
+        if name in failed_again or code not in {0, _TESTS_FAILED}:
+            print(f"failed twice: {name}")
+        else:
+            print(f"FLAKY: failed, then passed alone: {name}")
+    sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

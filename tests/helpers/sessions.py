@@ -1,0 +1,192 @@
+"""UDP sessions through a forwarder on the middle one of three hosts.
+
+PYFORWARDER_TEST_DATAPATH=copy plays the same with sessions that are copied: a test that fails there
+as well is wrong itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice import session_maps
+from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionDirection, SessionRecord
+from tests.helpers.instruction import ACK, instruction
+from tests.helpers.peers import address_text, pattern
+from tests.helpers.spliced import DATAPATH
+from tests.helpers.waiting import DEADLINE_S, wait_for
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
+    from tests.helpers.netns import Network
+    from tests.helpers.topology import Topology, Way
+
+COUNTED: Final = ("bytes", "packets")
+MOST_BYTES: Final = 65_507  # of IPv4: a packet of 65,535 (RFC 791) without its headers
+
+
+def config(more: str = "", *, datapath: str = DATAPATH, listener: str = "") -> str:
+    """A listener for each version of IP; clients name their server in the first datagram."""
+    listeners = "".join(
+        f"""
+  - name: main{version}
+    bind: "{address}"
+    protocol: udp
+    {listener}
+    rules: [{{match: instruction, allow: [any]}}]"""
+        for version, address in ((4, "0.0.0.0:7004"), (6, "[::]:7006"))
+    )
+    return f"\nlisteners:{listeners}\ndatapath: {datapath}\n{more}\n"
+
+
+def datagram_socket(network: Network, host: str, port: int = 0) -> socket.socket:
+    """Bound there, with a deadline for what it receives, and room for the largest datagrams."""
+    with network.entered():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.settimeout(DEADLINE_S)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    sock.bind((host, port))
+    return sock
+
+
+@dataclass(slots=True)
+class Talk:
+    """A client's socket, connected to the forwarder, and the server's, connected to our source."""
+
+    client: socket.socket
+    server: socket.socket
+    id: int
+
+    def exchange(self, data: bytes = b"datagram") -> None:
+        """It goes there, and back, whole, and nothing else comes."""
+        for sender, receiver in ((self.client, self.server), (self.server, self.client)):
+            sender.send(data)
+            assert receiver.recv(1 << 16) == data
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSite:
+    """A topology with a forwarder in its middle."""
+
+    topology: Topology
+    forwarder: Daemon
+
+    def via(self, way: Way, version: int) -> tuple[str, int]:
+        """Where a client on that way finds the forwarder."""
+        return way.listener[version], self.forwarder.listeners()[f"main{version}"][1]
+
+    @contextlib.contextmanager
+    def copied(self, way: Way, version: int) -> Iterator[Talk]:
+        """A session of which the client has sent one datagram, and been answered."""
+        local = {4: "0.0.0.0", 6: "::"}[version]
+        with (
+            datagram_socket(way.server, way.destination[version]) as server,
+            datagram_socket(way.client, local) as client,
+        ):
+            client.connect(self.via(way, version))
+            client.send(instruction(address_text(server.getsockname()[:2])) + b"first")
+            assert client.recv(1 << 16) == ACK
+            data, source = server.recvfrom(1 << 16)
+            assert data == b"first"
+            server.connect(source[:2])
+            server.send(b"answer")
+            assert client.recv(1 << 16) == b"answer"
+            row = wait_for(lambda: self.row(client), "it is shown")
+            assert row is not None
+            yield Talk(client, server, row["id"])
+
+    @contextlib.contextmanager
+    def spliced(self, way: Way, version: int) -> Iterator[Talk]:
+        """One whose datagrams the kernel sends on, both ways."""
+        with self.copied(way, version) as talk:
+            talk.exchange()
+            self.wait_until_spliced(talk)
+            yield talk
+
+    def wait_until_spliced(self, talk: Talk) -> None:
+        """Until both directions are the kernel's: our sockets get nothing more."""
+
+        def is_there() -> bool:
+            talk.exchange()
+            row = self.row(talk.client)
+            return row is not None and row["datapath"] == DATAPATH
+
+        wait_for(is_there, f"on {DATAPATH}")
+        for _ in range(3):  # the first ones may be copied still
+            talk.exchange()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `show --json`."""
+        return cast("list[dict[str, Any]]", self.forwarder.control().pairs())
+
+    def row(self, client: socket.socket) -> dict[str, Any] | None:
+        """What `show` says of a client's session."""
+        text = address_text(client.getsockname()[:2])
+        return next((row for row in self.rows() if row["client"] == text), None)
+
+    def counts(self, talk: Talk) -> dict[str, int]:
+        """Bytes and datagrams, up and down."""
+        row = self.row(talk.client)
+        assert row is not None
+        return {f"{d}_{what}": row[f"{d}_{what}"] for d in ("up", "down") for what in COUNTED}
+
+    def stats(self) -> dict[str, Any]:
+        """What `show stats --json` says."""
+        return self.forwarder.control().stats()
+
+    def wait_until_gone(self, session_id: int) -> None:
+        """Until `show` has no session of that number."""
+        wait_for(lambda: session_id not in [row["id"] for row in self.rows()], "it is gone")
+
+    def record(self, talk: Talk, *, silent_ns: int = 0) -> SessionRecord:
+        """What the programs have of a session, by its pin; it has been silent for longer from now.
+
+        None has to wait then until a session has been silent for minutes.
+        """
+        pins = self.forwarder.place.bpffs / self.forwarder.instance / "splice"
+        fd = bpf.open_pin(pins / session_maps.PINS[1])
+        size = bpf.map_sizes(fd).entries * SESSION_BYTES
+        with contextlib.closing(bpf.map_memory(fd, size, write=True)) as memory:
+            os.close(fd)
+            for index in session_maps.used_indexes(memory):
+                record = session_maps.record_of(memory, index)
+                if record.id == talk.id:
+                    break
+            else:
+                raise LookupError(talk.id)
+            if silent_ns:
+                # A host that has just booted has no such past: then less silence is enough.
+                wanted_ns = silent_ns
+                silent_ns = min(silent_ns, record.began_ns, *(way.last_ns for way in record.way))
+                rest_ns = max(1, record.idle_ns - (wanted_ns - silent_ns))
+                session_maps.store_wide(memory, index, "idle_ns", rest_ns)
+                session_maps.store_wide(memory, index, "began_ns", record.began_ns - silent_ns)
+                for direction in Direction:
+                    at = index * SESSION_BYTES + SessionRecord.way.offset
+                    at += direction * ctypes.sizeof(SessionDirection)
+                    at += SessionDirection.last_ns.offset
+                    struct.pack_into("=Q", memory, at, record.way[direction].last_ns - silent_ns)
+            return session_maps.record_of(memory, index)
+
+    def copies(self) -> int:
+        """How many datagrams sockets on the forwarder's host have got so far."""
+        network = self.topology.forwarder
+        with network.entered():
+            six = Path("/proc/thread-self/net/snmp6").read_text()
+        (of_six,) = (int(line.split()[1]) for line in six.splitlines() if "Udp6InDatagr" in line)
+        return network.counters()["UdpInDatagrams"] + of_six
+
+
+def numbered(number: int, size: int) -> bytes:
+    """A datagram that no other is like."""
+    return (b"%d:" % number + pattern(size))[:size]

@@ -1,0 +1,66 @@
+"""The parts of README and docs/ that come from the program are what the program says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from documents.__main__ import ROOT, wanted
+from documents.pages import PageError, made, missing
+from documents.parts import PARTS
+from documents.program import collected
+from pyforwarder.config import reference
+
+DOCS = ROOT / "docs"
+
+
+WANTED = wanted(ROOT)
+
+
+@pytest.mark.parametrize("path", WANTED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_made_is_up_to_date(path: Path) -> None:
+    """`scripts/documents/run` writes it; scripts/check says so, too."""
+    assert path.read_text() == WANTED[path]
+
+
+def test_the_configuration_page_has_every_block() -> None:
+    page = (DOCS / "configuration.md").read_text()
+    for block in reference.blocks():
+        assert any(f"<!-- made: keys {path or 'top'} -->" in page for path in block.paths)
+
+
+def test_a_part_replaces_the_one_before_it_and_nothing_else() -> None:
+    page = "a\n<!-- made: limits -->\nold\n<!-- /made -->\nb\n"
+    assert made(made(page, "x"), "x") == made(page, "x")
+    text = made(page, "x")
+    assert text.startswith("a\n<!-- made: limits -->\n\n`pairs`")
+    assert text.endswith("\n\n<!-- /made -->\nb\n")
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("<!-- made: limits -->\n", "has no <!-- /made -->"),
+        ("<!-- made: limits -->\n<!-- made: kinds -->\n<!-- /made -->\n", "has no <!-- /made -->"),
+        ("<!-- made: nothing -->\n<!-- /made -->\n", "no part is called 'nothing'"),
+        ("<!-- made: keys nowhere -->\n<!-- /made -->\n", "keys has no 'nowhere'"),
+    ],
+)
+def test_a_wrong_marker_is_named(page: str, complaint: str) -> None:
+    with pytest.raises(PageError, match=f"^x.md: .*{complaint}"):
+        made(page, "x.md")
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    page = "`core/reasons.py`, `scripts/documents/pages.py`, `core/nothing.py`, `/etc/nothing.yaml`"
+    assert missing(page, ROOT) == ["core/nothing.py"]
+
+
+def test_metrics_are_listed_with_their_labels() -> None:
+    rows = PARTS["metrics"]("").splitlines()[2:]
+    assert len(rows) == len(collected())
+    assert (
+        "| `pyforwarder_rule_taken_total` | counter | `listener`, `rule` | Connections that the "
+        "rule gave a destination. |"
+    ) in rows

@@ -1,0 +1,182 @@
+"""bpf/express.h and its mirror in Python; and how a table lies in the program's maps."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import re
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyforwarder.core.express import reading, request_grammar
+from pyforwarder.core.express.compiling import MOST_PREFIXES
+from pyforwarder.core.express.conditions import (
+    ClientNetworks,
+    HttpHost,
+    NamePatterns,
+    Network,
+    ServerName,
+)
+from pyforwarder.core.express.request_grammar import State
+from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS, Clause, Table
+from pyforwarder.datapath.ebpf.loading import bpf_directory
+from pyforwarder.datapath.express import abi
+from pyforwarder.datapath.express.tables import encode, network_key
+
+STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
+    "express_grammar": abi.Grammar,
+    "express_prefix": abi.Prefix,
+    "express_clause": abi.Clause,
+    "express_method": abi.Method,
+    "express_table": abi.Table,
+    "express_name_key": abi.NameKey,
+    "express_network_key": abi.NetworkKey,
+}
+NUMBERS: Final = {
+    "PF_EXPRESS_VERSION": abi.VERSION,
+    "PF_EXPRESS_BYTES": reading.MOST_BYTES,
+    "PF_EXPRESS_NAME_BYTES": reading.MOST_NAME_BYTES,
+    "PF_EXPRESS_EXTENSIONS": reading.MOST_EXTENSIONS,
+    "PF_EXPRESS_ALPN_NAMES": reading.MOST_ALPN_NAMES,
+    "PF_EXPRESS_ALPN_BYTES": reading.MOST_ALPN_BYTES,
+    "PF_EXPRESS_HEAD_BYTES": reading.MOST_HEAD_BYTES,
+    "PF_EXPRESS_METHOD_BYTES": reading.MOST_METHOD_BYTES,
+    "PF_EXPRESS_METHODS": MOST_METHODS,
+    "PF_EXPRESS_CLAUSES": MOST_CLAUSES,
+    "PF_EXPRESS_PREFIXES": MOST_PREFIXES,
+    "PF_EXPRESS_WORDS": abi.WORDS,
+    "PF_EXPRESS_IN_HELLO": abi.IN_HELLO,
+    "PF_EXPRESS_IN_REQUEST": abi.IN_REQUEST,
+    "PF_EXPRESS_IN_ALPN": abi.IN_ALPN,
+    "PF_EXPRESS_STATES": request_grammar.MOST_STATES,
+    "PF_EXPRESS_CLASSES": request_grammar.MOST_CLASSES,
+    "PF_EXPRESS_NO_REQUEST": State.NO_REQUEST,
+    "PF_EXPRESS_UNKNOWN": State.UNKNOWN,
+    "PF_EXPRESS_READ": request_grammar.LAST_FINAL,
+    "PF_EXPRESS_START": State.START,
+    "PF_EXPRESS_METHOD": State.METHOD,
+    "PF_EXPRESS_LINE": State.LINE,
+    "PF_EXPRESS_HOST": State.HOST,
+}
+
+
+def test_the_mirror_is_as_the_compiler_has_it(tmp_path: Path) -> None:
+    header = (bpf_directory() / "express.h").read_text()
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    assert set(re.findall(r"^struct (\w+) \{", header, re.MULTILINE)) == STRUCTURES.keys()
+    assert set(re.findall(r"\bPF_EXPRESS_\w+", header)) == NUMBERS.keys()
+    said, expected = [], []
+    for name, structure in STRUCTURES.items():
+        said.append(f"sizeof(struct {name})")
+        expected.append(ctypes.sizeof(structure))
+        for field in (entry[0] for entry in structure._fields_):
+            said.append(f"offsetof(struct {name}, {field.rstrip('_')})")
+            expected.append(getattr(structure, field).offset)
+    for name, number in NUMBERS.items():
+        said.append(name)
+        expected.append(int(number))
+    prints = "\n".join(f'printf("%lld\\n", (long long)({one}));' for one in said)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <linux/types.h>\n#include <stddef.h>\n#include <stdio.h>\n"
+        f'#include "express.h"\nint main(void) {{\n{prints}\nreturn 0;\n}}\n'
+    )
+    program = tmp_path / "layout"
+    subprocess.run(
+        ["cc", "-Wall", "-Werror", f"-I{bpf_directory()}", "-o", program, source], check=True
+    )
+    lines = subprocess.run([program], capture_output=True, check=True).stdout.split()
+    assert [int(line) for line in lines] == expected
+
+
+def longest_prefix(entries: Mapping[bytes, int], asked: bytes) -> int:
+    """What a map of longest prefixes (BPF_MAP_TYPE_LPM_TRIE) answers; 0: nothing."""
+    found = (0, 0)
+    (asked_bits,) = struct.unpack_from("=I", asked)
+    text = int.from_bytes(asked[4:], "big")
+    for key, value in entries.items():
+        (bits,) = struct.unpack_from("=I", key)
+        shift = 8 * (len(key) - 4) - bits
+        if bits <= asked_bits and int.from_bytes(key[4:], "big") >> shift == text >> shift:
+            found = max(found, (bits, value))
+    return found[1]
+
+
+def name_key(number: int, kind: int, name: bytes) -> bytes:
+    text = name[::-1] + b"\0"
+    padded = text.ljust(reading.MOST_NAME_BYTES + 1 + 2, b"\0")
+    return struct.pack("=IIB", 8 * (5 + len(text)), number, kind) + padded
+
+
+texts = st.text("ab.", max_size=4).map(str.encode)
+names = texts.filter(bool)
+patterns = st.builds(
+    NamePatterns, st.frozensets(names, max_size=4), st.frozensets(texts, max_size=4)
+)
+
+
+def table_of(*conditions: ServerName | HttpHost | ClientNetworks) -> Table:
+    clauses = tuple(Clause(0, 1 << n, 0) for n in range(len(conditions)))
+    return Table(conditions, clauses, rules=1, targets=frozenset({0}), most_bytes=100)
+
+
+@given(patterns, patterns, patterns, names)
+def test_a_name_has_the_bits_of_all_that_it_fulfils(
+    first: NamePatterns, second: NamePatterns, host: NamePatterns, name: bytes
+) -> None:
+    encoded = encode(table_of(ServerName(first), ServerName(second), HttpHost(host)), 7)
+    wanted = first.include(name) | second.include(name) << 1
+    assert longest_prefix(encoded.names, name_key(7, abi.IN_HELLO, name)) == wanted
+    assert longest_prefix(encoded.names, name_key(7, abi.IN_REQUEST, name)) == (
+        host.include(name) << 2
+    )
+    assert longest_prefix(encoded.names, name_key(8, abi.IN_HELLO, name)) == 0
+
+
+addresses = st.one_of(
+    st.integers(0, 2**32 - 1).map(ipaddress.IPv4Address),
+    st.integers(0, 2**128 - 1).map(ipaddress.IPv6Address),
+    st.sampled_from([ipaddress.ip_address("10.1.2.3"), ipaddress.ip_address("::ffff:0:1")]),
+)
+
+
+def around(address: ipaddress.IPv4Address | ipaddress.IPv6Address, bits: int) -> Network:
+    most = address.max_prefixlen
+    network: Network = ipaddress.ip_network(f"{address}/{min(bits, most)}", strict=False)
+    return network
+
+
+networks = st.lists(st.builds(around, addresses, st.integers(0, 128)), max_size=4).map(tuple)
+
+
+@given(networks, networks, addresses, st.integers(0, 128))
+def test_an_address_has_the_bits_of_all_networks_around_it(
+    first: tuple[Network, ...],
+    second: tuple[Network, ...],
+    address: ipaddress.IPv4Address,
+    bits: int,
+) -> None:
+    second = (*second, around(address, bits))
+    encoded = encode(table_of(ClientNetworks(first), ClientNetworks(second)), 7)
+    wanted = any(address in network for network in first) | (
+        any(address in network for network in second) << 1
+    )
+    assert longest_prefix(encoded.networks, network_key(7, address)) == wanted
+    assert longest_prefix(encoded.networks, network_key(8, address)) == 0
+
+
+def test_whatever_comes_the_automaton_knows_a_next_state() -> None:
+    automaton = request_grammar.AUTOMATON
+    assert len(automaton.classes) == 256
+    assert len(automaton.following) == request_grammar.MOST_STATES
+    assert {len(row) for row in automaton.following} == {request_grammar.MOST_CLASSES}
+    assert max(automaton.classes) < request_grammar.MOST_CLASSES
+    assert max(max(row) for row in automaton.following) < request_grammar.MOST_STATES
+    for state in range(request_grammar.LAST_FINAL + 1):
+        assert {automaton.next(state, byte) for byte in range(256)} == {state}

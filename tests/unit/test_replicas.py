@@ -1,0 +1,128 @@
+"""A pair that was replicated gives the record that it was made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyforwarder.datapath.ebpf.abi import PairRecord
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Routing, Splice, SpliceState
+from pyforwarder.datapath.splice.replicas import (
+    Ways,
+    boot_unix_s,
+    is_replicable,
+    is_wide,
+    narrow,
+    pair_of,
+    shown,
+    slack_for,
+    splice_of,
+)
+from tests.unit.test_failover_record import a_pair, pairs
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.failover.record import Pair
+
+WAYS: Final = Ways(3, 5)
+WORD: Final = 1 << 32
+
+
+def record_of(pair: Pair, *, slack: int = 0) -> Splice:
+    return splice_of(pair, 7, WAYS, claim=2, slack=slack)
+
+
+@given(pairs())
+def test_the_record_says_what_the_pair_said(pair: Pair) -> None:
+    record = record_of(pair)
+    boot_s = boot_unix_s()
+    said = PairRecord.from_buffer_copy(shown(pair, record, boot_unix_s=boot_s))
+    again = pair_of(record, said, boot_unix_s=boot_s)
+    # A machine's clock begins when it was started; no pair is older there.
+    assert replace(again, started_s=pair.started_s) == pair
+
+
+@given(pairs())
+def test_both_directions_fit_together(pair: Pair) -> None:
+    up, down = record_of(pair).way
+    for way, back in ((up, down), (down, up)):
+        assert (way.seq_delta + back.ack_delta) % WORD == 0
+        assert (way.tsval_delta + back.tsecr_delta) % WORD == 0
+        # What goes on by the one direction answers what came by the other.
+        assert list(way.source) == list(back.from_.target)
+        assert list(way.target) == list(back.from_.source)
+        assert (way.sport, way.dport) == (back.from_.dport, back.from_.sport)
+    assert (up.interface, down.interface) == (5, 3)
+
+
+def test_what_may_have_passed_since_is_believed_until_both_were_heard() -> None:
+    pair, slack = a_pair(), 1 << 28
+    memory = bytearray(bytes(record_of(pair, slack=slack)))
+    assert len(memory) == SPLICE_BYTES
+    record = Splice.from_buffer(memory)
+    assert is_wide(record)
+    up, down = record.way
+    assert (up.limit - pair.up.limit) % WORD == up.reach == slack
+    # As the programs store what the peers have said.
+    up.last_ack, up.edge = 1000, 51_000
+    down.last_ack, down.edge = 2000, 302_000
+    narrow(memory, 0)
+    assert not is_wide(record)
+    assert up.reach == 600_000
+    assert down.reach == 100_000
+    sent = (pair.down.last_end + pair.deltas.down_seq + slack) % WORD
+    assert (up.sent, up.tail) == (sent, sent)
+
+
+def test_a_limit_is_never_moved_forward() -> None:
+    pair = a_pair()
+    memory = bytearray(bytes(record_of(pair)))
+    record = Splice.from_buffer(memory)
+    record.way[1].edge = (int(record.way[0].limit) - record.way[1].ack_delta) % WORD
+    before = record.way[0].limit
+    narrow(memory, 0)
+    assert record.way[0].limit == before
+
+
+def test_how_much_is_believed_follows_how_much_has_passed() -> None:
+    pair = a_pair()
+    assert slack_for(None, pair) == slack_for(pair, pair) == 1 << 28
+    moved = replace(pair, up=replace(pair.up, last_end=pair.up.last_end + (100 << 20)))
+    assert slack_for(pair, moved) == 800 << 20
+    moved = replace(pair, down=replace(pair.down, last_end=pair.up.last_end + (1 << 30)))
+    assert slack_for(pair, moved) == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("state", SpliceState.ARMED), ("id", 0), ("reset", 1), ("out", 1)],
+)
+def test_what_cannot_go_on_elsewhere_is_not_replicated(field: str, value: int) -> None:
+    record = record_of(a_pair())
+    assert is_replicable(record)
+    if field == "out":
+        record.out[0] = value
+    else:
+        setattr(record, field, value)
+    assert not is_replicable(record)
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_a_pair_with_a_tail_or_a_way_of_its_own_is_not_replicated(direction: int) -> None:
+    for routing in Routing:
+        record = record_of(a_pair())
+        record.way[direction].routing = routing
+        assert not is_replicable(record)
+    record = record_of(a_pair())
+    record.way[direction].tail_open = 1
+    assert not is_replicable(record)
+
+
+@given(st.binary(min_size=SPLICE_BYTES, max_size=SPLICE_BYTES))
+def test_no_record_makes_the_reader_fail(data: bytes) -> None:
+    record = Splice.from_buffer_copy(data)
+    if is_replicable(record):
+        pair_of(record, None, boot_unix_s=0.0)

@@ -1,0 +1,178 @@
+"""UDP sessions that a worker takes over from one that has died: as its configuration says now."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import pytest
+
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import PairRecord
+from pyforwarder.datapath.splice.sessions import Carried, Place, SessionOrphan, SpliceSessions
+from pyforwarder.runtime.counters import Counter, ServerCounter
+from pyforwarder.worker.session_handover import SessionHandover
+from tests.helpers.datagram_play import DatagramPlay
+from tests.unit.test_session_handover import FakeKernel
+
+
+class Keeping(FakeKernel):
+    """Which sessions have been taken over, and which are over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[int] = []
+        self.closed_places: list[int] = []
+
+    def go_on_with(self, orphan: SessionOrphan, slot: int, idle_s: float) -> Place:
+        assert idle_s == 120.0
+        self.taken.append(orphan.index)
+        return Place(orphan.index, slot)
+
+    def close(self, places: Sequence[Place]) -> list[Carried]:
+        self.closed_places += [place.index for place in places]
+        return [((0, 0), (0, 0)) for _ in places]
+
+    def forget(self, index: int) -> None:
+        self.closed_places.append(index)
+
+
+class Adopting:
+    """A worker that has just begun, and the sessions of one that died."""
+
+    def __init__(self, rules: str = "{name: r, match: any, to: web}", more: str = "") -> None:
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind(("127.0.0.1", 0))
+        self.sock.setblocking(False)
+        self.to = "{}:{}".format(*self.sock.getsockname())
+        self.play = DatagramPlay(
+            "listeners: [{name: main, bind: '127.0.0.1:0', protocol: udp, "
+            f"rules: [{rules.replace('SERVER', self.to)}]}}]\n"
+            f"upstreams: {{web: {{servers: ['{self.to}']}}}}\n{more}"
+        )
+        self.kernel = Keeping()
+        self.play.server.handover = SessionHandover(
+            self.play.server, cast("SpliceSessions", self.kernel)
+        )
+
+    def orphan(
+        self,
+        client: socket.socket,
+        number: int = 1,
+        rule: bytes = b"r",
+        server: tuple[str, int] | None = None,
+    ) -> SessionOrphan:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        sock.connect(server or self.sock.getsockname())
+        record = PairRecord(id=100 + number, rule=rule, started_ns=1)
+        return SessionOrphan(
+            number, 100 + number, sock, client.getsockname(), self.play.address, record
+        )
+
+    def close(self) -> None:
+        self.play.close()
+        self.sock.close()
+
+
+@pytest.fixture
+def adopting() -> Iterator[Adopting]:
+    made = Adopting()
+    yield made
+    made.close()
+
+
+def test_a_session_of_an_upstream_is_counted_for_its_server_until_it_ends(
+    adopting: Adopting,
+) -> None:
+    play = adopting.play
+    (server,) = play.generation.balancers["web"].servers
+    assert play.server.take_in([adopting.orphan(play.client())]) == 1
+    at = server.counter + ServerCounter.PAIRS
+    assert (server.pairs, server.held.total(), play.counters[at]) == (1, 1, 1)
+    assert play.server.flush_ids(None) == [101]
+    assert (server.pairs, server.held.total(), play.counters[at]) == (0, 0, 0)
+    assert adopting.kernel.closed_places == [1]
+
+
+def test_datagrams_that_wait_are_looked_at_once_every_session_is_taken_in(
+    adopting: Adopting,
+) -> None:
+    play = adopting.play
+    clients = [play.client() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.send(b"from %d" % number)
+    orphans = [adopting.orphan(client, number) for number, client in enumerate(clients, 1)]
+    assert play.server.take_in(orphans) == 3
+    ports = {orphan.server.getsockname()[1]: n for n, orphan in enumerate(orphans)}
+    for _ in clients:
+        data, source = play.receive(adopting.sock)
+        assert data == b"from %d" % ports[source[1]]
+    assert sorted(play.server.flush_ids(None)) == [101, 102, 103]
+
+
+@pytest.mark.parametrize("again", ["client", "id"])
+def test_a_session_that_is_there_already_is_not_taken_in_again(
+    adopting: Adopting, again: str
+) -> None:
+    play = adopting.play
+    client = play.client()
+    other = client if again == "client" else play.client()
+    orphans = [adopting.orphan(client, 1), adopting.orphan(other, 2 if again == "client" else 1)]
+    assert play.server.take_in(orphans) == 1
+    assert adopting.kernel.taken == [1]
+    assert len(adopting.kernel.closed_places) == 1
+    assert play.server.flush_ids(None) == [101]
+
+
+@pytest.mark.parametrize(
+    ("rules", "reason"),
+    [
+        ("{name: other, match: any, to: web}", CloseReason.NO_MATCH),
+        ("{name: r, match: any, reject: close}", CloseReason.REJECTED),
+        ("{name: r, match: any, to: 127.0.0.1:1}", CloseReason.UNREACHABLE),
+        ("{name: r, match: any, to: 'name.test:1'}", CloseReason.UNREACHABLE),
+    ],
+)
+def test_a_session_that_its_rule_would_not_lead_there_any_more_ends(
+    rules: str, reason: CloseReason
+) -> None:
+    adopting = Adopting(rules)
+    play = adopting.play
+    assert play.server.take_in([adopting.orphan(play.client())]) == 0
+    assert (adopting.kernel.taken, adopting.kernel.closed_places) == ([], [1])
+    assert play.closed(reason) == 1
+    (line,) = play.said()
+    assert (line["id"], line["reason"]) == (101, reason.value)
+    adopting.close()
+
+
+@pytest.mark.parametrize("rules", ["{name: r, match: any, to: 'SERVER'}"])
+def test_a_session_that_its_rule_still_leads_there_goes_on(rules: str) -> None:
+    adopting = Adopting(rules)
+    assert adopting.play.server.take_in([adopting.orphan(adopting.play.client())]) == 1
+    assert adopting.kernel.taken == [1]
+    adopting.close()
+
+
+def test_a_session_whose_server_has_left_its_upstream_ends(adopting: Adopting) -> None:
+    play = adopting.play
+    orphan = adopting.orphan(play.client(), server=("127.0.0.1", 9))
+    assert play.server.take_in([orphan]) == 0
+    assert play.closed(CloseReason.UNREACHABLE) == 1
+    assert adopting.kernel.closed_places == [1]
+
+
+def test_a_session_to_this_forwarder_itself_ends() -> None:
+    """A worker that was taken over may have opened any."""
+    adopting = Adopting("{name: r, match: any, to: 'SERVER'}")
+    play = adopting.play
+    host, port = play.address
+    play.reload(
+        "listeners: [{name: main, bind: '127.0.0.1:0', protocol: udp,"
+        f" rules: [{{name: r, match: any, to: '{host}:{port}'}}]}}]"
+    )
+    assert play.server.take_in([adopting.orphan(play.client(), server=(host, port))]) == 0
+    assert play.closed(CloseReason.DENIED) == 1
+    assert play.counters[Counter.OPEN] == 0
+    adopting.close()

@@ -1,0 +1,131 @@
+"""What the keeper believes of who tells it of other machines' pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyforwarder.datapath.splice.standby import MOST_AT_ONCE, FaultyStandbyError, Standby
+from pyforwarder.fleet.failover.record import Entry, tag_of
+from tests.unit.test_failover_record import a_pair
+
+if TYPE_CHECKING:
+    import socket
+
+    from pyforwarder.datapath.splice.abi import ResetBy
+
+PAIR: Final = a_pair()
+ENTRY: Final = Entry(tag_of("other"), 1, PAIR.encode()).encode()
+FIELDS: Final[dict[str, object]] = {"n": 1, "until": 1e12}
+
+
+class Nobody:
+    """A keeper that must not be asked for anything."""
+
+    def allocate(self) -> int:
+        raise AssertionError
+
+    def take_in(self, index: int, said: bytes) -> int:
+        raise AssertionError
+
+    def owns(self, index: int) -> bool:
+        raise AssertionError
+
+    def let_go(self, index: int) -> None:
+        raise AssertionError
+
+    def forget(self, index: int) -> None:
+        raise AssertionError
+
+    def end(self, index: int, why: ResetBy) -> None:
+        raise AssertionError
+
+    def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
+        raise AssertionError
+
+
+class NoFlows:
+    """A map without entries."""
+
+    def lookup(self, key: bytes) -> bytes:
+        raise FileNotFoundError
+
+
+def standby() -> Standby:
+    """Of a machine to which no address moves."""
+    flows, nothing = cast("Any", NoFlows()), cast("Any", None)
+    return Standby(Nobody(), mmap.mmap(-1, 4096), flows, nothing, nothing, addresses=(), most=10)
+
+
+def ask(**request: object) -> dict[str, object]:
+    return standby().answer(json.dumps({**FIELDS, **request}).encode())
+
+
+def test_a_pair_of_other_addresses_is_refused() -> None:
+    assert ask(do="hold", pairs=[[PAIR.key, ENTRY]])["refused"] == [PAIR.key]
+
+
+def test_requests_are_answered_by_their_number() -> None:
+    assert ask(do="look") == {"n": 1, "waiting": [], "taken": 0, "held": 0}
+    assert ask(do="begin") == {"n": 1}
+    assert ask(do="release", keys=[PAIR.key]) == {"n": 1}
+    assert ask(do="let_go", pairs=[PAIR.encode()]) == {"n": 1}
+
+
+def test_a_late_request_is_not_obeyed() -> None:
+    assert ask(do="hold", pairs=[[PAIR.key, ENTRY]], until=0) == {"n": 1, "late": True}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "steal"},
+        {"do": ["look"]},
+        {"do": "look", "more": 1},
+        {"do": "look", "n": -1},
+        {"do": "look", "n": True},
+        {"do": "look", "until": "1"},
+        {"do": "look", "until": -1},
+        {"do": "hold"},
+        {"do": "hold", "pairs": {}},
+        {"do": "hold", "pairs": [[PAIR.key]]},
+        {"do": "hold", "pairs": [[PAIR.key, 1]]},
+        {"do": "hold", "pairs": [["x", ENTRY]]},
+        {"do": "hold", "pairs": [[PAIR.key, "1 2 3 4"]]},
+        {"do": "hold", "pairs": [[PAIR.key, ENTRY]] * (MOST_AT_ONCE + 1)},
+        {"do": "release", "keys": ["x"]},
+        {"do": "release", "keys": [1]},
+        {"do": "let_go", "pairs": ["x"]},
+        {"do": "let_go", "pairs": [None]},
+    ],
+)
+def test_what_is_not_in_the_table_is_a_fault(request_: dict[str, object]) -> None:
+    with pytest.raises(FaultyStandbyError):
+        ask(**request_)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(["do", "n", "until", "pairs", "keys"]) | st.text(max_size=5), inner
+            )
+        ),
+        max_leaves=12,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_no_request_raises_anything_else(data: bytes) -> None:
+    with contextlib.suppress(FaultyStandbyError):
+        standby().answer(data)
+    with pytest.raises(FaultyStandbyError):
+        standby().answer(b"[" * 5000)

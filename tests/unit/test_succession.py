@@ -1,0 +1,230 @@
+"""What two daemons of one instance say to each other, and what becomes of anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
+from pyforwarder.errors import ControlError
+from pyforwarder.runtime.channel import Channel
+from pyforwarder.runtime.loop import Loop
+from pyforwarder.supervisor import succession
+from pyforwarder.supervisor.succession import (
+    Ask,
+    NoAnswerError,
+    Offer,
+    Predecessor,
+    Successor,
+    bind_of,
+    find,
+    parts_of,
+)
+
+OFFER: Final[dict[str, Any]] = {
+    "protocol": 1,
+    "version": "0.2.0",
+    "pid": 7,
+    "config_path": None,
+    "overrides": {},
+    "detach": False,
+    "verbosity": 0,
+    "workers": 2,
+    "serial": 1,
+    "drained": [["web", "10.0.0.1:443"]],
+    "environ": {},
+    "splice": "none",
+    "has_handshakes": False,
+    "marks": [],
+    "web": [],
+    "activation": [],
+    "places": [],
+}
+
+
+class Elder(threading.Thread):
+    """A daemon whose answers are written down, with how many descriptors each has.
+
+    What it says of its own accord waits for no question.
+    """
+
+    def __init__(self, sock: socket.socket, answers: list[tuple[dict[str, Any], int]]) -> None:
+        super().__init__(daemon=True)
+        self._channel = Channel(sock)
+        self._answers = answers
+        self.heard: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        for answer, count in self._answers:
+            message = None
+            while "said" not in answer and (message is None or message.get("more")):
+                with contextlib.suppress(BlockingIOError):
+                    received = self._channel.receive()
+                    if received is None:
+                        break
+                    message, fds = received
+                    for fd in fds:
+                        os.close(fd)
+            if message is not None:
+                self.heard.append(message)
+            succession._send(self._channel, answer, [null] * count)
+        os.close(null)
+        self._channel.close()
+
+
+@pytest.fixture
+def elder() -> Iterator[Any]:
+    """Start one that gives these answers; what the successor has of it."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(*answers: tuple[dict[str, Any], int]) -> tuple[Elder, Predecessor]:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            one = Elder(theirs, list(answers))
+            one.start()
+            stack.callback(one.join, 10)
+            channel = Channel(ours)
+            stack.callback(channel.close)
+            return one, Predecessor(channel)
+
+        yield begin
+
+
+def offered(**changed: object) -> dict[str, Any]:
+    return {"answer": "offer", **OFFER, **changed}
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [Address("127.0.0.1", 80), Address("::1", 0), UnixAddress("/run/x"), SystemdSockets("web")],
+)
+def test_an_address_arrives_as_it_was(bind: Any) -> None:
+    assert bind_of(parts_of(bind)) == bind
+
+
+@pytest.mark.parametrize("parts", [[], ["ip", "127.0.0.1"], ["ip", "127.0.0.1", 65536], ["x", "y"]])
+def test_what_is_no_address_is_refused(parts: Any) -> None:
+    with pytest.raises(ControlError, match="an address that is none"):
+        bind_of(parts)
+
+
+def test_an_offer_comes_with_more_descriptors_than_fit_into_a_message(elder: Any) -> None:
+    place = {
+        "listener": "main",
+        "wanted": ["ip", "127.0.0.1", 80],
+        "bind": ["ip", "127.0.0.1", 80],
+        "protocol": "tcp",
+        "sockets": 501,
+        "is_ours": True,
+        "mode": None,
+        "freebind": False,
+    }
+    one, predecessor = elder((offered(places=[place], marks=["a"]), 4 + 1 + 501))
+    assert predecessor.offer.workers == 2
+    ((said, fds),) = predecessor.places
+    assert (said.listener, len(fds)) == ("main", 501)
+    assert list(predecessor.marks) == ["a"]
+    assert one.heard[0]["do"] == "offer"
+    predecessor.discard()
+    assert not any(os.path.exists(f"/proc/self/fd/{fd}") for fd in fds)
+
+
+@pytest.mark.parametrize(
+    ("answer", "count", "message"),
+    [
+        (offered(protocol=2), 4, "cannot be taken over by this version: protocol"),
+        (offered(workers=0), 4, "workers"),
+        (offered(splice="perhaps"), 4, "splice"),
+        (offered(), 5, "has sent 5 descriptors"),
+        ({"error": "the daemon is ending"}, 0, "the daemon is ending"),
+    ],
+)
+def test_an_offer_of_another_kind_is_refused_and_nothing_stays_open(
+    elder: Any, answer: dict[str, Any], count: int, message: str
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ControlError, match=message):
+        elder((answer, count))
+    assert len(os.listdir("/proc/self/fd")) <= before + 3  # the two channels, and the listing
+
+
+def test_a_word_of_its_own_accord_is_no_answer(elder: Any) -> None:
+    _, predecessor = elder((offered(), 4), ({"said": "released"}, 0), ({"answer": "pairs"}, 0))
+    with pytest.raises(NoAnswerError, match="has ended, asked to take"):
+        # The next answer is one to another question: it is not taken for this one.
+        predecessor.take([])
+    assert predecessor.is_released
+    assert predecessor.is_gone
+    assert predecessor.pairs() == []
+    predecessor.discard()
+
+
+def test_only_the_daemons_user_may_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(succession, "peer_of", lambda _: (7, os.geteuid() + 1))
+    with ours, pytest.raises(ControlError, match="own user"):
+        Successor(loop, theirs, lambda *_: ({}, ()), lambda: None)
+    assert theirs.fileno() < 0
+    loop.dispose()
+
+
+def test_another_kind_of_socket_is_refused() -> None:
+    loop = Loop()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, pytest.raises(ControlError, match="own user"):
+        Successor(loop, theirs, lambda *_: ({}, ()), lambda: None)
+    loop.dispose()
+
+
+def test_a_question_that_is_none_is_answered_and_its_end_is_told() -> None:
+    loop, asked, gone = Loop(), [], []
+
+    def obey(ask: Ask, fds: list[int]) -> tuple[dict[str, object], tuple[int, ...]]:
+        asked.append((ask.do, len(fds)))
+        return {"last_id": 5}, ()
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    successor = Successor(loop, theirs, obey, lambda: gone.append(1))
+    channel.send({"do": "dance"})
+    loop.run_once(1.0)
+    received = channel.receive()
+    assert received is not None
+    assert "does not understand" in received[0]["error"]
+    with open(os.devnull) as file:
+        channel.send({"more": True}, [file.fileno()] * 3)
+        channel.send({"do": "last_id"}, [file.fileno()])
+    loop.run_once(1.0)
+    loop.run_once(1.0)
+    assert asked == [("last_id", 4)]
+    received = channel.receive()
+    assert received == ({"answer": "last_id", "last_id": 5}, [])
+    channel.close()
+    loop.run_once(1.0)
+    assert gone == [1]
+    assert successor.is_over
+    assert successor.fds() == []
+    loop.dispose()
+
+
+def test_an_offer_has_a_row_for_each_descriptor() -> None:
+    offer = Offer.model_validate({**OFFER, "has_handshakes": True, "marks": ["a", "b"]})
+    assert offer.descriptors() == 7
+
+
+def test_who_is_refused_by_the_control_socket_leaves_nothing_open() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    def control(_fd: int) -> object:
+        raise ControlError("another upgrade is under way")
+
+    with pytest.raises(ControlError, match="under way"):
+        find(control)
+    assert len(os.listdir("/proc/self/fd")) == before
