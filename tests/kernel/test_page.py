@@ -326,6 +326,43 @@ def test_pairs_are_ordered_filtered_chosen_and_reset_with_the_keyboard(
         shown.daemon.wait_for_line(r"flushed_by_page user=- pairs=1")
 
 
+ASKED_AGAIN_BEFORE_THE_FIRST_IS_CLOSED: Final = """(() => {
+  const table = document.querySelector('#pairs-table');
+  const key = () => table.dispatchEvent(new KeyboardEvent('keydown', {key: 'Delete'}));
+  const dialog = document.querySelector('#ask');
+  const closed = new Promise(resolve => dialog.addEventListener('close', resolve, {once: true}));
+  table.dispatchEvent(new KeyboardEvent('keydown', {key: 'Home'}));
+  key();
+  dialog.querySelector('[value=%s]').click();
+  table.dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}));
+  key();
+  return closed.then(() => dialog.open);
+})()"""
+
+
+@pytest.mark.parametrize("first", ["yes", "no"])
+def test_a_question_is_answered_by_its_own_dialog(
+    chrome: Browser, shown: Shown, first: str
+) -> None:
+    """A dialog's close event comes later than its end; the next question may be open by then."""
+    with opened(chrome, shown.url) as page, shown.pair(), shown.pair():
+        page.wait_for_text("#pairs-count", "2 pairs")
+        page.run("document.querySelector('[data-order=id]').focus()")
+        page.press("Enter", times=2)
+        ids = sorted(row["id"] for row in shown.daemon.pairs())
+        wait_for_rows(page, lambda found: [int(row["id"]) for row in found] == ids)
+        assert page.run(ASKED_AGAIN_BEFORE_THE_FIRST_IS_CLOSED % first) is True
+        assert page.text("#ask-words").startswith(f"Reset pair {ids[1]},")
+        left = ids if first == "no" else ids[1:]
+        wait_for(lambda: sorted(row["id"] for row in shown.daemon.pairs()) == left, "the first")
+        page.click("#ask [value=yes]")
+        page.wait_for_text("#said", f"pair {ids[1]} reset")
+        wait_for(
+            lambda: sorted(row["id"] for row in shown.daemon.pairs()) == left[:-1], "the second"
+        )
+    wait_for(lambda: not shown.daemon.pairs(), "no pair is left")
+
+
 def explain(page: Page, text: str, *, is_hex: bool = False) -> str:
     """Fill in the form, and the verdict."""
     page.run("document.querySelector('#explain-verdict').textContent = ''")

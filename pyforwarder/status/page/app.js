@@ -64,15 +64,31 @@ async function ask(path, question) {
   return said;
 }
 
+// Whom to tell what is answered to the open question; null while none is open.
+let answered = null;
+
+function tellAnswer(yes) {
+  const tell = answered;
+  answered = null;
+  if (tell !== null) tell(yes);
+}
+
+/** Whether the person says yes. A question that is asked before the last was answered is a no to that one. */
 function sure(words) {
-  const dialog = at("ask");
+  tellAnswer(false);
   say(at("ask-words"), words);
-  dialog.returnValue = "no";
-  dialog.showModal();
+  at("ask").close();
+  at("ask").showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+    answered = resolve;
   });
 }
+
+at("ask").addEventListener("submit", (event) => tellAnswer(event.submitter?.value === "yes"));
+// By Escape. The event comes some time after the dialog is closed: the next question may be open by then.
+at("ask").addEventListener("close", () => {
+  if (!at("ask").open) tellAnswer(false);
+});
 
 async function flush(row) {
   if (!(await sure(`Reset pair ${row.id}, ${row.client} to ${row.server}?`))) return;
