@@ -1,0 +1,148 @@
+"""Two machines of a fleet with a daemon each, and verified connections through one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from tests.helpers.etcd import Etcd, running
+from tests.helpers.peers import address_text
+from tests.helpers.two_machines import (
+    BACK,
+    FRONT,
+    SERVER,
+    STORE,
+    Machines,
+    Traffic,
+    two_machines,
+)
+from tests.helpers.waiting import DEADLINE_S, wait_for
+
+if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
+    from tests.kernel.conftest import StartForwarder
+
+# By the datapath of their pairs.
+PORTS: Final = {"splice": 9000, "sockmap": 9001, "copy": 9002}
+
+
+def config(etcd: Etcd, name: str, *, more: str = "") -> str:
+    """Of one machine: a listener for each datapath and version of IP, and a server for each."""
+    addresses = ", ".join(f"'{ip}'" for ip in (*FRONT.values(), *BACK.values()))
+    listeners = "".join(
+        f"- {{name: {datapath}{v}, datapath: {datapath}, bind: '{host}:{port}', "
+        f"rules: [{{name: all, match: any, to: web{v}}}]}}\n"
+        for datapath, port in PORTS.items()
+        for v, host in ((4, "0.0.0.0"), (6, "[::]"))
+    )
+    upstreams = "".join(
+        f"  web{v}: {{servers: ['{text}:7000'], source: ['{BACK[v]}']}}\n"
+        for v, text in ((4, SERVER[4]), (6, f"[{SERVER[6]}]"))
+    )
+    return (
+        f"fleet: {{endpoints: ['{etcd.endpoint}'], name: edge, instance: {name}, "
+        f"failover: {{addresses: [{addresses}]}}}}\n"
+        f"datapath: splice\nworkers: 2\nlog: {{level: debug}}\n{more}"
+        "handover: {after_bytes: 0, after_round_trips: 0, after: 0s}\n"
+        f"upstreams:\n{upstreams}listeners:\n{listeners}"
+    )
+
+
+class Fleet:
+    """Both machines' daemons, and connections through them."""
+
+    def __init__(
+        self, hosts: Machines, etcd: Etcd, start: StartForwarder, traffic: Traffic
+    ) -> None:
+        """The caller closes `traffic`."""
+        self.hosts, self.etcd, self._start, self.traffic = hosts, etcd, start, traffic
+        self.daemons: dict[str, Daemon] = {}
+        with hosts.server.entered():
+            self._waiting = {
+                v: socket.create_server(
+                    (SERVER[v], 7000),
+                    family=socket.AF_INET if v == 4 else socket.AF_INET6,
+                    backlog=1024,
+                )
+                for v in (4, 6)
+            }
+
+    def start(self, name: str, *, more: str = "") -> Daemon:
+        """The daemon of this machine; it has heard what is in the store."""
+        with self.hosts.machines[name].entered():
+            daemon = self._start(config(self.etcd, name, more=more), instance=name)
+        daemon.wait_for_line("failover_store_connected")
+        self.daemons[name] = daemon
+        return daemon
+
+    def connect(
+        self, version: int, datapath: str = "splice"
+    ) -> tuple[socket.socket, socket.socket]:
+        """A client and its server, whose first byte has come."""
+        with self.hosts.client.entered():
+            client = socket.create_connection((FRONT[version], PORTS[datapath]), timeout=DEADLINE_S)
+        client.sendall(b"x")
+        self._waiting[version].settimeout(DEADLINE_S)
+        server, _ = self._waiting[version].accept()
+        server.settimeout(DEADLINE_S)
+        assert server.recv(1) == b"x"
+        return client, server
+
+    def datapath_of(self, name: str, client: socket.socket) -> str:
+        """The one that the client's pair got at this machine; empty: none so far."""
+        address = address_text(client.getsockname()[:2])
+        rows = self.daemons[name].control().pairs()
+        found = [row["datapath"] for row in rows if row["client"] == address]
+        return found[0] if found else ""
+
+    def open(self, name: str, count: int, *, rate: int = 2000) -> None:
+        """Spliced connections, of both versions of IP in turns; every fourth is idle."""
+        for n in range(count):
+            client, server = self.spliced(name, 6 if n % 2 else 4)
+            self.traffic.add(client, server, 0 if n % 4 == 3 else rate)
+
+    def spliced(self, name: str, version: int) -> tuple[socket.socket, socket.socket]:
+        """A client and a server whose pair is spliced at this machine."""
+        for _ in range(20):
+            client, server = self.connect(version)
+
+            def datapath(client: socket.socket = client) -> str:
+                found = self.datapath_of(name, client)
+                return found if found in ("splice", "sockmap") else ""
+
+            if wait_for(datapath, "a datapath") == "splice":
+                return client, server
+            # On a busy host the keeper is not waited for.
+            client.close()
+            server.close()
+        raise AssertionError("no pair is spliced")
+
+    def wait_until_spliced(self, name: str, count: int) -> None:
+        """So many pairs are, at this machine."""
+
+        def spliced() -> int:
+            return sum(row["datapath"] == "splice" for row in self.daemons[name].control().pairs())
+
+        wait_for(lambda: spliced() == count, f"{count} are spliced at {name}")
+
+    def wait_until_held(self, name: str, count: int) -> None:
+        """This machine knows of so many pairs of the other, and has none."""
+        self.daemons[name].wait_for_line(f"failover own=0 held={count} ")
+
+    def close(self) -> None:
+        """The server's listening sockets."""
+        for sock in self._waiting.values():
+            sock.close()
+
+
+@contextlib.contextmanager
+def fleet_of_two(start: StartForwarder) -> Iterator[Fleet]:
+    """Machines, store, and nothing running on the machines so far."""
+    with contextlib.ExitStack() as stack:
+        hosts = stack.enter_context(two_machines())
+        with hosts.switch.entered():
+            etcd, _ = stack.enter_context(running(host=STORE))
+        traffic = stack.enter_context(contextlib.closing(Traffic()))
+        yield stack.enter_context(contextlib.closing(Fleet(hosts, etcd, start, traffic)))

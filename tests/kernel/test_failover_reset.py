@@ -1,0 +1,86 @@
+"""What another machine cannot go on with is reset there at the first packet of either end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.fleet_of_two import Fleet, fleet_of_two
+from tests.helpers.waiting import DEADLINE_S, wait_for
+
+if TYPE_CHECKING:
+    from tests.kernel.conftest import StartForwarder
+
+WITHIN_S = scaled_s(1.0)
+
+
+@pytest.fixture
+def fleet(
+    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Fleet]:
+    monkeypatch.setenv("PYFORWARDER_STATE_DIR", str(tmp_path / "state"))
+    with fleet_of_two(start_forwarder) as fleet:
+        yield fleet
+
+
+def seconds_until_reset(sock: socket.socket, since_s: float) -> float:
+    """How long it took until this end was reset; nothing else may come."""
+    sock.settimeout(DEADLINE_S)
+    with pytest.raises(ConnectionResetError):
+        sock.recv(4096)
+    return time.monotonic() - since_s
+
+
+@pytest.mark.timeout(240)
+def test_both_ends_of_what_is_not_known_are_reset_as_soon_as_they_speak(fleet: Fleet) -> None:
+    hosts = fleet.hosts
+    hosts.give_addresses("a")
+    fleet.start("a")
+    fleet.start("b")
+    fleet.open("a", 4)
+    fleet.wait_until_held("b", 4)
+    ends: list[tuple[str, socket.socket]] = []
+    with contextlib.ExitStack() as stack:
+
+        def keep(what: str, client: socket.socket, server: socket.socket) -> None:
+            ends.extend([(f"{what} client", client), (f"{what} server", server)])
+            stack.callback(client.close)
+            stack.callback(server.close)
+
+        for version in (4, 6):
+            for datapath in ("copy", "sockmap"):
+                client, server = fleet.connect(version, datapath)
+                wait_for(
+                    lambda client=client, datapath=datapath: (  # type: ignore[misc]
+                        fleet.datapath_of("a", client) == datapath
+                    ),
+                    datapath,
+                )
+                keep(f"{datapath}{version}", client, server)
+        # The store hears no more of this machine: it dies before it could tell of these.
+        hosts.switch.ip("link set am down")
+        for version in (4, 6):
+            keep(f"late{version}", *fleet.spliced("a", version))
+        hosts.cut_off("a")
+        fleet.daemons["a"].kill()
+        # One end speaks while there is nobody, the other one afterwards.
+        for _, sock in ends[::2]:
+            sock.sendall(b"y")
+        hosts.give_addresses("b")
+        since_s = time.monotonic()
+        for _, sock in ends[1::2]:
+            sock.sendall(b"y")
+        took_s = {what: seconds_until_reset(sock, since_s) for what, sock in ends}
+        print("reset after", {what: f"{each_s:.2f}" for what, each_s in took_s.items()})
+        assert max(took_s.values()) < WITHIN_S, took_s
+    # Nobody else's pair was.
+    fleet.traffic.pause()
+    wait_for(fleet.traffic.is_whole, "all bytes have come")
+    assert fleet.traffic.errors() == []
