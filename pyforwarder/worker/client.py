@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.resolver import Wait
     from pyforwarder.worker.connector import Answered
     from pyforwarder.worker.generation import ListenerState, UpstreamState
+    from pyforwarder.worker.handover import KeeperWait
     from pyforwarder.worker.race import Race
     from pyforwarder.worker.server import Server
     from pyforwarder.worker.token_claims import Claiming
@@ -59,6 +60,7 @@ class Client(Pair):
         "is_bare",
         "is_eager",
         "is_refused",
+        "keeper_wait",
         "life",
         "listener",
         "not_spliced",
@@ -133,6 +135,7 @@ class Client(Pair):
         self.expects_splice = False  # it has not been asked yet, and may take this pair
         self.is_eager = False  # a handover that cannot be made just now is tried at every move
         self.handover_asked = False
+        self.keeper_wait: KeeperWait | None = None  # it was asked for in vain, see `Handover`
         self.not_spliced: PairReason | None = None  # what splice said when it refused
         self.turns = 0
         self.turn_direction: Direction | None = None

@@ -8,12 +8,15 @@ once.
 from __future__ import annotations
 
 import socket
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.runtime.counters import Counter
+from pyforwarder.runtime.loop import Timed
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.adopting import is_plain_tcp
 
 if TYPE_CHECKING:
@@ -36,8 +39,35 @@ _LIKELY: Final = 16
 # Who was not ready to be spliced is asked again so long afterwards, if not before.
 _AGAIN_S: Final = 0.05
 
+# A pair for which the splice keeper did not answer is asked for again after so long each time, and
+# copied meanwhile: a keeper that hangs is replaced within some seconds.
+_KEEPER_PAUSES_S: Final = (1.0, 2.0, 4.0, 8.0)
+# All that waited for a keeper may be due at once. So many are asked for in one turn of the loop.
+_MOST_IN_A_TURN: Final = 8
+
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
 _FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
+
+
+class KeeperWait(Timed):
+    """A pair waits until the splice keeper is asked for it again."""
+
+    __slots__ = ("_handover", "pair", "times")
+
+    def __init__(self, handover: Handover, pair: Client) -> None:
+        Timed.__init__(self)
+        self._handover = handover
+        self.pair = pair
+        self.times = 0  # how often there was no answer
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is not yet due."""
+        return self._queue is not None
+
+    def expired(self) -> None:
+        """It is due."""
+        self._handover.is_due(self.pair)
 
 
 class Handover:
@@ -59,6 +89,7 @@ class Handover:
         self._sockmap = sockmap
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
+        self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
     def settle(self, *, sockmap: bool, splice: bool) -> None:
         """It is known which of them work: hand over the pairs that waited for it."""
@@ -161,8 +192,40 @@ class Handover:
         client.handover_asked = True
         self._server.loop.defer(self._attempt, client)
 
+    def _wait_for_keeper(self, client: Client) -> bool:
+        """Ask for the pair again later; False: that was done often enough."""
+        wait = client.keeper_wait
+        if wait is None:
+            wait = client.keeper_wait = KeeperWait(self, client)
+        if wait.times == len(_KEEPER_PAUSES_S):
+            return False
+        pause_s = scaled_s(_KEEPER_PAUSES_S[wait.times])
+        wait.times += 1
+        client.handover_asked = True  # neither bytes nor age ask for it before
+        self._server.loop.deadlines.start(wait, pause_s, self._server.loop.now_s)
+        if self._splice is not None:
+            self._splice.expect(client)
+        client.pair_reason = PairReason.NO_KEEPER
+        if client.slot >= 0:
+            self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
+        return True
+
+    def is_due(self, client: Client) -> None:
+        """The pair has waited long enough for the keeper."""
+        if not self._due:
+            self._server.loop.defer(self._ask_for_due, None)
+        self._due.append(client)
+
+    def _ask_for_due(self, _owner: None) -> None:
+        for _ in range(min(len(self._due), _MOST_IN_A_TURN)):
+            self._ask(self._due.popleft())
+        if self._due:
+            self._server.loop.defer(self._ask_for_due, None)
+
     def _attempt(self, client: Client, *, only_splice: bool = False) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
+            return
+        if client.keeper_wait is not None and client.keeper_wait.goes_on:
             return
         if client.slot < 0:
             self._server.records.show(client)
@@ -175,6 +238,8 @@ class Handover:
             reason = because = client.not_spliced
         elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
             reason = self._try_splice(client)
+            if reason is PairReason.NO_KEEPER and self._wait_for_keeper(client):
+                return
             if reason not in _FINAL:
                 client.not_spliced = because = reason
             elif reason is PairReason.UNREAD_BYTES:

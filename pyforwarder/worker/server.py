@@ -540,6 +540,7 @@ class Server:
         """Bytes flow from here on: first copied, and handed over when that pays."""
         client.active_s = self.loop.now_s
         client.datapath = self.copying
+        client.kind = DatapathKind.COPY  # which `show` says, whatever the handover comes to
         self.handover.joined(client)
         if client.life is not Life.JOINED:
             return  # it broke as the kernel took it
@@ -759,6 +760,8 @@ class Server:
             change(counters, client.listener.counter + _LISTENER_DOWN_BYTES, down[0])
         self.log.closed(client, up, down)
         loop.deadlines.stop(client)
+        if client.keeper_wait is not None:
+            loop.deadlines.stop(client.keeper_wait)
         if client.approach is not None:
             client.approach.stop()
             client.approach = None
@@ -933,6 +936,8 @@ class Server:
         else:
             self.records.release(client)
         self.loop.deadlines.stop(client)
+        if client.keeper_wait is not None:
+            self.loop.deadlines.stop(client.keeper_wait)
         self._give_back(client)
         del self.clients[client.client_fd]
         for cookie in client.cookies:

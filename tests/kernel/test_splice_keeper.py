@@ -84,7 +84,7 @@ def open_pairs(
 
 
 def test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced(site: Site) -> None:
-    """Pairs that are spliced go on and end, new ones are carried by another datapath meanwhile."""
+    """Spliced pairs go on and end, new ones are copied meanwhile and spliced by another."""
     with contextlib.ExitStack() as stack:
         kept, ending = (
             stack.enter_context(site.spliced(site.topology.way(), version)) for version in VERSIONS
@@ -93,10 +93,11 @@ def test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced(site: Site) ->
         with stopped(keeper):
             pairs, took_s = open_pairs(site, stack)
             assert took_s < MOST_S
-            for client, _ in pairs:
-                row = site.row(client)
+            for pair in pairs:
+                row = site.row(pair[0])
                 assert row is not None
-                assert (row["datapath"], row["reason"]) == ("sockmap", NO_KEEPER)
+                assert (row["datapath"], row["reason"]) == ("copy", NO_KEEPER)
+                exchange(*pair, 100_003)
             client, server, pair_id = ending
             client.close()
             assert server.recv(1) == b""
@@ -106,13 +107,15 @@ def test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced(site: Site) ->
             site.forwarder.wait_for_line("splice_keeper_died")
         wait_for(lambda: comes_to_be_spliced(site), "pairs are spliced again")
         assert keeper_of(site.forwarder) != keeper
+        for client, _ in pairs:
+            site.wait_until_spliced(client)
         for client, server in (kept[:2], *pairs):
             exchange(client, server, 100_003)
     site.wait_for_no_pairs()
 
 
 def test_a_keeper_that_goes_on_is_asked_again_at_once(site: Site) -> None:
-    """It finds what it was asked, and leaves it, because that pair is another's by now."""
+    """It finds what it was asked, and leaves it; it is asked for that pair once more, soon."""
     supervisor = psutil.Process(site.forwarder.process.pid)
     with contextlib.ExitStack() as stack:
         keeper = keeper_of(site.forwarder)
@@ -123,12 +126,14 @@ def test_a_keeper_that_goes_on_is_asked_again_at_once(site: Site) -> None:
             # Nothing tells when it has read what it found.
             wait_for(lambda: keeper.status() == psutil.STATUS_SLEEPING, "it has gone on")
             after, _ = open_pairs(site, stack)
-        for pairs, datapath in ((before, "sockmap"), (after, DATAPATH)):
-            for client, server in pairs:
-                row = site.row(client)
-                assert row is not None
-                assert row["datapath"] == datapath, row
-                exchange(client, server, 100_003)
+        for client, server in after:
+            row = site.row(client)
+            assert row is not None
+            assert row["datapath"] == DATAPATH, row
+            exchange(client, server, 100_003)
+        for client, server in before:
+            site.wait_until_spliced(client)
+            exchange(client, server, 100_003)
         # The supervisor, too, was stopped for longer than a keeper may be: that proves nothing.
         stays(lambda: keeper_of(site.forwarder) == keeper, "the same keeper", for_s=5.0)
     site.wait_for_no_pairs()

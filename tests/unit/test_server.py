@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import mmap
 import os
 import socket
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 import pytest
 
 from pyforwarder.core.connection import Life
+from pyforwarder.core.keepalive import OFF
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind, PairState
@@ -40,7 +42,7 @@ from pyforwarder.runtime.limits import SharedLimits, shared_memory
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.raw_sockets import accept
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker import plain, sniffer
+from pyforwarder.worker import handover, plain, sniffer
 from pyforwarder.worker import server as server_module
 from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.datagrams import Session
@@ -55,7 +57,9 @@ from tests.helpers.peers import unused_port
 from tests.unit.test_generation import settings_of
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.base import Pair, PairHost
     from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.client import Client
 
 T = TypeVar("T")
@@ -1177,6 +1181,117 @@ def test_pair_that_has_waited_in_vain_is_copied_for_good(
     assert play.only_client().pair_reason is PairReason.NOT_AVAILABLE
     client.sendall(b"as before")
     assert play.read(server, 9) == b"as before"
+
+
+class FakeSplice(FakeDatapath):
+    """The same in splice's place; its keeper is what refuses."""
+
+    kind = DatapathKind.SPLICE
+
+    def __init__(self, host: PairHost) -> None:
+        super().__init__(host)
+        self.asked: list[Pair] = []
+        self.takes_any_interface = False
+        self.keepalive = OFF
+
+    def expect(self, pair: Pair) -> None:
+        """Nothing is to be locked."""
+
+    def join(self, pair: Pair) -> PairReason | None:
+        """Count how often it was asked."""
+        self.asked.append(pair)
+        return super().join(pair)
+
+
+def splicing(play: Play) -> FakeSplice:
+    """The play has a splice from now on, whose keeper does not answer."""
+    splice = FakeSplice(play.server)
+    splice.refuse_with = PairReason.NO_KEEPER
+    play.server.handover = Handover(
+        play.server, cast("SockmapDatapath", play.fake), cast("SpliceDatapath", splice)
+    )
+    play.server.handover.settle(sockmap=True, splice=True)
+    return splice
+
+
+@pytest.mark.parametrize("datapath", ["auto", "splice"])
+def test_pair_whose_keeper_did_not_answer_is_asked_for_again(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch, datapath: str
+) -> None:
+    hour_s = 3600.0
+    monkeypatch.setattr(handover, "_KEEPER_PAUSES_S", (hour_s, hour_s))
+    play = start(named(f"{EAGER}\ntimeouts: {{idle: 1d}}\ndatapath: {datapath}"))
+    splice = splicing(play)
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.asked, "question")
+    pair = play.only_client()
+    assert (pair.kind, pair.pair_reason) == (DatapathKind.COPY, PairReason.NO_KEEPER)
+    asked = len(splice.asked)
+    for _ in range(20):  # bytes do not ask earlier
+        client.sendall(b"copied")
+        assert play.read(server, 6) == b"copied"
+    assert len(splice.asked) == asked == 1
+
+    def pass_time() -> None:
+        play.loop.deadlines.run_expired(time.monotonic() + 2 * hour_s, play.loop.on_error)
+
+    pass_time()
+    play.run_until(lambda: len(splice.asked) == 2, "second question")
+    assert pair.kind is DatapathKind.COPY
+    splice.refuse_with = None
+    pass_time()
+    play.run_until(lambda: splice.joined == 1, "handover")
+    assert play.only_client().kind is DatapathKind.SPLICE
+    assert pair.pair_reason is (PairReason.FORCED if datapath == "splice" else PairReason.BEST)
+    assert play.counters[Counter.JOINED_SPLICE] == 1
+    client.close()
+    server.close()
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+def test_pair_whose_keeper_never_answers_goes_the_next_best_way(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses_s = (0.01, 0.02, 0.03)
+    monkeypatch.setattr(handover, "_KEEPER_PAUSES_S", pauses_s)
+    play = start(named(EAGER))
+    splice = splicing(play)
+    play.joined(*servers())
+    play.run_until(lambda: play.fake.joined == 1, "handover")
+    pair = play.only_client()
+    assert (pair.kind, pair.pair_reason) == (DatapathKind.SOCKMAP, PairReason.NO_KEEPER)
+    assert len(splice.asked) == 1 + len(pauses_s)
+
+
+def test_pair_that_ends_while_it_waits_for_the_keeper_is_forgotten(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    splice = splicing(play)
+    client, _ = play.joined(*servers())
+    play.run_until(lambda: splice.asked, "question")
+    reset(client)
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+    assert play.loop.deadlines.next_s() is None
+
+
+def test_pairs_that_waited_for_the_keeper_are_asked_for_a_few_at_a_time(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_KEEPER_PAUSES_S", (0.01,))
+    monkeypatch.setattr(handover, "_MOST_IN_A_TURN", 2)
+    play = start(named(EAGER))
+    splice = splicing(play)
+    listening, address = servers()
+    for _ in range(7):
+        play.joined(listening, address)
+    play.run_until(lambda: len(splice.asked) >= 7, "questions")
+    turns = [len(splice.asked)]
+    while len(splice.asked) < 14:
+        play.loop.run_once(0.002)
+        turns.append(len(splice.asked))
+    assert max(after - before for before, after in itertools.pairwise(turns)) <= 2
+    play.run_until(lambda: play.fake.joined == 7, "handovers")
 
 
 def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: Servers) -> None:

@@ -167,7 +167,7 @@ class SpliceDatapath:
         pair.state = None
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Take the pair over; UNREAD_BYTES: a later moment may be better."""
+        """Take the pair over; UNREAD_BYTES, NO_KEEPER: a later moment may be better."""
         obstacle = self._obstacle(pair)
         if obstacle is None:
             obstacle = self._begin(pair)
@@ -340,7 +340,7 @@ class SpliceDatapath:
         if pair.slot < 0:
             return PairReason.MAP_FULL
         if time.monotonic() < self._keeper_from_s:
-            return PairReason.NOT_AVAILABLE
+            return PairReason.NO_KEEPER
         for flow in (pair.up, pair.down):
             if flow.phase is not Phase.OPEN or flow.end_seen:
                 return PairReason.HALF_CLOSED
