@@ -13,6 +13,7 @@ import fcntl
 import gc
 import mmap
 import os
+import stat
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -47,13 +48,28 @@ class SharedBlocks:
 
         A file for each block: a mapping can be made longer (mremap(2)), but not beyond its file.
         """
-        places = []
+        fds = []
         for _ in range(count):
             fd = os.memfd_create(f"pyforwarder-{name}", os.MFD_CLOEXEC)
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, block_bytes)
-            read_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            places.append(_Place(fd, read_fd, 0))
+            fds.append(fd)
+        return cls.inherited(fds, block_bytes)
+
+    @classmethod
+    def inherited(cls, fds: Sequence[int], block_bytes: int) -> SharedBlocks:
+        """Blocks that another process has made (`fds` of it); the descriptors are ours to close.
+
+        Raises:
+            ValueError: one is no memory of that size; the descriptors stay the caller's.
+        """
+        for fd in fds:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != block_bytes:
+                raise ValueError(f"no shared memory of {block_bytes} bytes")
+        places = [
+            _Place(fd, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), 0) for fd in fds
+        ]
         return cls(block_bytes, places, [fd for place in places for fd in place[:2]])
 
     @classmethod
@@ -64,6 +80,11 @@ class SharedBlocks:
         gets longer (bpf_map_mmap() in kernel/bpf/syscall.c, remap_vmalloc_range()).
         """
         return cls(block_bytes, [_Place(fd, fd, n * block_bytes) for n in range(count)], ())
+
+    @property
+    def fds(self) -> list[int]:
+        """Descriptors by which another process may have the same blocks; they stay ours."""
+        return [place.fd for place in self._places]
 
     def map(self, *, writable: Collection[int]) -> list[mmap.mmap]:
         """All blocks, those of these workers for writing; the caller closes them."""

@@ -43,6 +43,10 @@ class CheckerProcess(ChildProcess[Verdict]):
         """The servers that must get no pair just now."""
         return list(self._down.values())
 
+    def inherit(self, down: Sequence[Verdict]) -> None:
+        """Begin with what another daemon has found; the first look at each may say otherwise."""
+        self._down = {(one.upstream, one.server): one for one in down}
+
     def change_to(self, upstreams: Mapping[str, Upstream]) -> None:
         """Check these from now on; servers that are checked no more count as up."""
         self._kill()

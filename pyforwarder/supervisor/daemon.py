@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -24,6 +25,7 @@ from pyforwarder.errors import ConfigError, ControlError, ForwarderError, LoadEr
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.instance import Instance, InstanceLock, acquire
 from pyforwarder.runtime.loop import EPOLLIN, Loop
+from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor import stored_sockets
 from pyforwarder.supervisor.activation import Activation
@@ -35,6 +37,7 @@ from pyforwarder.supervisor.failover import FailoverProcess
 from pyforwarder.supervisor.files import Files, remove_stale_pins
 from pyforwarder.supervisor.fleet import FleetProcess, LastGood, check_files
 from pyforwarder.supervisor.fleet_tokens import TokenProcess
+from pyforwarder.supervisor.health import Verdict
 from pyforwarder.supervisor.listeners import BoundSocket
 from pyforwarder.supervisor.log_file import LOOK_S, keep_small, open_log
 from pyforwarder.supervisor.memory import SharedMemory
@@ -55,6 +58,7 @@ from pyforwarder.supervisor.worker_pool import WorkerPool
 from pyforwarder.supervisor.workers import check_user
 from pyforwarder.worker.log import Log, impatient
 from pyforwarder.worker.process import room_for, slots_of
+from pyforwarder.worker.used_tokens import SHARES, SPENDS_FOR_S, TABLE_BYTES
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
@@ -62,7 +66,6 @@ if TYPE_CHECKING:
     from pyforwarder.status.metrics import Source
     from pyforwarder.status.process import PageSource
     from pyforwarder.supervisor import UpOptions
-    from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.preparing import Loaded
 
 # A helper process that has died is replaced after this long.
@@ -210,7 +213,18 @@ class Daemon:
             )
         if elder is None:
             remove_stale_pins(self._instance, self._log)
-        self._memory = SharedMemory(workers=workers, slots=slots_for(slots_of(config, workers)))
+        slots = slots_for(slots_of(config, workers))
+        self._tokens_free_at_s = [0.0] * SHARES
+        if elder is None or elder.offer.used_tokens is None:
+            self._memory = SharedMemory(workers=workers, slots=slots)
+        else:
+            self._memory = SharedMemory(
+                workers=workers,
+                slots=slots,
+                used_tokens=SharedBlocks.inherited(elder.used_tokens_fds, TABLE_BYTES),
+                share=(elder.offer.used_tokens.share + 1) % SHARES,
+            )
+            self._tokens_free_at_s = list(elder.offer.used_tokens.free_at_s)
         self._datapaths = Datapaths(
             config,
             self._memory,
@@ -268,6 +282,13 @@ class Daemon:
             close_in_child=self._close_in_child,
             tell=self._tell_of_health,
         )
+        if elder is not None:
+            self._checks.inherit(
+                [
+                    Verdict(one.upstream, one.server, up=False, why=one.why)
+                    for one in elder.offer.down
+                ]
+            )
         self._fleet = FleetProcess(
             self._loop,
             self._log,
@@ -319,6 +340,8 @@ class Daemon:
                 web=self._web,
                 end_helpers=self._end_helpers,
                 elder=lambda: self._elder,
+                tokens_free_at_s=lambda: self._tokens_free_at_s,
+                down=lambda: self._checks.down,
                 lock=self._lock,
                 control=self._its_control,
                 loop=self._loop,
@@ -448,6 +471,9 @@ class Daemon:
             raise ControlError(f"spliced pairs could not go on: {why}")
         if self._spliced is None and not self._datapaths.in_preparation:
             self._workers.datapaths_are_settled()
+        # A daemon before the one before may still write where our workers remember used tokens.
+        free_at_s = self._tokens_free_at_s[self._memory.share]
+        time.sleep(min(SPENDS_FOR_S, max(0.0, free_at_s - time.monotonic())))
         workers = range(self._memory.workers)
         ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in workers]
         try:
@@ -466,6 +492,9 @@ class Daemon:
                 theirs.close()
         # From here on it is our turn, whatever comes.
         self._has_taken = True
+        if elder.offer.used_tokens is not None:
+            ends_s = time.monotonic() + SPENDS_FOR_S
+            self._tokens_free_at_s[elder.offer.used_tokens.share] = ends_s
         self._in_force.listeners.share(shared=False)
         self._in_force.commit(self._change)
         for path in self._obsolete_paths:

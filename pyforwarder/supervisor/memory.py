@@ -16,7 +16,7 @@ from pyforwarder.runtime.limits import COLUMN_BYTES, new_secret
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
 from pyforwarder.worker.connection_ids import PART_BYTES
 from pyforwarder.worker.process import WorkerMemory
-from pyforwarder.worker.used_tokens import TABLE_BYTES
+from pyforwarder.worker.used_tokens import SHARES, TABLE_BYTES
 
 if TYPE_CHECKING:
     import mmap
@@ -31,13 +31,22 @@ class SharedMemory:
     Counters and table are BPF arrays for the kernel to read, or anonymous where it may not.
     """
 
-    def __init__(self, *, workers: int, slots: int) -> None:
-        """For that many workers, each with that many slots for pairs."""
+    def __init__(
+        self, *, workers: int, slots: int, used_tokens: SharedBlocks | None = None, share: int = 0
+    ) -> None:
+        """For that many workers, each with that many slots for pairs.
+
+        `used_tokens` are those of a daemon before us with as many workers, ours from here on, and
+        `share` is the part of them that our workers write.
+        """
         self.workers = workers
         self.slots = slots
         self.limits = SharedBlocks.make("limits", workers, COLUMN_BYTES)
         self.limits_secret = new_secret()
-        self.used_tokens = SharedBlocks.make("tokens", workers, TABLE_BYTES)
+        if used_tokens is None:
+            used_tokens = SharedBlocks.make("tokens", workers * SHARES, TABLE_BYTES)
+        self.used_tokens = used_tokens
+        self.share = share
         self.connection_ids = SharedBlocks.make("ids", workers, PART_BYTES)
         self._arrays: Arrays | LoadError  # the latter: why there are none
         try:
@@ -99,13 +108,17 @@ class SharedMemory:
         It keeps `also` what it shares with its supervisor alone. All other memory that it has
         inherited becomes its own, and zero; the descriptors are closed.
         """
+        table = self.share * self.workers + worker
         own = WorkerMemory(
             counters=self.counter_blocks.map(writable=[worker]),
             limits=self.limits.map(writable=[worker]),
-            used_tokens=self.used_tokens.map(writable=[worker]),
+            used_tokens=self.used_tokens.map(writable=[table]),
+            own_used_tokens=table,
             connection_ids=self.connection_ids.map(writable=[worker]),
         )
-        keep_memory([*also, *(blocks[worker] for blocks in (*own, self.table.windows))])
+        by_worker = (own.counters, own.limits, own.connection_ids, self.table.windows)
+        kept = [*also, own.used_tokens[table], *(blocks[worker] for blocks in by_worker)]
+        keep_memory(kept)
         self._close_blocks()
         return own
 

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.control import ControlServer
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.files import Files
+    from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.scraping import WebProcess
     from pyforwarder.supervisor.succession import Predecessor
@@ -66,6 +67,8 @@ class Belongings:
     web: WebProcess
     end_helpers: Callable[[], None]  # those processes that serve nobody without the rest
     elder: Callable[[], Predecessor | None]  # whose place it has taken, as long as that has pairs
+    tokens_free_at_s: Callable[[], list[float]]  # as `TokensSaid` has it
+    down: Callable[[], Sequence[Verdict]]  # servers that must get no pair just now
     lock: InstanceLock
     control: Callable[[], ControlServer]
     loop: Loop
@@ -172,6 +175,11 @@ class Retirement:
             "environ": {key: of.environ[key] for key in ENVIRON if key in of.environ},
             "splice": of.datapaths.splice_standing,
             "has_handshakes": handshakes_fd >= 0,
+            "used_tokens": {"share": of.memory.share, "free_at_s": of.tokens_free_at_s()},
+            "down": [
+                {"upstream": one.upstream, "server": one.server, "why": one.why}
+                for one in of.down()
+            ],
             "marks": list(marks),
             "web": [{"key": key, "wanted": parts_of(one.wanted)} for key, one in web],
             "activation": [name for name, _ in activation],
@@ -191,6 +199,7 @@ class Retirement:
         }
         fds = [of.control().listener.fileno(), of.lock.fileno(), 1, 2]
         fds += [handshakes_fd] if handshakes_fd >= 0 else []
+        fds += of.memory.used_tokens.fds
         fds += marks.values()
         fds += [one.sock.fileno() for _, one in web]
         fds += [sock.fileno() for _, sock in activation]

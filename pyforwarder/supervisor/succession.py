@@ -36,6 +36,7 @@ from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.descriptors import close_given
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.worker.used_tokens import SHARES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 PROTOCOL: Final = 1
 # A daemon of this many sockets would not have started: a worker's share fits into its descriptors.
 _MOST_FDS: Final = 64 * 1024
+MOST_DOWN: Final = 64 * 1024  # servers that are told of
 # The kernel takes 253 with a message (SCM_MAX_FD), of which one may be the message itself.
 _FDS_AT_ONCE: Final = 240
 _MOST_BYTES: Final = 16 << 20
@@ -89,11 +91,27 @@ class WebSaid(_Said):
     wanted: BindParts
 
 
+class TokensSaid(_Said):
+    """Whose the tables of used tokens are: see worker/used_tokens.py."""
+
+    share: Annotated[int, Field(ge=0, lt=SHARES)]  # the predecessor's
+    # CLOCK_MONOTONIC, seconds: from when on nobody writes into each share but its next owner.
+    free_at_s: Annotated[list[float], Field(min_length=SHARES, max_length=SHARES)]
+
+
+class DownSaid(_Said):
+    """A server that health checks found down."""
+
+    upstream: _Short
+    server: _Short
+    why: _Short
+
+
 class Offer(_Said):
     """What a predecessor has. Its descriptors come in the order of these fields:
 
     the control socket, the lock, standard output and standard error, then those of `handshakes`,
-    `marks`, `web`, `activation` and `places`.
+    `used_tokens`, `marks`, `web`, `activation` and `places`.
     """
 
     protocol: Literal[1]
@@ -110,6 +128,8 @@ class Offer(_Said):
     # Whether spliced pairs can outlive their daemon; "passing": there are some, and they cannot.
     splice: Literal["none", "pinned", "passing"]
     has_handshakes: bool  # a map of what the programs of splice have seen
+    used_tokens: TokensSaid | None = None  # SHARES tables for each worker
+    down: Annotated[list[DownSaid], Field(max_length=MOST_DOWN)] = []  # servers that get no pairs
     marks: list[_Short]  # names that say that our filters are in use (attach/unix_names.py)
     web: list[WebSaid]
     activation: list[_Short]
@@ -118,6 +138,7 @@ class Offer(_Said):
     def descriptors(self) -> int:
         """How many come with it."""
         named = len(self.marks) + len(self.web) + len(self.activation)
+        named += self.workers * SHARES if self.used_tokens is not None else 0
         return 4 + self.has_handshakes + named + sum(place.sockets for place in self.places)
 
 
@@ -205,6 +226,8 @@ class Predecessor:
         self.control_fd, self.lock_fd, self.stdout_fd, self.stderr_fd = fds[:4]
         rest = iter(fds[4:])
         self.handshakes_fd = next(rest) if offered.has_handshakes else -1
+        offered_tokens = offered.workers * SHARES if offered.used_tokens is not None else 0
+        self.used_tokens_fds = [next(rest) for _ in range(offered_tokens)]
         self.marks = {name: next(rest) for name in offered.marks}
         self.web = [(said, next(rest)) for said in offered.web]
         self.activation = [(name, next(rest)) for name in offered.activation]

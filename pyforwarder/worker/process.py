@@ -61,11 +61,15 @@ _TOLD: Final = 1024  # clients beyond the limit on pairs
 
 
 class WorkerMemory(NamedTuple):
-    """A block of each worker, of which its own is writable."""
+    """A block of each worker, of which its own is writable.
+
+    Of used tokens there are more (used_tokens.py), of which this worker has the one of a number.
+    """
 
     counters: Sequence[mmap.mmap]
     limits: Sequence[mmap.mmap]
     used_tokens: Sequence[mmap.mmap]
+    own_used_tokens: int
     connection_ids: Sequence[mmap.mmap]
 
 
@@ -170,7 +174,7 @@ class _Worker:
         self._channel = inheritance.channel
         self._memory = inheritance.take_memory()
         self._counters = Counters(self._memory.counters)
-        self._used_tokens = SharedUsedTokens(self._memory.used_tokens, inheritance.worker)
+        self._used_tokens = SharedUsedTokens(self._memory.used_tokens, self._memory.own_used_tokens)
         self.loop = Loop()
         self._server: Server | None = None
         self._datagrams: DatagramServer | None = None
@@ -430,6 +434,7 @@ class _Worker:
 
     def _retire(self, fds: list[int]) -> None:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
+        self._used_tokens.retire()
         server = self._serving()
         for sock in self._sockets:
             # What waits there is not lost: the other daemon has the same socket.

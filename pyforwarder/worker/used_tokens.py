@@ -10,6 +10,12 @@ it, then looks at the others' tables (a barrier in between: at least one of two 
 - somebody has used it, or a worker of a lower number is about to: not this one;
 - a worker of a higher number is about to: it will see us and withdraw, or has looked before we
   wrote, and will have used it. So wait, for a moment; if it says neither, refuse.
+
+A daemon that takes another one's place (`pyforwarder upgrade`) goes on with the same tables, so
+that no token is good again. The workers of both may decide at the same time, so there are SHARES
+tables for each worker, and a daemon's workers write those of its share: the next one after its
+predecessor's. A worker whose daemon has retired lets nothing in any more after SPENDS_FOR_S; only
+then may a later daemon have its share.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.token import digest_of
@@ -38,6 +44,11 @@ _STATE_AT: Final = _ENTRY.size - _STATE.size
 _BUCKET_BYTES: Final = _WAYS * _ENTRY.size
 TABLE_BYTES: Final = _BUCKETS * _BUCKET_BYTES
 
+SHARES: Final = 4
+# Seconds of CLOCK_MONOTONIC. Longer than a first packet takes by default; what comes later than
+# that to a daemon that has retired is refused as if it had been used.
+SPENDS_FOR_S: Final = 10.0
+
 _ABOUT_TO, _USED = 1, 2
 _GONE: Final = bytes(_ENTRY.size)
 # Two workers that have a token at the same instant need some microseconds, unless one of them does
@@ -48,14 +59,28 @@ _PATIENCE_S: Final = 0.05
 class SharedUsedTokens:
     """Implements `token.TokenMemory` over the tables of all workers."""
 
-    def __init__(self, tables: Sequence[mmap.mmap], worker: int) -> None:
-        """`tables` have TABLE_BYTES each; this worker's is writable."""
+    def __init__(
+        self,
+        tables: Sequence[mmap.mmap],
+        own: int,
+        *,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`tables` have TABLE_BYTES each; the one with the number `own` is writable."""
         self._tables = tables
-        self._own = tables[worker]
-        self._worker = worker
+        self._own = tables[own]
+        self._number = own
+        self._monotonic_s = monotonic_s
+        self._ends_s = float("inf")
+
+    def retire(self) -> None:
+        """Another daemon has taken the place of ours: let tokens in for SPENDS_FOR_S yet."""
+        self._ends_s = self._monotonic_s() + SPENDS_FOR_S
 
     def spend(self, signature: bytes, *, expires_unix_s: float, now_unix_s: float) -> bool:
         """Whether this is the first use, and there was room to remember it."""
+        if self._monotonic_s() >= self._ends_s:
+            return False
         digest = digest_of(signature)
         start = int.from_bytes(digest[:8], "big") % _BUCKETS * _BUCKET_BYTES
         if any(_find(table, start, digest) for table in self._tables):
@@ -77,11 +102,11 @@ class SharedUsedTokens:
         give_up_s = None
         while True:
             states = [
-                (worker, _find(table, start, digest))
-                for worker, table in enumerate(self._tables)
-                if worker != self._worker
+                (number, _find(table, start, digest))
+                for number, table in enumerate(self._tables)
+                if number != self._number
             ]
-            if any(state and (state != _ABOUT_TO or n < self._worker) for n, state in states):
+            if any(state and (state != _ABOUT_TO or n < self._number) for n, state in states):
                 return True
             if not any(state for _, state in states):
                 return False

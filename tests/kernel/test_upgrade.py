@@ -15,16 +15,29 @@ import psutil
 import pytest
 
 from pyforwarder.client import ControlClient
+from pyforwarder.core import token
+from pyforwarder.core.address import Address
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.instance import Instance
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor.succession import Predecessor, find
+from pyforwarder.worker.used_tokens import SHARES
 from tests.helpers.daemon import START_DEADLINE_S
-from tests.helpers.peers import dial, read_exactly
+from tests.helpers.instruction import ACK, refusal
+from tests.helpers.peers import (
+    AnswerServer,
+    address_text,
+    dial,
+    read_exactly,
+    read_to_end,
+    unused_port,
+)
 from tests.helpers.steady import steady_traffic
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.helpers.daemon import Daemon
     from tests.helpers.steady import Seen
     from tests.kernel.conftest import StartForwarder
@@ -213,6 +226,71 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
             assert "is not there" in lineage.fail_to_upgrade()
             os.rename(aside, pin)
         assert is_served()
+
+
+@pytest.mark.timeout(scaled_s(240))
+def answer(instruction: bytes) -> bytes:
+    with dial(COPY) as sock:
+        sock.sendall(instruction)
+        sock.shutdown(socket.SHUT_WR)
+        return read_to_end(sock)
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_a_token_is_good_once_through_more_upgrades_than_tables_take_turns(
+    begin: Any, tmp_path: Path
+) -> None:
+    key = tmp_path / "ops.key"
+    key.write_bytes(b"k" * 32)
+    key.chmod(0o600)
+    with AnswerServer("server") as server:
+        lineage = begin(
+            "workers: 2\nlisteners:\n  - bind: 127.0.0.1:9701\n"
+            "    rules: [{match: instruction, allow: [loopback], token: required}]\n"
+            f"tokens: {{keys: {{ops: {key}}}, max_lifetime: 30m}}\n"
+        )
+        expires_unix_s = int(time.time()) + 1200  # noqa: TID251 - tokens expire by the wall clock
+        tokens = [
+            token.make(
+                Address(*server.address),
+                expires_unix_s=expires_unix_s + number,
+                key_id="ops",
+                key=b"k" * 32,
+            )
+            for number in range(SHARES + 1)
+        ]
+        for number, made in enumerate(tokens):
+            if number:
+                lineage.upgrade()
+            for used in tokens[:number]:
+                # Each connection falls to one of two workers by its hash.
+                assert [answer(used) for _ in range(8)] == [refusal("token")] * 8
+            assert answer(made) == ACK
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_the_next_daemon_knows_which_servers_are_down(begin: Any, tmp_path: Path) -> None:
+    dead = f"127.0.0.1:{unused_port()}"
+    with AnswerServer("alive") as alive:
+        text = (
+            "listeners: [{bind: 127.0.0.1:9701, rules: [{match: any, to: web}]}]\n"
+            f"upstreams: {{web: {{servers: [{address_text(alive.address)}, {dead}], "
+            "health: {interval: 200ms, timeout: 100ms}}}\n"
+        )
+        lineage = begin(text)
+
+        def state() -> str:
+            rows = lineage.first.show("upstreams")
+            return next(str(row["state"]) for row in rows if row["server"] == dead)
+
+        wait_for(lambda: state() == "down", "the server is down")
+        # The second of two servers is looked at after half an hour.
+        other = tmp_path / "slow.yaml"
+        other.write_text(text.replace("200ms", "1h"))
+        lineage.upgrade("-c", str(other))
+        assert state() == "down"
+        for _ in range(4):
+            assert answer(b"x").startswith(b"alive")
 
 
 @pytest.mark.timeout(scaled_s(240))

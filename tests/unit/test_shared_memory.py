@@ -102,3 +102,26 @@ def test_no_descriptor_stays() -> None:
 
     in_processes(1, act)
     shared.close()
+
+
+def test_blocks_of_another_process_are_the_same_memory() -> None:
+    made = SharedBlocks.make("test", 2, mmap.PAGESIZE)
+    inherited = SharedBlocks.inherited([os.dup(fd) for fd in made.fds], mmap.PAGESIZE)
+    (_, mine), (his, _) = made.map(writable=[1]), inherited.map(writable=[0])
+    his[0:3] = b"abc"
+    mine[0:3] = b"def"
+    assert bytes(made.map(writable=())[0][0:3]) == b"abc"
+    assert bytes(inherited.map(writable=())[1][0:3]) == b"def"
+    made.close()
+    inherited.close()
+
+
+def test_what_is_no_memory_of_that_size_is_refused() -> None:
+    made = SharedBlocks.make("test", 1, mmap.PAGESIZE)
+    reader, writer = os.pipe()
+    for fds, size in ((made.fds, 2 * mmap.PAGESIZE), ([reader], mmap.PAGESIZE)):
+        with pytest.raises(ValueError, match="no shared memory"):
+            SharedBlocks.inherited(fds, size)
+    for fd in (reader, writer):
+        os.close(fd)
+    made.close()

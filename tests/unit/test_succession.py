@@ -217,6 +217,23 @@ def test_a_question_that_is_none_is_answered_and_its_end_is_told() -> None:
 def test_an_offer_has_a_row_for_each_descriptor() -> None:
     offer = Offer.model_validate({**OFFER, "has_handshakes": True, "marks": ["a", "b"]})
     assert offer.descriptors() == 7
+    tokens = {"share": 3, "free_at_s": [0.0, 1.5, 2.5, 3.5]}
+    offer = Offer.model_validate({**OFFER, "used_tokens": tokens})
+    assert offer.descriptors() == 4 + 4 * offer.workers
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        {"share": 4, "free_at_s": [0.0, 0.0, 0.0, 0.0]},
+        {"share": -1, "free_at_s": [0.0, 0.0, 0.0, 0.0]},
+        {"share": 0, "free_at_s": [0.0]},
+        {"share": 0, "free_at_s": ["soon", 0.0, 0.0, 0.0]},
+    ],
+)
+def test_tables_of_tokens_that_make_no_sense_are_refused(tokens: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="used_tokens"):
+        Offer.model_validate({**OFFER, "used_tokens": tokens})
 
 
 def test_who_is_refused_by_the_control_socket_leaves_nothing_open() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.worker import used_tokens
-from pyforwarder.worker.used_tokens import TABLE_BYTES, SharedUsedTokens
+from pyforwarder.worker.used_tokens import SPENDS_FOR_S, TABLE_BYTES, SharedUsedTokens
 from tests.unit.test_counters import in_processes
 
 WORKERS = 3
@@ -35,7 +35,7 @@ def workers(tables: list[mmap.mmap]) -> list[SharedUsedTokens]:
 
 def test_a_token_is_good_once_at_all_workers(workers: list[SharedUsedTokens]) -> None:
     for first in workers:
-        token = b"of %d" % first._worker
+        token = b"of %d" % first._number
         assert first.spend(token, expires_unix_s=100, now_unix_s=50)
         for any_of_them in workers:
             assert not any_of_them.spend(token, expires_unix_s=100, now_unix_s=50)
@@ -133,3 +133,15 @@ def test_a_digest_across_two_entries_is_none(tables: list[mmap.mmap]) -> None:
     at = int.from_bytes(digest[:8], "big") % used_tokens._BUCKETS * used_tokens._BUCKET_BYTES
     tables[0][at + 8 : at + 24] = digest
     assert SharedUsedTokens(tables, 1).spend(b"a", expires_unix_s=100, now_unix_s=50)
+
+
+def test_a_retired_daemons_worker_lets_nothing_in_after_a_while(tables: list[mmap.mmap]) -> None:
+    clock_s = 1000.0
+    mine = SharedUsedTokens(tables, 1, monotonic_s=lambda: clock_s)
+    mine.retire()
+    clock_s += SPENDS_FOR_S - 0.1
+    assert mine.spend(b"a", expires_unix_s=100, now_unix_s=50)
+    clock_s += 0.1
+    assert not mine.spend(b"b", expires_unix_s=100, now_unix_s=50)
+    # Nor has it written anything: these tables may be another's.
+    assert SharedUsedTokens(tables, 0).spend(b"b", expires_unix_s=100, now_unix_s=50)
