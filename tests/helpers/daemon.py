@@ -221,7 +221,7 @@ class Daemon:
 
     def wait_for_no_pairs(self) -> None:
         """Until the table is empty."""
-        wait_for(lambda: not self.pairs(), "no pairs left")
+        wait_for(lambda: not self.look(), "no pairs left")
 
     # ------------------------------------------------------------------ its processes
 

@@ -84,7 +84,7 @@ def joined_pairs(
             exchange(client, server)
         wait_for(
             lambda: (
-                [row["datapath"] for row in forwarder.pairs() if row["state"] == "joined"]
+                [row["datapath"] for row in forwarder.look() if row["state"] == "joined"]
                 == [datapath] * count
             ),
             f"{count} pairs joined on {datapath}",

@@ -239,7 +239,7 @@ def register(machine: Daemon, upstream: str, address: str, *words: str) -> subpr
 
 
 def states(machine: Daemon) -> dict[str, str]:
-    return {row["server"]: row["state"] for row in machine.show("upstreams")}
+    return {row["server"]: row["state"] for row in machine.look("upstreams")}
 
 
 def test_servers_register_themselves_and_are_gone_with_their_lease(

@@ -112,7 +112,7 @@ def test_made_up_addresses_deny_nobody(
             time.sleep(2.1)  # from then on the client is known
             assert exchange(known, b"two") == before
             sent = 0
-            while daemon.show("listeners")[0]["accepted"] < FLOOD:
+            while daemon.look("listeners")[0]["accepted"] < FLOOD:
                 assert sent < 10 * FLOOD
                 # What finds a full queue does not arrive: more of them, until enough have.
                 flood(hosts.client, udp, first=sent, count=FLOOD // 2, each=each)
@@ -254,7 +254,7 @@ def test_made_up_addresses_leave_spliced_sessions_and_pairs_alone(
 
         def only_those_that_speak_are_left() -> bool:
             all_are_served()
-            return bool(daemon.show("listeners")[0]["open"] == len(known))
+            return bool(daemon.look("listeners")[0]["open"] == len(known))
 
         wait_for(only_those_that_speak_are_left, "seconds later", deadline_s=40)
         assert ids <= {row["id"] for row in daemon.control().pairs()}

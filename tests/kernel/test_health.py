@@ -42,7 +42,11 @@ def who_answers(forwarder: Daemon) -> str:
 
 
 def wait_for_state(forwarder: Daemon, server: str, state: str) -> None:
-    wait_for(lambda: states(forwarder)[server] == state, f"{server} {state}")
+    def is_so() -> bool:
+        rows = {row["server"]: row["state"] for row in forwarder.look("upstreams")}
+        return bool(rows[server] == state)
+
+    wait_for(is_so, f"{server} {state}")
 
 
 def test_a_server_that_goes_down_gets_no_pair_until_it_is_back(

@@ -272,7 +272,7 @@ def test_a_server_is_up_if_any_of_its_addresses_is(
         forwarder = start_forwarder(config(upstream=upstream), prefix=asking_it(tmp_path))
 
         def states() -> dict[str, str]:
-            return {row["server"]: row["state"] for row in forwarder.show("upstreams")}
+            return {row["server"]: row["state"] for row in forwarder.look("upstreams")}
 
         wait_for(lambda: states()[f"many.example:{port}"] == "down", "the silent server down")
         assert states()[f"dual.example:{port}"] == "up"

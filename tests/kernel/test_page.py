@@ -354,13 +354,13 @@ def test_a_question_is_answered_by_its_own_dialog(
         assert page.run(ASKED_AGAIN_BEFORE_THE_FIRST_IS_CLOSED % first) is True
         assert page.text("#ask-words").startswith(f"Reset pair {ids[1]},")
         left = ids if first == "no" else ids[1:]
-        wait_for(lambda: sorted(row["id"] for row in shown.daemon.pairs()) == left, "the first")
+        wait_for(lambda: sorted(row["id"] for row in shown.daemon.look()) == left, "the first")
         page.click("#ask [value=yes]")
         page.wait_for_text("#said", f"pair {ids[1]} reset")
         wait_for(
-            lambda: sorted(row["id"] for row in shown.daemon.pairs()) == left[:-1], "the second"
+            lambda: sorted(row["id"] for row in shown.daemon.look()) == left[:-1], "the second"
         )
-    wait_for(lambda: not shown.daemon.pairs(), "no pair is left")
+    wait_for(lambda: not shown.daemon.look(), "no pair is left")
 
 
 def explain(page: Page, text: str, *, is_hex: bool = False) -> str:

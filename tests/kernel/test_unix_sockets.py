@@ -144,7 +144,7 @@ def test_unix_servers_of_an_upstream(directory: Path, start_forwarder: StartForw
         )
 
         def states() -> dict[str, str]:
-            return {row["server"]: row["state"] for row in forwarder.show("upstreams")}
+            return {row["server"]: row["state"] for row in forwarder.look("upstreams")}
 
         # The first check decides alone; nobody has come yet, so this is the health checks' work.
         wait_for(lambda: states()[f"unix:{directory}/dead"] == "down", "the first check")

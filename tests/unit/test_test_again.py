@@ -41,7 +41,12 @@ def run(directory: Path, *times: int, ci: str = "true") -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, str(AGAIN), "-p", "no:cacheprovider"],
         cwd=directory,
-        env={"CI": ci, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env={
+            "CI": ci,
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         capture_output=True,
         text=True,
         timeout=scaled_s(50),
@@ -55,6 +60,15 @@ def test_a_run_without_failures_is_run_once(tmp_path: Path) -> None:
     assert code == 0
     assert said.count(" passed in ") == 1
     assert "FLAKY" not in said
+
+
+def test_what_is_compiled_is_kept_whatever_the_environment_says(tmp_path: Path) -> None:
+    code, said = run(tmp_path)
+    assert code == 0, said
+    assert {path.name.partition(".")[0] for path in tmp_path.glob("__pycache__/*.pyc")} == {
+        "conftest",
+        "test_it",
+    }
 
 
 def test_one_that_passes_alone_is_told_of_and_fails_nothing(tmp_path: Path) -> None:
