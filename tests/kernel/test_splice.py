@@ -8,10 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import random
-import re
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.scenarios import (
     both_close_at_once,
@@ -36,6 +33,7 @@ from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import daemon as daemons
+from tests.helpers import mirrors
 from tests.helpers.faults import faults
 from tests.helpers.netns import narrow_the_network, private_network
 from tests.helpers.peers import (
@@ -304,25 +302,7 @@ def was_spliced(rig: Rig) -> bool:
 
 
 def test_structures_are_laid_out_as_the_compiler_does(tmp_path: Path) -> None:
-    header = re.sub(r"/\*.*?\*/", "", (bpf_directory() / "splice.h").read_text(), flags=re.DOTALL)
-    declared = set(re.findall(r"^struct (\w+) \{", header, re.MULTILINE))
+    declared = mirrors.structures_of("splice.h")
     assert declared == {*STRUCTURES, "splice_look"}  # that one never leaves the program
-    lines = []
-    expected = []
-    for name, structure in STRUCTURES.items():
-        lines.append(f'printf("%zu\\n", sizeof(struct {name}));')
-        expected.append(ctypes.sizeof(structure))
-        for field in (entry[0] for entry in structure._fields_):
-            lines.append(f'printf("%zu\\n", offsetof(struct {name}, {field.rstrip("_")}));')
-            expected.append(getattr(structure, field).offset)
-    source = tmp_path / "layout.c"
-    source.write_text(
-        "#include <linux/types.h>\n#include <stddef.h>\n#include <stdio.h>\n"
-        '#include "splice.h"\nint main(void) {\n' + "\n".join(lines) + "\nreturn 0;\n}\n"
-    )
-    program = tmp_path / "layout"
-    subprocess.run(
-        ["cc", "-Wall", "-Werror", f"-I{bpf_directory()}", "-o", program, source], check=True
-    )
-    said = subprocess.run([program], capture_output=True, check=True).stdout.split()
-    assert [int(number) for number in said] == expected
+    expected = mirrors.layout(STRUCTURES)
+    assert mirrors.compiled("splice.h", expected, tmp_path) == expected

@@ -6,7 +6,6 @@ import ctypes
 import enum
 import ipaddress
 import re
-import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from pyforwarder.core.address import Address, UnixAddress, ip_text
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import abi
 from pyforwarder.datapath.ebpf.loading import bpf_directory
+from tests.helpers import mirrors
 
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "endpoint": abi.Endpoint,
@@ -44,8 +44,7 @@ CONSTANTS: Final[dict[str, int]] = {
 # In C an enumerator needs a name of its own where Python says NONE of its enum.
 NAMED_IN_C: Final = {("pf_datapath", "NONE"): "NO_DATAPATH", ("pf_line", "NONE"): "NO_LINE"}
 
-HEADER: Final = (bpf_directory() / "abi.h").read_text()
-WITHOUT_COMMENTS: Final = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
+WITHOUT_COMMENTS: Final = mirrors.without_comments("abi.h")
 
 
 def enumerators(name: str) -> list[str]:
@@ -55,41 +54,16 @@ def enumerators(name: str) -> list[str]:
     return re.findall(r"\b(PF_\w+)", body[1])
 
 
-def fields(structure: type[ctypes.Structure]) -> list[str]:
-    return [entry[0] for entry in structure._fields_]
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What the C compiler says: `sizeof pair`, `offsetof pair.id`, `sizeof pair.id`, `PF_UP`."""
-    expressions: dict[str, str] = {}
-    for name, structure in STRUCTURES.items():
-        expressions[f"sizeof {name}"] = f"sizeof(struct {name})"
-        for field in fields(structure):
-            expressions[f"offsetof {name}.{field}"] = f"offsetof(struct {name}, {field})"
-            expressions[f"sizeof {name}.{field}"] = f"sizeof(((struct {name} *)0)->{field})"
+    """What the C compiler says, by expression."""
     words = [*CONSTANTS, *(word for name in ENUMS for word in enumerators(name))]
-    expressions |= {word: word for word in words}
-    prints = "\n".join(
-        f'printf("%s=%lld\\n", "{label}", (long long)({expression}));'
-        for label, expression in expressions.items()
-    )
-    directory = tmp_path_factory.mktemp("abi")
-    source = directory / "abi.c"
-    source.write_text(
-        "#include <linux/types.h>\n#include <stddef.h>\n#include <stdio.h>\n"
-        f'#include "abi.h"\nint main(void) {{\n{prints}\nreturn 0;\n}}\n'
-    )
-    program = directory / "abi"
-    subprocess.run(
-        ["cc", "-Wall", "-Werror", f"-I{bpf_directory()}", "-o", program, source], check=True
-    )
-    lines = subprocess.run([program], capture_output=True, check=True).stdout.decode().splitlines()
-    return {label: int(number) for label, _, number in (line.rpartition("=") for line in lines)}
+    expressions = [*mirrors.layout(STRUCTURES), *words]
+    return mirrors.compiled("abi.h", expressions, tmp_path_factory.mktemp("abi"))
 
 
 def test_every_structure_of_the_header_has_a_mirror() -> None:
-    assert set(re.findall(r"^struct (\w+) \{", WITHOUT_COMMENTS, re.MULTILINE)) == set(STRUCTURES)
+    assert mirrors.structures_of("abi.h") == set(STRUCTURES)
 
 
 def test_every_structure_in_python_is_one_of_the_header() -> None:
@@ -108,12 +82,8 @@ def test_every_enum_and_constant_of_the_header_has_a_mirror() -> None:
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_is_laid_out_as_the_compiler_does(name: str, compiled: dict[str, int]) -> None:
-    structure = STRUCTURES[name]
-    assert compiled[f"sizeof {name}"] == ctypes.sizeof(structure)
-    for field in fields(structure):
-        descriptor = getattr(structure, field)
-        assert compiled[f"offsetof {name}.{field}"] == descriptor.offset, field
-        assert compiled[f"sizeof {name}.{field}"] == descriptor.size, field
+    in_python = mirrors.layout({name: STRUCTURES[name]})
+    assert {expression: compiled[expression] for expression in in_python} == in_python
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -122,7 +92,7 @@ def test_structure_has_no_gap_that_nobody_declared(name: str) -> None:
     # with the sizes equal, no field of the header can be missing here.
     structure = STRUCTURES[name]
     at = 0
-    for field in fields(structure):
+    for field in mirrors.fields(structure):
         assert getattr(structure, field).offset == at, field
         at += getattr(structure, field).size
     assert at == ctypes.sizeof(structure)

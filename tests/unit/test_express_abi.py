@@ -6,7 +6,6 @@ import ctypes
 import ipaddress
 import re
 import struct
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -25,9 +24,9 @@ from pyforwarder.core.express.conditions import (
 )
 from pyforwarder.core.express.request_grammar import State
 from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS, Clause, Table
-from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.datapath.express import abi
 from pyforwarder.datapath.express.tables import encode, network_key
+from tests.helpers import mirrors
 
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "express_grammar": abi.Grammar,
@@ -67,32 +66,11 @@ NUMBERS: Final = {
 
 
 def test_the_mirror_is_as_the_compiler_has_it(tmp_path: Path) -> None:
-    header = (bpf_directory() / "express.h").read_text()
-    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
-    assert set(re.findall(r"^struct (\w+) \{", header, re.MULTILINE)) == STRUCTURES.keys()
-    assert set(re.findall(r"\bPF_EXPRESS_\w+", header)) == NUMBERS.keys()
-    said, expected = [], []
-    for name, structure in STRUCTURES.items():
-        said.append(f"sizeof(struct {name})")
-        expected.append(ctypes.sizeof(structure))
-        for field in (entry[0] for entry in structure._fields_):
-            said.append(f"offsetof(struct {name}, {field.rstrip('_')})")
-            expected.append(getattr(structure, field).offset)
-    for name, number in NUMBERS.items():
-        said.append(name)
-        expected.append(int(number))
-    prints = "\n".join(f'printf("%lld\\n", (long long)({one}));' for one in said)
-    source = tmp_path / "layout.c"
-    source.write_text(
-        "#include <linux/types.h>\n#include <stddef.h>\n#include <stdio.h>\n"
-        f'#include "express.h"\nint main(void) {{\n{prints}\nreturn 0;\n}}\n'
-    )
-    program = tmp_path / "layout"
-    subprocess.run(
-        ["cc", "-Wall", "-Werror", f"-I{bpf_directory()}", "-o", program, source], check=True
-    )
-    lines = subprocess.run([program], capture_output=True, check=True).stdout.split()
-    assert [int(line) for line in lines] == expected
+    assert mirrors.structures_of("express.h") == STRUCTURES.keys()
+    named = re.findall(r"\bPF_EXPRESS_\w+", mirrors.without_comments("express.h"))
+    assert set(named) == NUMBERS.keys()
+    expected = mirrors.layout(STRUCTURES) | NUMBERS
+    assert mirrors.compiled("express.h", expected, tmp_path) == expected
 
 
 def longest_prefix(entries: Mapping[bytes, int], asked: bytes) -> int:
