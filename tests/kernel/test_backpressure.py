@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.netns import Network, narrow_the_network
 from tests.helpers.peers import (
     digest,
     pair_through,
@@ -26,18 +27,18 @@ from tests.helpers.peers import (
     reset,
 )
 from tests.helpers.waiting import wait_for
+from tests.kernel.conftest import forwarders_at, temporary_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.helpers.daemon import Daemon
-    from tests.kernel.conftest import StartForwarder
 
 T = TypeVar("T")
 
 MIB: Final = 1 << 20
 LIMIT: Final = MIB
-# The sockets of `narrow_network` have 64 KiB for each direction, and take up to twice that.
+# The sockets of the narrow network have 64 KiB for each direction, and take up to twice that.
 NARROW_SOCKET: Final = 2 * 65536
 DATAPATHS: Final = {
     "copy": "datapath: copy",
@@ -66,14 +67,61 @@ def most_accepted(datapath: str) -> int:
     return 4 * NARROW_SOCKET + MIB + (0 if datapath == "copy" else 2 * LIMIT)
 
 
+class OnDatapath(NamedTuple):
+    """A forwarder that carries its pairs on this datapath."""
+
+    forwarder: Daemon
+    datapath: str
+
+
+@pytest.fixture(scope="module", params=list(DATAPATHS))
+def wide(network: None, request: pytest.FixtureRequest) -> Iterator[OnDatapath]:
+    """One with the buffers of loopback, for all tests of a datapath."""
+    del network
+    with temporary_place() as place, forwarders_at(place) as start:
+        yield OnDatapath(start(config(request.param)), request.param)
+
+
+@pytest.fixture(scope="module")
+def narrow_network() -> Iterator[Network]:
+    """A network with small buffers and segments."""
+    network = Network()
+    try:
+        with network.entered():
+            narrow_the_network()
+        yield network
+    finally:
+        network.close()
+
+
+@pytest.fixture(scope="module", params=list(DATAPATHS))
+def narrow_forwarder(
+    narrow_network: Network, request: pytest.FixtureRequest
+) -> Iterator[OnDatapath]:
+    """One in the narrow network, for all tests of a datapath."""
+    with temporary_place() as place, forwarders_at(place) as start:
+        with narrow_network.entered():
+            forwarder = start(config(request.param))
+        yield OnDatapath(forwarder, request.param)
+
+
+@pytest.fixture
+def narrow(narrow_network: Network, narrow_forwarder: OnDatapath) -> Iterator[OnDatapath]:
+    """The same; the test is in that network, too."""
+    with narrow_network.entered():
+        yield narrow_forwarder
+
+
 @contextlib.contextmanager
-def joined(forwarder: Daemon, datapath: str) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A pair that has carried 100,000 bytes each way, and is on that datapath now."""
+def joined(on: OnDatapath) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair that has carried 100,000 bytes each way, and is on its datapath now."""
+    forwarder, datapath = on
     with pair_through(forwarder.address) as (client, server):
         warm_up(client, server)
         wanted = "splice" if datapath == "auto" else datapath  # it is at rest: the best one
         forwarder.wait_for_pair(lambda row: row["datapath"] == wanted, f"a pair on {wanted}")
         yield client, server
+    forwarder.wait_for_no_pairs()
 
 
 def warm_up(client: socket.socket, server: socket.socket) -> None:
@@ -107,14 +155,10 @@ def memory(name: str) -> int:
     raise AssertionError(f"no {name} in /proc/meminfo")
 
 
-@pytest.mark.usefixtures("narrow_network")
 @pytest.mark.parametrize("direction", ["up", "down"])
-@pytest.mark.parametrize("datapath", list(DATAPATHS))
-def test_the_sender_is_blocked_until_the_reader_reads(
-    start_forwarder: StartForwarder, datapath: str, direction: str
-) -> None:
-    forwarder = start_forwarder(config(datapath))
-    with joined(forwarder, datapath) as (client, server):
+def test_the_sender_is_blocked_until_the_reader_reads(narrow: OnDatapath, direction: str) -> None:
+    forwarder, datapath = narrow
+    with joined(narrow) as (client, server):
         sender, reader = (client, server) if direction == "up" else (server, client)
         total = 0
         for _ in range(2):  # stalled, read empty, stalled again: each time the same bound
@@ -133,13 +177,9 @@ def test_the_sender_is_blocked_until_the_reader_reads(
         assert reader.recv(1) == b""
 
 
-@pytest.mark.parametrize("datapath", list(DATAPATHS))
-def test_both_directions_stall_and_both_go_on(
-    start_forwarder: StartForwarder, datapath: str
-) -> None:
+def test_both_directions_stall_and_both_go_on(wide: OnDatapath) -> None:
     """A client uploads without reading while the server floods, with the buffers of loopback."""
-    forwarder = start_forwarder(config(datapath))
-    with joined(forwarder, datapath) as (client, server):
+    with joined(wide) as (client, server):
         sent = run_both(lambda sock: push_until_blocked(sock, most=256 * MIB), client, server)
         # Loopback's buffers take 4 MB or 6 MB each; a direct connection stops at about 8 MB.
         assert max(sent.values()) < 32 * MIB, sent
@@ -158,13 +198,9 @@ def run_both(
 
 
 @pytest.mark.parametrize("stalled", ["up", "down"])
-@pytest.mark.parametrize("datapath", list(DATAPATHS))
-def test_a_stalled_direction_does_not_stall_the_other(
-    start_forwarder: StartForwarder, datapath: str, stalled: str
-) -> None:
-    forwarder = start_forwarder(config(datapath))
+def test_a_stalled_direction_does_not_stall_the_other(wide: OnDatapath, stalled: str) -> None:
     size = 50_000_000
-    with joined(forwarder, datapath) as (client, server):
+    with joined(wide) as (client, server):
         busy, lazy = (server, client) if stalled == "up" else (client, server)
         waiting = push_until_blocked(lazy, most=256 * MIB)
         thread = threading.Thread(target=busy.sendall, args=(pattern(size),))
@@ -175,14 +211,10 @@ def test_a_stalled_direction_does_not_stall_the_other(
 
 
 @pytest.mark.alone
-@pytest.mark.usefixtures("narrow_network")
-@pytest.mark.parametrize("datapath", ["sockmap", "auto"])
-def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(
-    start_forwarder: StartForwarder, datapath: str
-) -> None:
+@pytest.mark.parametrize("narrow_forwarder", ["sockmap", "auto"], indirect=True)
+def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(narrow: OnDatapath) -> None:
     """The limit counts bytes, but a queued segment of one byte costs the kernel some 860."""
-    forwarder = start_forwarder(config(datapath))
-    with joined(forwarder, datapath) as (client, server):
+    with joined(narrow) as (client, server):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.settimeout(1)
         before = memory("SUnreclaim")
@@ -196,22 +228,18 @@ def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(
 
 
 @pytest.mark.alone
-@pytest.mark.usefixtures("narrow_network")
-@pytest.mark.parametrize("datapath", list(DATAPATHS))
-def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(
-    start_forwarder: StartForwarder, datapath: str
-) -> None:
-    forwarder = start_forwarder(config(datapath))
+def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(narrow: OnDatapath) -> None:
     # Others on the host take memory too, but not each time; without a limit it would be 64 MiB for
     # each pair, each time.
-    taken = [memory_of_stalled_pairs(forwarder, datapath, count=20)]
+    taken = [memory_of_stalled_pairs(narrow, count=20)]
     while taken[-1] >= 20 * 8 * MIB:
         assert len(taken) < 4, taken
-        taken.append(memory_of_stalled_pairs(forwarder, datapath, count=20))
+        taken.append(memory_of_stalled_pairs(narrow, count=20))
 
 
-def memory_of_stalled_pairs(forwarder: Daemon, datapath: str, *, count: int) -> int:
+def memory_of_stalled_pairs(on: OnDatapath, *, count: int) -> int:
     """How much less memory the host has while they are stalled; afterwards it is given back."""
+    forwarder, datapath = on
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(pair_through(forwarder.address)) for _ in range(count)]
         for client, server in pairs:
