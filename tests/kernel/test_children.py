@@ -10,9 +10,10 @@ from typing import Final
 import psutil
 import pytest
 
-from tests.helpers.daemon import COMMAND, Daemon, Place
+from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.daemon import COMMAND, START_DEADLINE_S, Daemon, Place
 from tests.helpers.peers import EchoServer, dial_through, read_exactly
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.waiting import wait_for
 
 CONFIG: Final = """
 listeners:
@@ -41,7 +42,7 @@ def test_root_runs_nothing_from_the_directory_that_it_happens_to_be_in(
         cwd=tmp_path,
         env={**place.environ(), "TMPDIR": str(tmp_path)},
         capture_output=True,
-        timeout=DEADLINE_S,
+        timeout=scaled_s(50),  # it proves every datapath
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -84,7 +85,7 @@ def test_relative_paths_mean_the_caller_s_directory_and_no_process_stays_there(
     daemon = Daemon(place, process, "default", home / "my.yaml")
     daemon.collect()
     try:
-        daemon.wait_for_line("listening on", deadline_s=DEADLINE_S)
+        daemon.wait_for_line("listening on", deadline_s=START_DEADLINE_S)
         processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
         assert len(processes) >= 1 + len(daemon.workers()) + 2  # metrics, health, perhaps a keeper
         # One that serves the page is replaced about now: it leaves the caller's as it begins.
