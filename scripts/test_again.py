@@ -23,12 +23,12 @@ _XML: Final = "--junit-xml="
 
 
 def environment() -> dict[str, str]:
-    """That of pytest: what Python compiles of the sources is kept, for this run starts the program
-    a thousand times, and compiling all of its modules costs a third of a second each time.
+    """That of pytest, in which what Python compiles of the sources is kept.
+
+    A run starts the program a thousand times; compiling all of its modules takes a third of a
+    second each time.
     """
-    return {
-        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
-    }
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def run_pytest(arguments: Sequence[str]) -> tuple[int, list[str]]:
