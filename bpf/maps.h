@@ -17,6 +17,19 @@
  * session_flows HASH struct splice_key -> struct splice_flow    written: keeper
  * sessions ARRAY      index -> struct session (mmapable)        written: keeper, splice
  *
+ * For express (express_rules.h, express_connect.c), their names begin with express_:
+ * tables    ARRAY      number -> struct express_table              written: keeper
+ * names     LPM_TRIE   struct express_name_key -> bits             written: keeper
+ * networks  LPM_TRIE   struct express_network_key -> bits          written: keeper
+ * grammar   ARRAY      0 -> struct express_grammar                 written: keeper
+ * programs  PROG_ARRAY PF_EXPRESS_BEGIN4... -> program             written: keeper
+ * listeners HASH       express_listener_key -> express_listener    written: keeper
+ * targets   ARRAY      number -> struct express_target             written: keeper, express
+ * asks      ARRAY      place -> struct express_ask (mmapable)      written: express
+ * places    QUEUE      places that are free                        written: keeper, express
+ * counts    ARRAY      PF_COUNT_... -> __u64                       written: express
+ * scratch, made, asking  PERCPU_ARRAY                              express alone
+ *
  * For the view (view.c); mmapable, written through memory:
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view

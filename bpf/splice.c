@@ -28,6 +28,7 @@
 #include <uapi/linux/bpf.h>
 
 #include "abi.h"
+#include "express_connect.h"
 #include "maps.h"
 #include "splice.h"
 #include "splice_options.h"
@@ -53,6 +54,15 @@
 /* bcc 0.26 declares it with three parameters; the kernel has four. */
 static int (*redirect_neigh)(__u32 interface, void *next_hop, int bytes,
 			     __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
+
+#ifdef MAP_EXPRESS_PROGRAMS_FD
+static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
+
+/* Another program goes on with this packet (express_connect.c); if there is none it returns. */
+#define go_on_with_express(skb, place) tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), place)
+#else
+#define go_on_with_express(skb, place) ((void)0)
+#endif
 
 inlined void tell(struct splice *splice, __u32 index)
 {
@@ -445,8 +455,12 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	if ((flags & SYN) && skb->pkt_type == HOST_PACKET)
 		remember_handshake(&key, skb->ifindex, bpf_ntohl(tcp->seq));
 	flow = map_lookup(MAP_FLOWS_FD, &key);
-	if (!flow)
-		return is_copy ? DROP : NEXT;
+	if (!flow) {
+		if (is_copy)
+			return DROP;
+		go_on_with_express(skb, v6 ? PF_EXPRESS_BEGIN6 : PF_EXPRESS_BEGIN4);
+		return NEXT;
+	}
 	index = flow->index;
 	direction = flow->direction;
 	splice = map_lookup(MAP_SPLICES_FD, &index);
@@ -455,8 +469,13 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	way = direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	state = volatile_read(splice->state);
-	if (state != PF_SPLICE_ACTIVE && (state != PF_SPLICE_RESET || is_copy))
-		return is_copy ? DROP : NEXT;
+	if (state != PF_SPLICE_ACTIVE && (state != PF_SPLICE_RESET || is_copy)) {
+		if (is_copy)
+			return DROP;
+		if (state == PF_SPLICE_ASKED)
+			go_on_with_express(skb, v6 ? PF_EXPRESS_ASKED6 : PF_EXPRESS_ASKED4);
+		return NEXT;
+	}
 
 	/* Is it what a host takes at all, and does it come from where that peer is? */
 	if (skb->pkt_type != HOST_PACKET) {
@@ -762,6 +781,12 @@ int ingress(struct __sk_buff *skb)
 	 */
 	if (skb->vlan_present && (skb->vlan_tci & VLAN_NUMBER))
 		return NEXT;
+#ifdef MAP_EXPRESS_PROGRAMS_FD
+	if (skb->mark == FOR_OUR_STACK) {
+		skb->mark = 0;
+		return NEXT;
+	}
+#endif
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4)) {
 		verdict = take_datagram(skb, 0);
 		return verdict == NO_DATAGRAM ? translate(skb, 0) : verdict;

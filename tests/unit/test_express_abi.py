@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from pyforwarder.core.express.conditions import (
 )
 from pyforwarder.core.express.request_grammar import State
 from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS, Clause, Table
-from pyforwarder.datapath.express import abi
+from pyforwarder.datapath.express import abi, connect_abi, connecting
 from pyforwarder.datapath.express.tables import encode, network_key
 from tests.helpers import mirrors
 
@@ -65,12 +66,45 @@ NUMBERS: Final = {
 }
 
 
-def test_the_mirror_is_as_the_compiler_has_it(tmp_path: Path) -> None:
-    assert mirrors.structures_of("express.h") == STRUCTURES.keys()
-    named = re.findall(r"\bPF_EXPRESS_\w+", mirrors.without_comments("express.h"))
-    assert set(named) == NUMBERS.keys()
-    expected = mirrors.layout(STRUCTURES) | NUMBERS
-    assert mirrors.compiled("express.h", expected, tmp_path) == expected
+CONNECT_STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
+    "express_listener_key": connect_abi.ListenerKey,
+    "express_listener": connect_abi.Listener,
+    "express_target": connect_abi.Target,
+    "express_ask": connect_abi.Ask,
+}
+CONNECT_NUMBERS: Final = {
+    "PF_EXPRESS_SAVED": connect_abi.SAVED_BYTES,
+    "PF_SPLICE_ASKED": connect_abi.ASKED_SPLICE,
+    "PF_EXPRESS_NO_WORKER": connect_abi.NO_WORKER,
+    "PF_EXPRESS_RULES": connect_abi.MOST_RULES,
+    "PF_EXPRESS_STATE_MASK": connect_abi.STATE_MASK,
+    **{
+        f"PF_EXPRESS_{name.upper()}": place
+        for place, name in enumerate((*connecting.PROGRAMS, "programs"))
+    },
+    **{f"PF_EXPRESS_{state.name}": state for state in connect_abi.AskState},
+    **{f"PF_COUNT_{kind.name}": kind for kind in connect_abi.Count},
+    "PF_COUNTS": len(connect_abi.Count),
+}
+
+
+@pytest.mark.parametrize(
+    ("header", "structures", "numbers"),
+    [
+        ("express.h", STRUCTURES, NUMBERS),
+        ("express_connect.h", CONNECT_STRUCTURES, CONNECT_NUMBERS),
+    ],
+)
+def test_the_mirror_is_as_the_compiler_has_it(
+    tmp_path: Path,
+    header: str,
+    structures: Mapping[str, type[ctypes.Structure]],
+    numbers: Mapping[str, int],
+) -> None:
+    assert mirrors.structures_of(header) == structures.keys()
+    assert set(re.findall(r"\bPF_\w+", mirrors.without_comments(header))) == numbers.keys()
+    expected = mirrors.layout(structures) | dict(numbers)
+    assert mirrors.compiled(header, expected, tmp_path) == expected
 
 
 def longest_prefix(entries: Mapping[bytes, int], asked: bytes) -> int:
@@ -158,3 +192,8 @@ def test_whatever_comes_the_automaton_knows_a_next_state() -> None:
     assert max(max(row) for row in automaton.following) < request_grammar.MOST_STATES
     for state in range(request_grammar.LAST_FINAL + 1):
         assert {automaton.next(state, byte) for byte in range(256)} == {state}
+
+
+def test_no_name_stands_in_both_headers() -> None:
+    """A macro would take the place of the other's constant, and nothing would say so."""
+    assert not NUMBERS.keys() & CONNECT_NUMBERS.keys()

@@ -39,11 +39,13 @@ class MapType(enum.IntEnum):
 
     HASH = 1
     ARRAY = 2
+    PROG_ARRAY = 3
     PERCPU_ARRAY = 6
     LRU_HASH = 9
     LPM_TRIE = 11
     ARRAY_OF_MAPS = 12
     SOCKHASH = 18
+    QUEUE = 22
     RINGBUF = 27
 
 
@@ -184,6 +186,19 @@ class Map:
             found.append(following.raw)
             self._key.raw = following.raw
             key_at = ctypes.addressof(self._key)
+
+
+def push(fd: int, value: bytes) -> None:
+    """Put something into a QUEUE, behind everything else.
+
+    Raises:
+        OSError: it is full (E2BIG).
+    """
+    buffer = ctypes.create_string_buffer(value, len(value))
+    _call(
+        _Command.MAP_UPDATE_ELEM,
+        struct.pack("=IxxxxQQQ", fd, 0, ctypes.addressof(buffer), 0),
+    )
 
 
 def map_memory(fd: int, length_bytes: int, *, offset_bytes: int = 0, write: bool) -> mmap.mmap:

@@ -86,9 +86,13 @@ class Tables:
         Raises:
             LoadError: it does not compile, or the kernel refuses it.
         """
-        maps = {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
-        (fd,) = load_programs("express.c", [("judge", "sched_cls")], defines={}, maps=maps)
+        (fd,) = load_programs("express.c", [("judge", "sched_cls")], defines={}, maps=self.maps)
         return fd
+
+    @property
+    def maps(self) -> dict[str, int]:
+        """The descriptors, by the macros that stand for them in the programs."""
+        return {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
 
     def write(self, number: int, table: Table) -> None:
         """Put a table at this number, in the place of the one that is there.

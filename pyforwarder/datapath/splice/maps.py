@@ -26,7 +26,7 @@ import struct
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import psutil
 
@@ -54,6 +54,9 @@ from pyforwarder.datapath.splice.session_maps import SessionMaps
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import host
 from pyforwarder.runtime.counters import BLOCK_WORDS, INVALID_FIRST
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.express.connecting import Connecting
 
 FIELDS: Final = {
     "tcp_sock": (
@@ -369,23 +372,22 @@ class SpliceMaps:
             ),
         )
 
-    def load_programs(self) -> Programs:
+    def load_programs(self, connecting: Connecting | None = None) -> Programs:
         """The programs over these maps; the caller closes the descriptors, or attaches them.
+
+        With `connecting` they leave to its programs what they know no pair for.
 
         Raises:
             LoadError: as `load`.
         """
+        express = {"MAP_EXPRESS_PROGRAMS_FD": connecting.programs_fd} if connecting else {}
         return Programs(
             *load_programs(
                 "splice.c",
                 [(name, "sched_cls") for name in Programs._fields],
-                defines={
-                    **btf.defines(btf.field_offsets(FIELDS)),
-                    "BLOCK_WORDS": BLOCK_WORDS,
-                    "INVALID_FIRST": INVALID_FIRST,
-                    "SUM_BYTES": SUM_BYTES,
-                },
+                defines={**btf.defines(btf.field_offsets(FIELDS)), **self.defines},
                 maps={
+                    **express,
                     "MAP_FLOWS_FD": self.flows_fd,
                     "MAP_SPLICES_FD": self.splices_fd,
                     "MAP_RINGS_FD": self.rings_fd,
@@ -397,9 +399,21 @@ class SpliceMaps:
                     "MAP_SESSIONS_FD": self.sessions.sessions_fd,
                 },
                 # Not to be guessed, and not that of another instance on this host.
-                values={"FOR_OUR_SOCKET": secrets.randbits(32) | 1},
+                values={
+                    "FOR_OUR_SOCKET": secrets.randbits(32) | 1,
+                    **({"FOR_OUR_STACK": connecting.mark} if connecting else {}),
+                },
             )
         )
+
+    @property
+    def defines(self) -> dict[str, str | int]:
+        """Macros of what the programs count, and of their scratch map."""
+        return {
+            "BLOCK_WORDS": BLOCK_WORDS,
+            "INVALID_FIRST": INVALID_FIRST,
+            "SUM_BYTES": SUM_BYTES,
+        }
 
     def attach(self, programs: Programs) -> None:
         """Put them on the interfaces, in the place of those that an earlier daemon has left.

@@ -1,0 +1,99 @@
+/*
+ * What express_connect.c and its keeper share: connections that the kernel opens to a server, in
+ * the place of a worker. Data only; pyforwarder/datapath/express/connect_abi.py mirrors it.
+ */
+#pragma once
+
+#define PF_EXPRESS_RULES 64   /* of a listener */
+#define PF_EXPRESS_SAVED 4096 /* bytes of a client's first packet that can be kept */
+
+/* Beside enum pf_splice_state: a server was asked for, and has not answered. */
+#define PF_SPLICE_ASKED 5
+
+/* `worker` of a pair that no worker knows of yet: no ring and no counters have that number. */
+#define PF_EXPRESS_NO_WORKER 0xfffffffe
+
+/* The places of the programs that others go on with (PROG_ARRAY). */
+#define PF_EXPRESS_BEGIN4   0
+#define PF_EXPRESS_BEGIN6   1
+#define PF_EXPRESS_ASKED4   2
+#define PF_EXPRESS_ASKED6   3
+#define PF_EXPRESS_BY_RULES 4
+#define PF_EXPRESS_ASK4	    5
+#define PF_EXPRESS_ASK6	    6
+#define PF_EXPRESS_PROGRAMS 7
+
+/* The lower bits of `word`; those above count the connections that have had the place. */
+enum pf_express_state {
+	PF_EXPRESS_FREE = 0,
+	PF_EXPRESS_FILLING, /* by the program that has taken it out of the queue */
+	PF_EXPRESS_ASKED,
+	PF_EXPRESS_JOINED,
+	PF_EXPRESS_STATE_MASK = 7,
+};
+
+enum pf_express_count {
+	PF_COUNT_DEFERRED,    /* handshakes whose last packet was kept from the stack */
+	PF_COUNT_TAKEN,	      /* a server was asked for */
+	PF_COUNT_COMMITTED,   /* and has answered */
+	PF_COUNT_REFUSED,     /* or has refused, or the two ends would not understand each other */
+	PF_COUNT_UNANSWERED,  /* or has said nothing */
+	PF_COUNT_ENDED,	      /* the client has ended it before the server answered */
+	PF_COUNT_ASKED_AGAIN, /* SYNs that were sent again */
+	/* Left to the ordinary path, and why. */
+	PF_COUNT_NO_REQUEST,  /* SYN cookies, or a connection of a worker's */
+	PF_COUNT_ODD_REQUEST, /* MPTCP, TFO, ECN... */
+	PF_COUNT_ODD_NUMBERS, /* not the first bytes behind a handshake */
+	PF_COUNT_ODD_PACKET,  /* lengths, flags, options, checksum */
+	PF_COUNT_LONG,	      /* more than is kept, or not the last of what was written */
+	PF_COUNT_UNDECIDED,   /* by the rules */
+	PF_COUNT_NO_TARGET,   /* no way to that server is known, or it has refused just now */
+	PF_COUNT_NO_PORT,
+	PF_COUNT_TAKEN_PORT, /* of the same connection, by another processor */
+	PF_COUNT_FAILED,     /* no memory */
+	PF_COUNTS,
+};
+
+struct express_listener_key {
+	__u32 address[4]; /* as in a splice_key; all zero: any */
+	__u16 port;	  /* wire order */
+	__u16 padding;
+};
+
+struct express_listener {
+	__u32 table;	/* of rules */
+	__u32 owner;	/* see struct splice */
+	__u16 told_mss; /* what our kernel tells clients at most */
+	__u16 padding;
+	__u32 target[PF_EXPRESS_RULES]; /* of each: a place in the map of targets */
+};
+
+/* A server, and how it is reached. */
+struct express_target {
+	__u32 source[4], server[4];
+	__u16 port; /* wire order */
+	__u16 mss;  /* what our interfaces can carry */
+	__u32 out;  /* the interface; 0: this is no target */
+	__u32 by[2];
+	__u32 padding;
+	__u64 not_before_ns; /* it has refused, or not answered: until then it is not asked */
+};
+
+/* A place: record `first + place` of the splices, port `first_port + place` of ours. */
+struct express_ask {
+	__u64 word;
+	__u64 begun_ns;
+	__u32 c0, k0, i0; /* first numbers: the client's, our kernel's, ours to the server */
+	__u32 tc, tk;	  /* timestamps of the client's packet: its own, and the one it echoes */
+	__u32 sum;	  /* of the saved bytes, folded */
+	__u32 saved;
+	__u32 secret; /* of the place: where its numbers begin */
+	__u32 window; /* of the client, in bytes */
+	__u32 room;   /* that our kernel has told the client of */
+	__u32 client_interface;
+	__u32 target, listener_table, rule;
+	__u16 window_field, mss, told_mss;
+	__u8 client_scale, kernel_scale, has_timestamps, has_sack, has_scale, has_fin;
+	__u8 macs[12]; /* of the client's packet */
+	__u8 bytes[PF_EXPRESS_SAVED];
+};

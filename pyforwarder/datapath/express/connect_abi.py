@@ -1,0 +1,125 @@
+"""What the programs that open connections in the kernel share with their keeper.
+
+Data only: bpf/express_connect.h declares it. A test compiles that and compares every offset.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from typing import Final
+
+SAVED_BYTES: Final = 4096
+# Beside `SpliceState`: a server was asked for, and has not answered.
+ASKED_SPLICE: Final = 5
+# `worker` of a pair that no worker knows of yet.
+NO_WORKER: Final = 0xFFFFFFFE
+MOST_RULES: Final = 64
+
+
+class AskState(enum.IntEnum):
+    """enum pf_express_state."""
+
+    FREE = 0
+    FILLING = 1
+    ASKED = 2
+    JOINED = 3
+
+
+STATE_MASK: Final = 7
+
+
+class Count(enum.IntEnum):
+    """enum pf_express_count."""
+
+    DEFERRED = 0
+    TAKEN = 1
+    COMMITTED = 2
+    REFUSED = 3
+    UNANSWERED = 4
+    ENDED = 5
+    ASKED_AGAIN = 6
+    NO_REQUEST = 7
+    ODD_REQUEST = 8
+    ODD_NUMBERS = 9
+    ODD_PACKET = 10
+    LONG = 11
+    UNDECIDED = 12
+    NO_TARGET = 13
+    NO_PORT = 14
+    TAKEN_PORT = 15
+    FAILED = 16
+
+
+class ListenerKey(ctypes.Structure):
+    """struct express_listener_key."""
+
+    _fields_ = (
+        ("address", ctypes.c_uint32 * 4),
+        ("port", ctypes.c_uint16),
+        ("padding", ctypes.c_uint16),
+    )
+
+
+class Listener(ctypes.Structure):
+    """struct express_listener."""
+
+    _fields_ = (
+        ("table", ctypes.c_uint32),
+        ("owner", ctypes.c_uint32),
+        ("told_mss", ctypes.c_uint16),
+        ("padding", ctypes.c_uint16),
+        ("target", ctypes.c_uint32 * MOST_RULES),
+    )
+
+
+class Target(ctypes.Structure):
+    """struct express_target."""
+
+    _fields_ = (
+        ("source", ctypes.c_uint32 * 4),
+        ("server", ctypes.c_uint32 * 4),
+        ("port", ctypes.c_uint16),
+        ("mss", ctypes.c_uint16),
+        ("out", ctypes.c_uint32),
+        ("by", ctypes.c_uint32 * 2),
+        ("padding", ctypes.c_uint32),
+        ("not_before_ns", ctypes.c_uint64),
+    )
+
+
+class Ask(ctypes.Structure):
+    """struct express_ask."""
+
+    _fields_ = (
+        ("word", ctypes.c_uint64),
+        ("begun_ns", ctypes.c_uint64),
+        ("c0", ctypes.c_uint32),
+        ("k0", ctypes.c_uint32),
+        ("i0", ctypes.c_uint32),
+        ("tc", ctypes.c_uint32),
+        ("tk", ctypes.c_uint32),
+        ("sum", ctypes.c_uint32),
+        ("saved", ctypes.c_uint32),
+        ("secret", ctypes.c_uint32),
+        ("window", ctypes.c_uint32),
+        ("room", ctypes.c_uint32),
+        ("client_interface", ctypes.c_uint32),
+        ("target", ctypes.c_uint32),
+        ("listener_table", ctypes.c_uint32),
+        ("rule", ctypes.c_uint32),
+        ("window_field", ctypes.c_uint16),
+        ("mss", ctypes.c_uint16),
+        ("told_mss", ctypes.c_uint16),
+        ("client_scale", ctypes.c_uint8),
+        ("kernel_scale", ctypes.c_uint8),
+        ("has_timestamps", ctypes.c_uint8),
+        ("has_sack", ctypes.c_uint8),
+        ("has_scale", ctypes.c_uint8),
+        ("has_fin", ctypes.c_uint8),
+        ("macs", ctypes.c_uint8 * 12),
+        ("bytes", ctypes.c_uint8 * SAVED_BYTES),
+    )
+
+
+ASK_BYTES: Final = ctypes.sizeof(Ask)

@@ -1,0 +1,114 @@
+"""What the keeper does about connections that the kernel has opened: those that end, or go on.
+
+The programs begin them by themselves. A connection that has ended keeps its place for a while, as a
+FIN may come again; one that lasts is given to a worker, as if its own had died, and is a spliced
+pair like any other from then on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pyforwarder.datapath.express.connect_abi import STATE_MASK, AskState
+from pyforwarder.datapath.splice.abi import Splice, SpliceState
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.express.connecting import Connecting
+
+# A server that has not answered by then will not, or the client gives up: a worker tries.
+ANSWER_TIMEOUT_S: Final = 3.0
+# And for so long it is a worker's alone.
+UNANSWERED_FOR_S: Final = 10.0
+# A connection that is older than this lasts.
+LASTS_AFTER_S: Final = 1.0
+# TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
+LINGER_S: Final = 60.0
+# Where places are short, less; no program that has looked at the old one runs any more by then.
+LEAST_LINGER_S: Final = 1.0
+
+
+class Ended(NamedTuple):
+    """A connection that has begun and ended without a worker."""
+
+    place: int
+    begun_ns: int  # CLOCK_MONOTONIC
+    record: Splice
+
+
+class Seen(NamedTuple):
+    """What has become known since the last look."""
+
+    ended: list[Ended]
+    lasting: list[int]  # places whose connections are to be given to a worker
+
+
+class _Lingering(NamedTuple):
+    since_s: float
+    place: int
+    word: int
+
+
+class Places:
+    """Looks after all places; one keeper's."""
+
+    def __init__(self, connecting: Connecting, record: Callable[[int], Splice]) -> None:
+        """`record` is the splice of that index as it is now."""
+        self._connecting = connecting
+        self._record = record
+        self._lingering: deque[_Lingering] = deque()
+        self._known: dict[int, int] = {}  # place -> word of what was told of
+
+    def look(self, now_s: float) -> Seen:
+        """Do what is due; call it about twice a second. `now_s` is of CLOCK_MONOTONIC."""
+        seen = Seen([], [])
+        used = 0
+        for place, word in enumerate(self._connecting.words()):
+            state = word & STATE_MASK
+            if state == AskState.FREE:
+                self._known.pop(place, None)
+                continue
+            used += 1
+            if state == AskState.ASKED:
+                self._give_up_late(place, word, now_s)
+            elif state == AskState.JOINED and self._known.get(place) != word:
+                self._look_at(place, word, now_s, seen)
+        self._free(now_s, self._connecting.places - used)
+        return seen
+
+    def _give_up_late(self, place: int, word: int, now_s: float) -> None:
+        begun_s = self._connecting.ask(place).begun_ns / 1e9
+        if now_s - begun_s > ANSWER_TIMEOUT_S:
+            until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
+            self._connecting.let_go(place, word, not_before_ns=until_ns)
+
+    def _look_at(self, place: int, word: int, now_s: float, seen: Seen) -> None:
+        record = self._record(self._connecting.first_splice + place)
+        begun_ns = self._connecting.ask(place).begun_ns
+        if record.state != SpliceState.ACTIVE:
+            return  # never: it is the last thing that is written
+        if all(way.fin_acked for way in record.way):
+            self._known[place] = word
+            self._lingering.append(_Lingering(now_s, place, word))
+            seen.ended.append(Ended(place, begun_ns, record))
+        elif record.reset or now_s - begun_ns / 1e9 > LASTS_AFTER_S:
+            # After a reset, too: whether the other end has believed it nobody knows.
+            self._known[place] = word
+            seen.lasting.append(place)
+
+    def _free(self, now_s: float, free: int) -> None:
+        """The places of those that ended long ago; or of the first, while places are short."""
+        while self._lingering:
+            since_s, place, word = self._lingering[0]
+            is_short = free < self._connecting.places // 2
+            if now_s - since_s < (LEAST_LINGER_S if is_short else LINGER_S):
+                return
+            self._lingering.popleft()
+            free += self._connecting.let_go(place, word)
+
+    def let_go(self, place: int) -> None:
+        """A connection that lasted is over, and its ports have lingered."""
+        word = self._known.get(place)
+        if word is not None:
+            self._connecting.let_go(place, word)

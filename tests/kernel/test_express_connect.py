@@ -1,0 +1,709 @@
+"""Connections that the kernel opens by a client's first packet, without a socket of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from pyforwarder.datapath.express import connect_abi as abi
+from pyforwarder.datapath.express.places import (
+    ANSWER_TIMEOUT_S,
+    LASTS_AFTER_S,
+    LEAST_LINGER_S,
+    LINGER_S,
+    Places,
+    Seen,
+)
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import Splice, SpliceState
+from tests.helpers.connecting import FIRST_PORT, PLACES, Kernel
+from tests.helpers.faults import Action, faults
+from tests.helpers.first_packets import client_hello
+from tests.helpers.forged import ACK, FIN, RST, SYN, Forger, Segment, timestamp
+from tests.helpers.peers import (
+    Waiting,
+    ends_with_reset,
+    half_close,
+    pattern,
+    read_exactly,
+    read_to_end,
+    reset,
+)
+from tests.helpers.topology import Topology, Way, topology
+from tests.helpers.waiting import DEADLINE_S, wait_for
+
+if TYPE_CHECKING:
+    from tests.helpers.express import Rules
+
+ANY: Final[Rules] = [{"match": "any", "to": "127.0.0.1:1"}]
+# Whether the client and the server are on the forwarder's host. From `lo` out is a worker's.
+# The kernel repeats its SYN-ACK then, and a client that has said nothing so far is a worker's.
+SILENCE_S: Final = 1.0
+WAYS: Final = [(True, True), (False, True), (False, False)]
+
+
+class Site:
+    """A way through the kernel, to a server that waits."""
+
+    def __init__(
+        self, kernel: Kernel, way: Way, listener: socket.socket, waiting: Waiting, source: str
+    ) -> None:
+        self.kernel, self.way, self.listener, self.waiting = kernel, way, listener, waiting
+        self.source = source
+        self.before = kernel.counts()
+
+    def target(self, address: tuple[str, int]) -> abi.Target:
+        """A server where this way's are."""
+        interface = "lo" if self.way.server is self.kernel.network else "f1"
+        return self.kernel.target(address, source=self.source, interface=interface)
+
+    def dial(self, first: bytes = b"") -> socket.socket:
+        """A client that has sent this; soon enough, as one that is silent for a second is a
+        worker's."""
+        while True:
+            started_s = time.monotonic()
+            with self.way.client.entered():
+                address = self.listener.getsockname()[:2]
+                client = socket.create_connection(address, timeout=DEADLINE_S)
+            if not first:
+                return client
+            client.sendall(first)
+            if time.monotonic() - started_s < SILENCE_S / 2:
+                return client
+            client.close()
+            listeners = [s for s in (self.listener, self.waiting.listener) if s.fileno() >= 0]
+            for listener in select.select(listeners, [], [], DEADLINE_S)[0]:
+                listener.accept()[0].close()
+
+    def accept(self, first: bytes) -> tuple[socket.socket, int]:
+        """The server's end with those bytes, and the place of the pair."""
+        server = self.waiting.accept()
+        place = server.getpeername()[1] - FIRST_PORT
+        assert place in range(self.kernel.connecting.places)
+        assert read_exactly(server, len(first)) == first
+        return server, place
+
+    @contextlib.contextmanager
+    def pair(self, first: bytes = b"hello") -> Iterator[tuple[socket.socket, socket.socket, int]]:
+        """Client and server, without a socket of ours, and the place of the pair."""
+        with self.dial(first) as client:
+            server, place = self.accept(first)
+            with server:
+                yield client, server, place
+
+    def falls_back(self, client: socket.socket, first: bytes) -> None:
+        """The listener itself gets the client with these bytes, none of them missing or doubled."""
+        worker, _ = self.listener.accept()
+        with worker:
+            worker.settimeout(DEADLINE_S)
+            assert worker.getpeername()[:2] == client.getsockname()[:2]
+            assert read_exactly(worker, len(first)) == first
+            worker.sendall(b"from a worker")
+            assert read_exactly(client, 13) == b"from a worker"
+            half_close(client)
+            assert read_to_end(worker) == b""
+
+    def nobody_was_accepted(self) -> bool:
+        """Whether the listener has got no client."""
+        self.listener.setblocking(False)
+        try:
+            self.listener.accept()[0].close()
+        except BlockingIOError:
+            return True
+        finally:
+            self.listener.settimeout(DEADLINE_S)
+        return False
+
+    def counted(self) -> dict[str, int]:
+        """What has been counted since the test began, but zeros."""
+        now = self.kernel.counts()
+        return {name: n - self.before[name] for name, n in now.items() if n != self.before[name]}
+
+
+Open = Callable[..., Site]
+
+
+@contextlib.contextmanager
+def opener(hosts: Topology, kernel: Kernel) -> Iterator[Open]:
+    """Opens sites."""
+    with contextlib.ExitStack() as stack:
+
+        def open_site(ways: tuple[bool, bool], version: int, rules: Rules = ANY) -> Site:
+            way = hosts.way(client_local=ways[0], server_local=ways[1])
+            listener = stack.enter_context(kernel.listen((way.listener[version], 0)))
+            with way.server.entered():
+                waiting = stack.enter_context(Waiting(way.destination[version]))
+            remote = {4: "10.2.0.1", 6: "fd02::1"}[version]
+            source = way.destination[version] if ways[1] else remote
+            site = Site(kernel, way, listener, waiting, source)
+            kernel.decide(listener, rules, [site.target(waiting.address)] * len(rules))
+            return site
+
+        yield open_site
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Topology]:
+    with topology() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def kernel(hosts: Topology) -> Iterator[Kernel]:
+    with contextlib.closing(Kernel(hosts.forwarder)) as made:
+        yield made
+
+
+@pytest.fixture
+def site(hosts: Topology, kernel: Kernel) -> Iterator[Open]:
+    with opener(hosts, kernel) as made:
+        yield made
+    kernel.free()
+
+
+every_way = pytest.mark.parametrize(
+    ("ways", "version"),
+    [
+        pytest.param(ways, version, id=f"{'lo' if ways[0] else 'far'}-{name}-{version}")
+        for ways, name in zip(WAYS, ("lo", "lo", "far"), strict=True)
+        for version in (4, 6)
+    ],
+)
+
+
+@every_way
+def test_bytes_and_ends_both_ways(
+    hosts: Topology, site: Open, ways: tuple[bool, bool], version: int
+) -> None:
+    here = site(ways, version)
+    for first_to_end in (0, 1):
+        with here.pair() as (client, server, place):
+            for sender, receiver in ((client, server), (server, client)) * 2:
+                thread = threading.Thread(target=sender.sendall, args=(pattern(1_000_000),))
+                thread.start()
+                assert read_exactly(receiver, 1_000_000) == pattern(1_000_000)
+                thread.join()
+            one, other = (client, server) if first_to_end == 0 else (server, client)
+            half_close(one)
+            assert read_to_end(other) == b""
+            other.sendall(b"still here")
+            half_close(other)
+            assert read_to_end(one) == b"still here"
+            has_ended(here, place)
+            record = here.kernel.record(place)
+            more = [(5, 10), (15, 0)][first_to_end]
+            assert [way.bytes - 2_000_000 for way in record.way] == list(more)
+    counted = here.counted()
+    assert (counted.pop("TAKEN"), counted.pop("COMMITTED")) == (2, 2)
+    assert counted == {"DEFERRED": 2}
+    assert here.nobody_was_accepted()
+    assert hosts.checksum_errors() == 0
+
+
+def has_ended(here: Site, place: int) -> None:
+    """Both FINs have been acknowledged."""
+
+    def look() -> bool:
+        record: Splice = here.kernel.record(place)
+        return record.state == SpliceState.ACTIVE and all(way.fin_acked for way in record.way)
+
+    wait_for(look, "both ends known")
+
+
+@every_way
+def test_a_client_that_ends_at_once(site: Open, ways: tuple[bool, bool], version: int) -> None:
+    """Its end is in the packet that is kept, or right behind it."""
+    here = site(ways, version)
+    for _ in range(20):
+        with here.dial(b"one question") as client:
+            half_close(client)
+            server, place = here.accept(b"one question")
+            with server:
+                assert read_to_end(server) == b""
+                server.sendall(pattern(100_000))
+                half_close(server)
+                assert read_to_end(client) == pattern(100_000)
+                has_ended(here, place)
+    assert here.counted()["COMMITTED"] == 20
+
+
+@every_way
+def test_resets_both_ways(site: Open, ways: tuple[bool, bool], version: int) -> None:
+    here = site(ways, version)
+    for who in (0, 1):
+        with here.pair() as (client, server, place):
+            reset((client, server)[who])
+            assert ends_with_reset((server, client)[who]) == b""
+            assert here.kernel.record(place).reset == 1 + who
+
+
+@every_way
+def test_a_server_that_refuses(site: Open, ways: tuple[bool, bool], version: int) -> None:
+    """The client has it never noticed: a worker gets its bytes, and decides what happens."""
+    here = site(ways, version)
+    here.waiting.listener.close()
+    for number in range(3):
+        first = b"hello %d" % number
+        with here.dial(first) as client:
+            here.falls_back(client, first)
+    counted = here.counted()
+    # The others need not even be tried, as it has refused just now.
+    assert counted["REFUSED"] >= 1
+    assert counted["REFUSED"] + counted.get("NO_TARGET", 0) >= 3
+    # The place is free again, and nothing of it is left.
+    assert is_unused(here)
+
+
+def is_unused(here: Site) -> bool:
+    """Whether no server is asked for."""
+    connecting = here.kernel.connecting
+    asks = (connecting.ask(place) for place in range(connecting.places))
+    return all(
+        ask.word & abi.STATE_MASK in (abi.AskState.FREE, abi.AskState.JOINED) for ask in asks
+    )
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_server_without_timestamps(site: Open, version: int) -> None:
+    """Nobody could translate that: its half of a connection is ended, and a worker has it."""
+    here = site((False, False), version)
+    here.way.server.set(ipv4__tcp_timestamps=0)
+    try:
+        with here.dial(b"hello") as client:
+            here.falls_back(client, b"hello")
+    finally:
+        here.way.server.set(ipv4__tcp_timestamps=1)
+    assert here.counted()["REFUSED"] == 1
+    assert here.waiting.nobody_came()
+
+
+@pytest.mark.parametrize("setting", ["tcp_timestamps", "tcp_sack", "tcp_window_scaling"])
+@every_way
+def test_without_an_option_on_all_hosts(
+    hosts: Topology, site: Open, ways: tuple[bool, bool], version: int, setting: str
+) -> None:
+    here = site(ways, version)
+    hosts.set(**{f"ipv4__{setting}": 0})
+    try:
+        with here.pair() as (client, server, _):
+            for sender, receiver in ((client, server), (server, client)):
+                thread = threading.Thread(target=sender.sendall, args=(pattern(500_000),))
+                thread.start()
+                assert read_exactly(receiver, 500_000) == pattern(500_000)
+                thread.join()
+    finally:
+        hosts.set(**{f"ipv4__{setting}": 1})
+    assert here.counted()["COMMITTED"] == 1
+
+
+@every_way
+def test_what_is_left_to_workers(site: Open, ways: tuple[bool, bool], version: int) -> None:
+    rules: Rules = [
+        {"match": {"tls": {"sni": "a.example.com"}}, "to": "127.0.0.1:1"},
+        {"match": {"bytes": {"prefix": "EHLO"}}, "to": "127.0.0.1:1"},
+    ]
+    here = site(ways, version, rules)
+    # Decided here,
+    for first in (client_hello(b"a.example.com"), b"EHLO there"):
+        with here.pair(first):
+            pass
+    # by another rule, too little to know, too long to be kept,
+    for first, why in (
+        (client_hello(b"b.example.com"), "UNDECIDED"),
+        (b"EH", "UNDECIDED"),
+        (b"EHLO" + pattern(5000), "LONG"),
+    ):
+        before = here.counted().get(why, 0)
+        with here.dial(first) as client:
+            here.falls_back(client, first)
+        assert here.counted()[why] > before
+    assert here.counted()["COMMITTED"] == 2
+
+
+def test_a_listener_of_all_addresses(hosts: Topology, kernel: Kernel, site: Open) -> None:
+    """It has clients of both versions; those of link-local addresses are a worker's."""
+    here = site((False, False), 6)
+    listener = kernel.listen(("::", 0))
+    port = listener.getsockname()[1]
+    with listener, hosts.server.entered(), Waiting("10.2.0.2") as waiting4:
+        six = here.target(here.waiting.address)
+        four = kernel.target(waiting4.address, source="10.2.0.1", interface="f1")
+        with hosts.forwarder.entered():
+            (near,) = [
+                line.split()[3].partition("/")[0]
+                for line in hosts.forwarder.run("ip", "-o", "-6", "addr").splitlines()
+                if " f0 " in line and "fe80" in line
+            ]
+        for waiting, target, address in (
+            (here.waiting, six, "fd01::1"),
+            (waiting4, four, "10.1.0.1"),
+        ):
+            kernel.decide(listener, ANY, [target])
+            with hosts.client.entered():
+                client = socket.create_connection((address, port), timeout=DEADLINE_S)
+            with client:
+                client.sendall(b"hello")
+                with waiting.accept() as server:
+                    assert server.getpeername()[1] >= FIRST_PORT
+                    assert read_exactly(server, 5) == b"hello"
+                    server.sendall(b"back")
+                    assert read_exactly(client, 4) == b"back"
+        kernel.decide(listener, ANY, [six])
+        with hosts.client.entered():
+            client = socket.create_connection((f"{near}%c0", port), timeout=DEADLINE_S)
+        with client:
+            client.sendall(b"hello")
+            worker_end, _ = listener.accept()
+            with worker_end:
+                assert read_exactly(worker_end, 5) == b"hello"
+    assert here.counted()["COMMITTED"] == 2
+
+
+def test_a_client_that_says_nothing_reaches_a_worker(site: Open) -> None:
+    here = site((False, False), 4)
+    with here.dial() as client:
+        worker, _ = here.listener.accept()
+        with worker:
+            worker.sendall(b"first")
+            assert read_exactly(client, 5) == b"first"
+    assert here.counted()["DEFERRED"] >= 1
+    assert "TAKEN" not in here.counted()
+
+
+def test_a_client_that_ends_without_a_word(site: Open) -> None:
+    here = site((False, False), 4)
+    with here.dial() as client:
+        half_close(client)
+        worker, _ = here.listener.accept()
+        with worker:
+            worker.settimeout(DEADLINE_S)
+            assert read_to_end(worker) == b""
+    assert "TAKEN" not in here.counted()
+
+
+def test_a_client_that_resets_while_a_server_is_asked(site: Open) -> None:
+    here = site((False, False), 4)
+    with faults() as lossy, lossy.put_on((here.way.server, "s0")):
+        lossy.set(lose=1.0)
+        client = here.dial(b"hello")
+        wait_for(lambda: here.counted().get("TAKEN"), "asked")
+        reset(client)
+        wait_for(lambda: here.counted().get("ENDED"), "given up")
+    assert is_unused(here)
+    assert here.nobody_was_accepted()
+    assert here.waiting.nobody_came()
+
+
+@contextlib.contextmanager
+def worker(here: Site) -> Iterator[list[int]]:
+    """Forwards what the kernel has left to it, byte by byte; how many connections that were."""
+    taken: list[int] = []
+    # Whether it is still wanted: an accept() that waits cannot be taken back otherwise.
+    threads: list[threading.Thread] = []
+
+    def forward(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            while True:
+                client, _ = here.listener.accept()
+                stack.enter_context(client)
+                taken.append(1)
+                with here.kernel.network.entered():
+                    server = socket.create_connection(here.waiting.address, timeout=DEADLINE_S)
+                stack.enter_context(server)
+                for ends in ((client, server), (server, client)):
+                    threads.append(threading.Thread(target=forward, args=ends))
+                    threads[-1].start()
+
+    accepting = threading.Thread(target=serve)
+    accepting.start()
+    try:
+        yield taken
+    finally:
+        here.listener.shutdown(socket.SHUT_RDWR)
+        accepting.join()
+        for thread in threads:
+            thread.join()
+
+
+def converse(here: Site, first: bytes, more: int, answer: int) -> None:
+    """A whole conversation, half-closed by the client; every byte is compared."""
+    with here.dial(first) as client:
+
+        def serve() -> bytes:
+            server = here.waiting.accept()
+            with server:
+                asked = read_to_end(server)
+                server.sendall(pattern(answer))
+                return asked
+
+        with ThreadPoolExecutor(1) as pool:
+            served = pool.submit(serve)
+            client.sendall(pattern(more))
+            half_close(client)
+            assert read_to_end(client) == pattern(answer)
+            assert served.result() == first + pattern(more)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("door", [0, 1, 2, 3])
+def test_any_one_packet_is_lost_or_doubled(site: Open, door: int, version: int) -> None:
+    """The first ones of every kind: handshakes, the bytes that are kept, acknowledgements, FINs."""
+    here = site((False, False), version)
+    with worker(here), faults() as lossy, lossy.put_on(here.way.doors[door]):
+        for action in (Action.LOSE, Action.DUPLICATE):
+            for number in range(1, 8):
+                lossy.set(exact={number: action})
+                converse(here, b"hello", 20_000, 30_000)
+    counted = here.counted()
+    assert counted["COMMITTED"] >= 5, counted
+
+
+def test_without_a_place_it_is_a_workers(hosts: Topology) -> None:
+    """Running out of ports costs nobody anything; and a place that is free again serves."""
+    with (
+        contextlib.closing(Kernel(hosts.forwarder, places=2)) as kernel,
+        opener(hosts, kernel) as opened,
+    ):
+        here = opened((False, False), 4)
+        with here.pair(), here.pair():
+            with here.dial(b"hello") as client:
+                here.falls_back(client, b"hello")
+            assert here.counted()["NO_PORT"] == 1
+        # The server's port remembers the last connection, from the same port of ours.
+        for round_ in range(5):
+            kernel.free_all()
+            first = b"round %d" % round_
+            with here.pair(first) as (client, server, place):
+                half_close(server)
+                assert read_to_end(client) == b""
+                half_close(client)
+                assert read_to_end(server) == b""
+                has_ended(here, place)
+        assert here.counted()["COMMITTED"] == 7
+
+
+def test_a_flood_of_half_open_connections_leaves_all_to_workers(site: Open) -> None:
+    """With cookies nothing is known of a handshake, and nothing is decided here."""
+    here = site((False, False), 4)
+    here.kernel.network.set(ipv4__tcp_syncookies=2)  # always
+    try:
+        with here.dial(b"hello") as client:
+            here.falls_back(client, b"hello")
+    finally:
+        here.kernel.network.set(ipv4__tcp_syncookies=1)
+    assert "TAKEN" not in here.counted()
+    assert here.counted().get("NO_REQUEST", 0) >= 1, here.counted()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
+    """Packets in the names of both ends, while a server is asked: none has the right numbers."""
+    here = site((False, False), version)
+    network = here.kernel.network
+    with (
+        contextlib.closing(Forger(here.way.server, "s0", network, "f1")) as by_server,
+        contextlib.closing(Forger(here.way.client, "c0", network, "f0")) as by_client,
+        faults() as lossy,
+        lossy.put_on((here.way.server, "s0")),
+    ):
+        lossy.set(lose=1.0)
+        with here.dial(b"hello") as client:
+            wait_for(lambda: here.counted().get("TAKEN"), "asked")
+            place = asked_place(here)
+            ask = asked(here)
+            at_server = Segment(
+                version=version,
+                source=here.waiting.address,
+                target=(here.source, FIRST_PORT + place),
+                seq=1,
+                ack=ask.i0 + 1,
+            )
+            at_client = Segment(
+                version=version,
+                source=client.getsockname()[:2],
+                target=client.getpeername()[:2],
+                seq=ask.c0 + 1,
+                ack=ask.k0 + 1,
+                data=b"other",
+            )
+            for off in (-1, 1, 2, 1 << 20):
+                for flags in (SYN | ACK, RST | ACK, RST, ACK, SYN, FIN | ACK, 0):
+                    changed = replace(at_server, ack=ask.i0 + 1 + off, flags=flags)
+                    by_server.send(changed)
+                    far = ask.c0 + 1 + (1 << 30) + off
+                    by_client.send(replace(at_client, seq=far, flags=flags))
+            # With the right numbers, but spoiled; and by the wrong interface.
+            for flags in (SYN | ACK, RST | ACK):
+                by_server.send(replace(at_server, flags=flags, spoil_checksum=1))
+                by_client.send(replace(at_server, flags=flags))
+            by_server.send(replace(at_client, flags=RST | ACK, data=b""))
+            by_client.send(replace(at_client, spoil_checksum=1))
+            # They have all been seen once this one has: it has the right numbers.
+            again = here.counted().get("ASKED_AGAIN", 0)
+            by_client.send(replace(at_client, data=b"hello", options=timestamp(ask.tc, ask.tk)))
+            wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > again, "seen")
+            assert here.kernel.connecting.words()[place] == ask.word
+            assert here.kernel.record(place).state == abi.ASKED_SPLICE
+            lossy.set(lose=0.0)
+            server, _ = here.accept(b"hello")
+            with server:
+                server.sendall(b"and back")
+                assert read_exactly(client, 8) == b"and back"
+
+
+def asked_place(here: Site) -> int:
+    """Of the one connection whose server is asked for."""
+    words = here.kernel.connecting.words()
+    (place,) = [n for n, word in enumerate(words) if word & abi.STATE_MASK == abi.AskState.ASKED]
+    return place
+
+
+def asked(here: Site) -> abi.Ask:
+    """That connection."""
+    return here.kernel.connecting.ask(asked_place(here))
+
+
+def looked_after(here: Site) -> Places:
+    """By a keeper that has just begun."""
+    kernel = here.kernel
+
+    def record(index: int) -> Splice:
+        return kernel.record(index - kernel.connecting.first_splice)
+
+    return Places(kernel.connecting, record)
+
+
+def test_a_server_that_does_not_answer(site: Open) -> None:
+    """It is given up after a while; the client's next attempt to send its bytes is a worker's."""
+    here = site((False, False), 4)
+    places = looked_after(here)
+    with faults() as lossy, lossy.put_on((here.way.server, "s0")):
+        lossy.set(lose=1.0)
+        with here.dial(b"hello") as client:
+            wait_for(lambda: here.counted().get("TAKEN"), "asked")
+            begun_s = asked(here).begun_ns / 1e9
+            places.look(begun_s + ANSWER_TIMEOUT_S - 0.1)
+            assert "UNANSWERED" not in here.counted()
+            places.look(time.monotonic() + ANSWER_TIMEOUT_S + 1)
+            assert here.counted()["UNANSWERED"] == 1
+            here.falls_back(client, b"hello")
+        # And nobody else waits for it meanwhile.
+        with here.dial(b"hello") as client:
+            here.falls_back(client, b"hello")
+    assert here.counted()["TAKEN"] == 1
+
+
+def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
+    here = site((False, False), 4)
+    places = looked_after(here)
+    with here.pair() as (lasting, _, lasting_place), here.pair() as (client, server, place):
+        now_s = here.kernel.connecting.ask(lasting_place).begun_ns / 1e9
+        seen = places.look(now_s)
+        assert seen == Seen([], [])
+        server.sendall(b"bye")
+        half_close(server)
+        assert read_to_end(client) == b"bye"
+        half_close(client)
+        assert read_to_end(server) == b""
+        has_ended(here, place)
+        seen = places.look(now_s)
+        assert [one.place for one in seen.ended] == [place]
+        assert [way.bytes for way in seen.ended[0].record.way] == [5, 3]
+        assert seen.ended[0].begun_ns == here.kernel.connecting.ask(place).begun_ns
+        seen = places.look(now_s + LASTS_AFTER_S + 1)
+        assert seen == Seen([], [lasting_place])
+        assert places.look(now_s + LASTS_AFTER_S + 2) == Seen([], [])
+        # Late packets of the one that has ended are still its own; and then not any more.
+        words = here.kernel.connecting.words()
+        assert words[place] & abi.STATE_MASK == abi.AskState.JOINED
+        places.look(now_s + LINGER_S + 1)
+        assert here.kernel.connecting.words()[place] & abi.STATE_MASK == abi.AskState.FREE
+        # The other goes on.
+        lasting.sendall(b"still")
+        assert here.kernel.record(lasting_place).state == SpliceState.ACTIVE
+
+
+def test_a_reset_is_handed_over_at_once(site: Open) -> None:
+    here = site((False, False), 4)
+    places = looked_after(here)
+    with here.pair() as (client, server, place):
+        reset(client)
+        assert ends_with_reset(server) == b""
+        assert places.look(time.monotonic()) == Seen([], [place])
+
+
+@every_way
+def test_one_that_lasts_gets_sockets_as_an_adopted_pair(
+    site: Open, ways: tuple[bool, bool], version: int
+) -> None:
+    """They are silent while it goes on, answer who has started anew, and can reset both ends."""
+    here = site(ways, version)
+    with here.pair() as (client, server, place), contextlib.ExitStack() as stack:
+        record = here.kernel.record(place)
+        with here.kernel.network.entered():
+            ours = [
+                stack.enter_context(splice_sockets.revive(way, record.family)) for way in record.way
+            ]
+        for sender, receiver in ((client, server), (server, client)) * 2:
+            thread = threading.Thread(target=sender.sendall, args=(pattern(300_000),))
+            thread.start()
+            assert read_exactly(receiver, 300_000) == pattern(300_000)
+            thread.join()
+        here.kernel.store_state(place, SpliceState.RESET)
+        for one in ours:
+            splice_sockets.unmute(one)
+            one.close()
+        for end in (client, server):
+            assert ends_with_reset(end) == b""
+
+
+def test_a_free_place_is_nobody_elses(site: Open) -> None:
+    """What frees a place must know who has it: its next connection is not ended by that."""
+    here = site((False, False), 4)
+    with here.pair() as (_, _, place):
+        connecting = here.kernel.connecting
+        word = connecting.words()[place]
+        for wrong in (word - 1, word + 1, word + 8, word - 8, word & ~7, 0, (1 << 64) - 1):
+            assert not connecting.let_go(place, wrong)
+        assert not connecting.let_go(PLACES, word)
+        assert connecting.words()[place] == word
+        assert connecting.let_go(place, word)
+        assert not connecting.let_go(place, word)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_many_over_few_places_with_loss(hosts: Topology, version: int) -> None:
+    """Whatever is lost or doubled, and however often a place is used: not one byte differs."""
+    with (
+        contextlib.closing(Kernel(hosts.forwarder, places=8)) as kernel,
+        opener(hosts, kernel) as opened,
+    ):
+        here = opened((False, False), version)
+        places = looked_after(here)
+        with worker(here) as taken, faults() as lossy, lossy.put_on(*here.way.doors):
+            lossy.set(seed=version, lose=0.01, duplicate=0.02, delay=0.01)
+            ahead_s = 0.0
+            for number in range(150):
+                converse(here, b"%d " % number + pattern(number), 3_000 + number, 5_000)
+                # Time goes faster here than it does, but not for programs that run.
+                ahead_s += LEAST_LINGER_S
+                places.look(time.monotonic() + ahead_s)
+        counted = here.counted()
+        # Of each: what the kernel has opened, or a worker; not both, and none twice.
+        assert counted["COMMITTED"] + len(taken) >= 150, (counted, len(taken))
+        assert counted["COMMITTED"] > 50, counted
