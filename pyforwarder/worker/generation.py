@@ -451,6 +451,18 @@ class Generation:
             for name, upstream in self.config.upstreams.items()
         }
 
+    def listener_and_rule(
+        self, listener: str, local_port: int, rule: str
+    ) -> tuple[ListenerState, RoutedRule]:
+        """Those by which an older pair came, as far as the configuration still has them.
+
+        Else the listener is that of joined sockets, its address the first, and the rule its first.
+        """
+        states = self.addresses.get(listener, (self.joined,))
+        state = next((state for state in states if state.local_port == local_port), states[0])
+        rules = state.ruleset.rules
+        return state, next((known for known in rules if known.name == rule), rules[0])
+
     def _fleet_use(self) -> FleetUse | None:
         fleet = self.config.fleet
         if fleet is None or not self.config.claims_tokens:

@@ -31,17 +31,16 @@ from pyforwarder.core.address import Address, UnixAddress
 from pyforwarder.core.connection import Life, Phase
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
-from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.copying import BLOCKED, BULK_READ_BYTES, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.splice.keeper import KeeperError
 from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.worker.adopting import cookie_of, is_plain_tcp
 from pyforwarder.worker.client import Client
-from pyforwarder.worker.orphans import show_as_before
+from pyforwarder.worker.orphans import go_on_spliced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -356,7 +355,7 @@ class Taking:
         try:
             self._take(message, fds)
         except (ValidationError, ValueError, OSError) as error:
-            # Whoever it was, it is reset, and nobody else.
+            # This pair is reset, and no other.
             self._server.log.internal_error(ValueError(f"not taken over: {type(error).__name__}"))
         except Exception as error:
             self._server.log.internal_error(error)
@@ -452,11 +451,7 @@ class Taking:
     ) -> Client:
         """The pair as a client of ours, counted and watched for nothing yet."""
         server = self._server
-        generation = server.generation
-        states = generation.addresses.get(said.listener, (generation.joined,))
-        state = next((state for state in states if state.local_port == said.port), states[0])
-        rules = state.ruleset.rules
-        rule = next((rule for rule in rules if rule.name == said.rule), rules[0])
+        state, rule = server.generation.listener_and_rule(said.listener, said.port, said.rule)
         peer = _address_of(said.peer)
         client = Client(
             server, state, client_socket, client_socket.fileno(), peer, server.loop.now_s
@@ -522,27 +517,14 @@ class Taking:
             server_socket.close()
             return
         client = self._make(said, client_socket, server_socket)
-        for fd in (client.client_fd, client.server_fd):
-            server.loop.watch(fd, 0, splice.ready, client)
-        client.datapath = splice
-        client.kind = DatapathKind.SPLICE
-        client.pair_reason = PairReason.GOES_ON
-        show_as_before(server, client, orphan)
-        try:
-            if client.slot < 0:
-                raise KeeperError("find room in the pair table", errno.ENOSPC)
-            splice.go_on_with(
-                client, orphan, left_bytes=said.spliced.left_bytes, is_mute=said.spliced.is_mute
-            )
-        except KeeperError:
-            splice.forget(orphan.index)
-            client.datapath = None
-            server.broken(client, CloseReason.INTERNAL)
-            return
-        if client.life is Life.JOINED:
-            for flow in (client.up, client.down):
-                server.moved(client, flow)
-            server.watch_idle(client)
+        go_on_spliced(
+            server,
+            splice,
+            client,
+            orphan,
+            left_bytes=said.spliced.left_bytes,
+            is_mute=said.spliced.is_mute,
+        )
 
 
 def _stream_socket(fd: int) -> _socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from pyforwarder.core.connection import Life
@@ -13,6 +14,8 @@ from pyforwarder.datapath.splice.keeper import KeeperError
 from pyforwarder.worker.client import Client, address_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.worker.server import Server
 
@@ -27,39 +30,54 @@ def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
         number += 1
         client = _client_of(server, orphan)
         server.take_in(client)
-        for fd in (client.client_fd, client.server_fd):
-            server.loop.watch(fd, 0, splice.ready, client)
         client.life = Life.JOINED
-        client.datapath = splice
-        show_as_before(server, client, orphan)
-        try:
-            if client.slot < 0:
-                raise KeeperError("find room in the pair table", 28)
-            splice.go_on_with(client, orphan)
-        except KeeperError:
-            # Nobody could end it or count it: a peer that still speaks gets a RST.
-            splice.forget(orphan.index)
-            client.datapath = None
-            server.broken(client, CloseReason.INTERNAL)
-            continue
-        if client.life is Life.JOINED:
-            for flow in (client.up, client.down):
-                server.moved(client, flow)
-            server.watch_idle(client)
+        go_on_spliced(server, splice, client, orphan)
     return number
+
+
+def go_on_spliced(
+    server: Server,
+    splice: SpliceDatapath,
+    client: Client,
+    orphan: Orphan,
+    *,
+    left_bytes: Sequence[int] = (0, 0),
+    is_mute: bool = True,
+) -> None:
+    """The client, which the server has taken in, is the orphan from here on, watched and shown.
+
+    It is reset for the reason `internal` where the keeper or the pair table refuses it: nothing
+    could end it or count it. `left_bytes` and `is_mute`: see SpliceDatapath.go_on_with.
+    """
+    for fd in (client.client_fd, client.server_fd):
+        server.loop.watch(fd, 0, splice.ready, client)
+    client.datapath = splice
+    client.kind = DatapathKind.SPLICE
+    client.pair_reason = PairReason.GOES_ON
+    _show_as_before(server, client, orphan)
+    try:
+        if client.slot < 0:
+            raise KeeperError("find room in the pair table", errno.ENOSPC)
+        splice.go_on_with(client, orphan, left_bytes=left_bytes, is_mute=is_mute)
+    except KeeperError:
+        splice.forget(orphan.index)
+        client.datapath = None
+        server.broken(client, CloseReason.INTERNAL)
+        return
+    if client.life is Life.JOINED:
+        for flow in (client.up, client.down):
+            server.moved(client, flow)
+        server.watch_idle(client)
 
 
 def _client_of(server: Server, orphan: Orphan) -> Client:
     """As it would be had it come by its listener and its rule, as far as they still exist."""
-    generation = server.generation
     record = orphan.record
-    listener_name = record.listener_name.decode(errors="replace") if record else ""
-    rule_name = record.rule.decode(errors="replace") if record else ""
-    port = orphan.client.getsockname()[1]
-    states = generation.addresses.get(listener_name, (generation.joined,))
-    state = next((state for state in states if state.local_port == port), states[0])
-    rules = state.ruleset.rules
-    rule = next((rule for rule in rules if rule.name == rule_name), rules[0])
+    state, rule = server.generation.listener_and_rule(
+        record.listener_name.decode(errors="replace") if record else "",
+        orphan.client.getsockname()[1],
+        record.rule.decode(errors="replace") if record else "",
+    )
     peer = address_of(orphan.client.getpeername())
     client = Client(server, state, orphan.client, orphan.client.fileno(), peer, server.loop.now_s)
     client.id = orphan.id
@@ -67,8 +85,6 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     client.destination = address_of(orphan.server.getpeername())
     assert client.destination is not None
     client.route = Route(rule, client.destination, 0, None, False)
-    client.kind = DatapathKind.SPLICE
-    client.pair_reason = PairReason.GOES_ON
     if record is not None:
         client.accepted_s = record.started_ns / 1e9
         for flow in (client.up, client.down):
@@ -77,7 +93,7 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     return client
 
 
-def show_as_before(server: Server, client: Client, orphan: Orphan) -> None:
+def _show_as_before(server: Server, client: Client, orphan: Orphan) -> None:
     """Write the record as it was, with the names that the configuration may not know any more."""
     server.records.show(client)
     record = orphan.record
