@@ -184,8 +184,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def _turn(*, alone: bool) -> Iterator[None]:
     """Hold this file's lock: shared, or `alone`.
 
-    Whoever waits for it holds the directory's meanwhile, behind which the next ones wait: else one
-    that wants to be alone would be passed by others for ever.
+    A process that waits for it holds the directory's lock meanwhile, behind which the next ones
+    wait: else others would pass one that wants to be alone for ever.
     """
     with contextlib.ExitStack() as stack:
         running, queue = (

@@ -278,7 +278,7 @@ def look(
     """Ask the daemon for everything the screen shows.
 
     Raises:
-        ForwarderError: it did not answer; the screen keeps what it had.
+        ForwarderError: it did not answer; the screen stays as it was.
     """
     pairs = control.pairs()
     stats = control.stats()

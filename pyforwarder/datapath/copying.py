@@ -234,7 +234,7 @@ class CopyDatapath:
             self._host.moved(pair, flow)
 
     def write_pending(self, pair: Pair, flow: Flow) -> bool:
-        """Offer the target what it had no room for; True once nothing is left."""
+        """Write to the target the bytes for which it had no room; True once nothing is left."""
         pending = flow.pending
         if pending is None:
             return True

@@ -114,7 +114,7 @@ class KernelDatapath(ABC):
         """
 
     def forget_worker(self, worker: int) -> None:  # noqa: B027 - most need not
-        """A worker died: take out of the maps what it had there.
+        """A worker died: take its entries out of the maps.
 
         Raises:
             DatapathError: the kernel refuses.

@@ -23,7 +23,7 @@ _ORDERLY: Final = (ctypes.c_int * 2)(0, 0)
 
 
 def reset_at_close(fd: int) -> None:
-    """Let the end of the socket be a RST, whoever closes it: a crash must not look like an EOF."""
+    """Let every close send a RST, the kernel's too: a crash must not look like an EOF."""
     _setsockopt(fd, _SOL_SOCKET, _SO_LINGER, _RESET, _SIZE)
 
 

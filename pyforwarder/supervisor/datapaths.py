@@ -256,7 +256,7 @@ class Datapaths:
             self.splicing.keeper.restart()
 
     def bury(self, worker: int) -> None:
-        """A worker died: what it had spliced goes on, and waits for the next.
+        """A worker died: its spliced pairs go on, and wait for the next worker.
 
         Call it before `forget_worker`, while the pair table says what that is.
 
@@ -267,7 +267,7 @@ class Datapaths:
             datapath.bury(worker)
 
     def forget_worker(self, worker: int) -> None:
-        """A worker died: take out of the maps what it had there."""
+        """A worker died: take its entries out of the maps."""
         for datapath in self._there.values():
             datapath.forget_worker(worker)
 

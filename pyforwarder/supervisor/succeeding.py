@@ -97,7 +97,7 @@ def _environment(env: Environment, predecessor: Predecessor) -> Environment:
     os.close(null)
     for fd, standard in ((predecessor.stdout_fd, 1), (predecessor.stderr_fd, 2)):
         os.dup2(fd, standard)
-        os.close(fd)  # whoever reads it waits for the end of the last holder
+        os.close(fd)  # its reader waits for the end of the last holder
     own = {
         key: value
         for key, value in env.environ.items()

@@ -11,8 +11,8 @@ and handed over by the control socket. The successor asks, the predecessor answe
     flush   reset some of these
     end     end with them; at once, or when they have ended
 
-and once more the predecessor says `released` of its own accord: what it had spliced is nobody's
-now, and waits for its successor's keeper.
+and once more the predecessor says `released` of its own accord: its spliced pairs are nobody's
+now, and wait for its successor's keeper.
 
 Until `take` is answered a successor that fails in any way has changed nothing. Both listen on the
 very same sockets, so nobody who connects meanwhile is refused or lost.

@@ -385,13 +385,13 @@ class WorkerPool:
             self._log.write("error", "worker_health", error=str(error))
 
     def _bury(self, index: int, *, is_soon: bool = False, tries: int = _BURIALS) -> None:
-        """A worker is gone, and with it its sockets: clean up what it had in shared places.
+        """A worker is gone, and with it its sockets: clean up its records in shared places.
 
         Then put another in its place, a while later if this one lived too short.
         """
         self._memory.forget_gauges(index)
         try:
-            # What it had spliced goes on: first, while the table says what that is.
+            # Its spliced pairs go on: first, while the table says which they are.
             self._datapaths.bury(index)
             # All that it had asked was read before: complaints of it are not about its successor.
             self._replace_accused(self._datapaths.accused() - {index})

@@ -27,7 +27,7 @@ _running: set[subprocess.Popen[bytes]] = set()
 
 
 def end_all() -> None:
-    """End every guest that runs; whoever waits for one sees it end."""
+    """End every guest that runs; a caller of `boot` that waits for one sees it end."""
     for process in tuple(_running):
         process.kill()
 

@@ -109,7 +109,7 @@ class Daemon:
     instance: str
     config_path: Path | None
     lines: list[str] = field(default_factory=list)
-    # Of the network namespace that it is in, which is that of whoever starts it.
+    # Of the network namespace that it is in, which is that of the test that starts it.
     network_fd: int = field(
         default_factory=lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     )

@@ -18,7 +18,7 @@ from tests.helpers.waiting import DEADLINE_S, wait_for
 
 
 class Etcd:
-    """Start it, stop it, start it again with what it had."""
+    """Start it, stop it, start it again with the same data."""
 
     def __init__(self, directory: Path, *, tls: Tls | None = None, host: str = "127.0.0.1") -> None:
         """It runs in the network that the caller is in when it is started."""

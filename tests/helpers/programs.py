@@ -253,7 +253,7 @@ def psql(address: tuple[str, int], query: str, **options: str) -> str:
 
 @contextlib.contextmanager
 def sshd(directory: Path) -> Iterator[tuple[str, int]]:
-    """OpenSSH's server, which lets in whoever has the key in DIRECTORY/key."""
+    """OpenSSH's server, which lets in clients with the key in DIRECTORY/key."""
     for name in ("host", "key"):
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / name)
     port = unused_port()

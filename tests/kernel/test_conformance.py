@@ -1,4 +1,4 @@
-"""One suite for every datapath: what the server relies on, whoever moves the bytes.
+"""One suite for every datapath: what the server relies on.
 
 Each play runs over copy, sockmap and the fake that other tests use in their place, and each is
 followed by a look at what it left behind.

@@ -567,7 +567,7 @@ def test_running_out_of_descriptors_is_survived(start_forwarder: StartForwarder)
         for client in crowd:
             client.close()
         assert worker.is_running()
-        # Once the crowd has been seen off whoever comes is served, without a restart.
+        # Once the crowd has been refused, new clients are served without a restart.
         with NameServer("there") as there:
             wait_for(
                 lambda: ask(forwarder.address, there.address) == ACK + b"there",

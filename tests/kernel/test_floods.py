@@ -328,7 +328,7 @@ class Answers(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it is not connected, but whoever waits is woken
+        with contextlib.suppress(OSError):  # it is not connected, but a thread that waits is woken
             self.sock.shutdown(socket.SHUT_RDWR)
         self.join(timeout=DEADLINE_S)
         self.sock.close()

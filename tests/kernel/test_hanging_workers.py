@@ -67,7 +67,7 @@ def test_stopped_worker_is_replaced_and_its_connections_are_reset(
         # The kernel has spread them over both.
         assert 0 < reset < PAIRS
         assert daemon.show("stats")["closed"]["internal"] == reset
-        # Whoever comes now is served, whichever worker it is.
+        # New clients are served by either worker.
         for _ in range(PAIRS):
             with dial_through(daemon.address, server.address) as client:
                 assert echoes(client)

@@ -435,7 +435,7 @@ def test_what_clients_say_is_text(chrome: Browser, shown: Shown, payload: str) -
         page.type("#explain-client", payload)
         page.click("#explain-form [type=submit]")
         page.wait_for_text("#pairs-count", "0 pairs")
-        # Also what the configuration says, by whoever writes it.
+        # Also names from the configuration.
         assert cells(page, "#rules table", PAYLOAD)["To"] == "(reset)"
         assert page.text("#servers tbody").count(PAYLOAD) == 1
         assert page.text("#sums tbody").count(PAYLOAD) == 1

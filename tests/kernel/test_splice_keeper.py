@@ -46,7 +46,7 @@ NO_KEEPER: Final = "not spliced: the process that does it did not answer"
 
 @pytest.fixture
 def site(start_forwarder: StartForwarder) -> Iterator[Site]:
-    """One worker, so that whoever waits, all wait."""
+    """One worker, so that all pairs wait where one does."""
     with topology() as hosts:
         with hosts.forwarder.entered():
             site = Site(hosts, start_forwarder(config("workers: 1")))

@@ -125,7 +125,7 @@ def test_a_datagram_without_a_checksum_stays_without(site: SessionSite) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("wire", ["wide", "plain"])
 def test_checksums_are_right_for_every_content(site: SessionSite, wire: str, version: int) -> None:
-    """Made by the sender, or left to whoever sends it on: also where the sum is 0, or nearly."""
+    """Made by the sender or left to the device: also where the sum is 0, or nearly."""
     site.topology.wire(wire)
     with site.spliced(site.topology.way(), version) as talk:
         for word in (0, 1, 0xFFFF, 0x8000):

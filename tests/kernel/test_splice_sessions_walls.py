@@ -120,7 +120,7 @@ def test_a_wrong_checksum_is_dropped_and_counted(
         for size in (0, 1, 2, 511, 512, 513, 1024, 1400):
             data = random.Random(size).randbytes(size)
             neighbour.send_packet(datagram(talk.client, data, spoil=1), version)
-            # The same with the right one is believed, whoever has summed it up.
+            # The same with the right one is believed, be it the sender's or the device's.
             neighbour.send_packet(datagram(talk.client, data), version)
             assert talk.server.recv(1 << 16) == data
         nothing_came(talk)

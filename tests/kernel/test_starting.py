@@ -63,7 +63,7 @@ def starting(place: Place) -> Iterator[Starting]:
             daemon.wait_for_line(" accepting ", deadline_s=START_DEADLINE_S)
             for child in helpers_of(daemon):
                 child.suspend()
-            # Whatever it had heard by then it has told once it answers.
+            # Messages of its children that came before are in the log once it answers.
             daemon.control().show("stats")
             if not re.search(r" datapath=(splice|sockmap) | started | no_view ", daemon.output()):
                 return daemon

@@ -154,7 +154,7 @@ def test_a_flood_of_malformed_messages_costs_its_sender_alone(two: Two) -> None:
 
     assert as_worker(two.taken, flood) > 100
     two.wait_until_replaced()
-    # What it had left in the keeper's queue is not its successor's fault.
+    # Requests that it left in the keeper's queue are not its successor's fault.
     two.nobody_noticed()
     wait_for(lambda: len(two.daemon.workers()) == 2, "both are there")
     workers = {worker.pid for worker in two.daemon.workers()}

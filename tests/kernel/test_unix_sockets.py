@@ -166,7 +166,7 @@ def test_unix_servers_of_an_upstream(directory: Path, start_forwarder: StartForw
                     break
 
 
-# PROXY headers: whoever can open the socket is believed.
+# PROXY headers: a client that can open the socket is believed.
 
 ACCEPTS = "    proxy_protocol: {accept: true}\n"
 

@@ -450,7 +450,7 @@ def test_no_line_mixes_two_descriptions(place: Place, way: Way) -> None:
     expected = {}
     for number in range(1, 64):
         columns = Occupant(number).columns()
-        # Not the counters: they are not described, but belong to whoever counted last.
+        # Not the counters: they are not described, but are the last writer's.
         expected[number] = columns[:7] + columns[9:]
     # An emulated host makes as many in its longer time as its time is longer.
     wanted = round(10_000 / scaled_s(1.0))

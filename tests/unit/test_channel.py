@@ -123,7 +123,7 @@ def test_text_in_a_descriptor_is_read_from_its_beginning_and_closed() -> None:
 
 
 def test_descriptor_that_is_no_file_is_not_read() -> None:
-    # A pipe would block whoever trusts it.
+    # A pipe would block its reader.
     read_fd, write_fd = os.pipe()
     with pytest.raises(ValueError, match="no message"):
         text_from_fd(read_fd)

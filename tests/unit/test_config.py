@@ -608,7 +608,7 @@ def test_a_mode_is_its_octal_digits(written: str) -> None:
     assert config.listeners[0].mode == 0o660
 
 
-def test_a_unix_listener_may_take_proxy_headers_from_whoever_can_open_it() -> None:
+def test_a_unix_listener_may_take_proxy_headers_from_every_client() -> None:
     config = parse(
         """
         listeners:

@@ -323,7 +323,7 @@ def test_answers_to_a_client_heard_once_are_bounded(scenes: list[Scene]) -> None
     play.settle()
     assert [len(play.receive(client)[0]) for _ in range(2)] == [20, 10]
     assert play.counters[Counter.DATAGRAMS_HELD_BACK] == 1
-    assert scene.hear(client, b"") == source  # whoever speaks again is there
+    assert scene.hear(client, b"") == source  # the client that speaks again is there
     scene.server.sendto(bytes(1000), source)
     assert len(play.receive(client)[0]) == 1000
 

@@ -193,7 +193,7 @@ def test_rules_of_a_listener_are_those_of_the_file() -> None:
     assert decision.rule.index == 1
 
 
-def test_listener_for_joined_sockets_refuses_whoever_would_be_routed_by_it() -> None:
+def test_listener_for_joined_sockets_refuses_every_client() -> None:
     joined = generation_of("").joined
     decision = joined.ruleset.decide(
         b"", client=None, local_port=0, end=End.OPEN, now_unix_s=None, state=None

@@ -80,7 +80,7 @@ def test_asks_again_once_the_old_request_was_read(
     client, keeper = ends
     assert client.ask("join") == REFUSED
     old = json.loads(keeper.recv(8192))
-    # An answer to it comes too late for whoever asked, and is nobody else's.
+    # An answer to it comes too late for its caller, and is no other request's.
     keeper.send(json.dumps({"n": old["n"], "late": True}).encode())
     thread = answering(keeper, lambda _: {"index": 7})
     assert client.ask("join")["index"] == 7

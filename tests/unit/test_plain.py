@@ -51,7 +51,7 @@ listeners:
 
 
 def anything(address: str, more: str = "") -> str:
-    """One listener that connects whoever comes, whether it says something or not."""
+    """One listener that connects every client, whether it says something or not."""
     return ANYTHING.format(address=address, more=more)
 
 

@@ -130,7 +130,7 @@ def test_two_readers_at_once_are_both_served(desk: Desk, loop: Loop) -> None:
     assert said == "1\n1\n"
 
 
-def test_whoever_holds_a_file_open_delays_others_only_for_a_moment(
+def test_a_process_that_holds_a_file_open_delays_others_only_for_a_moment(
     desk: Desk, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pseudo_files, "PATIENCE_S", 0.1)

@@ -136,7 +136,7 @@ def test_the_next_address_is_tried_after_a_quarter_of_a_second(play: Play) -> No
     assert play.dialer.code is None
     race.stop()
     assert [play.dialer.is_open(address) for address in (ONE, TWO, THREE)] == [False] * 3
-    # Whoever ended it has no news of them.
+    # The caller, which ended it, is told nothing of them.
     assert play.order(ONE, TWO, THREE) == [ONE, TWO, THREE]
 
 

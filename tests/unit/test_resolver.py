@@ -151,7 +151,7 @@ def test_that_a_name_is_gone_is_known_for_a_moment(play: Play) -> None:
     assert play.kept(keep_s=1000.0) == [[]]
     play.pass_time(NOTHING_KEEP_S)
     assert play.ask(keep_s=1000.0) is not None
-    # What it had before does not come back.
+    # Its earlier addresses do not come back.
     assert play.answer(None) == [[]]
 
 

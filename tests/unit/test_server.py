@@ -83,7 +83,7 @@ def named(more: str = "") -> str:
 
 
 def to(address: str, more: str = "", *, timeout: str = "5s") -> str:
-    """One listener that connects whoever comes, once it has said something."""
+    """One listener that connects every client, once it has said something."""
     return f"""
 listeners:
   - name: main
