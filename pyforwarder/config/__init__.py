@@ -1,7 +1,7 @@
 """The configuration: read, checked, and as frozen values.
 
 `document` reads YAML and remembers lines, `values` and `match` say what single values may be,
-`model` says which keys there are, `problems` turns complaints into `ConfigError`.
+`model` and `listener` say which keys there are, `problems` turns complaints into `ConfigError`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from pydantic import ValidationError
 from pyforwarder.config.document import MAX_BYTES
 from pyforwarder.config.including import Loaded, load
 from pyforwarder.config.limits import ClientPrefix, Limits, ListenerLimits
+from pyforwarder.config.listener import FirstPacket, Listener, ProxyProtocol, Rule
 from pyforwarder.config.model import (
     Config,
     Failover,
-    FirstPacket,
     Fleet,
     Handover,
-    Listener,
     Log,
     Metrics,
-    ProxyProtocol,
-    Rule,
     Timeouts,
     Tokens,
 )

@@ -17,7 +17,8 @@ from pyforwarder.core.first_packet.datagrams import MOST_DATAGRAMS, Datagrams
 from pyforwarder.core.policy import OwnListeners, parse_ip
 
 if TYPE_CHECKING:
-    from pyforwarder.config.model import Config, Listener
+    from pyforwarder.config.listener import Listener
+    from pyforwarder.config.model import Config
     from pyforwarder.core.routing import Decision, Explanation, Route
     from pyforwarder.core.token import TokenKeys
 

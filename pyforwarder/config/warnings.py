@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyforwarder.config.document import Node
-    from pyforwarder.config.model import Config, Listener
+    from pyforwarder.config.listener import Listener
+    from pyforwarder.config.model import Config
 
 # Beyond these the first ones have to be mended anyway.
 MOST_WARNINGS: Final = 20

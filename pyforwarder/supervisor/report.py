@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pyforwarder.config import Config
-    from pyforwarder.config.model import Rule
+    from pyforwarder.config.listener import Rule
     from pyforwarder.core.address import Bind
 
 Row = dict[str, Any]
