@@ -118,6 +118,7 @@ inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
 	struct splice_key key = {};
 	struct splice_flow *flow;
 	struct session *session;
+	struct session_direction *way;
 	__u8 head[40];
 	__u64 now_ns;
 	__u32 ports, index;
@@ -135,10 +136,12 @@ inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
 	session = map_lookup(MAP_SESSIONS_FD, &index);
 	now_ns = bpf_ktime_get_coarse_ns();
 	if (session && volatile_read(session->state) == PF_SESSION_ACTIVE &&
-	    !is_over(session, now_ns))
-		note_sender(flow->direction == PF_UP ? &session->way[PF_UP]
-						     : &session->way[PF_DOWN],
-			    now_ns);
+	    !is_over(session, now_ns)) {
+		way = flow->direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
+		/* By another interface it may be anybody's, as in forward_datagram. */
+		if (!way->by || way->by == skb->ifindex)
+			note_sender(way, now_ns);
+	}
 	return pass_datagram(skb, &key, v6);
 }
 
@@ -149,8 +152,10 @@ inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
  * on of those that were passed to it: all of them, so none is left behind this one. If that never
  * comes to be, as more come than it can copy, it says so, and the last ones are overtaken.
  *
- * And datagrams of the other direction must have come by here under the addresses that the sockets
+ * And a datagram of the other direction must have come by here under the addresses that the sockets
  * have: behind a NAT rule of this host they have others, and what goes out past it would be lost.
+ * Any counts, also one that only our socket can send on: a server may never answer but in
+ * fragments.
  */
 inlined int may_latch(struct session *session, struct session_direction *way,
 		      const struct session_direction *back, __u32 direction)
@@ -159,8 +164,7 @@ inlined int may_latch(struct session *session, struct session_direction *way,
 	struct pair *pair = map_lookup(MAP_PAIRS_FD, &slot);
 	struct worker_direction *told;
 
-	if (!pair || volatile_read(pair->id) != session->id ||
-	    !(volatile_read(back->passed) | volatile_read(back->packets)))
+	if (!pair || volatile_read(pair->id) != session->id || !volatile_read(back->last_ns))
 		return 0;
 	told = direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
 	return volatile_read(told->consumed_bytes) == volatile_read(way->passed) ||

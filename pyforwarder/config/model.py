@@ -57,7 +57,7 @@ SPLICE_AFTER_BYTES: Final = 4 << 20
 
 
 class Handover(Section):
-    """When a pair enters its datapath: whichever comes first; any 0 means at once."""
+    """When a pair or session enters its datapath: whichever comes first; any 0 means at once."""
 
     after_bytes: values.Size = 256 << 10
     """After so many bytes of both directions."""
@@ -66,7 +66,7 @@ class Handover(Section):
     `after_bytes` if that is given, else 4MiB.
     """
     after_round_trips: Count = 4
-    """After so many changes of direction."""
+    """After so many changes of direction; of UDP, so many datagrams each way."""
     after_s: values.Duration = Field(1.0, alias="after")
     """After so long."""
 

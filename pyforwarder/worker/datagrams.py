@@ -136,6 +136,7 @@ class Session(Timed):
         "heard_bytes",
         "id",
         "ids",
+        "is_spliced_by_name",
         "key",
         "kind",
         "learning",
@@ -188,6 +189,7 @@ class Session(Timed):
         self.kind = DatapathKind.COPY
         self.pair_reason = PairReason.DATAGRAMS
         self.earns = False  # it may be handed over to the kernel
+        self.is_spliced_by_name = False  # the configuration says `splice`, not `auto`
         self.place: Place | None = None  # there
         self.accepted_s = self.active_s = owner.loop.now_s
         self.answered_s = -math.inf  # when our socket last got something of the server

@@ -1,9 +1,10 @@
 """When a UDP session leaves userspace for the kernel, and in which order its datagrams do.
 
-Only where a listener or rule says `datapath: splice`, and a session earns it. Its client must have
+Only where its rule has `datapath: auto` or `splice`, and a session earns it. Its client must have
 sent a second datagram and its server have answered: so nobody fills the kernel's table with
 addresses that were made up, and an answer that `amplification` holds back is never sent on by the
-kernel.
+kernel. With `auto` it must also have lived or carried as much as `handover` says: one that ends
+before, as most of DNS do, would not pay for being begun and ended there.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class SessionHandover:
         """A session begins to flow: settle whether it may be handed over."""
         listener = session.state
         choice = listener.datapaths[session.route.rule.index]
-        if choice != "splice":
+        if choice not in ("auto", "splice"):
             return
+        session.is_spliced_by_name = choice == "splice"
         if not listener.config.splice:
             session.pair_reason = PairReason.SPLICE_OFF
         elif self._kernel is None or self._works is False:
-            session.pair_reason = PairReason.NOT_ELIGIBLE
+            session.pair_reason = _not_here(session)
         else:
             session.pair_reason = PairReason.SHORT
             session.earns = True
@@ -74,15 +76,29 @@ class SessionHandover:
             return
         if not self._works:
             session.earns = False
-            session.pair_reason = PairReason.NOT_ELIGIBLE
+            session.pair_reason = _not_here(session)
             self._server.show_datapath(session)
             return
         if session.learning:
             return  # what the server says next may be a connection id
+        if not session.is_spliced_by_name and not self._pays(session):
+            return
         if self._may_ask():
             session.earns = False
             # Not now: the server is in the middle of a socket's datagrams.
             self._server.loop.defer(self._attempt, session)
+
+    def _pays(self, session: Session) -> bool:
+        """Whether `auto` hands the session over by now.
+
+        A datagram each way is a round trip here: nobody counts whose turn it is.
+        """
+        when = session.state.generation.handover
+        return (
+            min(session.up_packets, session.down_packets) >= when.after_round_trips
+            or session.up_bytes + session.down_bytes >= when.after_bytes
+            or self._server.loop.now_s - session.accepted_s >= when.after_s
+        )
 
     def _may_ask(self) -> bool:
         now_s = self._server.loop.now_s
@@ -100,7 +116,7 @@ class SessionHandover:
             return  # its listener may be gone already
         reason = self._open(session)
         if reason is None:
-            reason = PairReason.FORCED
+            reason = PairReason.FORCED if session.is_spliced_by_name else PairReason.BEST
             session.kind = DatapathKind.SPLICE
             self._server.counters[Counter.JOINED_SPLICE] += 1
         elif reason is PairReason.NO_KEEPER:
@@ -268,3 +284,8 @@ class SessionHandover:
             session.up_packets += up[1]
             session.down_bytes += down[0]
             session.down_packets += down[1]
+
+
+def _not_here(session: Session) -> PairReason:
+    """This host cannot."""
+    return PairReason.NOT_ELIGIBLE if session.is_spliced_by_name else PairReason.DATAGRAMS

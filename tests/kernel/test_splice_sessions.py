@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from pyforwarder.datapath.ebpf.abi import Direction
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
 from tests.helpers.sessions import (
@@ -230,6 +231,42 @@ def test_a_server_hears_that_its_client_is_gone(site: SessionSite, version: int)
 
 @ONLY_SPLICE
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("long_ones", ["client", "server"])
+def test_one_end_that_only_sends_fragments_does_not_keep_the_others_datagrams_copied(
+    site: SessionSite, long_ones: str, version: int
+) -> None:
+    """What one end sends is sent on once the other was heard, whatever its datagrams are like."""
+    with site.copied(site.topology.way(), version) as talk:
+        ends = (talk.client, talk.server)
+        long_end, short_end = ends if long_ones == "client" else ends[::-1]
+        is_up = short_end is talk.client
+
+        def exchange() -> None:
+            for sender, receiver, size in (
+                (short_end, long_end, 100),
+                (long_end, short_end, 4000),
+            ):
+                sender.send(pattern(size))
+                assert receiver.recv(1 << 16) == pattern(size)
+
+        def is_there() -> bool:
+            exchange()
+            row = site.row(talk.client)
+            return row is not None and row["datapath"] == "splice"
+
+        wait_for(is_there, "on splice")
+        for _ in range(3):  # the first ones may be copied still
+            exchange()
+        before = site.copies()
+        for _ in range(10):
+            exchange()
+        # The long ones only.
+        assert site.copies() - before == 10
+        assert site.record(talk).way[Direction.UP if is_up else Direction.DOWN].latched
+
+
+@ONLY_SPLICE
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_client_that_has_sent_once_is_not_spliced(site: SessionSite, version: int) -> None:
     """However much is answered: its address may be made up."""
     with site.copied(site.topology.way(), version) as talk:
@@ -365,17 +402,6 @@ def test_a_listener_that_says_so_splices_no_session(
             "copy",
             "not spliced: the listener says `splice: off`",
         )
-
-
-def test_auto_copies_sessions(hosts: Topology, start_forwarder: StartForwarder) -> None:
-    with hosts.forwarder.entered():
-        site = SessionSite(hosts, start_forwarder(config(datapath="auto").replace("700", "740")))
-    with site.copied(hosts.way(), 6) as talk:
-        for _ in range(20):
-            talk.exchange()
-        row = site.row(talk.client)
-        assert row is not None
-        assert row["datapath"] == "copy"
 
 
 @ONLY_SPLICE

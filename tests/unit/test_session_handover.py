@@ -150,7 +150,7 @@ def test_a_session_that_nobody_answers_is_not_handed_over(played: Played) -> Non
 
 @pytest.mark.parametrize(
     ("datapath", "reason"),
-    [(name, PairReason.DATAGRAMS) for name in ("auto", "copy", "sockmap")],
+    [(name, PairReason.DATAGRAMS) for name in ("copy", "sockmap")],
 )
 def test_what_is_to_be_copied_stays(datapath: str, reason: PairReason) -> None:
     played = Played(datapath)
@@ -160,6 +160,47 @@ def test_what_is_to_be_copied_stays(datapath: str, reason: PairReason) -> None:
         played.up()
     assert played.kernel.opened == []
     assert played.session.pair_reason is reason
+    played.close()
+
+
+@pytest.mark.parametrize(
+    ("earned_by", "handover"),
+    [
+        ("round trips", "after_bytes: 1MiB, after_round_trips: 3, after: 1h"),
+        ("bytes", "after_bytes: 9, after_round_trips: 9, after: 1h"),
+        ("age", "after_bytes: 1MiB, after_round_trips: 9, after: 2s"),
+        ("nothing", "after_bytes: 0, after_round_trips: 9, after: 1h"),
+    ],
+)
+def test_with_auto_a_session_must_earn_its_handover(earned_by: str, handover: str) -> None:
+    played = Played("auto", f"handover: {{{handover}}}")
+    played.down(played.up())
+    source = played.up()  # from here on `splice` would have it
+    played.play.settle()
+    asked = {"nothing": 1}.get(earned_by, 0)
+    assert len(played.kernel.opened) == asked
+    assert played.session.pair_reason is (PairReason.BEST if asked else PairReason.SHORT)
+    if earned_by == "age":
+        played.play.pass_time(2.0)
+    played.down(source)
+    if earned_by == "round trips":
+        assert played.kernel.opened == []
+        played.up()
+        played.down(source)
+    assert len(played.kernel.opened) == 1
+    assert played.session.pair_reason is PairReason.BEST
+    played.close()
+
+
+def test_with_auto_and_without_the_kernel_a_session_is_copied() -> None:
+    played = Played("auto")
+    source = played.up()
+    played.play.server.handover.settle(splice=False)
+    for _ in range(10):
+        played.down(source)
+        played.up()
+    assert played.kernel.opened == []
+    assert played.session.pair_reason is PairReason.DATAGRAMS
     played.close()
 
 

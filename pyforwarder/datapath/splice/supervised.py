@@ -110,13 +110,11 @@ class SupervisedSplice(supervised.KernelDatapath):
 
 
 def splices_sessions(config: Config) -> bool:
-    """Whether there is a listener of UDP whose sessions the kernel is to get.
-
-    Only where that is asked for: `auto` copies datagrams.
-    """
+    """Whether there is a listener of UDP whose sessions the kernel may get."""
     return any(
-        "splice"
-        in {rule.datapath or listener.datapath or config.datapath for rule in listener.rules}
+        not {"auto", "splice"}.isdisjoint(
+            rule.datapath or listener.datapath or config.datapath for rule in listener.rules
+        )
         for listener in config.listeners
         if listener.protocol == "udp" and listener.splice
     )
