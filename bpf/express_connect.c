@@ -364,12 +364,25 @@ inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 	return 0;
 }
 
-/* Behind `make`: the bytes that were saved, behind so many words of options. */
-inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask, __u32 option_words,
+/* Behind `make`: the bytes that were saved, as many as it has made room for. */
+inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask, const struct made *made,
 			const int v6)
 {
-	return bpf_skb_store_bytes(skb, OPTIONS_AT(v6) + (option_words & 7) * 4, ask->bytes,
-				   at_least_one(ask->saved, PF_EXPRESS_SAVED), 0);
+	return bpf_skb_store_bytes(skb, OPTIONS_AT(v6) + (made->option_words & 7) * 4, ask->bytes,
+				   at_least_one(made->bytes, PF_EXPRESS_SAVED), 0);
+}
+
+/* Likewise those behind the first packet's. */
+inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask, const struct made *made,
+		       const int v6)
+{
+	__u32 from = ask->segment;
+
+	hide(from);
+	from &= PF_EXPRESS_SAVED / 2 - 1;
+	return bpf_skb_store_bytes(skb, OPTIONS_AT(v6) + (made->option_words & 7) * 4,
+				   ask->bytes + from,
+				   at_least_one(made->bytes, PF_EXPRESS_SAVED / 2), 0);
 }
 
 /* A SYN to the server, out of any packet whose payload adds `old_sum`. */
@@ -432,6 +445,12 @@ inlined struct asking *asking_of(void)
 	__u32 zero = 0;
 
 	return map_lookup(MAP_EXPRESS_ASKING_FD, &zero);
+}
+
+/* How many of the saved bytes go in one packet: as many as in the client's, in whole words. */
+inlined __u32 segment_of(const struct express_listener *listener)
+{
+	return listener->told_mss < LEAST_MSS ? 0 : (listener->told_mss - 12) & ~3;
 }
 
 inlined int begin(struct __sk_buff *skb, const int v6)
@@ -540,8 +559,9 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 		count(PF_COUNT_ODD_PACKET);
 		return NEXT;
 	}
-	if (seen.bytes > PF_EXPRESS_SAVED || seen.bytes + 12 > listener->told_mss ||
-	    !(seen.flags & (PSH | FIN))) {
+	number = segment_of(listener);
+	if (seen.bytes > PF_EXPRESS_SAVED || !(seen.flags & (PSH | FIN)) ||
+	    (seen.bytes > number && (number > PF_EXPRESS_SAVED / 2 || seen.bytes > 2 * number))) {
 		count(PF_COUNT_LONG);
 		return NEXT;
 	}
@@ -675,7 +695,12 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	}
 	said = bpf_skb_load_bytes(skb, TCP_AT(v6) + seen.header, ask->bytes,
 				  at_least_one(seen.bytes, PF_EXPRESS_SAVED));
-	ask->sum = sum_of_saved(ask, seen.bytes);
+	ask->sum = ask->segment_sum = sum_of_saved(ask, seen.bytes);
+	ask->segment = segment_of(listener);
+	if (ask->segment < seen.bytes)
+		ask->segment_sum = sum_of_saved(ask, ask->segment);
+	else
+		ask->segment = seen.bytes;
 
 	__builtin_memset(splice->way, 0, sizeof(splice->way));
 	way = &splice->way[PF_UP];
@@ -773,9 +798,12 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 		__u32 sum;
 
 		ask->tc = seen->tsval; /* the server must not see anything older afterwards */
-		if (seen->bytes != ask->saved)
+		if (seen->bytes == ask->saved)
+			sum = ask->sum;
+		else if (seen->bytes == ask->segment)
+			sum = ask->segment_sum;
+		else
 			return DROP; /* its next one may be as it was; or the keeper gives up */
-		sum = ask->sum;
 		count(PF_COUNT_ASKED_AGAIN);
 		return send_syn(skb, splice, ask, seen->tsval, sum, v6);
 	}
@@ -823,7 +851,7 @@ inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct expre
 		made->option[2] = bpf_htonl(ask->tk);
 	}
 	verdict = DROP; /* the client sends it again, and the target is not asked then */
-	if (make(skb, made, v6) || store_saved(skb, ask, made->option_words, v6))
+	if (make(skb, made, v6) || store_saved(skb, ask, made, v6))
 		count(PF_COUNT_FAILED);
 	else
 		verdict = to_our_stack(skb, ask);
@@ -907,7 +935,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 {
 	struct made *made = to_make();
 	struct splice_direction *way = &splice->way[PF_UP], *back = &splice->way[PF_DOWN];
-	__u32 options = seen->header - 20, room, tsval;
+	__u32 options = seen->header - 20, room, tsval, rest;
 	__u8 macs[12], has_scale;
 
 	if (!made || seen->bytes)
@@ -959,7 +987,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	/* The bytes that go with this packet. */
 	way->last_end = way->next = ask->c0 + 1 + ask->saved;
 	way->bytes = ask->saved;
-	way->packets = 1;
+	way->packets = ask->segment < ask->saved ? 2 : 1;
 	if (ask->has_fin) {
 		way->last_end = way->next + 1;
 		way->fin_seq = (__u32)way->next + 1;
@@ -995,9 +1023,10 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	made->ack = seen->seq + 1;
 	room = ask->window >> (way->shift_right & 15);
 	made->window = room > 65535 ? 65535 : room;
-	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
-	made->bytes = ask->saved;
-	made->sum = ask->sum;
+	rest = ask->saved - ask->segment;
+	made->flags = ACK | (rest ? 0 : PSH | (ask->has_fin ? FIN : 0));
+	made->bytes = ask->segment;
+	made->sum = ask->segment_sum;
 	if (ask->has_timestamps) {
 		made->option_words = 3;
 		made->option[0] = bpf_htonl(TIMESTAMP_WORD);
@@ -1005,7 +1034,23 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 		made->option[1] = bpf_htonl(ask->tc + way->tsval_delta);
 		made->option[2] = bpf_htonl(tsval);
 	}
-	if (make(skb, made, v6) || store_saved(skb, ask, made->option_words, v6)) {
+	if (make(skb, made, v6) || store_saved(skb, ask, made, v6)) {
+		count(PF_COUNT_FAILED);
+		return DROP; /* likewise */
+	}
+	/* It came from where these go to; if it did not, the client sends the rest again. */
+	if (!rest || (way->interface && skb->ifindex != way->interface))
+		return send_on(way->interface);
+	if (way->interface)
+		swap_macs(skb);
+	bpf_clone_redirect(skb, skb->ifindex, 0);
+	__builtin_memset(made->old, 0, sizeof(made->old));
+	made->seq += ask->segment;
+	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
+	made->bytes = rest;
+	made->old_sum = ask->segment_sum;
+	made->sum = fold((__u64)ask->sum + (__u16)~ask->segment_sum);
+	if (make(skb, made, v6) || store_rest(skb, ask, made, v6)) {
 		count(PF_COUNT_FAILED);
 		return DROP; /* likewise */
 	}

@@ -92,6 +92,8 @@ struct express_ask {
 	__u32 room;   /* that our kernel has told the client of */
 	__u32 client_interface;
 	__u32 target, listener_table, rule;
+	__u32 segment;	   /* of the saved bytes, those in the first of two packets, or all */
+	__u32 segment_sum; /* of these */
 	__u16 window_field, mss, told_mss;
 	__u8 client_scale, kernel_scale, has_timestamps, has_sack, has_scale, has_fin;
 	__u8 macs[12]; /* of the client's packet */

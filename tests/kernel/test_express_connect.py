@@ -316,17 +316,80 @@ def test_what_is_left_to_workers(site: Open, ways: tuple[bool, bool], version: i
     for first in (client_hello(b"a.example.com"), b"EHLO there"):
         with here.pair(first):
             pass
-    # by another rule, too little to know, too long to be kept,
+    # by another rule, too little to know, too long,
     for first, why in (
         (client_hello(b"b.example.com"), "UNDECIDED"),
         (b"EH", "UNDECIDED"),
-        (b"EHLO" + pattern(5000), "LONG"),
+        (b"EHLO" + pattern(5000), "LONG"),  # than two packets
     ):
         before = here.counted().get(why, 0)
         with here.dial(first) as client:
             here.falls_back(client, first)
         assert here.counted()[why] > before
     assert here.counted()["COMMITTED"] == 2
+
+
+# Of two segments, and of what they can just hold together.
+LONG_ONES: Final = (1429, 1449, 1800, 2855, 2856)
+
+
+@every_way
+def test_first_bytes_in_two_segments(
+    hosts: Topology, site: Open, ways: tuple[bool, bool], version: int
+) -> None:
+    """As a ClientHello with a post-quantum key share is; a host with offload sends it whole."""
+    here = site(ways, version)
+    for size in LONG_ONES:
+        with here.pair(pattern(size)) as (client, server, place):
+            half_close(client)
+            assert read_to_end(server) == b""
+            server.sendall(pattern(10_000))
+            half_close(server)
+            assert read_to_end(client) == pattern(10_000)
+            has_ended(here, place)
+            assert here.kernel.record(place).way[0].bytes == size
+    assert here.counted()["COMMITTED"] == len(LONG_ONES)
+    assert hosts.checksum_errors() == 0
+    # And whole to a worker, if there is no server.
+    here.waiting.listener.close()
+    for size in LONG_ONES:
+        with here.dial(pattern(size)) as client:
+            here.falls_back(client, pattern(size))
+    assert here.counted()["REFUSED"] >= 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_two_segments_with_loss(site: Open, version: int) -> None:
+    """Also of the SYN: then what comes again is the first of the two alone."""
+    here = site((False, False), version)
+    with worker(here), faults() as lossy:
+        for door in here.way.doors:
+            with lossy.put_on(door):
+                for number in range(1, 7):
+                    lossy.set(exact={number: Action.LOSE})
+                    converse(here, pattern(2000), 0, 5_000)
+    counted = here.counted()
+    assert counted["ASKED_AGAIN"] >= 1, counted
+    assert counted["COMMITTED"] >= 5, counted
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_segments_of_a_sender_without_offload(version: int) -> None:
+    """They come one by one, so the first is not known to be the last."""
+    with topology() as plain:
+        plain.wire("plain")
+        with (
+            contextlib.closing(Kernel(plain.forwarder)) as kernel,
+            opener(plain, kernel) as opened,
+        ):
+            here = opened((False, False), version)
+            with here.dial(pattern(2000)) as client:
+                here.falls_back(client, pattern(2000))
+            with here.pair(b"hello") as (client, server, _):
+                server.sendall(pattern(100_000))
+                assert read_exactly(client, 100_000) == pattern(100_000)
+            assert here.counted()["COMMITTED"] == 1
+            assert plain.checksum_errors() == 0
 
 
 def test_a_listener_of_all_addresses(hosts: Topology, kernel: Kernel, site: Open) -> None:

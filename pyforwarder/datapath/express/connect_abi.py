@@ -108,6 +108,8 @@ class Ask(ctypes.Structure):
         ("target", ctypes.c_uint32),
         ("listener_table", ctypes.c_uint32),
         ("rule", ctypes.c_uint32),
+        ("segment", ctypes.c_uint32),
+        ("segment_sum", ctypes.c_uint32),
         ("window_field", ctypes.c_uint16),
         ("mss", ctypes.c_uint16),
         ("told_mss", ctypes.c_uint16),
