@@ -203,6 +203,18 @@ class ControlClient:
         """
         return _pair_id(self.request("join", fds_sent=(fd_a, fd_b)))
 
+    def failover(self) -> dict[str, Json]:
+        """The fleet's addresses that move: which, which are here, and whether they may come."""
+        return _object(self.request("failover"))
+
+    def take_addresses(self) -> list[str]:
+        """Have the daemon take them, and announce them; returns those that it did not have."""
+        return cast("list[str]", self.request("take_addresses"))
+
+    def give_addresses(self) -> list[str]:
+        """Have the daemon give them up; returns those that it had."""
+        return cast("list[str]", self.request("give_addresses"))
+
     def listen_port(self, port: int) -> int:
         """Move the first TCP listener to another port; returns the one in force."""
         result = _object(self.request("listen_port", port=port))

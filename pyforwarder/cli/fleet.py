@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import signal
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +18,18 @@ import click
 from pyforwarder.cli.command import DONE, FAILED, Call, command, group
 from pyforwarder.errors import ConfigError, ForwarderError, UsageError
 from pyforwarder.runtime import tables
+from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
     from pyforwarder.config import Fleet
     from pyforwarder.fleet.layout import Edition, Keys
     from pyforwarder.fleet.store import Store
 
+# How long others may take: to say whose an address is, to take the addresses, to go on with pairs.
+_PROBE_S = 1.0
+_ANSWER_S = 10.0
+_MOVED_S = 10.0
+_LOOK_S = 0.1
 _TURNS = 10  # when others change the same key at the same time
 
 _config = click.option(
@@ -321,6 +328,124 @@ def register(
     return DONE
 
 
+@command(name="ready", example="pyforwarder fleet ready")
+def ready(call: Call) -> int:
+    """Say whether this machine may get the addresses that move: for a VRRP daemon's script.
+
+    It may once its daemon splices and has heard what is in the fleet's store.  Exits with 1 if not.
+    """
+    state = call.control().failover()
+    here = state["here"]
+    assert isinstance(here, list)
+    call.write(
+        f"ready={'no' if state['why'] else 'yes'} here={','.join(map(str, here)) or '-'} "
+        f"store={state['store']} own={state['own']} held={state['held']}\n"
+    )
+    if state["why"]:
+        call.say(f"pyforwarder: not ready: {state['why']}")
+    return FAILED if state["why"] else DONE
+
+
+@command(name="take", example="pyforwarder fleet take --instance edge")
+@click.option("--force", is_flag=True, help="Also if another host answers for one of them.")
+def take(call: Call, force: bool) -> int:
+    """Take the addresses that move: the machine that had them is dead.
+
+    Its spliced pairs go on here.  Refused while another host answers for one of the addresses: for
+    a machine that lives there is `fleet move`, to be said there.  The configuration says
+    `fleet: {failover: {mover: command}}`.
+    """
+    from pyforwarder.supervisor import addresses
+
+    control = call.control()
+    state = control.failover()
+    here, wanted = state["here"], state["addresses"]
+    assert isinstance(here, list)
+    assert isinstance(wanted, list)
+    missing = [str(one) for one in wanted if one not in here]
+    if not missing:
+        call.say("pyforwarder: this machine has them already")
+        return DONE
+    if state["mover"] == "command" and not force:
+        try:
+            found = addresses.in_use(missing, wait_s=_PROBE_S)
+        except OSError as error:
+            raise ForwarderError(f"cannot ask whose the addresses are: {error}") from error
+        if found:
+            whose = ", ".join(f"{address} ({mac})" for address, mac in found.items())
+            raise ForwarderError(
+                f"another host answers for {whose}: `pyforwarder fleet move` there, or see to it "
+                "that it is gone; --force takes them all the same"
+            )
+    call.write("".join(f"{one}\n" for one in control.take_addresses()))
+    return DONE
+
+
+@command(name="move", example="pyforwarder fleet move -c /etc/fleet.yaml two")
+@click.argument("machine")
+@_config
+def move(call: Call, machine: str, config_path: Path) -> int:
+    """Give the addresses that move to another machine of the fleet, without a gap.
+
+    MACHINE is what it is called in the fleet (`instance`).  It takes the addresses first, then this
+    one lets go of them, and of its spliced pairs, which go on there.  Say it on the machine that
+    has them; on both the configuration says `fleet: {failover: {mover: command}}`.
+    """
+    import socket
+
+    from pyforwarder.fleet.failover import moves
+    from pyforwarder.fleet.failover.record import tag_of
+
+    control = call.control()
+    state = control.failover()
+    if state["mover"] != "command":
+        raise ForwarderError(
+            "something else moves the addresses of this instance (`fleet.failover.mover`)"
+        )
+    here = state["here"]
+    assert isinstance(here, list)
+    if not here:
+        raise ForwarderError(
+            "this machine has none of the addresses: say it on the one that has them, or "
+            "`pyforwarder fleet take` here if that is dead"
+        )
+    with _opened(config_path) as opened:
+        own = opened.fleet.instance or socket.gethostname()
+        if machine == own:
+            raise UsageError(f"fleet move: {machine!r} is this machine")
+        known = opened.keys.machines + tag_of(machine)
+        if opened.store.get(known) is None:
+            raise ForwarderError(
+                f"no machine {machine!r} with `failover` has spoken to the store in ten minutes"
+            )
+        moves.ask(opened.store, opened.keys, own, machine, answer_s=scaled_s(_ANSWER_S))
+    given = control.give_addresses()
+    left = _wait_for_the_move(call, frozenset(map(str, given)))
+    call.write("".join(f"{one}\n" for one in given))
+    if left:
+        call.say(f"pyforwarder: {left} spliced pairs have not moved: see the log of {machine!r}")
+        return FAILED
+    return DONE
+
+
+def _wait_for_the_move(call: Call, given: frozenset[str]) -> int:
+    """Until this machine has no spliced pair with these addresses; how many are left after all."""
+    control = call.control()
+    until_s = time.monotonic() + scaled_s(_MOVED_S)
+    while True:
+        left = sum(
+            row["datapath"] == "splice" and _host_of(row["source"]) in given
+            for row in control.pairs()
+        )
+        if not left or time.monotonic() > until_s:
+            return left
+        time.sleep(_LOOK_S)
+
+
+def _host_of(endpoint: str) -> str:
+    return endpoint.rpartition(":")[0].strip("[]")
+
+
 def _show(call: Call, rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         call.write(json.dumps(rows, indent=2) + "\n")
@@ -329,5 +454,5 @@ def _show(call: Call, rows: list[dict[str, Any]], columns: tuple[str, ...], as_j
         call.write(tables.table(heads, rows, last_is_prose=True))
 
 
-for _command in (put, get, diff, history, rollback, instances):
+for _command in (put, get, diff, history, rollback, instances, ready, move, take):
     fleet.add_command(_command)

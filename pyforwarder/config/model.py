@@ -192,6 +192,10 @@ class Failover(Section):
     """The addresses that move from one machine to another: those that clients connect to, and those
     that servers see (`source` of upstreams). Both are needed.
     """
+    mover: Literal["external", "command"] = "external"
+    """What gives a machine these addresses, and takes them: something else (VRRP, an orchestrator),
+    or `pyforwarder fleet move` and `fleet take`.
+    """
 
     @field_validator("addresses")
     @classmethod

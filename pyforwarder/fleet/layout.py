@@ -7,6 +7,8 @@
     /pyforwarder/FLEET/tokens/DIGEST                      a `UsedToken`
     /pyforwarder/FLEET/failover/machines/TAG              a machine that has pairs, see `failover`
     /pyforwarder/FLEET/failover/pairs/KEY                 such a pair: `failover.record.Entry`
+    /pyforwarder/FLEET/failover/moves/TAG                 a machine is asked to take the addresses:
+                                                          `failover.moves.Move`
 
 Values are JSON objects with `schema: 1`. Servers, instances and tokens have a lease: they
 are gone when nobody renews it. Any client of the store may write a server's key; what is no valid
@@ -112,8 +114,13 @@ class Keys:
         self.history = f"{prefix}history/"
         self.instances = f"{prefix}instances/"
         self.tokens = f"{prefix}tokens/"
+        self.failover = f"{prefix}failover/"
         self.machines = f"{prefix}failover/machines/"
         self.pairs = f"{prefix}failover/pairs/"
+
+    def move(self, tag: str) -> str:
+        """Where a machine is asked to take the addresses."""
+        return f"{self.failover}moves/{tag}"
 
     def edition(self, serial: int) -> str:
         """Where an edition stays; ordered by number."""

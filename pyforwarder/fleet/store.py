@@ -112,14 +112,20 @@ class Store:
         self._post("/kv/deleterange", {"key": _encode(key)})
 
     def change(
-        self, key: str, value: str, *, was: int, also: Sequence[tuple[str, str | None]] = ()
+        self,
+        key: str,
+        value: str,
+        *,
+        was: int,
+        also: Sequence[tuple[str, str | None]] = (),
+        lease: int = 0,
     ) -> bool:
         """Set a key if its last change was at revision `was` (0: if it is not there), else False.
 
-        In the same moment `also` sets other keys, or removes them (None).
+        In the same moment `also` sets other keys, or removes them (None). What is set has `lease`.
         """
         changes = [
-            {"request_put": {"key": _encode(name), "value": _encode(text)}}
+            {"request_put": {"key": _encode(name), "value": _encode(text), "lease": lease}}
             if text is not None
             else {"request_delete_range": {"key": _encode(name)}}
             for name, text in [(key, value), *also]

@@ -325,6 +325,7 @@ class Daemon:
             drain=self._down,
             stop=self._stop,
             succeed=lambda fds: self._retirement.admit(fds),
+            failover=lambda: self._failover,
             elder=lambda: self._elder,
         )
         self._retirement = Retirement(

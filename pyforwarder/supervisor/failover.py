@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.errors import ControlError
+from pyforwarder.supervisor import addresses
 from pyforwarder.supervisor.child import ChildProcess, Serving
-from pyforwarder.supervisor.messages import FROM_FAILOVER, Replicas, Taken, understand
+from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, Taken, understand
 
 if TYPE_CHECKING:
     from pyforwarder.config import Failover, Fleet
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.log import Log
 
+# Each so long after the one before; the first is made at once.
+_ANNOUNCED_S: Final = (0.1, 0.4, 1.5)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
-class FailoverProcess(ChildProcess["Taken | Replicas"]):
+class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
     """Runs where `fleet.failover` is configured and pairs are spliced."""
 
     name = "failover"
@@ -46,6 +50,8 @@ class FailoverProcess(ChildProcess["Taken | Replicas"]):
         self._in_force: Failover | None = None
         self._has_begun = False
         self._state = ""
+        self._has_heard = False  # what is in the store, this process or one before
+        self._own = self._held = 0
 
     def change_to(self, fleet: Fleet | None) -> None:
         """Speak to this store from now on; addresses are those of the start."""
@@ -78,6 +84,97 @@ class FailoverProcess(ChildProcess["Taken | Replicas"]):
             if splicing is None or not splicing.has_begun:
                 self._log.write("warning", "no_failover", reason="splice is not available")
         self.start()
+
+    # Addresses
+
+    def state(self) -> dict[str, Any]:
+        """What `fleet ready`, `take` and `move` want to know.
+
+        `why` says why this machine should not get the addresses; empty: it may.
+
+        Raises:
+            ControlError: there is no failover here.
+        """
+        failover = self._failover()
+        there = addresses.here(failover.addresses)
+        why = ""
+        splicing = self._splicing()
+        if splicing is None or not splicing.has_begun:
+            why = "pairs are not spliced here"
+        elif not self._has_heard:
+            why = "it has not heard yet what is in the fleet's store"
+        return {
+            "addresses": list(failover.addresses),
+            "here": there,
+            "mover": failover.mover,
+            "store": self._state or "unknown",
+            "own": self._own,
+            "held": self._held,
+            "why": why,
+        }
+
+    def take(self) -> list[str]:
+        """The addresses that move are this machine's from now on, and its neighbours are told.
+
+        Returns those that it did not have.
+
+        Raises:
+            ControlError: that cannot be.
+        """
+        failover = self._commanded()
+        if why := self.state()["why"]:
+            raise ControlError(f"this machine is not ready: {why}")
+        missing = [one for one in failover.addresses if one not in addresses.here([one])]
+        addresses.add(missing)
+        self._announce(_ANNOUNCED_S)
+        self._log.write("warning", "failover_addresses_taken", addresses=",".join(missing))
+        return missing
+
+    def give(self) -> list[str]:
+        """They are not from now on. Returns those that it had.
+
+        Raises:
+            ControlError: that cannot be.
+        """
+        there = addresses.here(self._commanded().addresses)
+        addresses.remove(there)
+        self._log.write("warning", "failover_addresses_given", addresses=",".join(there))
+        return there
+
+    def _take_for(self, machine: str) -> str:
+        """Another machine asks us to; why not, if so."""
+        self._log.write("info", "failover_asked", by=machine)
+        try:
+            self.take()
+        except ControlError as error:
+            self._log.write("error", "failover_not_taken", error=str(error))
+            return str(error) or "?"
+        return ""
+
+    def _announce(self, later_s: Sequence[float]) -> None:
+        """Neighbours may miss it once."""
+        failover = self._in_force
+        if failover is None:
+            return
+        try:
+            addresses.announce(addresses.here(failover.addresses))
+        except (OSError, ControlError) as error:
+            self._log.write("warning", "failover_not_announced", error=str(error))
+        if later_s:
+            self._loop.after(later_s[0], lambda: self._announce(later_s[1:]))
+
+    def _failover(self) -> Failover:
+        if self._in_force is None:
+            raise ControlError("this instance has no `fleet.failover`")
+        return self._in_force
+
+    def _commanded(self) -> Failover:
+        failover = self._failover()
+        if failover.mover != "command":
+            raise ControlError(
+                "something else moves the addresses of this instance (`fleet.failover.mover`)"
+            )
+        return failover
 
     @property
     def _is_wanted(self) -> bool:
@@ -124,7 +221,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas"]):
             keys = Keys(fleet.name)
             replicator = Replicator(
                 stores[0],
-                Watcher(stores[1], keys.pairs),
+                Watcher(stores[1], keys.failover),
                 keys,
                 tag_of(name),
                 machine,
@@ -135,13 +232,20 @@ class FailoverProcess(ChildProcess["Taken | Replicas"]):
 
         return serving
 
-    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Taken | Replicas:
+    def _understand(
+        self, message: dict[str, Any], fds: Sequence[int]
+    ) -> Taken | Replicas | MoveAsked:
         said = understand(message, fds, FROM_FAILOVER)
-        assert isinstance(said, Taken | Replicas)
+        assert isinstance(said, Taken | Replicas | MoveAsked)
         return said
 
-    def _heard(self, said: Taken | Replicas) -> None:
+    def _heard(self, said: Taken | Replicas | MoveAsked) -> None:
+        if isinstance(said, MoveAsked):
+            self._say({"moved": self._take_for(said.move_from)})
+            return
         if isinstance(said, Replicas):
+            self._has_heard |= said.replicas == "connected"
+            self._own, self._held = said.own, said.held
             if said.replicas != self._state:
                 self._state = said.replicas
                 level = "info" if said.replicas == "connected" else "warning"
@@ -164,6 +268,10 @@ class _Above:
     def tell(self, message: dict[str, Any]) -> None:
         self._channel.send(message)
 
-    def wait(self, timeout_s: float) -> None:
-        if self._poll.poll(timeout_s * 1000) and self._channel.receive() is None:
+    def wait(self, timeout_s: float) -> dict[str, Any] | None:
+        if not self._poll.poll(timeout_s * 1000):
+            return None
+        received = self._channel.receive()
+        if received is None:
             raise EOFError
+        return received[0]

@@ -136,6 +136,12 @@ class Replicas(_Message):
     held: Number
 
 
+class MoveAsked(_Message):
+    """Another machine wants this one to take the fleet's addresses (`mover: command`)."""
+
+    move_from: Annotated[str, Field(max_length=128)]
+
+
 class ServerReport(_Message):
     """What one worker knows of one server."""
 
@@ -182,6 +188,7 @@ FROM_FLEET: Final[dict[str, tuple[type[_Message], int]]] = {
 FROM_FAILOVER: Final[dict[str, tuple[type[_Message], int]]] = {
     "waiting": (Taken, 0),
     "replicas": (Replicas, 0),
+    "move_from": (MoveAsked, 0),
 }
 
 FROM_TOKENS: Final[dict[str, tuple[type[_Message], int]]] = {

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigSource, InForce
     from pyforwarder.supervisor.datapaths import Datapaths
+    from pyforwarder.supervisor.failover import FailoverProcess
     from pyforwarder.supervisor.files import Files
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.succession import Predecessor
@@ -48,9 +49,11 @@ class Requests:
         drain: Callable[[], None],
         stop: Callable[[], None],
         succeed: Callable[[list[int]], object],
+        failover: Callable[[], FailoverProcess],
         elder: Callable[[], Predecessor | None] = lambda: None,
     ) -> None:
-        """`fleet_rows` tells of the machines of the fleet, if there is one.
+        """`fleet_rows` tells of the machines of the fleet, if there is one; `failover` moves its
+        addresses.
 
         `change_to` puts a configuration in force; `drain` and `stop` end the daemon.
         `succeed` is asked by who wants to take its place; `elder` is the daemon whose place this
@@ -69,6 +72,7 @@ class Requests:
         self._drain = drain
         self._stop = stop
         self._succeed = succeed
+        self._failover = failover
         self._elder = elder
 
     def obey(self, request: dict[str, Any], fds: list[int]) -> object:
@@ -117,6 +121,12 @@ class Requests:
                 return self._join(fds[0], fds[1])
             case "server":
                 return self._drain_server(request)
+            case "failover":
+                return self._failover().state()
+            case "take_addresses":
+                return self._failover().take()
+            case "give_addresses":
+                return self._failover().give()
             case "listen_port":
                 return self._listen_port(request)
             case "succeed":

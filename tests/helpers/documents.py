@@ -79,6 +79,11 @@ TESTED_ELSEWHERE: Final = {
     "pyforwarder register -c /etc/pyforwarder/default.yaml web 10.0.0.7:443 --ttl 10s": (
         "tests/kernel/test_fleet.py"
     ),
+    "pyforwarder fleet move -c /etc/pyforwarder/default.yaml two": (
+        "tests/kernel/test_fleet_move.py"
+    ),
+    "pyforwarder fleet take": "tests/kernel/test_fleet_move.py",
+    "pyforwarder fleet ready": "tests/kernel/test_fleet_move.py",
     "sudo scripts/container/build runtime": "scripts/container/test",
     "sudo scripts/bench/run --quick": "tests/unit/test_bench.py",
     "sudo scripts/bench/run": "tests/unit/test_bench.py",

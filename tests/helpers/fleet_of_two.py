@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from tests.helpers.churn import Churn
+from tests.helpers.daemon import COMMAND
 from tests.helpers.etcd import Etcd, running
 from tests.helpers.peers import address_text
 from tests.helpers.two_machines import (
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 PORTS: Final = {"splice": 9000, "sockmap": 9001, "copy": 9002}
 
 
-def config(etcd: Etcd, name: str, *, more: str = "") -> str:
+def config(etcd: Etcd, name: str, *, mover: str = "external") -> str:
     """Of one machine: a listener for each datapath and version of IP, and a server for each."""
     addresses = ", ".join(f"'{ip}'" for ip in (*FRONT.values(), *BACK.values()))
     listeners = "".join(
@@ -43,8 +46,8 @@ def config(etcd: Etcd, name: str, *, more: str = "") -> str:
     )
     return (
         f"fleet: {{endpoints: ['{etcd.endpoint}'], name: edge, instance: {name}, "
-        f"failover: {{addresses: [{addresses}]}}}}\n"
-        f"datapath: splice\nworkers: 2\nlog: {{level: debug}}\n{more}"
+        f"failover: {{addresses: [{addresses}], mover: {mover}}}}}\n"
+        "datapath: splice\nworkers: 2\nlog: {level: debug}\n"
         "handover: {after_bytes: 0, after_round_trips: 0, after: 0s}\n"
         f"upstreams:\n{upstreams}listeners:\n{listeners}"
     )
@@ -69,13 +72,29 @@ class Fleet:
                 for v in (4, 6)
             }
 
-    def start(self, name: str, *, more: str = "") -> Daemon:
+    def start(self, name: str, *, mover: str = "external") -> Daemon:
         """The daemon of this machine; it has heard what is in the store."""
         with self.hosts.machines[name].entered():
-            daemon = self._start(config(self.etcd, name, more=more), instance=name)
+            daemon = self._start(config(self.etcd, name, mover=mover), instance=name)
         daemon.wait_for_line("failover_store_connected")
         self.daemons[name] = daemon
         return daemon
+
+    def command(self, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """`pyforwarder fleet WORDS` on this machine."""
+        daemon = self.daemons[name]
+        verb, *more = words
+        if verb == "move":
+            more += ["-c", str(daemon.config_path)]
+        with self.hosts.machines[name].entered():
+            return subprocess.run(
+                [*COMMAND, "fleet", verb, "--instance", name, *more],
+                env=daemon.place.environ(),
+                capture_output=True,
+                text=True,
+                timeout=4 * DEADLINE_S,
+                check=False,
+            )
 
     def connect(
         self, version: int, datapath: str = "splice"
@@ -103,6 +122,30 @@ class Fleet:
             client, server = self.spliced(name, 6 if n % 2 else 4)
             self.traffic.add(client, server, 0 if n % 4 == 3 else rate)
 
+    def open_many(self, name: str, count: int, *, rate: int, every: int) -> None:
+        """The same for so many that one after the other would take too long; none is idle."""
+        missing = count
+        while missing:
+            opened = [self.connect(6 if n % 2 else 4) for n in range(missing)]
+            joined = {address_text(client.getsockname()[:2]) for client, _ in opened}
+
+            def spliced(joined: set[str] = joined) -> dict[str, str]:
+                rows = self.daemons[name].control().pairs()
+                found = {row["client"]: row["datapath"] for row in rows if row["client"] in joined}
+                is_done = found.keys() == joined and "copy" not in found.values()
+                return found if is_done else {}
+
+            datapaths = wait_for(
+                spliced, f"{missing} more have a datapath", deadline_s=4 * DEADLINE_S
+            )
+            for client, server in opened:
+                if datapaths[address_text(client.getsockname()[:2])] == "splice":
+                    self.traffic.add(client, server, rate, every=every)
+                    missing -= 1
+                else:
+                    client.close()
+                    server.close()
+
     def spliced(self, name: str, version: int) -> tuple[socket.socket, socket.socket]:
         """A client and a server whose pair is spliced at this machine."""
         for _ in range(20):
@@ -119,17 +162,46 @@ class Fleet:
             server.close()
         raise AssertionError("no pair is spliced")
 
-    def wait_until_spliced(self, name: str, count: int) -> None:
+    def wait_until_spliced(self, name: str, count: int, *, or_more: bool = False) -> None:
         """So many pairs are, at this machine."""
 
         def spliced() -> int:
             return sum(row["datapath"] == "splice" for row in self.daemons[name].control().pairs())
 
-        wait_for(lambda: spliced() == count, f"{count} are spliced at {name}")
+        wait_for(
+            lambda: spliced() == count or (or_more and spliced() > count),
+            f"{count} are spliced at {name}",
+            deadline_s=4 * DEADLINE_S,
+        )
 
     def wait_until_held(self, name: str, count: int) -> None:
         """This machine knows of so many pairs of the other, and has none."""
-        self.daemons[name].wait_for_line(f"failover own=0 held={count} ")
+
+        def is_held() -> bool:
+            state = self.daemons[name].control().failover()
+            return (state["own"], state["held"]) == (0, count)
+
+        wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
+
+    def wait_until_let_go(self, name: str, count: int) -> None:
+        """So many pairs of this daemon go on elsewhere; it may have left out lines of its log."""
+        control = self.daemons[name].control()
+
+        def let_go() -> bool:
+            closed = control.stats()["closed"]
+            assert isinstance(closed, dict)
+            return closed.get("moved", 0) == count
+
+        wait_for(let_go, f"{name} lets go of {count}", deadline_s=4 * DEADLINE_S)
+
+    def churn(self, seed: int) -> Churn:
+        """Connections that begin and end meanwhile; nothing else may be opened until it is over."""
+
+        def connect() -> socket.socket:
+            with self.hosts.client.entered():
+                return socket.create_connection((FRONT[4], PORTS["splice"]), timeout=1)
+
+        return Churn(connect, self._waiting[4], seed=seed)
 
     def close(self) -> None:
         """The server's listening sockets."""

@@ -154,7 +154,8 @@ class Stream:
     sock: socket.socket
     number: int
     side: str
-    rate: int  # bytes per tick; 0: it is idle
+    rate: int  # bytes at a time; 0: it is idle
+    every: int = 1  # ticks from one time to the next
     sent: int = 0
     got: int = 0
     error: str = ""
@@ -204,10 +205,15 @@ class Traffic:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def add(self, client: socket.socket, server: socket.socket, rate: int) -> None:
-        """From now on bytes go both ways between these two."""
+    def add(
+        self, client: socket.socket, server: socket.socket, rate: int, *, every: int = 1
+    ) -> None:
+        """From now on bytes go both ways between these two, `rate` every so many ticks."""
         number = len(self.streams)
-        pair = Stream(client, number, "client", rate), Stream(server, number, "server", rate)
+        pair = (
+            Stream(client, number, "client", rate, every),
+            Stream(server, number, "server", rate, every),
+        )
         with self._lock:
             for stream in pair:
                 stream.sock.setblocking(False)
@@ -269,6 +275,7 @@ class Traffic:
 
     def _run(self) -> None:
         due_s = time.monotonic()
+        tick = 0
         while not self._is_over:
             ready = self._selector.select(max(0.0, due_s - time.monotonic()))
             with self._lock:
@@ -278,9 +285,11 @@ class Traffic:
                         self._selector.unregister(key.data.sock)
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + _TICK_S
+                    tick += 1
                     for pair in self.streams if self._is_sending else ():
                         for stream in pair:
-                            if stream.rate and not stream.error:
+                            is_due = stream.rate and (tick + stream.number) % stream.every == 0
+                            if is_due and not stream.error:
                                 stream.send(stream.rate)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 PAIRS = 24
-ROUNDS = 8
+THOUSAND = 1000
 
 
 @pytest.fixture
@@ -62,45 +63,82 @@ def test_pairs_go_on_through_a_planned_move_and_a_death(fleet: Fleet) -> None:
     assert traffic.errors() == []
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_pairs_go_on_through_many_deaths_at_random_moments(fleet: Fleet, soak_s: float) -> None:
-    """So many deaths, or those for which a soak has time."""
-    ends_s = time.monotonic() + soak_s
-    hosts, traffic, rng = fleet.hosts, fleet.traffic, random.Random(16)
-    hosts.give_addresses("a")
+def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> list[float]:
+    """The machine with the addresses dies or is cut off, `least` times, and on until `until_s`.
+
+    The longest gap of each time is returned.
+    It comes back with its records, without them, or has lived all the time. No pair may notice;
+    meanwhile others begin and end.
+    """
+    hosts, traffic, rng = fleet.hosts, fleet.traffic, random.Random(seed)
     here, there = "a", "b"
-    for name in (here, there):
-        fleet.start(name)
-    fleet.open(here, PAIRS)
-    fleet.open(here, 2, rate=100_000)
+    count = len(traffic.streams)
+    let_go = {"a": 0, "b": 0}
     gaps_s = []
-    for number in range(ROUNDS):
-        if number >= 2 and time.monotonic() > ends_s:
+    for number in itertools.count():
+        if number >= least and time.monotonic() > until_s:
             break
-        fleet.wait_until_held(there, len(traffic.streams))
+        fleet.wait_until_held(there, count)
+        churn = fleet.churn(seed + number)
+        churn.start()
         time.sleep(rng.uniform(0, 1.5))
         traffic.mark()
-        dead = fleet.daemons[here]
+        old = fleet.daemons[here]
         hosts.cut_off(here)
-        dead.kill()
+        comes_back = ("lives", "without", "with")[number % 3]
+        if comes_back != "lives":
+            old.kill()
         time.sleep(rng.choice((0.0, 0.1, 0.5)))
         hosts.give_addresses(there)
-        fleet.wait_until_spliced(there, len(traffic.streams))
-        traffic.poke()
+        fleet.daemons[there].wait_for_line("failover_taken")
+        fleet.wait_until_spliced(there, count, or_more=True)
         time.sleep(1)
         gaps_s.append(traffic.longest_gap_s())
-        assert traffic.errors() == [], number
-        # It comes back, with its records or without them.
+        churn.stop()
+        assert churn.faults == [], number
+        traffic.poke()
+        # Nobody gives them back to who was away; if it lives, it hears that it has no pairs more.
         hosts.take_addresses(here)
-        if number % 2:
-            for pin in sorted(dead.place.bpffs.glob(f"{here}/splice/*")):
-                pin.unlink()
         hosts.connect(here)
-        fleet.start(here)
-        fleet.open(there, 1)
+        if comes_back == "lives":
+            let_go[here] += count
+            fleet.wait_until_let_go(here, let_go[here])
+        else:
+            if comes_back == "without":
+                for pin in sorted(old.place.bpffs.glob(f"{here}/splice/*")):
+                    pin.unlink()
+            fleet.start(here)
+            let_go[here] = 0
+        assert traffic.errors() == [], number
+        fleet.wait_until_spliced(there, count)
         here, there = there, here
     traffic.pause()
     wait_for(traffic.is_whole, "all bytes have come")
-    print("longest gaps:", *(f"{gap_s:.2f}" for gap_s in gaps_s))
     assert traffic.errors() == []
+    print("longest gaps:", *(f"{gap_s:.2f}" for gap_s in gaps_s))
+    return gaps_s
+
+
+@pytest.mark.timeout(240)
+def test_pairs_go_on_after_a_machine_was_cut_off_and_after_one_comes_back_without_records(
+    fleet: Fleet,
+) -> None:
+    fleet.hosts.give_addresses("a")
+    for name in ("a", "b"):
+        fleet.start(name)
+    fleet.open("a", 8)
+    deaths(fleet, 2, until_s=0, seed=16)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_a_thousand_pairs_go_on_through_many_deaths_at_random_moments(
+    fleet: Fleet, soak_s: float
+) -> None:
+    """So many deaths as a soak has time for, three at least."""
+    until_s = time.monotonic() + soak_s
+    fleet.hosts.give_addresses("a")
+    for name in ("a", "b"):
+        fleet.start(name)
+    fleet.open_many("a", THOUSAND, rate=800, every=50)
+    deaths(fleet, 3, until_s=until_s, seed=1)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
+from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class Supervisor(Protocol):
             OSError: it is gone.
         """
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait so long.
+    def wait(self, timeout_s: float) -> dict[str, Any] | None:
+        """Wait so long, or until it says something, which is returned.
 
         Raises:
             EOFError: it is gone.
@@ -148,6 +149,10 @@ class Replicator:
         self._said: dict[str, Any] = {}
         self._say_s = 0.0
         self._error = ""
+        self._move_key = keys.move(tag)
+        self._asked = Asked(store, keys, tag, lambda: self._lease)
+        self._is_asked = False  # to take the addresses
+        self._answer: str | None = None  # that the store has still to hear
 
     def run(self) -> None:
         """Until the supervisor is gone.
@@ -162,7 +167,9 @@ class Replicator:
             started_s = self._clock()
             self._turn(started_s)
             took_s = self._clock() - started_s
-            self._supervisor.wait(max(_TURN_S - took_s, took_s / _SHARE - took_s, 0.01))
+            said = self._supervisor.wait(max(_TURN_S - took_s, took_s / _SHARE - took_s, 0.01))
+            if said is not None:
+                self._answer = str(said["moved"])
 
     def _turn(self, now_s: float) -> None:
         self._hear()
@@ -175,6 +182,7 @@ class Replicator:
             if now_s >= self._write_s:
                 try:
                     self._write(turn, now_s)
+                    self._speak_of_moves()
                 except StoreError as error:
                     self._error = str(error)[:500]
                     self._write_s = now_s + self._pause_s * random.uniform(0.5, 1.0)
@@ -194,14 +202,34 @@ class Replicator:
                 case _All(entries):
                     prefix = self._keys.pairs
                     self._ledger.saw_all(
-                        (key.removeprefix(prefix), value) for key, value in entries
+                        (key.removeprefix(prefix), value)
+                        for key, value in entries
+                        if key.startswith(prefix)
                     )
+                    self._is_asked |= any(key == self._move_key for key, _ in entries)
                     self._is_known = True
                     self._error = ""
+                case Change(key=key, value=value) if not key.startswith(self._keys.pairs):
+                    self._is_asked |= key == self._move_key and value is not None
                 case Change(key=key, value=value):
                     self._ledger.saw(key.removeprefix(self._keys.pairs), value)
                 case _Lost(error):
                     self._error = error
+
+    def _speak_of_moves(self) -> None:
+        """Once all that was heard before is with the keeper.
+
+        Raises:
+            StoreError: what we said was not heard; it is said again.
+        """
+        is_asked, self._is_asked = self._is_asked, False
+        if is_asked:
+            by = self._asked.begin()
+            if by:
+                self._supervisor.tell({"move_from": by[:128]})
+        if self._answer is not None:
+            self._asked.end(self._answer)
+            self._answer = None
 
     def _tell_keeper(self, turn: Turn, now_s: float) -> None:
         """Of others' pairs, and of those that are others' by now."""
