@@ -450,7 +450,9 @@ class Keeper:
                 # The pair's record may be another's now: nothing is counted in it any more.
                 struct.pack_into("=Q", self._memory, index * SPLICE_BYTES + ID_AT, 0)
                 self._lingering.append((time.monotonic() + _LINGER_S, index))
-            case "reset" if self._record(index).reset == ResetBy.MOVED:
+            case "reset" if self._record(index).reset == ResetBy.MOVED or self._standby.is_away(
+                index
+            ):
                 self._forget(index)  # its sockets are mute, and stay so
             case "reset":
                 set_state(self._memory, index, SpliceState.RESET)

@@ -41,6 +41,7 @@ from pyforwarder.datapath.splice.replicas import (
     Ways,
     boot_unix_s,
     heard,
+    is_replicable,
     is_wide,
     narrow,
     shown,
@@ -161,6 +162,7 @@ class Standby:
         # Addresses that were away since we let go of a pair of theirs, or have begun: only these
         # are a reason to take pairs over when they come.
         self._absent: set[bytes] = set()
+        self._present: frozenset[bytes] = self._addresses  # since they were looked at last
         self._boot_unix_s = boot_unix_s()
 
     # What it is told
@@ -183,6 +185,19 @@ class Standby:
     def sockets_of(self, index: int) -> tuple[socket.socket, socket.socket] | None:
         """The mute sockets of a pair that was taken over; they are the caller's from here on."""
         return self._sockets.pop(index, None)
+
+    def is_away(self, index: int) -> bool:
+        """Whether another machine has this pair's addresses, and may go on with it.
+
+        Then its ends get no word from here: a packet of ours could end it there.
+        """
+        if not self._addresses:
+            return False
+        if self._is_changed:
+            self._present = self._addresses & _addresses_here()
+        record = self._record(index)
+        own = {_ip_of(bytes(way.from_.target), record.family) for way in record.way}
+        return own <= self._addresses and not own <= self._present and is_replicable(record)
 
     def forgotten(self, index: int) -> None:
         """A pair is no more."""
@@ -343,7 +358,7 @@ class Standby:
             traceback.print_exc(file=sys.stderr)
 
     def _look_at_addresses(self) -> None:
-        present = self._addresses & _addresses_here()
+        self._present = present = self._addresses & _addresses_here()
         # The families of a fleet's addresses move together or apart, as their pairs need them.
         ready = present & self._absent
         for key, held in self._held.items():
@@ -415,6 +430,11 @@ def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
         level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
     sock.setsockopt(level, option, 0)
     return sock
+
+
+def _ip_of(packed: bytes, family: int) -> bytes:
+    """As addresses are configured: 4 or 16 bytes."""
+    return packed if family == 6 else packed[12:]
 
 
 def _addresses_here() -> set[bytes]:
