@@ -64,10 +64,8 @@ class BoundSocket:
             if isinstance(wanted, UnixAddress):
                 self.bind: Address | UnixAddress = wanted
                 self.sockets.append(_bind_unix(wanted, mode))
-            elif protocol == "udp":
-                self.bind = self._bind_udp(wanted, workers)
             else:
-                self.bind = self._bind_tcp(wanted, workers)
+                self.bind = self._bind_each(wanted, workers)
         except OSError:
             self.close()
             raise
@@ -114,34 +112,29 @@ class BoundSocket:
         bound.bind = bind
         return bound
 
-    def _bind_tcp(self, wanted: Address, workers: int) -> Address:
-        if wanted.port:
-            # With SO_REUSEPORT a second daemon would silently take half of the connections:
-            # without it, this bind fails if anybody listens there.
-            with _tcp_socket(wanted, freebind=self.freebind) as probe:
-                probe.bind(sockaddr(wanted))
-        address = wanted
-        for _ in range(workers):
-            sock = _tcp_socket(wanted, freebind=self.freebind)
-            self.sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            _set_up(sock)
-            sock.bind(sockaddr(address))
-            sock.listen(BACKLOG)
-            address = Address(wanted.host, sock.getsockname()[1])
-        return address
+    def _bind_each(self, wanted: Address, workers: int) -> Address:
+        """Bind a socket for each worker to one address, which is returned with its port.
 
-    def _bind_udp(self, wanted: Address, workers: int) -> Address:
-        """The kernel spreads clients over the sockets by their address, each always to the same."""
+        The kernel spreads connections over them, and clients of UDP by their address, each always
+        to the same.
+        """
+        is_tcp = self.protocol == "tcp"
+        make = _tcp_socket if is_tcp else _udp_socket
         if wanted.port:
-            with _udp_socket(wanted, freebind=self.freebind) as probe:
+            # With SO_REUSEPORT a second daemon would silently take half of the clients: without
+            # it, this bind fails if another socket has the port.
+            with make(wanted, freebind=self.freebind) as probe:
                 probe.bind(sockaddr(wanted))
         address = wanted
         for _ in range(workers):
-            sock = _udp_socket(wanted, freebind=self.freebind)
+            sock = make(wanted, freebind=self.freebind)
             self.sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if is_tcp:
+                _set_up(sock)
             sock.bind(sockaddr(address))
+            if is_tcp:
+                sock.listen(BACKLOG)
             address = Address(wanted.host, sock.getsockname()[1])
         return address
 

@@ -21,11 +21,31 @@ if TYPE_CHECKING:
     from pyforwarder.core.first_packet.outcome import End, Facts, Send
 
 
-class All(Matcher):
-    """Matches when every part does."""
+class _Several(Matcher):
+    """Parts whose questions, names and facts are those of the whole."""
 
     def __init__(self, parts: tuple[Matcher, ...]) -> None:
         self._parts = parts
+
+    def ask(self, data: bytes) -> Send | None:
+        questions = (part.ask(data) for part in self._parts)
+        return next((question for question in questions if question is not None), None)
+
+    def found(self, data: bytes) -> str:
+        return "; ".join(filter(None, (part.found(data) for part in self._parts)))
+
+    def facts(self, data: bytes) -> Facts:
+        # Two conditions on the same name say it once.
+        return tuple(dict.fromkeys(fact for part in self._parts for fact in part.facts(data)))
+
+    def parts(self) -> Iterator[Matcher]:
+        yield self
+        for part in self._parts:
+            yield from part.parts()
+
+
+class All(_Several):
+    """Matches when every part does."""
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
         outcome = MATCH
@@ -36,9 +56,6 @@ class All(Matcher):
             if said is NEED_MORE:
                 outcome = NEED_MORE
         return outcome
-
-    def ask(self, data: bytes) -> Send | None:
-        return _first_ask(self._parts, data)
 
     def speaker(
         self, data: bytes, end: End, client: Address | None, local_port: int
@@ -53,13 +70,6 @@ class All(Matcher):
     def names_destination(self) -> bool:
         return any(part.names_destination for part in self._parts)
 
-    def found(self, data: bytes) -> str:
-        return "; ".join(filter(None, (part.found(data) for part in self._parts)))
-
-    def facts(self, data: bytes) -> Facts:
-        # Two conditions on the same name say it once.
-        return tuple(dict.fromkeys(fact for part in self._parts for fact in part.facts(data)))
-
     @property
     def always(self) -> bool:
         return all(part.always for part in self._parts)
@@ -70,17 +80,9 @@ class All(Matcher):
     def in_kernel(self, local_port: int) -> Condition:
         return Every(tuple(part.in_kernel(local_port) for part in self._parts))
 
-    def parts(self) -> Iterator[Matcher]:
-        yield self
-        for part in self._parts:
-            yield from part.parts()
 
-
-class AnyOf(Matcher):
+class AnyOf(_Several):
     """Matches when one part does."""
-
-    def __init__(self, parts: tuple[Matcher, ...]) -> None:
-        self._parts = parts
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
         outcome = NO_MATCH
@@ -91,9 +93,6 @@ class AnyOf(Matcher):
             if said is NEED_MORE:
                 outcome = NEED_MORE
         return outcome
-
-    def ask(self, data: bytes) -> Send | None:
-        return _first_ask(self._parts, data)
 
     def speaker(
         self, data: bytes, end: End, client: Address | None, local_port: int
@@ -111,13 +110,6 @@ class AnyOf(Matcher):
     def names_destination(self) -> bool:
         return all(part.names_destination for part in self._parts)
 
-    def found(self, data: bytes) -> str:
-        return "; ".join(filter(None, (part.found(data) for part in self._parts)))
-
-    def facts(self, data: bytes) -> Facts:
-        # Two conditions on the same name say it once.
-        return tuple(dict.fromkeys(fact for part in self._parts for fact in part.facts(data)))
-
     @property
     def always(self) -> bool:
         return any(part.always for part in self._parts)
@@ -128,11 +120,6 @@ class AnyOf(Matcher):
 
     def in_kernel(self, local_port: int) -> Condition:
         return Some(tuple(part.in_kernel(local_port) for part in self._parts))
-
-    def parts(self) -> Iterator[Matcher]:
-        yield self
-        for part in self._parts:
-            yield from part.parts()
 
 
 class Not(Matcher):
@@ -166,11 +153,3 @@ class Not(Matcher):
     def parts(self) -> Iterator[Matcher]:
         yield self
         yield from self._part.parts()
-
-
-def _first_ask(parts: tuple[Matcher, ...], data: bytes) -> Send | None:
-    for part in parts:
-        question = part.ask(data)
-        if question is not None:
-            return question
-    return None
