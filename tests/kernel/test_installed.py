@@ -91,6 +91,7 @@ def test_environment_that_cannot_see_the_hosts_bcc_is_told_so(wheel: Path, tmp_p
     assert "Traceback" not in said
 
 
+@pytest.mark.timeout(180)  # it makes an environment
 def test_environment_that_was_mended_as_told_sees_bcc(
     wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
 ) -> None:

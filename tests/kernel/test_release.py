@@ -6,6 +6,8 @@ import importlib.metadata
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from pyforwarder import __version__
 from pyforwarder.runtime.slowness import scaled_s
 from release import debian
@@ -33,6 +35,7 @@ def files(root: Path) -> set[str]:
     }
 
 
+@pytest.mark.timeout(180)  # it builds all that is released
 def test_the_package_installs_runs_and_goes(tmp_path: Path) -> None:
     dist, root = tmp_path / "dist", tmp_path / "root"
     assert main([str(dist)]) == 0
