@@ -68,7 +68,8 @@ PAUSE_ANSWER_MIB: Final = 16
 
 # Datagrams of these sizes, in so many sessions at once.
 DATAGRAM_BYTES: Final = (64, 1200)
-DATAGRAM_SESSIONS: Final = (1, 32)
+DATAGRAM_SESSIONS: Final = (1, 32, 1000)
+PACED_DATAGRAM_SESSIONS: Final = 32
 
 # Memory comes first and connections last: the kernel keeps what remains of a closed connection
 # for a minute (TIME_WAIT), and that would be counted as memory of the next pairs.
@@ -171,7 +172,7 @@ MEASURES: Final = (
             Measure(
                 f"udp_{size}_{sessions}",
                 f"udp_{size}_{sessions}",
-                f"datagrams of {size:,} B, {sessions} session{'s' if sessions > 1 else ''}",
+                f"datagrams of {size:,} B, {sessions:,} session{'s' if sessions > 1 else ''}",
                 "1/s",
                 Better.HIGHER,
                 0,
@@ -179,7 +180,7 @@ MEASURES: Final = (
             Measure(
                 f"udp_{size}_{sessions}_lost",
                 f"udp_{size}_{sessions}",
-                f"of these lost, {sessions} session{'s' if sessions > 1 else ''}, {size:,} B",
+                f"of these lost, {sessions:,} session{'s' if sessions > 1 else ''}, {size:,} B",
                 "%",
                 Better.LOWER,
                 2,
@@ -189,7 +190,7 @@ MEASURES: Final = (
             Measure(
                 f"udp_{size}_{sessions}_cpu",
                 f"udp_{size}_{sessions}",
-                f"forwarder's own CPU for each, {sessions} session{'s' if sessions > 1 else ''}, "
+                f"forwarder's own CPU for each, {sessions:,} session{'s' if sessions > 1 else ''}, "
                 f"{size:,} B",
                 "us",
                 Better.LOWER,

@@ -17,6 +17,7 @@ from bench.measures import (
     DATAGRAM_BYTES,
     DATAGRAM_SESSIONS,
     DIRECT,
+    PACED_DATAGRAM_SESSIONS,
     PAUSE_ANSWER_MIB,
 )
 from bench.topology import DATAGRAM_PORT, FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
@@ -316,7 +317,7 @@ def _udp_cpu(stage: Stage) -> Values:
     with load_module.soakers(stage.program, stage.directory) as soak_file:
         report = stage.load(port=DATAGRAM_PORT).run(
             "udp_rate",
-            pairs=DATAGRAM_SESSIONS[-1],
+            pairs=PACED_DATAGRAM_SESSIONS,
             datagram_bytes=DATAGRAM_BYTES[-1],
             datagrams_per_s=PACED_DATAGRAMS_PER_S,
             soak_file=soak_file,
