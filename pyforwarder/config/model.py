@@ -457,10 +457,6 @@ class Config(Section):
             raise problem(
                 "PROXY headers of version 1 are for TCP: `send_proxy: v2`", *at, "send_proxy"
             )
-        if upstream is not None and upstream.transparent:
-            raise problem(
-                f"{rule.to} is `transparent`, which is for TCP: use another upstream", *at, "to"
-            )
 
     def _check_no_loop(self) -> None:
         for protocol in ("tcp", "udp"):

@@ -54,6 +54,7 @@ from pyforwarder.runtime.loop import EPOLLERR, EPOLLIN, Timed
 from pyforwarder.runtime.refusals import count_refusal
 from pyforwarder.runtime.resolver import KEEP_S, MOST_ADDRESSES, TooManyNamesError, addresses_of
 from pyforwarder.runtime.sockaddr import sockaddr
+from pyforwarder.worker.client_addresses import ClientAddresses
 from pyforwarder.worker.connection_ids import Way
 from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.endings import ENDS_AT_ONCE, Endings
@@ -123,6 +124,7 @@ class Session(Timed):
     __slots__ = (
         "accepted_s",
         "active_s",
+        "address_asked",
         "answered_s",
         "asking",
         "candidates",
@@ -213,6 +215,7 @@ class Session(Timed):
         self.refused = (0, 0, 0)
         self.life_ended = False
         self.asking: Wait | None = None  # for the server's name
+        self.address_asked = 0  # the request for a socket with the client's address; 0: none
         # What the server is told about the client, in front of the first datagram; empty once that
         # has been sent.
         self.proxy_header = b""
@@ -341,6 +344,7 @@ class DatagramServer:
         most_sessions: int,
         most_shown: int,
         ids: ConnectionIds,
+        ask_supervisor: Callable[[str, list[int], int], None],
         kernel: SpliceSessions | None = None,
         claims: TokenClaims | None = None,
     ) -> None:
@@ -348,6 +352,8 @@ class DatagramServer:
 
         `most_sessions` are bounded by the descriptors that this process may have, `most_shown` by
         the slots of the table that are not kept for TCP. `kernel` may take sessions over.
+        `ask_supervisor(what, descriptors, number)` asks for what needs a privilege, and does not
+        wait.
         """
         self.loop = loop
         self.counters = counters
@@ -364,6 +370,7 @@ class DatagramServer:
         self._endings = Endings(loop, self._end_some)
         self._ids = ids
         self._claims = claims
+        self._client_addresses = ClientAddresses(ask_supervisor)
         self.handover = SessionHandover(self, kernel)
         self._balancers: Mapping[str, Balancer] | None = None  # in force; None: not known
         self._names = names
@@ -980,6 +987,12 @@ class DatagramServer:
             if not generation.permits(rule, address, self.loop.now_s, protocol="udp"):
                 self._deny(session, address)
                 return
+        if session.upstream is not None and session.upstream.transparent:
+            is_ipv6 = session.peer.is_ipv6
+            same = [address for address in addresses if address.is_ipv6 == is_ipv6]
+            if same:
+                self._ask_for_clients_address(session, same[0])
+                return
         code = 0
         for address in interleave(addresses)[:MOST_ATTEMPTS]:
             family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
@@ -1000,11 +1013,74 @@ class DatagramServer:
                 sock.close()
                 code = error.errno or errno.EIO
                 continue
-            session.sock = sock
-            session.source = Address(name[0], name[1])
-            session.destination = address
-            self._established(session)
+            self._connected(session, sock, address, name)
             return
+        self._not_connected(session, code)
+
+    def _ask_for_clients_address(self, session: Session, address: Address) -> None:
+        """Have the supervisor prepare a socket; what the client sends meanwhile waits."""
+        family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
+        try:
+            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            self._not_connected(session, error.errno or errno.EIO)
+            return
+        session.destination = address
+
+        def granted(sock: socket.socket, done: bool) -> None:
+            session.address_asked = 0
+            # Deferred, so that what goes wrong is this session's and nobody else's.
+            self.loop.defer(
+                lambda _: self._connect_as_client(session, sock, address, done=done), session
+            )
+
+        session.address_asked = self._client_addresses.ask_for(sock, granted, now_s=self.loop.now_s)
+        if not session.address_asked:
+            sock.close()
+            cause = "too many sessions at once that are to have their client's address"
+            self._refuse(session, CloseReason.BUSY, cause)
+
+    def granted(self, number: int, *, done: bool) -> None:
+        """The supervisor's answer to what `ask_supervisor` asked under this number."""
+        self._client_addresses.answered(number, done=done)
+
+    def _connect_as_client(
+        self, session: Session, sock: socket.socket, address: Address, *, done: bool
+    ) -> None:
+        """Connect from the client's address, unless the session has ended in the meantime."""
+        if session.life_ended:
+            sock.close()
+            return
+        if not done:
+            sock.close()
+            cause = "this host does not let a socket have the client's address"
+            self._refuse(session, CloseReason.UNREACHABLE, cause)
+            return
+        host, _, _, scope = session.key
+        try:
+            sock.bind((host, 0, 0, scope) if address.is_ipv6 else (host, 0))
+            sock.connect(sockaddr(address))
+            want_errors(sock)
+            name = sock.getsockname()
+        except OSError as error:
+            sock.close()
+            # No server is to blame: the address may be made up, and none that can be used.
+            reason = CONNECT_ERRORS.get(error.errno or errno.EIO, CloseReason.UNREACHABLE)
+            self._refuse(session, reason, os.strerror(error.errno or errno.EIO))
+            return
+        self._connected(session, sock, address, name)
+
+    def _connected(
+        self, session: Session, sock: socket.socket, address: Address, name: tuple[str, int]
+    ) -> None:
+        """The session has a socket to its server, of this name."""
+        session.sock = sock
+        session.source = Address(name[0], name[1])
+        session.destination = address
+        self._established(session)
+
+    def _not_connected(self, session: Session, code: int) -> None:
+        """This host has no way to the session's server."""
         reason = CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE)
         if session.upstream is not None and session.server_state is not None:
             session.upstream.balancer.failed(session.server_state, self.loop.now_s)
@@ -1416,6 +1492,8 @@ class DatagramServer:
             session.upstream.balancer.release(session.server_state)
         if session.asking is not None:
             session.asking.stop()
+        if session.address_asked:
+            self._client_addresses.give_up(session.address_asked)
         is_served = session.down_packets > 0
         self._count_end(state, session.route.rule, reason, is_served=is_served)
         self.log.closed(

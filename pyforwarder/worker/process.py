@@ -34,6 +34,7 @@ from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.tables import visible
+from pyforwarder.worker.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.connection_ids import ConnectionIds
 from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
@@ -205,7 +206,7 @@ class _Worker:
             return
         message, fds = received
         if "granted" in message:
-            self._serving().granted(message["number"], done=message["granted"])
+            self._granted(message["number"], done=message["granted"])
             return
         if "claimed" in message:
             self._serving().claims.told(message["claimed"], message["first"])
@@ -405,6 +406,7 @@ class _Worker:
             most_sessions=room.sessions,
             most_shown=given.table.slots - room.clients,
             ids=ConnectionIds(self._memory.connection_ids, given.worker),
+            ask_supervisor=self._ask_supervisor,
             kernel=self._sessions,
             claims=server.claims,
         )
@@ -471,8 +473,12 @@ class _Worker:
             self._channel.send({"ask": what, "number": number}, fds, wait=False)
         except OSError:
             if what == "transparent":
-                refuse = partial(self._serving().granted, number, done=False)
-                self.loop.after(0.0, refuse)
+                self.loop.after(0.0, partial(self._granted, number, done=False))
+
+    def _granted(self, number: int, *, done: bool) -> None:
+        """What the supervisor says to a request of `_ask_supervisor`."""
+        asker = self._datagrams_of() if number > FIRST_NUMBER else self._serving()
+        asker.granted(number, done=done)
 
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""

@@ -59,6 +59,8 @@ class SessionHandover:
         choice = listener.datapaths[session.route.rule.index]
         if choice not in ("auto", "splice"):
             return
+        if session.upstream is not None and session.upstream.transparent:
+            return  # the keeper takes datagrams for this host's own addresses only
         session.is_spliced_by_name = choice == "splice"
         if not listener.config.splice:
             session.pair_reason = PairReason.SPLICE_OFF

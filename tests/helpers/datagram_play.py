@@ -62,6 +62,7 @@ class DatagramPlay:
         os.set_blocking(read_fd, False)
         self._accepted = 0
         self.names = Names(self.loop)
+        self.asked: list[tuple[str, list[int], int]] = []  # of the supervisor
         self.ids = ConnectionIds([mmap.mmap(-1, PART_BYTES)], 0)
         self.server = DatagramServer(
             self.loop,
@@ -74,6 +75,7 @@ class DatagramPlay:
             most_sessions=most_sessions,
             most_shown=SLOTS,
             ids=self.ids,
+            ask_supervisor=lambda *asked: self.asked.append(asked),
         )
         self.state = self.generation.listeners["main"]
         fd = listener.detach()

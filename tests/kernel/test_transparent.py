@@ -20,8 +20,10 @@ from pyforwarder.supervisor.messages import Ask
 from pyforwarder.supervisor.workers import TRANSPARENT, grant
 from tests.helpers.netns import private_network
 from tests.helpers.peers import Waiting, address_text, read_exactly
+from tests.helpers.sessions import datagram_socket
 
 if TYPE_CHECKING:
+    from tests.helpers.topology import Topology
     from tests.kernel.conftest import StartForwarder
 
 NETWORKS = {
@@ -111,6 +113,48 @@ def test_the_server_sees_the_clients_own_address(
             row = forwarder.wait_for_pair(lambda row: row["down_bytes"] == 4)
             assert row["source"].rpartition(":")[0].strip("[]") == there
         client.communicate()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("datapath", ["copy", "auto", "splice"])
+def test_the_server_of_a_udp_session_sees_the_clients_own_address(
+    version: int, datapath: str, hosts: Topology, start_forwarder: StartForwarder
+) -> None:
+    """Client and server on hosts of their own; such a session is copied, whatever is asked for."""
+    way = hosts.way()
+    host = way.destination[version]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(datagram_socket(way.server, host))
+        client = stack.enter_context(datagram_socket(way.client, {4: "0.0.0.0", 6: "::"}[version]))
+        port = server.getsockname()[1]
+        for words in (
+            ("rule", "ipproto", "17", "sport", str(port), "lookup", "100"),  # UDP
+            ("route", "local", NETWORKS[version][3], "dev", "lo", "table", "100"),
+        ):
+            change = ("ip", f"-{version}", words[0])
+            hosts.forwarder.run(*change, "add", *words[1:])
+            stack.callback(hosts.forwarder.run, *change, "del", *words[1:])
+        with hosts.forwarder.entered():
+            forwarder = start_forwarder(
+                f"listeners: [{{name: main, bind: '{address_text((way.listener[version], 0))}',"
+                f" protocol: udp, datapath: {datapath}, rules: [{{match: any, to: web}}]}}]\n"
+                f"upstreams: {{web: {{servers: ['{address_text((host, port))}'],"
+                " transparent: true}}\n"
+                "handover: {after_bytes: 0}\n"
+            )
+        client.connect((way.listener[version], forwarder.listeners()["main"][1]))
+        for number in range(20):
+            client.send(b"up %d" % number)
+            client.send(b"")  # nothing but its boundaries
+            data, source = server.recvfrom(100)
+            assert data == b"up %d" % number
+            assert source[0] == client.getsockname()[0]
+            assert server.recv(100) == b""
+            server.sendto(b"down %d" % number, source)
+            assert client.recv(100) == b"down %d" % number
+        row = forwarder.wait_for_pair(lambda row: row["down_packets"] == 20)
+        assert row["source"] == address_text(source[:2])
+        assert (row["datapath"], row["reason"]) == ("copy", "datagrams are copied")
 
 
 def peer_of(served: socket.socket) -> str:

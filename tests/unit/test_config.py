@@ -626,7 +626,6 @@ def test_a_unix_listener_may_take_proxy_headers_from_every_client() -> None:
         ("{match: any, to: web, send_proxy: v1}", "", ".send_proxy", "version 1 are for TCP"),
         ("{match: any, to: '1.2.3.4:5', send_proxy: v1}", "", ".send_proxy", "for TCP"),
         ("{match: any, to: web}", ", send_proxy: v1", ".send_proxy", "`send_proxy: v2`"),
-        ("{match: any, to: web}", ", transparent: on", ".to", "use another upstream"),
     ],
 )
 def test_what_datagrams_would_go_without_is_an_error(
