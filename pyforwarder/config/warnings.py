@@ -78,6 +78,14 @@ def _without_failover(config: Config) -> Iterator[_Warning]:
     moving = {ipaddress.ip_address(address) for address in failover.addresses}
     takes_any = False
     for position, listener in enumerate(config.listeners):
+        datapath = listener.datapath or config.datapath
+        is_spliced = listener.splice and datapath in ("auto", "splice")
+        if listener.protocol == "tcp" and not is_spliced:
+            why = f"`datapath: {datapath}`" if listener.splice else "`splice: false`"
+            yield (
+                ("listeners", position),
+                f"its pairs end with this machine: {why}, and only spliced ones move",
+            )
         for bind in listener.addresses if listener.protocol == "tcp" else ():
             if not isinstance(bind, Address):
                 continue

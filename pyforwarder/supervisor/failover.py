@@ -103,6 +103,12 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
             why = "pairs are not spliced here"
         elif not self._has_heard:
             why = "it has not heard yet what is in the fleet's store"
+        elif failover.mover == "command":
+            try:
+                for one in failover.addresses:
+                    addresses.interface_of(one)
+            except ControlError as error:
+                why = str(error)
         return {
             "addresses": list(failover.addresses),
             "here": there,
