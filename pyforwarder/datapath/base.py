@@ -155,6 +155,7 @@ class Pair(Timed):
         "down",
         "id",
         "is_adopted",
+        "is_shared",
         "kind",
         "pair_reason",
         "server",
@@ -186,6 +187,7 @@ class Pair(Timed):
         self.slot = -1  # in the pair table; -1 while it has none
         self.id = 0
         self.is_adopted = False  # another program connected these sockets, and may still have them
+        self.is_shared = False  # another process of ours may have descriptors of its sockets
         self.active_s = 0.0  # when userspace last moved a byte
 
     @property

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.splice.question import Question
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import Timed
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.adopting import is_plain_tcp
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.base import Flow
+    from pyforwarder.datapath.base import Flow, Pair
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.client import Client
@@ -89,6 +90,7 @@ class Handover:
         self._sockmap = sockmap
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
+        self._queue: dict[Client, None] = {}  # the keeper is asked for them when it has answered
         self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
     def settle(self, *, sockmap: bool, splice: bool) -> None:
@@ -105,6 +107,12 @@ class Handover:
     def stop(self) -> None:
         """Give nothing more to the kernel: pairs are copied from here on, as before `settle`."""
         self._is_settled = False
+
+    def finish(self) -> None:
+        """The same, and wait until it is known of every pair where it is; a second at most."""
+        self.stop()
+        if self._splice is not None:
+            self._splice.finish_questions()
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
@@ -125,15 +133,13 @@ class Handover:
             and choice != "sockmap"
             and client.listener.config.splice
         )
-        if client.is_eager and not self._is_spliced_at_once(client, choice):
+        if not client.is_eager:
+            return
+        if self._is_settled and self._splice is not None and choice != "sockmap":
+            # Before the client can have read its answer: no moment is quieter.
+            self._attempt(client)
+        else:
             self._ask(client)
-
-    def _is_spliced_at_once(self, client: Client, choice: str) -> bool:
-        """Before the client can have read its answer: no moment is quieter."""
-        if not self._is_settled or self._splice is None or choice == "sockmap":
-            return False
-        self._attempt(client, only_splice=True)
-        return not client.waits_for_handover
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
@@ -177,15 +183,54 @@ class Handover:
             self._ask(client)
 
     def _try_splice(self, client: Client) -> PairReason | None:
+        """None: the keeper is asked, or will be before long, and `_answered` goes on."""
         if not client.listener.config.splice:
             return PairReason.SPLICE_OFF
-        if self._splice is None:
+        splice = self._splice
+        if splice is None:
             return PairReason.NOT_ELIGIBLE
+        client.handover_asked = True
+        if splice.is_busy:
+            self._queue[client] = None  # copied meanwhile
+            return None
         client.expects_splice = False  # bytes are moved for the last time in there
         config = client.listener.generation.config
-        self._splice.takes_any_interface = config.splice_interfaces == "any"
-        self._splice.keepalive = config.keepalive.terms
-        return self._splice.join(client)
+        splice.takes_any_interface = config.splice_interfaces == "any"
+        splice.keepalive = config.keepalive.terms
+        return splice.ask(client, self._heard)
+
+    def _heard(self, pair: Pair, reason: PairReason | None) -> None:
+        """What has become of a pair that the keeper was asked for."""
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
+        if pair.life is Life.JOINED:
+            self._answered(pair, reason)
+        while self._queue and self._splice is not None and not self._splice.is_busy:
+            client = next(iter(self._queue))
+            del self._queue[client]
+            try:
+                self._attempt(client)
+            except Exception as error:
+                self._server.loop.on_error(client, error)
+
+    def _answered(self, client: Client, reason: PairReason | None) -> None:
+        """Splice has taken the pair (None), or has not."""
+        if reason is PairReason.UNREAD_BYTES:
+            # The copy goes on, and its next move asks again; or the clock.
+            client.handover_asked = False
+            self._ask_again_soon(client)
+        elif reason is PairReason.NO_KEEPER and self._wait_for_keeper(client):
+            pass
+        elif reason in _FINAL:
+            choice = self._choice(client)
+            self._end(client, reason, PairReason.BEST if choice == "auto" else PairReason.FORCED)
+        else:
+            client.not_spliced = reason
+            self._ask(client)  # for the next best
+
+    @staticmethod
+    def _choice(client: Client) -> str:
+        return client.listener.datapaths[client.route.rule.index] if client.route else "auto"
 
     def _ask(self, client: Client) -> None:
         # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
@@ -222,8 +267,10 @@ class Handover:
         if self._due:
             self._server.loop.defer(self._ask_for_due, None)
 
-    def _attempt(self, client: Client, *, only_splice: bool = False) -> None:
+    def _attempt(self, client: Client) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
+            return
+        if client in self._queue or isinstance(client.datapath, Question):
             return
         if client.keeper_wait is not None and client.keeper_wait.goes_on:
             return
@@ -231,22 +278,17 @@ class Handover:
             self._server.records.show(client)
         if not self._is_settled:
             return  # `settle` asks again
-        choice = client.listener.datapaths[client.route.rule.index] if client.route else "auto"
+        choice = self._choice(client)
         because = PairReason.BEST if choice == "auto" else PairReason.FORCED
         reason: PairReason | None = PairReason.NOT_AVAILABLE
         if client.not_spliced is not None:
             reason = because = client.not_spliced
         elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
             reason = self._try_splice(client)
-            if reason is PairReason.NO_KEEPER and self._wait_for_keeper(client):
-                return
-            if reason not in _FINAL:
-                client.not_spliced = because = reason
-            elif reason is PairReason.UNREAD_BYTES:
-                self._ask_again_soon(client)
-        if reason not in _FINAL and self._sockmap is not None:
-            if only_splice:
-                return  # the next turn of the loop asks the sockmap
+            if reason is not None:
+                self._answered(client, reason)
+            return
+        if self._sockmap is not None:
             reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:
@@ -255,6 +297,10 @@ class Handover:
             # More has arrived than was read: the copy goes on, and its next move asks again.
             client.handover_asked = False
             return
+        self._end(client, reason, because)
+
+    def _end(self, client: Client, reason: PairReason | None, because: PairReason) -> None:
+        """The pair is where it stays; `reason`: why it is copied; `because`: why it is not."""
         client.waits_for_handover = False
         if reason is None:
             is_spliced = client.kind is DatapathKind.SPLICE

@@ -162,6 +162,8 @@ class Giving:
         if self._is_over:
             return 0  # nobody gets them
         left = sum(1 for client in self._server.clients.values() if self._is_spliced(client))
+        if self._splice is not None:
+            left += self._splice.questions  # they may be spliced in a moment
         return left + (0 if self._sessions_told else 1)
 
     def _is_spliced(self, client: Client) -> bool:
@@ -184,6 +186,7 @@ class Giving:
         """The other worker is gone: what is copied ends here, and what is spliced is adopted."""
         self._is_over = True
         self._heir.close()
+        self._server.handover.finish()
         for client in list(self._server.clients.values()):
             if self._is_spliced(client):
                 assert self._splice is not None

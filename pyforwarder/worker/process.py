@@ -236,6 +236,7 @@ class _Worker:
             case "spliced_left":
                 return self._giving.spliced_left() if self._giving is not None else 0
             case "stop":
+                self._serving().handover.finish()
                 self._serving().reset_all(CloseReason.SHUTDOWN)
                 self._datagrams_of().end_all(CloseReason.SHUTDOWN)
                 self.loop.defer(lambda _: self.loop.stop(), None)
@@ -377,16 +378,12 @@ class _Worker:
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
         splice = None
         if given.splicing is not None:
+            # One for both: each reads all that comes.
+            keeper = given.splicing.client(given.worker)
             splice = self._splice = SpliceDatapath(
-                server,
-                given.splicing.maps,
-                given.splicing.client(given.worker),
-                window=window,
-                worker=given.worker,
+                server, given.splicing.maps, keeper, window=window, worker=given.worker
             )
-            self._sessions = SpliceSessions(
-                given.splicing.maps.sessions, given.splicing.client(given.worker), window=window
-            )
+            self._sessions = SpliceSessions(given.splicing.maps.sessions, keeper, window=window)
             given.splicing.keep_only(given.worker)
         self._drop_kernel_objects()
         server.pressure.start()

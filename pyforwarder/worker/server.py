@@ -23,6 +23,7 @@ from pyforwarder.core.reasons import CloseReason, refusal_code
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.splice.question import Question
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.channel import BACKLOG
 from pyforwarder.runtime.counters import (
@@ -606,6 +607,10 @@ class Server:
         """The pair cannot be continued correctly."""
         assert isinstance(pair, Client)
         if pair.life is not _CLOSED:
+            if isinstance(pair.datapath, Question):
+                # Where it is will be known in a moment; that ends it then.
+                pair.datapath.ends_with = pair.datapath.ends_with or reason
+                return
             if not pair.is_refused:
                 pair.reason = reason  # a refusal stays what it is, however its client takes it
             self.happen(pair, Event.BROKEN)
@@ -775,6 +780,7 @@ class Server:
         if client.is_adopted:
             for cookie in client.cookies:
                 del self._adopted[cookie]
+        if client.is_adopted or client.is_shared:
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach whoever is given the number next.
             loop.forget(client_fd)

@@ -154,3 +154,86 @@ def test_two_clients_of_a_process_do_not_take_each_other_s_answers(
     thread = answering(keeper, lambda _: {})
     assert "late" not in KeeperClient(first._sock).ask("bury")
     thread.join()
+
+
+# Asked without waiting
+
+
+def say(keeper: socket.socket, number: int, **words: object) -> None:
+    keeper.send(json.dumps({"n": number, **words}).encode())
+
+
+def test_begins_and_hears_later_whose_answer_it_is(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    numbers = [client.begin("join", []) for _ in range(3)]
+    assert client.answers() == []
+    asked = [json.loads(keeper.recv(8192)) for _ in numbers]
+    assert [one["n"] for one in asked] == numbers
+    assert all(one["until"] > time.monotonic() for one in asked)
+    for number in reversed(numbers[1:]):
+        say(keeper, number, busy=0)
+    say(keeper, 1, busy=0)  # nobody's
+    assert [number for number, _ in client.answers()] == list(reversed(numbers[1:]))
+    assert client.answers() == []
+    say(keeper, numbers[0], late=True)
+    assert client.answers() == [(numbers[0], {"n": numbers[0], "late": True})]
+    say(keeper, numbers[0], busy=0)  # twice
+    assert client.answers() == []
+
+
+def test_an_answer_that_comes_while_another_is_waited_for_is_kept(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    told: list[int] = []
+    client.on_early = lambda: told.append(1)
+    number = client.begin("join", [])
+
+    def serve() -> None:
+        say(keeper, json.loads(keeper.recv(8192))["n"], index=7)
+        say(keeper, json.loads(keeper.recv(8192))["n"], done=True)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert client.ask("leave")["done"] is True
+    thread.join()
+    assert told == [1]
+    assert client.answers() == [(number, {"n": number, "index": 7})]
+
+
+def test_nothing_is_begun_while_the_keeper_has_not_read_what_was_given_up(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, keeper = ends
+    number = client.begin("join", [])
+    client.give_up(number)
+    assert took_s(lambda: client.begin("join", [])) < AT_ONCE_S
+    assert client.begin("join", []) == 0
+    assert json.loads(keeper.recv(8192))["n"] == number
+    say(keeper, number, index=7)  # too late for anybody
+    assert client.answers() == []
+    assert client.begin("join", []) > number
+
+
+def test_a_queue_without_room_is_no_reason_to_wait(
+    ends: tuple[KeeperClient, socket.socket],
+) -> None:
+    client, _ = ends
+    for _ in range(10_000):
+        if not client.begin("join", [], padding="x" * 1000):
+            return
+    pytest.fail("it takes everything")
+
+
+def test_who_has_no_keeper_any_more_hears_it(ends: tuple[KeeperClient, socket.socket]) -> None:
+    client, keeper = ends
+    number = client.begin("join", [])
+    keeper.recv(8192)
+    say(keeper, number, busy=0)
+    keeper.close()
+    assert [n for n, _ in client.answers()] == [number]
+    with pytest.raises(KeeperError):
+        client.answers()
+    assert client.begin("join", []) == 0

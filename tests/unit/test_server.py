@@ -21,14 +21,19 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pyforwarder.core.connection import Life
 from pyforwarder.core.keepalive import OFF
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath import copying
 from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind, PairState
 from pyforwarder.datapath.ebpf.pair_table import PairWindow, read_records
 from pyforwarder.datapath.proof.rig import loopback_pair
+from pyforwarder.datapath.splice.question import Question
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import (
@@ -53,13 +58,14 @@ from pyforwarder.worker.server import Server
 from tests.helpers.fake_datapath import FakeDatapath
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole
-from tests.helpers.peers import unused_port
+from tests.helpers.peers import pattern, unused_port
 from tests.unit.test_generation import settings_of
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair, PairHost
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
+    from pyforwarder.datapath.splice.question import Then
     from pyforwarder.worker.client import Client
 
 T = TypeVar("T")
@@ -1184,33 +1190,66 @@ def test_pair_that_has_waited_in_vain_is_copied_for_good(
 
 
 class FakeSplice(FakeDatapath):
-    """The same in splice's place; its keeper is what refuses."""
+    """The same in splice's place; its keeper is what refuses, or is silent until `answer`."""
 
     kind = DatapathKind.SPLICE
 
     def __init__(self, host: PairHost) -> None:
         super().__init__(host)
         self.asked: list[Pair] = []
+        self.is_silent = False
+        self.open: dict[Pair, Question] = {}
         self.takes_any_interface = False
         self.keepalive = OFF
+
+    @property
+    def is_busy(self) -> bool:
+        """Two at once are enough."""
+        return len(self.open) >= 2
 
     def expect(self, pair: Pair) -> None:
         """Nothing is to be locked."""
 
-    def join(self, pair: Pair) -> PairReason | None:
-        """Count how often it was asked."""
+    def ask(self, pair: Pair, then: Then) -> PairReason | None:
+        """Ask the keeper; counts how often."""
         self.asked.append(pair)
-        return super().join(pair)
+        if self.refuse_with is not None and not self.is_silent:
+            return self.refuse_with
+        assert isinstance(pair.datapath, CopyDatapath)
+        question = Question(self._loop, pair, pair.datapath, 1, then, self.answer_one)
+        self.open[pair] = question
+        if not self.is_silent:
+            self._loop.defer(self.answer_one, question)
+        return None
+
+    def answer_one(self, question: Question) -> None:
+        """As SpliceDatapath does."""
+        pair = question.pair
+        if pair is None:
+            return
+        del self.open[pair]
+        question.release(pair)
+        reason = self.join(pair)
+        if reason is not None:
+            question.go_on(pair)
+        if question.ends_with is not None:
+            self._host.broken(pair, question.ends_with)
+        question.then(pair, reason)
+
+    def finish_questions(self) -> None:
+        """Answer all that are open."""
+        while self.open:
+            self.answer_one(next(iter(self.open.values())))
 
 
-def splicing(play: Play) -> FakeSplice:
+def splicing(play: Play, *, sockmap: bool = True) -> FakeSplice:
     """The play has a splice from now on, whose keeper does not answer."""
     splice = FakeSplice(play.server)
     splice.refuse_with = PairReason.NO_KEEPER
     play.server.handover = Handover(
         play.server, cast("SockmapDatapath", play.fake), cast("SpliceDatapath", splice)
     )
-    play.server.handover.settle(sockmap=True, splice=True)
+    play.server.handover.settle(sockmap=sockmap, splice=True)
     return splice
 
 
@@ -1292,6 +1331,248 @@ def test_pairs_that_waited_for_the_keeper_are_asked_for_a_few_at_a_time(
         turns.append(len(splice.asked))
     assert max(after - before for before, after in itertools.pairwise(turns)) <= 2
     play.run_until(lambda: play.fake.joined == 7, "handovers")
+
+
+# While the keeper is asked
+
+
+def silent(play: Play) -> FakeSplice:
+    """The play's keeper has nothing against a pair, and does not answer by itself.
+
+    Pairs that it refuses are copied: a sockmap would look at their sockets anew.
+    """
+    splice = splicing(play, sockmap=False)
+    splice.is_silent = True
+    splice.refuse_with = None
+    return splice
+
+
+@pytest.mark.parametrize("refusal", [None, PairReason.MAP_FULL, PairReason.UNREAD_BYTES])
+def test_what_comes_while_the_keeper_is_asked_waits_for_its_answer(
+    start: StartPlay, servers: Servers, refusal: PairReason | None
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.open, "question")
+    splice.refuse_with = refusal
+    client.sendall(b"up")
+    server.sendall(b"down")
+    if refusal is not None:  # a spliced pair's FIN is not ours to carry on
+        client.shutdown(socket.SHUT_WR)
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    pair = play.only_client()
+    assert pair.kind is DatapathKind.COPY
+    assert (pair.up.carried_bytes, pair.down.carried_bytes) == (0, 0)
+    splice.finish_questions()
+    splice.refuse_with = refusal and PairReason.MAP_FULL
+    splice.is_silent = False
+    if refusal is None:
+        assert (play.read(server, 2), play.read(client, 4)) == (b"up", b"down")
+        return
+    assert play.read_end(server) == (b"up", "eof")
+    server.shutdown(socket.SHUT_WR)
+    assert play.read_end(client) == (b"down", "eof")
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+def test_nothing_of_a_pair_moves_while_the_keeper_is_asked_for_it(
+    start: StartPlay, servers: Servers
+) -> None:
+    """In the middle of a conversation, with a turn of it due."""
+    play = start(named("handover: {after_bytes: 8, after_round_trips: 1000, after: 1h}"))
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    client.sendall(b"x" * 100)
+    assert play.read(server, 100) == b"x" * 100
+    play.run_until(lambda: splice.open, "question")
+    pair = play.only_client()
+    play.loop.soon(pair, pair.client_fd)
+    client.sendall(b"y" * 100)
+    server.sendall(b"z" * 100)
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    assert (pair.up.carried_bytes, pair.down.carried_bytes) == (100, 0)
+    splice.refuse_with = PairReason.MAP_FULL
+    splice.finish_questions()
+    assert play.read(server, 100) == b"y" * 100
+    assert play.read(client, 100) == b"z" * 100
+
+
+def test_a_turn_that_was_due_as_the_keeper_was_asked_is_taken_after_its_answer(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is unread has told its edge before: no event tells it again."""
+    monkeypatch.setattr(copying, "FAIR_SHARE_BYTES", 1)
+    monkeypatch.setattr(copying, "READ_BYTES", 1000)
+    play = start(named("handover: {after_bytes: 8, after_round_trips: 1000, after: 1h}"))
+    play.server.copying.may_take_much = False
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    data = pattern(10 * copying.READ_BYTES)
+    assert client.send(data) == len(data)
+    play.run_until(lambda: splice.open, "question")
+    play.loop.run_once(0.002)  # that turn comes
+    splice.refuse_with = PairReason.MAP_FULL
+    splice.finish_questions()
+    assert play.read(server, len(data)) == data
+
+
+@pytest.mark.parametrize("refusal", [None, PairReason.MAP_FULL])
+def test_a_reset_while_the_keeper_is_asked_is_carried_on_after_its_answer(
+    start: StartPlay, servers: Servers, refusal: PairReason | None
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.open, "question")
+    splice.refuse_with = refusal
+    reset(client)
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    assert play.closed(CloseReason.CLIENT_RESET) == 0
+    splice.finish_questions()
+    assert play.read_end(server) == (b"", "reset")
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+
+
+@pytest.mark.parametrize("refusal", [None, PairReason.MAP_FULL])
+def test_a_pair_that_is_flushed_while_the_keeper_is_asked_ends_after_its_answer(
+    start: StartPlay, servers: Servers, refusal: PairReason | None
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.open, "question")
+    splice.refuse_with = refusal
+    assert play.server.flush_ids(None) == [play.only_client().id]
+    assert play.server.flush_ids(None) == [play.only_client().id]
+    play.loop.run_once(0.01)
+    assert play.closed(CloseReason.FLUSHED) == 0
+    splice.finish_questions()
+    assert play.closed(CloseReason.FLUSHED) == 1
+    for end in (client, server):
+        assert play.read_end(end) == (b"", "reset")
+    assert splice.joined == splice.left == (refusal is None)
+
+
+def test_a_fault_of_ours_while_the_keeper_is_asked_ends_the_pair_at_once(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.open, "question")
+    play.server.failed(play.only_client(), ValueError("made up"))
+    for end in (client, server):
+        assert play.read_end(end) == (b"", "reset")
+    ((_, question),) = splice.open.items()
+    assert question.pair is None
+    splice.open.clear()
+
+
+def test_pairs_wait_copied_while_the_keeper_is_asked_for_others(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    listening, address = servers()
+    pairs = [play.joined(listening, address) for _ in range(5)]
+    assert len(splice.open) == 2
+    client, server = pairs[-1]
+    client.sendall(b"copied")
+    assert play.read(server, 6) == b"copied"
+    gone, _ = pairs[3]
+    reset(gone)
+    play.wait_for_end(CloseReason.CLIENT_RESET)
+    splice.is_silent = False
+    splice.finish_questions()
+    play.run_until(lambda: splice.joined == 4, "all that are left")
+    assert play.counters[Counter.JOINED_SPLICE] == 4
+
+
+def test_a_worker_that_stops_knows_first_where_its_pairs_are(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    splice = silent(play)
+    listening, address = servers()
+    for _ in range(4):
+        play.joined(listening, address)
+    play.server.handover.finish()
+    assert not splice.open
+    assert (splice.joined, play.fake.joined) == (2, 0)
+    play.server.reset_all(CloseReason.SHUTDOWN)
+    assert splice.left == 2
+
+
+# What may happen to a pair whose keeper answers late, in any order.
+STEPS: Final = ("up", "down", "much up", "turn", "taken", "refused", "busy", "silent")
+MUCH_BYTES: Final = 300_001
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    when=st.sampled_from([EAGER, "handover: {after_bytes: 8, after_round_trips: 1000, after: 1h}"]),
+    steps=st.lists(st.sampled_from(STEPS), max_size=14),
+    end=st.sampled_from(["close", "reset", "flush"]),
+)
+def test_no_byte_is_lost_or_comes_twice_whenever_the_keeper_answers(
+    servers: Servers, when: str, steps: list[str], end: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handover, "_KEEPER_PAUSES_S", (0.001,) * 4)
+        patch.setattr(handover, "_AGAIN_S", 0.001)
+        play = Play(named(when))
+        try:
+            played_with_late_answers(play, servers(), steps, end)
+        finally:
+            play.close()
+
+
+def played_with_late_answers(
+    play: Play, server_at: tuple[socket.socket, str], steps: list[str], end: str
+) -> None:
+    splice = silent(play)
+    client, server = play.joined(*server_at)
+    sent = {"up": 0, "down": 0}
+    answers = {
+        "taken": None,
+        "refused": PairReason.MAP_FULL,
+        "busy": PairReason.UNREAD_BYTES,
+        "silent": PairReason.NO_KEEPER,
+    }
+    for step in steps:
+        if step in answers:
+            splice.refuse_with = answers[step]
+            splice.finish_questions()
+        elif step == "turn":
+            play.loop.run_once(0.002)
+        else:
+            sock, way = (server, "down") if step == "down" else (client, "up")
+            size = MUCH_BYTES if step == "much up" else 7
+            with contextlib.suppress(BlockingIOError):
+                sent[way] += sock.send(pattern(size, start=sent[way]))
+    if end == "flush":
+        play.server.flush_ids(None)
+    elif end == "reset":
+        reset(client)
+    splice.refuse_with = None
+    splice.is_silent = False
+    splice.finish_questions()
+    pair = next(iter(play.server.clients.values()), None)
+    assert pair is None or not isinstance(pair.datapath, Question)
+    if end == "close":
+        for sock, size in ((server, sent["up"]), (client, sent["down"])):
+            assert not size or play.read(sock, size) == pattern(size)
+        return
+    got, ended = play.read_end(server)
+    assert ended == "reset"
+    assert got == pattern(sent["up"])[: len(got)]
+    play.wait_for_end(CloseReason.FLUSHED if end == "flush" else CloseReason.CLIENT_RESET)
 
 
 def test_copy_that_was_asked_for_is_not_handed_over(start: StartPlay, servers: Servers) -> None:

@@ -38,6 +38,7 @@ from pyforwarder.datapath.splice.abi import (
 )
 from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError, splice_memory
 from pyforwarder.datapath.splice.maps import ring_bytes, used_indexes
+from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
 from pyforwarder.runtime.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT
 from pyforwarder.runtime.slowness import scaled_s
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.datapath.splice.maps import SpliceMaps
+    from pyforwarder.datapath.splice.question import Then
 
 # socket(7) has not got it yet: which buffers the kernel leaves as they are, since Linux 5.14.
 _SO_BUF_LOCK: Final = 72
@@ -57,6 +59,10 @@ _SOCK_RCVBUF_LOCK: Final = 2
 _LOOK_S: Final = 1.0
 # A program that lets a pair begin is done in microseconds, if it is not interrupted.
 _BEGINNING_S: Final = 0.5
+_BEGINNING_LOOK_S: Final = 0.001
+# Pairs that the keeper is asked for at the same time. It does one after the other, and they stand
+# still meanwhile; fewer would wait for a turn of our loop in between.
+MOST_QUESTIONS: Final = 8
 # After a keeper that did not answer, none is asked for so long.
 _KEEPER_PAUSE_S: Final = 5.0
 # Whose pair it is from now on it is told so often, with such pauses, until it answers.
@@ -139,10 +145,14 @@ class SpliceDatapath:
         self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
         self._is_looking = False  # a timer is set
         self._keeper_from_s = 0.0  # not asked before
+        self._questions: dict[int, Question] = {}  # by number, the oldest first
         # Packets of pairs that begin from now on may come by whatever interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
         self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
+        self._is_heard = True
+        self._loop.watch(keeper.fileno(), 0, self._heard, None)  # listened to while it is asked
+        keeper.on_early = lambda: self._loop.defer(lambda _: self._hear(), None)
 
     def expect(self, pair: Pair) -> None:
         """The pair, which is copied now, will be asked for: let its sockets promise no more.
@@ -177,29 +187,33 @@ class SpliceDatapath:
         return obstacle
 
     def _begin(self, pair: Pair) -> PairReason | None:
-        """Have the keeper take the pair."""
-        assert pair.server is not None
-        fds = [pair.client_fd, pair.server_fd]
-        self._acknowledge(pair)
-        # The program counts in the record only while it bears this number.
-        self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
-        slot = self._window.first_slot + pair.slot
-        pending = [len(flow.pending or b"") for flow in (pair.up, pair.down)]
+        """Have the keeper take the pair, and wait for that."""
         try:
-            answer = self._keeper.ask(
-                "join",
-                fds,
-                id=pair.id,
-                slot=slot,
-                pending=pending,
-                any_interface=int(self.takes_any_interface),
-                keepalive=self.keepalive,
-            )
+            fds, fields = self._request(pair)
+            answer = self._keeper.ask("join", fds, **fields)
         except KeeperError:
             self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
             answer = {"error": "none"}
         if "overdue" in answer:
             answer = self._look_up(pair)
+        return self._conclude(pair, answer)
+
+    def _request(self, pair: Pair) -> tuple[list[int], dict[str, object]]:
+        """What `join` is told: descriptors and fields; right before it is."""
+        pair.is_shared = True
+        self._acknowledge(pair)
+        # The program counts in the record only while it bears this number.
+        self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
+        return [pair.client_fd, pair.server_fd], {
+            "id": pair.id,
+            "slot": self._window.first_slot + pair.slot,
+            "pending": [len(flow.pending or b"") for flow in (pair.up, pair.down)],
+            "any_interface": int(self.takes_any_interface),
+            "keepalive": self.keepalive,
+        }
+
+    def _conclude(self, pair: Pair, answer: dict[str, Any]) -> PairReason | None:
+        """Do what the keeper's answer says, or what has been found out without it."""
         if "refused" in answer:
             return PairReason(answer["refused"])
         if "error" in answer:
@@ -216,23 +230,143 @@ class SpliceDatapath:
 
     def _look_up(self, pair: Pair) -> dict[str, Any]:
         """What the keeper would have answered: the pair has begun by now, or will not any more."""
-        slot = self._window.first_slot + pair.slot
         until_s = time.monotonic() + scaled_s(_BEGINNING_S)
-        while True:
-            record = None
-            for index in used_indexes(self._memory):
-                found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
-                if (found.id, found.slot) == (pair.id, slot):
-                    record = found
-                    break
-            if record is None or record.state in (SpliceState.FREE, SpliceState.ARMED):
-                return {"refused": int(PairReason.NO_KEEPER)}
-            if record.state == SpliceState.ACTIVE:
-                unread = [int(way.unread) for way in record.way]
-                return {"busy": 0, "index": index, "unread": unread, "mute": False}
+        while (answer := self._look_once(pair)) is None:
             if time.monotonic() > until_s:
                 return {"error": "none"}
-            time.sleep(0.001)  # in this very moment: a program is running
+            time.sleep(_BEGINNING_LOOK_S)
+        return answer
+
+    def _look_once(self, pair: Pair) -> dict[str, Any] | None:
+        """The same; None: a program is running in this very moment."""
+        slot = self._window.first_slot + pair.slot
+        record = None
+        for index in used_indexes(self._memory):
+            found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+            if (found.id, found.slot) == (pair.id, slot):
+                record = found
+                break
+        if record is None or record.state in (SpliceState.FREE, SpliceState.ARMED):
+            return {"refused": int(PairReason.NO_KEEPER)}
+        if record.state == SpliceState.ACTIVE:
+            unread = [int(way.unread) for way in record.way]
+            return {"busy": 0, "index": index, "unread": unread, "mute": False}
+        return None
+
+    # Asking without waiting
+
+    @property
+    def is_busy(self) -> bool:
+        """The keeper is asked for as many pairs at once as it may be."""
+        return len(self._questions) >= MOST_QUESTIONS
+
+    @property
+    def questions(self) -> int:
+        """For how many pairs the keeper is asked; each may be spliced before long."""
+        return len(self._questions)
+
+    def ask(self, pair: Pair, then: Then) -> PairReason | None:
+        """`join` of a pair that is copied, without waiting for the keeper.
+
+        None: it stands still, and `then` is called with what `join` would have said, within
+        `KeeperClient.longest_s`; the pair may have ended by then. Else what `join` would have said
+        at once, and nothing has changed. Not while this `is_busy`.
+        """
+        obstacle = self._obstacle(pair)
+        if obstacle is None:
+            before = pair.datapath
+            assert isinstance(before, CopyDatapath)
+            fds, fields = self._request(pair)
+            number = self._keeper.begin("join", fds, **fields) if self._is_heard else 0
+            if number:
+                question = Question(self._loop, pair, before, number, then, self._overdue)
+                if not self._questions:
+                    self._loop.change(self._keeper.fileno(), EPOLLIN)
+                self._questions[number] = question
+                # By a clock that is later than the question; the loop's is that of its turn.
+                now_s = time.monotonic()
+                self._loop.deadlines.start(question, self._keeper.longest_s, now_s)
+                return None
+            obstacle = PairReason.NO_KEEPER
+        if obstacle is not PairReason.UNREAD_BYTES:
+            self._expect_no_more(pair)
+        return obstacle
+
+    def _heard(self, _owner: object, _fd: int, _mask: int) -> None:
+        self._hear()
+
+    def _hear(self) -> None:
+        try:
+            answers = self._keeper.answers()
+        except KeeperError:
+            # Nor will there ever be another; what has begun stands in the records.
+            if self._is_heard:
+                self._is_heard = False
+                self._loop.forget(self._keeper.fileno())
+            return
+        for number, answer in answers:
+            question = self._questions.get(number)
+            if question is not None:
+                if "late" in answer:
+                    answer = {"refused": int(PairReason.NO_KEEPER)}
+                self._end_question(question, answer)
+
+    def _overdue(self, question: Question) -> None:
+        """The keeper has not answered: what has become of the pair stands in its record."""
+        self._hear()  # the answer may be here, if we are late ourselves
+        if question.number not in self._questions:
+            return
+        pair = question.pair
+        answer = self._look_once(pair) if pair is not None else {"error": "none"}
+        if answer is None:
+            now_s = time.monotonic()
+            question.looks += 1
+            if question.looks * _BEGINNING_LOOK_S < scaled_s(_BEGINNING_S):
+                self._loop.deadlines.start(question, _BEGINNING_LOOK_S, now_s)
+                return
+            answer = {"error": "none"}
+        self._keeper.give_up(question.number)
+        self._end_question(question, answer)
+
+    def _end_question(self, question: Question, answer: dict[str, Any]) -> None:
+        del self._questions[question.number]
+        if not self._questions and self._is_heard:
+            self._loop.change(self._keeper.fileno(), 0)
+        self._loop.deadlines.stop(question)
+        pair = question.pair
+        if pair is None:
+            if "index" in answer:
+                self.forget(answer["index"])
+            return
+        reason: PairReason | None = PairReason.NO_KEEPER
+        try:
+            question.release(pair)
+            reason = self._conclude(pair, answer)
+            if pair.datapath is self:
+                self._look(pair)  # what the programs said meanwhile was nobody's
+            elif pair.datapath is not None:
+                question.go_on(pair)
+                if reason is not PairReason.UNREAD_BYTES:
+                    self._expect_no_more(pair)
+            if question.ends_with is not None and pair.datapath is not None:
+                self._host.broken(pair, question.ends_with)
+        except Exception as error:
+            self._loop.on_error(pair, error)
+        question.then(pair, reason)
+
+    def finish_questions(self) -> None:
+        """Wait until none is open: who calls it is about to end, or to give its pairs away."""
+        while self._questions:
+            question = next(iter(self._questions.values()))
+            wait_s = question.due_s - time.monotonic()
+            if wait_s <= 0:
+                self._overdue(question)
+                time.sleep(_BEGINNING_LOOK_S)
+            elif self._is_heard:
+                self._keeper.wait(wait_s)
+                self._hear()
+            else:
+                time.sleep(wait_s)
 
     @staticmethod
     def _acknowledge(pair: Pair) -> None:
@@ -357,6 +491,7 @@ class SpliceDatapath:
         if not is_mute:
             self._with_tail[index] = pair
             self._look_later()
+        pair.is_shared = True
         pair.kind = DatapathKind.SPLICE
         pair.datapath = self
         self._by_index[index] = pair

@@ -2,8 +2,9 @@
 
 That needs privileges (TCP_REPAIR, BPF_PROG_TEST_RUN) and must be quick, so it is neither the
 worker's nor the supervisor's: the keeper is a process of its own that does only this. A worker asks
-over its own socket and waits for the answer. It is not trusted: addresses come from the sockets
-that it hands over, never from its words, and it reaches only splices it began.
+over its own socket; for a pair that is to begin it does not wait meanwhile. It is not trusted:
+addresses come from the sockets that it hands over, never from its words, and it reaches only
+splices it began.
 
 All the keeper knows stands in the records, too. So one that died is replaced by one that reads
 them, and pairs whose worker or whole daemon died go on, and are given to the successor.
@@ -117,7 +118,7 @@ class KeeperError(DatapathError):
 
 
 class KeeperClient:
-    """A worker's end: asks, and waits for the answer.
+    """A worker's end: asks, and waits for the answer (`ask`) or not (`begin`, `answers`).
 
     While the keeper has not even read what it was asked last, it is not asked again, and nobody
     waits.
@@ -128,6 +129,65 @@ class KeeperClient:
         self._sock = sock
         self._read_timeout_s = _PATIENT_TIMEOUT_S if is_patient else _READ_TIMEOUT_S
         self._is_silent = False
+        # Asked by `begin` and not answered; answers that came as that to another was waited for.
+        self._open: set[int] = set()
+        self._early: list[tuple[int, dict[str, Any]]] = []
+        self.on_early: Callable[[], None] = lambda: None  # called when there are such answers
+
+    def fileno(self) -> int:
+        """Readable when there may be `answers`."""
+        return self._sock.fileno()
+
+    @property
+    def longest_s(self) -> float:
+        """So long after `begin` no pair begins any more."""
+        return scaled_s(self._read_timeout_s) + scaled_s(_BEGIN_TIMEOUT_S) + _MARGIN_S
+
+    def begin(self, do: str, fds: Sequence[int], **fields: object) -> int:
+        """Ask, and do not wait: the number of one of `answers`; 0: nobody would read it now."""
+        if self._is_silent and self._is_unread():
+            return 0
+        number = os.getpid() << 32 | next(_numbers)
+        until_s = time.monotonic() + scaled_s(self._read_timeout_s)
+        request = {"do": do, "n": number, "until": until_s, **fields}
+        self._sock.setblocking(False)
+        try:
+            socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
+        except OSError:
+            return 0
+        self._open.add(number)
+        return number
+
+    def answers(self) -> list[tuple[int, dict[str, Any]]]:
+        """What has come of what was asked by `begin`, each with its number; does not wait.
+
+        Raises:
+            KeeperError: nobody will ever answer.
+        """
+        self._sock.setblocking(False)
+        try:
+            while True:
+                self._read_answer()
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if not self._early:
+                raise KeeperError("hear the splice keeper", error.errno or errno.EPIPE) from error
+        found, self._early = self._early, []
+        for _, answer in found:
+            self._is_silent = "late" in answer
+        return found
+
+    def wait(self, wait_s: float) -> None:
+        """Until there are `answers`, but no longer."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.poll(math.ceil(wait_s * 1000))
+
+    def give_up(self, number: int) -> None:
+        """What was asked by `begin` has not been answered in time."""
+        self._open.discard(number)
+        self._is_silent = True
 
     def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> dict[str, Any]:
         """The keeper's answer; what was to begin and it has not read in time is refused.
@@ -185,17 +245,31 @@ class KeeperClient:
             return {"overdue": True}, []
 
     def _answer(self, number: int) -> tuple[dict[str, Any], list[int]]:
-        while True:
-            data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
-            for fd in given:
-                os.set_inheritable(fd, False)
-            if not data:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-            answer: dict[str, Any] = json.loads(data)
-            if answer.get("n") == number:
-                return answer, given
-            for fd in given:
-                os.close(fd)
+        try:
+            while True:
+                answer, given = self._read_answer(number)
+                if answer is not None:
+                    return answer, given
+        finally:
+            if self._early:
+                self.on_early()
+
+    def _read_answer(self, number: int = 0) -> tuple[dict[str, Any] | None, list[int]]:
+        """The next one, if it is that one's; if not it is put by, or nobody waits for it."""
+        data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
+        for fd in given:
+            os.set_inheritable(fd, False)
+        if not data:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        answer: dict[str, Any] = json.loads(data)
+        if number and answer.get("n") == number:
+            return answer, given
+        for fd in given:
+            os.close(fd)
+        if answer.get("n") in self._open:
+            self._open.remove(answer["n"])
+            self._early.append((answer["n"], answer))
+        return None, []
 
     def _is_unread(self) -> bool:
         """Whether anything that was asked is still in the keeper's queue."""
