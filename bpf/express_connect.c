@@ -802,8 +802,15 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 			sum = ask->sum;
 		else if (seen->bytes == ask->segment)
 			sum = ask->segment_sum;
-		else
-			return DROP; /* its next one may be as it was; or the keeper gives up */
+		else {
+			/* It has grown meanwhile: our stack takes it as it is, and a worker. */
+			if (!change(ask, word, PF_EXPRESS_FILLING))
+				return DROP;
+			forget_flows(splice, place);
+			give_back(ask, splice, place);
+			count(PF_COUNT_LONG);
+			return NEXT;
+		}
 		count(PF_COUNT_ASKED_AGAIN);
 		return send_syn(skb, splice, ask, seen->tsval, sum, v6);
 	}

@@ -374,6 +374,17 @@ def test_two_segments_with_loss(site: Open, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_what_comes_again_has_grown(site: Open, version: int) -> None:
+    """TCP sends together again what it had sent in pieces: that is more than was kept."""
+    here = site((False, False), version)
+    with worker(here) as taken, faults() as lossy, lossy.put_on((here.way.server, "s0")):
+        lossy.set(exact={1: Action.LOSE})  # the SYN
+        converse(here, pattern(1000), 10, 5_000)
+        assert taken
+    assert is_unused(here)
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_segments_of_a_sender_without_offload(version: int) -> None:
     """They come one by one, so the first is not known to be the last."""
     with topology() as plain:
