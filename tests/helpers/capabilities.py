@@ -152,6 +152,14 @@ REFUSALS: Final = {
         grants=frozenset({"ksym iterators", "sk_skb", "sched_cls", "BTF"}),
         lockdown=host.Lockdown.INTEGRITY,
     ),
+    # Seen on another build of it.
+    "no fentry": Refusal(
+        refuses=frozenset({"fentry"}),
+        grants=frozenset(
+            {"map iterators", "socket iterators", "ksym iterators", "sk_skb", "sched_cls", "BTF"}
+        ),
+        lockdown=host.Lockdown.INTEGRITY,
+    ),
 }
 
 
