@@ -107,6 +107,24 @@ def test_a_reset_that_counts_resets_both_ends(site: Site, end: str, version: int
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_a_peer_that_has_not_acknowledged_yet_is_reset_as_well(site: Site, version: int) -> None:
+    """It has more than the number of our reset says: it asks, and the kernel answers."""
+    way = site.topology.way(client_local=True, server_local=True)
+    with contextlib.ExitStack() as stack:
+        pairs = [stack.enter_context(site.spliced(way, version)) for _ in range(20)]
+        for client, server, pair_id in pairs:
+            exchange(client, server)
+            # Its acknowledgement comes 40 ms later (TCP_DELACK_MIN), and nothing else.
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+            client.sendall(b"x")
+            assert read_exactly(server, 1) == b"x"
+            site.forwarder.control().flush([pair_id])
+        for client, server, _ in pairs:
+            assert ends_with_reset(client) == b""
+            assert ends_with_reset(server) == b""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_client_that_starts_anew_gets_rid_of_its_pair(site: Site, version: int) -> None:
     """It has forgotten the connection, and says so when it is challenged."""
     with site.spliced(site.topology.way(), version) as (client, server, pair_id):
