@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final
@@ -104,7 +105,12 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What is attached to interfaces is attached so by every process that tests start."""
+    """What is attached to interfaces is attached so by every process that tests start.
+
+    And Ctrl-C is heard by all, though a shell has begun us in the background.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--attach"):
         os.environ["PYFORWARDER_ATTACH"] = config.getoption("--attach")
 
