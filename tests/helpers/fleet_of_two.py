@@ -183,6 +183,19 @@ class Fleet:
 
         wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
 
+    def flush_left(self, name: str, count: int) -> None:
+        """Pairs of this machine of which the store was not told in time: no other asks for them.
+
+        Called where it has no addresses, and knows of so many pairs of the other or will.
+        """
+        control = self.daemons[name].control()
+        wait_for(
+            lambda: control.failover()["held"] == count,
+            f"{name} knows of {count}",
+            deadline_s=4 * DEADLINE_S,
+        )
+        control.flush_all()
+
     def wait_until_let_go(self, name: str, count: int) -> None:
         """So many pairs of this daemon go on elsewhere; it may have left out lines of its log."""
         control = self.daemons[name].control()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
 
     `maps` are made for one worker with `SLOTS` slots.
     """
+    gc.collect()  # what earlier tests have left is not counted
     fds_before = open_fds()
     if name in ("sockmap", "splice"):
         window = PairTable(workers=1, slots=SLOTS, fd=maps.pairs_fd).take_window(0)

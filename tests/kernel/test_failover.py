@@ -77,6 +77,7 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
     for number in itertools.count():
         if number >= least and time.monotonic() > until_s:
             break
+        fleet.flush_left(there, count)
         fleet.wait_until_held(there, count)
         churn = fleet.churn(seed + number)
         churn.start()
@@ -106,8 +107,6 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         if comes_back == "lives":
             let_go[here] += count
             fleet.wait_until_let_go(here, let_go[here])
-            # Nobody asks for a pair that began too late for the store to be told of it.
-            fleet.daemons[here].control().flush_all()
         else:
             if comes_back == "without":
                 for pin in sorted(old.place.bpffs.glob(f"{here}/splice/*")):

@@ -91,6 +91,16 @@ class Two:
         wait_for(lambda: not self.taken.is_running(), "the worker is ended")
         wait_for(lambda: len(self.daemon.workers()) == 2, "it is replaced")
 
+    def wait_until_left_alone(self) -> None:
+        """No worker is replaced any more: whatever was sent in the name of one has been read."""
+
+        def look() -> bool:
+            before = {worker.pid for worker in self.daemon.workers()}
+            time.sleep(1.0)
+            return len(before) == 2 and {worker.pid for worker in self.daemon.workers()} == before
+
+        wait_for(look, "the same two workers for a second")
+
     def nobody_noticed(self) -> None:
         """The supervisor, the other worker and its pair are there, and new pairs are served."""
         assert self.daemon.process.poll() is None
@@ -179,6 +189,8 @@ def test_a_flood_of_permitted_messages_leaves_the_supervisor_its_time(two: Two) 
         return sent
 
     assert as_worker(two.taken, flood) > 100
+    # It went on after the worker's end, and was taken for its successor's.
+    two.wait_until_left_alone()
     two.nobody_noticed()
 
 
