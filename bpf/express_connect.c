@@ -550,7 +550,7 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	}
 	if (!seen.bytes) {
 		if (timeouts || (seen.flags & FIN))
-			return NEXT; /* it says nothing: whoever waits for that is a worker */
+			return NEXT; /* it says nothing: only a worker can wait for that */
 		count(PF_COUNT_DEFERRED);
 		return DROP;
 	}

@@ -327,9 +327,9 @@ inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *w
 }
 
 /*
- * Our own socket answers (RFC 5961, 3 and 4: a challenge acknowledgement): whoever has no
- * connection any more answers that with a reset of the right number, and whoever has one ignores
- * it. A SYN is what it answers so whatever its number; a mute socket takes nothing else.
+ * Our own socket answers (RFC 5961, 3 and 4: a challenge acknowledgement): a peer without a
+ * connection answers that with a reset of the right number, and a peer that has one ignores it. A
+ * SYN is what our socket answers so, at any number; a mute socket takes nothing else.
  *
  * To the server our socket has connected, so there it must be a SYN-ACK: a firewall of this host
  * (nf_conntrack_proto_tcp.c, tcp_conntracks) takes a SYN of the end that was connected to for

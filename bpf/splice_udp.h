@@ -230,7 +230,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 		return NEXT;
 	now_ns = bpf_ktime_get_coarse_ns();
 	if (is_over(session, now_ns))
-		return pass_datagram(skb, &key, v6); /* for whoever has that port by now */
+		return pass_datagram(skb, &key, v6); /* for the socket that has that port by now */
 	way = direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
 	back = direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
 	if (skb->pkt_type != HOST_PACKET) {

@@ -782,7 +782,7 @@ class Server:
                 del self._adopted[cookie]
         if client.is_adopted or client.is_shared:
             # Another process may keep its descriptor. Then close() does not take the socket out of
-            # epoll, and its events would reach whoever is given the number next.
+            # epoll, and its events would reach the next owner of that number.
             loop.forget(client_fd)
             loop.forget(client.server_fd)
         sock = client.give_up_client()

@@ -97,7 +97,7 @@ class Tables:
     def write(self, number: int, table: Table) -> None:
         """Put a table at this number, in the place of the one that is there.
 
-        A program that runs meanwhile may see parts of both: whoever attaches one gives a new table
+        A program that runs meanwhile may see parts of both: where one is attached, give a new table
         a new number.
 
         Raises:

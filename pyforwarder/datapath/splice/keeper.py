@@ -404,7 +404,7 @@ class Keeper:
             answer: dict[str, object] = {"n": request["n"]}
             try:
                 sockets.extend(duplicate_socket(fd) for fd in fds)
-                # Asked now, as it was read before: whoever finds it unread then may give it up.
+                # Asked now, as it was read before: a worker that finds it unread may give it up.
                 if time.monotonic() > request["until"]:
                     answer["late"] = True
                 else:
@@ -710,7 +710,7 @@ class Keeper:
     # Going on without those who began it
 
     def _bury(self, worker: int) -> None:
-        """A worker died: what it had spliced goes on, and is its successor's."""
+        """A worker died: its spliced pairs go on, and are its successor's."""
         for index in self._of(worker):
             record = self._record(index)
             if record.state == SpliceState.ACTIVE:

@@ -78,11 +78,11 @@ class Question(Timed):
         return self._expires_s
 
     def ready(self, _pair: Pair, fd: int, mask: int) -> None:
-        """An event of a socket: for whoever has the pair afterwards."""
+        """Keep an event of a socket, for the datapath that has the pair afterwards."""
         self._seen[fd] = self._seen.get(fd, 0) | mask
 
     def release(self, pair: Pair) -> None:
-        """It is known: the pair is copied again, or whoever takes it now has it."""
+        """The answer is known: the pair is copied again, or another datapath takes it now."""
         pair.datapath = self._before
 
     def go_on(self, pair: Pair) -> None:

@@ -199,8 +199,8 @@ class SessionKeeper:
                 # In a network of its own a worker could give its sockets any addresses.
                 return PairReason.NOT_ELIGIBLE
             if _has_peer(listener):
-                # The client would be served by this worker as long as it is connected, whoever's
-                # it is: the session would take another worker's client from it.
+                # This worker would serve the client as long as it is connected, also where it is
+                # another worker's client, whom the session would take away from that worker.
                 return PairReason.OTHER_SOCKET
             own = _end_of(listener.getsockname())
             ends = (

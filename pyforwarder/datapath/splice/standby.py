@@ -6,8 +6,8 @@ That a pair is here is harmless, as long as its packets go elsewhere.
 
 Once its addresses are this host's, it is taken over: a worker gets it, it counts and has timeouts.
 Its peers are asked until both have said something, so that the numbers are those of now
-(`replicas.narrow`); one that says nothing is given up. Whoever had a pair before lets go of it in
-silence when it hears of that.
+(`replicas.narrow`); one that says nothing is given up. The machine that had the pair lets go of
+it in silence when it hears of that.
 
 Who asks is a process without privileges that reads what stands in a fleet's store. It is believed
 no more than a worker: a request is in the table or costs that process its life, and pairs are taken

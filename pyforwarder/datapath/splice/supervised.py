@@ -101,7 +101,7 @@ class SupervisedSplice(supervised.KernelDatapath):
         self.splicing.hand_over()
 
     def bury(self, worker: int) -> None:
-        """What it had spliced goes on, and waits for the next."""
+        """Its spliced pairs go on, and wait for the next worker."""
         self.splicing.bury(worker)
 
     def close(self) -> None:
