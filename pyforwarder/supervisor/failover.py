@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.errors import ControlError
 from pyforwarder.supervisor import addresses
 from pyforwarder.supervisor.child import ChildProcess, Serving

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import MOST_SOCKETS, Channel, text_to_fd
 from pyforwarder.runtime.counters import Counter

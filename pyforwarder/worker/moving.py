@@ -34,7 +34,7 @@ from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import BLOCKED, BULK_READ_BYTES, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN

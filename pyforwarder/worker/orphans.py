@@ -10,7 +10,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
-from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.worker.client import Client, address_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.datapath.splice.sessions import Place
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.standing import Standing

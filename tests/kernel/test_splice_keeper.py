@@ -20,6 +20,7 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair
 from pyforwarder.datapath.splice import keeper as splice_keeper
+from pyforwarder.datapath.splice import keeper_client
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
@@ -196,8 +197,8 @@ def hanging(maps: KernelMaps, where: object, name: str, patch: pytest.MonkeyPatc
         time.sleep(scaled_s(3 * HANGS_S))
         return usual(*words)
 
-    patch.setattr(splice_keeper, "_READ_TIMEOUT_S", HANGS_S)
-    patch.setattr(splice_keeper, "_BEGIN_TIMEOUT_S", HANGS_S)
+    patch.setattr(keeper_client, "_READ_TIMEOUT_S", HANGS_S)
+    patch.setattr(keeper_client, "_BEGIN_TIMEOUT_S", HANGS_S)
     with patch.context() as patched:
         patched.setattr(where, name, hangs)
         loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)

@@ -30,7 +30,7 @@ from tests.helpers.topology import lay_wire
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.splice.keeper import KeeperClient
+    from pyforwarder.datapath.splice.keeper_client import KeeperClient
     from tests.helpers.topology import Topology
     from tests.kernel.conftest import StartForwarder
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 import pytest
 
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice import keeper as splice_keeper
-from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.datapath.splice import keeper_client
+from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.runtime.slowness import scaled_s
 
 REFUSED: Final = {"refused": int(PairReason.NO_KEEPER)}
@@ -26,9 +26,9 @@ AT_ONCE_S: Final = READ_S / 2
 
 @pytest.fixture(autouse=True)
 def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splice_keeper, "_READ_TIMEOUT_S", READ_S)
-    monkeypatch.setattr(splice_keeper, "_ANSWER_TIMEOUT_S", ANSWER_S)
-    monkeypatch.setattr(splice_keeper, "_BEGIN_TIMEOUT_S", ANSWER_S)
+    monkeypatch.setattr(keeper_client, "_READ_TIMEOUT_S", READ_S)
+    monkeypatch.setattr(keeper_client, "_ANSWER_TIMEOUT_S", ANSWER_S)
+    monkeypatch.setattr(keeper_client, "_BEGIN_TIMEOUT_S", ANSWER_S)
 
 
 @pytest.fixture

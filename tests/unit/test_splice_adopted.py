@@ -12,7 +12,7 @@ import pytest
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.splice import datapath as module
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
-from pyforwarder.datapath.splice.keeper import KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperError
 
 
 class Stage:

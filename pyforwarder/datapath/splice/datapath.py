@@ -36,7 +36,8 @@ from pyforwarder.datapath.splice.abi import (
     SpliceEvent,
     SpliceState,
 )
-from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError, splice_memory
+from pyforwarder.datapath.splice.keeper import splice_memory
+from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.datapath.splice.maps import ring_bytes, used_indexes
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received

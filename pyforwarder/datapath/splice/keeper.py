@@ -20,9 +20,6 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
-import errno
-import fcntl
-import itertools
 import json
 import math
 import mmap
@@ -32,7 +29,6 @@ import signal
 import socket
 import struct
 import sys
-import termios
 import time
 import traceback
 from collections import deque
@@ -56,6 +52,11 @@ from pyforwarder.datapath.splice.abi import (
     SpliceState,
 )
 from pyforwarder.datapath.splice.keepalive import Keepalives
+from pyforwarder.datapath.splice.keeper_client import (
+    MOST_MESSAGE_BYTES,
+    KeeperClient,
+    begins_until_s,
+)
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError, understand
 from pyforwarder.datapath.splice.maps import (
     FLOW,
@@ -75,28 +76,15 @@ from pyforwarder.datapath.splice.maps import (
 from pyforwarder.datapath.splice.session_keeper import SessionKeeper
 from pyforwarder.datapath.splice.standby import FaultyStandbyError, Standby
 from pyforwarder.datapath.splice.ways import Ways
-from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket
-from pyforwarder.runtime.slowness import scaled_s
 
 _PR_SET_PDEATHSIG: Final = 1
-# Within that a request must have been read; whatever was read in time is done soon.
-_READ_TIMEOUT_S: Final = 0.25
-_ANSWER_TIMEOUT_S: Final = 2.0
-# And so long after that moment no pair begins any more: its worker waits no longer.
-_BEGIN_TIMEOUT_S: Final = 0.75
-# And within that where nobody else waits for it, in the self-test: that a host is busy is no reason
-# to go without spliced pairs.
-_PATIENT_TIMEOUT_S: Final = 5.0
 # It shows at least so often that it lives.
 _PULSE_S: Final = 1.0
 # TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
 _LINGER_S: Final = 60.0
 _RESET_LINGER_S: Final = 2.0
-_MOST_MESSAGE_BYTES: Final = 8192
-
-_numbers: Final = itertools.count()  # of what this process has asked
 # How often a pair is looked at whose handshake seems to be another's.
 _LOOKS: Final = 4
 _PULSE: Final = struct.Struct("=I")
@@ -105,176 +93,10 @@ _INDEX: Final = struct.Struct("=14xII42x")
 # And until when it may begin.
 _BEGINNING: Final = struct.Struct("=14xIIQ34x")
 _NEVER_NS: Final = 1 << 63  # some centuries after the start of the host
-# The programs read another clock than we do (ktime_get_mono_fast_ns): both are as late by then.
-_MARGIN_S: Final = 0.01
 _COOKIES: Final = struct.Struct("=QQ")  # of the client's socket and the server's
 _HANDSHAKE_BYTES: Final = ctypes.sizeof(SpliceHandshake)
 _CLOCKS_AT: Final = Splice.client_clock.offset
 _RESET_AT: Final = Splice.reset.offset
-
-
-class KeeperError(DatapathError):
-    """The keeper did not answer."""
-
-
-class KeeperClient:
-    """A worker's end: asks, and waits for the answer (`ask`) or not (`begin`, `answers`).
-
-    While the keeper has not even read what it was asked last, it is not asked again, and nobody
-    waits.
-    """
-
-    def __init__(self, sock: socket.socket, *, is_patient: bool = False) -> None:
-        """`is_patient`: a request need not be read at once."""
-        self._sock = sock
-        self._read_timeout_s = _PATIENT_TIMEOUT_S if is_patient else _READ_TIMEOUT_S
-        self._is_silent = False
-        # Asked by `begin` and not answered; answers that came as that to another was waited for.
-        self._open: set[int] = set()
-        self._early: list[tuple[int, dict[str, Any]]] = []
-        self.on_early: Callable[[], None] = lambda: None  # called when there are such answers
-
-    def fileno(self) -> int:
-        """Readable when there may be `answers`."""
-        return self._sock.fileno()
-
-    @property
-    def longest_s(self) -> float:
-        """So long after `begin` no pair begins any more."""
-        return scaled_s(self._read_timeout_s) + scaled_s(_BEGIN_TIMEOUT_S) + _MARGIN_S
-
-    def begin(self, do: str, fds: Sequence[int], **fields: object) -> int:
-        """Ask, and do not wait: the number of one of `answers`; 0: nobody would read it now."""
-        if self._is_silent and self._is_unread():
-            return 0
-        number = os.getpid() << 32 | next(_numbers)
-        until_s = time.monotonic() + scaled_s(self._read_timeout_s)
-        request = {"do": do, "n": number, "until": until_s, **fields}
-        self._sock.setblocking(False)
-        try:
-            socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
-        except OSError:
-            return 0
-        self._open.add(number)
-        return number
-
-    def answers(self) -> list[tuple[int, dict[str, Any]]]:
-        """What has come of what was asked by `begin`, each with its number; does not wait.
-
-        Raises:
-            KeeperError: nobody will ever answer.
-        """
-        self._sock.setblocking(False)
-        try:
-            while True:
-                self._read_answer()
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            if not self._early:
-                raise KeeperError("hear the splice keeper", error.errno or errno.EPIPE) from error
-        found, self._early = self._early, []
-        for _, answer in found:
-            self._is_silent = "late" in answer
-        return found
-
-    def wait(self, wait_s: float) -> None:
-        """Until there are `answers`, but no longer."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        poll.poll(math.ceil(wait_s * 1000))
-
-    def give_up(self, number: int) -> None:
-        """What was asked by `begin` has not been answered in time."""
-        self._open.discard(number)
-        self._is_silent = True
-
-    def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> dict[str, Any]:
-        """The keeper's answer; what was to begin and it has not read in time is refused.
-
-        Raises:
-            KeeperError: there was none.
-        """
-        answer, given = self.ask_for_sockets(do, fds, **fields)
-        for fd in given:
-            os.close(fd)
-        return answer
-
-    def ask_for_sockets(
-        self, do: str, fds: Sequence[int] = (), **fields: object
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The same, and the descriptors that came with it, which are the caller's."""
-        try:
-            if not (self._is_silent and self._is_unread()):
-                answer, given = self._ask(do, fds, fields)
-                self._is_silent = "late" in answer
-                if not self._is_silent:
-                    return answer, given
-        except OSError as error:
-            raise KeeperError("ask the splice keeper", error.errno or errno.ETIMEDOUT) from error
-        if do in ("join", "open_session"):  # nothing was begun
-            return {"refused": int(PairReason.NO_KEEPER)}, []
-        raise KeeperError("ask the splice keeper", errno.ETIMEDOUT)
-
-    def _ask(
-        self, do: str, fds: Sequence[int], fields: dict[str, object]
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The answer; {"late": ...} if the request has not been and will not be obeyed.
-
-        {"overdue": ...} to `join`: it was read; if the pair has not begun by now it will not.
-        """
-        # What was given up, or asked by another worker, dead by now, may still be answered.
-        number = os.getpid() << 32 | next(_numbers)
-        read_timeout_s = scaled_s(self._read_timeout_s)
-        request = {"do": do, "n": number, "until": time.monotonic() + read_timeout_s, **fields}
-        self._sock.settimeout(read_timeout_s)
-        try:
-            socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
-            return self._answer(number)
-        except TimeoutError:
-            if self._is_unread():
-                return {"late": True}, []
-        if do != "join":
-            self._sock.settimeout(scaled_s(_ANSWER_TIMEOUT_S))
-            return self._answer(number)
-        self._sock.settimeout(scaled_s(_BEGIN_TIMEOUT_S))
-        try:
-            return self._answer(number)
-        except TimeoutError:
-            time.sleep(_MARGIN_S)
-            return {"overdue": True}, []
-
-    def _answer(self, number: int) -> tuple[dict[str, Any], list[int]]:
-        try:
-            while True:
-                answer, given = self._read_answer(number)
-                if answer is not None:
-                    return answer, given
-        finally:
-            if self._early:
-                self.on_early()
-
-    def _read_answer(self, number: int = 0) -> tuple[dict[str, Any] | None, list[int]]:
-        """The next one, if it is that one's; if not it is put by, or nobody waits for it."""
-        data, given, _, _ = socket.recv_fds(self._sock, _MOST_MESSAGE_BYTES, 2)
-        for fd in given:
-            os.set_inheritable(fd, False)
-        if not data:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-        answer: dict[str, Any] = json.loads(data)
-        if number and answer.get("n") == number:
-            return answer, given
-        for fd in given:
-            os.close(fd)
-        if answer.get("n") in self._open:
-            self._open.remove(answer["n"])
-            self._early.append((answer["n"], answer))
-        return None, []
-
-    def _is_unread(self) -> bool:
-        """Whether anything that was asked is still in the keeper's queue."""
-        left = fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4))
-        return any(left)
 
 
 class Keeper:
@@ -390,7 +212,7 @@ class Keeper:
         """Serve one request; False once the worker's end is gone for good."""
         sock = self._socks[worker]
         try:
-            data, fds, flags, _ = socket.recv_fds(sock, _MOST_MESSAGE_BYTES, 4)
+            data, fds, flags, _ = socket.recv_fds(sock, MOST_MESSAGE_BYTES, 4)
         except OSError:
             return False
         if not data and mask & select.POLLHUP:
@@ -430,7 +252,7 @@ class Keeper:
         sock = self._standby_sock
         assert sock is not None
         try:
-            data, fds, flags, _ = socket.recv_fds(sock, _MOST_MESSAGE_BYTES, 4)
+            data, fds, flags, _ = socket.recv_fds(sock, MOST_MESSAGE_BYTES, 4)
         except OSError:
             return False
         close_given(fds)
@@ -676,7 +498,7 @@ class Keeper:
             splice_sockets.clock(server),
         )
         # The worker may have said anything.
-        until_ns = int(min((until_s + scaled_s(_BEGIN_TIMEOUT_S)) * 1e9, _NEVER_NS))
+        until_ns = int(min(begins_until_s(until_s) * 1e9, _NEVER_NS))
         return bpf.run_program(self._maps.control_fd, _BEGINNING.pack(index, 0, until_ns))
 
     def _mute(self, index: int, sockets: Sequence[socket.socket]) -> bool:

@@ -18,7 +18,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import Direction, PairRecord
-from pyforwarder.datapath.splice.keeper import KeeperClient, KeeperError
+from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.datapath.splice.keeper_requests import MOST_CLOSED_AT_ONCE
 from pyforwarder.datapath.splice.session_abi import (
     NOW,
