@@ -14,8 +14,8 @@ from pyforwarder.errors import LoadError
 from pyforwarder.runtime.counters import BLOCK_BYTES, CLOSED_INDEX, Counter, Counters, Directory
 from pyforwarder.runtime.limits import COLUMN_BYTES, new_secret
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
-from pyforwarder.worker.connection_ids import PART_BYTES
 from pyforwarder.worker.process import WorkerMemory
+from pyforwarder.worker.udp.connection_ids import PART_BYTES
 from pyforwarder.worker.used_tokens import SHARES, TABLE_BYTES
 
 if TYPE_CHECKING:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.runtime.channel import Channel
-    from pyforwarder.worker.datagrams import DatagramServer, Session
     from pyforwarder.worker.server import Server
+    from pyforwarder.worker.udp.server import DatagramServer, Session
 
 # So many go in one turn of the loop: the pairs that stay have theirs in between.
 _BATCH: Final = 32

@@ -34,15 +34,15 @@ from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.tables import visible
-from pyforwarder.worker.client_addresses import FIRST_NUMBER
-from pyforwarder.worker.connection_ids import ConnectionIds
-from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.moving import Giving, Taking
 from pyforwarder.worker.orphans import adopt_orphans
 from pyforwarder.worker.server import Server
+from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
+from pyforwarder.worker.udp.connection_ids import ConnectionIds
+from pyforwarder.worker.udp.server import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:

@@ -61,12 +61,12 @@ from pyforwarder.worker.adopting import (
 )
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.connector import Connector
-from pyforwarder.worker.datagrams import Session
 from pyforwarder.worker.plain import PlainPath
 from pyforwarder.worker.pressure import Pressure
 from pyforwarder.worker.records import Records
 from pyforwarder.worker.sniffer import Sniffer
 from pyforwarder.worker.token_claims import TokenClaims
+from pyforwarder.worker.udp.server import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

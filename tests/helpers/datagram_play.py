@@ -21,10 +21,10 @@ from pyforwarder.runtime.counters import CLOSED_INDEX, Counter, Counters, Direct
 from pyforwarder.runtime.limits import SharedLimits, shared_memory
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.resolver import Names
-from pyforwarder.worker.connection_ids import PART_BYTES, ConnectionIds
-from pyforwarder.worker.datagrams import DatagramServer, adopt_datagram_socket
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.log import ConnectionLog, Log
+from pyforwarder.worker.udp.connection_ids import PART_BYTES, ConnectionIds
+from pyforwarder.worker.udp.server import DatagramServer, adopt_datagram_socket
 from tests.unit.test_generation import settings_of
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker.standing import STEADY_AFTER_S
+from pyforwarder.worker.udp.standing import STEADY_AFTER_S
 from tests.helpers.first_packets import CLIENTS
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import Network, private_network

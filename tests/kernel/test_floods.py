@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import pytest
 
-from pyforwarder.worker.standing import STEADY_AFTER_S
+from pyforwarder.worker.udp.standing import STEADY_AFTER_S
 from tests.helpers.forged import Forger
 from tests.helpers.peers import EchoServer, address_text, dial, read_exactly
 from tests.helpers.waiting import DEADLINE_S, wait_for

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.worker import client_addresses
-from pyforwarder.worker.client_addresses import FIRST_NUMBER, ClientAddresses
+from pyforwarder.worker.udp import client_addresses
+from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER, ClientAddresses
 from tests.helpers.datagram_play import DatagramPlay
 
 CLIENT = "127.0.0.5"

@@ -15,8 +15,8 @@ import pytest
 from pyforwarder.core.address import Address
 from pyforwarder.core.first_packet.quic_ids import id_of_client, id_of_server
 from pyforwarder.runtime.shared_memory import SharedBlocks
-from pyforwarder.worker import connection_ids
-from pyforwarder.worker.connection_ids import KEEP_S, PART_BYTES, ConnectionIds, Way
+from pyforwarder.worker.udp import connection_ids
+from pyforwarder.worker.udp.connection_ids import KEEP_S, PART_BYTES, ConnectionIds, Way
 from tests.helpers.quic import HANDSHAKE, INITIAL, RETRY, V1, V2, header
 
 WAY = Way(Address("192.0.2.1", 443), 3, 7, 1)

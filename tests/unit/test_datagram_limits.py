@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
 from pyforwarder.runtime.limits import Limit
-from pyforwarder.worker import datagrams
+from pyforwarder.worker.udp import server as datagrams
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import instruction
 

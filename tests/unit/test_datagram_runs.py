@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker import datagrams
-from pyforwarder.worker.runs import MOST_SEGMENTS, Run, send_segments
+from pyforwarder.worker.udp import server as datagrams
+from pyforwarder.worker.udp.runs import MOST_SEGMENTS, Run, send_segments
 from tests.helpers.datagram_play import DatagramPlay
 
 CONFIG = "listeners: [{{name: main, bind: '127.0.0.1:0', protocol: udp, rules: [{}]}}]\n"

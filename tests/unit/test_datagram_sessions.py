@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Refuse
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import Counter, ListenerCounter, RuleCounter
-from pyforwarder.worker.datagrams import Session
+from pyforwarder.worker.udp.server import Session
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.quic import HANDSHAKE, V1, crypto, header, hello, initial

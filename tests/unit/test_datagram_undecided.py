@@ -10,7 +10,7 @@ import pytest
 from pyforwarder.core.first_packet.datagrams import MOST_DATAGRAMS
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import Counter, ListenerCounter
-from pyforwarder.worker import undecided
+from pyforwarder.worker.udp import undecided
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.quic import crypto, hello, initial, scrambled, split_hello, zero_rtt
 

@@ -36,7 +36,7 @@ from tests.unit.test_server import Play, named, to
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.channel import Channel
-    from pyforwarder.worker.datagrams import DatagramServer
+    from pyforwarder.worker.udp.server import DatagramServer
 
 Servers = Callable[[], tuple[socket.socket, str]]
 StartPlay = Callable[[str], Play]

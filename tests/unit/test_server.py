@@ -50,11 +50,11 @@ from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker import handover, plain, sniffer
 from pyforwarder.worker import server as server_module
 from pyforwarder.worker.adopting import cookie_of
-from pyforwarder.worker.datagrams import Session
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.server import Server
+from pyforwarder.worker.udp.server import Session
 from tests.helpers.fake_datapath import FakeDatapath
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole

@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import PairRecord
 from pyforwarder.datapath.splice.sessions import Carried, Place, SessionOrphan, SpliceSessions
 from pyforwarder.runtime.counters import Counter, ServerCounter
-from pyforwarder.worker.session_handover import SessionHandover
+from pyforwarder.worker.udp.handover import SessionHandover
 from tests.helpers.datagram_play import DatagramPlay
 from tests.unit.test_session_handover import FakeKernel
 

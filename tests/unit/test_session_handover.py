@@ -14,15 +14,15 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.splice.sessions import Carried, Place, SpliceSessions
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker import datagrams
-from pyforwarder.worker.endings import ENDS_AT_ONCE
-from pyforwarder.worker.icmp_errors import Refusal, refusal_in
-from pyforwarder.worker.session_handover import MOST_PER_S, SessionHandover
-from pyforwarder.worker.standing import STEADY_AFTER_S
+from pyforwarder.worker.udp import server as datagrams
+from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
+from pyforwarder.worker.udp.handover import MOST_PER_S, SessionHandover
+from pyforwarder.worker.udp.icmp_errors import Refusal, refusal_in
+from pyforwarder.worker.udp.standing import STEADY_AFTER_S
 from tests.helpers.datagram_play import DatagramPlay
 
 if TYPE_CHECKING:
-    from pyforwarder.worker.datagrams import Session
+    from pyforwarder.worker.udp.server import Session
 
 
 class FakeKernel:

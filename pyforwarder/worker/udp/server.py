@@ -6,7 +6,7 @@ there (undecided.py), and then go on in their order. A session is a socket of it
 the server, so that answers find their client and errors their session. It has no end of its own; it
 ends when nobody has spoken for a while.
 
-Datagrams are copied with their boundaries, until the kernel has the session (session_handover.py);
+Datagrams are copied with their boundaries, until the kernel has the session (handover.py);
 those of one session and size that have come together are sent on together (runs.py). As on any
 path, one that finds a full queue is lost; it is counted.
 
@@ -54,20 +54,20 @@ from pyforwarder.runtime.loop import EPOLLERR, EPOLLIN, Timed
 from pyforwarder.runtime.refusals import count_refusal
 from pyforwarder.runtime.resolver import KEEP_S, MOST_ADDRESSES, TooManyNamesError, addresses_of
 from pyforwarder.runtime.sockaddr import sockaddr
-from pyforwarder.worker.client_addresses import ClientAddresses
-from pyforwarder.worker.connection_ids import Way
 from pyforwarder.worker.connector import CONNECT_ERRORS
-from pyforwarder.worker.endings import ENDS_AT_ONCE, Endings
-from pyforwarder.worker.icmp_errors import Refusal, refusals, want_errors
-from pyforwarder.worker.runs import MOST_DATAGRAM_BYTES, UNSEGMENTED, Run, send_segments
-from pyforwarder.worker.session_handover import SessionHandover
-from pyforwarder.worker.standing import (
+from pyforwarder.worker.udp.client_addresses import ClientAddresses
+from pyforwarder.worker.udp.connection_ids import Way
+from pyforwarder.worker.udp.endings import ENDS_AT_ONCE, Endings
+from pyforwarder.worker.udp.handover import SessionHandover
+from pyforwarder.worker.udp.icmp_errors import Refusal, refusals, want_errors
+from pyforwarder.worker.udp.runs import MOST_DATAGRAM_BYTES, UNSEGMENTED, Run, send_segments
+from pyforwarder.worker.udp.standing import (
     STEADY_AFTER_S,
     UNCONFIRMED_IDLE_S,
     Standing,
     Standings,
 )
-from pyforwarder.worker.undecided import Undecided, UndecidedClients
+from pyforwarder.worker.udp.undecided import Undecided, UndecidedClients
 
 if TYPE_CHECKING:
     from pyforwarder.core.address import ServerAddress
@@ -78,10 +78,10 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.limits import SharedLimits
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.resolver import Names, Wait
-    from pyforwarder.worker.connection_ids import ConnectionIds
     from pyforwarder.worker.generation import ListenerState, UpstreamState
     from pyforwarder.worker.log import ConnectionLog
     from pyforwarder.worker.token_claims import TokenClaims
+    from pyforwarder.worker.udp.connection_ids import ConnectionIds
 
 IDLE_CHECKS: Final = 8
 # What one session may have waiting while the name of its server is being resolved, and what all
@@ -314,7 +314,7 @@ class DatagramPort:
     def __init__(self, sock: socket.socket, state: ListenerState) -> None:
         self.sessions: dict[Key, Session] = {}
         # Those of which something was copied since the kernel was last told that all was; and what
-        # it had counted then (session_handover.py).
+        # it had counted then (handover.py).
         self.behind: dict[Session, None] = {}
         self.counted: list[tuple[Session, int]] | None = None
         self.take(sock, state)

@@ -16,13 +16,13 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.datapath.splice.sessions import Place
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker.standing import Standing
+from pyforwarder.worker.udp.standing import Standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan, SpliceSessions
-    from pyforwarder.worker.datagrams import DatagramPort, DatagramServer, Session
+    from pyforwarder.worker.udp.server import DatagramPort, DatagramServer, Session
 
 # The keeper serves those who splice TCP, too, and who asks waits: beginning one takes half a
 # millisecond. Who makes addresses up can have it asked by two datagrams from each of them.

@@ -16,7 +16,7 @@ from pyforwarder.runtime.loop import Timed
 if TYPE_CHECKING:
     from pyforwarder.core.routing import Claim
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.worker.datagrams import DatagramPort, Key
+    from pyforwarder.worker.udp.server import DatagramPort, Key
 
 # Of one worker. A hello in two datagrams is whole a moment after its first half has come, so that
 # most of so many have been made up.
