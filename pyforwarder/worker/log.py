@@ -28,7 +28,7 @@ from pyforwarder.runtime.tables import printable, single_line
 
 if TYPE_CHECKING:
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.udp.server import Refused, Session
+    from pyforwarder.worker.udp.session import Refused, Session
 
 MOST_PER_SECOND: Final = 200
 LEVELS: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.server import Server
-    from pyforwarder.worker.udp.server import DatagramServer, Session
+    from pyforwarder.worker.udp.server import DatagramServer
+    from pyforwarder.worker.udp.session import Session
 
 # So many go in one turn of the loop: the pairs that stay have theirs in between.
 _BATCH: Final = 32
@@ -258,7 +259,7 @@ class Giving:
         server = self._datagrams
         record = b""
         if session.slot >= 0:
-            record = server.record_of(session)
+            record = server.records.record_of(session)
         if session.sock is None or not record or session.key[3] or session.proxy_header:
             # It has no server yet, or is too much: its client's next datagram begins another.
             server.end(session, CloseReason.SHUTDOWN)
@@ -409,7 +410,7 @@ class Taking:
     def _sessions_have_come(self) -> None:
         if self._datagrams.waits_for_sessions:
             sessions, self._sessions = self._sessions, []
-            self.taken += self._datagrams.take_in(sessions)
+            self.taken += self._datagrams.adoption.take_in(sessions)
             self._datagrams.sessions_have_come()
 
     def take_over_spliced(self, then: Callable[[], None]) -> None:

@@ -42,7 +42,8 @@ from pyforwarder.worker.orphans import adopt_orphans
 from pyforwarder.worker.server import Server
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.udp.connection_ids import ConnectionIds
-from pyforwarder.worker.udp.server import DatagramServer, adopt_datagram_socket
+from pyforwarder.worker.udp.server import DatagramServer
+from pyforwarder.worker.udp.sockets import adopt_datagram_socket
 from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class _Worker:
                 return self._serving().upstreams()
             case "health":
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
-                self._datagrams_of().servers_changed()
+                self._datagrams_of().losses.servers_changed()
             case "datapaths":
                 available = message["available"]
                 self._serving().handover.settle(
@@ -331,14 +332,14 @@ class _Worker:
             self._sockets.append(sock)
             server.listen(sock, state)
         self._datagrams_of().keep_only(udp)
-        self._datagrams_of().servers_changed(generation.balancers)
+        self._datagrams_of().losses.servers_changed(generation.balancers)
         if places:
             self._take_in_sessions()
 
     def _take_in_sessions(self) -> None:
         """Go on with the sessions that have lost their worker, now that there are listeners."""
         orphans, self._orphans = self._orphans, []
-        taken = self._datagrams_of().take_in(orphans)
+        taken = self._datagrams_of().adoption.take_in(orphans)
         if taken:
             log, worker = self._serving().log.log, self._inheritance.worker
             log.write("info", "adopted", worker=worker, sessions=taken)

@@ -66,7 +66,7 @@ from pyforwarder.worker.pressure import Pressure
 from pyforwarder.worker.records import Records
 from pyforwarder.worker.sniffer import Sniffer
 from pyforwarder.worker.token_claims import TokenClaims
-from pyforwarder.worker.udp.server import Session
+from pyforwarder.worker.udp.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

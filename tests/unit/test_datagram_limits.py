@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
 from pyforwarder.runtime.limits import Limit
-from pyforwarder.worker.udp import server as datagrams
+from pyforwarder.worker.udp import copying
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import instruction
 
@@ -189,10 +189,10 @@ def test_session_that_others_made_room_for_uses_the_rate_up_once(scenes: list[Sc
     play.loop.now_s = 1000.0
     for port in (1, 2, 3):
         key = ("192.0.2.1", port, b"", 0)
-        play.server._open(play.server._ports["main"], key, b"x")
+        play.server.deciding.open(play.server.ports["main"], key, b"x")
     assert play.closed(CloseReason.EVICTED) == 2
     assert play.closed(CloseReason.BUSY) == 0
-    play.server._open(play.server._ports["main"], ("192.0.2.1", 4, b"", 0), b"x")
+    play.server.deciding.open(play.server.ports["main"], ("192.0.2.1", 4, b"", 0), b"x")
     assert limited(play, Limit.NEW_PER_SECOND_PER_CLIENT) == 1
 
 
@@ -212,7 +212,7 @@ def test_place_in_the_table_is_kept_for_tcp(scenes: list[Scene]) -> None:
     scene = Scene()
     scenes.append(scene)
     play = scene.play
-    play.server._most_shown = 3
+    play.server.records._most_shown = 3
     clients = [play.client() for _ in range(5)]
     for client in clients:
         scene.hear(client)
@@ -282,7 +282,7 @@ def test_bytes_that_wait_for_a_name_are_bounded_by_session(
     for _ in range(15):
         client.send(bytes(30_000))
         play.settle()
-    assert play.server._waiting_bytes == 60_000
+    assert play.server.copying._waiting_bytes == 60_000
     assert play.counters[Counter.DATAGRAMS_LOST] == 13
     no_answer.set()
 
@@ -290,7 +290,7 @@ def test_bytes_that_wait_for_a_name_are_bounded_by_session(
 def test_bytes_that_wait_for_names_are_bounded_in_all(
     scenes: list[Scene], no_answer: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datagrams, "MOST_WAITING_BYTES_OF_ALL", 200_000)
+    monkeypatch.setattr(copying, "MOST_WAITING_BYTES_OF_ALL", 200_000)
     play = named(scenes)
     for _ in range(8):
         client = play.client()
@@ -298,14 +298,14 @@ def test_bytes_that_wait_for_names_are_bounded_in_all(
         play.settle()
         client.send(bytes(50_000))
         play.settle()
-    assert play.server._waiting_bytes == 200_000
+    assert play.server.copying._waiting_bytes == 200_000
     assert play.counters[Counter.DATAGRAMS_LOST] == 4
     # A first datagram of an ordinary size has its place all the same.
     play.client().send(instruction("slow.test:80") + bytes(1000))
     play.settle()
-    assert play.server._waiting_bytes == 201_000
+    assert play.server.copying._waiting_bytes == 201_000
     play.server.flush_ids(None)
-    assert play.server._waiting_bytes == 0
+    assert play.server.copying._waiting_bytes == 0
     no_answer.set()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker.udp import server as datagrams
+from pyforwarder.worker.udp import copying
 from pyforwarder.worker.udp.runs import MOST_SEGMENTS, Run, send_segments
 from tests.helpers.datagram_play import DatagramPlay
 
@@ -35,7 +35,7 @@ class Sent:
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     made = Sent()
-    monkeypatch.setattr(datagrams, "send_segments", made.send)
+    monkeypatch.setattr(copying, "send_segments", made.send)
     return made
 
 
@@ -49,7 +49,7 @@ class Scene:
         self.play.reload(
             CONFIG.format(f"{{match: any, to: '{text}'}}"), bind=bind.format(port=port)
         )
-        for sock in (self.server, self.play.server._ports["main"].sock):
+        for sock in (self.server, self.play.server.ports["main"].sock):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         self.client = self.play.client()
         self.source = ("", 0)

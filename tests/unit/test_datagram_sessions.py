@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Refuse
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import Counter, ListenerCounter, RuleCounter
-from pyforwarder.worker.udp.server import Session
+from pyforwarder.worker.udp.session import Session
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.quic import HANDSHAKE, V1, crypto, header, hello, initial
@@ -191,7 +191,7 @@ def test_fault_over_an_answered_name_is_its_sessions(
         raise RuntimeError("a fault of ours")
 
     play.loop.on_error = failed
-    monkeypatch.setattr(play.server, "_connect", connect)
+    monkeypatch.setattr(play.server.connecting, "_connect", connect)
     play.client().send(b"A")
     asked.go.set()
     play.run_until(lambda: play.closed(CloseReason.INTERNAL), "end")
@@ -217,7 +217,7 @@ def test_server_that_refuses_one_of_the_waiting_datagrams_fails_once(
     asked.go.set()
     play.run_until(lambda: play.closed(CloseReason.REFUSED), "refusal")
     assert len(failures) == 1
-    assert play.server._waiting_bytes == 0
+    assert play.server.copying._waiting_bytes == 0
     (line,) = play.said()
     assert line["refusal"] == "Connection refused"
     play.close()

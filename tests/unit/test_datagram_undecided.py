@@ -44,7 +44,7 @@ class Scene:
 
     @property
     def held(self) -> int:
-        return len(self.play.server._undecided._clients)
+        return len(self.play.server.deciding._undecided._clients)
 
 
 @pytest.fixture

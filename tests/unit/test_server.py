@@ -54,7 +54,7 @@ from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.server import Server
-from pyforwarder.worker.udp.server import Session
+from pyforwarder.worker.udp.session import Session
 from tests.helpers.fake_datapath import FakeDatapath
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole

@@ -87,7 +87,7 @@ def test_a_session_of_an_upstream_is_counted_for_its_server_until_it_ends(
 ) -> None:
     play = adopting.play
     (server,) = play.generation.balancers["web"].servers
-    assert play.server.take_in([adopting.orphan(play.client())]) == 1
+    assert play.server.adoption.take_in([adopting.orphan(play.client())]) == 1
     at = server.counter + ServerCounter.PAIRS
     assert (server.pairs, server.held.total(), play.counters[at]) == (1, 1, 1)
     assert play.server.flush_ids(None) == [101]
@@ -103,7 +103,7 @@ def test_datagrams_that_wait_are_looked_at_once_every_session_is_taken_in(
     for number, client in enumerate(clients):
         client.send(b"from %d" % number)
     orphans = [adopting.orphan(client, number) for number, client in enumerate(clients, 1)]
-    assert play.server.take_in(orphans) == 3
+    assert play.server.adoption.take_in(orphans) == 3
     ports = {orphan.server.getsockname()[1]: n for n, orphan in enumerate(orphans)}
     for _ in clients:
         data, source = play.receive(adopting.sock)
@@ -119,7 +119,7 @@ def test_a_session_that_is_there_already_is_not_taken_in_again(
     client = play.client()
     other = client if again == "client" else play.client()
     orphans = [adopting.orphan(client, 1), adopting.orphan(other, 2 if again == "client" else 1)]
-    assert play.server.take_in(orphans) == 1
+    assert play.server.adoption.take_in(orphans) == 1
     assert adopting.kernel.taken == [1]
     assert len(adopting.kernel.closed_places) == 1
     assert play.server.flush_ids(None) == [101]
@@ -139,7 +139,7 @@ def test_a_session_that_its_rule_would_not_lead_there_any_more_ends(
 ) -> None:
     adopting = Adopting(rules)
     play = adopting.play
-    assert play.server.take_in([adopting.orphan(play.client())]) == 0
+    assert play.server.adoption.take_in([adopting.orphan(play.client())]) == 0
     assert (adopting.kernel.taken, adopting.kernel.closed_places) == ([], [1])
     assert play.closed(reason) == 1
     (line,) = play.said()
@@ -150,7 +150,7 @@ def test_a_session_that_its_rule_would_not_lead_there_any_more_ends(
 @pytest.mark.parametrize("rules", ["{name: r, match: any, to: 'SERVER'}"])
 def test_a_session_that_its_rule_still_leads_there_goes_on(rules: str) -> None:
     adopting = Adopting(rules)
-    assert adopting.play.server.take_in([adopting.orphan(adopting.play.client())]) == 1
+    assert adopting.play.server.adoption.take_in([adopting.orphan(adopting.play.client())]) == 1
     assert adopting.kernel.taken == [1]
     adopting.close()
 
@@ -158,7 +158,7 @@ def test_a_session_that_its_rule_still_leads_there_goes_on(rules: str) -> None:
 def test_a_session_whose_server_has_left_its_upstream_ends(adopting: Adopting) -> None:
     play = adopting.play
     orphan = adopting.orphan(play.client(), server=("127.0.0.1", 9))
-    assert play.server.take_in([orphan]) == 0
+    assert play.server.adoption.take_in([orphan]) == 0
     assert play.closed(CloseReason.UNREACHABLE) == 1
     assert adopting.kernel.closed_places == [1]
 
@@ -172,7 +172,7 @@ def test_a_session_to_this_forwarder_itself_ends() -> None:
         "listeners: [{name: main, bind: '127.0.0.1:0', protocol: udp,"
         f" rules: [{{name: r, match: any, to: '{host}:{port}'}}]}}]"
     )
-    assert play.server.take_in([adopting.orphan(play.client(), server=(host, port))]) == 0
+    assert play.server.adoption.take_in([adopting.orphan(play.client(), server=(host, port))]) == 0
     assert play.closed(CloseReason.DENIED) == 1
     assert play.counters[Counter.OPEN] == 0
     adopting.close()

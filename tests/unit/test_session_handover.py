@@ -14,7 +14,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.splice.sessions import Carried, Place, SpliceSessions
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker.udp import server as datagrams
+from pyforwarder.worker.udp import server_losses
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
 from pyforwarder.worker.udp.handover import MOST_PER_S, SessionHandover
 from pyforwarder.worker.udp.icmp_errors import Refusal, refusal_in
@@ -22,7 +22,7 @@ from pyforwarder.worker.udp.standing import STEADY_AFTER_S
 from tests.helpers.datagram_play import DatagramPlay
 
 if TYPE_CHECKING:
-    from pyforwarder.worker.udp.server import Session
+    from pyforwarder.worker.udp.session import Session
 
 
 class FakeKernel:
@@ -109,7 +109,7 @@ class Played:
 
     @property
     def session(self) -> Session:
-        (session,) = self.play.server._sessions.values()
+        (session,) = self.play.server.by_id.values()
         return session
 
     def close(self) -> None:
@@ -295,7 +295,7 @@ def test_a_session_that_only_the_kernel_hears_is_not_idle_and_becomes_steady(
         played.play.pass_time(15.0)
     assert played.session is session
     assert played.kernel.last[0] - session.accepted_s > STEADY_AFTER_S
-    assert played.play.server._standings.first_to_go(None) is None
+    assert played.play.server.standings.first_to_go(None) is None
     for _ in range(10):
         played.play.pass_time(15.0)
     assert played.play.closed(CloseReason.IDLE) == 1
@@ -329,20 +329,20 @@ def test_many_sessions_do_not_end_in_one_turn_and_others_are_served_meanwhile(
         played.down(source, client)
         played.up(client)
     play.settle()
-    spliced = sum(session.place is not None for session in server._sessions.values())
+    spliced = sum(session.place is not None for session in server.by_id.values())
     assert spliced > 2 * ENDS_AT_ONCE  # the others have no slot
     found = server.flush_ids(None)
     assert len(found) == len(clients)
-    assert len(server._sessions) == 9 * ENDS_AT_ONCE
+    assert len(server.by_id) == 9 * ENDS_AT_ONCE
     assert server.flush_ids(found) == found[ENDS_AT_ONCE:]  # again: they end once
     late = play.client()
     played.up(late)
-    left = len(server._sessions)
+    left = len(server.by_id)
     assert left > 5 * ENDS_AT_ONCE  # it was served before most of them had ended
     while left > 1:
         play.loop.run_once(0)
-        assert left - len(server._sessions) <= ENDS_AT_ONCE
-        left = len(server._sessions)
+        assert left - len(server.by_id) <= ENDS_AT_ONCE
+        left = len(server.by_id)
     assert play.closed(CloseReason.FLUSHED) == len(clients)
     assert sum(played.kernel.closed) == spliced
     assert max(played.kernel.closed) <= ENDS_AT_ONCE
@@ -356,11 +356,11 @@ def test_sessions_that_fall_silent_together_do_not_end_in_one_turn(played: Playe
     for client in clients:
         played.up(client)
     play._ahead_s += 60.0
-    left, most = len(server._sessions), 0
+    left, most = len(server.by_id), 0
     while left:
         play.loop.run_once(0)
-        most = max(most, left - len(server._sessions))
-        left = len(server._sessions)
+        most = max(most, left - len(server.by_id))
+        left = len(server.by_id)
     assert most == ENDS_AT_ONCE
     assert play.closed(CloseReason.IDLE) == len(clients)
 
@@ -410,7 +410,7 @@ def test_a_fault_over_one_ending_costs_no_other(
     server.flush_ids(None)
     play.settle()
     play.settle()
-    assert server._sessions == {}
+    assert server.by_id == {}
     assert play.closed(CloseReason.FLUSHED) == len(clients)
 
 
@@ -427,17 +427,17 @@ def test_a_listener_that_is_taken_away_is_closed_before_its_many_sessions_have_e
         played.sock.sendto(b"down", source)
     for _ in range(5):
         play.loop.run_once(0)
-    assert server._sessions == {}
+    assert server.by_id == {}
     assert len(played.kernel.opened) == asked
     assert play.closed(CloseReason.SHUTDOWN) == len(clients)
 
 
 def test_sessions_of_a_server_that_is_down_end(played: Played) -> None:
     played.up()
-    played.play.server.servers_changed()
+    played.play.server.losses.servers_changed()
     assert played.session.reason is None
     played.balancer.mark_down(str(played.session.destination))
-    played.play.server.servers_changed()
+    played.play.server.losses.servers_changed()
     assert played.play.closed(CloseReason.UNREACHABLE) == 1
 
 
@@ -448,18 +448,18 @@ def test_sessions_of_a_server_that_is_ejected_end_if_there_is_another(played: Pl
     for _ in range(20):
         played.balancer.failed(server, played.play.loop.now_s)
     assert server.is_ejected(played.play.loop.now_s)
-    played.play.server.servers_changed()
+    played.play.server.losses.servers_changed()
     assert played.session.reason is None  # as good as any
     played.balancer.servers[1].weight = 1
-    played.play.server.servers_changed()
+    played.play.server.losses.servers_changed()
     assert played.play.closed(CloseReason.UNREACHABLE) == 1
 
 
 def test_sessions_of_a_server_that_is_no_more_end(played: Played) -> None:
     played.up()
-    played.play.server.servers_changed(played.play.generation.balancers)
+    played.play.server.losses.servers_changed(played.play.generation.balancers)
     assert played.session.reason is None
-    played.play.server.servers_changed({})
+    played.play.server.losses.servers_changed({})
     assert played.play.closed(CloseReason.UNREACHABLE) == 1
 
 
@@ -528,9 +528,9 @@ def failures(played: Played, monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 def say(played: Played, monkeypatch: pytest.MonkeyPatch, *said: Refusal) -> bool:
     """Whether the session goes on that was opened last."""
-    *_, session = played.play.server._sessions.values()
-    monkeypatch.setattr(datagrams, "refusals", lambda _sock: iter(said))
-    return played.play.server._hear_errors(session)
+    *_, session = played.play.server.by_id.values()
+    monkeypatch.setattr(server_losses, "refusals", lambda _sock: iter(said))
+    return played.play.server.losses.hear_errors(session)
 
 
 def test_a_stranger_ends_no_session_that_was_answered(
@@ -603,7 +603,7 @@ def test_an_error_costs_none_of_the_datagrams_that_meet_it(played: Played) -> No
     played.sock.close()
     played.client.send(b"nobody hears that")
     # The loop has no part in it: the error waits for the datagram that comes next.
-    played.play.server._readable(played.session.listener, -1, 0)
+    played.play.server.copying.readable(played.session.listener, -1, 0)
     played.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     played.sock.bind(address)
     played.sock.setblocking(False)

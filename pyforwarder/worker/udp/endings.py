@@ -16,7 +16,7 @@ from pyforwarder.datapath.splice.keeper_requests import MOST_CLOSED_AT_ONCE
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.worker.udp.server import Session
+    from pyforwarder.worker.udp.session import Session
 
 # They take two milliseconds, mostly of log lines and counters.
 ENDS_AT_ONCE: Final = 16

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan, SpliceSessions
-    from pyforwarder.worker.udp.server import DatagramPort, DatagramServer, Session
+    from pyforwarder.worker.udp.server import DatagramServer
+    from pyforwarder.worker.udp.session import DatagramPort, Session
 
 # The keeper serves those who splice TCP, too, and who asks waits: beginning one takes half a
 # millisecond. Who makes addresses up can have it asked by two datagrams from each of them.
@@ -79,7 +80,7 @@ class SessionHandover:
         if not self._works:
             session.earns = False
             session.pair_reason = _not_here(session)
-            self._server.show_datapath(session)
+            self._server.records.show_datapath(session)
             return
         if session.learning:
             return  # what the server says next may be a connection id
@@ -126,10 +127,10 @@ class SessionHandover:
         elif reason is PairReason.MAP_FULL:
             self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
         session.pair_reason = reason
-        self._server.show_datapath(session)
+        self._server.records.show_datapath(session)
         if session.place is not None:
             session.listener.behind[session] = None
-            self._server.look_at_both(session)
+            self._server.copying.look_at_both(session)
 
     def _open(self, session: Session) -> PairReason | None:
         if self._kernel is None or session.slot < 0:

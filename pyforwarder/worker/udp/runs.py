@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from pyforwarder.worker.udp.server import Session
+    from pyforwarder.worker.udp.session import Session
 
 MOST_DATAGRAM_BYTES: Final = 65535
 # UDP_MAX_SEGMENTS of older kernels; what fits into one IP packet with its headers.

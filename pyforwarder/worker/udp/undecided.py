@@ -16,7 +16,8 @@ from pyforwarder.runtime.loop import Timed
 if TYPE_CHECKING:
     from pyforwarder.core.routing import Claim
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.worker.udp.server import DatagramPort, Key
+    from pyforwarder.worker.udp.session import DatagramPort
+    from pyforwarder.worker.udp.sockets import Key
 
 # Of one worker. A hello in two datagrams is whole a moment after its first half has come, so that
 # most of so many have been made up.

@@ -1,0 +1,80 @@
+"""Room for a new session: what limits allow, and which others end for it.
+
+Who sends from made-up addresses can open sessions: they are counted apart from TCP, those whose
+client is not heard again end after seconds, and make room for others before that. Who sends twice
+from each is taken for a client; nothing in UDP tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.runtime.limits import Limit
+
+if TYPE_CHECKING:
+    from pyforwarder.worker.generation import ListenerState
+    from pyforwarder.worker.udp.server import DatagramServer
+    from pyforwarder.worker.udp.session import Session
+
+
+class Admission:
+    """Admits sessions, or says which limit forbids it."""
+
+    def __init__(self, server: DatagramServer) -> None:
+        self._server = server
+        self._loop = server.loop
+
+    def admit(self, session: Session) -> Limit | None:
+        """The limit that the session is one too many for, once others have made room; None: none.
+
+        What it counts for from here on is given back by `end`.
+        """
+        state, now_s = session.state, self._loop.now_s
+        host = session.peer.host
+        answer = self._server.limits.admit(host, state.scopes, now_s)
+        # Somebody else may have used the client's address: its own unconfirmed ones go first.
+        if answer is Limit.SESSIONS_PER_CLIENT and self._make_room_of_client(host, state):
+            answer = self._server.limits.admit(host, state.scopes, now_s)
+        if isinstance(answer, Limit):
+            return answer
+        limit = None
+        if state.most_here and self._server.limits.count(state.counter) >= state.most_here:
+            limit = None if self._make_room(session.listener) else Limit.SESSIONS
+        elif self._server.limits.sessions >= state.generation.most_sessions:
+            limit = None if self._make_room(None) else Limit.SESSIONS
+        elif len(self._server.by_id) >= self._server.most_sessions:
+            limit = None if self._make_room(None) else Limit.DESCRIPTORS
+        if limit is not None:
+            self._server.limits.give_back(answer)
+        else:
+            session.client_keys = answer
+        return limit
+
+    def _make_room_of_client(self, host: str, state: ListenerState) -> bool:
+        """End sessions of the client wherever it has as many as it may; whether all have room now.
+
+        The listener's scope comes first: a session that ends there makes room in the shared one.
+        """
+        count = self._server.limits.client_count
+        full = {
+            key: bounds.per_client
+            for bounds in state.scopes
+            if bounds.per_client
+            and count(key := self._server.limits.key(host, bounds)) >= bounds.per_client
+        }
+        if any(self._server.standings.first_to_go(key) is None for key in full):
+            return False  # and so none of the others need end
+        return all(count(key) < most or self._make_room(key) for key, most in full.items())
+
+    def _make_room(self, group: Hashable) -> bool:
+        """End the session of the group that is known least, for another; whether there was one."""
+        while True:
+            session = self._server.standings.first_to_go(group)
+            if session is None:
+                return False
+            # One that only the kernel has heard of late may be better known than that.
+            if not self._server.is_steady_in_kernel(session):
+                self._server.end(session, CloseReason.EVICTED)
+                return True

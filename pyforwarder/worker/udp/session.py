@@ -1,0 +1,242 @@
+"""A UDP session: one client's datagrams to one server, and back.
+
+It is a socket of its own, connected to the server, so that answers find their client and errors
+their session. It keeps the generation of the configuration that it was opened under.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from pyforwarder.core.address import Address, HostPort, UnixAddress
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.runtime.loop import Timed
+from pyforwarder.worker.udp.runs import MOST_DATAGRAM_BYTES
+from pyforwarder.worker.udp.standing import Standing
+
+if TYPE_CHECKING:
+    from pyforwarder.core.first_packet.outcome import Facts
+    from pyforwarder.core.reasons import CloseReason
+    from pyforwarder.core.routing import Route, Rule
+    from pyforwarder.core.upstreams import ServerState
+    from pyforwarder.datapath.splice.sessions import Place
+    from pyforwarder.runtime.limits import Limit
+    from pyforwarder.runtime.resolver import Wait
+    from pyforwarder.worker.generation import ListenerState, UpstreamState
+    from pyforwarder.worker.udp.connection_ids import Way
+    from pyforwarder.worker.udp.server import DatagramServer
+    from pyforwarder.worker.udp.sockets import Key
+
+
+class Session(Timed):
+    """One client's datagrams to one server, and back."""
+
+    __slots__ = (
+        "accepted_s",
+        "active_s",
+        "address_asked",
+        "answered_s",
+        "asking",
+        "candidates",
+        "client_keys",
+        "destination",
+        "down_bytes",
+        "down_packets",
+        "earns",
+        "facts",
+        "groups",
+        "heard_bytes",
+        "id",
+        "ids",
+        "is_spliced_by_name",
+        "key",
+        "kind",
+        "learning",
+        "life_ended",
+        "listener",
+        "most_segment",
+        "over_limit",
+        "owner",
+        "pair_reason",
+        "peer",
+        "place",
+        "proxy_header",
+        "reason",
+        "refusal",
+        "refused",
+        "route",
+        "server_opened",
+        "server_state",
+        "slot",
+        "sock",
+        "source",
+        "standing",
+        "state",
+        "told_bytes",
+        "up_bytes",
+        "up_packets",
+        "upstream",
+        "waiting",
+        "waiting_bytes",
+        "way",
+    )
+
+    has_sent_nothing = False
+
+    def __init__(
+        self, owner: DatagramServer, port: DatagramPort, key: Key, route: Route, heard_bytes: int
+    ) -> None:
+        """`heard_bytes`: of the client's first datagram."""
+        super().__init__()
+        self.owner = owner
+        self.listener = port
+        # The port may have another by the time the session ends.
+        self.state = port.state
+        self.key = key
+        self.route = route
+        self.facts = route.facts
+        self.peer = Address(key[0], key[1])
+        self.id = 0
+        self.slot = -1
+        self.kind = DatapathKind.COPY
+        self.pair_reason = PairReason.DATAGRAMS
+        self.earns = False  # it may be handed over to the kernel
+        self.is_spliced_by_name = False  # the configuration says `splice`, not `auto`
+        self.place: Place | None = None  # there
+        self.accepted_s = self.active_s = owner.loop.now_s
+        self.answered_s = -math.inf  # when our socket last got something of the server
+        self.sock: socket.socket | None = None
+        self.destination: Address | HostPort | UnixAddress | None = None
+        self.source: Address | None = None
+        self.upstream: UpstreamState | None = None
+        self.server_state: ServerState | None = None
+        self.server_opened = False
+        self.client_keys: tuple[int, ...] = ()
+        self.over_limit: Limit | None = None
+        self.standing = Standing.NEW
+        self.groups: tuple[Hashable, ...] = ()
+        # What the client has sent and been sent: only kept while `standing` is NEW.
+        self.heard_bytes = heard_bytes
+        self.told_bytes = 0
+        self.reason: CloseReason | None = None
+        self.refusal = ""  # why it got no server, in words for the log
+        # How often the server has refused a datagram since it last answered, and how many datagrams
+        # had gone up and down then.
+        self.refused = (0, 0, 0)
+        self.life_ended = False
+        self.asking: Wait | None = None  # for the server's name
+        self.address_asked = 0  # the request for a socket with the client's address; 0: none
+        # What the server is told about the client, in front of the first datagram; empty once that
+        # has been sent.
+        self.proxy_header = b""
+        # Larger datagrams are sent one by one: more of that size at once do not fit the path.
+        self.most_segment = MOST_DATAGRAM_BYTES
+        # QUIC: where its connection id has led; those that its server has said, or its client did,
+        # and how many answers are looked through for more.
+        self.way: Way | None = None
+        self.ids: tuple[bytes, ...] = ()
+        self.learning = 0
+        self.waiting: list[bytes] = []
+        self.waiting_bytes = 0
+        self.up_bytes = self.down_bytes = 0
+        self.up_packets = self.down_packets = 0
+
+    def expired(self) -> None:
+        """Time to look whether anybody still speaks."""
+        self.owner.look_at_idle(self)
+
+    def source_address(self) -> Address | None:
+        """Where datagrams to the server come from."""
+        return self.source
+
+    def asked_address(self) -> Address:
+        """The address of ours that the client has sent to."""
+        bind = self.state.bind
+        if self.state.endpoint is not None:
+            assert isinstance(bind, Address)
+            return bind
+        local = self.key[2]
+        host = socket.inet_ntop(socket.AF_INET6 if len(local) == 16 else socket.AF_INET, local)
+        return Address(host, self.state.local_port)
+
+    @property
+    def listener_name(self) -> str:
+        """The listener that received it, for the log."""
+        return self.state.config.name
+
+    @property
+    def rule_name(self) -> bytes:
+        """The rule that took it, for the table and the log."""
+        return self.state.rule_names[self.route.rule.index]
+
+
+class Refused:
+    """A first datagram that gets no session, or a session nobody goes on with, for the log."""
+
+    __slots__ = (
+        "accepted_s",
+        "facts",
+        "id",
+        "listener_name",
+        "over_limit",
+        "owner",
+        "peer",
+        "reason",
+        "refusal",
+        "route",
+        "rule_name",
+    )
+
+    destination = None
+    has_sent_nothing = False
+    kind = DatapathKind.NONE
+    pair_reason = PairReason.DATAGRAMS
+
+    def __init__(
+        self,
+        owner: DatagramServer,
+        state: ListenerState,
+        peer: Address,
+        rule: Rule | None,
+        *,
+        session_id: int | None = None,
+    ) -> None:
+        """`session_id`: of a session that another worker had counted."""
+        self.owner = owner
+        self.accepted_s = owner.loop.now_s
+        self.id = owner.next_id() if session_id is None else session_id
+        self.listener_name = state.config.name
+        self.rule_name = state.rule_names[rule.index] if rule is not None else b"-"
+        self.route: Route | None = None
+        self.peer = peer
+        self.over_limit: Limit | None = None
+        self.reason: CloseReason | None = None
+        self.facts: Facts = ()
+        self.refusal = ""
+
+    def source_address(self) -> None:
+        """Nothing has been sent from anywhere."""
+
+
+class DatagramPort:
+    """One UDP listener: its socket, and the configuration in force for new sessions."""
+
+    def __init__(self, sock: socket.socket, state: ListenerState) -> None:
+        self.sessions: dict[Key, Session] = {}
+        # Those of which something was copied since the kernel was last told that all was; and what
+        # it had counted then (handover.py).
+        self.behind: dict[Session, None] = {}
+        self.counted: list[tuple[Session, int]] | None = None
+        self.take(sock, state)
+
+    def take(self, sock: socket.socket, state: ListenerState) -> None:
+        """Go on with this socket and this configuration."""
+        self.sock = sock
+        self.state = state
+        # A wildcard socket must answer from the address that was asked, or the client will not
+        # know the answer.
+        self.is_wildcard = state.endpoint is None
