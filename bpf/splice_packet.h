@@ -154,3 +154,22 @@ inlined void replace_pseudo(struct __sk_buff *skb, __u32 at, __u16 sum, const in
 		return;
 	bpf_l4_csum_replace(skb, at, 0, sum, F_PSEUDO);
 }
+
+/* What an ICMP packet's pseudo-header adds to its checksum, but for the length. */
+inlined __u64 pseudo_sum(const struct ipv6 *six)
+{
+	__u64 sum = bpf_htons(PROTOCOL_ICMPV6);
+	int i;
+
+#pragma unroll
+	for (i = 0; i < 4; i++)
+		sum += (__u64)six->source[i] + six->target[i];
+	return sum;
+}
+
+/* The field of a header for a window of so many bytes. */
+inlined __u32 window_field(__u32 bytes, __u8 scale)
+{
+	bytes >>= scale & 15;
+	return bytes > 65535 ? 65535 : bytes;
+}

@@ -15,6 +15,7 @@
 #include "sessions.h"
 #include "splice_packet.h"
 #include "splice_valid.h"
+#include "splice_verdicts.h"
 
 #define PROTOCOL_UDP	  17
 #define PROTOCOL_FRAGMENT 44
