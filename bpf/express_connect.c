@@ -38,9 +38,8 @@
 #define NEXT -1 /* TCX_NEXT */
 #define DROP 2	/* TCX_DROP */
 
-#define HOPS	 64
-#define LOOPBACK 1
-#define PSH	 0x08
+#define HOPS 64
+#define PSH  0x08
 
 #define NS_PER_MS 1000000
 /* A server that has refused is not asked again for so long: the worker sees to it meanwhile. */

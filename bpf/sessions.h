@@ -30,9 +30,9 @@ struct session_direction {
 	__u32 address_sum; /* what the new addresses add to a checksum */
 	__u32 pseudo_sum;  /* of the old ones and the protocol's number */
 	__u32 latched;	   /* not 0: they are sent on; until then they are for our socket */
-	__u32 padding;
-	__u64 passed;	      /* datagrams that went to our socket before it was latched */
-	__u64 last_ns;	      /* of the sender's last datagram; a second old at most */
+	__u32 has_left;	   /* not 0: one that our socket sent on has left with the new addresses */
+	__u64 passed;	   /* datagrams that went to our socket before it was latched */
+	__u64 last_ns;	   /* of the sender's last datagram; a second old at most */
 	__u64 bytes, packets; /* sent on */
 };
 

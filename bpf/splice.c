@@ -462,10 +462,14 @@ int egress(struct __sk_buff *skb)
 	/* Forwarded, ours or another's: not from a socket of this host. */
 	if (skb->ingress_ifindex)
 		return NEXT;
-	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4))
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4)) {
+		note_leaving(skb, 0);
 		return silence(skb, 0);
-	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6))
+	}
+	if (skb->protocol == bpf_htons(ETHERTYPE_IPV6)) {
+		note_leaving(skb, 1);
 		return silence(skb, 1);
+	}
 	return NEXT;
 }
 

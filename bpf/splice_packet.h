@@ -15,6 +15,8 @@
 #define OPTIONS_AT(v6)	  (TCP_AT(v6) + 20)
 #define HEADERS_BYTES(v6) OPTIONS_AT(v6)
 
+#define LOOPBACK 1 /* the index of `lo` in every network namespace */
+
 #define PROTOCOL_ICMP	1
 #define PROTOCOL_TCP	6
 #define PROTOCOL_ICMPV6 58

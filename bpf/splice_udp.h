@@ -88,18 +88,28 @@ inlined int pass_datagram(struct __sk_buff *skb, const struct splice_key *from, 
 
 /*
  * Whether nobody has spoken for so long that the session is over. Its worker ends it before that;
- * if all of us have died, it ends by itself.
+ * if all of us have died, it ends by itself. What only our sockets could take counts when a worker
+ * has copied it: a fragment may never become a datagram.
  */
 inlined int is_over(const struct session *session, __u64 now_ns)
 {
 	__u64 last_ns = volatile_read(session->began_ns);
 	__u64 up_ns = volatile_read(session->way[PF_UP].last_ns);
 	__u64 down_ns = volatile_read(session->way[PF_DOWN].last_ns);
+	__u32 slot;
+	struct pair *pair;
 
 	if (up_ns > last_ns)
 		last_ns = up_ns;
 	if (down_ns > last_ns)
 		last_ns = down_ns;
+	if (now_ns <= last_ns || now_ns - last_ns <= volatile_read(session->idle_ns))
+		return 0;
+	slot = session->slot;
+	pair = map_lookup(MAP_PAIRS_FD, &slot);
+	if (!pair || volatile_read(pair->id) != session->id)
+		return 1;
+	last_ns = volatile_read(pair->last_ns);
 	return now_ns > last_ns && now_ns - last_ns > volatile_read(session->idle_ns);
 }
 
@@ -113,16 +123,15 @@ inlined int note_sender(struct session_direction *way, __u64 now_ns)
 	return is_news;
 }
 
-/* The first piece of one that came in several, or one behind options: `at` is where UDP begins. */
+/*
+ * The first piece of one that came in several, or one behind options: `at` is where UDP begins.
+ * Nobody can tell here whether it is true and becomes whole, so it is no sign of its sender.
+ */
 inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
 {
 	struct splice_key key = {};
-	struct splice_flow *flow;
-	struct session *session;
-	struct session_direction *way;
 	__u8 head[40];
-	__u64 now_ns;
-	__u32 ports, index;
+	__u32 ports;
 
 	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, head, IP_BYTES(v6)) ||
 	    bpf_skb_load_bytes(skb, at, &ports, 4))
@@ -130,19 +139,8 @@ inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
 	take_addresses(key.source, key.target, head, v6);
 	key.sport = ports & 0xffff;
 	key.dport = ports >> 16;
-	flow = map_lookup(MAP_SESSION_FLOWS_FD, &key);
-	if (!flow)
+	if (!map_lookup(MAP_SESSION_FLOWS_FD, &key))
 		return NEXT;
-	index = flow->index;
-	session = map_lookup(MAP_SESSIONS_FD, &index);
-	now_ns = bpf_ktime_get_coarse_ns();
-	if (session && volatile_read(session->state) == PF_SESSION_ACTIVE &&
-	    !is_over(session, now_ns)) {
-		way = flow->direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
-		/* By another interface it may be anybody's, as in forward_datagram. */
-		if (!way->by || way->by == skb->ifindex)
-			note_sender(way, now_ns);
-	}
 	return pass_datagram(skb, &key, v6);
 }
 
@@ -153,23 +151,57 @@ inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
  * on of those that were passed to it: all of them, so none is left behind this one. If that never
  * comes to be, as more come than it can copy, it says so, and the last ones are overtaken.
  *
- * And a datagram of the other direction must have come by here under the addresses that the sockets
- * have: behind a NAT rule of this host they have others, and what goes out past it would be lost.
- * Any counts, also one that only our socket can send on: a server may never answer but in
- * fragments.
+ * And one that our socket has sent on must have left this host with the very addresses, and by the
+ * interface, that this one would get: behind a NAT rule or in a tunnel they are others, and what
+ * goes out past that would be lost. No peer can forge that.
  */
-inlined int may_latch(struct session *session, struct session_direction *way,
-		      const struct session_direction *back, __u32 direction)
+inlined int may_latch(struct session *session, struct session_direction *way, __u32 direction)
 {
 	__u32 slot = session->slot;
 	struct pair *pair = map_lookup(MAP_PAIRS_FD, &slot);
 	struct worker_direction *told;
 
-	if (!pair || volatile_read(pair->id) != session->id || !volatile_read(back->last_ns))
+	if (!pair || volatile_read(pair->id) != session->id || !volatile_read(way->has_left))
 		return 0;
 	told = direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
 	return volatile_read(told->consumed_bytes) == volatile_read(way->passed) ||
 	       volatile_read(told->armed) == PF_SESSION_NOW;
+}
+
+/* A packet of a socket of this host as it leaves: see may_latch. It is not changed. */
+inlined void note_leaving(struct __sk_buff *skb, const int v6)
+{
+	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
+	struct splice_key key = {};
+	struct splice_flow *flow;
+	struct session *session;
+	struct session_direction *way;
+	struct ipv4 *four = data + ETHERNET_BYTES;
+	struct ipv6 *six = data + ETHERNET_BYTES;
+	struct udp *udp = data + UDP_AT(v6);
+	__u32 index;
+
+	if (data + DATAGRAM_AT(v6) > data_end)
+		return; /* a socket's packets have all their headers in front */
+	/* Fragments have these in the first piece only: others tell nothing. */
+	if (v6 ? six->next != PROTOCOL_UDP
+	       : four->version != 0x45 || four->protocol != PROTOCOL_UDP ||
+			    (four->fragment & bpf_htons(0x3fff)))
+		return;
+	/* As the answer to it would come. */
+	take_addresses(key.target, key.source, data + ETHERNET_BYTES, v6);
+	key.sport = udp->dport;
+	key.dport = udp->sport;
+	flow = map_lookup(MAP_SESSION_FLOWS_FD, &key);
+	if (!flow)
+		return;
+	index = flow->index;
+	session = map_lookup(MAP_SESSIONS_FD, &index);
+	if (!session || volatile_read(session->state) != PF_SESSION_ACTIVE)
+		return;
+	way = flow->direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
+	if (!way->has_left && skb->ifindex == (way->interface ? way->interface : LOOPBACK))
+		way->has_left = 1;
 }
 
 /* Count what goes on: so many datagrams, which have so many bytes together, without headers. */
@@ -199,7 +231,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	struct splice_key key = {};
 	struct splice_flow *flow;
 	struct session *session;
-	struct session_direction *way, *back;
+	struct session_direction *way;
 	struct ipv4 *four;
 	struct ipv6 *six;
 	struct udp *udp;
@@ -233,7 +265,6 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	if (is_over(session, now_ns))
 		return pass_datagram(skb, &key, v6); /* for the socket that has that port by now */
 	way = direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
-	back = direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
 	if (skb->pkt_type != HOST_PACKET) {
 		count_invalid_datagram(session, PF_INVALID_NOT_FOR_US);
 		return NEXT; /* the stack has no use for it, either */
@@ -278,7 +309,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 			return pass_datagram(skb, &key, v6); /* our socket can make pieces of it */
 	}
 	if (!volatile_read(way->latched)) {
-		if (!may_latch(session, way, back, direction)) {
+		if (!may_latch(session, way, direction)) {
 			__sync_fetch_and_add(&way->passed, datagrams);
 			return pass_datagram(skb, &key, v6);
 		}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import socket
 import struct
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION, PAIR_BYTES, Direction, PairRecord
 from pyforwarder.datapath.splice import session_maps
+from pyforwarder.datapath.splice.abi import NO_SLOT
 from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionDirection, SessionRecord
+from tests.helpers.forged import checksum
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
 from tests.helpers.spliced import DATAPATH
@@ -176,6 +179,8 @@ class SessionSite:
                     at += direction * ctypes.sizeof(SessionDirection)
                     at += SessionDirection.last_ns.offset
                     struct.pack_into("=Q", memory, at, record.way[direction].last_ns - silent_ns)
+                if record.slot != NO_SLOT:
+                    _let_be_silent(pins / f"pairs_{ABI_VERSION}", record.slot, silent_ns)
             return session_maps.record_of(memory, index)
 
     def copies(self) -> int:
@@ -185,6 +190,48 @@ class SessionSite:
             six = Path("/proc/thread-self/net/snmp6").read_text()
         (of_six,) = (int(line.split()[1]) for line in six.splitlines() if "Udp6InDatagr" in line)
         return network.counters()["UdpInDatagrams"] + of_six
+
+
+def datagram(
+    sock: socket.socket,
+    data: bytes,
+    *,
+    spoil: int = 0,
+    udp_bytes: int = 0,
+    hops: int = 64,
+    total: int | None = None,
+    to: tuple[str, int] | None = None,
+) -> bytes:
+    """What `sock` would send, with its IP header; `spoil` is added to the checksum.
+
+    `udp_bytes` is added to UDP's length, and `total` is its checksum whatever is right. `to` is
+    another's address than that of the socket's peer.
+    """
+    source, target = sock.getsockname()[:2], to or sock.getpeername()[:2]
+    addresses = b"".join(ipaddress.ip_address(end[0]).packed for end in (source, target))
+    size = 8 + len(data) + udp_bytes
+    head = struct.pack("!HHH", source[1], target[1], size)
+    pseudo = addresses + struct.pack("!II", size, socket.IPPROTO_UDP)
+    summed = data[: max(0, len(data) + min(0, udp_bytes))]
+    found = checksum(pseudo + head + bytes(2) + summed) or 0xFFFF
+    found = (found + spoil) & 0xFFFF if total is None else total
+    body = head + struct.pack("!H", found) + data
+    if sock.family == socket.AF_INET6:
+        return struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_UDP, hops) + addresses + body
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, hops, socket.IPPROTO_UDP, 0)
+    ip += addresses
+    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + body
+
+
+def _let_be_silent(pin: Path, slot: int, silent_ns: int) -> None:
+    """And what the worker has said of it was so long ago, too."""
+    fd = bpf.open_pin(pin)
+    size = bpf.map_sizes(fd).entries * PAIR_BYTES
+    with contextlib.closing(bpf.map_memory(fd, size, write=True)) as memory:
+        os.close(fd)
+        at = slot * PAIR_BYTES + PairRecord.last_ns.offset
+        (last_ns,) = struct.unpack_from("=Q", memory, at)
+        struct.pack_into("=Q", memory, at, max(0, last_ns - silent_ns))
 
 
 def numbered(number: int, size: int) -> bytes:

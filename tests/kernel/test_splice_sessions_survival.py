@@ -210,13 +210,19 @@ def test_the_port_of_a_session_that_is_over_is_its_next_owners(start: Any, versi
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_copied_of_a_session_keeps_it_in_the_kernel(start: Any, version: int) -> None:
-    """Fragments alone, for as long as somebody likes."""
+    """Fragments alone, for as long as somebody likes: a worker has seen them come whole."""
     site = start()
     with site.spliced(site.topology.way(), version) as talk:
-        record = site.record(talk, silent_ns=int(10e9))
+        record = site.record(talk, silent_ns=int(200e9))
+        before = site.copies()
+        talk.exchange(b"it is over")  # until a worker has copied that
+        assert site.copies() == before + 1
+        site.record(talk, silent_ns=int(200e9))
         talk.exchange(pattern(4000))
+        talk.exchange(b"it is not")
+        assert site.copies() == before + 3
         now = site.record(talk)
-        assert all(now.way[d].last_ns >= record.way[d].last_ns + int(9e9) for d in (0, 1))
+        assert all(now.way[d].last_ns >= record.way[d].last_ns + int(100e9) for d in (0, 1))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

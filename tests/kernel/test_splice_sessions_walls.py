@@ -25,7 +25,7 @@ from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from tests.helpers.forged import Forger, checksum
 from tests.helpers.netns import Network
-from tests.helpers.sessions import SessionSite, Talk, config, numbered
+from tests.helpers.sessions import SessionSite, Talk, config, datagram, numbered
 from tests.helpers.topology import lay_wire
 from tests.helpers.waiting import wait_for
 
@@ -71,35 +71,6 @@ def neighbour(site: SessionSite) -> Iterator[Forger]:
     hosts = site.topology
     with contextlib.closing(Forger(hosts.client, "c0", hosts.forwarder, "f0")) as forger:
         yield forger
-
-
-def datagram(
-    sock: socket.socket,
-    data: bytes,
-    *,
-    spoil: int = 0,
-    udp_bytes: int = 0,
-    hops: int = 64,
-    total: int | None = None,
-) -> bytes:
-    """What `sock` would send, with its IP header; `spoil` is added to the checksum.
-
-    `udp_bytes` is added to UDP's length, and `total` is its checksum whatever is right.
-    """
-    source, target = sock.getsockname()[:2], sock.getpeername()[:2]
-    addresses = b"".join(ipaddress.ip_address(end[0]).packed for end in (source, target))
-    size = 8 + len(data) + udp_bytes
-    head = struct.pack("!HHH", source[1], target[1], size)
-    pseudo = addresses + struct.pack("!II", size, socket.IPPROTO_UDP)
-    summed = data[: max(0, len(data) + min(0, udp_bytes))]
-    found = checksum(pseudo + head + bytes(2) + summed) or 0xFFFF
-    found = (found + spoil) & 0xFFFF if total is None else total
-    body = head + struct.pack("!H", found) + data
-    if sock.family == socket.AF_INET6:
-        return struct.pack("!IHBB", 6 << 28, len(body), socket.IPPROTO_UDP, hops) + addresses + body
-    ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, hops, socket.IPPROTO_UDP, 0)
-    ip += addresses
-    return ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + body
 
 
 def invalid(site: SessionSite, kind: str) -> int:

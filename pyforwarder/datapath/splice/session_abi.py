@@ -39,7 +39,7 @@ class SessionDirection(ctypes.Structure):
         ("address_sum", ctypes.c_uint32),
         ("pseudo_sum", ctypes.c_uint32),
         ("latched", ctypes.c_uint32),
-        ("padding", ctypes.c_uint32),
+        ("has_left", ctypes.c_uint32),
         ("passed", ctypes.c_uint64),
         ("last_ns", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),

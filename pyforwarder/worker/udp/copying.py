@@ -16,7 +16,6 @@ from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import EPOLLERR
 from pyforwarder.worker.udp.connection_ids import Way
 from pyforwarder.worker.udp.runs import UNSEGMENTED, Run, send_segments
-from pyforwarder.worker.udp.server_losses import has_answer
 from pyforwarder.worker.udp.sockets import ANCILLARY_BYTES, from_address, local_address, name_of
 from pyforwarder.worker.udp.standing import Standing
 
@@ -315,7 +314,8 @@ class Copying:
         if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.EMSGSIZE, errno.EPERM):
             self._counters[Counter.DATAGRAMS_LOST] += 1
             return
-        self._losses.lose(session, error.errno or errno.EIO, is_sure=not has_answer(session))
+        is_sure = not self._losses.has_answer(session)
+        self._losses.lose(session, error.errno or errno.EIO, is_sure=is_sure)
 
     def _moved(self, session: Session, direction: int, count: int, packets: int) -> None:
         session.active_s = self._loop.now_s

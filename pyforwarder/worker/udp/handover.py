@@ -3,12 +3,15 @@
 Only where its rule has `datapath: auto` or `splice`, and a session earns it. Its client must have
 sent a second datagram and its server have answered: so nobody fills the kernel's table with
 addresses that were made up, and an answer that `amplification` holds back is never sent on by the
-kernel. With `auto` it must also have lived or carried as much as `handover` says: one that ends
-before, as most of DNS do, would not pay for being begun and ended there.
+kernel. A server that never answers is as good if its client has gone on speaking for a while and
+has sent what is worth it. With `auto` a session must also have lived or carried as much as
+`handover` says: one that ends before, as most of DNS do, would not pay for being begun and ended
+there.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.base import PairReason
@@ -73,7 +76,9 @@ class SessionHandover:
 
     def moved(self, session: Session) -> None:
         """A datagram was copied: it may have been the one that earns the handover."""
-        if session.standing is Standing.NEW or not session.down_packets:
+        if session.standing is Standing.NEW:
+            return
+        if not session.down_packets and not self._is_stream(session):
             return
         if self._works is None:
             return
@@ -90,6 +95,17 @@ class SessionHandover:
             session.earns = False
             # Not now: the server is in the middle of a socket's datagrams.
             self._server.loop.defer(self._attempt, session)
+
+    @staticmethod
+    def _is_stream(session: Session) -> bool:
+        """Whether an unanswered client is worth a place all the same.
+
+        Made-up addresses cost their sender seconds and bytes then, for each of them.
+        """
+        return (
+            session.standing is Standing.STEADY
+            and session.up_bytes >= session.state.generation.handover.after_bytes
+        )
 
     def _pays(self, session: Session) -> bool:
         """Whether `auto` hands the session over by now.
@@ -257,7 +273,7 @@ class SessionHandover:
         """When the server last answered; -inf: never."""
         if session.place is None or self._kernel is None:
             return session.answered_s
-        return max(session.answered_s, self._kernel.last_s(session.place, _DOWN))
+        return max(session.answered_s, self._kernel.last_s(session.place, _DOWN) or -math.inf)
 
     def packets(self, session: Session) -> tuple[int, int]:
         """How many datagrams have gone up and down so far, copied and by the kernel."""

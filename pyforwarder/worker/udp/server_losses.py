@@ -51,7 +51,7 @@ class ServerLosses:
         A server that has never answered is not missed: the client's next datagram finds another.
         One that has answered must say so itself, about several datagrams, and answer none.
         """
-        if not has_answer(session):
+        if not self.has_answer(session):
             return True
         if not _is_of_server(session, refusal):
             return False
@@ -63,6 +63,10 @@ class ServerLosses:
             return False  # about the same datagram, at best
         session.refused = (times + 1, up, down)
         return times + 1 >= REFUSALS_OF_A_SERVER
+
+    def has_answer(self, session: Session) -> bool:
+        """Whether the server has ever answered, whoever heard it."""
+        return session.down_packets > 0 or self._server.handover.answered_s(session) > -math.inf
 
     def lose(self, session: Session, code: int, *, is_sure: bool) -> None:
         """End the session; if it is sure that the server is gone, it counts for others, too."""
@@ -112,11 +116,6 @@ class ServerLosses:
             other.is_up and other.weight and not other.is_ejected(now_s)
             for other in balancer.servers
         )
-
-
-def has_answer(session: Session) -> bool:
-    """Whether the server has ever answered; the kernel has no others."""
-    return session.place is not None or session.answered_s > -math.inf
 
 
 def _is_of_server(session: Session, refusal: Refusal) -> bool:
