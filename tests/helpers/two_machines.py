@@ -145,6 +145,7 @@ def _announce6(name: str, address: str) -> None:
 _PATTERN: Final = bytes(range(251)) * 1050
 _PERIOD: Final = 251
 _TICK_S: Final = 0.02
+_FLOWS_S: Final = 5 * _TICK_S
 
 
 @dataclass(slots=True)
@@ -264,6 +265,17 @@ class Traffic:
                 for stream in pair
                 if stream.error
             ]
+
+    def flows(self) -> bool:
+        """Whether bytes have come a moment ago, everywhere where they are sent all the time."""
+        with self._lock:
+            now_s = time.monotonic()
+            return all(
+                now_s - stream.last_s < _FLOWS_S * stream.every
+                for pair in self.streams
+                for stream in pair
+                if stream.rate
+            )
 
     def longest_gap_s(self) -> float:
         """Without a byte at an end to which bytes are sent all the time."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.fleet_of_two import Fleet, fleet_of_two
 from tests.helpers.waiting import wait_for
 
@@ -61,6 +62,33 @@ def test_pairs_go_on_through_a_planned_move_and_a_death(fleet: Fleet) -> None:
     traffic.pause()
     wait_for(traffic.is_whole, "all bytes have come")
     assert traffic.errors() == []
+
+
+@pytest.mark.timeout(240)
+def test_ends_that_have_waited_longer_and_longer_send_at_once(fleet: Fleet) -> None:
+    """A death that nobody notices for 1.7 s: left alone they would try again 3 s after it."""
+    hosts, traffic = fleet.hosts, fleet.traffic
+    hosts.give_addresses("a")
+    fleet.start("a")
+    fleet.start("b")
+    fleet.open("a", PAIRS)
+    fleet.wait_until_held("b", PAIRS)
+    traffic.mark()
+    cut_s = time.monotonic()
+    hosts.cut_off("a")
+    fleet.daemons["a"].kill()
+    time.sleep(max(0.0, cut_s + 1.7 - time.monotonic()))
+    hosts.give_addresses("b")
+    moved_s = time.monotonic() - cut_s
+    fleet.wait_until_spliced("b", PAIRS)
+    wait_for(traffic.flows, "bytes come everywhere")
+    gap_s = traffic.longest_gap_s()
+    print(f"longest gap: {gap_s:.2f} s, of which without addresses {moved_s:.2f} s")
+    traffic.poke()
+    traffic.pause()
+    wait_for(traffic.is_whole, "all bytes have come")
+    assert traffic.errors() == []
+    assert gap_s < moved_s + scaled_s(0.5)
 
 
 def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:

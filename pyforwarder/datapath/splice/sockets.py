@@ -258,24 +258,46 @@ def send_too_long(way: SpliceDirection, family: int) -> None:
     Never raises: where that cannot be said the peer sends again, and it is said again.
     Source: RFC 792 and RFC 1191, 4; RFC 4443, 3.2; the quotation is RFC 5927's.
     """
-    peer, own = bytes(way.from_.source), bytes(way.from_.target)
-    # As it came: the ports and the number are what the peer finds its connection by.
-    quoted = struct.pack("=HH", way.from_.sport, way.from_.dport)
-    quoted += struct.pack("!I", way.narrow_seq)
     if family == 6:
-        head = struct.pack("!IHBB", 6 << 28, 20, socket.IPPROTO_TCP, 64) + peer + own
-        message = struct.pack("!BBHI", 2, 0, 0, way.narrow_mtu) + head + quoted + bytes(12)
+        head = struct.pack("!BBHI", 2, 0, 0, way.narrow_mtu)
+    else:
+        head = struct.pack("!BBHHH", 3, 4, 0, 0, way.narrow_mtu)
+    _send_error(way, family, head, way.narrow_seq, 1)
+
+
+def send_was_unreachable(way: SpliceDirection, family: int, seq: int, times: int) -> None:
+    """Tell the peer whose packets `way` is about that the one numbered `seq` found no way.
+
+    It sends that again at once, or 0.2 s after it did last, although it has waited longer and
+    longer: each of `times` takes back one doubling (RFC 6069). To a connection that stands it means
+    nothing else (RFC 1122, 4.2.3.9). Never raises: without it the peer sends again all the same.
+    """
+    head = struct.pack("!BBHI", *((1, 0) if family == 6 else (3, 1)), 0, 0)
+    _send_error(way, family, head, seq, times)
+
+
+def _send_error(way: SpliceDirection, family: int, head: bytes, seq: int, times: int) -> None:
+    """An ICMP message that quotes the peer's packet as it came: so it finds its connection."""
+    peer, own = bytes(way.from_.source), bytes(way.from_.target)
+    quoted = struct.pack("=HH", way.from_.sport, way.from_.dport)
+    quoted += struct.pack("!I", seq)
+    if family == 6:
+        ip = struct.pack("!IHBB", 6 << 28, 20, socket.IPPROTO_TCP, 64) + peer + own
+        message = head + ip + quoted + bytes(12)
         kind, protocol = socket.AF_INET6, socket.IPPROTO_ICMPV6  # the kernel sums it up
     else:
         peer, own = peer[12:], own[12:]
-        head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
-        head += peer + own
-        head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
-        message = struct.pack("!BBHHH", 3, 4, 0, 0, way.narrow_mtu) + head + quoted
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
+        ip += peer + own
+        ip = ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:]
+        message = head + ip + quoted
         message = message[:2] + struct.pack("!H", checksum(message)) + message[4:]
         kind, protocol = socket.AF_INET, socket.IPPROTO_ICMP
     with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_RAW, protocol) as raw:
-        raw.sendto(message, socket.MSG_DONTWAIT, (_host(way.from_.source, family), 0))
+        if way.mark:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, way.mark)
+        for _ in range(times):
+            raw.sendto(message, socket.MSG_DONTWAIT, (_host(way.from_.source, family), 0))
 
 
 def revive(way: SpliceDirection, family: int) -> socket.socket:

@@ -5,9 +5,8 @@ has to be done in a hurry, nor in any order: whose packets come here, those the 
 That a pair is here is harmless, as long as its packets go elsewhere.
 
 Once its addresses are this host's, it is taken over: a worker gets it, it counts and has timeouts.
-Its peers are asked until both have said something, so that the numbers are those of now
-(`replicas.narrow`); one that says nothing is given up. The machine that had the pair lets go of
-it in silence when it hears of that.
+Its peers are asked until both have said something (`settling.py`). The machine that had the pair
+lets go of it in silence when it hears of that.
 
 Who asks is a process without privileges that reads what stands in a fleet's store. It is believed
 no more than a worker: a request is in the table or costs that process its life, and pairs are taken
@@ -35,20 +34,19 @@ import psutil
 
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
-from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice, SpliceState
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
 from pyforwarder.datapath.splice.maps import FLOW, LOOPBACK
 from pyforwarder.datapath.splice.replicas import (
     Ways,
     boot_unix_s,
-    heard,
     is_replicable,
     is_wide,
-    narrow,
     shown,
     slack_for,
     splice_of,
 )
 from pyforwarder.datapath.splice.routes import Route, Routes
+from pyforwarder.datapath.splice.settling import Settling
 from pyforwarder.fleet.failover.record import Entry, Pair, RecordFault
 
 if TYPE_CHECKING:
@@ -63,15 +61,9 @@ MOST_AT_ONCE: Final = 16
 _TAKEN_AT_ONCE: Final = 64
 # Beside what the kernel tells of: an address may have come before we listened.
 _LOOK_S: Final = 1.0
-_FIRST_QUESTION_S: Final = 0.3
-_MOST_PAUSE_S: Final = 4.0
-# A peer that has been silent for so long after its pair was taken over has none any more.
-_GIVE_UP_S: Final = 30.0
-_SETTLED_AT_ONCE: Final = 64
 # Above those that a daemon gives, and exact in everybody's JSON.
 _FIRST_ID: Final = 1 << 51
 _KEY_BYTES: Final = 20
-_GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
 
 
 class FaultyStandbyError(Exception):
@@ -111,17 +103,6 @@ class _Held:
     routes: int  # how often they had changed when the kernel was asked for its ways
 
 
-@dataclass(slots=True)
-class _Unsettled:
-    """A pair that was taken over, and whose numbers are still those of before."""
-
-    index: int
-    id: int
-    since_s: float
-    next_s: float
-    pause_s: float
-
-
 class Standby:
     """Of one keeper."""
 
@@ -144,7 +125,6 @@ class Standby:
         self._memory = memory
         self._flows = flows
         self._links = links
-        self._keepalives = keepalives
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
         # What workers ask comes with descriptors, too: half of them is for that.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -153,7 +133,7 @@ class Standby:
         self._held: dict[str, _Held] = {}
         self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}  # of those taken over
         self._left: deque[str] = deque()  # to be taken over
-        self._unsettled: deque[_Unsettled] = deque()
+        self._settling = Settling(memory, keepalives, owner.end)
         self._taken = 0
         self._waiting: set[int] = set()  # workers that are to be told
         self._is_changed = True
@@ -180,7 +160,7 @@ class Standby:
     def unsettled(self, index: int, record: Splice) -> None:
         """A keeper before us has taken it over, and was not done with it."""
         if self.is_wanted and is_wide(record):
-            self._settle_later(index, record.id)
+            self._settling.begin(index, record.id)
 
     def sockets_of(self, index: int) -> tuple[socket.socket, socket.socket] | None:
         """The mute sockets of a pair that was taken over; they are the caller's from here on."""
@@ -337,9 +317,7 @@ class Standby:
             return 0.0
         now_s = time.monotonic()
         wait_s = min(most_s, max(0.0, self._look_s - now_s))
-        if self._unsettled:
-            wait_s = min(wait_s, 0.1)
-        return wait_s
+        return self._settling.wait_s(wait_s)
 
     def go_on(self) -> None:
         """Do some of what is due. Never raises."""
@@ -351,9 +329,8 @@ class Standby:
                 self._is_changed, self._look_s = False, now_s + _LOOK_S
                 self._look_at_addresses()
             for _ in range(min(_TAKEN_AT_ONCE, len(self._left))):
-                self._take(self._left.popleft(), now_s)
-            for _ in range(min(_SETTLED_AT_ONCE, len(self._unsettled))):
-                self._settle(self._unsettled.popleft(), now_s)
+                self._take(self._left.popleft())
+            self._settling.go_on()
         except Exception:
             traceback.print_exc(file=sys.stderr)
 
@@ -367,7 +344,7 @@ class Standby:
                 self._left.append(key)
         self._absent |= self._addresses - present
 
-    def _take(self, key: str, now_s: float) -> None:
+    def _take(self, key: str) -> None:
         held = self._held.pop(key, None)
         if held is None:
             return  # it has ended meanwhile
@@ -378,32 +355,7 @@ class Standby:
         worker = self._owner.take_in(held.index, said)
         self._waiting.add(worker)
         self._taken += 1
-        self._settle_later(held.index, record.id, now_s)
-
-    def _settle_later(self, index: int, pair_id: int, now_s: float | None = None) -> None:
-        now_s = time.monotonic() if now_s is None else now_s
-        self._unsettled.append(
-            _Unsettled(index, pair_id, now_s, now_s + _FIRST_QUESTION_S, _FIRST_QUESTION_S)
-        )
-
-    def _settle(self, one: _Unsettled, now_s: float) -> None:
-        record = self._record(one.index)
-        if record.state != SpliceState.ACTIVE or record.id != one.id or record.reset:
-            return
-        if heard(record):
-            narrow(self._memory, one.index)
-            self._keepalives.watch([one.index])
-            return
-        silent = [n for n in Direction if not record.way[n].heard_s]
-        if now_s - one.since_s >= _GIVE_UP_S:
-            self._owner.end(one.index, _GIVEN_UP[silent[0]])
-            return
-        if now_s >= one.next_s:
-            for direction in silent:
-                self._keepalives.ask(one.index, record, direction)
-            one.pause_s = min(2 * one.pause_s, _MOST_PAUSE_S)
-            one.next_s = now_s + one.pause_s
-        self._unsettled.append(one)
+        self._settling.begin(held.index, record.id)
 
     # Records
 

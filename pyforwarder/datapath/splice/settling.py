@@ -1,0 +1,182 @@
+"""Pairs that were another machine's a moment ago: until their peers are heard, and go on.
+
+Both are asked until they have said something, so that the numbers are those of now
+(`replicas.narrow`); a peer that says nothing has no such connection any more, and is given up.
+
+One that has sent into the void has waited longer from time to time before it did so again. When all
+it lacks is an acknowledgement, it is told of that as by a router that had no way for a moment: then
+it sends at once what it would send in a second or in a minute (RFC 6069).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import (
+    SPLICE_BYTES,
+    ResetBy,
+    Splice,
+    SpliceDirection,
+    SpliceState,
+)
+from pyforwarder.datapath.splice.replicas import heard, narrow
+
+if TYPE_CHECKING:
+    import mmap
+
+    from pyforwarder.datapath.splice.keepalive import Keepalives
+
+_MASK: Final = 0xFFFFFFFF
+# The neighbours may hear only now where the addresses are: so it is asked again soon.
+_FIRST_PAUSE_S: Final = 0.1
+_MOST_PAUSE_S: Final = 4.0
+# A pair that was not looked at for so long has answered meanwhile, perhaps.
+_LOOK_S: Final = 0.03
+_LATE_S: Final = 1.0
+_LOOK_LATE_S: Final = 0.2
+# A peer that has been silent for so long after its pair was taken over has none any more.
+_GIVE_UP_S: Final = 30.0
+# How often a peer is told that what it has sent was lost, and how many doublings each time.
+_TELLS: Final = 8
+_TOLD_AT_ONCE: Final = 2
+_AT_ONCE: Final = 64
+# What has not moved for so long before has not since its numbers were written.
+_MOVED_S: Final = 30.0
+_IN_DOUBT: Final = 2  # questions without an answer, and then we do not know that
+# They are written once a second, and told on.
+_TOLD_LATE_S: Final = 2.0
+_TICKS_PER_S: Final = 1000  # of nearly all clocks (RFC 7323, 5.4)
+_WORD: Final = struct.Struct("=I")
+_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
+
+
+@dataclass(slots=True, order=True)
+class _Unsettled:
+    """A pair that was taken over, and whose numbers are still those of before."""
+
+    next_s: float
+    index: int
+    id: int = field(compare=False)
+    since_s: float = field(compare=False)
+    ask_s: float = field(compare=False)
+    pause_s: float = field(default=_FIRST_PAUSE_S, compare=False)
+    asked: int = field(default=0, compare=False)
+    is_narrow: bool = field(default=False, compare=False)
+    tells: int = field(default=0, compare=False)
+    # By direction, what its peer lacked the acknowledgement of when both were heard.
+    lacked: dict[Direction, int] = field(default_factory=dict, compare=False)
+
+
+class Settling:
+    """Of one keeper."""
+
+    def __init__(
+        self,
+        memory: mmap.mmap,
+        keepalives: Keepalives,
+        end: Callable[[int, ResetBy], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        tell: Callable[..., None] = splice_sockets.send_was_unreachable,
+    ) -> None:
+        """`memory` are the records; `end` has a pair reset; `tell` sends a router's error."""
+        self._memory = memory
+        self._keepalives = keepalives
+        self._end = end
+        self._clock = clock
+        self._tell = tell
+        self._due: list[_Unsettled] = []  # a heap
+
+    def begin(self, index: int, pair_id: int) -> None:
+        """The pair is ours from now on."""
+        now_s = self._clock()
+        heapq.heappush(self._due, _Unsettled(now_s, index, pair_id, now_s, now_s))
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called."""
+        if not self._due:
+            return most_s
+        return min(most_s, max(0.0, self._due[0].next_s - self._clock()))
+
+    def go_on(self) -> None:
+        """Do some of what is due."""
+        now_s = self._clock()
+        for _ in range(_AT_ONCE):
+            if not self._due or self._due[0].next_s > now_s:
+                return
+            one = heapq.heappop(self._due)
+            record = Splice.from_buffer_copy(self._memory, one.index * SPLICE_BYTES)
+            if record.state != SpliceState.ACTIVE or record.id != one.id or record.reset:
+                continue
+            is_done = (
+                self._has_gone_on(one, record) if heard(record) else self._ask(one, record, now_s)
+            )
+            if not is_done:
+                late = now_s - one.since_s >= _LATE_S
+                one.next_s = now_s + (_LOOK_LATE_S if late else _LOOK_S)
+                heapq.heappush(self._due, one)
+
+    def _ask(self, one: _Unsettled, record: Splice, now_s: float) -> bool:
+        """Those that are silent; whether they have been for too long."""
+        silent = [n for n in Direction if not record.way[n].heard_s]
+        if now_s - one.since_s >= _GIVE_UP_S:
+            self._end(one.index, _GIVEN_UP[silent[0]])
+            return True
+        if now_s >= one.ask_s:
+            for direction in silent:
+                self._advance_clock(one, record, direction, now_s)
+                self._keepalives.ask(one.index, record, direction)
+            one.asked += 1
+            one.ask_s = now_s + one.pause_s
+            one.pause_s = min(2 * one.pause_s, _MOST_PAUSE_S)
+        return False
+
+    def _advance_clock(
+        self, one: _Unsettled, record: Splice, direction: Direction, now_s: float
+    ) -> None:
+        """Have the question be no older than what its peer has got last from the other end.
+
+        Linux since 6.14 leaves one unanswered that looks old (PAWS, RFC 7323). The other end's
+        stamps are not less than this one from here on, until its clock is there, too (`stamp` in
+        splice_options.h).
+        """
+        other = record.way[1 - direction]
+        for_s = now_s - other.recent_s
+        if not other.recent or (for_s > _MOVED_S and one.asked < _IN_DOUBT):
+            return  # it is exact, and a clock may be slower than most
+        late = int((for_s + _TOLD_LATE_S) * _TICKS_PER_S) & _MASK
+        at = one.index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
+        stamp = (other.recent + other.tsval_delta + late) & _MASK
+        _WORD.pack_into(self._memory, at + SpliceDirection.stamp.offset, stamp)
+        _WORD.pack_into(self._memory, at + SpliceDirection.stamped.offset, 1)
+
+    def _has_gone_on(self, one: _Unsettled, record: Splice) -> bool:
+        """Whether all that was sent before has been acknowledged, or nothing more can be said."""
+        if not one.is_narrow:
+            one.is_narrow = True
+            narrow(self._memory, one.index)
+            self._keepalives.watch([one.index])
+            one.lacked = {n: acked for n in Direction if (acked := _lacking(record, n)) is not None}
+        one.lacked = {n: acked for n, acked in one.lacked.items() if _lacking(record, n) == acked}
+        if not one.lacked or one.tells == _TELLS:
+            return True
+        one.tells += 1
+        for direction, acked in one.lacked.items():
+            self._tell(record.way[direction], record.family, acked, _TOLD_AT_ONCE)
+        return False
+
+
+def _lacking(record: Splice, direction: Direction) -> int | None:
+    """What this peer has to send again first, in its own numbers; None: all has come."""
+    way, back = record.way[direction], record.way[1 - direction]
+    acked = (int(back.last_ack) + back.ack_delta) & _MASK
+    return acked if acked != int(way.last_end) & _MASK else None
