@@ -469,8 +469,8 @@ class Taking:
         client.active_s = min(said.active_s, server.loop.now_s)
         if said.is_adopted:
             cookies = tuple(map(cookie_of, (client_socket, server_socket)))
-            if server.pair_with(cookies) is None:
-                server.know_adopted(client, cookies)
+            if server.joining.pair_with(cookies) is None:
+                server.joining.know(client, cookies)
         if peer is not None and state.scopes:
             answer = server.limits.admit(peer.host, state.scopes, server.loop.now_s)
             if not isinstance(answer, Limit):  # it is no new one: it may be one too many

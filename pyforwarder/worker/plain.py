@@ -276,8 +276,8 @@ class PlainPath:
         client.client_mask = client.server_mask = WATCHED
         if up.pending is not None or down.pending is not None:
             client.life = _HANDOVER
-            self._loop.watch_two(fd, server_fd, WATCHED, self._server.flushing, client)
-            self._server.go_on_flushing(client)
+            self._loop.watch_two(fd, server_fd, WATCHED, self._server.opening.flushing, client)
+            self._server.opening.go_on(client)
             return
         client.life = _JOINED
         client.datapath = copying = self._copying

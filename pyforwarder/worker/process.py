@@ -255,9 +255,9 @@ class _Worker:
             case "adopt":
                 return self._adopt_moved()
             case "pair_with":
-                return self._serving().pair_with(message["cookies"])
+                return self._serving().joining.pair_with(message["cookies"])
             case "join":
-                return self._serving().join_sockets(fds[0], fds[1])
+                return self._serving().joining.join_sockets(fds[0], fds[1])
             case unknown:
                 raise ForwarderError(f"unknown message {unknown!r}")
         return None
@@ -314,8 +314,8 @@ class _Worker:
         stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets:
             if os.fstat(sock.fileno()).st_ino not in stays:
-                server.accept_rest(sock)
-            server.unlisten(sock)
+                server.accepting.accept_rest(sock)
+            server.accepting.unlisten(sock)
             sock.close()
         self._sockets = []
         udp = []
@@ -330,7 +330,7 @@ class _Worker:
             sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
             sock.setblocking(False)
             self._sockets.append(sock)
-            server.listen(sock, state)
+            server.accepting.listen(sock, state)
         self._datagrams_of().keep_only(udp)
         self._datagrams_of().losses.servers_changed(generation.balancers)
         if places:
@@ -438,7 +438,7 @@ class _Worker:
         server = self._serving()
         for sock in self._sockets:
             # What waits there is not lost: the other daemon has the same socket.
-            server.unlisten(sock)
+            server.accepting.unlisten(sock)
             sock.close()
         self._sockets = []
         self._datagrams_of().listen_no_more()
@@ -482,8 +482,8 @@ class _Worker:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
         for sock in self._sockets:
-            server.accept_rest(sock)
-            server.unlisten(sock)
+            server.accepting.accept_rest(sock)
+            server.accepting.unlisten(sock)
             sock.close()
         self._sockets = []
         # A datagram session has no end to wait for.

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import _socket
-import errno
-import os
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.core import proxy_protocol
-from pyforwarder.core.address import UnixAddress
 from pyforwarder.core.connection import (
     LIFE,
     PHASES,
@@ -20,15 +16,11 @@ from pyforwarder.core.connection import (
     UnexpectedEventError,
 )
 from pyforwarder.core.reasons import CloseReason, refusal_code
-from pyforwarder.core.routing import Route
-from pyforwarder.datapath.copying import WATCHED, CopyDatapath
+from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.splice.question import Question
-from pyforwarder.errors import ControlError
-from pyforwarder.runtime.channel import BACKLOG
 from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
-    LIMITED_INDEX,
     Counter,
     ListenerCounter,
     ServerCounter,
@@ -36,92 +28,47 @@ from pyforwarder.runtime.counters import (
     count_connect,
     count_disconnect,
 )
-from pyforwarder.runtime.keepalive import keep_alive
-from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.linger import end_orderly
-from pyforwarder.runtime.loop import (
-    EPOLLERR,
-    EPOLLHUP,
-    EPOLLIN,
-    EPOLLOUT,
-    EPOLLPRI,
-    EPOLLRDHUP,
-    Loop,
-)
 from pyforwarder.runtime.password_checks import PasswordChecks
-from pyforwarder.runtime.raw_sockets import accept, end_writing, peer_name
-from pyforwarder.runtime.refusals import count_refusal
+from pyforwarder.runtime.raw_sockets import end_writing
 from pyforwarder.runtime.resolver import Names
-from pyforwarder.worker.adopting import (
-    adoptable,
-    cookie_of,
-    read_so_far,
-    set_up,
-    written_so_far,
-)
-from pyforwarder.worker.client import Client, address_of
+from pyforwarder.worker.accepting import Acceptor
+from pyforwarder.worker.client import Client
 from pyforwarder.worker.connector import Connector
+from pyforwarder.worker.joining import Joining
+from pyforwarder.worker.opening import Opening
 from pyforwarder.worker.plain import PlainPath
 from pyforwarder.worker.pressure import Pressure
 from pyforwarder.worker.records import Records
+from pyforwarder.worker.refusing import Refusing
 from pyforwarder.worker.sniffer import Sniffer
 from pyforwarder.worker.token_claims import TokenClaims
 from pyforwarder.worker.udp.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from pyforwarder.datapath.base import Flow, Pair
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.runtime.limits import SharedLimits
-    from pyforwarder.worker.generation import Generation, ListenerState
+    from pyforwarder.runtime.loop import Loop
+    from pyforwarder.worker.generation import Generation
     from pyforwarder.worker.handover import Handover
     from pyforwarder.worker.log import ConnectionLog
 
-# How many connections one turn of the loop accepts, before those it has get their turn.
-ACCEPT_BATCH: Final = 16
-# accept(2): out of descriptors or memory. What waits in the backlog stays there.
-OVERLOADED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-ACCEPT_PAUSE_S: Final = 0.1
-# accept(2) asks to treat these errors of a connection that was never ours like EAGAIN.
-NEVER_OURS: Final = frozenset(
-    {
-        errno.ECONNABORTED,
-        errno.ENETDOWN,
-        errno.EPROTO,
-        errno.ENOPROTOOPT,
-        errno.EHOSTDOWN,
-        errno.ENONET,
-        errno.EHOSTUNREACH,
-        errno.EOPNOTSUPP,
-        errno.ENETUNREACH,
-        errno.EPERM,
-    }
-)
-# A refused client gets this long, and this many bytes, to read its answer and close. Closing at
-# once would turn into a RST by what it had sent meanwhile, and the RST would take the answer along.
-REFUSAL_LINGER_S: Final = 1.0
-REFUSAL_DISCARD_BYTES: Final = 64 * 1024
-# Clients over a limit that are still listened to, so that they can be told `busy`.
-BUSY_CLIENTS: Final = 64
-
 # Plain names and numbers for the path of every connection: looking a member up in its enum costs
 # more than most of what is done with it.
-_SNIFFING: Final = Life.SNIFFING
 _CLOSED: Final = Life.CLOSED
-_HANDOVER: Final = Life.HANDOVER
 _PHASE_CLOSED: Final = Phase.CLOSED
 _ACCEPTED: Final = int(Counter.ACCEPTED)
 _OPEN: Final = int(Counter.OPEN)
 _PAIRS_OPEN: Final = int(Counter.PAIRS_OPEN)
 _UP_BYTES: Final = int(Counter.UP_BYTES)
 _DOWN_BYTES: Final = int(Counter.DOWN_BYTES)
-_LISTENER_ACCEPTED: Final = int(ListenerCounter.ACCEPTED)
 _LISTENER_OPEN: Final = int(ListenerCounter.OPEN)
 _LISTENER_UP_BYTES: Final = int(ListenerCounter.UP_BYTES)
 _LISTENER_DOWN_BYTES: Final = int(ListenerCounter.DOWN_BYTES)
 _FINISHED: Final = CloseReason.FINISHED
-_FLUSHED: Final = Event.FLUSHED
 _CLOSED_FINISHED: Final = CLOSED_INDEX[CloseReason.FINISHED]
 _SERVER_PAIRS: Final = int(ServerCounter.PAIRS)
 _FIN: Final = Step.FIN
@@ -178,8 +125,6 @@ class Server:
         self._first_id = last_id + worker + 1
         self.most_clients = most_clients
         self.clients: dict[int, Client] = {}
-        self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
-        self._busy_clients = 0
         self.pressure = Pressure(self, memory_bytes=generation.memory_bytes, workers=workers)
         self.records = Records(loop, window)
         self.passwords = PasswordChecks(loop)
@@ -187,13 +132,16 @@ class Server:
         self._sniffer = Sniffer(self)
         self.names = Names(loop)
         self._connector = Connector(self, self.names)
-        self._plain = PlainPath(self, self._sniffer, self._connector)
-        self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
+        self.refusing = Refusing(self)
+        self.opening = Opening(self)
+        self.joining = Joining(self)
+        plain = PlainPath(self, self._sniffer, self._connector)
+        self.accepting = Acceptor(self, self._sniffer, plain)
         commands: dict[Command, Callable[[Client], None]] = {
             Command.CONNECT: self._connector.start,
             Command.CONNECT_NEXT: self._connector.next,
-            Command.ANSWER: self._answer,
-            Command.FLUSH: self._flush,
+            Command.ANSWER: self.refusing.answer,
+            Command.FLUSH: self.opening.flush,
             Command.JOIN: self._join,
             Command.CLOSE: self._close,
             Command.RESET: self._reset,
@@ -268,274 +216,15 @@ class Server:
 
     # Accepting
 
-    def listen(self, sock: _socket.socket, state: ListenerState) -> None:
-        """Accept from this socket, which stays the caller's to close after `unlisten`."""
-        fd = sock.fileno()
-        self._listeners[fd] = (sock, state)
-        self.loop.watch(fd, EPOLLIN, self._accept, state)
-
-    def unlisten(self, sock: _socket.socket) -> None:
-        """Accept no more from this socket."""
-        if self._listeners.pop(sock.fileno(), None) is not None:
-            self.loop.forget(sock.fileno())
-
-    def accept_rest(self, sock: _socket.socket) -> None:
-        """Take in everybody who waits at a listener that is about to go.
-
-        For them they have been connected for a while: closing it would reset them.
-        """
-        fd = sock.fileno()
-        if fd in self._listeners:
-            self._accept(self._listeners[fd][1], fd, 0, most=BACKLOG)
-
-    def _accept(
-        self, state: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
-    ) -> None:
-        for _ in range(most):
-            client_fd = accept(fd)
-            if client_fd < 0:
-                code = -client_fd
-                if code == errno.EAGAIN:
-                    return
-                if code in OVERLOADED:
-                    self._pause(self._listeners[fd][0])
-                    return
-                if code in NEVER_OURS:
-                    continue
-                raise OSError(code, os.strerror(code))
-            if (
-                state.is_plain
-                and not self.log.tells_steps
-                and len(self.clients) < self.most_clients
-            ):
-                self._plain.serve(state, client_fd, peer_name(), self.next_id())
-            else:
-                self._admit(state, client_fd, peer_name())
-
-    def _pause(self, listener: _socket.socket) -> None:
-        """Let the backlog wait until some connections have ended."""
-        self.counters[Counter.ACCEPT_PAUSED] += 1
-        fd = listener.fileno()
-        self.loop.change(fd, 0)
-
-        def resume() -> None:
-            if fd in self._listeners:
-                self.loop.change(fd, EPOLLIN)
-
-        self.loop.after(ACCEPT_PAUSE_S, resume)
-
     def next_id(self) -> int:
         """Count one more client and name it; the count survives the worker, so no id recurs."""
         number: int = self.counters[_ACCEPTED]
         self.counters[_ACCEPTED] = number + 1
         return self._first_id + number * self._workers
 
-    def _admit(self, state: ListenerState, fd: int, peer: bytes) -> None:
-        counters = self.counters
-        counters[state.counter + _LISTENER_ACCEPTED] += 1
-        client = Client(self, state, None, fd, peer, self.loop.now_s)
-        client.id = self.next_id()
-        if state.asks_limits:
-            self._ask_limits(client)
-        if client.over_limit is not None and not self.listen_to_busy(client):
-            self._turn_away(client)
-            return
-        if len(self.clients) >= self.most_clients:
-            self.limited(client, Limit.DESCRIPTORS)
-            self._turn_away(client)
-            return
-        counters[_OPEN] += 1
-        counters[state.counter + _LISTENER_OPEN] += 1
-        self.clients[fd] = client
-        client.client_mask = WATCHED
-        self.loop.watch(fd, WATCHED, self._sniffer.sniffed, client)
-        if state.converses:
-            client.conversation = state.ruleset.begin()
-        self.records.show_later(client)
-        try:
-            if state.starts_specially:
-                self._sniffer.begin_specially(client)
-            else:
-                # Most of those that speak first have spoken by now: that saves an event.
-                self._sniffer.sniffed(client, fd, EPOLLIN)
-            if client.life is _SNIFFING:
-                self.loop.deadlines.start(client, state.timeout_s, self.loop.now_s)
-        except Exception as error:
-            # To the loop the listener would be its owner, whose faults end the process.
-            self.failed(client, error)
-
-    def _ask_limits(self, client: Client) -> None:
-        """Whether the connection is one too many, in this second or of this client."""
-        state = client.listener
-        is_known = client.peer is not None and state.trusted_proxies is None
-        host = client.peer.host if client.peer is not None and is_known else None
-        self._settle(client, self.limits.admit(host, state.scopes, self.loop.now_s))
-
-    def count_client(self, client: Client) -> None:
-        """Ask the limits on clients, now that a PROXY header has said who it is."""
-        if client.peer is not None:
-            scopes = client.listener.scopes
-            answer = self.limits.admit_host(client.peer.host, scopes, self.loop.now_s)
-            self._settle(client, answer)
-
-    def _settle(self, client: Client, answer: Limit | tuple[int, ...]) -> None:
-        if isinstance(answer, Limit):
-            self.limited(client, answer)
-        else:
-            client.client_keys = answer
-
-    def limited(self, client: Client, limit: Limit) -> None:
-        """A limit says no to the connection, which is to be told or reset."""
-        client.over_limit = limit
-        self.counters[LIMITED_INDEX[limit]] += 1
-
-    def listen_to_busy(self, client: Client) -> bool:
-        """Count one more client over a limit; whether there is room to tell it so."""
-        client.counts_busy = True
-        self._busy_clients += 1
-        return self._busy_clients <= BUSY_CLIENTS
-
-    def _turn_away(self, client: Client) -> None:
-        """No room even to listen: a reset, at once."""
-        client.life = Life.CLOSED
-        client.refusal = client.refusal or "limit of descriptors"
-        client.reason = CloseReason.BUSY
-        self.counters[CLOSED_INDEX[CloseReason.BUSY]] += 1
-        self._count_refusal(client)
-        self.log.closed(client, (0, 0), (0, 0))
-        self._give_back(client)
-        sock = client.give_up_client()
-        os.close(client.client_fd if sock is None else sock.detach())
-
     # Refusing
 
-    def _count_refusal(self, client: Client) -> None:
-        """Settle whether the connection that was not joined is a refusal."""
-        rule, state = client.rule, client.listener
-        assert client.reason is not None
-        client.is_refused = count_refusal(
-            self.counters,
-            client.reason,
-            listener=state.counter,
-            rule=state.rule_counters[rule.index] if rule is not None else None,
-        )
-
-    def _answer(self, client: Client) -> None:
-        """Tell the client why not, send FIN, and give it a moment to read that."""
-        self._count_refusal(client)
-        reply = client.down.pending
-        client.down.pending = None
-        try:
-            if reply:
-                # A few bytes into an empty queue: if TCP does not take them, nobody is reading.
-                os.write(client.client_fd, reply)
-        except OSError:
-            self.happen(client, Event.BROKEN)
-            return
-        if not end_writing(client.client_fd):
-            self.happen(client, Event.BROKEN)
-            return
-        self.loop.redirect(client.client_fd, self._discard)
-        self.loop.deadlines.start(client, REFUSAL_LINGER_S, self.loop.now_s)
-        client.up.read_bytes = 0
-        self.records.show_state(client)
-        self._discard(client, client.client_fd, EPOLLIN)
-
-    def _discard(self, client: Client, fd: int, mask: int) -> None:
-        """Read what a refused client still sends, up to a bound, until it closes."""
-        if mask & (EPOLLERR | EPOLLHUP):
-            self.happen(client, Event.FINISHED)
-            return
-        while client.up.read_bytes < REFUSAL_DISCARD_BYTES:
-            try:
-                size = len(os.read(fd, 4096))
-            except BlockingIOError:
-                return
-            except OSError:
-                break
-            if not size:
-                break
-            client.up.read_bytes += size
-        self.happen(client, Event.FINISHED)
-
     # Handing over
-
-    def _flush(self, client: Client) -> None:
-        """Write what comes before the join: the answer, the PROXY header, the first bytes."""
-        route = client.route
-        assert route is not None
-        up, down = client.up, client.down
-        first = client.received[route.skip :] if route.skip else client.received
-        client.received = b""
-        if first:
-            up.pending = first
-            up.carried_packets = 1
-        if client.listener.send_proxy is not None:
-            header = self._proxy_header(client, client.listener.send_proxy[route.rule.index])
-            if header:
-                up.pending = header + first
-                up.carried_bytes = -len(header)
-        negotiation = route.negotiation
-        if negotiation is not None:
-            source = client.source_address() if negotiation.tells_source else None
-            answer = negotiation.granted(source)
-            if answer:
-                down.pending = answer
-                # Not carried for anybody: what is written of it must not count.
-                down.carried_bytes = -len(answer)
-        self.go_on_flushing(client)
-
-    def go_on_flushing(self, client: Client) -> None:
-        """Write what is `pending` before the join, now or as there is room."""
-        self._flush_more(client)
-        if client.life is _HANDOVER:
-            self.loop.redirect(client.client_fd, self.flushing)
-            self.loop.redirect(client.server_fd, self.flushing)
-            self.loop.deadlines.start(
-                client, client.listener.generation.config.timeouts.connect_s, self.loop.now_s
-            )
-
-    def _proxy_header(self, client: Client, form: str) -> bytes:
-        """What the server is told about the client before the first byte."""
-        if form == "off":
-            return b""
-        client_end = server_end = client.peer
-        if client_end is not None:
-            server_end = client.proxied_to if client.listener.trusted_proxies is not None else None
-            server_end = server_end or address_of(client.client.getsockname())
-        if form == "v1":
-            return proxy_protocol.build_v1(client_end, server_end)
-        # The id that `show` and the log know the connection by.
-        unique_id = (proxy_protocol.TLV_UNIQUE_ID, b"%d" % client.id)
-        return proxy_protocol.build_v2(client_end, server_end, [unique_id])
-
-    def _flush_more(self, client: Client) -> None:
-        # The answer first: nothing of the server's may come before it.
-        done = client.down.pending is None or self.copying.write_pending(client, client.down)
-        if client.life is not _HANDOVER:
-            return
-        done &= client.up.pending is None or self.copying.write_pending(client, client.up)
-        if done:
-            self.happen(client, _FLUSHED)
-
-    def flushing(self, client: Client, fd: int, mask: int) -> None:
-        """An event while something still has to be written before the join."""
-        inward, outward = (
-            (client.up, client.down) if fd == client.client_fd else (client.down, client.up)
-        )
-        if mask & EPOLLERR:
-            side = CloseReason.CLIENT_RESET if inward is client.up else CloseReason.SERVER_RESET
-            self.broken(client, side)
-            return
-        if mask & EPOLLRDHUP:
-            inward.end_seen = True
-        if mask & EPOLLPRI:
-            inward.urgent = True
-        if mask & (EPOLLIN | EPOLLRDHUP):
-            inward.readable = True
-        if mask & EPOLLOUT and outward.blocked:
-            outward.blocked = False
-            self._flush_more(client)
 
     def _join(self, client: Client) -> None:
         """Bytes flow from here on: first copied, and handed over when that pays."""
@@ -754,7 +443,7 @@ class Server:
                 datapath.leave(client)
             client.datapath = None
         elif not client.is_refused:
-            self._count_refusal(client)
+            self.refusing.count(client)
         # The slot first: who adds the table to these counters may miss the bytes for a moment, but
         # must not see them twice.
         self.records.release(client)
@@ -774,12 +463,11 @@ class Server:
             self._connector.forget(client)
         if self._sniffer.put_off:
             self._sniffer.put_off.pop(client, None)
-        self._give_back(client)
+        self.give_back(client)
         client_fd = client.client_fd
         del self.clients[client_fd]
         if client.is_adopted:
-            for cookie in client.cookies:
-                del self._adopted[cookie]
+            self.joining.forget(client)
         if client.is_adopted or client.is_shared:
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach the next owner of that number.
@@ -794,10 +482,10 @@ class Server:
             loop.close_socket(client.server_fd, client.server)
             client.server = None
 
-    def _give_back(self, client: Client) -> None:
+    def give_back(self, client: Client) -> None:
         """What limits and balancers counted for this connection."""
         if client.counts_busy:
-            self._busy_clients -= 1
+            self.accepting.forget_busy()
         if client.client_keys:
             self.limits.give_back(client.client_keys)
         if client.counts_pair:
@@ -827,95 +515,6 @@ class Server:
 
     # What the supervisor asks
 
-    def join_sockets(self, client_fd: int, server_fd: int) -> int:
-        """Join two connected stream sockets of another program; the pair's id.
-
-        They are ours from here on, and closed at the end; other copies of their descriptors must
-        not be used any more. What was read and written before is not our business: the counts
-        begin now.
-
-        Raises:
-            ControlError: the sockets cannot be joined; both descriptors are closed, and the sockets
-                are what they were.
-        """
-        try:
-            client_socket = adoptable(client_fd)
-        except OSError as error:
-            os.close(server_fd)
-            raise ControlError(f"cannot join: {error.strerror}") from error
-        try:
-            server_socket = adoptable(server_fd)
-        except OSError as error:
-            client_socket.close()
-            raise ControlError(f"cannot join: {error.strerror}") from error
-        try:
-            cookies = self._admit_join(client_socket, server_socket)
-            peer = address_of(client_socket.getpeername())
-            destination = address_of(server_socket.getpeername())
-            # Only now: the caller keeps sockets that are refused, and goes on with them.
-            for sock in (client_socket, server_socket):
-                set_up(sock)
-                if sock.family != _socket.AF_UNIX:
-                    keep_alive(sock, self.generation.keepalive)
-        except (ControlError, OSError) as error:
-            client_socket.close()
-            server_socket.close()
-            words = error.strerror if isinstance(error, OSError) else error
-            raise ControlError(f"cannot join: {words}") from error
-        state = self.generation.joined
-        counters = self.counters
-        client = Client(self, state, client_socket, client_fd, peer, self.loop.now_s)
-        client.id = self.next_id()
-        client.attach_server(server_socket, server_fd)
-        client.destination = destination or UnixAddress("/")
-        client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
-        client.is_adopted = True
-        client.cookies = cookies
-        self._adopted.update(dict.fromkeys(cookies, client))
-        counters[Counter.PAIRS_OPENED] += 1
-        counters[state.counter + ListenerCounter.ACCEPTED] += 1
-        self.take_in(client)
-        for flow, source, target in (
-            (client.up, client_socket, server_socket),
-            (client.down, server_socket, client_socket),
-        ):
-            flow.readable = True
-            flow.read_bytes = read_so_far(source)
-            flow.written_bytes = written_so_far(target)
-        client.client_mask = client.server_mask = WATCHED
-        self.loop.watch(client_fd, WATCHED, self.flushing, client)
-        self.loop.watch(server_fd, WATCHED, self.flushing, client)
-        client.life = Life.HANDOVER
-        self.records.show_later(client)
-        self.happen(client, Event.FLUSHED)
-        return client.id
-
-    def _admit_join(self, *sockets: _socket.socket) -> tuple[int, ...]:
-        """Their cookies, if they may be joined here.
-
-        Raises:
-            ControlError: a pair has one of them, or there is no room.
-        """
-        cookies = tuple(map(cookie_of, sockets))
-        if len(set(cookies)) < len(cookies):
-            raise ControlError("the two are the same socket")
-        if (owner := self.pair_with(cookies)) is not None:
-            raise ControlError(f"pair {owner} has that socket already")
-        limit = self.generation.limits.pairs
-        if self.pressure.is_full and self.pressure.is_all_held():
-            self.counters[LIMITED_INDEX[Limit.MEMORY]] += 1
-            raise ControlError("pairs hold as much memory as they may (limits.memory)")
-        if len(self.clients) >= self.most_clients or self.limits.pairs >= limit:
-            raise ControlError(f"there are as many pairs as there may be (limits.pairs: {limit})")
-        return cookies
-
-    def pair_with(self, cookies: Iterable[int]) -> int | None:
-        """The id of the pair that was given one of these sockets by another program."""
-        for cookie in cookies:
-            if (client := self._adopted.get(cookie)) is not None:
-                return client.id
-        return None
-
     def take_in(self, client: Client) -> None:
         """Count a pair that did not come by a listener among those that are open."""
         client.counts_pair = True
@@ -944,10 +543,9 @@ class Server:
         self.loop.deadlines.stop(client)
         if client.keeper_wait is not None:
             self.loop.deadlines.stop(client.keeper_wait)
-        self._give_back(client)
+        self.give_back(client)
         del self.clients[client.client_fd]
-        for cookie in client.cookies:
-            del self._adopted[cookie]
+        self.joining.forget(client)
         # Closing does not take them out of epoll: the other daemon has the sockets.
         self.loop.forget(client.client_fd)
         self.loop.forget(client.server_fd)
@@ -955,12 +553,6 @@ class Server:
         assert client.server is not None
         self.loop.close_socket(client.server_fd, client.server)
         client.server = None
-
-    def know_adopted(self, client: Client, cookies: tuple[int, ...]) -> None:
-        """Another program may have its sockets, which have these cookies."""
-        client.is_adopted = True
-        client.cookies = cookies
-        self._adopted.update(dict.fromkeys(cookies, client))
 
     def hold_server(self, client: Client, upstream: str, server: str) -> None:
         """Count the pair for a server of an upstream, if it is configured still."""

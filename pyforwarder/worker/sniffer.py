@@ -148,8 +148,8 @@ class Sniffer:
     def _count_client(self, client: Client) -> bool:
         """Now that it is known who the client is: whether it is served, or told that it is not."""
         if client.listener.asks_limits and client.over_limit is None:
-            self._server.count_client(client)
-            if client.over_limit is not None and not self._server.listen_to_busy(client):
+            self._server.accepting.count_client(client)
+            if client.over_limit is not None and not self._server.accepting.listen_to_busy(client):
                 self._refuse_header(client, CloseReason.BUSY, "")
                 return False
         return True
@@ -432,11 +432,11 @@ class Sniffer:
         self._loop.redirect(client.client_fd, self.waiting)
         if client.over_limit is None:
             if server.pressure.is_full and server.pressure.forbids(client):
-                server.limited(client, Limit.MEMORY)
+                server.accepting.limited(client, Limit.MEMORY)
             elif not server.limits.add_pair_below(
                 listener.generation.most_pairs, listener.counter, listener.most_here
             ):
-                server.limited(client, Limit.PAIRS)
+                server.accepting.limited(client, Limit.PAIRS)
         if client.over_limit is not None:
             server.refuse(client, CloseReason.BUSY)
             return

@@ -47,8 +47,7 @@ from pyforwarder.runtime.limits import SharedLimits, shared_memory
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.raw_sockets import accept
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker import handover, plain, sniffer
-from pyforwarder.worker import server as server_module
+from pyforwarder.worker import accepting, handover, plain, refusing, sniffer
 from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.handover import Handover
@@ -144,7 +143,7 @@ class Play:
         self.server.handover = Handover(self.server, cast("SockmapDatapath", self.fake))
         self.server.handover.settle(sockmap=True, splice=False)
         self.state = self.generation.listeners["main"]
-        self.server.listen(self.listener, self.state)
+        self.server.accepting.listen(self.listener, self.state)
 
     # Peers
 
@@ -236,7 +235,7 @@ class Play:
     def close(self) -> None:
         """End what is left, then look for what is left behind."""
         self.server.reset_all(CloseReason.SHUTDOWN)
-        self.server.unlisten(self.listener)
+        self.server.accepting.unlisten(self.listener)
         self.loop.run_once(0)
         assert self.server.clients == {}
         for gauge in (
@@ -246,7 +245,7 @@ class Play:
         ):
             assert self.counters[gauge] == 0
         assert self.limits.pairs == 0
-        assert self.server._busy_clients == 0
+        assert self.server.accepting._busy_clients == 0
         assert len(self.window._free) == SLOTS
         assert list(read_records(self._memory)) == []
         assert self.loop.deadlines.next_s() is None
@@ -807,7 +806,7 @@ def test_refused_client_that_stays_is_ended(start: StartPlay) -> None:
 def test_refused_client_that_goes_on_sending_is_not_read_for_ever(
     start: StartPlay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "REFUSAL_LINGER_S", 3600.0)
+    monkeypatch.setattr(refusing, "REFUSAL_LINGER_S", 3600.0)
     play = start(named())
     client = play.dial()
     client.sendall(instruction("192.0.2.1:80"))
@@ -953,11 +952,11 @@ def failing(
     play = start(named())
     with listening_socket() as listener:
         fails = Failing(listener)
-        monkeypatch.setattr(server_module, "accept", fails)
+        monkeypatch.setattr(accepting, "accept", fails)
         play.address = listener.getsockname()
-        play.server.listen(listener, play.state)
+        play.server.accepting.listen(listener, play.state)
         yield play, fails, address
-        play.server.unlisten(listener)
+        play.server.accepting.unlisten(listener)
 
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
@@ -1006,7 +1005,7 @@ def test_listener_closed_during_its_pause_stays_closed(
     fails.errors = [errno.EMFILE]
     play.dial()
     play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
-    play.server.unlisten(fails.listener)
+    play.server.accepting.unlisten(fails.listener)
     ran: list[int] = []
     play.loop.after(0.15, lambda: ran.append(1))
     play.run_until(lambda: ran, "end of the pause")
@@ -1022,8 +1021,8 @@ def test_clients_who_wait_at_a_listener_that_goes_are_served(
     for client in clients:
         client.sendall(instruction(address))
     assert play.counters[Counter.ACCEPTED] == 0
-    play.server.accept_rest(play.listener)
-    play.server.unlisten(play.listener)
+    play.server.accepting.accept_rest(play.listener)
+    play.server.accepting.unlisten(play.listener)
     play.listener.close()
     assert play.counters[Counter.ACCEPTED] == 5
     for client in clients:
@@ -1725,7 +1724,7 @@ def test_sockets_of_another_program_are_joined(start: StartPlay) -> None:
     play.own(client)
     play.own(server)
     client.sendall(b"queued")
-    pair_id = play.server.join_sockets(accepted.detach(), outgoing.detach())
+    pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     assert play.read(server, 6) == b"queued"
     server.sendall(b"answer")
     assert play.read(client, 6) == b"answer"
@@ -1746,7 +1745,7 @@ def test_sockets_that_cannot_be_joined_are_closed_and_refused(start: StartPlay) 
             )
             first, second = accepted.detach(), other.detach()
             with pytest.raises(ControlError, match="cannot join"):
-                play.server.join_sockets(first, second)
+                play.server.joining.join_sockets(first, second)
             for fd in (first, second):
                 with pytest.raises(OSError, match="Bad file descriptor"):
                     os.fstat(fd)
@@ -1760,7 +1759,7 @@ def test_sockets_that_are_refused_are_what_they_were(start: StartPlay) -> None:
     kept = play.own(accepted.dup())
     kept.setblocking(True)
     with client, server, outgoing, pytest.raises(ControlError, match="not connected"):
-        play.server.join_sockets(
+        play.server.joining.join_sockets(
             accepted.detach(), socket.socket(socket.AF_INET, socket.SOCK_STREAM).detach()
         )
     assert kept.getblocking()
@@ -1773,22 +1772,22 @@ def test_socket_that_a_pair_has_is_not_joined_again(start: StartPlay) -> None:
     play.own(client)
     play.own(server)
     again = [play.own(end.dup()) for end in (accepted, outgoing)]
-    pair_id = play.server.join_sockets(accepted.detach(), outgoing.detach())
+    pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     for end in again:
         other, ours = loopback_pair()
         play.own(other)
         for fds in ((end.dup(), ours.dup()), (ours.dup(), end.dup())):
             with pytest.raises(ControlError, match=f"pair {pair_id} has that socket already"):
-                play.server.join_sockets(*(fd.detach() for fd in fds))
+                play.server.joining.join_sockets(*(fd.detach() for fd in fds))
         play.own(ours)
     client.sendall(b"whole")
     assert play.read(server, 5) == b"whole"
     # Once that pair has ended, nobody has them.
     cookies = [cookie_of(end) for end in again]
-    assert play.server.pair_with(cookies) == pair_id
+    assert play.server.joining.pair_with(cookies) == pair_id
     play.server.reset_all(CloseReason.FLUSHED)
-    assert play.server.pair_with(cookies) is None
-    assert play.server._adopted == {}
+    assert play.server.joining.pair_with(cookies) is None
+    assert play.server.joining._adopted == {}
 
 
 def test_socket_is_not_joined_to_itself(start: StartPlay) -> None:
@@ -1796,7 +1795,7 @@ def test_socket_is_not_joined_to_itself(start: StartPlay) -> None:
     client, accepted = loopback_pair()
     play.own(client)
     with pytest.raises(ControlError, match="the two are the same socket"):
-        play.server.join_sockets(accepted.dup().detach(), accepted.detach())
+        play.server.joining.join_sockets(accepted.dup().detach(), accepted.detach())
     assert play.server.clients == {}
 
 
@@ -1805,12 +1804,12 @@ def test_no_more_sockets_are_joined_than_there_may_be_pairs(start: StartPlay) ->
     client, accepted, outgoing, server = adopted_ends()
     for end in (client, server):
         play.own(end)
-    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     client, accepted, outgoing, server = adopted_ends()
     for end in (client, server):
         play.own(end)
     with pytest.raises(ControlError, match=r"limits.pairs: 1"):
-        play.server.join_sockets(accepted.detach(), outgoing.detach())
+        play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
 
 
 def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
@@ -1825,7 +1824,7 @@ def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
         accepted, _ = listener.accept()
     outgoing, server = loopback_pair()
     play.own(server)
-    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     assert play.only_client().pair_reason is PairReason.NOT_PLAIN_TCP
     client.sendall(b"over many paths")
     assert play.read(server, 15) == b"over many paths"
@@ -1839,7 +1838,7 @@ def test_unix_socket_is_copied_and_says_why(start: StartPlay) -> None:
     outgoing, server = loopback_pair()
     play.own(client)
     play.own(server)
-    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     assert play.only_client().pair_reason is PairReason.UNIX_SOCKET
     client.sendall(b"local")
     assert play.read(server, 5) == b"local"
@@ -1857,14 +1856,14 @@ def test_descriptor_that_another_program_keeps_disturbs_nobody_later(
     play.own(client)
     play.own(server)
     number = accepted.fileno()
-    play.server.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
     play.loop.run_once(0)
     # The next client waits to be accepted while the number becomes free.
-    play.server.unlisten(play.listener)
+    play.server.accepting.unlisten(play.listener)
     play.dial().sendall(instruction(address)[:5])
     play.server.reset_all(CloseReason.FLUSHED)
     play.loop.run_once(0)
-    play.server.listen(play.listener, play.state)
+    play.server.accepting.listen(play.listener, play.state)
     play.run_until(lambda: play.server.clients, "client")
     assert list(play.server.clients) == [number]
     reset(client)
