@@ -69,6 +69,19 @@ class CopyDatapath:
             self.pump(pair, pair.down)
         return None
 
+    def take_back(self, pair: Pair) -> None:
+        """Go on with a pair that another datapath has let go of, whatever its sockets have."""
+        pair.datapath = self
+        for flow in (pair.up, pair.down):
+            flow.readable = flow.phase is _OPEN
+            flow.blocked = flow.pending is not None
+        pair.client_mask = BLOCKED if pair.down.blocked else WATCHED
+        pair.server_mask = BLOCKED if pair.up.blocked else WATCHED
+        # Reports what is there by now, urgent bytes and ends too.
+        self._loop.change(pair.client_fd, pair.client_mask)
+        self._loop.change(pair.server_fd, pair.server_mask)
+        self.join(pair)
+
     def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
         """What this flow has moved; nothing of it waits in the kernel on our account."""
         return flow.carried_bytes, flow.carried_packets, 0

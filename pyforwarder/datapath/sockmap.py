@@ -42,6 +42,7 @@ from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason, error_of
 from pyforwarder.datapath.copying import BULK_READ_BYTES, FAIR_SHARE_BYTES, CopyDatapath
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
+from pyforwarder.datapath.sockmap_exit import SockmapExit
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
 from pyforwarder.runtime.loop import (
     EPOLLERR,
@@ -80,7 +81,7 @@ _STUCK_AGAIN_S: Final = 0.5
 _MOST_PASSED_BYTES: Final = 64 << 20
 
 
-class _Half(Timed):
+class Half(Timed):
     """A direction's state in this datapath."""
 
     __slots__ = (
@@ -119,7 +120,7 @@ class _Half(Timed):
 class _Halves:
     __slots__ = ("down", "up")
 
-    def __init__(self, up: _Half, down: _Half) -> None:
+    def __init__(self, up: Half, down: Half) -> None:
         self.up = up
         self.down = down
 
@@ -213,8 +214,8 @@ class SockmapDatapath:
             self._forget(client_cookie, server_cookie)
             full = error.errno in (errno.E2BIG, errno.ENOMEM, errno.ENOSPC)
             return PairReason.MAP_FULL if full else PairReason.REFUSED_BY_KERNEL
-        up = _Half(self, pair, pair.up, client_cookie)
-        down = _Half(self, pair, pair.down, server_cookie)
+        up = Half(self, pair, pair.up, client_cookie)
+        down = Half(self, pair, pair.down, server_cookie)
         try:
             self._sockets.update(client_cookie, _SOCKET_VALUE.pack(pair.client_fd))
         except OSError:
@@ -270,6 +271,20 @@ class SockmapDatapath:
                     self._sockets.delete(cookie)
         del self._by_slot[pair.slot]
         pair.state = None
+
+    def exit(self) -> SockmapExit:
+        """By which pairs leave, and go on; the caller closes it.
+
+        Raises:
+            OSError: there is none on this host.
+        """
+        return SockmapExit(self, self._host, window=self._window, sockets=self._sockets)
+
+    def halves_of(self, pair: Pair) -> tuple[Half, Half]:
+        """Both directions of a pair that is ours."""
+        halves = pair.state
+        assert isinstance(halves, _Halves)
+        return halves.up, halves.down
 
     # What the view asks
 
@@ -348,7 +363,7 @@ class SockmapDatapath:
 
     # One direction
 
-    def advance(self, pair: Pair, half: _Half) -> None:
+    def advance(self, pair: Pair, half: Half) -> None:
         """Bring one direction as far as it goes now; safe to call at any time."""
         flow = half.flow
         if half.is_native:
@@ -394,7 +409,7 @@ class SockmapDatapath:
         halves = pair.slot * self._window.HALVES
         return self._halves[halves + table.LATCHED[flow.direction]] > 0xFFFF
 
-    def _copy(self, pair: Pair, half: _Half) -> int:
+    def _copy(self, pair: Pair, half: Half) -> int:
         """Read what was passed and write it; 0 or less: no more for now, or the pair is broken."""
         flow = half.flow
         chunk: bytes | memoryview
@@ -447,7 +462,7 @@ class SockmapDatapath:
         )
         return count
 
-    def _look_again(self, pair: Pair, half: _Half) -> None:
+    def _look_again(self, pair: Pair, half: Half) -> None:
         """Passed bytes cannot be copied yet: epoll tells when they can, if nothing is in front.
 
         What a socket was passed and what is redirected to it share one queue in the kernel
@@ -487,7 +502,7 @@ class SockmapDatapath:
             self._halves[armed_at] = 0
             self._host.enlarge(source, backlog)
 
-    def _is_delivered(self, pair: Pair, half: _Half) -> bool:
+    def _is_delivered(self, pair: Pair, half: Half) -> bool:
         """Whether all that was redirected is with the target's TCP, so that we may write.
 
         Holds once true: while passed > consumed the program redirects nothing.
@@ -505,7 +520,7 @@ class SockmapDatapath:
         half.retry_s = _FIRST_RETRY_S
         return True
 
-    def _is_complete(self, pair: Pair, half: _Half) -> bool:
+    def _is_complete(self, pair: Pair, half: Half) -> bool:
         """The drain test: a FIN has come, and every byte before it is with the target's TCP."""
         flow = half.flow
         source = pair.client if flow.direction is Direction.UP else pair.server
@@ -527,7 +542,7 @@ class SockmapDatapath:
 
     # Sleeping, waking, waiting
 
-    def _sleep(self, pair: Pair, half: _Half) -> bool:
+    def _sleep(self, pair: Pair, half: Half) -> bool:
         """Hand the direction to the kernel and stop listening for its bytes; False: not yet.
 
         The store of `asleep`, the system call and the load of `passed` must stay in this order:
@@ -547,13 +562,13 @@ class SockmapDatapath:
         self._wake(half)
         return False
 
-    def _wake(self, half: _Half) -> None:
+    def _wake(self, half: Half) -> None:
         if half.sleeping:
             half.sleeping = False
             asleep_at = half.pair.slot * self._window.HALVES + table.ASLEEP[half.flow.direction]
             self._halves[asleep_at] = 0
 
-    def _wait(self, pair: Pair, half: _Half) -> None:
+    def _wait(self, pair: Pair, half: Half) -> None:
         """Look again when the target has room, and in any case a little later.
 
         EPOLLOUT comes when the target's full queue has room again (the kernel's worker, or our

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TCP_ESTABLISHED: Final = 1
 TCP_CLOSE: Final = 7
+# TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING: the peer's FIN has come (net/tcp_states.h).
+FIN_RECEIVED: Final = frozenset({6, 8, 9, 11})
 
 _INFO_BYTES: Final = 232
 _RECEIVED: Final = struct.Struct("=B127xQ")  # state, tcpi_bytes_received at 128

@@ -12,6 +12,8 @@ import json
 import os
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -69,16 +71,23 @@ class Channel:
         """
         text = json.dumps(message)
         if len(text) <= _MOST_BYTES:
-            # Not socket.send_fds(), which forgets its flags (Python 3.11).
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
-            flags = 0 if wait else socket.MSG_DONTWAIT
-            self._sock.sendmsg([text.encode()], [rights] if fds else [], flags)
+            self._send_some(text.encode(), fds, wait=wait)
             return
         fd = text_to_fd(text)
         try:
-            socket.send_fds(self._sock, [_IN_LAST_FD], [*fds, fd])
+            self._send_some(_IN_LAST_FD, [*fds, fd], wait=wait)
         finally:
             os.close(fd)
+
+    def _send_some(self, data: bytes, fds: Sequence[int], *, wait: bool) -> None:
+        # Not socket.send_fds(), which forgets its flags (Python 3.11).
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        self._sock.sendmsg([data], [rights] if fds else [], flags)
+
+    def unread_bytes(self) -> int:
+        """The memory of what was sent and not received yet."""
+        return int.from_bytes(fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def receive(
         self, *, most_bytes: int = _MOST_TEXT_BYTES

@@ -8,8 +8,8 @@ A pair is in one process's hands at any time: the one lets go of it with the mes
 goes. The kernel keeps the sockets meanwhile, and what comes waits in their queues. A message that
 nobody gets any more closes them, and their peers see resets.
 
-What moves is what is copied and what is spliced. A pair that is in a sockmap stays, and so does one
-that has no server yet: that follows as soon as it has.
+What moves is what is copied, what is spliced, and what is in a sockmap, out of which it is taken
+first (datapath/sockmap_exit.py). A pair that has no server yet follows as soon as it has.
 
 The other worker is believed no more than a stranger: it may have been taken over. What it says of a
 pair is compared with a table, and one that does not make sense is reset.
@@ -23,6 +23,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyforwarder.datapath.base import Flow
+    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.sockmap_exit import SockmapExit
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.server import Server
@@ -57,8 +60,14 @@ _BATCH: Final = 32
 # A keeper that does not answer is asked again after so long, and so often.
 _AGAIN_S: Final = 0.2
 _TRIES: Final = 50
-# How often it is looked for those that have got a server, and for room at the other end.
+# How often it is looked for those that have got a server, or can leave their sockmap by now.
 _LOOK_S: Final = 0.02
+# A pair stands still while it is under way, so few are at a time: memory of messages that were not
+# read yet, and how often it is looked whether they were.
+_MOST_UNDER_WAY_BYTES: Final = 48 * 1024
+_PAUSE_S: Final = 0.002
+# How many the other takes in before its pairs have their turn.
+_TAKEN_AT_ONCE: Final = 8
 # Bytes of two directions, each at most one read, in base64, and some words.
 _MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
 _NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
@@ -145,9 +154,13 @@ class Giving:
         server: Server,
         datagrams: DatagramServer,
         splice: SpliceDatapath | None,
+        sockmap: SockmapDatapath | None,
     ) -> None:
         """`heir` is where they go, and ours to close."""
         self._heir = heir
+        self._sockmap = sockmap
+        self._exit: SockmapExit | None = None
+        self._queue: deque[Client] = deque()
         self._server = server
         self._datagrams = datagrams
         self._splice = splice
@@ -172,14 +185,14 @@ class Giving:
 
     def _go_on(self) -> None:
         try:
-            is_done = self._give_some()
+            pause_s = self._give_some()
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 self._stay()
                 return
-            is_done = True
-        if is_done:
-            self._server.loop.after(_LOOK_S, self._go_on)
+            pause_s = _PAUSE_S
+        if pause_s:
+            self._server.loop.after(pause_s, self._go_on)
         else:
             self._server.loop.defer(lambda _: self._go_on(), None)
 
@@ -187,6 +200,8 @@ class Giving:
         """The other worker is gone: what is copied ends here, and what is spliced is adopted."""
         self._is_over = True
         self._heir.close()
+        if self._exit is not None:
+            self._exit.close()
         self._server.handover.finish()
         for client in list(self._server.clients.values()):
             if self._is_spliced(client):
@@ -194,8 +209,8 @@ class Giving:
                 self._splice.let_go(client)
                 self._server.let_go(client)
 
-    def _give_some(self) -> bool:
-        """Whether there are no more for now.
+    def _give_some(self) -> float:
+        """How long to wait before the next ones.
 
         Raises:
             OSError: the other end has no room, or is gone.
@@ -204,23 +219,62 @@ class Giving:
             for session in self._datagrams.sessions()[:_BATCH]:
                 self._give_session(session)
             if self._datagrams.sessions():
-                return False
+                return 0.0
             self._heir.send({"sessions": "all"}, wait=False)
             self._sessions_told = True
-            return False
-        # Spliced pairs first: all wait for the last of them.
-        clients = [client for client in self._server.clients.values() if self._may_move(client)]
-        clients.sort(key=lambda client: not self._is_spliced(client))
-        for client in clients[:_BATCH]:
-            self._give(client)
-        return len(clients) <= _BATCH
+        if not self._queue:
+            # Spliced pairs first: all wait for the last of them. Then those of which it is known
+            # that they can go.
+            clients = [one for one in self._server.clients.values() if self._may_move(one)]
+            clients.sort(key=self._turn_of)
+            self._queue.extend(clients)
+        for _ in range(min(_BATCH, len(self._queue))):
+            if self._heir.unread_bytes() > _MOST_UNDER_WAY_BYTES:
+                return _PAUSE_S
+            client = self._queue[0]
+            if self._may_move(client) and self._is_portable(client):
+                self._give(client)
+            self._queue.popleft()
+        return 0.0 if self._queue else _LOOK_S
+
+    def _turn_of(self, client: Client) -> int:
+        if self._is_spliced(client):
+            return 0
+        return 1 if client.datapath is self._server.copying else 2
 
     def _may_move(self, client: Client) -> bool:
         if client.life is not Life.JOINED or client.server is None:
             return False
-        if client.datapath is self._server.copying:
+        datapath = client.datapath
+        if datapath is self._server.copying:
+            return True
+        if self._sockmap is not None and datapath is self._sockmap:
             return True
         return self._is_spliced(client)
+
+    def _is_portable(self, client: Client) -> bool:
+        """Whether all that is known of the pair fits into a message; it may have ended instead."""
+        if self._sockmap is not None and client.datapath is self._sockmap:
+            way_out = self._way_out(self._sockmap)
+            if way_out is None or not way_out.take_out(client):
+                return False
+            self._server.take_back(client)
+            if client.life is not Life.JOINED:
+                return False
+        if self._is_spliced(client):
+            return True
+        # More than that is written first.
+        return all(len(flow.pending or b"") <= BULK_READ_BYTES for flow in (client.up, client.down))
+
+    def _way_out(self, sockmap: SockmapDatapath) -> SockmapExit | None:
+        """None: there is none, and what is in the sockmap stays."""
+        if self._exit is None:
+            try:
+                self._exit = sockmap.exit()
+            except OSError as error:
+                self._server.log.log.write("warning", "sockmap_stays", error=str(error))
+                self._sockmap = None
+        return self._exit
 
     def _give(self, client: Client) -> None:
         spliced = None
@@ -335,7 +389,9 @@ class Taking:
         server.loop.watch(channel.fileno(), EPOLLIN, self._hear, None)
 
     def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
-        self._read()
+        for _ in range(_TAKEN_AT_ONCE):
+            if not self._read():
+                return
 
     def _read(self) -> bool:
         """Take in one more; False: there is none just now, or never will be."""

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.config import Config
     from pyforwarder.datapath.kernel import KernelMaps, PairTable
+    from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.splice.keeper import Splicing
     from pyforwarder.runtime.pulse import Pulse
 
@@ -187,6 +188,7 @@ class _Worker:
         self._orphans: list[SessionOrphan] = []
         self._sessions: SpliceSessions | None = None
         self._splice: SpliceDatapath | None = None
+        self._sockmap: SockmapDatapath | None = None
         self._giving: Giving | None = None
         self._taking: Taking | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
@@ -377,6 +379,7 @@ class _Worker:
             send_claim=lambda message: self._channel.send(message, wait=False),
         )
         sockmap = given.maps.datapath(server, window, given.worker) if given.maps else None
+        self._sockmap = sockmap
         splice = None
         if given.splicing is not None:
             # One for both: each reads all that comes.
@@ -444,7 +447,7 @@ class _Worker:
         self._datagrams_of().listen_no_more()
         if fds:
             heir = Channel(socket.socket(fileno=fds[0]))
-            self._giving = Giving(heir, server, self._datagrams_of(), self._splice)
+            self._giving = Giving(heir, server, self._datagrams_of(), self._splice, self._sockmap)
         self._draining = True
         self._stop_when_empty()
 

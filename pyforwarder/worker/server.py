@@ -568,6 +568,16 @@ class Server:
         count_connect(self.counters, found.counter)
         client.server_opened = True
 
+    def take_back(self, client: Client) -> None:
+        """A pair that has left its sockmap is copied from here on, and not handed over again."""
+        client.kind = DatapathKind.COPY
+        client.waits_for_handover = False
+        if client.slot >= 0:
+            self.window.set_datapath(client.slot, client.kind, client.pair_reason)
+        for flow in (client.up, client.down):
+            self.moved(client, flow)
+        self.copying.take_back(client)
+
     def join(self, client: Client) -> None:
         """A pair that another worker had copied flows here."""
         self._join(client)

@@ -26,7 +26,7 @@ from pyforwarder.datapath.proof.scenarios import (
     push_until_blocked,
     send_rest,
 )
-from pyforwarder.datapath.sockmap import SO_COOKIE, SockmapDatapath, _Half
+from pyforwarder.datapath.sockmap import SO_COOKIE, Half, SockmapDatapath
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_bytes, received
 from tests.helpers.stage import SLOTS, keys_in, stage
 from tests.helpers.waiting import wait_for
@@ -491,7 +491,7 @@ def test_bytes_passed_just_before_it_sleeps_wake_the_worker(
     fall_asleep = sockmap._sleep
     sent: list[bytes] = []
 
-    def sleep_late(_pair: Pair, half: _Half) -> bool:
+    def sleep_late(_pair: Pair, half: Half) -> bool:
         if not sent:
             sent.append(b"just now")
             server.sendall(sent[0])
@@ -555,7 +555,7 @@ def test_wakeup_of_a_pair_that_has_ended_wakes_nobody(
     advanced: list[object] = []
     advance = sockmap.advance
 
-    def note(pair: Pair, half: _Half) -> None:
+    def note(pair: Pair, half: Half) -> None:
         advanced.append(pair)
         advance(pair, half)
 

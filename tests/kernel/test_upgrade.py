@@ -159,9 +159,10 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
         broken.write_text(config.replace("match: any", "match: many"))
         for address in (COPY, AUTO, COPY6, AUTO6):
             traffic.hold(address, pairs, name=str(address))
+        traffic.hold(SOCKMAP, pairs, name="sockmap")
         traffic.speak(UDP, 2, name="udp")
         traffic.speak(UDP_SPLICED, 2, name="spliced udp")
-        wanted = Counter(copy=2 * pairs + 2, splice=2 * pairs + 2)
+        wanted = Counter(copy=2 * pairs + 2, splice=2 * pairs + 2, sockmap=pairs)
         wait_for(lambda: lineage.shown() == wanted, f"{wanted}")
         ids = {row["id"] for row in lineage.first.pairs()}
         traffic.connect((COPY, AUTO, COPY6, AUTO6), 2)
@@ -174,8 +175,14 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
             wanted_new = seen.new + 9
             wait_for(lambda least=wanted_new: seen.new > least, "new connections")  # type: ignore[misc]
             no_fault(seen)
-        shown = Counter(row["datapath"] for row in lineage.first.pairs() if row["id"] in ids)
-        assert shown["splice"] == wanted["splice"], shown
+
+        def those_from_before() -> Counter[str]:
+            rows = [row for row in lineage.first.pairs() if row["id"] in ids]
+            assert not [row for row in rows if "the daemon before" in row["reason"]]
+            return Counter(row["datapath"] for row in rows)
+
+        assert those_from_before()["splice"] == wanted["splice"]
+        wait_for(lambda: those_from_before() == wanted, f"all are where they were: {wanted}")
         assert len(seen.udp_sources) == 4, "a client of UDP has got another session"
         traffic.stop()
         no_fault(seen)
@@ -228,7 +235,6 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
         assert is_served()
 
 
-@pytest.mark.timeout(scaled_s(240))
 def answer(instruction: bytes) -> bytes:
     with dial(COPY) as sock:
         sock.sendall(instruction)
@@ -297,18 +303,29 @@ def test_the_next_daemon_knows_which_servers_are_down(begin: Any, tmp_path: Path
 def test_a_successor_serves_who_waits_and_tells_of_who_stays(begin: Any) -> None:
     """With another configuration: a listener is gone, and a new one there.
 
-    A pair in a sockmap stays with its worker; `show` tells of it, and `flush` ends it. In the
-    queue of a stopped worker's socket there is somebody when its daemon retires.
+    A pair in a sockmap goes along, and a client that has said nothing yet stays with its worker:
+    `show` tells of it, `flush` ends it, and once it has a server it follows. In the queue of a
+    stopped worker's socket there is somebody when its daemon retires.
     """
     with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
-        config = configured(server.tcp_port, server.udp_port)
+        config = configured(server.tcp_port, server.udp_port).replace(
+            "handover:",
+            "  - {name: ssh, bind: 127.0.0.1:9706, datapath: copy, first_packet: {timeout: 60s},\n"
+            f"     rules: [{{match: ssh, to: '127.0.0.1:{server.tcp_port}'}}]}}\nhandover:",
+        )
         lineage = begin(config)
         other = lineage.place.run_dir.parent / "other.yaml"
         other.write_text(config.replace("127.0.0.1:9702", "127.0.0.1:9712"))
-        stays = stack.enter_context(dial(SOCKMAP))
-        stays.sendall(b"hello")
-        assert read_exactly(stays, 5) == b"hello"
+        goes = stack.enter_context(dial(SOCKMAP))
+        goes.sendall(b"hello")
+        assert read_exactly(goes, 5) == b"hello"
+        stay = [stack.enter_context(dial(("127.0.0.1", 9706))) for _ in range(2)]
         wait_for(lambda: lineage.shown()["sockmap"] == 1, "a pair in a sockmap")
+
+        def silent() -> list[dict[str, Any]]:
+            return [row for row in lineage.first.pairs() if row["state"] == "sniffing"]
+
+        wait_for(lambda: len(silent()) == 2, "clients that have said nothing")
         before = lineage.pid
         for worker in lineage.first.workers():
             worker.suspend()
@@ -321,17 +338,25 @@ def test_a_successor_serves_who_waits_and_tells_of_who_stays(begin: Any) -> None
             sock.sendall(b"hello")
             assert read_exactly(sock, 5) == b"hello"
             sock.close()
-        (row,) = [row for row in lineage.first.pairs() if row["datapath"] == "sockmap"]
-        assert row["reason"] == f"it ends with the daemon before (pid {before})"
-        stays.sendall(b"again")
-        assert read_exactly(stays, 5) == b"again"
+        goes.sendall(b"again")
+        assert read_exactly(goes, 5) == b"again"
+        wait_for(lambda: lineage.shown()["sockmap"] == 1, "it is in a sockmap again")
+        rows = silent()
+        assert {row["reason"] for row in rows} == {f"it ends with the daemon before (pid {before})"}
         assert psutil.pid_exists(before)
-        done = lineage.first.command("flush", str(row["id"]))
+        (flushed,) = (row for row in rows if row["client"] == address_text(stay[0].getsockname()))
+        done = lineage.first.command("flush", str(flushed["id"]))
         assert done.returncode == 0, done.stderr
         with pytest.raises(ConnectionResetError):
-            stays.recv(1)
+            stay[0].recv(1)
+        assert psutil.pid_exists(before)
+        said = b"SSH-2.0-a\r\n"
+        stay[1].sendall(said)
+        assert read_exactly(stay[1], len(said)) == said
         wait_for(lambda: lineage.first.process.poll() is not None, "the daemon before has ended")
         assert lineage.first.process.returncode == 0
+        stay[1].sendall(b"more")
+        assert read_exactly(stay[1], 4) == b"more"
         with dial(("127.0.0.1", 9712)) as sock:
             sock.sendall(b"hello")
             assert read_exactly(sock, 5) == b"hello"

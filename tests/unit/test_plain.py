@@ -418,8 +418,8 @@ def test_pair_that_moves_to_another_daemon_has_the_options_of_a_lasting_connecti
             seen.append(options(play))
 
     datagrams = SimpleNamespace(handover=SimpleNamespace(settle=lambda **_: None), sessions=list)
-    heir = SimpleNamespace(send=send, close=lambda: None)
-    Giving(cast("Channel", heir), play.server, cast("DatagramServer", datagrams), None)
+    heir = SimpleNamespace(send=send, close=lambda: None, unread_bytes=lambda: 0)
+    Giving(cast("Channel", heir), play.server, cast("DatagramServer", datagrams), None, None)
     play.run_until(lambda: seen, "pair")
     assert seen == [[True, True]]
 

@@ -1654,7 +1654,7 @@ def test_internal_error_after_a_name_was_found_costs_one_connection_only(
 def test_internal_error_of_a_datapaths_timer_costs_one_connection_only(
     start: StartPlay, servers: Servers
 ) -> None:
-    from pyforwarder.datapath.sockmap import _Half
+    from pyforwarder.datapath.sockmap import Half
 
     play = start(named())
     listening, address = servers()
@@ -1665,7 +1665,7 @@ def test_internal_error_of_a_datapaths_timer_costs_one_connection_only(
         def advance(self, *args: object) -> None:
             raise ZeroDivisionError("a bug")
 
-    timer = _Half(cast("SockmapDatapath", Broken()), pair, pair.up, bytes(8))
+    timer = Half(cast("SockmapDatapath", Broken()), pair, pair.up, bytes(8))
     play.loop.deadlines.start(timer, 0.0, play.loop.now_s)
     play.wait_for_end(CloseReason.INTERNAL)
     assert play.read_end(client)[1] == "reset"

@@ -1,0 +1,445 @@
+"""A pair leaves its sockmap, and both connections go on: no byte is lost, doubled or moved.
+
+Another process is to have the sockets, in which their map and its program mean nothing. Taking a
+socket out frees what the kernel still has for it there: what was redirected to it and is not with
+its TCP yet, and what was passed and not read (sk_psock_drop). So first both queues are emptied. But
+the next packet may come between the last look and the removal, and then its bytes would be lost
+with no trace: userspace cannot hold a socket's lock over two system calls.
+
+So for that moment each direction is redirected to a *bypass*: a connection of ours, whose one end
+is in the map, and from whose other end we read. In front of a bypass the program latches at the
+first packet that finds all that was passed consumed, and passes nothing from then on. So the steps
+are, for both directions side by side:
+
+1. Disarmed: all that comes is passed, and copied as usual, until what was redirected before is with
+   the target's TCP, and not much that was passed waits to be read.
+2. Armed again, with the bypass for a peer. What was passed is read; once nothing is left, nothing
+   will be.
+3. The sockets are taken out. From here on what comes waits in their own queues, as always.
+4. What the bypass has got stands behind what was read, and in front of what waits. Nearly always it
+   is nothing.
+
+How much it is says the program's count, and in the end the kernel's own counts are compared:
+received, less what waits in the queue, is what has gone through our hands. A pair for which that is
+not so is reset.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import termios
+import time
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.copying import BULK_READ_BYTES
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.tcp_info import (
+    FIN_RECEIVED,
+    TCP_CLOSE,
+    queued_bytes,
+    received,
+)
+
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Sequence
+
+    from pyforwarder.datapath.base import Flow, Pair, PairHost
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.datapath.ebpf.syscall import Map
+    from pyforwarder.datapath.sockmap import Half, SockmapDatapath
+
+# What the kernel has counted it also delivers, within microseconds of a processor's time. One that
+# has not got any for so long is not waited for: all other pairs would stand still.
+_DELIVERY_S: Final = 0.5
+# A connection to ourselves stands at once, or never.
+_CONNECT_S: Final = 0.5
+# A reader that does not read is helped so often.
+_HELP_S: Final = 0.1
+# The most that a bypass must hold: more than a window that arrives within some microseconds.
+_BYPASS_BYTES: Final = 4 << 20
+# So much is read at once, and then in our memory, for a target that takes nothing.
+_MOST_PASSED_BYTES: Final = 1 << 20
+# Whoever sends so fast that every look finds more is looked at again later.
+_MOST_LOOKS: Final = 64
+# The limit on a backlog is not for a bypass.
+_NO_LIMIT: Final = (1 << 32) - 1
+
+
+class _LostError(Exception):
+    """What the program has counted did not come."""
+
+
+class _Bypass:
+    """A connection to ourselves; what is redirected into it comes out of `read`."""
+
+    def __init__(self, sockets: Map, host: PairHost) -> None:
+        """Its one end is put into the map.
+
+        Raises:
+            OSError: it cannot be made; nothing is left of it.
+        """
+        self._in, self._out = _connected_to_ourselves()
+        try:
+            self.cookie = int.from_bytes(
+                self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little"
+            )
+            self._in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BYPASS_BYTES)
+            self._in.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sockets.update(
+                self.cookie.to_bytes(8, "little"), self._in.fileno().to_bytes(8, "little")
+            )
+            host.enlarge(self._in, _BYPASS_BYTES)  # as the system's limit may be less
+        except OSError:
+            self.close()
+            raise
+
+    def read(self, count: int) -> bytes:
+        """So many bytes, which the kernel has promised.
+
+        Raises:
+            _LostError: they do not come.
+        """
+        return _read_exactly(self._out.fileno(), count)
+
+    def close(self) -> None:
+        self._in.close()
+        self._out.close()
+
+
+_SO_COOKIE: Final = 57  # asm-generic/socket.h; Python has no name for it
+
+
+class SockmapExit:
+    """Takes pairs of one worker out of its sockmap, one after the other."""
+
+    def __init__(
+        self,
+        datapath: SockmapDatapath,
+        host: PairHost,
+        *,
+        window: PairWindow,
+        sockets: Map,
+    ) -> None:
+        """See `close`.
+
+        Raises:
+            OSError: a bypass cannot be made (no loopback interface, no room in the map).
+        """
+        self._datapath = datapath
+        self._host = host
+        self._window = window
+        self._sockets = sockets
+        self._bypasses: list[_Bypass] = []
+        self._helped_s: dict[Flow, float] = {}
+        try:
+            for _ in Direction:
+                self._bypasses.append(_Bypass(sockets, host))
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """No pair leaves any more."""
+        for one in self._bypasses:
+            one.close()
+        self._bypasses = []
+
+    def take_out(self, pair: Pair) -> bool:
+        """Whether the pair is out: its sockets are as they were before `join`.
+
+        What was read of them and not written is in `Flow.pending`, of any size. False: not now; ask
+        again in a while. Or the pair has ended, and is nobody's.
+        """
+        halves = self._datapath.halves_of(pair)
+        for half in halves:
+            self._set(half, table.ARMED, 0)
+        # Their locks: a packet that has found the direction armed has been counted.
+        self._look(pair)
+        for half in halves:
+            self._datapath.advance(pair, half)
+            if pair.datapath is not self._datapath:
+                return False
+        if not all(self._is_quiet(pair, half) for half in halves):
+            return False
+        for half in halves:
+            self._helped_s.pop(half.flow, None)
+        try:
+            return self._leave(pair, halves)
+        except (_LostError, OSError):  # or a socket has failed, which its event would have told
+            self._host.broken(pair, CloseReason.INTERNAL)
+        return False
+
+    # Step 1
+
+    def _is_quiet(self, pair: Pair, half: Half) -> bool:
+        """Whether nothing of the direction is in the kernel's hands; else it is helped."""
+        flow = half.flow
+        if half.is_native:
+            return True
+        if flow.phase is Phase.CLOSED:
+            half.delivered_redirected = self._word(half, table.REDIRECTED)
+            return True
+        passed = self._word(half, table.PASSED)
+        waiting = passed - half.consumed_bytes - len(flow.pending or b"")
+        target = _target(pair, flow)
+        redirected = self._word(half, table.REDIRECTED)
+        backlog = flow.written_bytes + redirected - queued_bytes(target)
+        if flow.phase is Phase.OPEN and waiting <= _MOST_PASSED_BYTES and not backlog:
+            half.delivered_redirected = redirected
+            return True
+        # A peer that does not read may go on so for hours: its queue takes all there is.
+        now_s = time.monotonic()
+        wanted = max(0, backlog) + max(0, waiting) + len(flow.pending or b"")
+        if wanted and now_s - self._helped_s.get(flow, 0.0) >= _HELP_S:
+            self._helped_s[flow] = now_s
+            self._host.enlarge(target, wanted)
+        return False
+
+    # Steps 2 to 4
+
+    def _leave(self, pair: Pair, halves: Sequence[Half]) -> bool:
+        """True.
+
+        Raises:
+            OSError: a socket has failed.
+            _LostError: bytes are missing.
+        """
+        live = [h for h in halves if not h.is_native and h.flow.phase is not Phase.CLOSED]
+        ways = [_Way(self, half, self._bypasses[half.flow.direction]) for half in live]
+        for way in ways:
+            way.begin()
+        for way in ways:
+            way.read_passed(pair)
+        for half in halves:
+            if not half.is_native:
+                with contextlib.suppress(FileNotFoundError):
+                    self._sockets.delete(half.cookie)
+        self._look(pair)
+        for way in ways:
+            way.finish()
+        for half in halves:
+            self._settle(pair, half)
+        self._datapath.leave(pair)
+        for way in ways:
+            flow = way.half.flow
+            flow.pending = memoryview(bytes(way.rest)) if way.rest else None
+            if len(way.rest) > BULK_READ_BYTES:
+                self._host.enlarge(_target(pair, flow), len(way.rest))
+        return True
+
+    def _settle(self, pair: Pair, half: Half) -> None:
+        """The flow's counts are those of one that was copied all the time.
+
+        Raises:
+            _LostError: they are not what the kernel has counted.
+        """
+        flow = half.flow
+        if half.is_native:
+            return
+        passed, redirected = self._word(half, table.PASSED), self._word(half, table.REDIRECTED)
+        flow.read_bytes = half.base_read_bytes + passed + redirected
+        if flow.phase is not Phase.CLOSED:
+            taken_bytes = _taken_bytes(_source(pair, flow))
+            if taken_bytes is not None and taken_bytes != flow.read_bytes:
+                raise _LostError
+        delivered = half.delivered_redirected
+        flow.written_bytes += delivered
+        flow.carried_bytes += delivered
+        flow.carried_packets += self._word(half, table.REDIRECTED_PACKETS)
+        at = pair.slot * self._window.WORDS
+        for place in (table.PASSED, table.REDIRECTED, table.REDIRECTED_PACKETS):
+            self._window.words[at + place[flow.direction]] = 0
+
+    # What a way needs
+
+    def _look(self, pair: Pair) -> None:
+        """Wait for what runs under the sockets' locks just now."""
+        assert pair.server is not None
+        received(pair.client)
+        received(pair.server)
+
+    def _word(self, half: Half, place: list[int]) -> int:
+        at = half.pair.slot * self._window.WORDS + place[half.flow.direction]
+        return int(self._window.words[at])
+
+    def _set(self, half: Half, place: list[int], value: int) -> None:
+        at = half.pair.slot * self._window.HALVES + place[half.flow.direction]
+        self._window.halves[at] = value
+
+    def passed(self, half: Half) -> int:
+        """How many bytes the program has passed."""
+        return self._word(half, table.PASSED)
+
+    def redirected(self, half: Half) -> int:
+        """How many bytes it has redirected, to the target and to the bypass."""
+        return self._word(half, table.REDIRECTED)
+
+    def publish(self, half: Half, consumed: int) -> bool:
+        """Tell the program that so many have been read; False: it knew."""
+        at = half.pair.slot * self._window.WORDS + table.CONSUMED[half.flow.direction]
+        if self._window.words[at] == consumed:
+            return False
+        self._window.words[at] = consumed
+        return True
+
+    def divert(self, half: Half, cookie: int) -> None:
+        """Redirect to that socket from here on, beginning anew."""
+        at = half.pair.slot * self._window.WORDS + table.PEER_COOKIE[half.flow.direction]
+        self._window.words[at] = cookie
+        self._set(half, table.LATCHED, 0)
+        self._set(half, table.LIMIT, _NO_LIMIT)
+        self._set(half, table.ARMED, 1)
+
+
+class _Way:
+    """One direction while its pair leaves."""
+
+    def __init__(self, leaving: SockmapExit, half: Half, bypass: _Bypass) -> None:
+        self._exit = leaving
+        self.half = half
+        self._bypass = bypass
+        self.rest = bytearray(half.flow.pending or b"")  # read, and not written
+        self._read = half.consumed_bytes + len(self.rest)  # of what was passed
+        self._diverted = leaving.redirected(half)  # that much went to the target, or was taken here
+
+    def begin(self) -> None:
+        """From here on what is not passed comes to the bypass."""
+        self._exit.divert(self.half, self._bypass.cookie)
+
+    def read_passed(self, pair: Pair) -> None:
+        """Until nothing more will be passed.
+
+        Raises:
+            OSError: the source has failed.
+            _LostError: it does not come, or there is no end of it.
+        """
+        source = _source(pair, self.half.flow)
+        for _ in range(_MOST_LOOKS):
+            passed = self._exit.passed(self.half)
+            # What came to the bypass came before what is passed now: the program redirects nothing
+            # behind bytes that are not consumed. The lock keeps the two looks in this order.
+            received(source)
+            self._take_diverted()
+            if passed > self._read:
+                self.rest += _read_exactly(source.fileno(), passed - self._read)
+                self._read = passed
+            elif not self._exit.publish(self.half, passed):
+                return
+        raise _LostError
+
+    def finish(self) -> None:
+        """The socket is out: nothing more comes here.
+
+        Raises:
+            _LostError: something was passed after all.
+        """
+        if self._exit.passed(self.half) != self._read:
+            raise _LostError
+        self._take_diverted()
+
+    def _take_diverted(self) -> None:
+        redirected = self._exit.redirected(self.half)
+        if redirected != self._diverted:
+            self.rest += self._bypass.read(redirected - self._diverted)
+            self._diverted = redirected
+
+
+def _source(pair: Pair, flow: Flow) -> _socket.socket:
+    sock = pair.client if flow.direction is Direction.UP else pair.server
+    assert sock is not None
+    return sock
+
+
+def _target(pair: Pair, flow: Flow) -> _socket.socket:
+    sock = pair.server if flow.direction is Direction.UP else pair.client
+    assert sock is not None
+    return sock
+
+
+def _taken_bytes(sock: _socket.socket) -> int | None:
+    """How much of what was received is not in the socket's queue any more; None: it was reset.
+
+    Raises:
+        _LostError: more comes each time that it is looked.
+    """
+    before = received(sock)
+    for _ in range(_MOST_LOOKS):
+        unread_bytes = _unread_bytes(sock)
+        after = received(sock)
+        if after == before:
+            if after.state == TCP_CLOSE:
+                return None
+            return after.bytes_received - (after.state in FIN_RECEIVED) - unread_bytes
+        before = after
+    raise _LostError
+
+
+def _unread_bytes(sock: _socket.socket) -> int:
+    waiting = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), termios.FIONREAD, waiting)
+    return waiting[0]
+
+
+def _read_exactly(fd: int, count: int) -> bytes:
+    """So many bytes of a socket that does not block.
+
+    Raises:
+        OSError: it has failed.
+        _LostError: they do not come.
+    """
+    got = bytearray()
+    ends_s = time.monotonic() + _DELIVERY_S
+    while len(got) < count:
+        try:
+            some = os.read(fd, min(count - len(got), BULK_READ_BYTES))
+        except BlockingIOError:
+            some = b""
+        if some:
+            got += some
+            continue
+        # Nothing, or an end that has overtaken them (see sockmap.py).
+        left_s = ends_s - time.monotonic()
+        if left_s <= 0:
+            raise _LostError
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.poll(max(1, min(left_s, 0.001) * 1000))
+    return bytes(got)
+
+
+def _connected_to_ourselves() -> tuple[socket.socket, socket.socket]:
+    """Two ends of one TCP connection, neither of which blocks.
+
+    Raises:
+        OSError: there is no such connection to be had.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        listener.settimeout(_CONNECT_S)
+        ours = socket.socket()
+        try:
+            ours.settimeout(_CONNECT_S)
+            ours.connect(listener.getsockname())
+            for _ in range(8):
+                theirs, peer = listener.accept()
+                # Anybody on this host may have connected, and would be handed a client's bytes.
+                if peer == ours.getsockname():
+                    for sock in (ours, theirs):
+                        sock.setblocking(False)
+                    return ours, theirs
+                theirs.close()
+            raise ConnectionError(errno.ECONNABORTED, "others connect")
+        except OSError:
+            ours.close()
+            raise

@@ -1,0 +1,328 @@
+"""Pairs leave the sockmap while their connections go on: at every moment, and often."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyforwarder.core.connection import Phase
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath import sockmap_exit
+from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
+from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair
+from pyforwarder.datapath.proof.scenarios import bytes_of, flood_bytes, push_until_blocked
+from pyforwarder.datapath.sockmap import SockmapDatapath
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
+from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.stage import SLOTS, keys_in, stage
+from tests.helpers.waiting import wait_for
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.sockmap_exit import SockmapExit
+
+
+@pytest.fixture(scope="module")
+def maps(network: None) -> Iterator[KernelMaps]:
+    del network
+    loaded = KernelMaps.load(workers=1, slots=SLOTS)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def rig(maps: KernelMaps) -> Iterator[Rig]:
+    with stage("sockmap", maps) as rig:
+        yield rig
+
+
+@pytest.fixture
+def leaving(rig: Rig) -> Iterator[SockmapExit]:
+    found = sockmap_of(rig).exit()
+    yield found
+    found.close()
+
+
+def sockmap_of(rig: Rig) -> SockmapDatapath:
+    assert isinstance(rig.datapath, SockmapDatapath)
+    return rig.datapath
+
+
+def take_out(rig: Rig, leaving: SockmapExit, pair: RigPair) -> None:
+    """The pair is copied from here on."""
+
+    def is_out() -> bool:
+        return pair.ended or leaving.take_out(pair)
+
+    rig.run_until(is_out, "exit")
+    assert not pair.ended, pair.reason
+    assert pair.state is None
+    rig.copying.take_back(pair)
+
+
+def go_on(rig: Rig, client: socket.socket, pair: RigPair, server: socket.socket) -> None:
+    """Both ends say something and close."""
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    client.sendall(b"request")
+    server.sendall(b"answer")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert (bytes(reader_s.data), bytes(reader_c.data)) == (b"request", b"answer")
+
+
+def send_to_the_end(name: str, sock: socket.socket, data: bytes, pause_s: float) -> Peer:
+    """Send all in pieces of any size, and close that direction."""
+    rng = random.Random(name)
+
+    def send() -> None:
+        at = 0
+        while at < len(data):
+            size = rng.choice((1, 7, 1460, 20_011, 70_001))
+            sock.sendall(data[at : at + size])
+            at += size
+            if pause_s:
+                time.sleep(pause_s * rng.random())
+        sock.shutdown(socket.SHUT_WR)
+
+    return Peer(name, send)
+
+
+def test_quiet_pair_leaves_and_is_copied(rig: Rig, leaving: SockmapExit, maps: KernelMaps) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    for sender, receiver in ((client, server), (server, client)):
+        sender.sendall(b"by the kernel")
+        assert receiver.recv(100) == b"by the kernel"
+    take_out(rig, leaving, pair)
+    assert pair.kind is DatapathKind.COPY
+    # The sockets of the two bypasses stay.
+    assert (keys_in(maps.of[0].sockets_fd), keys_in(maps.of[0].ends_fd)) == (2, 0)
+    assert [flow.read_bytes for flow in (pair.up, pair.down)] == [13, 13]
+    assert [flow.written_bytes for flow in (pair.up, pair.down)] == [13, 13]
+    assert [flow.carried_bytes for flow in (pair.up, pair.down)] == [13, 13]
+    go_on(rig, client, pair, server)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.0005])
+def test_pair_leaves_and_enters_again_and_again_under_traffic(
+    rig: Rig, leaving: SockmapExit, pause_s: float
+) -> None:
+    client, pair, server = rig.connect()
+    up = bytes_of(24_000_003, 1) if not pause_s else bytes_of(9_000_001, 1)
+    down = bytes_of(16_000_007, 2) if not pause_s else bytes_of(8_000_001, 2)
+    rig.join(pair)
+    reader_s, reader_c = Reader("server", server), Reader("client", client)
+    writers = [
+        send_to_the_end("client writes", client, up, pause_s),
+        send_to_the_end("server writes", server, down, pause_s),
+    ]
+    times = 0
+    redirected = 0
+    deadline_s = time.monotonic() + scaled_s(60.0)
+    while not pair.ended and time.monotonic() < deadline_s:
+        if pair.datapath is rig.datapath:
+            redirected += sum(
+                sockmap_of(rig).carried(pair, flow)[0] for flow in (pair.up, pair.down)
+            )
+            if leaving.take_out(pair):
+                rig.copying.take_back(pair)
+                times += 1
+        elif pair.up.phase is Phase.OPEN and pair.down.phase is Phase.OPEN:
+            rig.datapath.join(pair)
+        rig.loop.run_once(0.001)
+    rig.finish(pair, reader_s, reader_c, *writers)
+    assert pair.reason is None
+    assert bytes(reader_s.data) == up
+    assert bytes(reader_c.data) == down
+    # At full speed there is seldom a moment at which it could enter again.
+    assert times >= (4 if pause_s else 1)
+    assert redirected > 0
+
+
+def _diverted(rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes came by a bypass, each time."""
+    del rig, leaving
+    read = sockmap_exit._Bypass.read
+    counts: list[int] = []
+
+    def noted(self: sockmap_exit._Bypass, count: int) -> bytes:
+        counts.append(count)
+        return read(self, count)
+
+    monkeypatch.setattr(sockmap_exit._Bypass, "read", noted)
+    return counts
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_bytes_that_come_at_the_last_moment_are_not_lost(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch, direction: Direction
+) -> None:
+    """Between the last look and the removal, and a FIN with them; and before the last look."""
+    counts = _diverted(rig, leaving, monkeypatch)
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sender, receiver = (client, server) if direction is Direction.UP else (server, client)
+    sockets = leaving._sockets
+    remove, divert = sockets.delete, leaving.divert
+
+    def come(data: bytes, *, ends: bool = False) -> None:
+        half = sockmap_of(rig).halves_of(pair)[direction]
+        before = leaving.redirected(half) + leaving.passed(half)
+        sender.sendall(data)
+        if ends:
+            sender.shutdown(socket.SHUT_WR)
+        wait_for(
+            lambda: leaving.redirected(half) + leaving.passed(half) == before + len(data), "bytes"
+        )
+
+    def delete_late(key: bytes) -> None:
+        if pair.state is not None and not counts_before:
+            counts_before.append(1)
+            come(b"3 last ones.", ends=True)
+        remove(key)
+
+    def divert_late(half: object, cookie: int) -> None:
+        come(b"1 passed, ")
+        divert(half, cookie)  # type: ignore[arg-type]
+        come(b"2 behind, ")
+
+    counts_before: list[int] = []
+    monkeypatch.setattr(sockets, "delete", delete_late)
+    monkeypatch.setattr(leaving, "divert", divert_late)
+    take_out(rig, leaving, pair)
+    assert sum(counts) >= len(b"3 last ones.")
+    # Each of both directions was diverted.
+    wanted = b"1 passed, 2 behind, 1 passed, 2 behind, 3 last ones."
+    reader = Reader("receiver", receiver)
+    other = Reader("sender", sender)
+    receiver.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader, other)
+    assert bytes(reader.data) == wanted
+    assert (reader.ended, other.ended) == ("eof", "eof")
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_half_closed_pair_leaves(rig: Rig, leaving: SockmapExit, direction: Direction) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    ends, stays = (client, server) if direction is Direction.UP else (server, client)
+    flow = pair.up if direction is Direction.UP else pair.down
+    ends.sendall(b"all I say")
+    ends.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: flow.phase is Phase.CLOSED, "half a close")
+    stays.sendall(b"by the kernel, ")
+    wait_for(lambda: ends.recv(100, socket.MSG_PEEK) == b"by the kernel, ", "bytes")
+    take_out(rig, leaving, pair)
+    assert flow.phase is Phase.CLOSED
+    stays.sendall(b"and copied")
+    stays.shutdown(socket.SHUT_WR)
+    reader, other = Reader("ends", ends), Reader("stays", stays)
+    rig.finish(pair, reader, other)
+    assert bytes(reader.data) == b"by the kernel, and copied"
+    assert bytes(other.data) == b"all I say"
+    assert pair.reason is None
+
+
+def test_pair_of_a_reader_that_stands_still_leaves(rig: Rig, leaving: SockmapExit) -> None:
+    """Both ways: neither end reads, and both have sent until they were stopped."""
+    client, pair, server = rig.connect(small_buffers=True)
+    rig.join(pair)
+    sent_up = push_until_blocked(rig, client, flood_bytes(1))
+    sent_down = push_until_blocked(rig, server, flood_bytes(2))
+    take_out(rig, leaving, pair)
+    for sock in (client, server):
+        sock.setblocking(True)
+    reader_s, reader_c = Reader("server", server), Reader("client", client)
+    writers = [
+        send_to_the_end("client", client, flood_bytes(1)[sent_up:], 0.0),
+        send_to_the_end("server", server, flood_bytes(2)[sent_down:], 0.0),
+    ]
+    rig.finish(pair, reader_s, reader_c, *writers)
+    assert bytes(reader_s.data) == flood_bytes(1)
+    assert bytes(reader_c.data) == flood_bytes(2)
+
+
+def test_pair_of_which_only_the_server_is_in_the_map_leaves(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, pair, server = rig.connect()
+    rig.copy(pair)
+    sockets = sockmap_of(rig)._sockets
+    insert = sockets.update
+    calls: list[bytes] = []
+
+    def close_before_the_second(key: bytes, value: bytes) -> None:
+        calls.append(key)
+        if len(calls) == 2:
+            client.sendall(b"last words")
+            client.shutdown(socket.SHUT_WR)
+            wait_for(lambda: received(pair.client).state != TCP_ESTABLISHED, "FIN")
+        insert(key, value)
+
+    monkeypatch.setattr(sockets, "update", close_before_the_second)
+    assert rig.hand_over(pair) is None
+    server.sendall(b"answer, ")
+    take_out(rig, leaving, pair)
+    server.sendall(b"rest")
+    server.shutdown(socket.SHUT_WR)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    rig.finish(pair, reader_c, reader_s)
+    assert bytes(reader_c.data) == b"answer, rest"
+    assert bytes(reader_s.data) == b"last words"
+
+
+def test_count_that_does_not_fit_resets_the_pair(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.sendall(b"hello")
+    assert server.recv(100) == b"hello"
+    count: Callable[..., int] = sockmap_exit._unread_bytes
+    monkeypatch.setattr(sockmap_exit, "_unread_bytes", lambda sock: count(sock) + 1)
+    assert not leaving.take_out(pair)
+    assert pair.ended
+    assert pair.reason is CloseReason.INTERNAL
+    rig.loop.run_once(0)
+    for sock in (client, server):
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+
+
+def test_reset_is_heard_of_by_a_pair_that_leaves(rig: Rig, leaving: SockmapExit) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+    # Whether it is out already or not, its error is told of.
+    if leaving.take_out(pair):
+        rig.copying.take_back(pair)
+    rig.run_until(lambda: pair.ended, "end of the pair")
+    assert pair.reason is CloseReason.CLIENT_RESET
+    rig.loop.run_once(0)
+    with pytest.raises(ConnectionResetError):
+        server.recv(1)
+
+
+def test_what_another_connects_to_is_no_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else of this host is quicker: what is redirected would come to him."""
+    strangers: list[socket.socket] = []
+    connect = socket.socket.connect
+
+    def second(sock: socket.socket, address: tuple[str, int]) -> None:
+        stranger = socket.socket()
+        connect(stranger, address)
+        strangers.append(stranger)
+        connect(sock, address)
+
+    monkeypatch.setattr(socket.socket, "connect", second)
+    ours, theirs = sockmap_exit._connected_to_ourselves()
+    assert theirs.getpeername() == ours.getsockname()
+    for sock in (ours, theirs, *strangers):
+        sock.close()
