@@ -277,6 +277,13 @@ class Traffic:
                 if stream.rate
             )
 
+    def has_come_since(self, since_s: float) -> bool:
+        """Whether bytes have come since then, everywhere where they are sent all the time."""
+        with self._lock:
+            return all(
+                stream.last_s > since_s for pair in self.streams for stream in pair if stream.rate
+            )
+
     def longest_gap_s(self) -> float:
         """Without a byte at an end to which bytes are sent all the time."""
         with self._lock:

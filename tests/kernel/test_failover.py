@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import time
@@ -119,10 +120,11 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
             old.kill()
         time.sleep(rng.choice((0.0, 0.1, 0.5)))
         hosts.give_addresses(there)
-        moved_s = time.monotonic() - cut_s
+        given_s = time.monotonic()
+        moved_s = given_s - cut_s
         fleet.daemons[there].wait_for_line("failover_taken")
         fleet.wait_until_spliced(there, count, or_more=True)
-        time.sleep(1)
+        wait_for(functools.partial(traffic.has_come_since, given_s), "bytes come everywhere")
         # Ends try again 0.2, 0.6, 1.4 ... s after they spoke last: what counts is which comes first
         # once the addresses are there.
         gaps_s.append(f"{traffic.longest_gap_s():.2f} ({moved_s:.2f})")

@@ -109,7 +109,7 @@ def test_made_up_addresses_deny_nobody(
         with pair:
             pair.sendall(b"hello")
             assert read_exactly(pair, 5) == b"hello"
-            time.sleep(2.1)  # from then on the client is known
+            time.sleep(STEADY_AFTER_S)  # from then on the client is known
             assert exchange(known, b"two") == before
             sent = 0
             while daemon.look("listeners")[0]["accepted"] < FLOOD:

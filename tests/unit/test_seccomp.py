@@ -169,11 +169,10 @@ def test_an_abort_still_ends_the_process() -> None:
     assert os.waitstatus_to_exitcode(status) == -signal.SIGABRT
 
 
-@pytest.mark.parametrize(("column", "header"), [(0, HEADERS[0]), (1, HEADERS[1])])
-def test_the_numbers_are_those_of_the_kernel_s_headers(column: int, header: Path) -> None:
-    if not header.exists():
-        pytest.skip(f"no {header}")
-    text = header.read_text()
+# Debian has the header of x86_64 only there; that of the others everywhere.
+@pytest.mark.parametrize("column", [0, 1] if platform.machine() == "x86_64" else [1])
+def test_the_numbers_are_those_of_the_kernel_s_headers(column: int) -> None:
+    text = HEADERS[column].read_text()
     for name, numbers in seccomp.CALLS.items():
         if numbers[column] is None:
             continue
