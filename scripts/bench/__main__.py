@@ -7,6 +7,7 @@ import datetime
 import os
 import platform
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import click
 import psutil
 from rich.console import Console
 
-from bench import goals, picture, report, scenarios, topology
+from bench import goals, picture, recording, report, scenarios, topology
 from bench.load import LoadError, build
 from bench.measures import (
     ALL_TARGETS,
@@ -31,7 +32,7 @@ from bench.measures import (
     order_of_round,
 )
 from bench.results import Problem, Results, ResultsError, from_json, to_json
-from bench.targets import Target, TargetError, most_pairs, running
+from bench.targets import Target, TargetError, most_pairs, most_sessions, running
 from pyforwarder.runtime.children import surroundings
 
 if TYPE_CHECKING:
@@ -77,6 +78,18 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def _command() -> str:
+    """How to run the same again; where its results go is each one's own affair."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--record", "--output"):
+            next(words, None)
+        elif not word.startswith(("--record=", "--output=")):
+            kept.append(word)
+    return shlex.join(["sudo", "scripts/bench/run", *kept])
+
+
 def _raise_file_limit() -> None:
     """Take all descriptors we may have, for us and what we start."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -120,7 +133,7 @@ def measure(stages: dict[str, scenarios.Stage], chosen: tuple[str, ...], results
             told = []
             for name in order_of_round(tuple(stages), round_index):
                 stage = stages[name]
-                if not scenarios.is_possible(scenario, stage.target):
+                if not scenarios.is_possible(scenario, stage.target, stage.effort):
                     continue
                 try:
                     values = scenarios.run(scenario, stage)
@@ -231,6 +244,10 @@ def _chooser(offered: tuple[str, ...]) -> Callable[..., tuple[str, ...] | None]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Measure nothing: show a results.json of an earlier run again.",
 )
+@click.option(
+    "--record",
+    help="Put the medians into docs/benchmarks.json as the run of this name; then scripts/fix.",
+)
 def main(
     targets: tuple[str, ...] | None,
     chosen: tuple[str, ...] | None,
@@ -243,6 +260,7 @@ def main(
     place: str,
     output: Path,
     source: Path | None,
+    record: str | None,
 ) -> None:
     """Compare pyforwarder's datapaths with a direct connection and with other forwarders.
 
@@ -252,7 +270,10 @@ def main(
     """
     if source is not None:
         try:
-            show(from_json(source.read_text(encoding="utf-8")), output)
+            results = from_json(source.read_text(encoding="utf-8"))
+            show(results, output)
+            if record is not None:
+                recording.record(results, record, results.options.get("command", ""))
         except ResultsError as error:
             raise click.ClickException(f"{source}: {error}") from error
         return
@@ -266,6 +287,7 @@ def main(
         seconds=seconds or (0.2 if quick else 2.0),
         # the generator holds both ends, so it is bounded as a forwarder is
         pairs=min(pairs or (1_000 if quick else 10_000), most_pairs()),
+        sessions=min(1_000 if quick else 10_000, most_sessions()),
         pace_bytes_per_s=pace * 1e9 / 8,
         quiet=quiet,
     )
@@ -274,6 +296,7 @@ def main(
         targets=targets or (QUICK_TARGETS if quick else DEFAULT_TARGETS),
         machine={**describe_machine(), "busy_before": f"{busy:.0f} %"},
         options={
+            "command": _command(),
             "topology": place,
             "seconds": f"{effort.seconds:g}",
             "pairs": str(effort.pairs),
@@ -295,6 +318,8 @@ def main(
         }
         measure(stages, chosen or SCENARIOS, results)
     show(results, output)
+    if record is not None:
+        recording.record(results, record, results.options["command"])
     # a peer that cannot keep up is a result
     if any(problem.target not in PEERS for problem in results.problems):
         sys.exit(1)

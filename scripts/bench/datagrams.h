@@ -77,7 +77,10 @@ static void prove_session(int fd, int number)
 	die("session %d of %d: no datagram comes back", number, opt.pairs);
 }
 
-/* Each proven by round trips, of which enough bring it to where it stays. */
+/*
+ * Each proven by round trips.  With `waits` they go on talking, one after the other, until the
+ * caller has seen that all of them are where they stay: a forwarder may take its time for that.
+ */
 static void make_sessions(void)
 {
 	struct sockaddr_in to = address_of(opt.to_ip, 1, opt.to_port, 0);
@@ -98,6 +101,17 @@ static void make_sessions(void)
 		for (int trip = 0; trip < opt.trips; trip++)
 			prove_session(fd, i);
 	}
+	if (!opt.waits)
+		return;
+	printf("{\"sessions\": %d}\n", opt.pairs);
+	fflush(stdout);
+	for (int i = 0; !is_readable(STDIN_FILENO, 0); i = (i + 1) % opt.pairs)
+		prove_session(datagram_clients[i], i);
+	wait_for_caller();
+	for (int i = 0; i < opt.pairs; i++)
+		prove_session(datagram_clients[i], i);
+	printf("{\"settled\": %d}\n", opt.pairs);
+	fflush(stdout);
 }
 
 /* ---- mode udp_rtt: one datagram back and forth ---------------------------------------------- */

@@ -62,6 +62,7 @@ struct options {
 	int pairs, trips, client_cpu, server_cpu, datagram_bytes;
 	bool down; /* bytes flow from server to client */
 	bool server_closes, instruction;
+	bool waits; /* sessions talk until the caller has seen enough */
 	const char *soak_file;
 };
 
@@ -1441,6 +1442,8 @@ static void parse_option(const char *argument)
 		opt.server_closes = number(value) > 0;
 	else if (!strcmp(key, "instruction"))
 		opt.instruction = number(value) > 0;
+	else if (!strcmp(key, "waits"))
+		opt.waits = number(value) > 0;
 	else if (!strcmp(key, "soak_file"))
 		opt.soak_file = value;
 	else

@@ -69,6 +69,11 @@ PAUSE_ANSWER_MIB: Final = 16
 # Datagrams of these sizes, in so many sessions at once.
 DATAGRAM_BYTES: Final = (64, 1200)
 DATAGRAM_SESSIONS: Final = (1, 32, 1000)
+MANY_DATAGRAM_SESSIONS: Final = 10_000  # of the smallest
+DATAGRAM_RATES: Final = (
+    *((size, sessions) for size in DATAGRAM_BYTES for sessions in DATAGRAM_SESSIONS),
+    (DATAGRAM_BYTES[0], MANY_DATAGRAM_SESSIONS),
+)
 PACED_DATAGRAM_SESSIONS: Final = 32
 
 # Memory comes first and connections last: the kernel keeps what remains of a closed connection
@@ -163,11 +168,11 @@ MEASURES: Final = (
             ("cpu", "CPU without the reader's, paced stream up,", Better.LOWER),
         )
     ),
-    *_latency("udp_rtt", "round trip of a datagram of 64 B"),
+    *_latency("udp_rtt_near", "round trip of a datagram of 64 B, both ends on one CPU"),
+    *_latency("udp_rtt_far", "round trip of a datagram of 64 B, ends on two CPUs"),
     *(
         measure
-        for size in DATAGRAM_BYTES
-        for sessions in DATAGRAM_SESSIONS
+        for size, sessions in DATAGRAM_RATES
         for measure in (
             Measure(
                 f"udp_{size}_{sessions}",

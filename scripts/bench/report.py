@@ -99,6 +99,8 @@ def goals(outcomes: list[Outcome]) -> Table:
         measure = measure_of(goal)
         if goal.is_difference:
             bound = f"{goal.limit.value} {goal.bound:g} {measure.unit} more than {goal.reference}"
+        elif goal.is_added:
+            bound = f"adds {goal.limit.value} {goal.bound:g} of what {goal.reference} adds"
         else:
             bound = f"{goal.limit.value} {goal.bound:g} of {goal.reference}"
         if outcome.reference != goal.reference:

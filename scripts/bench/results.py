@@ -82,6 +82,23 @@ class Results:
         ]
         return statistics.median(differences) if differences else None
 
+    def added(self, key: str, target: str, reference: str) -> float | None:
+        """What the target adds to `direct`, as a ratio to what the reference does.
+
+        The median over the rounds in which the reference added anything.
+        """
+        ratios = [
+            (value - direct) / (other - direct)
+            for value, other, direct in zip(
+                self.values(key, target),
+                self.values(key, reference),
+                self.values(key, DIRECT),
+                strict=True,
+            )
+            if value is not None and other is not None and direct is not None and other > direct
+        ]
+        return statistics.median(ratios) if ratios else None
+
     def spread(self, key: str, target: str) -> float | None:
         """How far the rounds lie apart, (most - least) / median: what a ratio can be trusted to."""
         known = [value for value in self.values(key, target) if value is not None]

@@ -15,8 +15,9 @@ from bench import load as load_module
 from bench.measures import (
     ANSWERS_KIB,
     DATAGRAM_BYTES,
-    DATAGRAM_SESSIONS,
+    DATAGRAM_RATES,
     DIRECT,
+    MANY_DATAGRAM_SESSIONS,
     PACED_DATAGRAM_SESSIONS,
     PAUSE_ANSWER_MIB,
 )
@@ -40,6 +41,8 @@ PAUSE_STREAMS: Final = 4
 PACED_CONNECTIONS_PER_S: Final = 1_000
 PACED_DATAGRAMS_PER_S: Final = 20_000
 PACE_TOLERANCE: Final = 0.05
+# Some hundred sessions in a second are handed over to the kernel.
+SPLICED_WITHIN_S: Final = 60.0
 LOOKS_PER_S: Final = 10  # `watch cat show` is one every two seconds
 # What the generator calls the ways in which a connection fails; the last two got their answer and
 # then no clean end.
@@ -67,11 +70,13 @@ class ScenarioError(Exception):
 class Effort:
     """How much is measured: seconds per run, pairs of `idle`, bytes per second of `cpu_*`.
 
-    `quiet` is the share of the machine that must be free around a run of `cpu_*`.
+    Rows of more `sessions` of datagrams are left out. `quiet` is the share of the machine that must
+    be free around a run of `cpu_*`.
     """
 
     seconds: float
     pairs: int
+    sessions: int
     pace_bytes_per_s: float
     quiet: float
 
@@ -295,27 +300,56 @@ def _pause(stage: Stage) -> Values:
     return {f"pause_{key}": report[f"pause_{key}_us"] / 1e3 for key in ("p50", "p99", "max")}
 
 
-def _udp_rtt(stage: Stage) -> Values:
-    return _percentiles("udp_rtt", stage.load(port=DATAGRAM_PORT).run("udp_rtt"))
+def _datagrams(stage: Stage, mode: str, *, pairs: int = 1, **options: object) -> Values:
+    """One run, which begins once all its sessions are where they stay.
+
+    `forwarder_s` is the CPU time of the target's processes from there on.
+    """
+    pid = stage.target.pid
+    load = stage.load(port=DATAGRAM_PORT)
+    before = stage.target.spliced()
+    session: Session
+    with load.session(stage.directory, mode, pairs=pairs, waits=True, **options) as session:
+        session.report()
+        until_s = time.monotonic() + SPLICED_WITHIN_S
+        while before is not None and (known := stage.target.spliced() or 0) - before < pairs:
+            if time.monotonic() > until_s:
+                raise ScenarioError(f"only {known - before} of {pairs} sessions were handed over")
+            time.sleep(0.1)
+        session.go_on()
+        session.report()
+        used_s = cpu_time.tree_seconds(pid) if pid else 0.0
+        report = session.report()
+        used_s = (cpu_time.tree_seconds(pid) if pid else 0.0) - used_s
+        session.finish()
+    return {**report, "forwarder_s": used_s}
+
+
+def _udp_rtt(stage: Stage, where: str) -> Values:
+    cpus = sorted(os.sched_getaffinity(0))
+    if where == "far" and len(cpus) == 1:
+        raise ScenarioError("this machine has one CPU")
+    server_cpu = cpus[1] if where == "far" else cpus[0]
+    report = _datagrams(stage, "udp_rtt", client_cpu=cpus[0], server_cpu=server_cpu)
+    return _percentiles(f"udp_rtt_{where}", report)
 
 
 def _udp_rate(stage: Stage, size: int, sessions: int) -> Values:
     """As many as arrive, while no more are under way than any socket's buffer takes."""
-    pid = stage.target.pid
-    before = cpu_time.tree_seconds(pid) if pid else 0.0
-    report = stage.load(port=DATAGRAM_PORT).run("udp_rate", pairs=sessions, datagram_bytes=size)
+    report = _datagrams(stage, "udp_rate", pairs=sessions, datagram_bytes=size)
     key = f"udp_{size}_{sessions}"
-    lost = max(0.0, 1 - report["datagrams"] / report["sent"]) * 100
+    # Those of a window are not exactly those that were sent in it.
+    lost = max(0.0, 1 - report["datagrams"] / max(report["sent"], report["datagrams"])) * 100
     values = {key: report["datagrams_per_s"], f"{key}_lost": lost}
-    if pid:
-        used_s = cpu_time.tree_seconds(pid) - before
-        values[f"{key}_cpu"] = used_s / report["in_all"] * 1e6
+    if stage.target.pid:
+        values[f"{key}_cpu"] = report["forwarder_s"] / report["in_all"] * 1e6
     return values
 
 
 def _udp_cpu(stage: Stage) -> Values:
     with load_module.soakers(stage.program, stage.directory) as soak_file:
-        report = stage.load(port=DATAGRAM_PORT).run(
+        report = _datagrams(
+            stage,
             "udp_rate",
             pairs=PACED_DATAGRAM_SESSIONS,
             datagram_bytes=DATAGRAM_BYTES[-1],
@@ -347,11 +381,10 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     **{f"cpu_{way}": partial(_cpu, way=way) for way in _WAYS},
     **{f"delay_{way}": partial(_delay, way=way) for way in _WAYS},
     **{f"view_{what}": partial(_view, what=what) for what in ("rtt", "cpu")},
-    "udp_rtt": _udp_rtt,
+    **{f"udp_rtt_{where}": partial(_udp_rtt, where=where) for where in ("near", "far")},
     **{
         f"udp_{size}_{sessions}": partial(_udp_rate, size=size, sessions=sessions)
-        for size in DATAGRAM_BYTES
-        for sessions in DATAGRAM_SESSIONS
+        for size, sessions in DATAGRAM_RATES
     },
     "udp_cpu": _udp_cpu,
     "connect_paced": _connect_paced,
@@ -362,17 +395,21 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
 }
 
 
-def is_possible(scenario: str, target: Target) -> bool:
+_MANY: Final = {f"udp_{n}_{s}" for n, s in DATAGRAM_RATES if s == MANY_DATAGRAM_SESSIONS}
+
+
+def is_possible(scenario: str, target: Target, effort: Effort) -> bool:
     """Whether the target can take part: only pyforwarder takes instructions and has a view.
 
-    And not all take datagrams.
+    And not all take datagrams, or very many sessions.
 
     `direct` says how far a ratio of equal runs is away from 1.
     """
     if scenario.startswith("view_"):
         return target.instance is not None or target.name == DIRECT
     if scenario.startswith("udp_"):
-        return target.takes_datagrams
+        sessions = MANY_DATAGRAM_SESSIONS if scenario in _MANY else 1
+        return sessions <= min(effort.sessions, target.max_sessions)
     return scenario != "connect_instruction" or target.takes_instructions
 
 

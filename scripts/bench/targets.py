@@ -39,11 +39,14 @@ SPARE_FILES: Final = 200
 # all connections: enough for the streams that are measured leaves more of them for idle pairs.
 HAPROXY_PIPES: Final = 128
 KERNEL_DATAPATHS: Final = ("sockmap", "splice")
+# Nobody tells a forwarder that a run is over: its sessions are gone before they are too many.
+SESSION_IDLE_S: Final = 30
 # sockmap has none, and would be a second row `copy`.
 TAKE_DATAGRAMS: Final = (DIRECT, "nginx", "socat", "copy", "splice", "auto")
 
 # One process per connection: ten thousand of them measure the scheduler, not the forwarder.
 FORKING_MAX_PAIRS: Final = 1_000
+FORKING: Final = ("sslh", "socat")
 SELECT_MAX_PAIRS: Final = 500  # FD_SETSIZE is 1024 and a pair takes two descriptors
 
 
@@ -66,9 +69,11 @@ class Target:
         return self.instance is not None
 
     @property
-    def takes_datagrams(self) -> bool:
-        """Whether it forwards UDP."""
-        return self.name in TAKE_DATAGRAMS
+    def max_sessions(self) -> int:
+        """How many of UDP it can have; 0 of who does not forward that."""
+        if self.name not in TAKE_DATAGRAMS:
+            return 0
+        return FORKING_MAX_PAIRS if self.name in FORKING else most_sessions()
 
     def datapaths(self) -> str:
         """What a pyforwarder says of its datapaths, `auto` for example by which it stands for.
@@ -95,6 +100,16 @@ class Target:
             return None
         return _count(_stats(self.instance), "joined", self.name)
 
+    def spliced(self) -> int | None:
+        """How many pairs and sessions the kernel has been given; None where it gets no sessions.
+
+        Raises:
+            TargetError: pyforwarder does not answer.
+        """
+        if self.instance is None or self.name not in ("splice", "auto"):
+            return None
+        return _count(_stats(self.instance), "joined", "splice")
+
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
@@ -110,6 +125,11 @@ class _Recipe:
 def most_pairs() -> int:
     """How many pairs one process may hold, by its limit of open files."""
     return (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES) // 2
+
+
+def most_sessions() -> int:
+    """How many sessions of UDP one process may hold, each a socket."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES
 
 
 def haproxy_config(site: Site) -> str:
@@ -161,7 +181,7 @@ stream {{
     server {{
         listen {site.listen_ip}:{DATAGRAM_PORT} udp reuseport;
         proxy_pass {site.servers.first}:{SERVER_PORT};
-        proxy_timeout 1h;
+        proxy_timeout {SESSION_IDLE_S}s;
     }}
 }}
 """
@@ -187,12 +207,13 @@ listeners:
   - name: datagrams
     bind: {site.listen_ip}:{DATAGRAM_PORT}
     protocol: udp
+    idle: {SESSION_IDLE_S}s
     datapath: {datapath if datapath in TAKE_DATAGRAMS else "copy"}
     rules:
       - {{name: datagrams, match: any, to: "{site.servers.first}:{SERVER_PORT}"}}
 upstreams:
   servers: {{balance: round_robin, servers: [{servers}]}}
-limits: {{pairs: {most_pairs()}}}
+limits: {{pairs: {most_pairs()}, sessions: {most_sessions()}}}
 log: {{level: warning}}
 """
 
@@ -232,7 +253,7 @@ def _socat(site: Site, _directory: Path, _name: str) -> _Recipe:
     datagrams = f"UDP-LISTEN:{DATAGRAM_PORT},bind={site.listen_ip},reuseaddr,fork"
     # Two of them, each a child of the shell, which is the process to look at.
     streams = f"socat -t 30 -b 65536 {listen} TCP:{to},nodelay"
-    script = f"socat -T 3600 {datagrams} UDP:{to} & {streams} & wait"
+    script = f"socat -T {SESSION_IDLE_S} {datagrams} UDP:{to} & {streams} & wait"
     return _Recipe(["sh", "-c", script], {}, max_pairs=FORKING_MAX_PAIRS)
 
 

@@ -31,12 +31,15 @@ def recorded() -> dict[str, Any]:
 def numbers(name: str) -> str:
     """One run as a table, with the command that repeats it."""
     said = recorded()
-    run = said["runs"][name]
+    run = said["runs"].get(name)
+    if run is None:
+        return "Not recorded yet."
     rows = [
         (f"{row['measure']}, {row['unit']}", *(_number(value) for value in row["values"]))
         for row in run["rows"]
     ]
-    when = f"Recorded {said['recorded']} on {said['kernel']}, {said['machine']}"
+    when, kernel = run.get("recorded", said["recorded"]), run.get("kernel", said["kernel"])
+    when = f"Recorded {when} on {kernel}, {said['machine']}"
     return f"{when}: `{run['command']}`\n\n" + table(("", *run["targets"]), rows)
 
 

@@ -87,6 +87,9 @@ TESTED_ELSEWHERE: Final = {
     "sudo scripts/container/build runtime": "scripts/container/test",
     "sudo scripts/bench/run --quick": "tests/unit/test_bench.py",
     "sudo scripts/bench/run": "tests/unit/test_bench.py",
+    "sudo scripts/bench/run --topology veth --scenarios udp --record datagrams": (
+        "tests/unit/test_bench.py"
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from bench import cpu_time, goals, picture, report, scenarios, targets
+from bench import cpu_time, goals, picture, recording, report, scenarios, targets
 from bench.measures import (
     ALL_TARGETS,
     DEFAULT_TARGETS,
@@ -372,3 +372,64 @@ def test_the_datapath_asked_for_is_forced_on_every_listener() -> None:
     site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.1", 2))
     lines = targets.pyforwarder_config(site, "splice").splitlines()
     assert sum(line.strip() == "datapath: splice" for line in lines) == 4
+
+
+# ---- what datagrams add
+
+
+def test_what_is_added_to_direct_is_held_against_what_another_adds() -> None:
+    goal = next(goal for goal in goals.GOALS if goal.is_added)
+    results = results_of(
+        {
+            goal.measure: {
+                "direct": [1.0, 2.0, 1.0],
+                "nginx": [5.0, 12.0, 1.0],  # in the last round it added nothing
+                "splice": [2.0, 3.0, 9.0],
+            }
+        }
+    )
+    outcome = goals.judge(goal, results)
+    assert outcome.value == pytest.approx(0.175)
+    assert outcome.verdict is goals.Verdict.REACHED
+    assert "of what nginx adds" in text_of(report.goals([outcome]))
+
+
+def test_very_many_sessions_are_left_out_where_there_is_no_room_for_them() -> None:
+    (many,) = [name for name in SCENARIOS if name.endswith("_10000")]
+    few = next(name for name in SCENARIOS if name.startswith("udp_64_"))
+    direct, socat, haproxy = (targets.Target(name, 1, 1) for name in ("direct", "socat", "haproxy"))
+    for effort, target, known in (
+        (1_000, direct, [few]),
+        (10_000, direct, [few, many]),
+        (10_000, socat, [few]),
+        (10_000, haproxy, []),
+    ):
+        most = scenarios.Effort(1.0, 1, effort, 1.0, 0.9)
+        assert [name for name in (few, many) if scenarios.is_possible(name, target, most)] == known
+
+
+def test_a_run_is_recorded_beside_the_others(tmp_path: Path) -> None:
+    file = tmp_path / "benchmarks.json"
+    file.write_text(recording.FILE.read_text())
+    before = json.loads(file.read_text())
+    results = results_of({RTT.key: {"direct": [10.04, 12.0, 10.0], "nginx": [20.0, None, 1234.0]}})
+    results.machine |= {
+        "date": "2027-01-02T03:04:05+00:00",
+        "kernel": "Linux 6.99.1-x",
+        "nginx": "nginx version: nginx/1.22.1",
+    }
+    recording.record(results, "another", "sudo scripts/bench/run --quick", file)
+    document = json.loads(file.read_text())
+    assert document["runs"].pop("another") == {
+        "command": "sudo scripts/bench/run --quick",
+        "recorded": "2027-01-02",
+        "kernel": "Linux 6.99",
+        "targets": ["direct", "nginx 1.22"],
+        "rows": [{"key": RTT.key, "measure": RTT.title, "unit": RTT.unit, "values": [10, 627]}],
+    }
+    assert document == before
+    # What is not changed is written as it was, but for numbers' trailing zeros.
+    lines = file.read_text().splitlines()
+    assert sum(line.startswith('        {"key"') for line in lines) == 1 + sum(
+        len(run["rows"]) for run in before["runs"].values()
+    )
