@@ -88,7 +88,7 @@ struct pair {
 	__u8 datapath;	  /* enum pf_datapath */
 	__u8 reason;	  /* why this datapath: index into the names in datapath/ebpf/abi.py */
 	__u8 worker_index;
-	__u32 padding;
+	__u32 protocol; /* 0: TCP, else its number */
 	struct endpoint client, listener, source, server;
 	char rule[PF_NAME_BYTES];
 	char listener_name[PF_NAME_BYTES];

@@ -117,6 +117,7 @@ class Keys:
         self.failover = f"{prefix}failover/"
         self.machines = f"{prefix}failover/machines/"
         self.pairs = f"{prefix}failover/pairs/"
+        self.stays = f"{prefix}failover/stays/"
 
     def move(self, tag: str) -> str:
         """Where a machine is asked to take the addresses."""

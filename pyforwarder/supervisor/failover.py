@@ -18,6 +18,7 @@ from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, 
 if TYPE_CHECKING:
     from pyforwarder.config import Failover, Fleet
     from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.fleet.failover.stays import Connection
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.log import Log
@@ -192,6 +193,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
 
     def _prepare(self, channel: Channel) -> Callable[[], Serving]:
         from pyforwarder.datapath.splice.own_pairs import OwnPairs
+        from pyforwarder.datapath.splice.staying import Staying
         from pyforwarder.fleet.failover.record import tag_of
         from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator, Watcher
         from pyforwarder.fleet.layout import Keys
@@ -205,6 +207,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         name = fleet.instance or socket.gethostname()
         machine = _BOOT_ID.read_text().strip()
         pairs = OwnPairs(splicing.maps, failover.addresses)
+        connections = Staying(splicing.maps, failover.addresses)
         standby = splicing.keeper.standby.dup()
         client = KeeperClient(standby, is_patient=True)
 
@@ -212,6 +215,10 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
             """The keeper and the maps."""
 
             look = staticmethod(pairs.look)
+
+            @staticmethod
+            def staying() -> dict[int, list[Connection]]:
+                return connections.look(pairs.ids)
 
             @staticmethod
             def ask(do: str, **fields: object) -> dict[str, Any]:

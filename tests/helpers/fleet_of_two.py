@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.fleet.failover import stays
+from pyforwarder.fleet.layout import Keys
 from tests.helpers.churn import Churn
 from tests.helpers.daemon import COMMAND
 from tests.helpers.etcd import Etcd, running
@@ -182,6 +184,13 @@ class Fleet:
             return (state["own"], state["held"]) == (0, count)
 
         wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
+
+    def staying(self) -> int:
+        """How many connections the store has with which no other machine could go on."""
+        prefix = Keys("edge").stays
+        with self.hosts.switch.entered():
+            said = self.etcd.ctl("get", "--prefix", "--print-value-only", prefix)
+        return sum(len(stays.decode(line)) for line in said.splitlines() if line)
 
     def flush_left(self, name: str, count: int) -> None:
         """Pairs of this machine of which the store was not told in time: no other asks for them.

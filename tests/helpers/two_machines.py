@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from tests.helpers.netns import Network
+from tests.helpers.peers import address_text
 
 FRONT: Final = {4: "10.1.0.1", 6: "fd01::1"}
 BACK: Final = {4: "10.2.0.1", 6: "fd02::1"}
@@ -265,6 +266,10 @@ class Traffic:
                 for stream in pair
                 if stream.error
             ]
+
+    def clients(self) -> set[str]:
+        """Their addresses, as `show` has them."""
+        return {address_text(one.sock.getsockname()[:2]) for one, _ in self.streams}
 
     def flows(self) -> bool:
         """Whether bytes have come a moment ago, everywhere where they are sent all the time."""

@@ -56,7 +56,9 @@ def test_pairs_go_on_through_a_planned_move_and_a_death(fleet: Fleet) -> None:
     b.kill()
     hosts.give_addresses("a")
     fleet.wait_until_spliced("a", count)
-    assert {row["rule"] for row in a.show()} == {"all"}
+    rows = a.show()
+    assert {row["rule"] for row in rows} == {"all"}
+    assert {row["client"] for row in rows} == traffic.clients()
     traffic.poke()
     print(f"longest gap of the death: {traffic.longest_gap_s():.3f} s")
     fleet.open("a", 2)

@@ -40,6 +40,8 @@ def test_the_record_says_what_the_pair_said(pair: Pair) -> None:
     record = record_of(pair)
     boot_s = boot_unix_s()
     said = PairRecord.from_buffer_copy(shown(pair, record, boot_unix_s=boot_s))
+    ends = (said.client, said.listener, said.source, said.server)
+    assert [end.port for end in ends] == [end.port for end in pair.ends]
     again = pair_of(record, said, boot_unix_s=boot_s)
     # A machine's clock begins when it was started; no pair is older there.
     assert replace(again, started_s=pair.started_s) == pair

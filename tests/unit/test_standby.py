@@ -77,6 +77,8 @@ def test_requests_are_answered_by_their_number() -> None:
     assert ask(do="begin") == {"n": 1}
     assert ask(do="release", keys=[PAIR.key]) == {"n": 1}
     assert ask(do="let_go", pairs=[PAIR.encode()]) == {"n": 1}
+    assert ask(do="stay", group=[f"{tag_of('other')}.7", "1 "]) == {"n": 1}
+    assert ask(do="stay", group=[f"{tag_of('other')}.7", ""]) == {"n": 1}
 
 
 def test_a_late_request_is_not_obeyed() -> None:
@@ -104,6 +106,11 @@ def test_a_late_request_is_not_obeyed() -> None:
         {"do": "release", "keys": [1]},
         {"do": "let_go", "pairs": ["x"]},
         {"do": "let_go", "pairs": [None]},
+        {"do": "stay", "group": []},
+        {"do": "stay", "group": ["x", "1 "]},
+        {"do": "stay", "group": [f"{tag_of('other')}.7", None]},
+        {"do": "stay", "group": [f"{tag_of('other')}.7", "2 "]},
+        {"do": "stay", "group": [f"{tag_of('other')}.7", "1 AAAA"]},
     ],
 )
 def test_what_is_not_in_the_table_is_a_fault(request_: dict[str, object]) -> None:
@@ -118,7 +125,9 @@ def test_what_is_not_in_the_table_is_a_fault(request_: dict[str, object]) -> Non
         lambda inner: (
             st.lists(inner, max_size=4)
             | st.dictionaries(
-                st.sampled_from(["do", "n", "until", "pairs", "keys"]) | st.text(max_size=5), inner
+                st.sampled_from(["do", "n", "until", "pairs", "keys", "group"])
+                | st.text(max_size=5),
+                inner,
             )
         ),
         max_leaves=12,

@@ -125,7 +125,7 @@ class PairRecord(ctypes.Structure):
         ("datapath", ctypes.c_uint8),
         ("reason", ctypes.c_uint8),
         ("worker_index", ctypes.c_uint8),
-        ("padding", ctypes.c_uint32),
+        ("protocol", ctypes.c_uint32),
         ("client", Endpoint),
         ("listener", Endpoint),
         ("source", Endpoint),

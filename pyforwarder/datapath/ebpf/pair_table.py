@@ -109,8 +109,12 @@ class PairWindow:
         state: PairState,
         datapath: DatapathKind,
         reason: int,
+        protocol: int = 0,
     ) -> None:
-        """Write who this is; `endpoints` is client, listener, source, server, 20 bytes each."""
+        """Write who this is; `endpoints` is client, listener, source, server, 20 bytes each.
+
+        `protocol` is 0 for TCP.
+        """
         base = slot * PAIR_BYTES
         words = slot * _WORDS
         self.words[words + SEQUENCE] += 1  # odd: readers look again
@@ -123,7 +127,7 @@ class PairWindow:
             datapath,
             reason,
             self._worker_index,
-            0,
+            protocol,
             endpoints,
             rule[: NAME_BYTES - 1],
             listener[: NAME_BYTES - 1],

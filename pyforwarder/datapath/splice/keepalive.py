@@ -51,7 +51,7 @@ class Keepalives:
         self._due: list[tuple[float, int, int]] = []  # a heap: when, record, pair
         # (record, direction) -> (when it was heard last, how often it was asked since).
         self._asked: dict[tuple[int, Direction], tuple[int, int]] = {}
-        self._raw = _raw_sockets()
+        self._raw = raw_sockets()
 
     def watch(self, indexes: Iterable[int]) -> None:
         """From here on these records' peers are asked, if they are to be."""
@@ -166,7 +166,7 @@ class Keepalives:
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
 
 
-def _raw_sockets() -> dict[int, socket.socket]:
+def raw_sockets() -> dict[int, socket.socket]:
     """By family; none if we may not make them, or the host has none: then nobody is asked."""
     found = {}
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):

@@ -59,6 +59,11 @@ class OwnPairs:
         self._seen = seen
         return {one.key: one.own for one in seen.values() if one.own is not None}
 
+    @property
+    def ids(self) -> set[int]:
+        """Of the pairs that were looked at last, those that another machine could go on with."""
+        return {one.id for one in self._seen.values() if one.own is not None}
+
     def _look(self, now_s: float) -> Iterator[tuple[int, _Seen]]:
         memory = self._memory
         for index in used_indexes(memory):

@@ -247,7 +247,7 @@ def shown(pair: Pair, record: Splice, *, boot_unix_s: float) -> bytes:
     for name, end in zip(("client", "listener", "source", "server"), pair.ends, strict=True):
         endpoint = getattr(said, name)
         endpoint.ip[:] = _packed(end.ip)
-        endpoint.port, endpoint.family = socket.htons(end.port), pair.family
+        endpoint.port, endpoint.family = end.port, pair.family
     said.rule, said.listener_name = pair.rule, pair.listener_name
     for direction, half in zip(Direction, (pair.up, pair.down), strict=True):
         said.worker[direction].carried_bytes = half.carried_bytes

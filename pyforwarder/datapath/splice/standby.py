@@ -8,6 +8,9 @@ Once its addresses are this host's, it is taken over: a worker gets it, it count
 Its peers are asked until both have said something (`settling.py`). The machine that had the pair
 lets go of it in silence when it hears of that.
 
+Connections that nobody can go on with it is told of as well (`fleet/failover/stays.py`): once their
+address is here, their peers are reset (`challenging.py`).
+
 Who asks is a process without privileges that reads what stands in a fleet's store. It is believed
 no more than a worker: a request is in the table or costs that process its life, and pairs are taken
 in only if both of our addresses are among the configured ones.
@@ -22,6 +25,7 @@ import math
 import resource
 import secrets
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -35,6 +39,7 @@ import psutil
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
+from pyforwarder.datapath.splice.challenging import Challenges
 from pyforwarder.datapath.splice.maps import FLOW, LOOPBACK
 from pyforwarder.datapath.splice.replicas import (
     Ways,
@@ -47,7 +52,8 @@ from pyforwarder.datapath.splice.replicas import (
 )
 from pyforwarder.datapath.splice.routes import Route, Routes
 from pyforwarder.datapath.splice.settling import Settling
-from pyforwarder.fleet.failover.record import Entry, Pair, RecordFault
+from pyforwarder.fleet.failover import stays
+from pyforwarder.fleet.failover.record import Endpoint, Entry, Pair, RecordFault
 
 if TYPE_CHECKING:
     import mmap
@@ -55,6 +61,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf import syscall as bpf
     from pyforwarder.datapath.splice.keepalive import Keepalives
     from pyforwarder.datapath.splice.maps import Links
+    from pyforwarder.fleet.failover.stays import Connection
 
 # Of one request, which comes as one message.
 MOST_AT_ONCE: Final = 16
@@ -133,6 +140,8 @@ class Standby:
         self._held: dict[str, _Held] = {}
         self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}  # of those taken over
         self._left: deque[str] = deque()  # to be taken over
+        self._stays: dict[str, str] = {}  # connections of others that end with their machine
+        self._challenges = Challenges(self._goes_on)
         self._settling = Settling(memory, keepalives, owner.end)
         self._taken = 0
         self._waiting: set[int] = set()  # workers that are to be told
@@ -198,6 +207,7 @@ class Standby:
             case "begin":
                 for key in list(self._held):
                     self._release(key)
+                self._stays.clear()
             case "hold":
                 answer["refused"] = [
                     key for key, text in request["pairs"] if not self._hold(key, text)
@@ -205,6 +215,8 @@ class Standby:
             case "release":
                 for key in request["keys"]:
                     self._release(key)
+            case "stay":
+                self._stay(*request["group"])
             case "let_go":
                 for text in request["pairs"]:
                     self._let_go(_decode(text))
@@ -213,6 +225,21 @@ class Standby:
                 answer["taken"], answer["held"] = self._taken, len(self._held)
                 self._waiting.clear()
         return answer
+
+    def _stay(self, key: str, text: str) -> None:
+        """Connections of a group, all of them; those that it had are no more."""
+        try:
+            stays.decode(text or f"{stays.SCHEMA} ")
+        except RecordFault as error:
+            raise FaultyStandbyError(str(error)) from error
+        self._stays.pop(key, None)
+        if text and len(self._stays) < stays.MOST_GROUPS:
+            self._stays[key] = text
+            self._is_changed = True  # it may be for us to reset them already
+
+    def _goes_on(self, one: Connection) -> bool:
+        """Whether one is a spliced pair's here, which another machine called otherwise before."""
+        return self._index_of(_packets_from(one.peer, one.own)) is not None
 
     def _hold(self, key: str, text: str) -> bool:
         try:
@@ -317,7 +344,7 @@ class Standby:
             return 0.0
         now_s = time.monotonic()
         wait_s = min(most_s, max(0.0, self._look_s - now_s))
-        return self._settling.wait_s(wait_s)
+        return self._challenges.wait_s(self._settling.wait_s(wait_s))
 
     def go_on(self) -> None:
         """Do some of what is due. Never raises."""
@@ -331,6 +358,7 @@ class Standby:
             for _ in range(min(_TAKEN_AT_ONCE, len(self._left))):
                 self._take(self._left.popleft())
             self._settling.go_on()
+            self._challenges.go_on()
         except Exception:
             traceback.print_exc(file=sys.stderr)
 
@@ -342,6 +370,12 @@ class Standby:
             both = {held.pair.ends.listener.ip, held.pair.ends.source.ip}
             if both <= present and both & ready:
                 self._left.append(key)
+        for key, text in list(self._stays.items()) if ready else ():
+            connections = stays.decode(text)
+            lost = [one for one in connections if one.own.ip in ready]
+            self._challenges.begin(lost)
+            if lost:
+                del self._stays[key]
         self._absent |= self._addresses - present
 
     def _take(self, key: str) -> None:
@@ -384,6 +418,12 @@ def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
     return sock
 
 
+def _packets_from(peer: Endpoint, own: Endpoint) -> bytes:
+    """The key of its packets (struct splice_key)."""
+    ips = (ip if len(ip) == 16 else b"\0" * 10 + b"\xff\xff" + ip for ip, _ in (peer, own))
+    return b"".join(ips) + struct.pack("!HH", peer.port, own.port)
+
+
 def _ip_of(packed: bytes, family: int) -> bytes:
     """As addresses are configured: 4 or 16 bytes."""
     return packed if family == 6 else packed[12:]
@@ -407,6 +447,7 @@ _TABLE: Final[dict[str, str]] = {
     "hold": "pairs",
     "release": "keys",
     "let_go": "pairs",
+    "stay": "group",
     "look": "",
 }
 
@@ -428,7 +469,9 @@ def _understand(data: bytes) -> dict[str, Any]:
         raise FaultyStandbyError("n")
     if type(until) not in (int, float) or not 0 <= until < math.inf:
         raise FaultyStandbyError("until")
-    if more:
+    if more == "group":
+        _check_group(request[more])
+    elif more:
         _check_list(request["do"], request[more])
     return request
 
@@ -446,6 +489,14 @@ def _check_list(do: str, said: object) -> None:
             fits = is_text(one)
         if not fits:
             raise FaultyStandbyError(do)
+
+
+def _check_group(said: object) -> None:
+    if type(said) is not list or len(said) != 2 or not all(type(one) is str for one in said):
+        raise FaultyStandbyError("a group")
+    key, text = said
+    if not stays.is_key(key) or not text.isascii():
+        raise FaultyStandbyError("a group")
 
 
 def _decode(text: str) -> Pair:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
 from pyforwarder.fleet.failover.moves import Asked
+from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
 from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
 
 if TYPE_CHECKING:
+    from pyforwarder.fleet.failover import stays
     from pyforwarder.fleet.layout import Keys
 
 # The records outlive their machine, so that another can go on with them also if it comes late.
@@ -48,6 +50,9 @@ class Kernel(Protocol):
 
     def look(self, now_s: float) -> dict[str, Own]:
         """The pairs that go through this machine, by their keys."""
+
+    def staying(self) -> dict[int, list[Connection]]:
+        """Connections that nobody could go on with, in groups; call it behind `look`."""
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
         """The keeper's answer.
@@ -141,6 +146,8 @@ class Replicator:
         self._supervisor = supervisor
         self._clock = clock
         self._ledger = Ledger(tag)
+        self._stays = Stays(tag)
+        self._stays_s = 0.0  # when they are looked at next
         self._is_known = False  # what is in the store
         self._lease = 0
         self._renew_s = 0.0
@@ -179,9 +186,18 @@ class Replicator:
         if self._is_known:
             turn = self._ledger.turn(self._kernel.look(now_s), now_s)
             self._tell_keeper(turn, now_s)
+            staying = None
+            if now_s >= self._stays_s:
+                self._stays_s = now_s + EVERY_S
+                staying = self._stays.turn(self._kernel.staying(), now_s)
+                for key, text in staying.tell.items():
+                    self._kernel.ask("stay", group=[key, text])
+                    self._stays.told(key, text)
             if now_s >= self._write_s:
                 try:
                     self._write(turn, now_s)
+                    if staying is not None:
+                        self._write_staying(staying, now_s)
                     self._speak_of_moves()
                 except StoreError as error:
                     self._error = str(error)[:500]
@@ -206,9 +222,17 @@ class Replicator:
                         for key, value in entries
                         if key.startswith(prefix)
                     )
+                    prefix = self._keys.stays
+                    self._stays.saw_all(
+                        (key.removeprefix(prefix), value)
+                        for key, value in entries
+                        if key.startswith(prefix)
+                    )
                     self._is_asked |= any(key == self._move_key for key, _ in entries)
                     self._is_known = True
                     self._error = ""
+                case Change(key=key, value=value) if key.startswith(self._keys.stays):
+                    self._stays.saw(key.removeprefix(self._keys.stays), value)
                 case Change(key=key, value=value) if not key.startswith(self._keys.pairs):
                     self._is_asked |= key == self._move_key and value is not None
                 case Change(key=key, value=value):
@@ -256,6 +280,20 @@ class Replicator:
                 now_s,
             )
 
+    def _write_staying(self, turn: stays.Turn, now_s: float) -> None:
+        """What is left over is due half a second later."""
+        changes: list[tuple[str, str | None]] = [(key, None) for key in turn.deletes]
+        changes += turn.puts.items()
+        for some in list(_pieces(changes, MOST_IN_ONE))[:_WRITES_AT_ONCE]:
+            self._store.write(
+                [(self._keys.stays + key, value) for key, value in some], lease=self._lease
+            )
+            self._stays.wrote(
+                {key: value for key, value in some if value is not None},
+                [key for key, value in some if value is None],
+                now_s,
+            )
+
     def _keep_lease(self, now_s: float) -> None:
         """Have one, and the name for ourselves.
 
@@ -276,6 +314,7 @@ class Replicator:
                 self._store.put(key, self._machine, lease=lease)
             self._lease = lease
             self._ledger.lost_lease()
+            self._stays.lost_lease()
         self._renew_s = now_s + _RENEW_S
 
     def _say(self, now_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 from pyforwarder.core.address import Address
@@ -46,6 +47,7 @@ class SessionRecords:
             state=state,
             datapath=session.kind,
             reason=session.pair_reason,
+            protocol=socket.IPPROTO_UDP,
         )
 
     def show_again(self, session: Session) -> None:

@@ -1,0 +1,116 @@
+"""Peers of a machine that is gone, of connections with which nobody can go on: they are reset.
+
+Nobody knows their numbers any more, so nobody can send them a RST that is believed. But a SYN for a
+connection that stands is answered with what is expected next (RFC 5961, 4), and as that comes here,
+where nobody has such a connection, this host's kernel resets it with the right number. A peer that
+has spoken meanwhile had the same answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pyforwarder.datapath.splice.keepalive import checksum, raw_sockets
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.failover.stays import Connection
+
+# The neighbours may hear only now where the addresses are, and an answer may have been given to
+# somebody else half a second ago: each so long after the one before.
+_PAUSES_S: Final = (0.0, 0.25, 0.75)
+_AT_ONCE: Final = 64
+# Of connections that wait; a record is some 200 bytes.
+_MOST: Final = 1 << 18
+_SYN, _ACK = 0x02, 0x10
+_HOPS: Final = 64
+
+
+class _Due(NamedTuple):
+    when_s: float
+    connection: Connection
+
+
+class Challenges:
+    """Of one keeper."""
+
+    def __init__(
+        self,
+        is_ours: Callable[[Connection], bool],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        send: Callable[[Connection], None] | None = None,
+    ) -> None:
+        """`is_ours` says whether a connection goes on here after all."""
+        self._is_ours = is_ours
+        self._clock = clock
+        self._raw: dict[int, socket.socket] | None = None
+        self._send = send or self._send_syn
+        # One queue for each try: each is in the order of time.
+        self._due: tuple[deque[_Due], ...] = tuple(deque() for _ in _PAUSES_S)
+
+    def begin(self, connections: Iterable[Connection]) -> None:
+        """Their peers are to be reset."""
+        now_s = self._clock()
+        for one in connections:
+            if len(self._due[0]) < _MOST:
+                self._due[0].append(_Due(now_s, one))
+
+    def wait_s(self, most_s: float) -> float:
+        """How long `go_on` need not be called."""
+        first_s = min((queue[0].when_s for queue in self._due if queue), default=None)
+        return most_s if first_s is None else min(most_s, max(0.0, first_s - self._clock()))
+
+    def go_on(self) -> None:
+        """Do some of what is due."""
+        now_s = self._clock()
+        left = _AT_ONCE
+        for number, queue in enumerate(self._due):
+            while left and queue and queue[0].when_s <= now_s:
+                left -= 1
+                _, one = queue.popleft()
+                if self._is_ours(one):
+                    continue
+                self._send(one)
+                if number + 1 < len(self._due):
+                    self._due[number + 1].append(_Due(now_s + _PAUSES_S[number + 1], one))
+
+    def _send_syn(self, one: Connection) -> None:
+        """Never raises: what cannot be sent is sent again."""
+        if self._raw is None:
+            self._raw = raw_sockets()
+        raw = self._raw.get(4 if len(one.own.ip) == 4 else 6)
+        if raw is None:
+            return
+        try:
+            target = socket.inet_ntop(
+                socket.AF_INET if len(one.peer.ip) == 4 else socket.AF_INET6, one.peer.ip
+            )
+            raw.sendto(packet(one, secrets.randbits(32)), socket.MSG_DONTWAIT, (target, 0))
+        except OSError:
+            pass  # no route, or this host's firewall
+
+
+def packet(one: Connection, seq: int) -> bytes:
+    """A SYN to a peer, IP header and all; a client's is an answer to one.
+
+    So conntrack on its way takes it for one that comes again: a SYN of the end that was connected
+    to would be invalid.
+    """
+    flags = _SYN | _ACK if one.peer_connected else _SYN
+    segment = struct.pack(
+        "!HHIIBBHHH", one.own.port, one.peer.port, seq, 0, 5 << 4, flags, 1024, 0, 0
+    )
+    own, peer = one.own.ip, one.peer.ip
+    pseudo = own + peer + struct.pack("!II", len(segment), socket.IPPROTO_TCP)
+    segment = segment[:16] + struct.pack("!H", checksum(pseudo + segment)) + segment[18:]
+    if len(own) == 4:
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, _HOPS, socket.IPPROTO_TCP, 0)
+    else:
+        head = struct.pack("!IHBB", 6 << 28, len(segment), socket.IPPROTO_TCP, _HOPS)
+    return head + own + peer + segment

@@ -1,0 +1,94 @@
+"""Which connections another machine could not go on with, from the pair table, which is only read.
+
+All but spliced pairs that others know of: copied ones, those in a sockmap, those whose server is
+not connected yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.ebpf import abi
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Family, PairRecord, PairState
+from pyforwarder.fleet.failover.record import Endpoint
+from pyforwarder.fleet.failover.stays import GROUP_PAIRS, Connection
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.maps import SpliceMaps
+
+# A pair of which one of both is silent waits for the other, which speaks in so short a time.
+_LASTS_S: Final = 0.5
+_STATE_AT: Final = PairRecord.state.offset
+
+
+class Staying:
+    """Looks at all records of the pair table."""
+
+    def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:
+        """Map it for reading; no descriptor is kept. `addresses` are those that move."""
+        self._slots = maps.workers * maps.slots
+        self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
+        self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
+
+    def look(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
+        """By group, those of pairs that have lasted; without pairs of these ids."""
+        found: dict[int, list[Connection]] = {}
+        now_ns = time.monotonic_ns()
+        view = memoryview(self._table)
+        try:
+            states = bytes(view[_STATE_AT : self._slots * PAIR_BYTES : PAIR_BYTES])
+        finally:
+            view.release()
+        free = bytes(GROUP_PAIRS)
+        for first in range(0, len(states), GROUP_PAIRS):
+            group = states[first : first + GROUP_PAIRS]
+            if group == free[: len(group)]:
+                continue
+            connections = [
+                one
+                for n, state in enumerate(group)
+                if state != PairState.FREE
+                for one in self._connections(first + n, replicated, now_ns)
+            ]
+            if connections:
+                found[first // GROUP_PAIRS] = connections
+        return found
+
+    def _connections(self, slot: int, replicated: Collection[int], now_ns: int) -> list[Connection]:
+        record = PairRecord.from_buffer_copy(self._table, slot * PAIR_BYTES)
+        if (
+            record.sequence & 1
+            or record.protocol
+            or record.id in replicated
+            or now_ns - record.started_ns < _LASTS_S * 1e9
+        ):
+            return []
+        found = []
+        for own, peer, peer_connected in (
+            (record.listener, record.client, True),
+            (record.source, record.server, False),
+        ):
+            ours, theirs = _endpoint(own), _endpoint(peer)
+            if ours is None or theirs is None or ours.ip not in self._addresses:
+                continue
+            if len(ours.ip) == len(theirs.ip) and ours.port and theirs.port:
+                found.append(Connection(ours, theirs, peer_connected))
+        return found
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._table.close()
+
+
+def _endpoint(said: abi.Endpoint) -> Endpoint | None:
+    if said.family == Family.IPV4:
+        return Endpoint(bytes(said.ip)[12:], said.port)
+    return Endpoint(bytes(said.ip), said.port) if said.family == Family.IPV6 else None
+
+
+assert ctypes.sizeof(PairRecord) == PAIR_BYTES
