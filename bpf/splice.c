@@ -68,12 +68,12 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 	struct tcp *tcp;
 	struct segment segment = {};
 	__u32 *word;
-	__u32 index, state, total, header, seq, ack, window, change, was, n, edge, floor, number,
-		direction, mark, tick;
+	__u32 index, state, total, header, seq, ack, window, change, was, n, edge, acknowledged,
+		number, direction, mark, tick;
 	__u64 sum = 0;
 	__u8 flags;
-	int ring = 0, alone, is_copy = skb->mark == FOR_OUR_SOCKET, is_news = 0, is_piece = 0,
-	    verdict, at;
+	int ring = 0, is_pure_ack, is_copy = skb->mark == FOR_OUR_SOCKET, is_for_both = 0,
+	    is_piece = 0, verdict, at;
 
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;
@@ -233,8 +233,8 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		 */
 		if (volatile_read(back->tail_open))
 			return DROP;
-		floor = ack;
-		alone = 0;
+		acknowledged = ack;
+		is_pure_ack = 0;
 		goto rewrite;
 	}
 	if (!(flags & ACK)) {
@@ -283,23 +283,24 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 			show_bytes(splice, way, direction);
 		}
 	}
-	alone = !n && !(flags & FIN);
-	floor = ack;
+	is_pure_ack = !n && !(flags & FIN);
+	acknowledged = ack;
 	window = (__u32)bpf_ntohs(tcp->window) << (way->shift_left & 15);
 	edge = ack + window;
 	if (way->tail_open && before(ack, way->tail)) {
 		/* The rest is acknowledged by us, as it was before. */
-		floor = way->tail;
+		acknowledged = way->tail;
 		/* Told twice, our socket would take it for a sign of loss. */
-		is_news = verdict == PF_VALID &&
-			  (edge != way->edge || after(ack, (__u32)way->last_ack) || header > 32);
+		is_for_both =
+			verdict == PF_VALID &&
+			(edge != way->edge || after(ack, (__u32)way->last_ack) || header > 32);
 	} else if (way->tail_open && verdict == PF_VALID) {
 		way->tail_open = 0;
-		ring = is_news = 1;
+		ring = is_for_both = 1;
 	} else if (volatile_read(way->deaf) && verdict == PF_VALID) {
 		/* Our socket sends the tail again: what told it that it has come was lost. */
 		way->deaf = 0;
-		is_news = 1;
+		is_for_both = 1;
 	}
 	if (verdict == PF_VALID && !before(ack, (__u32)volatile_read(way->last_ack))) {
 		way->edge = edge;
@@ -324,12 +325,13 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 			tell(splice, index);
 		return give_to_our_socket(skb, way, header, n, 1, v6);
 	}
-	if (floor != ack && alone && !before(seq, (__u32)volatile_read(way->last_end))) {
+	if (acknowledged != ack && is_pure_ack &&
+	    !before(seq, (__u32)volatile_read(way->last_end))) {
 		/* Nothing else is in it: the other end would take it for a sign of loss. */
 		advance(&way->last_ack, ack);
 		return give_to_our_socket(skb, way, header, 0, 0, v6);
 	}
-	if (is_news) {
+	if (is_for_both) {
 		/*
 		 * It is for both. If our socket cannot be told that the tail has come, it sends it
 		 * again, and `egress` sees that it is deaf.
@@ -345,7 +347,7 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		tcp = data + TCP_AT(v6);
 	}
 	if (verdict == PF_VALID) {
-		if (!alone)
+		if (!is_pure_ack)
 			__sync_fetch_and_add(&way->packets, 1);
 		ring |= take_in(&segment, way, back);
 		show_bytes(splice, way, direction);
@@ -383,11 +385,11 @@ rewrite:
 	put(&word[0], (__u32)way->sport | (__u32)way->dport << 16, &sum);
 	number = seq + way->seq_delta;
 	/* The other end takes an acknowledgement only from within its window, tail and all. */
-	if (alone && volatile_read(back->tail_open) && after(number, back->edge))
+	if (is_pure_ack && volatile_read(back->tail_open) && after(number, back->edge))
 		number = back->edge;
 	put(&word[1], bpf_htonl(number), &sum);
 	if (flags & ACK)
-		put(&word[2], bpf_htonl(floor + way->ack_delta), &sum);
+		put(&word[2], bpf_htonl(acknowledged + way->ack_delta), &sum);
 	/*
 	 * Urgent bytes stay where they stand in the stream, as on every datapath: a reader who
 	 * knows nothing of them would lose one.
@@ -398,7 +400,7 @@ rewrite:
 		change &= ~ECN_OF_TCP;
 	/* What is left of the window behind the tail. */
 	window = (was & 0xffff) << (way->shift_left & 15);
-	window = floor - ack < window ? window - (floor - ack) : 0;
+	window = acknowledged - ack < window ? window - (acknowledged - ack) : 0;
 	change = (change & 0xffff0000) | window_field(window, way->shift_right);
 	put(&word[3], bpf_htonl(change), &sum);
 	sum += (__u16)~tcp->urgent;

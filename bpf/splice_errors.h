@@ -25,7 +25,7 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 	struct icmp *icmp;
 	__be32 *ports;
 	__u32 index, seq, bytes;
-	__u64 sum = 0, addresses = 0;
+	__u64 sum = 0, addresses;
 
 	if (bpf_skb_pull_data(skb, ports_at + 8))
 		return NEXT; /* not an error about a TCP packet: too short */
@@ -105,26 +105,7 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 	else
 		four->checksum =
 			(__u16)~fold((__u64)(__u16)~four->checksum + (__u16)~back->address_sum);
-	/* It comes from us, as far as that peer knows. */
-	if (v6) {
-		int i;
-
-		six = data + ETHERNET_BYTES;
-#pragma unroll
-		for (i = 0; i < 4; i++) {
-			put(&six->source[i], back->from.target[i], &addresses);
-			put(&six->target[i], back->from.source[i], &addresses);
-		}
-		six->hops = HOPS;
-	} else {
-		four = data + ETHERNET_BYTES;
-		put(&four->source, back->from.target[3], &addresses);
-		put(&four->target, back->from.source[3], &addresses);
-		addresses += (__u16)~bpf_htons((__u16)four->ttl << 8);
-		addresses += (__u16)bpf_htons(HOPS << 8);
-		four->ttl = HOPS;
-		four->checksum = (__u16)~fold((__u64)(__u16)~four->checksum + fold(addresses));
-	}
+	addresses = answer_from_us(data, &back->from, v6);
 	bpf_l4_csum_replace(skb, TCP_AT(v6) + 2, 0, fold(sum), 0);
 	if (v6)
 		replace_pseudo(skb, TCP_AT(v6) + 2, fold(addresses), v6);

@@ -34,27 +34,36 @@ inlined void remember_handshake(struct splice_key *key, __u32 interface, __u32 i
 		map_update(MAP_HANDSHAKES_FD, key, &handshake);
 }
 
+/* What the kernel finds the socket by that gets what comes from here. */
+inlined void fill_tuple(struct bpf_sock_tuple *tuple, const struct splice_key *from, int v6)
+{
+	int i;
+
+	if (v6) {
+#pragma unroll
+		for (i = 0; i < 4; i++) {
+			tuple->ipv6.saddr[i] = from->source[i];
+			tuple->ipv6.daddr[i] = from->target[i];
+		}
+		tuple->ipv6.sport = from->sport;
+		tuple->ipv6.dport = from->dport;
+		return;
+	}
+	tuple->ipv4.saddr = from->source[3];
+	tuple->ipv4.daddr = from->target[3];
+	tuple->ipv4.sport = from->sport;
+	tuple->ipv4.dport = from->dport;
+}
+
 /* The socket that gets what comes from here; the caller releases it. */
 inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
 {
 	struct bpf_sock_tuple tuple = {};
-	int i;
 
-	if (family == PF_IPV6) {
-#pragma unroll
-		for (i = 0; i < 4; i++) {
-			tuple.ipv6.saddr[i] = from->source[i];
-			tuple.ipv6.daddr[i] = from->target[i];
-		}
-		tuple.ipv6.sport = from->sport;
-		tuple.ipv6.dport = from->dport;
+	fill_tuple(&tuple, from, family == PF_IPV6);
+	if (family == PF_IPV6)
 		return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), -1,
 							     0);
-	}
-	tuple.ipv4.saddr = from->source[3];
-	tuple.ipv4.daddr = from->target[3];
-	tuple.ipv4.sport = from->sport;
-	tuple.ipv4.dport = from->dport;
 	return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
 }
 

@@ -14,6 +14,7 @@
 #include "maps.h"
 #include "sessions.h"
 #include "splice_packet.h"
+#include "splice_pair.h"
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
@@ -56,22 +57,10 @@ inlined struct bpf_sock *find_datagram_socket(struct __sk_buff *skb, const struc
 					      const int v6)
 {
 	struct bpf_sock_tuple tuple = {};
-	int i;
 
-	if (v6) {
-#pragma unroll
-		for (i = 0; i < 4; i++) {
-			tuple.ipv6.saddr[i] = from->source[i];
-			tuple.ipv6.daddr[i] = from->target[i];
-		}
-		tuple.ipv6.sport = from->sport;
-		tuple.ipv6.dport = from->dport;
+	fill_tuple(&tuple, from, v6);
+	if (v6)
 		return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv6), -1, 0);
-	}
-	tuple.ipv4.saddr = from->source[3];
-	tuple.ipv4.daddr = from->target[3];
-	tuple.ipv4.sport = from->sport;
-	tuple.ipv4.dport = from->dport;
 	return bpf_sk_lookup_udp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
 }
 
@@ -507,24 +496,7 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 		sum += (__u16)~before;
 		sum += udp->checksum;
 	}
-	/* It comes from us, as far as that sender knows. */
-	if (v6) {
-		six = data + ETHERNET_BYTES;
-#pragma unroll
-		for (i = 0; i < 4; i++) {
-			put(&six->source[i], back->from.target[i], &addresses);
-			put(&six->target[i], back->from.source[i], &addresses);
-		}
-		six->hops = HOPS;
-	} else {
-		four = data + ETHERNET_BYTES;
-		put(&four->source, back->from.target[3], &addresses);
-		put(&four->target, back->from.source[3], &addresses);
-		addresses += (__u16)~bpf_htons((__u16)four->ttl << 8);
-		addresses += (__u16)bpf_htons(HOPS << 8);
-		four->ttl = HOPS;
-		four->checksum = (__u16)~fold((__u64)(__u16)~four->checksum + fold(addresses));
-	}
+	addresses = answer_from_us(data, &back->from, v6);
 	bpf_l4_csum_replace(skb, UDP_AT(v6) + 2, 0, fold(sum), 0);
 	if (v6)
 		replace_pseudo(skb, UDP_AT(v6) + 2, fold(addresses), v6);
