@@ -26,7 +26,7 @@ from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.udp.connection_ids import PART_BYTES, ConnectionIds
 from pyforwarder.worker.udp.server import DatagramServer
 from pyforwarder.worker.udp.sockets import adopt_datagram_socket
-from tests.unit.test_generation import settings_of
+from tests.helpers.generations import settings_of
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from pyforwarder.runtime.counters import LIMITED_INDEX, ListenerCounter
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.worker.process import room_for, slots_of
 from tests.helpers.instruction import ACK, instruction, refusal
-from tests.unit.test_server import Play
+from tests.helpers.stream_play import Play
 
 LISTENER = """
 listeners:

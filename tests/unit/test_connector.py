@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -17,40 +14,7 @@ from pyforwarder.worker.race import SHORTAGES
 from tests.helpers.instruction import instruction, refusal
 from tests.helpers.netns import blackhole
 from tests.helpers.peers import reset, unused_port
-from tests.unit.test_server import Play, SlowNames, named, to
-
-Servers = Callable[[], tuple[socket.socket, str]]
-StartPlay = Callable[[str], Play]
-
-
-@pytest.fixture
-def servers() -> Iterator[Servers]:
-    """Makes servers that listen; every descriptor of the test is closed at its end."""
-    before = sorted(os.listdir("/proc/self/fd"))
-    with contextlib.ExitStack() as stack:
-
-        def make() -> tuple[socket.socket, str]:
-            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
-            sock.setblocking(False)
-            return sock, "{}:{}".format(*sock.getsockname())
-
-        yield make
-    assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.fixture
-def start(servers: Servers) -> Iterator[StartPlay]:
-    """Makes the play of this test, which ends before its servers do."""
-    del servers
-    plays: list[Play] = []
-
-    def make(config: str) -> Play:
-        plays.append(Play(config))
-        return plays[-1]
-
-    yield make
-    for play in plays:
-        play.close()
+from tests.helpers.stream_play import Play, Servers, SlowNames, StartPlay, named, to
 
 
 def test_an_answer_that_comes_with_the_deadline_begins_no_attempt(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import (
     BLOCK_BYTES,
@@ -24,22 +21,7 @@ from pyforwarder.runtime.counters import (
     change,
     count_disconnect,
 )
-
-
-def in_processes(count: int, action: Callable[[int], None]) -> None:
-    """Run `action(n)` in that many children at once, each with its number."""
-    pids = []
-    for number in range(count):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                action(number)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * count
+from tests.helpers.forks import in_processes
 
 
 def test_words_of_different_things_do_not_overlap() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pyforwarder.fleet.failover.ledger import MOVING_S, RETRY_S, Ledger, Own, Turn
 from pyforwarder.fleet.failover.record import Entry, Fin, Pair, tag_of
-from tests.unit.test_failover_record import a_pair
+from tests.helpers.failover_records import a_pair
 
 A, B = tag_of("a"), tag_of("b")
 PAIR: Final = a_pair()

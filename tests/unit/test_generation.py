@@ -24,6 +24,7 @@ from pyforwarder.worker.generation import (
     is_local,
     with_overrides,
 )
+from tests.helpers.generations import generation_of, settings_of
 
 TWO_LISTENERS = """
 listeners:
@@ -41,28 +42,6 @@ listeners:
 upstreams:
   web: {servers: [127.0.0.1:9001, 127.0.0.1:9002], balance: least_pairs}
 """
-
-
-def settings_of(
-    text: str,
-    *,
-    overrides: dict[str, str] | None = None,
-    binds: dict[str, tuple[str, ...]] | None = None,
-    directory: Directory | None = None,
-) -> Settings:
-    config = with_overrides(parse_config(text, source="test.yaml"), overrides or {})
-    return Settings(
-        config_text=text,
-        source="test.yaml",
-        overrides=overrides or {},
-        keys={},
-        binds=binds or {listener.name: (str(listener.bind[0]),) for listener in config.listeners},
-        indexes=counter_indexes(config, directory or Directory()),
-    )
-
-
-def generation_of(text: str, *, previous: Generation | None = None) -> Generation:
-    return Generation(settings_of(text), worker=0, previous=previous)
 
 
 # Settings on their way to a worker

@@ -22,7 +22,7 @@ from pyforwarder.runtime.limits import (
     new_secret,
     shared_memory,
 )
-from tests.unit.test_counters import in_processes
+from tests.helpers.forks import in_processes
 
 WORKERS = 3
 LISTENER = 200  # the scope of a listener

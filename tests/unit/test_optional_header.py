@@ -11,7 +11,7 @@ from pyforwarder.core import proxy_protocol
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import CLOSED_INDEX
-from tests.unit.test_server import Play
+from tests.helpers.stream_play import Play
 
 CLIENT = Address("192.0.2.7", 4711)
 SERVICE = Address("198.51.100.9", 443)

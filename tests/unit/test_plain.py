@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, cast
@@ -32,14 +32,12 @@ from pyforwarder.worker.moving import Giving
 from pyforwarder.worker.records import Records
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import reset, unused_port
-from tests.unit.test_server import Play, named, to
+from tests.helpers.stream_play import Play, Servers, StartPlay, named, to
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.udp.server import DatagramServer
 
-Servers = Callable[[], tuple[socket.socket, str]]
-StartPlay = Callable[[str], Play]
 
 ANYTHING: Final = """
 listeners:
@@ -53,36 +51,6 @@ listeners:
 def anything(address: str, more: str = "") -> str:
     """One listener that connects every client, whether it says something or not."""
     return ANYTHING.format(address=address, more=more)
-
-
-@pytest.fixture
-def servers() -> Iterator[Servers]:
-    """Makes servers that listen; every descriptor of the test is closed at its end."""
-    before = sorted(os.listdir("/proc/self/fd"))
-    with contextlib.ExitStack() as stack:
-
-        def make() -> tuple[socket.socket, str]:
-            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
-            sock.setblocking(False)
-            return sock, "{}:{}".format(*sock.getsockname())
-
-        yield make
-    assert sorted(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.fixture
-def start(servers: Servers) -> Iterator[StartPlay]:
-    """Makes the plays of this test, which end before its servers do."""
-    del servers
-    plays: list[Play] = []
-
-    def make(config: str) -> Play:
-        plays.append(Play(config))
-        return plays[-1]
-
-    yield make
-    for play in plays:
-        play.close()
 
 
 def client_first(play: Play, listening: socket.socket) -> CloseReason:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter
 from pyforwarder.runtime.limits import TCP, Limit
 from tests.helpers.instruction import instruction, refusal
-from tests.unit.test_server import Play, Servers, named
+from tests.helpers.stream_play import Play, Servers, named
 
 if TYPE_CHECKING:
     from pyforwarder.worker.client import Client
@@ -32,19 +31,6 @@ def play(servers: Servers) -> Iterator[tuple[Play, socket.socket, str]]:
 @pytest.fixture
 def descriptors() -> None:
     """Counted by the plays of test_server."""
-
-
-@pytest.fixture
-def servers(descriptors: None) -> Iterator[Servers]:
-    del descriptors
-    with contextlib.ExitStack() as stack:
-
-        def make() -> tuple[socket.socket, str]:
-            sock = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
-            sock.setblocking(False)
-            return sock, "{}:{}".format(*sock.getsockname())
-
-        yield make
 
 
 def fill(play: Play, client: socket.socket) -> None:

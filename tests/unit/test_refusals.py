@@ -22,7 +22,7 @@ from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import instruction
 from tests.helpers.netns import blackhole
 from tests.helpers.peers import unused_port
-from tests.unit.test_server import Play
+from tests.helpers.stream_play import Play
 
 NAMED = "{name: r, match: instruction, allow: [loopback]}"
 CONFIG = """

@@ -22,7 +22,7 @@ from pyforwarder.datapath.splice.replicas import (
     slack_for,
     splice_of,
 )
-from tests.unit.test_failover_record import a_pair, pairs
+from tests.helpers.failover_records import a_pair, pairs
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.record import Pair

@@ -12,7 +12,7 @@ from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
 from pyforwarder.datapath.splice.replicas import Ways, splice_of
 from pyforwarder.datapath.splice.settling import Settling
-from tests.unit.test_failover_record import a_pair
+from tests.helpers.failover_records import a_pair
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.abi import SpliceDirection

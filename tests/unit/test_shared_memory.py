@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
-from tests.unit.test_counters import in_processes
+from tests.helpers.forks import in_processes
 
 LENGTH = 1 << 16
 libc = ctypes.CDLL(None, use_errno=True)

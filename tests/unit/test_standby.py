@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pyforwarder.datapath.splice.standby import MOST_AT_ONCE, FaultyStandbyError, Standby
 from pyforwarder.fleet.failover.record import Entry, tag_of
-from tests.unit.test_failover_record import a_pair
+from tests.helpers.failover_records import a_pair
 
 if TYPE_CHECKING:
     import socket

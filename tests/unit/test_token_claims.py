@@ -15,10 +15,10 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.worker.token_claims import MOST_SENT, MOST_WAITING, TokenClaims
+from tests.helpers import stream_play
+from tests.helpers.generations import settings_of
 from tests.helpers.instruction import ACK, refusal
-from tests.unit import test_server
-from tests.unit.test_generation import settings_of
-from tests.unit.test_server import Play, listening_socket
+from tests.helpers.stream_play import Play, listening_socket
 
 KEY = b"k" * 32
 CONFIG = """
@@ -125,7 +125,7 @@ class Fleet:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
         monkeypatch.setattr(
-            test_server,
+            stream_play,
             "settings_of",
             lambda *a, **how: replace(settings_of(*a, **how), keys={"ops": KEY}),
         )

@@ -13,7 +13,7 @@ import pytest
 from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.worker import used_tokens
 from pyforwarder.worker.used_tokens import SPENDS_FOR_S, TABLE_BYTES, SharedUsedTokens
-from tests.unit.test_counters import in_processes
+from tests.helpers.forks import in_processes
 
 WORKERS = 3
 
