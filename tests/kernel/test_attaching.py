@@ -31,8 +31,8 @@ from tests.helpers.daemon import START_DEADLINE_S, run_command
 from tests.helpers.filters import PARENTS, all_filters, filters, shown, tc
 from tests.helpers.netns import private_network
 from tests.helpers.peers import ends_with_reset, pair_through
+from tests.helpers.spliced_on_loopback import CONFIG, exchange, wait_until_spliced
 from tests.helpers.waiting import wait_for
-from tests.kernel.test_splice import CONFIG, exchange, wait_until_spliced
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon, Place

@@ -16,8 +16,8 @@ from pyforwarder.core.address import Address
 from tests.helpers.first_packets import CLIENTS
 from tests.helpers.peers import address_text, dial, read_to_end, unused_port
 from tests.helpers.programs import Named, answering, config, haproxy, nginx, rule, running
+from tests.helpers.proxy_headers import ACCEPTED, REFUSED
 from tests.helpers.waiting import wait_for
-from tests.unit.test_proxy_protocol import ACCEPTED, REFUSED
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder

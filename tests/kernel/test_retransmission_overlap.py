@@ -8,7 +8,6 @@ segment in every some gigabytes; here the packet is made by hand, so it happens 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -16,16 +15,10 @@ import pytest
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
 from pyforwarder.datapath.proof.rig import Reader, Rig
-from tests.helpers.segments import ACK, FIN, PSH, segment
+from tests.helpers.segments import FIN, PSH
+from tests.helpers.sent_again import send_again
 
 SLOTS = 16
-
-
-def send_again(sock: socket.socket, old: bytes, new: bytes, *, flags: int = PSH) -> None:
-    """One segment as if from `sock`: its last bytes once more, then new ones, or a FIN."""
-    data = segment(sock, again=old, new=new, flags=ACK | flags)
-    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
-        raw.sendto(data, (sock.getpeername()[0], 0))
 
 
 @pytest.fixture

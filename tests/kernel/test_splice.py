@@ -44,6 +44,7 @@ from tests.helpers.peers import (
     read_exactly,
     reset,
 )
+from tests.helpers.spliced_on_loopback import CONFIG, exchange, wait_until_spliced
 from tests.helpers.stage import SLOTS, stage
 from tests.helpers.waiting import wait_for
 
@@ -52,13 +53,6 @@ if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon, Place
     from tests.kernel.conftest import StartForwarder
 
-CONFIG: Final = """
-listeners:
-  - name: main
-    bind: 127.0.0.1:0
-    rules: [{match: instruction, allow: [loopback]}]
-datapath: splice
-"""
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "splice_key": splice_abi.SpliceKey,
     "splice_flow": splice_abi.SpliceFlow,
@@ -72,20 +66,6 @@ STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
 @pytest.fixture
 def forwarder(start_forwarder: StartForwarder) -> Daemon:
     return start_forwarder(CONFIG)
-
-
-def exchange(client: socket.socket, server: socket.socket, size: int = 1000) -> None:
-    """The same bytes there and back."""
-    client.sendall(pattern(size))
-    assert read_exactly(server, size) == pattern(size)
-    server.sendall(pattern(size))
-    assert read_exactly(client, size) == pattern(size)
-
-
-def wait_until_spliced(forwarder: Daemon) -> None:
-    row = forwarder.wait_for_pair(lambda row: row["datapath"] == "splice")
-    assert row["reason"] == "the configuration says so"
-    assert row["backlog_bytes"] == 0
 
 
 def test_flush_resets_both_ends(forwarder: Daemon) -> None:

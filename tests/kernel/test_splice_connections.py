@@ -29,10 +29,10 @@ from tests.helpers.peers import (
     read_to_end,
     reset,
 )
+from tests.helpers.sent_again import send_again
 from tests.helpers.spliced import Site, config, exchange
 from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, stays, wait_for
-from tests.kernel.test_retransmission_overlap import send_again
 
 if TYPE_CHECKING:
     from tests.helpers.topology import Topology

@@ -25,15 +25,15 @@ from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.keepers import keeper_of, stopped
 from tests.helpers.peers import pattern
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
 from tests.helpers.stage import SLOTS, stage
+from tests.helpers.survival import comes_to_be_spliced, rows
 from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, stays, wait_for
-from tests.kernel.test_splice_survival import comes_to_be_spliced, rows
 
 if TYPE_CHECKING:
-    from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
 VERSIONS: Final = (4, 6)
@@ -53,25 +53,6 @@ def site(start_forwarder: StartForwarder) -> Iterator[Site]:
             site = Site(hosts, start_forwarder(config("workers: 1")))
         yield site
         assert site.stats()["closed"].get("internal", 0) == 0
-
-
-def keeper_of(daemon: Daemon) -> psutil.Process:
-    """The only one of the daemon's children that stays root."""
-    children = psutil.Process(daemon.process.pid).children()
-    (keeper,) = (child for child in children if child.uids().real == 0)
-    return keeper
-
-
-@contextlib.contextmanager
-def stopped(process: psutil.Process) -> Iterator[None]:
-    """It does nothing meanwhile."""
-    process.suspend()
-    try:
-        wait_for(lambda: process.status() == psutil.STATUS_STOPPED, "it is stopped")
-        yield
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.resume()
 
 
 def open_pairs(

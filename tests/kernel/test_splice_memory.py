@@ -9,9 +9,9 @@ import pytest
 
 from bench.memory import tree_bytes
 from tests.helpers.spliced import Site, config
+from tests.helpers.survival import finish, held, rows
 from tests.helpers.topology import topology
 from tests.helpers.waiting import stays
-from tests.kernel.test_splice_survival import finish, held, rows
 
 if TYPE_CHECKING:
     from tests.helpers.netns import Network

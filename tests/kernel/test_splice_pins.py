@@ -20,8 +20,8 @@ from pyforwarder.datapath.splice import session_maps
 from pyforwarder.datapath.splice.abi import VERSION
 from tests.helpers.daemon import leftovers
 from tests.helpers.peers import ends_with_reset, pair_through
+from tests.helpers.spliced_on_loopback import CONFIG, exchange, wait_until_spliced
 from tests.helpers.waiting import wait_for
-from tests.kernel.test_splice import CONFIG, exchange, wait_until_spliced
 
 if TYPE_CHECKING:
     import socket

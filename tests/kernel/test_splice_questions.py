@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from tests.helpers import transfers as judge
+from tests.helpers.keepers import keeper_of, stopped
 from tests.helpers.peers import (
     Waiting,
     dial_through,
@@ -31,10 +32,9 @@ from tests.helpers.peers import (
     reset,
 )
 from tests.helpers.spliced import Site, config, exchange
+from tests.helpers.survival import comes_to_be_spliced
 from tests.helpers.topology import topology
 from tests.helpers.waiting import wait_for
-from tests.kernel.test_splice_keeper import keeper_of, stopped
-from tests.kernel.test_splice_survival import comes_to_be_spliced
 
 if TYPE_CHECKING:
     from tests.helpers.transfers import Clients, Transfers

@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
 from tests.helpers.sessions import SessionSite, Talk, config, datagram_socket, numbered
+from tests.helpers.survival import everyone
 from tests.helpers.waiting import wait_for
-from tests.kernel.test_splice_survival import everyone
 
 if TYPE_CHECKING:
     from tests.helpers.topology import Topology

@@ -19,13 +19,13 @@ from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.ways import gives_up_after_s
+from tests.helpers.keepers import keeper_of
 from tests.helpers.netns import Network
 from tests.helpers.peers import Waiting, dial, ends_with_reset
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
 from tests.helpers.stage import SLOTS
 from tests.helpers.topology import lay_wire, topology
 from tests.helpers.waiting import wait_for
-from tests.kernel.test_splice_keeper import keeper_of
 
 if TYPE_CHECKING:
     from tests.helpers.topology import Topology

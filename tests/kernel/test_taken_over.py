@@ -27,6 +27,7 @@ import pytest
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
+from tests.helpers.malformed_messages import MALFORMED
 from tests.helpers.peers import EchoServer, dial_through, read_exactly
 from tests.helpers.taken_over import (
     Fds,
@@ -37,7 +38,6 @@ from tests.helpers.taken_over import (
     sockets_of,
 )
 from tests.helpers.waiting import wait_for
-from tests.unit.test_messages import MALFORMED
 
 if TYPE_CHECKING:
     from psutil import Process

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pyforwarder.runtime.slowness import scaled_s
-from tests.unit.test_metrics import Forwarder
+from tests.helpers.forwarder_memory import Forwarder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

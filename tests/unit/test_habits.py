@@ -1,13 +1,13 @@
-"""What tests may not do unless it is written down here why: sleep, and skip.
+"""What tests may not do unless it is written down here why: sleep, skip, import another test.
 
 A sleep in place of a wait makes a test slow on a quick machine and wrong on a slow one. A skip can
-hide a failure: what a host need not have is left out by `needs` (tests/conftest.py) instead.
+hide a failure: what a host need not have is left out by `needs` (tests/conftest.py) instead. What
+two test modules share is a helper.
 """
 
 from __future__ import annotations
 
 import ast
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -34,6 +34,7 @@ SLEEPS: Final = {
     ),
     "kernel/test_quic.py close": "0 s: asyncio closes the transports in its next turn",
     "kernel/test_quic.py server": "0 s: asyncio closes the socket in its next turn",
+    "kernel/test_sockmap_exit.py send": "the pace of a peer that sends slowly",
     "kernel/test_splice_keeper.py hangs": "the keeper hangs for so long",
     "kernel/test_splice_keeper.py test_no_pair_begins_after_its_worker_has_given_the_keeper_up": (
         "the keeper has gone on by then, and nothing is to come of it"
@@ -90,4 +91,19 @@ def uses(names: frozenset[str]) -> Iterator[str]:
     ids=["sleeps", "skips"],
 )
 def test_every_one_of_them_has_a_reason(table: dict[str, str], names: frozenset[str]) -> None:
-    assert Counter(dict.fromkeys(uses(names), 1)) == Counter(dict.fromkeys(table, 1))
+    assert set(uses(names)) == set(table)
+
+
+# A fake that its own tests and one other use.
+IMPORTS: Final = {"unit/test_session_adoption.py tests.unit.test_session_handover"}
+
+
+def test_no_test_module_imports_another() -> None:
+    found = {
+        f"{path.relative_to(_TESTS)} {node.module}"
+        for path in _TESTS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").startswith(("tests.unit.test_", "tests.kernel.test_"))
+    }
+    assert found == IMPORTS
