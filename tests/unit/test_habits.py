@@ -8,6 +8,7 @@ two test modules share is a helper.
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -60,11 +61,17 @@ SKIPS: Final = {
 }
 
 
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """All modules of the tests, by their paths."""
+    paths = sorted(_TESTS.rglob("*.py"))
+    return {str(path.relative_to(_TESTS)): ast.parse(path.read_text()) for path in paths}
+
+
 def uses(names: frozenset[str]) -> Iterator[str]:
     """Where attributes of these names are called: file, and function if it is in one."""
-    for path in sorted(_TESTS.rglob("*.py")):
-        where = str(path.relative_to(_TESTS))
-        pending: list[tuple[ast.AST, str]] = [(ast.parse(path.read_text()), "")]
+    for where, module in modules().items():
+        pending: list[tuple[ast.AST, str]] = [(module, "")]
         while pending:
             node, function = pending.pop()
             if (
@@ -100,9 +107,9 @@ IMPORTS: Final = {"unit/test_session_adoption.py tests.unit.test_session_handove
 
 def test_no_test_module_imports_another() -> None:
     found = {
-        f"{path.relative_to(_TESTS)} {node.module}"
-        for path in _TESTS.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
+        f"{where} {node.module}"
+        for where, module in modules().items()
+        for node in ast.walk(module)
         if isinstance(node, ast.ImportFrom)
         and (node.module or "").startswith(("tests.unit.test_", "tests.kernel.test_"))
     }
