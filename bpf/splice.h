@@ -114,7 +114,7 @@ struct splice_direction {
 	__u32 recent_s; /* when that came, in seconds since the host has started */
 	/*
 	 * What our socket still sends to this peer once the pair has begun: bytes that had come by
-	 * then. That is between the two. In numbers of what this peer acknowledges.
+	 * then. Only our socket sends them again. In numbers of what this peer acknowledges.
 	 */
 	__u32 tail;	  /* its end */
 	__u32 tail_open;  /* not 0: this peer has not acknowledged it yet */

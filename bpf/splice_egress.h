@@ -76,7 +76,7 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 		}
 	}
 	if (state == PF_SPLICE_RESET || (tcp->flags & (SYN | FIN | RST)))
-		return DROP; /* begin and end are between the two ends */
+		return DROP; /* the two ends say SYN, FIN and RST themselves */
 	/*
 	 * It may still get a packet that passed `ingress` before that knew the pair. Its sender
 	 * sends that again, to the other end; but our socket expects what is behind it from now on.

@@ -102,14 +102,14 @@ inlined int is_over(const struct session *session, __u64 now_ns)
 	return now_ns > last_ns && now_ns - last_ns > volatile_read(session->idle_ns);
 }
 
-/* The sender has spoken; whether that is news, which it is once in a second. */
+/* The sender has spoken; whether that is written down, which it is once in a second. */
 inlined int note_sender(struct session_direction *way, __u64 now_ns)
 {
-	int is_news = now_ns - volatile_read(way->last_ns) > SEEN_EVERY_NS;
+	int is_due = now_ns - volatile_read(way->last_ns) > SEEN_EVERY_NS;
 
-	if (is_news)
+	if (is_due)
 		way->last_ns = now_ns;
-	return is_news;
+	return is_due;
 }
 
 /*
@@ -196,7 +196,7 @@ inlined void note_leaving(struct __sk_buff *skb, const int v6)
 /* Count what goes on: so many datagrams, which have so many bytes together, without headers. */
 inlined void count_datagrams(struct session *session, struct session_direction *way,
 			     __u32 direction, __u32 datagrams, __u32 bytes, __u64 now_ns,
-			     int is_news)
+			     int is_due)
 {
 	__u32 slot = session->slot;
 	struct pair *pair = map_lookup(MAP_PAIRS_FD, &slot);
@@ -210,7 +210,7 @@ inlined void count_datagrams(struct session *session, struct session_direction *
 	seen = direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
 	seen->redirected_bytes = volatile_read(way->bytes);
 	seen->redirected_packets = volatile_read(way->packets);
-	if (is_news)
+	if (is_due)
 		seen->last_ns = now_ns;
 }
 
@@ -228,7 +228,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	__u64 ports = 0, addresses = 0, now_ns;
 	__u16 checksum;
 	__u8 hops;
-	int is_news;
+	int is_due;
 
 	if (data + DATAGRAM_AT(v6) > data_end) {
 		if (bpf_skb_pull_data(skb, DATAGRAM_AT(v6)))
@@ -288,7 +288,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 		count_invalid_datagram(session, PF_INVALID_CHECKSUM);
 		return DROP; /* and so does the stack */
 	}
-	is_news = note_sender(way, now_ns);
+	is_due = note_sender(way, now_ns);
 	if (hops < 2)
 		return pass_datagram(skb, &key, v6); /* it has come as far as it may go */
 	if (way->interface) {
@@ -311,7 +311,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	data_end = (void *)(long)skb->data_end;
 	if (data + DATAGRAM_AT(v6) > data_end)
 		return DROP; /* never: it was there a moment ago */
-	count_datagrams(session, way, direction, datagrams, bytes - 8, now_ns, is_news);
+	count_datagrams(session, way, direction, datagrams, bytes - 8, now_ns, is_due);
 	put(data + UDP_AT(v6), (__u32)way->sport | (__u32)way->dport << 16, &ports);
 	give_addresses(data + ETHERNET_BYTES, way->source, way->target, v6);
 	if (v6) {

@@ -261,16 +261,16 @@ inlined int take_in(const struct segment *segment, struct splice_direction *way,
  */
 inlined int take_acknowledgement(struct splice_direction *way, __u32 acked)
 {
-	int is_news = 0;
+	int tell_worker = 0;
 
 	if (volatile_read(way->fin_due) && acked == way->fin_seq) {
 		advance(&way->next, acked - 1);
-		is_news = settle_fin(way);
+		tell_worker = settle_fin(way);
 		if (volatile_read(way->fin) && !way->fin_acked) {
 			way->fin_acked = 1;
-			is_news = 1;
+			tell_worker = 1;
 		}
-		return is_news;
+		return tell_worker;
 	}
 	advance(&way->next, acked);
 	return settle_fin(way);

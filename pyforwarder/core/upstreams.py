@@ -400,7 +400,7 @@ class Balancer:
         self._latest_s = now_s
         server.failures += 1
         if server.is_ejected(now_s):
-            return  # tried for want of a better one: that it fails is no news
+            return  # tried for want of a better one: it was known to fail
         server._failures_in_a_row += 1
         # After an ejection one failure is enough: its first pair was to show whether it is back.
         needed = 1 if server._ejections else self._eject_after

@@ -245,7 +245,7 @@ class Resolver:
         if question is not None:
             self._close(question)
         if not hosts and (question is None or question.is_overdue):
-            return  # that there is none, or nobody knows, is no news then
+            return  # no address, or no answer: its askers were told so at the deadline
         hosts = self._keep(name, hosts)
         if question is not None:
             question.tell(hosts)

@@ -108,7 +108,7 @@ class _Head(BaseHTTPRequestHandler):
         self.wrong = Answer.words(status, f"{status.value} {status.phrase}")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not news."""
+        """Requests are not logged."""
 
 
 def read_head(head: bytes) -> Request | Answer:

@@ -140,7 +140,7 @@ class Change:
     obsolete: list[BoundSocket]  # of those that are bound, the ones that it has no more
 
 
-class InForce:
+class ConfigInForce:
     """The configuration in force, the settings that workers have of it, and its listeners."""
 
     config: Config

@@ -30,7 +30,7 @@ from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor import stored_sockets
 from pyforwarder.supervisor.activation import Activation
 from pyforwarder.supervisor.checking import CheckerProcess
-from pyforwarder.supervisor.configuration import ConfigSource, InForce, Shared
+from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource, Shared
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.datapaths import Datapaths
 from pyforwarder.supervisor.failover import FailoverProcess
@@ -56,7 +56,7 @@ from pyforwarder.supervisor.succession import NoAnswerError, Predecessor, bind_o
 from pyforwarder.supervisor.view_ways import ways_of
 from pyforwarder.supervisor.worker_pool import WorkerPool
 from pyforwarder.supervisor.workers import check_user
-from pyforwarder.worker.log import Log, impatient
+from pyforwarder.worker.log import Log, not_blocking
 from pyforwarder.worker.process import room_for, slots_of
 from pyforwarder.worker.used_tokens import SHARES, SPENDS_FOR_S, TABLE_BYTES
 
@@ -182,7 +182,7 @@ class Daemon:
         self._log = Log(
             level=config.log.level,
             form=config.log.format,
-            fd=impatient(self._log_fd()),
+            fd=not_blocking(self._log_fd()),
             is_timed="JOURNAL_STREAM" not in self._env.environ,  # journald adds its own
             instance=self._instance.name,
         )
@@ -237,7 +237,7 @@ class Daemon:
             is_successor=elder is not None,
             handshakes_fd=elder.handshakes_fd if elder is not None else -1,
         )
-        self._in_force = InForce(
+        self._in_force = ConfigInForce(
             self._source,
             workers=workers,
             directory=self._memory.directory,

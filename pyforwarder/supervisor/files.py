@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.runtime.instance import Instance
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.preparing import Part
@@ -42,7 +42,7 @@ class Files:
     def __init__(
         self,
         instance: Instance,
-        in_force: InForce,
+        in_force: ConfigInForce,
         memory: SharedMemory,
         datapaths: Datapaths,
         *,

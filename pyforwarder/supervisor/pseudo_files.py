@@ -164,7 +164,7 @@ class PseudoFiles:
         is_present = self._present[name] is entry
         if is_writer:
             entry.delays_others = True
-            self._after(PATIENCE_S, lambda: self._impatient(entry))
+            self._after(PATIENCE_S, lambda: self._delay_no_more(entry))
             self._after(_WRITER_S, lambda: self._give_up(entry))
             self._limit_writers()
         entry.is_leased = False
@@ -177,7 +177,7 @@ class PseudoFiles:
         for entry in waiting[: max(0, len(waiting) - _MOST_WRITERS)]:
             self._drop(entry)
 
-    def _impatient(self, entry: _Opened) -> None:
+    def _delay_no_more(self, entry: _Opened) -> None:
         if entry.delays_others:
             entry.delays_others = False
             self.asked()

@@ -17,7 +17,7 @@ from pyforwarder.worker.adopting import cookie_of
 if TYPE_CHECKING:
     from pyforwarder.config import Config
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.configuration import ConfigSource, InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.failover import FailoverProcess
     from pyforwarder.supervisor.files import Files
@@ -36,7 +36,7 @@ class Requests:
     def __init__(
         self,
         source: ConfigSource,
-        in_force: InForce,
+        in_force: ConfigInForce,
         memory: SharedMemory,
         datapaths: Datapaths,
         workers: WorkerPool,

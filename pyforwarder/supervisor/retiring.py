@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor import UpOptions
     from pyforwarder.supervisor.activation import Activation
-    from pyforwarder.supervisor.configuration import ConfigSource, InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource
     from pyforwarder.supervisor.control import ControlServer
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.files import Files
@@ -58,7 +58,7 @@ class Belongings:
 
     options: UpOptions
     source: ConfigSource
-    in_force: InForce
+    in_force: ConfigInForce
     activation: Activation
     memory: SharedMemory
     datapaths: Datapaths

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.status.metrics import Source
     from pyforwarder.status.process import PageSource
-    from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import FleetInstance
@@ -223,7 +223,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
 
 
 def source_in_child(
-    in_force: InForce,
+    in_force: ConfigInForce,
     memory: SharedMemory,
     datapaths: Mapping[str, str],
     *,
@@ -265,7 +265,7 @@ def source_in_child(
 
 
 def page_source_in_child(
-    in_force: InForce,
+    in_force: ConfigInForce,
     source: Source,
     memory: SharedMemory,
     *,

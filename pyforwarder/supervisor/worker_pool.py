@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.pulse import Pulse
-    from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.listeners import Bound
@@ -49,7 +49,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        in_force: InForce,
+        in_force: ConfigInForce,
         memory: SharedMemory,
         datapaths: Datapaths,
         *,

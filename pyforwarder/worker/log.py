@@ -42,7 +42,7 @@ _VALUE_CHARACTERS: Final = 1000
 _FAULT_PAUSE_S: Final = 1.0
 
 
-def impatient(fd: int) -> int:
+def not_blocking(fd: int) -> int:
     """Another descriptor for the same place, on which writing does not wait; the caller closes it.
 
     O_NONBLOCK belongs to the open file, which we share with a shell and other writers,
@@ -69,7 +69,7 @@ class Log:
         is_timed: bool = False,
         instance: str = "",
     ) -> None:
-        """`form` is `text` or `json`; the descriptor, best an `impatient` one, stays the caller's.
+        """`form` is `text` or `json`; the descriptor (best of `not_blocking`) stays the caller's.
 
         `is_timed` puts the time of day before a line of text, for where nobody else does. Each
         line names the `instance`, if it is given.
@@ -198,7 +198,7 @@ def _level_of(reason: CloseReason) -> str:
     return "warning" if reason in _WARNINGS else "info"
 
 
-def _untold_by(log: Log) -> frozenset[CloseReason]:
+def _unlogged_by(log: Log) -> frozenset[CloseReason]:
     """Nearly every connection ends well, and often nobody wants to read that."""
     return frozenset(reason for reason in CloseReason if not log.wants(_level_of(reason)))
 
@@ -237,10 +237,10 @@ class ConnectionLog:
         self._look_at_levels(null_connections=null_connections)
 
     def _look_at_levels(self, *, null_connections: bool) -> None:
-        self._untold = _untold_by(self.log)
+        self._unlogged = _unlogged_by(self.log)
         self._tells_of_nothing = null_connections or self.log.wants("debug")
         # For callers: what a line would say need not be found out where there is none.
-        self.tells = CloseReason.FINISHED not in self._untold
+        self.tells = CloseReason.FINISHED not in self._unlogged
         self.tells_steps = self.log.wants("debug")
 
     def step(self, client: Client, event: str, **fields: object) -> None:
@@ -260,7 +260,7 @@ class ConnectionLog:
     ) -> None:
         """A connection has ended; `up` and `down` are the bytes and packets that were carried."""
         assert client.reason is not None
-        if client.reason in self._untold:
+        if client.reason in self._unlogged:
             return
         has_sent_nothing = client.reason in _SAYS_NOTHING and client.has_sent_nothing
         if has_sent_nothing and not self._tells_of_nothing:

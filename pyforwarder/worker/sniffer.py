@@ -148,8 +148,9 @@ class Sniffer:
     def _count_client(self, client: Client) -> bool:
         """Now that it is known who the client is: whether it is served, or told that it is not."""
         if client.listener.asks_limits and client.over_limit is None:
-            self._server.accepting.count_client(client)
-            if client.over_limit is not None and not self._server.accepting.listen_to_busy(client):
+            accepting = self._server.accepting
+            accepting.count_client(client)
+            if client.over_limit is not None and not accepting.has_room_to_refuse(client):
                 self._refuse_header(client, CloseReason.BUSY, "")
                 return False
         return True

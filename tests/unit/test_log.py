@@ -19,7 +19,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.errors import LoadError, Refusal
-from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log, impatient
+from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log, not_blocking
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.limits import Limit
@@ -32,7 +32,7 @@ class Pipe:
     def __init__(self) -> None:
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
-        self.fd = impatient(self._write_fd)
+        self.fd = not_blocking(self._write_fd)
 
     def lines(self) -> list[str]:
         """What was written since the last look."""
@@ -174,7 +174,7 @@ def test_full_pipe_that_cannot_be_opened_anew_stops_nobody(monkeypatch: pytest.M
 def test_full_socket_loses_lines_and_stops_nobody() -> None:
     reader, writer = socket.socketpair()  # journald gives a unix stream socket
     with reader, writer:
-        fd = impatient(writer.fileno())
+        fd = not_blocking(writer.fileno())
         log = Log(level="info", form="text", fd=fd)
         for _ in range(20_000):
             log.write("info", "x" * 100)
@@ -187,7 +187,7 @@ def test_full_socket_loses_lines_and_stops_nobody() -> None:
 
 def test_the_open_file_that_others_share_stays_as_it_was() -> None:
     read_fd, write_fd = os.pipe()
-    fd = impatient(write_fd)
+    fd = not_blocking(write_fd)
     assert (os.get_blocking(write_fd), os.get_blocking(fd)) == (True, False)
     for each in (read_fd, write_fd, fd):
         os.close(each)

@@ -65,7 +65,7 @@ class ServerLosses:
         return times + 1 >= REFUSALS_OF_A_SERVER
 
     def has_answer(self, session: Session) -> bool:
-        """Whether the server has ever answered, whoever heard it."""
+        """Whether the server has ever answered, to our socket or to the kernel's programs."""
         return session.down_packets > 0 or self._server.handover.answered_s(session) > -math.inf
 
     def lose(self, session: Session, code: int, *, is_sure: bool) -> None:
