@@ -45,6 +45,8 @@
 /* A server that has refused is not asked again for so long: the worker sees to it meanwhile. */
 #define REFUSED_FOR_NS (1 * (__u64)NS_PER_S)
 
+#define EEXIST 17 /* errno.h */
+
 #define LEAST_MSS 536 /* RFC 9293, 3.7.1 */
 
 /* On a packet that is for our own stack: it has been looked at already. */
@@ -88,6 +90,7 @@ struct made {
 	/* What the server's SYN-ACK says. */
 	__u32 at, server_mss, server_tsval;
 	__u8 has_timestamps, has_scale, scale, padding;
+	__u16 urgent, more_padding;
 };
 
 /*
@@ -313,6 +316,7 @@ inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 	made->new[1] = bpf_htonl(made->seq);
 	made->new[2] = bpf_htonl(made->ack);
 	made->new[3] = bpf_htonl(header << 26 | (__u32)made->flags << 16 | made->window);
+	made->new[4] = bpf_htonl(made->urgent);
 #pragma unroll
 	for (i = 0; i < 5; i++)
 		made->new[5 + i] = i < made->option_words ? made->option[i] : 0;
@@ -755,12 +759,14 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	}
 	flow.direction = PF_UP;
 	key = way->from;
-	if (update_new(MAP_FLOWS_FD, &key, &flow)) {
+	said = update_new(MAP_FLOWS_FD, &key, &flow);
+	if (said) {
 		key = back->from;
 		map_delete(MAP_FLOWS_FD, &key);
 		give_back(ask, splice, place);
 		count(PF_COUNT_TAKEN_PORT);
-		return DROP; /* another processor has its like, which is the one that goes on */
+		/* Another processor has its like, which is the one that goes on; or no room. */
+		return said == -EEXIST ? DROP : NEXT;
 	}
 	/* From here on the answers count; what came before is none. */
 	__sync_fetch_and_add(&splice->tries, 1);
@@ -796,7 +802,15 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 		/* It waits: so does the server, perhaps. What has grown meanwhile comes again. */
 		__u32 sum;
 
-		ask->tc = seen->tsval; /* the server must not see anything older afterwards */
+		/*
+		 * The server must not see anything older afterwards; so not either because an old
+		 * packet comes late. What the newest one echoes is what the client has heard last:
+		 * it takes nothing older than that, and echoes nothing else.
+		 */
+		if (!before(seen->tsval, ask->tc)) {
+			ask->tc = seen->tsval;
+			ask->tk = seen->tsecr;
+		}
 		if (seen->bytes == ask->saved)
 			sum = ask->sum;
 		else if (seen->bytes == ask->segment)
@@ -811,7 +825,7 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 			return NEXT;
 		}
 		count(PF_COUNT_ASKED_AGAIN);
-		return send_syn(skb, splice, ask, seen->tsval, sum, v6);
+		return send_syn(skb, splice, ask, ask->tc, sum, v6);
 	}
 	return DROP; /* as if it had been lost: it is sent again */
 }
@@ -1007,6 +1021,13 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	/* Our stack forgets the request. Without options: nothing in it can be too old. */
 	from_client(made, splice, ask);
 	made->flags = RST | ACK;
+	/*
+	 * The mark alone is not enough. If somebody in front of `ingress` changes it (or makes a
+	 * second packet without), this looks like a reset of the client's, at the number at which
+	 * the pair would be reset; the kernel takes it at no other.
+	 */
+	made->window = FOR_OUR_STACK >> 16;
+	made->urgent = FOR_OUR_STACK & 0xffff;
 	if (make(skb, made, v6)) {
 		count(PF_COUNT_FAILED);
 		return DROP; /* the client sends its bytes again, which go to the server */
@@ -1025,6 +1046,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 
 	__builtin_memset(made->old, 0, sizeof(made->old));
 	to_server(made, splice);
+	made->urgent = 0;
 	made->seq = ask->i0 + 1;
 	made->ack = seen->seq + 1;
 	room = ask->window >> (way->shift_right & 15);
@@ -1104,8 +1126,11 @@ inlined int go_on(struct __sk_buff *skb, const int v6)
 	}
 	if ((seen.flags & (SYN | ACK)) == (SYN | ACK) && seen.ack == ask->i0 + 1)
 		return join(skb, splice, ask, place, word, &seen, v6);
-	/* An old connection of this port is not over there: then the next SYN begins anew. */
-	if (!(seen.flags & ACK) || seen.bytes)
+	/*
+	 * An old connection of this port is not over there: then the next SYN begins anew. Not if
+	 * it acknowledges what we have sent (RFC 9293, 3.10.7.3).
+	 */
+	if (!(seen.flags & ACK) || seen.bytes || seen.ack == ask->i0 + 1)
 		return DROP;
 	made = to_make();
 	if (!made)

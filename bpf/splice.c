@@ -212,6 +212,12 @@ inlined int translate(struct __sk_buff *skb, const int v6)
 		return NEXT;
 	}
 	if (flags & RST) {
+#ifdef MAP_EXPRESS_PROGRAMS_FD
+		/* Our own (express_connect.c, `join`), which has lost its mark. */
+		if (bpf_ntohs(tcp->window) == FOR_OUR_STACK >> 16 &&
+		    bpf_ntohs(tcp->urgent) == (FOR_OUR_STACK & 0xffff))
+			return NEXT;
+#endif
 		if (state == PF_SPLICE_RESET)
 			return DROP; /* so is this pair */
 		if (!is_exact_reset(seq, way, back)) {

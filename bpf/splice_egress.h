@@ -45,6 +45,15 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	state = volatile_read(splice->state);
 	if (state == PF_SPLICE_FREE || state == PF_SPLICE_ARMED)
 		return NEXT;
+	/*
+	 * The kernel's own socket of a handshake (request_sock), which express has not let have the
+	 * client's first bytes, repeats its SYN-ACK: that client has long got it. As long as a
+	 * server is asked for it also answers a client that begins anew, or is not believed.
+	 */
+	if ((tcp->flags & SYN) && (tcp->flags & ACK) && splice->worker == PF_EXPRESS_NO_WORKER)
+		return DROP;
+	if (state == PF_SPLICE_ASKED)
+		return NEXT;
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&
