@@ -355,7 +355,7 @@ def take(call: Call, force: bool) -> int:
     a machine that lives there is `fleet move`, to be said there.  The configuration says
     `fleet: {failover: {mover: command}}`.
     """
-    from pyforwarder.supervisor import addresses
+    from pyforwarder.runtime import moving_addresses as addresses
 
     control = call.control()
     state = control.failover()

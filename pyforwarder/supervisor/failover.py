@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.errors import ControlError
-from pyforwarder.supervisor import addresses
+from pyforwarder.runtime import moving_addresses as addresses
 from pyforwarder.supervisor.child import ChildProcess, Serving
 from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, Taken, understand
 

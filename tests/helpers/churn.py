@@ -8,8 +8,9 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 _LENGTH: Final = struct.Struct("!I")
 _PATTERN: Final = bytes(range(253)) * 400
@@ -17,21 +18,41 @@ _SILENCE_S: Final = 5.0
 _LOOK_S: Final = 0.05
 
 
+class Broken(NamedTuple):
+    """A client's connection that has ended too early."""
+
+    began_s: float
+    ended_s: float
+    was_reset: bool  # else its client has waited too long
+
+
 class Churn:
     """From `start` to `stop`; not more than a few at once."""
 
     def __init__(
-        self, connect: Callable[[], socket.socket], waiting: socket.socket, *, seed: int
+        self,
+        connect: Callable[[], socket.socket],
+        waiting: socket.socket,
+        *,
+        seed: int,
+        at_once: int = 1,
+        think_s: float = 0.0,
     ) -> None:
-        """`connect` makes a client's connection; the server's come out of `waiting`."""
+        """`connect` makes a client's connection; the server's come out of `waiting`.
+
+        Servers think for so long at most before they answer.
+        """
+        self._think_s = think_s
         self._connect, self._waiting = connect, waiting
         self._rng = random.Random(seed)
         self._is_over = threading.Event()
         self._answering: list[threading.Thread] = []
         self._threads = [
-            threading.Thread(target=run, daemon=True) for run in (self._serve, self._ask)
+            threading.Thread(target=run, daemon=True)
+            for run in (self._serve, *[self._ask] * at_once)
         ]
         self.whole = self.broken = 0
+        self.broken_ones: list[Broken] = []  # those that were connected
         self.faults: list[str] = []  # what must not be
 
     def start(self) -> None:
@@ -59,19 +80,25 @@ class Churn:
             got = _read_all(sock)
             if got != _message(len(got)):
                 self.faults.append(f"the server got {len(got)} bytes, and an end")
+            self._is_over.wait(self._rng.uniform(0, self._think_s))
             sock.sendall(got)
 
     def _ask(self) -> None:
         while not self._is_over.is_set():
             said = _message(self._rng.choice((40, 4000, 100_000)))
+            began_s = 0.0
             try:
                 with self._connect() as sock:
+                    began_s = time.monotonic()
                     sock.settimeout(_SILENCE_S)
                     sock.sendall(said)
                     sock.shutdown(socket.SHUT_WR)
                     got = _read_all(sock)
-            except OSError:
+            except OSError as error:
                 self.broken += 1
+                if began_s:
+                    was_reset = isinstance(error, ConnectionError)
+                    self.broken_ones.append(Broken(began_s, time.monotonic(), was_reset))
                 continue
             if got != said:
                 self.faults.append(f"the client got {len(got)} of {len(said)} bytes, and an end")

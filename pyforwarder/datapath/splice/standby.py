@@ -52,8 +52,10 @@ from pyforwarder.datapath.splice.replicas import (
 )
 from pyforwarder.datapath.splice.routes import Route, Routes
 from pyforwarder.datapath.splice.settling import Settling
+from pyforwarder.errors import ControlError
 from pyforwarder.fleet.failover import stays
 from pyforwarder.fleet.failover.record import Endpoint, Entry, Pair, RecordFault
+from pyforwarder.runtime import moving_addresses
 
 if TYPE_CHECKING:
     import mmap
@@ -370,13 +372,26 @@ class Standby:
             both = {held.pair.ends.listener.ip, held.pair.ends.source.ip}
             if both <= present and both & ready:
                 self._left.append(key)
+        lost: list[Connection] = []
         for key, text in list(self._stays.items()) if ready else ():
-            connections = stays.decode(text)
-            lost = [one for one in connections if one.own.ip in ready]
-            self._challenges.begin(lost)
-            if lost:
+            some = [one for one in stays.decode(text) if one.own.ip in ready]
+            if some:
+                lost += some
                 del self._stays[key]
+        if self._left or lost:
+            self._announce(ready)
+        self._challenges.begin(lost)
         self._absent |= self._addresses - present
+
+    def _announce(self, ready: Collection[bytes]) -> None:
+        """Before their neighbours are asked anything: what they answer must get here.
+
+        Who moves the addresses announces them as well, but perhaps later; and a peer that has
+        answered somebody else says nothing more for half a second (tcp_invalid_ratelimit).
+        """
+        for packed in ready:
+            with contextlib.suppress(OSError, ControlError):
+                moving_addresses.announce([str(ipaddress.ip_address(packed))])
 
     def _take(self, key: str) -> None:
         held = self._held.pop(key, None)

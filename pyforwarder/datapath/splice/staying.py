@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
-import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
@@ -21,8 +20,6 @@ from pyforwarder.fleet.failover.stays import GROUP_PAIRS, Connection
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
-# A pair of which one of both is silent waits for the other, which speaks in so short a time.
-_LASTS_S: Final = 0.5
 _STATE_AT: Final = PairRecord.state.offset
 
 
@@ -36,9 +33,8 @@ class Staying:
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
 
     def look(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
-        """By group, those of pairs that have lasted; without pairs of these ids."""
+        """By group, those of all pairs but for those of these ids."""
         found: dict[int, list[Connection]] = {}
-        now_ns = time.monotonic_ns()
         view = memoryview(self._table)
         try:
             states = bytes(view[_STATE_AT : self._slots * PAIR_BYTES : PAIR_BYTES])
@@ -53,19 +49,18 @@ class Staying:
                 one
                 for n, state in enumerate(group)
                 if state != PairState.FREE
-                for one in self._connections(first + n, replicated, now_ns)
+                for one in self._connections(first + n, replicated)
             ]
             if connections:
                 found[first // GROUP_PAIRS] = connections
         return found
 
-    def _connections(self, slot: int, replicated: Collection[int], now_ns: int) -> list[Connection]:
+    def _connections(self, slot: int, replicated: Collection[int]) -> list[Connection]:
         record = PairRecord.from_buffer_copy(self._table, slot * PAIR_BYTES)
         if (
-            record.sequence & 1
+            record.sequence & 1  # it changes hands just now
             or record.protocol
             or record.id in replicated
-            or now_ns - record.started_ns < _LASTS_S * 1e9
         ):
             return []
         found = []

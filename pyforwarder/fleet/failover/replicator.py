@@ -281,7 +281,7 @@ class Replicator:
             )
 
     def _write_staying(self, turn: stays.Turn, now_s: float) -> None:
-        """What is left over is due half a second later."""
+        """What is left over is due the next time."""
         changes: list[tuple[str, str | None]] = [(key, None) for key in turn.deletes]
         changes += turn.puts.items()
         for some in list(_pieces(changes, MOST_IN_ONE))[:_WRITES_AT_ONCE]:

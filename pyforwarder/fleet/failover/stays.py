@@ -1,7 +1,8 @@
 """Connections that stay with their machine: nobody can go on with them, so their peers are reset.
 
 All that another machine must know for that is between whom they are. A machine writes them in
-groups, each one key of the store, when they have lasted: a short one ends by itself.
+groups, each one key of the store, and a group a few times in a second: so connections that begin
+and end quickly cost no more than others.
 
 Pure: it is told what there is and what the store has, and says what is to be done.
 """
@@ -24,7 +25,7 @@ GROUP_PAIRS: Final = 64
 MOST_TEXT: Final = 7168  # it fits into one message to the keeper
 MOST_GROUPS: Final = 2048  # of all machines
 # A group is written so often at most.
-EVERY_S: Final = 0.5
+EVERY_S: Final = 0.2
 
 _IPV6: Final = 1
 _PEER_CONNECTED: Final = 2

@@ -98,10 +98,14 @@ def announce(wanted: Sequence[str]) -> None:
     """Tell the neighbours that these are here (RFC 5227, 3; RFC 4861, 7.2.6).
 
     Raises:
+        ControlError: this host has not one of them.
         OSError: that cannot be sent.
     """
+    places = {str(own.address): own.interface for own in _own()}
     for text in wanted:
-        interface = interface_of(text)
+        interface = places.get(str(ipaddress.ip_address(text)))
+        if interface is None:
+            raise ControlError(f"{text} is no address of this machine")
         if ":" in text:
             _advertise(interface, text)
         else:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyforwarder.errors import ControlError
-from pyforwarder.supervisor import addresses
+from pyforwarder.runtime import moving_addresses as addresses
 
 MAC = bytes.fromhex("02aabbccddee")
 Address = namedtuple("Address", "family address netmask")
