@@ -1,7 +1,7 @@
 /*
  * Connections that are decided by their first packet, and opened, in the kernel. The programs of
  * splice.c go on here (BPF_MAP_TYPE_PROG_ARRAY) with packets that no pair is known for, and with
- * those of pairs whose server was asked for. So far no datapath loads them: tests do.
+ * those of pairs whose server was asked for.
  *
  * begin4 begin6  the first bytes of a client: is it what is behind a handshake?
  * by_rules       what the rules say
@@ -103,8 +103,8 @@ struct asking {
 	struct express_listener_key listener;
 	__u32 options; /* of the handshake, as in inet_request_sock */
 	__u32 mss, room;
-	__u32 family, at; /* where the first bytes are in the packet */
-	__u32 rule;
+	__u32 family, at;  /* where the first bytes are in the packet */
+	__u32 table, rule; /* which one has decided, and what */
 };
 
 inlined void count(__u32 what)
@@ -595,15 +595,15 @@ int by_rules(struct __sk_buff *skb)
 	if (!listener)
 		return NEXT;
 	family = asking->family;
+	asking->table = network.table = listener->table;
 	network.prefix_bits = (4 + 1 + 16) * 8;
-	network.table = listener->table;
 	network.family = family;
 	if (family == 6)
 		__builtin_memcpy(network.address, asking->key.source, 16);
 	else
 		__builtin_memcpy(network.address, &asking->key.source[3], 4);
 	at = asking->at;
-	said = decide(skb, listener->table, &network, at, asking->seen.bytes);
+	said = decide(skb, network.table, &network, at, asking->seen.bytes);
 	if (said < 0) {
 		count(PF_COUNT_UNDECIDED);
 		return NEXT;
@@ -633,8 +633,8 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	if (!asking)
 		return NEXT; /* never */
 	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asking->listener);
-	if (!listener)
-		return NEXT;
+	if (!listener || listener->table != asking->table)
+		return NEXT; /* it has got other rules just now */
 	key = asking->key;
 	seen = asking->seen;
 	options = asking->options;
@@ -746,7 +746,8 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->isn[PF_UP] = ask->c0;
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;
-	splice->id = (__u64)place << 32 | (__u32)(word >> 3) | 1ull << 62;
+	/* Below 2^53, so that it is exact in a browser, too; no worker counts so far. */
+	splice->id = 1ull << 52 | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ASKED;
 
 	flow.index = index;

@@ -152,12 +152,14 @@ struct splice {
 	__u32 worker;
 	__u32 slot;  /* into the map `pairs`, where the bytes are counted, too */
 	__u32 reset; /* enum pf_reset */
-	__u32 client_clock, server_clock; /* our sockets' timestamp clocks, right before control */
-	__u32 family;			  /* 4 or 6 */
-	__u32 last_slot;		  /* before it had none, in the table that is pinned */
-	__u32 out[2]; /* interfaces by which our sockets reach the client and the server */
-	__u32 isn[2]; /* with which their peers have begun */
-	__u32 owner;  /* the user whose our sockets are, by whom packets may be routed, too */
+	/* Our sockets' timestamp clocks, right before control. Of a pair that no worker knows of
+	 * yet both together are the moment at which something was heard of its end. */
+	__u32 client_clock, server_clock;
+	__u32 family;	 /* 4 or 6 */
+	__u32 last_slot; /* before it had none, in the table that is pinned */
+	__u32 out[2];	 /* interfaces by which our sockets reach the client and the server */
+	__u32 isn[2];	 /* with which their peers have begun */
+	__u32 owner;	 /* the user whose our sockets are, by whom packets may be routed, too */
 	/* `keepalive`: a peer that was silent for so long is asked, and so often, before it is
 	 * given up; an idle_s of 0: never. */
 	__u32 keep_idle_s, keep_interval_s, keep_count;

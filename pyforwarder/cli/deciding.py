@@ -315,6 +315,8 @@ def _as_text(judged: Judged, source: str) -> str:
 
 def _where_decided(judged: Judged) -> str:
     in_kernel = judged.in_kernel
+    if in_kernel.decided == "kernel":
+        return "decided in the kernel, once it has seen how the server is reached"
     could = "could decide the same" if in_kernel.rule is not None else f"could not: {in_kernel.why}"
     return f"decided in userspace; the kernel {could}"
 

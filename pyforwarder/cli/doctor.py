@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
-from pyforwarder.core.datapaths import DATAPATHS, SESSIONS
+from pyforwarder.core.datapaths import DATAPATHS, OPENING, SESSIONS
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.attach import clsact as attach_clsact
 from pyforwarder.datapath.attach import tcx as attach_tcx
@@ -106,8 +106,11 @@ def run() -> Report:
     user = _WORKER_USER if os.geteuid() == 0 else None
     return Report(
         findings=tuple(_findings()),
-        # Last those of UDP, which `auto` does not take for TCP.
-        proofs={row.name: pkgutil.resolve_name(row.proof)(user) for row in (*DATAPATHS, *SESSIONS)},
+        # Last those that `auto` does not take for TCP.
+        proofs={
+            row.name: pkgutil.resolve_name(row.proof)(user)
+            for row in (*DATAPATHS, *SESSIONS, *OPENING)
+        },
     )
 
 

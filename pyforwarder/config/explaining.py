@@ -45,6 +45,12 @@ class InKernel:
     rule: str | None  # that it would have chosen; None: it would have left it to userspace
     why: str  # in words, if it would
     reasons: tuple[str, ...]  # for each rule why userspace decides it; empty: it need not
+    is_asked: bool = False  # the configuration has it decide (`datapath: express`)
+
+    @property
+    def decided(self) -> str:
+        """Where the decision is made."""
+        return "kernel" if self.rule is not None and self.is_asked else "user"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class Judged:
                 }
                 for report in explanation.rules
             ],
-            "decided": "user",  # no datapath decides in the kernel yet
+            "decided": self.in_kernel.decided,
             "in_kernel": {"rule": self.in_kernel.rule, "why": self.in_kernel.why},
         }
 
@@ -166,7 +172,9 @@ def _in_kernel(
     if compiled.table is not None:
         chosen = compiled.table.decide(data, parse_ip(client.host) if client else None)
     if chosen is not None:
-        return InKernel(ruleset.rules[chosen].name, "", compiled.reasons)
+        taken = ruleset.rules[chosen]
+        datapath = taken.datapath or listener.datapath or config.datapath
+        return InKernel(taken.name, "", compiled.reasons, is_asked=datapath == "express")
     rule = decision.rule if isinstance(decision, routing.Route | routing.Refuse) else None
     why = compiled.reasons[rule.index] if rule is not None else ""
     return InKernel(

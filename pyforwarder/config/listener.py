@@ -298,8 +298,8 @@ class Listener(Section):
                 "proxy_protocol",
                 "trusted",
             )
-        if not self.splice and self.datapath == "splice":
-            raise problem("`splice: off` contradicts `datapath: splice`", "splice")
+        if not self.splice and self.datapath in ("splice", "express"):
+            raise problem(f"`splice: off` contradicts `datapath: {self.datapath}`", "splice")
         if self.protocol == "tcp":
             self._check_matches(datagrams=False)
             if "amplification" in self.model_fields_set:
@@ -310,6 +310,9 @@ class Listener(Section):
                 if key in self.limits.model_fields_set:
                     raise problem(f"`{key}` is for UDP", "limits", key)
         if self.protocol == "udp":
+            chosen = [self.datapath, *(rule.datapath for rule in self.rules)]
+            if "express" in chosen:
+                raise problem("`datapath: express` is for TCP", "datapath")
             if self.limits.memory_bytes:
                 raise problem("`memory` is for TCP: UDP keeps nothing", "limits", "memory")
             if any(isinstance(entry, UnixAddress) for entry in self.bind):

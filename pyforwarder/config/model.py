@@ -117,6 +117,15 @@ class Keepalive(Section):
         return KeepaliveTerms(int(self.idle_s), int(self.interval_s), self.count)
 
 
+class Express(Section):
+    """What `datapath: express` may have of this host."""
+
+    ports: Annotated[int, Field(strict=True, ge=64, le=16_384)] = 2048
+    """Ports of this host that are kept for it: so many connections at once begin in the kernel.
+    One that has ended keeps its port for 60 s, or for 1 s while half of them are taken.
+    """
+
+
 class Tokens(Section):
     """Keys of signed instructions by their id, and how strictly times are taken."""
 
@@ -320,6 +329,8 @@ class Config(Section):
     """By which interfaces packets of a spliced pair may come: those of its handshakes and routes,
     or any.
     """
+    express: Express = Express()
+    """What `datapath: express` may have of this host."""
     limits: Limits = Limits()
     """Limits on the connections of all listeners."""
     timeouts: Timeouts = Timeouts()
@@ -342,6 +353,17 @@ class Config(Section):
     """Processes that serve connections, 1 to 256. `auto`: one for each processor."""
     user: values.Name = "nobody"
     """The user that workers run as, if `up` is run by root."""
+
+    @property
+    def express_ports(self) -> int:
+        """How many ports are kept for connections that the kernel opens; 0: no listener asks."""
+        is_asked = any(
+            (rule.datapath or listener.datapath or self.datapath) == "express"
+            for listener in self.listeners
+            if listener.protocol == "tcp" and listener.splice
+            for rule in listener.rules
+        )
+        return self.express.ports if is_asked else 0
 
     @field_validator("backlog_limit_bytes")
     @classmethod

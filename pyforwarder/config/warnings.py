@@ -79,7 +79,7 @@ def _without_failover(config: Config) -> Iterator[_Warning]:
     takes_any = False
     for position, listener in enumerate(config.listeners):
         datapath = listener.datapath or config.datapath
-        is_spliced = listener.splice and datapath in ("auto", "splice")
+        is_spliced = listener.splice and datapath in ("auto", "express", "splice")
         if listener.protocol == "tcp" and not is_spliced:
             why = f"`datapath: {datapath}`" if listener.splice else "`splice: false`"
             yield (

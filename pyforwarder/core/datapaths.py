@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple, get_args
 
-DatapathName = Literal["auto", "sockmap", "splice", "copy"]
+DatapathName = Literal["auto", "express", "sockmap", "splice", "copy"]
 NAMES: Final[tuple[str, ...]] = get_args(DatapathName)
 
 
@@ -47,6 +47,10 @@ DATAPATHS: Final = (
 SESSIONS: Final = (
     Datapath("splice_udp", proof="pyforwarder.datapath.proof.apart:prove_sessions_apart"),
 )
+# Of TCP, loaded together with one above: what this does not take goes by `auto`.
+OPENING: Final = (
+    Datapath("express", proof="pyforwarder.datapath.proof.apart:prove_express_apart"),
+)
 IN_KERNEL: Final = tuple(row for row in DATAPATHS if row.supervised)
 
 
@@ -59,4 +63,4 @@ def row_of(name: str) -> Datapath:
     return _BY_NAME[name]
 
 
-_BY_NAME: Final = {row.name: row for row in (*DATAPATHS, *SESSIONS)}
+_BY_NAME: Final = {row.name: row for row in (*DATAPATHS, *SESSIONS, *OPENING)}

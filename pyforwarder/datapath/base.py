@@ -52,6 +52,7 @@ class PairReason(enum.IntEnum):
     INTERFACE_TAKEN = 24
     SMALL_WINDOW = 25
     OTHER_SOCKET = 26
+    DECIDED = 27
 
     @property
     def text(self) -> str:
@@ -86,6 +87,7 @@ _REASON_TEXT: Final = {
     PairReason.GOES_ON: "it was spliced before this daemon or worker started",
     PairReason.INTERFACE_TAKEN: "not spliced: an interface has another program's qdisc or filter",
     PairReason.OTHER_SOCKET: "not spliced: its datagrams are another socket's",
+    PairReason.DECIDED: "the kernel has decided on its first packet",
     PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
 }
 

@@ -50,6 +50,7 @@ class Counter(enum.IntEnum):
     SESSIONS_UNSPLICED = 27  # of UDP: there was no room for another in the kernel
     DATAGRAMS_OVERTAKEN = 28  # by the first ones that the kernel sent on
     ERRORS_DOUBTED = 29  # of ICMP about a session, which did not end it
+    JOINED_EXPRESS = 30
 
 
 class ListenerCounter(enum.IntEnum):

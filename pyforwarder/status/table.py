@@ -98,6 +98,7 @@ ROWS: Final[tuple[Row, ...]] = (
         Row(Counter[f"JOINED_{row.name.upper()}"], _JOINED, (row.name,), f"joined.{row.name}")
         for row in reversed(DATAPATHS)
     ),
+    Row(Counter.JOINED_EXPRESS, _JOINED, ("express",), "joined.express"),
     *(
         Row(word, _CLOSED, (reason.value,), f"closed.{reason.value}", LineKind.NONZERO)
         for reason, word in CLOSED_INDEX.items()

@@ -33,6 +33,7 @@ from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource, Shared
 from pyforwarder.supervisor.control import ControlServer
 from pyforwarder.supervisor.datapaths import Datapaths
+from pyforwarder.supervisor.deciding import SILENT_S
 from pyforwarder.supervisor.failover import FailoverProcess
 from pyforwarder.supervisor.files import Files, remove_stale_pins
 from pyforwarder.supervisor.fleet import FleetProcess, LastGood, check_files
@@ -896,6 +897,15 @@ class Daemon:
         self._ending = True
         self._notify("STOPPING=1")
         self._stop_preparing()
+        if self._workers.stop_deciding():
+            # Clients that have not spoken yet are not the listener's before that.
+            self._loop.after(scaled_s(SILENT_S), self._drain)
+        else:
+            self._drain()
+
+    def _drain(self) -> None:
+        if self._stop_asked:
+            return
         self._in_force.listeners.close()
         self._workers.end("drain")
         self._loop.after(self._in_force.config.timeouts.drain_s, self._stop)

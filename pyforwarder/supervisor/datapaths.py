@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, row_of
+from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, OPENING, row_of
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _LOOK_AT_KEEPER_S: Final = 2.0
 _KERNEL_NAMES: Final = {row.name for row in IN_KERNEL}
+_OPENING_NAMES: Final = {row.name for row in OPENING}
 _AVAILABLE: Final = "available"
 _NOT_WANTED: Final = "not wanted by the configuration"
 _IN_PREPARATION: Final = "being loaded and proven"
@@ -105,6 +106,8 @@ class Datapaths:
             self._fail(row.name, error)
             return
         self.states[row.name] = _NOT_WANTED if made is None else _IN_PREPARATION
+        if isinstance(made, SupervisedSplice) and made.wants_express:
+            self.states["express"] = _IN_PREPARATION
         if made is not None:
             self._there[row.name] = made
 
@@ -185,6 +188,8 @@ class Datapaths:
             self._there[name].attach(loaded.descriptors)
         except LoadError as error:
             self._fail(name, error)
+            if name == "splice" and "express" in self.states:
+                self.states["express"] = f"it needs splice: {error}"
             self._there.pop(name).close()
             return
         self.states[name] = _AVAILABLE
@@ -213,7 +218,9 @@ class Datapaths:
 
     def lacks(self, config: Config) -> bool:
         """Whether `config` names one that was not wanted at the start."""
-        return any(self.states.get(choice) == _NOT_WANTED for choice in kernel_choices(config))
+        return any(
+            self.states.get(choice, _NOT_WANTED) == _NOT_WANTED for choice in kernel_choices(config)
+        )
 
     def pin(self) -> None:
         """From here on spliced pairs outlive us.
@@ -293,6 +300,6 @@ def kernel_choices(config: Config) -> set[str]:
         choices |= {
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         }
-    if "auto" in choices:
+    if not choices.isdisjoint({"auto", "express"}):
         choices |= _KERNEL_NAMES
-    return choices & _KERNEL_NAMES
+    return choices & {*_KERNEL_NAMES, *_OPENING_NAMES}

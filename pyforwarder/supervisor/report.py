@@ -27,7 +27,7 @@ from pyforwarder.status.table import ROWS
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pyforwarder.config import Config
     from pyforwarder.config.listener import Rule
@@ -124,8 +124,16 @@ def listener_rows(
     return rows
 
 
-def rule_rows(config: Config, counters: Counters, directory: Directory) -> list[Row]:
-    """Every rule, in the order in which they are tried."""
+def rule_rows(
+    config: Config,
+    counters: Counters,
+    directory: Directory,
+    in_kernel: Collection[tuple[str, str]] = (),
+) -> list[Row]:
+    """Every rule, in the order in which they are tried.
+
+    Those by which the kernel decides are `in_kernel`, by listener and name.
+    """
     rows = []
     for listener in config.listeners:
         for rule in listener.rules:
@@ -137,7 +145,7 @@ def rule_rows(config: Config, counters: Counters, directory: Directory) -> list[
                     "taken": counters.total(base + RuleCounter.TAKEN),
                     "refused": counters.total(base + RuleCounter.REFUSED),
                     "to": goes_to(rule),
-                    "decided": "user",  # no datapath decides in the kernel yet
+                    "decided": "kernel" if (listener.name, rule.name) in in_kernel else "user",
                 }
             )
     return rows

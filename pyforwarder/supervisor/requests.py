@@ -152,7 +152,10 @@ class Requests:
                 )
             case "rules":
                 return report.rule_rows(
-                    self._in_force.config, self._memory.counters, self._memory.directory
+                    self._in_force.config,
+                    self._memory.counters,
+                    self._memory.directory,
+                    self._workers.rules_in_kernel,
                 )
             case "upstreams":
                 reports = ask_all(self._workers.living, "upstreams")

@@ -13,14 +13,16 @@ from pyforwarder.runtime.channel import MOST_SOCKETS, Channel, text_to_fd
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import EPOLLIN, EPOLLOUT
 from pyforwarder.runtime.pulse import PULSE_S
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor.datapaths import waits_for_datapath
+from pyforwarder.supervisor.deciding import Decisions
 from pyforwarder.supervisor.messages import FaultyMessageError
 from pyforwarder.supervisor.workers import WorkerProcess, ask_all
 from pyforwarder.worker.process import Inheritance
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.pulse import Pulse
@@ -40,8 +42,11 @@ _BREATH_S: Final = 0.1
 # How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
 # all the same: a keeper that hangs is replaced sooner.
 _BURIALS: Final = 15
-# Nobody has so many pairs; beyond that there is room for those of many daemons to come.
-_MOST_ID: Final = 1 << 62
+# How long the keeper may take to give away what the kernel has opened by itself, at the end.
+_TAKEN_IN_S: Final = 0.5
+# No worker counts so far. From here on programs have made the numbers (express_connect.c).
+_MOST_ID: Final = (1 << 52) - 1
+_MOST_ACCEPTED: Final = 1 << 42  # by a worker
 
 
 class WorkerPool:
@@ -73,6 +78,7 @@ class WorkerPool:
         self._close_in_child = close_in_child
         self._down = down
         self._claim = claim
+        self._decisions = Decisions(in_force, datapaths, loop=loop, user=user, down=down)
         self._workers: list[WorkerProcess] = []
         self._buried: set[int] = set()  # indexes: dead, seen to be, and not replaced yet
         self._last_id = 0
@@ -144,6 +150,7 @@ class WorkerPool:
     def retire(self, heirs: Sequence[int]) -> None:
         """They accept no more, and send their pairs to another daemon's; nobody is replaced."""
         self._ending = self._has_retired = True
+        self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
                 fds = [heirs[index]] if index < len(heirs) else []
@@ -165,7 +172,7 @@ class WorkerPool:
             for index in range(self._memory.workers)
         )
         # A worker counts there, which may have been taken over.
-        most = min(most, _MOST_ID >> 20)
+        most = min(most, _MOST_ACCEPTED)
         return self._last_id + (most + 1) * self._memory.workers
 
     def datapaths_are_settled(self) -> None:
@@ -212,6 +219,17 @@ class WorkerPool:
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
 
+        self._decisions.refresh()
+
+    @property
+    def rules_in_kernel(self) -> Collection[tuple[str, str]]:
+        """Those by which the kernel decides, by listener and name."""
+        return self._decisions.rules
+
+    def stop_deciding(self, wait_s: float = 0.0) -> bool:
+        """See `Decisions.stop`; what goes on is the workers' from here on."""
+        return self._decisions.stop(wait_s)
+
     def tell_of_health(self, verdict: Verdict) -> None:
         """Every worker learns that a server went up or down."""
         self._log.write(
@@ -223,6 +241,7 @@ class WorkerPool:
         )
         for worker in self.living:
             self._say_health(worker, verdict)
+        self._decisions.refresh()
 
     def look_after(self) -> None:
         """Bury those that have died, and replace them; call it on SIGCHLD."""
@@ -251,6 +270,7 @@ class WorkerPool:
     def end(self, do: str) -> None:
         """Tell them to `drain` or to `stop`; from here on nobody is replaced."""
         self._ending = True
+        self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for worker in self._workers:
             if worker.exit_code is None:
                 try:

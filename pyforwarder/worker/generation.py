@@ -189,7 +189,9 @@ class ListenerState:
         "datapaths",
         "decides_at_once",
         "endpoint",
+        "express_rules",
         "generation",
+        "is_express",
         "is_plain",
         "is_unix",
         "local_port",
@@ -250,10 +252,15 @@ class ListenerState:
         self.rule_counters = [
             settings.indexes[f"{listener.name} {rule.name}"] for rule in listener.rules
         ]
-        self.datapaths = [
+        chosen = [
             rule.datapath or listener.datapath or generation.config.datapath
             for rule in listener.rules
         ]
+        # What the kernel has not taken by itself is no other pair than the rest. But how its server
+        # is reached may be new to the kernel.
+        self.is_express = listener.splice and "express" in chosen
+        self.datapaths = ["auto" if name == "express" else name for name in chosen]
+        self.express_rules = [name == "express" for name in chosen]
         # What the server is told about the client, by the rule's index; None: nothing in any rule.
         send_proxy = [generation.send_proxy_of(rule) for rule in listener.rules]
         self.send_proxy = send_proxy if any(form != "off" for form in send_proxy) else None

@@ -11,6 +11,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
@@ -43,6 +44,9 @@ _AGAIN_S: Final = 0.05
 # A pair for which the splice keeper did not answer is asked for again after so long each time, and
 # copied meanwhile: a keeper that hangs is replaced within some seconds.
 _KEEPER_PAUSES_S: Final = (1.0, 2.0, 4.0, 8.0)
+# A server is shown to the keeper so often, as long as connections to it come by us.
+_TEACH_S: Final = 1.0
+_MOST_TAUGHT: Final = 4096
 # All that waited for a keeper may be due at once. So many are asked for in one turn of the loop.
 _MOST_IN_A_TURN: Final = 8
 
@@ -87,14 +91,17 @@ class Handover:
         """
         self._server = server
         self._is_settled = False
+        self._is_express = False  # the kernel may open connections
         self._sockmap = sockmap
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
         self._queue: dict[Client, None] = {}  # the keeper is asked for them when it has answered
+        self._taught: dict[Address, float] = {}  # servers that were shown to the keeper: until when
         self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
-    def settle(self, *, sockmap: bool, splice: bool) -> None:
+    def settle(self, *, sockmap: bool, splice: bool, express: bool = False) -> None:
         """It is known which of them work: hand over the pairs that waited for it."""
+        self._is_express = express and splice
         if not sockmap:
             self._sockmap = None
         if not splice:
@@ -118,6 +125,8 @@ class Handover:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
         self._server.counters[_JOINED_COPY] += 1
         assert client.route is not None
+        if client.listener.is_express and self._splice is not None:
+            self._teach(client, self._splice)
         choice = client.listener.datapaths[client.route.rule.index]
         client.pair_reason = self._obstacle(client, choice)
         if client.pair_reason is not _SHORT:
@@ -140,6 +149,26 @@ class Handover:
             self._attempt(client)
         else:
             self._ask(client)
+
+    def _teach(self, client: Client, splice: SpliceDatapath) -> None:
+        """Let the keeper see how the server is reached, so that the kernel may connect there."""
+        assert client.route is not None
+        server = client.destination
+        if (
+            not self._is_settled
+            or not self._is_express
+            or not client.listener.express_rules[client.route.rule.index]
+            or not isinstance(server, Address)
+        ):
+            return
+        now_s = self._server.loop.now_s
+        if self._taught.get(server, 0.0) <= now_s:
+            if len(self._taught) >= _MOST_TAUGHT:
+                self._taught.clear()
+            self._taught[server] = now_s + _TEACH_S
+            if client.is_bare:
+                client.settle()
+            splice.teach(client)
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":

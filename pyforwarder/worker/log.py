@@ -256,9 +256,17 @@ class ConnectionLog:
             )
 
     def closed(
-        self, client: Client | Session | Refused, up: tuple[int, int], down: tuple[int, int]
+        self,
+        client: Client | Session | Refused,
+        up: tuple[int, int],
+        down: tuple[int, int],
+        *,
+        age_s: float | None = None,
     ) -> None:
-        """A connection has ended; `up` and `down` are the bytes and packets that were carried."""
+        """A connection has ended; `up` and `down` are the bytes and packets that were carried.
+
+        `age_s` is how old it became, if it did not end just now.
+        """
         assert client.reason is not None
         if client.reason in self._unlogged:
             return
@@ -283,7 +291,7 @@ class ConnectionLog:
             down_bytes=down[0],
             up_packets=up[1],
             down_packets=down[1],
-            age_s=round(client.owner.loop.now_s - client.accepted_s, 3),
+            age_s=round(client.owner.loop.now_s - client.accepted_s if age_s is None else age_s, 3),
             **_audit(client),
         )
 

@@ -12,6 +12,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
 from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.worker.client import Client, address_of
+from pyforwarder.worker.express import count_opened, leads_to, server_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +32,12 @@ def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
         client = _client_of(server, orphan)
         server.take_in(client)
         client.life = Life.JOINED
+        record = orphan.record
+        if record is not None and record.datapath == DatapathKind.NONE:
+            # The kernel has opened it by itself: nobody has counted it before.
+            assert client.route is not None
+            server.next_id()
+            count_opened(server, client, client.route.rule)
         go_on_spliced(server, splice, client, orphan)
     return number
 
@@ -54,6 +61,9 @@ def go_on_spliced(
     client.datapath = splice
     client.kind = DatapathKind.SPLICE
     client.pair_reason = PairReason.GOES_ON
+    record = orphan.record
+    if record is not None and record.datapath == DatapathKind.NONE:
+        client.pair_reason = PairReason.DECIDED
     _show_as_before(server, client, orphan)
     try:
         if client.slot < 0:
@@ -85,6 +95,10 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     client.destination = address_of(orphan.server.getpeername())
     assert client.destination is not None
     client.route = Route(rule, client.destination, 0, None, False)
+    if record is not None and record.datapath == DatapathKind.NONE:
+        client.route = Route(rule, leads_to(rule, client.destination), 0, None, False)
+        if (held := server_of(server, rule, client.destination)) is not None:
+            server.hold_server(client, str(rule.to), held[1].name)
     if record is not None:
         client.accepted_s = record.started_ns / 1e9
         for flow in (client.up, client.down):

@@ -34,6 +34,7 @@ from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.tables import visible
+from pyforwarder.worker.express import Opened
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import ConnectionLog, Log
@@ -126,7 +127,16 @@ def slots_of(config: Config, workers: int) -> int:
     """
     room = room_for(config)
     sessions = config.limits.most_sessions
-    return room.clients + max(min(room.sessions, 2 * sessions // workers), min(sessions, _TOLD))
+    return (
+        room.clients
+        + express_share(config, workers)
+        + max(min(room.sessions, 2 * sessions // workers), min(sessions, _TOLD))
+    )
+
+
+def express_share(config: Config, workers: int) -> int:
+    """How many of the pairs that the kernel has opened a worker may get: the keeper shares them."""
+    return -(-config.express_ports // workers)
 
 
 def give_up_privileges(user: str | None) -> None:
@@ -189,6 +199,7 @@ class _Worker:
         self._sessions: SpliceSessions | None = None
         self._splice: SpliceDatapath | None = None
         self._sockmap: SockmapDatapath | None = None
+        self._opened: Opened | None = None
         self._giving: Giving | None = None
         self._taking: Taking | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
@@ -239,6 +250,8 @@ class _Worker:
             case "spliced_left":
                 return self._giving.spliced_left() if self._giving is not None else 0
             case "stop":
+                if self._opened is not None:
+                    self._opened.hear()
                 self._serving().handover.finish()
                 self._serving().reset_all(CloseReason.SHUTDOWN)
                 self._datagrams_of().end_all(CloseReason.SHUTDOWN)
@@ -251,7 +264,9 @@ class _Worker:
             case "datapaths":
                 available = message["available"]
                 self._serving().handover.settle(
-                    sockmap="sockmap" in available, splice="splice" in available
+                    sockmap="sockmap" in available,
+                    splice="splice" in available,
+                    express="express" in available,
                 )
                 self._datagrams_of().handover.settle(splice="splice_udp" in available)
             case "adopt":
@@ -392,6 +407,9 @@ class _Worker:
         self._drop_kernel_objects()
         server.pressure.start()
         server.handover = Handover(server, sockmap, splice)
+        if splice is not None and given.splicing is not None and given.splicing.express:
+            sock = given.splicing.express.workers[given.worker]
+            self._opened = Opened(server, sock, partial(adopt_orphans, server, splice))
         self._splice = splice
         if splice is not None and given.splicing is not None and given.splicing.has_begun:
             self._adopt(server, splice)
@@ -405,7 +423,9 @@ class _Worker:
             next_id=server.next_id,
             names=server.names,
             most_sessions=room.sessions,
-            most_shown=given.table.slots - room.clients,
+            most_shown=given.table.slots
+            - room.clients
+            - express_share(generation.config, given.workers),
             ids=ConnectionIds(self._memory.connection_ids, given.worker),
             ask_supervisor=self._ask_supervisor,
             kernel=self._sessions,
@@ -439,6 +459,8 @@ class _Worker:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
         self._used_tokens.retire()
         server = self._serving()
+        if self._opened is not None:
+            self._opened.hear()
         for sock in self._sockets:
             # What waits there is not lost: the other daemon has the same socket.
             server.accepting.unlisten(sock)
@@ -484,6 +506,8 @@ class _Worker:
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
+        if self._opened is not None:
+            self._opened.hear()
         for sock in self._sockets:
             server.accepting.accept_rest(sock)
             server.accepting.unlisten(sock)

@@ -63,7 +63,7 @@ class Kernel:
             )
             opened.callback(self.connecting.close)
             self.maps.attach(self.maps.load_programs(self.connecting))
-            self.connecting.load(self.maps)
+            self.connecting.begin(self.connecting.load(self.maps))
             self._memory = bpf.map_memory(
                 self.maps.splices_fd, self.maps.entries * SPLICE_BYTES, write=True
             )

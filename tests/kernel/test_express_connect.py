@@ -688,7 +688,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
     with here.pair() as (lasting, _, lasting_place), here.pair() as (client, server, place):
         now_s = here.kernel.connecting.ask(lasting_place).begun_ns / 1e9
         seen = places.look(now_s)
-        assert seen == Seen([], [])
+        assert seen == Seen([], [], [])
         server.sendall(b"bye")
         half_close(server)
         assert read_to_end(client) == b"bye"
@@ -698,10 +698,10 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
         seen = places.look(now_s)
         assert [one.place for one in seen.ended] == [place]
         assert [way.bytes for way in seen.ended[0].record.way] == [5, 3]
-        assert seen.ended[0].begun_ns == here.kernel.connecting.ask(place).begun_ns
+        assert seen.ended[0].ask.begun_ns == here.kernel.connecting.ask(place).begun_ns
         seen = places.look(now_s + LASTS_AFTER_S + 1)
-        assert seen == Seen([], [lasting_place])
-        assert places.look(now_s + LASTS_AFTER_S + 2) == Seen([], [])
+        assert seen == Seen([], [lasting_place], [])
+        assert places.look(now_s + LASTS_AFTER_S + 2) == Seen([], [], [])
         # Late packets of the one that has ended are still its own; and then not any more.
         words = here.kernel.connecting.words()
         assert words[place] & abi.STATE_MASK == abi.AskState.JOINED
@@ -718,7 +718,7 @@ def test_a_reset_is_handed_over_at_once(site: Open) -> None:
     with here.pair() as (client, server, place):
         reset(client)
         assert ends_with_reset(server) == b""
-        assert places.look(time.monotonic()) == Seen([], [place])
+        assert places.look(time.monotonic()) == Seen([], [place], [])
 
 
 @every_way

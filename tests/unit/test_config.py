@@ -416,7 +416,7 @@ def test_two_listeners_may_share_a_port_across_protocols_and_port_zero() -> None
             "datapath: xyz",
             1,
             "datapath",
-            "'xyz' is not possible here, must be auto or sockmap or splice or copy",
+            "'xyz' is not possible here, must be auto or express or sockmap or splice or copy",
         ),
         ("datapath: 5", 1, "datapath", "5 is not possible here"),
         ("limits: {pairs: 0}", 1, "limits.pairs", "must be greater than or equal to 1, not 0"),
@@ -718,7 +718,7 @@ def test_all_errors_are_listed_in_the_order_of_their_lines() -> None:
         "a.yaml, line 2, timeouts.connect: 5 is no duration like 250ms, 5s or 1h: did you mean 5s?",
         "a.yaml, line 4, limits.pairs: must be a valid integer, not 'many'",
         "a.yaml, line 5, datapath: 'fast' is not possible here, "
-        "must be auto or sockmap or splice or copy",
+        "must be auto or express or sockmap or splice or copy",
     ]
     assert (error.line, error.path) == (2, "timeouts.connect")
 

@@ -13,7 +13,15 @@ from unittest.mock import Mock, call
 import pytest
 
 from pyforwarder.config import parse_config
-from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, NAMES, SESSIONS, Datapath, row_of
+from pyforwarder.core.datapaths import (
+    DATAPATHS,
+    IN_KERNEL,
+    NAMES,
+    OPENING,
+    SESSIONS,
+    Datapath,
+    row_of,
+)
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.datapath.supervised import Given, KernelDatapath, LoadedPrograms
@@ -28,7 +36,7 @@ EACH = pytest.mark.parametrize("row", DATAPATHS, ids=lambda row: row.name)
 
 
 def test_the_configuration_may_name_every_datapath_and_auto() -> None:
-    assert sorted(NAMES) == sorted(["auto", *(row.name for row in DATAPATHS)])
+    assert sorted(NAMES) == sorted(["auto", *(row.name for row in (*DATAPATHS, *OPENING))])
 
 
 @EACH
@@ -43,7 +51,7 @@ def test_a_datapath_has_its_number_its_word_and_its_counter(row: Datapath) -> No
     assert [each.word for each in rows] == [Counter[f"JOINED_{row.name.upper()}"]]
 
 
-@pytest.mark.parametrize("row", [*DATAPATHS, *SESSIONS], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*DATAPATHS, *SESSIONS, *OPENING], ids=lambda row: row.name)
 def test_a_datapath_is_proven_as_a_user(row: Datapath) -> None:
     assert row_of(row.name) is row
     assert len(inspect.signature(pkgutil.resolve_name(row.proof)).parameters) == 1

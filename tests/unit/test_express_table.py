@@ -171,6 +171,8 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
         ({"to": SERVER}, {"limits": {"pairs_per_client": 5}}, {}, "`pairs_per_client`"),
         ({"to": SERVER}, {}, {"limits": {"new_per_second": 5}}, "`new_per_second`"),
         ({"to": SERVER}, {}, {"limits": {"memory": "8MiB"}}, "`memory`"),
+        ({"to": SERVER}, {}, {"limits": {"pairs": 5}}, "`pairs`"),
+        ({"to": SERVER}, {"splice_interfaces": "any"}, {}, "`splice_interfaces: any`"),
         (
             {"to": SERVER},
             {},
@@ -179,15 +181,27 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
         ),
         (
             {"to": "up"},
-            {"upstreams": {"up": {"servers": [SERVER], "balance": "least_pairs"}}},
+            {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"]}}},
             {},
-            "upstream up: userspace alone chooses by `least_pairs`",
+            "upstream up: userspace alone chooses a server",
         ),
         (
             {"to": "up"},
-            {"upstreams": {"up": {"servers": [SERVER, "name:1"]}}},
+            {"upstreams": {"up": {"servers": ["name:1"]}}},
             {},
             "userspace alone connects to names",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [{"address": SERVER, "weight": 0}]}}},
+            {},
+            "its server gets no new pairs",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER], "source": ["127.0.0.9"]}}},
+            {},
+            "chooses a `source`",
         ),
         (
             {"to": "up"},
@@ -223,7 +237,8 @@ def test_what_userspace_alone_can_do_it_does(
         ({"to": SERVER}, {}),
         ({"to": "127.0.0.2:same"}, {}),
         ({"to": SERVER, "send_proxy": "off"}, {}),
-        ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"], "health": {}}}}),
+        ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER], "health": {}}}}),
+        ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER], "balance": "least_pairs"}}}),
     ],
 )
 def test_plain_servers_could_be_connected_to_in_the_kernel(

@@ -20,6 +20,7 @@ GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
         {"id": 1, "slot": 0, "pending": [0, 5], "any_interface": 0, "keepalive": [60, 10, 3]},
         2,
     ),
+    "learn": ({}, 2),
     "adopted": ({"index": 0, "slot": 7}, 0),
     "mute": ({"index": 3}, 2),
     "narrow": ({"index": 3}, 0),

@@ -44,7 +44,7 @@ def test_reasons_that_never_came_are_left_out() -> None:
     row = report.stats(counters, [], DATAPATHS)
     assert row["closed"] == {"idle": 3}
     assert (row["bytes_up"], row["bytes_down"]) == (5, 0)
-    assert row["joined"] == {"copy": 0, "sockmap": 0, "splice": 0}
+    assert row["joined"] == {"copy": 0, "sockmap": 0, "splice": 0, "express": 0}
 
 
 def test_a_server_has_its_weight_and_whether_it_is_a_backup_last() -> None:

@@ -46,7 +46,7 @@ MOST_PREFIX_BYTES: Final = 64  # of `bytes`, with what stands in front of them
 MOST_PREFIXES: Final = 64
 
 # The datapaths that leave it open who decides.
-_OPEN_CHOICES: Final = (None, "auto")
+_OPEN_CHOICES: Final = (None, "auto", "express")
 
 
 class ServerConfig(Protocol):
@@ -54,6 +54,8 @@ class ServerConfig(Protocol):
 
     @property
     def address(self) -> ServerAddress: ...
+    @property
+    def weight(self) -> int: ...
 
 
 class UpstreamConfig(Protocol):
@@ -71,6 +73,8 @@ class UpstreamConfig(Protocol):
     def slow_start_s(self) -> float: ...
     @property
     def registered(self) -> object: ...
+    @property
+    def source(self) -> Sequence[object]: ...
 
 
 class ProxyConfig(Protocol):
@@ -90,6 +94,8 @@ class FirstPacketConfig(Protocol):
 class LimitsConfig(Protocol):
     """What is read of limits."""
 
+    @property
+    def pairs(self) -> int: ...
     @property
     def pairs_per_client(self) -> int: ...
     @property
@@ -128,6 +134,13 @@ class ListenerConfig(Protocol):
     def rules(self) -> Sequence[RuleConfig]: ...
 
 
+class FleetConfig(Protocol):
+    """What is read of what machines share."""
+
+    @property
+    def failover(self) -> object: ...
+
+
 class Config(Protocol):
     """What is read of a whole configuration."""
 
@@ -135,6 +148,10 @@ class Config(Protocol):
     def datapath(self) -> str: ...
     @property
     def limits(self) -> LimitsConfig: ...
+    @property
+    def splice_interfaces(self) -> str: ...
+    @property
+    def fleet(self) -> FleetConfig | None: ...
     @property
     def upstreams(self) -> Mapping[str, UpstreamConfig]: ...
 
@@ -209,8 +226,12 @@ def _why_not_listener(config: Config, listener: ListenerConfig) -> str:
     for limits in (config.limits, listener.limits):
         if limits.pairs_per_client or limits.new_per_second or limits.new_per_second_per_client:
             return "userspace alone counts for `pairs_per_client` and `new_per_second`"
-    if listener.limits.memory_bytes:
-        return "userspace alone counts for the listener's `memory`"
+    if listener.limits.memory_bytes or listener.limits.pairs:
+        return "userspace alone counts for the listener's `memory` and `pairs`"
+    if config.splice_interfaces == "any":
+        return "the configuration says `splice_interfaces: any`"
+    if config.fleet is not None and config.fleet.failover:
+        return "another machine could not go on with what no worker knows of"
     return ""
 
 
@@ -254,10 +275,14 @@ def _why_not_target(
 
 
 def _why_not_upstream(upstream: UpstreamConfig) -> str:
-    if upstream.balance != "round_robin":
-        return f"userspace alone chooses by `{upstream.balance}`"
     if upstream.registered:
         return "its servers come and go"
+    if len(upstream.servers) != 1:
+        return "userspace alone chooses a server"
+    if not upstream.servers[0].weight:
+        return "its server gets no new pairs"
+    if upstream.source:
+        return "userspace alone chooses a `source`"
     if upstream.transparent:
         return "userspace alone connects from the client's address"
     if upstream.slow_start_s:

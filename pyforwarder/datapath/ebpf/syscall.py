@@ -89,6 +89,7 @@ class _Command(enum.IntEnum):
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
     PROG_QUERY = 16
+    MAP_LOOKUP_AND_DELETE_ELEM = 21
     LINK_CREATE = 28
     LINK_UPDATE = 29
     LINK_DETACH = 34
@@ -199,6 +200,23 @@ def push(fd: int, value: bytes) -> None:
         _Command.MAP_UPDATE_ELEM,
         struct.pack("=IxxxxQQQ", fd, 0, ctypes.addressof(buffer), 0),
     )
+
+
+def pop(fd: int, value_bytes: int) -> bytes | None:
+    """Take what is in front out of a QUEUE; None: it is empty.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    buffer = ctypes.create_string_buffer(value_bytes)
+    try:
+        _call(
+            _Command.MAP_LOOKUP_AND_DELETE_ELEM,
+            struct.pack("=IxxxxQQQ", fd, 0, ctypes.addressof(buffer), 0),
+        )
+    except FileNotFoundError:
+        return None
+    return buffer.raw
 
 
 def map_memory(fd: int, length_bytes: int, *, offset_bytes: int = 0, write: bool) -> mmap.mmap:

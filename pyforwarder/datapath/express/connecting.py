@@ -36,8 +36,8 @@ _FIELDS: Final = {
 }
 # Not on all kernels: Linux 6.7 and 6.18.
 _LATER_FIELDS: Final = ("req_usec_ts", "accecn_ok")
-# struct asking: a key, what was read of the packet, a listener's key, and six numbers.
-_ASKING_BYTES: Final = 36 + 32 + 20 + 6 * 4
+# struct asking: a key, what was read of the packet, a listener's key, and some numbers.
+_ASKING_BYTES: Final = 36 + 32 + 20 + 7 * 4
 # struct made: two IP headers, two of TCP, and some numbers.
 _MADE_BYTES: Final = 80 + 128 + 32 + 8 + 8 + 20 + 12 + 16 + 16
 _NUMBER: Final = struct.Struct("=I")
@@ -49,8 +49,10 @@ _LET_GO: Final = struct.Struct("=14xI4xQQ28x")
 class Connecting:
     """Rules, listeners, targets and places; closed by `close`."""
 
-    def __init__(self, *, tables: int, places: int, first_splice: int, first_port: int) -> None:
-        """Make the maps.
+    def __init__(
+        self, *, tables: int, places: int, first_splice: int, first_port: int, is_open: bool = True
+    ) -> None:
+        """Make the maps; unless `is_open` the programs have no place before it is offered.
 
         Raises:
             OSError: the kernel refuses.
@@ -80,7 +82,10 @@ class Connecting:
             key, listener = ctypes.sizeof(abi.ListenerKey), ctypes.sizeof(abi.Listener)
             target = ctypes.sizeof(abi.Target)
             self.programs_fd = make("programs", kinds.PROG_ARRAY, 4, 4, len(PROGRAMS))
-            self.listeners_fd = make("listeners", kinds.HASH, key, listener, MOST_LISTENERS)
+            # Not preallocated: a program that reads an old one must not see parts of a new one.
+            self.listeners_fd = make(
+                "listeners", kinds.HASH, key, listener, MOST_LISTENERS, bpf.F_NO_PREALLOC
+            )
             self.targets_fd = make("targets", kinds.ARRAY, 4, target, MOST_TARGETS)
             self.asks_fd = make("asks", kinds.ARRAY, 4, abi.ASK_BYTES, places, bpf.F_MMAPABLE)
             self.places_fd = make("places", kinds.QUEUE, 0, 4, places)
@@ -94,11 +99,16 @@ class Connecting:
             for place in range(places):
                 at = place * _stride() + abi.Ask.secret.offset
                 self.memory[at : at + 4] = secrets.token_bytes(4)
-                bpf.push(self.places_fd, _NUMBER.pack(place))
+                if is_open:
+                    bpf.push(self.places_fd, _NUMBER.pack(place))
+            self._let_go_fd = -1
             self._opened = opened.pop_all()
 
-    def load(self, splice: SpliceMaps) -> None:
+    def load(self, splice: SpliceMaps) -> int:
         """Load the programs, and put them where those on the interfaces go on with them.
+
+        The descriptor is of another one, which `begin` is to be given: it may be loaded in another
+        process.
 
         Raises:
             LoadError: they do not compile, or the kernel refuses them.
@@ -132,8 +142,6 @@ class Connecting:
                 "FOR_OUR_STACK": self.mark,
             },
         )
-        self._opened.callback(os.close, let_go_fd)
-        self._let_go_fd = let_go_fd
         programs = bpf.Map(self.programs_fd, key_bytes=4, value_bytes=4)
         try:
             for place, fd in enumerate(descriptors):
@@ -141,6 +149,24 @@ class Connecting:
         finally:
             for fd in descriptors:
                 os.close(fd)
+        return let_go_fd
+
+    def begin(self, let_go_fd: int) -> None:
+        """What was loaded is used from here on; the descriptor is ours to close."""
+        self._opened.callback(os.close, let_go_fd)
+        self._let_go_fd = let_go_fd
+
+    def offer(self, place: int) -> None:
+        """The programs may open a connection in this place, which nobody has."""
+        bpf.push(self.places_fd, _NUMBER.pack(place))
+
+    def take_back(self) -> list[int]:
+        """All places that are free; the programs have none until they are offered again."""
+        found = []
+        while (value := bpf.pop(self.places_fd, _NUMBER.size)) is not None:
+            (place,) = _NUMBER.unpack(value)
+            found.append(place)
+        return found
 
     def listen(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
         """Decide the connections to an address from here on."""
@@ -164,6 +190,11 @@ class Connecting:
             numbers[abi.Ask.word.offset // 8 :: stride] as found,
         ):
             return found.tolist()
+
+    def word(self, place: int) -> int:
+        """The number of a place's connection and its state."""
+        at = place * _stride() + abi.Ask.word.offset
+        return int.from_bytes(self.memory[at : at + 8], "little")
 
     def let_go(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
         """Free a place, if the connection with this word still has it and came no further.

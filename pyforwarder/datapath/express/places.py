@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pyforwarder.datapath.express.connect_abi import STATE_MASK, AskState
+from pyforwarder.datapath.express.connect_abi import NO_WORKER, STATE_MASK, Ask, AskState
 from pyforwarder.datapath.splice.abi import Splice, SpliceState
 
 if TYPE_CHECKING:
@@ -33,8 +33,13 @@ class Ended(NamedTuple):
     """A connection that has begun and ended without a worker."""
 
     place: int
-    begun_ns: int  # CLOCK_MONOTONIC
+    ask: Ask
     record: Splice
+
+    @property
+    def ended_ns(self) -> int:
+        """When the second end was acknowledged, by CLOCK_MONOTONIC."""
+        return int(self.record.client_clock) | int(self.record.server_clock) << 32
 
 
 class Seen(NamedTuple):
@@ -42,6 +47,7 @@ class Seen(NamedTuple):
 
     ended: list[Ended]
     lasting: list[int]  # places whose connections are to be given to a worker
+    asked: list[int]  # places whose servers have not answered yet
 
 
 class _Lingering(NamedTuple):
@@ -60,9 +66,14 @@ class Places:
         self._lingering: deque[_Lingering] = deque()
         self._known: dict[int, int] = {}  # place -> word of what was told of
 
-    def look(self, now_s: float) -> Seen:
-        """Do what is due; call it about twice a second. `now_s` is of CLOCK_MONOTONIC."""
-        seen = Seen([], [])
+    def look(
+        self, now_s: float, *, lasts_after_s: float = LASTS_AFTER_S, most: int = 1 << 32
+    ) -> Seen:
+        """Do what is due; call it about twice a second. `now_s` is of CLOCK_MONOTONIC.
+
+        At most so many connections that have ended are told of; the others wait for another look.
+        """
+        seen = Seen([], [], [])
         used = 0
         for place, word in enumerate(self._connecting.words()):
             state = word & STATE_MASK
@@ -71,9 +82,12 @@ class Places:
                 continue
             used += 1
             if state == AskState.ASKED:
+                seen.asked.append(place)
                 self._give_up_late(place, word, now_s)
+            elif state == AskState.FILLING:
+                seen.asked.append(place)
             elif state == AskState.JOINED and self._known.get(place) != word:
-                self._look_at(place, word, now_s, seen)
+                self._look_at(place, word, now_s, seen, lasts_after_s, most)
         self._free(now_s, self._connecting.places - used)
         return seen
 
@@ -83,16 +97,27 @@ class Places:
             until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
             self._connecting.let_go(place, word, not_before_ns=until_ns)
 
-    def _look_at(self, place: int, word: int, now_s: float, seen: Seen) -> None:
+    def _look_at(
+        self, place: int, word: int, now_s: float, seen: Seen, lasts_after_s: float, most: int
+    ) -> None:
         record = self._record(self._connecting.first_splice + place)
-        begun_ns = self._connecting.ask(place).begun_ns
         if record.state != SpliceState.ACTIVE:
             return  # never: it is the last thing that is written
-        if all(way.fin_acked for way in record.way):
+        if record.worker != NO_WORKER:
+            self._known[place] = word  # an earlier keeper has given it to that one
+            return
+        if not record.id:
+            # An earlier keeper has told of its end.
             self._known[place] = word
             self._lingering.append(_Lingering(now_s, place, word))
-            seen.ended.append(Ended(place, begun_ns, record))
-        elif record.reset or now_s - begun_ns / 1e9 > LASTS_AFTER_S:
+            return
+        ask = self._connecting.ask(place)
+        if all(way.fin_acked for way in record.way):
+            if len(seen.ended) < most:
+                self._known[place] = word
+                self._lingering.append(_Lingering(now_s, place, word))
+                seen.ended.append(Ended(place, ask, record))
+        elif record.reset or now_s - ask.begun_ns / 1e9 >= lasts_after_s:
             # After a reset, too: whether the other end has believed it nobody knows.
             self._known[place] = word
             seen.lasting.append(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import time
@@ -12,6 +13,7 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.proof import opening
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST
 from pyforwarder.datapath.proof.selftest import (
@@ -22,7 +24,9 @@ from pyforwarder.datapath.proof.selftest import (
 )
 from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
-from pyforwarder.errors import LoadError
+from pyforwarder.datapath.splice.supervised import make_express
+from pyforwarder.errors import DatapathError, LoadError, Refusal
+from pyforwarder.runtime import host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +86,49 @@ def _with_programs(user: str | None, prove: Callable[..., Proof]) -> Proof:
     finally:
         splicing.close()
         os.close(pairs_fd)
+
+
+def prove_express_apart(_user: str | None) -> Proof:
+    """The same of connections that the kernel opens; clients and servers are sockets of ours."""
+    started_s = time.monotonic()
+
+    def took_s() -> float:
+        return round(time.monotonic() - started_s, 3)
+
+    if missing := host.missing_capabilities(refusal.NETWORK):
+        return Proof.refused(refusal.lacking("express", missing), 0.0)
+    with contextlib.ExitStack() as opened:
+        try:
+            pairs_fd = bpf.create_map(
+                bpf.MapType.ARRAY,
+                key_bytes=4,
+                value_bytes=PAIR_BYTES,
+                entries=SLOTS,
+                flags=bpf.F_MMAPABLE,
+            )
+            opened.callback(os.close, pairs_fd)
+            maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
+            with contextlib.ExitStack() as unless_made:
+                unless_made.callback(maps.close)
+                express = make_express(maps, SLOTS, workers=1)
+                unless_made.callback(express.close)
+                programs = maps.load_programs(express.connecting)
+                express.connecting.begin(express.connecting.load(maps))
+                express.has_begun = True
+                splicing = Splicing(maps, workers=1, express=express)
+                unless_made.pop_all()
+            opened.callback(splicing.close)
+            splicing.begin(programs)
+        except LoadError as error:
+            return Proof.refused(error, took_s())
+        except OSError as error:
+            why = refusal.explain("make ready", error.errno or 0, needs=refusal.NETWORK)
+            return Proof.refused(why, took_s())
+        try:
+            passed = opening.play(splicing)
+        except (RigError, OSError, DatapathError) as error:
+            return Proof(False, str(error), {}, took_s(), cause=Refusal.SELF_TEST)
+        return Proof(True, "", passed, took_s())
 
 
 def prove_copy(_user: str | None) -> Proof:

@@ -256,6 +256,13 @@ class SpliceDatapath:
 
     # Asking without waiting
 
+    def teach(self, pair: Pair) -> None:
+        """Let the keeper see how the pair's server is reached; nobody waits for what it says."""
+        self._hear()  # what it has said of others
+        if self._is_heard:
+            pair.is_shared = True
+            self._keeper.begin("learn", [pair.client_fd, pair.server_fd])
+
     @property
     def is_busy(self) -> bool:
         """The keeper is asked for as many pairs at once as it may be."""

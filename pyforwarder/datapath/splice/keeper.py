@@ -39,6 +39,10 @@ from typing import Any, Final
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Direction
+from pyforwarder.datapath.express.connect_abi import Target as ExpressTarget
+from pyforwarder.datapath.express.keeping import ExpressKeeper
+from pyforwarder.datapath.express.sharing import Express
+from pyforwarder.datapath.express.sharing import Server as ExpressServer
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import (
     HELD,
@@ -69,6 +73,7 @@ from pyforwarder.datapath.splice.maps import (
     Programs,
     SpliceMaps,
     forget_flows,
+    mtu_of,
     set_state,
     unpin,
     used_indexes,
@@ -112,6 +117,7 @@ class Keeper:
         complaints_fd: int,
         standby_sock: socket.socket | None = None,
         standby_addresses: Sequence[str] = (),
+        express: Express | None = None,
     ) -> None:
         """`socks[n]` is where worker n asks; `found` is what goes on from an earlier daemon.
 
@@ -147,7 +153,9 @@ class Keeper:
         self._lingering: deque[tuple[float, int]] = deque()
         self._resetting: deque[tuple[float, int]] = deque()
         used = set(used_indexes(self._memory))
-        self._free = deque(index for index in range(maps.entries) if index not in used)
+        # Those of places are not ours to give.
+        self._first_place = express.connecting.first_splice if express else maps.entries
+        self._free = deque(index for index in range(self._first_place) if index not in used)
         self._keepalives = Keepalives(self._memory, self._end)
         self._ways = Ways(maps.links, self._memory, lambda: list(self._owner), self._end)
         self._standby = Standby(
@@ -159,9 +167,17 @@ class Keeper:
             addresses=standby_addresses,
             most=maps.entries // 2,
         )
+        self._express: ExpressKeeper | None = None
+        if express is not None:
+            self._express = ExpressKeeper(
+                express, self._memory, _ExpressOwner(self), workers=maps.workers
+            )
+            self._express.begin(lambda index: index in used)
         now_s = time.monotonic()
         for index in sorted(used):
             record = self._record(index)
+            if self._express is not None and self._express.owns(index, record):
+                continue  # no worker has been told of it yet
             if record.worker == HELD:
                 self._forget(index)  # we shall be told of it again
             elif record.state == SpliceState.RESET:
@@ -171,9 +187,13 @@ class Keeper:
             elif not record.id:
                 self._lingering.append((now_s + _LINGER_S, index))
             else:
-                self._owner[index] = record.worker % maps.workers
+                self._owner[index] = worker = record.worker % maps.workers
+                self._store(index, WORKER_AT, worker)
+                if self._express is not None:
+                    self._express.adopted(index, worker)
                 if record.slot == NO_SLOT:  # another keeper had not given it to anybody yet
-                    self._orphans.setdefault(index, b"")
+                    said = self._express.said(index) if self._express is not None else b""
+                    self._orphans.setdefault(index, said)
                 self._standby.unsettled(index, record)
         self._keepalives.watch(self._owner)
 
@@ -187,14 +207,22 @@ class Keeper:
         poll.register(self._ways, select.POLLIN)
         if self._standby_sock is not None and self._standby.is_wanted:
             poll.register(self._standby_sock, select.POLLIN)
+        if self._express is not None:
+            poll.register(self._express.wake_fd, select.POLLIN)
         while workers:
             wait_s = self._sessions.wait_s(self._keepalives.wait_s(self._ways.wait_s(_PULSE_S)))
             wait_s = self._standby.wait_s(wait_s)
+            if self._express is not None:
+                wait_s = self._express.wait_s(wait_s)
             for fd, mask in poll.poll(math.ceil(wait_s * 1000)):
                 if fd == self._ways.fileno():
                     self._ways.changed()
                     self._sessions.ways_changed()
                     self._standby.ways_changed()
+                    if self._express is not None:
+                        self._express.ways_changed()
+                elif self._express is not None and fd == self._express.wake_fd:
+                    self._express.woken()
                 elif fd not in workers:
                     if not self._answer_standby():
                         poll.unregister(fd)
@@ -204,6 +232,8 @@ class Keeper:
             self._forget_due()
             self._ways.go_on()
             self._standby.go_on()
+            if self._express is not None:
+                self._express.go_on()
             self._keepalives.go_on()
             (number,) = _PULSE.unpack_from(self._pulse)
             _PULSE.pack_into(self._pulse, 0, number + 1)
@@ -290,6 +320,8 @@ class Keeper:
         if self._sessions.knows(request["do"]):
             return self._sessions.obey(worker, request, sockets, given)
         match request["do"]:
+            case "learn":
+                return {"learned": int(self._learn(*sockets))}
             case "clear":
                 for index in self._of(worker):
                     if index not in self._orphans:
@@ -436,6 +468,40 @@ class Keeper:
         unread = [way.unread for way in self._record(index).way]
         mute = self._mute(index, (client, server))
         return {"busy": 0, "index": index, "unread": unread, "mute": mute}
+
+    def _learn(self, client: socket.socket, server: socket.socket) -> bool:
+        """How the server of a pair is reached, for express; whether that is of use to it.
+
+        By what makes a pair be spliced: packets that come from there were seen, under these
+        addresses.
+        """
+        if self._express is None or not all(
+            map(splice_sockets.is_of_our_network, (client, server))
+        ):
+            return False
+        ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
+        there = ends[1]
+        if splice_sockets.obstacle(*ends) is not None or there.mark or there.routing:
+            return False
+        index = self._allocate()
+        if index < 0:
+            return False
+        record = Splice()
+        splice_sockets.describe(record, *ends)
+        try:
+            if self._find_ways(index, record, any_interface=False) is not None:
+                return False
+        finally:
+            self._write(index, Splice())
+            self._free.append(index)
+        way = record.way[Direction.UP]
+        out = record.out[Direction.DOWN]
+        headers = splice_sockets.HEADERS_BYTES[there.family]
+        target = ExpressTarget(port=way.dport, mss=min(mtu_of(out), 0xFFFF) - headers, out=out)
+        target.source[:], target.server[:] = way.source, way.target
+        target.by[:] = record.way[Direction.DOWN].by
+        found = ExpressServer(there.peer, way.dport, there.family)
+        return self._express.learn(found, target, time.monotonic())
 
     def _find_ways(self, index: int, record: Splice, *, any_interface: bool) -> PairReason | None:
         """Write by which interfaces the packets go; or why the programs would not see them.
@@ -586,13 +652,18 @@ class Keeper:
 
     # Other machines' pairs (see `_StandbyOwner`)
 
-    def take_in(self, index: int, said: bytes) -> int:
+    def take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
         """It was another machine's, and is a worker's from now on, which is to adopt it."""
-        worker = index % self._maps.workers
+        if worker is None:
+            worker = index % self._maps.workers
         self._store(index, WORKER_AT, worker)
         self._owner[index], self._orphans[index] = worker, said
         self._ways.changed()
         return worker
+
+    def keep_alive(self, index: int) -> None:
+        """Its peers are asked from now on, if they are to be."""
+        self._keepalives.watch([index])
 
     def owns(self, index: int) -> bool:
         """Whether a worker has it, or is to adopt it."""
@@ -633,7 +704,7 @@ class Keeper:
         struct.pack_into("=I", self._memory, index * SPLICE_BYTES + at, number)
 
     def _allocate(self) -> int:
-        if not self._free and self._lingering:
+        while not self._free and self._lingering:
             self._forget(self._lingering.popleft()[1])
         return self._free.popleft() if self._free else -1
 
@@ -645,7 +716,10 @@ class Keeper:
         self._owner.pop(index, None)
         self._orphans.pop(index, None)
         self._given.pop(index, None)
-        self._free.append(index)
+        if self._express is not None and index >= self._first_place:
+            self._express.freed(index)
+        else:
+            self._free.append(index)
 
     def _forget_due(self) -> None:
         now_s = time.monotonic()
@@ -668,17 +742,31 @@ class _StandbyOwner:
         self.remember_joined = keeper._remember_joined
 
 
+class _ExpressOwner:
+    """What `ExpressKeeper` may have the keeper do."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self.take_in = keeper.take_in
+        self.keep_alive = keeper.keep_alive
+
+
 class KeeperProcess:
     """The keeper, from fork to wait, and again if it dies."""
 
     def __init__(
-        self, maps: SpliceMaps, *, workers: int, close_in_child: Callable[[], None]
+        self,
+        maps: SpliceMaps,
+        *,
+        workers: int,
+        close_in_child: Callable[[], None],
+        express: Express | None = None,
     ) -> None:
         """Make what it and the workers share; `start` forks it.
 
         `clients[n]` is worker n's end, which its replacement inherits.
         """
         self._maps = maps
+        self._express = express
         self._close_in_child = close_in_child
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(workers)]
         self.clients = [ours for ours, _ in pairs]
@@ -723,6 +811,7 @@ class KeeperProcess:
             self._complaints_end,
             self._standby_end,
             self.standby_addresses,
+            self._express if self._express and self._express.has_begun else None,
         ).serve()
         return 0
 
@@ -798,13 +887,17 @@ class Splicing:
         *,
         workers: int,
         close_in_child: Callable[[], None] = lambda: None,
+        express: Express | None = None,
     ) -> None:
         """The maps are ours to close from here on; where programs are attached the keeper starts.
 
         Otherwise it does with `begin`. What workers need they can inherit before.
         """
         self.maps = maps
-        self.keeper = KeeperProcess(maps, workers=workers, close_in_child=close_in_child)
+        self.express = express
+        self.keeper = KeeperProcess(
+            maps, workers=workers, close_in_child=close_in_child, express=express
+        )
         self.has_begun = maps.is_attached
         if self.has_begun:
             self.keeper.start()
@@ -831,6 +924,8 @@ class Splicing:
         """In a worker, which has its datapath: close what could be used against other pairs."""
         self.keeper.keep_only(worker)
         self.maps.keep_only(worker)
+        if self.express is not None:
+            self.express.keep_only(worker)
 
     def clear(self, worker: int) -> None:
         """Forget what a worker has spliced, as if it had never been.
@@ -853,6 +948,8 @@ class Splicing:
         """End the keeper, and leave everything else to the daemon that takes our place."""
         self.keeper.close()
         self.maps.close()
+        if self.express is not None:
+            self.express.close()
 
     def close(self) -> None:
         """End the keeper; the programs leave the interfaces, and pairs that are left get a RST."""
@@ -864,6 +961,8 @@ class Splicing:
         ):
             unpin(self.maps.links.directory)
         self.maps.close()
+        if self.express is not None:
+            self.express.close()
 
 
 def splice_memory(maps: SpliceMaps) -> mmap.mmap:

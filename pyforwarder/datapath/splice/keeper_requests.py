@@ -110,6 +110,8 @@ REQUESTS: Final[Mapping[str, Request]] = {
         },
         2,
     ),
+    # How the server is reached, by a pair that is copied: for express.
+    "learn": Request({}, 2),
     "adopted": Request({"index": _INDEX, "slot": _SLOT}, 0),
     "mute": Request({"index": _INDEX}, 2),
     "narrow": Request({"index": _INDEX}, 0),

@@ -300,11 +300,13 @@ class SpliceMaps:
         sessions: int = 0,
         is_successor: bool = False,
         handshakes_fd: int = -1,
+        places: int = 0,
     ) -> SpliceMaps:
         """Make the maps, or open those that an earlier daemon has left; its programs go on there.
 
         `is_successor`: that daemon lives. Nothing of it is removed, whatever version it has, and
-        `handshakes_fd` is its map of those, which is ours from here on; -1: we make one.
+        `handshakes_fd` is its map of those, which is ours from here on; -1: we make one. Where the
+        maps are new, there is room for so many `places` of express.
 
         Raises:
             LoadError: as `load`, or the daemon that lives has maps of another version.
@@ -330,7 +332,7 @@ class SpliceMaps:
                 opened.callback(left.close)
             try:
                 # Some more than pairs: one that has ended keeps its place for a while.
-                entries = left.entries if left else 2 * workers * slots
+                entries = left.entries if left else 2 * workers * slots + places
                 flows = keep(os.dup(left.flows_fd) if left else _make_flows(entries))
                 splices = keep(os.dup(left.splices_fd) if left else _make_splices(entries))
                 handshakes = keep(handshakes_fd if handshakes_fd >= 0 else _make_handshakes())
@@ -689,11 +691,16 @@ def forget_flows(flows: bpf.Map, index: int, record: Splice) -> None:
 def smallest_mtu() -> int:
     """Of the interfaces but `lo` that have addresses; 0 if there are none."""
     sizes = [
-        _ioctl(_SIOCGIFMTU, index)
+        mtu_of(index)
         for index in with_addresses()
         if index != LOOPBACK and _is_like_ethernet(index)
     ]
     return min(sizes, default=0)
+
+
+def mtu_of(interface: int) -> int:
+    """What it carries in one packet, its header left out; 0: it is gone."""
+    return _ioctl(_SIOCGIFMTU, interface)
 
 
 def with_addresses() -> list[int]:

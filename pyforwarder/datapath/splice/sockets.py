@@ -50,7 +50,7 @@ _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 # struct tcp_info: options and both window scales at 5, the path's MTU at 60, our MSS at 84.
 _INFO: Final = struct.Struct("=5xBB53xI20xI")
 _OPTION_TIMESTAMPS, _OPTION_ECN = 1, 8
-_HEADERS_BYTES: Final = {4: 40, 6: 60}
+HEADERS_BYTES: Final = {4: 40, 6: 60}
 _MAPPED: Final = ipaddress.ip_network("::ffff:0:0/96")
 _LINK_LOCAL: Final = ipaddress.ip_network("fe80::/10")
 
@@ -138,7 +138,7 @@ def obstacle(client: End, server: End) -> PairReason | None:
         return PairReason.LINK_LOCAL
     if client.timestamps != server.timestamps:
         return PairReason.ONE_HAS_TIMESTAMPS
-    headers = _HEADERS_BYTES[client.family]
+    headers = HEADERS_BYTES[client.family]
     for one, other in ((client, server), (server, client)):
         # What the one connection's peer may send must go through the other's path.
         if one.own_mss + headers > other.path_bytes:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.datapath import supervised
 from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.express.connecting import Connecting
+from pyforwarder.datapath.express.keeping import free_ports
+from pyforwarder.datapath.express.sharing import TABLES, Express
 from pyforwarder.datapath.splice.keeper import Splicing, pins_of
 from pyforwarder.datapath.splice.maps import Programs, SpliceMaps, has_pins
 from pyforwarder.errors import LoadError
@@ -26,11 +29,13 @@ class SupervisedSplice(supervised.KernelDatapath):
         *,
         takes_over: bool,
         splices_sessions: bool,
+        no_express: str = "",
     ) -> None:
         self.splicing = splicing
         self.takes_over = takes_over
         self._warn = warn
         self._splices_sessions = splices_sessions
+        self._no_express = no_express
 
     @classmethod
     def make(cls, given: supervised.Given) -> SupervisedSplice | None:
@@ -44,6 +49,7 @@ class SupervisedSplice(supervised.KernelDatapath):
                 os.close(given.handshakes_fd)
             return None
         arrays = given.arrays()
+        ports = given.config.express_ports
         maps = SpliceMaps.create(
             workers=given.workers,
             slots=given.slots,
@@ -53,10 +59,20 @@ class SupervisedSplice(supervised.KernelDatapath):
             sessions=given.config.limits.most_sessions,
             is_successor=given.is_successor,
             handshakes_fd=given.handshakes_fd,
+            places=ports,
         )
         if maps.has_replaced:
             given.warn("splice_pins_replaced", directory=pins)
-        splicing = Splicing(maps, workers=given.workers, close_in_child=given.close_in_child)
+        express: Express | None = None
+        why_not = ""
+        if ports:
+            try:
+                express = make_express(maps, ports, workers=given.workers)
+            except OSError as error:
+                why_not = f"make ready for express: {error.strerror}"
+        splicing = Splicing(
+            maps, workers=given.workers, close_in_child=given.close_in_child, express=express
+        )
         fleet = given.config.fleet
         if fleet is not None and fleet.failover is not None:
             splicing.keeper.standby_addresses = fleet.failover.addresses
@@ -65,7 +81,13 @@ class SupervisedSplice(supervised.KernelDatapath):
             given.warn,
             takes_over=takes_over,
             splices_sessions=splices_sessions(given.config),
+            no_express=why_not,
         )
+
+    @property
+    def wants_express(self) -> bool:
+        """Whether a listener wants express, and `load` says whether it works."""
+        return self.splicing.express is not None or bool(self._no_express)
 
     def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
         """With UDP, where that is asked for."""
@@ -79,11 +101,29 @@ class SupervisedSplice(supervised.KernelDatapath):
                 sessions["splice_udp"] = str(error)
             else:
                 sessions["splice_udp"] = ""
-        return supervised.LoadedPrograms(self.splicing.maps.load_programs(), proof, sessions)
+        maps, express = self.splicing.maps, self.splicing.express
+        if self._no_express:
+            sessions["express"] = self._no_express
+        if express is not None:
+            try:
+                prove("express")
+                programs = maps.load_programs(express.connecting)
+                let_go_fd = express.connecting.load(maps)
+            except LoadError as error:
+                sessions["express"] = str(error)
+            else:
+                sessions["express"] = ""
+                return supervised.LoadedPrograms([*programs, let_go_fd], proof, sessions)
+        return supervised.LoadedPrograms(maps.load_programs(), proof, sessions)
 
     def attach(self, descriptors: Sequence[int]) -> None:
         """To all interfaces that take them; of the others the log tells."""
-        self.splicing.begin(Programs(*descriptors))
+        *programs, let_go_fd = [*descriptors, -1][: len(Programs._fields) + 1]
+        express = self.splicing.express
+        if express is not None and let_go_fd >= 0:
+            express.connecting.begin(let_go_fd)
+            express.has_begun = True
+        self.splicing.begin(Programs(*programs))
         for reason in self.splicing.maps.links.refusals.values():
             self._warn("splice_not_on_interface", reason=reason)
 
@@ -109,10 +149,27 @@ class SupervisedSplice(supervised.KernelDatapath):
         self.splicing.close()
 
 
+def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
+    """With so many ports, or what the maps of an earlier daemon have room for.
+
+    Raises:
+        OSError: the kernel refuses, or there are no such ports.
+    """
+    places = min(ports, maps.entries // 4)
+    connecting = Connecting(
+        tables=TABLES,
+        places=places,
+        first_splice=maps.entries - places,
+        first_port=free_ports(places),
+        is_open=False,
+    )
+    return Express(connecting, workers=workers)
+
+
 def splices_sessions(config: Config) -> bool:
     """Whether there is a listener of UDP whose sessions the kernel may get."""
     return any(
-        not {"auto", "splice"}.isdisjoint(
+        not {"auto", "express", "splice"}.isdisjoint(
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules
         )
         for listener in config.listeners
