@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.routing import Rule
     from pyforwarder.datapath.express.sharing import Express
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.configuration import InForce
+    from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.health import Verdict
 
@@ -49,7 +49,7 @@ class Decisions:
 
     def __init__(
         self,
-        in_force: InForce,
+        in_force: ConfigInForce,
         datapaths: Datapaths,
         *,
         loop: Loop,
