@@ -18,9 +18,9 @@ from aioquic.asyncio.client import connect
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import programs
 from tests.helpers.peers import unused_port
+from tests.helpers.quic_peers import Nat, client_of, server
 from tests.helpers.survival import everyone
 from tests.helpers.waiting import DEADLINE_S, wait_for
-from tests.kernel.test_quic import Nat, client_of, server
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon

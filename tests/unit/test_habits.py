@@ -33,8 +33,8 @@ SLEEPS: Final = {
     "kernel/test_memory.py test_what_stalled_pairs_hold_is_bounded": (
         "the client pushes at this pace"
     ),
-    "kernel/test_quic.py close": "0 s: asyncio closes the transports in its next turn",
-    "kernel/test_quic.py server": "0 s: asyncio closes the socket in its next turn",
+    "helpers/quic_peers.py close": "0 s: asyncio closes the transports in its next turn",
+    "helpers/quic_peers.py server": "0 s: asyncio closes the socket in its next turn",
     "kernel/test_sockmap_exit.py send": "the pace of a peer that sends slowly",
     "kernel/test_splice_keeper.py hangs": "the keeper hangs for so long",
     "kernel/test_splice_keeper.py test_no_pair_begins_after_its_worker_has_given_the_keeper_up": (
