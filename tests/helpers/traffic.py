@@ -12,6 +12,12 @@ would have to be carried for that purpose.
 * a clean end of file is seen only after all of it.
 
 Beyond that the forwarded conversation must end as the direct one did.
+
+A reset need not be heard, also directly: a kernel that has thrown away bytes for want of memory
+(TCPRcvQDrop) closes its window, and ignores a reset that begins behind them; the other end has the
+window rounded up to a step of its scale (tcp_acceptable_seq), and sends it there. So an end that
+only reads asks after a while whether the other one is still there, as a keepalive does, and that
+is held against a forwarder only where no kernel has thrown anything away.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.instruction import ACK, instruction
 
 # A prime, so that no chunk, segment or page size divides it: bytes that are lost, doubled or
@@ -41,6 +48,9 @@ READ_SIZE: Final = 1 << 18
 _STREAM: Final = random.Random("the bytes of every conversation").randbytes(STREAM_PERIOD)
 _BYTES: Final = _STREAM + _STREAM[:LARGEST_CHUNK]
 _VIEW: Final = memoryview(_BYTES)
+
+# How long a reset may take to be heard before the end that waits for it asks.
+_ASKS_AFTER_S: Final = scaled_s(10.0)
 
 _RESET_NOW: Final = struct.pack("ii", 1, 0)  # struct linger: on, zero seconds, socket(7)
 # ENOTCONN is what shutdown(2) says about a socket that has been reset in the meantime.
@@ -166,6 +176,7 @@ class EndResult:
     reset: bool = False
     own_reset: bool = False
     own_close: bool = False
+    asked: bool = False  # whether the other end, which had sent a reset, was still there
     error: str = ""
     doing: str = ""  # the step that was never finished, when the deadline came
 
@@ -180,6 +191,7 @@ class Result:
     ack: bytes = b""
     stuck: bool = False
     took_s: float = 0.0
+    thrown_away: int = 0  # packets, by kernels of this network since all of them began
 
 
 # ---------------------------------------------------------------------------- generator
@@ -679,11 +691,20 @@ class _End:
             case Reset():
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_NOW)
                 result.own_reset = True
+                self.player.after(_ASKS_AFTER_S, self.talk.ask)
                 self.finish()
             case Hold():
                 self.held = True
                 return False
         return True
+
+    def ask(self) -> None:
+        """Have the kernel ask whether the other end is still there (a keepalive), at once."""
+        assert self.sock is not None
+        self.result.asked = True
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
 
     def pause(self, seconds: float) -> None:
         self.waiting = True
@@ -756,6 +777,7 @@ class _Talk:
         self.ack = b""
         self.over = False
         self.stuck = False
+        self.asked = False
         self.began = time.monotonic()
         up, down = conversation.origins
         self.client = _End(player, self, conversation.client, (up, down))
@@ -817,6 +839,13 @@ class _Talk:
         if not self.over and not self.server.result.connected:
             self.end()
 
+    def ask(self) -> None:
+        """Somebody has reset long ago, and who has not heard of it asks."""
+        self.asked = True
+        for end in (self.client, self.server):
+            if end.result.connected and not end.done:
+                end.ask()
+
     def expire(self) -> None:
         if not self.over:
             self.stuck = True
@@ -838,6 +867,7 @@ class _Talk:
                 self.ack,
                 self.stuck,
                 time.monotonic() - self.began,
+                thrown_away() - self.player.thrown_away_before if self.asked else 0,
             )
         )
 
@@ -851,6 +881,13 @@ def _pieces(text: bytes, opening: Opening) -> list[tuple[bytes, bool, float]]:
     last = pieces[-1][0]
     pieces[-1] = (last, opening.coalesce and not opening.await_ack, 0.0)
     return pieces
+
+
+def thrown_away() -> int:
+    """Packets that kernels of this network have thrown away for want of memory, behind a window."""
+    with open("/proc/thread-self/net/netstat", encoding="ascii") as netstat:
+        names, values = (next(netstat).split() for _ in range(2))
+    return int(values[names.index("TCPRcvQDrop")])
 
 
 class _Player:
@@ -876,6 +913,7 @@ class _Player:
         self.timer_numbers = itertools.count()
         self.running = 0
         self.exhausted = False
+        self.thrown_away_before = thrown_away()
 
     def watch(self, fd: int, handler: Callable[[int], None]) -> None:
         self.handlers[fd] = handler
@@ -996,6 +1034,8 @@ def rule_violations(result: Result) -> list[str]:
             found.append(f"{name}: clean end of file after {end.received} of {other.sent} bytes")
         if end.eof and not (other.fin_sent or other.own_close):
             found.append(f"{name}: clean end of file although the other end sent no FIN")
+        if end.asked and not result.thrown_away:
+            found.append(f"{name}: heard of the reset only when it asked")
         if end.connected and not (end.eof or end.reset or end.own_reset or end.own_close):
             found.append(f"{name}: ended without an end of file or a reset")
         if talk.verdict is Verdict.ORDERLY and end.reset:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import pytest
 
 from tests.helpers import traffic
-from tests.helpers.netns import narrow_the_network
+from tests.helpers.faults import RST, Action, faults
+from tests.helpers.netns import Network, narrow_the_network
 from tests.helpers.relay import Fault, Relay
 from tests.helpers.waiting import DEADLINE_S
 
@@ -53,3 +57,25 @@ def test_a_faulty_forwarder_is_found(fault: Fault) -> None:
     if fault is Fault.LOSES_TAIL_ON_FIN:
         narrow_the_network()  # with loopback's buffers nothing ever waits in the forwarder
     assert _bad(fault, deadline_s=HANGS_AFTER_S)
+
+
+@pytest.mark.parametrize("thrown_away", [0, 1])
+def test_a_reset_that_is_lost_is_a_fault_unless_a_kernel_has_thrown_bytes_away(
+    monkeypatch: pytest.MonkeyPatch, thrown_away: int
+) -> None:
+    """Who waits for it hears of it by asking, and is not stuck."""
+    monkeypatch.setattr(traffic, "_ASKS_AFTER_S", 0.2)
+    counts = itertools.chain([0], itertools.repeat(thrown_away))
+    monkeypatch.setattr(traffic, "thrown_away", lambda: next(counts))
+    talk = next(
+        one
+        for one in (traffic.conversation(SEED, number) for number in range(1000))
+        if one.kind == "reset by server"
+    )
+    with contextlib.closing(Network()) as network, network.entered(), faults() as lossy:
+        lossy.set(flags=RST, exact={1: Action.LOSE})
+        with lossy.put_on((network, "lo")):
+            (result,) = traffic.run([talk]).values()
+    assert (result.client.reset, result.client.asked, result.stuck) == (True, True, False)
+    found = traffic.faults(result, result)
+    assert bool(found) == (not thrown_away), found
