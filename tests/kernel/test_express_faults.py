@@ -18,21 +18,15 @@ import pytest
 from pyforwarder.datapath.express.places import LEAST_LINGER_S, Places
 from tests.helpers import express_talks as talks
 from tests.helpers.connecting import Kernel
+from tests.helpers.express_site import Site, asked, asked_place, looked_after, opener
 from tests.helpers.faults import Action, faults
 from tests.helpers.forged import ACK, PSH, RST, SYN, Forger, Segment, timestamp
 from tests.helpers.peers import half_close, pattern, read_exactly, read_to_end
 from tests.helpers.topology import Topology, topology
 from tests.helpers.waiting import DEADLINE_S, wait_for
-from tests.kernel.test_express_connect import (
-    Site,
-    asked,
-    asked_place,
-    looked_after,
-    opener,
-)
 
 if TYPE_CHECKING:
-    from tests.kernel.test_express_connect import Open
+    from tests.helpers.express_site import Open
 
 SEED: Final = int(
     os.environ.get("PYFORWARDER_TEST_SEED") or random.SystemRandom().randrange(1 << 32)
