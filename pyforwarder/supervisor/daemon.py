@@ -78,6 +78,8 @@ _STOP_S: Final = 5.0
 # So many connections at most come to a daemon between the moment at which its successor learns the
 # highest number of a pair and the one at which it accepts no more: no number is given twice.
 _MEANWHILE: Final = 100_000
+# The same for as long as its successor may take to get ready.
+_MEANWHILE_PREPARING: Final = 100_000_000
 
 
 class Daemon:
@@ -471,6 +473,13 @@ class Daemon:
             self._spliced is None or isinstance(self._spliced, LoadError)
         ):
             raise ControlError(f"spliced pairs could not go on: {why}")
+        pinned = elder.offer.splice_map if elder.offer.splice == "pinned" else None
+        if pinned not in (None, self._datapaths.splice_map_id):
+            raise ControlError(
+                "spliced pairs could not go on: what the running daemon has pinned in "
+                f"{self._instance.bpffs_dir} is not what this process finds there; "
+                f"`nsenter --all --target {elder.offer.pid}` runs a command beside it"
+            )
         if self._spliced is None and not self._datapaths.in_preparation:
             self._workers.datapaths_are_settled()
         # A daemon before the one before may still write where our workers remember used tokens.
@@ -480,7 +489,7 @@ class Daemon:
         ends = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in workers]
         try:
             self._workers.start_beside(
-                elder.last_id() + _MEANWHILE,
+                self._elders_last_id(elder),
                 {index: ours for index, (ours, _) in enumerate(ends)},
                 [theirs for _, theirs in ends],
             )
@@ -508,6 +517,20 @@ class Daemon:
                 self._loop.defer(lambda _: self._go_on_with_spliced(), None)
             else:
                 self._loop.after(scaled_s(_RELEASE_S), self._go_on_with_spliced)
+
+    def _elders_last_id(self, elder: Predecessor) -> int:
+        """As high as any number of its pairs will be.
+
+        Raises:
+            ForwarderError: it is there, and does not say.
+        """
+        try:
+            return elder.last_id() + _MEANWHILE
+        except NoAnswerError:
+            if not elder.is_gone or not elder.has_died():
+                raise
+            # It was killed while this one got ready: nobody would serve if we did not.
+            return elder.offer.last_id + _MEANWHILE_PREPARING
 
     def _hear_elder(self, _owner: object, fd: int, _mask: int) -> None:
         elder = self._elder
@@ -543,7 +566,11 @@ class Daemon:
         # One for each processor of a small machine: two compilers want memory enough.
         for some in (parts, self._files.parts()):
             if some:
-                one = Preparation(some, close_in_child=self._close_in_child)
+                one = Preparation(
+                    some,
+                    close_in_child=self._close_in_child,
+                    is_in_no_hurry=self._elder is not None,
+                )
                 self._preparations.append(one)
         if self._datapaths.must_come_first:
             self._log.write("info", "taking_over", datapaths=",".join(parts))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, OPENING, row_of
 from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.ebpf.syscall import map_id
 from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
 from pyforwarder.datapath.splice.maps import smallest_mtu
@@ -145,6 +146,11 @@ class Datapaths:
         if self.splicing is None or not self.splicing.has_begun:
             return "none"
         return "pinned" if self.splicing.maps.links.is_pinned else "passing"
+
+    @property
+    def splice_map_id(self) -> int | None:
+        """The kernel's number of the map with the records of spliced pairs; None: there is none."""
+        return None if self.splicing is None else map_id(self.splicing.maps.splices_fd)
 
     @property
     def handshakes_fd(self) -> int:

@@ -24,6 +24,7 @@ from pyforwarder.runtime.slowness import scaled_s
 # Of all parts together: compiling 60 s, the self-test 30 s each, and some more.
 TIMEOUT_S: Final = 240.0
 _PR_SET_PDEATHSIG: Final = 1
+_NICE: Final = 5  # a third of what others get
 # The kernel takes 253 with a message (SCM_MAX_FD); there is one for each worker.
 _MOST_DESCRIPTORS: Final = 250
 # Of a message, which must fit into the socket's buffer whole.
@@ -44,8 +45,17 @@ Part = Callable[[], Loaded]  # raises LoadError
 class Preparation:
     """The child, from fork to wait."""
 
-    def __init__(self, parts: Mapping[str, Part], *, close_in_child: Callable[[], None]) -> None:
-        """Fork it; it works on the parts in their order, after `close_in_child`."""
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        *,
+        close_in_child: Callable[[], None],
+        is_in_no_hurry: bool = False,
+    ) -> None:
+        """Fork it; it works on the parts in their order, after `close_in_child`.
+
+        `is_in_no_hurry`: somebody serves meanwhile, and needs the processors more.
+        """
         self._left = list(parts)
         self._come: list[int] = []  # descriptors of a part of which more are to come
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -54,6 +64,8 @@ class Preparation:
             # It ends with us, however we end.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             self._ours.close()
+            if is_in_no_hurry:
+                os.nice(_NICE)
             close_in_child()
             for name, part in parts.items():
                 _send(theirs, name, part)

@@ -25,6 +25,7 @@ from pyforwarder.supervisor.succession import (
     SUCCESSOR_TIMEOUT_S,
     Ask,
     Successor,
+    network_namespace,
     parts_of,
 )
 from pyforwarder.supervisor.workers import ask_all
@@ -170,10 +171,13 @@ class Retirement:
             "detach": of.options.detach,
             "verbosity": min(of.options.verbosity, 9),
             "workers": of.memory.workers,
+            "last_id": of.workers.last_id(),
             "serial": of.in_force.changes,
             "drained": sorted(map(list, of.in_force.drained)),
             "environ": {key: of.environ[key] for key in ENVIRON if key in of.environ},
             "splice": of.datapaths.splice_standing,
+            "splice_map": of.datapaths.splice_map_id,
+            "network": network_namespace(),
             "has_handshakes": handshakes_fd >= 0,
             "used_tokens": {"share": of.memory.share, "free_at_s": of.tokens_free_at_s()},
             "down": [
@@ -220,6 +224,8 @@ class Retirement:
             raise ControlError("its configuration has changed meanwhile")
         if len(heirs) != of.memory.workers:
             raise ControlError("there must be as many workers as it has")
+        if successor.has_ended():
+            raise ControlError("its successor has ended since it asked")
         # From here on nothing stops it.
         self.is_retired = True
         of.retired()

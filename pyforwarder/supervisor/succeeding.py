@@ -11,7 +11,7 @@ from pyforwarder.errors import ControlError
 from pyforwarder.supervisor import UpOptions
 from pyforwarder.supervisor.daemon import Daemon
 from pyforwarder.supervisor.detaching import detached
-from pyforwarder.supervisor.succession import Predecessor, find
+from pyforwarder.supervisor.succession import Predecessor, find, network_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +62,11 @@ def _why_not_here(predecessor: Predecessor) -> str:
         return (
             "the running daemon is process 1: all of its container ends with it, so that "
             "nothing can take its place there; start another container"
+        )
+    if predecessor.offer.network not in (None, network_namespace()):
+        return (
+            "the running daemon is in another network namespace: its servers are not reached from "
+            f"this one; `nsenter --all --target {pid}` runs a command in its own"
         )
     if "NOTIFY_SOCKET" in predecessor.offer.environ and _group_of(pid) != _group_of(os.getpid()):
         # It would have neither the service's limits nor its walls, and end with a login.

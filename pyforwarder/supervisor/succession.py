@@ -55,6 +55,8 @@ _MOST_BYTES: Final = 16 << 20
 ANSWER_TIMEOUT_S: Final = 15.0
 # As long as its successor loads and proves what it needs: one that takes longer has failed.
 SUCCESSOR_TIMEOUT_S: Final = 300.0
+# A process that is killed lets go of its descriptors some time before it has ended.
+_DYING_S: Final = 2.0
 _UCRED: Final = struct.Struct("=iII")
 
 _Text = Annotated[str, Field(max_length=64 * 1024)]
@@ -122,11 +124,15 @@ class Offer(_Said):
     detach: bool
     verbosity: Annotated[int, Field(ge=0, le=9)]
     workers: Annotated[int, Field(ge=1, le=255)]
+    last_id: _Number = 0  # the highest number of a pair so far
     serial: _Number  # of the configuration in force: a later one has other sockets
     drained: Annotated[list[Annotated[list[_Short], Field(min_length=2, max_length=2)]], Field()]
     environ: dict[_Short, _Text]  # systemd's words to the daemon
     # Whether spliced pairs can outlive their daemon; "passing": there are some, and they cannot.
     splice: Literal["none", "pinned", "passing"]
+    splice_map: _Number | None = None  # the id of the map with their records
+    # Where it listens, connects and splices: the inode of its network namespace.
+    network: _Number | None = None
     has_handshakes: bool  # a map of what the programs of splice have seen
     used_tokens: TokensSaid | None = None  # SHARES tables for each worker
     down: Annotated[list[DownSaid], Field(max_length=MOST_DOWN)] = []  # servers that get no pairs
@@ -149,6 +155,11 @@ class Ask(_Said):
     serial: _Number = 0  # take: of the offer
     ids: Annotated[list[_Number], Field(max_length=1 << 16)] | None = None  # flush; None: all
     now: bool = False  # end
+
+
+def network_namespace() -> int:
+    """Ours, by its inode (namespaces(7))."""
+    return os.stat("/proc/self/ns/net").st_ino
 
 
 # What `Offer.environ` may have.
@@ -223,6 +234,7 @@ class Predecessor:
             raise ControlError(f"the running daemon has sent {len(fds)} descriptors")
         self._sent = fds
         offered = self.offer
+        self._pidfd = _process(offered.pid)
         self.control_fd, self.lock_fd, self.stdout_fd, self.stderr_fd = fds[:4]
         rest = iter(fds[4:])
         self.handshakes_fd = next(rest) if offered.has_handshakes else -1
@@ -238,6 +250,14 @@ class Predecessor:
     def fileno(self) -> int:
         """Readable when it says something of its own accord."""
         return self._channel.fileno()
+
+    def has_died(self) -> bool:
+        """Whether its process has ended, and has not only hung up."""
+        if self._pidfd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(scaled_s(_DYING_S) * 1000))
 
     def last_id(self) -> int:
         """The highest number of a pair so far.
@@ -319,6 +339,8 @@ class Predecessor:
             _send(self._channel, {"do": do, **fields}, fds)
             return self._answer(do, time.monotonic() + scaled_s(timeout_s))
         except (OSError, ValueError) as error:
+            if isinstance(error, (BrokenPipeError, ConnectionResetError)):
+                self.is_gone = self.is_released = True
             raise NoAnswerError(f"the running daemon has not answered to {do}: {error}") from error
 
     def _answer(self, do: str, deadline_s: float) -> tuple[dict[str, Any], list[int]]:
@@ -349,7 +371,7 @@ class Predecessor:
 
     def close_in_child(self, *, has_control: bool) -> None:
         """In another process: this is the supervisor's, and so is the control socket."""
-        self._channel.close()
+        self.close()
         if has_control:
             os.close(self.control_fd)
 
@@ -361,6 +383,17 @@ class Predecessor:
     def close(self) -> None:
         """Hang up."""
         self._channel.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _process(pid: int) -> int:
+    """A descriptor of the process; -1: there is none any more."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def find(control: Callable[[int], object]) -> Predecessor:
@@ -416,6 +449,12 @@ class Successor:
     def fds(self) -> list[int]:
         """What a child must not keep."""
         return [] if self.is_over else [self._fd]
+
+    def has_ended(self) -> bool:
+        """Whether nobody is there any more who could hear an answer; it may have asked before."""
+        poll = select.poll()
+        poll.register(self._fd, 0)  # POLLHUP is always told of
+        return self.is_over or bool(poll.poll(0))
 
     def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
         try:

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -64,10 +65,14 @@ _TRIES: Final = 50
 _LOOK_S: Final = 0.02
 # A pair stands still while it is under way, so few are at a time: memory of messages that were not
 # read yet, and how often it is looked whether they were.
-_MOST_UNDER_WAY_BYTES: Final = 48 * 1024
+_MOST_UNDER_WAY_BYTES: Final = 12 * 1024
 _PAUSE_S: Final = 0.002
 # How many the other takes in before its pairs have their turn.
 _TAKEN_AT_ONCE: Final = 8
+# More messages than a socket holds at once.
+_MOST_QUEUED: Final = 512
+# How long one turn goes on with spliced pairs, each of which is a question to the keeper.
+_TURN_S: Final = 0.003
 # Bytes of two directions, each at most one read, in base64, and some words.
 _MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
 _NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
@@ -381,7 +386,8 @@ class Taking:
         self._splice = splice
         self._sessions: list[SessionOrphan] = []
         # Spliced, with their sockets, until our own keeper has them.
-        self._spliced: list[tuple[PairSaid, socket.socket, socket.socket]] = []
+        self._spliced: deque[tuple[PairSaid, socket.socket, socket.socket]] = deque()
+        self._is_taking_spliced = False
         self._may_splice = False
         self._is_over = False
         self.taken = 0
@@ -438,7 +444,8 @@ class Taking:
                 self._go_on_with(said, client, server)
             else:
                 self._spliced.append((said, _known(client), _known(server)))
-                if self._may_splice:  # it has come late, as its worker had much to do
+                if self._may_splice and not self._is_taking_spliced:
+                    # It has come late, as its worker had much to do.
                     self._go_on_with_all(lambda: None, _TRIES)
         elif "session" in message:
             one = SessionSaid.model_validate(message["session"])
@@ -476,27 +483,36 @@ class Taking:
         has lost them, and gets new ones. These would be refused while the old ones are there.
         """
         # All were sent before the other daemon said that nothing is left, and before we heard it.
-        while self._read():
-            pass
+        for _ in range(_MOST_QUEUED):
+            if not self._read():
+                break
         self._may_splice = True
         self._go_on_with_all(then, _TRIES)
 
     def _go_on_with_all(self, then: Callable[[], None], tries_left: int) -> None:
-        waiting, self._spliced = self._spliced, []
-        for said, client, server in waiting:
+        """A few at a time: the kernel moves their bytes meanwhile, and those of others wait for us.
+
+        The keeper has much to do when it begins, and may not answer.
+        """
+        loop = self._server.loop
+        self._is_taking_spliced = True
+        ends_s = time.monotonic() + _TURN_S
+        while self._spliced:
+            said, client, server = self._spliced[0]
             try:
                 self._go_on_spliced(said, client, server)
             except KeeperError:
-                self._spliced.append((said, client, server))
+                if tries_left:
+                    loop.after(_AGAIN_S, lambda: self._go_on_with_all(then, tries_left - 1))
+                    return
+                self._lose(said, client, server)
             except Exception as error:
                 self._server.log.internal_error(error)
-        if self._spliced and tries_left:
-            # It has much to do when it begins.
-            self._server.loop.after(_AGAIN_S, lambda: self._go_on_with_all(then, tries_left - 1))
-            return
-        for said, client, server in self._spliced:
-            self._lose(said, client, server)
-        self._spliced = []
+            self._spliced.popleft()
+            if self._spliced and time.monotonic() >= ends_s:
+                loop.defer(lambda _: self._go_on_with_all(then, tries_left), None)
+                return
+        self._is_taking_spliced = False
         then()
 
     def _lose(self, said: PairSaid, client: socket.socket, server: socket.socket) -> None:

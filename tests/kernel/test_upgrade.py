@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
+import subprocess
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
@@ -20,9 +24,9 @@ from pyforwarder.core.address import Address
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.instance import Instance
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.succession import Predecessor, find
+from pyforwarder.supervisor.succession import NoAnswerError, Predecessor, find
 from pyforwarder.worker.used_tokens import SHARES
-from tests.helpers.daemon import START_DEADLINE_S
+from tests.helpers.daemon import COMMAND, START_DEADLINE_S
 from tests.helpers.instruction import ACK, refusal
 from tests.helpers.peers import (
     AnswerServer,
@@ -36,8 +40,6 @@ from tests.helpers.steady import steady_traffic
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.helpers.daemon import Daemon
     from tests.helpers.steady import Seen
     from tests.kernel.conftest import StartForwarder
@@ -75,6 +77,7 @@ class Lineage:
         self.first = first
         self.place = first.place
         self.instance = Instance.named(first.instance, first.place.environ())
+        self.first_ends_with = 0
 
     @property
     def pid(self) -> int:
@@ -115,7 +118,7 @@ class Lineage:
         done = self.first.command("down", "--now")
         assert done.returncode == 0, done.stderr
         wait_for(lambda: not self.place.processes(), "all have ended")
-        assert self.first.wait() == 0
+        assert self.first.wait() == self.first_ends_with
 
 
 @pytest.fixture
@@ -365,3 +368,239 @@ def test_a_successor_serves_who_waits_and_tells_of_who_stays(begin: Any) -> None
         # What the daemon is told to read again is that file from now on.
         assert lineage.first.command("reload").returncode == 0
         assert {row["bind"] for row in lineage.first.show("listeners")} >= {"127.0.0.1:9712"}
+
+
+class Attempt:
+    """An upgrade that goes on beside the test; what it has started ends with its daemon."""
+
+    def __init__(self, lineage: Lineage, *before: str) -> None:
+        """`before`: the words of another command that runs it."""
+        self._lineage = lineage
+        self._others = {one.pid for one in lineage.place.processes()}
+        words = [*before, *COMMAND, "upgrade", "--instance", lineage.first.instance]
+        self._command = subprocess.Popen(
+            words,
+            env=lineage.place.environ(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def _new(self) -> list[psutil.Process]:
+        return [one for one in self._lineage.place.processes() if one.pid not in self._others]
+
+    def successor(self) -> psutil.Process:
+        """The daemon that is to be, once it has been offered what the running one has.
+
+        From then on it makes processes, and only then.
+        """
+
+        def look() -> psutil.Process | None:
+            for one in self._new():
+                with contextlib.suppress(psutil.Error):
+                    if one.pid != self._command.pid and one.children():
+                        return one
+            return None
+
+        found = wait_for(look, "a successor")
+        assert found is not None
+        return found
+
+    def worker(self, successor: psutil.Process) -> psutil.Process:
+        """A worker of it, once there is one."""
+
+        def look() -> psutil.Process | None:
+            for one in successor.children():
+                with contextlib.suppress(psutil.Error):
+                    if one.uids().real != os.getuid():
+                        return one
+            return None
+
+        found = wait_for(look, "a worker", deadline_s=START_DEADLINE_S)
+        assert found is not None
+        return found
+
+    def result(self) -> tuple[int, str]:
+        """Exit code, and what it has said; it leaves no process behind where it has failed."""
+        said, _ = self._command.communicate(timeout=START_DEADLINE_S)
+        if self._command.returncode:
+            wait_for(lambda: not self._new(), "its processes have ended")
+        return self._command.returncode, said
+
+
+@contextlib.contextmanager
+def steady_lineage(begin: Any) -> Iterator[tuple[Lineage, Seen]]:
+    """A daemon with pairs of every datapath on which bytes go to and fro, all of them right."""
+    with steady_traffic() as (server, traffic, seen):
+        lineage = begin(configured(server.tcp_port, server.udp_port))
+        for address in (COPY, AUTO, SOCKMAP):
+            traffic.hold(address, 2, name=str(address))
+        traffic.speak(UDP, 1, name="udp")
+        traffic.speak(UDP_SPLICED, 1, name="spliced udp")
+        wanted = Counter(copy=3, splice=3, sockmap=2)
+        wait_for(lambda: lineage.shown() == wanted, f"{wanted}")
+        yield lineage, seen
+        traffic.stop()
+
+
+def no_harm(lineage: Lineage, seen: Seen) -> None:
+    """Every pair goes on, and who connects is served."""
+    turns = seen.turns + 100
+    wait_for(lambda: seen.turns > turns, "traffic goes on")
+    assert is_served()
+    no_fault(seen)
+    assert "retired" not in lineage.first.output()
+
+
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """A process that does nothing meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_a_successor_that_is_killed_at_any_step_changes_nothing(begin: Any) -> None:
+    """While it gets ready, once it is, and after it has asked for the place."""
+    with steady_lineage(begin) as (lineage, seen):
+        before = lineage.pid
+        attempt = Attempt(lineage)
+        attempt.successor().kill()
+        assert attempt.result()[0] != 0
+        no_harm(lineage, seen)
+        # All is loaded and proven, and it waits for an answer.
+        attempt = Attempt(lineage)
+        successor = attempt.successor()
+        with suspended(before):
+            wait_for(lambda: not successor.children(), "it is ready", deadline_s=START_DEADLINE_S)
+            successor.kill()
+            successor.wait(scaled_s(10.0))
+        assert attempt.result()[0] != 0
+        no_harm(lineage, seen)
+        # What it has asked is heard after its end.
+        with lineage.offered() as last, contextlib.ExitStack() as stack:
+            heirs = [stack.enter_context(end) for _ in range(last.offer.workers) for end in pair()]
+            with suspended(before):
+                with pytest.raises(NoAnswerError):
+                    last._ask(
+                        "take",
+                        [heir.fileno() for heir in heirs[::2]],
+                        timeout_s=0.1,
+                        serial=last.offer.serial,
+                    )
+                last.close()
+        lineage.first.wait_for_line("upgrade_failed", count=3)
+        no_harm(lineage, seen)
+        assert lineage.pid == before
+        lineage.upgrade()
+        no_fault(seen)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """As a successor makes for each worker."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_a_daemon_that_is_killed_in_an_upgrade_has_a_successor(begin: Any) -> None:
+    """Its spliced pairs go on, and nobody who connects meanwhile is refused."""
+    with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
+        lineage = begin(configured(server.tcp_port, server.udp_port))
+        spliced = stack.enter_context(dial(AUTO))
+        for word in (b"hello", b"again"):
+            spliced.sendall(word)
+            assert read_exactly(spliced, 5) == word
+        wait_for(lambda: lineage.shown() == {"splice": 1}, "a spliced pair")
+        (row,) = lineage.first.pairs()
+        attempt = Attempt(lineage)
+        attempt.successor()
+        os.kill(lineage.pid, signal.SIGKILL)
+        lineage.first_ends_with = -signal.SIGKILL
+        lineage.first.process.wait(START_DEADLINE_S)
+        waiting = stack.enter_context(dial(COPY))
+        waiting.sendall(b"hello")
+        code, said = attempt.result()
+        assert code == 0, said
+        assert read_exactly(waiting, 5) == b"hello"
+        spliced.sendall(b"still")
+        assert read_exactly(spliced, 5) == b"still"
+        wait_for(
+            lambda: (
+                [one["datapath"] for one in lineage.first.pairs() if one["id"] == row["id"]]
+                == ["splice"]
+            ),
+            "the pair is known",
+        )
+        fresh = stack.enter_context(dial(COPY))
+        fresh.sendall(b"hello")
+        assert read_exactly(fresh, 5) == b"hello"
+        assert len({one["id"] for one in lineage.first.pairs()}) == len(lineage.first.pairs())
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_a_successor_elsewhere_than_the_daemon_changes_nothing(begin: Any) -> None:
+    """In another network namespace, or where other pins are than those of its spliced pairs."""
+    with steady_lineage(begin) as (lineage, seen):
+        code, said = Attempt(lineage, "unshare", "--net").result()
+        assert code != 0
+        assert "another network namespace" in said
+        no_harm(lineage, seen)
+        other = f'mount -t bpf bpf {lineage.place.bpffs} && exec "$@"'
+        code, said = Attempt(lineage, "unshare", "--mount", "sh", "-c", other, "sh").result()
+        assert code != 0
+        assert "is not what this process finds there" in said
+        no_harm(lineage, seen)
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_unix_sockets_go_along(begin: Any) -> None:
+    """A pair between two of them, and the listener's file, which stays the very same."""
+    with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
+        # Short, and for workers to pass, who are nobody.
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unix-")))
+        directory.chmod(0o755)
+        listening, serving = directory / "listening", directory / "serving"
+        server.bind(str(serving))
+        server.listen(8)
+        serving.chmod(0o666)
+        lineage = begin(
+            f"listeners: [{{bind: 'unix:{listening}', mode: 0600, "
+            f"rules: [{{match: any, to: 'unix:{serving}'}}]}}]\n"
+        )
+        inode = listening.stat().st_ino
+
+        def connect() -> tuple[socket.socket, socket.socket]:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(scaled_s(20.0))
+            client.connect(str(listening))
+            client.sendall(b"hello")
+            server.settimeout(scaled_s(20.0))
+            accepted, _ = server.accept()
+            stack.enter_context(accepted)
+            accepted.settimeout(scaled_s(20.0))
+            assert read_exactly(accepted, 5) == b"hello"
+            return client, accepted
+
+        client, accepted = connect()
+        for number in range(2):
+            lineage.upgrade()
+            wanted = ["one end is a unix socket"] * (number + 1)
+
+            def reasons() -> list[str]:
+                return [row["reason"] for row in lineage.first.pairs()]
+
+            wait_for(lambda: reasons() == wanted, "the pairs have moved")  # noqa: B023
+            for sender, receiver in ((client, accepted), (accepted, client)):
+                sender.sendall(b"still %d" % number)
+                assert read_exactly(receiver, 7) == b"still %d" % number
+            assert listening.stat().st_ino == inode
+            assert listening.stat().st_mode & 0o777 == 0o600
+            connect()
+        client.shutdown(socket.SHUT_WR)
+        assert accepted.recv(1) == b""
+        accepted.sendall(b"end")
+        accepted.close()
+        assert read_to_end(client) == b"end"

@@ -345,14 +345,24 @@ def detach_link(link_fd: int) -> None:
 
 def map_sizes(fd: int) -> MapSizes:
     """What a map was made with, as the kernel tells it in /proc/self/fdinfo."""
+    said = _map_says(fd)
+    return MapSizes(said["key_size"], said["value_size"], said["max_entries"])
+
+
+def map_id(fd: int) -> int:
+    """The kernel's own number of a map, which no other one has until the next boot."""
+    return _map_says(fd)["map_id"]
+
+
+def _map_says(fd: int) -> dict[str, int]:
     said = {}
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
         name, _, value = line.partition(":")
-        said[name] = value.strip()
-    try:
-        return MapSizes(int(said["key_size"]), int(said["value_size"]), int(said["max_entries"]))
-    except KeyError as error:
-        raise OSError(22, f"descriptor {fd} is no BPF map") from error
+        if name in ("key_size", "value_size", "max_entries", "map_id"):
+            said[name] = int(value)
+    if len(said) < 4:
+        raise OSError(22, f"descriptor {fd} is no BPF map")
+    return said
 
 
 def run_program(program_fd: int, packet: bytes) -> int:
