@@ -118,6 +118,7 @@ class Keys:
         self.machines = f"{prefix}failover/machines/"
         self.pairs = f"{prefix}failover/pairs/"
         self.stays = f"{prefix}failover/stays/"
+        self.compaction = f"{prefix}failover/compaction"
 
     def move(self, tag: str) -> str:
         """Where a machine is asked to take the addresses."""

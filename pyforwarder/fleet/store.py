@@ -47,6 +47,10 @@ class NoSuchLeaseError(StoreError):
     """The lease of a key is gone."""
 
 
+class CompactedError(StoreError):
+    """The store has dropped the changes that are asked for: what there is now is to be listed."""
+
+
 class Found(NamedTuple):
     """Keys and values below a prefix, as they were at one revision of the store."""
 
@@ -218,6 +222,10 @@ class Store:
         ]
         self._post("/kv/txn", {"success": operations})
 
+    def compact(self, revision: int) -> None:
+        """Drop all values that were overwritten before a revision, of all keys."""
+        self._post("/kv/compaction", {"revision": revision})
+
     def changes(self, prefix: str, *, after: int, until_s: float) -> Iterator[int]:
         """The revision of each change below a prefix after a revision, as they come.
 
@@ -228,6 +236,8 @@ class Store:
 
     def events(self, prefix: str, *, after: int, until_s: float) -> Iterator[Change]:
         """Each change below a prefix after a revision, as they come.
+
+        Raises CompactedError where the store has dropped some of them.
 
         Ends at `until_s` (time.monotonic()), or when nothing has come for `WATCH_TIMEOUT_S`. What
         came in between two calls is not lost, if the second has the last revision seen.
@@ -276,7 +286,8 @@ class Store:
                 raise self._failed(str(message["error"])[:200])
             result = message["result"]
             if result.get("canceled"):
-                # Compacted: what came in between is only to be had by listing.
+                if int(result.get("compact_revision", 0)):
+                    raise CompactedError(f"etcd at {self.endpoint}: changes are compacted")
                 raise self._failed(f"the watch was ended: {result.get('cancel_reason', '?')}")
             for event in result.get("events", ()):
                 entry = event["kv"]

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
+from pyforwarder.fleet.failover.compaction import Compaction
 from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
 from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
-from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
+from pyforwarder.fleet.store import MOST_IN_ONE, Change, CompactedError, Store, StoreError
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover import stays
@@ -115,6 +116,8 @@ class Watcher:
                     for change in self._store.events(self._prefix, after=revision, until_s=until_s):
                         revision = change.revision
                         self.heard.put(change)
+            except CompactedError:
+                pass  # nothing has changed here for long, but elsewhere in the store
             except StoreError as error:
                 self.heard.put(_Lost(str(error)[:500]))
                 time.sleep(pause_s * random.uniform(0.5, 1.0))
@@ -158,6 +161,7 @@ class Replicator:
         self._error = ""
         self._move_key = keys.move(tag)
         self._asked = Asked(store, keys, tag, lambda: self._lease)
+        self._compaction = Compaction(store, keys.compaction, tag)
         self._is_asked = False  # to take the addresses
         self._answer: str | None = None  # that the store has still to hear
 
@@ -198,6 +202,7 @@ class Replicator:
                     self._write(turn, now_s)
                     if staying is not None:
                         self._write_staying(staying, now_s)
+                    self._compaction.go_on(now_s, lease=self._lease)
                     self._speak_of_moves()
                 except StoreError as error:
                     self._error = str(error)[:500]
