@@ -6,14 +6,20 @@ import contextlib
 import json
 import signal
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from pyforwarder.config import Fleet
+from pyforwarder.fleet.layout import Edition, Keys
+from pyforwarder.fleet.opening import open_store
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.daemon import COMMAND
 from tests.helpers.etcd import Etcd, running
 from tests.helpers.peers import NameServer, address_text, dial, read_to_end, unused_port
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 MACHINES = ("one", "two", "three")
+EDITIONS = 34  # so the last of all is the 99th of a hundred
 
 
 @pytest.fixture
@@ -172,6 +179,27 @@ def tell_each_other(machines: list[Daemon], metrics: int) -> None:
         assert 'pyforwarder_fleet_serial{instance="one"} 1.0' in scraped(metrics)
         refused = machines[2].command("show", "rules", "--fleet")
         assert refused.returncode == 2
+
+
+def test_editions_are_in_force_on_three_machines_in_a_moment(
+    start_forwarder: StartForwarder, etcd: Etcd
+) -> None:
+    machines = [start_forwarder(own(etcd, name), instance=name) for name in MACHINES]
+    store = open_store(Fleet.model_validate({"endpoints": [etcd.endpoint], "name": "edge"}))
+    key, took_s = Keys("edge").config, []
+    for serial in range(1, EDITIONS + 1):
+        text = f"upstreams: {{web: {{servers: ['127.0.0.1:{serial}']}}}}\n"
+        found = store.get(key)
+        put_s = time.time()  # noqa: TID251 - log lines have the wall clock's
+        edition = Edition(serial=serial, text=text).encode()
+        assert store.change(key, edition, was=found[1] if found else 0)
+        for machine in machines:
+            line = machine.wait_for_line(f"fleet_in_force serial={serial} ")
+            took_s.append(datetime.fromisoformat(line.split()[0]).timestamp() - put_s)
+    took_s.sort()
+    print(f"in force after {took_s[len(took_s) // 2]:.3f} s, the last after {took_s[-1]:.3f} s")
+    assert took_s[len(took_s) // 2] < scaled_s(0.2)
+    assert took_s[-1] < scaled_s(2.0)
 
 
 def test_what_one_machine_cannot_use_changes_nothing_there(
