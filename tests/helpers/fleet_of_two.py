@@ -223,7 +223,7 @@ class Fleet:
             with self.hosts.client.entered():
                 return socket.create_connection((FRONT[4], PORTS["splice"]), timeout=1)
 
-        return Churn(connect, self._waiting[4], seed=seed, at_once=4, think_s=2.5)
+        return Churn(connect, self._waiting[4], seed=seed, at_once=4, think_s=4.0)
 
     def close(self) -> None:
         """The server's listening sockets."""

@@ -24,7 +24,7 @@ PAIRS = 24
 HUNDRED, THOUSAND = 100, 1000
 TWENTY = 20
 # After so long others know of a connection that ends with its machine.
-STAYS_KNOWN_S = scaled_s(0.7)
+STAYS_KNOWN_S = scaled_s(1.5)
 WITHIN_S = scaled_s(1.0)
 
 
@@ -121,7 +121,7 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         fleet.wait_until_held(there, count)
         churn = fleet.churn(seed + number)
         churn.start()
-        time.sleep(rng.uniform(1.0, 2.5))
+        time.sleep(rng.uniform(1.5, 3.0))
         traffic.mark()
         old = fleet.daemons[here]
         cut_s = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import mmap
 from collections.abc import Sequence
@@ -12,8 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.datapath.splice.standby import MOST_AT_ONCE, FaultyStandbyError, Standby
+from pyforwarder.datapath.splice import standby as standby_module
+from pyforwarder.datapath.splice.challenging import Challenges
+from pyforwarder.datapath.splice.standby import Standby
+from pyforwarder.datapath.splice.standby_requests import MOST_AT_ONCE, FaultyStandbyError
 from pyforwarder.fleet.failover.record import Entry, tag_of
+from pyforwarder.fleet.failover.stays import Connection
+from pyforwarder.runtime import moving_addresses
 from tests.helpers.failover_records import a_pair
 
 if TYPE_CHECKING:
@@ -138,3 +144,53 @@ def test_no_request_raises_anything_else(data: bytes) -> None:
         standby().answer(data)
     with pytest.raises(FaultyStandbyError):
         standby().answer(b"[" * 5000)
+
+
+class NoRoutes:
+    """Nobody can be reached."""
+
+    def interface(self, _: object) -> int:
+        return 0
+
+
+def test_ends_of_a_pair_that_could_not_be_held_are_reset_when_its_addresses_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = {PAIR.ends.listener.ip, PAIR.ends.source.ip}
+    here: set[bytes] = set()
+    announced: list[str] = []
+    challenged: list[Connection] = []
+    monkeypatch.setattr(standby_module, "Routes", NoRoutes)
+    monkeypatch.setattr(standby_module, "_addresses_here", lambda: here)
+    monkeypatch.setattr(moving_addresses, "announce", announced.extend)
+    monkeypatch.setattr(Challenges, "begin", lambda _, some: challenged.extend(some))
+    addresses = [str(ipaddress.ip_address(ip)) for ip in ours]
+    one = Standby(
+        Nobody(),
+        mmap.mmap(-1, 4096),
+        cast("Any", NoFlows()),
+        cast("Any", None),
+        cast("Any", None),
+        addresses=addresses,
+        most=10,
+    )
+
+    def said(**request: object) -> dict[str, object]:
+        answer = one.answer(json.dumps({**FIELDS, **request}).encode())
+        one.ways_changed()
+        one.go_on()
+        return answer
+
+    assert said(do="hold", pairs=[[PAIR.key, ENTRY]])["refused"] == [PAIR.key]
+    assert (announced, challenged) == ([], [])
+    here |= ours
+    said(do="look")
+    listener, source = PAIR.ends.listener, PAIR.ends.source
+    both = [
+        Connection(listener, PAIR.ends.client, True),
+        Connection(source, PAIR.ends.server, False),
+    ]
+    assert challenged == both
+    assert sorted(announced) == sorted(addresses)
+    said(do="look")
+    assert challenged == both  # not again

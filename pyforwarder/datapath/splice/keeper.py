@@ -79,7 +79,8 @@ from pyforwarder.datapath.splice.maps import (
     used_indexes,
 )
 from pyforwarder.datapath.splice.session_keeper import SessionKeeper
-from pyforwarder.datapath.splice.standby import FaultyStandbyError, Standby
+from pyforwarder.datapath.splice.standby import Standby
+from pyforwarder.datapath.splice.standby_requests import FaultyStandbyError
 from pyforwarder.datapath.splice.ways import Ways
 from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket

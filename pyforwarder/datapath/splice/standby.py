@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
-import math
 import resource
 import secrets
 import socket
@@ -30,9 +28,9 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import psutil
 
@@ -52,9 +50,11 @@ from pyforwarder.datapath.splice.replicas import (
 )
 from pyforwarder.datapath.splice.routes import Route, Routes
 from pyforwarder.datapath.splice.settling import Settling
+from pyforwarder.datapath.splice.standby_requests import FaultyStandbyError, understand
 from pyforwarder.errors import ControlError
 from pyforwarder.fleet.failover import stays
 from pyforwarder.fleet.failover.record import Endpoint, Entry, Pair, RecordFault
+from pyforwarder.fleet.failover.stays import Connection
 from pyforwarder.runtime import moving_addresses
 
 if TYPE_CHECKING:
@@ -63,20 +63,12 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf import syscall as bpf
     from pyforwarder.datapath.splice.keepalive import Keepalives
     from pyforwarder.datapath.splice.maps import Links
-    from pyforwarder.fleet.failover.stays import Connection
 
-# Of one request, which comes as one message.
-MOST_AT_ONCE: Final = 16
 _TAKEN_AT_ONCE: Final = 64
 # Beside what the kernel tells of: an address may have come before we listened.
 _LOOK_S: Final = 1.0
 # Above those that a daemon gives, and exact in everybody's JSON.
 _FIRST_ID: Final = 1 << 51
-_KEY_BYTES: Final = 20
-
-
-class FaultyStandbyError(Exception):
-    """A request is not in the table."""
 
 
 class Owner(Protocol):
@@ -143,6 +135,8 @@ class Standby:
         self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}  # of those taken over
         self._left: deque[str] = deque()  # to be taken over
         self._stays: dict[str, str] = {}  # connections of others that end with their machine
+        # The same of pairs that could not be held, by their keys; the newest last.
+        self._unheld: dict[str, tuple[Connection, Connection]] = {}
         self._challenges = Challenges(self._goes_on)
         self._settling = Settling(memory, keepalives, owner.end)
         self._taken = 0
@@ -201,7 +195,7 @@ class Standby:
         Raises:
             FaultyStandbyError: it is not in the table.
         """
-        request = _understand(data)
+        request = understand(data)
         answer: dict[str, object] = {"n": request["n"]}
         if time.monotonic() > request["until"]:
             return {**answer, "late": True}
@@ -210,9 +204,10 @@ class Standby:
                 for key in list(self._held):
                     self._release(key)
                 self._stays.clear()
+                self._unheld.clear()
             case "hold":
                 answer["refused"] = [
-                    key for key, text in request["pairs"] if not self._hold(key, text)
+                    key for key, text in request["pairs"] if not self._hold_or_note(key, text)
                 ]
             case "release":
                 for key in request["keys"]:
@@ -243,11 +238,22 @@ class Standby:
         """Whether one is a spliced pair's here, which another machine called otherwise before."""
         return self._index_of(_packets_from(one.peer, one.own)) is not None
 
-    def _hold(self, key: str, text: str) -> bool:
+    def _hold_or_note(self, key: str, text: str) -> bool:
         try:
             entry, pair = Entry.decode(key, text)
         except RecordFault as error:
             raise FaultyStandbyError(str(error)) from error
+        self._unheld.pop(key, None)
+        if self._hold(key, entry, pair):
+            return True
+        if len(self._unheld) >= self._most:
+            del self._unheld[next(iter(self._unheld))]
+        client, listener, source, server = pair.ends
+        self._unheld[key] = Connection(listener, client, True), Connection(source, server, False)
+        self._is_changed = True
+        return False
+
+    def _hold(self, key: str, entry: Entry, pair: Pair) -> bool:
         if {pair.ends.listener.ip, pair.ends.source.ip} - self._addresses:
             return False  # of a machine that is configured otherwise
         held = self._held.get(key)
@@ -316,6 +322,7 @@ class Standby:
         return Ways(*found)
 
     def _release(self, key: str) -> None:
+        self._unheld.pop(key, None)
         held = self._held.pop(key, None)
         if held is not None:
             for sock in held.sockets:
@@ -378,6 +385,11 @@ class Standby:
             if some:
                 lost += some
                 del self._stays[key]
+        for key, both_ends in list(self._unheld.items()) if ready else ():
+            some = [one for one in both_ends if one.own.ip in ready]
+            if some:
+                lost += some
+                del self._unheld[key]
         if self._left or lost:
             self._announce(ready)
         self._challenges.begin(lost)
@@ -453,65 +465,6 @@ def _addresses_here() -> set[bytes]:
                 with contextlib.suppress(ValueError):
                     found.add(ipaddress.ip_address(one.address.partition("%")[0]).packed)
     return found
-
-
-# Requests
-
-_TABLE: Final[dict[str, str]] = {
-    "begin": "",
-    "hold": "pairs",
-    "release": "keys",
-    "let_go": "pairs",
-    "stay": "group",
-    "look": "",
-}
-
-
-def _understand(data: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FaultyStandbyError("no JSON") from error
-    if type(request) is not dict or type(request.get("do")) is not str:
-        raise FaultyStandbyError("a request is an object")
-    if request["do"] not in _TABLE:
-        raise FaultyStandbyError("a request of no kind")
-    more = _TABLE[request["do"]]
-    if request.keys() != {"do", "n", "until", *([more] if more else [])}:
-        raise FaultyStandbyError("a field too many, or one is missing")
-    n, until = request["n"], request["until"]
-    if type(n) is not int or not 0 <= n < 1 << 64:
-        raise FaultyStandbyError("n")
-    if type(until) not in (int, float) or not 0 <= until < math.inf:
-        raise FaultyStandbyError("until")
-    if more == "group":
-        _check_group(request[more])
-    elif more:
-        _check_list(request["do"], request[more])
-    return request
-
-
-def _check_list(do: str, said: object) -> None:
-    if type(said) is not list or len(said) > MOST_AT_ONCE:
-        raise FaultyStandbyError("a list")
-    is_text: Callable[[object], bool] = lambda one: type(one) is str and one.isascii()  # noqa: E731
-    for one in said:
-        if do == "hold":
-            fits = type(one) is list and len(one) == 2 and all(map(is_text, one))
-        elif do == "release":
-            fits = is_text(one) and len(one) == _KEY_BYTES
-        else:
-            fits = is_text(one)
-        if not fits:
-            raise FaultyStandbyError(do)
-
-
-def _check_group(said: object) -> None:
-    if type(said) is not list or len(said) != 2 or not all(type(one) is str for one in said):
-        raise FaultyStandbyError("a group")
-    key, text = said
-    if not stays.is_key(key) or not text.isascii():
-        raise FaultyStandbyError("a group")
 
 
 def _decode(text: str) -> Pair:

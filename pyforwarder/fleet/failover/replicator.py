@@ -175,10 +175,11 @@ class Replicator:
         self._kernel.ask("begin")
         self._watcher.start()
         while True:
-            started_s = self._clock()
+            started_s, used_s = self._clock(), time.process_time()
             self._turn(started_s)
-            took_s = self._clock() - started_s
-            said = self._supervisor.wait(max(_TURN_S - took_s, took_s / _SHARE - took_s, 0.01))
+            took_s, used_s = self._clock() - started_s, time.process_time() - used_s
+            # Waiting for the store, or for a processor, is no work.
+            said = self._supervisor.wait(max(_TURN_S - took_s, used_s / _SHARE - took_s, 0.01))
             if said is not None:
                 self._answer = str(said["moved"])
 
