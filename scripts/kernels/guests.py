@@ -27,6 +27,11 @@ TESTS: Final = (
     "tests/kernel/test_view.py",
     "tests/kernel/test_as_a_user.py",
 )
+# On the oldest of them: whether the verifier takes the programs of express, and some conversations.
+_OF_EXPRESS: Final = tuple(
+    f"tests/kernel/test_express_connect.py::{name}"
+    for name in ("test_bytes_and_ends_both_ways", "test_a_server_that_refuses")
+)
 # Each takes ten seconds or more of an emulated processor, and says nothing about a kernel that the
 # others do not.
 NOT_HERE: Final = tuple(
@@ -63,7 +68,14 @@ class Guest:
 
 
 ALL: Final = (
-    Guest("6.1", "bookworm", "bookworm", CLOUD, Expected(attach="clsact")),
+    Guest(
+        "6.1",
+        "bookworm",
+        "bookworm",
+        CLOUD,
+        Expected(attach="clsact"),
+        tests=(*TESTS, *_OF_EXPRESS),
+    ),
     Guest("6.12", "trixie", "trixie", CLOUD, Expected()),
     # All of it is for the two before; what is new on the newest is the kernel itself.
     Guest("backports", "trixie", "trixie-backports", CLOUD, Expected(), tests=_OF_THE_KERNEL),
