@@ -15,6 +15,7 @@ import pytest
 
 from pyforwarder.datapath.proof.apart import prove_express_apart, prove_splice_apart
 from pyforwarder.datapath.proof.remembered import proven
+from tests.helpers import transfers as judge
 from tests.helpers.first_packets import client_hello
 from tests.helpers.peers import (
     Waiting,
@@ -31,6 +32,8 @@ from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
+    from tests.helpers.faults import Faults
+    from tests.helpers.transfers import Line, Transfers
     from tests.kernel.conftest import StartForwarder
 
 # Whether the client and the server are on the forwarder's host. From `lo` out is a worker's.
@@ -272,6 +275,65 @@ def test_pairs_are_opened_and_counted_and_told_of(
     assert listener["accepted"] == after["accepted"]
     (rule,) = site.daemon.look("rules")
     assert (rule["taken"], rule["decided"]) == (after["accepted"], "kernel")
+
+
+@pytest.mark.parametrize("lossy", [False, True], ids=["calm", "lossy"])
+@every_way
+def test_every_byte_and_every_end_of_many(
+    hosts: Topology,
+    start_forwarder: StartForwarder,
+    transfers: Transfers,
+    bad_network: Faults,
+    ways: tuple[bool, bool],
+    version: int,
+    *,
+    lossy: bool,
+) -> None:
+    """More at once than there are ports, so that some are a worker's; short ones and longer ones.
+
+    Nothing is doubled, lost or out of order, whoever has opened them, and all are counted.
+    """
+    way = hosts.way(client_local=ways[0], server_local=ways[1])
+    site = Site(start_forwarder, way, version)
+    with contextlib.closing(site), transfers.server(way.server) as server:
+        to = address_text((way.destination[version], server.port))
+        site.up(f'      - {{{{match: any, to: "{to}"}}}}', forwarder=hosts.forwarder)
+        listener = (way.listener[version], 7000)
+        many, seed = (600, 1) if lossy else (3000, 2)
+
+        def run(count: int, first: int) -> list[Line]:
+            with transfers.clients(
+                way.client,
+                count,
+                to=listener,
+                via=None,
+                seed=seed + version,
+                largest=50_000,
+                parallel=100,
+                first=first,
+            ) as running:
+                return running.wait()
+
+        clients: list[Line] = []
+        # The kernel has to see how the server is reached.
+        while not site.stats()["joined"]["express"]:
+            clients += run(1, len(clients))
+        with contextlib.ExitStack() as stack:
+            if lossy:
+                stack.enter_context(bad_network.put_on(*way.doors))
+                bad_network.set(seed=seed, lose=0.02, duplicate=0.01, delay=0.01)
+            clients += run(many, len(clients))
+        count = len(clients)
+        servers = server.wait()
+        bad = judge.faults(count, clients, servers)
+        assert not bad, f"{len(bad)} faults\n" + "\n".join(bad[:20])
+        wait_for(lambda: sum(site.stats()["closed"].values()) == count, "all have ended")
+        stats = site.stats()
+        assert (stats["accepted"], stats["pairs_opened"], stats["open"]) == (count, count, 0)
+        assert {reason for reason, n in stats["closed"].items() if n} == {"finished"}
+        assert (stats["bytes_up"], stats["bytes_down"]) == judge.totals(clients)
+        assert stats["joined"]["express"] >= PORTS
+        assert stats["joined"]["express"] + stats["joined"]["copy"] == count
 
 
 @pytest.mark.parametrize("who", [0, 1])

@@ -285,7 +285,12 @@ class ExpressKeeper:
             [_end(up.source, up.sport), _end(up.target, up.dport)],
             ended.ask.begun_ns,
             ended.ended_ns,
-            [int(up.bytes), int(up.packets), int(down.bytes), int(down.packets)],
+            [
+                ended.carried_bytes(Direction.UP),
+                int(up.packets),
+                ended.carried_bytes(Direction.DOWN),
+                int(down.packets),
+            ],
         ]
 
     def _record(self, index: int) -> Splice:

@@ -15,6 +15,7 @@ from pyforwarder.datapath.express.connect_abi import NO_WORKER, STATE_MASK, Ask,
 from pyforwarder.datapath.splice.abi import Splice, SpliceState
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.ebpf.abi import Direction
     from pyforwarder.datapath.express.connecting import Connecting
 
 # A server that has not answered by then will not, or the client gives up: a worker tries.
@@ -40,6 +41,16 @@ class Ended(NamedTuple):
     def ended_ns(self) -> int:
         """When the second end was acknowledged, by CLOCK_MONOTONIC."""
         return int(self.record.client_clock) | int(self.record.server_clock) << 32
+
+    def carried_bytes(self, direction: Direction) -> int:
+        """What a direction has carried, by the number of its FIN.
+
+        A program that was interrupted may have stored an older count over the last one.
+        """
+        way = self.record.way[direction]
+        counted = int(way.bytes)
+        rest = (int(way.fin_seq) - 1 - (int(way.begin) + counted)) & 0xFFFFFFFF
+        return counted + (rest - (1 << 32) if rest >= 1 << 31 else rest)
 
 
 class Seen(NamedTuple):
