@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import _socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life
@@ -22,17 +22,26 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import PairReason
     from pyforwarder.datapath.ebpf.abi import Direction
     from pyforwarder.runtime.limits import Limit
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.password_checks import Check
     from pyforwarder.runtime.resolver import Wait
     from pyforwarder.worker.connector import Answered
     from pyforwarder.worker.generation import ListenerState, UpstreamState
     from pyforwarder.worker.handover import KeeperWait
     from pyforwarder.worker.race import Race
-    from pyforwarder.worker.server import Server
     from pyforwarder.worker.token_claims import Claiming
 
 
 _SNIFFING: Final = Life.SNIFFING
+
+
+class ClientOwner(Protocol):
+    """The worker, as its clients know it."""
+
+    loop: Loop
+
+    def expired(self, client: Client) -> None:
+        """A deadline of the client has passed."""
 
 
 class Client(Pair):
@@ -91,7 +100,7 @@ class Client(Pair):
 
     def __init__(
         self,
-        owner: Server,
+        owner: ClientOwner,
         listener: ListenerState,
         sock: _socket.socket | None,
         fd: int,

@@ -1625,9 +1625,7 @@ def test_internal_error_that_is_no_connection_s_costs_none(
     play = start(named())
     ended: list[tuple[Session, CloseReason]] = []
     session = Session.__new__(Session)
-    session.owner = SimpleNamespace(  # type: ignore[assignment]
-        end=lambda one, reason: ended.append((one, reason))
-    )
+    session.owner = SimpleNamespace(end=lambda one, reason: ended.append((one, reason)))
     for owner in (None, lambda: None, session):
         play.server.failed(owner, ValueError("ours"))
     assert ended == [(session, CloseReason.INTERNAL)]

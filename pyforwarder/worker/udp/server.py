@@ -265,40 +265,23 @@ class DatagramServer:
         """Forget the session; UDP has no way to tell anybody."""
         if session.life_ended:
             return
-        session.life_ended = True
         session.reason = reason
         # First what others need, last what is only told: a fault there must cost nobody a place.
-        del session.listener.sessions[session.key]
-        del self.by_id[session.id]
-        self.standings.leave(session)
+        self._forget(session)
         self.handover.leave([session])
-        self.loop.deadlines.stop(session)
         if session.sock is not None:
             self.loop.close(session.sock.detach())
             session.sock = None
         self.records.release(session)
-        for connection_id in session.ids:
-            self.ids.forget(connection_id, self.loop.now_s)
-        self.copying.forget_waiting(session)
-        counters = self.counters
+        self._give_back(session)
         state = session.state
-        self.limits.remove_session(state.counter)
-        self.limits.give_back(session.client_keys)
         for index, by in (
-            (Counter.OPEN, -1),
-            (Counter.PAIRS_OPEN, -1),
-            (state.counter + ListenerCounter.OPEN, -1),
             (Counter.UP_BYTES, session.up_bytes),
             (Counter.DOWN_BYTES, session.down_bytes),
             (state.counter + ListenerCounter.UP_BYTES, session.up_bytes),
             (state.counter + ListenerCounter.DOWN_BYTES, session.down_bytes),
         ):
-            change(counters, index, by)
-        if session.upstream is not None and session.server_state is not None:
-            if session.server_opened:
-                session.upstream.balancer.closed(session.server_state)
-                count_disconnect(self.counters, session.server_state.counter)
-            session.upstream.balancer.release(session.server_state)
+            change(self.counters, index, by)
         if session.asking is not None:
             session.asking.stop()
         if session.address_asked:
@@ -310,6 +293,30 @@ class DatagramServer:
             (session.up_bytes, session.up_packets),
             (session.down_bytes, session.down_packets),
         )
+
+    def _forget(self, session: Session) -> None:
+        """It is in no table of ours from here on, has no timer, and nothing waits for it."""
+        session.life_ended = True
+        del session.listener.sessions[session.key]
+        del self.by_id[session.id]
+        self.standings.leave(session)
+        self.loop.deadlines.stop(session)
+        for connection_id in session.ids:
+            self.ids.forget(connection_id, self.loop.now_s)
+        self.copying.forget_waiting(session)
+
+    def _give_back(self, session: Session) -> None:
+        """What limits, gauges and the balancer count for the session."""
+        counter = session.state.counter
+        self.limits.remove_session(counter)
+        self.limits.give_back(session.client_keys)
+        for index in (Counter.OPEN, Counter.PAIRS_OPEN, counter + ListenerCounter.OPEN):
+            change(self.counters, index, -1)
+        if session.upstream is not None and session.server_state is not None:
+            if session.server_opened:
+                session.upstream.balancer.closed(session.server_state)
+                count_disconnect(self.counters, session.server_state.counter)
+            session.upstream.balancer.release(session.server_state)
 
     def count_end(
         self, state: ListenerState, rule: Rule | None, reason: CloseReason, *, is_served: bool
@@ -351,12 +358,8 @@ class DatagramServer:
 
     def let_go(self, session: Session) -> None:
         """The session is another daemon's from here on, with its socket: forget it."""
-        session.life_ended = True
-        del session.listener.sessions[session.key]
-        del self.by_id[session.id]
-        self.standings.leave(session)
+        self._forget(session)
         session.listener.behind.pop(session, None)
-        self.loop.deadlines.stop(session)
         if session.sock is not None:
             self.loop.forget(session.sock.fileno())
             self.loop.close(session.sock.detach())
@@ -366,19 +369,4 @@ class DatagramServer:
         else:
             self.records.forget(session)  # it tells the other daemon what `show` said
         session.place = None
-        for connection_id in session.ids:
-            self.ids.forget(connection_id, self.loop.now_s)
-        self.copying.forget_waiting(session)
-        self.limits.remove_session(session.state.counter)
-        self.limits.give_back(session.client_keys)
-        for index in (
-            Counter.OPEN,
-            Counter.PAIRS_OPEN,
-            session.state.counter + ListenerCounter.OPEN,
-        ):
-            change(self.counters, index, -1)
-        if session.upstream is not None and session.server_state is not None:
-            if session.server_opened:
-                session.upstream.balancer.closed(session.server_state)
-                count_disconnect(self.counters, session.server_state.counter)
-            session.upstream.balancer.release(session.server_state)
+        self._give_back(session)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Protocol
 
 from pyforwarder.core.address import Address, HostPort, UnixAddress
 from pyforwarder.datapath.base import PairReason
@@ -25,11 +25,24 @@ if TYPE_CHECKING:
     from pyforwarder.core.upstreams import ServerState
     from pyforwarder.datapath.splice.sessions import Place
     from pyforwarder.runtime.limits import Limit
+    from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.resolver import Wait
     from pyforwarder.worker.generation import ListenerState, UpstreamState
     from pyforwarder.worker.udp.connection_ids import Way
-    from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.sockets import Key
+
+
+class SessionOwner(Protocol):
+    """Whose sessions these are, as they know it."""
+
+    loop: Loop
+    next_id: Callable[[], int]
+
+    def look_at_idle(self, session: Session) -> None:
+        """The session's timer has passed."""
+
+    def end(self, session: Session, reason: CloseReason) -> None:
+        """Forget the session."""
 
 
 class Session(Timed):
@@ -88,7 +101,7 @@ class Session(Timed):
     has_sent_nothing = False
 
     def __init__(
-        self, owner: DatagramServer, port: DatagramPort, key: Key, route: Route, heard_bytes: int
+        self, owner: SessionOwner, port: DatagramPort, key: Key, route: Route, heard_bytes: int
     ) -> None:
         """`heard_bytes`: of the client's first datagram."""
         super().__init__()
@@ -198,7 +211,7 @@ class Refused:
 
     def __init__(
         self,
-        owner: DatagramServer,
+        owner: SessionOwner,
         state: ListenerState,
         peer: Address,
         rule: Rule | None,
