@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder import __version__
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress, bind_entries
+from pyforwarder.core.datapaths import SESSIONS
 from pyforwarder.datapath.attach import unix_names
 from pyforwarder.datapath.kernel import slots_for
 from pyforwarder.errors import ConfigError, ControlError, ForwarderError, LoadError
@@ -80,6 +81,7 @@ _STOP_S: Final = 5.0
 _MEANWHILE: Final = 100_000
 # The same for as long as its successor may take to get ready.
 _MEANWHILE_PREPARING: Final = 100_000_000
+_SESSIONS: Final = frozenset(row.name for row in SESSIONS)
 
 
 class Daemon:
@@ -555,6 +557,7 @@ class Daemon:
                 self._datapaths.pin()
                 self._failover.begin()
             self._workers.datapaths_are_settled()
+            self._prove_sessions()
             self._loop.stop()
 
     def _start_preparing(self) -> None:
@@ -579,8 +582,21 @@ class Daemon:
             self._preparations[0].close()
         for one in self._preparations:
             if not one.is_over:
-                self._loop.watch(one.fileno(), EPOLLIN, self._prepared, one)
-                self._loop.after(one.time_left_s, lambda one=one: self._give_up(one))  # type: ignore[misc]
+                self._watch_preparation(one)
+
+    def _watch_preparation(self, one: Preparation) -> None:
+        self._loop.watch(one.fileno(), EPOLLIN, self._prepared, one)
+        self._loop.after(one.time_left_s, lambda: self._give_up(one))
+
+    def _prove_sessions(self) -> None:
+        """Have the kernel's sessions proven beside us, once a listener may use them."""
+        if not self._is_settled or self._ending or self._retirement.is_retired:
+            return
+        parts = self._datapaths.parts_of_sessions(self._in_force.config)
+        if parts:
+            one = Preparation(parts, close_in_child=self._close_in_child)
+            self._preparations.append(one)
+            self._watch_preparation(one)
 
     def _prepared(self, one: Preparation, fd: int, _mask: int) -> None:
         found = list(one.next())
@@ -599,6 +615,11 @@ class Daemon:
                 self._take(name, error)
 
     def _take(self, name: str, loaded: Loaded | LoadError) -> None:
+        if name in _SESSIONS:
+            self._datapaths.take_sessions(name, loaded)
+            self._workers.say_datapaths()
+            self._web.renew()
+            return
         if name == "view":
             self._files.take(loaded)
         else:
@@ -643,6 +664,8 @@ class Daemon:
         self._announce()
         self._datapaths.look_at_keeper()
         self._failover.begin()
+        # Of a reload that came meanwhile.
+        self._prove_sessions()
 
     def _start(self, config: Config) -> None:
         if self._elder is None:
@@ -900,6 +923,7 @@ class Daemon:
         self._web.commit(web)
         self._checks.change_to(config.upstreams)
         self._files.port_changed()
+        self._prove_sessions()
         if self._is_settled:
             self._keep_sockets()
         for name, binds in self._in_force.listeners.binds().items():

@@ -1,7 +1,8 @@
 """Which of the kernel's datapaths an instance has: loaded, proven, looked after.
 
 What may be used depends on the host as much as on the configuration, and is decided once, at the
-start: what a running daemon is told to want besides has to wait for the next one.
+start: what a running daemon is told to want besides has to wait for the next one. Only sessions of
+UDP come with programs that may be there already, and are proven when a listener may use them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, OPENING, row_of
+from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, OPENING, SESSIONS, row_of
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf.syscall import map_id
 from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
 from pyforwarder.datapath.splice.maps import smallest_mtu
-from pyforwarder.datapath.splice.supervised import SupervisedSplice
+from pyforwarder.datapath.splice.supervised import SupervisedSplice, splices_sessions
 from pyforwarder.datapath.supervised import Given, KernelDatapath
 from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime.slowness import scaled_s
@@ -204,6 +205,32 @@ class Datapaths:
             self.states[sessions] = reason or _AVAILABLE
             if reason:
                 self._log.write("warning", f"no_{sessions}", reason=reason)
+
+    def parts_of_sessions(self, config: Config) -> dict[str, Part]:
+        """The proof of UDP sessions, if the configuration may use them and nobody has tried.
+
+        From here on it counts as tried. `take_sessions` gets what it comes to.
+        """
+        if self.states.get("splice") != _AVAILABLE or not splices_sessions(config):
+            return {}
+        untried = [row.name for row in SESSIONS if row.name not in self.states]
+        self.states |= dict.fromkeys(untried, _IN_PREPARATION)
+        attach = os.environ.get(attaching.FORCED)
+
+        def prove(name: str) -> Loaded:
+            if attach is not None:
+                os.environ[attaching.FORCED] = attach
+            return Loaded((), {"proof": self._prove(name)})
+
+        return {name: partial(prove, name) for name in untried}
+
+    def take_sessions(self, name: str, proof: Loaded | LoadError) -> None:
+        """It is known whether they work; workers have all that they need for them."""
+        if isinstance(proof, LoadError):
+            self._fail(name, proof)
+            return
+        self.states[name] = _AVAILABLE
+        self._log.write("info", "datapath", datapath=name, proof=proof.said["proof"])
 
     @property
     def available(self) -> list[str]:

@@ -178,6 +178,11 @@ class WorkerPool:
     def datapaths_are_settled(self) -> None:
         """Tell them which datapaths they have; from here on every listener is served."""
         self._is_settled = True
+        self.say_datapaths()
+        self.configure()
+
+    def say_datapaths(self) -> None:
+        """Tell them which datapaths they have by now."""
         for worker in self.living:
             try:
                 self._say_datapaths(worker)
@@ -185,7 +190,6 @@ class WorkerPool:
                 # It will be replaced by one that knows.
                 self._log.write("error", "worker_datapaths", error=str(error))
                 worker.kill()
-        self.configure()
 
     def _say_datapaths(self, worker: WorkerProcess) -> None:
         worker.ask("datapaths", available=self._datapaths.available)

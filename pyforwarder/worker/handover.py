@@ -106,6 +106,8 @@ class Handover:
             self._sockmap = None
         if not splice:
             self._splice = None
+        if self._is_settled:
+            return  # it was known before: nobody waits for that
         self._is_settled = True
         for client in self._server.clients.values():
             if client.waits_for_handover and client.handover_asked:

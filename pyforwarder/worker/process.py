@@ -262,6 +262,8 @@ class _Worker:
                 self._serving().mark(message["upstream"], message["server"], up=message["up"])
                 self._datagrams_of().losses.servers_changed()
             case "datapaths":
+                if self._giving is not None:
+                    return None  # nothing more goes to the kernel
                 available = message["available"]
                 self._serving().handover.settle(
                     sockmap="sockmap" in available,

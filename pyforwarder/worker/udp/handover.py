@@ -54,8 +54,17 @@ class SessionHandover:
         self._tokens_s = 0.0
 
     def settle(self, *, splice: bool) -> None:
-        """It is known whether the kernel may be given sessions; it keeps those that it has."""
+        """It is known whether the kernel may be given sessions; it keeps those that it has.
+
+        After a reload that may become so later: then also those that there are.
+        """
+        is_late = splice and self._works is False
         self._works = splice
+        if is_late:
+            for session in self._server.by_id.values():
+                if session.sock is not None and session.place is None:
+                    self.established(session)
+                    self._server.records.show_datapath(session)
 
     def established(self, session: Session) -> None:
         """A session begins to flow: settle whether it may be handed over."""
