@@ -205,6 +205,10 @@ class Failover(Section):
     """What gives a machine these addresses, and takes them: something else (VRRP, an orchestrator),
     or `pyforwarder fleet move` and `fleet take`.
     """
+    compact: values.Switch = True
+    """Whether etcd is made to forget, every five minutes, what is older than that, in all of its
+    keys. `false`: it is another's to see to that (`etcd --auto-compaction-retention`).
+    """
 
     @field_validator("addresses")
     @classmethod

@@ -240,6 +240,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
                 machine,
                 Kernel(),
                 _Above(channel),
+                compacts=failover.compact,
             )
             return Serving(replicator.run, [standby.fileno()])
 

@@ -44,3 +44,15 @@ def test_nothing_is_said_where_nothing_is_missing() -> None:
 def test_what_is_missing_is_said(changed: dict[str, str], said: str) -> None:
     (found,) = warnings(**changed)
     assert said in found
+
+
+def test_whether_the_store_is_made_to_forget_is_said() -> None:
+    text = (
+        "fleet: {endpoints: ['http://10.0.0.1:2379'], name: edge, "
+        f"failover: {{addresses: [{MOVING}]%s}}}}\nuser: root\n"
+    )
+    for more, expected in (("", True), (", compact: true", True), (", compact: false", False)):
+        fleet = parse_config(text % more, source="x.yaml").fleet
+        assert fleet is not None
+        assert fleet.failover is not None
+        assert fleet.failover.compact is expected

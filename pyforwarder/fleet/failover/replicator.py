@@ -137,9 +137,13 @@ class Replicator:
         kernel: Kernel,
         supervisor: Supervisor,
         *,
+        compacts: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tag` is what this machine is called in entries, `machine` says which host it is."""
+        """`tag` is what this machine is called in entries, `machine` says which host it is.
+
+        `compacts`: the store may be made to forget its history.
+        """
         self._store = store
         self._watcher = watcher
         self._keys = keys
@@ -161,7 +165,7 @@ class Replicator:
         self._error = ""
         self._move_key = keys.move(tag)
         self._asked = Asked(store, keys, tag, lambda: self._lease)
-        self._compaction = Compaction(store, keys.compaction, tag)
+        self._compaction = Compaction(store, keys.compaction, tag) if compacts else None
         self._is_asked = False  # to take the addresses
         self._answer: str | None = None  # that the store has still to hear
 
@@ -203,7 +207,8 @@ class Replicator:
                     self._write(turn, now_s)
                     if staying is not None:
                         self._write_staying(staying, now_s)
-                    self._compaction.go_on(now_s, lease=self._lease)
+                    if self._compaction is not None:
+                        self._compaction.go_on(now_s, lease=self._lease)
                     self._speak_of_moves()
                 except StoreError as error:
                     self._error = str(error)[:500]
