@@ -103,7 +103,6 @@ def test_every_one_of_them_has_a_reason(table: dict[str, str], names: frozenset[
 
 # What one other module uses, and is to be a helper.
 IMPORTS: Final = {
-    "kernel/test_express_faults.py tests.kernel.test_express_connect",
     "unit/test_session_adoption.py tests.unit.test_session_handover",
 }
 
