@@ -207,7 +207,7 @@ RESULTS: Final[dict[str, TypeAdapter[Any]]] = {
     "retire": TypeAdapter(None),
     "take_over": TypeAdapter(None),
     "spliced_left": TypeAdapter(Number),
-    "adopt": TypeAdapter(Number),
+    "adopt": TypeAdapter(None),
     "flush": TypeAdapter(Annotated[list[Number], Field(max_length=_MOST_PAIRS)]),
     "pair_with": TypeAdapter(Number | None),
     "join": TypeAdapter(Number),

@@ -23,8 +23,8 @@ import contextlib
 import errno
 import os
 import socket
-import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,10 +36,10 @@ from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import BLOCKED, BULK_READ_BYTES, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.adopting import cookie_of, is_plain_tcp
 from pyforwarder.worker.client import Client
 from pyforwarder.worker.orphans import go_on_spliced
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.sockmap_exit import SockmapExit
-    from pyforwarder.datapath.splice.datapath import SpliceDatapath
+    from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.server import Server
     from pyforwarder.worker.udp.server import DatagramServer
@@ -58,9 +58,11 @@ if TYPE_CHECKING:
 
 # So many go in one turn of the loop: the pairs that stay have theirs in between.
 _BATCH: Final = 32
-# A keeper that does not answer is asked again after so long, and so often.
+# Spliced pairs for which the keeper is asked at once, when it is asked again if there is no room,
+# and how long it may take until it has answered for all of them.
+_ASKED_AT_ONCE: Final = 16
 _AGAIN_S: Final = 0.2
-_TRIES: Final = 50
+_KEEPER_S: Final = 10.0
 # How often it is looked for those that have got a server, or can leave their sockmap by now.
 _LOOK_S: Final = 0.02
 # A pair stands still while it is under way, so few are at a time: memory of messages that were not
@@ -71,8 +73,6 @@ _PAUSE_S: Final = 0.002
 _TAKEN_AT_ONCE: Final = 8
 # More messages than a socket holds at once.
 _MOST_QUEUED: Final = 512
-# How long one turn goes on with spliced pairs, each of which is a question to the keeper.
-_TURN_S: Final = 0.003
 # Bytes of two directions, each at most one read, in base64, and some words.
 _MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
 _NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
@@ -182,7 +182,8 @@ class Giving:
             return 0  # nobody gets them
         left = sum(1 for client in self._server.clients.values() if self._is_spliced(client))
         if self._splice is not None:
-            left += self._splice.questions  # they may be spliced in a moment
+            # They may be spliced in a moment; and what is to be reset must be, before it is theirs.
+            left += self._splice.questions + self._splice.unsettled
         return left + (0 if self._sessions_told else 1)
 
     def _is_spliced(self, client: Client) -> bool:
@@ -369,6 +370,9 @@ def _said_of(flow: Flow) -> dict[str, Any]:
     }
 
 
+_SplicedPair = tuple[PairSaid, socket.socket, socket.socket]
+
+
 class Taking:
     """Takes in what a worker of the daemon before sends."""
 
@@ -385,10 +389,12 @@ class Taking:
         self._datagrams = datagrams
         self._splice = splice
         self._sessions: list[SessionOrphan] = []
-        # Spliced, with their sockets, until our own keeper has them.
-        self._spliced: deque[tuple[PairSaid, socket.socket, socket.socket]] = deque()
-        self._is_taking_spliced = False
+        # Spliced, with their sockets, until our own keeper has them. It is asked for some of them.
+        self._spliced: deque[_SplicedPair] = deque()
+        self._asked: dict[int, _SplicedPair] = {}  # by the number of the pair
         self._may_splice = False
+        self._deadline = 0  # the timer of when the keeper is waited for no more
+        self._then: Callable[[], None] | None = None  # what is to follow when there are none left
         self._is_over = False
         self.taken = 0
         datagrams.waits_for_sessions = True
@@ -444,9 +450,8 @@ class Taking:
                 self._go_on_with(said, client, server)
             else:
                 self._spliced.append((said, _known(client), _known(server)))
-                if self._may_splice and not self._is_taking_spliced:
-                    # It has come late, as its worker had much to do.
-                    self._go_on_with_all(lambda: None, _TRIES)
+                if self._may_splice:  # it has come late, as its worker had much to do
+                    self._go_on_with_more()
         elif "session" in message:
             one = SessionSaid.model_validate(message["session"])
             if len(fds) != 1:
@@ -487,40 +492,65 @@ class Taking:
             if not self._read():
                 break
         self._may_splice = True
-        self._go_on_with_all(then, _TRIES)
+        self._then = then
+        self._go_on_with_more()
 
-    def _go_on_with_all(self, then: Callable[[], None], tries_left: int) -> None:
-        """A few at a time: the kernel moves their bytes meanwhile, and those of others wait for us.
-
-        The keeper has much to do when it begins, and may not answer.
-        """
+    def _go_on_with_more(self) -> None:
+        """Ask the keeper for some of those that are left."""
         loop = self._server.loop
-        self._is_taking_spliced = True
-        ends_s = time.monotonic() + _TURN_S
-        while self._spliced:
-            said, client, server = self._spliced[0]
-            try:
-                self._go_on_spliced(said, client, server)
-            except KeeperError:
-                if tries_left:
-                    loop.after(_AGAIN_S, lambda: self._go_on_with_all(then, tries_left - 1))
-                    return
-                self._lose(said, client, server)
-            except Exception as error:
-                self._server.log.internal_error(error)
-            self._spliced.popleft()
-            if self._spliced and time.monotonic() >= ends_s:
-                loop.defer(lambda _: self._go_on_with_all(then, tries_left), None)
+        if self._spliced and not self._deadline:
+            self._deadline = loop.after(scaled_s(_KEEPER_S), self._lose_all)
+        while self._spliced and len(self._asked) < _ASKED_AT_ONCE:
+            pair = self._spliced.popleft()
+            said, client, server = pair
+            assert said.spliced is not None
+            if said.id in self._asked or self._splice is None:
+                _close(client, server)
+                continue
+            self._asked[said.id] = pair
+            if not self._splice.take_over(
+                said.spliced.index, client, server, partial(self._answered, pair)
+            ):
+                del self._asked[said.id]
+                self._spliced.appendleft(pair)
+                loop.after(_AGAIN_S, self._go_on_with_more)
                 return
-        self._is_taking_spliced = False
-        then()
+        if self._spliced or self._asked:
+            return
+        loop.cancel(self._deadline)
+        self._deadline = 0
+        if self._then is not None:
+            then, self._then = self._then, None
+            then()
 
-    def _lose(self, said: PairSaid, client: socket.socket, server: socket.socket) -> None:
-        """Nobody can speak for the pair any more: its peers' next packets get a RST."""
-        client.close()
-        server.close()
-        if self._splice is not None and said.spliced is not None:
-            self._splice.forget(said.spliced.index)
+    def _answered(self, pair: _SplicedPair, orphan: Orphan | None) -> None:
+        said, client, server = pair
+        if self._asked.get(said.id) is not pair:
+            return  # it took too long
+        del self._asked[said.id]
+        try:
+            if orphan is None or orphan.id != said.id:
+                _close(client, server)  # it has ended meanwhile
+            else:
+                self._go_on_spliced(said, orphan)
+        except Exception as error:
+            self._server.log.internal_error(error)
+        self._go_on_with_more()
+
+    def _lose_all(self) -> None:
+        """The keeper has not answered: nobody can speak for what is left any more.
+
+        Its peers' next packets get a RST.
+        """
+        self._deadline = 0
+        lost = [*self._asked.values(), *self._spliced]
+        self._asked.clear()
+        self._spliced.clear()
+        for said, client, server in lost:
+            _close(client, server)
+            if self._splice is not None and said.spliced is not None:
+                self._splice.forget(said.spliced.index, said.id)
+        self._go_on_with_more()
 
     def _make(
         self, said: PairSaid, client_socket: _socket.socket, server_socket: _socket.socket
@@ -579,28 +609,23 @@ class Taking:
         server.records.show_later(client)
         server.join(client)
 
-    def _go_on_spliced(
-        self, said: PairSaid, client_socket: socket.socket, server_socket: socket.socket
-    ) -> None:
-        server, splice = self._server, self._splice
+    def _go_on_spliced(self, said: PairSaid, orphan: Orphan) -> None:
+        assert self._splice is not None
         assert said.spliced is not None
-        orphan = None
-        if splice is not None:
-            orphan = splice.take_over(said.spliced.index, client_socket, server_socket)
-        if splice is None or orphan is None or orphan.id != said.id:
-            # It has ended meanwhile.
-            client_socket.close()
-            server_socket.close()
-            return
-        client = self._make(said, client_socket, server_socket)
+        client = self._make(said, orphan.client, orphan.server)
         go_on_spliced(
-            server,
-            splice,
+            self._server,
+            self._splice,
             client,
             orphan,
             left_bytes=said.spliced.left_bytes,
             is_mute=said.spliced.is_mute,
         )
+
+
+def _close(*sockets: socket.socket) -> None:
+    for sock in sockets:
+        sock.close()
 
 
 def _stream_socket(fd: int) -> _socket.socket:

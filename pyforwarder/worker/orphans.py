@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING
 
 from pyforwarder.core.connection import Life
@@ -10,24 +9,25 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
-from pyforwarder.datapath.splice.keeper_client import KeeperError
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.express import count_opened, leads_to, server_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.worker.server import Server
 
 
-def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
-    """Take in what waits for this worker; how many pairs that were.
+def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], None]) -> None:
+    """Take in what waits for this worker, as the keeper gives it; `done` gets how many pairs.
 
-    Call it before the worker connects anywhere: from then on their ports are taken.
+    Best before the worker connects anywhere: from then on their ports are taken.
     """
     number = 0
-    for orphan in splice.adopt():
+
+    def take(orphan: Orphan) -> None:
+        nonlocal number
         number += 1
         client = _client_of(server, orphan)
         server.take_in(client)
@@ -39,7 +39,8 @@ def adopt_orphans(server: Server, splice: SpliceDatapath) -> int:
             server.next_id()
             count_opened(server, client, client.route.rule)
         go_on_spliced(server, splice, client, orphan)
-    return number
+
+    splice.adopt(take, lambda: done(number))
 
 
 def go_on_spliced(
@@ -53,8 +54,9 @@ def go_on_spliced(
 ) -> None:
     """The client, which the server has taken in, is the orphan from here on, watched and shown.
 
-    It is reset for the reason `internal` where the keeper or the pair table refuses it: nothing
-    could end it or count it. `left_bytes` and `is_mute`: see SpliceDatapath.go_on_with.
+    It is reset for the reason `internal` where the pair table has no room for it, or the keeper
+    refuses it later on: nothing could end it or count it. `left_bytes` and `is_mute`: see
+    SpliceDatapath.go_on_with.
     """
     for fd in (client.client_fd, client.server_fd):
         server.loop.watch(fd, 0, splice.ready, client)
@@ -65,15 +67,12 @@ def go_on_spliced(
     if record is not None and record.datapath == DatapathKind.NONE:
         client.pair_reason = PairReason.DECIDED
     _show_as_before(server, client, orphan)
-    try:
-        if client.slot < 0:
-            raise KeeperError("find room in the pair table", errno.ENOSPC)
-        splice.go_on_with(client, orphan, left_bytes=left_bytes, is_mute=is_mute)
-    except KeeperError:
-        splice.forget(orphan.index)
+    if client.slot < 0:
+        splice.forget(orphan.index, orphan.id)
         client.datapath = None
         server.broken(client, CloseReason.INTERNAL)
         return
+    splice.go_on_with(client, orphan, left_bytes=left_bytes, is_mute=is_mute)
     if client.life is Life.JOINED:
         for flow in (client.up, client.down):
             server.moved(client, flow)

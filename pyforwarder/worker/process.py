@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
+from pyforwarder.datapath.splice.keeper_asker import MOST_HELD, KeeperAsker
 from pyforwarder.datapath.splice.sessions import SessionOrphan, SpliceSessions
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.channel import Channel, text_from_fd
@@ -33,6 +34,7 @@ from pyforwarder.runtime.limits import SharedLimits
 from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.seccomp import confine
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.runtime.tables import visible
 from pyforwarder.worker.express import Opened
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
@@ -60,7 +62,10 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 # Descriptors that a worker needs beside its connections: maps, rings, epoll, channel, log, spare.
-_OWN_DESCRIPTORS: Final = 192
+_OWN_DESCRIPTORS: Final = 192 + 2 * MOST_HELD
+# So long a worker that begins waits for a keeper, and one that ends. Either takes milliseconds.
+_ADOPTION_S: Final = 1.0
+_LAST_WORDS_S: Final = 1.0
 _TOLD: Final = 1024  # clients beyond the limit on pairs
 
 
@@ -177,6 +182,7 @@ def run(inheritance: Inheritance) -> None:
     # A connection is no reference cycle, so collections find nothing: let them be rare.
     gc.set_threshold(50_000, 20, 100)
     worker.loop.run()
+    worker.finish()
 
 
 class _Worker:
@@ -200,6 +206,9 @@ class _Worker:
         self._splice: SpliceDatapath | None = None
         self._sockmap: SockmapDatapath | None = None
         self._opened: Opened | None = None
+        self._keeper: KeeperAsker | None = None
+        self._adopting = 0  # how often the keeper is asked, and has more
+        self._listens = False
         self._giving: Giving | None = None
         self._taking: Taking | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
@@ -209,6 +218,13 @@ class _Worker:
         if self._inheritance.pulse is not None:
             self._inheritance.pulse.beat()
             self.loop.after(PULSE_S, self._beat)
+
+    def finish(self) -> None:
+        """Nobody is served any more; the keeper should hear of all that has ended."""
+        if self._keeper is not None:
+            self._keeper.finish(scaled_s(_LAST_WORDS_S))
+        if self._datagrams is not None:
+            self._datagrams.handover.finish()
 
     def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
@@ -225,12 +241,36 @@ class _Worker:
         if "claimed" in message:
             self._serving().claims.told(message["claimed"], message["first"])
             return
+        if message["do"] in ("take_over", "adopt"):
+            self._answer_later(message["n"], message["do"])
+            return
         answer: dict[str, object]
         try:
             answer = {"result": self._obey(message, fds)}
         except ForwarderError as error:
             answer = {"error": str(error)}
         self._channel.send({"n": message["n"], **answer})
+
+    def _answer_later(self, number: int, do: str) -> None:
+        """Go on with spliced pairs; say so once that is done, or will take a while longer."""
+        is_told = False
+
+        def tell() -> None:
+            nonlocal is_told
+            if not is_told:
+                is_told = True
+                self.loop.cancel(timer)
+                self._channel.send({"n": number, "result": None})
+
+        timer = self.loop.after(scaled_s(_ADOPTION_S), tell)
+        match do:
+            case "adopt":  # what went through another machine
+                self._adopt_pairs(tell)
+            case "take_over":  # what the daemon before had spliced is the keeper's now
+                if self._taking is not None:
+                    self._taking.take_over_spliced(lambda: self._adopt(tell))
+                else:
+                    self._adopt(tell)
 
     def _obey(self, message: dict[str, Any], fds: list[int]) -> object:
         match message["do"]:
@@ -245,8 +285,6 @@ class _Worker:
                 self._drain()
             case "retire":
                 self._retire(fds)
-            case "take_over":
-                self._take_over_spliced()
             case "spliced_left":
                 return self._giving.spliced_left() if self._giving is not None else 0
             case "stop":
@@ -271,8 +309,6 @@ class _Worker:
                     express="express" in available,
                 )
                 self._datagrams_of().handover.settle(splice="splice_udp" in available)
-            case "adopt":
-                return self._adopt_moved()
             case "pair_with":
                 return self._serving().joining.pair_with(message["cookies"])
             case "join":
@@ -280,16 +316,6 @@ class _Worker:
             case unknown:
                 raise ForwarderError(f"unknown message {unknown!r}")
         return None
-
-    def _adopt_moved(self) -> int:
-        """Take in spliced pairs that went through another machine; how many."""
-        if self._splice is None:
-            return 0
-        adopted = adopt_orphans(self._serving(), self._splice)
-        if adopted:
-            log, worker = self._serving().log.log, self._inheritance.worker
-            log.write("info", "adopted", worker=worker, pairs=adopted)
-        return adopted
 
     def _serving(self) -> Server:
         assert self._server is not None  # settings are always the first message
@@ -317,8 +343,8 @@ class _Worker:
             counters=self._counters,
         )
         if self._server is None:
-            self._server = self._make_server(generation)
-        server = self._server
+            self._make_server(generation)
+        server = self._serving()
         server.generation = generation
         server.tell_of_servers()
         room = room_for(generation.config)
@@ -353,6 +379,7 @@ class _Worker:
         self._datagrams_of().keep_only(udp)
         self._datagrams_of().losses.servers_changed(generation.balancers)
         if places:
+            self._listens = True
             self._take_in_sessions()
 
     def _take_in_sessions(self) -> None:
@@ -371,7 +398,7 @@ class _Worker:
         self._datagrams_of().listen(name, sock, state)
         return name
 
-    def _make_server(self, generation: Generation) -> Server:
+    def _make_server(self, generation: Generation) -> None:
         given = self._inheritance
         limits = SharedLimits(
             self._memory.limits,
@@ -381,7 +408,7 @@ class _Worker:
         limits.reset_own()
         room = room_for(generation.config)
         window = given.table.take_window(given.worker)
-        server = Server(
+        server = self._server = Server(
             self.loop,
             generation=generation,
             counters=self._counters.block(given.worker),
@@ -399,22 +426,25 @@ class _Worker:
         self._sockmap = sockmap
         splice = None
         if given.splicing is not None:
-            # One for both: each reads all that comes.
-            keeper = given.splicing.client(given.worker)
+            # One for both: it reads all that comes.
+            keeper = self._keeper = given.splicing.asker(given.worker, self.loop)
             splice = self._splice = SpliceDatapath(
                 server, given.splicing.maps, keeper, window=window, worker=given.worker
             )
-            self._sessions = SpliceSessions(given.splicing.maps.sessions, keeper, window=window)
+            self._sessions = SpliceSessions(
+                given.splicing.maps.sessions, keeper, self.loop, window=window
+            )
             given.splicing.keep_only(given.worker)
         self._drop_kernel_objects()
         server.pressure.start()
         server.handover = Handover(server, sockmap, splice)
         if splice is not None and given.splicing is not None and given.splicing.express:
             sock = given.splicing.express.workers[given.worker]
-            self._opened = Opened(server, sock, partial(adopt_orphans, server, splice))
+            self._opened = Opened(server, sock, partial(self._adopt_pairs, lambda: None))
         self._splice = splice
         if splice is not None and given.splicing is not None and given.splicing.has_begun:
-            self._adopt(server, splice)
+            self._adopt(lambda: None)
+            self._wait_for_adoption()
         self._datagrams = DatagramServer(
             self.loop,
             counters=server.counters,
@@ -435,27 +465,47 @@ class _Worker:
         )
         if given.heir is not None:
             self._taking = Taking(given.heir, server, self._datagrams, splice)
-        return server
 
-    def _adopt(self, server: Server, splice: SpliceDatapath) -> None:
-        """Take in what has lost its worker, or its daemon."""
-        adopted = adopt_orphans(server, splice)
-        if adopted:
-            server.log.log.write("info", "adopted", worker=self._inheritance.worker, pairs=adopted)
-        assert self._sessions is not None
-        self._orphans = list(self._sessions.adopt())
+    def _adopt(self, then: Callable[[], None]) -> None:
+        """Take in what has lost its worker, or its daemon, as the keeper gives it; then `then`."""
+        sessions = self._sessions
+        if sessions is None:
+            then()
+            return
+        self._adopting += 1
 
-    def _take_over_spliced(self) -> None:
-        """What the daemon before had spliced is the keeper's now: ask it."""
-        if self._taking is not None:
-            self._taking.take_over_spliced(self._adopt_the_rest)
-        else:
-            self._adopt_the_rest()
+        def done() -> None:
+            self._adopting -= 1
+            if self._listens:
+                self._take_in_sessions()
+            then()
 
-    def _adopt_the_rest(self) -> None:
-        if self._splice is not None:
-            self._adopt(self._serving(), self._splice)
-            self._take_in_sessions()
+        self._adopt_pairs(lambda: sessions.adopt(self._orphans.append, done))
+
+    def _adopt_pairs(self, then: Callable[[], None]) -> None:
+        """The same of pairs alone; `then` is called when there are no more."""
+        server, splice = self._serving(), self._splice
+        if splice is None:
+            then()
+            return
+
+        def done(adopted: int) -> None:
+            if adopted:
+                log, worker = server.log.log, self._inheritance.worker
+                log.write("info", "adopted", worker=worker, pairs=adopted)
+            then()
+
+        adopt_orphans(server, splice, done)
+
+    def _wait_for_adoption(self) -> None:
+        """Nobody is served yet: what is ours is known before, if the keeper answers soon.
+
+        Their ports are theirs from then on: no connection of ours gets one, which the kernel would
+        take for the pair's. A keeper that hangs is not waited for: the supervisor waits for us, and
+        clients in our queues. What it gives later is taken in then.
+        """
+        assert self._keeper is not None
+        self._keeper.wait_until(lambda: not self._adopting, scaled_s(_ADOPTION_S))
 
     def _retire(self, fds: list[int]) -> None:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""

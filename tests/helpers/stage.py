@@ -17,6 +17,7 @@ from pyforwarder.datapath.proof.rig import Rig
 from pyforwarder.datapath.proof.scenarios import SLOW_LIMIT_BYTES
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from tests.helpers.fake_datapath import FakeDatapath
+from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap import SockmapDatapath
@@ -56,7 +57,7 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
     elif name == "splice":
         assert splicing is not None
         rig.datapath = splice = SpliceDatapath(
-            rig, splicing.maps, splicing.client(0), window=window, worker=0
+            rig, splicing.maps, splicing.asker(0, rig.loop), window=window, worker=0
         )
     elif name == "fake":
         rig.datapath = FakeDatapath(rig)
@@ -64,6 +65,7 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
         yield rig
         # What a pair took it has given back by itself, when it ended.
         rig.loop.run_once(0)
+        assert splice is None or splice._keeper.finish(DEADLINE_S)
         assert keys_in(maps.of[0].ends_fd) == 0
         assert keys_in(maps.of[0].sockets_fd) == 0
         assert len(window._free) == SLOTS

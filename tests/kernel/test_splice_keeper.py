@@ -22,6 +22,7 @@ from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair
 from pyforwarder.datapath.splice import keeper as splice_keeper
 from pyforwarder.datapath.splice import keeper_client
 from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.runtime.slowness import scaled_s
@@ -188,7 +189,8 @@ def hanging(maps: KernelMaps, where: object, name: str, patch: pytest.MonkeyPatc
         splicing.patient_client(0).ask("adopt")  # it has begun to serve
         with stage("splice", maps, splicing) as rig:
             yield rig
-            splicing.patient_client(0).ask("adopt")  # it goes on
+            assert isinstance(rig.datapath, SpliceDatapath)
+            assert rig.datapath._keeper.finish(DEADLINE_S)  # it goes on
 
 
 def go_through(rig: Rig, pair: RigPair, client: socket.socket, server: socket.socket) -> None:

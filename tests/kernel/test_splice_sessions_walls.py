@@ -314,6 +314,7 @@ class Asking:
         self.client = client
         self._stack = stack
         self._slot = 0
+        self.numbers: dict[int, int] = {}  # of what is in each place
 
     def bound(
         self, host: str = "127.0.0.1", port: int = 0, *, shared: bool = False, kind: int = 0
@@ -352,12 +353,20 @@ class Asking:
             any_interface=0,
             idle_s=60,
         )
+        if "index" in answer:
+            self.numbers[answer["index"]] = self._slot
         return PairReason(answer["refused"]) if "refused" in answer else answer.get("index")
 
-    def close(self, *indexes: int) -> list[Any]:
-        """What each has carried; None of what is not ours."""
-        answer = self.client.ask("close_sessions", indexes=indexes)
+    def close(self, *indexes: int, number: int = 0) -> list[Any]:
+        """What each has carried; None of what is not ours, or is not that number's."""
+        places = [[index, number or self.numbers.get(index, 1)] for index in indexes]
+        answer = self.client.ask("close_sessions", places=places)
         return cast("list[Any]", answer["carried"])
+
+    def take_in(self, index: int, number: int = 0) -> dict[str, Any]:
+        """The keeper's answer to who goes on with a session."""
+        number = number or self.numbers.get(index, 1)
+        return self.client.ask("session_adopted", index=index, id=number, slot=3, idle_s=60)
 
 
 @contextlib.contextmanager
@@ -444,8 +453,8 @@ def test_a_session_that_was_given_and_not_taken_in_is_given_again(asking: Asking
     asking.client.ask("bury")
     again = asking.client.ask("adopt_session")
     assert {**again, "n": ANY} == {**first, "n": ANY}
-    asking.client.ask("session_adopted", index=index, slot=3, idle_s=60)
     assert type(index) is int
+    assert asking.take_in(index).keys() == {"n"}
     assert asking.close(index) != [None]
 
 
@@ -493,10 +502,19 @@ def test_a_worker_ends_no_session_but_its_own(asking: Asking) -> None:
     assert type(index) is int
     for other in (index + 1, 1 << 20):
         assert asking.close(other) == [None]
-        said = asking.client.ask("session_adopted", index=other, slot=3, idle_s=60)
-        assert "error" in said
+        assert "error" in asking.take_in(other)
     assert asking.close(1 << 20, index, index + 1) == [None, ANY, None]
     assert asking.close(index) == [None]
+
+
+def test_an_end_that_was_meant_for_another_in_that_place_ends_nothing(asking: Asking) -> None:
+    """A worker repeats what it does not know to be done, and the place may have changed hands."""
+    index = asking.open(asking.bound(), asking.upstream(), port=998)
+    assert type(index) is int
+    other = asking.numbers[index] + 1000
+    assert asking.close(index, number=other) == [None]
+    assert "error" in asking.take_in(index, number=other)
+    assert asking.close(index) == [[[0, 0], [0, 0]]]
 
 
 def test_a_worker_has_a_share_of_the_room(asking: Asking) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import itertools
 import json
 import mmap
 import os
@@ -215,16 +216,18 @@ def test_the_keeper_mutes_no_socket_but_those_that_were_joined(two: Two, do: str
         lambda: {row["datapath"] for row in two.daemon.look()} == {"splice"}, "both are spliced"
     )
 
+    numbers = [row["id"] for row in two.daemon.look()]
+
     def ask(fds: Fds) -> list[object]:
         keeper = keeper_channel(fds)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             sock = socket.create_connection(listener.getsockname())
             peer, _ = listener.accept()
             found: list[object] = []
-            for index in reversed(range(100)):  # pairs have the first places
-                answer = ask_keeper(
-                    keeper, {"do": do, "index": index}, [sock.fileno(), peer.fileno()]
-                )
+            places = itertools.product(reversed(range(100)), numbers)  # pairs have the first
+            for index, number in places:
+                request = {"do": do, "index": index, "id": number}
+                answer = ask_keeper(keeper, request, [sock.fileno(), peer.fileno()])
                 # Of one that is its own the keeper says nothing, but to the supervisor.
                 found.append(answer.get("error", "none"))
                 found += [one.getsockopt(socket.IPPROTO_TCP, TCP_REPAIR) for one in (sock, peer)]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyforwarder.datapath.splice.keeper_client import MOST_MESSAGE_BYTES
 from pyforwarder.datapath.splice.keeper_requests import REQUESTS, FaultyRequestError, understand
 
 GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
@@ -21,12 +22,13 @@ GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
         2,
     ),
     "learn": ({}, 2),
-    "adopted": ({"index": 0, "slot": 7}, 0),
-    "mute": ({"index": 3}, 2),
-    "narrow": ({"index": 3}, 0),
-    "abort": ({"index": 3}, 0),
-    "leave": ({"index": 3}, 2),
-    "reset": ({"index": 3}, 2),
+    "here": ({}, 0),
+    "adopted": ({"index": 0, "id": 5, "slot": 7}, 0),
+    "mute": ({"index": 3, "id": 5}, 2),
+    "narrow": ({"index": 3, "id": 5}, 0),
+    "abort": ({"index": 3, "id": 5}, 0),
+    "leave": ({"index": 3, "id": 5}, 2),
+    "reset": ({"index": 3, "id": 5}, 2),
     "open_session": (
         {
             "id": 1,
@@ -39,10 +41,10 @@ GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
         },
         2,
     ),
-    "close_sessions": ({"indexes": [3, 0, 9]}, 0),
+    "close_sessions": ({"places": [[3, 1], [0, 7], [9, 1 << 40]]}, 0),
     "take_over": ({"index": 3}, 2),
     "adopt_session": ({}, 0),
-    "session_adopted": ({"index": 3, "slot": 7, "idle_s": 1}, 0),
+    "session_adopted": ({"index": 3, "id": 5, "slot": 7, "idle_s": 1}, 0),
 }
 WRONG: Final[tuple[object, ...]] = (
     *(None, True, -1, 1.5, 1 << 64, "1", [], {}, [1, 2, 3, 4], [-1, 0], "\ud800"),
@@ -75,7 +77,6 @@ def test_no_field_may_be_missing_or_more_or_of_another_kind(do: str) -> None:
             if not (name == "until" and value in (1.5, 1 << 64))
             and not (name == "keepalive" and value == [1, 2, 3])
             and not (name == "idle_s" and value == 1.5)
-            and not (name == "indexes" and value == [1, 2, 3, 4])
         ]
     for request, count in bad:
         with pytest.raises(FaultyRequestError):
@@ -92,11 +93,20 @@ def test_a_keepalive_that_would_keep_the_keeper_busy_is_a_fault(wrong: list[int]
         understand(words(do="join", **(fields | {"keepalive": wrong})), sockets)
 
 
-@pytest.mark.parametrize("wrong", [[], [1, 1], list(range(65)), 3, [None]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *([], [1, 1], 3, [None], [[1]], [[1, 0]], [[-1, 1]], [[1, 2, 3]], [[1, True]]),
+        *([[1, 7], [1, 8]], [[n, 1] for n in range(65)]),
+    ],
+)
 def test_so_many_sessions_are_ended_at_once_and_each_of_them_once(wrong: object) -> None:
-    assert understand(words(do="close_sessions", indexes=list(range(64))), 0)
+    longest = [[(1 << 32) - 2 - n, (1 << 63) - 1] for n in range(64)]
+    request = words(do="close_sessions", places=longest)
+    assert understand(request, 0)
+    assert len(request) < MOST_MESSAGE_BYTES // 2
     with pytest.raises(FaultyRequestError):
-        understand(words(do="close_sessions", indexes=wrong), 0)
+        understand(words(do="close_sessions", places=wrong), 0)
 
 
 @pytest.mark.parametrize("do", ["open_session", "session_adopted"])

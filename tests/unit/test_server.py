@@ -30,6 +30,7 @@ from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
 from pyforwarder.datapath.ebpf.pair_table import read_records
 from pyforwarder.datapath.proof.rig import loopback_pair
+from pyforwarder.datapath.splice.keeper_asker import Asked
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.counters import (
@@ -959,7 +960,9 @@ class FakeSplice(FakeDatapath):
         if self.refuse_with is not None and not self.is_silent:
             return self.refuse_with
         assert isinstance(pair.datapath, CopyDatapath)
-        question = Question(self._loop, pair, pair.datapath, 1, then, self.answer_one)
+        question = Question(
+            self._loop, pair, pair.datapath, Asked(lambda *_: None), then, self.answer_one
+        )
         self.open[pair] = question
         if not self.is_silent:
             self._loop.defer(self.answer_one, question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -24,17 +24,22 @@ class Keeping(FakeKernel):
         super().__init__()
         self.taken: list[int] = []
         self.closed_places: list[int] = []
+        self.lose: Callable[[], None] = lambda: None
 
-    def go_on_with(self, orphan: SessionOrphan, slot: int, idle_s: float) -> Place:
+    def go_on_with(
+        self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
+    ) -> Place:
         assert idle_s == 120.0
         self.taken.append(orphan.index)
-        return Place(orphan.index, slot)
+        self.lose = lost
+        return Place(orphan.index, orphan.id, slot)
 
-    def close(self, places: Sequence[Place]) -> list[Carried]:
+    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
         self.closed_places += [place.index for place in places]
-        return [((0, 0), (0, 0)) for _ in places]
+        then([((0, 0), (0, 0)) for _ in places])
 
-    def forget(self, index: int) -> None:
+    def forget(self, index: int, session_id: int) -> None:
+        assert session_id == 100 + index
         self.closed_places.append(index)
 
 
@@ -92,6 +97,14 @@ def test_a_session_of_an_upstream_is_counted_for_its_server_until_it_ends(
     assert (server.pairs, server.held.total(), play.counters[at]) == (1, 1, 1)
     assert play.server.flush_ids(None) == [101]
     assert (server.pairs, server.held.total(), play.counters[at]) == (0, 0, 0)
+    assert adopting.kernel.closed_places == [1]
+
+
+def test_a_session_that_the_keeper_does_not_know_any_more_ends(adopting: Adopting) -> None:
+    play = adopting.play
+    assert play.server.adoption.take_in([adopting.orphan(play.client())]) == 1
+    adopting.kernel.lose()
+    assert play.closed(CloseReason.INTERNAL) == 1
     assert adopting.kernel.closed_places == [1]
 
 

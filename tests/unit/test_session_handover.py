@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice.sessions import Carried, Place, SpliceSessions
+from pyforwarder.datapath.splice.sessions import Carried, Opening, Place, SpliceSessions
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.udp import server_losses
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
@@ -38,10 +38,33 @@ class FakeKernel:
         self.last = [0.0, 0.0]
         self.sent_on = [(0, 0), (0, 0)]
         self.closed: list[int] = []  # how many at a time
+        self.defer: Callable[[Callable[[Any], None], Any], None] = lambda act, of: act(of)
+        self.is_slow = False  # it says nothing of itself
+        self.asked: list[Opening] = []  # and of these nothing was said yet
+        self.abandoned = 0
+        self.uncounted: list[Callable[[], None]] = []
 
-    def open(self, **words: Any) -> Place | PairReason:
+    def open(self, **words: Any) -> Opening | PairReason:
+        then = words.pop("then")
         self.opened.append(words)
-        return self.answer if self.answer is not None else Place(0, words["slot"])
+        if self.answer is PairReason.NO_KEEPER:
+            return self.answer
+        opening = Opening(words["session_id"], words["slot"], then)
+        if self.is_slow:
+            self.asked.append(opening)
+        else:
+            self.defer(self.say, opening)
+        return opening
+
+    def say(self, opening: Opening) -> None:
+        """The keeper has done what it was asked."""
+        place = Place(0, opening.id, opening.slot)
+        if opening.then is not None:
+            opening.then(self.answer if self.answer is not None else place)
+
+    def abandon(self, opening: Opening) -> None:
+        opening.then = None
+        self.abandoned += 1
 
     def is_latched(self, _place: Place, direction: int) -> bool:
         return self.latched[direction]
@@ -62,9 +85,16 @@ class FakeKernel:
     def carried(self, _place: Place, direction: int) -> tuple[int, int]:
         return self.sent_on[direction]
 
-    def close(self, places: Sequence[Place]) -> list[Carried]:
+    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
         self.closed.append(len(places))
-        return [(self.sent_on[0], self.sent_on[1]) for _ in places]
+
+        def say() -> None:
+            then([(self.sent_on[0], self.sent_on[1]) for _ in places])
+
+        if self.is_slow:
+            self.uncounted.append(say)
+        else:
+            say()
 
 
 class Played:
@@ -85,6 +115,7 @@ class Played:
             server.weight = 0  # no new sessions: all are for our own
         self.balancer._unsettle()
         self.kernel = FakeKernel()
+        self.kernel.defer = self.play.loop.defer
         self.play.server.handover = SessionHandover(
             self.play.server, cast("SpliceSessions", self.kernel)
         )
@@ -307,6 +338,85 @@ def test_what_the_kernel_has_carried_is_added_up_at_the_end(played: Played) -> N
     played.play.server.flush_ids(None)
     assert played.play.counters[Counter.UP_BYTES] == 1000 + 2 * len(b"up")
     assert played.play.counters[Counter.DOWN_BYTES] == 5000 + len(b"down")
+
+
+def asked_for(played: Played) -> tuple[str, int]:
+    """A session for which the keeper is asked, and says nothing."""
+    played.kernel.is_slow = True
+    source = played.up()
+    played.down(source)
+    played.up()
+    played.play.settle()
+    assert len(played.kernel.asked) == 1
+    return source
+
+
+def test_a_session_is_copied_while_the_keeper_is_asked_and_it_is_asked_once(
+    played: Played,
+) -> None:
+    source = asked_for(played)
+    for _ in range(3):
+        played.up()
+        played.down(source)
+    assert len(played.kernel.opened) == 1
+    assert played.session.place is None
+    played.kernel.counted = [2, 50]
+    (opening,) = played.kernel.asked
+    played.kernel.say(opening)
+    place = played.session.place
+    assert place is not None
+    # Of what it has passed to us, so many have gone on already.
+    assert place.copied == [2, 3]
+    assert played.play.counters[Counter.JOINED_SPLICE] == 1
+
+
+@pytest.mark.parametrize("answer", [PairReason.MAP_FULL, PairReason.OTHER_SOCKET])
+def test_a_late_refusal_says_why(played: Played, answer: PairReason) -> None:
+    asked_for(played)
+    played.kernel.answer = answer
+    played.kernel.say(played.kernel.asked.pop())
+    assert played.session.pair_reason is answer
+    played.up()
+    assert len(played.kernel.opened) == 1
+
+
+def test_a_session_that_ends_while_the_keeper_is_asked_has_no_place(played: Played) -> None:
+    asked_for(played)
+    assert len(played.play.server.flush_ids(None)) == 1
+    assert played.kernel.abandoned == 1
+    assert played.kernel.closed == []
+    assert played.play.closed(CloseReason.FLUSHED) == 1
+    played.kernel.say(played.kernel.asked.pop())  # nobody's any more
+    assert played.play.counters[Counter.JOINED_SPLICE] == 0
+    assert played.play.counters[Counter.UP_BYTES] == 2 * len(b"up")
+
+
+def test_a_session_that_goes_to_another_daemon_is_not_begun_here(played: Played) -> None:
+    asked_for(played)
+    played.play.server.let_go(played.session)
+    assert played.kernel.abandoned == 1
+
+
+def test_an_end_is_told_once_it_is_known_what_was_carried(played: Played) -> None:
+    """All else of the session is gone by then, and others are served."""
+    handed_over(played)
+    played.kernel.is_slow = True
+    session = played.session
+    assert played.play.server.flush_ids(None) == [session.id]
+    assert played.play.server.by_id == {}
+    assert session.slot == -1
+    assert played.play.counters[Counter.OPEN] == 0
+    assert played.play.closed(CloseReason.FLUSHED) == 0
+    assert played.play.counters[Counter.UP_BYTES] == 0
+    assert played.play.said() == []
+    played.kernel.sent_on = [(1000, 10), (5000, 20)]
+    (say,) = played.kernel.uncounted
+    say()
+    assert played.play.closed(CloseReason.FLUSHED) == 1
+    assert played.play.counters[Counter.UP_BYTES] == 1000 + 2 * len(b"up")
+    assert played.play.counters[Counter.DOWN_BYTES] == 5000 + len(b"down")
+    (line,) = played.play.said()
+    assert (line["event"], line["up_bytes"]) == ("closed", 1000 + 2 * len(b"up"))
 
 
 def test_the_keeper_is_not_asked_for_more_sessions_than_it_can_begin(played: Played) -> None:

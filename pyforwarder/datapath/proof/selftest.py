@@ -25,6 +25,7 @@ from pyforwarder.datapath.splice.sessions import SpliceSessions
 from pyforwarder.errors import DatapathError, LoadError, Refusal
 from pyforwarder.runtime import host, slowness
 from pyforwarder.runtime.children import fork
+from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.runtime.tables import single_line
 
@@ -83,8 +84,8 @@ def prove_splice(splicing: Splicing, *, pairs_fd: int, slots: int, user: str | N
         return Proof.refused(refusal.lacking("splice", missing), 0.0)
 
     def make(rig: Rig, window: PairWindow) -> Datapath:
-        client = splicing.patient_client(0)
-        return SpliceDatapath(rig, splicing.maps, client, window=window, worker=0)
+        keeper = splicing.asker(0, rig.loop, is_patient=True)
+        return SpliceDatapath(rig, splicing.maps, keeper, window=window, worker=0)
 
     return _prove(
         make,
@@ -102,9 +103,10 @@ def prove_sessions(splicing: Splicing, *, pairs_fd: int, slots: int, user: str |
 
     def scenarios() -> Iterator[tuple[str, float]]:
         window = PairWindow(table.windows[0], first_slot=0, worker_index=0)
-        client = splicing.patient_client(0)
-        kernel = SpliceSessions(splicing.maps.sessions, client, window=window)
-        yield from sessions.play(kernel, window).items()
+        loop = Loop()
+        keeper = splicing.asker(0, loop, is_patient=True)
+        kernel = SpliceSessions(splicing.maps.sessions, keeper, loop, window=window)
+        yield from sessions.play(kernel, keeper, window).items()
 
     return _run(scenarios, table, user, lambda: splicing.clear(0))
 

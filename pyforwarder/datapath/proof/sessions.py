@@ -16,7 +16,8 @@ from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
-    from pyforwarder.datapath.splice.sessions import SpliceSessions
+    from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
+    from pyforwarder.datapath.splice.sessions import Carried, Place, SpliceSessions
 
 HOSTS: Final = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 # What a datagram may have at least, at most, and around a packet of Ethernet. One that is longer
@@ -31,7 +32,9 @@ _SO_NO_CHECK: Final = 11  # asm-generic/socket.h
 class SessionRig:
     """A client, a server, and a worker's two sockets between them; close it."""
 
-    def __init__(self, kernel: SpliceSessions, window: PairWindow, host: str) -> None:
+    def __init__(
+        self, kernel: SpliceSessions, keeper: KeeperAsker, window: PairWindow, host: str
+    ) -> None:
         """Two sessions' worth of sockets on `host`.
 
         Raises:
@@ -39,6 +42,7 @@ class SessionRig:
         """
         self._stack = contextlib.ExitStack()
         self._kernel = kernel
+        self._keeper = keeper
         self._window = window
         try:
             self.client, self.server = self._socket(host), self._socket(host)
@@ -109,7 +113,8 @@ class SessionRig:
         """Copied first, handed over, and then all by the kernel; the counts are exact."""
         self.up(b"first")
         self.down(b"answer")
-        place = self._kernel.open(
+        opened: list[Place | PairReason] = []
+        opening = self._kernel.open(
             session_id=1 << 32 | self._slot,
             slot=self._slot,
             client=self.client.getsockname()[:2],
@@ -118,7 +123,12 @@ class SessionRig:
             any_interface=False,
             idle_s=60.0,
             now_s=time.monotonic(),
+            then=opened.append,
         )
+        if isinstance(opening, PairReason):
+            raise RigError(opening.text)
+        self._keeper.finish(scaled_s(_TIMEOUT_S))
+        place = opened[0] if opened else PairReason.NO_KEEPER
         if isinstance(place, PairReason):
             raise RigError(place.text)
         for _ in range(2):
@@ -146,7 +156,12 @@ class SessionRig:
             self.down(b"no checksum")
             total, sent = total + 2 * len(b"no checksum"), sent + 2
         counted = [self.copied_bytes, self.copied]
-        (carried,) = self._kernel.close([place])
+        ended: list[Carried] = []
+        self._kernel.close([place], ended.extend)
+        self._keeper.finish(scaled_s(_TIMEOUT_S))
+        if not ended:
+            raise RigError(PairReason.NO_KEEPER.text)
+        (carried,) = ended
         for direction in Direction:
             for n in range(2):
                 counted[n] += carried[direction][n] - before[direction][n]
@@ -159,7 +174,7 @@ class SessionRig:
         self._stack.close()
 
 
-def play(kernel: SpliceSessions, window: PairWindow) -> dict[str, float]:
+def play(kernel: SpliceSessions, keeper: KeeperAsker, window: PairWindow) -> dict[str, float]:
     """Seconds of each version of IP that this host has.
 
     Raises:
@@ -170,7 +185,7 @@ def play(kernel: SpliceSessions, window: PairWindow) -> dict[str, float]:
     for name, host in HOSTS.items():
         started_s = time.monotonic()
         try:
-            rig = SessionRig(kernel, window, host)
+            rig = SessionRig(kernel, keeper, window, host)
         except OSError as error:
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) and passed:
                 continue

@@ -10,7 +10,6 @@ and to write; what comes later is in nobody's queue here, and must not be read.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -37,18 +36,18 @@ from pyforwarder.datapath.splice.abi import (
     SpliceState,
 )
 from pyforwarder.datapath.splice.keeper import splice_memory
-from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.datapath.splice.maps import ring_bytes, used_indexes
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
-from pyforwarder.runtime.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT
+from pyforwarder.runtime.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT, Timed
 from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
     import _socket
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
     from pyforwarder.datapath.splice.maps import SpliceMaps
     from pyforwarder.datapath.splice.question import Then
 
@@ -64,11 +63,8 @@ _BEGINNING_LOOK_S: Final = 0.001
 # Pairs that the keeper is asked for at the same time. It does one after the other, and they stand
 # still meanwhile; fewer would wait for a turn of our loop in between.
 MOST_QUESTIONS: Final = 8
-# After a keeper that did not answer, none is asked for so long.
-_KEEPER_PAUSE_S: Final = 5.0
-# Whose pair it is from now on it is told so often, with such pauses, until it answers.
-_ADOPTED_TRIES: Final = 50
-_ADOPTED_PAUSE_S: Final = 0.2
+# A keeper that has not heard by then whose pair it is from now on, sees nobody idle.
+_ADOPTED_S: Final = 10.0
 _RESET_BY: Final = {
     ResetBy.CLIENT: CloseReason.CLIENT_RESET,
     ResetBy.SERVER: CloseReason.SERVER_RESET,
@@ -96,17 +92,47 @@ class _Expected:
 class _Spliced:
     """A pair's place among the splices."""
 
-    __slots__ = ("index", "is_mute", "left_bytes", "look_s", "narrow", "narrow_told_s", "pause_s")
+    __slots__ = (
+        "asks_mute",
+        "index",
+        "is_mute",
+        "left_bytes",
+        "look_s",
+        "narrow",
+        "narrow_told_s",
+        "pause_s",
+        "tells_narrow",
+    )
 
     def __init__(self, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
         self.index = index
         self.left_bytes = left_bytes  # to read, for each direction: they came before it began
         self.is_mute = is_mute  # closing its sockets says nothing to anybody
+        self.asks_mute = False  # the keeper is asked for that
+        self.tells_narrow = False  # the keeper is asked to tell its peers
         self.pause_s = _LOOK_S
         self.look_s = time.monotonic() + _LOOK_S
         # For each direction whose packets were too long: the bytes that had passed, and since when.
         self.narrow: dict[Direction, tuple[int, float]] = {}
         self.narrow_told_s = -_NARROW_PAUSE_S  # when their sender was told last
+
+
+class _Adoption(Timed):
+    """A pair that the keeper is told to be this worker's, until it has heard that."""
+
+    __slots__ = ("_overdue", "pair", "state")
+
+    def __init__(
+        self, pair: Pair, state: _Spliced, overdue: Callable[[Pair, _Spliced], None]
+    ) -> None:
+        Timed.__init__(self)
+        self._overdue = overdue
+        self.pair = pair
+        self.state = state
+
+    def expired(self) -> None:
+        """It has not heard it."""
+        self._overdue(self.pair, self.state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +155,7 @@ class SpliceDatapath:
         self,
         host: PairHost,
         maps: SpliceMaps,
-        keeper: KeeperClient,
+        keeper: KeeperAsker,
         *,
         window: PairWindow,
         worker: int,
@@ -145,15 +171,11 @@ class SpliceDatapath:
         self._by_index: dict[int, Pair] = {}
         self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
         self._is_looking = False  # a timer is set
-        self._keeper_from_s = 0.0  # not asked before
-        self._questions: dict[int, Question] = {}  # by number, the oldest first
+        self._questions: dict[Question, None] = {}  # the oldest first
         # Packets of pairs that begin from now on may come by whatever interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
         self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
-        self._is_heard = True
-        self._loop.watch(keeper.fileno(), 0, self._heard, None)  # listened to while it is asked
-        keeper.on_early = lambda: self._loop.defer(lambda _: self._hear(), None)
 
     def expect(self, pair: Pair) -> None:
         """The pair, which is copied now, will be asked for: let its sockets promise no more.
@@ -178,26 +200,16 @@ class SpliceDatapath:
         pair.state = None
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Take the pair over; UNREAD_BYTES, NO_KEEPER: a later moment may be better."""
-        obstacle = self._obstacle(pair)
-        if obstacle is None:
-            obstacle = self._begin(pair)
-        # One that has ended meanwhile has no sockets any more.
-        if obstacle not in (None, PairReason.UNREAD_BYTES) and pair.datapath is not None:
-            self._expect_no_more(pair)
-        return obstacle
+        """Take the pair over, and wait until that is done: for who serves nobody else.
 
-    def _begin(self, pair: Pair) -> PairReason | None:
-        """Have the keeper take the pair, and wait for that."""
-        try:
-            fds, fields = self._request(pair)
-            answer = self._keeper.ask("join", fds, **fields)
-        except KeeperError:
-            self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
-            answer = {"error": "none"}
-        if "overdue" in answer:
-            answer = self._look_up(pair)
-        return self._conclude(pair, answer)
+        UNREAD_BYTES, NO_KEEPER: a later moment may be better.
+        """
+        reasons: list[PairReason | None] = []
+        reason = self.ask(pair, lambda _, reason: reasons.append(reason))
+        if reason is not None:
+            return reason
+        self.finish_questions()
+        return reasons[0]
 
     def _request(self, pair: Pair) -> tuple[list[int], dict[str, object]]:
         """What `join` is told: descriptors and fields; right before it is."""
@@ -229,17 +241,11 @@ class SpliceDatapath:
                 break
         return None
 
-    def _look_up(self, pair: Pair) -> dict[str, Any]:
-        """What the keeper would have answered: the pair has begun by now, or will not any more."""
-        until_s = time.monotonic() + scaled_s(_BEGINNING_S)
-        while (answer := self._look_once(pair)) is None:
-            if time.monotonic() > until_s:
-                return {"error": "none"}
-            time.sleep(_BEGINNING_LOOK_S)
-        return answer
-
     def _look_once(self, pair: Pair) -> dict[str, Any] | None:
-        """The same; None: a program is running in this very moment."""
+        """What the keeper would have answered: the pair has begun by now, or will not any more.
+
+        None: a program is running in this very moment.
+        """
         slot = self._window.first_slot + pair.slot
         record = None
         for index in used_indexes(self._memory):
@@ -258,10 +264,9 @@ class SpliceDatapath:
 
     def teach(self, pair: Pair) -> None:
         """Let the keeper see how the pair's server is reached; nobody waits for what it says."""
-        self._hear()  # what it has said of others
-        if self._is_heard:
+        if not self._keeper.is_over:
             pair.is_shared = True
-            self._keeper.begin("learn", [pair.client_fd, pair.server_fd])
+            self._keeper.ask_now("learn", [pair.client_fd, pair.server_fd])
 
     @property
     def is_busy(self) -> bool:
@@ -273,11 +278,16 @@ class SpliceDatapath:
         """For how many pairs the keeper is asked; each may be spliced before long."""
         return len(self._questions)
 
+    @property
+    def unsettled(self) -> int:
+        """How many requests the keeper has still to hear of, or to answer."""
+        return self._keeper.unsettled
+
     def ask(self, pair: Pair, then: Then) -> PairReason | None:
         """`join` of a pair that is copied, without waiting for the keeper.
 
         None: it stands still, and `then` is called with what `join` would have said, within
-        `KeeperClient.longest_s`; the pair may have ended by then. Else what `join` would have said
+        `KeeperAsker.longest_s`; the pair may have ended by then. Else what `join` would have said
         at once, and nothing has changed. Not while this `is_busy`.
         """
         obstacle = self._obstacle(pair)
@@ -285,12 +295,11 @@ class SpliceDatapath:
             before = pair.datapath
             assert isinstance(before, CopyDatapath)
             fds, fields = self._request(pair)
-            number = self._keeper.begin("join", fds, **fields) if self._is_heard else 0
-            if number:
-                question = Question(self._loop, pair, before, number, then, self._overdue)
-                if not self._questions:
-                    self._loop.change(self._keeper.fileno(), EPOLLIN)
-                self._questions[number] = question
+            asked = self._keeper.ask_now("join", fds, **fields)
+            if asked is not None:
+                question = Question(self._loop, pair, before, asked, then, self._overdue)
+                asked.then = partial(self._answered, question)
+                self._questions[question] = None
                 # By a clock that is later than the question; the loop's is that of its turn.
                 now_s = time.monotonic()
                 self._loop.deadlines.start(question, self._keeper.longest_s, now_s)
@@ -300,30 +309,24 @@ class SpliceDatapath:
             self._expect_no_more(pair)
         return obstacle
 
-    def _heard(self, _owner: object, _fd: int, _mask: int) -> None:
-        self._hear()
-
-    def _hear(self) -> None:
-        try:
-            answers = self._keeper.answers()
-        except KeeperError:
-            # Nor will there ever be another; what has begun stands in the records.
-            if self._is_heard:
-                self._is_heard = False
-                self._loop.forget(self._keeper.fileno())
-            return
-        for number, answer in answers:
-            question = self._questions.get(number)
-            if question is not None:
-                if "late" in answer:
-                    answer = {"refused": int(PairReason.NO_KEEPER)}
-                self._end_question(question, answer)
+    def _answered(self, question: Question, answer: dict[str, Any] | None, _fds: list[int]) -> None:
+        if answer is None:
+            # A keeper has died over it, and what it has done stands in the records.
+            self._look_at(question)
+        else:
+            if "late" in answer:
+                answer = {"refused": int(PairReason.NO_KEEPER)}
+            self._end_question(question, answer)
 
     def _overdue(self, question: Question) -> None:
         """The keeper has not answered: what has become of the pair stands in its record."""
-        self._hear()  # the answer may be here, if we are late ourselves
-        if question.number not in self._questions:
-            return
+        self._keeper.hear()  # the answer may be here, if we are late ourselves
+        if question in self._questions:
+            self._keeper.give_up(question.asked)
+            self._look_at(question)
+
+    def _look_at(self, question: Question) -> None:
+        """Neither a keeper nor a program will begin the pair any more: has one done so?"""
         pair = question.pair
         answer = self._look_once(pair) if pair is not None else {"error": "none"}
         if answer is None:
@@ -333,18 +336,15 @@ class SpliceDatapath:
                 self._loop.deadlines.start(question, _BEGINNING_LOOK_S, now_s)
                 return
             answer = {"error": "none"}
-        self._keeper.give_up(question.number)
         self._end_question(question, answer)
 
     def _end_question(self, question: Question, answer: dict[str, Any]) -> None:
-        del self._questions[question.number]
-        if not self._questions and self._is_heard:
-            self._loop.change(self._keeper.fileno(), 0)
+        del self._questions[question]
         self._loop.deadlines.stop(question)
         pair = question.pair
         if pair is None:
             if "index" in answer:
-                self.forget(answer["index"])
+                self.forget(answer["index"], question.id)
             return
         reason: PairReason | None = PairReason.NO_KEEPER
         try:
@@ -365,16 +365,18 @@ class SpliceDatapath:
     def finish_questions(self) -> None:
         """Wait until none is open: who calls it is about to end, or to give its pairs away."""
         while self._questions:
-            question = next(iter(self._questions.values()))
+            question = next(iter(self._questions))
             wait_s = question.due_s - time.monotonic()
             if wait_s <= 0:
                 self._overdue(question)
                 time.sleep(_BEGINNING_LOOK_S)
-            elif self._is_heard:
-                self._keeper.wait(wait_s)
-                self._hear()
+            elif self._keeper.is_over:
+                time.sleep(min(wait_s, _BEGINNING_LOOK_S))
             else:
-                time.sleep(wait_s)
+                self._keeper.wait_until(partial(self._is_known, question), wait_s)
+
+    def _is_known(self, question: Question) -> bool:
+        return question not in self._questions
 
     @staticmethod
     def _acknowledge(pair: Pair) -> None:
@@ -383,23 +385,34 @@ class SpliceDatapath:
         for sock in (pair.client, pair.server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
-    def adopt(self) -> Iterator[Orphan]:
-        """Spliced pairs that have lost their worker and are ours now, until there is none left.
+    def adopt(self, take: Callable[[Orphan], None], done: Callable[[], None]) -> None:
+        """Have `take` called with each spliced pair that has lost its worker and is ours now.
 
-        Each must be given to `go_on_with` or closed, its sockets are the caller's.
+        Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
+        be given to `go_on_with` or closed, its sockets are the callee's.
         """
-        while True:
-            try:
-                answer, fds = self._keeper.ask_for_sockets("adopt")
-            except KeeperError:
-                return
-            if "index" not in answer or len(fds) != 2:
-                for fd in fds:
-                    os.close(fd)
-                return
-            said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
-            client, server = (socket.socket(fileno=fd) for fd in fds)
-            yield Orphan(answer["index"], answer["id"], client, server, said)
+
+        def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
+            if answer is not None:
+                if "index" not in answer or len(fds) != 2:
+                    done()
+                    return
+                said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+                client, server = (socket.socket(fileno=fds.pop(0)) for _ in range(2))
+                try:
+                    take(Orphan(answer["index"], answer["id"], client, server, said))
+                except Exception as error:
+                    self._loop.on_error(take, error)
+                    if answer["index"] not in self._by_index:
+                        self.forget(answer["index"], answer["id"])  # it costs this pair alone
+            ask()
+
+        def ask() -> None:
+            # Behind what was said of the one before: it is not given to us once more.
+            if not self._keeper.tell("adopt", heard):
+                done()
+
+        ask()
 
     @staticmethod
     def peek(pair: Pair) -> tuple[int, list[int], bool]:
@@ -418,19 +431,31 @@ class SpliceDatapath:
         del self._by_index[state.index]
         pair.state = None
 
-    def take_over(self, index: int, client: socket.socket, server: socket.socket) -> Orphan | None:
-        """A pair that another daemon has let go of, with the sockets that it has sent.
+    def take_over(
+        self,
+        index: int,
+        client: socket.socket,
+        server: socket.socket,
+        then: Callable[[Orphan | None], None],
+    ) -> bool:
+        """Go on with a pair that another daemon has let go of, with the sockets that it has sent.
 
-        None: the pair is not there any more; the sockets stay the caller's.
-
-        Raises:
-            KeeperError: the keeper does not answer.
+        `then` gets the orphan, or None: the pair is not there any more. The sockets stay the
+        caller's until then. False: the keeper cannot be asked just now.
         """
-        answer = self._keeper.ask("take_over", [client.fileno(), server.fileno()], index=index)
-        if "index" not in answer:
-            return None
-        said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
-        return Orphan(index, answer["id"], client, server, said)
+
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if answer is None:
+                if not self.take_over(index, client, server, then):
+                    then(None)
+            elif "index" not in answer:
+                then(None)
+            else:
+                said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+                then(Orphan(index, answer["id"], client, server, said))
+
+        fds = [client.fileno(), server.fileno()]
+        return self._keeper.tell("take_over", heard, fds, index=index)
 
     def go_on_with(
         self,
@@ -453,36 +478,40 @@ class SpliceDatapath:
             words[at + table.REDIRECTED[direction]] = _shown_bytes(record.way[direction])
             words[at + table.REDIRECTED_PACKETS[direction]] = record.way[direction].packets
         self._take(pair, orphan.index, list(left_bytes), is_mute=is_mute)
-        assert isinstance(pair.state, _Spliced)
-        self._say_adopted(pair, pair.state, _ADOPTED_TRIES)
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        adoption = _Adoption(pair, state, self._check_adopted)
+        self._loop.deadlines.start(adoption, scaled_s(_ADOPTED_S), time.monotonic())
+        self._say_adopted(adoption)
         for flow in (pair.up, pair.down):
             if not self._copy_rest(pair, flow):
                 return
         self._look(pair)
 
-    def _say_adopted(self, pair: Pair, state: _Spliced, tries_left: int) -> None:
-        """Have what is carried counted in this pair's slot: asked again until it is answered.
+    def _say_adopted(self, adoption: _Adoption) -> None:
+        """Have what is carried counted in this pair's slot. Meanwhile the pair goes on."""
+        pair, state = adoption.pair, adoption.state
 
-        A keeper that has just begun has much to do. Meanwhile the pair goes on.
-        """
-        if pair.datapath is not self or pair.state is not state:
-            return  # it has ended meanwhile
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            is_there = pair.datapath is self and pair.state is state
+            if is_there and answer is None:
+                self._say_adopted(adoption)
+                return
+            self._loop.deadlines.stop(adoption)
+            if is_there and answer is not None and "error" in answer:
+                self._host.broken(pair, CloseReason.INTERNAL)  # it is not ours, or no more
+
         slot = self._window.first_slot + pair.slot
-        try:
-            self._keeper.ask("adopted", index=state.index, slot=slot)
-        except KeeperError:
-            if tries_left:
-                again = partial(self._say_adopted, pair, state, tries_left - 1)
-                self._loop.after(_ADOPTED_PAUSE_S, again)
-            else:
-                # Nobody would see it idle.
-                self._host.broken(pair, CloseReason.INTERNAL)
+        self._keeper.tell("adopted", heard, index=state.index, id=pair.id, slot=slot)
+
+    def _check_adopted(self, pair: Pair, state: _Spliced) -> None:
+        if pair.datapath is self and pair.state is state:
+            # Nobody would see it idle.
+            self._host.broken(pair, CloseReason.INTERNAL)
 
     def _obstacle(self, pair: Pair) -> PairReason | None:
         if pair.slot < 0:
             return PairReason.MAP_FULL
-        if time.monotonic() < self._keeper_from_s:
-            return PairReason.NO_KEEPER
         for flow in (pair.up, pair.down):
             if flow.phase is not Phase.OPEN or flow.end_seen:
                 return PairReason.HALF_CLOSED
@@ -587,19 +616,28 @@ class SpliceDatapath:
         ended = all(way.fin_acked for way in self._record(pair).way)
         del self._by_index[state.index]
         pair.state = None
-        try:
-            fds = [pair.client_fd, pair.server_fd]
-            self._keeper.ask("leave" if ended else "reset", fds, index=state.index)
-        except KeeperError:
-            # Later, then: from that moment on a peer that still speaks gets the kernel's RST.
-            self._loop.after(_KEEPER_PAUSE_S, lambda: self.forget(state.index))
+        index, pair_id = state.index, pair.id
 
-    def forget(self, index: int) -> None:
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if answer is None:
+                self.forget(index, pair_id)
+
+        fds = [pair.client_fd, pair.server_fd]
+        do = "leave" if ended else "reset"
+        # Our sockets may be closed now: the message has them, wherever it is.
+        if not self._keeper.tell(do, heard, fds, index=index, id=pair_id):
+            # Too many such wait: from that moment on a peer that still speaks gets the kernel's
+            # RST.
+            self.forget(index, pair_id)
+
+    def forget(self, index: int, pair_id: int) -> None:
         """Let go of one that nobody here can speak for: its peers' next packets get a RST."""
-        try:
-            self._keeper.ask("abort", index=index)
-        except KeeperError:
-            self._loop.after(_KEEPER_PAUSE_S, lambda: self.forget(index))
+
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if answer is None:
+                self.forget(index, pair_id)
+
+        self._keeper.tell("abort", heard, index=index, id=pair_id)
 
     def _record(self, pair: Pair) -> Splice:
         assert isinstance(pair.state, _Spliced)
@@ -659,20 +697,37 @@ class SpliceDatapath:
             elif now_s - since_s >= _NARROW_S:
                 self._host.broken(pair, CloseReason.INTERNAL)
                 return
-        # Without an answer the next such packet does not ring, and the pair is idle before long.
-        with contextlib.suppress(KeeperError):
-            self._keeper.ask("narrow", index=state.index)
+        if state.tells_narrow:
+            return
+
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            state.tells_narrow = False
+            if answer is None:  # the next such packet would not ring
+                self._look_again(pair, state)
+
+        state.tells_narrow = self._keeper.tell("narrow", heard, index=state.index, id=pair.id)
 
     def _look_again(self, pair: Pair, state: _Spliced) -> None:
         if pair.datapath is self and pair.state is state:
             self._look(pair)
 
     def _mute(self, pair: Pair, state: _Spliced) -> None:
-        """If no tail is left, closing our sockets says nothing, so that the pair outlives us."""
-        # Without an answer it goes on all the same, as long as we live.
-        with contextlib.suppress(KeeperError):
-            answer = self._keeper.ask("mute", [pair.client_fd, pair.server_fd], index=state.index)
-            state.is_mute = bool(answer.get("mute"))
+        """If no tail is left, closing our sockets says nothing, so that the pair outlives us.
+
+        Without an answer it goes on all the same, as long as we live.
+        """
+        if state.asks_mute:
+            return
+
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            state.asks_mute = False
+            state.is_mute = answer is not None and bool(answer.get("mute"))
+
+        fds = [pair.client_fd, pair.server_fd]
+        asked = self._keeper.ask_now("mute", fds, index=state.index, id=pair.id)
+        if asked is not None:
+            asked.then = heard
+            state.asks_mute = True
 
     def _look_after_tails(self) -> None:
         """Once a second, as long as there is a pair whose sockets are not mute."""
@@ -694,7 +749,8 @@ class SpliceDatapath:
             self._loop.after(_LOOK_S, self._look_after_tails)
 
     def close(self) -> None:
-        """Unmap the records and the ring."""
+        """Unmap the records and the ring; nothing is asked any more."""
+        self._keeper.close()
         self._ring.close()
         self._memory.close()
 

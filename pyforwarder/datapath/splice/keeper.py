@@ -34,7 +34,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
@@ -56,6 +56,7 @@ from pyforwarder.datapath.splice.abi import (
     SpliceState,
 )
 from pyforwarder.datapath.splice.keepalive import Keepalives
+from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
 from pyforwarder.datapath.splice.keeper_client import (
     MOST_MESSAGE_BYTES,
     KeeperClient,
@@ -84,6 +85,9 @@ from pyforwarder.datapath.splice.standby_requests import FaultyStandbyError
 from pyforwarder.datapath.splice.ways import Ways
 from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket
+
+if TYPE_CHECKING:
+    from pyforwarder.runtime.loop import Loop
 
 _PR_SET_PDEATHSIG: Final = 1
 # It shows at least so often that it lives.
@@ -329,6 +333,8 @@ class Keeper:
                         self._forget(index)
                 self._sessions.clear(worker)
                 return {}
+            case "here":
+                return {}
             case "bury":
                 self._bury(worker)
                 self._sessions.bury(worker)
@@ -352,7 +358,7 @@ class Keeper:
                     keepalive=request["keepalive"],
                 )
         index = request["index"]
-        if self._owner.get(index) != worker or index in self._orphans:
+        if self._owner.get(index) != worker or self._record(index).id != request["id"]:
             raise ValueError("not yours")  # or no more: it was reset meanwhile
         if sockets and not self._are_joined(index, sockets):
             # Mute sockets can do what others cannot (TCP_REPAIR): only those that were joined.
@@ -362,7 +368,7 @@ class Keeper:
                 slot = request["slot"]
                 if slot // self._maps.slots != worker:
                     raise FaultyRequestError("a slot of another worker's")
-                self._given.pop(index, None)
+                self._is_had(index)
                 self._store(index, WORKER_AT, worker)
                 self._store(index, SLOT_AT, slot)
             case "narrow":
@@ -375,7 +381,7 @@ class Keeper:
                 for sock in sockets:
                     splice_sockets.mute(sock)
                 del self._owner[index]
-                self._given.pop(index, None)
+                self._is_had(index)
                 # The pair's record may be another's now: nothing is counted in it any more.
                 struct.pack_into("=Q", self._memory, index * SPLICE_BYTES + ID_AT, 0)
                 self._lingering.append((time.monotonic() + _LINGER_S, index))
@@ -388,7 +394,7 @@ class Keeper:
                 for sock in sockets:
                     splice_sockets.unmute(sock)
                 del self._owner[index]
-                self._given.pop(index, None)
+                self._is_had(index)
                 self._resetting.append((time.monotonic() + _RESET_LINGER_S, index))
             case unknown:
                 raise ValueError(unknown)
@@ -630,6 +636,14 @@ class Keeper:
             self._given[index] = said
             return {"index": index, "id": record.id, "record": said.hex()}
         return {}
+
+    def _is_had(self, index: int) -> None:
+        """A pair's worker has it, and needs not be given it any more.
+
+        What the keeper before had given it is an orphan to this one, until it hears so.
+        """
+        self._given.pop(index, None)
+        self._orphans.pop(index, None)
 
     def _take_over(
         self, worker: int, index: int, sockets: Sequence[socket.socket]
@@ -913,8 +927,12 @@ class Splicing:
         self.keeper.start()
         self.has_begun = True
 
+    def asker(self, worker: int, loop: Loop, *, is_patient: bool = False) -> KeeperAsker:
+        """Where this worker asks; `is_patient`: where nobody else is served meanwhile."""
+        return KeeperAsker(loop, self.keeper.clients[worker], is_patient=is_patient)
+
     def client(self, worker: int) -> KeeperClient:
-        """Where this worker asks."""
+        """Where is asked in the name of a worker that is not there."""
         return KeeperClient(self.keeper.clients[worker])
 
     def patient_client(self, worker: int) -> KeeperClient:

@@ -41,13 +41,14 @@ def _is_a_silence(value: object) -> bool:
 
 
 def _are_places(value: object) -> bool:
-    """Sessions, as many as one request may end."""
-    return (
-        type(value) is list
-        and 0 < len(value) <= MOST_CLOSED_AT_ONCE
-        and all(map(_INDEX, value))
-        and len(set(value)) == len(value)
-    )
+    """Sessions, each as [index, number], as many as one request may end."""
+    if type(value) is not list or not 0 < len(value) <= MOST_CLOSED_AT_ONCE:
+        return False
+    if not all(type(place) is list and len(place) == 2 for place in value):
+        return False
+    if not all(_INDEX(index) and _NUMBER(number) for index, number in value):
+        return False
+    return len({index for index, _ in value}) == len(value)
 
 
 def _is_host(value: object) -> bool:
@@ -112,12 +113,15 @@ REQUESTS: Final[Mapping[str, Request]] = {
     ),
     # How the server is reached, by a pair that is copied: for express.
     "learn": Request({}, 2),
-    "adopted": Request({"index": _INDEX, "slot": _SLOT}, 0),
-    "mute": Request({"index": _INDEX}, 2),
-    "narrow": Request({"index": _INDEX}, 0),
-    "abort": Request({"index": _INDEX}, 0),
-    "leave": Request({"index": _INDEX}, 2),
-    "reset": Request({"index": _INDEX}, 2),
+    # A place may be another pair's by the time that a request is read: it says which one it means.
+    "adopted": Request({"index": _INDEX, "id": _NUMBER, "slot": _SLOT}, 0),
+    "mute": Request({"index": _INDEX, "id": _NUMBER}, 2),
+    "narrow": Request({"index": _INDEX, "id": _NUMBER}, 0),
+    "abort": Request({"index": _INDEX, "id": _NUMBER}, 0),
+    "leave": Request({"index": _INDEX, "id": _NUMBER}, 2),
+    "reset": Request({"index": _INDEX, "id": _NUMBER}, 2),
+    # Nothing: its answer says what has become of those before (keeper_asker.py).
+    "here": Request({}, 0),
     # Of UDP sessions; the sockets are the listener's and the one to the server.
     "open_session": Request(
         {
@@ -131,9 +135,11 @@ REQUESTS: Final[Mapping[str, Request]] = {
         },
         2,
     ),
-    "close_sessions": Request({"indexes": _are_places}, 0),
+    "close_sessions": Request({"places": _are_places}, 0),
     "adopt_session": Request({}, 0),
-    "session_adopted": Request({"index": _INDEX, "slot": _SLOT, "idle_s": _is_a_silence}, 0),
+    "session_adopted": Request(
+        {"index": _INDEX, "id": _NUMBER, "slot": _SLOT, "idle_s": _is_a_silence}, 0
+    ),
 }
 
 

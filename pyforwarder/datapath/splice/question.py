@@ -3,7 +3,7 @@
 It stands still meanwhile: nothing of it is read or written. The keeper joins the two connections by
 the numbers of their sockets, and by how many bytes we have read and not yet written: one that we
 moved between the question and its answer would be lost, or come twice. So copying cannot go on. The
-pause is a millisecond as a rule, and a second where the keeper hangs (`KeeperClient.longest_s`);
+pause is a millisecond as a rule, and a second where the keeper hangs (`KeeperAsker.longest_s`);
 what comes meanwhile waits in the sockets, whose buffers are bounded.
 
 Nor does it end before: the pair may have begun this very moment, and only who knows its place can
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.reasons import CloseReason
     from pyforwarder.datapath.base import Flow, Pair, PairReason
     from pyforwarder.datapath.copying import CopyDatapath
+    from pyforwarder.datapath.splice.keeper_asker import Asked
     from pyforwarder.runtime.loop import Loop
 
     Then = Callable[[Pair, PairReason | None], None]
@@ -36,9 +37,10 @@ class Question(Timed):
         "_loop",
         "_on_overdue",
         "_seen",
+        "asked",
         "ends_with",
+        "id",
         "looks",
-        "number",
         "pair",
         "then",
     )
@@ -50,11 +52,11 @@ class Question(Timed):
         loop: Loop,
         pair: Pair,
         before: CopyDatapath,
-        number: int,
+        asked: Asked,
         then: Then,
         on_overdue: Callable[[Question], None],
     ) -> None:
-        """`before` has it so far. `number` is the request's; `then` gets what `join` would return.
+        """`before` has it so far. `then` gets what `join` would return.
 
         `on_overdue` is called when the pair has begun or never will; the deadline is the caller's.
         """
@@ -64,7 +66,8 @@ class Question(Timed):
         self._on_overdue = on_overdue
         self._seen: dict[int, int] = {}  # descriptor -> the events that came meanwhile
         self.pair: Pair | None = pair  # None: it is gone, by a fault of ours
-        self.number = number
+        self.id = pair.id
+        self.asked = asked
         self.then = then
         self.looks = 0  # at a record whose program is still running
         self.ends_with: CloseReason | None = None  # the pair is to end, when it is known how

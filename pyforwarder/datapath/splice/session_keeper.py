@@ -325,8 +325,8 @@ class SessionKeeper:
     ) -> dict[str, object]:
         """Forget sessions; what each has carried in the end, None of what is not its own."""
         carried: list[object] = []
-        for index in request["indexes"]:
-            if not self._is_owner(worker, index):
+        for index, number in request["places"]:
+            if not self._is_owner(worker, index, number):
                 carried.append(None)
                 continue
             forget_flows(self._flows, index, record_of(self._memory, index))
@@ -397,7 +397,10 @@ class SessionKeeper:
         _given: list[socket.socket],
     ) -> dict[str, object]:
         index, slot = request["index"], request["slot"]
-        self._check_owner(worker, index)
+        if not self._is_owner(worker, index, request["id"]):
+            raise ValueError("not yours")
+        # The keeper before may have given it: it is nobody's to this one until now.
+        self._orphans[worker].pop(index, None)
         if slot // self._slots != worker:
             raise FaultyRequestError("a slot of another worker's")
         self._given.pop(index, None)
@@ -410,12 +413,10 @@ class SessionKeeper:
 
     # Records
 
-    def _is_owner(self, worker: int, index: int) -> bool:
-        return self._owner.get(index) == worker and index not in self._orphans[worker]
-
-    def _check_owner(self, worker: int, index: int) -> None:
-        if not self._is_owner(worker, index):
-            raise ValueError("not yours")
+    def _is_owner(self, worker: int, index: int, number: int) -> bool:
+        """Whether that session is there still, and the worker's."""
+        is_its = self._owner.get(index) == worker
+        return is_its and record_of(self._memory, index).id == number
 
     def _of(self, worker: int) -> list[int]:
         return [index for index, owner in self._owner.items() if owner == worker]

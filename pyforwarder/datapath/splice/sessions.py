@@ -8,31 +8,39 @@ the pair's record.
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import Direction, PairRecord
-from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
-from pyforwarder.datapath.splice.keeper_requests import MOST_CLOSED_AT_ONCE
 from pyforwarder.datapath.splice.session_abi import (
     NOW,
     SESSION_BYTES,
     SessionDirection,
     SessionRecord,
+    SessionState,
 )
+from pyforwarder.datapath.splice.session_maps import record_of, used_indexes
+from pyforwarder.runtime.loop import Timed
+from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
+    from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
     from pyforwarder.datapath.splice.session_maps import SessionMaps
+    from pyforwarder.runtime.loop import Loop
 
+# What has become of it: its place, or why it has none.
+Opened: TypeAlias = "Callable[[Place | PairReason], None]"
+Counted: TypeAlias = "Callable[[list[Carried]], None]"
 # Nothing is known of what was copied: no count of the program's is like it.
 _UNKNOWN: Final = (1 << 64) - 1
 _WAY: Final = [SessionRecord.way.offset + d * SessionRecord.way.size // 2 for d in Direction]
@@ -43,8 +51,10 @@ _CARRIED: Final = [at + SessionDirection.bytes.offset for at in _WAY]
 _U32: Final = struct.Struct("=I")
 _U64: Final = struct.Struct("=Q")
 _TWO_U64: Final = struct.Struct("=QQ")
-# After a keeper that did not answer, none is asked for so long.
-_KEEPER_PAUSE_S: Final = 5.0
+# After a keeper that did not answer, none is asked to begin one for so long.
+_KEEPER_PAUSE_S: Final = 1.0
+# What a session has carried in the end is waited for so long.
+_COUNT_S: Final = 1.0
 # Bytes and datagrams, up and down.
 Carried = tuple[tuple[int, int], tuple[int, int]]
 
@@ -52,14 +62,49 @@ Carried = tuple[tuple[int, int], tuple[int, int]]
 class Place:
     """One session's place among those of the kernel."""
 
-    __slots__ = ("behind_s", "copied", "index", "slot")
+    __slots__ = ("behind_s", "copied", "id", "index", "slot")
 
-    def __init__(self, index: int, slot: int) -> None:
+    def __init__(self, index: int, session_id: int, slot: int) -> None:
         self.index = index
+        self.id = session_id
         self.slot = slot  # within the worker's window
         self.copied = [0, 0]  # datagrams that our sockets got since, and that went on
         # Since when the program waits to know that what it passed was copied; 0: it does not.
         self.behind_s = [0.0, 0.0]
+
+
+class Opening:
+    """A session that the keeper is asked to begin."""
+
+    __slots__ = ("id", "slot", "then")
+
+    def __init__(self, session_id: int, slot: int, then: Opened) -> None:
+        self.id = session_id
+        self.slot = slot
+        self.then: Opened | None = then  # None: it has ended meanwhile
+
+
+class _Ending(Timed):
+    """Sessions that the keeper is asked to end, until it is known what they have carried."""
+
+    __slots__ = ("_overdue", "carried", "places", "then")
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        carried: list[Carried],
+        then: Counted,
+        overdue: Callable[[_Ending], None],
+    ) -> None:
+        Timed.__init__(self)
+        self._overdue = overdue
+        self.places = places
+        self.carried = carried  # when they ended here
+        self.then: Counted | None = then  # None: it has been told
+
+    def expired(self) -> None:
+        """The keeper has not said it."""
+        self._overdue(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +122,17 @@ class SessionOrphan:
 class SpliceSessions:
     """The kernel's sessions of one worker."""
 
-    def __init__(self, maps: SessionMaps, keeper: KeeperClient, *, window: PairWindow) -> None:
+    def __init__(
+        self, maps: SessionMaps, keeper: KeeperAsker, loop: Loop, *, window: PairWindow
+    ) -> None:
         """Work on inherited maps, and on what the keeper does for us."""
         self._keeper = keeper
+        self._loop = loop
         self._window = window
         self._memory = bpf.map_memory(maps.sessions_fd, maps.entries * SESSION_BYTES, write=False)
         self._keeper_from_s = 0.0  # not asked before
-        self._unforgotten: dict[int, None] = {}  # ended while the keeper did not answer
+        self._abandoned = 0  # have ended before it was known whether they had begun
+        self._uncounted: dict[_Ending, None] = {}  # the oldest first
 
     def open(
         self,
@@ -96,18 +145,16 @@ class SpliceSessions:
         any_interface: bool,
         idle_s: float,
         now_s: float,
-    ) -> Place | PairReason:
-        """Have the keeper begin it; or why not.
+        then: Opened,
+    ) -> Opening | PairReason:
+        """Have the keeper begin it, and `then` called with its place, or why it has none.
 
-        After `idle_s` of silence it is over; if nobody ends it, it ends by itself. `local` is the
-        address of ours to which the client speaks; `sockets` are the listener's and the one to the
-        server. They stay the caller's, and must be read as before.
+        Or why that is not even asked. After `idle_s` of silence it is over; if nobody ends it, it
+        ends by itself. `local` is the address of ours to which the client speaks; `sockets` are the
+        listener's and the one to the server. They stay the caller's, and must be read as before.
         """
-        if now_s < self._keeper_from_s:
-            return PairReason.NO_KEEPER
-        self._forget_the_unforgotten()
-        if self._unforgotten:
-            # The keeper may have forgotten them all the same, and would give us one's number again.
+        # Of one that has ended the kernel may still have the addresses.
+        if now_s < self._keeper_from_s or self._abandoned:
             return PairReason.NO_KEEPER
         at = slot * self._window.WORDS
         # The program compares with these as soon as it begins.
@@ -115,27 +162,55 @@ class SpliceSessions:
         for direction in Direction:
             self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
             self._window.halves[2 * at + table.ARMED[direction]] = 0
-        try:
-            answer = self._keeper.ask(
-                "open_session",
-                [sock.fileno() for sock in sockets],
-                id=session_id,
-                slot=self._window.first_slot + slot,
-                client=client[0],
-                client_port=client[1],
-                local=local,
-                any_interface=int(any_interface),
-                idle_s=idle_s,
-            )
-        except KeeperError:
-            # If it has begun it goes on beside what is copied, until its client is silent.
+        asked = self._keeper.ask_now(
+            "open_session",
+            [sock.fileno() for sock in sockets],
+            id=session_id,
+            slot=self._window.first_slot + slot,
+            client=client[0],
+            client_port=client[1],
+            local=local,
+            any_interface=int(any_interface),
+            idle_s=idle_s,
+        )
+        if asked is None:
             self._keeper_from_s = now_s + _KEEPER_PAUSE_S
             return PairReason.NO_KEEPER
-        if "refused" in answer:
-            return PairReason(answer["refused"])
-        if "index" not in answer:
-            return PairReason.REFUSED_BY_KERNEL
-        return Place(answer["index"], slot)
+        opening = Opening(session_id, slot, then)
+        asked.then = partial(self._opened, opening)
+        return opening
+
+    def abandon(self, opening: Opening) -> None:
+        """The session has ended: if it is begun all the same, it is ended there, too."""
+        if opening.then is not None:
+            opening.then = None
+            self._abandoned += 1
+
+    def _opened(self, opening: Opening, answer: dict[str, Any] | None, _fds: list[int]) -> None:
+        index = self._look_up(opening) if answer is None else answer.get("index", -1)
+        then = opening.then
+        if then is None:
+            self._abandoned -= 1
+            if index >= 0:
+                self.forget(index, opening.id)
+            return
+        opening.then = None
+        if index >= 0:
+            then(Place(index, opening.id, opening.slot))
+        elif answer is None or "late" in answer:
+            self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
+            then(PairReason.NO_KEEPER)
+        else:
+            then(PairReason(answer.get("refused", PairReason.REFUSED_BY_KERNEL)))
+
+    def _look_up(self, opening: Opening) -> int:
+        """Its place if a keeper has begun it before that died; else -1, and none will."""
+        slot = self._window.first_slot + opening.slot
+        for index in used_indexes(self._memory):
+            found = record_of(self._memory, index)
+            if (found.id, found.slot) == (opening.id, slot):
+                return index if found.state == SessionState.ACTIVE else -1
+        return -1
 
     # What the programs say of it
 
@@ -176,83 +251,132 @@ class SpliceSessions:
 
     # The end
 
-    def close(self, places: Sequence[Place]) -> list[Carried]:
-        """End them; what the kernel has sent on of each.
+    def close(self, places: Sequence[Place], then: Counted) -> None:
+        """End them; `then` is called, once, with what the kernel has sent on of each.
 
-        There are MOST_CLOSED_AT_ONCE of them at most: the keeper is asked once, and waited for.
+        There are MOST_CLOSED_AT_ONCE of them at most. What they have carried in the end the keeper
+        says; a second later it is what the records say.
         """
-        carried: list[Carried] = [
-            (self.carried(place, Direction.UP), self.carried(place, Direction.DOWN))
-            for place in places
-        ]
-        indexes = [place.index for place in places]
-        try:
-            answer = self._keeper.ask("close_sessions", indexes=indexes)
-        except KeeperError:
-            self._unforgotten |= dict.fromkeys(indexes)
-            return carried
-        # Its last word: none is under way any more.
-        for number, said in enumerate(answer.get("carried", ())):
-            if said is not None:
-                up, down = said
-                carried[number] = (up[0], up[1]), (down[0], down[1])
-        return carried
+        ending = _Ending(places, [self._carried(place) for place in places], then, self._count)
+        self._uncounted[ending] = None
+        self._end(ending)
+        if self._keeper.is_over:
+            self._count(ending)
+        else:
+            self._loop.deadlines.start(ending, scaled_s(_COUNT_S), time.monotonic())
 
-    def _forget_the_unforgotten(self) -> None:
-        while self._unforgotten:
-            some = list(self._unforgotten)[:MOST_CLOSED_AT_ONCE]
-            try:
-                self._keeper.ask("close_sessions", indexes=some)
-            except KeeperError:
+    def _end(self, ending: _Ending) -> None:
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if answer is None:
+                self._end(ending)  # it may be there still
                 return
-            for index in some:
-                del self._unforgotten[index]
+            # Its last word: none is under way any more.
+            for number, said in enumerate(answer.get("carried", ())):
+                if said is not None:
+                    up, down = said
+                    ending.carried[number] = (up[0], up[1]), (down[0], down[1])
+            self._tell(ending)
+
+        places = [[place.index, place.id] for place in ending.places]
+        self._keeper.tell("close_sessions", heard, places=places)
+
+    def _count(self, ending: _Ending) -> None:
+        """The keeper does not say what they have carried: their records do, if they have them."""
+        for number, place in enumerate(ending.places):
+            if record_of(self._memory, place.index).id == place.id:
+                ending.carried[number] = self._carried(place)
+        self._tell(ending)
+
+    def _tell(self, ending: _Ending) -> None:
+        then, ending.then = ending.then, None
+        if then is None:
+            return
+        del self._uncounted[ending]
+        self._loop.deadlines.stop(ending)
+        try:
+            then(ending.carried)
+        except Exception as error:
+            self._loop.on_error(then, error)
+
+    def _carried(self, place: Place) -> Carried:
+        return self.carried(place, Direction.UP), self.carried(place, Direction.DOWN)
+
+    def count_now(self) -> None:
+        """Nobody is waited for any more: what ended sessions have carried, their records say."""
+        while self._uncounted:
+            self._count(next(iter(self._uncounted)))
 
     # Going on
 
-    def adopt(self) -> Iterator[SessionOrphan]:
-        """Sessions that have lost their worker and are ours now, until there is none left.
+    def adopt(self, take: Callable[[SessionOrphan], None], done: Callable[[], None]) -> None:
+        """Have `take` called with each session that has lost its worker and is ours now.
 
-        Each must be given to `go_on_with` or `forget`; its socket is the caller's.
+        Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
+        be given to `go_on_with` or `forget`; its socket is the callee's.
         """
-        while True:
-            try:
-                answer, fds = self._keeper.ask_for_sockets("adopt_session")
-            except KeeperError:
-                return
-            if "index" not in answer or len(fds) != 1:
-                for fd in fds:
-                    os.close(fd)
-                return
-            said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
-            yield SessionOrphan(
-                answer["index"],
-                answer["id"],
-                socket.socket(fileno=fds[0]),
-                (answer["client"], answer["client_port"]),
-                (answer["local"], answer["local_port"]),
-                said,
-            )
 
-    def go_on_with(self, orphan: SessionOrphan, slot: int, idle_s: float) -> Place:
+        def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
+            if answer is not None:
+                if "index" not in answer or len(fds) != 1:
+                    done()
+                    return
+                orphan = SessionOrphan(
+                    answer["index"],
+                    answer["id"],
+                    socket.socket(fileno=fds.pop()),
+                    (answer["client"], answer["client_port"]),
+                    (answer["local"], answer["local_port"]),
+                    table.inherited(bytes.fromhex(answer["record"]), answer["id"]),
+                )
+                take(orphan)
+            ask()
+
+        def ask() -> None:
+            if not self._keeper.tell("adopt_session", heard):
+                done()
+
+        ask()
+
+    def go_on_with(
+        self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
+    ) -> Place:
         """The session, with a slot that bears its id, is the orphan from here on.
 
-        After `idle_s` of silence it is over, as in `open`.
-
-        Raises:
-            KeeperError: the keeper does not answer.
+        After `idle_s` of silence it is over, as in `open`. `lost` is called if the keeper does not
+        know it any more.
         """
-        place = Place(orphan.index, slot)
+        place = Place(orphan.index, orphan.id, slot)
         at = slot * self._window.WORDS
         for direction in Direction:
             self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
-        self._keeper.ask(
+        self._show(place)
+        self._say_adopted(place, idle_s, lost)
+        return place
+
+    def _say_adopted(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if self._window.words[place.slot * self._window.WORDS + table.ID] != place.id:
+                return  # it has ended, and the slot is another's
+            if answer is None:
+                self._say_adopted(place, idle_s, lost)
+            elif "error" in answer:
+                lost()
+            else:
+                # From here on the program stores the same here, with every datagram.
+                self._show(place)
+
+        self._keeper.tell(
             "session_adopted",
-            index=orphan.index,
-            slot=self._window.first_slot + slot,
+            heard,
+            index=place.index,
+            id=place.id,
+            slot=self._window.first_slot + place.slot,
             idle_s=idle_s,
         )
-        # From here on the program stores the same here, with every datagram.
+
+    def _show(self, place: Place) -> None:
+        """Write into its slot what the kernel has carried so far."""
+        at = place.slot * self._window.WORDS
         for direction in Direction:
             carried_bytes, packets = self.carried(place, direction)
             self._window.words[at + table.REDIRECTED[direction]] = carried_bytes
@@ -260,12 +384,15 @@ class SpliceSessions:
             self._window.words[at + table.LAST_NS[direction]] = int(
                 self.last_s(place, direction) * 1e9
             )
-        return place
 
-    def forget(self, index: int) -> None:
+    def forget(self, index: int, session_id: int) -> None:
         """Let go of one that nobody here can speak for."""
-        self._unforgotten[index] = None
-        self._forget_the_unforgotten()
+
+        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+            if answer is None:
+                self.forget(index, session_id)
+
+        self._keeper.tell("close_sessions", heard, places=[[index, session_id]])
 
     def dispose(self) -> None:
         """Unmap the records."""

@@ -19,7 +19,7 @@ from pyforwarder.worker.udp.routes import route_of, server_of
 from pyforwarder.worker.udp.session import Refused, Session
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.splice.sessions import SessionOrphan
+    from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan
     from pyforwarder.worker.generation import ListenerState
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort
@@ -125,13 +125,17 @@ class SessionAdoption:
             refused.rule_name = record.rule
             refused.accepted_s = record.started_ns / 1e9
             up, down = [(flow.carried_bytes, flow.carried_packets) for flow in record.worker]
-        more_up, more_down = self._server.handover.end_orphan(orphan)
+
+        def then(carried: Carried) -> None:
+            more_up, more_down = carried
+            self._log.closed(
+                refused,
+                (up[0] + more_up[0], up[1] + more_up[1]),
+                (down[0] + more_down[0], down[1] + more_down[1]),
+            )
+
         self._server.count_end(state, None, reason, is_served=True)
-        self._log.closed(
-            refused,
-            (up[0] + more_up[0], up[1] + more_up[1]),
-            (down[0] + more_down[0], down[1] + more_down[1]),
-        )
+        self._server.handover.end_orphan(orphan, then)
 
     def _port_of(self, orphan: SessionOrphan) -> DatagramPort | None:
         """Where its client speaks to; under whatever name."""

@@ -14,22 +14,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.splice.keeper_client import KeeperError
-from pyforwarder.datapath.splice.sessions import Place
+from pyforwarder.datapath.splice.sessions import Opening, Place
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.udp.standing import Standing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan, SpliceSessions
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort, Session
 
-# The keeper serves those who splice TCP, too, and who asks waits: beginning one takes half a
-# millisecond. Who makes addresses up can have it asked by two datagrams from each of them.
+# The keeper serves those who splice TCP, too: beginning one takes it half a millisecond. Who makes
+# addresses up can have it asked by two datagrams from each of them.
 MOST_PER_S: Final = 250.0
 _MOST_AT_ONCE: Final = 100.0
 # So long our sockets may have no quiet moment before the kernel's datagrams overtake those that
@@ -140,30 +140,56 @@ class SessionHandover:
     def _attempt(self, session: Session) -> None:
         if session.life_ended or session.place is not None or session.sock is None:
             return
+        if session.opening is not None:
+            return  # it is asked for
         if self._server.is_ending(session):
             return  # its listener may be gone already
-        reason = self._open(session)
-        if reason is None:
+        answer = self._open(session)
+        if isinstance(answer, Opening):
+            session.opening = answer  # it is copied meanwhile
+        else:
+            self._opened(session, answer)
+
+    def _opened(self, session: Session, answer: Place | PairReason) -> None:
+        """The session has a place in the kernel, or has not, and why."""
+        session.opening = None
+        reason: PairReason
+        if isinstance(answer, Place):
+            session.place = answer
             reason = PairReason.FORCED if session.is_spliced_by_name else PairReason.BEST
             session.kind = DatapathKind.SPLICE
             self._server.counters[Counter.JOINED_SPLICE] += 1
-        elif reason is PairReason.NO_KEEPER:
-            session.earns = True  # another may be there before long
-        elif reason is PairReason.MAP_FULL:
-            self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
+        else:
+            reason = answer
+            if reason is PairReason.NO_KEEPER:
+                session.earns = True  # another may be there before long
+            elif reason is PairReason.MAP_FULL:
+                self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
         session.pair_reason = reason
         self._server.records.show_datapath(session)
         if session.place is not None:
             session.listener.behind[session] = None
             self._server.copying.look_at_both(session)
 
-    def _open(self, session: Session) -> PairReason | None:
+    def _open(self, session: Session) -> Opening | PairReason:
         if self._kernel is None or session.slot < 0:
             return PairReason.MAP_FULL
         if session.key[3]:
             return PairReason.LINK_LOCAL  # only such addresses have a scope
         assert session.sock is not None
-        answer = self._kernel.open(
+        copied = session.up_packets, session.down_packets
+
+        def then(answer: Place | PairReason) -> None:
+            if isinstance(answer, Place):
+                # Of what it has passed to us we have copied some already.
+                for direction, before in enumerate(copied):
+                    now = (session.up_packets, session.down_packets)[direction]
+                    assert self._kernel is not None
+                    passed = self._kernel.passed(answer, direction)
+                    answer.copied[direction] = min(now - before, passed)
+            self._opened(session, answer)
+
+        return self._kernel.open(
             session_id=session.id,
             slot=session.slot,
             client=session.key[:2],
@@ -172,35 +198,39 @@ class SessionHandover:
             any_interface=session.state.generation.config.splice_interfaces == "any",
             idle_s=session.state.session_idle_s,
             now_s=self._server.loop.now_s,
+            then=then,
         )
-        if isinstance(answer, PairReason):
-            return answer
-        session.place = answer
-        return None
 
     def go_on_with(self, session: Session, orphan: SessionOrphan) -> bool:
         """The session is the orphan from here on; False: it cannot be, and is forgotten."""
         assert self._kernel is not None
-        if session.slot >= 0:
-            try:
-                session.place = self._kernel.go_on_with(
-                    orphan, session.slot, session.state.session_idle_s
-                )
-            except KeeperError:
-                pass
-            else:
-                return True
-        self._kernel.forget(orphan.index)
-        return False
+        if session.slot < 0:
+            self._kernel.forget(orphan.index, orphan.id)
+            return False
+        session.place = self._kernel.go_on_with(
+            orphan,
+            session.slot,
+            session.state.session_idle_s,
+            lambda: self._server.end(session, CloseReason.INTERNAL),
+        )
+        return True
 
-    def end_orphan(self, orphan: SessionOrphan) -> Carried:
-        """Nobody goes on with it; bytes and datagrams that the kernel has sent on, up and down."""
+    def end_orphan(
+        self, orphan: SessionOrphan, then: Callable[[Carried], None] | None = None
+    ) -> None:
+        """Nobody goes on with it.
+
+        `then` gets the bytes and datagrams that the kernel has sent on, up and down, in a second at
+        most.
+        """
         orphan.server.close()
         if orphan.index < 0:  # another worker has copied it
-            return (0, 0), (0, 0)
+            if then is not None:
+                then(((0, 0), (0, 0)))
+            return
         assert self._kernel is not None
-        (carried,) = self._kernel.close([Place(orphan.index, -1)])
-        return carried
+        place = Place(orphan.index, orphan.id, -1)
+        self._kernel.close([place], lambda carried: then and then(carried[0]))
 
     # Order
 
@@ -295,23 +325,52 @@ class SessionHandover:
     def leave(self, sessions: Sequence[Session]) -> None:
         """The sessions end: take them from the kernel, and add up what that has carried.
 
-        There are ENDS_AT_ONCE of them at most.
+        That is known in a second at most, and then `tell_end` of those that had a place. There are
+        ENDS_AT_ONCE of them at most.
         """
         left = []
         for session in sessions:
             session.earns = False
+            self.let_go(session)
             if session.place is not None:
                 session.listener.behind.pop(session, None)
                 left.append((session, session.place))
                 session.place = None
         if not left or self._kernel is None:
             return
-        all_carried = self._kernel.close([place for _, place in left])
-        for (session, _), (up, down) in zip(left, all_carried, strict=True):
-            session.up_bytes += up[0]
-            session.up_packets += up[1]
-            session.down_bytes += down[0]
-            session.down_packets += down[1]
+
+        is_asked = False
+
+        def then(all_carried: Sequence[Carried]) -> None:
+            for (session, _), (up, down) in zip(left, all_carried, strict=True):
+                session.up_bytes += up[0]
+                session.up_packets += up[1]
+                session.down_bytes += down[0]
+                session.down_packets += down[1]
+                session.is_counted = True
+                if session.life_ended and is_asked:  # else who ends it tells
+                    self._server.tell_end(session)
+
+        for session, _ in left:
+            session.is_counted = False
+        try:
+            self._kernel.close([place for _, place in left], then)
+        except Exception:
+            for session, _ in left:
+                session.is_counted = True
+            raise
+        is_asked = True
+
+    def let_go(self, session: Session) -> None:
+        """The session is not given to the kernel any more; one that is there, stays there."""
+        if session.opening is not None and self._kernel is not None:
+            self._kernel.abandon(session.opening)
+            session.opening = None
+
+    def finish(self) -> None:
+        """The worker is about to end: nobody is waited for any more."""
+        if self._kernel is not None:
+            self._kernel.count_now()
 
 
 def _not_here(session: Session) -> PairReason:

@@ -274,7 +274,19 @@ class DatagramServer:
             session.sock = None
         self.records.release(session)
         self._give_back(session)
-        state = session.state
+        if session.asking is not None:
+            session.asking.stop()
+        if session.address_asked:
+            self.client_addresses.give_up(session.address_asked)
+        if session.is_counted:
+            self.tell_end(session)
+
+    def tell_end(self, session: Session) -> None:
+        """Count and log a session that has ended, once it is known what it has carried."""
+        state, reason = session.state, session.reason
+        assert reason is not None
+        is_served = session.down_packets > 0
+        self.count_end(state, session.route.rule, reason, is_served=is_served)
         for index, by in (
             (Counter.UP_BYTES, session.up_bytes),
             (Counter.DOWN_BYTES, session.down_bytes),
@@ -282,12 +294,6 @@ class DatagramServer:
             (state.counter + ListenerCounter.DOWN_BYTES, session.down_bytes),
         ):
             change(self.counters, index, by)
-        if session.asking is not None:
-            session.asking.stop()
-        if session.address_asked:
-            self.client_addresses.give_up(session.address_asked)
-        is_served = session.down_packets > 0
-        self.count_end(state, session.route.rule, reason, is_served=is_served)
         self.log.closed(
             session,
             (session.up_bytes, session.up_packets),
@@ -359,6 +365,7 @@ class DatagramServer:
     def let_go(self, session: Session) -> None:
         """The session is another daemon's from here on, with its socket: forget it."""
         self._forget(session)
+        self.handover.let_go(session)
         session.listener.behind.pop(session, None)
         if session.sock is not None:
             self.loop.forget(session.sock.fileno())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.reasons import CloseReason
     from pyforwarder.core.routing import Route, Rule
     from pyforwarder.core.upstreams import ServerState
-    from pyforwarder.datapath.splice.sessions import Place
+    from pyforwarder.datapath.splice.sessions import Opening, Place
     from pyforwarder.runtime.limits import Limit
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.resolver import Wait
@@ -65,6 +65,7 @@ class Session(Timed):
         "heard_bytes",
         "id",
         "ids",
+        "is_counted",
         "is_spliced_by_name",
         "key",
         "kind",
@@ -72,6 +73,7 @@ class Session(Timed):
         "life_ended",
         "listener",
         "most_segment",
+        "opening",
         "over_limit",
         "owner",
         "pair_reason",
@@ -120,6 +122,8 @@ class Session(Timed):
         self.earns = False  # it may be handed over to the kernel
         self.is_spliced_by_name = False  # the configuration says `splice`, not `auto`
         self.place: Place | None = None  # there
+        self.opening: Opening | None = None  # the keeper is asked for a place
+        self.is_counted = True  # what the kernel has carried; else the keeper is asked
         self.accepted_s = self.active_s = owner.loop.now_s
         self.answered_s = -math.inf  # when our socket last got something of the server
         self.sock: socket.socket | None = None

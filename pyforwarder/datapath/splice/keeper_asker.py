@@ -1,0 +1,329 @@
+"""A worker's talk with the keeper of spliced pairs: requests go out, and the loop waits for none.
+
+The keeper reads what a worker asks in the order in which that was sent, and answers in this order.
+So does the one in its place if it dies: its queue outlives it. So an answer tells of all requests
+before it, too: those that have none will never have one. A keeper has died over them; what it had
+done of them by then nobody knows, but nobody will do it any more. They are *lost*. Whether the last
+one is lost, is found out by one more request, which asks for nothing (`here`): when all was read a
+second ago.
+
+So each request is heard of once: answered, or lost. While a keeper hangs neither is known, for as
+long as it takes until there is another. What its requests do meanwhile, and when they are lost:
+
+    join             the pair stands still, a second at most; then its record says if it has begun
+    open_session     the session is copied; if it is lost, its record says if it has begun
+    leave, reset     their sockets stay open, here or in the keeper's queue; lost: abort
+    abort            asked again if it is lost; it names the pair, so it cannot end another
+    mute             the pair goes on, and needs this worker as long; asked again later
+    learn            connections like this one are made as before
+    narrow           the pair goes on; the next packet that is too long asks again
+    adopted          the pair goes on, and is shown as it was; asked again if it is lost
+    close_sessions   their places are used meanwhile; asked again if it is lost
+    session_adopted  the session goes on; asked again if it is lost
+    adopt, take_over, adopt_session
+                     the pair goes on without us; asked again if it is lost
+
+What can be sent no more for now, as the keeper has much to read, waits here, in order. Only `join`,
+`open_session` and `mute` do not: who asks for them asks again later, anyway.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pyforwarder.datapath.splice.keeper_client import (
+    begins_until_s,
+    is_unread,
+    next_number,
+    read_answer,
+    read_timeout_s,
+)
+from pyforwarder.runtime.loop import EPOLLIN, Loop
+
+# The answer, or None: it is lost. And the descriptors that came with it: those that are taken out
+# of the list are the callee's, the others are closed.
+Heard = Callable[[dict[str, Any] | None, list[int]], None]
+
+# Requests that are sent and not answered. Their answers fit the queue back to us.
+MOST_UNDER_WAY: Final = 64
+# So many more where something stands still meanwhile, or is asked again if there is no room.
+_MOST_URGENT: Final = 16
+# Requests with two sockets that wait here, with descriptors of their own (worker/process.py counts
+# with them). Those without sockets are as many as there are places.
+MOST_HELD: Final = 32
+# They are of no use later.
+_HASTY: Final = frozenset({"join", "learn", "open_session"})
+# Answers in one turn of the loop: what follows from one may take a millisecond.
+_MOST_IN_A_TURN: Final = 8
+_ALWAYS_S: Final = 1e12  # a moment that never comes
+# The programs read another clock than we do (ktime_get_mono_fast_ns): both are as late by then.
+_MARGIN_S: Final = 0.01
+# When a request without an answer is asked about, and when it is tried to send what waits.
+_LOOK_S: Final = 1.0
+_AGAIN_S: Final = 0.05
+_PASSING: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EINTR)
+
+
+def _nothing(_answer: dict[str, Any] | None, _fds: list[int]) -> None:
+    """Nobody wants to know."""
+
+
+class Asked:
+    """A request that is under way."""
+
+    __slots__ = ("sent_s", "then")
+
+    def __init__(self, then: Heard) -> None:
+        self.then = then
+        self.sent_s = time.monotonic()
+
+
+class _Waiting:
+    """A request that could not be sent yet; its descriptors are duplicates."""
+
+    __slots__ = ("do", "fds", "fields", "then")
+
+    def __init__(self, do: str, then: Heard, fds: list[int], fields: dict[str, object]) -> None:
+        self.do = do
+        self.then = then
+        self.fds = fds
+        self.fields = fields
+
+
+class KeeperAsker:
+    """One worker's requests to the keeper."""
+
+    def __init__(self, loop: Loop, sock: socket.socket, *, is_patient: bool = False) -> None:
+        """`sock` stays the caller's; nobody else reads from it.
+
+        `is_patient`: what is of no use later need not be read at once, either.
+        """
+        self._loop = loop
+        self._sock = sock
+        self._is_patient = is_patient
+        self._under_way: dict[int, Asked] = {}  # by number, in the order in which they were sent
+        self._waiting: deque[_Waiting] = deque()
+        self._held = 0  # of these: with descriptors
+        self._is_silent = False  # it has not answered what it was asked to do at once
+        self._looks = False  # a timer is set
+        self.is_over = False  # nobody will ever answer
+        self._listens = False  # only as long as an answer is due
+        loop.watch(sock.fileno(), 0, self._readable, None)
+
+    @property
+    def longest_s(self) -> float:
+        """So long after `ask_now` no pair begins any more."""
+        return begins_until_s(read_timeout_s(is_patient=self._is_patient)) + _MARGIN_S
+
+    @property
+    def unsettled(self) -> int:
+        """How many requests have been neither answered nor lost."""
+        return len(self._under_way) + len(self._waiting)
+
+    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
+        """Send a request at once; its `then` is for the caller to set. None: nobody would read it.
+
+        It may pass those that wait. The descriptors may be closed afterwards.
+        """
+        if self.is_over or len(self._under_way) >= MOST_UNDER_WAY + _MOST_URGENT:
+            return None
+        if self._is_silent and is_unread(self._sock):
+            return None
+        try:
+            return self._send(do, _nothing, fds, fields)
+        except OSError:
+            return None
+
+    def give_up(self, asked: Asked) -> None:
+        """The request has not been answered in time; nobody wants to know any more."""
+        asked.then = _nothing
+        self._is_silent = True
+
+    def tell(
+        self, do: str, then: Heard = _nothing, fds: Sequence[int] = (), **fields: object
+    ) -> bool:
+        """Send a request when there is room for it, behind all that was told before.
+
+        The descriptors may be closed afterwards. False: it has descriptors, and too many such wait
+        already; or nobody will ever answer. Then nothing is sent.
+        """
+        if self.is_over:
+            return False
+        if not self._waiting and len(self._under_way) < MOST_UNDER_WAY:
+            try:
+                self._send(do, then, fds, fields)
+                return True
+            except OSError as error:
+                if error.errno not in _PASSING:
+                    return False
+        held: list[int] = []
+        if fds:
+            if self._held >= MOST_HELD:
+                return False
+            try:
+                for fd in fds:
+                    held.append(os.dup(fd))  # noqa: PERF401 - the second may fail
+            except OSError:
+                _close(held)
+                return False
+            self._held += 1
+        self._waiting.append(_Waiting(do, then, held, fields))
+        self._look_later()
+        return True
+
+    def hear(self) -> None:
+        """Deal with some of the answers that have come, and send what has waited for them."""
+        try:
+            for _ in range(_MOST_IN_A_TURN):
+                if self.is_over:
+                    break
+                self._sock.setblocking(False)
+                answer, fds = read_answer(self._sock)
+                self._settle(answer, fds)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._end()
+        self._send_waiting()
+        self._listen()
+
+    def wait_until(self, done: Callable[[], bool], wait_s: float) -> bool:
+        """Serve nothing but this until `done`, but not for longer; whether it is.
+
+        For who has nothing else to do yet, or any more.
+        """
+        until_s = time.monotonic() + wait_s
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while not done():
+            left_s = until_s - time.monotonic()
+            if left_s <= 0 or self.is_over:
+                return False
+            poll.poll(math.ceil(min(left_s, _AGAIN_S) * 1000))
+            self.hear()
+            self._ask_if_lost()
+        return True
+
+    def finish(self, wait_s: float) -> bool:
+        """Wait until every request has been answered or lost, but not for longer; whether so."""
+        return self.wait_until(lambda: not self.unsettled, wait_s)
+
+    def close(self) -> None:
+        """Give up what waits, and hear of nothing any more; the loop is not run again."""
+        self.is_over = True
+        self._under_way.clear()
+        while self._waiting:
+            _close(self._waiting.popleft().fds)
+
+    def _readable(self, _owner: object, _fd: int, _mask: int) -> None:
+        self.hear()
+
+    def _send(self, do: str, then: Heard, fds: Sequence[int], fields: dict[str, object]) -> Asked:
+        number = next_number()
+        until_s = _ALWAYS_S
+        if do in _HASTY:
+            until_s = time.monotonic() + read_timeout_s(is_patient=self._is_patient)
+        request = {"do": do, "n": number, "until": until_s, **fields}
+        self._sock.setblocking(False)
+        socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
+        asked = self._under_way[number] = Asked(then)
+        self._listen()
+        self._look_later()
+        return asked
+
+    def _listen(self) -> None:
+        listens = bool(self._under_way)
+        if listens is not self._listens and not self.is_over:
+            self._listens = listens
+            self._loop.change(self._sock.fileno(), EPOLLIN if listens else 0)
+
+    def _send_waiting(self) -> None:
+        while self._waiting and len(self._under_way) < MOST_UNDER_WAY:
+            first = self._waiting[0]
+            try:
+                self._send(first.do, first.then, first.fds, first.fields)
+            except OSError as error:
+                if error.errno in _PASSING:
+                    return
+                self._drop(self._waiting.popleft())
+            else:
+                self._waiting.popleft()
+                self._let_go(first)
+
+    def _let_go(self, waiting: _Waiting) -> None:
+        if waiting.fds:
+            self._held -= 1
+            _close(waiting.fds)
+
+    def _drop(self, waiting: _Waiting) -> None:
+        self._let_go(waiting)
+        self._say(waiting.then, None, [])
+
+    def _settle(self, answer: dict[str, Any], fds: list[int]) -> None:
+        number = answer.get("n")
+        if number not in self._under_way:
+            _close(fds)  # to what a worker had asked that is dead by now
+            return
+        self._is_silent = "late" in answer
+        lost = []
+        while (first := next(iter(self._under_way))) != number:
+            lost.append(self._under_way.pop(first))
+        asked = self._under_way.pop(first)
+        for one in lost:
+            self._say(one.then, None, [])
+        self._say(asked.then, answer, fds)
+
+    def _say(self, then: Heard, answer: dict[str, Any] | None, fds: list[int]) -> None:
+        try:
+            then(answer, fds)
+        except Exception as error:
+            self._loop.on_error(then, error)
+        finally:
+            _close(fds)
+
+    def _end(self) -> None:
+        """The other end is closed, and no keeper will ever have it again."""
+        self.is_over = True
+        self._loop.forget(self._sock.fileno())
+        asked, self._under_way = list(self._under_way.values()), {}
+        for one in asked:
+            self._say(one.then, None, [])
+        while self._waiting:
+            self._drop(self._waiting.popleft())
+
+    def _look_later(self) -> None:
+        if not self._looks and self.unsettled and not self.is_over:
+            self._looks = True
+            self._loop.after(_LOOK_S if self._under_way else _AGAIN_S, self._look)
+
+    def _look(self) -> None:
+        """Try to send what waits; and find out if the last request is lost."""
+        self._looks = False
+        if self.is_over:
+            return
+        self._send_waiting()
+        self._ask_if_lost()
+        self._look_later()
+
+    def _ask_if_lost(self) -> None:
+        # As long as anything is to be read, the answer to that will tell.
+        if self._under_way and not is_unread(self._sock):
+            newest = next(reversed(self._under_way.values()))
+            if time.monotonic() - newest.sent_s >= _LOOK_S:
+                with contextlib.suppress(OSError):
+                    self._send("here", _nothing, (), {})
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

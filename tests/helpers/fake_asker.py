@@ -1,0 +1,41 @@
+"""A keeper that a test plays: each request is answered, or lost with a keeper that died over it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyforwarder.datapath.splice.keeper_asker import Asked, Heard
+
+
+class FakeAsker:
+    """Keeps what is asked; `answer` and `lose` say what becomes of the oldest."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, object], Asked]] = []
+        self.has_room = True
+        self.is_over = False
+
+    def tell(
+        self, do: str, then: Heard = lambda *_: None, fds: Sequence[int] = (), **fields: object
+    ) -> bool:
+        if fds and not self.has_room:
+            return False
+        self.asked.append((do, {**fields, **({"fds": list(fds)} if fds else {})}, Asked(then)))
+        return True
+
+    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
+        if not self.has_room:
+            return None
+        self.tell(do, lambda *_: None, fds, **fields)
+        return self.asked[-1][2]
+
+    def answer(self, **words: object) -> None:
+        self.asked.pop(0)[2].then({"n": 1, **words}, [])
+
+    def lose(self) -> None:
+        self.asked.pop(0)[2].then(None, [])
+
+    def take(self) -> tuple[str, dict[str, object]]:
+        """What is asked for now, alone."""
+        ((do, fields, _),) = self.asked
+        return do, fields

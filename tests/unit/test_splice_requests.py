@@ -1,0 +1,216 @@
+"""What becomes of a spliced pair whose keeper does not answer, for each thing that it is asked for.
+
+The keeper is played: each request is answered, or lost with a keeper that died over it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.splice import datapath as module
+from pyforwarder.datapath.splice.datapath import SpliceDatapath
+from pyforwarder.runtime.loop import Deadlines
+from tests.helpers.fake_asker import FakeAsker
+
+PLACE = {"index": 7, "id": 42}
+
+
+class Stage:
+    """A splice datapath with one pair."""
+
+    def __init__(self) -> None:
+        self.asker = FakeAsker()
+        self.later: list[Callable[[], None]] = []
+        self.broken: list[CloseReason] = []
+        ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, bytes=0) for _ in range(2)]
+        self.record = SimpleNamespace(way=ways, reset=0, state=0)
+        splice: Any = object.__new__(SpliceDatapath)
+        splice._keeper = self.asker
+        self.deadlines = Deadlines()
+        splice._loop = SimpleNamespace(
+            after=lambda _s, call: self.later.append(call), deadlines=self.deadlines
+        )
+        splice._host = SimpleNamespace(broken=lambda _pair, why: self.broken.append(why))
+        splice._window = SimpleNamespace(first_slot=100)
+        splice._record = lambda _pair: self.record
+        self.splice = splice
+        self.state = module._Spliced(7, [0, 0], is_mute=False)
+        self.pair: Any = SimpleNamespace(
+            datapath=splice,
+            state=self.state,
+            slot=3,
+            id=42,
+            client_fd=5,
+            server_fd=6,
+            up=SimpleNamespace(),
+            down=SimpleNamespace(),
+        )
+        splice._by_index = {7: self.pair}
+
+    def pass_time(self) -> None:
+        later, self.later = self.later, []
+        for call in later:
+            call()
+        self.deadlines.run_expired(time.monotonic() + 3600.0, _raise)
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    made = Stage()
+    yield made
+    assert made.asker.asked == []
+    assert made.deadlines.next_s() is None
+
+
+def _raise(_owner: object, error: Exception) -> None:
+    raise error
+
+
+# Its end
+
+
+@pytest.mark.parametrize(("acked", "do"), [(1, "leave"), (0, "reset")])
+def test_an_end_takes_the_sockets_along_and_is_told_once(stage: Stage, acked: int, do: str) -> None:
+    for way in stage.record.way:
+        way.fin_acked = acked
+    stage.splice.leave(stage.pair)
+    assert stage.splice._by_index == {}
+    assert stage.asker.take() == (do, {**PLACE, "fds": [5, 6]})
+    stage.asker.answer()
+
+
+def test_an_end_that_is_lost_is_asked_for_by_the_pair_s_number_until_it_is_answered(
+    stage: Stage,
+) -> None:
+    """It may have been obeyed, and its place be another's: the number says whose end is meant."""
+    stage.splice.leave(stage.pair)
+    for _ in range(3):
+        stage.asker.lose()
+        assert stage.asker.take() == ("abort", PLACE)
+    stage.asker.answer(error="not yours")
+
+
+def test_an_end_for_whose_sockets_there_is_no_room_is_told_without_them(stage: Stage) -> None:
+    stage.asker.has_room = False
+    stage.splice.leave(stage.pair)
+    assert stage.asker.take() == ("abort", PLACE)
+    stage.asker.answer()
+
+
+# Its sockets
+
+
+def test_sockets_are_mute_when_the_keeper_says_so_and_are_asked_for_once(stage: Stage) -> None:
+    for _ in range(3):
+        stage.splice._mute(stage.pair, stage.state)
+    assert stage.asker.take() == ("mute", {**PLACE, "fds": [5, 6]})
+    assert not stage.state.is_mute
+    stage.asker.answer(mute=False)
+    assert not stage.state.is_mute
+    stage.splice._mute(stage.pair, stage.state)
+    stage.asker.answer(mute=True)
+    assert stage.state.is_mute
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_sockets_that_may_be_mute_are_asked_for_again(stage: Stage, *, has_room: bool) -> None:
+    stage.asker.has_room = has_room
+    stage.splice._mute(stage.pair, stage.state)
+    if has_room:
+        stage.asker.lose()
+    stage.asker.has_room = True
+    assert not stage.state.is_mute
+    stage.splice._mute(stage.pair, stage.state)
+    stage.asker.answer(mute=True)
+    assert stage.state.is_mute
+
+
+# Packets that are too long for our interface
+
+
+def test_a_narrow_interface_is_told_of_once_and_again_if_that_is_lost(stage: Stage) -> None:
+    way = stage.record.way[0]
+    way.narrow_mtu = 1280
+    looks: list[object] = []
+    stage.splice._look = lambda pair: looks.append(pair)
+    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    assert stage.asker.take() == ("narrow", PLACE)
+    stage.state.narrow_told_s -= 60.0
+    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    stage.asker.lose()
+    assert looks == [stage.pair]
+    stage.state.narrow_told_s -= 60.0
+    way.bytes = 1  # it goes on
+    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    stage.asker.answer()
+    assert looks == [stage.pair]
+
+
+# A pair that has changed hands
+
+
+def say_adopted(stage: Stage) -> None:
+    adoption = module._Adoption(stage.pair, stage.state, stage.splice._check_adopted)
+    stage.deadlines.start(adoption, 10.0, time.monotonic())
+    stage.splice._say_adopted(adoption)
+
+
+@pytest.mark.parametrize("times", [0, 1, 3])
+def test_a_new_worker_s_slot_is_told_until_that_is_answered(stage: Stage, times: int) -> None:
+    say_adopted(stage)
+    for _ in range(times):
+        stage.asker.lose()
+    assert stage.asker.take() == ("adopted", {**PLACE, "slot": 103})
+    stage.asker.answer()
+    stage.pass_time()
+    assert not stage.broken
+
+
+def test_a_pair_that_nobody_would_see_idle_is_reset(stage: Stage) -> None:
+    say_adopted(stage)
+    stage.pass_time()
+    assert stage.broken == [CloseReason.INTERNAL]
+    stage.asker.answer()
+
+
+def test_a_pair_that_the_keeper_does_not_know_is_reset(stage: Stage) -> None:
+    say_adopted(stage)
+    stage.asker.answer(error="not yours")
+    assert stage.broken == [CloseReason.INTERNAL]
+
+
+def test_one_that_has_ended_meanwhile_is_not_asked_about(stage: Stage) -> None:
+    say_adopted(stage)
+    stage.pair.state = None  # and its slot another's
+    stage.asker.lose()
+    stage.pass_time()
+    assert not stage.broken
+
+
+def test_pairs_are_adopted_one_by_one_also_over_the_death_of_a_keeper(stage: Stage) -> None:
+    done: list[bool] = []
+    stage.splice.adopt(lambda _orphan: None, lambda: done.append(True))
+    for _ in range(3):
+        stage.asker.lose()
+        assert stage.asker.take() == ("adopt", {})
+    assert not done
+    stage.asker.answer()
+    assert done == [True]
+
+
+def test_a_pair_of_another_daemon_s_is_taken_over_also_over_the_death_of_a_keeper(
+    stage: Stage,
+) -> None:
+    found: list[object] = []
+    sock: Any = SimpleNamespace(fileno=lambda: 9)
+    assert stage.splice.take_over(3, sock, sock, found.append)
+    stage.asker.lose()
+    assert stage.asker.take() == ("take_over", {"index": 3, "fds": [9, 9]})
+    stage.asker.answer()
+    assert found == [None]  # it is not there any more
