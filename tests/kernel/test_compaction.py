@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -92,3 +93,9 @@ def test_a_quiet_watch_goes_on_where_the_history_is_gone(etcd: Etcd) -> None:
     change = watcher.heard.get(timeout=DEADLINE_S)
     assert isinstance(change, Change)
     assert (change.key, change.value) == (f"{KEYS.pairs}b", b"2")
+    # A thread that went on would disturb the tests after this one.
+    another = threading.Timer(0.1, store.put, (f"{KEYS.pairs}c", "3"))
+    another.start()
+    assert watcher.stop(DEADLINE_S)
+    another.cancel()
+    another.join()

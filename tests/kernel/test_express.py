@@ -327,9 +327,13 @@ def test_every_byte_and_every_end_of_many(
         servers = server.wait()
         bad = judge.faults(count, clients, servers)
         assert not bad, f"{len(bad)} faults\n" + "\n".join(bad[:20])
-        wait_for(lambda: sum(site.stats()["closed"].values()) == count, "all have ended")
+        wait_for(lambda: site.stats()["pairs_opened"] >= count, "all are counted")
+        wait_for(lambda: site.stats()["open"] == 0, "all have ended")
         stats = site.stats()
-        assert (stats["accepted"], stats["pairs_opened"], stats["open"]) == (count, count, 0)
+        assert stats["pairs_opened"] == count
+        # Where the packet is lost by which our own stack is to forget a handshake, a worker may get
+        # a socket that hears nothing, besides the pair.
+        assert count <= stats["accepted"] <= (count + count // 50 if lossy else count)
         assert {reason for reason, n in stats["closed"].items() if n} == {"finished"}
         assert (stats["bytes_up"], stats["bytes_down"]) == judge.totals(clients)
         assert stats["joined"]["express"] >= PORTS

@@ -99,23 +99,33 @@ class Watcher:
         self._store = store
         self._prefix = prefix
         self.heard: queue.Queue[_All | _Lost | Change] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._is_over = False
 
     def start(self) -> None:
-        """Begin; it ends with the process."""
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+        """Begin; it ends with the process, if it is not stopped before."""
+        self._thread.start()
+
+    def stop(self, wait_s: float) -> bool:
+        """End with the next change or error, for which it is waited; whether it has ended."""
+        self._is_over = True
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
-        while True:
+        while not self._is_over:
             try:
                 found = self._store.list(self._prefix)
                 self.heard.put(_All(found.entries))
                 revision, pause_s = found.revision, _FIRST_PAUSE_S
-                while True:
+                while not self._is_over:
                     until_s = time.monotonic() + _WATCH_S
                     for change in self._store.events(self._prefix, after=revision, until_s=until_s):
                         revision = change.revision
                         self.heard.put(change)
+                        if self._is_over:
+                            return
             except CompactedError:
                 pass  # nothing has changed here for long, but elsewhere in the store
             except StoreError as error:
