@@ -23,6 +23,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -73,6 +74,8 @@ _PAUSE_S: Final = 0.002
 _TAKEN_AT_ONCE: Final = 8
 # More messages than a socket holds at once.
 _MOST_QUEUED: Final = 512
+# How long one turn reads of them.
+_TURN_S: Final = 0.003
 # Bytes of two directions, each at most one read, in base64, and some words.
 _MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
 _NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
@@ -487,13 +490,26 @@ class Taking:
         `then` is called when all have come whose sockets were sent: what the keeper has besides
         has lost them, and gets new ones. These would be refused while the old ones are there.
         """
-        # All were sent before the other daemon said that nothing is left, and before we heard it.
-        for _ in range(_MOST_QUEUED):
-            if not self._read():
-                break
+        self._read_all(then, _MOST_QUEUED)
+
+    def _read_all(self, then: Callable[[], None], most: int) -> None:
+        """All were sent before the other daemon said that nothing is left, and we heard it.
+
+        Copied pairs may be in front of the last of them, and more come behind: these have turns.
+        """
+        ends_s = time.monotonic() + _TURN_S
+        left = most
+        while left and self._read():
+            left -= 1
+            if time.monotonic() >= ends_s:
+                self._server.loop.defer(partial(self._read_on, then, left), None)
+                return
         self._may_splice = True
         self._then = then
         self._go_on_with_more()
+
+    def _read_on(self, then: Callable[[], None], most: int, _owner: None) -> None:
+        self._read_all(then, most)
 
     def _go_on_with_more(self) -> None:
         """Ask the keeper for some of those that are left."""
