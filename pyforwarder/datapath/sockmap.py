@@ -273,11 +273,7 @@ class SockmapDatapath:
         pair.state = None
 
     def exit(self) -> SockmapExit:
-        """By which pairs leave, and go on; the caller closes it.
-
-        Raises:
-            OSError: there is none on this host.
-        """
+        """By which pairs leave, and go on; the caller closes it."""
         return SockmapExit(self, self._host, window=self._window, sockets=self._sockets)
 
     def halves_of(self, pair: Pair) -> tuple[Half, Half]:

@@ -21,7 +21,7 @@ are, for both directions side by side:
 
 How much it is says the program's count, and in the end the kernel's own counts are compared:
 received, less what waits in the queue, is what has gone through our hands. A pair for which that is
-not so is reset.
+not so is reset. Its bypasses go with it, as bytes of it may be in them: the next pair gets others.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from pyforwarder.datapath.tcp_info import (
     queued_bytes,
     received,
 )
+from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
     import _socket
@@ -69,10 +71,14 @@ _HELP_S: Final = 0.1
 _BYPASS_BYTES: Final = 4 << 20
 # So much is read at once, and then in our memory, for a target that takes nothing.
 _MOST_PASSED_BYTES: Final = 1 << 20
-# Whoever sends so fast that every look finds more is looked at again later.
-_MOST_LOOKS: Final = 64
+# Who sends so fast that every look finds more can never leave: all others would stand still.
+_MOST_LOOKS: Final = 256
 # The limit on a backlog is not for a bypass.
 _NO_LIMIT: Final = (1 << 32) - 1
+
+
+class ExitError(ForwarderError):
+    """There is no way out of the sockmap on this host just now."""
 
 
 class _LostError(Exception):
@@ -130,26 +136,29 @@ class SockmapExit:
         window: PairWindow,
         sockets: Map,
     ) -> None:
-        """See `close`.
-
-        Raises:
-            OSError: a bypass cannot be made (no loopback interface, no room in the map).
-        """
+        """See `close`."""
         self._datapath = datapath
         self._host = host
         self._window = window
         self._sockets = sockets
         self._bypasses: list[_Bypass] = []
         self._helped_s: dict[Flow, float] = {}
+
+    def _make_bypasses(self) -> None:
+        """Nothing happens if they are there.
+
+        Raises:
+            ExitError: there are none to be had.
+        """
         try:
-            for _ in Direction:
-                self._bypasses.append(_Bypass(sockets, host))
-        except OSError:
+            while len(self._bypasses) < len(Direction):
+                self._bypasses.append(_Bypass(self._sockets, self._host))
+        except OSError as error:
             self.close()
-            raise
+            raise ExitError(str(error)) from error
 
     def close(self) -> None:
-        """No pair leaves any more."""
+        """Nothing is left in the map but the pairs; `take_out` begins anew."""
         for one in self._bypasses:
             one.close()
         self._bypasses = []
@@ -159,7 +168,12 @@ class SockmapExit:
 
         What was read of them and not written is in `Flow.pending`, of any size. False: not now; ask
         again in a while. Or the pair has ended, and is nobody's.
+
+        Raises:
+            ExitError: a bypass cannot be made (no loopback interface, no room in the map); nothing
+                has happened.
         """
+        self._make_bypasses()
         halves = self._datapath.halves_of(pair)
         for half in halves:
             self._set(half, table.ARMED, 0)
@@ -173,11 +187,16 @@ class SockmapExit:
             return False
         for half in halves:
             self._helped_s.pop(half.flow, None)
+        is_out = False
         try:
-            return self._leave(pair, halves)
+            is_out = self._leave(pair, halves)
         except (_LostError, OSError):  # or a socket has failed, which its event would have told
             self._host.broken(pair, CloseReason.INTERNAL)
-        return False
+        finally:
+            if not is_out:
+                # Its bytes are in there, or come yet, and must not come out in another pair.
+                self.close()
+        return is_out
 
     # Step 1
 
@@ -325,6 +344,8 @@ class _Way:
         """
         source = _source(pair, self.half.flow)
         for _ in range(_MOST_LOOKS):
+            # A packet that came before the last `publish`, and is passed for it, is counted now.
+            received(source)
             passed = self._exit.passed(self.half)
             # What came to the bypass came before what is passed now: the program redirects nothing
             # behind bytes that are not consumed. The lock keeps the two looks in this order.
@@ -377,11 +398,20 @@ def _taken_bytes(sock: _socket.socket) -> int | None:
         unread_bytes = _unread_bytes(sock)
         after = received(sock)
         if after == before:
-            if after.state == TCP_CLOSE:
+            if after.state == TCP_CLOSE and _has_failed(sock):
                 return None
-            return after.bytes_received - (after.state in FIN_RECEIVED) - unread_bytes
+            # Closed without an error: both FINs have come and gone.
+            has_ended = after.state == TCP_CLOSE or after.state in FIN_RECEIVED
+            return after.bytes_received - has_ended - unread_bytes
         before = after
     raise _LostError
+
+
+def _has_failed(sock: _socket.socket) -> bool:
+    """Whether it has an error, which stays there for its event."""
+    poll = select.poll()
+    poll.register(sock.fileno(), 0)  # POLLERR is always told of
+    return any(mask & select.POLLERR for _, mask in poll.poll(0))
 
 
 def _unread_bytes(sock: _socket.socket) -> int:
@@ -398,7 +428,7 @@ def _read_exactly(fd: int, count: int) -> bytes:
         _LostError: they do not come.
     """
     got = bytearray()
-    ends_s = time.monotonic() + _DELIVERY_S
+    ends_s = time.monotonic() + scaled_s(_DELIVERY_S)
     while len(got) < count:
         try:
             some = os.read(fd, min(count - len(got), BULK_READ_BYTES))

@@ -37,6 +37,7 @@ from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import BLOCKED, BULK_READ_BYTES, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.sockmap_exit import ExitError
 from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN
@@ -264,8 +265,7 @@ class Giving:
     def _is_portable(self, client: Client) -> bool:
         """Whether all that is known of the pair fits into a message; it may have ended instead."""
         if self._sockmap is not None and client.datapath is self._sockmap:
-            way_out = self._way_out(self._sockmap)
-            if way_out is None or not way_out.take_out(client):
+            if not self._take_out(self._sockmap, client):
                 return False
             self._server.take_back(client)
             if client.life is not Life.JOINED:
@@ -275,15 +275,16 @@ class Giving:
         # More than that is written first.
         return all(len(flow.pending or b"") <= BULK_READ_BYTES for flow in (client.up, client.down))
 
-    def _way_out(self, sockmap: SockmapDatapath) -> SockmapExit | None:
-        """None: there is none, and what is in the sockmap stays."""
-        if self._exit is None:
-            try:
+    def _take_out(self, sockmap: SockmapDatapath, client: Client) -> bool:
+        """See `SockmapExit.take_out`; where there is no way out, what is in the sockmap stays."""
+        try:
+            if self._exit is None:
                 self._exit = sockmap.exit()
-            except OSError as error:
-                self._server.log.log.write("warning", "sockmap_stays", error=str(error))
-                self._sockmap = None
-        return self._exit
+            return self._exit.take_out(client)
+        except ExitError as error:
+            self._server.log.log.write("warning", "sockmap_stays", error=str(error))
+            self._sockmap = None
+            return False
 
     def _give(self, client: Client) -> None:
         spliced = None

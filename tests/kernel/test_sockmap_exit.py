@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import time
@@ -18,12 +19,15 @@ from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair
 from pyforwarder.datapath.proof.scenarios import bytes_of, flood_bytes, push_until_blocked
 from pyforwarder.datapath.sockmap import SockmapDatapath
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
+from pyforwarder.datapath.sockmap_exit import ExitError, _LostError
+from pyforwarder.datapath.tcp_info import TCP_CLOSE, TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.stage import SLOTS, keys_in, stage
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.base import Pair
+    from pyforwarder.datapath.sockmap import Half
     from pyforwarder.datapath.sockmap_exit import SockmapExit
 
 
@@ -293,6 +297,103 @@ def test_count_that_does_not_fit_resets_the_pair(
     for sock in (client, server):
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
+
+
+def test_count_is_compared_after_both_ends_have_closed(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In TCP_CLOSE too, where the second FIN of a socket leads (tcp_fin)."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "half a close")
+    server.sendall(b"the rest")
+    server.shutdown(socket.SHUT_WR)
+    sock = pair.server
+    assert sock is not None
+    wait_for(lambda: received(sock).state == TCP_CLOSE, "both FINs")
+    count: Callable[..., int] = sockmap_exit._unread_bytes
+    monkeypatch.setattr(sockmap_exit, "_unread_bytes", lambda sock: count(sock) + 1)
+    # Its events are not looked at: it leaves before its end is known.
+    wait_for(lambda: leaving.take_out(pair) or pair.ended, "exit")
+    assert pair.ended
+    assert pair.reason is CloseReason.INTERNAL
+
+
+def test_pair_leaves_after_both_ends_have_closed(rig: Rig, leaving: SockmapExit) -> None:
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    client.shutdown(socket.SHUT_WR)
+    rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "half a close")
+    server.sendall(b"the rest")
+    server.shutdown(socket.SHUT_WR)
+    sock = pair.server
+    assert sock is not None
+    wait_for(lambda: received(sock).state == TCP_CLOSE, "both FINs")
+    wait_for(lambda: leaving.take_out(pair) or pair.ended, "exit")
+    assert not pair.ended
+    rig.copying.take_back(pair)
+    reader = Reader("client", client)
+    rig.finish(pair, reader)
+    assert bytes(reader.data) == b"the rest"
+    assert (reader.ended, pair.reason) == ("eof", None)
+
+
+@pytest.mark.parametrize("error", [_LostError(), OSError(errno.EIO, "made up")])
+def test_bytes_of_a_pair_whose_exit_fails_come_out_in_no_other(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """They are in its bypasses by then, and nobody reads them."""
+    divert, read_passed = leaving.divert, sockmap_exit._Way.read_passed
+    said = {Direction.UP: b"", Direction.DOWN: b""}
+    ends: dict[Direction, socket.socket] = {}
+
+    def divert_late(half: Half, cookie: int) -> None:
+        divert(half, cookie)
+        direction = half.flow.direction
+        before = leaving.redirected(half)
+        ends[direction].sendall(said[direction])
+        wait_for(lambda: leaving.redirected(half) == before + len(said[direction]), "bytes")
+
+    def fail(way: sockmap_exit._Way, pair: Pair) -> None:
+        del way, pair
+        raise error
+
+    monkeypatch.setattr(leaving, "divert", divert_late)
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    ends.update({Direction.UP: client, Direction.DOWN: server})
+    said.update({Direction.UP: b"first pair up", Direction.DOWN: b"first pair down"})
+    monkeypatch.setattr(sockmap_exit._Way, "read_passed", fail)
+    rig.run_until(lambda: leaving.take_out(pair) or pair.ended, "end of the first")
+    assert pair.reason is CloseReason.INTERNAL
+    monkeypatch.setattr(sockmap_exit._Way, "read_passed", read_passed)
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    ends.update({Direction.UP: client, Direction.DOWN: server})
+    said.update({Direction.UP: b"SECOND UP", Direction.DOWN: b"SECOND DOWN"})
+    take_out(rig, leaving, pair)
+    reader_c, reader_s = Reader("client", client), Reader("server", server)
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    rig.finish(pair, reader_c, reader_s)
+    assert bytes(reader_s.data) == b"SECOND UP"
+    assert bytes(reader_c.data) == b"SECOND DOWN"
+
+
+def test_where_there_is_no_way_out_a_pair_stays(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENETUNREACH, "no loopback interface")
+
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    monkeypatch.setattr(sockmap_exit, "_connected_to_ourselves", refuse)
+    with pytest.raises(ExitError, match="no loopback interface"):
+        leaving.take_out(pair)
+    assert pair.datapath is rig.datapath
+    go_on(rig, client, pair, server)
 
 
 def test_reset_is_heard_of_by_a_pair_that_leaves(rig: Rig, leaving: SockmapExit) -> None:
