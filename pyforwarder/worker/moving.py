@@ -22,6 +22,7 @@ import base64
 import contextlib
 import errno
 import os
+import resource
 import socket
 import time
 from collections import deque
@@ -47,7 +48,7 @@ from pyforwarder.worker.client import Client
 from pyforwarder.worker.orphans import go_on_spliced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.base import Flow
     from pyforwarder.datapath.sockmap import SockmapDatapath
@@ -79,7 +80,18 @@ _MOST_QUEUED: Final = 512
 _TURN_S: Final = 0.003
 # Bytes of two directions, each at most one read, in base64, and some words.
 _MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
-_NO_ROOM: Final = (errno.EAGAIN, errno.ETOOMANYREFS)  # of messages; of descriptors under way
+# Of messages; of descriptors under way; of memory, or descriptors for long messages.
+_NO_ROOM: Final = (
+    errno.EAGAIN,
+    errno.ETOOMANYREFS,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EMFILE,
+    errno.ENFILE,
+)
+_GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED)
+# So many descriptors are never taken by pairs of the other's.
+_OWN_DESCRIPTORS: Final = 64
 
 _Name = Annotated[str, Field(max_length=1024)]
 _Number = Annotated[int, Field(ge=0, lt=1 << 62)]
@@ -154,6 +166,14 @@ class SessionSaid(_Said):
     record: Annotated[str, Field(max_length=2 * PAIR_BYTES, pattern=r"^([0-9a-f][0-9a-f])*$")]
 
 
+class _NoRoomError(Exception):
+    """The other has to read first."""
+
+
+class _HeirGoneError(Exception):
+    """There is nobody any more who would read."""
+
+
 class Giving:
     """Sends what it can of a worker's pairs, until the worker ends."""
 
@@ -196,11 +216,15 @@ class Giving:
     def _go_on(self) -> None:
         try:
             pause_s = self._give_some()
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                self._stay()
-                return
+        except _NoRoomError:
             pause_s = _PAUSE_S
+        except _HeirGoneError:
+            self._stay()
+            return
+        except Exception as error:
+            # A fault of ours: whom it does not concern goes on to be given.
+            self._server.log.internal_error(error)
+            pause_s = _LOOK_S
         if pause_s:
             self._server.loop.after(pause_s, self._go_on)
         else:
@@ -218,19 +242,46 @@ class Giving:
                 assert self._splice is not None
                 self._splice.let_go(client)
                 self._server.let_go(client)
+        for session in self._datagrams.sessions():
+            if session.place is not None:
+                # As long as we have its socket, nobody else can make one that is as it.
+                self._datagrams.let_go(session)
+
+    def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Without waiting.
+
+        Raises:
+            _NoRoomError: the other has to read first; nothing has happened.
+            _HeirGoneError: there is no other any more.
+            OSError: it is the message's own fault.
+        """
+        try:
+            self._heir.send(message, fds, wait=False)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise _NoRoomError from error
+            if error.errno in _GONE:
+                raise _HeirGoneError from error
+            raise
 
     def _give_some(self) -> float:
         """How long to wait before the next ones.
 
         Raises:
-            OSError: the other end has no room, or is gone.
+            _NoRoomError, _HeirGoneError: see `_send`.
         """
         if not self._sessions_told:
             for session in self._datagrams.sessions()[:_BATCH]:
-                self._give_session(session)
+                try:
+                    self._give_session(session)
+                except (_NoRoomError, _HeirGoneError):
+                    raise
+                except Exception as error:
+                    self._server.log.internal_error(error)
+                    self._datagrams.end(session, CloseReason.INTERNAL)
             if self._datagrams.sessions():
                 return 0.0
-            self._heir.send({"sessions": "all"}, wait=False)
+            self._send({"sessions": "all"})
             self._sessions_told = True
         if not self._queue:
             # Spliced pairs first: all wait for the last of them. Then those of which it is known
@@ -242,10 +293,28 @@ class Giving:
             if self._heir.unread_bytes() > _MOST_UNDER_WAY_BYTES:
                 return _PAUSE_S
             client = self._queue[0]
-            if self._may_move(client) and self._is_portable(client):
-                self._give(client)
+            try:
+                if self._may_move(client) and self._is_portable(client):
+                    self._give(client)
+            except (_NoRoomError, _HeirGoneError):
+                raise
+            except Exception as error:
+                # It costs this pair, and no other.
+                self._queue.popleft()
+                self._server.log.internal_error(error)
+                self._give_up(client)
+                continue
             self._queue.popleft()
         return 0.0 if self._queue else _LOOK_S
+
+    def _give_up(self, client: Client) -> None:
+        """A pair that cannot be given, by a fault of ours: one that is spliced is adopted."""
+        if self._is_spliced(client):
+            assert self._splice is not None
+            self._splice.let_go(client)
+            self._server.let_go(client)
+        elif client.life is not Life.CLOSED:
+            self._server.broken(client, CloseReason.INTERNAL)
 
     def _turn_of(self, client: Client) -> int:
         if self._is_spliced(client):
@@ -312,7 +381,7 @@ class Giving:
             "flows": [_said_of(flow) for flow in (client.up, client.down)],
             "spliced": spliced,
         }
-        self._heir.send({"pair": message}, [client.client_fd, client.server_fd], wait=False)
+        self._send({"pair": message}, [client.client_fd, client.server_fd])
         # Sent, and so it is the other's.
         if spliced is not None:
             assert self._splice is not None
@@ -341,7 +410,7 @@ class Giving:
             "local_port": local.port,
             "record": record.hex(),
         }
-        self._heir.send({"session": message}, [session.sock.fileno()], wait=False)
+        self._send({"session": message}, [session.sock.fileno()])
         server.let_go(session)
 
 
@@ -401,6 +470,8 @@ class Taking:
         self._then: Callable[[], None] | None = None  # what is to follow when there are none left
         self._is_over = False
         self.taken = 0
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most_fds = max(soft - _OWN_DESCRIPTORS, soft // 2)
         datagrams.waits_for_sessions = True
         server.loop.watch(channel.fileno(), EPOLLIN, self._hear, None)
 
@@ -429,6 +500,9 @@ class Taking:
             return False
         message, fds = received
         try:
+            if any(fd >= self._most_fds for fd in fds):
+                # The lowest free number is given: others would be refused for these.
+                raise ValueError("more sockets than there is room for")
             self._take(message, fds)
         except (ValidationError, ValueError, OSError) as error:
             # This pair is reset, and no other.
@@ -580,6 +654,7 @@ class Taking:
             server, state, client_socket, client_socket.fileno(), peer, server.loop.now_s
         )
         client.id = said.id
+        client.is_shared = True  # its worker may still have it in its hands, and closes it later
         client.attach_server(server_socket, server_socket.fileno())
         client.destination = _address_of(said.destination) or UnixAddress("/")
         client.source = _address_of(said.source)
