@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.connection import Life
 from pyforwarder.core.reasons import CloseReason
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.worker.server import Server
 
+# When the keeper is asked again for those that could not be had yet.
+_AGAIN_S: Final = 1.0
+
 
 def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], None]) -> None:
     """Take in what waits for this worker, as the keeper gives it; `done` gets how many pairs.
 
-    Best before the worker connects anywhere: from then on their ports are taken.
+    Best before the worker connects anywhere: from then on their ports are taken. Those whose old
+    sockets are still there (a worker of the daemon before has not come to them yet) are taken in
+    later on, if it has closed them by then.
     """
     number = 0
 
@@ -40,7 +45,20 @@ def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], 
             count_opened(server, client, client.route.rule)
         go_on_spliced(server, splice, client, orphan)
 
-    splice.adopt(take, lambda: done(number))
+    def tell(adopted: int) -> None:
+        if adopted:
+            server.log.log.write("info", "adopted", pairs=adopted)
+
+    def ask_again() -> None:
+        splice.adopts_later = False
+        adopt_orphans(server, splice, tell)
+
+    def later() -> None:
+        if not splice.adopts_later:
+            splice.adopts_later = True
+            server.loop.after(_AGAIN_S, ask_again)
+
+    splice.adopt(take, lambda: done(number), later)
 
 
 def go_on_spliced(

@@ -204,6 +204,18 @@ def test_pairs_are_adopted_one_by_one_also_over_the_death_of_a_keeper(stage: Sta
     assert done == [True]
 
 
+def test_pairs_that_cannot_be_had_yet_are_asked_for_later(stage: Stage) -> None:
+    heard: list[str] = []
+    stage.splice.adopt(
+        lambda _orphan: None, lambda: heard.append("done"), lambda: heard.append("later")
+    )
+    # Some were tried in vain, and the keeper had others to serve.
+    stage.asker.answer(more=True)
+    assert not heard
+    stage.asker.answer(later=True)
+    assert heard == ["later", "done"]
+
+
 def test_a_pair_of_another_daemon_s_is_taken_over_also_over_the_death_of_a_keeper(
     stage: Stage,
 ) -> None:

@@ -172,6 +172,7 @@ class SpliceDatapath:
         self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
         self._is_looking = False  # a timer is set
         self._questions: dict[Question, None] = {}  # the oldest first
+        self.adopts_later = False  # who adopts has a timer set (see `adopt`)
         # Packets of pairs that begin from now on may come by whatever interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
@@ -385,16 +386,25 @@ class SpliceDatapath:
         for sock in (pair.client, pair.server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
-    def adopt(self, take: Callable[[Orphan], None], done: Callable[[], None]) -> None:
+    def adopt(
+        self,
+        take: Callable[[Orphan], None],
+        done: Callable[[], None],
+        later: Callable[[], None] = lambda: None,
+    ) -> None:
         """Have `take` called with each spliced pair that has lost its worker and is ours now.
 
         Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
-        be given to `go_on_with` or closed, its sockets are the callee's.
+        be given to `go_on_with` or closed, its sockets are the callee's. Before `done`, `later` is
+        called if there are some that cannot be had yet, as their old sockets are still there: ask
+        again in a while.
         """
 
         def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
-            if answer is not None:
+            if answer is not None and "more" not in answer:
                 if "index" not in answer or len(fds) != 2:
+                    if "later" in answer:
+                        later()
                     done()
                     return
                 said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
@@ -711,13 +721,14 @@ class SpliceDatapath:
         if pair.datapath is self and pair.state is state:
             self._look(pair)
 
-    def _mute(self, pair: Pair, state: _Spliced) -> None:
+    def _mute(self, pair: Pair, state: _Spliced) -> bool:
         """If no tail is left, closing our sockets says nothing, so that the pair outlives us.
 
-        Without an answer it goes on all the same, as long as we live.
+        Without an answer it goes on all the same, as long as we live. False: the keeper cannot be
+        asked just now.
         """
         if state.asks_mute:
-            return
+            return True
 
         def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             state.asks_mute = False
@@ -728,6 +739,7 @@ class SpliceDatapath:
         if asked is not None:
             asked.then = heard
             state.asks_mute = True
+        return state.asks_mute
 
     def _look_after_tails(self) -> None:
         """Once a second, as long as there is a pair whose sockets are not mute."""
@@ -737,8 +749,7 @@ class SpliceDatapath:
             state = pair.state
             if not isinstance(state, _Spliced) or state.index != index or state.is_mute:
                 del self._with_tail[index]
-            elif now_s >= state.look_s:
-                self._mute(pair, state)
+            elif now_s >= state.look_s and self._mute(pair, state):
                 state.pause_s *= 2
                 state.look_s = now_s + state.pause_s
         self._look_later()

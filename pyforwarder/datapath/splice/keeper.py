@@ -20,6 +20,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import mmap
@@ -85,6 +86,7 @@ from pyforwarder.datapath.splice.standby_requests import FaultyStandbyError
 from pyforwarder.datapath.splice.ways import Ways
 from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket
+from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
@@ -94,6 +96,14 @@ _PR_SET_PDEATHSIG: Final = 1
 _PULSE_S: Final = 1.0
 # TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
 _LINGER_S: Final = 60.0
+# Two sockets of the same addresses cannot be. How long the old ones of a pair may be there that has
+# no worker (one of the daemon before closes them, or sends them), after what pause each is tried
+# again, the more seldom the more there are, and how many are tried for one request.
+_IN_USE: Final = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+_IN_USE_S: Final = 60.0
+_TRY_AGAIN_S: Final = 0.5
+_TRY_EACH_S: Final = 0.0005
+_TRIED_AT_ONCE: Final = 16
 _RESET_LINGER_S: Final = 2.0
 # How often a pair is looked at whose handshake seems to be another's.
 _LOOKS: Final = 4
@@ -154,6 +164,8 @@ class Keeper:
         # The same of those that their owner was given and has no place for yet: if it dies before,
         # they are its successor's.
         self._given: dict[int, bytes] = {}
+        # Orphans whose old sockets are still there: when that was seen first, and last.
+        self._in_use: dict[int, tuple[float, float]] = {}
         # Ended, oldest first, each with the moment at which its ports are forgotten.
         self._lingering: deque[tuple[float, int]] = deque()
         self._resetting: deque[tuple[float, int]] = deque()
@@ -617,8 +629,17 @@ class Keeper:
                 self._forget(index)
 
     def _adopt(self, worker: int, given: list[socket.socket]) -> dict[str, object]:
-        """One pair that has no worker, with two new sockets; {} if there is none left."""
-        for index in [index for index in self._orphans if self._owner[index] == worker]:
+        """One pair that has no worker, with two new sockets; {} if there is none left.
+
+        `later`: some are left whose old sockets are still there, with a worker that hands them
+        over, or ends. `more`: there may be others that can be had now.
+        """
+        now_s = time.monotonic()
+        for _ in range(_TRIED_AT_ONCE):
+            index = next((one for one in self._orphans if self._is_due(one, worker, now_s)), None)
+            if index is None:
+                is_left = any(self._owner.get(one) == worker for one in self._orphans)
+                return {"later": True} if is_left else {}
             said = self._orphans.pop(index)
             record = self._record(index)
             try:
@@ -626,16 +647,30 @@ class Keeper:
                 if not given:
                     given.extend(splice_sockets.revive(way, record.family) for way in record.way)
                 self._remember_joined(index, given)
-            except OSError:
-                # Nobody could end it any more: it ends now, by the kernel's RST.
+            except OSError as error:
                 for sock in given:
                     sock.close()
                 given.clear()
-                self._forget(index)
+                first_s, _ = self._in_use.get(index, (now_s, now_s))
+                if error.errno in _IN_USE and now_s - first_s < scaled_s(_IN_USE_S):
+                    self._orphans[index] = said  # behind all others
+                    self._in_use[index] = first_s, now_s
+                else:
+                    # Nobody could end it any more: it ends now, by the kernel's RST.
+                    self._forget(index)
                 continue
+            self._in_use.pop(index, None)
             self._given[index] = said
             return {"index": index, "id": record.id, "record": said.hex()}
-        return {}
+        return {"more": True}
+
+    def _is_due(self, index: int, worker: int, now_s: float) -> bool:
+        """Whether it is the worker's, and has not been tried a moment ago."""
+        if self._owner.get(index) != worker:
+            return False
+        tried = self._in_use.get(index)
+        pause_s = _TRY_AGAIN_S + _TRY_EACH_S * len(self._in_use)
+        return tried is None or now_s - tried[1] >= pause_s
 
     def _is_had(self, index: int) -> None:
         """A pair's worker has it, and needs not be given it any more.
@@ -644,11 +679,15 @@ class Keeper:
         """
         self._given.pop(index, None)
         self._orphans.pop(index, None)
+        self._in_use.pop(index, None)
 
     def _take_over(
         self, worker: int, index: int, sockets: Sequence[socket.socket]
     ) -> dict[str, object]:
-        """The same of one whose sockets its worker has, from the daemon before; {}: not its."""
+        """The same of one whose sockets its worker has, from the daemon before.
+
+        {}: it is not the worker's, or these are not its sockets.
+        """
         # A worker that has not heard the answer asks again.
         is_due = index in self._orphans or index in self._given
         if not is_due or self._owner[index] != worker:
@@ -660,7 +699,9 @@ class Keeper:
             for was, now in zip(record.way, seen.way, strict=True)
         )
         if not are_its or not all(map(splice_sockets.is_of_our_network, sockets)):
-            raise FaultyRequestError("sockets that are not the pair's")
+            # Not the fault of who asks: it hands on what a worker of the daemon before has sent.
+            return {}
+        self._in_use.pop(index, None)
         said = self._given[index] = self._orphans.pop(index, b"") or self._given.get(index, b"")
         self._remember_joined(index, sockets)
         return {"index": index, "id": record.id, "record": said.hex()}
@@ -731,6 +772,7 @@ class Keeper:
         self._owner.pop(index, None)
         self._orphans.pop(index, None)
         self._given.pop(index, None)
+        self._in_use.pop(index, None)
         if self._express is not None and index >= self._first_place:
             self._express.freed(index)
         else:
