@@ -500,6 +500,11 @@ class Daemon:
             except NoAnswerError as error:
                 # It has ended, or has begun to retire: nobody would serve if we did not.
                 self._log.write("error", "predecessor_silent", error=str(error))
+                # But if it only stands still, it goes on one day, and so do its workers: two
+                # daemons would write what each takes for its own. systemd must not end us with it.
+                self._notify(f"MAINPID={os.getpid()}")
+                if not elder.kill():
+                    self._log.write("error", "predecessor_lives", pid=elder.offer.pid)
         finally:
             for _, theirs in ends:
                 theirs.close()
@@ -551,6 +556,9 @@ class Daemon:
         """What the daemon before had spliced is nobody's: it is ours from here on."""
         loaded, self._spliced = self._spliced, None
         if loaded is not None and not self._ending:
+            # Of two keepers each would give a new pair the place of a pair of the other's.
+            if self._elder is not None and not self._elder.end_keeper():
+                self._log.write("error", "predecessors_keeper_lives", pid=self._elder.offer.pid)
             self._datapaths.take("splice", loaded)
             self._workers.take_over_spliced()
             if self._is_settled:

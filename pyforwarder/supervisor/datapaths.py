@@ -154,6 +154,11 @@ class Datapaths:
         return None if self.splicing is None else map_id(self.splicing.maps.splices_fd)
 
     @property
+    def keeper_pid(self) -> int:
+        """The process that writes the records of spliced pairs; 0: there is none."""
+        return 0 if self.splicing is None else self.splicing.keeper.pid
+
+    @property
     def handshakes_fd(self) -> int:
         """The map of those that were seen lately, ours; -1: there is none."""
         if self.splicing is None or not self.splicing.has_begun:

@@ -133,10 +133,14 @@ class Retirement:
             case "offer":
                 return self._offer()
             case "last_id":
-                return {"last_id": self._of.workers.last_id()}, ()
+                return {
+                    "last_id": self._of.workers.last_id(),
+                    "keeper": self._of.datapaths.keeper_pid,
+                }, ()
             case "take":
                 self._retire(asked.serial, fds)
-                return {}, ()
+                # From now on one that ends has no successor of ours.
+                return {"keeper": self._of.datapaths.keeper_pid}, ()
             case "pairs":
                 return {"pairs": self._rows()}, ()
             case "flush":
@@ -177,6 +181,7 @@ class Retirement:
             "environ": {key: of.environ[key] for key in ENVIRON if key in of.environ},
             "splice": of.datapaths.splice_standing,
             "splice_map": of.datapaths.splice_map_id,
+            "keeper": of.datapaths.keeper_pid,
             "network": network_namespace(),
             "has_handshakes": handshakes_fd >= 0,
             "used_tokens": {"share": of.memory.share, "free_at_s": of.tokens_free_at_s()},

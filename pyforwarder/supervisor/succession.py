@@ -23,9 +23,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import struct
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -131,6 +133,8 @@ class Offer(_Said):
     # Whether spliced pairs can outlive their daemon; "passing": there are some, and they cannot.
     splice: Literal["none", "pinned", "passing"]
     splice_map: _Number | None = None  # the id of the map with their records
+    # The process that writes these; 0: there is none. `last_id` and `take` say it, too.
+    keeper: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     # Where it listens, connects and splices: the inode of its network namespace.
     network: _Number | None = None
     has_handshakes: bool  # a map of what the programs of splice have seen
@@ -235,6 +239,9 @@ class Predecessor:
         self._sent = fds
         offered = self.offer
         self._pidfd = _process(offered.pid)
+        self._keeper: int | None = None  # its process, if it has said one
+        self._keeper_pidfd = -1
+        self._know_keeper(offered.keeper)
         self.control_fd, self.lock_fd, self.stdout_fd, self.stderr_fd = fds[:4]
         rest = iter(fds[4:])
         self.handshakes_fd = next(rest) if offered.has_handshakes else -1
@@ -253,11 +260,35 @@ class Predecessor:
 
     def has_died(self) -> bool:
         """Whether its process has ended, and has not only hung up."""
-        if self._pidfd < 0:
+        return _has_ended(self._pidfd)
+
+    def _know_keeper(self, pid: object) -> None:
+        """What it says its keeper is: another one, if one has died."""
+        if type(pid) is int and pid >= 0 and pid != self._keeper:
+            self._keeper = pid
+            if self._keeper_pidfd >= 0:
+                os.close(self._keeper_pidfd)
+            self._keeper_pidfd = _child(pid, self.offer.pid) if pid else -1
+
+    def kill(self) -> bool:
+        """End it at once, and its workers and its keeper, which do not outlive it.
+
+        False: one of them has not ended yet.
+        """
+        is_over = _end(self._pidfd)
+        return _has_ended(self._keeper_pidfd) and is_over
+
+    def end_keeper(self) -> bool:
+        """Have nobody but us write the records of spliced pairs, whatever it does or does not.
+
+        An older version does not say who does: if it has not let go of them, it is ended itself.
+        False: it has not ended yet.
+        """
+        if self._keeper is not None:
+            return _end(self._keeper_pidfd)
+        if self.is_released or self.offer.splice == "none":
             return True
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(scaled_s(_DYING_S) * 1000))
+        return self.kill()
 
     def last_id(self) -> int:
         """The highest number of a pair so far.
@@ -267,6 +298,7 @@ class Predecessor:
         """
         answer, fds = self._ask("last_id", timeout_s=ANSWER_TIMEOUT_S)
         close_given(fds)
+        self._know_keeper(answer.get("keeper"))
         number = answer.get("last_id")
         if type(number) is not int or not 0 <= number < 1 << 62:
             raise ControlError("the running daemon does not say its last pair")
@@ -279,8 +311,11 @@ class Predecessor:
             NoAnswerError: it may have done so, or has ended: somebody must serve.
             ControlError: it goes on as before.
         """
-        _, fds = self._ask("take", heirs, timeout_s=4 * ANSWER_TIMEOUT_S, serial=self.offer.serial)
+        answer, fds = self._ask(
+            "take", heirs, timeout_s=4 * ANSWER_TIMEOUT_S, serial=self.offer.serial
+        )
         close_given(fds)
+        self._know_keeper(answer.get("keeper"))
 
     def pairs(self) -> list[dict[str, Any]]:
         """The rows of the pairs that have stayed with it; none if it does not say."""
@@ -383,9 +418,10 @@ class Predecessor:
     def close(self) -> None:
         """Hang up."""
         self._channel.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        for fd in (self._pidfd, self._keeper_pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self._keeper_pidfd = -1
 
 
 def _process(pid: int) -> int:
@@ -394,6 +430,36 @@ def _process(pid: int) -> int:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return -1
+
+
+def _child(pid: int, parent: int) -> int:
+    """The same of a child of that process: a number may be another's by now."""
+    fd = _process(pid)
+    if fd >= 0:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # The name before it may have any characters (proc_pid_stat(5)).
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+            if int(text.rpartition(")")[2].split()[1]) == parent:
+                return fd
+        os.close(fd)
+    return -1
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether the process has ended, soon at the latest."""
+    if pidfd < 0:
+        return True
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(scaled_s(_DYING_S) * 1000))
+
+
+def _end(pidfd: int) -> bool:
+    """Kill the process; whether it has ended by then."""
+    if pidfd >= 0:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    return _has_ended(pidfd)
 
 
 def find(control: Callable[[int], object]) -> Predecessor:

@@ -540,6 +540,45 @@ def test_a_daemon_that_is_killed_in_an_upgrade_has_a_successor(begin: Any) -> No
         assert len({one["id"] for one in lineage.first.pairs()}) == len(lineage.first.pairs())
 
 
+@pytest.mark.timeout(scaled_s(300))
+def test_a_daemon_that_stands_still_in_an_upgrade_has_a_successor(begin: Any) -> None:
+    """It would go on one day, with its keeper: it is ended, and its spliced pairs go on."""
+    with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
+        lineage = begin(configured(server.tcp_port, server.udp_port))
+        dialled = [stack.enter_context(dial(AUTO)) for _ in range(4)]
+        for spliced in dialled:
+            for word in (b"hello", b"again"):
+                spliced.sendall(word)
+                assert read_exactly(spliced, 5) == word
+        wait_for(lambda: lineage.shown() == {"splice": 4}, "spliced pairs")
+        wanted = {row["id"] for row in lineage.first.pairs()}
+        before = lineage.pid
+        old = psutil.Process(before).children()
+        attempt = Attempt(lineage)
+        # It has said all that its successor asks before it has workers.
+        attempt.worker(attempt.successor())
+        lineage.first_ends_with = -signal.SIGKILL
+        os.kill(before, signal.SIGSTOP)
+        assert "retired" not in lineage.first.output()
+        # It waits for an answer as long as a busy daemon may take.
+        lineage.first.wait_for_line("predecessor_silent", deadline_s=scaled_s(90.0))
+        code, said = attempt.result()
+        assert code == 0, said
+        assert lineage.pid != before
+        wait_for(lambda: not any(one.is_running() for one in old), "its processes have ended")
+
+        def are_known() -> bool:
+            rows = lineage.first.pairs()
+            return {one["id"] for one in rows if one["datapath"] == "splice"} == wanted
+
+        wait_for(are_known, "the pairs are known")
+        for spliced in dialled:
+            spliced.sendall(b"still")
+            assert read_exactly(spliced, 5) == b"still"
+            spliced.close()
+        wait_for(lambda: not lineage.shown(), "their ends are heard of")
+
+
 @pytest.mark.timeout(scaled_s(240))
 def test_a_successor_elsewhere_than_the_daemon_changes_nothing(begin: Any) -> None:
     """In another network namespace, or where other pins are than those of its spliced pairs."""

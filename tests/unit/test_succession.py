@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any, Final
@@ -162,6 +164,72 @@ def test_a_word_of_its_own_accord_is_no_answer(elder: Any) -> None:
     assert predecessor.is_released
     assert predecessor.is_gone
     assert predecessor.pairs() == []
+    predecessor.discard()
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of ours that lives until it is ended."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("where", ["offer", "last_id", "take"])
+def test_a_keeper_that_was_not_let_go_of_is_ended(
+    elder: Any, child: subprocess.Popen[bytes], where: str
+) -> None:
+    """At each step another may have taken the place of one that died."""
+    says = {name: {"keeper": child.pid} if name == where else {} for name in ("last_id", "take")}
+    more = {"keeper": child.pid} if where == "offer" else {"keeper": 0}
+    _, predecessor = elder(
+        (offered(pid=os.getpid(), splice="pinned", **more), 4),
+        ({"answer": "last_id", "last_id": 5, **says["last_id"]}, 0),
+        ({"answer": "take", **says["take"]}, 0),
+    )
+    predecessor.last_id()
+    predecessor.take([])
+    assert child.poll() is None
+    assert predecessor.end_keeper()
+    assert child.wait(10) == -signal.SIGKILL
+    predecessor.discard()
+
+
+def test_a_number_that_is_another_process_s_by_now_is_no_keeper(
+    elder: Any, child: subprocess.Popen[bytes]
+) -> None:
+    _, predecessor = elder((offered(pid=1, splice="pinned", keeper=child.pid), 4))
+    assert predecessor.end_keeper()
+    assert child.poll() is None
+    predecessor.discard()
+
+
+@pytest.mark.parametrize(
+    ("splice", "is_released", "ends"),
+    [("pinned", False, True), ("pinned", True, False), ("none", False, False)],
+)
+def test_a_daemon_that_says_no_keeper_is_ended_if_it_has_not_let_go(
+    elder: Any,
+    child: subprocess.Popen[bytes],
+    *,
+    splice: str,
+    is_released: bool,
+    ends: bool,
+) -> None:
+    """As an older version: its keeper ends with it."""
+    _, predecessor = elder((offered(pid=child.pid, splice=splice), 4))
+    predecessor.is_released = is_released
+    assert predecessor.end_keeper()
+    assert (child.poll() is not None) == ends
+    predecessor.discard()
+
+
+def test_a_daemon_that_does_not_answer_is_ended(elder: Any, child: subprocess.Popen[bytes]) -> None:
+    child.send_signal(signal.SIGSTOP)
+    _, predecessor = elder((offered(pid=child.pid), 4))
+    assert predecessor.kill()
+    assert child.wait(10) == -signal.SIGKILL
+    assert predecessor.kill()  # it is gone
     predecessor.discard()
 
 
