@@ -23,8 +23,9 @@ class Life(enum.IntEnum):
     CONNECTING = 1  # resolving a name, connecting to a server
     HANDOVER = 2  # flushing what came before: ack, PROXY header, first bytes
     JOINED = 3  # bytes flow both ways
-    REFUSING = 4  # the refusal is sent; waiting a moment for the client to close
-    CLOSED = 5
+    ENDING = 4  # it is to end, and its datapath has to do something for that before
+    REFUSING = 5  # the refusal is sent; waiting a moment for the client to close
+    CLOSED = 6
 
 
 class Event(enum.IntEnum):
@@ -37,6 +38,7 @@ class Event(enum.IntEnum):
     FLUSHED = 4  # TCP has accepted all that came before the join
     FINISHED = 5  # both directions closed in order, or the refused client has gone
     BROKEN = 6  # a reset, an error or a deadline: cannot be continued correctly
+    PUT_OFF = 7  # FINISHED or BROKEN, and comes again when the datapath is ready for it
 
 
 class Command(enum.IntEnum):
@@ -73,6 +75,11 @@ LIFE: Final[dict[Life, dict[Event, Transition]]] = {
         Event.BROKEN: _RESET,
     },
     Life.JOINED: {
+        Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
+        Event.BROKEN: _RESET,
+        Event.PUT_OFF: (Life.ENDING, ()),
+    },
+    Life.ENDING: {
         Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
         Event.BROKEN: _RESET,
     },
@@ -138,6 +145,7 @@ _SHOWN: Final = {
     Life.SNIFFING: "sniffing",
     Life.CONNECTING: "connecting",
     Life.HANDOVER: "handover",
+    Life.ENDING: "draining",
     Life.REFUSING: "draining",
     Life.CLOSED: "closed",
 }

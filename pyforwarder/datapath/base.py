@@ -19,6 +19,8 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.runtime.loop import Timed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyforwarder.runtime.loop import Loop
 
 
@@ -282,6 +284,12 @@ class Datapath(Protocol):
 
     def trips(self, pair: Pair) -> int:
         """How often a backlog limit gave a direction back to userspace."""
+
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """The pair is to be closed or reset: whether it can be at once, by `leave`.
+
+        False: `then` is called with it as soon as it can, and it goes on as it is until then.
+        """
 
     def leave(self, pair: Pair) -> None:
         """Let go of the pair, which is about to be closed or reset. Never raises."""

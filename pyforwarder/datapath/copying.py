@@ -24,6 +24,8 @@ from pyforwarder.runtime.loop import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason
 
 # What one read asks for. Small while messages are small: the buffer is allocated per read. Large
@@ -93,6 +95,10 @@ class CopyDatapath:
     def trips(self, pair: Pair) -> int:
         """Never: there is no limit to trip over."""
         return 0
+
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """At once."""
+        return True
 
     def leave(self, pair: Pair) -> None:
         """Nothing to give back."""

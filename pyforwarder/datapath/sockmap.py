@@ -57,6 +57,7 @@ from pyforwarder.runtime.loop import (
 
 if TYPE_CHECKING:
     import _socket
+    from collections.abc import Callable
 
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
@@ -256,6 +257,10 @@ class SockmapDatapath:
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     raise
+
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """At once."""
+        return True
 
     def leave(self, pair: Pair) -> None:
         """Forget the pair; its sockets leave the sockhash when they are closed, right after."""

@@ -122,6 +122,12 @@ class Handover:
         self.stop()
         if self._splice is not None:
             self._splice.finish_questions()
+            self.finish_ends()
+
+    def finish_ends(self) -> None:
+        """Wait for some seconds at most until the keeper has heard of all that has ended."""
+        if self._splice is not None:
+            self._splice.finish_ends()
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""

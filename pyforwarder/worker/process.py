@@ -63,9 +63,8 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NO_NEW_PRIVS: Final = 38
 # Descriptors that a worker needs beside its connections: maps, rings, epoll, channel, log, spare.
 _OWN_DESCRIPTORS: Final = 192 + 2 * MOST_HELD
-# So long a worker that begins waits for a keeper, and one that ends. Either takes milliseconds.
+# So long a worker that begins waits for a keeper. That takes milliseconds.
 _ADOPTION_S: Final = 1.0
-_LAST_WORDS_S: Final = 1.0
 _TOLD: Final = 1024  # clients beyond the limit on pairs
 
 
@@ -221,8 +220,8 @@ class _Worker:
 
     def finish(self) -> None:
         """Nobody is served any more; the keeper should hear of all that has ended."""
-        if self._keeper is not None:
-            self._keeper.finish(scaled_s(_LAST_WORDS_S))
+        if self._server is not None:
+            self._server.handover.finish_ends()
         if self._datagrams is not None:
             self._datagrams.handover.finish()
 
@@ -288,10 +287,11 @@ class _Worker:
             case "spliced_left":
                 return self._giving.spliced_left() if self._giving is not None else 0
             case "stop":
-                if self._opened is not None:
-                    self._opened.hear()
+                self._hear_of_opened()
+                # What it has told of is ours, too, once the keeper has given it.
                 self._serving().handover.finish()
                 self._serving().reset_all(CloseReason.SHUTDOWN)
+                self._serving().handover.finish_ends()
                 self._datagrams_of().end_all(CloseReason.SHUTDOWN)
                 self.loop.defer(lambda _: self.loop.stop(), None)
             case "upstreams":
@@ -511,8 +511,7 @@ class _Worker:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
         self._used_tokens.retire()
         server = self._serving()
-        if self._opened is not None:
-            self._opened.hear()
+        self._hear_of_opened()
         for sock in self._sockets:
             # What waits there is not lost: the other daemon has the same socket.
             server.accepting.unlisten(sock)
@@ -558,8 +557,7 @@ class _Worker:
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
-        if self._opened is not None:
-            self._opened.hear()
+        self._hear_of_opened()
         for sock in self._sockets:
             server.accepting.accept_rest(sock)
             server.accepting.unlisten(sock)
@@ -571,8 +569,16 @@ class _Worker:
             self._draining = True
             self._stop_when_empty()
 
+    def _hear_of_opened(self) -> None:
+        """What the kernel has opened is ours soon: the keeper is asked for it."""
+        if self._opened is not None:
+            self._opened.hear()
+
     def _stop_when_empty(self) -> None:
-        if self._serving().counters[Counter.OPEN] == 0:
+        self._hear_of_opened()
+        # The keeper may have pairs for us still, or ends to tell to their peers.
+        is_settled = self._keeper is None or not self._keeper.unsettled
+        if is_settled and self._serving().counters[Counter.OPEN] == 0:
             self.loop.stop()
         else:
             self.loop.after(0.05, self._stop_when_empty)

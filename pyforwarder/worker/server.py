@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.connection import (
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 # Plain names and numbers for the path of every connection: looking a member up in its enum costs
 # more than most of what is done with it.
 _CLOSED: Final = Life.CLOSED
+_ENDING: Final = Life.ENDING
 _PHASE_CLOSED: Final = Phase.CLOSED
 _ACCEPTED: Final = int(Counter.ACCEPTED)
 _OPEN: Final = int(Counter.OPEN)
@@ -258,8 +260,9 @@ class Server:
         other = pair.down if flow is pair.up else pair.up
         if other.phase is _PHASE_CLOSED:
             # Nothing is unread on either side, so close() sends the second FIN.
-            pair.reason = _FINISHED
-            self.happen(pair, Event.FINISHED)
+            if pair.life is not _ENDING:
+                pair.reason = _FINISHED
+                self._end_with(pair, Event.FINISHED)
             return
         # A spliced pair's source has said that itself. Our socket would say it again and again to
         # nobody, give up after some minutes, and its port would be free while the pair goes on.
@@ -295,14 +298,26 @@ class Server:
     def broken(self, pair: Pair, reason: CloseReason) -> None:
         """The pair cannot be continued correctly."""
         assert isinstance(pair, Client)
-        if pair.life is not _CLOSED:
+        if pair.life is not _CLOSED and pair.life is not _ENDING:
             if isinstance(pair.datapath, Question):
                 # Where it is will be known in a moment; that ends it then.
                 pair.datapath.ends_with = pair.datapath.ends_with or reason
                 return
             if not pair.is_refused:
                 pair.reason = reason  # a refusal stays what it is, however its client takes it
-            self.happen(pair, Event.BROKEN)
+            self._end_with(pair, Event.BROKEN)
+
+    def _end_with(self, client: Client, event: Event) -> None:
+        """FINISHED or BROKEN, now or when its datapath is ready for that."""
+        datapath = client.datapath
+        if datapath is None or datapath.end(client, partial(self._end_at_last, event)):
+            self.happen(client, event)
+        else:
+            self.happen(client, Event.PUT_OFF)
+
+    def _end_at_last(self, event: Event, pair: Pair) -> None:
+        assert isinstance(pair, Client)
+        self.happen(pair, event)
 
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Userspace has moved bytes of this flow."""
@@ -338,6 +353,8 @@ class Server:
                 self.broken(client, CloseReason.TIMEOUT)
             case Life.JOINED:
                 self._look_at_idle(client)
+            case Life.ENDING:
+                pass  # the keeper has a deadline of its own
             case Life.REFUSING:
                 self.happen(client, Event.BROKEN)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pyforwarder.datapath.splice.keeper_asker import Asked, Heard
 
@@ -13,15 +13,30 @@ class FakeAsker:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, object], Asked]] = []
         self.has_room = True
+        self.lacks_room = False
+        self.for_room: Callable[[], bool] | None = None
         self.is_over = False
 
     def tell(
         self, do: str, then: Heard = lambda *_: None, fds: Sequence[int] = (), **fields: object
     ) -> bool:
-        if fds and not self.has_room:
+        self.lacks_room = bool(fds) and not self.has_room and not self.is_over
+        if self.lacks_room or self.is_over:
             return False
         self.asked.append((do, {**fields, **({"fds": list(fds)} if fds else {})}, Asked(then)))
         return True
+
+    @property
+    def unsettled(self) -> int:
+        return len(self.asked)
+
+    def when_there_is_room(self, action: Callable[[], bool]) -> None:
+        self.for_room = action
+
+    def make_room(self) -> bool:
+        """Some of it; whether more is wanted."""
+        assert self.for_room is not None
+        return self.for_room()
 
     def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
         if not self.has_room:

@@ -7,7 +7,9 @@ place: without BPF, without root, and it stands still when told to.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from pyforwarder.core.reasons import CloseReason
@@ -54,6 +56,8 @@ class FakeDatapath:
         self._paused = False
         self.limit_bytes = 0  # as the real one has; here a direction never holds more than a read
         self.refuse_with: PairReason | None = None
+        self.is_room = True
+        self.ends: list[Callable[[], None]] = []
         self.joined = 0
         self.left = 0
 
@@ -104,6 +108,12 @@ class FakeDatapath:
     def trips(self, pair: Pair) -> int:
         """There is no limit to trip over."""
         return 0
+
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """Whether there `is_room` for it; else the test has `then` called."""
+        if not self.is_room:
+            self.ends.append(partial(then, pair))
+        return self.is_room
 
     def leave(self, pair: Pair) -> None:
         """Forget the pair."""

@@ -363,6 +363,94 @@ def test_what_can_never_be_sent_is_lost_and_holds_nothing_up(play: Play) -> None
     assert lost(play) == ["too long"]
 
 
+def test_who_has_found_no_room_is_called_when_there_may_be(play: Play) -> None:
+    pipe = os.pipe()
+    name = 0
+    while play.tell(name, pipe):
+        name += 1
+    assert play.asker.lacks_room
+    assert name == MOST_UNDER_WAY + MOST_HELD
+    told: list[int] = []
+
+    def action() -> bool:
+        if len(told) < 5 and play.tell(name + len(told), pipe):
+            told.append(name)
+        return len(told) < 5
+
+    play.asker.when_there_is_room(action)
+    play.turn()
+    assert told == []
+    assert play.obey() == list(range(name + 5))
+    assert len(told) == 5
+    assert play.asker.finish(1.0)
+    for fd in pipe:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_room_for_a_descriptor_may_come_without_an_answer(
+    play: Play, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with open(os.devnull) as file, monkeypatch.context() as patched:
+        patched.setattr(socket, "send_fds", lambda *_: refuses_now())
+        patched.setattr(os, "dup", refuses)
+        assert not play.tell("held", (file.fileno(),))
+        assert play.asker.lacks_room
+        calls: list[bool] = []
+
+        def action() -> bool:
+            calls.append(True)
+            return True
+
+        play.asker.when_there_is_room(action)
+        for number in range(1, 4):
+            play.pass_time(1.0)
+            assert len(calls) == number
+
+
+def refuses_now() -> None:
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def test_who_waits_for_room_is_called_when_there_never_will_be(play: Play) -> None:
+    calls: list[bool] = []
+
+    def action() -> bool:
+        calls.append(play.asker.is_over)
+        return True
+
+    play.asker.when_there_is_room(action)
+    play.tell("one")
+    play.keeper.close()
+    play.turn()
+    assert calls[-1]
+    count = len(calls)
+    play.pass_time(5.0)
+    assert len(calls) == count
+
+
+def test_who_ends_waits_as_long_as_answers_come(play: Play) -> None:
+    """And until a last moment."""
+
+    def answer_one(_answer: object, _fds: object) -> None:
+        got = play.read()
+        if got is not None:
+            play.answer(got[0], done=True)
+
+    for _ in range(20):
+        play.asker.tell("leave", answer_one)
+    assert not play.asker.finish_while_heard(0.05, 60.0)
+    answer_one(None, [])
+    assert play.asker.finish_while_heard(60.0, 60.0)  # each answer brings the next one
+    play.tell("never")
+    began_s = time.monotonic()
+    assert not play.asker.finish_while_heard(60.0, 0.05)
+    assert time.monotonic() - began_s < 30.0
+
+
 def test_finish_waits_for_the_last_answer_and_no_longer(play: Play) -> None:
     play.tell("one")
     assert not play.asker.finish(0.05)

@@ -987,6 +987,12 @@ class FakeSplice(FakeDatapath):
         while self.open:
             self.answer_one(next(iter(self.open.values())))
 
+    def finish_ends(self) -> bool:
+        """The keeper hears of all of them."""
+        while self.ends:
+            self.ends.pop(0)()
+        return True
+
 
 def splicing(play: Play, *, sockmap: bool = True) -> FakeSplice:
     """The play has a splice from now on, whose keeper does not answer."""
@@ -1251,6 +1257,57 @@ def test_a_worker_that_stops_knows_first_where_its_pairs_are(
     assert (splice.joined, play.fake.joined) == (2, 0)
     play.server.reset_all(CloseReason.SHUTDOWN)
     assert splice.left == 2
+
+
+@pytest.mark.parametrize("finishes", [False, True], ids=["flushed", "finished"])
+def test_a_pair_whose_end_the_keeper_has_no_room_for_waits_for_it_with_its_sockets(
+    start: StartPlay, servers: Servers, *, finishes: bool
+) -> None:
+    play = start(named(EAGER))
+    splice = splicing(play, sockmap=False)
+    splice.refuse_with = None
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.joined, "handover")
+    splice.is_room = False
+    if finishes:
+        pair = play.only_client()
+        for flow in (pair.up, pair.down):
+            play.server.fin_seen(pair, flow)
+            play.server.delivered(pair, flow)
+    else:
+        play.server.flush_ids(None)
+    # Whatever else happens to it meanwhile, it ends once, and as was said first.
+    assert play.server.flush_ids(None) == [play.only_client().id]
+    play.server.reset_all(CloseReason.SHUTDOWN)
+    play.server.expired(play.only_client())
+    play.loop.run_once(0.01)
+    pair = play.only_client()
+    assert pair.life is Life.ENDING
+    assert (splice.left, len(splice.ends)) == (0, 1)
+    reason = CloseReason.FINISHED if finishes else CloseReason.FLUSHED
+    assert play.closed(reason) == 0
+    splice.finish_ends()
+    assert splice.left == 1
+    play.wait_for_end(reason)
+    if not finishes:
+        for end in (client, server):
+            assert play.read_end(end) == (b"", "reset")
+
+
+def test_a_fault_of_ours_ends_a_pair_that_waits_for_its_end(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(EAGER))
+    splice = splicing(play, sockmap=False)
+    splice.refuse_with = None
+    client, server = play.joined(*servers())
+    play.run_until(lambda: splice.joined, "handover")
+    splice.is_room = False
+    play.server.flush_ids(None)
+    play.server.failed(play.only_client(), ValueError("made up"))
+    for end in (client, server):
+        assert play.read_end(end) == (b"", "reset")
+    assert splice.left == 1
 
 
 # What may happen to a pair whose keeper answers late, in any order.

@@ -21,6 +21,20 @@ from tests.helpers.fake_asker import FakeAsker
 PLACE = {"index": 7, "id": 42}
 
 
+class OtherPair:
+    """As much of one as matters here."""
+
+    def __init__(self, datapath: object, state: object, number: int) -> None:
+        self.datapath = datapath
+        self.state = state
+        self.id = number
+        self.client_fd, self.server_fd = 5, 6
+
+
+def _never(_pair: object) -> None:
+    raise AssertionError("it has not waited")
+
+
 class Stage:
     """A splice datapath with one pair."""
 
@@ -28,13 +42,16 @@ class Stage:
         self.asker = FakeAsker()
         self.later: list[Callable[[], None]] = []
         self.broken: list[CloseReason] = []
+        self.faults: list[Exception] = []
         ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, bytes=0) for _ in range(2)]
         self.record = SimpleNamespace(way=ways, reset=0, state=0)
         splice: Any = object.__new__(SpliceDatapath)
         splice._keeper = self.asker
         self.deadlines = Deadlines()
         splice._loop = SimpleNamespace(
-            after=lambda _s, call: self.later.append(call), deadlines=self.deadlines
+            after=lambda _s, call: self.later.append(call),
+            deadlines=self.deadlines,
+            on_error=lambda _owner, error: self.faults.append(error),
         )
         splice._host = SimpleNamespace(broken=lambda _pair, why: self.broken.append(why))
         splice._window = SimpleNamespace(first_slot=100)
@@ -52,6 +69,13 @@ class Stage:
             down=SimpleNamespace(),
         )
         splice._by_index = {7: self.pair}
+        splice._ends = {}
+
+    def another_pair(self, index: int) -> Any:
+        state = module._Spliced(index, [0, 0], is_mute=True)
+        pair = OtherPair(self.splice, state, index)
+        self.splice._by_index[index] = pair
+        return pair
 
     def pass_time(self) -> None:
         later, self.later = self.later, []
@@ -96,11 +120,75 @@ def test_an_end_that_is_lost_is_asked_for_by_the_pair_s_number_until_it_is_answe
     stage.asker.answer(error="not yours")
 
 
-def test_an_end_for_whose_sockets_there_is_no_room_is_told_without_them(stage: Stage) -> None:
+def test_a_pair_that_may_not_wait_for_room_is_told_of_without_its_sockets(stage: Stage) -> None:
+    """A fault of ours."""
     stage.asker.has_room = False
     stage.splice.leave(stage.pair)
     assert stage.asker.take() == ("abort", PLACE)
     stage.asker.answer()
+
+
+def test_an_end_that_is_told_of_before_is_told_of_once(stage: Stage) -> None:
+    assert stage.splice.end(stage.pair, _never)
+    assert stage.asker.take() == ("reset", {**PLACE, "fds": [5, 6]})
+    stage.splice.leave(stage.pair)
+    assert stage.splice._by_index == {}
+    stage.asker.answer()
+
+
+def test_ends_without_room_wait_for_it_and_are_told_of_in_turn(stage: Stage) -> None:
+    """With their sockets, each; a few at a time, as others wait for this loop, too."""
+    stage.asker.has_room = False
+    pairs = [stage.another_pair(100 + number) for number in range(20)]
+    ended: list[object] = []
+
+    def then(pair: Any) -> None:
+        ended.append(pair)
+        stage.splice.leave(pair)
+
+    for pair in pairs:
+        assert not stage.splice.end(pair, then)
+    assert stage.splice.unsettled == 20
+    assert stage.asker.make_room()  # there is none yet
+    assert (stage.asker.asked, ended) == ([], [])
+    stage.asker.has_room = True
+    late = stage.another_pair(200)
+    assert not stage.splice.end(late, then)  # not before those that wait
+    for number in range(20):
+        if number % 8 == 0:
+            assert stage.asker.make_room() is (number < 16)
+            assert len(stage.asker.asked) == min(8, 21 - number)
+            assert {do for do, *_ in stage.asker.asked} == {"reset"}
+            assert all(fields["fds"] == [5, 6] for _, fields, _ in stage.asker.asked)
+        stage.asker.answer()
+    while stage.asker.asked:
+        stage.asker.answer()
+    assert not stage.splice._end_some()
+    assert ended == [*pairs, late]
+    while stage.asker.asked:
+        stage.asker.answer()
+    assert set(stage.splice._by_index) == {7}
+
+
+def test_a_pair_that_goes_meanwhile_waits_for_no_room(stage: Stage) -> None:
+    stage.asker.has_room = False
+    pair = stage.another_pair(100)
+    assert not stage.splice.end(pair, _never)
+    stage.splice.leave(pair)
+    assert stage.asker.take() == ("abort", {"index": 100, "id": 100})
+    stage.asker.answer()
+    assert not stage.asker.make_room()
+
+
+def test_without_a_keeper_for_ever_no_pair_waits(stage: Stage) -> None:
+    stage.asker.has_room = False
+    ended: list[object] = []
+    pairs = [stage.another_pair(100 + number) for number in range(20)]
+    for pair in pairs:
+        assert not stage.splice.end(pair, ended.append)
+    stage.asker.is_over = True
+    assert not stage.asker.make_room()
+    assert ended == pairs
 
 
 # Its sockets
@@ -191,6 +279,24 @@ def test_one_that_has_ended_meanwhile_is_not_asked_about(stage: Stage) -> None:
     stage.asker.lose()
     stage.pass_time()
     assert not stage.broken
+
+
+def test_a_pair_whose_sockets_have_not_come_is_let_go_of_and_the_next_one_adopted(
+    stage: Stage,
+) -> None:
+    """There was no descriptor left for them: it would be nobody's."""
+    taken: list[object] = []
+    done: list[bool] = []
+    stage.splice.adopt(taken.append, lambda: done.append(True))
+    stage.asker.answer(index=9, id=43, record="")
+    assert [(do, fields) for do, fields, _ in stage.asker.asked] == [
+        ("abort", {"index": 9, "id": 43}),
+        ("adopt", {}),
+    ]
+    stage.asker.answer()
+    assert not done
+    stage.asker.answer()
+    assert (taken, done, len(stage.faults)) == ([], [True], 1)
 
 
 def test_pairs_are_adopted_one_by_one_also_over_the_death_of_a_keeper(stage: Stage) -> None:

@@ -39,6 +39,7 @@ from pyforwarder.datapath.splice.keeper import splice_memory
 from pyforwarder.datapath.splice.maps import ring_bytes, used_indexes
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
+from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.loop import EPOLLERR, EPOLLET, EPOLLIN, EPOLLOUT, Timed
 from pyforwarder.runtime.slowness import scaled_s
 
@@ -78,6 +79,11 @@ _RESET_BY: Final = {
 _NARROW_S: Final = 15.0
 # It is told at most so often: each time is a packet of ours, and a question to the keeper.
 _NARROW_PAUSE_S: Final = 1.0
+# Of the pairs whose end the keeper had no room to be told of, so many are told at once.
+_ENDS_IN_A_TURN: Final = 8
+# Who is about to end waits so long without an answer of the keeper, and so long at most.
+_SILENT_S: Final = 1.0
+_LAST_ENDS_S: Final = 3.0
 
 
 class _Expected:
@@ -94,6 +100,7 @@ class _Spliced:
 
     __slots__ = (
         "asks_mute",
+        "end_told",
         "index",
         "is_mute",
         "left_bytes",
@@ -109,6 +116,7 @@ class _Spliced:
         self.left_bytes = left_bytes  # to read, for each direction: they came before it began
         self.is_mute = is_mute  # closing its sockets says nothing to anybody
         self.asks_mute = False  # the keeper is asked for that
+        self.end_told = False  # the keeper is told that the pair has ended
         self.tells_narrow = False  # the keeper is asked to tell its peers
         self.pause_s = _LOOK_S
         self.look_s = time.monotonic() + _LOOK_S
@@ -146,6 +154,19 @@ class Orphan:
     record: PairRecord | None  # what `show` said of it
 
 
+def _orphan_of(answer: dict[str, Any], fds: list[int]) -> Orphan:
+    """The pair that the keeper gives, with the sockets that it has sent, which are taken.
+
+    Raises:
+        DatapathError: there was no descriptor left for one of them.
+    """
+    if len(fds) != 2:
+        raise DatapathError("take in a spliced pair", errno.EMFILE)
+    said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+    client, server = (socket.socket(fileno=fds.pop(0)) for _ in range(2))
+    return Orphan(answer["index"], answer["id"], client, server, said)
+
+
 class SpliceDatapath:
     """Pairs that are one TCP connection from end to end, for one worker."""
 
@@ -173,6 +194,8 @@ class SpliceDatapath:
         self._is_looking = False  # a timer is set
         self._questions: dict[Question, None] = {}  # the oldest first
         self.adopts_later = False  # who adopts has a timer set (see `adopt`)
+        # Pairs whose end the keeper has still to be told of, the oldest first, and what follows.
+        self._ends: dict[Pair, Callable[[Pair], None]] = {}
         # Packets of pairs that begin from now on may come by whatever interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
@@ -231,7 +254,13 @@ class SpliceDatapath:
         if "refused" in answer:
             return PairReason(answer["refused"])
         if "error" in answer:
-            # How far it came is not known, so nobody may go on with these sockets.
+            # How far it came is not known, so nobody may go on with these sockets. If it has begun
+            # only the keeper can have them say so.
+            index, begun = self._find(pair), self._look_once(pair)
+            if begun is not None and "index" in begun:
+                self._take(pair, begun["index"], begun["unread"], is_mute=False)
+            elif index is not None:
+                self.forget(index, pair.id)
             self._host.broken(pair, CloseReason.INTERNAL)
             return PairReason.REFUSED_BY_KERNEL
         if answer["busy"]:
@@ -247,18 +276,24 @@ class SpliceDatapath:
 
         None: a program is running in this very moment.
         """
-        slot = self._window.first_slot + pair.slot
-        record = None
-        for index in used_indexes(self._memory):
-            found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
-            if (found.id, found.slot) == (pair.id, slot):
-                record = found
-                break
-        if record is None or record.state in (SpliceState.FREE, SpliceState.ARMED):
+        index = self._find(pair)
+        if index is None:
+            return {"refused": int(PairReason.NO_KEEPER)}
+        record = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+        if record.state in (SpliceState.FREE, SpliceState.ARMED):
             return {"refused": int(PairReason.NO_KEEPER)}
         if record.state == SpliceState.ACTIVE:
             unread = [int(way.unread) for way in record.way]
             return {"busy": 0, "index": index, "unread": unread, "mute": False}
+        return None
+
+    def _find(self, pair: Pair) -> int | None:
+        """The place that a keeper has given to the pair, whether it has begun there or not."""
+        slot = self._window.first_slot + pair.slot
+        for index in used_indexes(self._memory):
+            found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
+            if (found.id, found.slot) == (pair.id, slot):
+                return index
         return None
 
     # Asking without waiting
@@ -282,7 +317,7 @@ class SpliceDatapath:
     @property
     def unsettled(self) -> int:
         """How many requests the keeper has still to hear of, or to answer."""
-        return self._keeper.unsettled
+        return self._keeper.unsettled + len(self._ends)
 
     def ask(self, pair: Pair, then: Then) -> PairReason | None:
         """`join` of a pair that is copied, without waiting for the keeper.
@@ -402,15 +437,13 @@ class SpliceDatapath:
 
         def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
             if answer is not None and "more" not in answer:
-                if "index" not in answer or len(fds) != 2:
+                if "index" not in answer:
                     if "later" in answer:
                         later()
                     done()
                     return
-                said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
-                client, server = (socket.socket(fileno=fds.pop(0)) for _ in range(2))
                 try:
-                    take(Orphan(answer["index"], answer["id"], client, server, said))
+                    take(_orphan_of(answer, fds))
                 except Exception as error:
                     self._loop.on_error(take, error)
                     if answer["index"] not in self._by_index:
@@ -438,6 +471,7 @@ class SpliceDatapath:
         """The pair is another daemon's from here on, and goes on meanwhile."""
         state = pair.state
         assert isinstance(state, _Spliced)
+        self._ends.pop(pair, None)
         del self._by_index[state.index]
         pair.state = None
 
@@ -623,9 +657,59 @@ class SpliceDatapath:
         """
         state = pair.state
         assert isinstance(state, _Spliced)
-        ended = all(way.fin_acked for way in self._record(pair).way)
+        self._ends.pop(pair, None)
+        if not state.end_told and not self._tell_end(pair, state):
+            # Nobody has waited for room: from that moment on a peer that still speaks gets the
+            # kernel's RST.
+            self.forget(state.index, pair.id)
         del self._by_index[state.index]
         pair.state = None
+
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """Tell the keeper that the pair ends, with our sockets; `leave` is to follow at once.
+
+        Only they can tell a peer that listens in silence. False: too many such wait to be told.
+        The pair stays as it is, and keeps its sockets, until it is its turn; `then` is called with
+        it, for `leave`.
+        """
+        state = pair.state
+        assert isinstance(state, _Spliced)
+        if not self._ends and self._may_go(pair, state):
+            return True
+        self._ends[pair] = then
+        self._keeper.when_there_is_room(self._end_some)
+        return False
+
+    def _may_go(self, pair: Pair, state: _Spliced) -> bool:
+        """The keeper is told of the end; or it cannot be, however long the pair waits."""
+        return self._tell_end(pair, state) or not self._keeper.lacks_room
+
+    def _end_some(self) -> bool:
+        """There may be room for the ends that wait; whether any is left."""
+        told = 0
+        while self._ends and (told < _ENDS_IN_A_TURN or self._keeper.is_over):
+            pair = next(iter(self._ends))
+            state = pair.state
+            assert isinstance(state, _Spliced)
+            if not self._may_go(pair, state):
+                break
+            told += 1
+            then = self._ends.pop(pair)
+            try:
+                then(pair)
+            except Exception as error:
+                self._loop.on_error(pair, error)
+        return bool(self._ends)
+
+    def finish_ends(self) -> bool:
+        """Wait until the keeper has heard of all that has ended, while it says that it hears.
+
+        For who is about to end, or to give its pairs away. Whether it has.
+        """
+        return self._keeper.finish_while_heard(scaled_s(_SILENT_S), scaled_s(_LAST_ENDS_S))
+
+    def _tell_end(self, pair: Pair, state: _Spliced) -> bool:
+        ended = all(way.fin_acked for way in self._record(pair).way)
         index, pair_id = state.index, pair.id
 
         def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
@@ -634,11 +718,9 @@ class SpliceDatapath:
 
         fds = [pair.client_fd, pair.server_fd]
         do = "leave" if ended else "reset"
-        # Our sockets may be closed now: the message has them, wherever it is.
-        if not self._keeper.tell(do, heard, fds, index=index, id=pair_id):
-            # Too many such wait: from that moment on a peer that still speaks gets the kernel's
-            # RST.
-            self.forget(index, pair_id)
+        # Our sockets may be closed from then on: the message has them, wherever it is.
+        state.end_told = self._keeper.tell(do, heard, fds, index=index, id=pair_id)
+        return state.end_told
 
     def forget(self, index: int, pair_id: int) -> None:
         """Let go of one that nobody here can speak for: its peers' next packets get a RST."""

@@ -12,7 +12,8 @@ long as it takes until there is another. What its requests do meanwhile, and whe
 
     join             the pair stands still, a second at most; then its record says if it has begun
     open_session     the session is copied; if it is lost, its record says if it has begun
-    leave, reset     their sockets stay open, here or in the keeper's queue; lost: abort
+    leave, reset     their sockets stay open, here or in the keeper's queue; lost: abort. Where too
+                     many such wait the pair itself does, with its sockets, and is told in its turn
     abort            asked again if it is lost; it names the pair, so it cannot end another
     mute             the pair goes on, and needs this worker as long; asked again later
     learn            connections like this one are made as before
@@ -71,6 +72,7 @@ _MARGIN_S: Final = 0.01
 # When a request without an answer is asked about, and when it is tried to send what waits.
 _LOOK_S: Final = 1.0
 _AGAIN_S: Final = 0.05
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 _PASSING: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EINTR)
 
 
@@ -114,8 +116,11 @@ class KeeperAsker:
         self._under_way: dict[int, Asked] = {}  # by number, in the order in which they were sent
         self._waiting: deque[_Waiting] = deque()
         self._held = 0  # of these: with descriptors
+        self._heard = 0  # answers
         self._is_silent = False  # it has not answered what it was asked to do at once
         self._looks = False  # a timer is set
+        self._for_room: Callable[[], bool] | None = None  # who waits for room for descriptors
+        self.lacks_room = False  # for what was told last
         self.is_over = False  # nobody will ever answer
         self._listens = False  # only as long as an answer is due
         loop.watch(sock.fileno(), 0, self._readable, None)
@@ -154,9 +159,11 @@ class KeeperAsker:
     ) -> bool:
         """Send a request when there is room for it, behind all that was told before.
 
-        The descriptors may be closed afterwards. False: it has descriptors, and too many such wait
-        already; or nobody will ever answer. Then nothing is sent.
+        The descriptors may be closed afterwards. False: nothing is sent. It has descriptors, and
+        too many such wait already (`lacks_room`: see `when_there_is_room`); or nobody will ever
+        answer, or it cannot be sent.
         """
+        self.lacks_room = False
         if self.is_over:
             return False
         if not self._waiting and len(self._under_way) < MOST_UNDER_WAY:
@@ -169,17 +176,27 @@ class KeeperAsker:
         held: list[int] = []
         if fds:
             if self._held >= MOST_HELD:
+                self.lacks_room = True
                 return False
             try:
                 for fd in fds:
                     held.append(os.dup(fd))  # noqa: PERF401 - the second may fail
-            except OSError:
+            except OSError as error:
                 _close(held)
+                self.lacks_room = error.errno in _NO_DESCRIPTORS
                 return False
             self._held += 1
         self._waiting.append(_Waiting(do, then, held, fields))
         self._look_later()
         return True
+
+    def when_there_is_room(self, action: Callable[[], bool]) -> None:
+        """Call `action` whenever more may be told with descriptors than before, while it says so.
+
+        Or when nobody will ever be told anything any more.
+        """
+        self._for_room = action
+        self._look_later()
 
     def hear(self) -> None:
         """Deal with some of the answers that have come, and send what has waited for them."""
@@ -195,6 +212,7 @@ class KeeperAsker:
         except OSError:
             self._end()
         self._send_waiting()
+        self._offer_room()
         self._listen()
 
     def wait_until(self, done: Callable[[], bool], wait_s: float) -> bool:
@@ -218,9 +236,25 @@ class KeeperAsker:
         """Wait until every request has been answered or lost, but not for longer; whether so."""
         return self.wait_until(lambda: not self.unsettled, wait_s)
 
+    def finish_while_heard(self, pause_s: float, most_s: float) -> bool:
+        """The same for as long as answers come without such a pause; also of who waits for room."""
+        until_s = time.monotonic() + most_s
+
+        def is_done() -> bool:
+            return not self.unsettled and self._for_room is None
+
+        while not is_done():
+            heard = self._heard
+            wait_s = min(pause_s, until_s - time.monotonic())
+            if self.wait_until(lambda heard=heard: is_done() or self._heard != heard, wait_s):  # type: ignore[misc]
+                continue
+            return False
+        return True
+
     def close(self) -> None:
         """Give up what waits, and hear of nothing any more; the loop is not run again."""
         self.is_over = True
+        self._for_room = None
         self._under_way.clear()
         while self._waiting:
             _close(self._waiting.popleft().fds)
@@ -275,6 +309,7 @@ class KeeperAsker:
             _close(fds)  # to what a worker had asked that is dead by now
             return
         self._is_silent = "late" in answer
+        self._heard += 1
         lost = []
         while (first := next(iter(self._under_way))) != number:
             lost.append(self._under_way.pop(first))
@@ -300,9 +335,25 @@ class KeeperAsker:
             self._say(one.then, None, [])
         while self._waiting:
             self._drop(self._waiting.popleft())
+        self._offer_room()
+
+    def _offer_room(self) -> None:
+        action = self._for_room
+        if action is None:
+            return
+        self._for_room = None  # it may be set anew meanwhile
+        wants_more = False
+        try:
+            wants_more = action()
+        except Exception as error:
+            self._loop.on_error(action, error)
+        if wants_more and not self.is_over:
+            self._for_room = action
+            self._look_later()
 
     def _look_later(self) -> None:
-        if not self._looks and self.unsettled and not self.is_over:
+        is_due = self.unsettled or self._for_room is not None
+        if not self._looks and is_due and not self.is_over:
             self._looks = True
             self._loop.after(_LOOK_S if self._under_way else _AGAIN_S, self._look)
 
@@ -312,6 +363,7 @@ class KeeperAsker:
         if self.is_over:
             return
         self._send_waiting()
+        self._offer_room()
         self._ask_if_lost()
         self._look_later()
 

@@ -122,6 +122,10 @@ class Question(Timed):
         """Never."""
         return 0
 
+    def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """Never called: who ends it says so by `ends_with`."""
+        return True
+
     def leave(self, _pair: Pair) -> None:
         """The pair is gone before its answer has come: only a fault of ours does that."""
         self.pair = None
