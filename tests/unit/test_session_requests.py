@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -300,6 +301,35 @@ def test_one_that_has_ended_meanwhile_is_not_shown(stage: Stage, *, is_lost: boo
         stage.asker.answer(error="not yours")
     assert stage.word(table.REDIRECTED[0]) == 7
     assert not lost
+
+
+@pytest.mark.parametrize("comes", [False, True], ids=["no socket", "a fault of ours"])
+def test_a_session_that_cannot_be_taken_in_is_let_go_of_and_the_next_one_adopted(
+    stage: Stage, *, comes: bool
+) -> None:
+    """It would be nobody's."""
+    done: list[bool] = []
+
+    def take(_orphan: SessionOrphan) -> None:
+        raise RuntimeError("ours")
+
+    stage.sessions.adopt(take, lambda: done.append(True))
+    fds = [os.open(os.devnull, os.O_RDONLY)] if comes else []
+    place = {"index": INDEX, "id": NUMBER, "record": ""}
+    ends = {"client": "192.0.2.1", "client_port": 5, "local": "192.0.2.2", "local_port": 6}
+    stage.asker.asked.pop(0)[2].then({"n": 1, **place, **ends}, fds)
+    for fd in fds:
+        os.close(fd)
+    assert [(do, fields) for do, fields, _ in stage.asker.asked] == [
+        ("close_sessions", {"places": [[INDEX, NUMBER]]}),
+        ("adopt_session", {}),
+    ]
+    stage.asker.answer(carried=[None])
+    assert not done
+    stage.asker.answer()
+    assert done == [True]
+    assert len(stage.faults) == 1
+    stage.faults.clear()
 
 
 def test_sessions_are_adopted_also_over_the_death_of_a_keeper(stage: Stage) -> None:

@@ -159,8 +159,9 @@ class Keeper:
             maps.sessions, maps.links, workers=maps.workers, slots=maps.slots, pairs=self._pairs
         )
         self._owner: dict[int, int] = {}  # index -> worker
-        # Pairs without a worker: index -> what `show` said of them.
-        self._orphans: dict[int, bytes] = {one.index: one.record for one in found}
+        # Pairs without a worker: index -> what `show` said of them. Each has an owner, too: the
+        # worker that is to adopt it.
+        self._orphans: dict[int, bytes] = {}
         # The same of those that their owner was given and has no place for yet: if it dies before,
         # they are its successor's.
         self._given: dict[int, bytes] = {}
@@ -191,6 +192,8 @@ class Keeper:
             )
             self._express.begin(lambda index: index in used)
         now_s = time.monotonic()
+        # Of these some may have ended since they were found.
+        said_of = {one.index: one.record for one in found}
         for index in sorted(used):
             record = self._record(index)
             if self._express is not None and self._express.owns(index, record):
@@ -208,9 +211,10 @@ class Keeper:
                 self._store(index, WORKER_AT, worker)
                 if self._express is not None:
                     self._express.adopted(index, worker)
-                if record.slot == NO_SLOT:  # another keeper had not given it to anybody yet
-                    said = self._express.said(index) if self._express is not None else b""
-                    self._orphans.setdefault(index, said)
+                if index in said_of:
+                    self._orphans[index] = said_of[index]
+                elif record.slot == NO_SLOT:  # another keeper had not given it to anybody yet
+                    self._orphans[index] = self._express.said(index) if self._express else b""
                 self._standby.unsettled(index, record)
         self._keepalives.watch(self._owner)
 
@@ -283,8 +287,10 @@ class Keeper:
             rights = array.array("i", [one.fileno() for one in given])
             said = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if given else []
             # A worker that reads no answers must not keep the others waiting.
-            with contextlib.suppress(OSError):
+            try:
                 sock.sendmsg([json.dumps(answer).encode()], said, socket.MSG_DONTWAIT)
+            except OSError:
+                self._take_back(worker, request["do"], answer)
         except Exception as error:
             # Whatever is noticed where: it is the fault of who asked, and costs nobody else.
             self._complain(worker, error)
@@ -485,7 +491,10 @@ class Keeper:
             return {"busy": busy}
         self._keepalives.watch([index])
         unread = [way.unread for way in self._record(index).way]
-        mute = self._mute(index, (client, server))
+        mute = False
+        # It has begun, whatever becomes of that: it is asked for again.
+        with contextlib.suppress(OSError):
+            mute = self._mute(index, (client, server))
         return {"busy": 0, "index": index, "unread": unread, "mute": mute}
 
     def _learn(self, client: socket.socket, server: socket.socket) -> bool:
@@ -671,6 +680,16 @@ class Keeper:
         tried = self._in_use.get(index)
         pause_s = _TRY_AGAIN_S + _TRY_EACH_S * len(self._in_use)
         return tried is None or now_s - tried[1] >= pause_s
+
+    def _take_back(self, worker: int, do: str, answer: dict[str, object]) -> None:
+        """What was to be given to a worker it has not got: it is given when it asks again."""
+        index = answer.get("index")
+        if not isinstance(index, int):
+            return
+        if do == "adopt" and index in self._given:
+            self._orphans[index] = self._given.pop(index)
+        elif do == "adopt_session":
+            self._sessions.take_back(worker, index)
 
     def _is_had(self, index: int) -> None:
         """A pair's worker has it, and needs not be given it any more.

@@ -389,6 +389,11 @@ class SessionKeeper:
             }
         return {}
 
+    def take_back(self, worker: int, index: int) -> None:
+        """A session that was given to a worker has not come there: it waits as before."""
+        if index in self._given:
+            self._orphans[worker][index] = self._given.pop(index)
+
     def _adopted(
         self,
         worker: int,

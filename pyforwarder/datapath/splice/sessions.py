@@ -8,6 +8,7 @@ the pair's record.
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import time
@@ -27,6 +28,7 @@ from pyforwarder.datapath.splice.session_abi import (
     SessionState,
 )
 from pyforwarder.datapath.splice.session_maps import record_of, used_indexes
+from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.loop import Timed
 from pyforwarder.runtime.slowness import scaled_s
 
@@ -117,6 +119,24 @@ class SessionOrphan:
     client: tuple[str, int]
     local: tuple[str, int]  # the address of ours to which the client speaks
     record: PairRecord | None  # what `show` said of it
+
+
+def _orphan_of(answer: dict[str, Any], fds: list[int]) -> SessionOrphan:
+    """The session that the keeper gives, with the socket that it has sent, which is taken.
+
+    Raises:
+        DatapathError: there was no descriptor left for it.
+    """
+    if len(fds) != 1:
+        raise DatapathError("take in a session", errno.EMFILE)
+    return SessionOrphan(
+        answer["index"],
+        answer["id"],
+        socket.socket(fileno=fds.pop()),
+        (answer["client"], answer["client_port"]),
+        (answer["local"], answer["local_port"]),
+        table.inherited(bytes.fromhex(answer["record"]), answer["id"]),
+    )
 
 
 class SpliceSessions:
@@ -317,18 +337,14 @@ class SpliceSessions:
 
         def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
             if answer is not None:
-                if "index" not in answer or len(fds) != 1:
+                if "index" not in answer:
                     done()
                     return
-                orphan = SessionOrphan(
-                    answer["index"],
-                    answer["id"],
-                    socket.socket(fileno=fds.pop()),
-                    (answer["client"], answer["client_port"]),
-                    (answer["local"], answer["local_port"]),
-                    table.inherited(bytes.fromhex(answer["record"]), answer["id"]),
-                )
-                take(orphan)
+                try:
+                    take(_orphan_of(answer, fds))
+                except Exception as error:
+                    self._loop.on_error(take, error)
+                    self.forget(answer["index"], answer["id"])  # it costs this session alone
             ask()
 
         def ask() -> None:
