@@ -404,9 +404,30 @@ def test_a_listener_that_says_so_splices_no_session(
         )
 
 
-@ONLY_SPLICE
-def test_a_session_follows_the_route_to_its_server(start_forwarder: StartForwarder) -> None:
-    """To another interface, and back; in between there is none, and nothing is sent."""
+BY: Final = {"f1": "10.2.0.2", "f2": "10.7.0.2"}
+# In a network where nobody knows our socket's address; 10.7.0.1 is that of f2.
+SNAT: Final = """
+table ip changed {
+chain c {
+type nat hook postrouting priority 100;
+oifname "f2" meta l4proto udp snat to 10.7.0.1:21000-21999
+}
+}
+"""
+# The server's socket knows another address of ours: it says nothing of what comes from that one.
+DEAF: Final = """
+table ip deaf {
+chain c {
+type filter hook input priority 0;
+ip saddr 10.7.0.1 udp sport 21000-21999 drop
+}
+}
+"""
+
+
+@contextlib.contextmanager
+def two_ways(start_forwarder: StartForwarder) -> Iterator[tuple[SessionSite, Way]]:
+    """The server has an address that either of two wires may lead to; at first it is by f1."""
     with topology() as hosts:
         lay_wire(hosts.server, "s1", hosts.forwarder, "f2", mtu=1500, net=7)
         hosts.server.ip("address add 10.9.0.2/32 dev lo")
@@ -415,17 +436,24 @@ def test_a_session_follows_the_route_to_its_server(start_forwarder: StartForward
             for name in ("all", "s0", "s1", "f1", "f2"):
                 with contextlib.suppress(FileNotFoundError):
                     host.set(**{f"ipv4__conf__{name}__rp_filter": 0})
-        by = {"f1": "10.2.0.2", "f2": "10.7.0.2"}
-        hosts.forwarder.ip(f"route add 10.9.0.2 via {by['f1']} dev f1 src 10.9.0.1")
+        hosts.forwarder.ip(f"route add 10.9.0.2 via {BY['f1']} dev f1 src 10.9.0.1")
         hosts.server.ip("route add 10.9.0.1 via 10.2.0.1 dev s0")
         with hosts.forwarder.entered():
             site = SessionSite(hosts, start_forwarder(config()))
         way = dataclasses.replace(hosts.way(), destination={4: "10.9.0.2"})
+        yield site, way
+
+
+@ONLY_SPLICE
+def test_a_session_follows_the_route_to_its_server(start_forwarder: StartForwarder) -> None:
+    """To another interface, and back; in between there is none, and nothing is sent."""
+    with two_ways(start_forwarder) as (site, way):
+        hosts = site.topology
         with site.spliced(way, 4) as talk:
             for interface in ("f2", "f1"):
                 hosts.forwarder.ip(
                     "route del 10.9.0.2",
-                    f"route add 10.9.0.2 via {by[interface]} dev {interface} src 10.9.0.1",
+                    f"route add 10.9.0.2 via {BY[interface]} dev {interface} src 10.9.0.1",
                 )
                 net, dev = ("7", "s1") if interface == "f2" else ("2", "s0")
                 hosts.server.ip(f"route replace 10.9.0.1 via 10.{net}.0.1 dev {dev}")
@@ -439,3 +467,40 @@ def test_a_session_follows_the_route_to_its_server(start_forwarder: StartForward
             row = site.row(talk.client)
             assert row is not None
             assert (row["id"], row["datapath"]) == (talk.id, "splice")
+
+
+@ONLY_SPLICE
+def test_the_kernel_sends_nothing_by_a_new_way_before_one_of_ours_has_gone_it(
+    start_forwarder: StartForwarder,
+) -> None:
+    """By that interface it would need another address, which only our socket's datagrams get."""
+    with two_ways(start_forwarder) as (site, way), site.spliced(way, 4) as talk:
+        forwarder = site.topology.forwarder
+        talk.exchange()
+        assert site.record(talk).way[Direction.UP].latched
+        with forwarder.entered():
+            interface = socket.if_nametoindex("f2")
+        site.topology.server.run("nft", "-f", "-", stdin=DEAF)
+        forwarder.run("nft", "-f", "-", stdin=SNAT)
+        forwarder.ip(f"route replace 10.9.0.2 via {BY['f2']} dev f2 src 10.9.0.1")
+        wait_for(
+            lambda: site.record(talk).way[Direction.UP].interface == interface, "it goes by f2"
+        )
+        before = site.copies()
+        for _ in range(20):
+            talk.client.send(b"up")
+        wait_for(lambda: site.copies() - before == 20, "all are copied")
+        record = site.record(talk)
+        assert not record.way[Direction.UP].has_left
+        assert not record.way[Direction.UP].latched
+        assert record.way[Direction.DOWN].latched  # whose way is as it was
+        # And where nothing stands in its way, it is the kernel's again.
+        forwarder.run("nft", "flush", "ruleset")
+        forwarder.ip(f"route replace 10.9.0.2 via {BY['f1']} dev f1 src 10.9.0.1")
+
+        def is_by_the_kernel() -> bool:
+            count = site.copies()
+            talk.exchange()
+            return site.copies() == count
+
+        wait_for(is_by_the_kernel, "by f1")

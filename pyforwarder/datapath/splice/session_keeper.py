@@ -44,6 +44,7 @@ from pyforwarder.datapath.splice.session_maps import (
     record_of,
     store,
     store_way,
+    store_way_wide,
     store_wide,
     used_indexes,
 )
@@ -286,7 +287,10 @@ class SessionKeeper:
     def _look_at_ways(self) -> None:
         """Look at some.
 
-        What has no way that is for our programs is our sockets' until it has."""
+        What has no way that is for our programs is our sockets' until it has. A new way is taken
+        like the first one, once a datagram of our socket has been seen to go it, and none of those
+        that our sockets have can be overtaken.
+        """
         self._looked_s = time.monotonic()
         for _ in range(min(_LOOKS_AT_ONCE, len(self._to_look_at))):
             index = self._to_look_at.popleft()
@@ -303,16 +307,32 @@ class SessionKeeper:
             if obstacle is not None:
                 store(self._memory, index, "state", SessionState.PREPARED)
                 self._without_way.add(index)
+                for direction in Direction:
+                    self._unlatch(index, direction)
                 continue
             for direction in Direction:
                 way = record.way[direction]
-                store_way(self._memory, index, direction, "interface", way.interface)
                 store_way(self._memory, index, direction, "by", way.by)
+                is_new = way.interface != before[direction][0]
+                if is_new or index in self._without_way:
+                    self._unlatch(index, direction)
+                if is_new:
+                    store_way(self._memory, index, direction, "interface", way.interface)
+                    # A program that was at it may have seen one go the way before.
+                    self._unlatch(index, direction)
             if index in self._without_way:
                 self._without_way.discard(index)
                 # Meanwhile only our sockets have heard it.
                 store_wide(self._memory, index, "began_ns", time.monotonic_ns())
                 store(self._memory, index, "state", SessionState.ACTIVE)
+
+    def _unlatch(self, index: int, direction: Direction) -> None:
+        """Its datagrams are our socket's again, until it is known that they may go on."""
+        way = record_of(self._memory, index).way[direction]
+        store_way(self._memory, index, direction, "has_left", 0)
+        # More than the worker has said that it has copied, so that it looks, and says it again.
+        store_way_wide(self._memory, index, direction, "passed", way.passed + 1)
+        store_way(self._memory, index, direction, "latched", 0)
 
     # Ending
 

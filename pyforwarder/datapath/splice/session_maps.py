@@ -197,10 +197,19 @@ def is_over(record: SessionRecord, now_ns: int) -> bool:
 
 
 def store_way(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
-    """The same of one direction."""
+    """`store` of one direction."""
+    struct.pack_into("=I", memory, _at_way(index, direction, name), number)
+
+
+def store_way_wide(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
+    """`store_wide` of one direction."""
+    struct.pack_into("=Q", memory, _at_way(index, direction, name), number)
+
+
+def _at_way(index: int, direction: int, name: str) -> int:
     at = index * SESSION_BYTES + SessionRecord.way.offset
     at += direction * ctypes.sizeof(SessionDirection)
-    struct.pack_into("=I", memory, at + int(getattr(SessionDirection, name).offset), number)
+    return at + int(getattr(SessionDirection, name).offset)
 
 
 def used_indexes(memory: mmap.mmap) -> Iterator[int]:

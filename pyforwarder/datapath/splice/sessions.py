@@ -261,6 +261,9 @@ class SpliceSessions:
         """All datagrams that our socket was to get when `passed` said so many have gone on."""
         at = place.slot * self._window.WORDS
         self._window.words[at + table.CONSUMED[direction]] = passed
+        # The keeper has the direction begin again where the way has changed.
+        self._window.halves[place.slot * self._window.HALVES + table.ARMED[direction]] = 0
+        place.copied[direction] = max(place.copied[direction], passed)
         place.behind_s[direction] = 0.0
 
     def latch_now(self, place: Place) -> None:
