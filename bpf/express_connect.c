@@ -456,6 +456,12 @@ inlined __u32 segment_of(const struct express_listener *listener)
 	return listener->told_mss < LEAST_MSS ? 0 : (listener->told_mss - 12) & ~3;
 }
 
+/* Whether so many first bytes go in one packet, or in two, as `store_saved` and `store_rest` do. */
+inlined int fits(__u32 bytes, __u32 segment)
+{
+	return bytes <= segment || (segment < PF_EXPRESS_SAVED / 2 && bytes <= 2 * segment);
+}
+
 inlined int begin(struct __sk_buff *skb, const int v6)
 {
 	struct splice_key key = {};
@@ -468,7 +474,7 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	struct asking *asking = asking_of();
 	struct bpf_sock *sk;
 	void *request;
-	__u32 mss, room, number, i;
+	__u32 mss, room, number, device, i;
 	__u16 options;
 	__u8 odd, timeouts;
 
@@ -542,8 +548,13 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	options = read16(request, INET_REQUEST_SOCK_SND_WSCALE);
 	mss = read16(request, REQUEST_SOCK_MSS);
 	room = read32(request, SOCK_COMMON_SKC_RCV_WND);
+	device = read32(request, SOCK_COMMON_SKC_BOUND_DEV_IF);
 	bpf_sk_release(sk);
-	if (odd | (options & 0x800)) {
+	/*
+	 * Of a listener that is bound to a device, or in a VRF: there may be several with one
+	 * address, and a key does not say which, nor whose.
+	 */
+	if (odd | (options & 0x800) | device) {
 		count(PF_COUNT_ODD_REQUEST);
 		return NEXT;
 	}
@@ -562,9 +573,8 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 		count(PF_COUNT_ODD_PACKET);
 		return NEXT;
 	}
-	number = segment_of(listener);
 	if (seen.bytes > PF_EXPRESS_SAVED || !(seen.flags & (PSH | FIN)) ||
-	    (seen.bytes > number && (number > PF_EXPRESS_SAVED / 2 || seen.bytes > 2 * number))) {
+	    !fits(seen.bytes, segment_of(listener))) {
 		count(PF_COUNT_LONG);
 		return NEXT;
 	}
@@ -626,7 +636,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	struct express_ask *ask;
 	struct splice *splice;
 	struct splice_direction *way, *back;
-	__u32 place = 0, index, number, i, rule, options;
+	__u32 place = 0, index, number, i, rule, options, out, segment;
 	__u64 now_ns, word;
 	int said;
 
@@ -641,12 +651,22 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	rule = asking->rule;
 	hide(rule);
 	rule &= PF_EXPRESS_RULES - 1;
+	/* It may have been told another MSS than in `begin`. */
+	segment = segment_of(listener);
+	if (!fits(seen.bytes, segment)) {
+		count(PF_COUNT_LONG);
+		return NEXT;
+	}
 	number = listener->target[rule];
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
+	if (!target)
+		return NEXT; /* never */
 	now_ns = bpf_ktime_get_ns();
+	/* Once: the keeper may forget the way meanwhile, and 0 would be a way to `lo`. */
+	out = volatile_read(target->out);
 	/* From `lo` out would need an answer to `lo` that our stack would not take. */
-	if (!target || !target->out || volatile_read(target->not_before_ns) > now_ns ||
-	    (skb->ifindex == LOOPBACK && target->out != LOOPBACK) || asking->mss < LEAST_MSS ||
+	if (!out || volatile_read(target->not_before_ns) > now_ns ||
+	    (skb->ifindex == LOOPBACK && out != LOOPBACK) || asking->mss < LEAST_MSS ||
 	    listener->told_mss > target->mss) {
 		count(PF_COUNT_NO_TARGET);
 		return NEXT;
@@ -699,7 +719,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	said = bpf_skb_load_bytes(skb, TCP_AT(v6) + seen.header, ask->bytes,
 				  at_least_one(seen.bytes, PF_EXPRESS_SAVED));
 	ask->sum = ask->segment_sum = sum_of_saved(ask, seen.bytes);
-	ask->segment = segment_of(listener);
+	ask->segment = segment;
 	if (ask->segment < seen.bytes)
 		ask->segment_sum = sum_of_saved(ask, ask->segment);
 	else
@@ -720,7 +740,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	way->dport = back->from.sport = target->port;
 	back->sport = key.dport;
 	back->dport = key.sport;
-	way->interface = skb->ifindex == LOOPBACK && target->out == LOOPBACK ? 0 : target->out;
+	way->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
 	back->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
 	way->by[0] = way->by[1] = skb->ifindex;
 	back->by[0] = target->by[0];
@@ -742,7 +762,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->reset = 0;
 	splice->family = v6 ? 6 : 4;
 	splice->out[PF_UP] = skb->ifindex;
-	splice->out[PF_DOWN] = target->out;
+	splice->out[PF_DOWN] = out;
 	splice->isn[PF_UP] = ask->c0;
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;

@@ -42,7 +42,7 @@ enum pf_express_count {
 	PF_COUNT_ASKED_AGAIN, /* SYNs that were sent again */
 	/* Left to the ordinary path, and why. */
 	PF_COUNT_NO_REQUEST,  /* SYN cookies, or a connection of a worker's */
-	PF_COUNT_ODD_REQUEST, /* MPTCP, TFO, ECN... */
+	PF_COUNT_ODD_REQUEST, /* MPTCP, TFO, ECN, a listener of one device... */
 	PF_COUNT_ODD_NUMBERS, /* not the first bytes behind a handshake */
 	PF_COUNT_ODD_PACKET,  /* lengths, flags, options, checksum */
 	PF_COUNT_LONG,	      /* more than is kept, or not the last of what was written */

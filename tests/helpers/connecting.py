@@ -82,15 +82,24 @@ class Kernel:
         return listener
 
     def decide(
-        self, listener: socket.socket, rules: Rules, targets: Sequence[abi.Target]
+        self,
+        listener: socket.socket,
+        rules: Rules,
+        targets: Sequence[abi.Target],
+        *,
+        told_mss: int = 0,
     ) -> Sequence[int]:
-        """Connections to it are decided by these rules, each with its target; their numbers."""
+        """Connections to it are decided by these rules, each with its target; their numbers.
+
+        `told_mss` is what clients are told, if it is not what `listen` has set.
+        """
         _, found = compiled(rules)
         assert found.table is not None
         number = next(self._numbers)
         self.connecting.tables.write(number, found.table)
         address, port = listener.getsockname()[:2]
-        told = abi.Listener(table=number, told_mss=MSS[6 if ":" in address else 4])
+        told_mss = told_mss or MSS[6 if ":" in address else 4]
+        told = abi.Listener(table=number, told_mss=told_mss)
         numbers = [number * abi.MOST_RULES + place for place in range(len(targets))]
         for place, (at, target) in enumerate(zip(numbers, targets, strict=True)):
             self.connecting.aim(at, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from pyforwarder.datapath.express.places import (
 )
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SpliceState
-from tests.helpers.connecting import FIRST_PORT, PLACES, Kernel
+from tests.helpers.connecting import FIRST_PORT, MSS, PLACES, Kernel
 from tests.helpers.express_site import (
     ANY,
     Open,
@@ -243,6 +244,52 @@ def test_first_bytes_in_two_segments(
         with here.dial(pattern(size)) as client:
             here.falls_back(client, pattern(size))
     assert here.counted()["REFUSED"] >= 1
+
+
+# Of a packet's bytes: below half of what can be kept, half of it, and above.
+@pytest.mark.parametrize("segment", [2044, 2048, 2052])
+@pytest.mark.parametrize("version", [4, 6])
+def test_two_segments_of_about_half_of_what_is_kept(site: Open, version: int, segment: int) -> None:
+    """Each of the two bears its own bytes, or a worker gets them all."""
+    here = site((True, True), version)
+    told_mss = segment + 12
+    here.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, told_mss)
+    target = here.target(here.waiting.address)
+    target.mss = 2 * told_mss
+    here.kernel.decide(here.listener, ANY, [target], told_mss=told_mss)
+    first = random.Random(segment).randbytes(4000)
+    if segment < abi.SAVED_BYTES // 2:
+        with here.pair(first):
+            pass
+        assert here.counted()["COMMITTED"] == 1
+    else:
+        with here.dial(first) as client:
+            here.falls_back(client, first)
+        assert here.counted()["LONG"] >= 1
+        assert "TAKEN" not in here.counted()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_listeners_of_a_device_are_left_to_workers(
+    hosts: Topology, site: Open, version: int
+) -> None:
+    """Another program may have one with this address, of another device."""
+    here = site((False, False), version)
+    address = here.way.listener[version]
+    with hosts.forwarder.entered():
+        listener = socket.socket(socket.AF_INET6 if version == 6 else socket.AF_INET)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"f0")
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, MSS[version])
+        listener.bind((address, 0))
+        listener.listen()
+        listener.settimeout(DEADLINE_S)
+        here.listener = listener
+        here.kernel.decide(listener, ANY, [here.target(here.waiting.address)])
+        with here.dial(b"hello") as client:
+            here.falls_back(client, b"hello")
+        assert here.counted()["ODD_REQUEST"] >= 1
+        assert "TAKEN" not in here.counted()
 
 
 @pytest.mark.parametrize("version", [4, 6])

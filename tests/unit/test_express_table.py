@@ -164,6 +164,7 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
         ({"to": OWN}, {}, {}, "127.0.0.3:9999 is the forwarder itself"),
         ({"to": "127.0.0.3:same"}, {}, {}, "127.0.0.3:9999 is the forwarder itself"),
         ({"reject": "close"}, {}, {}, "userspace alone refuses"),
+        ({"to": SERVER, "allow": ["loopback"]}, {}, {}, "userspace alone judges by `allow`"),
         ({"to": SERVER, "send_proxy": "v1"}, {}, {}, "userspace alone sends PROXY headers"),
         ({"to": SERVER, "datapath": "copy"}, {}, {}, "says `datapath: copy`"),
         ({"to": SERVER}, {"datapath": "sockmap"}, {}, "says `datapath: sockmap`"),

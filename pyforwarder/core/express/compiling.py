@@ -250,6 +250,8 @@ def _why_not_target(
         return "userspace alone refuses"
     if rule.to is None or isinstance(rule.to, NameIn):
         return "the client names the destination"
+    if rule.allow is not None:
+        return "userspace alone judges by `allow`"
     send_proxy = listener.rules[rule.index].send_proxy
     servers: list[ServerAddress] = []
     if isinstance(rule.to, str):

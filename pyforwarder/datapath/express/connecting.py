@@ -30,7 +30,7 @@ MOST_LISTENERS: Final = 256
 MOST_TARGETS: Final = 4096
 _FIELDS: Final = {
     "request_sock": ("num_timeout", "mss"),
-    "sock_common": ("skc_rcv_wnd",),
+    "sock_common": ("skc_rcv_wnd", "skc_bound_dev_if"),
     "inet_request_sock": ("snd_wscale",),
     "tcp_request_sock": ("rcv_isn", "snt_isn", "is_mptcp", "tfo_listener"),
 }
