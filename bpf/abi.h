@@ -86,7 +86,7 @@ struct pair {
 	__u64 last_ns;	  /* last byte moved by userspace */
 	__u8 state;	  /* enum pf_state */
 	__u8 datapath;	  /* enum pf_datapath */
-	__u8 reason;	  /* why this datapath: index into the names in datapath/ebpf/abi.py */
+	__u8 reason;	  /* why this datapath: PairReason in datapath/base.py */
 	__u8 worker_index;
 	__u32 protocol; /* 0: TCP, else its number */
 	struct endpoint client, listener, source, server;
@@ -124,6 +124,8 @@ struct view_line {
 	__u64 sequence; /* odd while the line changes */
 	__u32 kind;	/* enum pf_line */
 	__u32 word;	/* of its first counter, in the block of every worker */
+	__u32 also;	/* of one that is added to it; 0: none */
+	__u32 padding;
 	char name[PF_NAME_BYTES];
 	char text[128]; /* a listener's address; what PF_TEXT says */
 	char protocol[8];

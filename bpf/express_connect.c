@@ -5,9 +5,11 @@
  *
  * begin4 begin6  the first bytes of a client: is it what is behind a handshake?
  * by_rules       what the rules say
+ * by_choice      which of an upstream's servers is next, if there are several
  * ask4 ask6      and a SYN to that server
  * asked4 asked6  what client and server say until the server has answered
- * let_go         run by the keeper: a place is free again
+ * go_round       run by the keeper: counts connections that have ended, frees their places
+ * let_go         run by the keeper, too: a server has not answered
  *
  * The listener is an ordinary one, and our kernel does the handshake with the client. What it has
  * then is a request (request_sock), as long as nothing but the handshake has come: the last packet
@@ -26,9 +28,12 @@
 #include "maps.h"
 #include "splice.h"
 #include "splice_packet.h"
+#include "splice_socket.h"
 #include "splice_valid.h"
 
+#include "express_choosing.h"
 #include "express_connect.h"
+#include "express_numbers.h"
 #include "express_rules.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -44,10 +49,14 @@
 #define NS_PER_MS 1000000
 /* A server that has refused is not asked again for so long: the worker sees to it meanwhile. */
 #define REFUSED_FOR_NS (1 * (__u64)NS_PER_S)
+/* Nor one that could not understand the client: it will not be another in a second. */
+#define MISMATCHED_FOR_NS (10 * (__u64)NS_PER_S)
 
 #define EEXIST 17 /* errno.h */
 
 #define LEAST_MSS 536 /* RFC 9293, 3.7.1 */
+
+#define PLACES_AT_ONCE 16 /* in one run of `go_round` */
 
 /* On a packet that is for our own stack: it has been looked at already. */
 #ifndef FOR_OUR_STACK
@@ -71,14 +80,17 @@ static long (*queue_pop)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem
 /* What was read of a packet. */
 struct seen {
 	__u32 seq, ack, header, bytes, tsval, tsecr, window;
+	__u32 sum; /* enum sum */
 	__u8 flags, has_timestamp;
 };
 
+#define PF_HEADERS_WORDS (10 + 16)
+#define TCP_WORD(v6)	 (IP_BYTES(v6) / 4) /* where TCP's header begins among them */
+
 /* A packet that is made out of another one; of each processor, the stack is too small. */
 struct made {
-	__be32 old_ip[10], new_ip[10];
-	__be32 old[16]; /* TCP's header, options included */
-	__be32 new[16];
+	/* Headers of IP and TCP, with options. */
+	__be32 old[PF_HEADERS_WORDS], new[PF_HEADERS_WORDS];
 	__u32 source[4], target[4];
 	__u32 seq, ack;
 	__u16 sport, dport, window; /* the ports in wire order */
@@ -86,7 +98,7 @@ struct made {
 	__be32 option[5];
 	__u32 bytes;	    /* of what is saved: all of it, or 0 */
 	__u32 sum, old_sum; /* of the payload, as it will be and as it was */
-	__u64 pseudo;
+	__u32 known;	    /* enum sum: of the packet's checksum */
 	/* What the server's SYN-ACK says. */
 	__u32 at, server_mss, server_tsval;
 	__u8 has_timestamps, has_scale, scale, padding;
@@ -105,6 +117,7 @@ struct asking {
 	__u32 mss, room;
 	__u32 family, at;  /* where the first bytes are in the packet */
 	__u32 table, rule; /* which one has decided, and what */
+	__u32 choice, target;
 };
 
 inlined void count(__u32 what)
@@ -129,6 +142,27 @@ inlined int send_on(__u32 interface)
 	return interface ? redirect_neigh(interface, NULL, 0, 0) : NEXT;
 }
 
+/* What became of a server that was asked for, for who decides which servers rest. */
+inlined void opened(__u32 target)
+{
+	struct express_outcome *outcome = map_lookup(MAP_EXPRESS_OUTCOMES_FD, &target);
+
+	if (!outcome)
+		return; /* never */
+	__sync_fetch_and_add(&outcome->opened, 1);
+	*(volatile __u32 *)&outcome->in_a_row = 0;
+}
+
+inlined void failed(__u32 target)
+{
+	struct express_outcome *outcome = map_lookup(MAP_EXPRESS_OUTCOMES_FD, &target);
+
+	if (!outcome)
+		return; /* never */
+	__sync_fetch_and_add(&outcome->in_a_row, 1);
+	__sync_fetch_and_add(&outcome->failed, 1);
+}
+
 /* From one state to another, unless another processor has been quicker, or another connection. */
 inlined int change(struct express_ask *ask, __u64 word, __u64 state)
 {
@@ -142,7 +176,7 @@ inlined int is_in(__u64 word, __u64 state)
 	return (word & PF_EXPRESS_STATE_MASK) == state;
 }
 
-/* The place is free again, behind all others that are. */
+/* The place is free again, behind all others that are. No program may have it from before. */
 inlined void give_back(struct express_ask *ask, struct splice *splice, __u32 place)
 {
 	*(volatile __u32 *)&splice->state = PF_SPLICE_FREE;
@@ -166,6 +200,28 @@ inlined void forget_flows(struct splice *splice, __u32 place)
 	forget_flow(&key, place + FIRST_SPLICE);
 	key = splice->way[PF_DOWN].from;
 	forget_flow(&key, place + FIRST_SPLICE);
+}
+
+/*
+ * No packet finds the connection any more, whose word is this one. A program that has found it just
+ * before may have been stopped in the middle (by the host of a virtual machine, for seconds), and
+ * write to the place, or send what it says, when it goes on. So the place is another's when no such
+ * program runs any more (`free_left`).
+ */
+inlined void leave(struct express_ask *ask, struct splice *splice, __u64 word, __u64 now_ns)
+{
+	*(volatile __u32 *)&splice->state = PF_SPLICE_FREE;
+	ask->rests_ns = now_ns;
+	change(ask, word, PF_EXPRESS_LEAVING); /* a barrier, too */
+}
+
+/* Likewise, by who has made it FILLING, which nobody else changes. */
+inlined void leave_at_once(struct express_ask *ask, struct splice *splice, __u32 place, __u64 word)
+{
+	forget_flows(splice, place);
+	/* Behind that: a round that is later has the keeper wait for all that may have found it. */
+	leave(ask, splice, (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_FILLING,
+	      bpf_ktime_get_ns());
 }
 
 inlined __u64 sum_of_address(const __u32 *address, const int v6)
@@ -218,10 +274,11 @@ inlined int look_at(struct __sk_buff *skb, const struct splice_key *key, struct 
 	    (skb->gso_size && total != skb->len - ETHERNET_BYTES) ||
 	    (!v6 && !is_whole_header(data + ETHERNET_BYTES)))
 		return -1;
-	if (is_corrupt(skb, TCP_AT(v6), TCP_AT(v6) + 16, total - IP_BYTES(v6),
-		       sum_of_address(key->source, v6) + sum_of_address(key->target, v6) +
-			       bpf_htons(PROTOCOL_TCP) +
-			       bpf_htons((total - IP_BYTES(v6)) & 0xffff)))
+	seen->sum = judge_sum(skb, TCP_AT(v6), TCP_AT(v6) + 16, total - IP_BYTES(v6),
+			      sum_of_address(key->source, v6) + sum_of_address(key->target, v6) +
+				      bpf_htons(PROTOCOL_TCP) +
+				      bpf_htons((total - IP_BYTES(v6)) & 0xffff));
+	if (seen->sum == PF_SUM_WRONG)
 		return -1;
 	if (bpf_skb_pull_data(skb, TCP_AT(v6) + header))
 		return -1;
@@ -247,13 +304,18 @@ inlined int look_at(struct __sk_buff *skb, const struct splice_key *key, struct 
 	return 0;
 }
 
-inlined struct made *to_make(void)
+/* Nothing is said of the new packet; of the old one what is known of its checksum (enum sum). */
+inlined struct made *to_make(__u32 known)
 {
 	__u32 zero = 0;
 	struct made *made = map_lookup(MAP_EXPRESS_MADE_FD, &zero);
 
-	if (made)
-		__builtin_memset(made, 0, sizeof(*made));
+	if (!made)
+		return NULL;
+	/* `make` writes the headers before it reads them. */
+	__builtin_memset((void *)made->source, 0,
+			 sizeof(*made) - sizeof(made->old) - sizeof(made->new));
+	made->known = known;
 	return made;
 }
 
@@ -286,6 +348,17 @@ inlined void from_client(struct made *made, const struct splice *splice,
 	made->ack = ask->k0 + 1;
 }
 
+/* So many bytes of options of the old packet, 40 at most; not 0: they are not there. */
+inlined int load_options(struct __sk_buff *skb, struct made *made, __u32 bytes, const int v6)
+{
+	__be32 *options = made->old + TCP_WORD(v6) + 5;
+
+	/* Who reads beyond the end reads zeros. */
+	__builtin_memset(options, 0, 44);
+	bytes = at_least_one(bytes, 64);
+	return bpf_skb_load_bytes(skb, OPTIONS_AT(v6), options, bytes > 40 ? 40 : bytes);
+}
+
 /*
  * The packet becomes the other one, without the saved bytes, for which there is room then. Right
  * for CHECKSUM_PARTIAL, too: a sum in the packet follows by what changes. Not 0: it failed, and
@@ -293,77 +366,88 @@ inlined void from_client(struct made *made, const struct splice *splice,
  */
 inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 {
+	__be32 *old = made->old + TCP_WORD(v6), *new = made->new + TCP_WORD(v6);
 	__u32 words, header, bytes = made->bytes, old_bytes, new_bytes;
-	__u64 sum = 0, ip_sum = 0;
+	__u64 sum = 0, ip_sum = 0, pseudo;
+	__u16 old_checksum, checksum;
 	int i;
 
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, made->old_ip, IP_BYTES(v6)) ||
-	    bpf_skb_load_bytes(skb, TCP_AT(v6), made->old, 20))
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, made->old, IP_BYTES(v6) + 20))
 		return -1;
-	words = bpf_ntohl(made->old[3]) >> 28;
+	words = bpf_ntohl(old[3]) >> 28;
+	hide(words);
+	words &= 15;
 	if (words < 5)
 		return -1;
-	if (words > 5 && bpf_skb_load_bytes(skb, OPTIONS_AT(v6), made->old + 5,
-					    at_least_one((words - 5) * 4, 64) > 40
-						    ? 40
-						    : at_least_one((words - 5) * 4, 64)))
-		return -1;
-	made->old[4] &= bpf_htonl(0xffff); /* but for the checksum */
+	old_checksum = old[4] & 0xffff; /* as it lies in memory */
 	header = 20 + (made->option_words & 7) * 4;
 	if (header > 40 || bytes > PF_EXPRESS_SAVED)
 		return -1;
-	made->new[0] = (__u32)made->sport | (__u32)made->dport << 16;
-	made->new[1] = bpf_htonl(made->seq);
-	made->new[2] = bpf_htonl(made->ack);
-	made->new[3] = bpf_htonl(header << 26 | (__u32)made->flags << 16 | made->window);
-	made->new[4] = bpf_htonl(made->urgent);
+	new[0] = (__u32)made->sport | (__u32)made->dport << 16;
+	new[1] = bpf_htonl(made->seq);
+	new[2] = bpf_htonl(made->ack);
+	new[3] = bpf_htonl(header << 26 | (__u32)made->flags << 16 | made->window);
+	new[4] = bpf_htonl(made->urgent); /* and no checksum so far */
 #pragma unroll
 	for (i = 0; i < 5; i++)
-		made->new[5 + i] = i < made->option_words ? made->option[i] : 0;
-	sum = (__u32)bpf_csum_diff(made->old, 64, made->new, 64, 0);
-	sum += (__u64)made->sum + (__u16)~made->old_sum;
+		new[5 + i] = i < made->option_words ? made->option[i] : 0;
 
 	new_bytes = header + bytes;
 	if (v6) {
-		old_bytes = bpf_ntohl(made->old_ip[1]) >> 16;
-		made->new_ip[0] = bpf_htonl(0x60000000);
-		made->new_ip[1] = bpf_htonl(new_bytes << 16 | PROTOCOL_TCP << 8 | HOPS);
+		old_bytes = bpf_ntohl(made->old[1]) >> 16;
+		made->new[0] = bpf_htonl(0x60000000);
+		made->new[1] = bpf_htonl(new_bytes << 16 | PROTOCOL_TCP << 8 | HOPS);
+#pragma unroll
 		for (i = 0; i < 4; i++) {
-			made->new_ip[2 + i] = made->source[i];
-			made->new_ip[6 + i] = made->target[i];
-			ip_sum += (__u64)(__u32)~made->old_ip[2 + i] + made->source[i];
-			ip_sum += (__u64)(__u32)~made->old_ip[6 + i] + made->target[i];
+			made->new[2 + i] = made->source[i];
+			made->new[6 + i] = made->target[i];
+			ip_sum += (__u64)(__u32)~made->old[2 + i] + made->source[i];
+			ip_sum += (__u64)(__u32)~made->old[6 + i] + made->target[i];
 		}
-		made->pseudo = ip_sum;
+		pseudo = ip_sum;
 	} else {
-		old_bytes = (bpf_ntohl(made->old_ip[0]) & 0xffff) - IP_BYTES(0);
-		made->new_ip[0] = bpf_htonl(0x45000000 | (IP_BYTES(0) + new_bytes));
-		made->new_ip[1] = bpf_htonl(0x00004000); /* never in pieces */
-		made->new_ip[2] = bpf_htonl(HOPS << 24 | PROTOCOL_TCP << 16);
-		made->new_ip[3] = made->source[3];
-		made->new_ip[4] = made->target[3];
-		ip_sum = (__u64)made->new_ip[0] + made->new_ip[1] + made->new_ip[2] +
-			 made->new_ip[3] + made->new_ip[4];
-		made->new_ip[2] |= (__u32)(__u16)~fold(ip_sum) << 16;
-		made->pseudo = (__u64)(__u32)~made->old_ip[3] + (__u32)~made->old_ip[4] +
-			       made->new_ip[3] + made->new_ip[4];
+		old_bytes = (bpf_ntohl(made->old[0]) & 0xffff) - IP_BYTES(0);
+		made->new[0] = bpf_htonl(0x45000000 | (IP_BYTES(0) + new_bytes));
+		made->new[1] = bpf_htonl(0x00004000); /* never in pieces */
+		made->new[2] = bpf_htonl(HOPS << 24 | PROTOCOL_TCP << 16);
+		made->new[3] = made->source[3];
+		made->new[4] = made->target[3];
+		ip_sum = (__u64)made->new[0] + made->new[1] + made->new[2] + made->new[3] +
+			 made->new[4];
+		made->new[2] |= (__u32)(__u16)~fold(ip_sum) << 16;
+		pseudo = (__u64)(__u32)~made->old[3] + (__u32)~made->old[4] + made->new[3] +
+			 made->new[4];
 	}
-	made->pseudo += (__u16)~bpf_htons(old_bytes & 0xffff);
-	made->pseudo += bpf_htons(new_bytes & 0xffff);
+	pseudo += (__u16)~bpf_htons(old_bytes & 0xffff);
+	pseudo += bpf_htons(new_bytes & 0xffff);
 
+	/* As in `rewrite` (splice_rewrite.h). */
+	if (made->known == PF_SUM_PARTIAL) {
+		checksum = fold((__u64)old_checksum + fold(pseudo));
+	} else {
+		if (words > 5 && load_options(skb, made, (words - 5) * 4, v6))
+			return -1;
+		old[4] &= bpf_htonl(0xffff); /* but for the checksum */
+		sum = (__u32)bpf_csum_diff(old, words * 4, new, header & 63, 0);
+		sum += (__u64)made->sum + (__u16)~made->old_sum;
+		checksum = made->known == PF_SUM_KNOWN
+				   ? (__u16)~fold((__u64)fold(sum) + (__u16)~old_checksum +
+						  fold(pseudo))
+				   : old_checksum;
+	}
+	new[4] |= checksum;
 	if (bpf_skb_change_tail(skb, TCP_AT(v6) + new_bytes, 0))
 		return -1;
-	if (bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new_ip, IP_BYTES(v6), 0) ||
-	    bpf_skb_store_bytes(skb, TCP_AT(v6), made->new, 16, 0) ||
-	    bpf_skb_store_bytes(skb, TCP_AT(v6) + 18, (void *)made->new + 18, 2, 0))
+	if (header == 40 ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 40, 0)
+	    : header == 32
+		    ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 32, 0)
+		    : bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 20, 0))
 		return -1;
-	if (header == 40 && bpf_skb_store_bytes(skb, OPTIONS_AT(v6), made->new + 5, 20, 0))
-		return -1;
-	if (header == 32 && bpf_skb_store_bytes(skb, OPTIONS_AT(v6), made->new + 5, 12, 0))
-		return -1;
+	if (made->known != PF_SUM_OTHER)
+		return 0;
 	if (bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0))
 		return -1;
-	replace_pseudo(skb, TCP_AT(v6) + 16, fold(made->pseudo), v6);
+	replace_pseudo(skb, TCP_AT(v6) + 16, fold(pseudo), v6);
 	return 0;
 }
 
@@ -390,9 +474,9 @@ inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask, const str
 
 /* A SYN to the server, out of any packet whose payload adds `old_sum`. */
 inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		     __u32 tsval, __u32 old_sum, const int v6)
+		     __u32 tsval, __u32 old_sum, __u32 known, const int v6)
 {
-	struct made *made = to_make();
+	struct made *made = to_make(known);
 
 	if (!made)
 		return DROP; /* never */
@@ -474,7 +558,7 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	struct asking *asking = asking_of();
 	struct bpf_sock *sk;
 	void *request;
-	__u32 mss, room, number, device, i;
+	__u32 mss, room, number, device, state, i;
 	__u16 options;
 	__u8 odd, timeouts;
 
@@ -525,8 +609,13 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 		return NEXT;
 	request = (void *)bpf_skc_to_tcp_request_sock(sk);
 	if (!request) {
+		/*
+		 * With SYN cookies it is the listener, once for each: this packet makes a
+		 * connection. Nor does a stray packet have another. Else a worker has it already.
+		 */
+		state = sk->state;
 		bpf_sk_release(sk);
-		if (seen.bytes)
+		if (state == BPF_TCP_LISTEN)
 			count(PF_COUNT_NO_REQUEST);
 		return NEXT;
 	}
@@ -554,7 +643,11 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	 * Of a listener that is bound to a device, or in a VRF: there may be several with one
 	 * address, and a key does not say which, nor whose.
 	 */
-	if (odd | (options & 0x800) | device) {
+	if (device) {
+		count(PF_COUNT_DEVICE); /* once: it becomes a connection of a worker's */
+		return NEXT;
+	}
+	if (odd | (options & 0x800)) {
 		count(PF_COUNT_ODD_REQUEST);
 		return NEXT;
 	}
@@ -563,8 +656,10 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 		return NEXT;
 	}
 	if (!seen.bytes) {
-		if (timeouts || (seen.flags & FIN))
+		if (timeouts || (seen.flags & FIN)) {
+			count(PF_COUNT_SILENT);
 			return NEXT; /* it says nothing: only a worker can wait for that */
+		}
 		count(PF_COUNT_DEFERRED);
 		return DROP;
 	}
@@ -596,7 +691,7 @@ int by_rules(struct __sk_buff *skb)
 	struct express_network_key network = {};
 	struct express_listener *listener;
 	struct asking *asking = asking_of();
-	__u32 at, family;
+	__u32 at, family, number;
 	int said;
 
 	if (!asking)
@@ -619,10 +714,45 @@ int by_rules(struct __sk_buff *skb)
 		return NEXT;
 	}
 	asking->rule = said;
+	number = said;
+	hide(number);
+	number &= PF_EXPRESS_RULES - 1;
+	number = listener->target[number];
+	if (number & PF_EXPRESS_CHOICE) {
+		asking->choice = number & ~PF_EXPRESS_CHOICE;
+		tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), PF_EXPRESS_BY_CHOICE);
+		return NEXT;
+	}
+	asking->target = number;
 	tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD),
 		  family == 6 ? PF_EXPRESS_ASK6 : PF_EXPRESS_ASK4);
 	return NEXT;
 }
+
+/* The rules have said which upstream. */
+int by_choice(struct __sk_buff *skb)
+{
+	struct asking *asking = asking_of();
+	const int v6 = asking && asking->family == 6;
+
+	if (!asking)
+		return NEXT; /* never */
+	asking->target = choose(asking->choice, asking->key.source, v6);
+	tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD),
+		  v6 ? PF_EXPRESS_ASK6 : PF_EXPRESS_ASK4);
+	return NEXT;
+}
+
+/*
+ * Read a byte of each of its lines. It was used long ago, and is in no cache: so the lines come all
+ * at once, and not one after the other.
+ */
+#define touch(start, bytes)                                                                   \
+	do {                                                                                  \
+		__u32 touched;                                                                \
+		_Pragma("unroll") for (touched = 0; touched < (bytes); touched += 64)(void) * \
+			(volatile __u8 *)((void *)(start) + touched);                         \
+	} while (0)
 
 /* The rules have said which server: ask it. */
 inlined int ask_server(struct __sk_buff *skb, const int v6)
@@ -637,7 +767,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	struct splice *splice;
 	struct splice_direction *way, *back;
 	__u32 place = 0, index, number, i, rule, options, out, segment;
-	__u64 now_ns, word;
+	__u64 now_ns, word, secret;
 	int said;
 
 	if (!asking)
@@ -657,7 +787,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 		count(PF_COUNT_LONG);
 		return NEXT;
 	}
-	number = listener->target[rule];
+	number = asking->target;
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
 	if (!target)
 		return NEXT; /* never */
@@ -680,15 +810,18 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!ask || !splice)
 		return NEXT; /* never */
+	touch(splice, sizeof(*splice));
+	touch(ask, 256);
 	/* Ours alone from here on, as long as no packet finds it. */
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
 	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_FILLING;
 	ask->begun_ns = now_ns;
 	ask->c0 = seen.seq - 1;
 	ask->k0 = seen.ack - 1;
-	/* Later ones are higher: a server whose last connection from this port is over takes it. */
-	ask->i0 = (__u32)(now_ns >> 6) + ask->secret;
-	ask->tc = seen.tsval;
+	secret = keyed(target->source, target->server, bpf_htons((__u16)(FIRST_PORT + place)),
+		       target->port);
+	ask->i0 = (__u32)(now_ns >> 6) + (__u32)secret;
+	ask->tc = ask->first_tc = seen.tsval;
 	ask->tk = seen.tsecr;
 	ask->has_scale = !!(options & 0x400);
 	ask->has_sack = !!(options & 0x200);
@@ -700,6 +833,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	ask->room = asking->room;
 	ask->mss = asking->mss < target->mss ? asking->mss : target->mss;
 	ask->told_mss = listener->told_mss;
+	ask->answer_ms = listener->answer_ms[rule];
 	ask->client_interface = skb->ifindex;
 	ask->target = number;
 	ask->rule = rule;
@@ -755,7 +889,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	way->address_sum = fold((__u64)(__u16)~number + i);
 	back->address_sum = fold((__u64)(__u16)~i + number);
 	way->seq_delta = ask->i0 - ask->c0;
-	way->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (ask->secret >> 3) - seen.tsval;
+	way->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - seen.tsval;
 	splice->tries = 0;
 	splice->worker = PF_EXPRESS_NO_WORKER;
 	splice->slot = splice->last_slot = PF_NO_SLOT;
@@ -767,7 +901,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;
 	/* Below 2^53, so that it is exact in a browser, too; no worker counts so far. */
-	splice->id = 1ull << 52 | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
+	splice->id = 1ull << PF_EXPRESS_ID_BIT | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ASKED;
 
 	flow.index = index;
@@ -782,9 +916,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	key = way->from;
 	said = update_new(MAP_FLOWS_FD, &key, &flow);
 	if (said) {
-		key = back->from;
-		map_delete(MAP_FLOWS_FD, &key);
-		give_back(ask, splice, place);
+		leave_at_once(ask, splice, place, word);
 		count(PF_COUNT_TAKEN_PORT);
 		/* Another processor has its like, which is the one that goes on; or no room. */
 		return said == -EEXIST ? DROP : NEXT;
@@ -793,7 +925,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	__sync_fetch_and_add(&splice->tries, 1);
 	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_ASKED;
 	count(PF_COUNT_TAKEN);
-	return send_syn(skb, splice, ask, seen.tsval, ask->sum, v6);
+	return send_syn(skb, splice, ask, seen.tsval, ask->sum, seen.sum, v6);
 }
 
 /* A packet of the client's while its server is asked for. */
@@ -813,8 +945,7 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 		if ((ahead && ahead != ask->saved && ahead != ask->saved + !!ask->has_fin) ||
 		    !change(ask, word, PF_EXPRESS_FILLING))
 			return NEXT;
-		forget_flows(splice, place);
-		give_back(ask, splice, place);
+		leave_at_once(ask, splice, place, word);
 		count(PF_COUNT_ENDED);
 		return NEXT;
 	}
@@ -840,13 +971,12 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 			/* It has grown meanwhile: our stack takes it as it is, and a worker. */
 			if (!change(ask, word, PF_EXPRESS_FILLING))
 				return DROP;
-			forget_flows(splice, place);
-			give_back(ask, splice, place);
+			leave_at_once(ask, splice, place, word);
 			count(PF_COUNT_LONG);
 			return NEXT;
 		}
 		count(PF_COUNT_ASKED_AGAIN);
-		return send_syn(skb, splice, ask, ask->tc, sum, v6);
+		return send_syn(skb, splice, ask, ask->tc, sum, seen->sum, v6);
 	}
 	return DROP; /* as if it had been lost: it is sent again */
 }
@@ -864,11 +994,15 @@ inlined int to_our_stack(struct __sk_buff *skb, struct express_ask *ask)
 	return bpf_redirect(interface, BPF_F_INGRESS);
 }
 
-/* No server: the bytes go to our own stack after all, and a worker sees to it. */
+/*
+ * No server, or a worker has the client: the bytes go to our own stack after all, and a worker sees
+ * to it.
+ */
 inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		      __u32 place, __u64 word, const int v6)
+		      __u32 place, __u64 word, __u32 known, int is_worker_s, const int has_failed,
+		      const int v6)
 {
-	struct made *made = to_make();
+	struct made *made = to_make(known);
 	struct express_target *target;
 	__u32 number = ask->target;
 	int verdict;
@@ -876,10 +1010,12 @@ inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct expre
 	if (!made || !change(ask, word, PF_EXPRESS_FILLING))
 		return DROP; /* the client has ended it just now */
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
-	if (target)
-		*(volatile __u64 *)&target->not_before_ns = bpf_ktime_get_ns() + REFUSED_FOR_NS;
-	count(PF_COUNT_REFUSED);
-	forget_flows(splice, place);
+	if (target && !is_worker_s)
+		*(volatile __u64 *)&target->not_before_ns =
+			bpf_ktime_get_ns() + (has_failed ? REFUSED_FOR_NS : MISMATCHED_FOR_NS);
+	count(is_worker_s ? PF_COUNT_NO_REQUEST : PF_COUNT_REFUSED);
+	if (has_failed)
+		failed(number);
 	from_client(made, splice, ask);
 	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	made->window = ask->window_field;
@@ -896,19 +1032,19 @@ inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct expre
 		count(PF_COUNT_FAILED);
 	else
 		verdict = to_our_stack(skb, ask);
-	give_back(ask, splice, place);
+	leave_at_once(ask, splice, place, word);
 	return verdict;
 }
 
-inlined __u32 option_at(const struct made *made, __u32 at)
+inlined __u32 option_at(const struct made *made, __u32 at, const int v6)
 {
 	hide(at);
 	at &= 63; /* all of it is in `made` */
-	return ((const __u8 *)(made->old + 5))[at];
+	return ((const __u8 *)(made->old + TCP_WORD(v6) + 5))[at];
 }
 
 /* What a SYN-ACK agrees to. Its options are in `made->old`; the loop's state is, too, see above. */
-inlined void read_options(struct made *made, __u32 header)
+inlined void read_options(struct made *made, __u32 header, const int v6)
 {
 	__u32 end = header - 20, i, kind, length, at;
 
@@ -919,26 +1055,28 @@ inlined void read_options(struct made *made, __u32 header)
 		at = volatile_read(made->at);
 		if (at >= end || at >= 36)
 			break;
-		kind = option_at(made, at);
+		kind = option_at(made, at, v6);
 		if (kind == 0)
 			break;
 		length = 1;
 		if (kind != 1) {
-			length = option_at(made, at + 1);
+			length = option_at(made, at + 1, v6);
 			if (length < 2)
 				break;
 		}
 		if (kind == 2)
-			made->server_mss = option_at(made, at + 2) << 8 | option_at(made, at + 3);
+			made->server_mss =
+				option_at(made, at + 2, v6) << 8 | option_at(made, at + 3, v6);
 		if (kind == 3) {
 			made->has_scale = 1;
-			made->scale = option_at(made, at + 2);
+			made->scale = option_at(made, at + 2, v6);
 		}
 		if (kind == 8) {
 			made->has_timestamps = 1;
-			made->server_tsval = option_at(made, at + 2) << 24 |
-					     option_at(made, at + 3) << 16 |
-					     option_at(made, at + 4) << 8 | option_at(made, at + 5);
+			made->server_tsval = option_at(made, at + 2, v6) << 24 |
+					     option_at(made, at + 3, v6) << 16 |
+					     option_at(made, at + 4, v6) << 8 |
+					     option_at(made, at + 5, v6);
 		}
 		*(volatile __u32 *)&made->at = at + length;
 	}
@@ -946,7 +1084,7 @@ inlined void read_options(struct made *made, __u32 header)
 
 /* A direction as it begins. */
 inlined void start(struct splice_direction *way, __u32 said, __u32 heard, __u32 window, __u32 room,
-		   __u32 tsval)
+		   __u32 tsval, __u32 now_s)
 {
 	way->last_ack = heard;
 	way->last_end = way->next = way->begin = way->ours = said;
@@ -956,7 +1094,7 @@ inlined void start(struct splice_direction *way, __u32 said, __u32 heard, __u32 
 	way->tail = heard;
 	way->sent = heard;
 	way->recent = tsval;
-	way->recent_s = way->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	way->recent_s = way->heard_s = now_s;
 	way->heard_tick = (__u32)(bpf_jiffies64() >> 6);
 }
 
@@ -970,29 +1108,49 @@ inlined void swap_macs(struct __sk_buff *skb)
 	bpf_skb_store_bytes(skb, 0, swapped, 12, 0);
 }
 
+/*
+ * Whether our stack has made a socket of the client's handshake all the same. What came behind the
+ * handshake may have passed `begin` on another processor, before the first bytes were taken there.
+ */
+inlined int has_come_up(struct __sk_buff *skb, const struct splice *splice, const int v6)
+{
+	struct splice_key from = splice->way[PF_UP].from;
+	__u32 state = state_of_socket(skb, &from, v6);
+
+	return state && state != BPF_TCP_NEW_SYN_RECV && state != BPF_TCP_LISTEN &&
+	       state != BPF_TCP_TIME_WAIT;
+}
+
 /* The server's SYN-ACK. */
 inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask, __u32 place,
 		 __u64 word, const struct seen *seen, const int v6)
 {
-	struct made *made = to_make();
+	struct made *made = to_make(seen->sum);
 	struct splice_direction *way = &splice->way[PF_UP], *back = &splice->way[PF_DOWN];
-	__u32 options = seen->header - 20, room, tsval, rest;
+	__u32 options = seen->header - 20, room, tsval, rest, now_s;
 	__u8 macs[12], has_scale;
+	int is_worker_s;
 
 	if (!made || seen->bytes)
 		return DROP; /* with data in it: if it is not repeated without, the keeper gives up
 			      */
-	if (options &&
-	    bpf_skb_load_bytes(skb, OPTIONS_AT(v6), made->old + 5,
-			       at_least_one(options, 64) > 40 ? 40 : at_least_one(options, 64)))
+	if (options && load_options(skb, made, options, v6))
 		return DROP;
-	read_options(made, seen->header);
+	read_options(made, seen->header, v6);
 	has_scale = made->has_scale;
 	tsval = made->server_tsval;
-	__builtin_memset(made->old, 0, sizeof(made->old));
-	if (made->has_timestamps != ask->has_timestamps || made->server_mss < ask->told_mss ||
-	    made->scale > 14) {
-		/* The ends would not understand each other: the server forgets it, too. */
+	is_worker_s = has_come_up(skb, splice, v6);
+	/*
+	 * A window that is never scaled in this packet, and that the client is told of in steps of
+	 * our kernel's scale: see `is_coarse`.
+	 */
+	if (is_worker_s || made->has_timestamps != ask->has_timestamps ||
+	    made->server_mss < ask->told_mss || made->scale > 14 ||
+	    seen->window >> (ask->kernel_scale & 15) < 2) {
+		/*
+		 * The ends would not understand each other, or a worker has the client, and may
+		 * have said something to it: the server forgets it, too.
+		 */
 		to_server(made, splice);
 		made->seq = ask->i0 + 1;
 		made->flags = RST;
@@ -1005,7 +1163,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 		} else {
 			bpf_clone_redirect(skb, LOOPBACK, 0);
 		}
-		return fall_back(skb, splice, ask, place, word, v6);
+		return fall_back(skb, splice, ask, place, word, seen->sum, is_worker_s, 0, v6);
 	}
 	if (!change(ask, word, PF_EXPRESS_FILLING))
 		return DROP;
@@ -1023,8 +1181,9 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	back->shift_right = ask->kernel_scale;
 	splice->isn[PF_DOWN] = seen->seq;
 	room = ask->room > seen->window ? ask->room : seen->window;
-	start(way, ask->c0 + 1, ask->k0 + 1, ask->window, room, ask->tc);
-	start(back, seen->seq + 1, ask->i0 + 1, seen->window, ask->window, tsval);
+	now_s = bpf_ktime_get_ns() / NS_PER_S;
+	start(way, ask->c0 + 1, ask->k0 + 1, ask->window, room, ask->tc, now_s);
+	start(back, seen->seq + 1, ask->i0 + 1, seen->window, ask->window, tsval, now_s);
 	/* The bytes that go with this packet. */
 	way->last_end = way->next = ask->c0 + 1 + ask->saved;
 	way->bytes = ask->saved;
@@ -1038,6 +1197,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ACTIVE;
 	*(volatile __u64 *)&ask->word = (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_JOINED;
 	count(PF_COUNT_COMMITTED);
+	opened(ask->target);
 
 	/* Our stack forgets the request. Without options: nothing in it can be too old. */
 	from_client(made, splice, ask);
@@ -1065,7 +1225,6 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	}
 	skb->mark = 0;
 
-	__builtin_memset(made->old, 0, sizeof(made->old));
 	to_server(made, splice);
 	made->urgent = 0;
 	made->seq = ask->i0 + 1;
@@ -1093,7 +1252,6 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	if (way->interface)
 		swap_macs(skb);
 	bpf_clone_redirect(skb, skb->ifindex, 0);
-	__builtin_memset(made->old, 0, sizeof(made->old));
 	made->seq += ask->segment;
 	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	made->bytes = rest;
@@ -1143,7 +1301,7 @@ inlined int go_on(struct __sk_buff *skb, const int v6)
 	if (seen.flags & RST) {
 		if (!(seen.flags & ACK) || seen.ack != ask->i0 + 1)
 			return DROP;
-		return fall_back(skb, splice, ask, place, word, v6);
+		return fall_back(skb, splice, ask, place, word, seen.sum, 0, 1, v6);
 	}
 	if ((seen.flags & (SYN | ACK)) == (SYN | ACK) && seen.ack == ask->i0 + 1)
 		return join(skb, splice, ask, place, word, &seen, v6);
@@ -1153,7 +1311,7 @@ inlined int go_on(struct __sk_buff *skb, const int v6)
 	 */
 	if (!(seen.flags & ACK) || seen.bytes || seen.ack == ask->i0 + 1)
 		return DROP;
-	made = to_make();
+	made = to_make(seen.sum);
 	if (!made)
 		return DROP; /* never */
 	to_server(made, splice);
@@ -1196,8 +1354,8 @@ int asked6(struct __sk_buff *skb)
 
 /*
  * Run by the keeper (BPF_PROG_TEST_RUN): the connection that has a place is over, or its server has
- * not answered in time, which is not asked until `not_before_ns` then. 0: another has the place, or
- * it has come further meanwhile.
+ * not answered in time, which is not asked until `not_before_ns` then. The place is LEAVING. 0:
+ * another has it, or the connection has come further meanwhile.
  */
 int let_go(struct __sk_buff *skb)
 {
@@ -1216,17 +1374,162 @@ int let_go(struct __sk_buff *skb)
 	ask = map_lookup(MAP_EXPRESS_ASKS_FD, &request.place);
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!ask || !splice ||
-	    (!is_in(request.word, PF_EXPRESS_ASKED) && !is_in(request.word, PF_EXPRESS_JOINED)) ||
+	    (!is_in(request.word, PF_EXPRESS_ASKED) && !is_in(request.word, PF_EXPRESS_JOINED) &&
+	     !is_in(request.word, PF_EXPRESS_RESTING) &&
+	     !is_in(request.word, PF_EXPRESS_LEAVING)) ||
 	    !change(ask, request.word, PF_EXPRESS_FILLING))
 		return 0;
 	number = ask->target;
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
 	if (is_in(request.word, PF_EXPRESS_ASKED)) {
 		count(PF_COUNT_UNANSWERED);
+		failed(number);
 		if (target)
 			*(volatile __u64 *)&target->not_before_ns = request.not_before_ns;
 	}
-	forget_flows(splice, request.place);
-	give_back(ask, splice, request.place);
+	leave_at_once(ask, splice, request.place, request.word);
 	return 1;
+}
+
+/* What a direction has carried, by its FIN: programs that met may have stored an older count. */
+inlined __u64 carried_bytes(const struct splice_direction *way)
+{
+	__u64 bytes = way->bytes;
+
+	return bytes + (__u64)(__s64)(__s32)(way->fin_seq - 1 - way->begin - (__u32)bytes);
+}
+
+/*
+ * Whether the numbers that a server has seen are below those of the next connection: ours rise by
+ * one in 64 ns, and its timestamps by one in 1 ms.
+ */
+inlined int was_slow(const struct express_ask *ask, const struct splice_direction *up, __u64 now_ns)
+{
+	__u64 age_ns = now_ns - ask->begun_ns;
+	__u32 ahead_ms = up->recent - ask->first_tc;
+
+	return (__u64)ahead_ms * NS_PER_MS <= age_ns && up->bytes < age_ns / 65;
+}
+
+/* When the end was of a connection that rests. */
+inlined __u64 end_of(const struct express_round *round, const struct express_ask *ask,
+		     const struct splice *splice)
+{
+	__u64 ends_ns = ask->rests_ns, told_ns;
+
+	/* What the end itself says (`tell`) may have come a moment after the end was counted. */
+	if (splice->worker == PF_EXPRESS_NO_WORKER) {
+		told_ns = *(volatile __u64 *)&splice->client_clock;
+		if (told_ns > ends_ns && told_ns < round->now_ns)
+			ends_ns = told_ns;
+	}
+	return ends_ns;
+}
+
+/* When a connection has rested, no packet finds it any more. */
+inlined void leave_rested(struct express_round *round, struct express_ask *ask,
+			  struct splice *splice, __u32 place, __u64 word)
+{
+	__s64 rested_ns = round->now_ns - end_of(round, ask, splice);
+	/* What no packet finds any more has lingered before. */
+	int is_soon = round->is_short || volatile_read(splice->state) == PF_SPLICE_FREE;
+	int is_here = !splice->way[PF_UP].interface && !splice->way[PF_DOWN].interface;
+	__u64 least_ns = is_here ? round->least_rest_here_ns : round->least_rest_ns;
+
+	if (!was_slow(ask, &splice->way[PF_UP], round->now_ns))
+		least_ns = round->rest_ns;
+	if (volatile_read(ask->astray) || rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
+		return;
+	forget_flows(splice, place);
+	leave(ask, splice, word, round->now_ns);
+	round->leaving++;
+}
+
+inlined void free_left(struct express_round *round, struct express_ask *ask, struct splice *splice,
+		       __u32 place, __u64 word)
+{
+	round->leaving++;
+	/* To the same state, which is a barrier: not `rests_ns` of before `leave` with that. */
+	if (volatile_read(ask->astray) || !change(ask, word, PF_EXPRESS_LEAVING) ||
+	    ask->rests_ns > round->passed_ns || !change(ask, word, PF_EXPRESS_FILLING))
+		return;
+	give_back(ask, splice, place);
+	round->leaving--;
+	round->freed++;
+	round->unused++;
+}
+
+/* Count a connection that has ended without a worker, if nobody needs to be told of it alone. */
+inlined void count_ended(struct express_round *round, struct express_ask *ask,
+			 struct splice *splice, __u64 word)
+{
+	struct express_end_key key = {};
+	struct express_ends *ends;
+	__u64 ends_ns;
+
+	if (splice->worker != PF_EXPRESS_NO_WORKER || !splice->id ||
+	    ask->counted == (__u32)(word >> 3) ||
+	    volatile_read(splice->state) != PF_SPLICE_ACTIVE || !splice->way[PF_UP].fin_acked ||
+	    !splice->way[PF_DOWN].fin_acked)
+		return;
+	key.table = ask->listener_table;
+	key.rule = ask->rule;
+	key.target = ask->target;
+	key.port = splice->way[PF_UP].from.dport;
+	ends = map_lookup(MAP_EXPRESS_ENDS_FD, &key);
+	if (!ends || ask->begun_ns < ends->since_ns)
+		return;
+	/* Nobody but the keeper, which runs this, takes a connection from here to anywhere else. */
+	ends->pairs++;
+	ends->bytes[PF_UP] += carried_bytes(&splice->way[PF_UP]);
+	ends->bytes[PF_DOWN] += carried_bytes(&splice->way[PF_DOWN]);
+	splice->id = 0;
+	/* However late this is: since the end. See `end_of`, too. */
+	ends_ns = *(volatile __u64 *)&splice->client_clock;
+	ask->rests_ns =
+		ends_ns > ask->begun_ns && ends_ns < round->now_ns ? ends_ns : round->now_ns;
+	change(ask, word, PF_EXPRESS_RESTING);
+	round->counted++;
+}
+
+/*
+ * Run by the keeper, as often in one call as there are places, by PLACES_AT_ONCE. It never leaves
+ * one half done, at whatever moment the keeper is killed.
+ */
+int go_round(struct __sk_buff *skb)
+{
+	__u32 zero = 0, place, index, i;
+	struct express_round *round = map_lookup(MAP_EXPRESS_ROUND_FD, &zero);
+	struct express_ask *ask;
+	struct splice *splice;
+	__u64 word;
+
+	(void)skb;
+	if (!round)
+		return 0; /* never */
+#pragma clang loop unroll(disable)
+	for (i = 0; i < PLACES_AT_ONCE; i++) {
+		place = round->next;
+		index = place + FIRST_SPLICE;
+		ask = map_lookup(MAP_EXPRESS_ASKS_FD, &place);
+		if (!ask)
+			return 0; /* that was the last */
+		round->next = place + 1;
+		word = volatile_read(ask->word);
+		if (is_in(word, PF_EXPRESS_FREE))
+			round->unused++;
+		if (!is_in(word, PF_EXPRESS_JOINED) && !is_in(word, PF_EXPRESS_RESTING) &&
+		    !is_in(word, PF_EXPRESS_LEAVING))
+			continue;
+		splice = map_lookup(MAP_SPLICES_FD, &index);
+		if (!splice)
+			return 0; /* never */
+		if (is_in(word, PF_EXPRESS_JOINED))
+			count_ended(round, ask, splice, word);
+		else if (is_in(word, PF_EXPRESS_RESTING))
+			leave_rested(round, ask, splice, place, word);
+		else
+			free_left(round, ask, splice, place, word);
+	}
+	return 0;
 }

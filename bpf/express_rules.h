@@ -25,13 +25,6 @@
 #define ALPN		   16
 #define SUPPORTED_VERSIONS 43
 
-/*
- * A number that the compiler must not know more about than the verifier does. In loops: the
- * compiler would ask whether two bounds are met at once by another comparison, of which the
- * verifier learns neither.
- */
-#define hide(number) asm volatile("" : "+r"(number))
-
 /* Of each processor; a program is not interrupted by another of its kind. */
 struct express_scratch {
 	__u8 bytes[PF_EXPRESS_BYTES + 64];

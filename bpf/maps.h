@@ -14,6 +14,7 @@
  * rings    ARRAY_OF_MAPS worker -> RINGBUF of struct splice_event  written: splice  read: worker
  * flows    HASH       struct splice_key -> struct splice_flow   written: keeper, splice
  * splices  ARRAY      index -> struct splice (mmapable)         written: keeper, splice
+ * handshakes ARRAY    number -> struct splice_handshakes        written: splice
  * session_flows HASH struct splice_key -> struct splice_flow    written: keeper
  * sessions ARRAY      index -> struct session (mmapable)        written: keeper, splice
  *
@@ -25,9 +26,14 @@
  * programs  PROG_ARRAY PF_EXPRESS_BEGIN4... -> program             written: keeper
  * listeners HASH       express_listener_key -> express_listener    written: keeper
  * targets   ARRAY      number -> struct express_target             written: keeper, express
- * asks      ARRAY      place -> struct express_ask (mmapable)      written: express
+ * choices   ARRAY      number -> struct express_choice             written: supervisor, express
+ * logs      ARRAY      0 -> struct express_logs                    written: supervisor
+ * outcomes  ARRAY      target -> struct express_outcome (mmapable) written: express
+ * asks      ARRAY      place -> struct express_ask (mmapable)      written: express, keeper
  * places    QUEUE      places that are free                        written: keeper, express
  * counts    ARRAY      PF_COUNT_... -> __u64                       written: express
+ * ends      HASH       struct express_end_key -> express_ends      written: keeper, express
+ * round     ARRAY      0 -> struct express_round (mmapable)        written: keeper, express
  * scratch, made, asking  PERCPU_ARRAY                              express alone
  *
  * For the view (view.c); mmapable, written through memory:

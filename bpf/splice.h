@@ -68,7 +68,7 @@ enum pf_reset {
 
 /*
  * The addresses of packets that come from one peer, in wire order; IPv4 as ::ffff:a.b.c.d. Key of
- * the maps `flows` and `handshakes`.
+ * the map `flows`.
  */
 struct splice_key {
 	__u32 source[4], target[4];
@@ -80,10 +80,18 @@ struct splice_flow {
 	__u32 direction;
 };
 
-/* How the connection began whose packets come from those addresses. */
+/* How the connection began whose packets come from some addresses, see splice_handshakes.h. */
 struct splice_handshake {
-	__u32 interface; /* by which its SYN came, or the SYN with which it was answered */
-	__u32 isn;	 /* and the number of that */
+	__u64 mark;  /* drawn from the addresses */
+	__u64 began; /* the ISN, and above it the interface: written and read at once */
+};
+
+#define PF_HANDSHAKE_WAYS 4
+#define PF_HANDSHAKE_SETS (1 << 14)
+
+/* Element of the map `handshakes`; the first one's marks are two secrets, the second one odd. */
+struct splice_handshakes {
+	struct splice_handshake latest[PF_HANDSHAKE_WAYS];
 };
 
 /*

@@ -9,6 +9,8 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
+#define NOWHERE 0 /* no interface: the packet is gone, and was sent */
+
 inlined int silence(struct __sk_buff *skb, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
@@ -49,11 +51,25 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	 * The kernel's own socket of a handshake (request_sock), which express has not let have the
 	 * client's first bytes, repeats its SYN-ACK: that client has long got it. As long as a
 	 * server is asked for it also answers a client that begins anew, or is not believed.
+	 *
+	 * Where such a packet cannot be sent the kernel forgets the request (reqsk_timer_handler,
+	 * net/ipv4/inet_connection_sock.c). So it is to believe that it was, as long as a worker
+	 * may have to go on with it. Once the server has answered it is to forget it: perhaps it
+	 * has not heard that, as the packet that says so was lost in this host.
 	 */
 	if ((tcp->flags & SYN) && (tcp->flags & ACK) && splice->worker == PF_EXPRESS_NO_WORKER)
-		return DROP;
-	if (state == PF_SPLICE_ASKED)
+		return state == PF_SPLICE_ASKED ? bpf_redirect(NOWHERE, 0) : DROP;
+	if (state == PF_SPLICE_ASKED) {
+		/*
+		 * A socket that our stack has made of the handshake all the same says nothing
+		 * before it is known whose the client is (`join`): it sends that again.
+		 */
+		header = (__u32)(tcp->offset >> 4) * 4;
+		if (flow->direction == PF_UP &&
+		    ((tcp->flags & FIN) || skb->len > TCP_AT(v6) + header))
+			return DROP;
 		return NEXT;
+	}
 	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&

@@ -11,6 +11,7 @@
 /* Where things are. `v6` is a constant wherever these are used: every function has two forms. */
 #define ETHERNET_BYTES	  14
 #define IP_BYTES(v6)	  ((v6) ? 40 : 20)
+#define HOPS_AT(v6)	  (ETHERNET_BYTES + ((v6) ? 7 : 8))
 #define TCP_AT(v6)	  (ETHERNET_BYTES + IP_BYTES(v6))
 #define OPTIONS_AT(v6)	  (TCP_AT(v6) + 20)
 #define HEADERS_BYTES(v6) OPTIONS_AT(v6)
@@ -76,6 +77,13 @@ struct icmp {
 
 #define volatile_read(field) (*(volatile typeof(field) *)&(field))
 #define inlined		     static inline __attribute__((always_inline))
+
+/*
+ * A number that the compiler must not know more about than the verifier does. In loops: the
+ * compiler would ask whether two bounds are met at once by another comparison, of which the
+ * verifier learns neither.
+ */
+#define hide(number) asm volatile("" : "+r"(number))
 
 /* Of two sequence numbers, as TCP compares them. */
 #define before(one, other) ((__s32)((one) - (other)) < 0)

@@ -18,8 +18,13 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define PROTOCOL_UDP	  17
-#define PROTOCOL_FRAGMENT 44
+#define PROTOCOL_HOP_BY_HOP 0
+#define PROTOCOL_UDP	    17
+#define PROTOCOL_ROUTING    43
+#define PROTOCOL_FRAGMENT   44
+#define PROTOCOL_OPTIONS    60
+
+#define MOST_EXTENSIONS 4 /* of one packet; hardly any has two */
 
 #define UDP_AT(v6)	TCP_AT(v6)
 #define DATAGRAM_AT(v6) (UDP_AT(v6) + 8)
@@ -113,7 +118,8 @@ inlined int note_sender(struct session_direction *way, __u64 now_ns)
 }
 
 /*
- * The first piece of one that came in several, or one behind options: `at` is where UDP begins.
+ * The first piece of one that came in several, or one behind options or extension headers: `at` is
+ * where UDP begins.
  * Nobody can tell here whether it is true and becomes whole, so it is no sign of its sender.
  */
 inlined int pass_unusual(struct __sk_buff *skb, __u32 at, const int v6)
@@ -376,9 +382,10 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 	struct ipv6 *six;
 	struct icmp *icmp;
 	struct udp *udp;
-	__u32 index, bytes, mark;
+	__u32 index, bytes;
 	__u64 sum = 0, addresses = 0, inner = 0;
 	__u16 before;
+	__u8 hops;
 	int is_unreachable, is_too_big, is_of_peer, i;
 
 	data = (void *)(long)skb->data;
@@ -417,12 +424,13 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 	/* `back` changes what the sender sends: undo that. */
 	way = flow->direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
 	back = flow->direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
-	if (skb->mark == FOR_OUR_SOCKET) {
-		skb->mark = 0;
-		return NEXT;
-	}
 	six = data + ETHERNET_BYTES;
 	four = data + ETHERNET_BYTES;
+	hops = v6 ? six->hops : four->ttl;
+	if (is_copy(skb, hops)) {
+		unmark_copy(skb, v6);
+		return NEXT;
+	}
 	is_of_peer = v6 ? six->source[0] == key.source[0] && six->source[1] == key.source[1] &&
 				     six->source[2] == key.source[2] &&
 				     six->source[3] == key.source[3]
@@ -453,12 +461,8 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 		count_invalid_datagram(session, PF_INVALID_CHECKSUM);
 		return DROP;
 	}
-	if (is_too_big || (is_unreachable && is_of_peer && flow->direction == PF_DOWN)) {
-		mark = skb->mark;
-		skb->mark = FOR_OUR_SOCKET;
-		bpf_clone_redirect(skb, skb->ifindex, BPF_F_INGRESS);
-		skb->mark = mark;
-	}
+	if (is_too_big || (is_unreachable && is_of_peer && flow->direction == PF_DOWN))
+		copy_to_our_socket(skb, hops, v6);
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
 		return DROP; /* no memory: as if it had been lost */
 	data = (void *)(long)skb->data;
@@ -503,13 +507,41 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 	return send_on(way->interface);
 }
 
+/* Where UDP begins behind extension headers of IPv6 (RFC 8200, 4); 0: nobody can tell here. */
+inlined __u32 find_udp(struct __sk_buff *skb, __u8 next)
+{
+	__u32 at = UDP_AT(1);
+	__u8 head[4];
+	int i;
+
+#pragma unroll
+	for (i = 0; i < MOST_EXTENSIONS; i++) {
+		if (next != PROTOCOL_FRAGMENT && next != PROTOCOL_HOP_BY_HOP &&
+		    next != PROTOCOL_ROUTING && next != PROTOCOL_OPTIONS)
+			return 0;
+		if (bpf_skb_load_bytes(skb, at, head, 4))
+			return 0;
+		if (next == PROTOCOL_FRAGMENT) {
+			if (head[2] || head[3] & 0xf8)
+				return 0; /* not the first piece, which alone has the ports */
+			at += 8;
+		} else {
+			at += ((__u32)head[1] + 1) * 8;
+		}
+		next = head[0];
+		if (next == PROTOCOL_UDP)
+			return at;
+	}
+	return 0;
+}
+
 /* A packet that may be a session's; NO_DATAGRAM if it is not, and then it is as it was. */
 inlined int take_datagram(struct __sk_buff *skb, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	struct ipv4 *four;
 	struct ipv6 *six;
-	__u8 next;
+	__u32 at;
 
 	if (data + UDP_AT(v6) > data_end) {
 		if (bpf_skb_pull_data(skb, UDP_AT(v6)))
@@ -525,10 +557,8 @@ inlined int take_datagram(struct __sk_buff *skb, const int v6)
 			return forward_datagram(skb, 1);
 		if (six->next == PROTOCOL_ICMPV6)
 			return translate_datagram_error(skb, 1);
-		if (six->next != PROTOCOL_FRAGMENT ||
-		    bpf_skb_load_bytes(skb, UDP_AT(1), &next, 1) || next != PROTOCOL_UDP)
-			return NO_DATAGRAM;
-		return pass_unusual(skb, UDP_AT(1) + 8, 1);
+		at = find_udp(skb, six->next);
+		return at ? pass_unusual(skb, at, 1) : NO_DATAGRAM;
 	}
 	four = data + ETHERNET_BYTES;
 	if (four->protocol == PROTOCOL_UDP) {

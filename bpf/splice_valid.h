@@ -96,18 +96,49 @@ inlined int is_whole_header(const void *ip)
 	return fold((__u64)word[0] + word[1] + word[2] + word[3] + word[4]) == 0xffff;
 }
 
+/* What is known of a packet's checksum. */
+enum sum {
+	PF_SUM_WRONG,
+	PF_SUM_PARTIAL, /* its field has the sum of the pseudo-header, and no more yet */
+	PF_SUM_KNOWN,	/* it was looked at before, and only the packet says what it is */
+	PF_SUM_OTHER,	/* it is right, or not made yet: the kernel has to be told of changes */
+};
+
 /*
- * Whether a checksum is wrong as far as anybody can know.
+ * A 16-bit field of a packet, at a place that the compiler knows, and which is in front; not 0: it
+ * is not. In assembly, as the compiler would keep the place of `data_end` in a register, and the
+ * verifier wants it to be in the instruction.
+ */
+inlined int read_field(struct __sk_buff *skb, const __u32 at, __u16 *field)
+{
+	void *data, *data_end;
+
+	asm volatile("%0 = *(u32 *)(%1 + %2)"
+		     : "=r"(data)
+		     : "r"(skb), "i"(__builtin_offsetof(struct __sk_buff, data)));
+	asm volatile("%0 = *(u32 *)(%1 + %2)"
+		     : "=r"(data_end)
+		     : "r"(skb), "i"(__builtin_offsetof(struct __sk_buff, data_end)));
+	if (data + at + 2 > data_end)
+		return -1;
+	*field = *(__u16 *)(data + at);
+	return 0;
+}
+
+/*
+ * What a checksum is, and whether it is wrong as far as anybody can know.
  *
  * An aggregate has been looked at by GRO, which made it, or has none yet (TSO). CHECKSUM_PARTIAL
  * is a packet of this machine, which has none yet either: its field has the sum of the
  * pseudo-header, and stays what it is when `bpf_l4_csum_replace` is told of a change. Nearly all
- * others were looked at by the interface or by GRO. What is left is summed up here.
+ * others were looked at by the interface or by GRO (CHECKSUM_UNNECESSARY). What is left is summed
+ * up here.
  *
  * `at` is where the summed bytes begin, `field_at` where their checksum is, `sum` what the
  * pseudo-header adds. Packets' pointers are void afterwards.
  */
-inlined int is_corrupt(struct __sk_buff *skb, __u32 at, __u32 field_at, __u32 bytes, __u64 sum)
+inlined enum sum judge_sum(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
+			   __u64 sum)
 {
 	__u64 left = bytes;
 	__u32 zero = 0;
@@ -115,42 +146,50 @@ inlined int is_corrupt(struct __sk_buff *skb, __u32 at, __u32 field_at, __u32 by
 	__be32 *piece;
 	int i;
 
-	if (skb->gso_size || bpf_csum_level(skb, LEVEL_QUERY) >= 0)
-		return 0;
-	if (bpf_skb_load_bytes(skb, field_at, &field, 2))
-		return 1;
+	if (skb->gso_size)
+		return PF_SUM_OTHER;
+	if (read_field(skb, field_at, &field))
+		return PF_SUM_WRONG; /* never: the caller has read what is in front */
 	if (field == fold(sum)) {
 		if (bpf_l4_csum_replace(skb, field_at, 0, 1, 0) ||
-		    bpf_skb_load_bytes(skb, field_at, &changed, 2))
-			return 1;
+		    read_field(skb, field_at, &changed))
+			return PF_SUM_WRONG;
 		if (changed == field)
-			return 0;
+			return PF_SUM_PARTIAL;
 		/* It only looked like that. */
 		if (bpf_skb_store_bytes(skb, field_at, &field, 2, 0))
-			return 1;
+			return PF_SUM_WRONG;
 	}
+	if (bpf_csum_level(skb, LEVEL_QUERY) >= 0)
+		return PF_SUM_KNOWN;
 	piece = map_lookup(MAP_SCRATCH_FD, &zero);
 	if (!piece)
-		return 1; /* never */
+		return PF_SUM_WRONG; /* never */
 	for (i = 0; i < SUM_STEPS; i++) {
 		if (left <= SUM_BYTES)
 			break;
 		if (bpf_skb_load_bytes(skb, at, piece, SUM_BYTES))
-			return 1;
+			return PF_SUM_WRONG;
 		sum += (__u32)bpf_csum_diff(NULL, 0, piece, SUM_BYTES, 0);
 		at += SUM_BYTES;
 		left -= SUM_BYTES;
 	}
 	if (left > SUM_BYTES)
-		return 0;
+		return PF_SUM_OTHER;
 	/* From 1 to SUM_BYTES: it is never 0, and the verifier believes it when it is written so.
 	 */
 	left = ((left - 1) & (SUM_BYTES - 1)) + 1;
 	piece[(left - 1) / 4] = 0;
 	if (bpf_skb_load_bytes(skb, at, piece, left))
-		return 1;
+		return PF_SUM_WRONG;
 	sum += (__u32)bpf_csum_diff(NULL, 0, piece, ((left - 1) | 3) + 1, 0);
-	return fold(sum) != 0xffff;
+	return fold(sum) == 0xffff ? PF_SUM_OTHER : PF_SUM_WRONG;
+}
+
+inlined int is_corrupt(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
+		       __u64 sum)
+{
+	return judge_sum(skb, at, field_at, bytes, sum) == PF_SUM_WRONG;
 }
 
 /* What the other end expects next of this peer, as far as it has said: in this peer's numbers. */
@@ -239,7 +278,7 @@ inlined int take_in(const struct segment *segment, struct splice_direction *way,
 	if (segment->has_timestamp && !after(segment->seq, expected) &&
 	    !before(segment->tsval, way->recent)) {
 		way->recent = segment->tsval;
-		way->recent_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+		way->recent_s = way->heard_s; /* which was noted a moment ago, see note_heard */
 	}
 	advance(&way->last_end, segment->end);
 	if ((segment->flags & FIN) && !volatile_read(way->fin) &&
@@ -291,12 +330,16 @@ inlined __u64 shown_bytes(const struct splice_direction *way)
 /* Bytes of a peer that have come, for `show`; 1: more than before. A FIN is no byte. */
 inlined int count_bytes(struct splice_direction *way)
 {
-	__u64 counted = way->bytes;
+	__u64 seen = volatile_read(way->bytes), counted = seen;
 
-	/* Stored, not added: two processors may be here at once. */
-	counted += (__s64)(__s32)((__u32)volatile_read(way->next) - (way->begin + (__u32)counted));
-	if ((__s64)(counted - way->bytes) <= 0)
+	counted += (__s64)(__s32)((__u32)volatile_read(way->next) - (way->begin + (__u32)seen));
+	if ((__s64)(counted - seen) <= 0)
 		return 0;
-	way->bytes = counted;
+	/*
+	 * Not added, and not stored over what another processor has counted meanwhile: both know
+	 * where the bytes end, and it may be further. If it is not, the next packet counts the
+	 * rest.
+	 */
+	__sync_val_compare_and_swap(&way->bytes, seen, counted);
 	return 1;
 }

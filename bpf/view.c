@@ -259,7 +259,8 @@ struct look {
 	struct endpoint ends[4]; /* client, listener, source, server */
 	__u8 state;
 	__u8 datapath;
-	__u8 padding[6];
+	__u8 reason;
+	__u8 padding[5];
 	char rule[16];
 };
 
@@ -294,6 +295,7 @@ static inline int look_at(const struct pair *pair, struct look *look)
 		__builtin_memcpy(look->rule, pair->rule, sizeof(look->rule));
 		look->state = *state;
 		look->datapath = *(const volatile __u8 *)&pair->datapath;
+		look->reason = *(const volatile __u8 *)&pair->reason;
 		look->bytes[PF_UP] =
 			*(const volatile __u64 *)&pair->worker[PF_UP].carried_bytes +
 			*(const volatile __u64 *)&pair->verdict[PF_UP].redirected_bytes;
@@ -315,7 +317,7 @@ static inline void print_pairs_header(struct seq_file *seq)
 {
 	SAY(seq, "    ID STATE       DATAPATH CLIENT                LISTENER              ");
 	SAY(seq, "SOURCE                SERVER                ");
-	SAY(seq, "    UP_BYTES   DOWN_BYTES   AGE_S  IDLE_S RULE");
+	SAY(seq, "    UP_BYTES   DOWN_BYTES   AGE_S  IDLE_S RULE            DECIDED");
 	end_header(seq, map_pointer(MAP_PAIRS_FD));
 }
 
@@ -333,14 +335,22 @@ static inline void print_pair(struct seq_file *seq, const struct pair *pair)
 	/* A packet may be younger than `now`: another processor has seen it meanwhile. */
 	idle = now > look.active_ns ? (now - look.active_ns) / NANOSECONDS : 0;
 	look.rule[sizeof(look.rule) - 1] = 0;
+	if (!look.rule[0]) { /* no rule yet; a column is never empty */
+		look.rule[0] = '-';
+		look.rule[1] = 0;
+	}
 	PRINT(seq, "%6llu ", look.id);
 	print_state(seq, look.state);
 	print_datapath(seq, look.datapath);
 	NO_UNROLL
 	for (i = 0; i < 4; i++)
 		print_endpoint(seq, &look.ends[i]);
-	PRINT(seq, "%12llu %12llu %7llu %7llu %s\n", look.bytes[PF_UP], look.bytes[PF_DOWN], age,
+	PRINT(seq, "%12llu %12llu %7llu %7llu %-15s ", look.bytes[PF_UP], look.bytes[PF_DOWN], age,
 	      idle, STRING(look.rule));
+	if (look.reason == REASON_DECIDED || look.reason == REASON_DECIDED_BEFORE)
+		SAY(seq, "kernel\n");
+	else
+		SAY(seq, "user\n");
 }
 
 int show(struct element *element)
@@ -393,7 +403,7 @@ static inline void count(struct sums *sums, __u32 slot)
 {
 	__u32 worker = slot / SLOTS, line = slot % SLOTS * LINES_AT_ONCE, at;
 	struct view_line *known;
-	__u64 *counter;
+	__u64 *counter, sum;
 	int i;
 
 	if (slot % SLOTS >= 8)
@@ -407,8 +417,13 @@ static inline void count(struct sums *sums, __u32 slot)
 			return;
 		at = worker * BLOCK_WORDS + known->word;
 		counter = map_lookup(MAP_COUNTERS_FD, &at);
-		if (counter)
-			sums->counted[line & (STAT_LINES - 1)] += *counter;
+		sum = counter ? *counter : 0;
+		if (known->also) {
+			at = worker * BLOCK_WORDS + known->also;
+			counter = map_lookup(MAP_COUNTERS_FD, &at);
+			sum += counter ? *counter : 0;
+		}
+		sums->counted[line & (STAT_LINES - 1)] += sum;
 	}
 }
 

@@ -1,4 +1,4 @@
-"""Modules have moved into packages: the names of version 0.1 still lead to them.
+"""Modules have moved into packages, and names into modules: those of version 0.1 still lead there.
 
 The same module is found by both names, so that its types stay one.
 """
@@ -10,7 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Final
 
@@ -43,6 +43,46 @@ _BY_PACKAGE: Final = {
         "datapath.attach_clsact=clsact datapath.traffic_control datapath.unix_names"
     ),
     "datapath.proof": "datapath.selftest datapath.rig datapath.scenarios",
+    "worker.udp": "worker.datagrams=server",
+}
+
+# module: where names are that it had; `old=new` where the name has changed, too
+_BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
+    "cli.lifecycle": {"core.datapaths": "DATAPATHS=NAMES"},
+    "config.model": {
+        "config.fields": "SendProxy TokenUse",
+        "config.listener": "FirstPacket ProxyProtocol",
+        "config.upstream": "Ejection Health Server",
+    },
+    "core.routing": {"core.explaining": "Explanation RuleReport explain"},
+    "datapath.splice": {"datapath.splice.datapath": "Orphan SpliceDatapath"},
+    "datapath.splice.keeper": {
+        "datapath.splice.keeper_client": "KeeperClient KeeperError",
+        "datapath.splice.keeper_process": "KeeperProcess",
+        "datapath.splice.pins": "pins_of",
+        "datapath.splice.records": "splice_memory",
+        "datapath.splice.splicing": "Splicing",
+    },
+    "datapath.splice.maps": {
+        "datapath.splice.interfaces": "LOOPBACK smallest_mtu",
+        "datapath.splice.pins": "unpin",
+        "datapath.splice.records": (
+            "FLOW ID_AT KEY_BYTES SLOT_AT STATE_AT WORKER_AT forget_flows id_of set_state "
+            "used_indexes"
+        ),
+    },
+    "runtime.resolver": {"runtime.askers": "lookup"},
+    "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
+    "worker.log": {"worker.log": "impatient=not_blocking"},
+    "worker.server": {
+        "worker.accepting": "ACCEPT_BATCH ACCEPT_PAUSE_S BUSY_CLIENTS NEVER_OURS OVERLOADED",
+        "worker.refusing": "REFUSAL_DISCARD_BYTES REFUSAL_LINGER_S",
+    },
+    "worker.udp.server": {
+        "worker.udp.copying": "BATCH MOST_WAITING",
+        "worker.udp.session": "Session",
+        "worker.udp.sockets": "Key adopt_datagram_socket",
+    },
 }
 
 
@@ -56,6 +96,20 @@ def _moves() -> dict[str, str]:
 
 
 MOVES: Final = _moves()  # old name: new name
+
+
+def _moved_names() -> dict[str, dict[str, tuple[str, str]]]:
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for old_module, places in _BY_MODULE.items():
+        names = found[f"pyforwarder.{old_module}"] = {}
+        for module, words in places.items():
+            for word in words.split():
+                old, _, new = word.partition("=")
+                names[old] = f"pyforwarder.{module}", new or old
+    return found
+
+
+NAMES: Final = _moved_names()  # module: old name: module and new name
 
 
 def new_name(name: str) -> str | None:
@@ -96,6 +150,36 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = self._specs.pop(module.__spec__.name)
 
 
+class _NamesFinder(importlib.abc.MetaPathFinder):
+    """Finds the modules that have lost names, and where those are now."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name in NAMES else None
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _NamesLoader(name, spec.loader.path)
+        return spec
+
+
+class _NamesLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        moved = NAMES[module.__name__]
+
+        def get(name: str) -> object:
+            if name not in moved:
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            now, new = moved[name]
+            warnings.warn(
+                f"{module.__name__}.{name} is {now}.{new} now", DeprecationWarning, stacklevel=2
+            )
+            return getattr(importlib.import_module(now), new)
+
+        # PEP 562. Not written in the modules: type checkers would believe every name then.
+        module.__getattr__ = get  # type: ignore[method-assign]
+
+
 def install() -> None:
     """From here on `import` knows the old names."""
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path[:0] = [_Finder(), _NamesFinder()]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import socket
 import struct
 import time
@@ -53,6 +54,7 @@ DEFAULT_VIA: Final = "127.0.0.1:9999"  # the listener of the built-in configurat
 # program that is not our daemon could make us hold.
 MAX_REPLY_BYTES: Final = 256 << 20
 _RECV_BYTES: Final = 1 << 18
+_NONCE_BYTES: Final = 12
 
 
 class PairRow(TypedDict):
@@ -70,6 +72,7 @@ class PairRow(TypedDict):
     age_s: float
     idle_s: float
     rule: str
+    decided: str  # on its first packet: by the `kernel`, which has opened it then, or the `user`
     reason: str
     up_packets: int
     down_packets: int
@@ -95,7 +98,8 @@ class RuleRow(TypedDict):
     taken: int
     refused: int
     to: str
-    decided: str
+    decided: str  # kernel, user, or partly: at some of the listener's addresses
+    why: str  # userspace decides, though its listener asks for the kernel
 
 
 class UpstreamRow(TypedDict):
@@ -107,6 +111,9 @@ class UpstreamRow(TypedDict):
     pairs: int
     connects: int
     failures: int
+    weight: int
+    backup: bool
+    checked_by: str | None  # `here`, `all`, another machine of the fleet, or nobody
 
 
 class Flushed(TypedDict):
@@ -178,9 +185,12 @@ class ControlClient:
         """Have the configuration read again; after an error the old one stays in force."""
         return _object(self.request("reload"))
 
-    def set_server(self, server: str, state: Literal["drain", "ready"]) -> None:
-        """Let `UPSTREAM/SERVER` take no new pairs (its pairs go on), or new ones again."""
-        self.request("server", server=server, state=state)
+    def set_server(self, server: str, state: Literal["drain", "ready"]) -> dict[str, Json]:
+        """Let `UPSTREAM/SERVER` take no new pairs (its pairs go on), or new ones again.
+
+        What is so now: the `server`, its `state`, and its `weight`; with 0 it takes none at all.
+        """
+        return _object(self.request("server", server=server, state=state))
 
     def down(self, *, now: bool = False) -> dict[str, Json]:
         """Ask the daemon to drain and end (`now`: to reset what is left and end).
@@ -339,6 +349,7 @@ def connect(
     key: tuple[str, bytes] | None = None,
     source: str | None = None,
     audience: str | None = None,
+    nonce: bool = True,
     lifetime_s: float = 60.0,
     ack: bool = True,
     timeout_s: float = 30.0,
@@ -348,7 +359,8 @@ def connect(
     `destination` is `ip:port`, `[ip6]:port` or `name:port` (the forwarder resolves names).  With
     `key`, a key's id and its secret, the instruction is signed, expires after `lifetime_s`
     seconds and, with `source` (a CIDR), counts for clients from there only, with `audience` only at
-    the gateway of that name (its `tokens: {audience: NAME}`).  `ack=False` is for
+    the gateway of that name (its `tokens: {audience: NAME}`), and it has a `nonce` unless that is
+    False (see `instruction`).  `ack=False` is for
     rules that say `ack: false`: the socket is returned before anything is known about the server.
 
     The socket is blocking and without a timeout; the caller closes it.  Exactly the forwarder's
@@ -364,6 +376,7 @@ def connect(
         key=key,
         source=source,
         audience=audience,
+        nonce=nonce,
         # when it ends is said in the time of day, the forwarder's clock has to understand it
         expires_unix_s=time.time_ns() // 1_000_000_000 + math.ceil(lifetime_s),
     )
@@ -397,11 +410,14 @@ def instruction(
     source: str | None = None,
     audience: str | None = None,
     expires_unix_s: int = 0,
+    nonce: bool = False,
 ) -> bytes:
     """The instruction that asks for `destination`, signed if there is a `key` (its id and secret).
 
     `expires_unix_s`, `source` (a CIDR: the clients it is good for) and `audience` (the name of the
-    only gateway to take it) are for signed ones.
+    only gateway to take it) are for signed ones.  With `nonce` a signed one has 96 random bits of
+    its own, so that each is good once, how many ever are made in a second; gateways of version 0.1
+    take none that has them.
 
     Raises:
         UsageError: no destination, no network, or the instruction would be too long.
@@ -420,6 +436,7 @@ def instruction(
             key=secret,
             source=parse_network(source) if source else None,
             audience=audience,
+            nonce=secrets.token_urlsafe(_NONCE_BYTES) if nonce else None,
         )
     except ValueError as error:  # AddressError is one
         raise UsageError(f"{destination}: {error}") from error

@@ -9,7 +9,7 @@
 
 HYPOTHESIS_PROFILE=deep in the environment tries many more examples per property than `fast` does.
 
-With pytest-xdist (`-n 3 --dist loadfile`, as scripts/test has it) modules run side by side, but
+With pytest-xdist (`-n 4 --dist loadfile`, as scripts/test has it) modules run side by side, but
 nothing beside a test marked `alone`.
 
 The head of the report says what this host's kernel can do (helpers/capabilities.py). A test marked
@@ -39,6 +39,17 @@ _KERNEL_TESTS: Final = Path(__file__).parent / "kernel"
 # Of these --smoke takes every test: the commands as users call them.
 _SMOKE_WHOLE: Final = frozenset(
     {"test_as_a_user.py", "test_contract_commands.py", "test_host.py", "test_selftest.py"}
+)
+
+# Modules that last for a minute and more begin first: one that begins last is waited for alone.
+_LONG: Final = frozenset(
+    {
+        *("test_conformance.py", "test_contract_bad_peers.py", "test_contract_lifecycle.py"),
+        *("test_differential.py", "test_express.py", "test_failover.py", "test_fleet.py"),
+        *("test_floods.py", "test_oracles.py", "test_page.py", "test_real_clients.py"),
+        *("test_splice.py", "test_splice_tail.py", "test_splice_transfers.py"),
+        *("test_taken_over.py", "test_upgrade.py", "test_worker_faults.py"),
+    }
 )
 
 # No deadline per example: other work on the machine must not fail a property. What hangs is ended
@@ -118,8 +129,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is in tests/kernel; leave out soak tests unless they were asked for.
 
-    And those that need what a host like this one need not have.
+    And those that need what a host like this one need not have. What lasts long comes first.
     """
+    items.sort(key=lambda item: item.path.name not in _LONG)  # all else stays in its order
     soaking = bool(config.getoption("--soak"))
     # They look at the clock between two rounds, and then put things away.
     soak_timeout_s = config.getoption("--soak-for") + 300

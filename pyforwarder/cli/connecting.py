@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pyforwarder.core.address import Address, UnixAddress
 
 _AUD_HELP = "With --key: only the gateway of this name takes it (tokens: {audience: NAME})."
+_NONCE_HELP = "With --key: as gateways of version 0.1 take it; two of one second may be the same."
+_WITH_NONCE_HELP = "Makes it another one than those to DEST that end in the same second."
 _KEY_HELP = "Sign with the key in FILE; ID is its name there (default: FILE's without .key)."
 
 
@@ -33,6 +35,7 @@ _KEY_HELP = "Sign with the key in FILE; ID is its name there (default: FILE's wi
 @click.option("--key", metavar="[ID=]FILE", help=_KEY_HELP)
 @click.option("--from", "source", metavar="CIDR", help="With --key: clients it is good for.")
 @click.option("--aud", "audience", metavar="NAME", help=_AUD_HELP)
+@click.option("--no-nonce", is_flag=True, help=_NONCE_HELP)
 @click.option(
     "--expires",
     "lifetime_s",
@@ -57,6 +60,7 @@ def connect(
     key: str | None,
     source: str | None,
     audience: str | None,
+    no_nonce: bool,
     lifetime_s: int,
     no_ack: bool,
     timeout_s: float,
@@ -75,6 +79,7 @@ def connect(
         key=_read_key(key) if key else None,
         source=source,
         audience=audience,
+        nonce=not no_nonce,
         lifetime_s=lifetime_s,
         ack=not no_ack,
         timeout_s=timeout_s,
@@ -121,6 +126,7 @@ def _reachable(bind: Address | UnixAddress) -> Address | UnixAddress:
 @click.option("--key", metavar="[ID=]FILE", help=_KEY_HELP)
 @click.option("--from", "source", metavar="CIDR", help="Good for clients from there only.")
 @click.option("--aud", "audience", metavar="NAME", help=_AUD_HELP)
+@click.option("--nonce", is_flag=True, help=_WITH_NONCE_HELP)
 @click.option(
     "--expires",
     "lifetime_s",
@@ -138,6 +144,7 @@ def token(
     key: str | None,
     source: str | None,
     audience: str | None,
+    nonce: bool,
     lifetime_s: int,
     new_file: Path | None,
 ) -> int:
@@ -161,6 +168,7 @@ def token(
         key=_read_key(key),
         source=source,
         audience=audience,
+        nonce=nonce,
         expires_unix_s=int(call.env.unix_time_s()) + lifetime_s,
     )
     call.env.stdout.flush()

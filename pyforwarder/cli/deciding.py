@@ -310,6 +310,11 @@ def _as_text(judged: Judged, source: str) -> str:
             lines.append(f"{where}: undecided {after}; {verdict.why}")
     if verdict.outcome == "route":
         lines.append(_where_decided(judged))
+    shares = judged.in_kernel.shares([report.rule.name for report in explanation.rules])
+    if shares is not None:
+        kernel, other, why = shares
+        said = f"the kernel decides by {', '.join(kernel) or 'no rule'}"
+        lines.append(f"{said}, not by {other}: {printable(why)}" if other else f"{said}: all")
     return "\n".join(lines) + "\n"
 
 

@@ -18,14 +18,17 @@ from pyforwarder.datapath.attach import tcx as attach_tcx
 from pyforwarder.datapath.ebpf import btf, refusal
 from pyforwarder.runtime import host
 from pyforwarder.runtime.host import Lockdown
+from pyforwarder.runtime.instance import BPFFS
 from pyforwarder.runtime.tables import one_line
+from pyforwarder.supervisor import bpffs
 from pyforwarder.supervisor.view_selftest import prove_view
 from pyforwarder.supervisor.view_ways import ways_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pyforwarder.datapath.proof.selftest import Proof
 
-_BPFFS: Final = Path("/sys/fs/bpf")
 _WORKER_USER: Final = "nobody"
 
 
@@ -101,11 +104,14 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def run() -> Report:
-    """Look at everything; takes some seconds, and leaves nothing behind."""
+def run(stats: Mapping[str, Any] | None) -> Report:
+    """Look at everything; takes some seconds, and leaves nothing behind.
+
+    `stats` are those of the running instance; None: there is none.
+    """
     user = _WORKER_USER if os.geteuid() == 0 else None
     return Report(
-        findings=tuple(_findings()),
+        findings=tuple(_findings(stats)),
         # Last those that `auto` does not take for TCP.
         proofs={
             row.name: pkgutil.resolve_name(row.proof)(user)
@@ -114,7 +120,7 @@ def run() -> Report:
     )
 
 
-def _findings() -> list[Finding]:
+def _findings(stats: Mapping[str, Any] | None) -> list[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
     missing = host.missing_capabilities(refusal.NETWORK)
@@ -134,19 +140,32 @@ def _findings() -> list[Finding]:
             btf.VMLINUX.exists(),
             str(btf.VMLINUX) if btf.VMLINUX.exists() else "no BTF: CONFIG_DEBUG_INFO_BTF is off",
         ),
-        Finding(
-            "bpffs",
-            True if os.path.ismount(_BPFFS) else None,  # no fault: nothing is to be done
-            f"mounted at {_BPFFS}" if os.path.ismount(_BPFFS) else "not mounted: `up` mounts it",
-        ),
+        _bpffs(),
         Finding(
             "descriptors",
             most >= 20_000,
             f"{files} (up to {most}): {max(0, most - 64) // 2} pairs per worker",
         ),
+        _express_ports(stats, most),
         Finding("unprivileged bpf", None, f"kernel.unprivileged_bpf_disabled={unprivileged}"),
         Finding("processors", None, f"{os.cpu_count()} (one worker for each)"),
     ]
+
+
+def _express_ports(stats: Mapping[str, Any] | None, files: int) -> Finding:
+    """How many connections the kernel opens at once, and how many that were at most."""
+    if stats is None:
+        detail = f"no instance runs; the limit on open files lets it have up to {files // 2}"
+        return Finding("express ports", None, detail)
+    found = stats.get("express", {})
+    ports, used, most = (found.get(name, 0) for name in ("ports", "ports_used", "ports_most"))
+    if not ports:
+        return Finding("express ports", None, "the running instance keeps none")
+    detail = f"the running instance keeps {ports}: {used} used now, {most} at most"
+    none_left = stats.get("express_left", {}).get("no_port", 0)
+    if none_left:
+        detail += f"; {none_left} times none was left, raise `express.ports`"
+    return Finding("express ports", not none_left, detail)
 
 
 def _missing(missing: tuple[host.Capability, ...]) -> str:
@@ -173,10 +192,37 @@ def _view() -> Finding:
     return Finding("view", proof.way is not None, proof.detail)
 
 
+def _bpffs() -> Finding:
+    """Whether there is a BPF file system where instances keep their pins."""
+    root = Path(os.environ.get("PYFORWARDER_BPFFS") or BPFFS)
+    try:
+        point, is_mounted = bpffs.point_of(root)
+    except OSError as error:
+        return Finding("bpffs", None, f"not known: {error.strerror}")
+    if is_mounted:
+        return Finding(
+            "bpffs",
+            True,
+            f"a BPF file system is mounted at {point}: if the daemon is killed, spliced pairs and"
+            f" the files that the kernel prints stay in {root}",
+        )
+    return Finding(
+        "bpffs",
+        None,  # no fault
+        f"no BPF file system is mounted at {point}; nothing is to be done: `up` by root mounts one,"
+        f" so that spliced pairs stay in {root} if the daemon is killed",
+    )
+
+
 _ATTACH: Final = {
-    "tcx": "programs on interfaces are links, which end with us",
-    "clsact": "filters at priority 1, ahead of others', which `down` removes; the qdisc stays",
+    "tcx": "this kernel lets the programs of splice and express see packets at interfaces beside"
+    " the programs of others, and takes them away when the instance ends; nothing is to be done",
+    "clsact": "the programs of splice and express are filters of `tc` at priority 1 of interfaces,"
+    " ahead of those of others; `down` removes them, an empty clsact qdisc stays",
 }
+_NOT_SPLICED: Final = (
+    "pairs that go by such an interface are not spliced; remove that qdisc or filter if they shall"
+)
 
 
 def _attach() -> Finding:
@@ -185,6 +231,8 @@ def _attach() -> Finding:
         kind = attaching.kind()
         why = "" if kind == "tcx" or attach_tcx.is_supported() else "no tcx before Linux 6.6; "
         obstacles = attach_clsact.obstacles() if kind == "clsact" else []
+        if obstacles:
+            obstacles.append(_NOT_SPLICED)
     except OSError as error:
         return Finding("attach", None, f"not known: {error.strerror}")
     return Finding(

@@ -250,7 +250,7 @@ def rollback(call: Call, serial: int, config_path: Path, comment: str) -> int:
 def instances(call: Call, config_path: Path, as_json: bool) -> int:
     """List the machines: version, edition in force, and what one refused and why.
 
-    Fails if one of them has refused the newest edition.
+    Fails if one of them has refused the newest edition, or two have the same name.
     """
     from pyforwarder.fleet.layout import InstanceReport, ValueFault
 
@@ -264,12 +264,16 @@ def instances(call: Call, config_path: Path, as_json: bool) -> int:
                 call.say(f"pyforwarder: {key}: {error}")
                 continue
             rows.append(
-                {"instance": key.removeprefix(prefix), **said.model_dump(exclude={"schema_"})}
+                {
+                    "instance": key.removeprefix(prefix),
+                    **said.model_dump(exclude={"schema_", "writer"}),
+                    "why": said.complaint,
+                }
             )
     _show(
         call, rows, ("instance", "version", "serial", "refused", "started", "pid", "why"), as_json
     )
-    return FAILED if any(row["refused"] for row in rows) else DONE
+    return FAILED if any(row["refused"] or row["is_shared"] for row in rows) else DONE
 
 
 @command(
@@ -332,7 +336,7 @@ def register(
 def ready(call: Call) -> int:
     """Say whether this machine may get the addresses that move: for a VRRP daemon's script.
 
-    It may once its daemon splices and has heard what is in the fleet's store.  Exits with 1 if not.
+    It may once its daemon splices and has read what is in the fleet's store.  Exits with 1 if not.
     """
     state = call.control().failover()
     here = state["here"]
@@ -388,7 +392,7 @@ def move(call: Call, machine: str, config_path: Path) -> int:
     """Give the addresses that move to another machine of the fleet, without a gap.
 
     MACHINE is what it is called in the fleet (`instance`).  It takes the addresses first, then this
-    one lets go of them, and of its spliced pairs, which go on there.  Say it on the machine that
+    one releases them, and of its spliced pairs, which go on there.  Say it on the machine that
     has them; on both the configuration says `fleet: {failover: {mover: command}}`.
     """
     import socket

@@ -49,12 +49,14 @@ def up(
     """Start forwarding; stays in the foreground.
 
     Prints one line per listener once it accepts.  SIGTERM or Ctrl-C drains and ends (a second one
-    at once), SIGHUP reads the configuration again.
+    at once), SIGHUP reads the configuration again.  A daemon that drains gives its pairs to this
+    one.
     """
     if listen is not None:
         _check_listen(listen)
     from pyforwarder import supervisor
 
+    control = call.control()
     return supervisor.run(
         call.env,
         supervisor.UpOptions(
@@ -66,6 +68,7 @@ def up(
             verbosity=call.verbosity,
             prove=prove,
         ),
+        lambda do, fds: control.request(do, fds_sent=fds),
     )
 
 
@@ -85,13 +88,15 @@ def down(call: Call, now: bool) -> int:
 
     Returns when the daemon is gone.
     """
-    from pyforwarder.runtime.instance import LockWatch
+    from pyforwarder.runtime.instance import LockWatch, is_running, pid_of
 
     control = call.control()
+    before = pid_of(call.instance)
     # Made before the request: a daemon that has gone by the time we look, and another one that was
     # started in its place, must not be confused.
     with LockWatch(call.instance) as watch:
         answer = control.down(now=now)
+        watch.follow(answer.get("lock"))  # another one may have taken its place since
         drain_s = answer.get("drain_s")
         if not isinstance(drain_s, int | float):
             drain_s = _DEFAULT_DRAIN_S
@@ -102,8 +107,19 @@ def down(call: Call, now: bool) -> int:
                 f"{timeout_s:g} s{'' if now else '; `down --now` resets what is left'}"
             )
             return FAILED
-    call.say(f"instance {call.instance_name!r} stopped")
+        reset = watch.reset_pairs()
+    after = pid_of(call.instance)
+    if after not in (None, before) and is_running(call.instance):
+        ended = "the daemon before" if before is None else f"the daemon before (pid {before})"
+        said = f"{ended} has ended; instance {call.instance_name!r} runs as pid {after}"
+    else:
+        said = f"instance {call.instance_name!r} stopped"
+    call.say(said + _resets(reset))
     return DONE
+
+
+def _resets(pairs: int) -> str:
+    return f"; {pairs} pair{'' if pairs == 1 else 's'} reset" if pairs else ""
 
 
 @command(
@@ -121,8 +137,11 @@ def server(call: Call, server: str, state: Literal["drain", "ready"]) -> int:
         raise UsageError(
             f"server {server!r}: write UPSTREAM/SERVER, as `pyforwarder show upstreams` has them"
         )
-    call.control().set_server(server, state)
-    call.say(f"{server}: {'no new pairs' if state == 'drain' else 'takes new pairs'}")
+    said = call.control().set_server(server, state)
+    words = "no new pairs" if state == "drain" else "takes new pairs"
+    if state == "ready" and said.get("weight") == 0:
+        words = "no new pairs: its weight is 0 in the configuration"
+    call.say(f"{server}: {words}")
     return DONE
 
 

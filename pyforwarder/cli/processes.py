@@ -37,11 +37,11 @@ class LocalProcesses:
         key = _address(own), _address(peer)
         if key[0] is None or key[1] is None or not ipaddress.ip_address(key[0].host).is_loopback:
             return ""
-        self._look()
+        self._scan()
         pid = self._pids.get((key[0], key[1]))
         return "" if pid is None else f"{self._name(pid)}[{pid}]"
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         began_s = self._monotonic_s()
         if began_s < self._next_look_s:
             return

@@ -7,6 +7,7 @@ import json
 import click
 
 from pyforwarder.cli.command import DONE, FAILED, Call, command
+from pyforwarder.errors import ForwarderError
 
 
 @command(example="sudo pyforwarder doctor")
@@ -18,7 +19,11 @@ def doctor(call: Call, as_json: bool) -> int:
     """
     from pyforwarder.cli import doctor as examination
 
-    report = examination.run()
+    try:
+        stats = call.control().stats()
+    except ForwarderError:
+        stats = None  # there is none, or it is not ours to ask
+    report = examination.run(stats)
     call.write(json.dumps(report.as_json(), indent=2) + "\n" if as_json else report.as_text())
     if call.verbosity and (logs := report.logs()):
         call.say(logs.rstrip())

@@ -167,7 +167,7 @@ class _Relay:
     def _read_stdin(self) -> None:
         try:
             data = os.read(self._stdin_fd, _READ_BYTES)
-        except BlockingIOError:  # somebody else made it non-blocking and was faster
+        except BlockingIOError:  # another process made it non-blocking and was faster
             return
         except OSError as error:
             raise RelayError(f"stdin: {error.strerror}") from error
@@ -175,7 +175,7 @@ class _Relay:
         self._stdin_ended = not data
 
     def _write_stdout(self) -> None:
-        if not self._down:  # we only asked whether somebody still reads
+        if not self._down:  # we only asked whether there is a reader still
             if self._up_done and not self._broken:
                 # As ssh does at its end. What the other side may still send, the kernel resets.
                 self._down_done = True

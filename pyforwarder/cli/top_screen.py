@@ -187,7 +187,7 @@ class Screen:
         for column in columns:
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         for row in self.snapshot.rows.get(what, [])[:limit]:
-            table.add_row(*(tables.cell(row.get(column.lower())) for column in columns))
+            table.add_row(*(_cell(column, row.get(column.lower())) for column in columns))
         return table
 
     def _bottom(self) -> Text:
@@ -304,6 +304,13 @@ def _flush(control: ControlClient, pair_id: int) -> str:
     except ForwarderError as error:
         return str(error)
     return f"pair {pair_id} reset" if answer["flushed"] else f"pair {pair_id} had ended"
+
+
+def _cell(column: str, value: object) -> str:
+    """As in the text of `show`, where reasons keep their blanks."""
+    if column == "WHY" and isinstance(value, str) and value:
+        return tables.one_line(value)
+    return tables.cell(value)
 
 
 def _table() -> Table:

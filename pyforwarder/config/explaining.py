@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.core import routing
 from pyforwarder.core.address import Address, HostPort, SamePort, UnixAddress
+from pyforwarder.core.explaining import explain
 from pyforwarder.core.express.compiling import compile_table
 from pyforwarder.core.first_packet.datagrams import MOST_DATAGRAMS, Datagrams
 from pyforwarder.core.policy import OwnListeners, parse_ip
@@ -19,7 +20,8 @@ from pyforwarder.core.policy import OwnListeners, parse_ip
 if TYPE_CHECKING:
     from pyforwarder.config.listener import Listener
     from pyforwarder.config.model import Config
-    from pyforwarder.core.routing import Decision, Explanation, Route
+    from pyforwarder.core.explaining import Explanation
+    from pyforwarder.core.routing import Decision, Route
     from pyforwarder.core.token import TokenKeys
 
 # The addresses of a name, in the order in which they are to be tried; None: nobody is asked.
@@ -46,6 +48,23 @@ class InKernel:
     why: str  # in words, if it would
     reasons: tuple[str, ...]  # for each rule why userspace decides it; empty: it need not
     is_asked: bool = False  # the configuration has it decide (`datapath: express`)
+    # For each rule whether it is asked to decide by it.
+    asked: tuple[bool, ...] = ()
+
+    def shares(self, names: Sequence[str]) -> tuple[tuple[str, ...], str, str] | None:
+        """Of rules with these names those of the kernel, the first other one, and why it is not.
+
+        None: it is asked to decide by no rule.
+        """
+        if not any(self.asked):
+            return None
+        kernel, other, why = [], "", ""
+        for name, is_asked, reason in zip(names, self.asked, self.reasons, strict=True):
+            if is_asked and not reason:
+                kernel.append(name)
+            elif not other:
+                other, why = name, reason or "the configuration does not say `datapath: express`"
+        return tuple(kernel), other, why
 
     @property
     def decided(self) -> str:
@@ -67,6 +86,7 @@ class Judged:
     def as_json(self) -> dict[str, object]:
         """All of it in plain values."""
         explanation = self.explanation
+        shares = self.in_kernel.shares([report.rule.name for report in explanation.rules])
         counted = {"datagrams": self.datagrams, "after_datagrams": explanation.after_datagrams}
         return {
             "listener": self.listener.name,
@@ -87,6 +107,7 @@ class Judged:
             ],
             "decided": self.in_kernel.decided,
             "in_kernel": {"rule": self.in_kernel.rule, "why": self.in_kernel.why},
+            "kernel_rules": list(shares[0]) if shares else [],
         }
 
 
@@ -128,7 +149,7 @@ def judge(
         if len(data) >= most:
             data, end = data[:most], routing.End.FULL
     ruleset = routing.compile_rules(listener, keys, passwords=passwords, path=f"listeners[{index}]")
-    explanation = routing.explain(
+    explanation = explain(
         ruleset,
         data,
         client=client,
@@ -136,7 +157,7 @@ def judge(
         end=end,
         now_unix_s=now_unix_s,
     )
-    verdict = _verdict(config, explanation.decision, local_port, resolve)
+    verdict = _verdict(config, explanation.decision, local_port, resolve, listener.protocol)
     in_kernel = _in_kernel(
         config, listener, ruleset, local_port, data, client, explanation.decision
     )
@@ -168,18 +189,20 @@ def _in_kernel(
         local,
         is_own=lambda server: own.includes(server, is_local=lambda _: False),
     )
+    asked = tuple(
+        (rule.datapath or listener.datapath or config.datapath) == "express"
+        for rule in ruleset.rules
+    )
     chosen = None
     if compiled.table is not None:
         chosen = compiled.table.decide(data, parse_ip(client.host) if client else None)
     if chosen is not None:
         taken = ruleset.rules[chosen]
-        datapath = taken.datapath or listener.datapath or config.datapath
-        return InKernel(taken.name, "", compiled.reasons, is_asked=datapath == "express")
+        return InKernel(taken.name, "", compiled.reasons, asked[chosen], asked)
     rule = decision.rule if isinstance(decision, routing.Route | routing.Refuse) else None
     why = compiled.reasons[rule.index] if rule is not None else ""
-    return InKernel(
-        None, why or "the first packet alone does not make it certain", compiled.reasons
-    )
+    why = why or "the first packet alone does not make it certain"
+    return InKernel(None, why, compiled.reasons, asked=asked)
 
 
 def _own_listeners(config: Config) -> OwnListeners:
@@ -191,7 +214,9 @@ def _own_listeners(config: Config) -> OwnListeners:
     )
 
 
-def _verdict(config: Config, decision: Decision, local_port: int, resolve: Resolve) -> Verdict:
+def _verdict(
+    config: Config, decision: Decision, local_port: int, resolve: Resolve, protocol: str
+) -> Verdict:
     if isinstance(decision, routing.Route):
         to = decision.to
         if isinstance(to, SamePort):
@@ -201,6 +226,8 @@ def _verdict(config: Config, decision: Decision, local_port: int, resolve: Resol
         return Verdict("route", decision.rule.name, str(to), decision.skip, allowed, why)
     if isinstance(decision, routing.Refuse):
         how = "a reset" if decision.reset else "a close"
+        if protocol == "udp":
+            how = "no session"
         cause = f" ({decision.cause})" if decision.cause else ""
         answer = f"{decision.reply.decode('ascii', 'backslashreplace')!r} and " * bool(
             decision.reply

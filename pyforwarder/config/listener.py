@@ -310,9 +310,11 @@ class Listener(Section):
                 if key in self.limits.model_fields_set:
                     raise problem(f"`{key}` is for UDP", "limits", key)
         if self.protocol == "udp":
-            chosen = [self.datapath, *(rule.datapath for rule in self.rules)]
-            if "express" in chosen:
+            if self.datapath == "express":
                 raise problem("`datapath: express` is for TCP", "datapath")
+            for position, rule in enumerate(self.rules):
+                if rule.datapath == "express":
+                    raise problem("`datapath: express` is for TCP", "rules", position, "datapath")
             if self.limits.memory_bytes:
                 raise problem("`memory` is for TCP: UDP keeps nothing", "limits", "memory")
             if any(isinstance(entry, UnixAddress) for entry in self.bind):

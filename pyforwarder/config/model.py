@@ -122,7 +122,8 @@ class Express(Section):
 
     ports: Annotated[int, Field(strict=True, ge=64, le=16_384)] = 2048
     """Ports of this host that are kept for it: so many connections at once begin in the kernel.
-    One that has ended keeps its port for 60 s, or for 1 s while half of them are taken.
+    One that has ended keeps its port for 60 s, or for half a second while a quarter of them are
+    taken.
     """
 
 
@@ -194,6 +195,33 @@ class FleetTokens(Section):
     """How long the store is waited for."""
 
 
+class FleetHealth(Section):
+    """Who checks the servers of upstreams with `health`, where there is more than one machine."""
+
+    checks: Literal["own", "one", "all"] = "own"
+    """`own`: each machine checks all by itself, and tells no other. `one`: of the machines
+    that have a server one checks it, and tells the others. `all`: all check, and a server is
+    down at all of them when `quorum` say so. While the store does not answer, each is alone.
+    """
+    quorum: Literal["majority"] | Annotated[int, Field(strict=True, ge=1, le=256)] = "majority"
+    """With `all`: so many machines must find a server down; fewer where fewer are left that know
+    of it.
+    """
+
+
+class FleetLimits(Section):
+    """Limits on one client's connections, where there is more than one machine."""
+
+    scope: Literal["machine", "fleet"] = "machine"
+    """Where `pairs_per_client` and `sessions_per_client` hold: at each machine by itself, or in the
+    whole fleet, as far as its machines know of each other; see fleet.md.
+    """
+    compact: values.Switch = True
+    """With `fleet`: whether etcd is made to forget, every five minutes, what is older than that, in
+    all of its keys. `false`: as in `failover`, where one `false` is enough for both.
+    """
+
+
 class Failover(Section):
     """Pairs that another machine goes on with when this one is gone; see fleet.md."""
 
@@ -237,8 +265,17 @@ class Fleet(Section):
     """A file with the user's password."""
     tokens: FleetTokens = FleetTokens()
     """Instructions that are good once only (`tokens.single_use`)."""
+    health: FleetHealth = FleetHealth()
+    """Who checks servers (`health` of upstreams)."""
+    limits: FleetLimits = FleetLimits()
+    """Whether a client's connections at all machines count together."""
     failover: Failover | None = None
     """Spliced pairs are known to the other machines. Not given: they end with this one."""
+
+    @property
+    def compacts(self) -> bool:
+        """Whether processes that write often may make the store forget its history."""
+        return self.limits.compact and (self.failover is None or self.failover.compact)
 
     @field_validator("name", "instance")
     @classmethod
@@ -302,6 +339,12 @@ class Log(Section):
     """Words and `key=value`, or one JSON object per line."""
     null_connections: values.Switch = False
     """Whether connections that have sent nothing (checks by load balancers, `nc -z`) have lines."""
+    sample: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] = 1
+    """One of so many connections that have ended as most do has a line: those that both ends have
+    closed (`finished`), and sessions of UDP that were silent (`idle`). Each worker writes the first
+    one and then every Nth of its own, TCP and UDP apart, with `one_of=N`. All others always have
+    one: refused, denied, reset, timed out, and faults. Counters count all.
+    """
 
 
 def _builtin_listener() -> Listener:
@@ -542,6 +585,11 @@ class Config(Section):
         tokens = self.tokens
         in_fleet = self.fleet is not None and self.fleet.tokens.scope == "fleet"
         return in_fleet and tokens.single_use and bool(tokens.keys)
+
+    @property
+    def shares_limits(self) -> bool:
+        """Whether a client's connections at other machines of the fleet count, too."""
+        return self.fleet is not None and self.fleet.limits.scope == "fleet"
 
     def can_move(self, name: str) -> bool:
         """Whether `with_port` moves the listener of that name."""

@@ -1,6 +1,6 @@
 """Single values of the configuration: what may be written, and what it becomes.
 
-Every parser takes whatever YAML gave and raises `ValueError` with a sentence for the user; the
+Every parser takes any value of YAML and raises `ValueError` with a sentence for the user; the
 annotated types at the end are what the models use.
 """
 

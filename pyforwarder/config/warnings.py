@@ -63,11 +63,29 @@ def _doubts(config: Config) -> Iterator[_Warning]:
         yield from _open_file(path, ("tokens", "keys", key_id))
     for name, path in config.users.items():
         yield from _open_file(path, ("users", name))
+    yield from _checked_by_another_protocol(config)
     yield from _without_failover(config)
+    yield from _without_limits(config)
     try:
         pwd.getpwnam(config.user)
     except KeyError:
         yield ("user",), f"no user {config.user!r} on this host: `up` as root would refuse to start"
+
+
+def _checked_by_another_protocol(config: Config) -> Iterator[_Warning]:
+    """A server that takes datagrams alone refuses every check, and is down."""
+    protocols: dict[str, set[str]] = {}
+    for listener in config.listeners:
+        for rule in listener.rules:
+            if isinstance(rule.to, str):
+                protocols.setdefault(rule.to, set()).add(listener.protocol)
+    for name, upstream in config.upstreams.items():
+        if upstream.health is not None and protocols.get(name) == {"udp"}:
+            yield (
+                ("upstreams", name, "health"),
+                "only UDP listeners use it, and a check is a TCP connect: a server that takes no "
+                "TCP there is down",
+            )
 
 
 def _without_failover(config: Config) -> Iterator[_Warning]:
@@ -111,6 +129,18 @@ def _without_failover(config: Config) -> Iterator[_Warning]:
                 ("upstreams", name, "source"),
                 f"pairs from {stays[0]} end with this machine: it is not in `fleet.failover`",
             )
+
+
+def _without_limits(config: Config) -> Iterator[_Warning]:
+    """What is shared of nothing."""
+    sections = [config.limits, *(listener.limits for listener in config.listeners)]
+    is_set = any(one.pairs_per_client or one.sessions_per_client for one in sections)
+    # Listeners in the store may have limits of their own.
+    if config.shares_limits and config.listeners and not is_set:
+        yield (
+            ("fleet", "limits", "scope"),
+            "no limit holds in the fleet: neither `pairs_per_client` nor `sessions_per_client`",
+        )
 
 
 def _rules_without_effect(listener: Listener) -> Iterator[_Warning]:

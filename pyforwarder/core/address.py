@@ -75,6 +75,21 @@ class UnixAddress(NamedTuple):
         return f"unix:{self.path}"
 
 
+def is_this_host(address: Address | HostPort | UnixAddress | SamePort) -> bool:
+    """Whether it is another server at each host: a path, loopback, or good on one link alone."""
+    if isinstance(address, UnixAddress):
+        return True
+    name = address.name if isinstance(address, HostPort) else address.host
+    host, _, zone = name.rstrip(".").lower().partition("%")
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return bool(zone) or host == "localhost" or host.endswith(".localhost")
+    mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
+    ip = mapped or ip
+    return bool(zone) or ip.is_loopback or ip.is_link_local or ip.is_unspecified
+
+
 class PortRange(NamedTuple):
     """Consecutive ports of one IP address, both ends included."""
 
@@ -329,7 +344,7 @@ def parse_bind_entry(text: str) -> BindEntry:
 
 
 def _refuse_other_ranges(text: str) -> None:
-    """Tell who writes several ports in another way how they are written here."""
+    """Explain how several ports are written here, if they were written in another way."""
     meant = _OTHER_RANGE.fullmatch(text)
     if meant is None or text.startswith("unix:"):
         return

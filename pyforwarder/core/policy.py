@@ -11,7 +11,7 @@ What makes an address dangerous is not its text but where the kernel or a gatewa
 - an IPv6 address that carries an IPv4 address (NAT64, 6to4, Teredo, ISATAP, ...) reaches that
   IPv4 address at some gateway, so both must be allowed;
 - guarded addresses (link-local, cloud metadata, unspecified, multicast, broadcast) are refused
-  even by `any` and by every network wider than the guarded block: who wants one names it.
+  even by `any` and by every network wider than the guarded block: a rule that wants one names it.
 """
 
 from __future__ import annotations
@@ -435,7 +435,7 @@ class OwnListeners:
     `binds` are the addresses in force, port 0 already replaced by what the kernel chose.
     """
 
-    __slots__ = ("_exact", "_paths", "_wildcard_ports")
+    __slots__ = ("_exact", "_paths", "_ports", "_wildcard_ports")
 
     def __init__(self, binds: Iterable[Address | UnixAddress]) -> None:
         exact = set()
@@ -451,6 +451,7 @@ class OwnListeners:
         self._exact: Final = frozenset(exact)
         self._wildcard_ports: Final = frozenset(wildcard_ports)
         self._paths: Final = frozenset(paths)
+        self._ports: Final = self._wildcard_ports | {port for _, port in exact}
 
     def includes(
         self, destination: Address | UnixAddress, *, is_local: Callable[[str], bool]
@@ -462,6 +463,8 @@ class OwnListeners:
         """
         if isinstance(destination, UnixAddress):
             return destination.path in self._paths
+        if destination.port not in self._ports:
+            return False
         try:
             ip = _parse_own(destination.host)
         except ValueError:

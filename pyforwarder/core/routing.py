@@ -13,17 +13,14 @@ names first and checks every address against `Route.rule.allow`.
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.core.address import NameIn
 from pyforwarder.core.express.conditions import UserspaceOnly
 from pyforwarder.core.first_packet.combine import All
 from pyforwarder.core.first_packet.credentials import Users
-from pyforwarder.core.first_packet.datagrams import Datagrams, datagrams_in
 from pyforwarder.core.first_packet.instruction import Instruction, TokenUse
 from pyforwarder.core.first_packet.matcher import Conversation, Matcher, Speaker, Turn
 from pyforwarder.core.first_packet.naming import Named
@@ -46,7 +43,6 @@ from pyforwarder.core.first_packet.outcome import (
     Verify,
 )
 from pyforwarder.core.first_packet.table import Terms, build
-from pyforwarder.core.password import verify
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.errors import ConfigError
 
@@ -62,17 +58,14 @@ __all__ = [
     "Conversation",
     "Decision",
     "End",
-    "Explanation",
     "Negotiation",
     "Refuse",
     "Route",
     "Rule",
-    "RuleReport",
     "Ruleset",
     "Send",
     "Verify",
     "compile_rules",
-    "explain",
 ]
 
 
@@ -118,7 +111,7 @@ class ListenerConfig(Protocol):
 class Ruleset:
     """One listener's rules, ready to decide.  Immutable; live connections keep the one they met."""
 
-    def __init__(self, entries: tuple[_Entry, ...], *, datagrams: bool = False) -> None:
+    def __init__(self, entries: tuple[Entry, ...], *, datagrams: bool = False) -> None:
         self._entries = entries
         self.datagrams = datagrams  # first packets are datagrams, or `Datagrams` of one client
         parts = [part for entry in entries for part in entry.matcher.parts()]
@@ -149,7 +142,7 @@ class Ruleset:
         """The rules in the order in which they are tried."""
         return tuple(entry.rule for entry in self._entries)
 
-    def entries_from(self, first: int) -> tuple[_Entry, ...]:
+    def entries_from(self, first: int) -> tuple[Entry, ...]:
         """The rules from position `first` on, for `explain`."""
         return self._entries[first:]
 
@@ -163,6 +156,10 @@ class Ruleset:
     def facts(self, rule: Rule, data: bytes) -> Facts:
         """What of these first bytes decided for a rule of these, as fields for the log."""
         return self._entries[rule.index].matcher.facts(data)
+
+    def has_facts(self, rule: Rule) -> bool:
+        """Whether `facts` may ever say something for this rule."""
+        return any(part.has_facts for part in self._entries[rule.index].matcher.parts())
 
     def read(self, data: bytes) -> Facts:
         """The same of first bytes that were refused: what any of these rules has read of them."""
@@ -200,7 +197,7 @@ class Ruleset:
             if state.turn is not None:
                 return _continue(state, state.turn, data, end)
             first = state.first_rule
-        undecided: _Entry | None = None
+        undecided: Entry | None = None
         for entry in self._entries if not first else self._entries[first:]:
             answer = entry.decide(data, end, client, local_port, now_unix_s, state)
             if answer is NO_MATCH:
@@ -228,7 +225,7 @@ _GONE = Refuse(None, CloseReason.CLIENT_GONE, b"", reset=False)
 
 
 def _refuse_unmatched(
-    undecided: _Entry | None, data: bytes, end: End, client: Address | None, local_port: int
+    undecided: Entry | None, data: bytes, end: End, client: Address | None, local_port: int
 ) -> Decision:
     """The decision once every rule has said no match; `undecided` is one that lacked bytes."""
     if end is End.OPEN:
@@ -259,7 +256,7 @@ _CUT_SHORT_BY = {
 
 def _continue(state: Conversation, turn: Turn, data: bytes, end: End) -> Decision:
     """The next decision of a dialogue that a rule has begun: no other rule is asked any more."""
-    decision = turn.hear(data, state)
+    decision = turn.decide(data, state)
     if decision is NEED_MORE and end is not End.OPEN:
         return Refuse(
             state.rule,
@@ -271,7 +268,7 @@ def _continue(state: Conversation, turn: Turn, data: bytes, end: End) -> Decisio
     return decision
 
 
-class _Entry(ABC):
+class Entry(ABC):
     """A rule and how it is applied."""
 
     # Whether the client names the destination in this rule.
@@ -316,7 +313,7 @@ def _in_kernel(matcher: Matcher, local_port: int) -> Condition | str:
         return str(reason)
 
 
-class _Fixed(_Entry):
+class _Fixed(Entry):
     """A rule that says itself what happens to what it matches."""
 
     def __init__(self, rule: Rule, matcher: Matcher, decision: Route | Refuse) -> None:
@@ -351,7 +348,7 @@ class _Fixed(_Entry):
         return outcome
 
 
-class _ToName(_Entry):
+class _ToName(Entry):
     """A rule that goes where the first packet's server name or host says."""
 
     def __init__(self, rule: Rule, matcher: Matcher, name: NameIn, *, datagrams: bool) -> None:
@@ -380,7 +377,7 @@ class _ToName(_Entry):
         return Route(self.rule, destination, 0, None, named_by_client=True)
 
 
-class _Spoken(_Entry):
+class _Spoken(Entry):
     """A rule whose whole match is one protocol in which the client names the destination."""
 
     speaks = True
@@ -401,7 +398,7 @@ class _Spoken(_Entry):
         return self._answer(self.rule, data, client, now_unix_s, conversation)
 
 
-class _Combined(_Entry):
+class _Combined(Entry):
     """A rule with such a protocol among other conditions."""
 
     speaks = True
@@ -461,7 +458,7 @@ def _compile_rule(
     path: str,
     *,
     datagrams: bool,
-) -> _Entry:
+) -> Entry:
     rule = Rule(
         name=config.name or f"rule-{index + 1}",
         index=index,
@@ -513,159 +510,3 @@ def _users(names: Sequence[str], passwords: Mapping[str, bytes], path: str) -> U
         if name not in passwords:
             raise ConfigError(f"no password of a user {name!r} was read", path=f"{path}.users")
     return Users({name: passwords[name] for name in names}) if names else None
-
-
-class RuleReport(NamedTuple):
-    """What one rule alone says about a first packet."""
-
-    rule: Rule
-    outcome: Outcome
-    after_bytes: int  # how many were needed to know; all of them while the outcome is NEED_MORE
-    why: str
-
-
-class Explanation(NamedTuple):
-    """What happens to a connection that begins with these bytes."""
-
-    decision: Decision
-    after_bytes: int  # how many were needed to decide
-    said: tuple[bytes, ...]  # what we sent in between, in dialogues
-    rules: tuple[RuleReport, ...]
-    after_datagrams: int = 0  # how many were needed; 0: the listener takes streams
-
-
-def explain(
-    ruleset: Ruleset,
-    data: bytes,
-    *,
-    client: Address | None = None,
-    local_port: int = 0,
-    end: End = End.OPEN,
-    now_unix_s: float | None = None,
-) -> Explanation:
-    """Why `ruleset` decides what it decides about a connection whose client sends `data`.
-
-    In a dialogue `data` is everything the client sends, our answers left out; of a client that
-    sends datagrams it is the first, or `Datagrams`.  It decides over and over: compile `ruleset`
-    with keys that remember no used tokens.
-    """
-    if ruleset.datagrams:
-        return _explain_datagrams(ruleset, datagrams_in(data), client, local_port, end, now_unix_s)
-    conversation = ruleset.begin()
-    reports: dict[int, RuleReport] = {}
-    said: list[bytes] = []
-    dropped = 0
-    while True:
-        rest = data[dropped:]
-
-        def decide(length: int, state: Conversation | None) -> Decision:
-            return ruleset.decide(
-                rest[:length],  # noqa: B023 - called before `rest` changes
-                client=client,
-                local_port=local_port,
-                end=end if length == len(rest) else End.OPEN,  # noqa: B023
-                now_unix_s=now_unix_s,
-                state=state,
-            )
-
-        if conversation is None or conversation.turn is None:
-            for entry in ruleset.entries_from(conversation.first_rule if conversation else 0):
-                reports[entry.rule.index] = _report(entry, rest, dropped, end, client, local_port)
-        needed = _fewest(
-            len(rest), lambda length: decide(length, _copy(conversation)) is not NEED_MORE
-        )
-        decision = decide(needed, conversation)
-        if isinstance(decision, Verify):
-            # Here somebody waits for this alone.
-            decision = decision.then(verify(decision.stored, decision.password))
-        if not isinstance(decision, Send):
-            break
-        said.append(decision.data)
-        dropped += decision.skip
-    return Explanation(
-        decision, dropped + needed, tuple(said), tuple(reports[index] for index in sorted(reports))
-    )
-
-
-def _explain_datagrams(
-    ruleset: Ruleset,
-    datagrams: tuple[bytes, ...],
-    client: Address | None,
-    local_port: int,
-    end: End,
-    now_unix_s: float | None,
-) -> Explanation:
-    def decide(count: int) -> Decision:
-        return ruleset.decide(
-            Datagrams(datagrams[:count]),
-            client=client,
-            local_port=local_port,
-            end=end if count == len(datagrams) else End.OPEN,
-            now_unix_s=now_unix_s,
-            state=ruleset.begin(),
-        )
-
-    sizes = [0, *itertools.accumulate(map(len, datagrams))]
-    counts = range(1, len(datagrams) + 1)
-    needed = next((n for n in counts if decide(n) is not NEED_MORE), len(datagrams))
-
-    def report(entry: _Entry) -> RuleReport:
-        def outcome_after(count: int) -> Outcome:
-            return entry.matcher.match(Datagrams(datagrams[:count]), End.OPEN, client, local_port)
-
-        after = next((n for n in counts if outcome_after(n) is not NEED_MORE), len(datagrams))
-        seen = Datagrams(datagrams[:after])
-        outcome, found = outcome_after(after), entry.matcher.found(seen)
-        if outcome is NEED_MORE:
-            more = "datagram" if after == 1 else "datagrams"
-            why = f"cannot tell from {after} {more}" + (f": {found}" if found else "")
-        elif outcome is MATCH or found:
-            why = found
-        else:
-            why = "not what the datagram is, or where it comes from or goes to"
-        return RuleReport(entry.rule, outcome, sizes[after], why)
-
-    reports = tuple(report(entry) for entry in ruleset.entries_from(0))
-    return Explanation(decide(needed), sizes[needed], (), reports, needed)
-
-
-def _copy(conversation: Conversation | None) -> Conversation | None:
-    """A conversation in the same place, so that trying a decision does not move the real one."""
-    if conversation is None:
-        return None
-    copy = Conversation()
-    copy.asked = conversation.asked
-    copy.first_rule = conversation.first_rule
-    copy.rule = conversation.rule
-    copy.turn = conversation.turn
-    return copy
-
-
-def _fewest(most: int, holds: Callable[[int], bool]) -> int:
-    """The smallest number up to `most` for which `holds`; `most` if none.
-
-    Looks at a few lengths only: what was decided stays decided when bytes are added.
-    """
-    return bisect.bisect_left(range(most), True, key=holds)
-
-
-def _report(
-    entry: _Entry, data: bytes, dropped: int, end: End, client: Address | None, local_port: int
-) -> RuleReport:
-    def outcome_after(length: int) -> Outcome:
-        return entry.matcher.match(data[:length], End.OPEN, client, local_port)
-
-    needed = _fewest(len(data), lambda length: outcome_after(length) is not NEED_MORE)
-    outcome = outcome_after(needed)
-    if outcome is NEED_MORE:
-        outcome = entry.matcher.match(data, end, client, local_port)
-    found = entry.matcher.found(data[:needed])
-    if outcome is NEED_MORE:
-        why = f"cannot tell from {len(data)} bytes"
-    elif outcome is MATCH or found:
-        why = found
-    elif needed:
-        why = f"ruled out by byte {dropped + needed} (0x{data[needed - 1]:02x})"
-    else:
-        why = "ruled out by where the connection comes from or goes to"
-    return RuleReport(entry.rule, outcome, dropped + needed, why)

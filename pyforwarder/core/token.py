@@ -1,9 +1,12 @@
 r"""Signed instructions: parse, verify, make.
 
-    FWD1 DEST exp=UNIX_SECONDS key=KEY_ID [from=CIDR] [aud=GATEWAY] sig=BASE64URL\r\n
+    FWD1 DEST exp=UNIX_SECONDS key=KEY_ID [from=CIDR] [aud=GATEWAY] [nonce=WORD] sig=BASE64URL\r\n
 
 The signature is HMAC-SHA256 over everything before ` sig=`.  The fields come in this order, one
-blank between them; the whole has at most 512 bytes.  Pure: keys and the time are passed in.
+blank between them; the whole has at most 512 bytes.  A nonce makes two of them differ that are for
+the same destination and end in the same second, so that each is good once.
+
+Pure: keys and the time are passed in.
 """
 
 from __future__ import annotations
@@ -39,11 +42,14 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _LINE = re.compile(
     rb"(FWD1 (?P<dest>[!-~]+) exp=(?P<exp>[0-9]{1,12}) key=(?P<key>[A-Za-z0-9._-]{1,63})"
-    rb"(?: from=(?P<from>[0-9A-Fa-f.:/]{2,49}))?(?: aud=(?P<aud>[A-Za-z0-9._-]{1,63}))?)"
+    rb"(?: from=(?P<from>[0-9A-Fa-f.:/]{2,49}))?(?: aud=(?P<aud>[A-Za-z0-9._-]{1,63}))?"
+    rb"(?: nonce=[A-Za-z0-9._-]{1,63})?)"
     rb" sig=(?P<sig>[A-Za-z0-9_-]{43})=?"
 )
 _PRINTABLE = re.compile(rb"[ -~]*\r?")
-_NOT_THE_FIELDS = "the fields are not DEST exp= key= [from=] [aud=] sig= in printable ASCII"
+_NOT_THE_FIELDS = (
+    "the fields are not DEST exp= key= [from=] [aud=] [nonce=] sig= in printable ASCII"
+)
 _WORD = re.compile(r"[A-Za-z0-9._-]{1,63}")
 
 
@@ -108,17 +114,23 @@ def make(
     key: bytes,
     source: _Network | None = None,
     audience: str | None = None,
+    nonce: str | None = None,
 ) -> bytes:
     """A signed instruction, ready to send; `audience` is the name of the only gateway to take it.
 
+    `nonce` is a word that no other instruction has: where they are good once, two that are the same
+    are one.  Gateways of version 0.1 take none that has one.
+
     Raises:
-        ValueError: the key id or the gateway has other characters than letters, digits and `._-`,
-            the time is negative, or the whole is longer than 512 bytes.
+        ValueError: the key id, the gateway or the nonce has other characters than letters, digits
+            and `._-`, the time is negative, or the whole is longer than 512 bytes.
     """
     if not _WORD.fullmatch(key_id):
         raise ValueError(f"{key_id!r} is no key id: 1 to 63 letters, digits, dots, - and _")
     if audience is not None:
         parse_audience(audience)
+    if nonce is not None and not _WORD.fullmatch(nonce):
+        raise ValueError(f"{nonce!r} is no nonce: 1 to 63 letters, digits, dots, - and _")
     if not 0 <= expires_unix_s < 10**12:
         raise ValueError(f"{expires_unix_s} is no time in seconds since 1970")
     text = f"FWD1 {destination} exp={expires_unix_s} key={key_id}"
@@ -126,6 +138,8 @@ def make(
         text += f" from={network_text(source)}"
     if audience is not None:
         text += f" aud={audience}"
+    if nonce is not None:
+        text += f" nonce={nonce}"
     signed = text.encode("ascii")
     line = signed + b" sig=" + _sign(signed, key) + b"\r\n"
     if len(line) > MAX_LENGTH:

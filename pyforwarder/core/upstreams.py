@@ -41,6 +41,9 @@ LONGEST_EJECTION: Final = 16
 # more are weighed anew for every pair.
 ROUND_STEPS: Final = 1 << 14
 
+# What `draw` draws at most; a float can have each of these numbers.
+MOST_DRAWN: Final = 1 << 53
+
 _MASK: Final = (1 << 64) - 1
 
 
@@ -96,12 +99,13 @@ class Health:
 
     __slots__ = ("_against", "_fall", "_rise", "_trial", "is_up")
 
-    def __init__(self, *, rise: int, fall: int) -> None:
-        self.is_up = True
+    def __init__(self, *, rise: int, fall: int, was_up: bool | None = None) -> None:
+        """`was_up`: what checks have found before; it is not on trial then."""
+        self.is_up = was_up is not False
         self._rise = rise
         self._fall = fall
         self._against = 0  # results in a row that contradict `is_up`
-        self._trial = True
+        self._trial = was_up is None
 
     def observe(self, *, passed: bool) -> bool:
         """Count one check's result; True when the server went up or down by it."""
@@ -184,7 +188,6 @@ class ServerState:
         "_ejections",
         "_failures_in_a_row",
         "_rising_since_s",
-        "_seed",
         "address",
         "backup",
         "connects",
@@ -195,6 +198,7 @@ class ServerState:
         "is_up",
         "name",
         "pairs",
+        "seed",
         "weight",
     )
 
@@ -216,7 +220,7 @@ class ServerState:
         self._rising_since_s = -math.inf  # when it came back; never, for those up from the start
         self._credit = 0.0  # smooth weighted round robin's running balance
         digest = hashlib.blake2b(self.name.encode(), digest_size=8, person=b"server").digest()
-        self._seed: Final = int.from_bytes(digest, "big")
+        self.seed: Final = int.from_bytes(digest, "big")
 
     @property
     def is_drained(self) -> bool:
@@ -327,7 +331,7 @@ class Balancer:
             if group:
                 self._settled = group
                 if self._choose == self._round_robin:
-                    self._round = _smooth_round([server for server, _ in group])
+                    self._round = smooth_round([server for server, _ in group])
                 return
 
     def choose(
@@ -368,6 +372,23 @@ class Balancer:
                     return self._choose(candidates, client_ip)
         return None
 
+    def fit(self, now_s: float) -> tuple[ServerState, ...]:
+        """Those among which `choose` chooses; none if only ejected ones are left, or nobody."""
+        able = [
+            server
+            for server in self._servers.values()
+            if server.is_up and not server.is_drained and not server.is_ejected(now_s)
+        ]
+        servers = tuple(server for server in able if not server.backup)
+        return servers or tuple(able)
+
+    def rests_until_s(self, now_s: float) -> float:
+        """When the next ejection ends; infinity if there is none."""
+        return min(
+            (s._ejected_until_s for s in self._servers.values() if s.is_ejected(now_s)),
+            default=math.inf,
+        )
+
     @staticmethod
     def hold(server: ServerState) -> None:
         """A connection to this server is about to be made."""
@@ -394,6 +415,12 @@ class Balancer:
         if server.pairs <= 0:
             raise ValueError(f"{server.name}: more pairs closed than opened")
         server.pairs -= 1
+
+    def passed(self, server: ServerState, count: int) -> None:
+        """So many pairs with this server have begun and ended; at least one."""
+        self.opened(server)
+        self.closed(server)
+        server.connects += count - 1
 
     def failed(self, server: ServerState, now_s: float) -> None:
         """A connection to this server was refused, unreachable or too slow."""
@@ -499,28 +526,38 @@ class Balancer:
         # Weighted rendezvous hashing (Thaler and Ravishankar 1998; the logarithm for weights:
         # Schindelhauer and Schomaker 2005): each server draws a number from (client, server),
         # the best wins.  When a server leaves only its clients move, when it returns they return.
-        client = _hash_client(client_ip)
+        client = hash_client(client_ip)
         return min(
             candidates,
             key=lambda candidate: (
-                -math.log(_unit(client ^ candidate[0]._seed)) / candidate[1],
+                -math.log(draw(client ^ candidate[0].seed) / MOST_DRAWN) / candidate[1],
                 candidate[0].name,
             ),
         )[0]
 
 
-def _smooth_round(servers: Sequence[ServerState]) -> list[ServerState]:
-    """One round of smooth weighted round robin, as `Balancer._round_robin` chooses it.
+def round_turns(weights: Sequence[int]) -> int:
+    """How many turns a round of servers with these weights has; 0: it were too much work.
+
+    Without some of them it has no more, and is no more work.
+    """
+    total = sum(weights) // math.gcd(*weights)
+    if total != len(weights) and total * len(weights) > ROUND_STEPS:
+        return 0
+    return total
+
+
+def smooth_round(servers: Sequence[ServerState]) -> list[ServerState]:
+    """One round of smooth weighted round robin, as a balancer chooses it.
 
     Begun with no credit it ends with none, so rounds repeat.  Empty if it were too much work.
     """
-    divisor = math.gcd(*(server.weight for server in servers))
-    weights = [server.weight // divisor for server in servers]
-    total = sum(weights)
+    weights = [server.weight for server in servers]
+    total = round_turns(weights)
     if total == len(servers):
         return list(servers)  # all alike
-    if total * len(servers) > ROUND_STEPS:
-        return []
+    divisor = math.gcd(*weights)
+    weights = [weight // divisor for weight in weights]
     credit = [0] * len(servers)
     turns = []
     for _ in range(total):
@@ -531,7 +568,7 @@ def _smooth_round(servers: Sequence[ServerState]) -> list[ServerState]:
     return turns
 
 
-def _hash_client(client_ip: str | None) -> int:
+def hash_client(client_ip: str | None) -> int:
     """64 bits from a client's address; one client, one number, however its address is written."""
     if client_ip is None:
         key = b"unix"
@@ -543,9 +580,9 @@ def _hash_client(client_ip: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8, person=b"client").digest(), "big")
 
 
-def _unit(number: int) -> float:
-    """A number above 0 and at most 1, evenly spread: the finalizer of SplitMix64 (Steele 2014)."""
+def draw(number: int) -> int:
+    """From 1 to `MOST_DRAWN`, evenly spread: the finalizer of SplitMix64 (Steele 2014)."""
     number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK
     number ^= number >> 31
-    return ((number >> 11) + 1) / (1 << 53)
+    return (number >> 11) + 1

@@ -55,6 +55,7 @@ class PairReason(enum.IntEnum):
     SMALL_WINDOW = 25
     OTHER_SOCKET = 26
     DECIDED = 27
+    DECIDED_BEFORE = 28
 
     @property
     def text(self) -> str:
@@ -90,9 +91,13 @@ _REASON_TEXT: Final = {
     PairReason.INTERFACE_TAKEN: "not spliced: an interface has another program's qdisc or filter",
     PairReason.OTHER_SOCKET: "not spliced: its datagrams are another socket's",
     PairReason.DECIDED: "the kernel has decided on its first packet",
+    PairReason.DECIDED_BEFORE: (
+        "the kernel had decided on its first packet before this daemon or worker started"
+    ),
     PairReason.NO_KEEPER: "not spliced: the process that does it did not answer",
 }
-
+# Of pairs that the kernel has opened by itself; the view's programs know them, too.
+OPENED_BY_KERNEL: Final = (PairReason.DECIDED, PairReason.DECIDED_BEFORE)
 
 # Made for every connection: looking a member up in its enum costs more than storing it.
 _OPEN: Final = Phase.OPEN
@@ -196,7 +201,7 @@ class Pair(Timed):
 
     @property
     def client(self) -> _socket.socket:
-        """The client's socket as an object, made when somebody asks: most never do."""
+        """The client's socket as an object, made when it is asked for: of most clients never."""
         sock = self._client
         if sock is None:
             sock = self._client = _socket.socket(fileno=self.client_fd)
@@ -257,10 +262,11 @@ class PairHost(Protocol):
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Userspace has moved bytes of this flow (for counters and the handover's timing)."""
 
-    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+    def enlarge(self, pair: Pair | None, sock: _socket.socket, by_bytes: int) -> None:
         """Let the socket's send queue hold so many more bytes, beyond the system's limit.
 
-        Needs CAP_NET_ADMIN, so it may be done later, by another process, or not at all.
+        Needs CAP_NET_ADMIN, so it may be done later, by another process, or not at all. `pair` is
+        whose socket it is, and is shared with that process from here on.
         """
 
 
@@ -292,4 +298,4 @@ class Datapath(Protocol):
         """
 
     def leave(self, pair: Pair) -> None:
-        """Let go of the pair, which is about to be closed or reset. Never raises."""
+        """Release the pair, which is about to be closed or reset. Never raises."""

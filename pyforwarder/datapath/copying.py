@@ -2,11 +2,12 @@
 
 Always works; it is the fallback, the first moments of every pair, and the reference that the
 other datapaths are compared with. Its memory is bounded by construction: a flow that cannot write
-does not read, so it holds at most one read.
+does not read, so it holds at most two reads, the second only where the source has ended.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -22,6 +23,7 @@ from pyforwarder.runtime.loop import (
     EPOLLPRI,
     EPOLLRDHUP,
 )
+from pyforwarder.runtime.raw_sockets import write_last
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,7 +74,7 @@ class CopyDatapath:
         return None
 
     def take_back(self, pair: Pair) -> None:
-        """Go on with a pair that another datapath has let go of, whatever its sockets have."""
+        """Go on with a pair that another datapath has released, whatever its sockets have."""
         pair.datapath = self
         for flow in (pair.up, pair.down):
             flow.readable = flow.phase is _OPEN
@@ -129,6 +131,9 @@ class CopyDatapath:
             if not count:
                 self._host.ended(pair, inward)
                 return
+            if mask != EPOLLIN and count < READ_BYTES and not pair.is_adopted:
+                self._carry_last(pair, inward, chunk)
+                return
             inward.read_bytes += count
             try:
                 written = _write(inward.target_fd, chunk)
@@ -175,6 +180,56 @@ class CopyDatapath:
         # alone is the ordinary end of both directions.
         if mask & EPOLLERR:
             self._fail(pair, fd, error_of(pair, fd))
+
+    def _carry_last(self, pair: Pair, flow: Flow, chunk: bytes) -> None:
+        """A message, and FIN has come too: most likely right behind it, and then leaves with it.
+
+        Two reads at most are held. Not for sockets of another program: of what waits for a FIN kTLS
+        has made no record yet, which would then come behind it.
+        """
+        flow.end_seen = flow.readable = True
+        rest: bytes | None = None
+        failed = 0
+        try:
+            rest = _read(flow.source_fd, READ_BYTES)
+        except BlockingIOError:
+            flow.readable = False
+        except OSError as error:
+            failed = error.errno or errno.EIO  # no other read would tell of it
+        if rest:
+            chunk += rest
+        flow.read_bytes += len(chunk)
+        if rest == b"":
+            written = write_last(flow.target_fd, chunk)
+        else:
+            try:
+                written = _write(flow.target_fd, chunk)
+            except OSError as error:
+                written = -(error.errno or errno.EIO)
+        if written < 0:
+            if written != -errno.EAGAIN:
+                self._fail(pair, flow.target_fd, -written)
+                return
+            written = 0
+        flow.carried_packets += 1
+        flow.written_bytes += written
+        flow.carried_bytes += written
+        if written < len(chunk):
+            flow.pending = memoryview(chunk)[written:]
+            self._block(pair, flow)
+        if written:
+            pair.active_s = self._loop.now_s
+            self._host.moved(pair, flow)
+        if pair.datapath is None:
+            return
+        if failed:
+            self._fail(pair, flow.source_fd, failed)
+        elif rest == b"" and flow.pending is None:
+            flow.readable = False
+            self._host.ended(pair, flow)
+        elif flow.readable and not flow.blocked:
+            self.pump(pair, flow)
+        # Where there was no room the end is read again later: a read says so any number of times.
 
     def _note(self, pair: Pair, flow: Flow, chunk: bytes, written: int, *, ends: bool) -> None:
         """More is to be done for a message: a FIN or more is behind it, or there was no room."""

@@ -36,7 +36,7 @@ _ATTRIBUTE: Final = struct.Struct("=HH")  # struct nlattr
 _TYPE_BITS: Final = 0x3FFF
 _RECEIVE_BYTES: Final = 1 << 16  # more than the kernel puts into one datagram of a dump
 _ANSWER_TIMEOUT_S: Final = 10.0
-_DUMPS: Final = 8  # somebody else may change what is being listed
+_DUMPS: Final = 8  # others may change what is being listed
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 bpf/redirect.c decides per packet; this is the worker's half. Each direction is in one of two hands:
 
-- the *kernel's* (latched): packets are redirected, the worker sleeps and hears of FIN and reset
-  only;
+- the *kernel's* (latched): packets are redirected, the worker sleeps and is woken by FIN and
+  reset only;
 - the *worker's*: packets are passed to it, because the backlog limit was reached or because the
   sockets have just changed hands. The worker first waits until the kernel has delivered all that
   it redirected (else its bytes would overtake them), then copies. When it has written all that it
@@ -43,7 +43,7 @@ from pyforwarder.datapath.copying import BULK_READ_BYTES, FAIR_SHARE_BYTES, Copy
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.sockmap_exit import SockmapExit
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_for, received
 from pyforwarder.runtime.loop import (
     EPOLLERR,
     EPOLLET,
@@ -161,7 +161,7 @@ class SockmapDatapath:
     # Entering and leaving
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Take the pair over, at whatever point of the stream.
+        """Take the pair over, at any point of the stream.
 
         Nothing has changed if a reason is returned; UNREAD_BYTES means that a later try may do.
         """
@@ -269,8 +269,8 @@ class SockmapDatapath:
         self._loop.deadlines.stop(halves.up)
         self._loop.deadlines.stop(halves.down)
         self._forget(halves.up.cookie, halves.down.cookie)
-        if pair.is_adopted:
-            # Another program may keep a descriptor, and then closing ours changes nothing.
+        if pair.is_adopted or pair.is_shared:
+            # Another process may keep a descriptor, and then closing ours changes nothing.
             for cookie in (halves.up.cookie, halves.down.cookie):
                 with contextlib.suppress(OSError):
                     self._sockets.delete(cookie)
@@ -297,7 +297,7 @@ class SockmapDatapath:
         backlog = 0
         target = pair.server if flow.direction is Direction.UP else pair.client
         if target is not None and redirected:
-            backlog = max(0, flow.written_bytes + redirected - queued_bytes(target))
+            backlog = max(0, flow.written_bytes + redirected - queued_for(flow, target))
         return flow.carried_bytes + redirected, flow.carried_packets + packets, backlog
 
     def trips(self, pair: Pair) -> int:
@@ -383,7 +383,7 @@ class SockmapDatapath:
                     self._host.broken(pair, CloseReason.INTERNAL)
                     return
                 if not self._is_delivered(pair, half):
-                    self._look_again(pair, half)
+                    self._poll_again(pair, half)
                     return
                 count = self._copy(pair, half)
                 if count <= 0:
@@ -422,7 +422,7 @@ class SockmapDatapath:
                 count = os.readv(flow.source_fd, self._vector)
             except BlockingIOError:
                 # Passed, but still on its way through the kernel's queue.
-                self._look_again(pair, half)
+                self._poll_again(pair, half)
                 return 0
             except OSError as error:
                 self._fail(pair, flow.source_fd, error.errno)
@@ -430,7 +430,7 @@ class SockmapDatapath:
             if count == 0:
                 # An EOF that overtakes passed bytes (tcp_bpf_recvmsg_parser sees SOCK_DONE and no
                 # message yet): they are where EAGAIN would have them.
-                self._look_again(pair, half)
+                self._poll_again(pair, half)
                 return 0
             half.stuck_until_s = 0.0
             flow.read_bytes += count
@@ -463,7 +463,7 @@ class SockmapDatapath:
         )
         return count
 
-    def _look_again(self, pair: Pair, half: Half) -> None:
+    def _poll_again(self, pair: Pair, half: Half) -> None:
         """Passed bytes cannot be copied yet: epoll tells when they can, if nothing is in front.
 
         What a socket was passed and what is redirected to it share one queue in the kernel
@@ -486,7 +486,7 @@ class SockmapDatapath:
         self._wait(pair, half)
         at = pair.slot * self._window.WORDS
         redirected = self._words[at + table.REDIRECTED[other.flow.direction]]
-        backlog = other.flow.written_bytes + redirected - queued_bytes(source)
+        backlog = other.flow.written_bytes + redirected - queued_for(other.flow, source)
         if other.is_native or backlog <= 0:
             half.stuck_until_s = 0.0
             return
@@ -501,7 +501,7 @@ class SockmapDatapath:
             half.stuck_until_s = now_s + _STUCK_AGAIN_S
             armed_at = pair.slot * self._window.HALVES + table.ARMED[other.flow.direction]
             self._halves[armed_at] = 0
-            self._host.enlarge(source, backlog)
+            self._host.enlarge(pair, source, backlog)
 
     def _is_delivered(self, pair: Pair, half: Half) -> bool:
         """Whether all that was redirected is with the target's TCP, so that we may write.
@@ -515,7 +515,7 @@ class SockmapDatapath:
             return True
         target = pair.server if half.flow.direction is Direction.UP else pair.client
         assert target is not None
-        if queued_bytes(target) != half.flow.written_bytes + redirected:
+        if queued_for(half.flow, target) != half.flow.written_bytes + redirected:
             return False
         half.delivered_redirected = redirected
         half.retry_s = _FIRST_RETRY_S
@@ -586,7 +586,7 @@ class SockmapDatapath:
         return pair.client_mask if fd == pair.client_fd else pair.server_mask
 
     def _watch(self, pair: Pair) -> None:
-        """Watch both sockets for just what is waited for: every packet wakes who asks EPOLLIN."""
+        """Watch both sockets for just what is waited for: every packet wakes a watch of EPOLLIN."""
         halves = pair.state
         assert isinstance(halves, _Halves)
         for fd, inward, outward in (

@@ -45,7 +45,7 @@ from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.tcp_info import (
     FIN_RECEIVED,
     TCP_CLOSE,
-    queued_bytes,
+    queued_for,
     received,
 )
 from pyforwarder.errors import ForwarderError
@@ -95,6 +95,7 @@ class _Bypass:
             OSError: it cannot be made; nothing is left of it.
         """
         self._in, self._out = _connected_to_ourselves()
+        self._sockets = sockets
         try:
             self.cookie = int.from_bytes(
                 self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little"
@@ -104,7 +105,7 @@ class _Bypass:
             sockets.update(
                 self.cookie.to_bytes(8, "little"), self._in.fileno().to_bytes(8, "little")
             )
-            host.enlarge(self._in, _BYPASS_BYTES)  # as the system's limit may be less
+            host.enlarge(None, self._in, _BYPASS_BYTES)  # as the system's limit may be less
         except OSError:
             self.close()
             raise
@@ -118,6 +119,10 @@ class _Bypass:
         return _read_exactly(self._out.fileno(), count)
 
     def close(self) -> None:
+        # The supervisor may have it still, and then closing it changes nothing.
+        with contextlib.suppress(OSError):
+            cookie = self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+            self._sockets.delete(cookie)
         self._in.close()
         self._out.close()
 
@@ -167,7 +172,7 @@ class SockmapExit:
         """Whether the pair is out: its sockets are as they were before `join`.
 
         What was read of them and not written is in `Flow.pending`, of any size. False: not now; ask
-        again in a while. Or the pair has ended, and is nobody's.
+        again in a while. Or the pair has ended.
 
         Raises:
             ExitError: a bypass cannot be made (no loopback interface, no room in the map); nothing
@@ -178,7 +183,7 @@ class SockmapExit:
         for half in halves:
             self._set(half, table.ARMED, 0)
         # Their locks: a packet that has found the direction armed has been counted.
-        self._look(pair)
+        self._poll_locks(pair)
         for half in halves:
             self._datapath.advance(pair, half)
             if pair.datapath is not self._datapath:
@@ -212,7 +217,7 @@ class SockmapExit:
         waiting = passed - half.consumed_bytes - len(flow.pending or b"")
         target = _target(pair, flow)
         redirected = self._word(half, table.REDIRECTED)
-        backlog = flow.written_bytes + redirected - queued_bytes(target)
+        backlog = flow.written_bytes + redirected - queued_for(flow, target)
         if flow.phase is Phase.OPEN and waiting <= _MOST_PASSED_BYTES and not backlog:
             half.delivered_redirected = redirected
             return True
@@ -221,7 +226,7 @@ class SockmapExit:
         wanted = max(0, backlog) + max(0, waiting) + len(flow.pending or b"")
         if wanted and now_s - self._helped_s.get(flow, 0.0) >= _HELP_S:
             self._helped_s[flow] = now_s
-            self._host.enlarge(target, wanted)
+            self._host.enlarge(pair, target, wanted)
         return False
 
     # Steps 2 to 4
@@ -243,7 +248,7 @@ class SockmapExit:
             if not half.is_native:
                 with contextlib.suppress(FileNotFoundError):
                     self._sockets.delete(half.cookie)
-        self._look(pair)
+        self._poll_locks(pair)
         for way in ways:
             way.finish()
         for half in halves:
@@ -253,7 +258,7 @@ class SockmapExit:
             flow = way.half.flow
             flow.pending = memoryview(bytes(way.rest)) if way.rest else None
             if len(way.rest) > BULK_READ_BYTES:
-                self._host.enlarge(_target(pair, flow), len(way.rest))
+                self._host.enlarge(pair, _target(pair, flow), len(way.rest))
         return True
 
     def _settle(self, pair: Pair, half: Half) -> None:
@@ -281,7 +286,7 @@ class SockmapExit:
 
     # What a way needs
 
-    def _look(self, pair: Pair) -> None:
+    def _poll_locks(self, pair: Pair) -> None:
         """Wait for what runs under the sockets' locks just now."""
         assert pair.server is not None
         received(pair.client)

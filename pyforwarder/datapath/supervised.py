@@ -40,6 +40,7 @@ class Given(NamedTuple):
     # The daemon that has the pins lives: nothing of it is removed or changed before `attach`.
     is_successor: bool = False
     handshakes_fd: int = -1  # of that daemon, ours to close: see `SpliceMaps.create`
+    places: int = 0  # of express, as many as there are descriptors for
 
 
 class LoadedPrograms(NamedTuple):
@@ -54,7 +55,7 @@ class LoadedPrograms(NamedTuple):
 class KernelDatapath(ABC):
     """One datapath; its maps are there, and its programs come with `attach`."""
 
-    # An earlier daemon's pairs go on in it, and have ports: nobody may connect before `attach`.
+    # An earlier daemon's pairs go on in it, and have ports: `attach` comes before any connect.
     takes_over: bool = False
 
     @property
@@ -104,7 +105,7 @@ class KernelDatapath(ABC):
         """
         self.close()
 
-    def bury(self, worker: int) -> None:  # noqa: B027 - most need not
+    def worker_died(self, worker: int) -> None:  # noqa: B027 - most need not
         """A worker died: what goes on without it waits for its successor.
 
         Called before `forget_worker`, while the pair table says what that is.

@@ -46,14 +46,14 @@ class Claim(NamedTuple):
 class Supervisor(Protocol):
     """The process above us."""
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send it a message.
 
         Raises:
             OSError: it is gone.
         """
 
-    def hear(self, *, wait: bool) -> Claim | None:
+    def receive(self, *, wait: bool) -> Claim | None:
         """The next claim; without `wait` None if there is none just now.
 
         Raises:
@@ -101,20 +101,20 @@ class Claims:
                 found: list[bool | None] = [*self._claim(claims)]
             except StoreError as error:
                 found = [None] * len(claims)
-                self._say_lost(str(error))
+                self._report_lost(str(error))
             else:
-                self._say_found()
+                self._report_found()
             answers: dict[str, list[int]] = {"claimed": [], "used": [], "unknown": []}
             for claim, is_first in zip(claims, found, strict=True):
                 answers[_ANSWERS[is_first]].append(claim.number)
-            self._supervisor.tell(answers)
+            self._supervisor.send(answers)
 
     def _next(self) -> list[Claim]:
-        first = self._supervisor.hear(wait=True)
+        first = self._supervisor.receive(wait=True)
         assert first is not None
         claims = [first]
         while len(claims) < MOST_AT_ONCE:
-            more = self._supervisor.hear(wait=False)
+            more = self._supervisor.receive(wait=False)
             if more is None:
                 break
             claims.append(more)
@@ -160,12 +160,12 @@ class Claims:
                 self._leases.popitem(last=False)
         return lease.id
 
-    def _say_lost(self, why: str) -> None:
+    def _report_lost(self, why: str) -> None:
         if not self._is_lost:
             self._is_lost = True
-            self._supervisor.tell({"store": "lost", "endpoint": why[:500]})
+            self._supervisor.send({"store": "lost", "endpoint": why[:500]})
 
-    def _say_found(self) -> None:
+    def _report_found(self) -> None:
         if self._is_lost:
             self._is_lost = False
-            self._supervisor.tell({"store": "connected", "endpoint": self._store.endpoint})
+            self._supervisor.send({"store": "connected", "endpoint": self._store.endpoint})

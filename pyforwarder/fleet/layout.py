@@ -5,14 +5,16 @@
     /pyforwarder/FLEET/history/00000012                   an `Edition`, by its serial number
     /pyforwarder/FLEET/instances/NAME                     a machine's `InstanceReport`
     /pyforwarder/FLEET/tokens/DIGEST                      a `UsedToken`
+    /pyforwarder/FLEET/health/NAME                        `health.HealthReport` of a machine
+    /pyforwarder/FLEET/limits/NAME                        `limits.LimitsReport` of a machine
     /pyforwarder/FLEET/failover/machines/TAG              a machine that has pairs, see `failover`
     /pyforwarder/FLEET/failover/pairs/KEY                 such a pair: `failover.record.Entry`
     /pyforwarder/FLEET/failover/moves/TAG                 a machine is asked to take the addresses:
                                                           `failover.moves.Move`
 
-Values are JSON objects with `schema: 1`. Servers, instances and tokens have a lease: they
-are gone when nobody renews it. Any client of the store may write a server's key; what is no valid
-value is left out, and told of.
+Values are JSON objects with `schema: 1`. Servers, instances, tokens, health and limits have a
+lease: they are gone when nobody renews it. Any client of the store may write a server's key; what
+is no valid value is left out, and told of.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ MOST_INSTANCES: Final = 256
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 Name = Annotated[str, Field(max_length=256)]
 Words = Annotated[str, Field(max_length=4096)]
+_SHARED: Final = "another machine has this name, too (fleet.instance)"
 
 
 class ValueFault(ValueError):
@@ -94,6 +97,13 @@ class InstanceReport(Value):
     accepted: Number = 0
     # Name -> "available", or why not.
     datapaths: Annotated[dict[Name, Words], Field(max_length=16)] = {}
+    writer: Name = ""  # who has put it there: a machine of the same name is another one
+    is_shared: bool = False  # such a one reports at this key, too
+
+    @property
+    def complaint(self) -> str:
+        """What is to be mended there; empty: nothing."""
+        return "; ".join(words for words in (_SHARED if self.is_shared else "", self.why) if words)
 
 
 class UsedToken(Value):
@@ -114,6 +124,8 @@ class Keys:
         self.history = f"{prefix}history/"
         self.instances = f"{prefix}instances/"
         self.tokens = f"{prefix}tokens/"
+        self.health = f"{prefix}health/"
+        self.limits = f"{prefix}limits/"
         self.failover = f"{prefix}failover/"
         self.machines = f"{prefix}failover/machines/"
         self.pairs = f"{prefix}failover/pairs/"
@@ -199,7 +211,7 @@ def instances_in(keys: Keys, found: Iterable[tuple[str, bytes]]) -> list[dict[st
                     if name not in available
                 },
                 "started": said.started[:64],
-                "why": said.why[:256],
+                "why": said.complaint[:256],
             }
         )
     return rows[:MOST_INSTANCES]

@@ -1,4 +1,4 @@
-"""One machine of a fleet: hears what is to be in force, and says how it fares.
+"""One machine of a fleet: learns what is to be in force, and reports how it fares.
 
 Runs in a process of its own, which has no privileges: what the store says is a stranger's word
 until the supervisor has checked it.
@@ -6,7 +6,7 @@ until the supervisor has checked it.
 
 from __future__ import annotations
 
-import random
+import secrets
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -20,6 +20,7 @@ from pyforwarder.fleet.layout import (
     registered_servers,
 )
 from pyforwarder.fleet.store import StoreError
+from pyforwarder.fleet.watching import Pause
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.store import Store
@@ -28,28 +29,30 @@ if TYPE_CHECKING:
 LEASE_S: Final = 30
 _RENEW_S: Final = 10.0
 # How often the other machines are looked at; a watch ends as often anyway.
-_LOOK_AROUND_S: Final = 4.0
-# Pauses before the store is asked again, after it did not answer.
-_FIRST_PAUSE_S: Final = 0.2
-_LONGEST_PAUSE_S: Final = 5.0
+_LIST_S: Final = 4.0
 # Servers come and go in groups: so long others are waited for.
 _GATHER_S: Final = 0.02
 # The supervisor binds listeners and tells its workers before it answers.
 _ANSWER_S: Final = 10.0
 _MOST_FAULTS: Final = 10
+# In an upgrade two daemons have the same name for a moment: so often in this time is no moment.
+_OFTEN: Final = 3
+_OFTEN_S: Final = 60.0
+# A machine that ends waits no longer for the store.
+LEAVE_S: Final = 0.8
 
 
 class Supervisor(Protocol):
     """The process above us."""
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Send it a message.
 
         Raises:
             OSError: it is gone.
         """
 
-    def hear(self, timeout_s: float) -> dict[str, Any] | None:
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """What it says within that time.
 
         Raises:
@@ -80,7 +83,10 @@ class Member:
         self._reported: InstanceReport | None = None
         self._lease = 0
         self._renew_at_s = 0.0
-        self._look_around_at_s = 0.0
+        self._list_machines_at_s = 0.0
+        self._writer = secrets.token_hex(8)
+        self._overwritten: list[float] = []  # when others had written in our place
+        self._warn_at_s = 0.0  # not before
 
     def run(self) -> None:
         """Until the supervisor is gone.
@@ -88,23 +94,29 @@ class Member:
         Raises:
             EOFError, OSError: it is.
         """
-        pause_s = _FIRST_PAUSE_S
+        pause = Pause()
         is_lost = True
         while True:
             try:
-                revision = self._look()
+                revision = self._read_edition()
                 if is_lost:
-                    self._supervisor.tell({"store": "connected", "endpoint": self._store.endpoint})
-                is_lost, pause_s = False, _FIRST_PAUSE_S
+                    self._supervisor.send({"store": "connected", "endpoint": self._store.endpoint})
+                is_lost = False
+                pause.end()
                 self._stay(revision)
             except StoreError as error:
-                if not is_lost or pause_s == _FIRST_PAUSE_S:
-                    self._supervisor.tell({"store": "lost", "endpoint": str(error)[:500]})
+                if not is_lost or pause.is_first:
+                    self._supervisor.send({"store": "lost", "endpoint": str(error)[:500]})
                 is_lost = True
-                self._hear(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                self._receive(pause.next_s())
 
-    def _look(self) -> int:
+    def leave(self) -> None:
+        """Take this machine's report away; if the store does not answer, its lease ends it."""
+        if self._lease:
+            self._store.until_s = self._clock() + LEAVE_S
+            self._store.revoke(self._lease)
+
+    def _read_edition(self) -> int:
         """Tell the supervisor what is in the store, if that has changed; the store's revision."""
         found = self._store.list(self._keys.current)
         entries = dict(found.entries)
@@ -125,45 +137,71 @@ class Member:
             "faults": [*faults, *more][:_MOST_FAULTS],
         }
         if said != self._told:
-            self._supervisor.tell(said)
+            self._supervisor.send(said)
             self._told = said
-            self._hear(_ANSWER_S, for_answer=True)
+            self._receive(_ANSWER_S, for_answer=True)
         return found.revision
 
     def _stay(self, revision: int) -> None:
         """Until something changes, or it is time to look whether the store is still there."""
-        self._hear(0)
-        self._say_how_we_fare()
-        self._look_around()
+        self._receive(0)
+        if self._reported is not None:
+            self._list_machines()  # who has written in our place is not seen once we have again
+        self._write_report()
+        self._list_machines()
         for _ in self._store.changes(self._keys.current, after=revision, until_s=self._renew_at_s):
-            self._hear(_GATHER_S)
+            self._receive(_GATHER_S)
             return
 
-    def _hear(self, timeout_s: float, *, for_answer: bool = False) -> None:
+    def _receive(self, timeout_s: float, *, for_answer: bool = False) -> None:
         """Take what the supervisor says of this machine; wait so long for it.
 
         It says so again and again, and marks what is its answer to what we have told.
         """
         deadline_s = self._clock() + timeout_s
         while True:
-            said = self._supervisor.hear(max(0.0, deadline_s - self._clock()))
+            said = self._supervisor.receive(max(0.0, deadline_s - self._clock()))
             if said is None:
                 return
-            self._report = InstanceReport.model_validate(said)
+            report = InstanceReport.model_validate(said)
+            self._report = report.model_copy(update={"writer": self._writer})
             if not for_answer or said.get("answers"):
                 deadline_s = 0.0
 
-    def _look_around(self) -> None:
+    def _list_machines(self) -> None:
         """Tell of the machines that there are, now and then."""
         now_s = self._clock()
-        if now_s < self._look_around_at_s:
+        if now_s < self._list_machines_at_s:
             return
-        self._look_around_at_s = now_s + _LOOK_AROUND_S
+        self._list_machines_at_s = now_s + _LIST_S
         found = self._store.list(self._keys.instances)
-        self._supervisor.tell({"instances": instances_in(self._keys, found.entries)})
+        if self._reported is not None:
+            self._check_own(dict(found.entries).get(self._keys.instance(self._name)), now_s)
+        self._supervisor.send({"instances": instances_in(self._keys, found.entries)})
 
-    def _say_how_we_fare(self) -> None:
+    def _check_own(self, value: bytes | None, now_s: float) -> None:
+        """What stands in our report's place, if that is not ours, is written over."""
+        if value is not None:
+            try:
+                if InstanceReport.decode(value).writer == self._writer:
+                    return
+            except ValueFault:
+                pass  # others have put it there
+            self._overwritten = [*self._overwritten, now_s][-_OFTEN:]
+        self._reported = None
+        if self._is_shared(now_s) and now_s >= self._warn_at_s:
+            self._warn_at_s = now_s + _OFTEN_S
+            self._supervisor.send({"overwritten": self._keys.instance(self._name)})
+
+    def _is_shared(self, now_s: float) -> bool:
+        """Whether another machine writes in our place again and again."""
+        return sum(now_s < then_s + _OFTEN_S for then_s in self._overwritten) == _OFTEN
+
+    def _write_report(self) -> None:
         now_s = self._clock()
+        if self._report is not None:
+            is_shared = self._is_shared(now_s)
+            self._report = self._report.model_copy(update={"is_shared": is_shared})
         if self._lease and now_s < self._renew_at_s and self._report == self._reported:
             return
         if not self._lease or not self._store.renew(self._lease):

@@ -56,11 +56,11 @@ class Registration:
                 self._lease = self._store.grant(self._ttl_s)
                 self._store.put(self._key, self._value, lease=self._lease)
         except StoreError as error:
-            self._tell(str(error), is_there=False)
+            self._report(str(error), is_there=False)
         else:
-            self._tell("registered", is_there=True)
+            self._report("registered", is_there=True)
 
-    def _tell(self, words: str, *, is_there: bool) -> None:
+    def _report(self, words: str, *, is_there: bool) -> None:
         if is_there != self._is_there:
             self._is_there = is_there
             self._say(words)

@@ -1,7 +1,7 @@
 """The store of a fleet: etcd, by its HTTP gateway (API v3, etcd 3.4 and later).
 
 etcd3gw does the requests, their errors and leases. Its watch is not used: it reads a stream in a
-thread of its own whose errors nobody hears, and takes pieces of a stream for whole messages.
+thread of its own whose errors nobody gets, and takes pieces of a stream for whole messages.
 
 All methods wait at most `timeout_s` for each member, and raise `StoreError`.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -36,6 +37,9 @@ REQUEST_TIMEOUT_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 5.0
 MOST_IN_ONE: Final = 128  # changes in one request: etcd's --max-txn-ops
 _MOST_LINE_BYTES: Final = 16 << 20
+# A member that is cut off from the others ends a watch, instead of telling of nothing for ever.
+# Source: https://etcd.io/docs/v3.4/learning/api/#watch-streams, rpctypes.MetadataRequireLeaderKey.
+_HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
 _NOT_FOUND: Final = 5  # google.rpc.Code
 
 
@@ -79,7 +83,9 @@ class Store:
             _client(endpoint, files.context, timeout_s) for endpoint in fleet.endpoints
         ]
         self._current = 0
+        self.until_s = math.inf  # (time.monotonic()) no answer is waited for longer; not of watches
         self._is_known = False  # to the member: we have a token, or need none
+        self.written = 0  # the revision of the last `put`, or `write` that has set a key
 
     @property
     def endpoint(self) -> str:
@@ -109,7 +115,8 @@ class Store:
 
     def put(self, key: str, value: str, *, lease: int = 0) -> None:
         """Set a key; with a lease it goes when that ends."""
-        self._post("/kv/put", {"key": _encode(key), "value": _encode(value), "lease": lease})
+        body = {"key": _encode(key), "value": _encode(value), "lease": lease}
+        self.written = _revision(self._post("/kv/put", body))
 
     def delete(self, key: str) -> None:
         """Remove a key, if it is there."""
@@ -205,7 +212,7 @@ class Store:
         return int(answer.get("result", {}).get("TTL", 0)) > 0
 
     def revoke(self, lease: int) -> None:
-        """End a lease, and what has it; if the store does not hear it, time does that."""
+        """End a lease, and what has it; if the store does not answer, time does that."""
         with contextlib.suppress(StoreError):
             self._post("/kv/lease/revoke", {"ID": lease})
 
@@ -220,7 +227,13 @@ class Store:
             else {"request_delete_range": {"key": _encode(key)}}
             for key, value in changes
         ]
-        self._post("/kv/txn", {"success": operations})
+        answer = self._post("/kv/txn", {"success": operations})
+        if any(value is not None for _, value in changes):  # a removal may have found nothing
+            self.written = _revision(answer)
+
+    def distrust(self, reason: str) -> StoreError:
+        """The error to raise: the member that we speak to does not tell what it should."""
+        return self._failed(reason)
 
     def compact(self, revision: int) -> None:
         """Drop all values that were overwritten before a revision, of all keys."""
@@ -253,6 +266,7 @@ class Store:
             with client.session.post(
                 client.get_url("/watch"),
                 json={"create_request": create},
+                headers=_HAS_LEADER,
                 stream=True,
                 timeout=(self._timeout_s, left_s),
             ) as answer:
@@ -317,6 +331,10 @@ class Store:
         """Ask each member once."""
         error: StoreError | None = None
         for _ in self._clients:
+            left_s = self.until_s - time.monotonic()
+            if left_s <= 0.0:
+                raise error or StoreError(f"etcd at {self.endpoint}: no answer in time")
+            self._clients[self._current].timeout = min(self._timeout_s, left_s)
             try:
                 client = self._known()
                 answer = client.post(client.get_url(path), json=body)

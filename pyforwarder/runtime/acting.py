@@ -22,7 +22,7 @@ def acting_as(user: int, group: int) -> Iterator[None]:
     Source: setfsuid(2); sock_alloc (net/socket.c), owner_mt (net/netfilter/xt_owner.c).
 
     Raises:
-        OSError: EPERM, this process may not act as somebody else.
+        OSError: EPERM, this process may not act as another user.
     """
     libc = ctypes.CDLL(None)
     with contextlib.ExitStack() as stack:

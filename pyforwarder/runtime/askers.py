@@ -45,7 +45,7 @@ _ARES_QUESTIONS: Final = 64
 # A name with more addresses has none of use to a client: all are judged before one is taken. Of an
 # answer with more (4000 fit into one) no more than one too many are kept.
 MOST_ADDRESSES: Final = 256
-# What c-ares, or who asks for it (see `HostNames`), answers as the C library would.
+# What c-ares, or `HostNames` for it, answers as the C library would.
 _ARES_SOURCES: Final = frozenset({"files", "dns", "resolve", "myhostname"})
 # What nss-myhostname(8) knows, and to c-ares is always ::1 and 127.0.0.1 (RFC 6761).
 _OF_EVERY_HOST: Final = frozenset({"localhost", "_gateway", "_outbound"})
@@ -237,7 +237,7 @@ class CaresAsker:
             self._mailbox.put(name, [])
 
     def forget(self, name: str) -> bool:
-        """c-ares cannot let go of one question, nor can a thread."""
+        """c-ares cannot cancel one question, nor can a thread."""
         return name not in self._asked and self._host.forget(name)
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ def fork(child: Callable[[], int]) -> int:
         return pid
     code = 1
     try:
-        settle()
+        leave_caller()
         code = child()
     except BaseException:
         sys.stderr.write(visible(traceback.format_exc()))
@@ -143,7 +143,7 @@ def fork(child: Callable[[], int]) -> int:
         os._exit(code)
 
 
-def settle() -> None:
+def leave_caller() -> None:
     """In a forked child: leave the caller's directory, environment and umask behind."""
     os.chdir("/")
     os.umask(_UMASK)

@@ -89,6 +89,9 @@ class ServerFailure(enum.IntEnum):
     UNREACHABLE = 2
     UNRESOLVED = 3
     LOCAL = 4  # no descriptor, memory or port of ours
+    # A server refused the kernel (`express`), or did not answer it, and a worker went on. The
+    # supervisor counts them, in the first worker's block.
+    EXPRESS = 5
 
 
 SERVER_WORDS: Final = ServerCounter.FAILURES + len(ServerFailure)
@@ -101,7 +104,9 @@ FAILURE_BY_REASON: Final = {
 
 # How often each limit has said no.
 LIMITED_FIRST: Final = 32
-LIMITED_INDEX: Final = {limit: LIMITED_FIRST + n for n, limit in enumerate(Limit)}
+LIMITED_INDEX: Final = {
+    limit: LIMITED_FIRST + n for n, limit in enumerate(Limit) if limit.counted_as is limit
+}
 REASONS: Final = tuple(CloseReason)
 CLOSED_FIRST: Final = 64
 CLOSED_INDEX: Final = {reason: CLOSED_FIRST + n for n, reason in enumerate(REASONS)}
@@ -113,7 +118,17 @@ DECISION_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 
 CONNECT_FIRST: Final = 144  # to servers that belong to no upstream
 CONNECT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _CONNECT_WORDS: Final = len(CONNECT_BOUNDS_S) + 2
-NAMED_FIRST: Final = 160  # from here on: what a Directory hands out
+# Plain numbers for the path of every connection, which adding a member of an enum would slow down.
+_SERVER_CONNECTS: Final = int(ServerCounter.CONNECTS)
+_SERVER_PAIRS: Final = int(ServerCounter.PAIRS)
+# Of the whole daemon, written by its keeper into the first worker's block: ports of express, and
+# what its programs have counted (`datapath.express.connect_abi.Count`).
+EXPRESS_PORTS: Final = 160  # a gauge, as the two behind it
+EXPRESS_PORTS_USED: Final = 161
+EXPRESS_PORTS_MOST: Final = 162  # used at once, as seen at least twice a second
+EXPRESS_CONNECT_FAILED: Final = 163  # to any server
+EXPRESS_FIRST: Final = 164
+NAMED_FIRST: Final = 192  # from here on: what a Directory hands out
 
 
 class Directory:
@@ -216,8 +231,14 @@ def observe(block: memoryview, first: int, bounds_s: tuple[float, ...], took_s: 
 def count_connect(block: memoryview, server: int) -> None:
     """A connection to the server whose words begin there stands; 0: it has none."""
     if server:
-        block[server + ServerCounter.CONNECTS] += 1
-        block[server + ServerCounter.PAIRS] += 1
+        block[server + _SERVER_CONNECTS] += 1
+        block[server + _SERVER_PAIRS] += 1
+
+
+def count_passed(block: memoryview, server: int, count: int) -> None:
+    """So many connections to it have begun and ended."""
+    if server:
+        block[server + ServerCounter.CONNECTS] += count
 
 
 def count_disconnect(block: memoryview, server: int) -> None:

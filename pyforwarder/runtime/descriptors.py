@@ -1,4 +1,4 @@
-"""File descriptors that are somebody else's."""
+"""File descriptors that come from another process, or belong to other code."""
 
 from __future__ import annotations
 

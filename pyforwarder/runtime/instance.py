@@ -19,6 +19,7 @@ parent.  So nothing here ever unlocks: closing the descriptor is the only way ou
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -42,9 +43,11 @@ STATE_DIR = Path("/var/lib/pyforwarder")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _MAX_SOCKET_PATH_BYTES = 107  # sizeof(sun_path) without the final NUL, unix(7)
 
-# `is_running` holds the lock for some microseconds while it looks; an `up` that comes in just
-# then must not take that for a daemon
+# a daemon that ends, or another `up` that fails, lets go of the lock a moment later
 _ACQUIRE_RETRY_S = 0.25
+# `is_running` shares the lock with others for some microseconds while it looks, or for longer where
+# it has to wait for a processor; an `up` that comes in just then must not take that for a daemon
+_LOOKED_AT_S = 5.0
 _POLL_S = 0.01
 
 
@@ -129,14 +132,45 @@ class InstanceLock:
         """The locked descriptor, -1 once closed."""
         return self._fd
 
+    @property
+    def identity(self) -> list[int]:
+        """Device and inode of its file; empty once closed."""
+        return _identity(self._fd)
+
     def remove(self) -> None:
         """Unlink the lock file and close; the last step of a clean end.
 
         Unlinking before the close is safe because `acquire` checks, once it holds the lock, that
         the file it locked is still the one under that name.
         """
-        self.instance.lock_file.unlink(missing_ok=True)
+        if self._fd >= 0 and _is_still_at(self._fd, self.instance.lock_file):
+            self.instance.lock_file.unlink(missing_ok=True)
         self.close()
+
+    def renew(self) -> None:
+        """Hold a file of our own in place of the one that we share with a daemon that ends.
+
+        Nobody else gets the instance in between: the shared one is held until ours has its name.
+
+        Raises:
+            OSError: we still hold what we share.
+        """
+        new = self.instance.lock_file.with_name("lock.new")
+        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.rename(self.instance.lock_file)
+        except OSError:
+            os.close(fd)
+            raise
+        self.close()
+        self._fd = fd
+
+    def write_reset(self, pairs: int) -> None:
+        """Say that so many pairs are reset; `LockWatch.reset_pairs` reads it."""
+        with contextlib.suppress(OSError):  # without it they know no number
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, b"%d\n" % pairs, 0)
 
     def close(self) -> None:
         """Close the descriptor; the lock is free once every process that inherited it did so."""
@@ -165,7 +199,8 @@ def acquire(instance: Instance) -> InstanceLock:
         AlreadyRunningError: a daemon holds it.
         ForwarderError: the run directory or the lock file cannot be made or opened.
     """
-    deadline_s = time.monotonic() + _ACQUIRE_RETRY_S
+    began_s = time.monotonic()
+    deadline_s = began_s + _ACQUIRE_RETRY_S
     while True:
         try:
             instance.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -182,14 +217,17 @@ def acquire(instance: Instance) -> InstanceLock:
         except OSError as error:
             raise ForwarderError(f"{instance.lock_file}: {error.strerror}") from error
         if not _try_lock(fd, fcntl.LOCK_EX):
+            is_looked_at = _try_lock(fd, fcntl.LOCK_SH)  # a daemon does not share it
             os.close(fd)
-            if time.monotonic() < deadline_s:
+            if time.monotonic() < (began_s + _LOOKED_AT_S if is_looked_at else deadline_s):
                 time.sleep(_POLL_S)
                 continue
             raise AlreadyRunningError(
                 f"instance {instance.name!r} is already running{_pid_hint(instance)}"
             )
         if _is_still_at(fd, instance.lock_file):
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)  # what a daemon that was killed has said
             return InstanceLock(instance, fd)
         os.close(fd)  # we locked a file that its last holder has just unlinked
 
@@ -202,12 +240,25 @@ class LockWatch:
     """
 
     def __init__(self, instance: Instance) -> None:
+        self._instance = instance
         try:
             self._fd = os.open(instance.lock_file, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             self._fd = -1
         except OSError as error:
             raise ForwarderError(f"{instance.lock_file}: {error.strerror}") from error
+
+    def follow(self, lock: object) -> None:
+        """Watch the lock of this `identity`: a daemon that has just come has one of its own.
+
+        Where its file is gone, so is the daemon. Nothing changes where `lock` is no identity, or
+        where a third daemon's file is there.
+        """
+        if not isinstance(lock, list) or not lock or lock == _identity(self._fd):
+            return
+        with LockWatch(self._instance) as other:
+            if _identity(other._fd) in ([], lock):
+                self._fd, other._fd = other._fd, self._fd
 
     def is_held(self) -> bool:
         """Whether the daemon lives."""
@@ -230,6 +281,13 @@ class LockWatch:
                 return False
             time.sleep(_POLL_S)
         return True
+
+    def reset_pairs(self) -> int:
+        """How many pairs the daemon has said that it resets, at its end; 0: it has said nothing."""
+        try:
+            return int(os.pread(self._fd, 32, 0))
+        except (OSError, ValueError):
+            return 0
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -259,6 +317,13 @@ def is_running(instance: Instance) -> bool:
         return watch.is_held()
 
 
+def _identity(fd: int) -> list[int]:
+    if fd < 0:
+        return []
+    found = os.fstat(fd)
+    return [found.st_dev, found.st_ino]
+
+
 def _try_lock(fd: int, operation: int) -> bool:
     try:
         fcntl.flock(fd, operation | fcntl.LOCK_NB)
@@ -275,8 +340,14 @@ def _is_still_at(fd: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(fd), named)
 
 
-def _pid_hint(instance: Instance) -> str:
+def pid_of(instance: Instance) -> int | None:
+    """The process that has the instance's name, or had it last; None: nobody says."""
     try:
-        return f" (pid {int(instance.pid_file.read_text())})"
+        return int(instance.pid_file.read_text())
     except (OSError, ValueError):
-        return ""
+        return None
+
+
+def _pid_hint(instance: Instance) -> str:
+    pid = pid_of(instance)
+    return "" if pid is None else f" (pid {pid})"

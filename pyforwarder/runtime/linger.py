@@ -13,7 +13,7 @@ _SOL_SOCKET: Final = 1
 _SO_LINGER: Final = 13
 _SIZE: Final = 8
 
-# Not CDLL: to let go of the interpreter's lock for a call that never waits costs more than it.
+# Not CDLL: to release the interpreter's lock for a call that never waits costs more than it.
 _setsockopt: Final = ctypes.PyDLL(None).setsockopt
 # struct linger {l_onoff, l_linger}
 _RESET: Final = (ctypes.c_int * 2)(1, 0)

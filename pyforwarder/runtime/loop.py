@@ -26,7 +26,8 @@ EPOLLERR: Final = select.EPOLLERR
 EPOLLHUP: Final = select.EPOLLHUP
 EPOLLET: Final = select.EPOLLET
 
-_MAX_EVENTS: Final = 256
+# So many events are taken before what is due has its turn.
+MOST_EVENTS: Final = 256
 _LONGEST_WAIT_S: Final = 1.0  # the loop looks at its deadlines at least this often
 
 # Called with the owner given at watch(), the descriptor and the event mask.
@@ -124,6 +125,7 @@ class Loop:
     """Calls back for descriptors, deadlines and deferred work, until stopped."""
 
     def __init__(self) -> None:
+        self.most_events = MOST_EVENTS
         self._epoll = select.epoll()
         self._callbacks: list[Callback | None] = []
         self._owners: list[Any] = []
@@ -133,6 +135,7 @@ class Loop:
         self._deferred: deque[tuple[Callable[[Any], None], Any]] = deque()
         self._timers: dict[int, tuple[float, Callable[[], None]]] = {}
         self._next_timer = 0
+        self._timers_from_s = math.inf  # none of them is due before, as `Deadlines.soonest_s` is
         self._grow(256)
         self.deadlines = Deadlines()
         self.on_error: Callable[[Any, Exception], None] = self._raise
@@ -177,8 +180,8 @@ class Loop:
         self._callbacks[fd] = callback
 
     def forget(self, fd: int) -> None:
-        """Stop watching; events of the running batch no longer arrive either."""
-        if self._callbacks[fd] is not None:
+        """Stop watching, if it was watched; events of the running batch do not arrive either."""
+        if fd < len(self._callbacks) and self._callbacks[fd] is not None:
             self._callbacks[fd] = self._owners[fd] = None
             self._epoll.unregister(fd)
 
@@ -221,13 +224,16 @@ class Loop:
         self._soon.append((owner, fd))
 
     def defer(self, action: Callable[[Any], None], owner: Any) -> None:
-        """Run `action(owner)` after the running batch, outside whatever is running now."""
+        """Run `action(owner)` after the running batch, outside what is running now."""
         self._deferred.append((action, owner))
 
     def after(self, delay_s: float, action: Callable[[], None]) -> int:
         """Run `action` once, `delay_s` from now; the number cancels it."""
         self._next_timer += 1
-        self._timers[self._next_timer] = (time.monotonic() + delay_s, action)
+        due_s = time.monotonic() + delay_s
+        self._timers[self._next_timer] = (due_s, action)
+        if due_s < self._timers_from_s:
+            self._timers_from_s = due_s
         return self._next_timer
 
     def cancel(self, timer: int) -> None:
@@ -245,10 +251,7 @@ class Loop:
     def _timeout_s(self) -> float:
         if self._soon or self._deferred:
             return 0.0
-        next_s = self.deadlines.soonest_s
-        for due_s, _ in self._timers.values():
-            if due_s < next_s:
-                next_s = due_s
+        next_s = min(self.deadlines.soonest_s, self._timers_from_s)
         wait_s = next_s - time.monotonic()
         if wait_s >= _LONGEST_WAIT_S:
             return _LONGEST_WAIT_S
@@ -262,7 +265,7 @@ class Loop:
     def run_once(self, timeout_s: float) -> None:
         """One batch of events, then what is due and what was put off."""
         try:
-            events = self._epoll.poll(timeout_s, _MAX_EVENTS)
+            events = self._epoll.poll(timeout_s, self.most_events)
         except InterruptedError:
             events = []
         self.now_s = time.monotonic()
@@ -292,13 +295,16 @@ class Loop:
                 self.on_error(owner, error)
         if self.deadlines.soonest_s <= self.now_s:
             self.deadlines.run_expired(self.now_s, self.on_error)
-        if self._timers:
+        if self._timers_from_s <= self.now_s:
             self._run_due()
         if self._to_close or self._sockets_to_close:
             self._close_given_up()
 
     def _run_due(self) -> None:
-        due = [n for n, (due_s, _) in self._timers.items() if due_s <= self.now_s]
+        now_s = self.now_s
+        due = [n for n, (due_s, _) in self._timers.items() if due_s <= now_s]
+        later = (due_s for due_s, _ in self._timers.values() if due_s > now_s)
+        self._timers_from_s = min(later, default=math.inf)
         for number in due:
             entry = self._timers.pop(number, None)
             if entry is not None:
@@ -316,6 +322,6 @@ class Loop:
         self._sockets_to_close.clear()
 
     def dispose(self) -> None:
-        """Close the epoll descriptor and whatever was given up."""
+        """Close the epoll descriptor and all that was given up."""
         self._close_given_up()
         self._epoll.close()

@@ -123,7 +123,7 @@ def in_use(wanted: Sequence[str], *, wait_s: float) -> dict[str, str]:
 
     Raises:
         ControlError: one of them is in none of our networks.
-        OSError: nobody can be asked.
+        OSError: there is no socket to ask with.
     """
     found: dict[str, str] = {}
     with contextlib.ExitStack() as stack:

@@ -31,7 +31,7 @@ KNOWN_S: Final = 300.0
 
 
 class Check:
-    """One password that is being verified; `stop` it when nobody wants to know any more."""
+    """One password that is being verified; `stop` it when the answer is not needed any more."""
 
     __slots__ = ("answer", "client", "digest", "is_stopped", "password", "stored")
     late = "the password was not verified in time"
@@ -76,7 +76,7 @@ class PasswordChecks:
     ) -> Check | bool | None:
         """Find out whether that is the password of the hash; `answer` is called on the loop.
 
-        True: it is, that is known, and nobody is called. None: too many wait already.
+        True: it is, that is known, and the callback is not called. None: too many wait already.
         """
         digest = hmac.digest(self._secret, stored + b"\0" + password, "sha256")
         known_until_s = self._known.get(digest)

@@ -21,8 +21,8 @@ from pyforwarder.runtime.shared_memory import SharedBlocks
 
 # It beats, and is looked at, so often.
 PULSE_S: Final = 1.0
-# So many looks in a row without a beat: a whole daemon may have been stopped, and the one who looks
-# may be the first to go on.
+# So many looks in a row without a beat: a whole daemon may have been stopped, and the process that
+# looks may be the first to go on.
 _LEAST_LOOKS: Final = 3
 # What a turn may take of a processor: none of ours takes a tenth of it.
 _BUSY_S: Final = 2.0
@@ -68,7 +68,7 @@ class Activity(NamedTuple):
 def activity(pid: int) -> Activity | None:
     """Of this process; None: there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        # The name, in parentheses, may have whatever in it.
+        # The name, in parentheses, may have any characters in it.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return Activity(fields[0].decode(), (int(fields[11]) + int(fields[12])) / _TICKS_PER_S)
     return None
@@ -83,14 +83,14 @@ class PulseWatch:
         self._last = 0
         self._still = 0
         self._at_beat: Activity | None = None
-        self._looked_s = 0.0
+        self._checked_s = 0.0
 
     def why_stuck(self, now_s: float | None = None) -> str:
         """Why it will not go on by itself; empty if it may. It looks once a second at most."""
         now_s = time.monotonic() if now_s is None else now_s
-        if now_s - self._looked_s < PULSE_S:
+        if now_s - self._checked_s < PULSE_S:
             return ""
-        self._looked_s = now_s
+        self._checked_s = now_s
         count = self._pulse.count
         if count != self._last or not count:
             self._last, self._still, self._at_beat = count, 0, None

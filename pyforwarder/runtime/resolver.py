@@ -70,7 +70,7 @@ class _Kept(NamedTuple):
 
 
 class Wait:
-    """Somebody who waits for an answer, until it comes or `stop` is called."""
+    """A connection that waits for an answer, until it comes or `stop` is called."""
 
     __slots__ = ("answer", "question")
 
@@ -111,8 +111,8 @@ class _Question(Timed):
         if not self.waits:
             self._resolver.abandoned(self)
 
-    def tell(self, hosts: list[str]) -> None:
-        """Answer everybody who waits."""
+    def answer(self, hosts: list[str]) -> None:
+        """Answer all that wait."""
         waits, self.waits = self.waits, {}
         for wait in waits:
             wait.answer(hosts)
@@ -225,14 +225,14 @@ class Resolver:
             if stale is not None:
                 question.stale = stale
                 self._loop.deadlines.start(question, QUESTION_S, self._loop.now_s)
-                question.tell(stale)
+                question.answer(stale)
                 return
         hosts = self._keep(question.name, None)
         if self._asker.forget(question.name):
             self._close(question)
         else:
             question.is_overdue = True
-        question.tell(hosts)
+        question.answer(hosts)
 
     def _close(self, question: _Question) -> None:
         del self._open[question.name]
@@ -248,7 +248,7 @@ class Resolver:
             return  # no address, or no answer: its askers were told so at the deadline
         hosts = self._keep(name, hosts)
         if question is not None:
-            question.tell(hosts)
+            question.answer(hosts)
 
     def _keep(self, name: str, hosts: list[str] | None) -> list[str]:
         """Remember an answer; what to tell those who asked."""

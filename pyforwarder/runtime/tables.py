@@ -26,15 +26,16 @@ PAIR_COLUMNS: Final = (
     "AGE_S",
     "IDLE_S",
     "RULE",
+    "DECIDED",
 )
 
 COLUMNS: Final[Mapping[str, tuple[str, ...]]] = {
     "pairs": PAIR_COLUMNS,
     "listeners": ("NAME", "BIND", "PROTOCOL", "ACCEPTED", "OPEN", "REFUSED"),
-    "rules": ("LISTENER", "RULE", "TAKEN", "REFUSED", "TO", "DECIDED"),
+    "rules": ("LISTENER", "RULE", "TAKEN", "REFUSED", "TO", "DECIDED", "WHY"),
     "upstreams": (
         *("UPSTREAM", "SERVER", "STATE", "PAIRS", "CONNECTS", "FAILURES"),
-        *("WEIGHT", "BACKUP"),
+        *("WEIGHT", "BACKUP", "CHECKED_BY"),
     ),
     "stats": ("STAT", "VALUE"),
     "fleet": (
@@ -57,7 +58,7 @@ _ESCAPE = re.compile(r"(?:\\[0-7]{3})+")
 
 def render(what: str, rows: Iterable[Mapping[str, object]]) -> str:
     """The table of `show WHAT`: a header and a line per row, each ending in a newline."""
-    return table(COLUMNS[what], rows, last_is_prose=what in ("stats", "fleet"))
+    return table(COLUMNS[what], rows, last_is_prose=what in ("stats", "fleet", "rules"))
 
 
 def stats_rows(stats: Mapping[str, object], prefix: str = "") -> Iterator[dict[str, object]]:
@@ -177,6 +178,10 @@ def rows_from_text(text: str) -> list[dict[str, object]]:
     ]
 
 
+# Groups of `stats` that have no line while nothing happened.
+MAY_HAVE_NO_LINE: Final = ("closed", "limited", "splice_invalid", "express", "express_left")
+
+
 def stats_from_text(text: str) -> dict[str, object]:
     """The kernel's `stats` as the daemon answers it: a dot in a name is a level."""
     stats: dict[str, Any] = {}
@@ -187,7 +192,7 @@ def stats_from_text(text: str) -> dict[str, object]:
         group, dot, member = name.partition(".")
         where = stats.setdefault(group, {}) if dot else stats
         where[member or group] = _number(_ESCAPE.sub(_from_octal, value.strip()))
-    for group in ("closed", "limited", "splice_invalid"):  # without a line while nothing happened
+    for group in MAY_HAVE_NO_LINE:
         stats.setdefault(group, {})
     return stats
 

@@ -4,7 +4,7 @@ Pure: the time is passed in. A client is an address, or the /64 of an IPv6 one.
 
 A bound on all clients together would be a way to shut others out: who uses it up is served, and
 the rest is not. So what is refused is refused to a client for what itself has asked, and where
-something is bounded in all, those who look have a part of their own.
+something is bounded in all, viewers have a part of their own.
 """
 
 from __future__ import annotations
@@ -95,23 +95,23 @@ class Refused(NamedTuple):
 
 
 class Allowance:
-    """What may be asked, by a client and in all; those who look have a part that is theirs."""
+    """What may be asked, by a client and in all; viewers have a share of their own."""
 
     def __init__(self, *, client: Rate, in_all: Rate, viewer: Rate) -> None:
-        """`viewer` is for a client that looks, whatever the others ask: of those there are few."""
+        """`viewer` is for a client that has the page open, whatever others ask: there are few."""
         self._clients = PerClient(client.budget)
         self._viewers = PerClient(viewer.budget)
         self._in_all = in_all.budget()
 
     def refuses(
-        self, client: str, now_s: float, *, cost: float = 1.0, looks: bool = False
+        self, client: str, now_s: float, *, cost: float = 1.0, is_viewer: bool = False
     ) -> Refused | None:
         """None: it may, and that is taken off."""
         own = self._clients.of(client)
         wait_s = own.wait_s(now_s, cost)
         if wait_s:
             return Refused(HTTPStatus.TOO_MANY_REQUESTS, math.ceil(wait_s))
-        if not (looks and self._viewers.of(client).take(now_s, cost)):
+        if not (is_viewer and self._viewers.of(client).take(now_s, cost)):
             wait_s = self._in_all.wait_s(now_s, cost)
             if wait_s:
                 return Refused(HTTPStatus.SERVICE_UNAVAILABLE, math.ceil(wait_s))

@@ -44,7 +44,7 @@ class Doubt(NamedTuple):
     """A password that has to be compared, and not here: with a hash, or after many others.
 
     `settle` takes the result, and gives the user or what to answer; `drop` is called in its place
-    when nobody wants to know any more: the attempt was none.
+    when the answer is not needed any more: the attempt was none.
     """
 
     stored: bytes
@@ -89,7 +89,7 @@ class Gate:
         self.token = secrets.token_urlsafe(24)
 
     def refuses_browser(self, request: Request) -> Answer | None:
-        """What to answer a request that a page of somebody else may have caused; None: it is fine.
+        """What to answer a request that another site's page may have caused; None: it is fine.
 
         Asked first: before a password, so that no such page can make a browser's user be asked.
         """
@@ -135,7 +135,7 @@ class Gate:
         return True
 
     def who(self, request: Request, host: str, now_s: float) -> str | Answer | Doubt:
-        """The user who asks, empty where nobody has to be one, or what to answer."""
+        """The user that asks, empty where no login is needed, or what to answer."""
         if not self._passwords:
             return ""
         said = _credentials(request.header("Authorization"))

@@ -1,7 +1,7 @@
-"""The last 15 minutes of rates: rings of a fixed size, filled while somebody looks.
+"""The last 15 minutes of rates: rings of a fixed size, filled while there are viewers.
 
-A point is the mean of the time since the point before, so a time when nobody looked is one long
-point. Pure: looks and the time are passed in.
+A point is the mean of the time since the point before, so a time without viewers is one long
+point. Pure: samples and the time are passed in.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pyforwarder.status.looking import Flow, Look, Plan
+    from pyforwarder.status.sampling import Flow, Plan, Sample
 
 KEPT_S: Final = 900.0
 STEP_S: Final = 5.0
@@ -40,19 +40,19 @@ class History:
         self._sums = [0] * (len(self.names) * _RATES)
         self._span_s = 0.0
 
-    def add(self, look: Look, now_unix_s: float) -> dict[str, Any] | None:
-        """Take a look in; what to tell viewers once it has completed a point."""
-        if not look.span_s:
+    def add(self, sample: Sample, now_unix_s: float) -> dict[str, Any] | None:
+        """Add a sample; what to send to viewers once it has completed a point."""
+        if not sample.span_s:
             return None
-        self._span_s += look.span_s
+        self._span_s += sample.span_s
         sums = self._sums
         at = 0
-        for flow in self._flows(look):
+        for flow in self._flows(sample):
             sums[at] += flow.up_bytes
             sums[at + 1] += flow.down_bytes
             sums[at + 2] += flow.new
             at += _RATES
-        # A look comes a moment early or late.
+        # A sample comes a moment early or late.
         if self._span_s < STEP_S - 0.5:
             return None
         span_s = self._span_s
@@ -63,9 +63,9 @@ class History:
         self._span_s = 0.0
         return {"at": _short(now_unix_s), "span": _short(span_s), "series": self._by_name(point)}
 
-    def _flows(self, look: Look) -> Iterator[Flow]:
-        yield look.total
-        kinds = (look.listeners, look.rules, look.upstreams, look.servers)
+    def _flows(self, sample: Sample) -> Iterator[Flow]:
+        yield sample.total
+        kinds = (sample.listeners, sample.rules, sample.upstreams, sample.servers)
         for (_, count), flows in zip(self._counts, kinds, strict=True):
             yield from flows[:count]
 
@@ -75,7 +75,7 @@ class History:
             for n, name in enumerate(self.names)
         }
 
-    def told(self, now_unix_s: float) -> dict[str, Any]:
+    def as_json(self, now_unix_s: float) -> dict[str, Any]:
         """All points that are not too old, by curve and then by rate."""
         kept = [n for n, (at_s, _) in enumerate(self._times) if at_s > now_unix_s - KEPT_S]
         return {

@@ -55,8 +55,8 @@ class LoginQueue:
     ) -> int | bool | None:
         """`answer` is called on the loop with the result, or `pushed_out` if another goes first.
 
-        True: it is right, that is known, and nobody is called. None: there is no room. Else what
-        to `forget` it by.
+        True: it is right, that is known, and the callback is not called. None: there is no room.
+        Else what to `forget` it by.
         """
         if len(self._waiting) >= MOST_WAITING and not self._make_room(doubt):
             doubt.drop()

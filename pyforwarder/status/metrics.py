@@ -138,7 +138,8 @@ class ForwarderCollector(Collector):
             own = list(members)
             for names, base in bases.items():
                 for row in own:
-                    metric.add_metric([*names, *row.values], total(base + row.word))
+                    number = total(base + row.word) + (total(row.also) if row.also else 0)
+                    metric.add_metric([*names, *row.values], number)
             yield metric
 
     def _servers(self) -> Iterator[Metric]:
@@ -243,7 +244,7 @@ def _keyed(names: Mapping[str, int]) -> dict[tuple[str, ...], int]:
 
 
 def _is_usual(state: PairState, kind: DatapathKind) -> bool:
-    """Nobody moves bytes before the join, and somebody after it: half of the series less."""
+    """No datapath moves bytes before the join, and one does after it: half of the series less."""
     joined = (PairState.JOINED, PairState.HALF_CLOSED)
     if state is PairState.DRAINING:  # a refused client drains without a datapath
         return True
@@ -253,7 +254,7 @@ def _is_usual(state: PairState, kind: DatapathKind) -> bool:
 _PATH: Final = "/metrics"
 _METHODS: Final = "GET, HEAD, OPTIONS"
 
-# Each takes as long as a look at all pairs: so many at once, and so many a second. Who asks for
+# Each takes as long as a sample of all pairs: so many at once, and so many a second. Who asks for
 # more, however many they are, is told what was true within the last second.
 _FRESH: Final = Rate(20, 10)
 _KEPT_S: Final = 1.0

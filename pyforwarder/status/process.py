@@ -11,10 +11,10 @@ from pyforwarder.core.password import is_hash
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.status.gate import Gate
 from pyforwarder.status.history import History
-from pyforwarder.status.looking import Looker, Plan
 from pyforwarder.status.metrics import Source, metrics_site
+from pyforwarder.status.sampling import Plan, Sampler
 from pyforwarder.status.server import Server
-from pyforwarder.status.site import About, HealthChange, PageSite, read_files
+from pyforwarder.status.site import PageSite, read_files
 from pyforwarder.status.steering import SupervisorLink
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.counters import Counters
+    from pyforwarder.status.page_data import About, HealthChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def page_site(loop: Loop, page: PageSource, link: SupervisorLink | None) -> Page
     return PageSite(
         loop,
         page.about,
-        Looker(page.plan, page.counters, page.windows),
+        Sampler(page.plan, page.counters, page.windows),
         History(page.plan),
         gate,
         link,

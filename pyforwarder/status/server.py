@@ -79,7 +79,7 @@ class Visitor(Protocol):
         """
         ...
 
-    def say(self, piece: bytes) -> bool:
+    def send(self, piece: bytes) -> bool:
         """The next piece; False, and nothing is sent, while the last one is not out.
 
         So a visitor that reads slowly has one piece waiting, and misses those that come meanwhile.
@@ -163,7 +163,7 @@ class _Connection(Timed):
         self.gone = gone
         self.server.send(self, stream_head(headers) + first)
 
-    def say(self, piece: bytes) -> bool:
+    def send(self, piece: bytes) -> bool:
         """See `Visitor`."""
         if self.outgoing:
             return False
@@ -199,7 +199,7 @@ class Server:
             self._connections[connection] = None
             self._loop.deadlines.start(connection, REQUEST_S, self._loop.now_s)
             self._loop.watch(connection.fd, EPOLLIN, self._ready, connection)
-            # Most have asked by now, and nobody who comes later can push those aside.
+            # Most have asked by now, and later clients cannot push those aside.
             try:
                 self._read(connection)
             except Exception as error:

@@ -2,12 +2,12 @@
 
     GET  /            the page, and its files by name
     GET  /live        events: `hello` once, `tick` every second, `point` every five, `health`
-    GET  /pairs       some rows of the pairs as of the last look: sort order filter first count
+    GET  /pairs       some rows of the pairs as of the last sample: sort order filter first count
     POST /explain     which rule would take some first bytes
     POST /flush       reset pairs, if the configuration lets viewers
     POST /server      drain a server, or have it ready again, likewise
 
-There is one look at the tables a second for all viewers, and none while nobody looks. What is told
+There is one sample of the tables a second for all viewers, and none without viewers. What is sent
 to a viewer is the same for all, so it is encoded once; rows are asked for, a screen at a time.
 """
 
@@ -18,10 +18,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 from urllib.parse import parse_qsl
 
 from pyforwarder.config.explaining import judge
@@ -33,22 +32,18 @@ from pyforwarder.status.gate import Doubt, Gate
 from pyforwarder.status.history import KEPT_S, History
 from pyforwarder.status.http import Answer, Request
 from pyforwarder.status.logins import LoginQueue
-from pyforwarder.status.looking import (
-    LANES,
+from pyforwarder.status.page_data import hello, tick
+from pyforwarder.status.sampling import (
     SORTS,
-    Flow,
-    Look,
-    Looker,
-    ServerNow,
-    ServerPlan,
+    Sampler,
 )
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Config
     from pyforwarder.runtime.loop import Loop
+    from pyforwarder.status.page_data import About, HealthChange
     from pyforwarder.status.server import Visitor
 
-# Each gets a few kilobytes a second; who comes later is told so.
+# Each gets a few kilobytes a second; a viewer above that is told so.
 MOST_VIEWERS: Final = 16
 TICK_S: Final = 1.0
 # Hex of 32 KiB: more than any first packet that is judged by its bytes.
@@ -65,7 +60,7 @@ _ORDERS: Final = {
 }
 # What is read costs about a millisecond of the processor for each: a screen of rows, or five
 # hundred pairs that are put in order. A page that is scrolled without a pause asks for fewer than a
-# hundred a second, one that is looked at for fewer than the part of a viewer. All together a
+# hundred a second, one that is open for fewer than the part of a viewer. All together a
 # third of a processor, and for viewers, of which there are few, a third more.
 _QUESTIONS: Final = {
     "client": Rate(300, 100),
@@ -108,26 +103,6 @@ SECURITY_HEADERS: Final = (
 _JSON: Final = ("Content-Type", "application/json")
 
 
-class HealthChange(NamedTuple):
-    """A server went up or down."""
-
-    at_unix_s: float
-    upstream: str
-    server: str
-    up: bool
-    why: str
-
-    def as_json(self) -> dict[str, object]:
-        """For the page."""
-        return {
-            "at": round(self.at_unix_s),
-            "upstream": self.upstream,
-            "server": self.server,
-            "up": self.up,
-            "why": self.why,
-        }
-
-
 class Done(Protocol):
     """Takes what became of an order: how many pairs or servers it changed, or why none."""
 
@@ -144,19 +119,6 @@ class Steering(Protocol):
     def flush(self, user: str, ids: Sequence[int], answer: Done) -> bool:
         """Ask it to reset these pairs; False if it takes no question just now."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What does not change while the process lives."""
-
-    instance: str
-    version: str
-    started_unix_s: float
-    workers: int
-    datapaths: Mapping[str, str]  # name -> "available", or why not
-    config: Config
-    control: bool
 
 
 def read_files() -> dict[str, Answer]:
@@ -179,7 +141,7 @@ class PageSite:
         self,
         loop: Loop,
         about: About,
-        looker: Looker,
+        sampler: Sampler,
         history: History,
         gate: Gate,
         steering: Steering | None,
@@ -189,14 +151,14 @@ class PageSite:
         down: Collection[tuple[str, str]] = (),
         unix_time_s: Callable[[], float],
     ) -> None:
-        """Without `steering` viewers only look.
+        """Without `steering` viewers can only read.
 
         `health` is what has changed so far, oldest first, `down` which servers (upstream, server)
         are down now.
         """
         self._loop = loop
         self._about = about
-        self._looker = looker
+        self._sampler = sampler
         self._history = history
         self._gate = gate
         self._steering = steering
@@ -208,7 +170,7 @@ class PageSite:
         self._logins = LoginQueue(loop, gate.is_right)
         self._orders = Allowance(**_ORDERS)
         self._questions = Allowance(**_QUESTIONS)
-        self._looked_s: float | None = None
+        self._sampled_s: float | None = None
         self._tick = b""
         self._timer = 0
         self._routes: Mapping[str, tuple[str, Callable[[Request, Visitor, str], Answer | None]]] = {
@@ -238,12 +200,12 @@ class PageSite:
     def _verify(self, doubt: Doubt, request: Request, visitor: Visitor) -> Answer | None:
         """Have the password compared with its hash beside the loop, and answer then."""
 
-        def go_on(is_right: bool) -> Answer | None:
+        def serve_user(is_right: bool) -> Answer | None:
             user = doubt.settle(is_right)
             return user if isinstance(user, Answer) else self._serve(request, visitor, user)
 
         def later(is_right: bool) -> None:
-            answer = go_on(is_right)
+            answer = serve_user(is_right)
             if answer is not None:
                 visitor.finish(_secured(answer))
 
@@ -254,7 +216,7 @@ class PageSite:
         if check is None:
             return _TOO_MANY_LOGINS
         if check is True:
-            return go_on(True)
+            return serve_user(True)
         number = int(check)
         visitor.wait(lambda: self._logins.forget(number))
         return None
@@ -279,10 +241,10 @@ class PageSite:
         return act(request, visitor, user)
 
     def _too_much(self, allowance: Allowance, visitor: Visitor, cost: float = 1.0) -> Answer | None:
-        """What to answer who asks too much; None: he does not."""
+        """What to answer a client that asks too much; None: it does not."""
         client = network_of(visitor.host)
-        looks = any(network_of(viewer.host) == client for viewer in self._viewers)
-        refused = allowance.refuses(client, self._loop.now_s, cost=cost, looks=looks)
+        is_viewer = any(network_of(viewer.host) == client for viewer in self._viewers)
+        refused = allowance.refuses(client, self._loop.now_s, cost=cost, is_viewer=is_viewer)
         if refused is None:
             return None
         return _error(
@@ -301,17 +263,17 @@ class PageSite:
         if len(self._viewers) >= MOST_VIEWERS and not self._make_room(visitor):
             return _TOO_MANY_VIEWERS
         if not self._viewers:
-            if self._looked_s is None or time.monotonic() - self._looked_s >= TICK_S:
-                self._look()
+            if self._sampled_s is None or time.monotonic() - self._sampled_s >= TICK_S:
+                self._take_sample()
             self._come_again(TICK_S)
         self._viewers[visitor] = None
-        first = _event("hello", self._hello(user)) + self._tick
+        first = _event("hello", self._first(user)) + self._tick
         headers = (("Content-Type", "text/event-stream"), *SECURITY_HEADERS)
         visitor.stream(headers, b"retry: 3000\n\n" + first, lambda: self._left(visitor))
         return None
 
     def _make_room(self, newcomer: Visitor) -> bool:
-        """End the oldest of the client that looks most often, if that is not the newcomer's."""
+        """End the oldest of the client with most viewers, if that is not the newcomer's."""
         viewers = list(self._viewers)
         crowd = most_crowded([*(viewer.host for viewer in viewers), newcomer.host])
         if len(viewers) in crowd:
@@ -327,119 +289,48 @@ class PageSite:
         self._timer = self._loop.after(delay_s, self._again)
 
     def _again(self) -> None:
-        """Once a second while somebody looks; what is known of pairs goes when nobody does."""
+        """Once a second while there are viewers; what is known of pairs goes with the last."""
         if self._viewers:
-            self._look()
+            self._take_sample()
             self._come_again(TICK_S)
-        elif self._looked_s is not None and time.monotonic() - self._looked_s < KEPT_S:
+        elif self._sampled_s is not None and time.monotonic() - self._sampled_s < KEPT_S:
             self._come_again(KEPT_S)
         else:
-            self._looker.forget()
+            self._sampler.forget()
 
-    def _look(self) -> None:
+    def _take_sample(self) -> None:
         now_s, now_unix_s = time.monotonic(), self._unix_time_s()
-        look = self._looker.look(now_s)
-        self._looked_s = now_s
-        point = self._history.add(look, now_unix_s)
-        self._tick = _event("tick", self._said(look, now_unix_s))
-        self._tell(self._tick + (_event("point", point) if point is not None else b""))
+        sample = self._sampler.sample(now_s)
+        self._sampled_s = now_s
+        point = self._history.add(sample, now_unix_s)
+        self._tick = _event("tick", tick(sample, self._sampler.plan, self._down, now_unix_s))
+        self._broadcast(self._tick + (_event("point", point) if point is not None else b""))
 
-    def _tell(self, piece: bytes) -> None:
+    def _broadcast(self, piece: bytes) -> None:
         for viewer in list(self._viewers):
-            viewer.say(piece)  # one that is behind misses this, and gets the next whole
+            viewer.send(piece)  # one that is behind misses this, and gets the next whole
 
-    def _hello(self, user: str) -> dict[str, object]:
-        about, plan = self._about, self._looker.plan
+    def _first(self, user: str) -> dict[str, object]:
         now_unix_s = self._unix_time_s()
-        return {
-            "at": now_unix_s,
-            "instance": about.instance,
-            "version": about.version,
-            "started": about.started_unix_s,
-            "workers": about.workers,
-            "user": user,
-            "control": about.control and self._steering is not None,
-            "token": self._gate.token,
-            "lanes": [kind.label for kind in LANES],
-            "datapaths": dict(about.datapaths),
-            "listeners": [
-                {"name": one.name, "bind": one.bind, "protocol": one.protocol}
-                for one in plan.listeners
-            ],
-            "rules": [
-                {"listener": one.listener, "rule": one.rule, "to": one.to} for one in plan.rules
-            ],
-            "upstreams": plan.upstreams,
-            "servers": [
-                {
-                    "upstream": one.upstream,
-                    "server": one.server,
-                    "weight": one.weight,
-                    "backup": one.is_backup,
-                }
-                for one in plan.servers
-            ],
-            "history": self._history.told(now_unix_s),
-            "health": [one.as_json() for one in self._health],
-        }
-
-    def _said(self, look: Look, now_unix_s: float) -> dict[str, object]:
-        span_s = look.span_s
-
-        def per_s(count: int) -> float:
-            return round(count / span_s, 1) if span_s else 0.0
-
-        def rates(flow: Flow) -> tuple[float, float]:
-            return per_s(flow.up_bytes), per_s(flow.down_bytes)
-
-        counts = look.counts
-        return {
-            "at": now_unix_s,
-            "totals": {
-                "pairs": look.total.pairs,
-                "new": per_s(look.total.new),
-                "refused": per_s(look.refused),
-                "up": per_s(look.total.up_bytes),
-                "down": per_s(look.total.down_bytes),
-                "up_bytes": look.up_bytes,
-                "down_bytes": look.down_bytes,
-            },
-            "lanes": [[flow.pairs, *rates(flow)] for flow in look.lanes],
-            "listeners": [
-                [open_now, per_s(flow.new), *rates(flow), accepted, refused]
-                for flow, (open_now, accepted, refused) in zip(
-                    look.listeners, counts["listeners"], strict=True
-                )
-            ],
-            "rules": [
-                [flow.pairs, per_s(flow.new), *rates(flow), taken, refused]
-                for flow, (taken, refused) in zip(look.rules, counts["rules"], strict=True)
-            ],
-            "upstreams": [[flow.pairs, per_s(flow.new), *rates(flow)] for flow in look.upstreams],
-            "servers": [
-                [now.held, *rates(flow), self._state_of(one, now), now.connects, now.failures]
-                for flow, now, one in zip(
-                    look.servers, counts["servers"], self._looker.plan.servers, strict=True
-                )
-            ],
-            "ends": [[reason, count, per_s(more)] for reason, count, more in counts["ends"]],
-        }
-
-    def _state_of(self, server: ServerPlan, now: ServerNow) -> str:
-        if now.is_drained:
-            return "drained"
-        if now.is_down or (server.upstream, server.server) in self._down:
-            return "down"
-        return "up" if server.is_checked else "not checked"
+        return hello(
+            self._about,
+            self._sampler.plan,
+            now_unix_s,
+            user=user,
+            control=self._steering_of_viewers() is not None,
+            token=self._gate.token,
+            history=self._history.as_json(now_unix_s),
+            health=self._health,
+        )
 
     def health_changed(self, change: HealthChange) -> None:
-        """A server went up or down: remember it, and tell who looks."""
+        """A server went up or down: remember it, and tell the viewers."""
         self._health.append(change)
         if change.up:
             self._down.discard((change.upstream, change.server))
         else:
             self._down.add((change.upstream, change.server))
-        self._tell(_event("health", change.as_json()))
+        self._broadcast(_event("health", change.as_json()))
 
     # ---------------------------------------------------------------- questions
 
@@ -458,17 +349,17 @@ class PageSite:
         refused = self._too_much(
             self._questions,
             visitor,
-            1 + self._looker.pairs_to_order(sort, rising, words) / _PAIRS_ORDERED,
+            1 + self._sampler.pairs_to_order(sort, rising, words) / _PAIRS_ORDERED,
         )
         if refused is not None:
             return refused
-        # For those who ask without looking: not more often than for those who look.
-        if self._looked_s is None or time.monotonic() - self._looked_s > 2 * TICK_S:
-            self._look()
+        # For those who ask and are no viewers: not more often than for viewers.
+        if self._sampled_s is None or time.monotonic() - self._sampled_s > 2 * TICK_S:
+            self._take_sample()
             if not self._viewers:
                 self._come_again(KEPT_S)
         return _ok(
-            self._looker.page(
+            self._sampler.page(
                 sort=sort,
                 rising=rising,
                 filter=words,
@@ -540,7 +431,7 @@ class PageSite:
         if steering is None:
             return _error(HTTPStatus.FORBIDDEN, "`status: {control: true}` is not set")
         asked = _texts(request.body, {"upstream", "server", "state"}) or {}
-        known = {(one.upstream, one.server) for one in self._looker.plan.servers}
+        known = {(one.upstream, one.server) for one in self._sampler.plan.servers}
         upstream, server = asked.get("upstream", ""), asked.get("server", "")
         if (upstream, server) not in known:
             return _error(HTTPStatus.BAD_REQUEST, "there is no such server")
@@ -574,11 +465,11 @@ class PageSite:
                 if all(type(one) is int and 0 <= one < 1 << 64 for one in ids):
                     return ids
             case {"listener": str(listener), "rule": str(rule), **others} if not others:
-                self._look()
-                return self._looker.pair_ids(listener=listener, rule=rule)
+                self._take_sample()
+                return self._sampler.pair_ids(listener=listener, rule=rule)
             case {"listener": str(listener), **others} if not others:
-                self._look()
-                return self._looker.pair_ids(listener=listener)
+                self._take_sample()
+                return self._sampler.pair_ids(listener=listener)
         return None
 
 

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.runtime.descriptors import close_given
 from pyforwarder.runtime.loop import EPOLLIN
-from pyforwarder.status.site import Done, HealthChange
+from pyforwarder.status.page_data import HealthChange
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
+    from pyforwarder.status.site import Done
 
 # Orders that are not answered yet.
 _MOST_WAITING: Final = 32
 
 
 class SupervisorLink:
-    """Asks the supervisor, and hears what it says of its own accord."""
+    """Asks the supervisor, and receives what it sends of its own accord."""
 
     def __init__(
         self,
@@ -41,7 +42,7 @@ class SupervisorLink:
         self._changed = changed
         self._waiting: dict[int, Done] = {}
         self._number = 0
-        loop.watch(channel.fileno(), EPOLLIN, self._hear, self)
+        loop.watch(channel.fileno(), EPOLLIN, self._receive, self)
 
     def flush(self, user: str, ids: Sequence[int], answer: Done) -> bool:
         """See `site.Steering`."""
@@ -62,7 +63,7 @@ class SupervisorLink:
         self._waiting[self._number] = answer
         return True
 
-    def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
+    def _receive(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
             received = self._channel.receive()
         except BlockingIOError:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from pyforwarder.core.datapaths import DATAPATHS
 from pyforwarder.datapath.ebpf.abi import LineKind
+from pyforwarder.datapath.express.connect_abi import Count
 from pyforwarder.datapath.splice.abi import Invalid
 from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
@@ -21,6 +22,11 @@ from pyforwarder.runtime.counters import (
     CONNECT_FIRST,
     DECISION_BOUNDS_S,
     DECISION_FIRST,
+    EXPRESS_CONNECT_FAILED,
+    EXPRESS_FIRST,
+    EXPRESS_PORTS,
+    EXPRESS_PORTS_MOST,
+    EXPRESS_PORTS_USED,
     INVALID_FIRST,
     LIMITED_INDEX,
     Counter,
@@ -48,6 +54,8 @@ class Row(NamedTuple):
     values: tuple[str, ...] = ()  # of the family's own labels
     stats: str = ""  # its name in `show stats`, a dot being a level of the JSON; empty: not there
     kind: LineKind = LineKind.COUNTER
+    # Another word of the whole daemon's that is added to it; 0: none.
+    also: int = 0
 
 
 class Histogram(NamedTuple):
@@ -79,6 +87,29 @@ _CUT = _counter(
 _INVALID = _counter(
     "splice_invalid", "Packets of spliced pairs that were not believed, by what was wrong.", "kind"
 )
+
+_LEFT = _counter(
+    "express_left",
+    "First packets that the kernel has left to workers where express is asked for, by reason.",
+    "reason",
+)
+# What is said of each; docs/datapaths.md explains them.
+EXPRESS_LEFT: Final = {
+    Count.UNDECIDED: "undecided",
+    Count.LONG: "long",
+    Count.SILENT: "silent",
+    Count.NO_TARGET: "no_way",
+    Count.NO_PORT: "no_port",
+    Count.REFUSED: "refused",
+    Count.UNANSWERED: "unanswered",
+    Count.NO_REQUEST: "no_handshake",
+    Count.ODD_REQUEST: "handshake",
+    Count.ODD_NUMBERS: "numbers",
+    Count.ODD_PACKET: "packet",
+    Count.DEVICE: "device",
+    Count.TAKEN_PORT: "taken_port",
+    Count.FAILED: "failed",
+}
 
 # Of the whole daemon, in the order of `show stats`.
 ROWS: Final[tuple[Row, ...]] = (
@@ -179,9 +210,11 @@ ROWS: Final[tuple[Row, ...]] = (
         Counter.CONNECT_FAILED,
         _counter(
             "connects_failed",
-            "Attempts to connect to a server that failed; the next server may have served.",
+            "Attempts to connect to a server that failed, those of express among them; the next one"
+            " may have served.",
         ),
         stats="connect_failed",
+        also=EXPRESS_CONNECT_FAILED,
     ),
     Row(
         Counter.BACKLOG_TRIPS,
@@ -208,6 +241,34 @@ ROWS: Final[tuple[Row, ...]] = (
             LineKind.NONZERO,
         )
         for kind in Invalid
+    ),
+    Row(
+        EXPRESS_PORTS,
+        _gauge("express_ports", "Ports that are kept for connections that the kernel opens."),
+        stats="express.ports",
+        kind=LineKind.NONZERO,
+    ),
+    Row(
+        EXPRESS_PORTS_USED,
+        _gauge(
+            "express_ports_used",
+            "Ports of express that are used, or kept for a while after their connection's end.",
+        ),
+        stats="express.ports_used",
+        kind=LineKind.NONZERO,
+    ),
+    Row(
+        EXPRESS_PORTS_MOST,
+        _gauge(
+            "express_ports_most",
+            "The most ports of express that were used at once, as seen at least twice a second.",
+        ),
+        stats="express.ports_most",
+        kind=LineKind.NONZERO,
+    ),
+    *(
+        Row(EXPRESS_FIRST + count, _LEFT, (reason,), f"express_left.{reason}", LineKind.NONZERO)
+        for count, reason in EXPRESS_LEFT.items()
     ),
 )
 
@@ -254,7 +315,8 @@ RULE_ROWS: Final[tuple[Row, ...]] = (
 
 _FAILURES = _counter(
     "server_failures",
-    "Attempts to connect to a server that failed, by cause; `local` is a shortage of ours.",
+    "Attempts to connect to a server that failed, by cause; `local` is a shortage of ours,"
+    " `express` are attempts of the kernel.",
     "upstream",
     "server",
     "cause",

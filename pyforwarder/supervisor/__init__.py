@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from pyforwarder.runtime.environment import Environment
@@ -29,18 +29,27 @@ class UpOptions:
     prove: bool = False  # also what has been proven since the host was booted
 
 
-def run(env: Environment, options: UpOptions) -> int:
+def run(env: Environment, options: UpOptions, ask: Callable[[str, Sequence[int]], object]) -> int:
     """Be the daemon until it is told to end; the exit code.
+
+    `ask` sends a request, with descriptors, to the one that runs, if there is: one that drains
+    gives way.
 
     Raises:
         ForwarderError: it cannot start; nothing is left behind then.
     """
+    from pyforwarder.runtime.instance import Instance
     from pyforwarder.supervisor.daemon import Daemon
     from pyforwarder.supervisor.detaching import detached
+    from pyforwarder.supervisor.giving_way import find_draining
+
+    def make(env: Environment, options: UpOptions) -> Daemon:
+        instance = Instance.named(options.instance, env.environ)
+        return Daemon(env, options, find_draining(instance, ask))
 
     if options.detach:
-        return detached(env, options, Daemon)
-    return Daemon(env, options).run()
+        return detached(env, options, make)
+    return make(env, options).run()
 
 
 def upgrade(

@@ -83,7 +83,7 @@ class Activation:
         ]
 
     def close(self) -> None:
-        """Let go of them; systemd has its own."""
+        """Release them; systemd has its own."""
         for sockets in self._sockets.values():
             for sock in sockets:
                 sock.close()

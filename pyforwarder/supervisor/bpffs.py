@@ -57,19 +57,33 @@ def _mounts() -> list[Mount]:
     return parse_mounts(Path("/proc/self/mountinfo").read_text())
 
 
+def point_of(root: Path) -> tuple[Path, bool]:
+    """Where the BPF file system is mounted that holds `root`, and True; or where `enter` mounts it.
+
+    That is /sys/fs/bpf for a root below it, else the root itself.
+
+    Raises:
+        OSError: the mount table cannot be read.
+    """
+    resolved = root.resolve()
+    mount = mount_of(resolved, _mounts())
+    if mount is not None and mount.kind == "bpf":
+        return mount.point, True
+    return USUAL_MOUNT if resolved.is_relative_to(USUAL_MOUNT) else resolved, False
+
+
 def enter(root: Path) -> None:
     """Make sure that `root` is a directory in a BPF file system.
 
-    One that is not mounted is mounted: at /sys/fs/bpf for a root below it, else at the root itself.
+    One that is not mounted is mounted, see `point_of`.
 
     Raises:
         ForwarderError: it cannot be mounted, or the directory cannot be made.
     """
     try:
         resolved = root.resolve()
-        mount = mount_of(resolved, _mounts())
-        if mount is None or mount.kind != "bpf":
-            point = USUAL_MOUNT if resolved.is_relative_to(USUAL_MOUNT) else resolved
+        point, is_mounted = point_of(root)
+        if not is_mounted:
             if point != USUAL_MOUNT:
                 point.mkdir(mode=0o755, parents=True, exist_ok=True)
             _mount(point)

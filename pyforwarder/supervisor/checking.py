@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.runtime.loop import Loop
+from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.supervisor.child import ChildProcess, Serving
 from pyforwarder.supervisor.health import Checker, Verdict
-from pyforwarder.supervisor.messages import FROM_CHECKER, FaultyMessageError, Health, understand
+from pyforwarder.supervisor.messages import (
+    FROM_CHECKER,
+    ChecksDone,
+    FaultyMessageError,
+    Health,
+    understand,
+)
 
 if TYPE_CHECKING:
     from pyforwarder.config import Upstream
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.log import Log
 
+    Server = tuple[str, str]  # upstream and address
+
 _MOST_SHOWN: Final = 200
 
 
-class CheckerProcess(ChildProcess[Verdict]):
-    """Remembers which servers are down, for workers that are started later."""
+def report_rounds(channel: Channel) -> Callable[[], None]:
+    """What to call with each round that is finished: of those that nobody reads the last are lost.
+
+    A supervisor that stands still must find its checks going on.
+    """
+    rounds = itertools.count(1)
+
+    def report() -> None:
+        with contextlib.suppress(BlockingIOError):
+            channel.send({"rounds": next(rounds)}, wait=False)
+
+    return report
+
+
+class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
+    """Tells of each server once, and again when it goes up or down."""
 
     name = "health_checks"
+    may_say = FROM_CHECKER
 
     def __init__(
         self,
@@ -30,37 +55,45 @@ class CheckerProcess(ChildProcess[Verdict]):
         *,
         user: str | None,
         close_in_child: Callable[[], None],
-        tell: Callable[[Verdict], None],
+        notify: Callable[[Verdict], None],
+        finished: Callable[[], None],
     ) -> None:
-        """`tell` is called in this process with every change."""
+        """`notify` is called in this process with each verdict.
+
+        `finished`: each time when all servers that are to be checked have been once more.
+        """
         super().__init__(loop, log, user=user, close_in_child=close_in_child)
-        self._tell = tell
+        self._notify = notify
+        self._finished = finished
         self._upstreams: Mapping[str, Upstream] = {}
-        self._down: dict[tuple[str, str], Verdict] = {}
+        self._only: Collection[Server] = ()
+        # What the last process has found of those that are checked still.
+        self._known: dict[Server, bool] = {}
 
-    @property
-    def down(self) -> list[Verdict]:
-        """The servers that must get no pair just now."""
-        return list(self._down.values())
+    def change_to(self, upstreams: Mapping[str, Upstream], only: Collection[Server]) -> None:
+        """Check `only` these of their servers from now on.
 
-    def inherit(self, down: Sequence[Verdict]) -> None:
-        """Begin with what another daemon has found; the first look at each may say otherwise."""
-        self._down = {(one.upstream, one.server): one for one in down}
-
-    def change_to(self, upstreams: Mapping[str, Upstream]) -> None:
-        """Check these from now on; servers that are checked no more count as up."""
+        What is known of those that stay holds.
+        """
         self._kill()
         self._upstreams = upstreams
-        checked = {
-            (name, str(server.address))
-            for name, upstream in upstreams.items()
-            if upstream.health is not None
-            for server in upstream.servers
-        }
-        for key in [key for key in self._down if key not in checked]:
-            del self._down[key]
-            self._tell(Verdict(*key, up=True, why="checked no more"))
+        self._keep(only)
         self.start()
+
+    def check_only(self, only: Collection[Server]) -> None:
+        """As `change_to` with the same upstreams; the process that runs goes on."""
+        self._keep(only)
+        if self._channel is None:
+            self.start()
+            return
+        try:
+            self._channel.send({"check": [list(one) for one in only]}, wait=False)
+        except OSError:  # it has not read for long
+            self.renew()
+
+    def _keep(self, only: Collection[Server]) -> None:
+        self._only = only
+        self._known = {server: up for server, up in self._known.items() if server in only}
 
     @property
     def _is_wanted(self) -> bool:
@@ -69,13 +102,32 @@ class CheckerProcess(ChildProcess[Verdict]):
     def _prepare(self, channel: Channel) -> Callable[[], Serving]:
         def run() -> None:
             loop = Loop()
-            Checker(loop, self._upstreams, lambda verdict: channel.send(verdict._asdict()))
+            checker = Checker(
+                loop,
+                self._upstreams,
+                lambda verdict: channel.send(verdict._asdict()),
+                only=self._only,
+                known=self._known,
+                finished=report_rounds(channel),
+            )
+
+            def receive(_owner: object, _fd: int, _mask: int) -> None:
+                received = channel.receive()
+                if received is None:
+                    raise EOFError
+                checker.check_only(
+                    {(upstream, server) for upstream, server in received[0]["check"]}
+                )
+
+            loop.watch(channel.fileno(), EPOLLIN, receive, channel)
             loop.run()
 
         return lambda: Serving(run)
 
-    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Verdict:
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Verdict | ChecksDone:
         said = understand(message, fds, FROM_CHECKER)
+        if isinstance(said, ChecksDone):
+            return said
         assert isinstance(said, Health)
         upstream = self._upstreams.get(said.upstream)
         servers = () if upstream is None or upstream.health is None else upstream.servers
@@ -83,12 +135,11 @@ class CheckerProcess(ChildProcess[Verdict]):
             raise FaultyMessageError("a verdict on what it does not check")
         return Verdict(said.upstream, said.server, up=said.up, why=said.why[:_MOST_SHOWN])
 
-    def _heard(self, said: Verdict) -> None:
-        key = (said.upstream, said.server)
-        was_down = key in self._down
-        if said.up:
-            self._down.pop(key, None)
-        else:
-            self._down[key] = said
-        if was_down == said.up:
-            self._tell(said)
+    def _handle(self, said: Verdict | ChecksDone) -> None:
+        if isinstance(said, ChecksDone):
+            self._finished()
+            return
+        server = (said.upstream, said.server)
+        if server in self._only:
+            self._known[server] = said.up
+        self._notify(said)

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar, cast
 
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.children import fork, keep_only
 from pyforwarder.runtime.descriptors import close_given
 from pyforwarder.runtime.loop import EPOLLIN
+from pyforwarder.runtime.privileges import give_up_privileges
 from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.shared_memory import keep_memory
 from pyforwarder.runtime.tables import visible
-from pyforwarder.supervisor.messages import MOST_BYTES
-from pyforwarder.worker.process import give_up_privileges
+from pyforwarder.supervisor.messages import MOST_BYTES, Messages, understand
 
 if TYPE_CHECKING:
+    import mmap
+
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.log import Log
 
@@ -44,16 +47,18 @@ _MOST_SHOWN: Final = 200
 
 
 class Serving(NamedTuple):
-    """What the process does, and with which descriptors beside its channel."""
+    """What the process does, with which descriptors beside its channel, and shared memory."""
 
     run: Callable[[], object]
     fds: Sequence[int] = ()
+    memory: Sequence[mmap.mmap] = ()  # that it may write
 
 
 class ChildProcess(ABC, Generic[Said]):
     """One process after the other: after a change, and after a death."""
 
     name: str  # in the log: NAME_fault
+    may_say: Messages  # the only messages that are taken from it: those of `Said`
     pause_s: float = 0.0  # after each message others come first, for so long
 
     def __init__(
@@ -83,12 +88,12 @@ class ChildProcess(ABC, Generic[Said]):
         What is returned is called when the supervisor's own descriptors are closed.
         """
 
-    @abstractmethod
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Said:
-        """What a message says; whatever this raises is the process's fault, and it is replaced."""
+        """What a message says; what this raises is the process's fault, and it is replaced."""
+        return cast("Said", understand(message, fds, self.may_say))
 
     @abstractmethod
-    def _heard(self, said: Said) -> None:
+    def _handle(self, said: Said) -> None:
         """Do what follows from it."""
 
     # What the supervisor does with it
@@ -107,7 +112,7 @@ class ChildProcess(ABC, Generic[Said]):
         self._pid = fork(child)
         theirs.close()
         self._channel = ours
-        self._loop.watch(ours.fileno(), EPOLLIN, self._hear, self)
+        self._loop.watch(ours.fileno(), EPOLLIN, self._receive, self)
 
     def renew(self) -> None:
         """Another process in the place of one that knows of things as they were."""
@@ -143,13 +148,13 @@ class ChildProcess(ABC, Generic[Said]):
         """End the process."""
         self._kill()
 
-    def _say(self, message: Mapping[str, object]) -> None:
+    def _send(self, message: Mapping[str, object]) -> None:
         """Tell it something; one that does not read just now misses it."""
         if self._channel is not None:
             with contextlib.suppress(OSError):
                 self._channel.send(message, wait=False)
 
-    def _hear(self, _owner: object, fd: int, _mask: int) -> None:
+    def _receive(self, _owner: object, fd: int, _mask: int) -> None:
         channel = self._channel
         assert channel is not None
         try:
@@ -173,12 +178,12 @@ class ChildProcess(ABC, Generic[Said]):
             return
         if self.pause_s:
             self._loop.forget(fd)
-            self._loop.after(self.pause_s, lambda: self._hear_again(channel))
-        self._heard(said)
+            self._loop.after(self.pause_s, lambda: self._receive_again(channel))
+        self._handle(said)
 
-    def _hear_again(self, channel: Channel) -> None:
+    def _receive_again(self, channel: Channel) -> None:
         if channel is self._channel:
-            self._loop.watch(channel.fileno(), EPOLLIN, self._hear, self)
+            self._loop.watch(channel.fileno(), EPOLLIN, self._receive, self)
 
     def _hang_up(self) -> None:
         if self._channel is not None:
@@ -201,9 +206,9 @@ class ChildProcess(ABC, Generic[Said]):
             self._close_in_child()
             serving = make()
             give_up_privileges(self._user)
-            keep_memory(())
+            keep_memory(serving.memory)
             keep_only([channel.fileno(), *serving.fds])
-            confine()  # of a kernel that has no filters the workers tell
+            confine()  # of a kernel that has no filters the workers send
             if os.getppid() == supervisor:
                 serving.run()
         except (EOFError, BrokenPipeError):
@@ -216,3 +221,30 @@ class ChildProcess(ABC, Generic[Said]):
             sys.stderr.write(visible(traceback.format_exc()))
             return 1
         return 0
+
+
+class Above:
+    """The supervisor, as its child sees it: words up, words down."""
+
+    def __init__(self, channel: Channel) -> None:
+        """`channel` is the child's end."""
+        self._channel = channel
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send something up; it waits for room."""
+        self._channel.send(message)
+
+    def wait(self, timeout_s: float | None) -> dict[str, Any] | None:
+        """What comes first; None: nothing has come in time. Without a `timeout_s` it will come.
+
+        Raises:
+            EOFError: the supervisor is gone.
+        """
+        if not self._poll.poll(None if timeout_s is None else timeout_s * 1000):
+            return None
+        received = self._channel.receive()
+        if received is None:
+            raise EOFError
+        return received[0]

@@ -194,8 +194,10 @@ class ConfigInForce:
         self.drained &= servers_of(change.config)
         self.listeners.bound = dict(change.following)
 
-    def drain(self, text: str, *, drained: bool) -> None:
+    def drain(self, text: str, *, drained: bool) -> int:
         """Whether the server `UPSTREAM/SERVER` is to take no new pairs; workers are to be told.
+
+        The server's weight: with 0 it takes none in either case.
 
         Raises:
             UsageError: there is no such server in the configuration in force.
@@ -213,6 +215,9 @@ class ConfigInForce:
             self.drained.discard(configured[text])
         self.changes += 1
         self.settings = replace(self.settings, drained=tuple(sorted(self.drained)))
+        name, address = configured[text]
+        servers = self.config.upstreams[name].servers
+        return next(one.weight for one in servers if str(one.address) == address)
 
     def commit(self, change: Change) -> None:
         """Now that all know of the change: close the listeners that are no more."""

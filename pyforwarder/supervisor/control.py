@@ -62,12 +62,12 @@ class ControlServer:
     ):
         """Replaces a socket that a dead daemon left: the caller holds the instance's lock.
 
-        `listener` is that of a daemon that lives, and lets go of it: ours from here on.
+        `listener` is that of a daemon that lives, and releases it: ours from here on.
         """
         self._loop = loop
         self._path = path
         self._obey = obey
-        self._has_let_go = False
+        self._is_released = False
         self._clients: dict[int, _ControlClient] = {}
         if listener is not None:
             self._listener = listener
@@ -87,7 +87,7 @@ class ControlServer:
 
     def fds(self) -> list[int]:
         """Descriptors that a worker must not keep."""
-        listening = () if self._has_let_go else (self._listener.fileno(),)
+        listening = () if self._is_released else (self._listener.fileno(),)
         return [*listening, *self._clients]
 
     @property
@@ -95,11 +95,11 @@ class ControlServer:
         """Where it listens; ours."""
         return self._listener
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Another daemon listens there from here on; who is connected still gets its answer."""
-        if self._has_let_go:
+        if self._is_released:
             return
-        self._has_let_go = True
+        self._is_released = True
         if self._pause:
             self._loop.cancel(self._pause)
         else:
@@ -110,8 +110,8 @@ class ControlServer:
         """Stop answering; the path goes, unless it is another daemon's."""
         for client in list(self._clients.values()):
             self.drop(client)
-        if not self._has_let_go:
-            self.let_go()
+        if not self._is_released:
+            self.release()
             self._path.unlink(missing_ok=True)
 
     def _resume(self) -> None:

@@ -19,27 +19,28 @@ from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf.syscall import map_id
 from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
-from pyforwarder.datapath.splice.maps import smallest_mtu
+from pyforwarder.datapath.splice.interfaces import smallest_mtu
 from pyforwarder.datapath.splice.supervised import SupervisedSplice, splices_sessions
 from pyforwarder.datapath.supervised import Given, KernelDatapath
 from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor import bpffs
 from pyforwarder.supervisor.preparing import Loaded
+from pyforwarder.worker.room import places_for
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Listener
     from pyforwarder.core.datapaths import Datapath
     from pyforwarder.datapath.kernel import KernelMaps
-    from pyforwarder.datapath.splice.keeper import Splicing
-    from pyforwarder.datapath.splice.maps import Found
+    from pyforwarder.datapath.splice.pins import Found
     from pyforwarder.datapath.splice.session_maps import FoundSession
+    from pyforwarder.datapath.splice.splicing import Splicing
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.preparing import Part
     from pyforwarder.worker.log import Log
 
-_LOOK_AT_KEEPER_S: Final = 2.0
+_WATCH_KEEPER_S: Final = 2.0
 _KERNEL_NAMES: Final = {row.name for row in IN_KERNEL}
 _OPENING_NAMES: Final = {row.name for row in OPENING}
 _AVAILABLE: Final = "available"
@@ -97,6 +98,7 @@ class Datapaths:
             close_in_child=close_in_child,
             is_successor=is_successor,
             handshakes_fd=handshakes_fd,
+            places=places_for(config, memory.workers),
         )
         for row in IN_KERNEL:
             self._make(row, given)
@@ -136,13 +138,13 @@ class Datapaths:
 
     @property
     def must_come_first(self) -> bool:
-        """Whether nobody may connect anywhere yet: an earlier daemon's pairs have ports."""
+        """Whether no connection may be opened yet: an earlier daemon's pairs have ports."""
         if self._is_successor:
-            return False  # they are the other daemon's until that lets go of them
+            return False  # they are the other daemon's until that releases them
         return any(self._there[name].takes_over for name in self.in_preparation)
 
     @property
-    def splice_standing(self) -> Literal["none", "pinned", "passing"]:
+    def splice_state(self) -> Literal["none", "pinned", "passing"]:
         """Whether spliced pairs outlive us; `passing`: there may be some, and they do not."""
         if self.splicing is None or not self.splicing.has_begun:
             return "none"
@@ -275,13 +277,13 @@ class Datapaths:
                 # It works, and ends with us.
                 self._log.write("warning", f"{name}_not_pinned", reason=str(error))
 
-    def look_at_keeper(self) -> None:
+    def watch_keeper(self) -> None:
         """Kill it if it hangs, and look again in a while; `keeper_has_died` tells of it."""
         if self.splicing is not None:
             if self.splicing.keeper.hangs():
                 self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
                 self.splicing.keeper.kill()
-            self._loop.after(scaled_s(_LOOK_AT_KEEPER_S), self.look_at_keeper)
+            self._loop.after(scaled_s(_WATCH_KEEPER_S), self.watch_keeper)
 
     def accused(self) -> set[int]:
         """The workers that have asked the keeper for what they may not, since the last call."""
@@ -300,7 +302,7 @@ class Datapaths:
         if self.splicing is not None:
             self.splicing.keeper.restart()
 
-    def bury(self, worker: int) -> None:
+    def worker_died(self, worker: int) -> None:
         """A worker died: its spliced pairs go on, and wait for the next worker.
 
         Call it before `forget_worker`, while the pair table says what that is.
@@ -309,7 +311,7 @@ class Datapaths:
             KeeperError: the keeper does not answer.
         """
         for datapath in self._there.values():
-            datapath.bury(worker)
+            datapath.worker_died(worker)
 
     def forget_worker(self, worker: int) -> None:
         """A worker died: take its entries out of the maps."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import select
+import ipaddress
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime import moving_addresses as addresses
-from pyforwarder.supervisor.child import ChildProcess, Serving
-from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, Taken, understand
+from pyforwarder.supervisor.child import Above, ChildProcess, Serving
+from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, Taken
 
 if TYPE_CHECKING:
     from pyforwarder.config import Failover, Fleet
-    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.datapath.splice.splicing import Splicing
     from pyforwarder.fleet.failover.stays import Connection
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
@@ -32,6 +32,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
     """Runs where `fleet.failover` is configured and pairs are spliced."""
 
     name = "failover"
+    may_say = FROM_FAILOVER
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         if splicing is None or not splicing.has_begun:
             why = "pairs are not spliced here"
         elif not self._has_heard:
-            why = "it has not heard yet what is in the fleet's store"
+            why = "it has not read yet what is in the fleet's store"
         elif failover.mover == "command":
             try:
                 for one in failover.addresses:
@@ -195,9 +196,10 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         from pyforwarder.datapath.splice.own_pairs import OwnPairs
         from pyforwarder.datapath.splice.staying import Staying
         from pyforwarder.fleet.failover.record import tag_of
-        from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator, Watcher
+        from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator
         from pyforwarder.fleet.layout import Keys
         from pyforwarder.fleet.opening import open_store
+        from pyforwarder.fleet.watching import Watcher
 
         fleet, splicing, failover = self._fleet, self._splicing(), self._in_force
         assert fleet is not None
@@ -206,19 +208,25 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         stores = open_store(fleet), open_store(fleet)
         name = fleet.instance or socket.gethostname()
         machine = _BOOT_ID.read_text().strip()
-        pairs = OwnPairs(splicing.maps, failover.addresses)
-        connections = Staying(splicing.maps, failover.addresses)
+        wanted = failover.addresses
+        pairs = OwnPairs(splicing.maps, wanted)
+        connections = Staying(splicing.maps, wanted)
         standby = splicing.keeper.standby.dup()
         client = KeeperClient(standby, is_patient=True)
 
         class Kernel:
             """The keeper and the maps."""
 
-            look = staticmethod(pairs.look)
+            scan = staticmethod(pairs.scan)
 
             @staticmethod
-            def staying() -> dict[int, list[Connection]]:
-                return connections.look(pairs.ids)
+            def addresses() -> Collection[bytes]:
+                there = addresses.here(wanted)
+                return {ipaddress.ip_address(one).packed for one in there}
+
+            @staticmethod
+            def staying(known: Collection[str]) -> dict[int, list[Connection]]:
+                return connections.scan(pairs.ids(known))
 
             @staticmethod
             def ask(do: str, **fields: object) -> dict[str, Any]:
@@ -239,23 +247,16 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
                 tag_of(name),
                 machine,
                 Kernel(),
-                _Above(channel),
-                compacts=failover.compact,
+                Above(channel),
+                compacts=failover.compact and fleet.compacts,
             )
             return Serving(replicator.run, [standby.fileno()])
 
         return serving
 
-    def _understand(
-        self, message: dict[str, Any], fds: Sequence[int]
-    ) -> Taken | Replicas | MoveAsked:
-        said = understand(message, fds, FROM_FAILOVER)
-        assert isinstance(said, Taken | Replicas | MoveAsked)
-        return said
-
-    def _heard(self, said: Taken | Replicas | MoveAsked) -> None:
+    def _handle(self, said: Taken | Replicas | MoveAsked) -> None:
         if isinstance(said, MoveAsked):
-            self._say({"moved": self._take_for(said.move_from)})
+            self._send({"moved": self._take_for(said.move_from)})
             return
         if isinstance(said, Replicas):
             self._has_heard |= said.replicas == "connected"
@@ -269,23 +270,3 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         self._log.write("warning", "failover_taken", pairs=said.taken)
         for worker in said.waiting:
             self._adopt(worker)
-
-
-class _Above:
-    """The supervisor, as its child sees it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._poll = select.poll()
-        self._poll.register(channel.fileno(), select.POLLIN)
-
-    def tell(self, message: dict[str, Any]) -> None:
-        self._channel.send(message)
-
-    def wait(self, timeout_s: float) -> dict[str, Any] | None:
-        if not self._poll.poll(timeout_s * 1000):
-            return None
-        received = self._channel.receive()
-        if received is None:
-            raise EOFError
-        return received[0]

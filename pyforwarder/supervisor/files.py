@@ -85,12 +85,12 @@ class Files:
     def take(self, loaded: Loaded | LoadError) -> None:
         """The iterators have come, not yet pinned; or (why is in the log) they will not."""
         if isinstance(loaded, LoadError):
-            self._tell_of_no_view(loaded)
+            self._log_no_view(loaded)
         else:
             links = Links.of_another_process(loaded.descriptors, loaded.said)
             self._view = View(self._memory.arrays(), links)
 
-    def _tell_of_no_view(self, error: ForwarderError) -> None:
+    def _log_no_view(self, error: ForwarderError) -> None:
         self._log.load_error("no_view", error, consequence=WITHOUT_VIEW)
 
     def open(self, obey: Obey, show: Callable[[str], object]) -> None:
@@ -109,7 +109,7 @@ class Files:
                 self._view.pin(self._instance.bpffs_dir)
                 pins = self._instance.bpffs_dir
             except ForwarderError as error:
-                self._tell_of_no_view(error)
+                self._log_no_view(error)
         self._proc = ProcDirectory(
             self._loop,
             self._instance.proc_dir,
@@ -149,7 +149,7 @@ class Files:
             self._proc.port_changed()
 
     def asked(self) -> None:
-        """SIGIO has come: somebody wants to open one of the files."""
+        """SIGIO has come: a process wants to open one of the files."""
         if self._proc is not None:
             self._proc.asked()
 
@@ -176,7 +176,7 @@ class Files:
             self._proc.close()
             self._proc = None
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Remove the view's pins, and no directory: another daemon makes its own there."""
         if self._view is not None:
             self._view.unpin()

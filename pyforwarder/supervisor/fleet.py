@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
 from pyforwarder.errors import ForwarderError
-from pyforwarder.supervisor.child import ChildProcess, Serving
+from pyforwarder.supervisor.child import Above, ChildProcess, Serving
 from pyforwarder.supervisor.configuration import Shared
 from pyforwarder.supervisor.messages import (
     FROM_FLEET,
@@ -23,25 +23,31 @@ from pyforwarder.supervisor.messages import (
     FleetInstances,
     FleetStore,
     FleetView,
-    understand,
+    Overwritten,
 )
 
 if TYPE_CHECKING:
-    from pyforwarder.config import Config, Fleet
+    from types import FrameType
+
+    from pyforwarder.config import Fleet
+    from pyforwarder.fleet.member import Member
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.log import Log
 
 # How often this machine says how many pairs it has.
 _REPORT_S: Final = 5.0
-_CACHE_MODE: Final = 0o600
-_MOST_CACHED: Final = 16 << 20
+_MOST_SHOWN: Final = 200
+# What the process is told by at the end; those that a group may get it ignores.
+_LEAVE: Final = signal.SIGUSR1
+_LEAVE_S: Final = 1.0
 
 
-class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances"]):
-    """Hears what is in the store, and has it put in force."""
+class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances | Overwritten"]):
+    """Learns what is in the store, and has it put in force."""
 
     name = "fleet"
+    may_say = FROM_FLEET
 
     def __init__(
         self,
@@ -54,23 +60,23 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances"]):
         put_in_force: Callable[[Shared], None],
         started_unix_s: float,
         facts: Callable[[], dict[str, object]],
-        tell: Callable[[Sequence[FleetInstance]], None],
+        notify: Callable[[Sequence[FleetInstance]], None],
     ) -> None:
         """`shared` is what is in force; `put_in_force` changes that, or raises ForwarderError.
 
-        `facts` is what this machine tells the others besides; `tell` is told of the others.
+        `facts` is what this machine tells the others besides; `notify` is told of the others.
         """
         super().__init__(loop, log, user=user, close_in_child=close_in_child)
         self._shared = shared
         self._put_in_force = put_in_force
         self._facts = facts
-        self._tell = tell
+        self._notify = notify
         self._instances: Sequence[FleetInstance] = []
         self._heard_s = 0.0
         self._is_reporting = False
         self._started = datetime.fromtimestamp(started_unix_s, UTC).isoformat(timespec="seconds")
         self._fleet: Fleet | None = None
-        self._newest: Shared | None = None  # that was heard of
+        self._newest: Shared | None = None  # that the store had
         self._in_force = 0  # serial numbers
         self._refused = 0
         self._why = ""
@@ -131,16 +137,33 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances"]):
         assert fleet is not None
         store = open_store(fleet)
         name = fleet.instance or socket.gethostname()
-        return lambda: Serving(Member(store, Keys(fleet.name), name, _Above(channel)).run)
+        member = Member(store, Keys(fleet.name), name, _MemberAbove(channel))
+        return lambda: Serving(lambda: _run(member))
 
-    def _understand(
-        self, message: dict[str, Any], fds: Sequence[int]
-    ) -> FleetView | FleetStore | FleetInstances:
-        said = understand(message, fds, FROM_FLEET)
-        assert isinstance(said, FleetView | FleetStore | FleetInstances)
-        return said
+    def leave(self) -> None:
+        """End the process, once this machine is no more in the store's list of machines.
 
-    def _heard(self, said: FleetView | FleetStore | FleetInstances) -> None:
+        That waits for the store for a second at most.
+        """
+        if self._pid:
+            # What ends meanwhile, or before it knows the signal, is a zombie until `close`.
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(self._pid)
+                try:
+                    os.kill(self._pid, _LEAVE)
+                    poll = select.poll()
+                    poll.register(pidfd, select.POLLIN)
+                    poll.poll(_LEAVE_S * 1000)
+                finally:
+                    os.close(pidfd)
+        self.close()
+
+    def _handle(self, said: FleetView | FleetStore | FleetInstances | Overwritten) -> None:
+        if isinstance(said, Overwritten):
+            self._log.write(
+                "warning", "fleet_instance_overwritten", key=said.overwritten[:_MOST_SHOWN]
+            )
+            return
         if isinstance(said, FleetInstances):
             self._take_instances(said.instances)
             return
@@ -165,7 +188,7 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances"]):
         self._heard_s = time.monotonic()
         if instances != self._instances:
             self._instances = instances
-            self._tell(instances)
+            self._notify(instances)
 
     def _use(self, shared: Shared) -> None:
         """Put it in force if that can be; what was in force stays otherwise."""
@@ -193,90 +216,38 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances"]):
             "answers": answers,
             **self._facts(),
         }
-        self._say({"report": said})
+        self._send({"report": said})
 
 
-class _Above:
-    """The supervisor, as its child sees it."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._poll = select.poll()
-        self._poll.register(channel.fileno(), select.POLLIN)
-
-    def tell(self, message: dict[str, Any]) -> None:
-        self._channel.send(message)
-
-    def hear(self, timeout_s: float) -> dict[str, Any] | None:
-        if not self._poll.poll(timeout_s * 1000):
-            return None
-        received = self._channel.receive()
-        if received is None:
-            raise EOFError
-        report = received[0]["report"]
-        assert isinstance(report, dict)
-        return report
+class _LeaveError(BaseException):
+    """The process is to end: wherever it is, that is not to be taken for an error there."""
 
 
-class LastGood:
-    """A file with what was in force last: the store need not be there for the next start."""
-
-    def __init__(self, path: Path) -> None:
-        """`path` need not exist, nor its directory."""
-        self._path = path
-
-    def read(self, fleet: str) -> Shared:
-        """What is there for this fleet; nothing if that cannot be used.
-
-        Root's configuration comes out of it: a file that others could have written is not read.
-        """
-        try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-                    return Shared()
-                said = json.loads(file.read(_MOST_CACHED))
-            if said["fleet"] != fleet:
-                return Shared()
-            view = FleetView.model_validate(
-                {key: said[key] for key in ("serial", "text", "servers")} | {"faults": []}
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            return Shared()
-        return Shared(fleet, view.serial, view.text, view.servers)
-
-    def write(self, shared: Shared) -> None:
-        """Keep this.
-
-        Raises:
-            OSError: it cannot be kept.
-        """
-        text = json.dumps(
-            {
-                "fleet": shared.fleet,
-                "serial": shared.serial,
-                "text": shared.text,
-                "servers": {name: dict(servers) for name, servers in shared.servers.items()},
-            }
-        )
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = self._path.with_suffix(".new")
-        beside.unlink(missing_ok=True)
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _CACHE_MODE)
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
-
-
-def check_files(config: Config) -> None:
-    """Whether the files that `fleet` names can be used.
+def _run(member: Member) -> None:
+    """Until the supervisor says that it ends, or is gone.
 
     Raises:
-        ConfigError: one cannot; it says which, and why.
+        EOFError, OSError: it is gone.
     """
-    if config.fleet is not None:
-        from pyforwarder.fleet.files import read_files
 
-        read_files(config.fleet)
+    def end(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(_LEAVE, signal.SIG_IGN)
+        raise _LeaveError
+
+    try:
+        signal.signal(_LEAVE, end)
+        member.run()
+    except _LeaveError:
+        member.leave()
+
+
+class _MemberAbove(Above):
+    """Which tells a member of a fleet what this machine reports."""
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        message = self.wait(timeout_s)
+        if message is None:
+            return None
+        report = message["report"]
+        assert isinstance(report, dict)
+        return report

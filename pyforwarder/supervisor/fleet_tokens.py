@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.supervisor.child import ChildProcess, Serving
+from pyforwarder.supervisor.child import Above, ChildProcess, Serving
 from pyforwarder.supervisor.messages import (
     FROM_TOKENS,
     FaultyMessageError,
     FleetStore,
     TokensClaimed,
-    understand,
 )
 
 if TYPE_CHECKING:
@@ -31,9 +29,10 @@ _MOST_WAITING: Final = 4096
 
 
 class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
-    """Asks the store; who asks is answered, with None if it is not known."""
+    """Asks the store; the worker is answered, with None if it is not known."""
 
     name = "fleet_tokens"
+    may_say = FROM_TOKENS
 
     def __init__(
         self, loop: Loop, log: Log, *, user: str | None, close_in_child: Callable[[], None]
@@ -88,7 +87,7 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
             store,
             Keys(fleet.name),
             fleet.instance or socket.gethostname(),
-            _Above(channel),
+            _ClaimsAbove(channel),
             unix_time_s=time.time,  # noqa: TID251 - expiry
         )
         return lambda: Serving(claims.run)
@@ -96,15 +95,14 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
     def _understand(
         self, message: dict[str, Any], fds: Sequence[int]
     ) -> TokensClaimed | FleetStore:
-        said = understand(message, fds, FROM_TOKENS)
-        assert isinstance(said, TokensClaimed | FleetStore)
+        said = super()._understand(message, fds)
         if isinstance(said, TokensClaimed):
             numbers = [*said.claimed, *said.used, *said.unknown]
             if any(number > self._number for number in numbers):
                 raise FaultyMessageError("an answer to what was not asked")
         return said
 
-    def _heard(self, said: TokensClaimed | FleetStore) -> None:
+    def _handle(self, said: TokensClaimed | FleetStore) -> None:
         if isinstance(said, FleetStore):
             self._is_lost = said.store == "lost"
             level = "warning" if self._is_lost else "info"
@@ -128,24 +126,13 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
             answer(None)
 
 
-class _Above:
-    """The supervisor, as its child sees it."""
+class _ClaimsAbove(Above):
+    """Which asks for tokens to be used up."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._poll = select.poll()
-        self._poll.register(channel.fileno(), select.POLLIN)
-
-    def tell(self, message: dict[str, Any]) -> None:
-        self._channel.send(message)
-
-    def hear(self, *, wait: bool) -> Claim | None:
+    def receive(self, *, wait: bool) -> Claim | None:
         from pyforwarder.fleet.claims import Claim
 
-        if not self._poll.poll(None if wait else 0):
+        message = self.wait(None if wait else 0.0)
+        if message is None:
             return None
-        received = self._channel.receive()
-        if received is None:
-            raise EOFError
-        message, _ = received
         return Claim(message["number"], message["claim"], message["until"])

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import _socket
 import errno
+import functools
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.core import proxy_protocol
@@ -52,9 +53,19 @@ class Checker:
         loop: Loop,
         upstreams: Mapping[str, Upstream],
         report: Callable[[Verdict], None],
+        *,
+        only: Collection[tuple[str, str]] | None = None,
+        known: Mapping[tuple[str, str], bool] | None = None,
+        finished: Callable[[], None] = lambda: None,
     ) -> None:
+        """Of these upstreams' servers `only` some are checked (None: all); see `check_only`.
+
+        `known`: those that were up, or not, before this process. `finished` is called each time
+        when all servers that are checked have been once more.
+        """
         self._loop = loop
         self._report = report
+        self._finished = finished
         self.names = configured_names(loop, stale_wait_s=0.0)  # a check is short, and comes again
         self.liveness = Liveness()
         self._checked = [
@@ -62,9 +73,36 @@ class Checker:
             for name, upstream in upstreams.items()
             if upstream.health is not None
         ]
-        self._look()
+        for checked in self._checked:
+            for server in checked.servers.values():
+                server.was_up = (known or {}).get((checked.name, server.name))
+                server.begin()
+        self._left = self._wanted()  # of this round
+        if only is not None:
+            self.check_only(only)
+        self._begin_due()
 
-    def _look(self) -> None:
+    def check_only(self, only: Collection[tuple[str, str]]) -> None:
+        """Of the servers these alone from now on: upstream and address. Those that stay go on."""
+        for upstream in self._checked:
+            for server in upstream.servers.values():
+                is_wanted = (upstream.name, server.name) in only
+                if server.is_wanted and not is_wanted:
+                    server.was_up = None  # when it is checked again that is long past
+                elif is_wanted and not server.is_wanted:
+                    server.begin()
+                server.is_wanted = is_wanted
+        self._left = self._left & self._wanted() or self._wanted()
+
+    def _wanted(self) -> set[tuple[str, str]]:
+        return {
+            (upstream.name, server.name)
+            for upstream in self._checked
+            for server in upstream.servers.values()
+            if server.is_wanted
+        }
+
+    def _begin_due(self) -> None:
         """Begin the checks that are due, and come again for the next."""
         now_s = self._loop.now_s
         next_s = now_s + 3600.0
@@ -72,28 +110,49 @@ class Checker:
             for name in upstream.schedule.take_due(now_s):
                 server = upstream.servers[name]
                 # With a timeout longer than the interval the last one may still be running.
-                if not server.is_busy:
+                if server.is_wanted and not server.is_busy:
                     _Check(self, self._loop, upstream, server).begin()
             next_s = min(next_s, upstream.schedule.next_s())
-        self._loop.after(max(0.0, next_s - now_s), self._look)
+        self._loop.after(max(0.0, next_s - now_s), self._begin_due)
 
     def ended(self, upstream: _Upstream, server: _Server, *, passed: bool, why: str) -> None:
         """One check's result."""
+        if not server.is_wanted:
+            return
+        self._count(upstream.name, server.name)
         changed = server.health.observe(passed=passed)
         # The first is told whatever it is: who listens may know of a time before this process.
         if changed or not server.was_told:
             server.was_told = True
             self._report(Verdict(upstream.name, server.name, server.health.is_up, why))
 
+    def _count(self, upstream: str, server: str) -> None:
+        """A round is over when each has had a result in it."""
+        self._left.discard((upstream, server))
+        if not self._left:
+            self._left = self._wanted()
+            self._finished()
+
 
 class _Server:
     """One server, from its first check to the process's end."""
 
-    def __init__(self, address: Address | HostPort | UnixAddress, health: Health) -> None:
+    health: Health
+
+    def __init__(
+        self, address: Address | HostPort | UnixAddress, make_health: Callable[..., Health]
+    ) -> None:
         self.address = address
         self.name = str(address)
-        self.health = health
         self.is_busy = False
+        self.is_wanted = True
+        self.was_up: bool | None = None  # before it is looked at here
+        self._make_health = make_health
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing was found here yet."""
+        self.health = self._make_health(was_up=self.was_up)
         self.was_told = False
 
 
@@ -109,7 +168,7 @@ class _Upstream:
         self.sources = [str(host) for host in upstream.source]
         self.greeting = _LOCAL[upstream.send_proxy]
         servers = (
-            _Server(server.address, Health(rise=health.rise, fall=health.fall))
+            _Server(server.address, functools.partial(Health, rise=health.rise, fall=health.fall))
             for server in upstream.servers
             if not isinstance(server.address, SamePort)  # an error in the configuration
         )
@@ -199,7 +258,7 @@ class _Check(Timed):
             sock.close()
             raise
 
-    def won(self, sock: _socket.socket, address: Address) -> None:
+    def connected(self, sock: _socket.socket, address: Address) -> None:
         """For the race, see `Racer`."""
         del address
         self._approach = None
@@ -209,11 +268,11 @@ class _Check(Timed):
     def lost(self, code: int) -> None:
         """For the race, see `Racer`."""
         self._approach = None
-        self._failed(code)
+        self._failed(code, "TCP: ")
 
-    def _failed(self, code: int) -> None:
+    def _failed(self, code: int, by: str = "") -> None:
         """No connection; if it is for want of something here, nothing is known of the server."""
-        self._end(passed=None if code in SHORTAGES else False, why=os.strerror(code))
+        self._end(passed=None if code in SHORTAGES else False, why=f"{by}{os.strerror(code)}")
 
     def _connect_to_path(self, path: str) -> None:
         try:
@@ -260,12 +319,14 @@ class _Check(Timed):
 
     def expired(self) -> None:
         """Nobody has answered in time."""
+        by = ""
         if isinstance(self._approach, Race):
+            by = "TCP: "  # of a server for UDP, too
             self._approach.stop(timed_out=True)
             if self._approach.code in SHORTAGES:  # not all addresses have been asked
                 self._failed(self._approach.code)
                 return
-        self._end(passed=False, why="no answer in time")
+        self._end(passed=False, why=f"{by}no answer in time")
 
     def _end(self, *, passed: bool | None, why: str) -> None:
         """Give everything back and tell the result: the first one, a check has no other.

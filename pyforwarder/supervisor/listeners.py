@@ -100,7 +100,7 @@ class BoundSocket:
         mode: int | None,
         freebind: bool,
     ) -> BoundSocket:
-        """What another daemon has bound and still has; `is_shared` until that has let go of it."""
+        """What another daemon has bound and still has; `is_shared` until that has released it."""
         bound = cls.__new__(cls)
         bound.wanted = wanted
         bound.protocol = protocol
@@ -157,7 +157,7 @@ class BoundSocket:
     def change_mode(self, mode: int | None) -> None:
         """A unix socket's mode from now on; None leaves it as it is."""
         if isinstance(self.wanted, UnixAddress) and mode not in (None, self.mode):
-            # It is our file. If somebody has removed it, nobody finds it any more anyway.
+            # It is our file. If it was removed, no client finds it any more anyway.
             with contextlib.suppress(OSError):
                 os.chmod(self.wanted.path, mode)
             self.mode = mode
@@ -354,9 +354,8 @@ class Listeners:
             except OSError as error:
                 if with_ipv6 is None or error.errno != errno.EADDRINUSE or not left:
                     why = error.strerror or str(error)
-                    raise ForwarderError(f"cannot listen on {wanted}: {why}{_hint(error)}") from (
-                        error
-                    )
+                    hint = _hint(error) or self._in_the_way(error, listener.protocol, at)
+                    raise ForwarderError(f"cannot listen on {wanted}: {why}{hint}") from error
                 other = self._new(listener, Address(ANY_IPV6, 0))
                 before[-1].close()
                 made[made.index(with_ipv6)] = before[-1] = with_ipv6 = other
@@ -364,6 +363,26 @@ class Listeners:
                 before.append(bound)
                 made.append(bound)
                 return
+
+    def _in_the_way(self, error: OSError, protocol: str, at: Address | UnixAddress) -> str:
+        """Which of our own listeners has a port that another is to get, and what helps."""
+        if error.errno != errno.EADDRINUSE or not isinstance(at, Address):
+            return ""
+        wildcard = ANY_IPV6 if at.is_ipv6 else ANY_IPV4
+        for name, bound in self.bound.items():
+            for each in bound:
+                bind = each.bind
+                if (
+                    isinstance(bind, Address)
+                    and (each.protocol, bind.port) == (protocol, at.port)
+                    and bind.is_ipv6 == at.is_ipv6
+                    and (bind.host == at.host or wildcard in (bind.host, at.host))
+                ):
+                    return (
+                        f" by the listener {name!r}, which has {bind}: take that away first, "
+                        "and add this one in a second change"
+                    )
+        return ""
 
     def _new(self, listener: Listener, at: Address | UnixAddress) -> BoundSocket:
         return BoundSocket(
@@ -416,7 +435,7 @@ class Listeners:
         self._activation.close()
 
     def close(self) -> None:
-        """Close all; `binds` still tells of them, for who asks while pairs drain."""
+        """Close all; `binds` still tells of them, for `show` while pairs drain."""
         self._closed = self.binds()
         for each in self.sockets():
             each.close()

@@ -11,8 +11,17 @@ from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import read_records
 from pyforwarder.datapath.kernel import PairTable
 from pyforwarder.errors import LoadError
-from pyforwarder.runtime.counters import BLOCK_BYTES, CLOSED_INDEX, Counter, Counters, Directory
-from pyforwarder.runtime.limits import COLUMN_BYTES, new_secret
+from pyforwarder.runtime.counters import (
+    BLOCK_BYTES,
+    CLOSED_INDEX,
+    Counter,
+    Counters,
+    Directory,
+    ServerCounter,
+    ServerFailure,
+    change,
+)
+from pyforwarder.runtime.limits import COLUMN_BYTES, OTHERS_BYTES, new_secret
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
 from pyforwarder.worker.process import WorkerMemory
 from pyforwarder.worker.udp.connection_ids import PART_BYTES
@@ -43,6 +52,7 @@ class SharedMemory:
         self.slots = slots
         self.limits = SharedBlocks.make("limits", workers, COLUMN_BYTES)
         self.limits_secret = new_secret()
+        self.other_machines = SharedBlocks.make("others", 1, OTHERS_BYTES)
         if used_tokens is None:
             used_tokens = SharedBlocks.make("tokens", workers * SHARES, TABLE_BYTES)
         self.used_tokens = used_tokens
@@ -80,11 +90,18 @@ class SharedMemory:
         outliving = sum(
             record.datapath in _OUTLIVING for record in read_records(self.table.windows[worker])
         )
-        # It may have been taken over, and have written whatever it liked.
+        # It may have been taken over, and have written anything.
         reset = int(min(max(0, block[Counter.OPEN] - outliving), 2 * self.slots))
         index = CLOSED_INDEX[CloseReason.INTERNAL]
         block[index] = (block[index] + reset) % (1 << 64)
         return reset
+
+    def count_failed_in_kernel(self, upstream: str, server: str, times: int) -> None:
+        """The kernel could not connect to a server, so often. Only the supervisor counts those."""
+        index = self.directory.server_index(upstream, server)
+        if index is not None:
+            word = index + ServerCounter.FAILURES + ServerFailure.EXPRESS
+            change(self.counters.block(0), word, times)
 
     def forget_gauges(self, worker: int) -> None:
         """A worker died with its connections: what counted them as open is 0 again."""
@@ -102,6 +119,13 @@ class SharedMemory:
         """
         return Counters(self.counter_blocks.map(writable=())), self.table.read_only()
 
+    def share_limits(self) -> tuple[Sequence[mmap.mmap], mmap.mmap]:
+        """In the process that shares limits with a fleet: workers' columns, which it cannot write.
+
+        And what workers read of other machines, which it can: it keeps that (`keep_memory`).
+        """
+        return self.limits.map(writable=()), self.other_machines.map_all()[0]
+
     def of_worker(self, worker: int, *also: mmap.mmap) -> WorkerMemory:
         """In a worker: what it shares with others, its own part of each for writing.
 
@@ -112,6 +136,7 @@ class SharedMemory:
         own = WorkerMemory(
             counters=self.counter_blocks.map(writable=[worker]),
             limits=self.limits.map(writable=[worker]),
+            other_machines=self.other_machines.map(writable=())[0],
             used_tokens=self.used_tokens.map(writable=[table]),
             own_used_tokens=table,
             connection_ids=self.connection_ids.map(writable=[worker]),
@@ -130,5 +155,11 @@ class SharedMemory:
             self._arrays.close()
 
     def _close_blocks(self) -> None:
-        for shared in (self.counter_blocks, self.limits, self.used_tokens, self.connection_ids):
+        for shared in (
+            self.counter_blocks,
+            self.limits,
+            self.other_machines,
+            self.used_tokens,
+            self.connection_ids,
+        ):
             shared.close()

@@ -80,6 +80,12 @@ class Health(_Message):
     why: Words
 
 
+class ChecksDone(_Message):
+    """Each server that is to be checked has been, once more; counted from the process's start."""
+
+    rounds: Number
+
+
 class FleetView(_Message):
     """What is in a fleet's store (`fleet.layout`): an edition, and servers' weights."""
 
@@ -118,6 +124,28 @@ class FleetStore(_Message):
 
     store: Literal["connected", "lost"]
     endpoint: Words
+
+
+class FleetStates(_Message):
+    """What a fleet says of servers (`fleet.health`): "up" or "down" and why; whom we check."""
+
+    states: dict[Name, dict[Name, Annotated[str, Field(max_length=512, pattern=r"^(up|down) .*$")]]]
+    check: dict[Name, list[Name]]
+    # Of what we do not check: by which machine it is.
+    others: dict[Name, dict[Name, Annotated[str, Field(max_length=64)]]] = {}
+    turn: Number  # comes back with what is found by these checks
+
+
+class Overwritten(_Message):
+    """Another machine writes at our key in a fleet's store."""
+
+    overwritten: Words
+
+
+class FleetFaults(_Message):
+    """What stands at keys of a fleet's store that does not belong there."""
+
+    faults: Annotated[list[Words], Field(max_length=16)]
 
 
 class Taken(_Message):
@@ -169,30 +197,48 @@ class SetServer(_Message):
 
 
 # What comes from where, by the field that only this kind has; how many descriptors go with it.
-FROM_WORKER: Final[dict[str, tuple[type[_Message], int]]] = {
+Messages = dict[str, tuple[type[_Message], int]]
+
+FROM_WORKER: Final[Messages] = {
     "ask": (Ask, 1),
     "result": (Answer, 0),
     "error": (Refusal, 0),
     "claim": (TokenClaim, 0),
 }
-FROM_PAGE: Final[dict[str, tuple[type[_Message], int]]] = {
+FROM_PAGE: Final[Messages] = {
     "flush": (Flush, 0),
     "state": (SetServer, 0),
 }
-FROM_CHECKER: Final[dict[str, tuple[type[_Message], int]]] = {"why": (Health, 0)}
-FROM_FLEET: Final[dict[str, tuple[type[_Message], int]]] = {
+FROM_CHECKER: Final[Messages] = {
+    "why": (Health, 0),
+    "rounds": (ChecksDone, 0),
+}
+FROM_FLEET: Final[Messages] = {
     "servers": (FleetView, 0),
     "store": (FleetStore, 0),
     "instances": (FleetInstances, 0),
+    "overwritten": (Overwritten, 0),
 }
-FROM_FAILOVER: Final[dict[str, tuple[type[_Message], int]]] = {
+FROM_FAILOVER: Final[Messages] = {
     "waiting": (Taken, 0),
     "replicas": (Replicas, 0),
     "move_from": (MoveAsked, 0),
 }
 
-FROM_TOKENS: Final[dict[str, tuple[type[_Message], int]]] = {
+FROM_TOKENS: Final[Messages] = {
     "claimed": (TokensClaimed, 0),
+    "store": (FleetStore, 0),
+}
+
+FROM_HEALTH: Final[Messages] = {
+    "states": (FleetStates, 0),
+    "overwritten": (Overwritten, 0),
+    "store": (FleetStore, 0),
+}
+
+FROM_LIMITS: Final[Messages] = {
+    "faults": (FleetFaults, 0),
+    "overwritten": (Overwritten, 0),
     "store": (FleetStore, 0),
 }
 
@@ -215,9 +261,7 @@ RESULTS: Final[dict[str, TypeAdapter[Any]]] = {
 }
 
 
-def understand(
-    message: object, fds: Sequence[int], table: dict[str, tuple[type[_Message], int]]
-) -> _Message:
+def understand(message: object, fds: Sequence[int], table: Messages) -> _Message:
     """The message as the table has it.
 
     Raises:

@@ -58,7 +58,7 @@ class Found:
 
     directory: Path
     stamp: Stamp | None = None
-    ours: list[str] = field(default_factory=list)  # of whatever version
+    ours: list[str] = field(default_factory=list)  # of any version
     foreign: list[str] = field(default_factory=list)
 
     @property

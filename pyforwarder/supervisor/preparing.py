@@ -54,7 +54,7 @@ class Preparation:
     ) -> None:
         """Fork it; it works on the parts in their order, after `close_in_child`.
 
-        `is_in_no_hurry`: somebody serves meanwhile, and needs the processors more.
+        `is_in_no_hurry`: a daemon serves meanwhile, and needs the processors more.
         """
         self._left = list(parts)
         self._come: list[int] = []  # descriptors of a part of which more are to come

@@ -92,7 +92,7 @@ class ProcDirectory:
         return self._files.fds()
 
     def asked(self) -> None:
-        """SIGIO has come: somebody wants to open one of the files."""
+        """SIGIO has come: a process wants to open one of the files."""
         self._files.asked()
 
     def port_changed(self) -> None:

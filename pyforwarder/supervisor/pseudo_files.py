@@ -2,12 +2,13 @@
 
 Ordinary files, so that everything works on them (cat, echo, cp, an editor), and nothing hangs when
 the daemon is gone. What makes them more is a write lease (fcntl(2), F_SETLEASE): a process that
-opens such a file waits in open(2) until the daemon, told by SIGIO, has let go. Meanwhile the daemon
+opens such a file waits in open(2) until the daemon, told by SIGIO, has released it. Meanwhile the
+daemon
 
 - puts a new file, with a lease of its own, under the name: each opener has one for itself, so
   commands that follow each other closely never overwrite one another;
 - writes into the opened one what it has to say now;
-- and if somebody is still writing, waits a moment for the end of that. So `echo 9000 >
+- and if a process is still writing, waits a moment for the end of that. So `echo 9000 >
   listen_port; cat listen_port` prints the port that is in force after the command.
 
 Where there are no leases (some network file systems) all of this works but the order and the
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
 
 MOST_WRITTEN_BYTES: Final = 4096
-# Openers wait at most this long for somebody who has opened a file for writing and does not close
+# Openers wait at most this long for a process that has opened a file for writing and does not close
 # it; the kernel itself would make them wait 45 s (/proc/sys/fs/lease-break-time).
 PATIENCE_S: Final = 1.0
 # Writers who are waited for after that; then what they write goes nowhere.
 _WRITER_S: Final = 30.0
 _MOST_WRITERS: Final = 64
-_LOOK_AGAIN_S: Final = 0.001
+_RETRY_S: Final = 0.001
 # Without leases: how often what is read is made anew, and which part of the time that may take.
 _REFRESH_S: Final = 1.0
 _REFRESH_PART: Final = 50
@@ -82,7 +83,7 @@ class PseudoFiles:
         self._present: dict[str, _Opened] = {}
         self._writers: dict[int, _Opened] = {}
         self._timers: set[int] = set()
-        loop.watch(self._inotify.fd, EPOLLIN, self._heard, self)
+        loop.watch(self._inotify.fd, EPOLLIN, self._notified, self)
         try:
             for file in files:
                 self._present[file.name] = self._offer(file, _said(file))
@@ -97,7 +98,7 @@ class PseudoFiles:
         return [self._inotify.fd, *{entry.fd for entry in opened}]
 
     def close(self) -> None:
-        """Let everybody in who waits, and remove the files."""
+        """Let all waiting openers in, and remove the files."""
         for entry in {*self._present.values(), *self._writers.values()}:
             os.close(entry.fd)
         for name in self._present:
@@ -186,7 +187,7 @@ class PseudoFiles:
         if self._writers.get(entry.watch) is entry and not self._is_present(entry):
             self._drop(entry)
 
-    def _heard(self, _owner: object, _fd: int, _mask: int) -> None:
+    def _notified(self, _owner: object, _fd: int, _mask: int) -> None:
         watches = self._inotify.closed()
         if -1 in watches:
             watches = list(self._writers)
@@ -214,7 +215,7 @@ class PseudoFiles:
                 entry.file.write(data.decode(errors="replace"))
         self._done(entry)
 
-    def _done(self, entry: _Opened, look_again_s: float = _LOOK_AGAIN_S) -> None:
+    def _done(self, entry: _Opened, retry_s: float = _RETRY_S) -> None:
         """Its command is obeyed; if nobody else has the file open, we need it no more."""
         if not self._is_present(entry):
             try:
@@ -222,13 +223,13 @@ class PseudoFiles:
             except OSError:
                 # A second writer has it too, or the kernel, which tells of a close before it has
                 # done all of it (__fput), is not ready yet.
-                self._after(look_again_s, lambda: self._look_again(entry, look_again_s))
+                self._after(retry_s, lambda: self._retry(entry, retry_s))
                 return
             self._drop(entry)
         entry.delays_others = False
         self.asked()
 
-    def _look_again(self, entry: _Opened, after_s: float) -> None:
+    def _retry(self, entry: _Opened, after_s: float) -> None:
         if self._writers.get(entry.watch) is entry:
             self._done(entry, min(PATIENCE_S, 2 * after_s))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.core.address import bind_text
-from pyforwarder.datapath.base import PairReason
+from pyforwarder.core.upstreams import Condition
+from pyforwarder.datapath.base import OPENED_BY_KERNEL, PairReason
 from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
@@ -24,14 +26,16 @@ from pyforwarder.datapath.ebpf.pair_table import read_records, read_slots
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.counters import Counters, Directory, ListenerCounter, RuleCounter
 from pyforwarder.status.table import ROWS
+from pyforwarder.supervisor.rule_deciders import USERSPACE
 
 if TYPE_CHECKING:
     import mmap
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pyforwarder.config import Config
     from pyforwarder.config.listener import Rule
     from pyforwarder.core.address import Bind
+    from pyforwarder.supervisor.rule_deciders import RuleDecider, RuleName
 
 Row = dict[str, Any]
 
@@ -78,6 +82,7 @@ def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:
     row["age_s"] = round(max(0, now_ns - record.started_ns) / 1e9, 3)
     row["idle_s"] = round(max(0, now_ns - active_ns) / 1e9, 3)
     row["rule"] = record.rule.decode()
+    row["decided"] = "kernel" if record.reason in OPENED_BY_KERNEL else "user"
     row["reason"] = PairReason(record.reason).text
     for direction, name in ((Direction.UP, "up"), (Direction.DOWN, "down")):
         seen, told = record.verdict[direction], record.worker[direction]
@@ -128,16 +133,17 @@ def rule_rows(
     config: Config,
     counters: Counters,
     directory: Directory,
-    in_kernel: Collection[tuple[str, str]] = (),
+    deciders: Mapping[RuleName, RuleDecider] = MappingProxyType({}),
 ) -> list[Row]:
     """Every rule, in the order in which they are tried.
 
-    Those by which the kernel decides are `in_kernel`, by listener and name.
+    By rules that are not in `deciders` userspace decides.
     """
     rows = []
     for listener in config.listeners:
         for rule in listener.rules:
             base = directory.index(listener.name, rule.name)
+            decider = deciders.get((listener.name, rule.name), USERSPACE)
             rows.append(
                 {
                     "listener": listener.name,
@@ -145,7 +151,8 @@ def rule_rows(
                     "taken": counters.total(base + RuleCounter.TAKEN),
                     "refused": counters.total(base + RuleCounter.REFUSED),
                     "to": goes_to(rule),
-                    "decided": "kernel" if (listener.name, rule.name) in in_kernel else "user",
+                    "decided": decider.decided,
+                    "why": decider.why_not,
                 }
             )
     return rows
@@ -156,23 +163,40 @@ def goes_to(rule: Rule) -> str:
     return str(rule.to) if rule.to is not None else f"({rule.reject or 'client'})"
 
 
-def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Every server of every upstream; `reports` is what each worker said about its balancers."""
+def upstream_rows(
+    config: Config,
+    reports: Sequence[Mapping[str, Any]],
+    in_kernel: Mapping[str, Any],
+    checkers: Mapping[tuple[str, str], str] = MappingProxyType({}),
+) -> list[Row]:
+    """Every server of every upstream; `reports` is what each worker said about its balancers.
+
+    `checkers` says who checks a server, by upstream and address.
+
+    `in_kernel` is the same of what the kernel chooses from. It may have met failures that no worker
+    has.
+    """
     rows = []
     for name, upstream in config.upstreams.items():
         for server in upstream.servers:
             address = str(server.address)
-            seen = [report[name][address] for report in reports if address in report.get(name, {})]
+            everyone = [*reports, in_kernel]
+            seen = [report[name][address] for report in everyone if address in report.get(name, {})]
+            states = [entry["state"] for entry in seen]
+            kernels = in_kernel.get(name, {}).get(address, {}).get("state")
+            if states and states[0] == Condition.UP.value and kernels == Condition.EJECTED.value:
+                states[0] = kernels
             rows.append(
                 {
                     "upstream": name,
                     "server": address,
-                    "state": seen[0]["state"] if seen else "up",
+                    "state": states[0] if states else "up",
                     "pairs": sum(entry["pairs"] for entry in seen),
                     "connects": sum(entry["connects"] for entry in seen),
                     "failures": sum(entry["failures"] for entry in seen),
                     "weight": server.weight,
                     "backup": server.backup,
+                    "checked_by": checkers.get((name, address)),
                 }
             )
     return rows
@@ -180,8 +204,8 @@ def upstream_rows(config: Config, reports: Sequence[Mapping[str, Any]]) -> list[
 
 # The totals of `show stats` by their flat names, a dot being a level of the JSON: what the
 # kernel's `stats` file sums up and what the daemon answers is one list.
-TOTALS: Final[tuple[tuple[str, LineKind, int], ...]] = tuple(
-    (row.stats, row.kind, row.word) for row in ROWS if row.stats
+TOTALS: Final[tuple[Line, ...]] = tuple(
+    Line(row.kind, row.stats, row.word, also=row.also) for row in ROWS if row.stats
 )
 
 
@@ -189,16 +213,16 @@ def stats(counters: Counters, windows: Sequence[mmap.mmap], datapaths: Mapping[s
     """Totals since `up`; bytes include those of open pairs."""
     live = open_bytes(windows)
     row: Row = {}
-    for name, kind, word in TOTALS:
-        value = counters.total(word)
-        if kind is LineKind.UP_BYTES:
+    for line in TOTALS:
+        value = counters.total(line.word) + (counters.total(line.also) if line.also else 0)
+        if line.kind is LineKind.UP_BYTES:
             value += live[Direction.UP]
-        elif kind is LineKind.DOWN_BYTES:
+        elif line.kind is LineKind.DOWN_BYTES:
             value += live[Direction.DOWN]
-        group, dot, member = name.partition(".")
+        group, dot, member = line.name.partition(".")
         where = row.setdefault(group, {}) if dot else row
-        if value or kind is not LineKind.NONZERO:
-            where[member or name] = value
+        if value or line.kind is not LineKind.NONZERO:
+            where[member or line.name] = value
     row["datapaths"] = dict(datapaths)
     return row
 
@@ -219,7 +243,7 @@ def open_bytes(windows: Sequence[mmap.mmap]) -> tuple[int, int]:
 def stats_lines(datapaths: Mapping[str, str]) -> list[Line]:
     """The lines of the kernel's `stats` file."""
     return [
-        *(Line(kind, name, word) for name, kind, word in TOTALS),
+        *TOTALS,
         *(
             Line(LineKind.TEXT, f"datapaths.{name}", text=tables.one_line(state))
             for name, state in datapaths.items()

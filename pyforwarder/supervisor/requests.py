@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from pyforwarder import __version__
@@ -11,18 +11,20 @@ from pyforwarder.core.address import Address, AddressError, bind_text, parse_por
 from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
 from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.supervisor import report
+from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.workers import ask_all
 from pyforwarder.worker.adopting import cookie_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
+    from pyforwarder.runtime.instance import InstanceLock
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.failover import FailoverProcess
     from pyforwarder.supervisor.files import Files
     from pyforwarder.supervisor.memory import SharedMemory
-    from pyforwarder.supervisor.succession import Predecessor
+    from pyforwarder.supervisor.predecessor import Predecessor
     from pyforwarder.supervisor.worker_pool import WorkerPool
     from pyforwarder.worker.log import Log
 
@@ -50,14 +52,17 @@ class Requests:
         stop: Callable[[], None],
         succeed: Callable[[list[int]], object],
         failover: Callable[[], FailoverProcess],
-        elder: Callable[[], Predecessor | None] = lambda: None,
+        checkers: Callable[[], Mapping[tuple[str, str], str]],
+        lock: InstanceLock,
+        predecessor: Callable[[], Predecessor | None] = lambda: None,
+        state: Callable[[], DaemonState] = lambda: DaemonState.SERVING,
     ) -> None:
         """`fleet_rows` tells of the machines of the fleet, if there is one; `failover` moves its
-        addresses.
+        addresses, and `checkers` says who checks which server, by upstream and address.
 
-        `change_to` puts a configuration in force; `drain` and `stop` end the daemon.
-        `succeed` is asked by who wants to take its place; `elder` is the daemon whose place this
-        one has taken, as long as that has pairs.
+        `change_to` puts a configuration in force; `drain` and `stop` end the daemon, and a command
+        that asks for the end waits for `lock`. `succeed` lets a successor in; `predecessor` is the
+        daemon whose place this one has taken, as long as that has pairs.
         """
         self._source = source
         self._in_force = in_force
@@ -73,7 +78,10 @@ class Requests:
         self._stop = stop
         self._succeed = succeed
         self._failover = failover
-        self._elder = elder
+        self._checkers = checkers
+        self._lock = lock
+        self._predecessor = predecessor
+        self._state = state
 
     def obey(self, request: dict[str, Any], fds: list[int]) -> object:
         """Do what was asked; a fault of ours over it costs this request and no pair.
@@ -96,6 +104,8 @@ class Requests:
                     "pid": os.getpid(),
                     "version": __version__,
                     "datapaths": self._datapaths.states,
+                    "state": str(self._state()),
+                    "standing": str(self._state()),  # as some builds of 0.2 ask for it
                 }
             case "show":
                 return self.show(request.get("what", "pairs"))
@@ -112,7 +122,8 @@ class Requests:
                 end = self._stop if request.get("now") else self._drain
                 # Once this is answered.
                 self._loop.defer(lambda _: end(), None)
-                return {"drain_s": self._in_force.config.timeouts.drain_s}
+                drain_s = self._in_force.config.timeouts.drain_s
+                return {"drain_s": drain_s, "lock": self._lock.identity}
             case "forward":
                 return self._forward(request)
             case "join":
@@ -155,11 +166,13 @@ class Requests:
                     self._in_force.config,
                     self._memory.counters,
                     self._memory.directory,
-                    self._workers.rules_in_kernel,
+                    self._workers.deciders,
                 )
             case "upstreams":
                 reports = ask_all(self._workers.living, "upstreams")
-                return report.upstream_rows(self._in_force.config, reports)
+                return report.upstream_rows(
+                    self._in_force.config, reports, self._workers.kernels_report, self._checkers()
+                )
             case "fleet":
                 rows = self._fleet_rows()
                 if rows is None:
@@ -177,11 +190,13 @@ class Requests:
     def _pairs(self) -> object:
         """The rows of our pairs, and of those that the daemon before us lets end."""
         rows = report.pair_rows(self._memory.table.windows, self._files.backlogs())
-        elder = self._elder()
-        if elder is not None:
+        predecessor = self._predecessor()
+        if predecessor is not None:
             own = {row["id"] for row in rows}
-            reason = f"it ends with the daemon before (pid {elder.offer.pid})"
-            rows += [{**row, "reason": reason} for row in elder.pairs() if row.get("id") not in own]
+            reason = f"it ends with the daemon before (pid {predecessor.offer.pid})"
+            rows += [
+                {**row, "reason": reason} for row in predecessor.pairs() if row.get("id") not in own
+            ]
         return rows
 
     def _flush(self, request: dict[str, Any]) -> object:
@@ -191,9 +206,9 @@ class Requests:
             if not isinstance(ids, list) or not all(type(n) is int for n in ids):
                 raise UsageError("flush wants a list of ids, or all")
         flushed = [n for found in ask_all(self._workers.living, "flush", ids=ids) for n in found]
-        elder = self._elder()
-        if elder is not None:
-            flushed += elder.flush(ids)
+        predecessor = self._predecessor()
+        if predecessor is not None:
+            flushed += predecessor.flush(ids)
         return {
             "flushed": sorted(flushed),
             "unknown": sorted(set(ids or ()) - set(flushed)),
@@ -278,10 +293,10 @@ class Requests:
             raise UsageError("server wants UPSTREAM/SERVER")
         if state not in ("drain", "ready"):
             raise UsageError("a server is told to `drain` or to be `ready`")
-        self._in_force.drain(server, drained=state == "drain")
+        weight = self._in_force.drain(server, drained=state == "drain")
         self._workers.configure()
         self._log.write("info", f"server_{state}", server=server)
-        return {"server": server, "state": state}
+        return {"server": server, "state": state, "weight": weight}
 
     def _reload(self) -> object:
         """Read the configuration again and put it in force; an error changes nothing."""

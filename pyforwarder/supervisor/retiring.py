@@ -1,7 +1,7 @@
 """A running daemon lets another one take its place (succession.py), and ends with its pairs.
 
-Everything that can fail comes before the first change. From then on this one serves nobody new: it
-has given away its listeners, its files and its name, keeps the pairs that its workers could not
+Everything that can fail comes before the first change. From then on this one accepts no new client:
+it has given away its listeners, its files and its name, keeps the pairs that its workers could not
 hand over, and ends when they have ended, or at the drain's deadline.
 """
 
@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder import __version__
 from pyforwarder.datapath.attach import unix_names
+from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor import report
+from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.succession import (
     ENVIRON,
     PROTOCOL,
     SUCCESSOR_TIMEOUT_S,
     Ask,
-    Successor,
     network_namespace,
     parts_of,
 )
+from pyforwarder.supervisor.successor import Successor
 from pyforwarder.supervisor.workers import ask_all
 
 if TYPE_CHECKING:
@@ -43,18 +45,18 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.files import Files
     from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.predecessor import Predecessor
     from pyforwarder.supervisor.scraping import WebProcess
-    from pyforwarder.supervisor.succession import Predecessor
     from pyforwarder.supervisor.worker_pool import WorkerPool
     from pyforwarder.worker.log import Log
 
-# How long workers have to let go of what the kernel forwards, and how often they are asked.
+# How long workers have to release what the kernel forwards, and how often they are asked.
 _RELEASE_S: Final = 3.0
-_LOOK_S: Final = 0.02
+_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Belongings:
+class RetiringDaemon:
     """What a daemon has, and what it does of its own."""
 
     options: UpOptions
@@ -66,8 +68,10 @@ class Belongings:
     workers: WorkerPool
     files: Files
     web: WebProcess
-    end_helpers: Callable[[], None]  # those processes that serve nobody without the rest
-    elder: Callable[[], Predecessor | None]  # whose place it has taken, as long as that has pairs
+    end_helpers: Callable[[], None]  # the processes that are of no use without the rest
+    predecessor: Callable[
+        [], Predecessor | None
+    ]  # whose place it has taken, as long as that has pairs
     tokens_free_at_s: Callable[[], list[float]]  # as `TokensSaid` has it
     down: Callable[[], Sequence[Verdict]]  # servers that must get no pair just now
     lock: InstanceLock
@@ -76,20 +80,35 @@ class Belongings:
     log: Log
     environ: Mapping[str, str]
     notify: Callable[[str], None]
-    why_not: Callable[[], str]  # why nobody can take its place now; empty: somebody can
-    retired: Callable[[], None]  # called once it serves nobody new
+    state: Callable[[], DaemonState]
+    why_not: Callable[[], str]  # why no successor can take its place now; empty: one can
+    end_if_done: Callable[[], None]  # whether there is anything left to end for
+    retired: Callable[[], None]  # called once it accepts no new client
     stop: Callable[[], None]  # reset what is left and end
 
 
 class Retirement:
-    """Offers what the daemon has, and lets go of it when a successor says so."""
+    """Offers what the daemon has, and releases it when a successor says so."""
 
-    def __init__(self, belongings: Belongings) -> None:
-        self._of = belongings
+    def __init__(self, daemon: RetiringDaemon) -> None:
+        self._daemon = daemon
         self._successor: Successor | None = None
         self._timer = 0
         self.is_retired = False
         self._is_released = False
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a successor gets ready to take our place: until then we stay."""
+        successor = self._successor
+        return successor is not None and not successor.is_over and not self.is_retired
+
+    def refuse(self) -> None:
+        """We were told to end: who gets ready to take our place does not get it."""
+        if self.is_under_way and self._successor is not None:
+            self._successor.send_ending()
+            self._successor.close()
+            self._gone()
 
     def fds(self) -> list[int]:
         """What a child must not keep."""
@@ -103,7 +122,7 @@ class Retirement:
         """
         if len(fds) != 1:
             raise ControlError("a successor sends one descriptor")
-        reason = self._of.why_not()
+        reason = self._daemon.why_not()
         if self._successor is not None and not self._successor.is_over:
             reason = "another upgrade is under way"
         if reason:
@@ -112,82 +131,89 @@ class Retirement:
             sock = duplicate_socket(fds[0])
         except OSError as error:
             raise ControlError(f"a successor sends a socket: {error.strerror}") from error
-        self._successor = successor = Successor(self._of.loop, sock, self._obey, self._gone)
-        self._timer = self._of.loop.after(
+        self._successor = successor = Successor(self._daemon.loop, sock, self._obey, self._gone)
+        self._timer = self._daemon.loop.after(
             scaled_s(SUCCESSOR_TIMEOUT_S), lambda: self._give_up(successor)
         )
         return {"pid": os.getpid(), "version": __version__}
 
     def _give_up(self, successor: Successor) -> None:
         if not self.is_retired and not successor.is_over:
-            self._of.log.write("error", "upgrade_refused", error="it took too long")
+            self._daemon.log.write("error", "upgrade_refused", error="it took too long")
             successor.close()
+            self._daemon.end_if_done()
 
     def _gone(self) -> None:
-        self._of.loop.cancel(self._timer)
+        self._daemon.loop.cancel(self._timer)
         if not self.is_retired:
-            self._of.log.write("warning", "upgrade_failed", consequence="nothing has changed")
+            self._daemon.log.write("warning", "upgrade_failed", consequence="nothing has changed")
+            self._daemon.end_if_done()
 
     def _obey(self, asked: Ask, fds: list[int]) -> tuple[dict[str, object], Sequence[int]]:
         match asked.do:
             case "offer":
-                return self._offer()
+                return self._offer(asked)
             case "last_id":
                 return {
-                    "last_id": self._of.workers.last_id(),
-                    "keeper": self._of.datapaths.keeper_pid,
+                    "last_id": self._daemon.workers.last_id(),
+                    "keeper": self._daemon.datapaths.keeper_pid,
                 }, ()
             case "take":
                 self._retire(asked.serial, fds)
                 # From now on one that ends has no successor of ours.
-                return {"keeper": self._of.datapaths.keeper_pid}, ()
+                return {"keeper": self._daemon.datapaths.keeper_pid}, ()
             case "pairs":
                 return {"pairs": self._rows()}, ()
             case "flush":
-                found = ask_all(self._of.workers.living, "flush", ids=asked.ids)
-                elder = self._of.elder()
-                if elder is not None:
-                    found.append(elder.flush(asked.ids))
+                found = ask_all(self._daemon.workers.living, "flush", ids=asked.ids)
+                predecessor = self._daemon.predecessor()
+                if predecessor is not None:
+                    found.append(predecessor.flush(asked.ids))
                 return {"flushed": [n for some in found for n in some]}, ()
             case "end":
                 if not self.is_retired:
                     raise ControlError("nobody has taken its place")
                 if asked.now:
-                    self._of.loop.defer(lambda _: self._of.stop(), None)
+                    self._daemon.loop.defer(lambda _: self._daemon.stop(), None)
                 return {}, ()
 
-    def _offer(self) -> tuple[dict[str, object], Sequence[int]]:
-        of = self._of
-        config_path = of.options.config_path
+    def _offer(self, asked: Ask) -> tuple[dict[str, object], Sequence[int]]:
+        daemon = self._daemon
+        config_path = daemon.options.config_path
         marks = unix_names.held()
-        handshakes_fd = of.datapaths.handshakes_fd
-        activation = of.activation.all()
+        # Of another form it would be written, and read, beyond its end.
+        knows_handshakes = asked.handshakes == HANDSHAKES_FORM
+        handshakes_fd = daemon.datapaths.handshakes_fd if knows_handshakes else -1
+        activation = daemon.activation.all()
         bound = [
-            (name, each) for name, all_of in of.in_force.listeners.bound.items() for each in all_of
+            (name, each)
+            for name, all_of in daemon.in_force.listeners.bound.items()
+            for each in all_of
         ]
-        web = list(of.web.listening.items())
+        web = list(daemon.web.listening.items())
         offer: dict[str, object] = {
             "protocol": PROTOCOL,
             "version": __version__,
             "pid": os.getpid(),
-            "config_path": None if config_path is None else of.source.name_from_anywhere,
-            "overrides": dict(of.source.overrides),
-            "detach": of.options.detach,
-            "verbosity": min(of.options.verbosity, 9),
-            "workers": of.memory.workers,
-            "last_id": of.workers.last_id(),
-            "serial": of.in_force.changes,
-            "drained": sorted(map(list, of.in_force.drained)),
-            "environ": {key: of.environ[key] for key in ENVIRON if key in of.environ},
-            "splice": of.datapaths.splice_standing,
-            "splice_map": of.datapaths.splice_map_id,
-            "keeper": of.datapaths.keeper_pid,
+            "config_path": None if config_path is None else daemon.source.name_from_anywhere,
+            "overrides": dict(daemon.source.overrides),
+            "detach": daemon.options.detach,
+            "is_draining": daemon.state() is DaemonState.DRAINING,
+            "verbosity": min(daemon.options.verbosity, 9),
+            "workers": daemon.memory.workers,
+            "last_id": daemon.workers.last_id(),
+            "serial": daemon.in_force.changes,
+            "drained": sorted(map(list, daemon.in_force.drained)),
+            "environ": {key: daemon.environ[key] for key in ENVIRON if key in daemon.environ},
+            "splice": daemon.datapaths.splice_state,
+            "splice_map": daemon.datapaths.splice_map_id,
+            "keeper": daemon.datapaths.keeper_pid,
             "network": network_namespace(),
             "has_handshakes": handshakes_fd >= 0,
-            "used_tokens": {"share": of.memory.share, "free_at_s": of.tokens_free_at_s()},
+            "used_tokens": {"share": daemon.memory.share, "free_at_s": daemon.tokens_free_at_s()},
             "down": [
                 {"upstream": one.upstream, "server": one.server, "why": one.why}
-                for one in of.down()
+                for one in daemon.down()
             ],
             "marks": list(marks),
             "web": [{"key": key, "wanted": parts_of(one.wanted)} for key, one in web],
@@ -206,9 +232,9 @@ class Retirement:
                 for name, each in bound
             ],
         }
-        fds = [of.control().listener.fileno(), of.lock.fileno(), 1, 2]
+        fds = [daemon.control().listener.fileno(), daemon.lock.fileno(), 1, 2]
         fds += [handshakes_fd] if handshakes_fd >= 0 else []
-        fds += of.memory.used_tokens.fds
+        fds += daemon.memory.used_tokens.fds
         fds += marks.values()
         fds += [one.sock.fileno() for _, one in web]
         fds += [sock.fileno() for _, sock in activation]
@@ -216,46 +242,49 @@ class Retirement:
         return offer, fds
 
     def _retire(self, serial: int, heirs: Sequence[int]) -> None:
-        """Serve nobody new from here on.
+        """Accept no new client from here on.
 
         Raises:
             ControlError: nothing has changed.
         """
-        of, successor = self._of, self._successor
+        daemon, successor = self._daemon, self._successor
         assert successor is not None
-        if reason := of.why_not():
+        if reason := daemon.why_not():
             raise ControlError(reason)
-        if serial != of.in_force.changes:
+        if serial != daemon.in_force.changes:
             raise ControlError("its configuration has changed meanwhile")
-        if len(heirs) != of.memory.workers:
+        if len(heirs) != daemon.memory.workers:
             raise ControlError("there must be as many workers as it has")
         if successor.has_ended():
             raise ControlError("its successor has ended since it asked")
         # From here on nothing stops it.
+        has_own_lock = daemon.state() is DaemonState.DRAINING
         self.is_retired = True
-        of.retired()
-        of.log.write("info", "retired", successor=successor.pid)
-        # Before its workers let go of any pair: these have ended with us, and will not be ours.
-        of.in_force.listeners.share(shared=True)
-        of.in_force.listeners.close()
-        of.workers.retire(heirs)
-        of.end_helpers()
-        of.files.close_proc()
-        of.files.let_go()
-        of.control().let_go()
-        of.lock.close()
-        of.notify(f"MAINPID={successor.pid}")
-        of.loop.after(of.in_force.config.timeouts.drain_s, of.stop)
+        daemon.retired()
+        daemon.log.write("info", "retired", successor=successor.pid)
+        # Before its workers release any pair: these have ended with us, and will not be ours.
+        daemon.in_force.listeners.share(shared=True)
+        daemon.in_force.listeners.close()
+        daemon.workers.retire(heirs)
+        daemon.end_helpers()
+        daemon.files.close_proc()
+        daemon.files.release()
+        daemon.control().release()
+        if not has_own_lock:  # its successor has another, and `down` waits for us
+            daemon.lock.close()
+        daemon.notify(f"MAINPID={successor.pid}")
+        daemon.loop.after(daemon.in_force.config.timeouts.drain_s, daemon.stop)
         until_s = time.monotonic() + scaled_s(_RELEASE_S)
-        of.loop.after(0.0, lambda: self._look_for_release(until_s))
+        daemon.loop.after(0.0, lambda: self._poll_release(until_s))
+        daemon.loop.after(0.0, daemon.end_if_done)  # all pairs may have ended before
 
-    def _look_for_release(self, until_s: float) -> None:
+    def _poll_release(self, until_s: float) -> None:
         try:
-            left = self._of.workers.spliced_left()
+            left = self._daemon.workers.spliced_left()
         except ControlError:
             left = 1
         if left and time.monotonic() < until_s:
-            self._of.loop.after(_LOOK_S, lambda: self._look_for_release(until_s))
+            self._daemon.loop.after(_POLL_S, lambda: self._poll_release(until_s))
             return
         self._release()
 
@@ -263,16 +292,16 @@ class Retirement:
         """What is spliced is the successor's from here on; nothing happens the second time."""
         if not self._is_released:
             self._is_released = True
-            self._of.datapaths.release()
+            self._daemon.datapaths.release()
             if self._successor is not None:
-                self._successor.say_released()
+                self._successor.send_released()
 
     def _rows(self) -> list[report.Row]:
         """The pairs that have stayed here."""
-        rows = report.pair_rows(self._of.memory.table.windows, report.Backlogs({}))
+        rows = report.pair_rows(self._daemon.memory.table.windows, report.Backlogs({}))
         rows = [row for row in rows if row["datapath"] != "splice"]
-        elder = self._of.elder()
-        return rows if elder is None else rows + elder.pairs()
+        predecessor = self._daemon.predecessor()
+        return rows if predecessor is None else rows + predecessor.pairs()
 
     def close(self) -> None:
         """Hang up: a successor that has not taken our place is told so.

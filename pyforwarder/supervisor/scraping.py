@@ -21,7 +21,6 @@ from pyforwarder.supervisor.messages import (
     FaultyMessageError,
     Flush,
     SetServer,
-    understand,
 )
 
 if TYPE_CHECKING:
@@ -93,6 +92,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
     """Remembers which servers went up and down, for the processes to come."""
 
     name = "web"
+    may_say = FROM_PAGE
     pause_s = 0.05  # between two orders of the page
 
     def __init__(
@@ -146,15 +146,25 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
     def commit(self, following: Listening) -> None:
         """Serve there from now on, and tell of the configuration in force."""
         self._kill()
+        self._listen_at(following)
+        self.start()
+
+    def listen(self, wanted: Wanted) -> None:
+        """Listen there, before the first process serves it.
+
+        Raises:
+            ForwarderError: it cannot be bound.
+        """
+        self._listen_at(self.change_to(wanted))
+
+    def _listen_at(self, following: Listening) -> None:
         for listener in self.listening.values():
             if listener not in following.values():
                 listener.close()
         self.listening = following
-        self.start()
 
-    def close_in_other_child(self) -> None:
-        """In another child: it does not listen here, and hears no orders."""
-        self.close_channel()
+    def close_listeners(self) -> None:
+        """In another child, which does not listen here."""
         for listener in self.listening.values():
             listener.close()
 
@@ -165,16 +175,16 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
             listener.close()
         self.listening = {}
 
-    def tell_of_health(self, verdict: Verdict) -> None:
+    def send_health(self, verdict: Verdict) -> None:
         """A server went up or down: viewers may want to know."""
         now_unix_s = self._unix_time_s()
         self.verdicts.append((now_unix_s, verdict))
-        self._say({"at": now_unix_s, **verdict._asdict()})
+        self._send({"at": now_unix_s, **verdict._asdict()})
 
-    def tell_of_fleet(self, instances: Sequence[FleetInstance]) -> None:
+    def send_fleet(self, instances: Sequence[FleetInstance]) -> None:
         """The machines of the fleet have changed: that is told at `/metrics`."""
         self.fleet = [one.model_dump(exclude={"started", "why"}) for one in instances]
-        self._say({"fleet": self.fleet})
+        self._send({"fleet": self.fleet})
 
     @property
     def _is_wanted(self) -> bool:
@@ -193,14 +203,13 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         return make
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Flush | SetServer:
-        order = understand(message, fds, FROM_PAGE)
-        assert isinstance(order, Flush | SetServer)
+        order = super()._understand(message, fds)
         if not self._may_order():
             raise FaultyMessageError("an order, and viewers may only look")
         return order
 
-    def _heard(self, said: Flush | SetServer) -> None:
-        self._say({"n": said.n, **self._carry_out(said)})
+    def _handle(self, said: Flush | SetServer) -> None:
+        self._send({"n": said.n, **self._carry_out(said)})
 
     def _carry_out(self, order: Flush | SetServer) -> dict[str, object]:
         """Do it; who has asked for it, by what the process says, is in the log."""
@@ -275,9 +284,9 @@ def page_source_in_child(
     unix_time_s: Callable[[], float],
 ) -> PageSource | None:
     """In that process: what the page shows, from what metrics tell; None: no page is wanted."""
-    from pyforwarder.status.looking import ListenerPlan, Plan, RulePlan, ServerPlan
+    from pyforwarder.status.page_data import About, HealthChange
     from pyforwarder.status.process import PageSource
-    from pyforwarder.status.site import About, HealthChange
+    from pyforwarder.status.sampling import ListenerPlan, Plan, RulePlan, ServerPlan
 
     config, directory = in_force.config, memory.directory
     if config.status is None:

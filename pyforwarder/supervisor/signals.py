@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.runtime.loop import Loop
 
-# SIGIO: somebody wants to open a file of the pseudo-/proc.
+# SIGIO: a process wants to open a file of the pseudo-/proc.
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGIO)
 
 

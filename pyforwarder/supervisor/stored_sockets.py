@@ -19,7 +19,7 @@ from pyforwarder.supervisor.listeners import BoundSocket
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# What they are called there: nobody's FileDescriptorName= is.
+# What they are called there: no FileDescriptorName= of a unit is.
 NAME: Final = "pyforwarder-listener"
 # The kernel takes 253 with a message (SCM_MAX_FD).
 _AT_ONCE: Final = 250

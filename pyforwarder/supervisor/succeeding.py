@@ -11,7 +11,8 @@ from pyforwarder.errors import ControlError
 from pyforwarder.supervisor import UpOptions
 from pyforwarder.supervisor.daemon import Daemon
 from pyforwarder.supervisor.detaching import detached
-from pyforwarder.supervisor.succession import Predecessor, find, network_namespace
+from pyforwarder.supervisor.predecessor import Predecessor, find
+from pyforwarder.supervisor.succession import network_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,9 @@ def succeed(
 
     def make(env: Environment, options: UpOptions) -> Daemon:
         predecessor = find(introduce)
-        reason = _why_not_here(predecessor)
+        reason = why_not_here(predecessor)
+        if predecessor.offer.is_draining:
+            reason = "the daemon is ending: `pyforwarder up` starts another one beside it"
         if reason:
             predecessor.discard()
             raise ControlError(reason)
@@ -55,13 +58,16 @@ def succeed(
     return detached(env, options, make, has_output=True)
 
 
-def _why_not_here(predecessor: Predecessor) -> str:
-    """Why this process cannot be what the running daemon is; empty: it can."""
+def why_not_here(predecessor: Predecessor, advice: str = "") -> str:
+    """Why this process cannot be what the running daemon is; empty: it can.
+
+    `advice` is what to do instead, where that is not what an upgrade would want.
+    """
     pid = predecessor.offer.pid
     if pid == 1:
         return (
             "the running daemon is process 1: all of its container ends with it, so that "
-            "nothing can take its place there; start another container"
+            f"nothing can take its place there; {advice or 'start another container'}"
         )
     if predecessor.offer.network not in (None, network_namespace()):
         return (
@@ -70,9 +76,8 @@ def _why_not_here(predecessor: Predecessor) -> str:
         )
     if "NOTIFY_SOCKET" in predecessor.offer.environ and _group_of(pid) != _group_of(os.getpid()):
         # It would have neither the service's limits nor its walls, and end with a login.
-        return (
-            "the running daemon is a service of systemd, and this command is not run in it: "
-            "`systemctl reload` its unit, whose ExecReload= runs it there"
+        return "the running daemon is a service of systemd, and this command is not run in it: " + (
+            advice or "`systemctl reload` its unit, whose ExecReload= runs it there"
         )
     return ""
 

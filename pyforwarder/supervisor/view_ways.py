@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from pyforwarder.datapath.base import OPENED_BY_KERNEL
 from pyforwarder.datapath.ebpf import btf, refusal
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.arrays import LISTENER_LINES, STAT_LINES, Arrays
@@ -155,6 +156,7 @@ def link(
                 "BLOCK_WORDS": BLOCK_WORDS,
                 "STAT_LINES": STAT_LINES,
                 "LISTENER_LINES": LISTENER_LINES,
+                **{f"REASON_{reason.name}": reason for reason in OPENED_BY_KERNEL},
             },
             maps=fds,
         )

@@ -5,7 +5,7 @@
     BPFFS/NAME/listeners   one line per listener
     BPFFS/NAME/version     who made them (pins.py)
 
-Who reads a pin runs its program in the kernel, on the tables as they are at that moment. The
+Reading a pin runs its program in the kernel, on the tables as they are at that moment. The
 daemon has no part in it: the files are readable while it is busy, and after it was killed, when
 the header says so. bpf/view.c is the other half, and view_ways.py tells the two ways of making it.
 """
@@ -86,7 +86,7 @@ class View:
         holds the instance's lock.
 
         Raises:
-            ForwarderError: no bpffs, or it refuses, or one of the names is somebody else's.
+            ForwarderError: no bpffs, or it refuses, or one of the names is another program's.
                 Nothing is left in a directory of ours, and nothing of others has changed.
         """
         bpffs.enter(directory.parent)

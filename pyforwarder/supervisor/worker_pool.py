@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from functools import partial
@@ -22,7 +23,7 @@ from pyforwarder.worker.process import Inheritance
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.pulse import Pulse
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.listeners import Bound
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import TokenClaim
+    from pyforwarder.supervisor.rule_deciders import RuleDecider, RuleName
     from pyforwarder.worker.log import Log
 
 # A worker that dies again this soon after its start is replaced only after a pause.
 _SOON_S: Final = 1.0
 _PAUSE_S: Final = 1.0
-# One that asks for more than it can need is not heard for so long.
+# One that asks for more than it can need is not read from for so long.
 _BREATH_S: Final = 0.1
 # How often a keeper is asked for a dead worker's pairs, once a second, before another worker comes
 # all the same: a keeper that hangs is replaced sooner.
-_BURIALS: Final = 15
+_CLEAN_UP_TRIES: Final = 15
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 # How long the keeper may take to give away what the kernel has opened by itself, at the end.
 _TAKEN_IN_S: Final = 0.5
 # No worker counts so far. From here on programs have made the numbers (express_connect.c).
@@ -78,13 +81,22 @@ class WorkerPool:
         self._close_in_child = close_in_child
         self._down = down
         self._claim = claim
-        self._decisions = Decisions(in_force, datapaths, loop=loop, user=user, down=down)
+        self._decisions = Decisions(
+            in_force,
+            datapaths,
+            loop=loop,
+            user=user,
+            down=down,
+            log=log,
+            failed=self._memory.count_failed_in_kernel,
+        )
         self._workers: list[WorkerProcess] = []
-        self._buried: set[int] = set()  # indexes: dead, seen to be, and not replaced yet
+        self._dead: set[int] = set()  # indexes: seen to be dead, and not replaced yet
         self._last_id = 0
         self._ending = False
         self._has_retired = False
         self._is_settled = False  # which datapaths there are
+        self._is_beside = False  # another daemon accepts no more once we do
         # Where each worker's predecessor, of the daemon before, sends its pairs; once it has been
         # given to the worker there is none.
         self._heirs: dict[int, socket.socket] = {}
@@ -110,7 +122,7 @@ class WorkerPool:
         found_id = max((one.id for one in found if one.id <= _MOST_ID), default=0)
         self._last_id = max(self._last_id, found_id)
         for index in range(self._memory.workers):
-            # While there are ports to be taken over, nobody may connect anywhere yet.
+            # While there are ports to be taken over, no connection may be opened yet.
             self._workers.append(self._start_worker(index, listening=not found))
         for index, worker in enumerate(self._workers) if found else ():
             self._configure(worker, index)
@@ -130,6 +142,7 @@ class WorkerPool:
             ForwarderError: as `start`.
         """
         self._last_id = last_id
+        self._is_beside = True
         self._heirs = dict(heirs)
         self._not_theirs = not_theirs
         self.start()
@@ -148,7 +161,7 @@ class WorkerPool:
                 worker.kill()
 
     def retire(self, heirs: Sequence[int]) -> None:
-        """They accept no more, and send their pairs to another daemon's; nobody is replaced."""
+        """They accept no more, and send their pairs to another daemon's; none is replaced."""
         self._ending = self._has_retired = True
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for index, worker in enumerate(self._workers):
@@ -162,7 +175,7 @@ class WorkerPool:
                         worker.kill()
 
     def spliced_left(self) -> int:
-        """How many pairs and sessions that the kernel has they have not let go of yet."""
+        """How many pairs and sessions that the kernel has they have not released yet."""
         return sum(ask_all(self.living, "spliced_left"))
 
     def last_id(self) -> int:
@@ -178,20 +191,23 @@ class WorkerPool:
     def datapaths_are_settled(self) -> None:
         """Tell them which datapaths they have; from here on every listener is served."""
         self._is_settled = True
-        self.say_datapaths()
-        self.configure()
+        self.send_datapaths()
+        if self._is_beside:
+            self._decisions.refresh()  # they have all listeners; pairs would wait for their reading
+        else:
+            self.configure()
 
-    def say_datapaths(self) -> None:
+    def send_datapaths(self) -> None:
         """Tell them which datapaths they have by now."""
         for worker in self.living:
             try:
-                self._say_datapaths(worker)
+                self._send_datapaths(worker)
             except ControlError as error:
                 # It will be replaced by one that knows.
                 self._log.write("error", "worker_datapaths", error=str(error))
                 worker.kill()
 
-    def _say_datapaths(self, worker: WorkerProcess) -> None:
+    def _send_datapaths(self, worker: WorkerProcess) -> None:
         worker.ask("datapaths", available=self._datapaths.available)
 
     def adopt(self, index: int) -> None:
@@ -206,11 +222,11 @@ class WorkerPool:
             self._log.write("error", "worker_adopt", error=str(error))
             worker.kill()
 
-    def look_at_pulses(self) -> None:
+    def watch_pulses(self) -> None:
         """End those that hang, and look again in a while."""
         for worker in self.living:
             worker.end_if_stuck()
-        self._loop.after(PULSE_S, self.look_at_pulses)
+        self._loop.after(PULSE_S, self.watch_pulses)
 
     def configure(self) -> None:
         """Tell them what is in force now."""
@@ -226,15 +242,20 @@ class WorkerPool:
         self._decisions.refresh()
 
     @property
-    def rules_in_kernel(self) -> Collection[tuple[str, str]]:
-        """Those by which the kernel decides, by listener and name."""
+    def deciders(self) -> Mapping[RuleName, RuleDecider]:
+        """Who decides by rules of listeners that ask for express; by all others userspace does."""
         return self._decisions.rules
+
+    @property
+    def kernels_report(self) -> Mapping[str, Mapping[str, Mapping[str, object]]]:
+        """What is known of servers to which the kernel connects, as workers say it of theirs."""
+        return self._decisions.report()
 
     def stop_deciding(self, wait_s: float = 0.0) -> bool:
         """See `Decisions.stop`; what goes on is the workers' from here on."""
         return self._decisions.stop(wait_s)
 
-    def tell_of_health(self, verdict: Verdict) -> None:
+    def send_health(self, verdict: Verdict) -> None:
         """Every worker learns that a server went up or down."""
         self._log.write(
             "info" if verdict.up else "warning",
@@ -244,16 +265,16 @@ class WorkerPool:
             why=verdict.why,
         )
         for worker in self.living:
-            self._say_health(worker, verdict)
-        self._decisions.refresh()
+            self._send_health(worker, verdict)
+        self._decisions.refresh_soon()
 
-    def look_after(self) -> None:
-        """Bury those that have died, and replace them; call it on SIGCHLD."""
+    def reap(self) -> None:
+        """Clean up after those that have died, and replace them; call it on SIGCHLD."""
         for index, worker in enumerate(self._workers):
             # Who asked one in vain may have found out before us that it is dead.
-            if index in self._buried or not worker.has_ended():
+            if index in self._dead or not worker.has_ended():
                 continue
-            self._buried.add(index)
+            self._dead.add(index)
             reset = self._memory.count_reset(index)
             self._loop.forget(worker.channel.fileno())
             worker.close()
@@ -269,10 +290,10 @@ class WorkerPool:
                 # The kernel compares with its records until the other daemon's programs are there,
                 # which reads in them what `show` has said.
                 continue
-            self._bury(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
+            self._clean_up_after(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
 
     def end(self, do: str) -> None:
-        """Tell them to `drain` or to `stop`; from here on nobody is replaced."""
+        """Tell them to `drain` or to `stop`; from here on none is replaced."""
         self._ending = True
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for worker in self._workers:
@@ -320,21 +341,21 @@ class WorkerPool:
         try:
             self._configure(worker, index, listening=listening)
             if self._is_settled:
-                self._say_datapaths(worker)
+                self._send_datapaths(worker)
         except (ForwarderError, OSError):  # descriptors are short
             worker.kill()
             worker.close()
             raise
         for verdict in self._down():
-            self._say_health(worker, verdict)
-        self._loop.watch(worker.channel.fileno(), EPOLLIN, self._hear, worker)
+            self._send_health(worker, verdict)
+        self._loop.watch(worker.channel.fileno(), EPOLLIN, self._receive, worker)
         return worker
 
-    def _hear(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
+    def _receive(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
         """One message of a worker; whatever goes wrong over it is the worker's fault."""
         was_deaf = worker.is_deaf
         try:
-            if not worker.hear():
+            if not worker.receive():
                 self._loop.forget(fd)  # SIGCHLD does the rest
                 # It has ended, or only says so.
                 self._loop.after(_PAUSE_S, worker.kill)
@@ -346,9 +367,9 @@ class WorkerPool:
         if worker.is_deaf != was_deaf:
             self._loop.change(fd, EPOLLOUT if worker.is_deaf else EPOLLIN)
         if worker.has_said_much(self._loop.now_s):
-            # The others, and who asks us, have their turn first.
+            # The others, and requests to us, have their turn first.
             self._loop.forget(fd)
-            self._loop.after(_BREATH_S, lambda: self._hear_again(worker, fd))
+            self._loop.after(_BREATH_S, lambda: self._receive_again(worker, fd))
 
     def _accused(self, _owner: object, _fd: int, _mask: int) -> None:
         self._replace_accused(self._datapaths.accused())
@@ -360,10 +381,10 @@ class WorkerPool:
             if worker.exit_code is None:
                 worker.fault(FaultyMessageError("it asked the splice keeper for what it may not"))
 
-    def _hear_again(self, worker: WorkerProcess, fd: int) -> None:
+    def _receive_again(self, worker: WorkerProcess, fd: int) -> None:
         if worker.exit_code is None and worker in self._workers:
             mask = EPOLLOUT if worker.is_deaf else EPOLLIN
-            self._loop.watch(fd, mask, self._hear, worker)
+            self._loop.watch(fd, mask, self._receive, worker)
 
     def _configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
         bound = self._served() if listening else {}
@@ -390,25 +411,29 @@ class WorkerPool:
     def _served(self) -> dict[str, Bound]:
         """The listeners whose connections are accepted: not yet those that copying will not do for.
 
-        Their connections wait in the kernel.
+        Their connections wait in the kernel. Beside another daemon they do not: it has released
+        its spliced pairs some time after it has stopped accepting, and until then new pairs are
+        copied.
         """
         config = self._in_force.config
         waiting = {
             listener.name
             for listener in config.listeners
-            if not self._is_settled and waits_for_datapath(listener, config)
+            if not (self._is_settled or self._is_beside) and waits_for_datapath(listener, config)
         }
         bound = self._in_force.listeners.bound
         return {name: sockets for name, sockets in bound.items() if name not in waiting}
 
-    def _say_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
+    def _send_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
         try:
             worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
         except ControlError as error:
             # It dies or is stuck; its successor is told at the start.
             self._log.write("error", "worker_health", error=str(error))
 
-    def _bury(self, index: int, *, is_soon: bool = False, tries: int = _BURIALS) -> None:
+    def _clean_up_after(
+        self, index: int, *, is_soon: bool = False, tries: int = _CLEAN_UP_TRIES
+    ) -> None:
         """A worker is gone, and with it its sockets: clean up its records in shared places.
 
         Then put another in its place, a while later if this one lived too short.
@@ -416,14 +441,16 @@ class WorkerPool:
         self._memory.forget_gauges(index)
         try:
             # Its spliced pairs go on: first, while the table says which they are.
-            self._datapaths.bury(index)
+            self._datapaths.worker_died(index)
             # All that it had asked was read before: complaints of it are not about its successor.
             self._replace_accused(self._datapaths.accused() - {index})
         except KeeperError as error:
             self._log.write("error", "splice_keeper", error=str(error))
-            if not self._ending and tries > 1:
+            if error.errno not in _NO_DESCRIPTORS:
+                tries -= 1  # else nobody can be put in its place before there are some, either
+            if not self._ending and tries:
                 # Its successor would not get them: the next keeper knows of them, soon.
-                self._loop.after(_PAUSE_S, lambda: self._bury(index, tries=tries - 1))
+                self._loop.after(_PAUSE_S, lambda: self._clean_up_after(index, tries=tries))
                 return
         self._memory.clear_window(index)
         try:
@@ -443,6 +470,6 @@ class WorkerPool:
         except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
             self._log.write("error", "worker_start", error=str(error))
             # It may have begun, and been given its predecessor's pairs: they are the next one's.
-            self._loop.after(_PAUSE_S, lambda: self._bury(index))
+            self._loop.after(_PAUSE_S, lambda: self._clean_up_after(index))
         else:
-            self._buried.discard(index)
+            self._dead.discard(index)

@@ -89,7 +89,7 @@ class WorkerProcess:
         self._log = log
         self._claim = claim
         self._claims = 0  # that are not answered yet
-        self._heard = 0
+        self._received = 0
         self._heard_since_s = 0.0
         self._unsent: deque[Mapping[str, object]] = deque()  # answers for which it has no room
 
@@ -130,7 +130,7 @@ class WorkerProcess:
                     return understand_result(do, result)
         raise FaultyMessageError("it asks without end")
 
-    def hear(self) -> bool:
+    def receive(self) -> bool:
         """Serve one thing that the worker asks of its own accord; False once it has gone.
 
         Raises:
@@ -148,11 +148,11 @@ class WorkerProcess:
             return False
 
     def has_said_much(self, now_s: float) -> bool:
-        """Whether it has asked for more than is good since it was last heard again."""
+        """Whether it has asked for more than is good since it was last read from."""
         if now_s - self._heard_since_s >= _WHILE_S:
-            self._heard_since_s, self._heard = now_s, 0
-        self._heard += 1
-        return self._heard > _MOST_IN_A_WHILE
+            self._heard_since_s, self._received = now_s, 0
+        self._received += 1
+        return self._received > _MOST_IN_A_WHILE
 
     def _receive(self) -> Answer | Refusal | Ask | TokenClaim | None:
         """The next message, granted if it asks for something; None at the end.
@@ -207,7 +207,7 @@ class WorkerProcess:
 
     @property
     def is_deaf(self) -> bool:
-        """Whether it has to read what it was told before it is heard any more."""
+        """Whether it has to read what it was sent before it is read from again."""
         return bool(self._unsent)
 
     def _send_grants(self) -> None:

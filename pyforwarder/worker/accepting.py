@@ -83,7 +83,7 @@ class Acceptor:
             self._loop.forget(sock.fileno())
 
     def accept_rest(self, sock: _socket.socket) -> None:
-        """Take in everybody who waits at a listener that is about to go.
+        """Accept all clients that wait at a listener that is about to go.
 
         For them they have been connected for a while: closing it would reset them.
         """
@@ -185,7 +185,7 @@ class Acceptor:
     def limited(self, client: Client, limit: Limit) -> None:
         """A limit says no to the connection, which is to be told or reset."""
         client.over_limit = limit
-        self._counters[LIMITED_INDEX[limit]] += 1
+        self._counters[LIMITED_INDEX[limit.counted_as]] += 1
 
     def has_room_to_refuse(self, client: Client) -> bool:
         """Count one more client over a limit; whether we may keep it until it is told so."""

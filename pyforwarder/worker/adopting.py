@@ -8,9 +8,12 @@ import errno
 import fcntl
 import os
 import termios
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_for, received
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.base import Flow
 
 _SO_COOKIE: Final = 57
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
@@ -76,6 +79,6 @@ def read_so_far(sock: _socket.socket) -> int:
     return total - waiting[0] - (0 if state == TCP_ESTABLISHED else 1)
 
 
-def written_so_far(sock: _socket.socket) -> int:
-    """How many bytes were written to this socket before it was ours."""
-    return 0 if sock.family == _socket.AF_UNIX else queued_bytes(sock)
+def written_so_far(flow: Flow, target: _socket.socket) -> int:
+    """How many bytes were written to the flow's target before it was ours."""
+    return 0 if target.family == _socket.AF_UNIX else queued_for(flow, target)

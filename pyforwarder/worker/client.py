@@ -158,7 +158,7 @@ class Client(Pair):
 
     @property
     def peer(self) -> Address | None:
-        """Where it comes from; None on a unix socket. As text only when somebody asks."""
+        """Where it comes from; None on a unix socket. As text only when it is asked for."""
         peer = self._peer
         if isinstance(peer, bytes):
             self._peer = peer = address_in(peer)

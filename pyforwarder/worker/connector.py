@@ -34,6 +34,7 @@ from pyforwarder.runtime.loop import (
     EPOLLPRI,
     EPOLLRDHUP,
 )
+from pyforwarder.runtime.raw_sockets import reset_now
 from pyforwarder.runtime.resolver import KEEP_S, MOST_ADDRESSES, TooManyNamesError, addresses_of
 from pyforwarder.runtime.sockaddr import sockaddr
 from pyforwarder.worker.race import SHORTAGES, Race, outcome_of
@@ -107,9 +108,9 @@ class _Dialing:
         """See `Racer`."""
         return self._connector.dial(self._client, address)
 
-    def won(self, sock: _socket.socket, address: Address) -> None:
+    def connected(self, sock: _socket.socket, address: Address) -> None:
         """See `Racer`."""
-        self._connector.won(self._client, sock, address)
+        self._connector.connected(self._client, sock, address)
 
     def lost(self, code: int) -> None:
         """See `Racer`."""
@@ -147,9 +148,9 @@ class Connector:
         Not from here: connect(2) may fail at once, and many servers that do would be a stack of
         calls as deep as their number.
         """
-        self._loop.defer(self._go_on, client)
+        self._loop.defer(self._try_next, client)
 
-    def _go_on(self, client: Client) -> None:
+    def _try_next(self, client: Client) -> None:
         if client.life is not Life.CONNECTING:
             return
         if client.candidates:
@@ -380,7 +381,7 @@ class Connector:
             os.close(sock.detach())
             raise error from None
 
-    def won(self, client: Client, sock: _socket.socket, address: Address) -> None:
+    def connected(self, client: Client, sock: _socket.socket, address: Address) -> None:
         """One of several connections stands."""
         fd = sock.fileno()
         client.approach = None
@@ -415,6 +416,7 @@ class Connector:
         self._asked += 1
         self._waiting_for_address[self._asked] = (client, client.server)
         client.asked = self._asked
+        client.is_shared = True
         self._server.ask_supervisor("transparent", [fd], self._asked)
 
     def granted(self, number: int, *, done: bool) -> None:
@@ -564,6 +566,10 @@ class Connector:
         sock = client.server
         if sock is not None:
             fd = sock.detach()
+            if client.is_shared:
+                # The supervisor may have it still, see `Server._end`.
+                self._loop.forget(fd)
+                reset_now(fd)
             if client.server_mask:
                 self._loop.close(fd)
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
@@ -22,6 +22,7 @@ from pyforwarder.runtime.counters import (
     RuleCounter,
     count_connect,
     count_disconnect,
+    count_passed,
 )
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.worker.client import Client
@@ -30,14 +31,30 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from pyforwarder.core.first_packet.outcome import Facts
     from pyforwarder.core.routing import Rule as RoutedRule
     from pyforwarder.core.upstreams import ServerState
-    from pyforwarder.worker.generation import UpstreamState
+    from pyforwarder.worker.generation import Generation, ListenerState, UpstreamState
     from pyforwarder.worker.server import Server
 
 _MOST_MESSAGE_BYTES: Final = 1 << 16
+# Pairs whose first packet is known, and which have not been adopted yet.
+_MOST_REMEMBERED: Final = 4096
+# Rules, ports and servers that are found once for many ends.
+_MOST_WAYS: Final = 1024
+# Sums that may be told again: as many as the kernel has, and some of before.
+_MOST_SUMS: Final = 8192
 # In one turn of the loop: others have their turn, too.
 _MESSAGES_AT_ONCE: Final = 16
+
+
+class _Way(NamedTuple):
+    """What connections of one rule from one port to one server have in common."""
+
+    generation: Generation
+    state: ListenerState
+    rule: RoutedRule
+    destination: Address
 
 
 class _Passed(Client):
@@ -51,20 +68,26 @@ class _Passed(Client):
 
 
 class Opened:
-    """Hears of the connections that the kernel has opened, for one worker."""
+    """Receives what the keeper says of connections that the kernel has opened, for one worker."""
 
     def __init__(self, server: Server, sock: socket.socket, adopt: Callable[[], object]) -> None:
         """`sock` is where the keeper tells of them; `adopt` takes in those that last."""
         self._server = server
         self._sock = sock
         self._adopt = adopt
+        self._ways: dict[tuple[object, ...], _Way] = {}
+        # Of each place, the last connection that was told of: the keeper's word for it.
+        self._last: dict[int, int] = {}
+        # Of each sum of ends, the round that was told of last, and what was counted in it.
+        self._sums: dict[str, tuple[int, list[int]]] = {}
+        self._facts: dict[int, Facts] = {}  # of pairs that are to be adopted, by id
         sock.setblocking(False)
-        server.loop.watch(sock.fileno(), EPOLLIN, self._heard, None)
+        server.loop.watch(sock.fileno(), EPOLLIN, self._readable, None)
 
-    def _heard(self, _owner: object, _fd: int, _mask: int) -> None:
-        self.hear(_MESSAGES_AT_ONCE)
+    def _readable(self, _owner: object, _fd: int, _mask: int) -> None:
+        self.receive(_MESSAGES_AT_ONCE)
 
-    def hear(self, most: int = 1 << 32) -> None:
+    def receive(self, most: int = 1 << 32) -> None:
         """Do what it has said, all of it or so many messages."""
         for _ in range(most):
             try:
@@ -75,10 +98,39 @@ class Opened:
                 self._server.loop.forget(self._sock.fileno())
                 return
             message = json.loads(data)
-            for ended in message["ended"]:
-                self._count(*ended)
+            for first in message.get("first", ()):
+                try:
+                    self._remember(*first)
+                except Exception as error:
+                    self._server.log.internal_error(error)
+            # First: whatever is wrong with what has ended, these pairs go on, and need a worker.
             if message["adopt"]:
                 self._adopt()
+            for counted in message.get("counted", ()):
+                try:
+                    self._count_sum(*counted)
+                except Exception as error:
+                    self._server.log.internal_error(error)
+            with self._server.log.log.together():
+                for (place, word), ended in zip(message["of"], message["ended"], strict=True):
+                    if self._last.get(place) == word:
+                        continue  # a keeper had told that, and died before it had written it down
+                    self._last[place] = word
+                    try:
+                        self._count(*ended)
+                    except Exception as error:
+                        # It costs this one its line and its counts, and no other.
+                        self._server.log.internal_error(error)
+
+    def _remember(self, number: int, listener: str, rule: str, port: int, first: str) -> None:
+        if len(self._facts) >= _MOST_REMEMBERED:
+            del self._facts[next(iter(self._facts))]  # it may have ended, and was never adopted
+        state, route_rule = self._server.generation.listener_and_rule(listener, port, rule)
+        self._facts[number] = state.ruleset.facts(route_rule, bytes.fromhex(first))
+
+    def facts_of(self, number: int) -> Facts:
+        """What was read of the first packet of a pair that is to be adopted; asked once."""
+        return self._facts.pop(number, ())
 
     def _count(
         self,
@@ -89,25 +141,18 @@ class Opened:
         begun_ns: int,
         ended_ns: int,
         carried: list[int],
+        first: str = "",
     ) -> None:
+        """`first`: the first packet, if the line is to say what its rule has read there."""
         server = self._server
-        peer, local = map(_address, client_side)
-        source, destination = map(_address, server_side)
-        state, route_rule = server.generation.listener_and_rule(listener, local.port, rule)
-        client = _Passed(server, state, None, -1, peer, begun_ns / 1e9)
-        client.id = server.next_id()
-        client.destination, client.source = destination, source
-        client.route = Route(route_rule, leads_to(route_rule, destination), 0, None, False)
-        client.kind, client.pair_reason = DatapathKind.SPLICE, PairReason.DECIDED
-        client.reason = CloseReason.FINISHED
-        count_opened(server, client, route_rule)
+        _, state, route_rule, destination = self._way(
+            listener, client_side[1], rule, server_side[1]
+        )
+        number = server.next_id()
+        count_opened(server, state, route_rule)
         counters = server.counters
         up_bytes, up_packets, down_bytes, down_packets = carried
-        counters[CLOSED_INDEX[CloseReason.FINISHED]] += 1
-        counters[Counter.UP_BYTES] += up_bytes
-        counters[Counter.DOWN_BYTES] += down_bytes
-        counters[state.counter + ListenerCounter.UP_BYTES] += up_bytes
-        counters[state.counter + ListenerCounter.DOWN_BYTES] += down_bytes
+        self._count_finished(state, 1, up_bytes, down_bytes)
         found = server_of(server, route_rule, destination)
         if found is not None:
             upstream, chosen = found
@@ -115,25 +160,92 @@ class Opened:
             upstream.balancer.closed(chosen)
             count_connect(counters, chosen.counter)
             count_disconnect(counters, chosen.counter)
-        if server.log.tells:
-            server.log.closed(
-                client,
-                (up_bytes, up_packets),
-                (down_bytes, down_packets),
-                age_s=(ended_ns - begun_ns) / 1e9,
-            )
+        if not server.log.picks(CloseReason.FINISHED):
+            return  # what follows is for the line alone
+        client = _Passed(server, state, None, -1, _address(client_side[0]), begun_ns / 1e9)
+        client.id = number
+        client.destination, client.source = destination, _address(server_side[0])
+        client.route = Route(route_rule, leads_to(route_rule, destination), 0, None, False)
+        client.kind, client.pair_reason = DatapathKind.SPLICE, PairReason.DECIDED
+        client.reason = CloseReason.FINISHED
+        client.facts = state.ruleset.facts(route_rule, bytes.fromhex(first)) if first else ()
+        server.log.closed(
+            client,
+            (up_bytes, up_packets),
+            (down_bytes, down_packets),
+            age_s=(ended_ns - begun_ns) / 1e9,
+            is_picked=True,
+        )
+
+    def _count_sum(
+        self,
+        key: str,
+        round_: int,
+        listener: str,
+        rule: str,
+        port: int,
+        to: list[object],
+        told: list[int],
+    ) -> None:
+        """Ends that nobody wants to be told of one by one.
+
+        A keeper that comes after one that has died may tell a round again, and more of it.
+        """
+        before_round, before = self._sums.pop(key, (0, [0] * len(told)))
+        if before_round != round_:
+            before = [0] * len(told)
+        self._sums[key] = round_, told
+        if len(self._sums) > _MOST_SUMS:
+            del self._sums[next(iter(self._sums))]
+        pairs, up_bytes, down_bytes = (now - then for now, then in zip(told, before, strict=True))
+        if not pairs:
+            return
+        server = self._server
+        _, state, route_rule, destination = self._way(listener, ["", port], rule, to)
+        server.pass_ids(pairs)
+        count_opened(server, state, route_rule, pairs)
+        self._count_finished(state, pairs, up_bytes, down_bytes)
+        found = server_of(server, route_rule, destination)
+        if found is not None:
+            upstream, chosen = found
+            upstream.balancer.passed(chosen, pairs)
+            count_passed(server.counters, chosen.counter, pairs)
+
+    def _count_finished(
+        self, state: ListenerState, pairs: int, up_bytes: int, down_bytes: int
+    ) -> None:
+        counters = self._server.counters
+        counters[CLOSED_INDEX[CloseReason.FINISHED]] += pairs
+        counters[Counter.UP_BYTES] += up_bytes
+        counters[Counter.DOWN_BYTES] += down_bytes
+        counters[state.counter + ListenerCounter.UP_BYTES] += up_bytes
+        counters[state.counter + ListenerCounter.DOWN_BYTES] += down_bytes
+
+    def _way(
+        self, listener: str, local: list[object], rule: str, destination: list[object]
+    ) -> _Way:
+        """As the configuration in force has it; looked up once for many."""
+        generation = self._server.generation
+        key = (listener, local[1], rule, *destination)
+        way = self._ways.get(key)
+        if way is None or way.generation is not generation:
+            if len(self._ways) >= _MOST_WAYS:
+                self._ways.clear()
+            found = generation.listener_and_rule(listener, int(str(local[1])), rule)
+            way = self._ways[key] = _Way(generation, *found, _address(destination))
+        return way
 
 
-def count_opened(server: Server, client: Client, rule: RoutedRule) -> None:
-    """Count a connection that the kernel has opened, and no worker has counted yet.
+def count_opened(server: Server, state: ListenerState, rule: RoutedRule, count: int = 1) -> None:
+    """Count connections that the kernel has opened, and no worker has counted yet.
 
-    `next_id` has counted it as accepted, or is to.
+    `next_id` or `pass_ids` has counted them as accepted, or is to.
     """
-    counters, state = server.counters, client.listener
-    counters[state.counter + ListenerCounter.ACCEPTED] += 1
-    counters[state.rule_counters[rule.index] + RuleCounter.TAKEN] += 1
-    counters[Counter.PAIRS_OPENED] += 1
-    counters[Counter.JOINED_EXPRESS] += 1
+    counters = server.counters
+    counters[state.counter + ListenerCounter.ACCEPTED] += count
+    counters[state.rule_counters[rule.index] + RuleCounter.TAKEN] += count
+    counters[Counter.PAIRS_OPENED] += count
+    counters[Counter.JOINED_EXPRESS] += count
 
 
 def leads_to(rule: RoutedRule, destination: Address) -> str | Address:

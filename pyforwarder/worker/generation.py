@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pyforwarder.config import Config, Listener, parse_config
 from pyforwarder.core.address import Address, UnixAddress, parse_bind
-from pyforwarder.core.policy import OwnListeners
+from pyforwarder.core.policy import OwnListeners, parse_ip
 from pyforwarder.core.routing import Ruleset, compile_rules
 from pyforwarder.core.token import FleetUse, TokenKeys, UsedTokens
 from pyforwarder.core.upstreams import Balancer
 from pyforwarder.datapath.ebpf.abi import pack_endpoint
 from pyforwarder.runtime.counters import SharedHeld
 from pyforwarder.runtime.host_memory import available_bytes
-from pyforwarder.runtime.limits import TCP, UDP, Bounds
+from pyforwarder.runtime.limits import TCP, UDP, Bounds, FleetScope
+from pyforwarder.runtime.own_addresses import this_host_has
+from pyforwarder.runtime.sockaddr import sockaddr
 
 if TYPE_CHECKING:
     from pyforwarder.config import Limits, ListenerLimits, Rule, Timeouts, Upstream
@@ -269,8 +271,10 @@ class ListenerState:
         # One question each on the accept path for all that is not the common case.
         self.converses = self.ruleset.begin() is not None
         is_udp = listener.protocol == "udp"
-        own = bounds_of(listener.limits, generation.limits, self.counter, udp=is_udp)
-        shared = bounds_of(generation.limits, generation.limits, UDP if is_udp else TCP, udp=is_udp)
+        limits, in_fleet = generation.limits, generation.config.shares_limits
+        own = bounds_of(listener.limits, limits, self.counter, udp=is_udp, in_fleet=in_fleet)
+        of_all = UDP if is_udp else TCP
+        shared = bounds_of(limits, limits, of_all, udp=is_udp, in_fleet=in_fleet)
         # For who counts as one client, and what the listener's pairs may hold; 0: no limit.
         self.prefix = listener.limits.client_prefix or generation.limits.client_prefix
         self.memory_here = int(listener.limits.memory_bytes)
@@ -294,7 +298,9 @@ class ListenerState:
         )
 
 
-def bounds_of(limits: ListenerLimits, shared: Limits, scope: int, *, udp: bool) -> Bounds:
+def bounds_of(
+    limits: ListenerLimits, shared: Limits, scope: int, *, udp: bool, in_fleet: bool
+) -> Bounds:
     """The limits of one scope as they are asked; `shared` are those of all listeners."""
     most, per_client = limits.pairs, limits.pairs_per_client
     if udp:
@@ -311,7 +317,26 @@ def bounds_of(limits: ListenerLimits, shared: Limits, scope: int, *, udp: bool) 
         ipv4_bits=prefix.ipv4,
         ipv6_bits=prefix.ipv6,
         is_udp=udp,
+        in_fleet=in_fleet,
     )
+
+
+def fleet_scopes(config: Config, indexes: Mapping[str, int]) -> list[FleetScope]:
+    """The scopes of a configuration in which clients count so; `indexes` as `Settings` has them."""
+    if not config.shares_limits:
+        return []
+    shared = config.limits
+    protocols = {listener.protocol for listener in config.listeners}
+    scopes = [
+        FleetScope(protocol, "", bounds_of(shared, shared, scope, udp=udp, in_fleet=True))
+        for protocol, scope, udp in (("tcp", TCP, False), ("udp", UDP, True))
+        if protocol in protocols
+    ]
+    for listener in config.listeners:
+        udp, scope = listener.protocol == "udp", indexes[listener.name]
+        bounds = bounds_of(listener.limits, shared, scope, udp=udp, in_fleet=True)
+        scopes.append(FleetScope("listener", listener.name, bounds))
+    return [scope for scope in scopes if scope.bounds.per_client]
 
 
 class UpstreamState:
@@ -528,11 +553,13 @@ class Generation:
 
 
 def is_local(host: str) -> bool:
-    """Whether this host answers for the address: whether a socket can be bound to it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Whether this host answers for the address: it is its own, or a group's.
+
+    What is sent to a group comes back to us as well, if this host is in it. There may be a zone.
+    """
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((host, 0))
-    except OSError:
+        ip = parse_ip(host)
+        name = sockaddr(Address(host, 0))
+        return ip.is_multicast or this_host_has(ip, name[3] if len(name) == 4 else 0)
+    except (OSError, ValueError):
         return False
-    return True

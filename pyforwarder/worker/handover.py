@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # Plain names and numbers: every pair asks.
 _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
+_NOT_AVAILABLE: Final = PairReason.NOT_AVAILABLE
 _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 
 # A pair is likely to be handed over once it has carried this part of what it takes: early enough,
@@ -47,7 +48,8 @@ _KEEPER_PAUSES_S: Final = (1.0, 2.0, 4.0, 8.0)
 # A server is shown to the keeper so often, as long as connections to it come by us.
 _TEACH_S: Final = 1.0
 _MOST_TAUGHT: Final = 4096
-# All that waited for a keeper may be due at once. So many are asked for in one turn of the loop.
+# All that waited for a keeper, or for what is known of datapaths, may be due at once. So many are
+# asked for in one turn of the loop.
 _MOST_IN_A_TURN: Final = 8
 
 # What keeps a pair from every kernel datapath; with any other reason the next best is asked.
@@ -84,7 +86,7 @@ class Handover:
         sockmap: SockmapDatapath | None,
         splice: SpliceDatapath | None = None,
     ) -> None:
-        """Each is None where this host cannot run it, or nobody wants it.
+        """Each is None where this host cannot run it, or it is not configured.
 
         Whether they work is not known before `settle`: until then pairs are copied, and those that
         would be handed over wait for it.
@@ -111,7 +113,7 @@ class Handover:
         self._is_settled = True
         for client in self._server.clients.values():
             if client.waits_for_handover and client.handover_asked:
-                self._ask(client)
+                self.is_due(client)
 
     def stop(self) -> None:
         """Give nothing more to the kernel: pairs are copied from here on, as before `settle`."""
@@ -125,7 +127,7 @@ class Handover:
             self.finish_ends()
 
     def finish_ends(self) -> None:
-        """Wait for some seconds at most until the keeper has heard of all that has ended."""
+        """Wait for some seconds at most until the keeper knows of all that has ended."""
         if self._splice is not None:
             self._splice.finish_ends()
 
@@ -133,15 +135,37 @@ class Handover:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
         self._server.counters[_JOINED_COPY] += 1
         assert client.route is not None
-        if client.listener.is_express and self._splice is not None:
-            self._teach(client, self._splice)
         choice = client.listener.datapaths[client.route.rule.index]
         client.pair_reason = self._obstacle(client, choice)
-        if client.pair_reason is not _SHORT:
+        if client.pair_reason is _SHORT:
+            self._expect(client, choice)
+        if (
+            client.listener.is_express
+            and self._splice is not None
+            and self._teach(client, self._splice)
+        ):
+            return  # `_was_taught` goes on
+        if client.pair_reason is _SHORT and client.is_eager:
+            self._begin(client, choice)
+
+    def joined_plainly(self, client: Client) -> None:
+        """`joined` for two sockets of ours that are TCP, under `auto`: it will hardly last long.
+
+        Not at once (`handover.at_once`), and not on a listener with `express`.
+        """
+        splice, sockmap = self._splice, self._sockmap
+        self._server.counters[_JOINED_COPY] += 1
+        if splice is None and sockmap is None:
+            client.pair_reason = _NOT_AVAILABLE
             return
+        client.pair_reason = _SHORT
+        client.waits_for_handover = True
+        if splice is not None and self._is_settled:
+            client.expects_splice = client.listener.config.splice
+
+    def _expect(self, client: Client, choice: str) -> None:
+        """A pair that may be handed over: when, and what for."""
         generation = client.listener.generation
-        if self._sockmap is not None:
-            self._sockmap.limit_bytes = generation.backlog_limit_bytes
         client.waits_for_handover = True
         client.is_eager = choice in ("sockmap", "splice") or generation.handover.at_once
         client.expects_splice = (
@@ -150,16 +174,20 @@ class Handover:
             and choice != "sockmap"
             and client.listener.config.splice
         )
-        if not client.is_eager:
-            return
+
+    def _begin(self, client: Client, choice: str) -> None:
+        """Ask for a pair that need not earn it."""
         if self._is_settled and self._splice is not None and choice != "sockmap":
             # Before the client can have read its answer: no moment is quieter.
             self._attempt(client)
         else:
             self._ask(client)
 
-    def _teach(self, client: Client, splice: SpliceDatapath) -> None:
-        """Let the keeper see how the server is reached, so that the kernel may connect there."""
+    def _teach(self, client: Client, splice: SpliceDatapath) -> bool:
+        """Let the keeper see how the server is reached, so that the kernel may connect there.
+
+        Whether it does, and the pair stands still meanwhile.
+        """
         assert client.route is not None
         server = client.destination
         if (
@@ -168,15 +196,27 @@ class Handover:
             or not client.listener.express_rules[client.route.rule.index]
             or not isinstance(server, Address)
         ):
-            return
+            return False
         now_s = self._server.loop.now_s
-        if self._taught.get(server, 0.0) <= now_s:
-            if len(self._taught) >= _MOST_TAUGHT:
-                self._taught.clear()
-            self._taught[server] = now_s + _TEACH_S
-            if client.is_bare:
-                client.settle()
-            splice.teach(client)
+        # If there is no room for it, the next connection to that server shows it: of a burst to
+        # many servers that is a moment later.
+        if self._taught.get(server, 0.0) > now_s or not splice.can_teach:
+            return False
+        if len(self._taught) >= _MOST_TAUGHT:
+            self._taught.clear()
+        self._taught[server] = now_s + _TEACH_S
+        if client.is_bare:
+            client.settle()
+        return splice.teach(client, self._was_taught)
+
+    def _was_taught(self, pair: Pair) -> None:
+        """The keeper has looked at the pair's server: the pair goes on as any other does."""
+        if TYPE_CHECKING:
+            assert isinstance(pair, Client)
+        if pair.life is not Life.JOINED or not pair.waits_for_handover:
+            return
+        if pair.is_eager or pair.handover_asked:
+            self._begin(pair, self._choice(pair))
 
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
@@ -234,9 +274,9 @@ class Handover:
         config = client.listener.generation.config
         splice.takes_any_interface = config.splice_interfaces == "any"
         splice.keepalive = config.keepalive.terms
-        return splice.ask(client, self._heard)
+        return splice.ask(client, self._keeper_answered)
 
-    def _heard(self, pair: Pair, reason: PairReason | None) -> None:
+    def _keeper_answered(self, pair: Pair, reason: PairReason | None) -> None:
         """What has become of a pair that the keeper was asked for."""
         if TYPE_CHECKING:
             assert isinstance(pair, Client)
@@ -293,7 +333,7 @@ class Handover:
         return True
 
     def is_due(self, client: Client) -> None:
-        """The pair has waited long enough for the keeper."""
+        """The pair has waited long enough: it is asked for in one of the next turns."""
         if not self._due:
             self._server.loop.defer(self._ask_for_due, None)
         self._due.append(client)
@@ -326,6 +366,7 @@ class Handover:
                 self._answered(client, reason)
             return
         if self._sockmap is not None:
+            self._sockmap.limit_bytes = client.listener.generation.backlog_limit_bytes
             reason = self._sockmap.join(client)
         # A pair may break, or even finish, in the first moments of its new datapath.
         if client.life is not Life.JOINED:

@@ -92,7 +92,7 @@ class Joining:
         ):
             flow.readable = True
             flow.read_bytes = read_so_far(source)
-            flow.written_bytes = written_so_far(target)
+            flow.written_bytes = written_so_far(flow, target)
         client.client_mask = client.server_mask = WATCHED
         self._loop.watch(client_fd, WATCHED, self._server.opening.flushing, client)
         self._loop.watch(server_fd, WATCHED, self._server.opening.flushing, client)

@@ -3,7 +3,8 @@
 The reader may be slow, or have stopped (Ctrl-S, a pager, a collector that hangs): a line
 that cannot be written at once is lost, and counted, and the count is the next line that can be. A
 flood of connections must not become a flood of lines: beyond `MOST_PER_SECOND` they are counted,
-and the count is the next line.
+and the count is the next line. Where one of N is enough (`log: {sample: N}`), no more than that are
+made of connections that have ended as most do.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pyforwarder.runtime.refusals import SAYS_NO
 from pyforwarder.runtime.tables import printable, single_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.udp.session import Refused, Session
 
@@ -39,7 +42,16 @@ _SAYS_NOTHING: Final = frozenset({CloseReason.CLIENT_GONE, CloseReason.CLIENT_RE
 _TRACEBACK_LINES: Final = 40
 _TEXT_LINES: Final = 400
 _VALUE_CHARACTERS: Final = 1000
+# What a line says of the decision about a connection that was served. No other field of the line
+# has one of these names: another daemon's worker may say them.
+AUDIT_FIELDS: Final = frozenset(("sni", "host", "user", "key", "asked", "resolved", "upstream"))
 _FAULT_PAUSE_S: Final = 1.0
+# PIPE_BUF of Linux: so much is written to a pipe whole or not at all (pipe(7)).
+_TOGETHER_BYTES: Final = 4096
+_NOT_A_TYPE: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+# How connections end that nobody wonders about; a session of UDP has no other end than silence.
+USUAL: Final = frozenset({CloseReason.FINISHED})
+USUAL_OF_SESSIONS: Final = USUAL | {CloseReason.IDLE}
 
 
 def not_blocking(fd: int) -> int:
@@ -79,7 +91,9 @@ class Log:
         self._fd = fd
         self._is_timed = is_timed
         self._lost = 0
-        self._faults: dict[str, tuple[float, int]] = {}  # event -> quiet until, untold
+        self._held: list[bytes] | None = None  # lines that are written together
+        self._held_bytes = 0
+        self._faults: dict[str, tuple[float, int]] = {}  # event -> quiet until, suppressed
         self._socket: socket.socket | None = None
         self._room: select.poll | None = None
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -89,7 +103,7 @@ class Log:
             self._room.register(fd, select.POLLOUT)
 
     def close(self) -> None:
-        """Let go of what was made besides the descriptor."""
+        """Release what was made besides the descriptor."""
         if self._socket is not None:
             self._socket.close()
 
@@ -106,14 +120,44 @@ class Log:
         """One line; what the reader cannot take at once is lost rather than waited for."""
         if not self.wants(level):
             return
+        line = self._line(level, event, fields)
+        if self._held is None:
+            self._write([line])
+            return
+        if self._held_bytes + len(line) > _TOGETHER_BYTES:
+            self._write_held()
+        self._held.append(line)
+        self._held_bytes += len(line)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """The lines of the block are written at its end, as many at once as a pipe takes whole."""
+        if self._held is not None or (
+            self._socket is not None and self._socket.type & ~_NOT_A_TYPE != socket.SOCK_STREAM
+        ):
+            yield  # of datagrams each is a line
+            return
+        self._held = []
+        try:
+            yield
+        finally:
+            self._write_held()
+            self._held = None
+
+    def _write_held(self) -> None:
+        lines, self._held, self._held_bytes = self._held, [], 0
+        if lines:
+            self._write(lines)
+
+    def _write(self, lines: list[bytes]) -> None:
         if self._lost:
             lost = self._line("warning", "log_lines_lost", {"lines": self._lost})
             if not self._put(lost):
-                self._lost += 1
+                self._lost += len(lines)
                 return
             self._lost = 0
-        if not self._put(self._line(level, event, fields)):
-            self._lost += 1
+        if not self._put(b"".join(lines)):
+            self._lost += len(lines)
 
     def fault(self, event: str, error: Exception, **fields: object) -> None:
         """An exception of ours, and then where it came from, a line for each of the text.
@@ -122,13 +166,13 @@ class Log:
         that were not told of since the last one.
         """
         now_s = time.monotonic()
-        quiet_until_s, untold = self._faults.get(event, (0.0, 0))
+        quiet_until_s, suppressed = self._faults.get(event, (0.0, 0))
         if now_s < quiet_until_s:
-            self._faults[event] = quiet_until_s, untold + 1
+            self._faults[event] = quiet_until_s, suppressed + 1
             return
         self._faults[event] = now_s + _FAULT_PAUSE_S, 0
-        if untold:
-            fields["more"] = untold
+        if suppressed:
+            fields["more"] = suppressed
         self.write("error", event, error=f"{type(error).__name__}: {error}", **fields)
         shown = "".join(traceback.format_exception(error))
         self.text("error", "traceback", shown, most=_TRACEBACK_LINES)
@@ -154,11 +198,11 @@ class Log:
                 key: single_line(value, most=_VALUE_CHARACTERS) if isinstance(value, str) else value
                 for key, value in fields.items()
             }
-            said = {"time": _rfc3339(now_s), "level": level, "event": event}
+            said = {"time": rfc3339(now_s), "level": level, "event": event}
             text = json.dumps({**said, **values, **self._instance}, default=str)
             # DEL is the one control that JSON leaves as it is.
             return text.replace("\x7f", "\\u007f").encode() + b"\n"
-        when = f"{_rfc3339(now_s)} " if self._is_timed else ""
+        when = f"{rfc3339(now_s)} " if self._is_timed else ""
         fields = {**fields, **self._instance}
         words = "".join(f" {key}={_word(value)}" for key, value in fields.items())
         return f"{when}pyforwarder {level}: {event}{words}\n".encode()
@@ -180,7 +224,7 @@ class Log:
         return True
 
 
-def _rfc3339(unix_s: float) -> str:
+def rfc3339(unix_s: float) -> str:
     """A time of day in UTC with milliseconds (RFC 3339)."""
     moment = datetime.datetime.fromtimestamp(unix_s, datetime.UTC)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03}Z"
@@ -203,12 +247,15 @@ def _unlogged_by(log: Log) -> frozenset[CloseReason]:
     return frozenset(reason for reason in CloseReason if not log.wants(_level_of(reason)))
 
 
-def _audit(client: Client | Session | Refused) -> dict[str, str]:
-    """What the connection's decision was made on, as far as it applies."""
+def audit_of(client: Client | Session | Refused) -> dict[str, str]:
+    """What the connection's decision was made on, as far as it applies.
+
+    Of one that another daemon has begun this is what that has said.
+    """
     fields = dict(client.facts)
     route = client.route
     if route is not None and route.named_by_client:
-        fields["asked"] = str(route.to)
+        fields.setdefault("asked", str(route.to))
         if isinstance(route.to, HostPort) and isinstance(client.destination, Address):
             fields["resolved"] = str(client.destination)
     elif route is not None and isinstance(route.to, str):
@@ -223,20 +270,38 @@ def _audit(client: Client | Session | Refused) -> dict[str, str]:
 class ConnectionLog:
     """The worker's lines about its connections."""
 
-    def __init__(self, log: Log, *, null_connections: bool = False) -> None:
-        """`null_connections`: whether those that sent nothing get a line above level debug."""
+    def __init__(
+        self,
+        log: Log,
+        *,
+        null_connections: bool = False,
+        sample: int = 1,
+        usual: frozenset[CloseReason] = USUAL,
+    ) -> None:
+        """`null_connections`: whether those that sent nothing get a line above level debug.
+
+        Of those that have ended for a `usual` reason one of `sample` has a line: the first, and
+        then each that is so many behind the last one.
+        """
         self.log = log
+        self._usual = usual
+        self._sample = sample
+        self._passed = sample - 1  # usual ends since the last line
         self._second = 0
         self._written = 0
         self._suppressed = 0
-        self._look_at_levels(null_connections=null_connections)
+        self._read_levels(null_connections=null_connections)
 
-    def change(self, *, level: str, form: str, null_connections: bool = False) -> None:
+    def change(
+        self, *, level: str, form: str, null_connections: bool = False, sample: int = 1
+    ) -> None:
         """Another level and form from here on."""
         self.log.change(level=level, form=form)
-        self._look_at_levels(null_connections=null_connections)
+        if sample != self._sample:
+            self._sample, self._passed = sample, sample - 1
+        self._read_levels(null_connections=null_connections)
 
-    def _look_at_levels(self, *, null_connections: bool) -> None:
+    def _read_levels(self, *, null_connections: bool) -> None:
         self._unlogged = _unlogged_by(self.log)
         self._tells_of_nothing = null_connections or self.log.wants("debug")
         # For callers: what a line would say need not be found out where there is none.
@@ -255,6 +320,21 @@ class ConnectionLog:
                 **fields,
             )
 
+    def picks(self, reason: CloseReason) -> bool:
+        """Whether a connection that has ended so has a line; each is asked for once.
+
+        Who knows before `closed` says so there.
+        """
+        if reason in self._unlogged:
+            return False
+        if self._sample == 1 or reason not in self._usual:
+            return True
+        self._passed += 1
+        if self._passed < self._sample:
+            return False
+        self._passed = 0
+        return True
+
     def closed(
         self,
         client: Client | Session | Refused,
@@ -262,10 +342,12 @@ class ConnectionLog:
         down: tuple[int, int],
         *,
         age_s: float | None = None,
+        is_picked: bool = False,
     ) -> None:
         """A connection has ended; `up` and `down` are the bytes and packets that were carried.
 
-        `age_s` is how old it became, if it did not end just now.
+        `age_s` is how old it became, if it did not end just now; `is_picked`: `picks` has been
+        asked.
         """
         assert client.reason is not None
         if client.reason in self._unlogged:
@@ -273,8 +355,11 @@ class ConnectionLog:
         has_sent_nothing = client.reason in _SAYS_NOTHING and client.has_sent_nothing
         if has_sent_nothing and not self._tells_of_nothing:
             return
+        if not is_picked and not self.picks(client.reason):
+            return
         if not self._admit(client.owner.loop.now_s):
             return
+        sampled = self._sample > 1 and client.reason in self._usual
         self.log.write(
             _level_of(client.reason),
             "closed",
@@ -292,7 +377,8 @@ class ConnectionLog:
             up_packets=up[1],
             down_packets=down[1],
             age_s=round(client.owner.loop.now_s - client.accepted_s if age_s is None else age_s, 3),
-            **_audit(client),
+            **({"one_of": self._sample} if sampled else {}),
+            **audit_of(client),
         )
 
     def _admit(self, now_s: float) -> bool:

@@ -56,9 +56,9 @@ class Opening:
                 down.pending = answer
                 # Not carried for anybody: what is written of it must not count.
                 down.carried_bytes = -len(answer)
-        self.go_on(client)
+        self.flush_pending(client)
 
-    def go_on(self, client: Client) -> None:
+    def flush_pending(self, client: Client) -> None:
         """Write what is `pending` before the join, now or as there is room."""
         self._flush_more(client)
         if client.life is _HANDOVER:

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.connection import Life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
-from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.base import OPENED_BY_KERNEL, PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
+from pyforwarder.datapath.express.connect_abi import ID_BIT
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.express import count_opened, leads_to, server_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pyforwarder.core.first_packet.outcome import Facts
     from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
     from pyforwarder.worker.server import Server
 
@@ -22,8 +24,18 @@ if TYPE_CHECKING:
 _AGAIN_S: Final = 1.0
 
 
-def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], None]) -> None:
+def adopt_orphans(
+    server: Server,
+    splice: SpliceDatapath,
+    done: Callable[[int], None],
+    facts_of: Callable[[int], Facts] = lambda _id: (),
+    *,
+    level: str = "info",
+) -> None:
     """Take in what waits for this worker, as the keeper gives it; `done` gets how many pairs.
+
+    `facts_of` says what was read of the first packet of a pair, by its id. `level` is that of the
+    line about those that come later.
 
     Best before the worker connects anywhere: from then on their ports are taken. Those whose old
     sockets are still there (a worker of the daemon before has not come to them yet) are taken in
@@ -35,6 +47,7 @@ def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], 
         nonlocal number
         number += 1
         client = _client_of(server, orphan)
+        client.facts = facts_of(orphan.id)
         server.take_in(client)
         client.life = Life.JOINED
         record = orphan.record
@@ -42,16 +55,16 @@ def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], 
             # The kernel has opened it by itself: nobody has counted it before.
             assert client.route is not None
             server.next_id()
-            count_opened(server, client, client.route.rule)
-        go_on_spliced(server, splice, client, orphan)
+            count_opened(server, client.listener, client.route.rule)
+        resume_spliced(server, splice, client, orphan)
 
-    def tell(adopted: int) -> None:
+    def report(adopted: int) -> None:
         if adopted:
-            server.log.log.write("info", "adopted", pairs=adopted)
+            server.log.log.write(level, "adopted", pairs=adopted)
 
     def ask_again() -> None:
         splice.adopts_later = False
-        adopt_orphans(server, splice, tell)
+        adopt_orphans(server, splice, report, facts_of, level=level)
 
     def later() -> None:
         if not splice.adopts_later:
@@ -61,7 +74,7 @@ def adopt_orphans(server: Server, splice: SpliceDatapath, done: Callable[[int], 
     splice.adopt(take, lambda: done(number), later)
 
 
-def go_on_spliced(
+def resume_spliced(
     server: Server,
     splice: SpliceDatapath,
     client: Client,
@@ -74,7 +87,7 @@ def go_on_spliced(
 
     It is reset for the reason `internal` where the pair table has no room for it, or the keeper
     refuses it later on: nothing could end it or count it. `left_bytes` and `is_mute`: see
-    SpliceDatapath.go_on_with.
+    SpliceDatapath.resume.
     """
     for fd in (client.client_fd, client.server_fd):
         server.loop.watch(fd, 0, splice.ready, client)
@@ -84,13 +97,15 @@ def go_on_spliced(
     record = orphan.record
     if record is not None and record.datapath == DatapathKind.NONE:
         client.pair_reason = PairReason.DECIDED
+    elif orphan.id >> ID_BIT or (record is not None and record.reason in OPENED_BY_KERNEL):
+        client.pair_reason = PairReason.DECIDED_BEFORE
     _show_as_before(server, client, orphan)
     if client.slot < 0:
         splice.forget(orphan.index, orphan.id)
         client.datapath = None
         server.broken(client, CloseReason.INTERNAL)
         return
-    splice.go_on_with(client, orphan, left_bytes=left_bytes, is_mute=is_mute)
+    splice.resume(client, orphan, left_bytes=left_bytes, is_mute=is_mute)
     if client.life is Life.JOINED:
         for flow in (client.up, client.down):
             server.moved(client, flow)
@@ -115,7 +130,7 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     if record is not None and record.datapath == DatapathKind.NONE:
         client.route = Route(rule, leads_to(rule, client.destination), 0, None, False)
         if (held := server_of(server, rule, client.destination)) is not None:
-            server.hold_server(client, str(rule.to), held[1].name)
+            server.servers.hold(client, str(rule.to), held[1].name)
     if record is not None:
         client.accepted_s = record.started_ns / 1e9
         for flow in (client.up, client.down):

@@ -277,7 +277,7 @@ class PlainPath:
         if up.pending is not None or down.pending is not None:
             client.life = _HANDOVER
             self._loop.watch_two(fd, server_fd, WATCHED, self._server.opening.flushing, client)
-            self._server.opening.go_on(client)
+            self._server.opening.flush_pending(client)
             return
         client.life = _JOINED
         client.datapath = copying = self._copying
@@ -288,7 +288,10 @@ class PlainPath:
             counters[_JOINED_COPY] += 1
             client.pair_reason = _FORCED
         else:
-            self._server.handover.joined(client)
+            if state.is_express:
+                self._server.handover.joined(client)
+            else:
+                self._server.handover.joined_plainly(client)
             if client.waits_for_handover:
                 wait_s = generation.young_check_s
         self._loop.deadlines.start(client, wait_s, now_s)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 # How often it is looked how much TCP holds on this host, which is one read; ours is part of it.
-LOOK_S: Final = 0.25
+MEASURE_EVERY_S: Final = 0.25
 # How often pairs are looked at, once that is a sixteenth of `memory`: what is not in the sockets is
 # at most some times what is. Never for more than a twentieth of the time.
 MEASURE_S: Final = 0.1
@@ -110,7 +110,7 @@ class Pressure:
 
     def start(self) -> None:
         """Begin to look, every now and then."""
-        self._loop.after(LOOK_S, self._look)
+        self._loop.after(MEASURE_EVERY_S, self._begin_round)
 
     def close(self) -> None:
         """Look no more."""
@@ -119,7 +119,7 @@ class Pressure:
             self._sockstat_fd = -1
 
     def forbids(self, client: Client) -> bool:
-        """Whether the client has to be refused a pair; asked only while somebody is full."""
+        """Whether the client has to be refused a pair; asked only while a worker is full."""
         listener = client.listener
         if self.is_all_held() or listener.counter in self._full_scopes:
             return True
@@ -129,37 +129,37 @@ class Pressure:
         """Whether nobody may have another pair."""
         return TCP in self._full_scopes
 
-    def _look(self) -> None:
-        next_s = LOOK_S
+    def _begin_round(self) -> None:
+        next_s = MEASURE_EVERY_S
         try:
             if self.is_needed():
-                next_s = 0.0  # says `_go_on`
-                self._go_on(_Found(), list(self._server.clients.values()), 0.0)
+                next_s = 0.0  # says `_measure_some`
+                self._measure_some(_Found(), list(self._server.clients.values()), 0.0)
             else:
                 # Other workers' pairs may hold all that there is.
                 self._conclude([], {})
         finally:
             # Whatever goes wrong over one look, there is another.
             if next_s:
-                self._loop.after(next_s, self._look)
+                self._loop.after(next_s, self._begin_round)
 
-    def _go_on(self, found: _Found, rest: list[Client], took_s: float) -> None:
+    def _measure_some(self, found: _Found, rest: list[Client], took_s: float) -> None:
         """Look at some pairs, and then let the loop serve others first."""
         began_s = time.monotonic()
         is_done = True
         try:
             for client in rest[-SLICE:]:
-                self._look_at(client, found)
+                self._measure_pair(client, found)
             del rest[-SLICE:]
             took_s += time.monotonic() - began_s
             if rest:
-                self._loop.after(0.0, lambda: self._go_on(found, rest, took_s))
+                self._loop.after(0.0, lambda: self._measure_some(found, rest, took_s))
                 is_done = False
             else:
                 self._finish(found)
         finally:
             if is_done:
-                self._loop.after(max(MEASURE_S, took_s * MOST_OF_THE_TIME), self._look)
+                self._loop.after(max(MEASURE_S, took_s * MOST_OF_THE_TIME), self._begin_round)
 
     def is_needed(self) -> bool:
         """Whether there may be enough of it to look at each pair; or there was when we looked."""
@@ -185,10 +185,10 @@ class Pressure:
         """Look at every pair now, tell the others, and do what follows from what all hold."""
         found = _Found()
         for client in self._server.clients.values():
-            self._look_at(client, found)
+            self._measure_pair(client, found)
         self._finish(found)
 
-    def _look_at(self, client: Client, found: _Found) -> None:
+    def _measure_pair(self, client: Client, found: _Found) -> None:
         if client.life is not Life.JOINED or client.kind is DatapathKind.SPLICE:
             return
         held = self._held_by_pair(client)

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import ctypes
 import gc
 import os
-import pwd
-import resource
-import signal
 import socket
 import sys
 import traceback
@@ -25,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
-from pyforwarder.datapath.splice.keeper_asker import MOST_HELD, KeeperAsker
 from pyforwarder.datapath.splice.sessions import SessionOrphan, SpliceSessions
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.channel import Channel, text_from_fd
 from pyforwarder.runtime.counters import Counter, Counters
 from pyforwarder.runtime.limits import SharedLimits
 from pyforwarder.runtime.loop import EPOLLIN, Loop
+from pyforwarder.runtime.privileges import give_up_privileges
 from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.slowness import scaled_s
@@ -39,9 +35,11 @@ from pyforwarder.runtime.tables import visible
 from pyforwarder.worker.express import Opened
 from pyforwarder.worker.generation import Generation, ListenerState, Settings
 from pyforwarder.worker.handover import Handover
-from pyforwarder.worker.log import ConnectionLog, Log
-from pyforwarder.worker.moving import Giving, Taking
+from pyforwarder.worker.log import USUAL_OF_SESSIONS, ConnectionLog, Log
 from pyforwarder.worker.orphans import adopt_orphans
+from pyforwarder.worker.pair_receiver import PairReceiver
+from pyforwarder.worker.pair_sender import PairSender
+from pyforwarder.worker.room import express_share, room_for
 from pyforwarder.worker.server import Server
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.udp.connection_ids import ConnectionIds
@@ -53,19 +51,14 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Sequence
 
-    from pyforwarder.config import Config
     from pyforwarder.datapath.kernel import KernelMaps, PairTable
     from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
+    from pyforwarder.datapath.splice.splicing import Splicing
     from pyforwarder.runtime.pulse import Pulse
 
-_PR_SET_PDEATHSIG: Final = 1
-_PR_SET_NO_NEW_PRIVS: Final = 38
-# Descriptors that a worker needs beside its connections: maps, rings, epoll, channel, log, spare.
-_OWN_DESCRIPTORS: Final = 192 + 2 * MOST_HELD
 # So long a worker that begins waits for a keeper. That takes milliseconds.
 _ADOPTION_S: Final = 1.0
-_TOLD: Final = 1024  # clients beyond the limit on pairs
 
 
 class WorkerMemory(NamedTuple):
@@ -76,6 +69,7 @@ class WorkerMemory(NamedTuple):
 
     counters: Sequence[mmap.mmap]
     limits: Sequence[mmap.mmap]
+    other_machines: mmap.mmap  # what they have of clients; no worker writes it
     used_tokens: Sequence[mmap.mmap]
     own_used_tokens: int
     connection_ids: Sequence[mmap.mmap]
@@ -98,70 +92,6 @@ class Inheritance:
     pulse: Pulse | None = None  # where it shows that it works
     last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
     heir: Channel | None = None  # where a worker of the daemon before sends its pairs
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """How many clients of each kind one worker may have at once, by its descriptors."""
-
-    clients: int  # two descriptors each
-    sessions: int  # one each
-
-
-def room_for(config: Config) -> Room:
-    """What the limit on open files leaves, TCP and UDP apart: neither can use up the other's.
-
-    A few more than the configured limits, for those who are only told that there is no room.
-    """
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    addresses = sum(len(listener.addresses) for listener in config.listeners)
-    files = max(files - _OWN_DESCRIPTORS - addresses, 4)
-    sessions = 0
-    if any(listener.protocol == "udp" for listener in config.listeners):
-        # A quarter is left for UDP where there is not enough for all.
-        clients_want = 2 * (config.limits.pairs + _TOLD)
-        sessions = min(config.limits.most_sessions, max(files - clients_want, files // 4))
-    return Room(max(1, min(config.limits.pairs + _TOLD, (files - sessions) // 2)), sessions)
-
-
-def slots_of(config: Config, workers: int) -> int:
-    """A worker's share of the pair table: room for all its TCP clients, and some for UDP sessions.
-
-    More listeners for UDP may come by a reload, which cannot make the table larger.
-    """
-    room = room_for(config)
-    sessions = config.limits.most_sessions
-    return (
-        room.clients
-        + express_share(config, workers)
-        + max(min(room.sessions, 2 * sessions // workers), min(sessions, _TOLD))
-    )
-
-
-def express_share(config: Config, workers: int) -> int:
-    """How many of the pairs that the kernel has opened a worker may get: the keeper shares them."""
-    return -(-config.express_ports // workers)
-
-
-def give_up_privileges(user: str | None) -> None:
-    """Become `user`, for good.
-
-    Raises:
-        ForwarderError: there is no such user.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if user is not None and os.geteuid() == 0:
-        try:
-            entry = pwd.getpwnam(user)
-        except KeyError:
-            raise ForwarderError(f"no user {user!r} on this host") from None
-        os.setgroups([])
-        os.setresgid(entry.pw_gid, entry.pw_gid, entry.pw_gid)
-        # Leaving uid 0 clears every capability set (capabilities(7)).
-        os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
-    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # Changing the user has cleared the parent-death signal: set it after.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def run(inheritance: Inheritance) -> None:
@@ -205,12 +135,16 @@ class _Worker:
         self._splice: SpliceDatapath | None = None
         self._sockmap: SockmapDatapath | None = None
         self._opened: Opened | None = None
+        # As many as there are since the start: a reload changes nothing about it.
+        express = inheritance.splicing.express if inheritance.splicing else None
+        places = express.connecting.places if express else 0
+        self._express_share = express_share(places, inheritance.workers)
         self._keeper: KeeperAsker | None = None
         self._adopting = 0  # how often the keeper is asked, and has more
         self._listens = False
-        self._giving: Giving | None = None
-        self._taking: Taking | None = None
-        self.loop.watch(self._channel.fileno(), EPOLLIN, self._hear, self)
+        self._pair_sender: PairSender | None = None
+        self._pair_receiver: PairReceiver | None = None
+        self.loop.watch(self._channel.fileno(), EPOLLIN, self._receive, self)
         self._beat()
 
     def _beat(self) -> None:
@@ -219,13 +153,13 @@ class _Worker:
             self.loop.after(PULSE_S, self._beat)
 
     def finish(self) -> None:
-        """Nobody is served any more; the keeper should hear of all that has ended."""
+        """No client is served any more; the keeper should know of all that has ended."""
         if self._server is not None:
             self._server.handover.finish_ends()
         if self._datagrams is not None:
             self._datagrams.handover.finish()
 
-    def _hear(self, _owner: object, _fd: int, _mask: int) -> None:
+    def _receive(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
             received = self._channel.receive()
         except BlockingIOError:
@@ -238,7 +172,7 @@ class _Worker:
             self._granted(message["number"], done=message["granted"])
             return
         if "claimed" in message:
-            self._serving().claims.told(message["claimed"], message["first"])
+            self._serving().claims.answered(message["claimed"], message["first"])
             return
         if message["do"] in ("take_over", "adopt"):
             self._answer_later(message["n"], message["do"])
@@ -252,24 +186,24 @@ class _Worker:
 
     def _answer_later(self, number: int, do: str) -> None:
         """Go on with spliced pairs; say so once that is done, or will take a while longer."""
-        is_told = False
+        is_answered = False
 
-        def tell() -> None:
-            nonlocal is_told
-            if not is_told:
-                is_told = True
+        def answer() -> None:
+            nonlocal is_answered
+            if not is_answered:
+                is_answered = True
                 self.loop.cancel(timer)
                 self._channel.send({"n": number, "result": None})
 
-        timer = self.loop.after(scaled_s(_ADOPTION_S), tell)
+        timer = self.loop.after(scaled_s(_ADOPTION_S), answer)
         match do:
             case "adopt":  # what went through another machine
-                self._adopt_pairs(tell)
+                self._adopt_pairs(answer)
             case "take_over":  # what the daemon before had spliced is the keeper's now
-                if self._taking is not None:
-                    self._taking.take_over_spliced(lambda: self._adopt(tell))
+                if self._pair_receiver is not None:
+                    self._pair_receiver.take_over_spliced(lambda: self._adopt(answer))
                 else:
-                    self._adopt(tell)
+                    self._adopt(answer)
 
     def _obey(self, message: dict[str, Any], fds: list[int]) -> object:
         match message["do"]:
@@ -285,9 +219,9 @@ class _Worker:
             case "retire":
                 self._retire(fds)
             case "spliced_left":
-                return self._giving.spliced_left() if self._giving is not None else 0
+                return self._pair_sender.spliced_left() if self._pair_sender is not None else 0
             case "stop":
-                self._hear_of_opened()
+                self._receive_opened()
                 # What it has told of is ours, too, once the keeper has given it.
                 self._serving().handover.finish()
                 self._serving().reset_all(CloseReason.SHUTDOWN)
@@ -295,12 +229,14 @@ class _Worker:
                 self._datagrams_of().end_all(CloseReason.SHUTDOWN)
                 self.loop.defer(lambda _: self.loop.stop(), None)
             case "upstreams":
-                return self._serving().upstreams()
+                return self._serving().servers.rows()
             case "health":
-                self._serving().mark(message["upstream"], message["server"], up=message["up"])
+                self._serving().servers.mark(
+                    message["upstream"], message["server"], up=message["up"]
+                )
                 self._datagrams_of().losses.servers_changed()
             case "datapaths":
-                if self._giving is not None:
+                if self._pair_sender is not None:
                     return None  # nothing more goes to the kernel
                 available = message["available"]
                 self._serving().handover.settle(
@@ -346,16 +282,19 @@ class _Worker:
             self._make_server(generation)
         server = self._serving()
         server.generation = generation
-        server.tell_of_servers()
-        room = room_for(generation.config)
+        server.servers.write()
+        room = room_for(generation.config, self._express_share)
         server.most_clients = room.clients
         server.pressure.memory_bytes = generation.memory_bytes
         self._datagrams_of().most_sessions = room.sessions
         log = generation.config.log
-        server.log.change(level=log.level, form=log.format, null_connections=log.null_connections)
-        self._datagrams_of().log.change(
-            level=log.level, form=log.format, null_connections=log.null_connections
-        )
+        for lines in (server.log, self._datagrams_of().log):
+            lines.change(
+                level=log.level,
+                form=log.format,
+                null_connections=log.null_connections,
+                sample=log.sample,
+            )
         stays = {os.fstat(fd).st_ino for fd in listener_fds}
         for sock in self._sockets:
             if os.fstat(sock.fileno()).st_ino not in stays:
@@ -376,7 +315,7 @@ class _Worker:
             sock.setblocking(False)
             self._sockets.append(sock)
             server.accepting.listen(sock, state)
-        self._datagrams_of().keep_only(udp)
+        self._datagrams_of().listen_only_at(udp)
         self._datagrams_of().losses.servers_changed(generation.balancers)
         if places:
             self._listens = True
@@ -404,9 +343,10 @@ class _Worker:
             self._memory.limits,
             worker=given.worker,
             secret=given.limits_secret,
+            others=self._memory.other_machines,
         )
         limits.reset_own()
-        room = room_for(generation.config)
+        room = room_for(generation.config, self._express_share)
         window = given.table.take_window(given.worker)
         server = self._server = Server(
             self.loop,
@@ -440,7 +380,8 @@ class _Worker:
         server.handover = Handover(server, sockmap, splice)
         if splice is not None and given.splicing is not None and given.splicing.express:
             sock = given.splicing.express.workers[given.worker]
-            self._opened = Opened(server, sock, partial(self._adopt_pairs, lambda: None))
+            adopt = partial(self._adopt_pairs, lambda: None, level="debug")
+            self._opened = Opened(server, sock, adopt)
         self._splice = splice
         if splice is not None and given.splicing is not None and given.splicing.has_begun:
             self._adopt(lambda: None)
@@ -451,20 +392,18 @@ class _Worker:
             limits=limits,
             window=window,
             # Lines of its own: made-up addresses must not use up those about connections.
-            log=ConnectionLog(given.log),
+            log=ConnectionLog(given.log, usual=USUAL_OF_SESSIONS),
             next_id=server.next_id,
             names=server.names,
             most_sessions=room.sessions,
-            most_shown=given.table.slots
-            - room.clients
-            - express_share(generation.config, given.workers),
+            most_shown=given.table.slots - room.clients - self._express_share,
             ids=ConnectionIds(self._memory.connection_ids, given.worker),
             ask_supervisor=self._ask_supervisor,
             kernel=self._sessions,
             claims=server.claims,
         )
         if given.heir is not None:
-            self._taking = Taking(given.heir, server, self._datagrams, splice)
+            self._pair_receiver = PairReceiver(given.heir, server, self._datagrams, splice)
 
     def _adopt(self, then: Callable[[], None]) -> None:
         """Take in what has lost its worker, or its daemon, as the keeper gives it; then `then`."""
@@ -480,10 +419,14 @@ class _Worker:
                 self._take_in_sessions()
             then()
 
-        self._adopt_pairs(lambda: sessions.adopt(self._orphans.append, done))
+        # Settings may come meanwhile, and those that have come by then are taken in with these.
+        self._adopt_pairs(lambda: sessions.adopt(lambda one: self._orphans.append(one), done))
 
-    def _adopt_pairs(self, then: Callable[[], None]) -> None:
-        """The same of pairs alone; `then` is called when there are no more."""
+    def _adopt_pairs(self, then: Callable[[], None], *, level: str = "info") -> None:
+        """The same of pairs alone; `then` is called when there are no more.
+
+        `level` is the log line's: those that the kernel has opened, and that last, are nothing new.
+        """
         server, splice = self._serving(), self._splice
         if splice is None:
             then()
@@ -492,13 +435,16 @@ class _Worker:
         def done(adopted: int) -> None:
             if adopted:
                 log, worker = server.log.log, self._inheritance.worker
-                log.write("info", "adopted", worker=worker, pairs=adopted)
+                log.write(level, "adopted", worker=worker, pairs=adopted)
             then()
 
-        adopt_orphans(server, splice, done)
+        if self._opened is None:
+            adopt_orphans(server, splice, done, level=level)
+        else:
+            adopt_orphans(server, splice, done, self._opened.facts_of, level=level)
 
     def _wait_for_adoption(self) -> None:
-        """Nobody is served yet: what is ours is known before, if the keeper answers soon.
+        """No client is served yet: our orphans are known before, if the keeper answers soon.
 
         Their ports are theirs from then on: no connection of ours gets one, which the kernel would
         take for the pair's. A keeper that hangs is not waited for: the supervisor waits for us, and
@@ -511,7 +457,7 @@ class _Worker:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
         self._used_tokens.retire()
         server = self._serving()
-        self._hear_of_opened()
+        self._receive_opened()
         for sock in self._sockets:
             # What waits there is not lost: the other daemon has the same socket.
             server.accepting.unlisten(sock)
@@ -520,9 +466,12 @@ class _Worker:
         self._datagrams_of().listen_no_more()
         if fds:
             heir = Channel(socket.socket(fileno=fds[0]))
-            self._giving = Giving(heir, server, self._datagrams_of(), self._splice, self._sockmap)
-        self._draining = True
-        self._stop_when_empty()
+            self._pair_sender = PairSender(
+                heir, server, self._datagrams_of(), self._splice, self._sockmap
+            )
+        if not self._draining:
+            self._draining = True
+            self._stop_when_empty()
 
     def _drop_kernel_objects(self) -> None:
         """Of maps, programs and links, which are everybody's, keep what is written by descriptor.
@@ -557,7 +506,7 @@ class _Worker:
     def _drain(self) -> None:
         """Accept no more, and end when the last connection has."""
         server = self._serving()
-        self._hear_of_opened()
+        self._receive_opened()
         for sock in self._sockets:
             server.accepting.accept_rest(sock)
             server.accepting.unlisten(sock)
@@ -569,13 +518,13 @@ class _Worker:
             self._draining = True
             self._stop_when_empty()
 
-    def _hear_of_opened(self) -> None:
+    def _receive_opened(self) -> None:
         """What the kernel has opened is ours soon: the keeper is asked for it."""
         if self._opened is not None:
-            self._opened.hear()
+            self._opened.receive()
 
     def _stop_when_empty(self) -> None:
-        self._hear_of_opened()
+        self._receive_opened()
         # The keeper may have pairs for us still, or ends to tell to their peers.
         is_settled = self._keeper is None or not self._keeper.unsettled
         if is_settled and self._serving().counters[Counter.OPEN] == 0:

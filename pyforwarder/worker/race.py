@@ -62,8 +62,8 @@ class Racer(Protocol):
         """
         ...
 
-    def won(self, sock: _socket.socket, address: Address) -> None:
-        """This connection stands; the socket is the caller's, and watched by nobody."""
+    def connected(self, sock: _socket.socket, address: Address) -> None:
+        """This connection stands; the socket is the caller's, and not watched by the loop."""
         ...
 
     def lost(self, code: int) -> None:
@@ -140,7 +140,7 @@ class Race(Timed):
         self.pair = pair
 
     def begin(self) -> None:
-        """Try the first address; `won` or `lost` may be called before this returns."""
+        """Try the first address; `connected` or `lost` may be called before this returns."""
         self._next()
 
     def expired(self) -> None:
@@ -210,7 +210,7 @@ class Race(Timed):
             # It had more time, and has not answered.
             self._liveness.failed(other.address, self._loop.now_s)
         self._end()
-        self._racer.won(attempt.sock, attempt.address)
+        self._racer.connected(attempt.sock, attempt.address)
 
     def _fail(self, address: Address, code: int) -> None:
         if code in SHORTAGES:

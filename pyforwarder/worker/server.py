@@ -26,22 +26,23 @@ from pyforwarder.runtime.counters import (
     ListenerCounter,
     ServerCounter,
     change,
-    count_connect,
     count_disconnect,
 )
 from pyforwarder.runtime.linger import end_orderly
 from pyforwarder.runtime.password_checks import PasswordChecks
-from pyforwarder.runtime.raw_sockets import end_writing
+from pyforwarder.runtime.raw_sockets import end_writing, reset_now
 from pyforwarder.runtime.resolver import Names
 from pyforwarder.worker.accepting import Acceptor
 from pyforwarder.worker.client import Client
 from pyforwarder.worker.connector import Connector
 from pyforwarder.worker.joining import Joining
+from pyforwarder.worker.log import audit_of
 from pyforwarder.worker.opening import Opening
 from pyforwarder.worker.plain import PlainPath
 from pyforwarder.worker.pressure import Pressure
 from pyforwarder.worker.records import Records
 from pyforwarder.worker.refusing import Refusing
+from pyforwarder.worker.server_states import ServerStates
 from pyforwarder.worker.sniffer import Sniffer
 from pyforwarder.worker.token_claims import TokenClaims
 from pyforwarder.worker.udp.session import Session
@@ -137,6 +138,7 @@ class Server:
         self.refusing = Refusing(self)
         self.opening = Opening(self)
         self.joining = Joining(self)
+        self.servers = ServerStates(self)
         plain = PlainPath(self, self._sniffer, self._connector)
         self.accepting = Acceptor(self, self._sniffer, plain)
         commands: dict[Command, Callable[[Client], None]] = {
@@ -174,6 +176,8 @@ class Server:
                 rule=client.rule_name.decode(),
                 server=str(client.destination) if client.destination else "-",
                 datapath=client.kind.label,
+                # Where the pair outlives us, who writes the line of its end does not know that.
+                **(audit_of(client) if event is Event.ROUTED else {}),
             )
         act(client)
 
@@ -197,7 +201,7 @@ class Server:
     def failed(self, owner: object, error: Exception) -> None:
         """An exception of ours while serving one connection: that one is reset, the rest go on.
 
-        One of a timer, of work that was put off or of a ring, which are nobody's, is told of.
+        One of a timer, of deferred work or of a ring, which belong to no client, is logged alone.
         """
         # A datapath's timer belongs to a pair, too.
         client = getattr(owner, "pair", owner)
@@ -223,6 +227,10 @@ class Server:
         number: int = self.counters[_ACCEPTED]
         self.counters[_ACCEPTED] = number + 1
         return self._first_id + number * self._workers
+
+    def pass_ids(self, count: int) -> None:
+        """The same of so many clients, which need no names."""
+        self.counters[_ACCEPTED] += count
 
     # Refusing
 
@@ -336,8 +344,10 @@ class Server:
         if pair.waits_for_handover:
             self.handover.moved(pair, flow)
 
-    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+    def enlarge(self, pair: Pair | None, sock: _socket.socket, by_bytes: int) -> None:
         """Ask the supervisor, who may."""
+        if pair is not None:
+            pair.is_shared = True
         self.ask_supervisor("enlarge", [sock.fileno()], by_bytes)
 
     # Deadlines
@@ -352,7 +362,7 @@ class Server:
             case Life.HANDOVER:
                 self.broken(client, CloseReason.TIMEOUT)
             case Life.JOINED:
-                self._look_at_idle(client)
+                self._check_idle(client)
             case Life.ENDING:
                 pass  # the keeper has a deadline of its own
             case Life.REFUSING:
@@ -372,7 +382,7 @@ class Server:
         # Half closed, or draining to a peer that does not read: both end.
         return min(timeouts.half_closed_s, timeouts.idle_s), CloseReason.HALF_CLOSED
 
-    def _look_at_idle(self, client: Client) -> None:
+    def _check_idle(self, client: Client) -> None:
         assert client.datapath is not None
         limit_s, reason = self._idle_limit(client)
         if self.loop.now_s - client.datapath.active_s(client) >= limit_s:
@@ -390,7 +400,7 @@ class Server:
         end_orderly(client.client_fd)
         if client.server is not None:
             end_orderly(client.server_fd)
-        self._end(client)
+        self._end(client, end_writing)
 
     def _finish(self, client: Client) -> None:
         """`_close` of a pair that came by the straight path and was never shown: most of them."""
@@ -402,24 +412,27 @@ class Server:
         self.records.unshown.pop(client, None)
         counters, listener = self.counters, client.listener.counter
         up, down = client.up, client.down
+        up_bytes, down_bytes = up.carried_bytes, down.carried_bytes
         counters[_CLOSED_FINISHED] += 1
-        counters[_UP_BYTES] += up.carried_bytes
-        counters[_DOWN_BYTES] += down.carried_bytes
-        counters[listener + _LISTENER_UP_BYTES] += up.carried_bytes
-        counters[listener + _LISTENER_DOWN_BYTES] += down.carried_bytes
+        counters[_UP_BYTES] += up_bytes
+        counters[_DOWN_BYTES] += down_bytes
+        counters[listener + _LISTENER_UP_BYTES] += up_bytes
+        counters[listener + _LISTENER_DOWN_BYTES] += down_bytes
         chosen = client.server_state
-        gauges: tuple[int, ...] = (_OPEN, _PAIRS_OPEN, listener + _LISTENER_OPEN)
         if chosen is not None:
             assert client.upstream is not None
             client.upstream.balancer.closed(chosen)
             chosen.held.add(-1)  # as Balancer.release does
             client.server_state = None
-            if chosen.counter:
-                gauges = (*gauges, chosen.counter + _SERVER_PAIRS)
-        for gauge in gauges:
-            count = counters[gauge]
-            if count:  # as `change` does
-                counters[gauge] = count - 1
+            if chosen.counter and (count := counters[chosen.counter + _SERVER_PAIRS]):
+                counters[chosen.counter + _SERVER_PAIRS] = count - 1
+        # As `change` does.
+        if count := counters[_OPEN]:
+            counters[_OPEN] = count - 1
+        if count := counters[_PAIRS_OPEN]:
+            counters[_PAIRS_OPEN] = count - 1
+        if count := counters[listener + _LISTENER_OPEN]:
+            counters[listener + _LISTENER_OPEN] = count - 1
         self.limits.remove_pair(listener)
         if self.log.tells:
             self.log.closed(
@@ -437,9 +450,10 @@ class Server:
 
     def _reset(self, client: Client) -> None:
         """Both ends get a RST: all sockets have had SO_LINGER 0 from their first moment."""
-        self._end(client)
+        self._end(client, reset_now)
 
-    def _end(self, client: Client) -> None:
+    def _end(self, client: Client, say_so: Callable[[int], object]) -> None:
+        """Close the sockets; `say_so` has a socket tell its peer what only the last close would."""
         reason = client.reason
         if reason is None:
             reason = client.reason = _FINISHED
@@ -489,7 +503,14 @@ class Server:
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach the next owner of that number.
             loop.forget(client_fd)
-            loop.forget(client.server_fd)
+            if client.server is not None:
+                loop.forget(client.server_fd)
+            if client.kind is not DatapathKind.SPLICE:
+                # Nor does it tell the peer: what the keeper was asked may be unread for seconds,
+                # and a worker that has handed the pair on may hang. Spliced sockets say nothing.
+                say_so(client_fd)
+                if client.server is not None:
+                    say_so(client.server_fd)
         sock = client.give_up_client()
         if sock is None:
             loop.close(client_fd)
@@ -543,7 +564,7 @@ class Server:
 
     # Between daemons
 
-    def let_go(self, client: Client) -> None:
+    def release(self, client: Client) -> None:
         """The pair is another daemon's from here on, with its sockets: forget it, and say nothing.
 
         Nothing of it is left with a datapath of ours.
@@ -571,20 +592,6 @@ class Server:
         self.loop.close_socket(client.server_fd, client.server)
         client.server = None
 
-    def hold_server(self, client: Client, upstream: str, server: str) -> None:
-        """Count the pair for a server of an upstream, if it is configured still."""
-        state = self.generation.upstreams.get(upstream)
-        if state is None:
-            return
-        found = next((one for one in state.balancer.servers if one.name == server), None)
-        if found is None:
-            return
-        client.upstream, client.server_state = state, found
-        state.balancer.hold(found)
-        state.balancer.opened(found)
-        count_connect(self.counters, found.counter)
-        client.server_opened = True
-
     def take_back(self, client: Client) -> None:
         """A pair that has left its sockmap is copied from here on, and not handed over again."""
         client.kind = DatapathKind.COPY
@@ -599,42 +606,6 @@ class Server:
         """A pair that another worker had copied flows here."""
         self._join(client)
 
-    def upstreams(self) -> dict[str, dict[str, dict[str, object]]]:
-        """What this worker knows of every server: upstream -> server -> state and counts."""
-        now_s = self.loop.now_s
-        return {
-            name: {
-                server.name: {
-                    "state": balancer.condition(server, now_s).value,
-                    "pairs": server.pairs,
-                    "connects": server.connects,
-                    "failures": server.failures,
-                }
-                for server in balancer.servers
-            }
-            for name, balancer in self.generation.balancers.items()
-        }
-
     def granted(self, number: int, *, done: bool) -> None:
         """The supervisor's answer to what `ask_supervisor` asked under this number."""
         self._connector.granted(number, done=done)
-
-    def mark(self, upstream: str, server: str, *, up: bool) -> None:
-        """A health check has changed its mind about a server."""
-        balancer = self.generation.balancers.get(upstream)
-        if balancer is None:
-            return
-        if up:
-            balancer.mark_up(server, self.loop.now_s)
-        else:
-            balancer.mark_down(server)
-        self.tell_of_servers()
-
-    def tell_of_servers(self) -> None:
-        """Write down which servers get no new pairs here, and why."""
-        for balancer in self.generation.balancers.values():
-            for server in balancer.servers:
-                if server.counter:
-                    self.counters[server.counter + ServerCounter.DOWN] = int(not server.is_up)
-                    drained = int(server.is_drained)
-                    self.counters[server.counter + ServerCounter.DRAINED] = drained

@@ -54,7 +54,7 @@ _AGAIN_PAUSE_S: Final = 0.02
 
 
 def _network_of(peer: Address | None) -> Hashable:
-    """Who waits behind himself: a host, of IPv6 the network of one."""
+    """Which clients share one place in the queue: those of a host, of IPv6 of its /64."""
     if peer is None or ":" not in peer.host:
         return peer.host if peer is not None else None
     return ipaddress.IPv6Address(peer.host.partition("%")[0]).packed[:8]
@@ -84,7 +84,7 @@ class Sniffer:
                     cause = "not one of the trusted proxies"
                     self._refuse_header(client, CloseReason.DENIED, cause)
                 else:
-                    self._go_on_without_header(client, EPOLLIN)
+                    self._sniff_without_header(client, EPOLLIN)
                 return
             self._loop.redirect(client.client_fd, self._header_came)
         elif client.over_limit is None:
@@ -108,7 +108,7 @@ class Sniffer:
             self._refuse_header(client, CloseReason.MALFORMED, f"PROXY header: {error}")
             return
         if header is NO_MATCH:
-            self._go_on_without_header(client, mask)
+            self._sniff_without_header(client, mask)
             return
         if header is None:
             reason = CloseReason.MALFORMED if client.header else CloseReason.CLIENT_GONE
@@ -126,7 +126,7 @@ class Sniffer:
             if client.life is Life.SNIFFING:
                 self.sniffed(client, fd, mask)
 
-    def _go_on_without_header(self, client: Client, mask: int) -> None:
+    def _sniff_without_header(self, client: Client, mask: int) -> None:
         """The client is who it seems to be; what was taken for a header is its first packet's."""
         client.proxied = True
         client.received, client.header = client.header, b""
@@ -221,7 +221,7 @@ class Sniffer:
                 # Silence is no header either.
                 self._refuse_header(client, CloseReason.TIMEOUT, "no PROXY header in time")
                 return
-            self._go_on_without_header(client, 0)
+            self._sniff_without_header(client, 0)
             if client.life is Life.SNIFFING:
                 self.decide(client, End.TIMEOUT)
         else:
@@ -273,7 +273,7 @@ class Sniffer:
                 self._loop.after(_AGAIN_PAUSE_S, self._decide_put_off)
             self.put_off[client] = None
             return
-        self._look_again(client)
+        self._sniff_again(client)
 
     def _has_time_again(self) -> bool:
         now_s = self._loop.now_s
@@ -288,13 +288,13 @@ class Sniffer:
             del self.put_off[client]
             if client.life is _SNIFFING:
                 try:
-                    self._look_again(client)
+                    self._sniff_again(client)
                 except Exception as error:
                     self._loop.on_error(client, error)
         if self.put_off:
             self._loop.after(_AGAIN_PAUSE_S, self._decide_put_off)
 
-    def _look_again(self, client: Client) -> None:
+    def _sniff_again(self, client: Client) -> None:
         before_s = time.thread_time()
         self.decide(client, _OPEN)
         took_s = time.thread_time() - before_s
@@ -343,7 +343,7 @@ class Sniffer:
             return self._verify(client, decision, end)
         if isinstance(decision, Claim):
             return self._claim(client, decision, end)
-        if not self._say(client, decision):
+        if not self._send(client, decision):
             return None
         if end is End.FULL and decision.skip:
             # Room again for what the dialogue goes on with.
@@ -357,7 +357,7 @@ class Sniffer:
         def answer(is_right: bool) -> None:
             # Deferred, so that what goes wrong is this client's and nobody else's.
             self._loop.defer(
-                lambda _: self._go_on(client, lambda: decision.then(is_right), end), client
+                lambda _: self._continue_with(client, lambda: decision.then(is_right), end), client
             )
 
         asked = self._server.passwords.ask(
@@ -377,7 +377,7 @@ class Sniffer:
 
         def answer(is_first: bool | None) -> None:
             self._loop.defer(
-                lambda _: self._go_on(client, lambda: claim.then(is_first), end), client
+                lambda _: self._continue_with(client, lambda: claim.then(is_first), end), client
             )
 
         asked = self._server.claims.ask(
@@ -389,7 +389,7 @@ class Sniffer:
         self._loop.redirect(client.client_fd, self.waiting)
         return None
 
-    def _go_on(self, client: Client, decide: Callable[[], Decision], end: End) -> None:
+    def _continue_with(self, client: Client, decide: Callable[[], Decision], end: End) -> None:
         """It is known now what the decision depended on."""
         if client.life is not Life.SNIFFING or client.approach is None:
             return
@@ -403,7 +403,7 @@ class Sniffer:
         if client.life is Life.SNIFFING and client.approach is None:
             self.sniffed(client, client.client_fd, EPOLLIN)
 
-    def _say(self, client: Client, decision: Send) -> bool:
+    def _send(self, client: Client, decision: Send) -> bool:
         """Our part of a dialogue; a client that does not read a few bytes is not waited for."""
         try:
             written = os.write(client.client_fd, decision.data)

@@ -1,7 +1,7 @@
 """Single-use tokens that are used up in a whole fleet: a question to its store, and its answer.
 
 The worker does not wait: it asks the supervisor, which has a process that speaks to the store
-(`fleet/claims.py`), and hears the answer between two turns of its loop, or none in time. Whatever
+(`fleet/claims.py`), and gets the answer between two turns of its loop, or none in time. Whatever
 goes wrong on the way, no answer is no permission; what follows from it the configuration says.
 """
 
@@ -23,7 +23,7 @@ _LOST_S: Final = 30.0
 
 
 class Claiming:
-    """One token that is being asked for; `stop` it when nobody wants to know any more."""
+    """One token that is being asked for; `stop` it when the answer is not needed any more."""
 
     __slots__ = ("_claims", "_number")
     late = "the fleet's store has not said in time whether the token was used"
@@ -59,23 +59,23 @@ class TokenClaims:
     ) -> Claiming | None:
         """Whether this is the first use of the token in the fleet; `answer` is called on the loop.
 
-        With None if that is not known within `wait_s`. Returns None, and nobody is called, if it
+        With None if that is not known within `wait_s`. Returns None, and calls nothing, if it
         cannot be asked.
         """
         if self._send is None or len(self._waiting) >= MOST_WAITING:
             return None
         self._number = number = self._number + 1
-        timer = self._loop.after(wait_s, lambda: self._tell(number, None))
+        timer = self._loop.after(wait_s, lambda: self._answer(number, None))
         self._waiting[number] = (answer, timer)
         until = int(until_unix_s) + 1
         self._unsent[number] = {"claim": digest.hex(), "until": until, "number": number}
         self._send_on()
         return Claiming(self, number)
 
-    def told(self, number: int, is_first: bool | None) -> None:
+    def answered(self, number: int, is_first: bool | None) -> None:
         """The supervisor's answer."""
         self._sent_s.pop(number, None)
-        self._tell(number, is_first)
+        self._answer(number, is_first)
         self._send_on()
 
     def _send_on(self) -> None:
@@ -92,7 +92,7 @@ class TokenClaims:
             del self._unsent[number]
             self._sent_s[number] = self._loop.now_s
 
-    def _tell(self, number: int, is_first: bool | None) -> None:
+    def _answer(self, number: int, is_first: bool | None) -> None:
         self._unsent.pop(number, None)
         waiting = self._waiting.pop(number, None)
         if waiting is not None:

@@ -2,12 +2,12 @@
 
 Each worker writes down in a table of its own what it has let in, and looks into those of all, which
 it cannot write. So a worker that is taken over makes no token good again that another has seen, and
-locks nobody out: a token's digest is known to nobody before the token is used.
+locks no token out: its digest is not known to others before it is used.
 
 A token may come to two workers at the same instant. Each first writes down that it is about to use
 it, then looks at the others' tables (a barrier in between: at least one of two sees the other):
 
-- somebody has used it, or a worker of a lower number is about to: not this one;
+- a worker has used it, or one of a lower number is about to: not this one;
 - a worker of a higher number is about to: it will see us and withdraw, or has looked before we
   wrote, and will have used it. So wait, for a moment; if it says neither, refuse.
 

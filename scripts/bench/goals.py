@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from bench.measures import (
     DATAGRAM_RATES,
     DIRECT,
+    EXPRESS,
     MEASURES,
     OURS,
     Measure,
@@ -45,7 +46,8 @@ class Goal:
     """`target` in row `measure`, as a ratio to `reference`, must be `limit` `bound`.
 
     With `is_difference` it is the distance to the reference instead, in the row's unit; with
-    `is_added` both are what they have more than `direct`.
+    `is_added` both are what they have more than `direct`. A goal with a `topology` is for runs in
+    that one alone.
     """
 
     target: str
@@ -55,6 +57,7 @@ class Goal:
     bound: float
     is_difference: bool = False
     is_added: bool = False
+    topology: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ ONE_CONNECTION: Final = ("rtt_near_p50", "rtt_far_p50")
 CPU: Final = ("cpu_up", "cpu_down")
 VIEW: Final = ("view_rtt", "view_cpu")
 DATAGRAMS: Final = tuple(f"udp_{size}_{sessions}" for size, sessions in DATAGRAM_RATES)
+SHORT: Final = ("connect_client_first", "connect_server_first", "connect_sni", "connect_host")
 ONE_SESSION: Final = ("udp_rtt_near_p50", "udp_rtt_far_p50")
 
 GOALS: Final = (
@@ -101,8 +105,16 @@ GOALS: Final = (
     *(
         Goal(target, f"delay_{way}_max", DIRECT, Limit.AT_MOST, MAX_STALL_US, is_difference=True)
         for target in OURS
+        if target != EXPRESS  # it is about how connections begin
         for way in ("up", "down")
     ),
+    *(
+        Goal(EXPRESS, key, "haproxy", Limit.AT_LEAST, bound, topology=topology)
+        for topology, bound in (("lo", 1.8), ("veth", 1.5))
+        for key in SHORT
+    ),
+    *(Goal(EXPRESS, key, DIRECT, Limit.AT_LEAST, 0.8) for key in SHORT),
+    Goal(EXPRESS, "connect_one_p50", DIRECT, Limit.AT_MOST, 1.15),
 )
 
 _BY_KEY: Final = {measure.key: measure for measure in MEASURES}
@@ -140,7 +152,12 @@ def judge(goal: Goal, results: Results) -> Outcome:
 
 def judge_all(results: Results) -> list[Outcome]:
     """Every goal of the targets that took part, in the design's order."""
-    return [judge(goal, results) for goal in GOALS if goal.target in results.targets]
+    topology = results.options.get("topology", "")
+    return [
+        judge(goal, results)
+        for goal in GOALS
+        if goal.target in results.targets and goal.topology in ("", topology)
+    ]
 
 
 def as_rows(outcomes: list[Outcome]) -> list[dict[str, object]]:

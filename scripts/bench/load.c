@@ -43,6 +43,7 @@
 #define NS_PER_MS	  1000000ULL
 #define HEADER_BYTES	  16	       /* what a client sends first, and the server echoes */
 #define MESSAGE_BYTES	  64	       /* a request of the connection modes */
+#define MOST_REQUEST	  2048	       /* one that is read from a file */
 #define CHUNK_BYTES	  (128 * 1024) /* one send or recv of a bulk stream */
 #define PACE_CHUNK_BYTES  (64 * 1024)  /* one burst of a paced stream */
 #define DELAY_CHUNK_BYTES (16 * 1024)  /* what gets one time stamp in mode `delay` */
@@ -64,6 +65,7 @@ struct options {
 	bool server_closes, instruction;
 	bool waits; /* sessions talk until the caller has seen enough */
 	const char *soak_file;
+	const char *request_file; /* what a client of mode connect says; 64 bytes of no meaning */
 };
 
 struct pair {
@@ -884,16 +886,32 @@ static void run_delay(void)
 
 /* ---- mode connect: new connections, one request and one answer each ------------------------ */
 
-/* The first byte of a request tells the server who closes first. */
-#define CLIENT_CLOSES 'c'
-#define SERVER_CLOSES 's'
+static char request_text[MOST_REQUEST];
+static size_t request_bytes;
 
 struct served {
 	size_t got;
 	uint64_t answered;
 	uint32_t watched; /* events; 0: not in the epoll set */
-	char order;
 };
+
+static void read_request(void)
+{
+	ssize_t got;
+	int fd;
+
+	if (!opt.request_file) {
+		request_bytes = MESSAGE_BYTES;
+		memset(request_text, 'x', request_bytes);
+		return;
+	}
+	fd = open(opt.request_file, O_RDONLY | O_CLOEXEC);
+	got = fd < 0 ? -1 : read(fd, request_text, sizeof(request_text));
+	if (got <= 0 || (size_t)got == sizeof(request_text))
+		die("%s: a request has 1 to %zu bytes", opt.request_file, sizeof(request_text) - 1);
+	request_bytes = (size_t)got;
+	close(fd);
+}
 
 static void wait_for(int epoll, int fd, struct served *served, uint32_t events)
 {
@@ -907,21 +925,20 @@ static void wait_for(int epoll, int fd, struct served *served, uint32_t events)
 static void serve_event(int epoll, int fd, struct served *served)
 {
 	static char answer[CHUNK_BYTES];
-	char request[MESSAGE_BYTES];
+	char request[MOST_REQUEST];
 	ssize_t got, sent;
 
-	while (served->got < MESSAGE_BYTES) {
-		got = recv(fd, request, MESSAGE_BYTES - served->got, MSG_DONTWAIT);
+	while (served->got < request_bytes) {
+		got = recv(fd, request, request_bytes - served->got, MSG_DONTWAIT);
 		if (got < 0 && errno == EAGAIN) {
 			wait_for(epoll, fd, served, EPOLLIN);
 			return;
 		}
-		if (got <= 0) { /* a client that gave up: its own side counts it */
+		/* A client that gave up: its own side counts it. Other bytes: it gets no answer. */
+		if (got <= 0 || memcmp(request, request_text + served->got, (size_t)got)) {
 			close(fd);
 			return;
 		}
-		if (!served->got)
-			served->order = request[0];
 		served->got += (size_t)got;
 	}
 	while (served->answered < opt.answer_bytes) {
@@ -940,7 +957,7 @@ static void serve_event(int epoll, int fd, struct served *served)
 		served->answered += (uint64_t)sent;
 		if (served->answered < opt.answer_bytes)
 			continue;
-		if (served->order == SERVER_CLOSES) {
+		if (opt.server_closes) {
 			close(fd);
 			return;
 		}
@@ -995,7 +1012,7 @@ struct asking { /* one connection of the client */
 	uint64_t got, begin_ns;
 	uint64_t read_ns, pause_ns; /* when bytes last came, and how long none have come at most */
 	size_t request_bytes;
-	char request[MESSAGE_BYTES + 100]; /* an instruction has at most 99 bytes */
+	char request[MOST_REQUEST + 100]; /* an instruction has at most 99 bytes */
 };
 
 /* How a connection of the client failed; END_: after its answer was there. */
@@ -1145,9 +1162,8 @@ static void begin_asking(void)
 	if (opt.instruction)
 		asking->request_bytes =
 			write_instruction(asking->request, sizeof(asking->request), n);
-	memset(asking->request + asking->request_bytes,
-	       opt.server_closes ? SERVER_CLOSES : CLIENT_CLOSES, MESSAGE_BYTES);
-	asking->request_bytes += MESSAGE_BYTES;
+	memcpy(asking->request + asking->request_bytes, request_text, request_bytes);
+	asking->request_bytes += request_bytes;
 	if (connect(asking->fd, (struct sockaddr *)&to, sizeof(to)) && errno != EINPROGRESS) {
 		fail_asking(asking, NOT_CONNECTED);
 		return;
@@ -1167,14 +1183,38 @@ static void give_up_on_the_silent(void)
 				    asked.slots[i].is_answered ? END_SILENT : SILENT);
 }
 
+/* What the soakers have got, and what was done, from about `from_ns` to about `until_ns`. */
+static struct window {
+	uint64_t begin_ns, end_ns, soaked, done;
+} window;
+
+/* The exact moments do not matter, as what is counted is counted at the same ones. */
+static void note_window(uint64_t now)
+{
+	if (!opt.soak_file || now < asked.from_ns || window.end_ns)
+		return;
+	if (!window.begin_ns)
+		window = (struct window){ now, 0, soaked(), asked.done };
+	else if (now >= asked.until_ns)
+		window = (struct window){ window.begin_ns, now, soaked() - window.soaked,
+					  asked.done - window.done };
+}
+
 static void run_connect(void)
 {
 	double step_ns = opt.connections_per_s > 0 ? NS_PER_S / opt.connections_per_s : 0;
+	double idle_per_s = 0, quiet = 0, quiet_after, seconds;
 	uint64_t begin_ns, swept_ns, give_up_ns;
 	struct epoll_event events[64];
 	pthread_t server;
 
+	read_request();
 	take_places();
+	if (opt.soak_file) {
+		open_soakers();
+		sleep_s(opt.quiet_s);
+		idle_per_s = calibrate(&quiet);
+	}
 	server = start(serve_connections, NULL);
 	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
 	asked.epoll = make_epoll();
@@ -1193,6 +1233,7 @@ static void run_connect(void)
 		struct timespec timeout = { .tv_nsec = 50 * NS_PER_MS };
 		int count;
 
+		note_window(now);
 		while (asked.free_count && now < asked.until_ns) {
 			double due_ns = (double)begin_ns + step_ns * (double)asked.begun;
 
@@ -1223,11 +1264,27 @@ static void run_connect(void)
 				break;
 		}
 	}
+	note_window(now_ns());
 	atomic_store(&stop, true);
 	pthread_join(server, NULL);
 	printf("{\"connections_per_s\": %.2f, \"failed\": %llu, \"done\": %llu, ",
 	       (double)asked.measured / opt.seconds, (unsigned long long)asked.failed,
 	       (unsigned long long)asked.done);
+	if (opt.soak_file) {
+		sleep_s(opt.quiet_s); /* a forwarder may count later what has ended */
+		idle_per_s = (idle_per_s + calibrate(&quiet_after)) / 2;
+		if (quiet_after < quiet)
+			quiet = quiet_after;
+		if (!window.done)
+			die("no connection ended in the window");
+		seconds = (double)(window.end_ns - window.begin_ns) / NS_PER_S;
+		printf("\"quiet\": %.4f, \"cpu_s\": %.6f, \"window_s\": %.6f, \"in_window\": "
+		       "%llu, ",
+		       quiet,
+		       (double)soakers * seconds *
+			       (1 - (double)window.soaked / (idle_per_s * seconds)),
+		       seconds, (unsigned long long)window.done);
+	}
 	for (int i = 0; i < FAILURES; i++)
 		printf("\"%s\": %llu, ", failure_names[i], (unsigned long long)asked.failures[i]);
 	print_samples(&asked.samples, "");
@@ -1446,6 +1503,8 @@ static void parse_option(const char *argument)
 		opt.waits = number(value) > 0;
 	else if (!strcmp(key, "soak_file"))
 		opt.soak_file = value;
+	else if (!strcmp(key, "request_file"))
+		opt.request_file = value;
 	else
 		die("unknown key: %s", key);
 }

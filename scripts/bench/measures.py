@@ -12,7 +12,8 @@ from typing import Final
 
 DIRECT: Final = "direct"
 PEERS: Final = ("haproxy", "nginx", "sslh", "socat", "sslh-select")
-OURS: Final = ("copy", "sockmap", "splice", "auto")
+EXPRESS: Final = "express"
+OURS: Final = ("copy", "sockmap", "splice", "auto", EXPRESS)
 # sslh-select serves every connection from one process, but select(2) ends at 1024 descriptors:
 # it is there for those who ask for it. Debian's service runs the forking one.
 DEFAULT_TARGETS: Final = (DIRECT, "haproxy", "nginx", "sslh", "socat", *OURS)
@@ -211,9 +212,20 @@ MEASURES: Final = (
         Better.LOWER,
         2,
     ),
+    *_latency("connect_one", "connect to answer, one at a time"),
     *_latency("connect_paced", "connect to answer at a paced rate"),
+    Measure(
+        "connect_cpu",
+        "connect_cpu",
+        "machine's CPU per 10,000 connections at a paced rate",
+        "s",
+        Better.LOWER,
+        2,
+    ),
     *_connections("connect_client_first", "client closes first"),
     *_connections("connect_server_first", "server closes first"),
+    *_connections("connect_sni", "each with a ClientHello, a rule by its name"),
+    *_connections("connect_host", "each with a head of HTTP, a rule by its Host"),
     *_connections("connect_instruction", "each with an instruction"),
     *(
         Measure(

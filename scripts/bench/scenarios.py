@@ -10,18 +10,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from bench import cpu_time, memory
+from bench import cpu_time, first_bytes, memory
 from bench import load as load_module
 from bench.measures import (
     ANSWERS_KIB,
     DATAGRAM_BYTES,
     DATAGRAM_RATES,
     DIRECT,
+    EXPRESS,
     MANY_DATAGRAM_SESSIONS,
     PACED_DATAGRAM_SESSIONS,
     PAUSE_ANSWER_MIB,
 )
-from bench.topology import DATAGRAM_PORT, FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+from bench.targets import TAKE_NAMES
+from bench.topology import (
+    DATAGRAM_PORT,
+    FORWARDER_PORT,
+    HOST_PORT,
+    INSTRUCTION_PORT,
+    SERVER_PORT,
+    SNI_PORT,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +48,14 @@ DELAY_BYTES_PER_S: Final = 1e9 / 8  # a gigabit: far from saturation everywhere
 CONNECTIONS: Final = 64  # at a time
 PAUSE_STREAMS: Final = 4
 PACED_CONNECTIONS_PER_S: Final = 1_000
+# Enough of them to stand out against what the machine does anyhow, and every forwarder holds it.
+CPU_CONNECTIONS_PER_S: Final = 4_000
+# pyforwarder's workers are told so much later of what the kernel has done alone; of very many at
+# once it may take longer.
+COUNTED_AFTER_S: Final = 1.5
+COUNTED_WITHIN_S: Final = 10.0
+# At least so many of a run's connections must be the kernel's, to be called `express`.
+EXPRESS_SHARE: Final = 0.8
 PACED_DATAGRAMS_PER_S: Final = 20_000
 PACE_TOLERANCE: Final = 0.05
 # Some hundred sessions in a second are handed over to the kernel.
@@ -266,6 +283,32 @@ def _connect_paced(stage: Stage) -> Values:
     return _percentiles("connect_paced", report)
 
 
+def _connect_one(stage: Stage) -> Values:
+    return _percentiles("connect_one", _connect(stage, pairs=1))
+
+
+def _connect_cpu(stage: Stage) -> Values:
+    # Counting what has ended is part of the price: from the first moment on as much as later.
+    settle_s = max(0.5, min(2.0, stage.effort.seconds))
+    with load_module.soakers(stage.program, stage.directory) as soak_file:
+        report = _connect(
+            stage,
+            connections_per_s=CPU_CONNECTIONS_PER_S,
+            soak_file=soak_file,
+            calibrate_s=max(0.3, stage.effort.seconds / 2),
+            quiet_s=settle_s,
+            warm_up_s=settle_s,
+        )
+    if report["quiet"] < stage.effort.quiet:
+        raise ScenarioError(
+            f"the machine was busy with other things ({1 - report['quiet']:.0%} of it)"
+        )
+    rate = report["in_window"] / report["window_s"]
+    if rate < CPU_CONNECTIONS_PER_S * (1 - PACE_TOLERANCE):
+        raise ScenarioError(f"{rate:.0f} of {CPU_CONNECTIONS_PER_S} connections per second ended")
+    return {"connect_cpu": report["cpu_s"] / report["in_window"] * 1e4}
+
+
 def _connect_at_most(
     stage: Stage, scenario: str, *, port: int = FORWARDER_PORT, **options: object
 ) -> Values:
@@ -280,6 +323,12 @@ def _connect_at_most(
 
 def _connect_first(stage: Stage, order: str) -> Values:
     return _connect_at_most(stage, f"connect_{order}_first", server_closes=order == "server")
+
+
+def _connect_named(stage: Stage, what: str, port: int, first: Callable[[], bytes]) -> Values:
+    file = stage.directory / what
+    file.write_bytes(first())
+    return _connect_at_most(stage, f"connect_{what}", port=port, request_file=file)
 
 
 def _connect_instruction(stage: Stage) -> Values:
@@ -307,6 +356,7 @@ def _datagrams(stage: Stage, mode: str, *, pairs: int = 1, **options: object) ->
     """
     pid = stage.target.pid
     load = stage.load(port=DATAGRAM_PORT)
+    stage.target.end_sessions()  # of an earlier run, which would take part and not be counted
     before = stage.target.spliced()
     session: Session
     with load.session(stage.directory, mode, pairs=pairs, waits=True, **options) as session:
@@ -387,7 +437,15 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
         for size, sessions in DATAGRAM_RATES
     },
     "udp_cpu": _udp_cpu,
+    "connect_one": _connect_one,
     "connect_paced": _connect_paced,
+    "connect_cpu": _connect_cpu,
+    "connect_sni": partial(
+        _connect_named, what="sni", port=SNI_PORT, first=first_bytes.client_hello
+    ),
+    "connect_host": partial(
+        _connect_named, what="host", port=HOST_PORT, first=first_bytes.http_head
+    ),
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,
     "pause": _pause,
@@ -403,8 +461,14 @@ def is_possible(scenario: str, target: Target, effort: Effort) -> bool:
 
     And not all take datagrams, or very many sessions.
 
-    `direct` says how far a ratio of equal runs is away from 1.
+    `direct` says how far a ratio of equal runs is away from 1. `express` is about how connections
+    begin: the others are a worker's, or what `splice` is.
     """
+    if target.name == EXPRESS:
+        is_about_it = scenario.startswith(("connect_", "answer_"))
+        return is_about_it and scenario != "connect_instruction"
+    if scenario in ("connect_sni", "connect_host"):
+        return target.name in TAKE_NAMES
     if scenario.startswith("view_"):
         return target.instance is not None or target.name == DIRECT
     if scenario.startswith("udp_"):
@@ -422,7 +486,42 @@ def run(scenario: str, stage: Stage) -> Values:
         targets.TargetError: the target is gone.
     """
     before = stage.target.joined()
+    is_express = stage.target.name == EXPRESS
+    before_all = stage.target.opened() if is_express else 0
+    left = stage.target.left() if is_express else {}
     values = RUNS[scenario](stage)
-    if before is not None and stage.target.joined() == before:
+    if is_express:
+        _prove_share(stage.target, before or 0, before_all, left)
+    elif before is not None and stage.target.joined() == before:
         raise ScenarioError(f"not one pair was joined by {stage.target.name}: something else ran")
     return values
+
+
+def _prove_share(
+    target: Target, before: int, before_all: int, left_before: Mapping[str, int]
+) -> None:
+    """Raise ScenarioError unless nearly all connections since were opened by the kernel.
+
+    What the kernel cannot open (no port is left, say) goes by a worker, and would be another row.
+    The error says why it could not, the commonest reason first.
+    """
+    until_s = time.monotonic() + COUNTED_WITHIN_S
+    known = last = (-1, -1)
+    while time.monotonic() < until_s:
+        known = (target.joined() or 0) - before, target.opened() - before_all
+        if known == last:
+            break  # nothing more is counted
+        last = known
+        time.sleep(COUNTED_AFTER_S)
+    by_kernel, in_all = known
+    if not by_kernel or by_kernel < in_all * EXPRESS_SHARE:
+        left = target.left()
+        why = sorted(
+            ((number - left_before.get(reason, 0), reason) for reason, number in left.items()),
+            reverse=True,
+        )
+        reasons = ", ".join(f"{number} {reason}" for number, reason in why if number > 0)
+        raise ScenarioError(
+            f"the kernel has opened only {by_kernel} of {in_all} connections; it has left packets"
+            f" to workers: {reasons or 'none'}"
+        )

@@ -17,8 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bench.measures import DIRECT, OURS
-from bench.topology import DATAGRAM_PORT, FORWARDER_PORT, INSTRUCTION_PORT, SERVER_PORT
+from bench.measures import DIRECT, EXPRESS, OURS
+from bench.topology import (
+    DATAGRAM_PORT,
+    FORWARDER_PORT,
+    HOST_PORT,
+    INSTRUCTION_PORT,
+    SERVER_PORT,
+    SNI_PORT,
+)
 from pyforwarder.client import ControlClient
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.children import ENVIRONMENT, surroundings
@@ -38,7 +45,12 @@ SPARE_FILES: Final = 200
 # HAProxy reserves two descriptors for each pipe it may splice with, by default for a quarter of
 # all connections: enough for the streams that are measured leaves more of them for idle pairs.
 HAPROXY_PIPES: Final = 128
-KERNEL_DATAPATHS: Final = ("sockmap", "splice")
+KERNEL_DATAPATHS: Final = ("sockmap", "splice", EXPRESS)
+# The most there may be: one that has ended keeps its port for a second.
+EXPRESS_PORTS: Final = 16_384
+# What clients ask for where rules read it.
+SERVER_NAME: Final = "www.example.com"
+TAKE_NAMES: Final = (DIRECT, "haproxy", *OURS)
 # Nobody tells a forwarder that a run is over: its sessions are gone before they are too many.
 SESSION_IDLE_S: Final = 30
 # sockmap has none, and would be a second row `copy`.
@@ -100,6 +112,29 @@ class Target:
             return None
         return _count(_stats(self.instance), "joined", self.name)
 
+    def opened(self) -> int:
+        """How many pairs a pyforwarder has had so far; 0 of another.
+
+        Raises:
+            TargetError: it does not answer.
+        """
+        if self.instance is None:
+            return 0
+        value = _stats(self.instance).get("pairs_opened", 0)
+        return value if isinstance(value, int) else 0
+
+    def left(self) -> dict[str, int]:
+        """Why the kernel has left packets of clients to a worker, and how often, so far.
+
+        Raises:
+            TargetError: it does not answer.
+        """
+        if self.instance is None:
+            return {}
+        known = _stats(self.instance).get("express_left")
+        items = known.items() if isinstance(known, dict) else ()
+        return {reason: number for reason, number in items if isinstance(number, int)}
+
     def spliced(self) -> int | None:
         """How many pairs and sessions the kernel has been given; None where it gets no sessions.
 
@@ -109,6 +144,21 @@ class Target:
         if self.instance is None or self.name not in ("splice", "auto"):
             return None
         return _count(_stats(self.instance), "joined", "splice")
+
+    def end_sessions(self) -> None:
+        """End what a pyforwarder still has: a client's port that comes again begins a session anew.
+
+        Of the others nobody can ask that: there a session ends when it was idle.
+
+        Raises:
+            TargetError: pyforwarder does not answer.
+        """
+        if self.instance is None:
+            return
+        try:
+            ControlClient(self.instance).flush_all()
+        except ForwarderError as error:
+            raise TargetError(f"does not answer: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +201,16 @@ defaults
 frontend clients
     bind {site.listen_ip}:{FORWARDER_PORT}
     default_backend servers
+frontend tls
+    bind {site.listen_ip}:{SNI_PORT}
+    tcp-request inspect-delay 5s
+    tcp-request content accept if {{ req.ssl_hello_type 1 }}
+    use_backend servers if {{ req.ssl_sni -i {SERVER_NAME} }}
+frontend http
+    bind {site.listen_ip}:{HOST_PORT}
+    tcp-request inspect-delay 5s
+    tcp-request content accept if HTTP
+    use_backend servers if {{ req.hdr(host) -i {SERVER_NAME} }}
 backend servers
     balance roundrobin
 {servers}
@@ -188,11 +248,15 @@ stream {{
 
 
 def pyforwarder_config(site: Site, datapath: str) -> str:
-    """Listeners: one that forwards anything, as the peers do, one for instructions, one for UDP."""
+    """Listeners: one that forwards anything, as the peers do, and others for what is said first.
+
+    `express` has ports of its own.
+    """
     servers = ", ".join(f'"{ip}:{SERVER_PORT}"' for ip in site.servers.addresses())
     allowed = ", ".join(f'"{ip}/32:{SERVER_PORT}"' for ip in site.servers.addresses())
+    ports = f"\nexpress: {{ports: {EXPRESS_PORTS}}}" if datapath == EXPRESS else ""
     return f"""\
-datapath: {datapath}
+datapath: {datapath}{ports}
 listeners:
   - name: anything
     bind: {site.listen_ip}:{FORWARDER_PORT}
@@ -204,6 +268,16 @@ listeners:
     datapath: {datapath}
     rules:
       - {{name: instruction, match: instruction, allow: [{allowed}]}}
+  - name: sni
+    bind: {site.listen_ip}:{SNI_PORT}
+    datapath: {datapath}
+    rules:
+      - {{name: sni, match: {{tls: {{sni: {SERVER_NAME}}}}}, to: servers}}
+  - name: host
+    bind: {site.listen_ip}:{HOST_PORT}
+    datapath: {datapath}
+    rules:
+      - {{name: host, match: {{http: {{host: {SERVER_NAME}}}}}, to: servers}}
   - name: datagrams
     bind: {site.listen_ip}:{DATAGRAM_PORT}
     protocol: udp
@@ -222,7 +296,12 @@ def _haproxy(site: Site, directory: Path, _name: str) -> _Recipe:
     config = directory / "haproxy.cfg"
     config.write_text(haproxy_config(site), encoding="ascii")
     command = ["haproxy", "-db", "-f", str(config)]
-    return _Recipe(command, {}, max_pairs=most_pairs() - HAPROXY_PIPES)
+    return _Recipe(
+        command,
+        {},
+        ports=(FORWARDER_PORT, SNI_PORT, HOST_PORT),
+        max_pairs=most_pairs() - HAPROXY_PIPES,
+    )
 
 
 def _nginx(site: Site, directory: Path, _name: str) -> _Recipe:
@@ -269,7 +348,7 @@ def _pyforwarder(site: Site, directory: Path, name: str) -> _Recipe:
             "PYFORWARDER_BPFFS": f"/sys/fs/bpf/pyforwarder-bench-{os.getpid()}-{name}",
         },
         stop_command=[program, "down", "--now"],
-        ports=(FORWARDER_PORT, INSTRUCTION_PORT, DATAGRAM_PORT),
+        ports=(FORWARDER_PORT, INSTRUCTION_PORT, DATAGRAM_PORT, SNI_PORT, HOST_PORT),
     )
 
 

@@ -23,6 +23,8 @@ FORWARDER_PORT: Final = 7000
 SERVER_PORT: Final = 7001
 INSTRUCTION_PORT: Final = 7002
 DATAGRAM_PORT: Final = 7003
+SNI_PORT: Final = 7004
+HOST_PORT: Final = 7005
 # One destination has about 28,000 source ports and each is taken for a minute after a close: at
 # 10,000 connections a second one server address would be used up in three seconds.
 SERVERS: Final = 32

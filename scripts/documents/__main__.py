@@ -30,8 +30,9 @@ def wanted(root: Path) -> dict[Path, str]:
 
 
 def pages(root: Path) -> list[Path]:
-    """README, CONTRIBUTING and everything in docs/."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    """README, CONTRIBUTING, SECURITY, everything in docs/, and what is beside the sources."""
+    names = ("README", "CONTRIBUTING", "SECURITY", "bpf/README", "examples/README")
+    return [root / f"{name}.md" for name in names] + sorted((root / "docs").glob("*.md"))
 
 
 def main(arguments: list[str] | None = None) -> int:

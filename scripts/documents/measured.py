@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _FILE: Final = Path(__file__).parents[2] / "docs" / "benchmarks.json"
-_OURS: Final = ("copy", "sockmap", "splice", "auto")
+_OURS: Final = ("copy", "sockmap", "splice", "auto", "express")
 
 _WIDTH: Final = 460
 _LABEL: Final = 90

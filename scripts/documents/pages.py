@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Final
@@ -11,6 +12,8 @@ from documents.parts import PARTS
 _MARKER: Final = re.compile(
     r"^<!-- made: ([a-z]+)((?: [^ \n]+)?) -->\n(.*?)<!-- /made -->\n", re.DOTALL | re.MULTILINE
 )
+_PATH: Final = re.compile(r"[\w.-]+(?:/[\w.-]*)*")
+_SOURCE: Final = re.compile(r"\.(?:py|c|h|md|json|yaml|yml)$")
 _BEGIN: Final = re.compile(r"^<!-- made: ", re.MULTILINE)
 
 
@@ -19,14 +22,30 @@ class PageError(Exception):
 
 
 def missing(text: str, root: Path) -> list[str]:
-    """The files that a page names and that are not there, in the tree or in the package."""
-    return [
-        name
-        for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|c|h|md|json|yaml|yml))`", text)
-        if not name.startswith("/")
-        and not (root / name).exists()
-        and not (root / "pyforwarder" / name).exists()
-    ]
+    """The files and directories that a page names and that are not there.
+
+    They are named from the top of the tree, or of the package; a file of source without its
+    directory is looked for everywhere.
+    """
+    words = [word for quoted in re.findall(r"`([^`\n]+)`", text) for word in quoted.split()]
+    tops = root, root / "pyforwarder", root / "pyforwarder" / "datapath", root / "bpf"
+    lost = []
+    for word in words:
+        if not _PATH.fullmatch(word) or any((top / word).exists() for top in tops):
+            continue
+        first, slash, _ = word.partition("/")
+        if slash and (_SOURCE.search(word) or any((top / first).is_dir() for top in tops[:2])):
+            lost.append(word)
+        if not slash and _SOURCE.search(word) and word not in _names(root):
+            lost.append(word)
+    return lost
+
+
+@functools.cache
+def _names(root: Path) -> frozenset[str]:
+    """How the files of source are called."""
+    tops = ("pyforwarder", "bpf", "scripts", "tests")
+    return frozenset(path.name for top in tops for path in (root / top).rglob("*.*"))
 
 
 def made(text: str, name: str) -> str:
@@ -43,11 +62,11 @@ def made(text: str, name: str) -> str:
         if part not in PARTS:
             raise PageError(f"{name}: no part is called {part!r}; known: {', '.join(PARTS)}")
         try:
-            body = PARTS[part](argument)
+            body = PARTS[part](argument).strip("\n")
         except KeyError as error:
             raise PageError(f"{name}: {part} has no {error.args[0]!r}") from error
         marker = f"made: {part} {argument}".rstrip()
-        return f"<!-- {marker} -->\n\n{body.strip()}\n\n<!-- /made -->\n"
+        return f"<!-- {marker} -->\n\n{body}\n\n<!-- /made -->\n"
 
     result = _MARKER.sub(make, text)
     if len(_BEGIN.findall(result)) != len(_MARKER.findall(text)):

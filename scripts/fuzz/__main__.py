@@ -32,7 +32,8 @@ def seeds(directory: Path) -> None:
     headers = {
         "v1": b"PROXY TCP4 192.0.2.1 198.51.100.1 56324 443\r\n",
         "v2": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\x01\x7f\0\0\x01\x83\x46\x3b\xc5",
-        "token": b"FWD1 10.0.0.1:22 exp=1800000060 key=ops from=192.0.2.0/24 sig=" + b"A" * 43,
+        "token": b"FWD1 10.0.0.1:22 exp=1800000060 key=ops from=192.0.2.0/24 nonce=9F_a sig="
+        + b"A" * 43,
     }
     for name, header in headers.items():
         (directory / f"header-{name}").write_bytes(b"\0" + header)

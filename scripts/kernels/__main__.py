@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kernels.guests import Guest
 
 RESULTS: Final = Path(__file__).with_name("results.json")
-README: Final = images.ROOT / "README.md"
+PAGE: Final = images.ROOT / "docs" / "datapaths.md"
 # Of all tests, and of those that failed and were run once more.
 _RESULTS: Final = ("tests.xml", "tests.xml.again")
 _SAYING = threading.Lock()
@@ -41,7 +41,8 @@ def _arguments(guest: Guest, chosen: tuple[str, ...]) -> tuple[str, ...]:
     """What pytest gets."""
     if chosen:
         return chosen
-    return (*guest.tests, *(word for name in guest.left_out for word in ("--deselect", name)))
+    left_out = (word for name in guest.left_out for word in ("--deselect", name))
+    return (*guest.tests, *guests.NO_KERNEL, *left_out)
 
 
 def _examine(
@@ -124,7 +125,9 @@ def _shell(guest: Guest) -> int:
 @click.argument("names", nargs=-1, metavar="[NAME ...] [-- PYTEST ARGUMENT ...]")
 @click.option("--shell", is_flag=True, help="A shell in the guest instead of tests.")
 @click.option("--images", "only_images", is_flag=True, help="Only build what would be booted.")
-@click.option("--record", is_flag=True, help="Keep the results, and renew README's table.")
+@click.option(
+    "--record", is_flag=True, help="Keep the results, and renew the table in docs/datapaths.md."
+)
 @click.option(
     "--lanes",
     type=click.IntRange(1),
@@ -199,9 +202,7 @@ def main(
     if record:
         RESULTS.write_text(report.to_json(outcomes), encoding="utf-8")
         made = report.table(outcomes)
-        README.write_text(
-            report.put_table(README.read_text(encoding="utf-8"), made), encoding="utf-8"
-        )
+        PAGE.write_text(report.put_table(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":

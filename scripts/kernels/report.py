@@ -1,4 +1,4 @@
-"""What came of booting a guest, as a value, a line and a row of README's table. Pure."""
+"""What came of booting a guest, as a value, a line and a row of docs/datapaths.md. Pure."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def from_json(text: str) -> list[Outcome]:
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """README's table, with a line before and behind it by which it is found again."""
+    """The table, with a line before and behind it by which it is found again."""
     rows = [_HEAD, tuple("---" for _ in _HEAD)]
     for outcome in outcomes:
         said = outcome.doctor

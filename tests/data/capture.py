@@ -1,6 +1,6 @@
 """Records what a real client sends first, into first_packets.json beside this file.
 
-    python tests/data/capture.py NAME [--answer HEX]... [--origin TEXT] -- COMMAND...
+    python tests/data/capture.py NAME --origin TEXT [--answer HEX]... -- COMMAND...
 
 `{port}` in the command becomes the port of a listener on 127.0.0.1.  The client's bytes are read
 until it has been silent for half a second; each --answer is then sent and the next turn recorded.

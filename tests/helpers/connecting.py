@@ -8,15 +8,17 @@ import itertools
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.connecting import Connecting
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
-from pyforwarder.datapath.splice.maps import SpliceMaps, set_state
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, set_state
 from tests.helpers.express import Rules, compiled
 from tests.helpers.waiting import DEADLINE_S
 
@@ -45,13 +47,7 @@ class Kernel:
         self._opened = contextlib.ExitStack()
         with contextlib.ExitStack() as opened, network.entered():
             slots = max(64, places)
-            pairs_fd = bpf.create_map(
-                bpf.MapType.ARRAY,
-                key_bytes=4,
-                value_bytes=PAIR_BYTES,
-                entries=slots,
-                flags=bpf.F_MMAPABLE,
-            )
+            pairs_fd = create_pairs(slots)
             opened.callback(os.close, pairs_fd)
             self.maps = SpliceMaps.create(workers=1, slots=slots, pairs_fd=pairs_fd)
             opened.callback(self.maps.close)
@@ -129,6 +125,21 @@ class Kernel:
         index = self.connecting.first_splice + place
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
 
+    def flows_of(self, place: int) -> int:
+        """How many of its two flows packets find."""
+        flows = bpf.Map(self.maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+        index = self.connecting.first_splice + place
+        return [FLOW.unpack(flows.lookup(key))[0] for key in flows.all_keys()].count(index)
+
+    def run_ahead(self, place: int, *, ahead_ms: int, sent_bytes: int) -> None:
+        """A place's client seems to have a clock that was so fast, and to have sent so much."""
+        at = (self.connecting.first_splice + place) * SPLICE_BYTES
+        record = Splice.from_buffer(self._memory, at)
+        first_tc = self.connecting.ask(place).first_tc
+        record.way[0].recent = (first_tc + ahead_ms) & 0xFFFFFFFF
+        record.way[0].bytes = sent_bytes
+        del record
+
     def store_state(self, place: int, state: SpliceState) -> None:
         """Change the state of a place's pair."""
         set_state(self._memory, self.connecting.first_splice + place, state)
@@ -140,9 +151,12 @@ class Kernel:
         self.free_all()
 
     def free_all(self) -> None:
-        """All places alone."""
+        """All places alone; no program runs any more that knew their connections."""
         for place, word in enumerate(self.connecting.words()):
             self.connecting.let_go(place, word)
+        now_s = time.monotonic()
+        self.connecting.wait_for_programs()
+        self.connecting.go_round(now_s, is_short=False, passed_ns=int(now_s * 1e9))
 
     def close(self) -> None:
         """Take the programs off."""

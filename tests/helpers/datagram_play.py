@@ -21,6 +21,7 @@ from pyforwarder.runtime.counters import CLOSED_INDEX, Counter, Counters, Direct
 from pyforwarder.runtime.limits import SharedLimits, shared_memory
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.resolver import Names
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.udp.connection_ids import PART_BYTES, ConnectionIds
@@ -30,7 +31,7 @@ from tests.helpers.generations import settings_of
 
 T = TypeVar("T")
 
-DEADLINE_S: Final = 10.0
+DEADLINE_S: Final = scaled_s(10.0)
 SLOTS: Final = 64
 
 

@@ -90,6 +90,11 @@ TESTED_ELSEWHERE: Final = {
     "sudo scripts/bench/run --topology veth --scenarios udp --record datagrams": (
         "tests/unit/test_bench.py"
     ),
+    "sudo scripts/bench/run --targets direct,haproxy,auto,copy,express --scenarios connect": (
+        "tests/unit/test_bench.py"
+    ),
+    "sudo scripts/bench/run --targets direct,haproxy,auto,copy,express --scenarios connect "
+    "--topology veth": "tests/unit/test_bench.py",
 }
 
 

@@ -6,14 +6,15 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.places import Places
 from pyforwarder.datapath.splice.abi import Splice, SpliceState
 from tests.helpers.connecting import FIRST_PORT, Kernel
-from tests.helpers.peers import Waiting, half_close, read_exactly, read_to_end
+from tests.helpers.express_keeper import AtOnce
+from tests.helpers.peers import Waiting, bind_alone, half_close, read_exactly, read_to_end
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Site:
     ) -> None:
         self.kernel, self.way, self.listener, self.waiting = kernel, way, listener, waiting
         self.source = source
+        self.numbers: Sequence[int] = ()  # of the targets
         self.before = kernel.counts()
 
     def target(self, address: tuple[str, int]) -> abi.Target:
@@ -40,14 +42,25 @@ class Site:
         interface = "lo" if self.way.server is self.kernel.network else "f1"
         return self.kernel.target(address, source=self.source, interface=interface)
 
-    def dial(self, first: bytes = b"") -> socket.socket:
+    def dial(self, first: bytes = b"", *, alone: bool = False) -> socket.socket:
         """A client that has sent this; soon enough, as one that is silent for a second is a
-        worker's."""
+        worker's.
+
+        `alone`: its port can be bound again (`bind_alone` in helpers/peers.py).
+        """
         while True:
             started_s = time.monotonic()
             with self.way.client.entered():
                 address = self.listener.getsockname()[:2]
-                client = socket.create_connection(address, timeout=DEADLINE_S)
+                client = socket.socket(self.listener.family)
+                client.settimeout(DEADLINE_S)
+                try:
+                    if alone:
+                        bind_alone(client)
+                    client.connect(address)
+                except BaseException:
+                    client.close()
+                    raise
             if not first:
                 return client
             client.sendall(first)
@@ -119,19 +132,32 @@ def opener(hosts: Topology, kernel: Kernel) -> Iterator[Open]:
             remote = {4: "10.2.0.1", 6: "fd02::1"}[version]
             source = way.destination[version] if ways[1] else remote
             site = Site(kernel, way, listener, waiting, source)
-            kernel.decide(listener, rules, [site.target(waiting.address)] * len(rules))
+            targets = [site.target(waiting.address)] * len(rules)
+            site.numbers = kernel.decide(listener, rules, targets)
             return site
 
         yield open_site
 
 
-def is_unused(here: Site) -> bool:
-    """Whether no server is asked for."""
-    connecting = here.kernel.connecting
-    asks = (connecting.ask(place) for place in range(connecting.places))
-    return all(
-        ask.word & abi.STATE_MASK in (abi.AskState.FREE, abi.AskState.JOINED) for ask in asks
+def leaves(here: Site) -> int:
+    """How many places wait for programs that may know their connections, and are free then.
+
+    No server is asked for.
+    """
+    connecting, kernel = here.kernel.connecting, here.kernel
+    states = [word & abi.STATE_MASK for word in connecting.words()]
+    assert not {abi.AskState.FILLING, abi.AskState.ASKED} & set(states)
+    leaving = [n for n, state in enumerate(states) if state == abi.AskState.LEAVING]
+    assert [(kernel.flows_of(n), kernel.record(n).state) for n in leaving] == [(0, 0)] * len(
+        leaving
     )
+    now_s = time.monotonic()
+    gone = connecting.go_round(now_s, is_short=False)
+    assert (gone.freed, gone.leaving) == (0, len(leaving))
+    connecting.wait_for_programs()
+    gone = connecting.go_round(now_s + 0.001, is_short=False, passed_ns=int(now_s * 1e9))
+    assert (gone.freed, gone.leaving) == (len(leaving), 0)
+    return len(leaving)
 
 
 def has_ended(here: Site, place: int) -> None:
@@ -163,4 +189,4 @@ def looked_after(here: Site) -> Places:
     def record(index: int) -> Splice:
         return kernel.record(index - kernel.connecting.first_splice)
 
-    return Places(kernel.connecting, record)
+    return Places(kernel.connecting, record, AtOnce(kernel.connecting.wait_for_programs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pyforwarder.datapath.splice.keeper_asker import Asked, Heard
+from pyforwarder.datapath.splice.keeper_asker import Answered, Asked
 
 
 class FakeAsker:
@@ -17,8 +17,8 @@ class FakeAsker:
         self.for_room: Callable[[], bool] | None = None
         self.is_over = False
 
-    def tell(
-        self, do: str, then: Heard = lambda *_: None, fds: Sequence[int] = (), **fields: object
+    def ask(
+        self, do: str, then: Answered = lambda *_: None, fds: Sequence[int] = (), **fields: object
     ) -> bool:
         self.lacks_room = bool(fds) and not self.has_room and not self.is_over
         if self.lacks_room or self.is_over:
@@ -41,7 +41,7 @@ class FakeAsker:
     def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
         if not self.has_room:
             return None
-        self.tell(do, lambda *_: None, fds, **fields)
+        self.ask(do, lambda *_: None, fds, **fields)
         return self.asked[-1][2]
 
     def answer(self, **words: object) -> None:

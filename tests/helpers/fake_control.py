@@ -30,6 +30,7 @@ PAIR: Final[Mapping[str, Any]] = {
     "age_s": 12.75,
     "idle_s": 0.5,
     "rule": "named",
+    "decided": "user",
     "reason": "both ends are TCP",
     "up_packets": 3,
     "down_packets": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from tests.helpers.two_machines import (
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
+    from pyforwarder.fleet.failover.record import Endpoint
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
@@ -185,12 +187,17 @@ class Fleet:
 
         wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
 
-    def staying(self) -> int:
-        """How many connections the store has with which no other machine could go on."""
+    def staying(self) -> set[tuple[str, str]]:
+        """Connections in the store with which no other machine could go on: peer, our end."""
         prefix = Keys("edge").stays
         with self.hosts.switch.entered():
             said = self.etcd.ctl("get", "--prefix", "--print-value-only", prefix)
-        return sum(len(stays.decode(line)) for line in said.splitlines() if line)
+        found = [one for line in said.splitlines() if line for one in stays.decode(line)]
+
+        def text(end: Endpoint) -> str:
+            return address_text((str(ipaddress.ip_address(end.ip)), end.port))
+
+        return {(text(one.peer), text(one.own)) for one in found}
 
     def flush_left(self, name: str, count: int) -> None:
         """Pairs of this machine of which the store was not told in time: no other asks for them.
@@ -205,16 +212,16 @@ class Fleet:
         )
         control.flush_all()
 
-    def wait_until_let_go(self, name: str, count: int) -> None:
+    def wait_until_released(self, name: str, count: int) -> None:
         """So many pairs of this daemon go on elsewhere; it may have left out lines of its log."""
         control = self.daemons[name].control()
 
-        def let_go() -> bool:
+        def released() -> bool:
             closed = control.stats()["closed"]
             assert isinstance(closed, dict)
             return closed.get("moved", 0) == count
 
-        wait_for(let_go, f"{name} lets go of {count}", deadline_s=4 * DEADLINE_S)
+        wait_for(released, f"{name} releases {count}", deadline_s=4 * DEADLINE_S)
 
     def churn(self, seed: int) -> Churn:
         """Connections that begin and end meanwhile; nothing else may be opened until it is over."""

@@ -137,6 +137,10 @@ class Forger:
         head = (target or self.target) + b"\2\0\0\0\0\1" + struct.pack("!H", _ETHERTYPE[version])
         self._raw.send(head + packet)
 
+    def mark(self, mark: int) -> None:
+        """All packets from here on bear this mark."""
+        self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
+
     def close(self) -> None:
         """Close the socket."""
         self._raw.close()

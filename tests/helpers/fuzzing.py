@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from pyforwarder.config.match import protocols
 from pyforwarder.core import proxy_protocol, token
 from pyforwarder.core.address import Address
+from pyforwarder.core.explaining import explain
 from pyforwarder.core.first_packet.cursor import ParseError
 from pyforwarder.core.first_packet.options import OptionError
 from pyforwarder.core.first_packet.outcome import NEED_MORE, End, Outcome, Refuse, Route, Send
 from pyforwarder.core.first_packet.table import PROTOCOLS, Terms, build
-from pyforwarder.core.routing import Ruleset, explain
 from tests.helpers.dialogue import Ended, talk
 from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
     from pyforwarder.core.first_packet.matcher import Matcher
+    from pyforwarder.core.routing import Ruleset
 
 T = TypeVar("T")
 
@@ -173,7 +174,7 @@ def examine_matcher(name: str, matcher: Matcher, data: bytes, watch: Stopwatch) 
     for end in End:
         outcome = matcher.match(data, end, CLIENT, 9999)
         assert settled is None or outcome is settled
-    assert isinstance(watch.time(f"{name}.found", data, lambda: matcher.found(data)), str)
+    assert isinstance(watch.time(f"{name}.describe", data, lambda: matcher.describe(data)), str)
 
 
 MATCHERS: Final = tuple((repr(leaf), build(leaf, Terms())) for leaf in LEAVES)

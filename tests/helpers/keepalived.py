@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import psutil
+
 from tests.helpers.daemon import COMMAND
 from tests.helpers.two_machines import BACK, FRONT
-from tests.helpers.waiting import DEADLINE_S
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.fleet_of_two import Fleet
 
 EXAMPLE: Final = Path(__file__).parents[2] / "examples/keepalived/keepalived.conf"
 ADVERT_INT_S: Final = 0.1
+_PID_FILES: Final = ("pid", "vrrp_pid")
 
 
 def config(name: str, ready: Path) -> str:
@@ -73,7 +76,7 @@ class Keepalived:
         conf = self._directory / "keepalived.conf"
         conf.write_text(config(self._name, ready))
         conf.chmod(0o644)
-        pids = [f"--{what}={self._directory}/{what}" for what in ("pid", "vrrp_pid")]
+        pids = [f"--{what}={self._directory}/{what}" for what in _PID_FILES]
         with (
             self._fleet.hosts.machines[self._name].entered(),
             (self._directory / "log").open("ab") as log,
@@ -98,12 +101,32 @@ class Keepalived:
             self._process = None
 
     def kill(self) -> None:
-        """All of its processes at once: the addresses stay."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # it leads a session of its own
-            self._process.wait(DEADLINE_S)
-            self._process = None
+        """All of its processes at once: the addresses stay. None of them lives afterwards.
+
+        Nor is a pid file left: whose process is still there, dying or not waited for by anybody,
+        keeps the next keepalived from starting.
+        """
+        if self._process is None:
+            return
+        session = self._process.pid  # it leads one of its own; a script has a process group, too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(session, signal.SIGKILL)
+        wait_for(lambda: not _kill_those_left(session), "all of keepalived has ended")
+        self._process.wait(DEADLINE_S)
+        self._process = None
+        for name in _PID_FILES:
+            (self._directory / name).unlink(missing_ok=True)
+
+
+def _kill_those_left(session: int) -> list[int]:
+    """Kill the processes of a session; which of them were still alive."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+    return found
 
 
 @contextlib.contextmanager

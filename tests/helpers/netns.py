@@ -35,7 +35,7 @@ class Network:
             os.close(before)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release it."""
         os.close(self.fd)
 
     def entered(self) -> contextlib.AbstractContextManager[None]:
@@ -132,7 +132,7 @@ def _checked(result: int, call: str) -> None:
 
 
 @contextlib.contextmanager
-def blackhole(host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
+def blackhole(host: str = "127.0.0.1", port: int = 0) -> Iterator[tuple[str, int]]:
     """An address that answers a SYN with nothing at all.
 
     It is a listener whose accept queue is full: Linux drops further SYNs (tcp_conn_request in
@@ -141,7 +141,8 @@ def blackhole(host: str = "127.0.0.1") -> Iterator[tuple[str, int]]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(family))
-        listener.bind((host, 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
         listener.listen(0)
         address = listener.getsockname()[:2]
         for _ in range(8):

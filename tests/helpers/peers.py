@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import random
 import socket
 import struct
@@ -132,8 +133,22 @@ def push_until_blocked(
     raise AssertionError(f"not blocked after {sent} bytes")
 
 
-def dial(address: tuple[str, int] | str, *, deadline_s: float = DEADLINE_S) -> socket.socket:
-    """A connected socket with a deadline on every call; a `str` is a unix socket's path."""
+def bind_alone(sock: socket.socket) -> None:
+    """Give a TCP socket a port of its own, which may be bound again as soon as it is closed.
+
+    connect(2) also gives a port that another socket has, connected elsewhere or in TIME_WAIT, and
+    that one is in the way of who binds the port later.
+    """
+    sock.bind(("", 0))
+
+
+def dial(
+    address: tuple[str, int] | str, *, deadline_s: float = DEADLINE_S, alone: bool = False
+) -> socket.socket:
+    """A connected socket with a deadline on every call; a `str` is a unix socket's path.
+
+    `alone`: see `bind_alone`.
+    """
     if isinstance(address, str):
         sock = socket.socket(socket.AF_UNIX)
     else:
@@ -141,6 +156,8 @@ def dial(address: tuple[str, int] | str, *, deadline_s: float = DEADLINE_S) -> s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.settimeout(deadline_s)
     try:
+        if alone:
+            bind_alone(sock)
         sock.connect(address)
     except BaseException:
         sock.close()
@@ -149,15 +166,21 @@ def dial(address: tuple[str, int] | str, *, deadline_s: float = DEADLINE_S) -> s
 
 
 def dial_through(
-    forwarder: tuple[str, int], destination: tuple[str, int] | str, payload: bytes = b""
+    forwarder: tuple[str, int],
+    destination: tuple[str, int] | str,
+    payload: bytes = b"",
+    *,
+    alone: bool = False,
 ) -> socket.socket:
     """A socket connected to `destination` by its instruction; the ack has been read.
+
+    `alone`: see `bind_alone`.
 
     Raises:
         AssertionError: anything but the ack came back.
     """
     text = destination if isinstance(destination, str) else address_text(destination)
-    sock = dial(forwarder)
+    sock = dial(forwarder, alone=alone)
     try:
         sock.sendall(instruction(text) + payload)
         answer = read_exactly(sock, len(ACK))
@@ -175,8 +198,12 @@ class Waiting:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.listener = socket.socket(family)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind((host, port))
-        self.listener.listen(backlog)
+        try:
+            self.listener.bind((host, port))
+            self.listener.listen(backlog)
+        except BaseException:
+            self.listener.close()
+            raise
         self.listener.settimeout(DEADLINE_S)
         self.address: tuple[str, int] = self.listener.getsockname()[:2]
 
@@ -394,7 +421,20 @@ def pair_through(
                 yield client, server
 
 
+# Below those that the kernel gives to who asks for any (ip_local_port_range), and not among those
+# that tests name: a port that was found unused here stays so until the test has it bound.
+_PORTS: Final = range(21_000, 32_000)
+_next_ports: Final = itertools.count(random.Random().randrange(len(_PORTS)))
+
+
 def unused_port(host: str = "127.0.0.1") -> int:
-    """A port on which nothing listens: a connect to it is refused."""
-    with Waiting(host) as waiting:
-        return waiting.address[1]
+    """A port on which nothing listens: a connect to it is refused. Another one each time."""
+    for number in itertools.islice(_next_ports, len(_PORTS)):
+        port = _PORTS[number % len(_PORTS)]
+        try:
+            with Waiting(host, port):
+                return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise AssertionError("all ports are in use")

@@ -61,11 +61,16 @@ class Named(Server):
         read_to_end(sock)
 
 
-def config(*rules: str, more: str = "", options: str = "") -> str:
+def config(*rules: str, more: str = "", options: str = "", first_packet_s: float = 10.0) -> str:
+    """A listener with these rules.
+
+    A client's program that does not get a processor for a second is not one that says nothing: only
+    tests of those that are silent have them judged sooner.
+    """
     lines = "".join(f"      - {rule}\n" for rule in rules)
     return (
         "listeners:\n  - name: main\n    bind: 127.0.0.1:0\n"
-        f"    first_packet: {{timeout: 1s}}\n{options}    rules:\n{lines}{more}"
+        f"    first_packet: {{timeout: {first_packet_s}s}}\n{options}    rules:\n{lines}{more}"
     )
 
 
@@ -224,6 +229,12 @@ def postgres(certificate: Path) -> Iterator[int]:
         )  # fmt: skip
         words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
         with running([*server, str(binaries / "postgres"), "-D", str(data), *words], port):
+            # It listens before it has read its files, and refuses everybody meanwhile.
+            ready = [f"{binaries}/pg_isready", "-q", "-h", POSTGRES_HOSTS[0], "-p", str(port)]
+            wait_for(
+                lambda: subprocess.run(ready, timeout=DEADLINE_S, check=False).returncode == 0,
+                "PostgreSQL lets clients in",
+            )
             for database in ("app_live", "other"):
                 psql((POSTGRES_HOSTS[0], port), f"create database {database}", dbname="postgres")
             yield port

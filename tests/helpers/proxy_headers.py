@@ -6,7 +6,9 @@ from pyforwarder.core.address import Address, UnixAddress
 from pyforwarder.core.proxy_protocol import (
     MAX_V2,
     TLV_AUTHORITY,
+    TLV_NOOP,
     TLV_UNIQUE_ID,
+    build_v1,
     build_v2,
 )
 
@@ -102,4 +104,17 @@ REFUSED = {
     "v2-tlv-half": SIGNATURE + b"\x21\x11\x00\x0e" + bytes(12) + b"\x02\x00",
     "v2-crc-length": SIGNATURE + b"\x21\x11\x00\x10" + bytes(12) + b"\x03\x00\x01a",
     "v2-unique-id": build_v2(CLIENT, SERVER, [(TLV_UNIQUE_ID, b"i" * 129)]),
+}
+
+
+# What a proxy in front of the forwarder declares, for tests that send it.
+DECLARED_CLIENT = Address("192.0.2.7", 4711)
+
+
+DECLARED_SERVER = Address("198.51.100.9", 443)
+
+
+DECLARED = {
+    "v1": build_v1(DECLARED_CLIENT, DECLARED_SERVER),
+    "v2": build_v2(DECLARED_CLIENT, DECLARED_SERVER, [(TLV_NOOP, bytes(100))]),
 }

@@ -25,7 +25,7 @@ from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionDirect
 from tests.helpers.forged import checksum
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
-from tests.helpers.spliced import DATAPATH
+from tests.helpers.spliced import DATAPATH, SPLICED_WITHIN_S
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
@@ -111,22 +111,34 @@ class SessionSite:
     @contextlib.contextmanager
     def spliced(self, way: Way, version: int) -> Iterator[Talk]:
         """One whose datagrams the kernel sends on, both ways."""
+        forwarder = self.topology.forwarder
         with self.copied(way, version) as talk:
             talk.exchange()
-            self.wait_until_spliced(talk)
+            ours = [network for network in (way.client, way.server) if network is forwarder]
+            self.wait_until_spliced(talk, local=len(ours))
             yield talk
 
-    def wait_until_spliced(self, talk: Talk) -> None:
-        """Until both directions are the kernel's: our sockets get nothing more."""
+    def wait_until_spliced(self, talk: Talk, *, local: int = 0) -> None:
+        """Until both directions are the kernel's: our sockets get nothing more.
+
+        So many of the ends are on the forwarder's host, and get what they get.
+        """
 
         def is_there() -> bool:
             talk.exchange()
             row = self.row(talk.client)
             return row is not None and row["datapath"] == DATAPATH
 
-        wait_for(is_there, f"on {DATAPATH}")
-        for _ in range(3):  # the first ones may be copied still
+        wait_for(is_there, f"on {DATAPATH}", deadline_s=SPLICED_WITHIN_S)
+
+        def is_the_kernels() -> bool:
+            before = self.copies()
             talk.exchange()
+            return self.copies() == before + local
+
+        # What is shown as spliced is copied still until the kernel knows the way of each direction.
+        if DATAPATH == "splice":
+            wait_for(is_the_kernels, "nothing is copied any more", deadline_s=SPLICED_WITHIN_S)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of `show --json`."""
@@ -146,6 +158,16 @@ class SessionSite:
     def stats(self) -> dict[str, Any]:
         """What `show stats --json` says."""
         return self.forwarder.control().stats()
+
+    def wait_until_closed(self, reason: str, count: int) -> None:
+        """Until so many sessions have ended for that reason, and none more.
+
+        Of a spliced one that is counted once the keeper has said what it has carried: a moment
+        after it has gone from the table.
+        """
+        wait_for(
+            lambda: self.stats()["closed"].get(reason, 0) == count, f"{count} closed as {reason}"
+        )
 
     def wait_until_gone(self, session_id: int) -> None:
         """Until `show` has no session of that number."""
@@ -192,6 +214,17 @@ class SessionSite:
         return network.counters()["UdpInDatagrams"] + of_six
 
 
+def send_with_options(sock: socket.socket, data: bytes) -> None:
+    """In a packet with options that say nothing (RFC 791, RFC 8200)."""
+    level, kind, options = {
+        socket.AF_INET: (socket.IPPROTO_IP, 4, b"\1" * 4),  # IP_OPTIONS
+        socket.AF_INET6: (socket.IPPROTO_IPV6, 59, b"\0\0\1\4" + bytes(4)),  # IPV6_DSTOPTS
+    }[socket.AddressFamily(sock.family)]
+    sock.setsockopt(level, kind, options)
+    sock.send(data)
+    sock.setsockopt(level, kind, b"")
+
+
 def datagram(
     sock: socket.socket,
     data: bytes,
@@ -201,13 +234,14 @@ def datagram(
     hops: int = 64,
     total: int | None = None,
     to: tuple[str, int] | None = None,
+    by: tuple[str, int] | None = None,
 ) -> bytes:
     """What `sock` would send, with its IP header; `spoil` is added to the checksum.
 
     `udp_bytes` is added to UDP's length, and `total` is its checksum whatever is right. `to` is
-    another's address than that of the socket's peer.
+    another's address than that of the socket's peer, `by` another's than its own.
     """
-    source, target = sock.getsockname()[:2], to or sock.getpeername()[:2]
+    source, target = by or sock.getsockname()[:2], to or sock.getpeername()[:2]
     addresses = b"".join(ipaddress.ip_address(end[0]).packed for end in (source, target))
     size = 8 + len(data) + udp_bytes
     head = struct.pack("!HHH", source[1], target[1], size)

@@ -6,8 +6,8 @@ import contextlib
 import gc
 import mmap
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
@@ -15,13 +15,15 @@ from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps, PairTable
 from pyforwarder.datapath.proof.rig import Rig
 from pyforwarder.datapath.proof.scenarios import SLOW_LIMIT_BYTES
+from pyforwarder.datapath.sockmap import SockmapDatapath
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.splicing import Splicing
 from tests.helpers.fake_datapath import FakeDatapath
 from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.splice.keeper import Splicing
+    import pytest
 
 SLOTS: Final = 16
 
@@ -34,6 +36,12 @@ def keys_in(fd: int) -> int:
 def open_fds() -> int:
     """How many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def sockmap_of(rig: Rig) -> SockmapDatapath:
+    """The datapath of a stage for sockmap."""
+    assert isinstance(rig.datapath, SockmapDatapath)
+    return rig.datapath
 
 
 @contextlib.contextmanager
@@ -80,3 +88,18 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
             splice.close()
         window.close()
     assert open_fds() == fds_before
+
+
+@contextlib.contextmanager
+def stage_with_keeper(
+    maps: KernelMaps, patch: pytest.MonkeyPatch, where: object, name: str, by: Callable[..., Any]
+) -> Iterator[Rig]:
+    """A stage for splice whose keeper, a process of its own, has `by` in that place."""
+    with patch.context() as patched:
+        patched.setattr(where, name, by)
+        loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
+        splicing = Splicing(loaded, workers=1)  # its keeper is forked now
+    with contextlib.closing(splicing):
+        splicing.patient_client(0).ask("adopt")  # it has begun to serve
+        with stage("splice", maps, splicing) as rig:
+            yield rig

@@ -20,7 +20,7 @@ from pyforwarder.datapath.ebpf.abi import (
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.runtime.counters import Counters, Directory, ListenerCounter, RuleCounter
 from pyforwarder.status.http import Answer, Request
-from pyforwarder.status.looking import ListenerPlan, Plan, RulePlan, ServerPlan
+from pyforwarder.status.sampling import ListenerPlan, Plan, RulePlan, ServerPlan
 
 PLAN_NAMES = (("web", "tls"), ("web", "rest"), ("dns", "all"))
 
@@ -206,7 +206,7 @@ class FakeVisitor:
         self.told += first
         self.leave = gone
 
-    def say(self, piece: bytes) -> bool:
+    def send(self, piece: bytes) -> bool:
         if self.is_behind:
             return False
         self.told += piece

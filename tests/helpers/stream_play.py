@@ -1,7 +1,7 @@
 """Connections of one worker: real loopback sockets, a fake datapath, one process.
 
 The event loop runs only while a play waits for something, so what happens between two waits is the
-play's choice.
+play's choice; so is what time it is for the loop, beside what really passes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
+from unittest import mock
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.ebpf.pair_table import PairWindow, read_records
-from pyforwarder.runtime import askers, resolver
+from pyforwarder.runtime import askers, loop, resolver
 from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
     Counter,
@@ -94,11 +96,24 @@ def listening_socket() -> socket.socket:
     return sock
 
 
+def watched_for_nobody(loop: Loop) -> list[int]:
+    """Descriptors that epoll tells the loop of, and nobody there wants to hear of.
+
+    It knows open files, not descriptors: one that is closed here, and open elsewhere, is told of by
+    its old number, which is another's by then.
+    """
+    text = Path(f"/proc/self/fdinfo/{loop._epoll.fileno()}").read_text()
+    watched = [int(line.split()[1]) for line in text.splitlines() if line.startswith("tfd:")]
+    return [fd for fd in watched if loop._callbacks[fd] is None]
+
+
 class Play:
     """A server with one listener, the peers that a play makes, and a look at what they left."""
 
     def __init__(self, config: str) -> None:
         self._stack = contextlib.ExitStack()
+        self._ahead_s = 0.0
+        self._stack.enter_context(mock.patch.object(loop, "time", self))
         self.loop = Loop()
         self.listener = self._stack.enter_context(listening_socket())
         self.address: tuple[str, int] = self.listener.getsockname()
@@ -109,6 +124,7 @@ class Play:
         self._memory = mmap.mmap(-1, SLOTS * PAIR_BYTES)
         self.window = PairWindow(self._memory, first_slot=0, worker_index=0)
         self.asked: list[str] = []
+        self.lent: list[int] = []  # copies of what it was asked with: the supervisor hangs
         self.server = Server(
             self.loop,
             generation=self.generation,
@@ -119,14 +135,23 @@ class Play:
             worker=0,
             workers=1,
             most_clients=1000,
-            ask_supervisor=lambda what, _fds, _number: self.asked.append(what),
+            ask_supervisor=self._ask_supervisor,
         )
+        self._stack.callback(self._give_back)
         self._stack.callback(os.close, self.server.log.log._fd)
         self.fake = FakeDatapath(self.server)
         self.server.handover = Handover(self.server, cast("SockmapDatapath", self.fake))
         self.server.handover.settle(sockmap=True, splice=False)
         self.state = self.generation.listeners["main"]
         self.server.accepting.listen(self.listener, self.state)
+
+    def _ask_supervisor(self, what: str, fds: list[int], _number: int) -> None:
+        self.asked.append(what)
+        self.lent += map(os.dup, fds)
+
+    def _give_back(self) -> None:
+        for fd in self.lent:
+            os.close(fd)
 
     # Peers
 
@@ -196,6 +221,15 @@ class Play:
             self.loop.run_once(0.002)
         return value
 
+    def monotonic(self) -> float:
+        """The loop's clock."""
+        return time.monotonic() + self._ahead_s
+
+    def pass_time(self, seconds: float) -> None:
+        """Let the loop's clock go on by so much at once, and serve what is due then."""
+        self._ahead_s += seconds
+        self.loop.run_once(0)
+
     def closed(self, reason: CloseReason) -> int:
         """How many connections have ended for this reason."""
         return int(self.counters[CLOSED_INDEX[reason]])
@@ -221,6 +255,7 @@ class Play:
         self.server.accepting.unlisten(self.listener)
         self.loop.run_once(0)
         assert self.server.clients == {}
+        assert watched_for_nobody(self.loop) == []
         for gauge in (
             Counter.OPEN,
             Counter.PAIRS_OPEN,

@@ -99,6 +99,13 @@ class Topology:
             for network in (self.client, self.forwarder, self.server)
         )
 
+    def segments_sent_again(self) -> int:
+        """By a TCP of these hosts, until now."""
+        return sum(
+            network.counters()["TcpRetransSegs"]
+            for network in (self.client, self.forwarder, self.server)
+        )
+
 
 @contextlib.contextmanager
 def topology(

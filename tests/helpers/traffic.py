@@ -32,9 +32,10 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.instruction import ACK, instruction
@@ -768,6 +769,18 @@ def _common_prefix(data: bytes, place: int) -> int:
     return low
 
 
+class Way(NamedTuple):
+    """A listener of a forwarder, and the one server that it leads to: addresses with ports."""
+
+    listener: tuple[str, int]
+    server: tuple[str, int]
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether both are."""
+        return ":" in self.server[0]
+
+
 class _Talk:
     """One conversation being played."""
 
@@ -782,9 +795,14 @@ class _Talk:
         up, down = conversation.origins
         self.client = _End(player, self, conversation.client, (up, down))
         self.server = _End(player, self, conversation.server, (down, up))
+        self.way = player.take_way(is_ipv6=conversation.server_is_ipv6)
         family = socket.AF_INET6 if conversation.server_is_ipv6 else socket.AF_INET
         self.listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        self.listener.bind(("::1" if conversation.server_is_ipv6 else "127.0.0.1", 0))
+        if self.way is not None:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listener.bind(self.way.server)
+        else:
+            self.listener.bind(("::1" if conversation.server_is_ipv6 else "127.0.0.1", 0))
         self.listener.listen(4)
         player.watch(self.listener.fileno(), self.accept)
         player.poll.register(self.listener.fileno(), select.EPOLLIN)
@@ -792,7 +810,9 @@ class _Talk:
 
         host, port = self.listener.getsockname()[:2]
         via = player.via
-        if via is not None:
+        if self.way is not None:
+            via = self.way.listener
+        elif via is not None:
             text = instruction(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
             self.client.preface = _pieces(text, conversation.opening)
             self.client.ack_left = len(ACK)
@@ -856,6 +876,7 @@ class _Talk:
     def end(self) -> None:
         self.over = True
         self.close_listener()
+        self.player.give_back(self.way)
         for end in (self.client, self.server):
             if not end.done:
                 end.finish()
@@ -898,12 +919,18 @@ class _Player:
         conversations: Iterable[Conversation],
         *,
         via: tuple[str, int] | None,
+        ways: Iterable[Way],
         concurrency: int,
         deadline_s: float,
         on_result: Callable[[Result], None],
     ):
         self.conversations = iter(conversations)
         self.via = via
+        # The one that was not used for longest comes first: somebody may still come late by it.
+        self.ways = {version: deque[Way]() for version in (False, True)}
+        for way in ways:
+            self.give_back(way)
+        self.has_ways = any(self.ways.values())
         self.concurrency = concurrency
         self.deadline_s = deadline_s
         self.on_result = on_result
@@ -925,6 +952,14 @@ class _Player:
     def after(self, seconds: float, call: Callable[[], None]) -> None:
         entry = (time.monotonic() + seconds, next(self.timer_numbers), call)
         heapq.heappush(self.timers, entry)
+
+    def take_way(self, *, is_ipv6: bool) -> Way | None:
+        """For one conversation; None: the client names its server, or connects to it."""
+        return self.ways[is_ipv6].popleft() if self.has_ways else None
+
+    def give_back(self, way: Way | None) -> None:
+        if way is not None:
+            self.ways[way.is_ipv6].append(way)
 
     def talk_ended(self, result: Result) -> None:
         self.running -= 1
@@ -965,13 +1000,15 @@ def run(
     conversations: Iterable[Conversation],
     *,
     via: tuple[str, int] | None = None,
+    ways: Iterable[Way] = (),
     concurrency: int = 128,
     deadline_s: float = 30.0,
     on_result: Callable[[Result], None] | None = None,
 ) -> dict[int, Result]:
     """Play all of them, `concurrency` at a time, and return the results by number.
 
-    `via` is the forwarder's listener; None connects the two ends directly.  A conversation that
+    `via` is the forwarder's listener; None connects the two ends directly.  `ways` are listeners
+    that lead to a server each, more than `concurrency` of each version of IP.  A conversation that
     is not over after `deadline_s` is cut off and marked stuck.  With `on_result` each result is
     passed to it instead of being kept.
     """
@@ -983,6 +1020,7 @@ def run(
     _Player(
         conversations,
         via=via,
+        ways=ways,
         concurrency=concurrency,
         deadline_s=deadline_s,
         on_result=on_result or keep,

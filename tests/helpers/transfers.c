@@ -47,6 +47,7 @@
 #define MAGIC	   0x7472616e73666572ULL
 #define ANSWER	   "06OK56"
 #define PIECE_MOST 262144
+#define TAKEN_MOST 32 /* pieces of what has come, in one turn */
 #define CLIENT	   0
 #define SERVER	   1
 
@@ -365,19 +366,21 @@ static const char *transmit(struct end *end)
 	return NULL;
 }
 
-/* Read what is there; 0, or how it ended. */
-static const char *take(struct end *end)
+/* Read a piece of what is there; 0, or how it ended. `more`: perhaps there is. */
+static const char *take(struct end *end, int *more)
 {
 	const uint8_t *expected;
 	ssize_t got;
 	size_t most = PIECE_MOST - 8;
 	uint64_t i, now;
 
+	*more = 0;
 	if (end->role == SERVER && end->header_read < sizeof(end->header)) {
 		got = recv(end->fd, (char *)&end->header + end->header_read,
 			   sizeof(end->header) - end->header_read, 0);
 		if (got <= 0)
 			return got ? (errno == EAGAIN ? NULL : broken(errno)) : "short";
+		*more = 1;
 		end->header_read += (size_t)got;
 		end->moved_ns = now_ns();
 		if (end->header_read == sizeof(end->header)) {
@@ -396,6 +399,7 @@ static const char *take(struct end *end)
 		return errno == EAGAIN ? NULL : broken(errno);
 	now = now_ns();
 	end->moved_ns = now;
+	*more = got > 0;
 	if (!got) {
 		end->eof = 1;
 		return end->received == end->plan.bytes[!end->role] && !end->answer_left ? NULL
@@ -429,6 +433,21 @@ static const char *take(struct end *end)
 	return end->received > end->plan.bytes[!end->role] ? "extra" : NULL;
 }
 
+/*
+ * Read all that is there; 0, or how it ended. Were it a piece in each turn, an end with megabytes
+ * in its buffer would need many turns, which last a second where the processors have much to do;
+ * and the other end, which has sent them all, would think that nothing moves any more.
+ */
+static const char *take_all(struct end *end)
+{
+	const char *ending = NULL;
+	int pieces, more = 1;
+
+	for (pieces = 0; pieces < TAKEN_MOST && more && !ending; pieces++)
+		ending = take(end, &more);
+	return ending;
+}
+
 static void ready(struct end *end, uint32_t events)
 {
 	const char *ending = NULL;
@@ -447,7 +466,7 @@ static void ready(struct end *end, uint32_t events)
 		end->moved_ns = now_ns();
 	}
 	if ((events & (EPOLLIN | EPOLLERR | EPOLLHUP)) && !end->eof)
-		ending = take(end);
+		ending = take_all(end);
 	if (!ending && (end->role == CLIENT || end->header_read == sizeof(end->header)))
 		ending = transmit(end);
 	if (!ending && (events & EPOLLERR) && end->eof) {

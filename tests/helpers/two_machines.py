@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -46,27 +46,26 @@ class Machines:
         """It is there again."""
         self.switch.ip(*(f"link set {name}{n} up" for n in ("f", "b", "m")))
 
-    def give_addresses(self, name: str) -> None:
-        """The addresses that move are this machine's, and it says so to its neighbours."""
-        number = {"front": "0", "back": "1"}
+    def give_addresses(self, name: str, sides: Sequence[str] = ("0", "1")) -> None:
+        """The addresses that move are this machine's, and it says so to its neighbours.
+
+        Sides are `0`, the clients', and `1`, the server's.
+        """
         self.machines[name].ip(
             *(
-                f"address add {ip}/{_BITS[v]} dev {name}{number['front']}{_NODAD[v]}"
-                for v, ip in FRONT.items()
-            ),
-            *(
-                f"address add {ip}/{_BITS[v]} dev {name}{number['back']}{_NODAD[v]}"
-                for v, ip in BACK.items()
-            ),
+                f"address add {ip}/{_BITS[v]} dev {name}{side}{_NODAD[v]}"
+                for side in sides
+                for v, ip in _MOVING[side].items()
+            )
         )
-        self.announce(name)
+        self.announce(name, sides)
 
-    def announce(self, name: str) -> None:
+    def announce(self, name: str, sides: Sequence[str] = ("0", "1")) -> None:
         """Gratuitous ARP (RFC 5227, 3), unsolicited advertisements (RFC 4861, 7.2.6)."""
         with self.machines[name].entered():
-            for side, addresses in (("0", FRONT), ("1", BACK)):
-                _announce4(f"{name}{side}", addresses[4])
-                _announce6(f"{name}{side}", addresses[6])
+            for side in sides:
+                _announce4(f"{name}{side}", _MOVING[side][4])
+                _announce6(f"{name}{side}", _MOVING[side][6])
 
     def take_addresses(self, name: str) -> None:
         """They are this machine's no more."""
@@ -77,6 +76,7 @@ class Machines:
 
 
 _BITS: Final = {4: 32, 6: 128}
+_MOVING: Final = {"0": FRONT, "1": BACK}
 _NODAD: Final = {4: "", 6: " nodad"}
 
 

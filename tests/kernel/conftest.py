@@ -14,11 +14,15 @@ from typing import Protocol
 import pytest
 
 from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.kernel import KernelMaps
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
 from tests.helpers.faults import Faults, faults
-from tests.helpers.netns import narrow_the_network, private_network
-from tests.helpers.topology import Topology, topology
+from tests.helpers.fleet_of_two import Fleet, fleet_of_two
+from tests.helpers.foreign import Foreign, foreign
+from tests.helpers.netns import Network, narrow_the_network, private_network
+from tests.helpers.stage import SLOTS
+from tests.helpers.topology import Topology, lay_wire, topology
 from tests.helpers.transfers import Transfers, compile_program
 from tests.helpers.waiting import wait_for
 
@@ -166,6 +170,16 @@ def hosts(network: None) -> Iterator[Topology]:
 
 
 @pytest.fixture(scope="module")
+def third(hosts: Topology) -> Iterator[Network]:
+    """A host with a wire of its own to the forwarder's, which refuses what comes by a wrong one."""
+    with contextlib.closing(Network()) as network:
+        lay_wire(network, "x0", hosts.forwarder, "f2", mtu=1500, net=8)
+        for name in ("all", "f0", "f1", "f2"):
+            hosts.forwarder.set(**{f"ipv4__conf__{name}__rp_filter": 1})
+        yield network
+
+
+@pytest.fixture(scope="module")
 def bad_network(network: None) -> Iterator[Faults]:
     """Loaded once; a test puts it where it wants it."""
     del network
@@ -173,7 +187,33 @@ def bad_network(network: None) -> Iterator[Faults]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def somebody(network: None) -> Iterator[Foreign]:
+    """Somebody else's program, loaded once; a test puts it where it wants it."""
+    del network
+    with foreign() as made:
+        yield made
+
+
 @pytest.fixture(scope="session")
 def transfers(tmp_path_factory: pytest.TempPathFactory) -> Transfers:
     """The program that is both ends of many transfers."""
     return Transfers(compile_program(tmp_path_factory.mktemp("transfers")))
+
+
+@pytest.fixture(scope="module")
+def maps(network: None) -> Iterator[KernelMaps]:
+    """Of sockmap, for one worker, with its program; each test leaves them empty."""
+    del network
+    with contextlib.closing(KernelMaps.load(workers=1, slots=SLOTS)) as maps:
+        yield maps
+
+
+@pytest.fixture
+def fleet(
+    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Fleet]:
+    """Two machines and their store; what each has kept of it is the test's own."""
+    monkeypatch.setenv("PYFORWARDER_STATE_DIR", str(tmp_path / "state"))
+    with fleet_of_two(start_forwarder) as fleet:
+        yield fleet

@@ -572,7 +572,9 @@ def attach_line(place: Place) -> dict[str, str | bool | None]:
 def test_doctor_says_what_clsact_means(place: Place) -> None:
     found = attach_line(place)
     assert found["good"] is None
-    assert re.match(r"clsact: (no tcx .*; )?filters at priority 1, ", str(found["detail"]))
+    assert re.match(
+        r"clsact: (no tcx .*; )?the programs .* are filters of `tc` ", str(found["detail"])
+    )
 
 
 def test_doctor_names_the_interfaces_that_others_have(place: Place) -> None:
@@ -580,6 +582,7 @@ def test_doctor_names_the_interfaces_that_others_have(place: Place) -> None:
     found = attach_line(place)
     assert found["good"] is False
     assert "; lo: another program has an ingress qdisc there" in str(found["detail"])
+    assert str(found["detail"]).endswith("remove that qdisc or filter if they shall")
 
 
 @pytest.mark.needs("tcx")
@@ -587,7 +590,7 @@ def test_doctor_says_what_tcx_means(place: Place, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv(attaching.FORCED)
     found = attach_line(place)
     assert found["good"] is None
-    assert str(found["detail"]).startswith("tcx: programs on interfaces are links")
+    assert str(found["detail"]).startswith("tcx: this kernel lets the programs of splice")
 
 
 def test_only_a_kernel_that_does_not_know_tcx_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

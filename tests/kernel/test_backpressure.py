@@ -147,12 +147,10 @@ def workers_cpu_s(forwarder: Daemon) -> float:
     return sum(sum(worker.cpu_times()[:2]) for worker in forwarder.workers())
 
 
-def memory(name: str) -> int:
-    """A line of /proc/meminfo, in bytes; it is the whole host's."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) << 10
-    raise AssertionError(f"no {name} in /proc/meminfo")
+def memory() -> dict[str, int]:
+    """The lines of /proc/meminfo, in bytes; it is the whole host's."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name.rstrip(":"): int(value) << 10 for name, value, *_ in lines}
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -182,7 +180,10 @@ def test_both_directions_stall_and_both_go_on(wide: OnDatapath) -> None:
     with joined(wide) as (client, server):
         sent = run_both(lambda sock: push_until_blocked(sock, most=256 * MIB), client, server)
         # Loopback's buffers take 4 MB or 6 MB each; a direct connection stops at about 8 MB.
-        assert max(sent.values()) < 32 * MIB, sent
+        # What is passed to a socket of a sockmap behind a backlog is charged to nobody, and so much
+        # more is taken, on a busy host, before the worker sees it (`_MOST_PASSED_BYTES`).
+        most = 32 * MIB + (64 * MIB if wide.datapath == "sockmap" else 0)
+        assert max(sent.values()) < most, sent
         other = {client: server, server: client}
         hashes = run_both(lambda sock: hash_of(sock, sent[other[sock]]), client, server)
         assert hashes == {sock: digest(sent[other[sock]]) for sock in (client, server)}
@@ -217,42 +218,59 @@ def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(narrow: O
     with joined(narrow) as (client, server):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.settimeout(1)
-        before = memory("SUnreclaim")
+        before = memory()["SUnreclaim"]
         tiny = 0
         with contextlib.suppress(TimeoutError):
             while tiny < 300_000:
                 tiny += client.send(b"x")
         # Without care for them it was 300 MB here, 1.1 GB for a megabyte of such segments.
-        assert memory("SUnreclaim") - before < 32 * MIB
+        assert memory()["SUnreclaim"] - before < 32 * MIB
         assert read_exactly(server, tiny) == b"x" * tiny
 
 
 @pytest.mark.alone
+@pytest.mark.timeout(180)
 def test_the_memory_of_many_stalled_pairs_is_bounded_and_given_back(narrow: OnDatapath) -> None:
-    # Others on the host take memory too, but not each time; without a limit it would be 64 MiB for
-    # each pair, each time.
-    taken = [memory_of_stalled_pairs(narrow, count=20)]
-    while taken[-1] >= 20 * 8 * MIB:
-        assert len(taken) < 4, taken
-        taken.append(memory_of_stalled_pairs(narrow, count=20))
+    # Other programs on the host have the kernel take memory too, but not each time; without a limit
+    # it would be 64 MiB for each pair, each time, and so would be what is not given back.
+    found: list[tuple[int, int]] = []
+    while len(found) < 4:
+        found.append(memory_of_stalled_pairs(narrow, count=20))
+        taken, left = found[-1]
+        if taken < 20 * 8 * MIB and left < most_left(taken):
+            return
+    raise AssertionError(found)
 
 
-def memory_of_stalled_pairs(on: OnDatapath, *, count: int) -> int:
-    """How much less memory the host has while they are stalled; afterwards it is given back."""
+def most_left(taken: int) -> int:
+    """What of that may be another's."""
+    return max(taken // 2, 100 * MIB)
+
+
+def memory_of_stalled_pairs(on: OnDatapath, *, count: int) -> tuple[int, int]:
+    """How much more the kernel has while they are stalled, and once they have been over a while."""
     forwarder, datapath = on
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(pair_through(forwarder.address)) for _ in range(count)]
         for client, server in pairs:
             warm_up(client, server)
-        before = memory("MemAvailable")
+        before = kernel_memory()
         for client, _ in pairs:
             assert push_until_blocked(client, most=64 * MIB, quiet_s=0.1) < most_accepted(datapath)
-        taken = before - memory("MemAvailable")
+        taken = kernel_memory() - before
         for client, _ in pairs:
             reset(client)
         forwarder.wait_for_no_pairs()
-        wait_for(
-            lambda: before - memory("MemAvailable") < max(taken // 2, 100 * MIB),
-            "the memory is given back",
-        )
-        return taken
+        # It is given back a while after that; the caller judges what is left.
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: kernel_memory() - before < most_left(taken), "it is given back")
+        return taken, kernel_memory() - before
+
+
+def kernel_memory() -> int:
+    """What neither is to be had nor is a process's or a file's in memory: buffers of sockets, too.
+
+    So a program that begins beside the test is not taken for ours.
+    """
+    now = memory()
+    return now["MemTotal"] - now["MemAvailable"] - now["AnonPages"] - now["Shmem"]

@@ -10,10 +10,10 @@ import pytest
 
 from pyforwarder.config import Fleet
 from pyforwarder.fleet.failover.compaction import PERIOD_S, Compaction
-from pyforwarder.fleet.failover.replicator import Watcher
 from pyforwarder.fleet.layout import Keys
 from pyforwarder.fleet.opening import open_store
 from pyforwarder.fleet.store import Change, CompactedError, Store
+from pyforwarder.fleet.watching import Watcher
 from tests.helpers.etcd import Etcd, running
 from tests.helpers.waiting import DEADLINE_S
 
@@ -41,8 +41,8 @@ def test_one_machine_has_it_forget_what_is_older_than_a_period(etcd: Etcd) -> No
         for machine in (one, two):
             store.put("/key", str(number))
             revisions.append(store.list("/key/").revision)
-            machine.go_on(number * PERIOD_S, lease=lease)
-            machine.go_on(number * PERIOD_S + 1.0, lease=lease)  # not due
+            machine.run_due(number * PERIOD_S, lease=lease)
+            machine.run_due(number * PERIOD_S + 1.0, lease=lease)  # not due
 
     def is_kept(revision: int) -> bool:
         try:
@@ -87,10 +87,10 @@ def test_a_quiet_watch_goes_on_where_the_history_is_gone(etcd: Etcd) -> None:
     watcher = Watcher(watched, KEYS.failover)
     watcher.start()
     for _ in range(2):
-        heard = watcher.heard.get(timeout=DEADLINE_S)
+        heard = watcher.received.get(timeout=DEADLINE_S)
         assert getattr(heard, "entries", None) == [(f"{KEYS.pairs}a", b"1")]
     store.put(f"{KEYS.pairs}b", "2")
-    change = watcher.heard.get(timeout=DEADLINE_S)
+    change = watcher.received.get(timeout=DEADLINE_S)
     assert isinstance(change, Change)
     assert (change.key, change.value) == (f"{KEYS.pairs}b", b"2")
     # A thread that went on would disturb the tests after this one.

@@ -1,7 +1,8 @@
 """One suite for every datapath: what the server relies on.
 
-Each play runs over copy, sockmap and the fake that other tests use in their place, and each is
-followed by a look at what it left behind.
+Each play runs over the datapaths and the fake that other tests use in their place, and each is
+followed by a look at what it left behind. Of express, whose pairs have no socket of ours so far,
+the client has said something before a play begins.
 """
 
 from __future__ import annotations
@@ -13,31 +14,25 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.scenarios import ALL, at_random
-from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.splicing import Splicing
+from tests.helpers.express_rig import express_stage, expressing
 from tests.helpers.stage import SLOTS, stage
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.proof.rig import Rig
+    from tests.helpers.express_rig import Expressing
 
 BY_CLSACT: Final = "splice by clsact"
+LASTING: Final = "express, adopted"
 DATAPATHS: Final = (
-    *("copy", "sockmap", "splice", "fake"),
+    *("copy", "sockmap", "splice", "express", LASTING, "fake"),
     # Where there is no tcx, splice is by clsact anyway.
     pytest.param(BY_CLSACT, marks=pytest.mark.needs("tcx")),
 )
 SEEDS: Final = tuple(range(1000, 1012))
-
-
-@pytest.fixture(scope="module")
-def maps(network: None) -> Iterator[KernelMaps]:
-    """The maps and the program, loaded once; each test leaves them empty."""
-    del network
-    loaded = KernelMaps.load(workers=1, slots=SLOTS)
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +55,30 @@ def _splicing(maps: KernelMaps) -> Iterator[Splicing]:
         yield splicing
 
 
+@pytest.fixture(scope="module")
+def opening(network: None) -> Iterator[Expressing]:
+    """The same, with the programs that open connections."""
+    del network
+    with expressing(lasts=False) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def opening_for_long(network: None) -> Iterator[Expressing]:
+    """And with a keeper that gives all of them to the worker at once."""
+    del network
+    with expressing(lasts=True) as made:
+        yield made
+
+
 @pytest.fixture
 def rig(datapath: str, request: pytest.FixtureRequest, maps: KernelMaps) -> Iterator[Rig]:
     """A stage for the datapath of the test; splice is loaded for its own tests alone."""
+    opened = {"express": "opening", LASTING: "opening_for_long"}.get(datapath)
+    if opened:
+        with express_stage(request.getfixturevalue(opened)) as rig:
+            yield rig
+        return
     fixture = {"splice": "splicing", BY_CLSACT: "splicing_by_clsact"}.get(datapath)
     splicing = request.getfixturevalue(fixture) if fixture else None
     with stage("splice" if splicing else datapath, maps, splicing) as rig:

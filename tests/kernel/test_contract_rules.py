@@ -48,7 +48,20 @@ def rule_to(server: Server | Waiting, match: str) -> str:
     return f"{{match: {match}, to: '{address_text(server.address)}'}}"
 
 
-def test_the_first_rule_that_matches_decides(start_forwarder: StartForwarder) -> None:
+def answer_to(forwarder: Daemon, data: bytes) -> bytes:
+    """What a client gets that says this."""
+    with dial(forwarder.address) as client:
+        client.sendall(data)
+        return client.recv(100)
+
+
+@pytest.mark.parametrize(
+    "datapath", ["copy", pytest.param("express", marks=pytest.mark.copied(False))]
+)
+def test_the_first_rule_that_matches_decides(
+    start_forwarder: StartForwarder, datapath: str
+) -> None:
+    """The kernel decides by the first rule if it knows the server by then, a worker else."""
     with (
         AnswerServer("prefix") as first,
         AnswerServer("regex") as second,
@@ -60,6 +73,7 @@ def test_the_first_rule_that_matches_decides(start_forwarder: StartForwarder) ->
                 rule_to(second, "{regex: '^EHLO '}"),
                 "{match: instruction, allow: [loopback]}",
                 rule_to(third, "any"),
+                more=f"datapath: {datapath}\n",
             )
         )
         for data, name in (
@@ -69,14 +83,18 @@ def test_the_first_rule_that_matches_decides(start_forwarder: StartForwarder) ->
             (b"\0\x17", b"any"),
             (b"E", None),  # could still become EHLO: decided by the timeout
         ):
-            with dial(forwarder.address) as client:
-                client.sendall(data)
-                answer = client.recv(100)
-                assert answer == (name or b"any") + b" got " + data
+            assert answer_to(forwarder, data) == (name or b"any") + b" got " + data
         with dial(forwarder.address) as client:
             client.sendall(instruction(address_text(first.address)) + b"x")
             assert read_exactly(client, 6) == ACK
             assert client.recv(100) == b"prefix got x"
+
+        def is_decided_in_the_kernel() -> bool:
+            assert answer_to(forwarder, b"\0\x16 and more") == b"prefix got \0\x16 and more"
+            return bool(forwarder.look("stats")["joined"]["express"])
+
+        if datapath == "express":
+            wait_for(is_decided_in_the_kernel, "the kernel has decided")
 
 
 def test_the_name_in_the_first_packet_is_connected_to_if_it_may(
@@ -137,7 +155,7 @@ def test_silence_goes_to_a_server_that_speaks_first(start_forwarder: StartForwar
         began_s = time.monotonic()
         with dial(forwarder.address) as client:
             assert read_to_end(client) == b"220 mail"
-        assert 0.4 <= time.monotonic() - began_s < DEADLINE_S
+        assert time.monotonic() - began_s >= 0.4
 
 
 def test_reject_reset_and_reject_close(start_forwarder: StartForwarder) -> None:
@@ -165,14 +183,12 @@ def test_need_more_ends_at_max_bytes(start_forwarder: StartForwarder) -> None:
             rules_config(
                 "{match: {regex: '^x*y'}, reject: reset}",
                 rule_to(server, "any"),
-                timeout="60s",
+                timeout="1h",
             )
         )
-        began_s = time.monotonic()
         with dial(forwarder.address) as client:
             client.sendall(b"x" * 3000)
             assert read_exactly(client, 8) == b"any got "
-        assert time.monotonic() - began_s < DEADLINE_S
 
 
 def test_a_rule_names_an_ipv6_server(start_forwarder: StartForwarder) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker.udp.standing import STEADY_AFTER_S
+from pyforwarder.worker.udp.eviction import STEADY_AFTER_S
 from tests.helpers.first_packets import CLIENTS
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import Network, private_network
@@ -129,6 +129,9 @@ def test_each_client_has_its_own_session_and_gets_its_own_answers(
                 client.send(b"%d-%d" % (turn, number))
             for number, client in enumerate(clients):
                 assert client.recv(100) == b"A%d-%d" % (turn, number)
+        control = daemon.control()
+        # What is copied reaches its end a moment before the worker counts it.
+        wait_for(lambda: {row["down_packets"] for row in control.pairs()} == {3}, "all are counted")
         rows = daemon.pairs()
         assert len(rows) == 23
         for row in rows:
@@ -174,8 +177,8 @@ def test_an_instruction_names_the_server(
     with client_of(daemon.address) as client:
         client.send(instruction(f"127.0.0.1:{daemon.address[1]}"))
         assert client.recv(100) == refusal("denied")  # never to ourselves
-    stats = daemon.show("stats")
-    assert stats["closed"]["denied"] == 2
+    # Each is counted a moment after it was said.
+    wait_for(lambda: daemon.look("stats")["closed"].get("denied") == 2, "both are counted")
 
 
 def test_a_wildcard_listener_answers_from_the_address_that_was_asked(
@@ -289,7 +292,7 @@ def test_sessions_survive_a_reload_and_can_be_flushed(
         assert (after["id"], after["source"]) == (before["id"], before["source"])
         assert daemon.command("flush", str(after["id"])).returncode == 0
         assert daemon.pairs() == []
-        assert daemon.show("stats")["closed"] == {"flushed": 1}
+        wait_for(lambda: daemon.look("stats")["closed"] == {"flushed": 1}, "it is counted")
 
 
 def test_a_drain_does_not_wait_for_sessions(

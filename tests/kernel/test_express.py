@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import random
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
 import psutil
@@ -16,6 +20,7 @@ import pytest
 from pyforwarder.datapath.proof.apart import prove_express_apart, prove_splice_apart
 from pyforwarder.datapath.proof.remembered import proven
 from tests.helpers import transfers as judge
+from tests.helpers.faults import Action
 from tests.helpers.first_packets import client_hello
 from tests.helpers.peers import (
     Waiting,
@@ -28,7 +33,7 @@ from tests.helpers.peers import (
     reset,
 )
 from tests.helpers.topology import Topology, Way, topology
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.waiting import DEADLINE_S, stays, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -41,6 +46,7 @@ pytestmark = pytest.mark.timeout(240)
 
 WAYS: Final = [(True, True), (False, True), (False, False)]
 PORTS: Final = 64
+KEEPERS_KILLED: Final = 6
 TRIES: Final = 20
 HELLO: Final = b"hello"
 ANY: Final = """
@@ -58,6 +64,7 @@ class Site:
         self.servers: dict[str, Waiting] = {}
         self.daemon: Daemon
         self.config = ""
+        self.log_level = "info"
 
     def serve(self, name: str) -> Waiting:
         """A server that waits."""
@@ -75,7 +82,7 @@ class Site:
 datapath: express
 express: {{ports: {PORTS}}}
 workers: 2
-log: {{format: json}}
+log: {{format: json, level: {self.log_level}}}
 {self.more.format(**names)}
 listeners:
   - name: main
@@ -130,6 +137,8 @@ listeners:
                 if is_of_the_kernel(served):
                     yield client, served
                     return
+            # The way is learned anew when routes or addresses change, which a new namespace's do.
+            self.learn(first, name=name)
         raise AssertionError("the kernel opens nothing")
 
     def stats(self) -> dict[str, Any]:
@@ -171,6 +180,12 @@ def exchange(client: socket.socket, served: socket.socket, size: int = 100_000) 
         thread.start()
         assert read_exactly(receiver, size) == pattern(size)
         thread.join()
+
+
+def decided(site: Site, client: socket.socket) -> str | None:
+    """Who decided on a client that `show` has, by it."""
+    row = site.row(client)
+    return None if row is None else str(row["decided"])
 
 
 def end(client: socket.socket, served: socket.socket) -> None:
@@ -258,6 +273,7 @@ def test_pairs_are_opened_and_counted_and_told_of(
         row = wait_for(lambda: site.row(client), "it is shown")
         assert row is not None
         assert (row["state"], row["datapath"], row["reason"]) == ("joined", "splice", WHY)
+        assert row["decided"] == "kernel"
         assert (row["rule"], row["up_bytes"], row["down_bytes"]) == ("rest", len(HELLO), 0)
         exchange(client, served)
         wait_for(lambda: (site.row(client) or {}).get("down_bytes") == 100_000, "counted")
@@ -277,8 +293,23 @@ def test_pairs_are_opened_and_counted_and_told_of(
     assert (rule["taken"], rule["decided"]) == (after["accepted"], "kernel")
 
 
-@pytest.mark.parametrize("lossy", [False, True], ids=["calm", "lossy"])
-@every_way
+# Of ways, versions and networks every two meet; all three together say nothing more.
+@pytest.mark.parametrize(
+    ("ways", "version", "lossy", "log_level"),
+    [
+        pytest.param(
+            *(ways, version, lossy, level),
+            id=f"{name}-{version}-{'lossy' if lossy else 'calm'}-{level}",
+        )
+        for number, (ways, name) in enumerate(
+            zip(WAYS, ("lo-lo", "far-lo", "far-far"), strict=True)
+        )
+        for version, lossy, level in (
+            (4, number == 1, ("info", "warning")[number % 2]),
+            (6, number != 1, ("warning", "info")[number % 2]),
+        )
+    ],
+)
 def test_every_byte_and_every_end_of_many(
     hosts: Topology,
     start_forwarder: StartForwarder,
@@ -286,15 +317,18 @@ def test_every_byte_and_every_end_of_many(
     bad_network: Faults,
     ways: tuple[bool, bool],
     version: int,
+    log_level: str,
     *,
     lossy: bool,
 ) -> None:
     """More at once than there are ports, so that some are a worker's; short ones and longer ones.
 
-    Nothing is doubled, lost or out of order, whoever has opened them, and all are counted.
+    Nothing is doubled, lost or out of order, whether a worker or the kernel has opened them, and
+    all are counted, whether they have lines in the log or not.
     """
     way = hosts.way(client_local=ways[0], server_local=ways[1])
     site = Site(start_forwarder, way, version)
+    site.log_level = log_level
     with contextlib.closing(site), transfers.server(way.server) as server:
         to = address_text((way.destination[version], server.port))
         site.up(f'      - {{{{match: any, to: "{to}"}}}}', forwarder=hosts.forwarder)
@@ -323,6 +357,9 @@ def test_every_byte_and_every_end_of_many(
                 stack.enter_context(bad_network.put_on(*way.doors))
                 bad_network.set(seed=seed, lose=0.02, duplicate=0.01, delay=0.01)
             clients += run(many, len(clients))
+            # Routes that are still being made have the way learned anew, once in a second at most.
+            while site.stats()["joined"]["express"] < PORTS and len(clients) < 4 * many:
+                clients += run(many, len(clients))
         count = len(clients)
         servers = server.wait()
         bad = judge.faults(count, clients, servers)
@@ -339,8 +376,142 @@ def test_every_byte_and_every_end_of_many(
         assert closed.pop("finished") == count
         assert closed == ({"client_reset": besides} if besides else {})
         assert (stats["bytes_up"], stats["bytes_down"]) == judge.totals(clients)
-        assert stats["joined"]["express"] >= PORTS
+        assert stats["joined"]["express"] >= PORTS, stats["express_left"]
         assert stats["joined"]["express"] + stats["joined"]["copy"] == count
+        (listener_row,), (rule_row,) = site.daemon.look("listeners"), site.daemon.look("rules")
+        assert listener_row["accepted"] == rule_row["taken"] + besides == stats["accepted"]
+
+
+@pytest.mark.parametrize("log_level", ["info", "warning"])
+def test_keepers_that_are_killed_lose_no_end_and_double_none(
+    hosts: Topology, start_forwarder: StartForwarder, transfers: Transfers, log_level: str
+) -> None:
+    """At whatever moment, again and again, while places are used over and over."""
+    way = hosts.way()
+    site = Site(start_forwarder, way, 4)
+    site.log_level = log_level
+    with contextlib.closing(site), transfers.server(way.server) as server:
+        to = address_text((way.destination[4], server.port))
+        site.up(f'      - {{{{match: any, to: "{to}"}}}}', forwarder=hosts.forwarder)
+        clients: list[Line] = []
+
+        def begin(count: int) -> contextlib.AbstractContextManager[Any]:
+            return transfers.clients(
+                way.client,
+                count,
+                to=(way.listener[4], 7000),
+                via=None,
+                seed=11,
+                largest=2_000,
+                parallel=24,
+                first=len(clients),
+            )
+
+        while not site.stats()["joined"]["express"]:
+            with begin(1) as running:
+                clients += running.wait()
+        over = threading.Event()
+        killed = 0
+
+        def kill() -> None:
+            nonlocal killed
+            moments = random.Random(5)
+            # A keeper that dies often is started ever later.
+            while not over.wait(moments.uniform(0.5, 1.5)) and killed < KEEPERS_KILLED:
+                for child in psutil.Process(site.daemon.process.pid).children():
+                    if child.uids().real == 0:
+                        child.kill()
+                        killed += 1
+
+        with ThreadPoolExecutor(1) as pool:
+            killing = pool.submit(kill)
+            try:
+                while not killing.done():
+                    with begin(500) as running:
+                        clients += running.wait()
+            finally:
+                over.set()
+            killing.result()
+        bad = judge.faults(len(clients), clients, server.wait())
+        assert not bad, f"{len(bad)} faults\n" + "\n".join(bad[:20])
+        wait_for(lambda: site.stats()["pairs_opened"] >= len(clients), "all are counted")
+        wait_for(lambda: site.stats()["open"] == 0, "all have ended")
+        stats = site.stats()
+        assert killed >= KEEPERS_KILLED
+        assert stats["accepted"] == stats["closed"]["finished"] == len(clients)
+        assert (stats["bytes_up"], stats["bytes_down"]) == judge.totals(clients)
+        assert stats["joined"]["express"] >= PORTS, stats["express_left"]
+
+
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_reloads_under_many_connections(
+    hosts: Topology, start_forwarder: StartForwarder, transfers: Transfers, level: str
+) -> None:
+    """Other rules again and again, and none of the kernel's in between: nobody notices.
+
+    Nor where the log wants to know of their ends now, and now not.
+    """
+    way = hosts.way()
+    site = Site(start_forwarder, way, 4)
+    site.log_level = level
+    with contextlib.closing(site), transfers.server(way.server) as server:
+        to = address_text((way.destination[4], server.port))
+        site.up(f'      - {{{{match: any, to: "{to}"}}}}', forwarder=hosts.forwarder)
+        only = f'      - {{match: any, to: "{to}"}}\n'
+        others = (
+            only + f'      - {{match: ssh, to: "{to}"}}\n',
+            only.replace("match: any", "name: other, match: any"),
+            only.replace("match: any", "datapath: auto, match: any"),
+            only,
+        )
+        listener = (way.listener[4], 7000)
+        clients: list[Line] = []
+
+        def begin(count: int) -> contextlib.AbstractContextManager[Any]:
+            return transfers.clients(
+                way.client,
+                count,
+                to=listener,
+                via=None,
+                seed=7,
+                largest=50_000,
+                parallel=100,
+                first=len(clients),
+            )
+
+        while not site.stats()["joined"]["express"]:
+            with begin(1) as running:
+                clients += running.wait()
+        over = threading.Event()
+
+        def reload() -> int:
+            for number in itertools.count():
+                rules = others[number % len(others)]
+                config = site.config.replace(only.rstrip("\n"), rules.rstrip("\n"))
+                if number % 3 == 1:
+                    config = config.replace("level: warning", "level: info")
+                site.daemon.reconfigure(config)
+                assert site.daemon.command("reload").returncode == 0
+                if over.is_set():
+                    break
+            return number
+
+        with ThreadPoolExecutor(1) as pool:
+            reloading = pool.submit(reload)
+            try:
+                with begin(8000) as running:
+                    clients += running.wait()
+            finally:
+                over.set()
+            assert reloading.result() >= len(others)
+        bad = judge.faults(len(clients), clients, server.wait())
+        assert not bad, f"{len(bad)} faults\n" + "\n".join(bad[:20])
+        wait_for(lambda: site.stats()["pairs_opened"] >= len(clients), "all are counted")
+        wait_for(lambda: site.stats()["open"] == 0, "all have ended")
+        stats = site.stats()
+        assert stats["accepted"] == stats["closed"]["finished"] == len(clients)
+        assert (stats["bytes_up"], stats["bytes_down"]) == judge.totals(clients)
+        assert stats["joined"]["express"] >= PORTS, stats["express_left"]
 
 
 @pytest.mark.parametrize("who", [0, 1])
@@ -362,10 +533,12 @@ def test_a_client_that_waits_for_the_server_is_a_worker_s(start: Open) -> None:
         served = site.servers["one"].accept()
         with served:
             assert not is_of_the_kernel(served)
+            wait_for(lambda: decided(site, client) == "user", "it is shown")
             served.sendall(b"welcome")
             assert read_exactly(client, 7) == b"welcome"
             exchange(client, served)
             end(client, served)
+    wait_for(lambda: site.stats()["express_left"].get("silent") == 1, "it is counted")
 
 
 def test_a_server_that_is_gone_is_left_to_workers(start: Open) -> None:
@@ -397,16 +570,22 @@ def test_rules_choose_by_name_and_what_they_cannot_tell_is_a_worker_s(start: Ope
 """
     site = start((False, False), servers="one two", rules=rules)
     sure = [
-        (client_hello(b"a.example.com"), "one", "sni"),
-        (client_hello(b"b.example.org"), "one", "sni"),
-        (http(b"example.com"), "two", "host"),
+        (client_hello(b"a.example.com"), "one", "sni", "a.example.com"),
+        (client_hello(b"b.example.org"), "one", "sni", "b.example.org"),
+        (http(b"example.com"), "two", "host", "example.com"),
     ]
-    for first, name, rule in sure:
+    for first, name, rule, read in sure:
         site.learn(first, name=name)
-        with site.opened(first, name=name) as (client, served):
-            address = client.getsockname()[:2]
-            end(client, served)
-        assert site.line(address)["rule"] == rule
+        for is_adopted in (False, True):
+            with site.opened(first, name=name) as (client, served):
+                if is_adopted:
+                    wait_for(lambda one=client: site.row(one), "it is shown")  # type: ignore[misc]
+                address = client.getsockname()[:2]
+                end(client, served)
+            line = site.line(address)
+            assert (line["rule"], line[rule]) == (rule, read)
+    # That pairs last is nothing to tell an operator.
+    assert '"adopted"' not in site.daemon.output()
     for first in (http(b"example.net"), client_hello(b"example.com")):
         with site.pair(first, name="two") as (client, served):
             assert not is_of_the_kernel(served)
@@ -415,6 +594,14 @@ def test_rules_choose_by_name_and_what_they_cannot_tell_is_a_worker_s(start: Ope
         assert site.line(address)["rule"] == "rest"
     decided = {row["rule"]: row["decided"] for row in site.daemon.look("rules")}
     assert decided == {"sni": "kernel", "host": "kernel", "long": "user", "rest": "user"}
+    why = {row["rule"]: row["why"] for row in site.daemon.look("rules")}
+    assert why == {
+        "sni": "",
+        "host": "",
+        "long": "userspace alone compares `path` and `header`",
+        "rest": "userspace decides the rule long in front of it",
+    }
+    wait_for(lambda: site.stats()["express_left"].get("undecided", 0) >= 2, "they are counted")
 
 
 def test_a_reload_changes_rules_and_no_pair(start: Open, hosts: Topology) -> None:
@@ -462,8 +649,8 @@ def test_a_drained_server_gets_nothing_new(start: Open) -> None:
         exchange(client, served)
         assert site.daemon.command("server", name, "ready").returncode == 0
         site.learn()
-        (row,) = site.daemon.look("upstreams")
-        assert row["connects"] >= 3
+        # What the kernel has opened is counted once it is told of.
+        wait_for(lambda: site.daemon.look("upstreams")[0]["connects"] >= 3, "they are counted")
         end(client, served)
 
 
@@ -480,6 +667,18 @@ def test_ports_that_run_out_leave_clients_to_workers(start: Open) -> None:
         assert not all(kinds)
         wait_for(lambda: len(site.daemon.look()) == PORTS + 8, "all are shown")
         assert site.stats()["pairs_open"] == PORTS + 8
+
+        def said() -> bool:
+            stats = site.stats()
+            ports = stats["express"]
+            # Some of the first ones are kept for a second after their end.
+            return bool(
+                ports["ports"] == PORTS
+                and PORTS // 2 < ports["ports_used"] <= ports["ports_most"] <= PORTS
+                and stats["express_left"].get("no_port")
+            )
+
+        wait_for(said, "the ports are counted")
 
 
 def test_no_other_program_gets_its_ports(start: Open, hosts: Topology) -> None:
@@ -508,6 +707,54 @@ def test_flush_and_idle_end_what_the_kernel_has_opened(start: Open) -> None:
         assert site.line(client.getsockname()[:2])["reason"] == "idle"
 
 
+def test_a_half_closed_pair_goes_on_and_has_its_own_deadline(start: Open) -> None:
+    site = start((False, False), more="timeouts: {{half_closed: 2s, idle: 1h}}")
+    site.learn()
+    for is_closed_at_once in (True, False):
+        with site.opened() as (client, served):
+            if not is_closed_at_once:
+                wait_for(lambda client=client: site.row(client), "it is shown")  # type: ignore[misc]
+            half_close(client)
+            assert read_to_end(served) == b""
+            for number in range(5):
+                served.sendall(pattern(10_000, start=number))
+                assert read_exactly(client, 10_000) == pattern(10_000, start=number)
+            assert ends_with_reset(client) == b""
+            assert site.line(client.getsockname()[:2])["reason"] == "half_closed"
+
+
+def test_who_talks_is_not_idle_and_who_does_not_is(start: Open) -> None:
+    site = start((False, False), more="timeouts: {{idle: 2s}}")
+    site.learn()
+    with site.opened() as (busy, busy_served), site.opened() as (client, served):
+
+        def chat() -> bool:
+            busy.sendall(b"x")
+            return read_exactly(busy_served, 1) == b"x"
+
+        begun_s = time.monotonic()
+        client.setblocking(False)
+
+        def is_gone() -> bool:
+            chat()
+            try:
+                assert client.recv(1), "a clean end of file"
+            except BlockingIOError:
+                return False
+            except ConnectionResetError:
+                return True
+            raise AssertionError("bytes")
+
+        wait_for(is_gone, "the idle pair is reset")
+        assert time.monotonic() - begun_s >= 2
+        assert ends_with_reset(served) == b""
+        assert site.line(client.getsockname()[:2])["reason"] == "idle"
+        stays(chat, "the other works", for_s=2.5)
+        name = busy.getsockname()[:2]
+        end(busy, busy_served)
+    assert site.line(name)["reason"] == "finished"
+
+
 def test_a_worker_and_the_keeper_may_die(start: Open) -> None:
     site = start((False, False))
     site.learn()
@@ -518,6 +765,7 @@ def test_a_worker_and_the_keeper_may_die(start: Open) -> None:
         exchange(young, young_served)
         site.daemon.wait_for_line("worker_died", count=2)
         wait_for(lambda: site.row(client) and site.row(young), "they are shown again")
+        assert decided(site, client) == decided(site, young) == "kernel"
         keepers = [
             child
             for child in psutil.Process(site.daemon.process.pid).children()
@@ -537,6 +785,61 @@ def test_a_worker_and_the_keeper_may_die(start: Open) -> None:
             assert line["up_bytes"] % 100_000 == len(HELLO)
 
 
+def test_one_that_lasts_is_a_workers_although_our_own_stack_was_not_told(
+    start: Open, bad_network: Faults
+) -> None:
+    """The packet by which it forgets a handshake may be lost in a full queue of this host."""
+    site = start((False, False))
+    site.learn()
+    with bad_network.put_on(site.way.doors[1]):
+        bad_network.set(marked=True, exact={1: Action.LOSE})
+        with site.opened() as (client, served):
+            wait_for(lambda: site.row(client), "it is shown")
+            assert bad_network.counts()["lost"] == 1
+            exchange(client, served)
+            name = client.getsockname()[:2]
+            end(client, served)
+    assert site.line(name)["reason"] == "finished"
+
+
+@pytest.mark.parametrize("who", ["keeper", "daemon"])
+def test_death_while_a_server_is_asked(
+    start: Open, hosts: Topology, bad_network: Faults, who: str
+) -> None:
+    """The next keeper goes on with it. Without a daemon it is no pair yet: the client is reset."""
+    site = start((False, False))
+    site.learn()
+    with bad_network.put_on((site.way.server, "s0")):
+        bad_network.set(lose=1.0)
+        client = site.dial(HELLO)
+        with client:
+            wait_for(lambda: bad_network.counts()["lost"], "its server was asked")
+            if who == "daemon":
+                site.daemon.kill()
+                wait_for(lambda: not site.daemon.place.processes(), "all of it has ended")
+            else:
+                for child in psutil.Process(site.daemon.process.pid).children():
+                    if child.uids().real == 0:
+                        child.kill()
+                site.daemon.wait_for_line("splice_keeper_died")
+            bad_network.set()
+            if who == "daemon":
+                assert ends_with_reset(client) == b""
+                site.up(ANY, forwarder=hosts.forwarder)
+            else:
+                served = site.servers["one"].accept()
+                with served:
+                    assert read_exactly(served, len(HELLO)) == HELLO
+                    wait_for(lambda: site.row(client), "it is shown")
+                    exchange(client, served)
+                    name = client.getsockname()[:2]
+                    end(client, served)
+                assert site.line(name)["reason"] == "finished"
+    assert site.servers["one"].nobody_came()
+    site.learn()
+    wait_for(lambda: not site.daemon.look(), "nothing is left")
+
+
 def test_the_daemon_may_die_and_the_next_one_goes_on(start: Open, hosts: Topology) -> None:
     site = start((False, False))
     site.learn()
@@ -550,6 +853,7 @@ def test_the_daemon_may_die_and_the_next_one_goes_on(start: Open, hosts: Topolog
         site.up(ANY, forwarder=hosts.forwarder)
         for one in (client, young):
             wait_for(lambda one=one: site.row(one), "it is shown")  # type: ignore[misc]
+            assert decided(site, one) == "kernel"
         site.learn()
         for one, other in ((client, served), (young, young_served)):
             exchange(one, other)
@@ -596,6 +900,7 @@ def test_an_upgrade_takes_them_along(start: Open, hosts: Topology) -> None:
             exchange(one, other)
         for one in (client, young):
             wait_for(lambda one=one: site.row(one), "it is shown")  # type: ignore[misc]
+            assert decided(site, one) == "kernel"
         site.learn()
         for one, other in ((client, served), (young, young_served)):
             exchange(one, other)

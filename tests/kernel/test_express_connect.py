@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express.places import (
-    ANSWER_TIMEOUT_S,
-    LASTS_AFTER_S,
-    LEAST_LINGER_S,
-    LINGER_S,
-    Seen,
+from pyforwarder.datapath.express.connecting import (
+    LEAST_REST_HERE_S,
+    LEAST_REST_S,
+    REST_S,
 )
+from pyforwarder.datapath.express.grace import Grace
+from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, LASTS_AFTER_S, Seen
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SpliceState
+from pyforwarder.runtime import one_store
 from tests.helpers.connecting import FIRST_PORT, MSS, PLACES, Kernel
 from tests.helpers.express_site import (
     ANY,
@@ -32,7 +33,7 @@ from tests.helpers.express_site import (
     asked,
     asked_place,
     has_ended,
-    is_unused,
+    leaves,
     looked_after,
     opener,
 )
@@ -116,6 +117,33 @@ def test_bytes_and_ends_both_ways(
     assert hosts.checksum_errors() == 0
 
 
+def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None:
+    """Also if the keeper dies before it has said that it was told: see `go_round`."""
+    here = site((True, True), 4)
+    connecting = here.kernel.connecting
+    with here.dial(b"one question") as client:
+        half_close(client)
+        server, place = here.accept(b"one question")
+        with server:
+            assert read_to_end(server) == b""
+            half_close(server)
+            assert read_to_end(client) == b""
+            has_ended(here, place)
+    ask, record = connecting.head(place), here.kernel.record(place)
+    key = bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, record.way[0].from_.dport))
+    connecting.count_ends(key, abi.Ends())
+    connecting.say_counted(place)
+    assert connecting.go_round(time.monotonic(), is_short=False).counted == 0
+    assert connecting.ends(key).pairs == 0
+    # Of its successor nothing was said.
+    one_store.store32(
+        connecting.memory, place * abi.ASK_BYTES + abi.Ask.counted.offset, ask.counted - 1
+    )
+    assert connecting.go_round(time.monotonic(), is_short=False).counted == 1
+    assert connecting.ends(key).pairs == 1
+    connecting.count_ends_no_more(key)
+
+
 @every_way
 def test_a_client_that_ends_at_once(site: Open, ways: tuple[bool, bool], version: int) -> None:
     """Its end is in the packet that is kept, or right behind it."""
@@ -156,8 +184,8 @@ def test_a_server_that_refuses(site: Open, ways: tuple[bool, bool], version: int
     # The others need not even be tried, as it has refused just now.
     assert counted["REFUSED"] >= 1
     assert counted["REFUSED"] + counted.get("NO_TARGET", 0) >= 3
-    # The place is free again, and nothing of it is left.
-    assert is_unused(here)
+    # The place is another's once no program knows it, and nothing of it is left.
+    assert leaves(here) == counted["REFUSED"] + counted.get("ENDED", 0)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -170,6 +198,28 @@ def test_a_server_without_timestamps(site: Open, version: int) -> None:
             here.falls_back(client, b"hello")
     finally:
         here.way.server.set(ipv4__tcp_timestamps=1)
+    assert here.counted()["REFUSED"] == 1
+    assert here.waiting.nobody_came()
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_server_whose_window_is_smaller_than_our_steps(site: Open, version: int) -> None:
+    """The client would see none of it, and wait for ever; nor is it asked again a second later."""
+    here = site((False, False), version)
+    network = here.kernel.network
+    before = network.get("ipv4__tcp_rmem")
+    network.set(ipv4__tcp_rmem="4096 131072 67108864")  # a scale of 11
+    here.way.server.set(ipv4__tcp_window_scaling=0)
+    here.waiting.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, 1460)
+    try:
+        with here.dial(b"hello") as client:
+            here.falls_back(client, b"hello")
+        (number,) = here.numbers
+        left_s = here.kernel.connecting.aimed(number).not_before_ns / 1e9 - time.monotonic()
+        assert 5 < left_s <= 10
+    finally:
+        here.way.server.set(ipv4__tcp_window_scaling=1)
+        network.set(ipv4__tcp_rmem=before)
     assert here.counted()["REFUSED"] == 1
     assert here.waiting.nobody_came()
 
@@ -288,7 +338,7 @@ def test_listeners_of_a_device_are_left_to_workers(
         here.kernel.decide(listener, ANY, [here.target(here.waiting.address)])
         with here.dial(b"hello") as client:
             here.falls_back(client, b"hello")
-        assert here.counted()["ODD_REQUEST"] >= 1
+        assert here.counted()["DEVICE"] >= 1
         assert "TAKEN" not in here.counted()
 
 
@@ -315,7 +365,8 @@ def test_what_comes_again_has_grown(site: Open, version: int) -> None:
         lossy.set(exact={1: Action.LOSE})  # the SYN
         converse(here, pattern(1000), 10, 5_000)
         assert taken
-    assert is_unused(here)
+    assert here.counted()["LONG"] >= 1
+    assert leaves(here) >= 1
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -406,7 +457,7 @@ def test_a_client_that_resets_while_a_server_is_asked(site: Open) -> None:
         wait_for(lambda: here.counted().get("TAKEN"), "asked")
         reset(client)
         wait_for(lambda: here.counted().get("ENDED"), "given up")
-    assert is_unused(here)
+    assert leaves(here) == 1
     assert here.nobody_was_accepted()
     assert here.waiting.nobody_came()
 
@@ -519,6 +570,60 @@ def test_a_flood_of_half_open_connections_leaves_all_to_workers(site: Open) -> N
 
 
 @pytest.mark.parametrize("version", [4, 6])
+def test_a_server_with_cookies_that_has_lost_the_first_bytes(site: Open, version: int) -> None:
+    """It knows of no connection before they come: of what is behind them it says so, by a reset."""
+    here = site((False, False), version)
+    here.way.server.set(ipv4__tcp_syncookies=2)  # always
+    try:
+        with faults() as lossy, lossy.put_on((here.way.server, "s0")):
+            lossy.set(least_bytes=1, exact={1: Action.LOSE})
+            with here.dial(b"hello") as client:
+                wait_for(lambda: here.counted().get("COMMITTED"), "joined")
+                client.sendall(b" and more")
+                server, place = here.accept(b"hello and more")
+                with server:
+                    server.sendall(b"back")
+                    assert read_exactly(client, 4) == b"back"
+                    assert not here.kernel.record(place).reset
+            assert lossy.counts()["lost"] == 1
+    finally:
+        here.way.server.set(ipv4__tcp_syncookies=1)
+    assert here.way.server.counters()["TcpExtSyncookiesRecv"] >= 1
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_server_that_has_forgotten_a_connection(site: Open, version: int) -> None:
+    """As it does not acknowledge what comes again, it is believed after a while."""
+    here = site((False, False), version)
+    with (
+        contextlib.closing(Forger(here.way.server, "s0", here.kernel.network, "f1")) as forger,
+        faults() as lossy,
+        lossy.put_on((here.way.server, "s0")),
+    ):
+        lossy.set(least_bytes=1, lose=1.0)
+        with here.dial(b"hello") as client:
+            wait_for(lambda: here.counted().get("COMMITTED"), "joined")
+            words = here.kernel.connecting.words()
+            (place,) = [n for n, word in enumerate(words) if word & abi.STATE_MASK]
+            says = Segment(
+                version=version,
+                source=here.waiting.address,
+                target=(here.source, FIRST_PORT + place),
+                seq=here.kernel.record(place).isn[1] + 1,
+                ack=0,
+                flags=RST,
+            )
+
+            def is_reset() -> bool:
+                forger.send(says)
+                return bool(here.kernel.record(place).reset)
+
+            assert not is_reset()
+            wait_for(is_reset, "it is believed")
+            assert ends_with_reset(client) == b""
+
+
+@pytest.mark.parametrize("version", [4, 6])
 def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
     """Packets in the names of both ends, while a server is asked: none has the right numbers."""
     here = site((False, False), version)
@@ -587,6 +692,7 @@ def test_a_server_that_does_not_answer(site: Open) -> None:
             assert "UNANSWERED" not in here.counted()
             places.look(time.monotonic() + ANSWER_TIMEOUT_S + 1)
             assert here.counted()["UNANSWERED"] == 1
+            assert leaves(here) == 1
             here.falls_back(client, b"hello")
         # And nobody else waits for it meanwhile.
         with here.dial(b"hello") as client:
@@ -609,19 +715,144 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
         has_ended(here, place)
         seen = places.look(now_s)
         assert [one.place for one in seen.ended] == [place]
+        word = seen.ended[0].ask.word
         assert [way.bytes for way in seen.ended[0].record.way] == [5, 3]
         assert seen.ended[0].ask.begun_ns == here.kernel.connecting.ask(place).begun_ns
         seen = places.look(now_s + LASTS_AFTER_S + 1)
         assert seen == Seen([], [lasting_place], [])
         assert places.look(now_s + LASTS_AFTER_S + 2) == Seen([], [], [])
-        # Late packets of the one that has ended are still its own; and then not any more.
-        words = here.kernel.connecting.words()
-        assert words[place] & abi.STATE_MASK == abi.AskState.JOINED
-        places.look(now_s + LINGER_S + 1)
-        assert here.kernel.connecting.words()[place] & abi.STATE_MASK == abi.AskState.FREE
+        # It is its own until that is told, and some time longer: its packets may come late.
+        places.look(now_s + REST_S + 1)
+        told_s = now_s + REST_S + 1
+        places.told(place, word, told_s)
+        places.look(told_s + REST_S - 1)
+        for by_s, state in ((1, abi.AskState.RESTING), (2, abi.AskState.LEAVING)):
+            assert here.kernel.connecting.words()[place] == word & ~abi.STATE_MASK | state
+            places.look(told_s + REST_S + by_s)
+        assert here.kernel.connecting.words()[place] == word & ~abi.STATE_MASK
         # The other goes on.
         lasting.sendall(b"still")
         assert here.kernel.record(lasting_place).state == SpliceState.ACTIVE
+
+
+def end_key(here: Site, place: int) -> bytes:
+    """By which the end of a place's connection is counted."""
+    ask, up = here.kernel.connecting.ask(place), here.kernel.record(place).way[0]
+    return bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, up.from_.dport))
+
+
+@every_way
+def test_ends_are_counted_by_the_programs_and_places_come_back(
+    site: Open, ways: tuple[bool, bool], version: int
+) -> None:
+    """Once each, if it began late enough; and no sooner than they have rested."""
+    here = site(ways, version)
+    connecting = here.kernel.connecting
+    places = looked_after(here)
+    with here.pair() as (_, _, first), here.pair() as (client, server, place):
+        key = end_key(here, place)
+        connecting.count_ends(key, abi.Ends(since_ns=connecting.ask(place).begun_ns, round=3))
+        server.sendall(b"bye")
+        half_close(server)
+        assert read_to_end(client) == b"bye"
+        now_s = time.monotonic()
+        assert places.look(now_s) == Seen([], [], [])
+        half_close(client)
+        assert read_to_end(server) == b""
+        has_ended(here, place)
+        for _ in range(3):
+            now_s = time.monotonic()
+            assert places.look(now_s) == Seen([], [], [])
+        ends = connecting.ends(key)
+        assert (ends.round, ends.pairs, list(ends.bytes)) == (3, 1, [5, 3])
+        assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
+        assert here.kernel.record(place).id == 0
+        assert connecting.word(first) & abi.STATE_MASK == abi.AskState.JOINED
+    # The other one began before, so that it is told of.
+    has_ended(here, first)
+    assert [one.place for one in places.look(now_s).ended] == [first]
+    assert connecting.ends(key).pairs == 1
+    # As long as another program may have its port it is nobody's.
+    connecting.say_astray(place, is_astray=True)
+    places.look(now_s + REST_S + 1)
+    assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
+    connecting.say_astray(place, is_astray=False)
+    least_s = LEAST_REST_HERE_S if all(ways) else LEAST_REST_S
+    rests_s = connecting.ask(place).rests_ns / 1e9
+    gone = connecting.go_round(rests_s + least_s - 0.01, is_short=True)
+    assert (gone.freed, gone.unused) == (0, PLACES - 2)
+    gone = connecting.go_round(rests_s + least_s + 0.01, is_short=False)
+    assert gone.freed == 0
+    flows = here.kernel.flows_of(place)
+    assert flows == 2
+    # In a first round no packet finds it any more; the place comes back when no program runs that
+    # has found it before.
+    leaves_s = rests_s + least_s + 0.01
+    leaves_ns = int(leaves_s * 1e9)
+    for by_s, passed_ns in ((0.0, leaves_ns - 1), (1.0, 0), (60.0, leaves_ns - 1)):
+        gone = connecting.go_round(leaves_s + by_s, is_short=True, passed_ns=passed_ns)
+        assert (gone.freed, gone.unused, gone.leaving) == (0, PLACES - 2, 1)
+        assert (here.kernel.flows_of(place), here.kernel.record(place).state) == (0, 0)
+        assert connecting.word(place) & abi.STATE_MASK == abi.AskState.LEAVING
+    connecting.say_astray(place, is_astray=True)
+    assert connecting.go_round(leaves_s + 61, is_short=True, passed_ns=leaves_ns).freed == 0
+    connecting.say_astray(place, is_astray=False)
+    gone = connecting.go_round(leaves_s + 62, is_short=True, passed_ns=leaves_ns)
+    assert gone == (0, 1, PLACES - 1, True, 0)
+    assert connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE
+    connecting.count_ends_no_more(key)
+
+
+@pytest.mark.parametrize(("ahead_ms", "sent_bytes"), [(1 << 30, 0), (0, 1 << 30)])
+def test_a_place_whose_numbers_ran_ahead_rests_for_a_minute(
+    site: Open, ahead_ms: int, sent_bytes: int
+) -> None:
+    here = site((False, False), 4)
+    connecting = here.kernel.connecting
+    with here.pair() as (_, _, place):
+        pass
+    has_ended(here, place)
+    now_s = time.monotonic()
+    connecting.rest(place, connecting.word(place), now_s)
+    here.kernel.run_ahead(place, ahead_ms=ahead_ms, sent_bytes=sent_bytes)
+    assert connecting.go_round(now_s + REST_S - 1, is_short=True).freed == 0
+    freed = [
+        connecting.go_round(
+            now_s + REST_S + by_s, is_short=False, passed_ns=int((now_s + REST_S + 1) * 1e9)
+        ).freed
+        for by_s in (1, 2)
+    ]
+    assert freed == [0, 1]
+
+
+def test_programs_are_waited_for_while_connections_go_on(site: Open) -> None:
+    """By a thread: the keeper does not wait."""
+    here = site((True, True), 4)
+    connecting = here.kernel.connecting
+    grace = Grace(connecting.wait_for_programs)
+    with here.pair():
+        grace.want(5)
+        wait_for(lambda: grace.passed_ns == 5, "the first wait is over")
+        grace.want(9)
+        wait_for(lambda: grace.passed_ns == 9, "the second wait is over")
+
+
+def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) -> None:
+    here = site((True, True), 4)
+    connecting = here.kernel.connecting
+    with here.pair() as (_, _, place):
+        key = end_key(here, place)
+        connecting.count_ends(key, abi.Ends(since_ns=0))
+    has_ended(here, place)
+    connecting.wait_for_programs()  # it says a moment later when that was
+    record = here.kernel.record(place)
+    ended_ns = int(record.client_clock) | int(record.server_clock) << 32
+    late_s = ended_ns / 1e9 + 0.9 * LEAST_REST_HERE_S
+    assert connecting.go_round(late_s, is_short=True).counted == 1
+    assert connecting.ask(place).rests_ns == ended_ns
+    late_s = ended_ns / 1e9 + 1.1 * LEAST_REST_HERE_S
+    assert connecting.go_round(late_s, is_short=True).leaving == 1
+    connecting.count_ends_no_more(key)
 
 
 def test_a_reset_is_handed_over_at_once(site: Open) -> None:
@@ -670,6 +901,7 @@ def test_a_free_place_is_nobody_elses(site: Open) -> None:
         assert connecting.words()[place] == word
         assert connecting.let_go(place, word)
         assert not connecting.let_go(place, word)
+        assert leaves(here) == 1
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -687,8 +919,10 @@ def test_many_over_few_places_with_loss(hosts: Topology, version: int) -> None:
             for number in range(150):
                 converse(here, b"%d " % number + pattern(number), 3_000 + number, 5_000)
                 # Time goes faster here than it does, but not for programs that run.
-                ahead_s += LEAST_LINGER_S
-                places.look(time.monotonic() + ahead_s)
+                ahead_s += LEAST_REST_S
+                now_s = time.monotonic() + ahead_s
+                for ended in places.look(now_s).ended:
+                    places.told(ended.place, ended.ask.word, now_s)
         counted = here.counted()
         # Of each: what the kernel has opened, or a worker; not both, and none twice.
         assert counted["COMMITTED"] + len(taken) >= 150, (counted, len(taken))

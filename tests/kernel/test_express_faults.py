@@ -11,16 +11,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from pyforwarder.datapath.express.places import LEAST_LINGER_S, Places
+from pyforwarder.datapath.express.connecting import LEAST_REST_S
+from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, Places
 from tests.helpers import express_talks as talks
 from tests.helpers.connecting import Kernel
 from tests.helpers.express_site import Site, asked, asked_place, looked_after, opener
 from tests.helpers.faults import Action, faults
-from tests.helpers.forged import ACK, PSH, RST, SYN, Forger, Segment, timestamp
+from tests.helpers.forged import ACK, FIN, PSH, RST, SYN, Forger, Segment, timestamp
 from tests.helpers.peers import half_close, pattern, read_exactly, read_to_end
 from tests.helpers.topology import Topology, topology
 from tests.helpers.waiting import DEADLINE_S, wait_for
@@ -84,14 +86,18 @@ def keeper(here: Site) -> Iterator[Places]:
     def look() -> None:
         while not over.wait(0.1):
             now_s = time.monotonic()
-            for place in places.look(now_s).lasting:
+            seen = places.look(now_s)
+            for ended in seen.ended:
+                places.told(ended.place, ended.ask.word, now_s)
+            for place in seen.lasting:
                 lasting[place] = now_s
             for place, since_s in list(lasting.items()):
                 record = here.kernel.record(place)
                 # A worker would have its sockets there, which reset both ends.
                 has_ended = record.reset or all(way.fin_acked for way in record.way)
-                if has_ended and now_s - since_s > 2 * LEAST_LINGER_S:
-                    places.let_go(place)
+                if has_ended and now_s - since_s > 2 * LEAST_REST_S:
+                    connecting = here.kernel.connecting
+                    connecting.let_go(place, connecting.word(place))
                     del lasting[place]
 
     thread = threading.Thread(target=look)
@@ -210,6 +216,72 @@ def test_the_reset_for_our_own_stack_never_reaches_the_server(
     assert here.counted()["COMMITTED"] == 5
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_packets_to_ports_that_nobody_has(site: Open, version: int) -> None:
+    """Whatever a server sends to ports of the range, none begins anything, or spoils the next."""
+    here = site((False, False), version)
+    first_port, places = here.kernel.connecting.first_port, here.kernel.connecting.places
+    with (
+        contextlib.closing(Forger(here.way.server, "s0", here.kernel.network, "f1")) as forger,
+        faults() as answers,
+        answers.put_on((here.way.server, "s0")),
+    ):
+        before, words = here.counted(), list(here.kernel.connecting.words())
+        answers.set(flags=RST)
+        kinds = (SYN, SYN | ACK, ACK, ACK | PSH, FIN | ACK, RST, RST | ACK, 0)
+        for port in (first_port, first_port + 1, first_port + places - 1):
+            for flags in kinds:
+                forger.send(
+                    Segment(
+                        version=version,
+                        source=here.waiting.address,
+                        target=(here.source, port),
+                        seq=1 << 30,
+                        ack=1 << 29,
+                        flags=flags,
+                        data=b"bytes" if flags & PSH else b"",
+                    )
+                )
+        # The stack answers those that are no resets, as it does where nobody listens.
+        wait_for(lambda: answers.counts()["matched"] >= 3 * 5, "answers")
+        assert here.counted() == before
+        assert list(here.kernel.connecting.words()) == words
+    for _ in range(3):
+        with here.pair() as (client, server, _):
+            server.sendall(b"back")
+            assert read_exactly(client, 4) == b"back"
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("ways", [(True, True), (False, True), (False, False)])
+def test_the_reset_for_our_own_stack_is_lost(
+    site: Open, ways: tuple[bool, bool], version: int
+) -> None:
+    """It repeats its SYN-ACK, and forgets what it cannot send; before that nobody could adopt."""
+    here = site(ways, version)
+
+    port = f":{here.listener.getsockname()[1]:04X}"  # others' may be left of other tests
+
+    def requests() -> int:
+        name = "tcp6" if version == 6 else "tcp"
+        with here.kernel.network.entered():
+            rows = Path(f"/proc/thread-self/net/{name}").read_text().splitlines()[1:]
+        ours = [row.split() for row in rows if row.split()[1].endswith(port)]
+        return sum(row[3] == "03" for row in ours)  # TCP_SYN_RECV
+
+    with faults() as bad, bad.put_on(here.way.doors[:2][-1]):
+        bad.set(marked=True, exact={1: Action.LOSE})
+        with here.pair() as (client, server, place):
+            assert bad.counts()["lost"] == 1
+            assert requests() == 1
+            wait_for(lambda: requests() == 0, "it has forgotten it")
+            for sender, receiver in ((client, server), (server, client)):
+                sender.sendall(b"and more")
+                assert read_exactly(receiver, 8) == b"and more"
+            assert not here.kernel.record(place).reset
+    assert here.nobody_was_accepted()
+
+
 # --------------------------------------------------------------- while a server is asked
 
 
@@ -264,7 +336,7 @@ def test_a_client_that_begins_anew_is_not_kept_waiting(site: Open, version: int)
     here = site((False, False), version)
     with faults() as bad, bad.put_on((here.way.server, "s0")):
         bad.set(lose=1.0)
-        with here.dial(b"hello") as client:
+        with here.dial(b"hello", alone=True) as client:
             wait_for(lambda: here.counted().get("TAKEN"), "asked")
             own = client.getsockname()
             client.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 1)
@@ -300,6 +372,31 @@ def test_our_own_stack_stays_silent_while_a_server_is_asked(site: Open, version:
         wait_for(lambda: time.monotonic() > begun_s + 1.5, "a second and a half")
         assert here.way.client.counters()["TcpExtTCPSYNChallenge"] == heard
         assert client.fileno() >= 0
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("ways", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("how", ["given up", "refused"])
+def test_a_worker_gets_a_client_whose_server_was_asked_for_seconds(
+    site: Open, ways: tuple[bool, bool], version: int, how: str
+) -> None:
+    """Our own stack remembers its handshake, although it was kept from repeating its SYN-ACK."""
+    here = site(ways, version)
+    places = looked_after(here)
+    with faults() as bad, here.dial() as client:
+        with bad.put_on(here.way.doors[-1]):
+            bad.set(flags=SYN, lose=1.0)
+            client.sendall(b"hello")
+            wait_for(lambda: here.counted().get("TAKEN"), "asked")
+            # The kernel has tried to repeat it twice by then (TCP_TIMEOUT_INIT, doubled).
+            begun_s = asked(here).begun_ns / 1e9
+            wait_for(lambda: time.monotonic() > begun_s + 3.2, "some seconds")
+            if how == "given up":
+                places.look(time.monotonic() + ANSWER_TIMEOUT_S + 1)
+                assert here.counted()["UNANSWERED"] == 1
+            else:
+                here.waiting.listener.close()
+        here.falls_back(client, b"hello")
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -409,3 +506,48 @@ def test_odd_flags_while_a_server_is_asked_end_nothing(site: Open, version: int)
         forger.send(again)
         wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > seen, "seen")
         assert asked_place(here) == place
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_socket_that_has_come_up_meanwhile_keeps_the_client(site: Open, version: int) -> None:
+    """What came behind the handshake was with our stack when the first bytes were taken.
+
+    A worker may have spoken to its client by then: of two who answer, one is heard, from the first
+    byte on.
+    """
+    here = site((False, False), version)
+    network = here.kernel.network
+    with (
+        contextlib.closing(Forger(network, "lo", network, "lo")) as stack,
+        faults() as bad,
+        bad.put_on((here.way.server, "s0")),
+    ):
+        stack.mark(here.kernel.connecting.mark)
+        bad.set(lose=1.0)
+        with here.dial(b"hello") as client:
+            wait_for(lambda: here.counted().get("TAKEN"), "asked")
+            ask = asked(here)
+            stack.send(
+                Segment(
+                    version=version,
+                    source=client.getsockname()[:2],
+                    target=client.getpeername()[:2],
+                    seq=ask.c0 + 1,
+                    ack=ask.k0 + 1,
+                    options=timestamp(ask.tc, ask.tk),
+                )
+            )
+            worker, _ = here.listener.accept()
+            with worker:
+                worker.settimeout(DEADLINE_S)
+                worker.sendall(b"from a worker")
+                half_close(worker)
+                bad.set()
+                assert read_exactly(worker, 5) == b"hello"
+                assert read_to_end(client) == b"from a worker"
+                half_close(client)
+                assert read_to_end(worker) == b""
+    assert here.waiting.nobody_came()
+    counted = here.counted()
+    assert "COMMITTED" not in counted
+    assert "REFUSED" not in counted  # the server has not

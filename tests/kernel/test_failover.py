@@ -6,19 +6,16 @@ import functools
 import itertools
 import random
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.fleet_of_two import Fleet, fleet_of_two
 from tests.helpers.two_machines import OFTEN_S
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.kernel.conftest import StartForwarder
+    from tests.helpers.fleet_of_two import Fleet
 
 PAIRS = 24
 HUNDRED, THOUSAND = 100, 1000
@@ -26,15 +23,6 @@ TWENTY = 20
 # After so long others know of a connection that ends with its machine.
 STAYS_KNOWN_S = scaled_s(1.5)
 WITHIN_S = scaled_s(1.0)
-
-
-@pytest.fixture
-def fleet(
-    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    monkeypatch.setenv("PYFORWARDER_STATE_DIR", str(tmp_path / "state"))
-    with fleet_of_two(start_forwarder) as fleet:
-        yield fleet
 
 
 @pytest.mark.timeout(240)
@@ -112,7 +100,7 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
     hosts, traffic, rng = fleet.hosts, fleet.traffic, random.Random(seed)
     here, there = "a", "b"
     count = len(traffic.streams)
-    let_go = {"a": 0, "b": 0}
+    released = {"a": 0, "b": 0}
     gaps_s: list[str] = []
     counts: list[tuple[int, int]] = []
     for number in itertools.count():
@@ -154,14 +142,14 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         hosts.take_addresses(here)
         hosts.connect(here)
         if comes_back == "lives":
-            let_go[here] += count
-            fleet.wait_until_let_go(here, let_go[here])
+            released[here] += count
+            fleet.wait_until_released(here, released[here])
         else:
             if comes_back == "without":
                 for pin in sorted(old.place.bpffs.glob(f"{here}/splice/*")):
                     pin.unlink()
             fleet.start(here)
-            let_go[here] = 0
+            released[here] = 0
         assert traffic.errors() == [], number
         fleet.wait_until_spliced(there, count)
         here, there = there, here

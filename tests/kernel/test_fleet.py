@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -179,6 +180,19 @@ def tell_each_other(machines: list[Daemon], metrics: int) -> None:
         assert 'pyforwarder_fleet_serial{instance="one"} 1.0' in scraped(metrics)
         refused = machines[2].command("show", "rules", "--fleet")
         assert refused.returncode == 2
+
+
+def test_a_machine_that_ends_is_listed_no_more(start_forwarder: StartForwarder, etcd: Etcd) -> None:
+    one, two = (start_forwarder(own(etcd, name), instance=name) for name in MACHINES[:2])
+    wait_for(lambda: sorted(instances(one)) == ["one", "two"], "both are listed")
+    assert two.command("down").returncode == 0
+    assert sorted(instances(one)) == ["one"]
+    # A store that does not answer keeps nobody: the lease ends without it.
+    os.kill(etcd.pid, signal.SIGSTOP)
+    try:
+        assert one.command("down").returncode == 0
+    finally:
+        os.kill(etcd.pid, signal.SIGCONT)
 
 
 def test_editions_are_in_force_on_three_machines_in_a_moment(

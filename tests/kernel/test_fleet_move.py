@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.fleet_of_two import Fleet, fleet_of_two
 from tests.helpers.two_machines import BACK, FRONT
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.kernel.conftest import StartForwarder
+    from tests.helpers.fleet_of_two import Fleet
 
 MOVING = {*FRONT.values(), *BACK.values()}
 PAIRS = 8
-
-
-@pytest.fixture
-def fleet(
-    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    monkeypatch.setenv("PYFORWARDER_STATE_DIR", str(tmp_path / "state"))
-    with fleet_of_two(start_forwarder) as fleet:
-        yield fleet
 
 
 def refused(fleet: Fleet, name: str, *words: str) -> str:
@@ -78,6 +66,45 @@ def test_addresses_are_taken_moved_and_taken_from_a_dead_machine(fleet: Fleet) -
     fleet.wait_until_spliced("a", PAIRS)
     # Who does not run takes nothing, and who asked keeps what it has.
     assert "does not answer" in refused(fleet, "a", "move", "b")
+    traffic.pause()
+    wait_for(traffic.is_whole, "all bytes have come")
+    assert traffic.errors() == []
+
+
+@pytest.mark.timeout(300)
+def test_pairs_go_on_where_the_machine_that_has_taken_them_dies_at_once(fleet: Fleet) -> None:
+    """Before its workers have them, and the store its claim: then with both, and the first again.
+
+    The first one comes back with its own records.
+    """
+    hosts, traffic = fleet.hosts, fleet.traffic
+    first, second = "a", "b"
+    for name in (first, second):
+        fleet.start(name, mover="command")
+    assert fleet.command(first, "take").returncode == 0
+    fleet.open(first, PAIRS)
+    for is_known in (False, True):
+        fleet.wait_until_held(second, PAIRS)
+        hosts.cut_off(first)
+        fleet.daemons[first].kill()
+        done = fleet.command(second, "take")
+        assert (done.returncode, done.stderr) == (0, "")
+        if is_known:
+            fleet.wait_until_spliced(second, PAIRS)
+            fleet.daemons[second].wait_for_line("failover_taken")
+        hosts.cut_off(second)
+        fleet.daemons[second].kill()
+        hosts.take_addresses(first)
+        hosts.connect(first)
+        fleet.start(first, mover="command")
+        done = fleet.command(first, "take")
+        assert (done.returncode, done.stderr) == (0, "")
+        fleet.wait_until_spliced(first, PAIRS)
+        traffic.poke()
+        assert traffic.errors() == [], is_known
+        hosts.take_addresses(second)
+        hosts.connect(second)
+        fleet.start(second, mover="command")
     traffic.pause()
     wait_for(traffic.is_whole, "all bytes have come")
     assert traffic.errors() == []

@@ -6,7 +6,9 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 KEY = bytes(range(32))
 REFUSED = refusal("token")
 TOKENS = 60
+REPLAYS = 100_000
 
 
 @pytest.fixture
@@ -64,7 +67,11 @@ def signed(server: tuple[str, int], number: int) -> bytes:
 
 
 def answer(machine: Daemon, instruction: bytes) -> bytes:
-    with dial(machine.address) as sock:
+    return answer_at(machine.address, instruction)
+
+
+def answer_at(address: tuple[str, int], instruction: bytes) -> bytes:
+    with dial(address) as sock:
         sock.sendall(instruction)
         sock.shutdown(socket.SHUT_WR)
         return read_to_end(sock)
@@ -131,6 +138,48 @@ def test_a_token_is_good_once_in_the_whole_fleet(
     keys = etcd.ctl("get", "--prefix", "--keys-only", "/pyforwarder/edge/tokens/").split()
     assert len(keys) == TOKENS + 20 + 1
     assert 0 < len(etcd.ctl("lease", "list").split("\n")) < 20
+
+
+@pytest.mark.soak
+def test_no_replay_of_a_hundred_thousand_is_taken_at_another_machine(
+    start_forwarder: StartForwarder, etcd: Etcd, tmp_path: Path, soak_s: float
+) -> None:
+    """Of tokens that were used at the first, and of some that are used just then."""
+    first, second = (
+        start_forwarder(config(etcd, tmp_path, name), instance=name) for name in ("one", "two")
+    )
+    wanted = REPLAYS if soak_s >= 600 else REPLAYS // 20
+    with AnswerServer("server") as server:
+        used = [signed(server.address, number) for number in range(TOKENS)]
+        for once in used:
+            assert answer(first, once) == ACK
+        counts: Counter[bytes] = Counter()
+        young: list[bytes] = []
+        # It is looked for in all that the daemon has said, which is much in the end.
+        address = second.address
+
+        def replay(seed: int) -> Counter[bytes]:
+            rng = random.Random(seed)
+            return Counter(
+                answer_at(
+                    address,
+                    rng.choice(young[-4:] or used) if rng.random() < 0.1 else rng.choice(used),
+                )
+                for _ in range(wanted // 4)
+            )
+
+        with ThreadPoolExecutor(4) as threads:
+            replays = [threads.submit(replay, seed) for seed in range(4)]
+            while not all(one.done() for one in replays):
+                if len(young) < TOKENS:
+                    once = signed(server.address, TOKENS + len(young))
+                    assert answer(first, once) == ACK
+                    young.append(once)
+                wait([*replays], timeout=0.2, return_when=FIRST_COMPLETED)
+            for one in replays:
+                counts += one.result()
+        assert counts == {REFUSED: 4 * (wanted // 4)}
+        print(f"{counts.total()} replays of {TOKENS + len(young)} tokens")
 
 
 def test_without_the_store_tokens_are_refused_and_nobody_else_waits(

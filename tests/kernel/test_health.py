@@ -69,7 +69,7 @@ def test_a_server_that_goes_down_gets_no_pair_until_it_is_back(
             wait_for_state(forwarder, text, "up")
             assert {who_answers(forwarder) for _ in range(8)} == {"always", "sometimes"}
     assert forwarder.wait_for_line(
-        f'server_down upstream=web server={text} why="Connection refused"'
+        f'server_down upstream=web server={text} why="TCP: Connection refused"'
     )
     assert forwarder.wait_for_line(f"server_up upstream=web server={text} why=connected")
 
@@ -162,7 +162,7 @@ def test_a_server_that_accepts_nobody_is_down(start_forwarder: StartForwarder) -
         second.connect_ex(full.address)
         forwarder = start_forwarder(config(address_text(full.address)))
         wait_for_state(forwarder, address_text(full.address), "down")
-        forwarder.wait_for_line('why="no answer in time"')
+        forwarder.wait_for_line('why="TCP: no answer in time"')
 
 
 def checker(forwarder: Daemon) -> psutil.Process:

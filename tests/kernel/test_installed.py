@@ -25,9 +25,23 @@ handover: {after_bytes: 0}
 """
 
 
+# The first of its kind makes an environment, beside others on this host.
+pytestmark = pytest.mark.timeout(180)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def without_bcc(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("without") / "venv", bcc=False)
+
+
+@pytest.fixture(scope="module")
+def plain(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("plain") / "venv", plain=True)
 
 
 def start_installed(start_forwarder: StartForwarder, programs: Path, *words: str) -> Daemon:
@@ -64,43 +78,42 @@ def test_an_installed_wheel_forwards_in_the_kernel(
 
 
 def test_without_bcc_it_forwards_in_userspace(
-    wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
+    without_bcc: Path, start_forwarder: StartForwarder
 ) -> None:
-    programs = install(wheel, tmp_path / "venv", bcc=False)
-    forwarder = start_installed(start_forwarder, programs, "--datapath", "copy")
+    forwarder = start_installed(start_forwarder, without_bcc, "--datapath", "copy")
     carry_by(forwarder, "copy")
 
 
 def test_without_bcc_doctor_names_the_packages_and_warns_of_the_other_bcc(
-    wheel: Path, tmp_path: Path
+    without_bcc: Path, tmp_path: Path
 ) -> None:
-    programs = install(wheel, tmp_path / "venv", bcc=False)
-    said = run(programs / "pyforwarder", "doctor", cwd=tmp_path)
+    said = run(without_bcc / "pyforwarder", "doctor", cwd=tmp_path)
     assert "bcc is not installed" in said
     assert "python3-bpfcc" in said
     assert "PyPI's package `bcc` is another project" in said
     assert "Traceback" not in said
 
 
-def test_environment_that_cannot_see_the_hosts_bcc_is_told_so(wheel: Path, tmp_path: Path) -> None:
-    programs = install(wheel, tmp_path / "venv", plain=True)
-    said = run(programs / "pyforwarder", "doctor", cwd=tmp_path)
+def test_environment_that_cannot_see_the_hosts_bcc_is_told_so(plain: Path, tmp_path: Path) -> None:
+    said = run(plain / "pyforwarder", "doctor", cwd=tmp_path)
     assert "bcc is installed at /usr/lib/python3/dist-packages/bcc" in said
     assert "--system-site-packages" in said
-    assert str(tmp_path / "venv" / "pyvenv.cfg") in said
+    assert str(plain.parent / "pyvenv.cfg") in said
     assert "Traceback" not in said
 
 
-@pytest.mark.timeout(180)  # it makes an environment
 def test_environment_that_was_mended_as_told_sees_bcc(
-    wheel: Path, tmp_path: Path, start_forwarder: StartForwarder
+    plain: Path, start_forwarder: StartForwarder
 ) -> None:
-    programs = install(wheel, tmp_path / "venv", plain=True)
-    settings = tmp_path / "venv" / "pyvenv.cfg"
+    settings = plain.parent / "pyvenv.cfg"
+    before = settings.read_text()
     settings.write_text(
-        settings.read_text().replace(
+        before.replace(
             "include-system-site-packages = false", "include-system-site-packages = true"
         )
     )
-    forwarder = start_installed(start_forwarder, programs)
-    carry_by(forwarder, "splice")
+    try:
+        forwarder = start_installed(start_forwarder, plain)
+        carry_by(forwarder, "splice")
+    finally:
+        settings.write_text(before)

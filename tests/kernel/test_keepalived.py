@@ -5,31 +5,20 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.fleet_of_two import Fleet, fleet_of_two
 from tests.helpers.keepalived import Keepalived, keepalived
 from tests.helpers.two_machines import BACK, FRONT
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.kernel.conftest import StartForwarder
+    from tests.helpers.fleet_of_two import Fleet
 
 MOVING = {*FRONT.values(), *BACK.values()}
 PAIRS = 12
-
-
-@pytest.fixture
-def fleet(
-    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Fleet]:
-    monkeypatch.setenv("PYFORWARDER_STATE_DIR", str(tmp_path / "state"))
-    with fleet_of_two(start_forwarder) as fleet:
-        yield fleet
 
 
 @pytest.fixture

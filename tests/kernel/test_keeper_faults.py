@@ -22,31 +22,27 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Reader
 from pyforwarder.datapath.splice import session_keeper
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import NO_SLOT, SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
-from pyforwarder.datapath.splice.keeper import Keeper, Splicing
-from pyforwarder.datapath.splice.maps import Found, SpliceMaps, used_indexes
+from pyforwarder.datapath.splice.keeper import Keeper
+from pyforwarder.datapath.splice.keeper_joining import Joining
+from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.pins import Found
+from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionRecord, SessionState
 from tests.helpers.peers import ends_with_reset, pattern
-from tests.helpers.stage import SLOTS, stage
+from tests.helpers.stage import SLOTS, stage_with_keeper
 from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.proof.rig import Rig
 
 NUMBER = 42
 INDEX = 3
-
-
-@pytest.fixture(scope="module")
-def maps(network: None) -> Iterator[KernelMaps]:
-    del network
-    with contextlib.closing(KernelMaps.load(workers=1, slots=SLOTS)) as maps:
-        yield maps
 
 
 class Own:
@@ -62,7 +58,11 @@ class Own:
         self.complaints_fd = complaints[0]
         self.end = end
         pulse, cookies = (mmap.mmap(-1, mmap.PAGESIZE) for _ in range(2))
-        self.keeper = Keeper(maps, [end], found, pulse, cookies, complaints[1])
+        self.renewals, renewals_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for sock in (self.renewals, renewals_end):
+            stack.callback(sock.close)
+            sock.setblocking(False)
+        self.keeper = Keeper(maps, [[end]], found, pulse, cookies, complaints[1], renewals_end)
         self.worker.settimeout(DEADLINE_S)
 
     def ask(self, do: str) -> None:
@@ -176,7 +176,7 @@ def test_what_a_worker_could_not_be_given_is_given_when_it_asks_again(
 @contextlib.contextmanager
 def failing(maps: KernelMaps, name: str, patch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """A stage whose keeper fails at the end of that step, the first time."""
-    usual = getattr(Keeper, name)
+    usual = getattr(Joining, name)
     calls = 0
 
     def fails(*words: Any, **named: Any) -> Any:
@@ -187,27 +187,21 @@ def failing(maps: KernelMaps, name: str, patch: pytest.MonkeyPatch) -> Iterator[
             raise OSError(1, "made up")
         return answer
 
-    with patch.context() as patched:
-        patched.setattr(Keeper, name, fails)
-        loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
-        splicing = Splicing(loaded, workers=1)  # its keeper is forked now
-    with contextlib.closing(splicing):
-        splicing.patient_client(0).ask("adopt")  # it has begun to serve
-        with stage("splice", maps, splicing) as rig:
-            yield rig
-            assert isinstance(rig.datapath, SpliceDatapath)
-            assert rig.datapath._keeper.finish(DEADLINE_S)
-            records = [
-                Splice.from_buffer_copy(rig.datapath._memory, index * SPLICE_BYTES)
-                for index in used_indexes(rig.datapath._memory)
-            ]
-            assert [one for one in records if one.id and one.state == SpliceState.ACTIVE] == []
+    with stage_with_keeper(maps, patch, Joining, name, fails) as rig:
+        yield rig
+        assert isinstance(rig.datapath, SpliceDatapath)
+        assert rig.datapath._keeper.finish(DEADLINE_S)
+        records = [
+            Splice.from_buffer_copy(rig.datapath._memory, index * SPLICE_BYTES)
+            for index in used_indexes(rig.datapath._memory)
+        ]
+        assert [one for one in records if one.id and one.state == SpliceState.ACTIVE] == []
 
 
 def test_a_pair_that_has_begun_goes_on_though_its_sockets_could_not_be_made_mute(
     maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with failing(maps, "_mute", monkeypatch) as rig:
+    with failing(maps, "mute", monkeypatch) as rig:
         client, pair, server = rig.connect()
         rig.copy(pair)
         client.sendall(b"first")
@@ -228,7 +222,7 @@ def test_a_pair_that_has_begun_and_of_which_the_keeper_says_that_it_failed_is_re
     maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its peers listen in silence: only its sockets can tell them."""
-    with failing(maps, "_join", monkeypatch) as rig:
+    with failing(maps, "join", monkeypatch) as rig:
         client, pair, server = rig.connect()
         rig.copy(pair)
         assert rig.datapath.join(pair) is PairReason.REFUSED_BY_KERNEL

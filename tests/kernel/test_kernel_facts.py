@@ -183,12 +183,15 @@ def fill_beyond(target: socket.socket, sender: socket.socket, wanted: int = 1 <<
     In pieces, so that the target's TCP fills up first.
     """
     sent = 0
-    before = queued_bytes(target)
-    while sent - (queued_bytes(target) - before) < wanted:
+    before = queued_bytes(target, has_connected=True)
+    while sent - (queued_bytes(target, has_connected=True) - before) < wanted:
         sender.sendall(bytes(1 << 15))
         sent += 1 << 15
         deadline_s = time.monotonic() + 0.005
-        while queued_bytes(target) - before < sent and time.monotonic() < deadline_s:
+        while (
+            queued_bytes(target, has_connected=True) - before < sent
+            and time.monotonic() < deadline_s
+        ):
             pass
     return sent
 
@@ -400,7 +403,7 @@ def test_nothing_slows_a_sender_whose_bytes_are_redirected(
     for _ in range(48):
         ends.client.sendall(bytes(1 << 20))
     wait_for_bytes(ends.a, 48 << 20)
-    assert (48 << 20) - queued_bytes(ends.b) > 32 << 20
+    assert (48 << 20) - queued_bytes(ends.b, has_connected=True) > 32 << 20
 
 
 @pytest.mark.parametrize("behind_a_backlog", [False, True])
@@ -454,7 +457,7 @@ def test_tcp_info_counts_every_byte_that_was_queued(redirector: Redirector, ends
     ends.client.sendall(bytes(100_003))
     assert len(read_exactly(ends.server, 100_010)) == 100_010
     assert redirector.seen()[1] == 100_003
-    assert queued_bytes(ends.b) == 100_010
+    assert queued_bytes(ends.b, has_connected=True) == 100_010
     assert received(ends.a).bytes_received == 100_003
 
 
@@ -465,7 +468,7 @@ def test_tcp_info_counts_what_the_peer_has_no_room_for(redirector: Redirector, e
     with contextlib.suppress(BlockingIOError):
         while True:
             taken += ends.b.send(bytes(1 << 16))
-    assert queued_bytes(ends.b) == taken
+    assert queued_bytes(ends.b, has_connected=True) == taken
 
 
 def test_tcp_info_counts_a_fin_as_a_byte_received(ends: Ends) -> None:

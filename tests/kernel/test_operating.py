@@ -435,3 +435,8 @@ def test_start_reload_and_stop_are_lines_and_steps_are_at_level_debug(
     assert said == ["accepting", "started", "reloaded", "stopped"]
     steps = [line.split()[3] for line in forwarder.output().splitlines() if pair in line]
     assert steps == ["routed", "connected", "flushed", "finished", "closed"]
+    # The line of the end of a pair that outlives its worker does not know what it was decided on.
+    (routed,) = [
+        line for line in forwarder.output().splitlines() if f" debug: routed{pair}" in line
+    ]
+    assert re.search(r" asked=127\.0\.0\.1:\d+ ", routed)

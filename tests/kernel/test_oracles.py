@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -100,16 +101,20 @@ def compare(
         AssertionError: where it goes through us depends on where its bytes are cut.
     """
     taken, differing = {}, {}
-    for name in names:
-        data = CLIENTS[name]
-        cuts = cuts_of(data)
-        mine = set(answers_at_every_split(ours, data, cuts).values())
-        assert len(mine) == 1, (name, mine)
-        (taken[name],) = mine
-        # sslh closes both ends when one is through: what the client still sends meets a reset.
-        others = set(answers_at_every_split(theirs, data, cuts, read_to_any_end).values()) - mine
-        if others:
-            differing[name] = others
+    with ThreadPoolExecutor(2) as both:  # what is undecided lasts as long through either
+        for name in names:
+            data = CLIENTS[name]
+            cuts = cuts_of(data)
+            # sslh closes both ends when one is through: what the client still sends meets a reset.
+            answers = [
+                both.submit(answers_at_every_split, ours, data, cuts),
+                both.submit(answers_at_every_split, theirs, data, cuts, read_to_any_end),
+            ]
+            mine, others = (set(each.result().values()) for each in answers)
+            assert len(mine) == 1, (name, mine)
+            (taken[name],) = mine
+            if others - mine:
+                differing[name] = others - mine
     return taken, differing
 
 

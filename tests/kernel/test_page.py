@@ -28,9 +28,10 @@ from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.status.gate import Gate
 from pyforwarder.status.history import History
-from pyforwarder.status.looking import Looker
+from pyforwarder.status.page_data import About
+from pyforwarder.status.sampling import Sampler
 from pyforwarder.status.server import Server
-from pyforwarder.status.site import About, PageSite, read_files
+from pyforwarder.status.site import PageSite, read_files
 from tests.helpers.browser import Browser, Page, browser
 from tests.helpers.first_packets import client_hello
 from tests.helpers.peers import (
@@ -250,7 +251,7 @@ ROW: Final = """[...document.querySelectorAll('#servers tbody tr')].findIndex(
 def test_health_is_shown_and_a_server_is_drained(chrome: Browser, shown: Shown) -> None:
     with opened(chrome, shown.url) as page:
         dead, good = f"127.0.0.1:{shown.dead}", f"127.0.0.1:{shown.named.address[1]}"
-        page.wait_for_text("#health", f"pool {dead} down: Connection refused")
+        page.wait_for_text("#health", f"pool {dead} down: TCP: Connection refused")
         state = "[...document.querySelectorAll('#servers tbody tr')].map(one => one.innerText)"
         page.wait(f"{state}.some(one => one.includes({json.dumps(dead)}) && /down/.test(one))")
         assert cells(page, "#servers", good)["State"] == "up"
@@ -823,7 +824,7 @@ class Crowd:
         site = PageSite(
             self.loop,
             About("crowd", "0.2.0", 0.0, 2, {"splice": "available"}, CONFIG, control=False),
-            Looker(memory.plan, memory.counters, memory.windows),
+            Sampler(memory.plan, memory.counters, memory.windows),
             History(memory.plan),
             Gate(),
             None,

@@ -23,18 +23,12 @@ from tests.helpers.peers import (
     read_exactly,
     read_to_end,
 )
+from tests.helpers.proxy_headers import DECLARED, DECLARED_CLIENT, DECLARED_SERVER
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
-
-CLIENT = Address("192.0.2.7", 4711)
-SERVICE = Address("198.51.100.9", 443)
-HEADERS = {
-    "v1": proxy_protocol.build_v1(CLIENT, SERVICE),
-    "v2": proxy_protocol.build_v2(CLIENT, SERVICE, [(proxy_protocol.TLV_NOOP, bytes(100))]),
-}
 
 
 def accepting(
@@ -62,7 +56,7 @@ def closed(forwarder: Daemon, reason: str) -> int:
     return found
 
 
-@pytest.mark.parametrize("version", HEADERS)
+@pytest.mark.parametrize("version", DECLARED)
 def test_the_header_says_who_the_client_is(version: str, start_forwarder: StartForwarder) -> None:
     with AnswerServer("known") as known, AnswerServer("other") as other:
         forwarder = start_forwarder(
@@ -72,21 +66,21 @@ def test_the_header_says_who_the_client_is(version: str, start_forwarder: StartF
             )
         )
         with dial(forwarder.address) as sock:
-            sock.sendall(HEADERS[version] + b"payload")
+            sock.sendall(DECLARED[version] + b"payload")
             row = forwarder.wait_for_pair(lambda row: row["state"] == "joined")
-            assert row["client"] == str(CLIENT)
+            assert row["client"] == str(DECLARED_CLIENT)
             assert row["server"] == address_text(known.address)
             sock.shutdown(socket.SHUT_WR)
             assert read_to_end(sock) == b"known got payload"
 
 
-@pytest.mark.parametrize("version", HEADERS)
+@pytest.mark.parametrize("version", DECLARED)
 def test_a_header_may_come_byte_by_byte(version: str, start_forwarder: StartForwarder) -> None:
     with AnswerServer("server") as server:
         forwarder = start_forwarder(accepting("{match: instruction, allow: [loopback]}"))
         with dial(forwarder.address) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for byte in HEADERS[version] + instruction(address_text(server.address)):
+            for byte in DECLARED[version] + instruction(address_text(server.address)):
                 sock.sendall(bytes([byte]))
             assert read_exactly(sock, len(ACK)) == ACK
             sock.sendall(b"payload")
@@ -101,7 +95,7 @@ def test_carried_bytes_are_those_behind_the_header(start_forwarder: StartForward
             accepting("{match: instruction, allow: [loopback], datapath: sockmap}")
         )
         with dial(forwarder.address) as sock:
-            sock.sendall(HEADERS["v2"] + instruction(address_text(server.address)) + payload[:999])
+            sock.sendall(DECLARED["v2"] + instruction(address_text(server.address)) + payload[:999])
             with server.accept() as served:
                 assert read_exactly(sock, len(ACK)) == ACK
                 sock.sendall(payload[999:])
@@ -127,7 +121,7 @@ def test_a_connection_without_a_header_is_reset(
 def test_half_a_header_and_an_end_is_a_reset(start_forwarder: StartForwarder) -> None:
     forwarder = start_forwarder(accepting("{match: any, reject: close}"))
     with dial(forwarder.address) as sock:
-        sock.sendall(HEADERS["v1"][:20])
+        sock.sendall(DECLARED["v1"][:20])
         sock.shutdown(socket.SHUT_WR)
         assert ends_with_reset(sock) == b""
     assert closed(forwarder, "malformed") == 1
@@ -144,7 +138,7 @@ def test_silence_instead_of_a_header_is_no_silence_of_a_client(
             assert ends_with_reset(sock) == b""
         assert closed(forwarder, "timeout") == 1
         with dial(forwarder.address) as sock:
-            sock.sendall(HEADERS["v1"])
+            sock.sendall(DECLARED["v1"])
             server.accept().close()
 
 
@@ -163,7 +157,7 @@ def test_nobody_but_the_trusted_is_believed(start_forwarder: StartForwarder) -> 
         with socket.create_connection(
             forwarder.address, timeout=scaled_s(10), source_address=("127.0.0.2", 0)
         ) as sock:
-            sock.sendall(HEADERS["v1"])
+            sock.sendall(DECLARED["v1"])
             server.accept().close()
 
 
@@ -189,19 +183,19 @@ def test_the_limit_per_client_counts_the_clients_behind_the_proxy(
             )
         )
         wanted = instruction(address_text(server.address))
-        others = proxy_protocol.build_v1(Address("192.0.2.8", 1), SERVICE)
+        others = proxy_protocol.build_v1(Address("192.0.2.8", 1), DECLARED_SERVER)
         with dial(forwarder.address) as first, dial(forwarder.address) as second:
-            first.sendall(HEADERS["v1"] + wanted)
+            first.sendall(DECLARED["v1"] + wanted)
             assert read_exactly(first, len(ACK)) == ACK
             second.sendall(others + wanted)
             assert read_exactly(second, len(ACK)) == ACK
             with dial(forwarder.address) as third:
-                third.sendall(HEADERS["v2"] + wanted)
+                third.sendall(DECLARED["v2"] + wanted)
                 assert read_to_end(third) == refusal("busy")
 
         def is_free_again() -> bool:
             with dial(forwarder.address) as sock:
-                sock.sendall(HEADERS["v1"] + wanted)
+                sock.sendall(DECLARED["v1"] + wanted)
                 return sock.recv(len(ACK)) == ACK
 
         wait_for(is_free_again, "the place of a client that has gone")
@@ -272,7 +266,7 @@ def test_a_chain_of_proxies_tells_of_the_first_client(
             accepting(f"{{match: any, to: '{address_text(server.address)}', send_proxy: {form}}}")
         )
         with dial(forwarder.address) as sock:
-            sock.sendall(HEADERS["v2"])
+            sock.sendall(DECLARED["v2"])
             with server.accept() as served:
                 header, _ = receive_header(served)
-                assert (header.source, header.destination) == (CLIENT, SERVICE)
+                assert (header.source, header.destination) == (DECLARED_CLIENT, DECLARED_SERVER)

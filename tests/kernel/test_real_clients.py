@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import programs
 from tests.helpers.daemon import COMMAND
 from tests.helpers.peers import NameServer, Server, address_text, unused_port
@@ -31,6 +33,7 @@ from tests.helpers.programs import (
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
 
@@ -42,6 +45,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tls(certificate: Path) -> ssl.SSLContext:
     return programs.server_context(certificate)
+
+
+@pytest.fixture(scope="module")
+def proxy_of(start_shared_forwarder: StartForwarder) -> Callable[[str], Daemon]:
+    """The daemon whose one rule lets clients of that protocol name a server of this host."""
+    return functools.cache(
+        lambda match: start_shared_forwarder(
+            config(f"{{match: {match}, allow: [loopback]}}"), instance=match.replace("_", "-")
+        )
+    )
 
 
 # TLS and HTTP: the same port, other servers.
@@ -106,10 +119,9 @@ def test_curl_gets_to_the_host_it_names(
 
 
 @pytest.mark.parametrize("scheme", ["socks4", "socks4a", "socks5", "socks5h"])
-def test_curl_through_socks(scheme: str, start_forwarder: StartForwarder) -> None:
+def test_curl_through_socks(scheme: str, proxy_of: Callable[[str], Daemon]) -> None:
     with WebServer("web") as web:
-        forwarder = start_forwarder(config("{match: socks, allow: ['127.0.0.0/8']}"))
-        proxy = ["-x", f"{scheme}://{at(forwarder)}"]
+        proxy = ["-x", f"{scheme}://{at(proxy_of('socks'))}"]
         # SOCKS 4 without `a` and 5 without `h` resolve the name themselves.
         assert curl(*proxy, "-4", f"http://localhost:{web.address[1]}/a") == "web: GET /a\n"
         assert curl(*proxy, f"http://{address_text(web.address)}/b") == "web: GET /b\n"
@@ -170,16 +182,20 @@ def test_curl_through_http_connect(
     ],
 )
 def test_nc_and_ncat_through_a_proxy(
-    match: str, command: str, start_forwarder: StartForwarder
+    match: str, command: str, proxy_of: Callable[[str], Daemon]
 ) -> None:
+    forwarder = proxy_of(match)
+    before = forwarder.look("stats")["closed"].get("denied", 0)
     with NameServer("named") as server:
-        forwarder = start_forwarder(config(f"{{match: {match}, allow: [loopback]}}"))
         host, port = server.address
         words = command.format(proxy=at(forwarder), to=f"{host} {port}")
         assert run(*words.split()) == "named"
         denied = command.format(proxy=at(forwarder), to="192.0.2.1 22")
         run(*denied.split(), fails_with=1)
-        assert forwarder.show("stats")["closed"]["denied"] == 1
+        wait_for(
+            lambda: forwarder.look("stats")["closed"].get("denied", 0) == before + 1,
+            "it is counted",
+        )
 
 
 @pytest.mark.parametrize("scheme", ["socks5", "http"])
@@ -245,10 +261,9 @@ def test_ssh_with_nc_or_ncat_as_its_proxy_command(
     command: str,
     sshd: tuple[str, int],
     tmp_path: Path,
-    start_forwarder: StartForwarder,
+    proxy_of: Callable[[str], Daemon],
 ) -> None:
-    forwarder = start_forwarder(config(f"{{match: {match}, allow: [loopback]}}"))
-    option = f"ProxyCommand={command.format(proxy=at(forwarder))}"
+    option = f"ProxyCommand={command.format(proxy=at(proxy_of(match)))}"
     assert ssh(tmp_path, "-o", option, port=sshd[1]) == "in\n"
 
 
@@ -352,7 +367,8 @@ class MailServer(Server):
 
 def test_curl_sends_a_mail_through_the_rule_for_silence(start_forwarder: StartForwarder) -> None:
     with MailServer("mail") as mail, WebServer("web") as web:
-        forwarder = start_forwarder(config(rule("http", web), rule("smtp", mail)))
+        rules = [rule("http", web), rule("smtp", mail)]
+        forwarder = start_forwarder(config(*rules, first_packet_s=scaled_s(2)))
         curl(
             f"smtp://{at(forwarder)}", "--mail-from", "a@a.example", "--mail-rcpt", "b@b.example",
             "-T", "-", stdin="hello\r\n"

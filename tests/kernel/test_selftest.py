@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,7 +14,6 @@ from pyforwarder.datapath.proof import selftest
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST, round_trips
 from pyforwarder.runtime import slowness
-from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.stage import keys_in, open_fds
 
 SLOTS = 64
@@ -97,11 +95,9 @@ def test_process_that_hangs_is_ended(maps: KernelMaps, monkeypatch: pytest.Monke
     only(monkeypatch, hang)
     monkeypatch.setattr(selftest, "TIMEOUT_S", 1.0)
     monkeypatch.setenv(slowness.VARIABLE, "1")
-    started_s = time.monotonic()
     proof = prove(maps)
     assert not proof.passed
     assert "did not end within 1 s; this host may be too slow" in proof.reason
-    assert time.monotonic() - started_s < scaled_s(10)
 
 
 def test_it_runs_without_privileges(maps: KernelMaps, monkeypatch: pytest.MonkeyPatch) -> None:

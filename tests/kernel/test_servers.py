@@ -71,7 +71,8 @@ def test_drained_server_keeps_its_pairs_and_gets_no_new_ones_through_reloads(
             lambda: len(forwarder.workers()) == 2 and worker not in forwarder.workers(), "a worker"
         )
         wait_for(lambda: states(forwarder)[names[0]] == "drained", "a worker that was told")
-        assert forwarder.command("server", f"web/{names[0]}", "ready").returncode == 0
+        done = forwarder.command("server", f"web/{names[0]}", "ready")
+        assert (done.returncode, done.stderr) == (0, f"web/{names[0]}: takes new pairs\n")
         assert states(forwarder)[names[0]] == "up"
         # A name that the configuration has lost is forgotten.
         assert forwarder.command("server", f"web/{names[1]}", "drain").returncode == 0
@@ -80,6 +81,13 @@ def test_drained_server_keeps_its_pairs_and_gets_no_new_ones_through_reloads(
         forwarder.reconfigure(config)
         assert forwarder.command("reload").returncode == 0
         assert states(forwarder) == dict.fromkeys(names, "up")
+        forwarder.reconfigure(
+            config.replace(f", {names[1]}", f", {{address: '{names[1]}', weight: 0}}")
+        )
+        assert forwarder.command("reload").returncode == 0
+        done = forwarder.command("server", f"web/{names[1]}", "ready")
+        said = f"web/{names[1]}: no new pairs: its weight is 0 in the configuration\n"
+        assert (done.returncode, done.stderr) == (0, said)
         wrong = forwarder.command("server", f"wep/{names[0]}", "drain")
         assert (wrong.returncode, wrong.stderr.count(f"did you mean 'web/{names[0]}'")) == (2, 1)
 

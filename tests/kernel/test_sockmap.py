@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import re
 import socket
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -16,8 +19,7 @@ from pyforwarder.datapath.base import Pair, PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair, loopback_pair
+from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair, loopback_pair
 from pyforwarder.datapath.proof.scenarios import (
     ALL,
     SLOW_LIMIT_BYTES,
@@ -26,10 +28,15 @@ from pyforwarder.datapath.proof.scenarios import (
     push_until_blocked,
     send_rest,
 )
-from pyforwarder.datapath.sockmap import SO_COOKIE, Half, SockmapDatapath
-from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_bytes, received
-from tests.helpers.stage import SLOTS, keys_in, stage
+from pyforwarder.datapath.sockmap import SO_COOKIE, Half
+from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_for, received
+from tests.helpers.netns import private_network
+from tests.helpers.peers import ends_with_reset
+from tests.helpers.stage import SLOTS, keys_in, sockmap_of, stage
 from tests.helpers.waiting import wait_for
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.kernel import KernelMaps
 
 SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python has no name for it
 # One packet more than the limit may be on its way when the fuse trips; loopback's are up to 64 KiB
@@ -37,23 +44,10 @@ SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python has no name for it
 LARGEST_PACKET_BYTES: Final = 1 << 17
 
 
-@pytest.fixture(scope="module")
-def maps(network: None) -> Iterator[KernelMaps]:
-    del network
-    loaded = KernelMaps.load(workers=1, slots=SLOTS)
-    yield loaded
-    loaded.close()
-
-
 @pytest.fixture
 def rig(maps: KernelMaps) -> Iterator[Rig]:
     with stage("sockmap", maps) as rig:
         yield rig
-
-
-def sockmap_of(rig: Rig) -> SockmapDatapath:
-    assert isinstance(rig.datapath, SockmapDatapath)
-    return rig.datapath
 
 
 def word(rig: Rig, pair: RigPair, place: list[int], direction: Direction) -> int:
@@ -242,6 +236,40 @@ def test_packet_beyond_the_limit_goes_through_userspace(rig: Rig, limit: int, si
     assert len(reader.data) == sent
 
 
+@pytest.mark.parametrize("limit_bytes", [20_000, 4 << 20])
+def test_counts_are_exact_where_the_hosts_own_queue_drops_packets(
+    rig: Rig, limit_bytes: int
+) -> None:
+    # As a full tbf or htb does. What was dropped so counts as sent, and again when it is sent
+    # (tcp_write_xmit): a count of sent bytes is too high from then on, and a pair whose bytes do
+    # not add up never ends, or ends before they are delivered.
+    with private_network() as network:
+        network.run("ip", "link", "set", "lo", "mtu", "1500")
+        # fmt: off
+        network.run("tc", "qdisc", "add", "dev", "lo", "root",
+                    "tbf", "rate", "100mbit", "burst", "3000", "limit", "20000")
+        # fmt: on
+        client, pair, server = rig.connect()
+        sockmap_of(rig).limit_bytes = limit_bytes
+        rig.join(pair)
+        data = bytes_of(2_000_000, 7)
+        reader = Reader("server", server)
+        writer = Peer("client", lambda: client.sendall(data))
+        rig.run_until(lambda: not writer.is_alive(), "last of the client's bytes")
+        rig.run_until(lambda: len(reader.data) == len(data), "last of the server's bytes")
+        carried, _, backlog = sockmap_of(rig).carried(pair, pair.up)
+        client.shutdown(socket.SHUT_WR)
+        server.shutdown(socket.SHUT_WR)
+        rig.finish(pair, reader, writer)
+        assert pair.server is not None
+        dropped = re.search(r"dropped (\d+)", network.run("tc", "-s", "qdisc", "show", "dev", "lo"))
+    assert dropped is not None
+    assert int(dropped[1]) > 0
+    assert (carried, backlog) == (len(data), 0)
+    assert bytes(reader.data) == data
+    assert pair.reason is None
+
+
 def test_passed_bytes_wait_for_the_redirected_ones_before_them(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +278,7 @@ def test_passed_bytes_wait_for_the_redirected_ones_before_them(
     client.sendall(b"redirected, ")
     assert server.recv(100) == b"redirected, "
     # As if the kernel's worker had not run yet.
-    monkeypatch.setattr(sockmap_module, "queued_bytes", lambda sock: queued_bytes(sock) - 1)
+    monkeypatch.setattr(sockmap_module, "queued_for", lambda *one: queued_for(*one) - 1)
     rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[Direction.UP]] = 0
     client.sendall(b"passed")
     rig.run_until(lambda: word(rig, pair, table.PASSED, Direction.UP) == 6, "passed bytes")
@@ -544,6 +572,20 @@ def test_pair_whose_bytes_the_program_had_to_drop_is_reset(rig: Rig) -> None:
 
 
 # Wakeups
+
+
+def test_sockets_that_another_process_has_leave_the_sockhash(rig: Rig, maps: KernelMaps) -> None:
+    """Closing ours would not take them out."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    pair.is_shared = True
+    with contextlib.ExitStack() as stack:
+        for fd in (pair.client_fd, pair.server_fd):
+            stack.callback(os.close, os.dup(fd))
+        rig.broken(pair, CloseReason.FLUSHED)
+        assert keys_in(maps.of[0].sockets_fd) == 0
+        rig.loop.run_once(0)  # which closes them
+    assert ends_with_reset(client) == ends_with_reset(server) == b""
 
 
 def test_wakeup_of_a_pair_that_has_ended_wakes_nobody(

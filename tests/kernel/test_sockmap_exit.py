@@ -15,28 +15,19 @@ from pyforwarder.core.connection import Phase
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath import sockmap_exit
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair
 from pyforwarder.datapath.proof.scenarios import bytes_of, flood_bytes, push_until_blocked
-from pyforwarder.datapath.sockmap import SockmapDatapath
 from pyforwarder.datapath.sockmap_exit import ExitError, _LostError
 from pyforwarder.datapath.tcp_info import TCP_CLOSE, TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.stage import SLOTS, keys_in, stage
+from tests.helpers.stage import keys_in, sockmap_of, stage
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair
+    from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.sockmap import Half
     from pyforwarder.datapath.sockmap_exit import SockmapExit
-
-
-@pytest.fixture(scope="module")
-def maps(network: None) -> Iterator[KernelMaps]:
-    del network
-    loaded = KernelMaps.load(workers=1, slots=SLOTS)
-    yield loaded
-    loaded.close()
 
 
 @pytest.fixture
@@ -50,11 +41,6 @@ def leaving(rig: Rig) -> Iterator[SockmapExit]:
     found = sockmap_of(rig).exit()
     yield found
     found.close()
-
-
-def sockmap_of(rig: Rig) -> SockmapDatapath:
-    assert isinstance(rig.datapath, SockmapDatapath)
-    return rig.datapath
 
 
 def take_out(rig: Rig, leaving: SockmapExit, pair: RigPair) -> None:
@@ -299,10 +285,8 @@ def test_count_that_does_not_fit_resets_the_pair(
             sock.recv(1)
 
 
-def test_count_is_compared_after_both_ends_have_closed(
-    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In TCP_CLOSE too, where the second FIN of a socket leads (tcp_fin)."""
+def closed_by_both(rig: Rig) -> tuple[socket.socket, RigPair]:
+    """A pair in TCP_CLOSE, where the second FIN of a socket leads; b"the rest" is still inside."""
     client, pair, server = rig.connect()
     rig.join(pair)
     client.shutdown(socket.SHUT_WR)
@@ -312,6 +296,14 @@ def test_count_is_compared_after_both_ends_have_closed(
     sock = pair.server
     assert sock is not None
     wait_for(lambda: received(sock).state == TCP_CLOSE, "both FINs")
+    return client, pair
+
+
+def test_count_is_compared_after_both_ends_have_closed(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In TCP_CLOSE too, where the second FIN of a socket leads (tcp_fin)."""
+    _client, pair = closed_by_both(rig)
     count: Callable[..., int] = sockmap_exit._unread_bytes
     monkeypatch.setattr(sockmap_exit, "_unread_bytes", lambda sock: count(sock) + 1)
     # Its events are not looked at: it leaves before its end is known.
@@ -321,15 +313,7 @@ def test_count_is_compared_after_both_ends_have_closed(
 
 
 def test_pair_leaves_after_both_ends_have_closed(rig: Rig, leaving: SockmapExit) -> None:
-    client, pair, server = rig.connect()
-    rig.join(pair)
-    client.shutdown(socket.SHUT_WR)
-    rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "half a close")
-    server.sendall(b"the rest")
-    server.shutdown(socket.SHUT_WR)
-    sock = pair.server
-    assert sock is not None
-    wait_for(lambda: received(sock).state == TCP_CLOSE, "both FINs")
+    client, pair = closed_by_both(rig)
     wait_for(lambda: leaving.take_out(pair) or pair.ended, "exit")
     assert not pair.ended
     rig.copying.take_back(pair)

@@ -29,8 +29,8 @@ from pyforwarder.datapath.proof.scenarios import (
     server_closes_first,
 )
 from pyforwarder.datapath.splice import abi as splice_abi
-from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import daemon as daemons
 from tests.helpers import mirrors
@@ -57,6 +57,7 @@ STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "splice_key": splice_abi.SpliceKey,
     "splice_flow": splice_abi.SpliceFlow,
     "splice_handshake": splice_abi.SpliceHandshake,
+    "splice_handshakes": splice_abi.SpliceHandshakes,
     "splice_direction": splice_abi.SpliceDirection,
     "splice": splice_abi.Splice,
     "splice_event": splice_abi.SpliceEvent,

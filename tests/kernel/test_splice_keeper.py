@@ -19,17 +19,17 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair
-from pyforwarder.datapath.splice import keeper as splice_keeper
 from pyforwarder.datapath.splice import keeper_client
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
-from pyforwarder.datapath.splice.keeper import Splicing
+from pyforwarder.datapath.splice.keeper_joining import Joining
 from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.keepers import keeper_of, stopped
 from tests.helpers.peers import pattern
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
-from tests.helpers.stage import SLOTS, stage
+from tests.helpers.stage import SLOTS, stage_with_keeper
 from tests.helpers.survival import comes_to_be_spliced, rows
 from tests.helpers.topology import topology
 from tests.helpers.waiting import DEADLINE_S, stays, wait_for
@@ -163,13 +163,6 @@ def test_a_worker_that_reads_no_answers_keeps_no_other_waiting(network: None) ->
         assert splicing.client(1).ask("adopt").keys() == {"n"}
 
 
-@pytest.fixture(scope="module")
-def maps(network: None) -> Iterator[KernelMaps]:
-    del network
-    with contextlib.closing(KernelMaps.load(workers=1, slots=SLOTS)) as maps:
-        yield maps
-
-
 @contextlib.contextmanager
 def hanging(maps: KernelMaps, where: object, name: str, patch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """A stage whose keeper hangs in that function for longer than a worker waits."""
@@ -181,16 +174,10 @@ def hanging(maps: KernelMaps, where: object, name: str, patch: pytest.MonkeyPatc
 
     patch.setattr(keeper_client, "_READ_TIMEOUT_S", HANGS_S)
     patch.setattr(keeper_client, "_BEGIN_TIMEOUT_S", HANGS_S)
-    with patch.context() as patched:
-        patched.setattr(where, name, hangs)
-        loaded = SpliceMaps.load(workers=1, slots=SLOTS, pairs_fd=maps.pairs_fd)
-        splicing = Splicing(loaded, workers=1)  # its keeper is forked now
-    with contextlib.closing(splicing):
-        splicing.patient_client(0).ask("adopt")  # it has begun to serve
-        with stage("splice", maps, splicing) as rig:
-            yield rig
-            assert isinstance(rig.datapath, SpliceDatapath)
-            assert rig.datapath._keeper.finish(DEADLINE_S)  # it goes on
+    with stage_with_keeper(maps, patch, where, name, hangs) as rig:
+        yield rig
+        assert isinstance(rig.datapath, SpliceDatapath)
+        assert rig.datapath._keeper.finish(DEADLINE_S)  # it goes on
 
 
 def go_through(rig: Rig, pair: RigPair, client: socket.socket, server: socket.socket) -> None:
@@ -225,7 +212,7 @@ def test_a_pair_that_has_begun_goes_on_though_its_keeper_hangs(
     maps: KernelMaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs right behind that, and does not say so in time."""
-    with hanging(maps, splice_keeper.Keeper, "_mute", monkeypatch) as rig:
+    with hanging(maps, Joining, "mute", monkeypatch) as rig:
         client, pair, server = rig.connect()
         rig.copy(pair)
         client.sendall(b"while it hangs")  # unread, as the pair begins

@@ -43,7 +43,7 @@ def test_a_session_is_spliced_in_the_middle_of_its_talk(
             for number in numbers:
                 assert talk.server.recv(1 << 16) == numbered(number, 200)
                 assert talk.client.recv(1 << 16) == numbered(number, 300)
-        site.wait_until_spliced(talk)
+        site.wait_until_spliced(talk, local=client_local + server_local)
         row = site.row(talk.client)
         assert row is not None
         assert row["reason"] == "the best this host and this pair allow"

@@ -11,7 +11,14 @@ import pytest
 
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
-from tests.helpers.sessions import SessionSite, Talk, config, datagram_socket, numbered
+from tests.helpers.sessions import (
+    SessionSite,
+    Talk,
+    config,
+    datagram_socket,
+    numbered,
+    send_with_options,
+)
 from tests.helpers.survival import everyone
 from tests.helpers.waiting import wait_for
 
@@ -86,12 +93,13 @@ def test_sessions_outlive_the_daemon_and_the_next_one_goes_on_with_them(start: A
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_without_a_socket_nobody_is_told_that_nobody_listens(start: Any, version: int) -> None:
-    """A datagram in fragments is lost meanwhile; a refusal would end the session at its sender."""
+    """What only they take is lost meanwhile; a refusal would end the session at its sender."""
     site = start()
     with site.spliced(site.topology.way(), version) as talk:
         kill(site)
         for sender, receiver in ((talk.client, talk.server), (talk.server, talk.client)):
-            sender.send(pattern(4000))
+            sender.send(pattern(4000))  # in fragments
+            send_with_options(sender, b"lost")
             # Whatever is said of it comes first.
             sender.send(b"and this")
             assert receiver.recv(1 << 16) == b"and this"

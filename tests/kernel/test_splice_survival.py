@@ -56,7 +56,7 @@ def start(hosts: Topology, start_forwarder: StartForwarder) -> Any:
 def test_pairs_outlive_the_daemon_and_the_next_one_goes_on_with_them(
     start: Any, transfers: Transfers
 ) -> None:
-    """Some end while there is none; the others it shows, counts, and lets go of when they end."""
+    """Some end while there is none; the others it shows, counts, and releases when they end."""
     site: Site = start()
     with held(transfers, site, 17) as groups:
         before = {row["client"]: row for row in rows(site)}

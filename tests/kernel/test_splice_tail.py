@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -20,16 +20,18 @@ import pytest
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, VERSION, Splice, SpliceState
-from pyforwarder.datapath.splice.maps import used_indexes
+from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.pidfd import fetch_descriptors
 from tests.helpers.faults import Action
+from tests.helpers.foreign import MOST as MOST_MARKED
 from tests.helpers.forged import RST, Forger, Segment
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import (
     Waiting,
     address_text,
     dial,
+    dial_through,
     ends_with_reset,
     pattern,
     push_until_blocked,
@@ -44,7 +46,9 @@ from tests.helpers.topology import topology
 from tests.helpers.waiting import stays, wait_for
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.attach.base import Side
     from tests.helpers.faults import Faults
+    from tests.helpers.foreign import Foreign
     from tests.helpers.topology import Topology, Way
     from tests.kernel.conftest import StartForwarder
 
@@ -106,6 +110,12 @@ def open_tails(site: Site, pair_id: int) -> int:
     """In how many directions our sockets have still to send, or to hear that it has come."""
     record = record_of(site, pair_id)
     return sum(1 for way in record.way if way.tail_open) if record else 0
+
+
+def left_to_send(site: Site) -> list[int]:
+    """Of each of the forwarder's connected sockets: bytes that nobody has acknowledged to it."""
+    listed = site.topology.forwarder.run("ss", "-tnH", "state", "established")
+    return [int(line.split()[1]) for line in listed.splitlines()]
 
 
 def window_there(sock: socket.socket) -> int:
@@ -189,6 +199,8 @@ def test_what_waits_in_our_sockets_arrives(site: Site, name: str, version: int) 
                 done.result()
         exchange(pair.client, pair.server)
         assert open_tails(site, pair.id) == 0
+        # They would send it again and again, until they give up, and their ports are free.
+        wait_for(lambda: not any(left_to_send(site)), "our sockets have heard that it has come")
         pair.client.shutdown(socket.SHUT_WR)
         assert pair.server.recv(1) == b""
         pair.server.shutdown(socket.SHUT_WR)
@@ -232,6 +244,44 @@ def test_on_a_bad_network(site: Site, bad_network: Faults, name: str) -> None:
             for done in sending:
                 done.result()
             assert bad_network.counts()["lost"] > 10
+
+
+@pytest.mark.parametrize("mark", [0, 7])
+@pytest.mark.parametrize(
+    ("interface", "side"), [("lo", "out"), ("lo", "in"), ("f0", "in")], ids=str
+)
+def test_our_socket_hears_of_the_tail_whatever_marks_packets_have(
+    site: Site,
+    somebody: Foreign,
+    bad_network: Faults,
+    interface: str,
+    side: Side,
+    mark: int,
+) -> None:
+    """Packets are lost, so that the ends acknowledge selectively: that is always copied."""
+    hosts = site.topology
+    is_local = interface == "lo"
+    way = hosts.way(client_local=is_local, server_local=is_local)
+    with stalled(site, way, 4) as pair:
+        bad_network.set(seed=1, lose=0.05)
+        more = pattern(500_017)
+        with (
+            bad_network.put_on(*way.doors),
+            somebody.at((hosts.forwarder, interface, side), mark=mark),
+            ThreadPoolExecutor(4) as pool,
+        ):
+            reading = [
+                pool.submit(read_exactly, end, len(pair.rest_of(end)) + len(more))
+                for end in (pair.client, pair.server)
+            ]
+            sending = [pool.submit(end.sendall, more) for end in (pair.client, pair.server)]
+            for end, got in zip((pair.client, pair.server), reading, strict=True):
+                assert got.result() == pair.rest_of(end) + more
+            for done in sending:
+                done.result()
+            wait_for(lambda: not any(left_to_send(site)), "our sockets have heard of all")
+            assert 0 < somebody.marked < MOST_MARKED
+        exchange(pair.client, pair.server)
 
 
 def test_the_ends_may_close_while_it_waits(site: Site) -> None:
@@ -319,12 +369,6 @@ def test_an_acknowledgement_that_came_as_the_pair_began_is_not_waited_for(
             exchange(client, server)
 
 
-def left_to_send(site: Site) -> list[int]:
-    """Of each of the forwarder's connected sockets: bytes that nobody has acknowledged to it."""
-    listed = site.topology.forwarder.run("ss", "-tnH", "state", "established")
-    return [int(line.split()[1]) for line in listed.splitlines()]
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_lost_copy_of_the_tail_s_last_acknowledgement(
     start_forwarder: StartForwarder, bad_network: Faults, version: int
@@ -352,6 +396,36 @@ def test_a_lost_copy_of_the_tail_s_last_acknowledgement(
             own.forwarder.control().upstreams()
             own.forwarder.kill()
             exchange(client, server)
+
+
+@pytest.mark.parametrize("name", ["loopback", "own-address"])
+def test_on_lo_our_socket_hears_that_the_first_bytes_have_come(
+    start_forwarder: StartForwarder, name: str
+) -> None:
+    """Nothing but its handshake has come to it before; such a socket remembers no route."""
+    with topology() as hosts:
+        with hosts.forwarder.entered():
+            own = Site(hosts, start_forwarder(config(datapath="splice")))
+        way = hosts.way(client_local=True, server_local=True)
+        if name == "own-address":  # of an interface of the host, and by `lo` all the same
+            address = hosts.way().listener
+            way = replace(way, listener=address, destination=address)
+        for version in VERSIONS:
+            with hosts.forwarder.entered(), contextlib.ExitStack() as stack:
+                waiting = stack.enter_context(Waiting(way.destination[version]))
+                pairs = []
+                for _ in range(10):  # of some it has come before they begin
+                    client = stack.enter_context(
+                        dial_through(own.via(way, version), waiting.address)
+                    )
+                    client.sendall(pattern(1000))
+                    pairs.append((client, stack.enter_context(waiting.accept())))
+                for client, server in pairs:
+                    assert read_exactly(server, 1000) == pattern(1000)
+                    own.wait_until_spliced(client)
+                wait_for(lambda: not any(left_to_send(own)), "all has been acknowledged")
+                for client, server in pairs:
+                    exchange(client, server)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -432,7 +506,7 @@ def test_who_will_be_spliced_is_promised_no_more(
 ) -> None:
     """What is under way to us at that moment may find no room at the other end.
 
-    A pair that cannot be spliced, because one connection alone has timestamps, is let go again.
+    A pair that cannot be spliced, because one connection alone has timestamps, is released again.
     """
     late = "handover: {after_bytes: 256KiB, after_round_trips: 1000000, after: 1h}"
     with topology() as hosts:

@@ -30,19 +30,19 @@ from tests.helpers.forged import (
     next_of,
     timestamp,
 )
-from tests.helpers.netns import Network
-from tests.helpers.peers import ends_with_reset, read_exactly
+from tests.helpers.instruction import ACK as ANSWER
+from tests.helpers.instruction import instruction
+from tests.helpers.peers import Waiting, address_text, dial, ends_with_reset, read_exactly
 from tests.helpers.spliced import DATAPATH, Site, config, exchange
-from tests.helpers.topology import lay_wire
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.netns import Network
     from tests.helpers.topology import Topology
     from tests.kernel.conftest import StartForwarder
 
 VERSIONS: Final = (4, 6)
 ENDS: Final = ("client", "server")
-NET: Final = 8  # of the third host's wire
 ONLY_SPLICE: Final = pytest.mark.skipif(DATAPATH != "splice", reason="is about splice's counters")
 
 Forge = Callable[[socket.socket], Segment]
@@ -86,16 +86,6 @@ FORGED: Final[dict[str, tuple[str, Forge]]] = {
         lambda s: next_of(s, options=timestamp(clock_of(s) - (1 << 30)), flags=ACK | FIN),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def third(hosts: Topology) -> Iterator[Network]:
-    """A host with a wire of its own to the forwarder's, which refuses what comes by a wrong one."""
-    with contextlib.closing(Network()) as network:
-        lay_wire(network, "x0", hosts.forwarder, "f2", mtu=1500, net=NET)
-        for name in ("all", "f0", "f1", "f2"):
-            hosts.forwarder.set(**{f"ipv4__conf__{name}__rp_filter": 1})
-        yield network
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +181,28 @@ def test_nothing_by_another_interface(
         site.forwarder.control().flush([pair_id])
         assert ends_with_reset(client) == b""
         assert ends_with_reset(server) == b""
+
+
+@ONLY_SPLICE
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("by", ["stranger", "neighbour"])
+def test_a_syn_in_a_client_s_name_does_not_keep_a_pair_from_being_spliced(
+    site: Site, stranger: Forger, neighbours: dict[str, Forger], version: int, by: str
+) -> None:
+    """Between its handshake and its begin."""
+    way = site.topology.way()
+    with contextlib.ExitStack() as stack:
+        with way.server.entered():
+            waiting = stack.enter_context(Waiting(way.destination[version]))
+        with way.client.entered():
+            client = stack.enter_context(dial(site.via(way, version)))
+            forged = [next_of(client, flags=SYN, seq=off) for off in (1 << 20, 1 << 30)]
+        (stranger if by == "stranger" else neighbours["client"]).send(*forged)
+        client.sendall(instruction(address_text(waiting.address)))
+        server = stack.enter_context(waiting.accept())
+        assert read_exactly(client, len(ANSWER)) == ANSWER
+        exchange(client, server)
+        site.wait_until_spliced(client)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

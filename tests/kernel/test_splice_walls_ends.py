@@ -127,7 +127,7 @@ def test_a_peer_that_has_not_acknowledged_yet_is_reset_as_well(site: Site, versi
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_client_that_starts_anew_gets_rid_of_its_pair(site: Site, version: int) -> None:
     """It has forgotten the connection, and says so when it is challenged."""
-    with site.spliced(site.topology.way(), version) as (client, server, pair_id):
+    with site.spliced(site.topology.way(), version, alone=True) as (client, server, pair_id):
         here, there = client.getsockname(), client.getpeername()
         client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         client.close()

@@ -38,7 +38,7 @@ from tests.helpers.taken_over import (
     sequenced,
     sockets_of,
 )
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from psutil import Process
@@ -176,21 +176,21 @@ def test_a_flood_of_malformed_messages_costs_its_sender_alone(two: Two) -> None:
 def test_a_flood_of_permitted_messages_leaves_the_supervisor_its_time(two: Two) -> None:
     def flood(fds: Fds) -> int:
         sent = 0
+        keeper = os.fstat(keeper_channel(fds).fileno()).st_ino
         deadline_s = time.monotonic() + 2
         with sockets_of(fds) as connected:
             ask = json.dumps({"ask": "enlarge", "number": 1}).encode()
-            for sock in sequenced(fds)[:2]:
-                sock.setblocking(False)
+            (channel,) = (
+                sock for sock in sequenced(fds) if os.fstat(sock.fileno()).st_ino != keeper
+            )
+            channel.setblocking(False)
             while time.monotonic() < deadline_s:
-                for sock in sequenced(fds):
-                    with contextlib.suppress(OSError):
-                        socket.send_fds(sock, [ask], [connected[0].fileno()])
-                        sent += 1
-                    sock.close()
+                with contextlib.suppress(OSError):
+                    socket.send_fds(channel, [ask], [connected[0].fileno()])
+                    sent += 1
         return sent
 
-    assert as_worker(two.taken, flood) > 100
-    # It went on after the worker's end, and was taken for its successor's.
+    assert as_worker(two.taken, flood, two.daemon) > 100
     two.wait_until_left_alone()
     two.nobody_noticed()
 
@@ -201,8 +201,8 @@ def ask_keeper(sock: socket.socket, request: dict[str, Any], given: list[int]) -
     words = {"n": 99, "until": time.monotonic() + 60, **request}
     socket.send_fds(sock, [json.dumps(words).encode()], given)
     with contextlib.suppress(OSError):
-        while True:
-            answer = json.loads(sock.recv(65536))
+        while data := sock.recv(65536):
+            answer = json.loads(data)
             if answer["n"] == 99:
                 assert isinstance(answer, dict)
                 return answer
@@ -238,6 +238,33 @@ def test_the_keeper_mutes_no_socket_but_those_that_were_joined(two: Two, do: str
     said = as_worker(two.taken, ask, two.daemon)
     assert set(said) == {0, "none", "ValueError('not yours')"}
     two.wait_until_replaced()
+    two.nobody_noticed()
+
+
+def test_the_channel_to_the_keeper_ends_with_its_worker(two: Two) -> None:
+    """Who has got it from a worker does not hear what its successor is told, and asks nothing."""
+
+    def act(fds: Fds) -> list[object]:
+        keeper = keeper_channel(fds)
+        keeper.send(b"{")
+        keeper.settimeout(DEADLINE_S)
+        until_s = time.monotonic() + DEADLINE_S
+        heard = 0
+        while time.monotonic() < until_s:
+            data = keeper.recv(65536)
+            if not data:
+                with contextlib.suppress(BrokenPipeError):
+                    keeper.send(b"{}")
+                    heard = -1
+                return ["ended", heard]
+            heard += json.loads(data)["n"] != 0  # that one is the mark
+        return ["goes on", heard]
+
+    taken = two.taken.pid
+    assert as_worker(two.taken, act, two.daemon) == ["ended", 0]
+    two.wait_until_replaced()
+    two.daemon.wait_for_line("adopted .*pairs=")
+    two.exchange(two.pairs[taken])
     two.nobody_noticed()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pyforwarder import client
 from pyforwarder.core import token
 from pyforwarder.core.address import Address
 from tests.helpers.instruction import ACK, refusal
@@ -198,6 +199,22 @@ def test_http_connect_asks_users_for_their_password(
             header = f"Proxy-Authorization: Basic {said}\r\n"
             given = answer(forwarder.address, request.format(header).encode())
             assert given.startswith(b"HTTP/1.1 " + status)
+
+
+def test_clients_that_sign_for_one_destination_in_one_second_are_all_served(
+    start_forwarder: StartForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AnswerServer("server") as server:
+        forwarder = start_forwarder(config(tmp_path, single_use=True))
+        now_ns = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda: now_ns)
+        for _ in range(4):
+            connection = client.connect(
+                address_text(server.address),
+                via=address_text(forwarder.address),
+                key=("ops", KEY),
+            )
+            connection.close()
 
 
 def test_a_token_that_names_a_gateway_is_used_up_at_that_one_only(

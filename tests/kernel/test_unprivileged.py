@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.splice.keeper import pins_of
-from pyforwarder.datapath.splice.maps import _pins_in, has_pins, unpin
+from pyforwarder.datapath.splice.pins import has_pins, pins_in, pins_of, unpin
 from pyforwarder.supervisor import bpffs
 from pyforwarder.supervisor.views import remove_stale
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.helpers.daemon import Place
 
 
@@ -52,9 +50,9 @@ def pinned(place: Place) -> Path:
 def test_pins_of_root_are_seen_by_root_alone(place: Place) -> None:
     instance = pinned(place)
     assert has_pins(pins_of(instance))
-    assert [path.name for path in _pins_in(pins_of(instance))] == ["flows_1"]
+    assert [path.name for path in pins_in(pins_of(instance))] == ["flows_1"]
     assert as_nobody(lambda: has_pins(pins_of(instance))) == 0
-    assert as_nobody(lambda: _pins_in(pins_of(instance))) == 0
+    assert as_nobody(lambda: pins_in(pins_of(instance))) == 0
 
 
 def test_user_who_cleans_up_changes_nothing_there(place: Place) -> None:
@@ -67,4 +65,4 @@ def test_user_who_cleans_up_changes_nothing_there(place: Place) -> None:
         return bool(found.ours or found.foreign)
 
     assert as_nobody(clean_up) == 0
-    assert [path.name for path in _pins_in(pins_of(instance))] == ["flows_1"]
+    assert [path.name for path in pins_in(pins_of(instance))] == ["flows_1"]

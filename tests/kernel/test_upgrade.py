@@ -18,29 +18,33 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 import pytest
 
-from pyforwarder.client import ControlClient
 from pyforwarder.core import token
 from pyforwarder.core.address import Address
 from pyforwarder.errors import ControlError
-from pyforwarder.runtime.instance import Instance
+from pyforwarder.runtime.pidfd import fetch_descriptors
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.succession import NoAnswerError, Predecessor, find
+from pyforwarder.supervisor.predecessor import NoAnswerError
 from pyforwarder.worker.used_tokens import SHARES
 from tests.helpers.daemon import COMMAND, START_DEADLINE_S
+from tests.helpers.first_packets import client_hello
 from tests.helpers.instruction import ACK, refusal
+from tests.helpers.lineage import Lineage, echoes, lineages
 from tests.helpers.peers import (
     AnswerServer,
+    Waiting,
     address_text,
     dial,
+    ends_with_reset,
     read_exactly,
     read_to_end,
+    reset,
     unused_port,
 )
+from tests.helpers.spliced import SPLICED_WITHIN_S
 from tests.helpers.steady import steady_traffic
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.helpers.daemon import Daemon
     from tests.helpers.steady import Seen
     from tests.kernel.conftest import StartForwarder
 
@@ -70,67 +74,10 @@ timeouts: {drain: 60s}
 """
 
 
-class Lineage:
-    """A daemon, and those that come after it; all have ended after `end`."""
-
-    def __init__(self, first: Daemon) -> None:
-        self.first = first
-        self.place = first.place
-        self.instance = Instance.named(first.instance, first.place.environ())
-        self.first_ends_with = 0
-
-    @property
-    def pid(self) -> int:
-        """Of the one that serves now."""
-        return int(self.instance.pid_file.read_text())
-
-    def upgrade(self, *words: str) -> None:
-        """Another takes its place."""
-        before = self.pid
-        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S)
-        assert done.returncode == 0, done.stderr
-        assert self.pid != before
-
-    def fail_to_upgrade(self, *words: str) -> str:
-        """Another does not take its place; why not."""
-        before = self.pid
-        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S)
-        assert done.returncode != 0
-        assert self.pid == before
-        return done.stderr
-
-    def shown(self) -> Counter[str]:
-        """How many pairs are joined, by datapath."""
-        return Counter(row["datapath"] for row in self.first.pairs() if row["state"] == "joined")
-
-    @contextlib.contextmanager
-    def offered(self) -> Iterator[Predecessor]:
-        """As a successor that is this process, and ends after this block."""
-        control = ControlClient(self.instance)
-        successor = find(lambda fd: control.request("succeed", fds_sent=[fd]))
-        try:
-            yield successor
-        finally:
-            successor.discard()
-
-    def end(self) -> None:
-        """`down --now`: nothing is left of any of them."""
-        done = self.first.command("down", "--now")
-        assert done.returncode == 0, done.stderr
-        wait_for(lambda: not self.place.processes(), "all have ended")
-        assert self.first.wait() == self.first_ends_with
-
-
 @pytest.fixture
 def begin(start_forwarder: StartForwarder) -> Iterator[Any]:
     """Start the first of a lineage."""
-    with contextlib.ExitStack() as stack:
-
-        def start(config: str) -> Lineage:
-            lineage = Lineage(start_forwarder(config))
-            stack.callback(lineage.end)
-            return lineage
-
+    with lineages(start_forwarder) as start:
         yield start
 
 
@@ -140,13 +87,6 @@ def configured(tcp_port: int, udp_port: int) -> str:
 
 def no_fault(seen: Seen) -> None:
     assert not seen.faults, f"{len(seen.faults)} faults: {seen.faults[:5]}"
-
-
-def is_served() -> bool:
-    """Whether a new connection is forwarded."""
-    with dial(COPY) as sock:
-        sock.sendall(b"hello")
-        return read_exactly(sock, 5) == b"hello"
 
 
 def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> Seen:
@@ -166,7 +106,7 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
         traffic.speak(UDP, 2, name="udp")
         traffic.speak(UDP_SPLICED, 2, name="spliced udp")
         wanted = Counter(copy=2 * pairs + 2, splice=2 * pairs + 2, sockmap=pairs)
-        wait_for(lambda: lineage.shown() == wanted, f"{wanted}")
+        wait_for(lambda: lineage.shown() == wanted, f"{wanted}", deadline_s=SPLICED_WITHIN_S)
         ids = {row["id"] for row in lineage.first.pairs()}
         traffic.connect((COPY, AUTO, COPY6, AUTO6), 2)
         seen.longest_s = 0.0
@@ -180,12 +120,16 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
             no_fault(seen)
 
         def those_from_before() -> Counter[str]:
-            rows = [row for row in lineage.first.pairs() if row["id"] in ids]
+            rows = [row for row in lineage.first.look() if row["id"] in ids]
             assert not [row for row in rows if "the daemon before" in row["reason"]]
             return Counter(row["datapath"] for row in rows)
 
         assert those_from_before()["splice"] == wanted["splice"]
-        wait_for(lambda: those_from_before() == wanted, f"all are where they were: {wanted}")
+        wait_for(
+            lambda: those_from_before() == wanted,
+            f"all are where they were: {wanted}",
+            deadline_s=SPLICED_WITHIN_S,
+        )
         assert len(seen.udp_sources) == 4, "a client of UDP has got another session"
         traffic.stop()
         no_fault(seen)
@@ -212,13 +156,13 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
         # It ends after each of the steps before the last one.
         with lineage.offered():
             pass
-        assert is_served()
+        assert echoes(COPY)
         with lineage.offered() as successor:
             assert successor.offer.workers == len(lineage.first.workers())
             assert successor.last_id() > 0
             # Only one at a time.
             wait_for(lambda: "under way" in lineage.fail_to_upgrade(), "a refusal")
-        assert is_served()
+        assert echoes(COPY)
         with lineage.offered() as successor:
             with pytest.raises(ControlError, match="as many workers"):
                 successor.take([])
@@ -226,7 +170,7 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
             assert lineage.first.command("reload").returncode == 0
             with pytest.raises(ControlError, match="has changed meanwhile"):
                 successor.take([0] * successor.offer.workers)
-        assert is_served()
+        assert echoes(COPY)
         # What has been spliced is of another version.
         pins = lineage.instance.bpffs_dir / "splice"
         if pins.is_dir():
@@ -235,7 +179,7 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
             os.rename(pin, aside)
             assert "is not there" in lineage.fail_to_upgrade()
             os.rename(aside, pin)
-        assert is_served()
+        assert echoes(COPY)
 
 
 def answer(instruction: bytes) -> bytes:
@@ -370,6 +314,56 @@ def test_a_successor_serves_who_waits_and_tells_of_who_stays(begin: Any) -> None
         assert {row["bind"] for row in lineage.first.show("listeners")} >= {"127.0.0.1:9712"}
 
 
+@pytest.mark.timeout(scaled_s(240))
+@pytest.mark.parametrize("listener", [COPY, SOCKMAP], ids=["copy", "sockmap"])
+def test_no_end_waits_for_a_process_before_that_has_the_sockets(
+    begin: Any, listener: tuple[str, int]
+) -> None:
+    """As one that hangs does, in the moment in which it has sent them: here the test has them."""
+    name = "copy" if listener is COPY else "sockmap"
+    with Waiting("127.0.0.1") as server, contextlib.ExitStack() as stack:
+        lineage = begin(configured(server.address[1], unused_port()))
+        pairs = []
+        for _ in range(4):
+            client = stack.enter_context(dial(listener))
+            client.sendall(b"hello")
+            served = stack.enter_context(server.accept())
+            assert read_exactly(served, 5) == b"hello"
+            served.sendall(b"hello")
+            assert read_exactly(client, 5) == b"hello"
+            pairs.append((client, served))
+        wait_for(lambda: lineage.shown() == {name: 4}, "four pairs")
+        kept = [fd for worker in lineage.first.workers() for fd in connected_of(worker.pid)]
+        for fd in kept:
+            stack.callback(os.close, fd)
+        assert len(kept) == 8
+        lineage.upgrade()
+        wait_for(lambda: lineage.shown() == {name: 4}, "they go on")
+        wait_for(lambda: lineage.first.process.poll() is not None, "the daemon before has ended")
+        for turn in (1, -1):
+            one, other = pairs.pop()[::turn]
+            for sender, receiver in ((one, other), (other, one)):
+                sender.sendall(b"last")
+                sender.shutdown(socket.SHUT_WR)
+                assert read_to_end(receiver) == b"last"
+            one, other = pairs.pop()[::turn]
+            reset(one)
+            assert ends_with_reset(other) == b""
+        wait_for(lambda: not lineage.shown(), "all have ended")
+
+
+def connected_of(pid: int) -> list[int]:
+    """The TCP connections that a process has, as descriptors of ours."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(ControlError):  # another kind of file, or gone
+            (fd,) = fetch_descriptors(pid, [int(name)])
+            with socket.socket(fileno=fd) as sock:
+                if sock.family == socket.AF_INET:
+                    found.append(sock.detach())
+    return found
+
+
 class Attempt:
     """An upgrade that goes on beside the test; what it has started ends with its daemon."""
 
@@ -396,9 +390,13 @@ class Attempt:
         """
 
         def look() -> psutil.Process | None:
-            for one in self._new():
+            # Not the process between the command and the daemon, which has a child for a moment.
+            new = self._new()
+            parents = {self._command.pid, *(one.pid for one in new)}
+            for one in new:
                 with contextlib.suppress(psutil.Error):
-                    if one.pid != self._command.pid and one.children():
+                    is_daemon = one.pid != self._command.pid and one.ppid() not in parents
+                    if is_daemon and one.children():
                         return one
             return None
 
@@ -447,7 +445,7 @@ def no_harm(lineage: Lineage, seen: Seen) -> None:
     """Every pair goes on, and who connects is served."""
     turns = seen.turns + 100
     wait_for(lambda: seen.turns > turns, "traffic goes on")
-    assert is_served()
+    assert echoes(COPY)
     no_fault(seen)
     assert "retired" not in lineage.first.output()
 
@@ -643,3 +641,53 @@ def test_unix_sockets_go_along(begin: Any) -> None:
         accepted.sendall(b"end")
         accepted.close()
         assert read_to_end(client) == b"end"
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_what_was_decided_and_who_was_heard_go_along(begin: Any) -> None:
+    """Two upgrades: the line of an end says as much, and who was heard once ends as soon.
+
+    A pair that is copied, one in a sockmap and one that is spliced, and sessions of UDP with one
+    datagram, and of the kernel.
+    """
+    with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
+        rules = "rules: [{match: {tls: {sni: [a.test]}}, to: web}]"
+        lineage = begin(
+            "listeners:\n"
+            f"  - {{name: copy, bind: 127.0.0.1:9701, datapath: copy, {rules}}}\n"
+            f"  - {{name: auto, bind: 127.0.0.1:9702, datapath: splice, {rules}}}\n"
+            f"  - {{name: sockmap, bind: 127.0.0.1:9705, datapath: sockmap, {rules}}}\n"
+            "  - {name: udp, bind: 127.0.0.1:9703, protocol: udp, datapath: copy,"
+            " rules: [{match: any, to: udp}]}\n"
+            "  - {name: udps, bind: 127.0.0.1:9704, protocol: udp, datapath: splice,"
+            " rules: [{match: any, to: udp}]}\n"
+            f"upstreams:\n  web: {{servers: ['127.0.0.1:{server.tcp_port}']}}\n"
+            f"  udp: {{servers: ['127.0.0.1:{server.udp_port}']}}\n"
+            "handover: {after_round_trips: 1}\n"
+        )
+        for address in (COPY, AUTO, SOCKMAP):
+            client = stack.enter_context(dial(address))
+            client.sendall(client_hello(b"a.test"))
+            read_exactly(client, len(client_hello(b"a.test")))
+        once, often = (
+            stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(2)
+        )
+        once.connect(UDP)
+        once.send(b"once")
+        often.connect(UDP_SPLICED)
+        often.settimeout(scaled_s(20.0))
+        for _ in range(3):
+            often.send(b"often")
+            assert often.recv(100) == b"often"
+        wanted = Counter(copy=2, splice=2, sockmap=1)
+        wait_for(lambda: lineage.shown() == wanted, f"{wanted}", deadline_s=SPLICED_WITHIN_S)
+        for _ in range(2):
+            lineage.upgrade()
+        lineage.first.wait_for_line("taken_over pairs=")
+        lineage.first.wait_for_line("closed .*reason=idle .*listener=udp .*upstream=udp")
+        assert lineage.first.command("flush", "--all").returncode == 0
+        for name in ("copy", "auto", "sockmap"):
+            line = lineage.first.wait_for_line(f"closed .*reason=flushed .*listener={name} ")
+            assert "sni=a.test" in line
+            assert "upstream=web" in line
+        lineage.first.wait_for_line("closed .*reason=flushed .*listener=udps .*upstream=udp")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.core.address import Address, UnixAddress
+from pyforwarder.datapath.base import OPENED_BY_KERNEL, PairReason
 from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
@@ -128,7 +129,8 @@ class Bench:
         state = source.choice([state for state in PairState if state])
         kind = source.choice(list(DatapathKind))
         up, down = source.choice([0, 23, 2**40 + 1]), source.randrange(2**48)
-        rule = source.choice(["any", "r", "a-rule-with-a-name-of-forty-characters..."])
+        rule = source.choice(["", "any", "r", "a-rule-with-a-name-of-forty-characters..."])
+        reason = source.choice([PairReason.BEST, *OPENED_BY_KERNEL])
         now_ns = time.monotonic_ns()
         window.count(slot, Direction.UP, up, 1, now_ns)
         window.count(slot, Direction.DOWN, down, 1, now_ns)
@@ -141,7 +143,7 @@ class Bench:
             listener=b"main",
             state=state,
             datapath=kind,
-            reason=0,
+            reason=reason,
         )
         return {
             "id": str(pair_id),
@@ -156,7 +158,8 @@ class Bench:
             ),
             "up_bytes": str(up),
             "down_bytes": str(down),
-            "rule": rule[:15],
+            "rule": rule[:15] or "-",
+            "decided": "user" if reason is PairReason.BEST else "kernel",
         }
 
 
@@ -352,6 +355,7 @@ class Occupant:
         self.state = [state for state in PairState if state][number % 6]
         self.kind = list(DatapathKind)[number % len(DatapathKind)]
         self.rule = f"r{number % 9973}"
+        self.reason = (PairReason.BEST, *OPENED_BY_KERNEL)[number % 3]
 
     def enter(self, window: PairWindow, slot: int) -> None:
         """As a worker does it (worker/records.py): the counters first, then who it is."""
@@ -367,7 +371,7 @@ class Occupant:
             listener=b"main",
             state=self.state,
             datapath=self.kind,
-            reason=0,
+            reason=self.reason,
         )
 
     def columns(self) -> list[str]:
@@ -379,6 +383,7 @@ class Occupant:
             str(self.number * 1_000_003),
             str(self.number * 999_983),
             self.rule,
+            "kernel" if self.reason in OPENED_BY_KERNEL else "user",
         ]
 
 
@@ -573,7 +578,7 @@ def test_the_header_says_when_nobody_can_write_any_more(own_bench: Bench) -> Non
     for window in own_bench.windows:
         window.close()
     header, *lines = own_bench.read().splitlines()
-    assert header.split()[:12] == list(tables.PAIR_COLUMNS)
+    assert header.split()[:13] == list(tables.PAIR_COLUMNS)
     assert GONE in header
     assert len(lines) == 3
     assert without_clocks(own_bench.rows()) == expected

@@ -52,7 +52,8 @@ GONE: Final = "# the daemon is gone"
 STATES: Final = "sniffing|connecting|handover|joined|half-closed|draining"
 END: Final = r"(?:\d+\.\d+\.\d+\.\d+:\d+|\[[0-9a-f:]+\]:\d+|-)"
 LINE: Final = re.compile(
-    rf" *\d+ (?:{STATES}) +(?:-|copy|sockmap) +{END} +{END} +{END} +{END} +\d+ +\d+ +\d+ +\d+ \S+"
+    rf" *\d+ (?:{STATES}) +(?:-|copy|sockmap) +{END} +{END} +{END} +{END} +\d+ +\d+ +\d+ +\d+"
+    r" \S+ +user"
 )
 
 
@@ -86,9 +87,15 @@ def rows_of(place: Place, name: str = "show", instance: str = "default") -> list
     return tables.parse(text_of(place, name, instance))
 
 
-def wait_for_datapath(place: Place, datapath: str, count: int = 1) -> list[dict[str, str]]:
+def wait_for_datapath(
+    place: Place, datapath: str, count: int = 1, *, down_bytes: int = 0
+) -> list[dict[str, str]]:
+    """That all pairs are on it, and each has carried so many bytes to its client at least."""
+
     def look() -> list[dict[str, str]]:
         rows = rows_of(place)
+        if any(int(row["down_bytes"]) < down_bytes for row in rows):
+            return []
         return rows if [row["datapath"] for row in rows] == [datapath] * count else []
 
     return wait_for(look, f"{count} pairs on {datapath}")
@@ -125,7 +132,8 @@ def test_counters_are_exact_and_live(
                 transfer(client, server, size)
                 transfer(server, client, 2 * size)
                 up, down = up + size, down + 2 * size
-                row = wait_for_datapath(place, datapath)[0]
+                # What is copied reaches its end a moment before the worker counts it.
+                row = wait_for_datapath(place, datapath, down_bytes=down)[0]
                 assert (int(row["up_bytes"]), int(row["down_bytes"])) == (up, down)
             assert row["state"] == "joined"
             assert row["client"] == address_text(client.getsockname()[:2])
@@ -395,7 +403,10 @@ def test_without_bpf_the_daemon_itself_fills_the_files(
         assert tables.parse(f"{header}\n{line}")[0]["up_bytes"] == "5003"
         # Made at the moment of reading.
         transfer(client, server, 4711)
-        assert tables.parse((proc / "show").read_text())[0]["up_bytes"] == "9714"
+        # The server has the bytes a moment before they are counted.
+        wait_for(
+            lambda: tables.parse((proc / "show").read_text())[0]["up_bytes"] == "9714", "counted"
+        )
     rows = {row["stat"]: row["value"] for row in tables.parse((proc / "stats").read_text())}
     assert rows["accepted"] == "1"
     assert tables.parse((proc / "listeners").read_text())[0]["accepted"] == "1"

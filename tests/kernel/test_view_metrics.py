@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
-import urllib.request
 from typing import TYPE_CHECKING
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
-from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.instruction import instruction, refusal
 from tests.helpers.peers import (
     EchoServer,
@@ -23,13 +20,12 @@ from tests.helpers.peers import (
     read_to_end,
     unused_port,
 )
+from tests.helpers.samples import Samples, scrape, value
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
-
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def config(port: int, *, datapath: str = "sockmap", name: str = "main", host: str = "") -> str:
@@ -42,22 +38,6 @@ listeners:
 datapath: {datapath}
 metrics: {{bind: "{host or "127.0.0.1"}:{port}"}}
 """
-
-
-def scrape(port: int, host: str = "127.0.0.1") -> Samples:
-    """Every sample, by name and labels."""
-    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=scaled_s(10)) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain")
-        text = answer.read().decode()
-    return {
-        (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
-def value(samples: Samples, name: str, **labels: str) -> float:
-    return samples[f"pyforwarder_{name}", frozenset(labels.items())]
 
 
 def metrics_process(forwarder: Daemon, port: int) -> psutil.Process:

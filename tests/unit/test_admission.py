@@ -14,7 +14,7 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import LIMITED_INDEX, ListenerCounter
 from pyforwarder.runtime.limits import Limit
-from pyforwarder.worker.process import room_for, slots_of
+from pyforwarder.worker.room import express_share, places_for, room_for, slots_of
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.stream_play import Play
 
@@ -148,7 +148,7 @@ def test_tcp_and_udp_have_descriptors_of_their_own(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (files, files))
     config = parse_config(text, source="x")
-    room = room_for(config)
+    room = room_for(config, 0)
     assert 2 * room.clients + room.sessions < files
     assert room.clients >= 1
     assert bool(room.sessions) == bool(text)
@@ -156,3 +156,31 @@ def test_tcp_and_udp_have_descriptors_of_their_own(
         assert room.clients > config.limits.pairs
         assert room.sessions == (config.limits.most_sessions if text else 0)
     assert slots_of(config, 4) >= room.clients
+
+
+EXPRESS = """
+datapath: express
+express: {ports: 16384}
+listeners: [{bind: '127.0.0.1:1', rules: [{match: any, to: '127.0.0.1:2'}]}]
+"""
+
+
+@pytest.mark.parametrize("files", [256, 1024, 20_000, 1_000_000])
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_pairs_that_the_kernel_has_opened_have_descriptors_too(
+    monkeypatch: pytest.MonkeyPatch, files: int, workers: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: (files, files))
+    config = parse_config(EXPRESS, source="x")
+    places = places_for(config, workers)
+    share = express_share(places, workers)
+    room = room_for(config, share)
+    if files > 256:  # too few even without
+        assert places > 0
+        assert 2 * (room.clients + share) + room.sessions <= files
+    else:
+        assert places == 0
+    assert places <= files // 2
+    assert (places == 16384) is (files == 1_000_000)
+    assert slots_of(config, workers) >= room.clients + share
+    assert places_for(parse_config("", source="x"), workers) == 0

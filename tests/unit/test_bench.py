@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -15,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from bench import cpu_time, goals, picture, recording, report, scenarios, targets
+from bench import cpu_time, first_bytes, goals, picture, recording, report, scenarios, targets
 from bench.measures import (
     ALL_TARGETS,
     DEFAULT_TARGETS,
     MEASURES,
+    OURS,
     SCENARIOS,
     Better,
     Measure,
@@ -28,6 +31,11 @@ from bench.measures import (
 )
 from bench.results import Problem, Results, ResultsError, from_json, to_json
 from bench.topology import Range, Site
+from pyforwarder.config import parse_config
+from pyforwarder.config.explaining import judge
+from pyforwarder.core.first_packet.outcome import MATCH, End
+from pyforwarder.runtime.instance import Instance
+from tests.helpers.first_packets import said
 
 RTT = next(measure for measure in MEASURES if measure.key == "rtt_near_p50")
 BULK = next(measure for measure in MEASURES if measure.key == "bulk_1_up")
@@ -371,7 +379,101 @@ def test_the_datapath_asked_for_is_forced_on_every_listener() -> None:
     path = Path("/run/netns/none")
     site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.1", 2))
     lines = targets.pyforwarder_config(site, "splice").splitlines()
-    assert sum(line.strip() == "datapath: splice" for line in lines) == 4
+    assert sum(line.strip() == "datapath: splice" for line in lines) == 6
+
+
+def test_express_has_ports_and_decides_all_that_is_measured() -> None:
+    path = Path("/run/netns/none")
+    site = Site(path, path, path, "127.0.0.1", Range("127.1.0.1", 1), Range("127.2.0.1", 2))
+    config = parse_config(targets.pyforwarder_config(site, "express"), source="bench")
+    assert config.express_ports == targets.EXPRESS_PORTS
+    first = {"all": b"x" * 64, "sni": first_bytes.client_hello(), "host": first_bytes.http_head()}
+    found = {}
+    for index, listener in enumerate(config.listeners):
+        if (name := listener.rules[0].name) in first:
+            judged = judge(
+                config,
+                index,
+                [first[name]],
+                client=None,
+                port=None,
+                end=End.OPEN,
+                now_unix_s=0.0,
+                keys=None,
+                passwords={},
+                resolve=lambda _: [],
+            )
+            found[name] = judged.in_kernel.rule, judged.in_kernel.is_asked
+    assert found == {name: (name, True) for name in first}
+
+
+def test_express_takes_part_where_connections_begin() -> None:
+    effort = scenarios.Effort(1.0, 1, 1, 1.0, 0.9)
+    express = targets.Target("express", 1, 1)
+    assert [name for name in SCENARIOS if scenarios.is_possible(name, express, effort)] == [
+        name
+        for name in SCENARIOS
+        if name.startswith(("connect_", "answer_")) and name != "connect_instruction"
+    ]
+
+
+def test_too_few_connections_of_the_kernel_are_no_row_and_the_error_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    express = targets.Target("express", 1, 1, Instance.named("bench"))
+    said: list[dict[str, Any]] = [
+        {"joined": {"express": 100}, "pairs_opened": 200, "express_left": {"no_port": 7, "long": 5}}
+    ]
+    monkeypatch.setattr(targets, "_stats", lambda _: said[-1])
+    monkeypatch.setattr(scenarios, "COUNTED_AFTER_S", 0.0)
+
+    def burst(_stage: object) -> dict[str, float]:
+        said.append(
+            {
+                "joined": {"express": 179},
+                "pairs_opened": 300,
+                "express_left": {"silent": 2, "no_port": 26, "long": 5},
+            }
+        )
+        return {"connect_client_first": 1.0}
+
+    monkeypatch.setitem(scenarios.RUNS, "connect_client_first", burst)
+    stage: Any = SimpleNamespace(target=express)
+    why = "only 79 of 100 connections; it has left packets to workers: 19 no_port, 2 silent$"
+    with pytest.raises(scenarios.ScenarioError, match=why):
+        scenarios.run("connect_client_first", stage)
+    said[-1] = {"joined": {"express": 99}, "pairs_opened": 200}  # one more is enough
+    assert scenarios.run("connect_client_first", stage) == {"connect_client_first": 1.0}
+
+
+def test_only_who_reads_names_is_asked_for_one() -> None:
+    effort = scenarios.Effort(1.0, 1, 1, 1.0, 0.9)
+    for scenario in ("connect_sni", "connect_host"):
+        assert [
+            name
+            for name in ALL_TARGETS
+            if scenarios.is_possible(scenario, targets.Target(name, 1, 1), effort)
+        ] == ["direct", "haproxy", *OURS]
+
+
+@pytest.mark.parametrize(("topology", "bounds"), [("lo", {1.8, 0.8}), ("veth", {1.5, 0.8})])
+def test_express_has_another_goal_in_each_topology(topology: str, bounds: set[float]) -> None:
+    results = results_of({"connect_client_first": {"direct": [1.0] * 3, "express": [1.0] * 3}})
+    results.options["topology"] = topology
+    assert {
+        outcome.goal.bound
+        for outcome in goals.judge_all(results)
+        if outcome.goal.measure == "connect_client_first"
+    } == bounds
+
+
+def test_the_first_bytes_are_what_clients_say() -> None:
+    for rule, first in (
+        ({"tls": {"sni": targets.SERVER_NAME}}, first_bytes.client_hello()),
+        ({"http": {"host": targets.SERVER_NAME}}, first_bytes.http_head()),
+    ):
+        assert said(rule, first) is MATCH
+    assert 200 < len(first_bytes.client_hello()) <= 2000
 
 
 # ---- what datagrams add

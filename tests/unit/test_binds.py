@@ -292,6 +292,34 @@ def test_address_that_cannot_be_bound_changes_nothing(listeners: Listeners) -> N
     assert listeners.binds() == before
 
 
+@pytest.mark.parametrize("hosts", [("0.0.0.0", "127.0.0.9"), ("127.0.0.9", "0.0.0.0")])
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_port_that_another_listener_of_ours_still_has_names_it(
+    listeners: Listeners, hosts: tuple[str, str], protocol: str
+) -> None:
+    before, after = hosts
+    more = f"protocol: {protocol}, {RULES}"
+    take(listeners, config_of(f"name: old, bind: '{before}:0', {more}"))
+    (has,) = listeners.binds()["old"]
+    assert isinstance(has, Address)
+    with pytest.raises(ForwarderError) as caught:
+        listeners.change_to(config_of(f"name: new, bind: '{after}:{has.port}', {more}"))
+    assert str(caught.value) == (
+        f"cannot listen on {after}:{has.port}: Address already in use by the listener 'old', "
+        f"which has {has}: take that away first, and add this one in a second change"
+    )
+    # Of a stranger's nothing is said.
+    take(listeners, config_of(f"name: other, bind: '127.0.0.1:0', {more}"))
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind((before, 0))
+        if protocol == "tcp":
+            sock.listen()
+        port = sock.getsockname()[1]
+        with pytest.raises(ForwarderError, match=r"Address already in use$"):
+            listeners.change_to(config_of(f"name: new, bind: '{after}:{port}', {more}"))
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]"])
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
 def test_freebind_takes_an_address_that_is_missing(

@@ -39,7 +39,7 @@ class Kept(ChildProcess[None]):
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         raise AssertionError("it says nothing")
 
-    def _heard(self, said: None) -> None:
+    def _handle(self, said: None) -> None:
         raise AssertionError("it says nothing")
 
     def dies(self) -> float:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
 
 from pyforwarder.cli.command import root
+from pyforwarder.errors import NotRunningError
 from pyforwarder.runtime import tables
+from pyforwarder.runtime.instance import InstanceLock
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.command import UNIX_TIME_S, run
 from tests.helpers.fake_control import (
@@ -359,8 +362,10 @@ def test_up_hands_its_options_to_the_supervisor(
 
     asked: list[tuple[Environment, supervisor.UpOptions]] = []
 
-    def fake_run(env: Environment, options: supervisor.UpOptions) -> int:
+    def fake_run(env: Environment, options: supervisor.UpOptions, ask: Any) -> int:
         asked.append((env, options))
+        with pytest.raises(NotRunningError):  # the daemon that runs there
+            ask("ping", ())
         return 1
 
     monkeypatch.setattr(supervisor, "run", fake_run)
@@ -427,6 +432,70 @@ def test_down_returns_once_the_daemon_has_let_go_of_its_lock(tmp_path: Path) -> 
     waiter.join(15)
     assert ended == [0]
     assert control.requests == [{"do": "down", "now": False}]
+
+
+def test_down_waits_for_the_daemon_that_has_answered(tmp_path: Path) -> None:
+    """Another one has taken its place between the look at the lock and the request."""
+    instance = make_instance(tmp_path)
+    control: FakeControl
+    before: list[InstanceLock] = []
+
+    def answer(request: Request, _fds: list[int]) -> object:
+        before.append(InstanceLock(instance, os.dup(control.lock.fileno())))  # it drains on
+        control.lock.renew()
+        said = {"drain_s": 0.0, "lock": control.lock.identity}
+        asked.set()
+        return said
+
+    asked = threading.Event()
+    control = FakeControl(instance, answer)
+    ended: list[int] = []
+    waiter = threading.Thread(target=lambda: ended.append(run(tmp_path, "down").code))
+    waiter.start()
+    assert asked.wait(15)
+    control.lock.remove()
+    control.close()
+    waiter.join(15)
+    assert ended == [0]
+    before[0].close()
+
+
+def test_down_says_that_another_daemon_has_taken_the_place_of_the_one_that_ended(
+    tmp_path: Path,
+) -> None:
+    instance = make_instance(tmp_path)
+    control: FakeControl
+
+    def answer(request: Request, _fds: list[int]) -> object:
+        said = {"drain_s": 0.0, "lock": control.lock.identity}
+        control.lock.renew()  # the next one has a file of its own, and the one before ends
+        instance.pid_file.write_text("4321")
+        return said
+
+    with (control := FakeControl(instance, answer)):
+        instance.pid_file.write_text("1234")
+        done = run(tmp_path, "down")
+    assert (done.code, done.stderr) == (
+        0,
+        "the daemon before (pid 1234) has ended; instance 'default' runs as pid 4321\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"), [(0, ""), (1, "; 1 pair reset"), (5, "; 5 pairs reset")]
+)
+def test_down_says_how_many_pairs_were_reset(tmp_path: Path, pairs: int, said: str) -> None:
+    instance = make_instance(tmp_path)
+    control: FakeControl
+
+    def answer(request: Request, _fds: list[int]) -> object:
+        control.lock.write_reset(pairs)
+        control.lock.close()
+        return {"drain_s": 0.0}
+
+    with (control := FakeControl(instance, answer)):
+        done = run(tmp_path, "down")
+    assert (done.code, done.stderr) == (0, f"instance 'default' stopped{said}\n")
 
 
 def test_down_now_asks_for_it(tmp_path: Path) -> None:
@@ -619,6 +688,12 @@ listeners:
     assert said.endswith("decided in userspace; the kernel could decide the same\n")
     said = run(tmp_path, "explain", *words, b"EHLO x".hex()).stdout
     assert said.endswith("the kernel could not: userspace alone matches a `regex`\n")
+    # Asked to decide, it has the first, and what is not its is said.
+    path.write_text("datapath: express\n" + path.read_text())
+    for first in (b"EHLO x", client_hello(b"a.example.com")):
+        said = run(tmp_path, "explain", *words, first.hex()).stdout
+        assert said.endswith(f"the kernel decides by a, not by b: {names}\n")
+        assert explained(tmp_path, *words, first.hex())["kernel_rules"] == ["a"]
 
 
 def test_explain_of_a_listener_whose_port_the_kernel_chooses(tmp_path: Path) -> None:
@@ -668,6 +743,7 @@ def test_explain_of_datagrams_says_why_not(tmp_path: Path) -> None:
     path.write_text(f"listeners: [{{bind: '127.0.0.1:0', protocol: udp, rules: [{rules}]}}]\n")
     result = explained(tmp_path, "-c", str(path), "--hex", b"abc".hex())
     assert (result["outcome"], result["rule"]) == ("refuse", "-")
+    assert result["why"] == "no_match (no rule matches): no session"
     reports = result["rules"]
     assert isinstance(reports, list)
     assert {report["outcome"] for report in reports} == {"no-match"}
@@ -755,15 +831,27 @@ def test_explain_refuses_a_port_that_the_listener_has_not(
 # ---------------------------------------------------------------------- doctor, demo
 
 
-@pytest.mark.parametrize(("is_mounted", "mark"), [(True, "ok  bpffs"), (False, "    bpffs")])
+@pytest.mark.parametrize("is_own", [False, True])
+@pytest.mark.parametrize(("kind", "mark"), [("bpf", "ok "), ("sysfs", "   ")])
 def test_doctor_finds_no_fault_in_a_bpffs_that_up_will_mount(
-    monkeypatch: pytest.MonkeyPatch, is_mounted: bool, mark: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mark: str, is_own: bool
 ) -> None:
     from pyforwarder.cli import doctor
+    from pyforwarder.supervisor import bpffs
 
-    monkeypatch.setattr("os.path.ismount", lambda _: is_mounted)
-    lines = doctor.Report(tuple(doctor._findings()), {}).as_text().splitlines()
-    assert len([line for line in lines if line.startswith(mark)]) == 1
+    point = tmp_path if is_own else Path("/sys/fs/bpf")
+    root = tmp_path if is_own else point / "pyforwarder"
+    monkeypatch.delenv("PYFORWARDER_BPFFS", raising=False)
+    if is_own:
+        monkeypatch.setenv("PYFORWARDER_BPFFS", str(root))
+    monkeypatch.setattr(bpffs, "_mounts", lambda: [bpffs.Mount(point, kind, kind)])
+    lines = doctor.Report(tuple(doctor._findings(None)), {}).as_text().splitlines()
+    (line,) = [line for line in lines if line[4:].startswith("bpffs ")]
+    assert line.startswith(mark)
+    is_there = "a" if kind == "bpf" else "no"
+    assert f" {is_there} BPF file system is mounted at {point}" in line
+    assert f"stay in {root}" in line
+    assert ("nothing is to be done" in line) is (kind != "bpf")
 
 
 @pytest.mark.parametrize("works", [True, False])
@@ -775,7 +863,7 @@ def test_doctor_fails_only_if_nothing_works(
 
     proof = Proof(works, "" if works else "no TCP here", {}, 0.5)
     report = doctor.Report((doctor.Finding("kernel", None, "6.1.0"),), {"copy": proof})
-    monkeypatch.setattr(doctor, "run", lambda: report)
+    monkeypatch.setattr(doctor, "run", lambda _stats: report)
     done = run(tmp_path, "doctor")
     assert (done.code, done.stdout) == (0 if works else 1, report.as_text())
     as_json = run(tmp_path, "doctor", "--json")

@@ -118,12 +118,13 @@ def test_rules_have_a_table_of_their_own() -> None:
             "refused": 3,
             "to": "-",
             "decided": "user",
+            "why": "it is so",
         }
     ]
     screen.browser.view = rates.View.RULES
     lines = [line.split() for line in drawn(screen)]
-    assert ["LISTENER", "RULE", "TAKEN", "REFUSED", "TO", "DECIDED"] in lines
-    assert ["main", "named", "23", "3", "-", "user"] in lines
+    assert ["LISTENER", "RULE", "TAKEN", "REFUSED", "TO", "DECIDED", "WHY"] in lines
+    assert ["main", "named", "23", "3", "-", "user", "it", "is", "so"] in lines
 
 
 def test_help_names_every_key() -> None:

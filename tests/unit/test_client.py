@@ -278,6 +278,24 @@ def test_signed_instruction_is_what_token_verifies() -> None:
     assert keys.refusal(signed, client=outside, now_unix_s=999) is not None
 
 
+def test_signed_instructions_of_one_second_are_not_the_same_with_a_nonce() -> None:
+    lines = {
+        client.instruction("10.0.0.7:22", key=("ops", SECRET), expires_unix_s=1000, nonce=True)
+        for _ in range(100)
+    }
+    assert len(lines) == 100
+    keys = token.TokenKeys({"ops": SECRET})
+    for line in lines:
+        signed = token.read(line)
+        assert isinstance(signed, token.SignedInstruction)
+        assert keys.refusal(signed, client=None, now_unix_s=999) is None
+    # As gateways of version 0.1 read it.
+    plain = client.instruction("10.0.0.7:22", key=("ops", SECRET), expires_unix_s=1000)
+    assert plain == token.make(
+        Address("10.0.0.7", 22), expires_unix_s=1000, key_id="ops", key=SECRET
+    )
+
+
 def test_signing_for_a_wrong_network_is_a_usage_error() -> None:
     with pytest.raises(UsageError):
         client.instruction("1.2.3.4:5", key=("ops", SECRET), source="10.0.0.1/8")

@@ -369,6 +369,21 @@ def test_two_listeners_may_share_a_port_across_protocols_and_port_zero() -> None
             "`memory` is for TCP",
         ),
         (
+            "listeners:\n- bind: '127.0.0.1:1'\n  protocol: udp\n  rules:\n"
+            "  - {match: dns, to: '127.0.0.1:2'}\n"
+            "  - {match: any, to: '127.0.0.1:2', datapath: express}",
+            6,
+            "listeners[0].rules[1].datapath",
+            "`datapath: express` is for TCP",
+        ),
+        (
+            "listeners:\n- bind: '127.0.0.1:1'\n  protocol: udp\n  datapath: express\n"
+            "  rules: [{match: any, to: '127.0.0.1:2'}]",
+            4,
+            "listeners[0].datapath",
+            "`datapath: express` is for TCP",
+        ),
+        (
             "limits: {client_prefix: 64}",
             1,
             "limits.client_prefix",
@@ -1002,3 +1017,19 @@ def test_keepalives_can_be_switched_off(text: str) -> None:
 def test_keepalives_that_the_kernel_does_not_take_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="keepalive"):
         parse(f"keepalive: {text}")
+
+
+def test_a_check_of_a_server_that_takes_datagrams_alone_is_warned_of() -> None:
+    text = """
+        listeners:
+          - {bind: "127.0.0.1:53", protocol: udp, rules: &rules [{match: dns, to: web}]}
+          - {bind: "127.0.0.1:53", protocol: PROTOCOL, rules: *rules}
+        upstreams:
+          web: {servers: ["10.0.0.1:53"], health: {}}
+          unused: {servers: ["10.0.0.1:53"], health: {}}
+        """
+    assert warnings_of(text.replace("PROTOCOL", "tcp")) == []
+    udp = text.replace("PROTOCOL", "udp").replace("127.0.0.1:53", "127.0.0.2:53", 1)
+    (warning,) = warnings_of(udp)
+    assert warning.startswith("x.yaml, line 6, upstreams.web.health: only UDP listeners use it")
+    assert warnings_of(udp.replace(", health: {}", "", 1)) == []

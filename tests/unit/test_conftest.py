@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 pytest_plugins = ["pytester"]
 
 _CONFTEST = Path(__file__).parent.parent / "conftest.py"
@@ -199,3 +201,16 @@ def test_failures_are_written_where_they_are_wanted(suite: pytest.Pytester, tmp_
     )
     suite.runpytest_subprocess("--failures-to", str(path))
     assert path.read_text() == "test_more.py::test_bad\ntest_more.py::test_broken\n"
+
+
+def test_what_lasts_long_comes_first(suite: pytest.Pytester) -> None:
+    for name in ("test_z.py", "test_upgrade.py"):
+        (suite.path / name).write_text("def test_one(): pass\ndef test_two(): pass\n")
+    result = suite.runpytest_subprocess("--collect-only", "-q")
+    found = [line.partition("::")[0] for line in result.outlines if "::" in line]
+    assert found == ["test_upgrade.py"] * 2 + ["test_suite.py"] * 3 + ["test_z.py"] * 2
+
+
+def test_what_is_said_to_last_long_is_there() -> None:
+    kernel = _CONFTEST.parent / "kernel"
+    assert {path.name for path in kernel.glob("test_*.py")} >= conftest._LONG

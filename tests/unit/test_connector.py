@@ -14,7 +14,15 @@ from pyforwarder.worker.race import SHORTAGES
 from tests.helpers.instruction import instruction, refusal
 from tests.helpers.netns import blackhole
 from tests.helpers.peers import reset, unused_port
-from tests.helpers.stream_play import Play, Servers, SlowNames, StartPlay, named, to
+from tests.helpers.stream_play import (
+    Play,
+    Servers,
+    SlowNames,
+    StartPlay,
+    named,
+    to,
+    watched_for_nobody,
+)
 
 
 def test_an_answer_that_comes_with_the_deadline_begins_no_attempt(
@@ -31,7 +39,7 @@ def test_an_answer_that_comes_with_the_deadline_begins_no_attempt(
         waiting = play.only_client()
         assert isinstance(waiting.approach, Wait)
         # A loop that was held up finds the deadlines of the question and of the client passed.
-        waiting.approach.question.tell([host])
+        waiting.approach.question.answer([host])
         waiting.expired()
         assert waiting.approach is None
         server = play.accept(listening)
@@ -126,6 +134,25 @@ def test_what_the_supervisor_never_answers_is_forgotten_with_its_client(
         assert play.server._connector._waiting_for_address == {}
     # An answer that comes all the same finds nobody.
     play.server._connector.granted(1, done=True)
+
+
+def test_a_server_s_socket_that_was_lent_goes_with_its_attempt(
+    start: StartPlay, servers: Servers
+) -> None:
+    """The supervisor hangs with its copy of it, which the server is not to take for a client."""
+    listening, address = servers()
+    play = waiting_for_its_address(start, address, ", connect_timeout: 50ms")
+    client = play.dial()
+    client.sendall(b"hello")
+    play.run_until(lambda: play.asked, "request")
+    waiting = play.only_client()
+    assert waiting.server is not None
+    waiting.server.connect_ex(listening.getsockname())
+    served = play.accept(listening)
+    assert play.read_end(client) == (b"", "reset")
+    play.wait_for_end(CloseReason.TIMEOUT)
+    assert watched_for_nobody(play.loop) == []
+    assert play.read_end(served) == (b"", "reset")
 
 
 def test_what_the_supervisor_does_not_answer_in_time_is_forgotten(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
-from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.limits import OTHERS_BYTES, Limit, OtherMachines
 from pyforwarder.worker.udp import copying
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import instruction
@@ -178,6 +179,38 @@ def test_no_session_ends_for_one_that_is_refused_all_the_same(scenes: list[Scene
     play.client(to=scene.here).send(b"x")
     play.run_until(lambda: play.closed(CloseReason.BUSY), "refusal")
     assert play.closed(CloseReason.EVICTED) == 0
+    assert play.limits.sessions == 2
+
+
+@pytest.mark.parametrize(("others", "refused"), [(2, False), (3, True)])
+def test_no_session_ends_for_one_that_the_fleet_has_no_room_for(
+    scenes: list[Scene], *, others: int, refused: bool
+) -> None:
+    more = (
+        "fleet: {endpoints: ['http://127.0.0.1:1'], name: edge, limits: {scope: fleet}}\n"
+        "limits: {sessions_per_client: 4}"
+    )
+    scene = Scene(more=more)
+    scenes.append(scene)
+    play = scene.play
+    play.loop.now_s = 1000.0
+    (bounds,) = play.state.scopes
+    memory = mmap.mmap(-1, OTHERS_BYTES)
+    play.limits._others_memory = memoryview(memory).cast("Q")
+
+    def opens(port: int) -> None:
+        key = ("192.0.2.1", port, b"", 0)
+        play.server.deciding.open(play.server.ports["main"], key, b"x")
+
+    for port in (1, 2):
+        opens(port)
+    shown = OtherMachines(memory)
+    shown.write({play.limits.key("192.0.2.1", bounds): others}, 2)
+    shown.hold_until(1005.0)
+    opens(3)
+    assert play.closed(CloseReason.EVICTED) == (not refused)
+    assert play.closed(CloseReason.BUSY) == refused
+    assert limited(play, Limit.SESSIONS_PER_CLIENT) == refused
     assert play.limits.sessions == 2
 
 

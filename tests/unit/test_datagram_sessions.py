@@ -73,6 +73,31 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     names.go.set()
 
 
+# Who sends in our name
+
+
+@pytest.mark.parametrize("bind", ["", "0.0.0.0:{}"])
+def test_datagram_in_the_name_of_a_listener_opens_no_session(
+    play: DatagramPlay, server: socket.socket, bind: str
+) -> None:
+    """What its server answers would be the next one, and so on without an end."""
+    to = text_of(server)
+    if bind:
+        play.reload(rules(rule("a", "A", to)), bind=bind.format(play.address[1]))
+    own = play.server.ports["main"].sock
+    for _ in range(2):
+        own.sendto(b"A", play.address)
+    play.run_until(lambda: play.closed(CloseReason.DENIED) == 2, "refusals")
+    assert not play.server.by_id
+    line = play.said()[-1]
+    assert (line["reason"], line["refusal"]) == ("denied", "its sender would be this forwarder")
+    with pytest.raises(BlockingIOError):
+        server.recv(100)
+    client = play.client()
+    client.send(b"A")
+    assert play.receive(server)[0] == b"A"
+
+
 # Reload
 
 

@@ -168,7 +168,7 @@ def test_listener_that_goes_away_leaves_nothing_behind(scene: Scene) -> None:
     play = scene.play
     play.client().send(FIRST)
     play.settle()
-    play.server.keep_only(())
+    play.server.listen_only_at(())
     assert scene.held == 0
     assert play.counters[Counter.DATAGRAMS_LOST] == 1
     play.pass_time(10)

@@ -91,8 +91,8 @@ class Toy(KernelDatapath):
     def pin(self) -> None:
         self.told.pin()
 
-    def bury(self, worker: int) -> None:
-        self.told.bury(worker)
+    def worker_died(self, worker: int) -> None:
+        self.told.worker_died(worker)
 
     def forget_worker(self, worker: int) -> None:
         self.told.forget_worker(worker)
@@ -140,13 +140,13 @@ def test_a_row_is_made_loaded_attached_and_closed(made: supervised.Datapaths) ->
     assert made.available == ["copy", "toy"]
     assert made.in_preparation == []
     made.pin()
-    made.bury(0)
+    made.worker_died(0)
     made.forget_worker(0)
     made.close()
     assert toy.told.mock_calls == [
         call.attach([3, 4]),
         call.pin(),
-        call.bury(0),
+        call.worker_died(0),
         call.forget_worker(0),
         call.close(),
     ]

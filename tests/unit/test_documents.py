@@ -53,8 +53,17 @@ def test_a_wrong_marker_is_named(page: str, complaint: str) -> None:
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
-    page = "`core/reasons.py`, `scripts/documents/pages.py`, `core/nothing.py`, `/etc/nothing.yaml`"
-    assert missing(page, ROOT) == ["core/nothing.py"]
+    page = (
+        "`core/reasons.py`, `scripts/documents/pages.py`, `core/nothing.py`, `/etc/nothing.yaml`, "
+        "`scripts/check`, `sudo scripts/nothing --quick`, `worker/`, `worker/nothing/`, "
+        "`ledger.py`, `nothing.h`, `10.0.0.0/8`, `BPFFS/NAME/splice`, `match/nothing`"
+    )
+    assert missing(page, ROOT) == [
+        "core/nothing.py",
+        "scripts/nothing",
+        "worker/nothing/",
+        "nothing.h",
+    ]
 
 
 def test_metrics_are_listed_with_their_labels() -> None:

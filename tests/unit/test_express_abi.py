@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyforwarder.core.express import reading, request_grammar
+from pyforwarder.core.express import choosing, reading, request_grammar
 from pyforwarder.core.express.compiling import MOST_PREFIXES
 from pyforwarder.core.express.conditions import (
     ClientNetworks,
@@ -25,7 +25,7 @@ from pyforwarder.core.express.conditions import (
 )
 from pyforwarder.core.express.request_grammar import State
 from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS, Clause, Table
-from pyforwarder.datapath.express import abi, connect_abi, connecting
+from pyforwarder.datapath.express import abi, choice_abi, connect_abi, connecting
 from pyforwarder.datapath.express.tables import encode, network_key
 from tests.helpers import mirrors
 
@@ -71,11 +71,15 @@ CONNECT_STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "express_listener": connect_abi.Listener,
     "express_target": connect_abi.Target,
     "express_ask": connect_abi.Ask,
+    "express_end_key": connect_abi.EndKey,
+    "express_ends": connect_abi.Ends,
+    "express_round": connect_abi.Round,
 }
 CONNECT_NUMBERS: Final = {
     "PF_EXPRESS_SAVED": connect_abi.SAVED_BYTES,
     "PF_SPLICE_ASKED": connect_abi.ASKED_SPLICE,
     "PF_EXPRESS_NO_WORKER": connect_abi.NO_WORKER,
+    "PF_EXPRESS_ID_BIT": connect_abi.ID_BIT,
     "PF_EXPRESS_RULES": connect_abi.MOST_RULES,
     "PF_EXPRESS_STATE_MASK": connect_abi.STATE_MASK,
     **{
@@ -87,10 +91,26 @@ CONNECT_NUMBERS: Final = {
     "PF_COUNTS": len(connect_abi.Count),
 }
 
+CHOICE_STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
+    "express_drawing": choice_abi.Drawing,
+    "express_choice": choice_abi.Choice,
+    "express_logs": choice_abi.Logs,
+    "express_outcome": choice_abi.Outcome,
+}
+CHOICE_NUMBERS: Final = {
+    "PF_EXPRESS_TURNS": choosing.MOST_TURNS,
+    "PF_EXPRESS_SERVERS": choosing.MOST_SERVERS,
+    "PF_EXPRESS_CHOICE": choice_abi.CHOICE,
+    "PF_EXPRESS_LOG_STEPS": choosing.LOG_STEPS,
+    "PF_EXPRESS_LOG_ERROR": choosing.LOG_ERROR,
+    **{f"PF_EXPRESS_{kind.name}": kind for kind in choice_abi.Kind},
+}
+
 
 @pytest.mark.parametrize(
     ("header", "structures", "numbers"),
     [
+        ("express_choice.h", CHOICE_STRUCTURES, CHOICE_NUMBERS),
         ("express.h", STRUCTURES, NUMBERS),
         ("express_connect.h", CONNECT_STRUCTURES, CONNECT_NUMBERS),
     ],
@@ -197,3 +217,4 @@ def test_whatever_comes_the_automaton_knows_a_next_state() -> None:
 def test_no_name_stands_in_both_headers() -> None:
     """A macro would take the place of the other's constant, and nothing would say so."""
     assert not NUMBERS.keys() & CONNECT_NUMBERS.keys()
+    assert not CHOICE_NUMBERS.keys() & (NUMBERS.keys() | CONNECT_NUMBERS.keys())

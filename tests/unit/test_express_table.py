@@ -182,9 +182,33 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
         ),
         (
             {"to": "up"},
-            {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"]}}},
+            {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"], "balance": "least_pairs"}}},
             {},
-            "upstream up: userspace alone chooses a server",
+            "upstream up: userspace alone knows who has the fewest pairs",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER, "[::1]:80"]}}},
+            {},
+            "one connection is IPv4, the other IPv6",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER, "unix:/x"]}}},
+            {},
+            "userspace alone connects to names",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER, OWN]}}},
+            {},
+            "127.0.0.3:9999 is the forwarder itself",
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"registered": ["any"]}}},
+            {},
+            "its servers get no new pairs",
         ),
         (
             {"to": "up"},
@@ -196,7 +220,7 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
             {"to": "up"},
             {"upstreams": {"up": {"servers": [{"address": SERVER, "weight": 0}]}}},
             {},
-            "its server gets no new pairs",
+            "its servers get no new pairs",
         ),
         (
             {"to": "up"},
@@ -240,6 +264,15 @@ def test_what_userspace_alone_can_do_it_does(
         ({"to": SERVER, "send_proxy": "off"}, {}),
         ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER], "health": {}}}}),
         ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER], "balance": "least_pairs"}}}),
+        ({"to": "up"}, {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"]}}}),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"], "balance": "source_hash"}}},
+        ),
+        (
+            {"to": "up"},
+            {"upstreams": {"up": {"servers": [SERVER, "127.0.0.2:2"], "registered": ["any"]}}},
+        ),
     ],
 )
 def test_plain_servers_could_be_connected_to_in_the_kernel(

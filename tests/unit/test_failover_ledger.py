@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Final
 
 import pytest
 
-from pyforwarder.fleet.failover.ledger import MOVING_S, RETRY_S, Ledger, Own, Turn
+from pyforwarder.fleet.failover.ledger import (
+    MOVED_AT_ONCE,
+    MOVING_S,
+    RETRY_S,
+    Ledger,
+    Own,
+    Turn,
+)
 from pyforwarder.fleet.failover.record import Entry, Fin, Pair, tag_of
 from tests.helpers.failover_records import a_pair
 
@@ -37,6 +45,16 @@ class Store:
                 each.saw(key, value.encode() if value is not None else None)
 
 
+HERE: Final = [PAIR.ends.listener.ip, PAIR.ends.source.ip]
+
+
+def turn_of(
+    ledger: Ledger, own: Mapping[str, Own], now_s: float, addresses: Collection[bytes] = HERE
+) -> Turn:
+    """What a machine does that has the addresses."""
+    return ledger.turn(own, now_s, lambda: addresses)
+
+
 def moved(pair: Pair, by: int) -> Pair:
     return replace(pair, up=replace(pair.up, last_end=pair.up.last_end + by))
 
@@ -48,19 +66,19 @@ def entry_at(store: Store, key: str = KEY) -> tuple[Entry, Pair]:
 def test_a_pair_is_written_when_it_has_begun_and_removed_when_it_has_ended() -> None:
     a = Ledger(A)
     store = Store(a)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
     assert entry_at(store) == (Entry(A, 1, PAIR.encode()), PAIR)
     assert a.counts == (1, 0)
-    assert a.turn({KEY: Own(0, PAIR)}, 100.0) == Turn()  # nothing has moved
-    assert a.turn({}, 100.0) == Turn(deletes=[KEY])
+    assert turn_of(a, {KEY: Own(0, PAIR)}, 100.0) == Turn()  # nothing has moved
+    assert turn_of(a, {}, 100.0) == Turn(deletes=[KEY])
 
 
 def test_numbers_that_move_are_written_once_a_second() -> None:
     a = Ledger(A)
     store = Store(a)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
-    assert a.turn({KEY: Own(0, moved(PAIR, 1))}, MOVING_S - 0.01).puts == {}
-    turn = a.turn({KEY: Own(0, moved(PAIR, 2))}, MOVING_S)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
+    assert turn_of(a, {KEY: Own(0, moved(PAIR, 1))}, MOVING_S - 0.01).puts == {}
+    turn = turn_of(a, {KEY: Own(0, moved(PAIR, 2))}, MOVING_S)
     assert turn.puts == {KEY: Entry(A, 1, moved(PAIR, 2).encode())}
 
 
@@ -68,16 +86,16 @@ def test_numbers_that_move_are_written_once_a_second() -> None:
 def test_a_half_end_is_written_at_once(way: str) -> None:
     a = Ledger(A)
     store = Store(a)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
     half = replace(PAIR.up, fin=Fin.DUE | Fin.SEEN, fin_seq=9)
     ended = replace(PAIR, up=half) if way == "up" else replace(PAIR, down=half)
-    assert list(a.turn({KEY: Own(0, ended)}, 0.01).puts) == [KEY]
+    assert list(turn_of(a, {KEY: Own(0, ended)}, 0.01).puts) == [KEY]
 
 
 def test_what_could_not_be_written_is_written_later_and_takes_no_room() -> None:
     a = Ledger(A)
     for n in range(100):  # the store is down
-        turn = a.turn({KEY: Own(0, moved(PAIR, n))}, float(n))
+        turn = turn_of(a, {KEY: Own(0, moved(PAIR, n))}, float(n))
         assert turn.puts == {KEY: Entry(A, 1, moved(PAIR, n).encode())}
     assert a.counts == (0, 0)
 
@@ -85,51 +103,65 @@ def test_what_could_not_be_written_is_written_later_and_takes_no_room() -> None:
 def test_a_lost_lease_has_everything_written_again() -> None:
     a = Ledger(A)
     store = Store(a)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
     a.lost_lease()
-    assert list(a.turn({KEY: Own(0, PAIR)}, 0.01).puts) == [KEY]
+    assert list(turn_of(a, {KEY: Own(0, PAIR)}, 0.01).puts) == [KEY]
 
 
 def test_another_machine_holds_the_pair_as_it_moves_and_lets_go_at_its_end() -> None:
     a, b = Ledger(A), Ledger(B)
     store = Store(a, b)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
-    assert b.turn({}, 0.0).hold == {KEY: store.values[KEY]}
-    assert b.turn({}, 0.1) == Turn()
-    store.apply(a, a.turn({KEY: Own(0, moved(PAIR, 1))}, 2.0), 2.0)
-    assert b.turn({}, 2.0).hold == {KEY: store.values[KEY]}
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
+    assert turn_of(b, {}, 0.0).hold == {KEY: store.values[KEY]}
+    assert turn_of(b, {}, 0.1) == Turn()
+    store.apply(a, turn_of(a, {KEY: Own(0, moved(PAIR, 1))}, 2.0), 2.0)
+    assert turn_of(b, {}, 2.0).hold == {KEY: store.values[KEY]}
     assert b.counts == (0, 1)
-    store.apply(a, a.turn({}, 3.0), 3.0)
-    assert b.turn({}, 3.0) == Turn(release=[KEY])
+    store.apply(a, turn_of(a, {}, 3.0), 3.0)
+    assert turn_of(b, {}, 3.0) == Turn(release=[KEY])
     assert b.counts == (0, 0)
 
 
 def test_what_could_not_be_held_is_tried_again_later() -> None:
     b = Ledger(B)
     b.saw(KEY, Entry(A, 1, PAIR.encode()).encode().encode())
-    assert list(b.turn({}, 0.0).hold) == [KEY]
+    assert list(turn_of(b, {}, 0.0).hold) == [KEY]
     b.refused([KEY], 0.0)
-    assert b.turn({}, RETRY_S - 0.01) == Turn()
-    assert list(b.turn({}, RETRY_S).hold) == [KEY]
+    assert turn_of(b, {}, RETRY_S - 0.01) == Turn()
+    assert list(turn_of(b, {}, RETRY_S).hold) == [KEY]
 
 
 def test_a_pair_that_was_taken_over_is_let_go_by_who_had_it() -> None:
     a, b = Ledger(A), Ledger(B)
     store = Store(a, b)
-    store.apply(a, a.turn({KEY: Own(0, PAIR)}, 0.0), 0.0)
-    b.turn({}, 0.0)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
+    turn_of(b, {}, 0.0)
     # Its keeper has taken it, with the claim that follows.
-    taken = b.turn({KEY: Own(2, PAIR)}, 1.0)
+    taken = turn_of(b, {KEY: Own(2, PAIR)}, 1.0)
     assert taken.release == [KEY]
     store.apply(b, taken, 1.0)
     assert entry_at(store)[0] == Entry(B, 2, PAIR.encode())
-    turn = a.turn({KEY: Own(0, moved(PAIR, 5))}, 1.1)
-    assert turn == Turn(let_go={KEY: moved(PAIR, 5)})
+    turn = turn_of(a, {KEY: Own(0, moved(PAIR, 5))}, 1.1)
+    assert turn == Turn(moved={KEY: moved(PAIR, 5)})
     # And holds it from then on, for the way back.
-    assert a.turn({}, 1.2).hold == {KEY: store.values[KEY]}
-    store.apply(a, a.turn({KEY: Own(3, PAIR)}, 2.0), 2.0)
+    assert turn_of(a, {}, 1.2).hold == {KEY: store.values[KEY]}
+    store.apply(a, turn_of(a, {KEY: Own(3, PAIR)}, 2.0), 2.0)
     assert entry_at(store)[0].owner == A
-    assert b.turn({KEY: Own(2, PAIR)}, 2.1).let_go == {KEY: PAIR}
+    assert turn_of(b, {KEY: Own(2, PAIR)}, 2.1).moved == {KEY: PAIR}
+
+
+@pytest.mark.parametrize("addresses", [[], HERE[:1]])
+def test_a_pair_that_was_taken_over_goes_on_with_the_addresses(addresses: list[bytes]) -> None:
+    """A machine has taken it and died, before the store knew: it comes back, with a later claim.
+
+    Meanwhile the one before has the addresses again, and goes on.
+    """
+    a, b = Ledger(A), Ledger(B)
+    store = Store(a, b)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)
+    assert turn_of(b, {KEY: Own(2, PAIR)}, 1.0, addresses) == Turn(moved={KEY: PAIR})
+    assert turn_of(b, {}, 1.1, addresses).hold == {KEY: store.values[KEY]}
+    assert turn_of(a, {KEY: Own(0, PAIR)}, 1.1) == Turn()
 
 
 def test_a_pair_that_no_worker_has_yet_keeps_its_names() -> None:
@@ -137,33 +169,117 @@ def test_a_pair_that_no_worker_has_yet_keeps_its_names() -> None:
     b.saw(KEY, Entry(A, 1, PAIR.encode()).encode().encode())
     half = replace(PAIR.up, carried_bytes=0)
     bare = replace(PAIR, started_s=1, rule=b"", listener_name=b"", up=half, down=half)
-    turn = b.turn({KEY: Own(2, bare)}, 0.0)
+    turn = turn_of(b, {KEY: Own(2, bare)}, 0.0)
     assert turn.puts == {KEY: Entry(B, 2, PAIR.encode())}
     b.wrote(turn.puts, [], 0.0)
-    assert b.turn({KEY: Own(2, bare)}, 9.0) == Turn()
+    assert turn_of(b, {KEY: Own(2, bare)}, 9.0) == Turn()
 
 
 def test_a_machine_that_had_not_heard_of_it_yet_does_not_win_by_writing_last() -> None:
     a, b = Ledger(A), Ledger(B)
     store = Store(a, b)
     late = Entry(A, 1, moved(PAIR, 9).encode())
-    store.apply(b, b.turn({KEY: Own(2, PAIR)}, 0.0), 0.0)
+    store.apply(b, turn_of(b, {KEY: Own(2, PAIR)}, 0.0), 0.0)
     b.saw(KEY, late.encode().encode())
-    assert b.turn({KEY: Own(2, PAIR)}, 0.1).puts == {KEY: Entry(B, 2, PAIR.encode())}
+    assert turn_of(b, {KEY: Own(2, PAIR)}, 0.1).puts == {KEY: Entry(B, 2, PAIR.encode())}
 
 
 def test_a_new_connection_at_the_same_ports_is_the_later_ones() -> None:
     a = Ledger(A)
     past = replace(PAIR, deltas=OTHER, started_s=PAIR.started_s - 10)
     a.saw(KEY, Entry(B, 7, past.encode()).encode().encode())
-    assert a.turn({KEY: Own(0, PAIR)}, 0.0).puts == {KEY: Entry(A, 7, PAIR.encode())}
+    assert turn_of(a, {KEY: Own(0, PAIR)}, 0.0).puts == {KEY: Entry(A, 7, PAIR.encode())}
     later = replace(PAIR, deltas=OTHER, started_s=PAIR.started_s + 10)
     a.saw(KEY, Entry(B, 1, later.encode()).encode().encode())
-    assert a.turn({KEY: Own(0, PAIR)}, 0.0).let_go == {KEY: PAIR}
+    assert turn_of(a, {KEY: Own(0, PAIR)}, 0.0).moved == {KEY: PAIR}
 
 
 def test_what_is_no_entry_is_left_out() -> None:
     b = Ledger(B)
     b.saw_all([(KEY, b"?"), ("x", Entry(A, 1, PAIR.encode()).encode().encode())])
-    assert b.turn({}, 0.0) == Turn()
+    assert turn_of(b, {}, 0.0) == Turn()
     assert b.faults == 2
+
+
+MANY: Final = {
+    pair.key: pair for pair in (a_pair(port=1000 + 4 * n) for n in range(2 * MOVED_AT_ONCE + 10))
+}
+YOUNG: Final = a_pair(port=60_000)
+
+
+def owned(by: int) -> dict[str, Own]:
+    return {key: Own(0, moved(pair, by)) for key, pair in MANY.items()}
+
+
+def test_what_begins_or_ends_is_written_in_front_of_many_that_move() -> None:
+    """Of those some at a time, and each as often as the others."""
+    a = Ledger(A)
+    store = Store(a)
+    store.apply(a, turn_of(a, owned(0), 0.0), 0.0)
+    assert a.written == MANY.keys()
+    ended, *_ = reversed(MANY)
+    half = replace(MANY[ended].up, fin=Fin.DUE | Fin.SEEN, fin_seq=9)
+    written: list[str] = []
+    for now_s in (2.0, 2.1, 2.2):
+        own = owned(1) | {ended: Own(0, replace(MANY[ended], up=half))}
+        if now_s > 2.0:
+            own[YOUNG.key] = Own(0, YOUNG)
+        turn = turn_of(a, own, now_s)
+        first = {2.0: ended, 2.1: YOUNG.key}.get(now_s)
+        keys = list(turn.puts)
+        if first is not None:
+            assert keys.pop(0) == first
+        assert len(keys) <= MOVED_AT_ONCE
+        written += keys
+        store.apply(a, turn, now_s)
+    assert sorted(written) == sorted(MANY.keys() - {ended})
+    assert turn_of(a, own, 2.3) == Turn()
+
+
+def test_another_machine_holds_what_has_begun_in_front_of_many_that_have_moved() -> None:
+    a, b = Ledger(A), Ledger(B)
+    store = Store(a, b)
+    store.apply(a, turn_of(a, owned(0), 0.0), 0.0)
+    assert turn_of(b, {}, 0.0).hold.keys() == MANY.keys()  # none waits for another
+    now_s = 2.0
+    while (turn := turn_of(a, owned(1) | {YOUNG.key: Own(0, YOUNG)}, now_s)) != Turn():
+        store.apply(a, turn, now_s)
+    first, *others = turn_of(b, {}, now_s).hold
+    assert first == YOUNG.key
+    assert len(others) == MOVED_AT_ONCE
+    told = set(others)
+    while hold := turn_of(b, {}, now_s).hold:
+        assert len(hold) <= MOVED_AT_ONCE
+        assert not told & hold.keys()
+        told |= hold.keys()
+    assert told == MANY.keys()
+
+
+def test_the_keeper_is_told_of_all_that_move_however_many_do_all_the_time() -> None:
+    b = Ledger(B)
+    told: set[str] = set()
+    for turn in range(5):
+        for key, pair in MANY.items():
+            b.saw(key, Entry(A, 1, moved(pair, turn).encode()).encode().encode())
+        hold = turn_of(b, {}, float(turn)).hold
+        if turn:
+            assert len(hold) == MOVED_AT_ONCE
+            told |= hold.keys()
+    assert told == MANY.keys()
+
+
+def test_what_has_not_changed_since_is_not_looked_at_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a thousand pairs most are the same in the next turn, a tenth of a second later."""
+    a = Ledger(A)
+    store = Store(a)
+    same = {KEY: Own(0, PAIR)}
+    store.apply(a, turn_of(a, same, 0.0), 0.0)
+    newer = {KEY: Own(0, moved(PAIR, 1))}
+    for own, now_s in ((same, 0.1), (newer, 0.2)):
+        assert turn_of(a, own, now_s) == Turn()
+    with monkeypatch.context() as patched:
+        patched.setattr(Pair, "encode", None)
+        assert turn_of(a, newer, 0.3) == Turn()
+    assert list(turn_of(a, newer, MOVING_S).puts) == [KEY]

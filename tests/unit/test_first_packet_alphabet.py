@@ -189,7 +189,7 @@ def test_a_protocol_of_datagrams_is_read_without_a_length_in_front() -> None:
     assert said(dns, query(b"host", b"internal", b"example")) is MATCH
     assert said(dns, CLIENTS["dns-dig"][2:]) is MATCH
     assert said(dns, CLIENTS["dns-dig"]) is not MATCH
-    assert dns.found(query(b"a", b"test")) == "asks for a.test"
+    assert dns.describe(query(b"a", b"test")) == "asks for a.test"
     openvpn = build("openvpn", Terms(datagrams=True))
     for name in ("openvpn", "openvpn-tls-auth", "openvpn-tls-crypt"):
         assert said(openvpn, CLIENTS[name][2:]) is MATCH

@@ -160,7 +160,7 @@ def test_hostile_bytes_have_three_outcomes_and_the_first_is_final(
 ) -> None:
     answer, _ = decided_after(BUILT[repr(match)], data)
     assert isinstance(answer, Outcome)
-    assert isinstance(BUILT[repr(match)].found(data), str)
+    assert isinstance(BUILT[repr(match)].describe(data), str)
 
 
 BUILT = {repr(match): matcher(match) for match in ALL_MATCHES}
@@ -175,4 +175,4 @@ def test_nothing_sent_is_no_answer(protocol: str) -> None:
 def test_explain_finds_nothing_in_what_is_none(protocol: str) -> None:
     built = build(protocol, Terms())
     for data in (b"", b"\xff" * 40, b"G"):
-        assert built.found(data) == ""
+        assert built.describe(data) == ""

@@ -75,7 +75,7 @@ def test_client_of_openssl_is_read() -> None:
     matcher = build({"dtls": {"sni": "dtls.example.com"}}, Terms(datagrams=True))
     assert matcher.match(OPENSSL, End.FULL, None, 0) is MATCH
     assert matcher.facts(OPENSSL) == (("sni", "dtls.example.com"),)
-    assert matcher.found(OPENSSL) == "server name dtls.example.com, alpn h2 coap"
+    assert matcher.describe(OPENSSL) == "server name dtls.example.com, alpn h2 coap"
     assert said({"dtls": {"alpn": "coap"}}, OPENSSL) is MATCH
     assert said({"dtls": {"alpn": "webrtc"}}, OPENSSL) is NO_MATCH
     assert said("dtls", OPENSSL) is MATCH
@@ -149,7 +149,7 @@ def test_hostile_datagrams_have_three_outcomes(data: st.DataObject) -> None:
     for match in ("dtls", NAMED, {"not": NAMED}, "stun", "wireguard", "dns", "openvpn"):
         matcher = build(match, Terms(datagrams=True))
         assert isinstance(matcher.match(Datagrams(datagrams), End.OPEN, None, 0), Outcome)
-        assert isinstance(matcher.found(Datagrams(datagrams)), str)
+        assert isinstance(matcher.describe(Datagrams(datagrams)), str)
 
 
 # STUN
@@ -238,9 +238,9 @@ def test_name_and_type_must_both_hold() -> None:
     assert said(match, query(b"a.test", 28)) is MATCH
     assert said(match, query(b"a.test", 1)) is NO_MATCH
     assert said(match, query(b"a.other", 28)) is NO_MATCH
-    found = build(match, Terms(datagrams=True)).found
-    assert found(query(b"a.test", 28)) == "asks for a.test, type AAAA"
-    assert found(query(b"a.test", 65280)) == "asks for a.test, type 65280"
+    describe = build(match, Terms(datagrams=True)).describe
+    assert describe(query(b"a.test", 28)) == "asks for a.test, type AAAA"
+    assert describe(query(b"a.test", 65280)) == "asks for a.test, type 65280"
 
 
 @pytest.mark.parametrize(

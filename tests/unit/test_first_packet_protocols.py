@@ -256,5 +256,5 @@ def test_found_says_what_was_read() -> None:
         ("xmpp-slixmpp", "xmpp", "to 'chat.example.com'"),
         ("tls-openssl-1.2", "tls", "server name old.example.org, version 1.2"),
     ):
-        assert matcher(match).found(CLIENTS[name]) == words
-    assert matcher("rdp").found(connection_request(COOKIE)) == "cookie 'Alice'"
+        assert matcher(match).describe(CLIENTS[name]) == words
+    assert matcher("rdp").describe(connection_request(COOKIE)) == "cookie 'Alice'"

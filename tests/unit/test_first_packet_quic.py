@@ -77,7 +77,7 @@ def test_packets_of_the_rfcs_are_read(name: str, version: str) -> None:
     data = VECTORS[name]
     assert matcher.match(data, End.FULL, None, 0) is MATCH
     assert matcher.facts(data) == (("sni", "example.com"),)
-    assert matcher.found(data) == f"server name example.com, alpn alpn, version {version}"
+    assert matcher.describe(data) == f"server name example.com, alpn alpn, version {version}"
 
 
 @pytest.mark.parametrize("versions", [(V1,), (V2,), (V2, V1)])
@@ -112,7 +112,7 @@ def test_encrypted_client_hello_is_taken_by_its_outer_name() -> None:
     message = hello("public.example.com", more=extension(0xFE0D, b"\0" * 40))
     matcher = quic()
     assert matcher.match(initial(crypto(0, message)), End.FULL, None, 0) is MATCH
-    assert "encrypted hello inside" in matcher.found(initial(crypto(0, message)))
+    assert "encrypted hello inside" in matcher.describe(initial(crypto(0, message)))
 
 
 # Without conditions the header says it all.
@@ -146,7 +146,7 @@ def test_bare_word_takes_what_begins_like_a_client(version: int) -> None:
 )
 def test_what_is_no_beginning_is_no_match(datagram: bytes, match: object) -> None:
     assert said([datagram], match) is NO_MATCH
-    assert quic(match).found(datagram) == ""
+    assert quic(match).describe(datagram) == ""
 
 
 # Hellos in pieces.
@@ -342,7 +342,7 @@ def test_hostile_datagrams_have_three_outcomes(data: st.DataObject) -> None:
         first = built.match(Datagrams(datagrams), End.OPEN, None, 0)
         assert isinstance(first, Outcome)
         assert built.match(Datagrams(datagrams), End.FULL, None, 0) is first
-        assert isinstance(built.found(Datagrams(datagrams)), str)
+        assert isinstance(built.describe(Datagrams(datagrams)), str)
 
 
 @given(st.binary(max_size=400))

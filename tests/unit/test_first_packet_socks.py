@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyforwarder.core.address import Address
+from pyforwarder.core.explaining import explain
 from pyforwarder.core.first_packet.outcome import NEED_MORE, End, Refuse, Route, Send
 from pyforwarder.core.reasons import CloseReason, RefusalCode
-from pyforwarder.core.routing import Ruleset, explain
 from tests.helpers.dialogue import Ended, talk
 from tests.helpers.first_packets import TURNS
 from tests.helpers.rules import ruleset
+
+if TYPE_CHECKING:
+    from pyforwarder.core.routing import Ruleset
 
 RULE = {"name": "proxy", "match": "socks", "allow": ["any"]}
 OPEN = ruleset(RULE)

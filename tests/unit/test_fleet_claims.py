@@ -41,10 +41,10 @@ class Above:
         self.claims = list(claims)
         self.told: list[dict[str, Any]] = []
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         self.told.append(message)
 
-    def hear(self, *, wait: bool) -> Claim | None:
+    def receive(self, *, wait: bool) -> Claim | None:
         if self.claims:
             return self.claims.pop(0)
         if wait:

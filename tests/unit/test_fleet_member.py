@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyforwarder.fleet.layout import Edition, InstanceReport, Keys
+from pyforwarder.fleet.layout import Edition, InstanceReport, Keys, instances_in
 from pyforwarder.fleet.member import Member
 from pyforwarder.fleet.store import Found
 
@@ -32,6 +32,14 @@ class Store:
     def grant(self, _ttl_s: int) -> int:
         return 7
 
+    def changes(self, prefix: str, *, after: int, until_s: float) -> tuple[int, ...]:
+        del prefix, after, until_s
+        return ()
+
+    def renew(self, lease: int) -> bool:
+        assert lease == 7
+        return True
+
 
 class Above:
     """A supervisor that has said some things."""
@@ -40,10 +48,10 @@ class Above:
         self.says: list[dict[str, Any]] = []
         self.told: list[dict[str, Any]] = []
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         self.told.append(message)
 
-    def hear(self, timeout_s: float) -> dict[str, Any] | None:
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
         del timeout_s
         return self.says.pop(0) if self.says else None
 
@@ -62,10 +70,10 @@ def test_what_is_said_by_the_way_is_not_taken_for_the_answer() -> None:
         {"version": "1", "serial": 3, "answers": True},
         {"version": "1", "serial": 3, "pairs": 9, "answers": False},
     ]
-    member._look()
+    member._read_edition()
     assert [message["serial"] for message in above.told] == [3]
     assert above.says == []
-    member._say_how_we_fare()
+    member._write_report()
     said = InstanceReport.decode(store.keys[KEYS.instance("one")])
     assert (said.serial, said.pairs) == (3, 9)
 
@@ -73,12 +81,63 @@ def test_what_is_said_by_the_way_is_not_taken_for_the_answer() -> None:
 def test_other_machines_are_looked_at_now_and_then_and_told_of() -> None:
     member, store, above, now_s = make()
     store.keys[KEYS.instance("two")] = InstanceReport(version="2", pairs=5).encode()
-    member._look_around()
+    member._list_machines()
     ((message, instances),) = [*above.told[0].items()]
     assert (message, [one["instance"] for one in instances]) == ("instances", ["two"])
     store.keys.clear()
-    member._look_around()  # too soon
+    member._list_machines()  # too soon
     assert store.lists == [KEYS.instances]
     now_s[0] += 5
-    member._look_around()
+    member._list_machines()
     assert above.told[1:] == [{"instances": []}]
+
+
+def test_two_machines_of_one_name_say_so_and_one_that_was_alone_for_a_minute_does_not() -> None:
+    store, now_s = Store(), [1000.0]
+    above = [Above(), Above()]
+    members = [
+        Member(store, KEYS, "one", one, clock=lambda: now_s[0])  # type: ignore[arg-type]
+        for one in above
+    ]
+    key = KEYS.instance("one")
+
+    def turn(member: Member, supervisor: Above, pairs: int) -> None:
+        supervisor.says = [{"version": "1", "pairs": pairs}]
+        member._stay(1)
+        now_s[0] += 2.5
+
+    def warned() -> list[int]:
+        return [one.told.count({"overwritten": key}) for one in above]
+
+    def why() -> str:
+        (row,) = instances_in(KEYS, store.list(KEYS.instances).entries)
+        said: str = row["why"]
+        return said
+
+    # In an upgrade a report or two are the other daemon's.
+    for _ in range(3):
+        for member, supervisor in zip(members, above, strict=True):
+            turn(member, supervisor, 1)
+    assert (warned(), why()) == ([0, 0], "")
+    for pairs in range(2, 5):
+        for member, supervisor in zip(members, above, strict=True):
+            turn(member, supervisor, pairs)
+    assert (warned(), why()) == ([1, 1], "another machine has this name, too (fleet.instance)")
+    # The other has got a name of its own.
+    for _ in range(30):
+        turn(members[0], above[0], 9)
+    assert (warned(), why()) == ([1, 1], "")
+
+
+def test_a_report_that_is_gone_is_written_again() -> None:
+    member, store, above, now_s = make()
+    above.says = [{"version": "1"}]
+    member._receive(0)
+    member._write_report()
+    for _ in range(5):
+        del store.keys[KEYS.instance("one")]
+        now_s[0] += 5
+        member._list_machines()
+        member._write_report()
+        assert InstanceReport.decode(store.keys[KEYS.instance("one")]).version == "1"
+    assert [one for one in above.told if "overwritten" in one] == []

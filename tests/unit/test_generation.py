@@ -264,7 +264,15 @@ def test_configuration_that_is_wrong_is_a_config_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "local"), [("127.0.0.1", True), ("127.3.2.1", True), ("192.0.2.1", False)]
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.3.2.1", True),
+        ("192.0.2.1", False),
+        ("::ffff:127.3.2.1", True),
+        ("fe80::1%no-such-link", False),
+        ("224.0.0.1", True),  # a group's: who sends there may be heard here
+    ],
 )
-def test_local_address_is_one_that_can_be_bound(host: str, local: bool) -> None:
+def test_local_address_is_this_hosts(host: str, local: bool) -> None:
     assert is_local(host) is local

@@ -1,6 +1,7 @@
-"""What tests may not do unless it is written down here why: sleep, skip, import another test.
+"""What tests may not do unless it is written down here why: sleep, skip, be quick, import another.
 
-A sleep in place of a wait makes a test slow on a quick machine and wrong on a slow one. A skip can
+A sleep in place of a wait makes a test slow on a quick machine and wrong on a slow one; so does an
+assertion that little time has passed, which says nothing about what the time went into. A skip can
 hide a failure: what a host need not have is left out by `needs` (tests/conftest.py) instead. What
 two test modules share is a helper.
 """
@@ -26,6 +27,10 @@ SLEEPS: Final = {
         "so long nobody has the addresses"
     ),
     "kernel/test_failover.py deaths": "when a machine dies, and how late that is noticed",
+    "kernel/test_fleet_limits.py "
+    "test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may": (
+        "the pace of a client that connects"
+    ),
     "kernel/test_floods.py flood": "the pace of a flood that a queue takes",
     "kernel/test_floods.py test_made_up_addresses_deny_nobody": (
         "so much later the client speaks again"
@@ -45,6 +50,7 @@ SLEEPS: Final = {
         "the keeper is stopped for so long"
     ),
     "kernel/test_taken_over.py look": "nothing happens for so long",
+    "kernel/test_upgrade_many.py play": "so long it is measured what there is without an upgrade",
     "unit/test_child.py _prepare": "a child that lives until it is killed",
     "unit/test_keeper_client.py slow": "the answer comes so late",
     "unit/test_preparing.py hangs": "a child that hangs until it is killed",
@@ -58,6 +64,45 @@ SKIPS: Final = {
     "kernel/test_splice_walls_fuzz.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "unit/test_seccomp.py": "a machine without a table of system calls has no filter",
     "unit/test_store.py": "who is not root",
+}
+
+
+# How long something took, and must not have taken longer. What must not wait is given so long to
+# wait that its test would be ended instead (`timeout`), or the loop's clock is the test's
+# (helpers/clock.py), or order is proven as order.
+_RESET: Final = "kernel/test_failover_reset.py"
+_VRRP: Final = "kernel/test_keepalived.py"
+CLOCKS: Final = {
+    "kernel/test_failover.py deaths": (
+        "how long a death may be noticed is promised (docs), and measured"
+    ),
+    "kernel/test_failover.py test_ends_that_have_waited_longer_and_longer_send_at_once": (
+        "the same; alone, and ends left alone would be silent for 1.3 s more, not 0.5"
+    ),
+    f"{_RESET} test_both_ends_of_what_is_not_known_are_reset_as_soon_as_they_speak": (
+        "the same; ends left alone wait for minutes"
+    ),
+    f"{_RESET} test_ends_that_only_wait_are_reset_at_once_where_nobody_can_go_on": (
+        "the same; ends left alone wait for ever"
+    ),
+    "kernel/test_fleet.py test_editions_are_in_force_on_three_machines_in_a_moment": (
+        "promised and measured; of many times the one in the middle"
+    ),
+    f"{_VRRP} test_pairs_go_on_when_keepalived_notices_a_death_and_when_it_is_stopped": (
+        "promised and measured, with a keepalived that notices within 0.1 s"
+    ),
+    "kernel/test_names.py test_names_of_one_client_that_nobody_answers_stop_nobody_else": (
+        "thirty are served meanwhile; one that waits for those names does so for three seconds"
+    ),
+    "kernel/test_splice_keeper.py test_a_keeper_that_goes_on_is_asked_again_at_once": (
+        "twenty pairs, one of which may wait for 0.25 s; if each did, it were five"
+    ),
+    "kernel/test_splice_keeper.py test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced": (
+        "the same"
+    ),
+    "unit/test_messages.py test_closing_what_was_sent_does_not_linger": (
+        "a close(2) that would last a minute, and ends by a signal that ends a test's time as well"
+    ),
 }
 
 
@@ -101,10 +146,140 @@ def test_every_one_of_them_has_a_reason(table: dict[str, str], names: frozenset[
     assert set(uses(names)) == set(table)
 
 
-# What one other module uses, and is to be a helper.
-IMPORTS: Final = {
-    "unit/test_session_adoption.py tests.unit.test_session_handover",
-}
+# What reads a clock.
+_READ: Final = frozenset({"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "time"})
+
+
+def reads_clock(node: ast.AST) -> bool:
+    """Whether that is what a clock says now."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _READ
+        and ast.unparse(node.func.value) == "time"
+    )
+
+
+def assigned(module: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+    """The names and attributes that a module assigns something to, or appends it to."""
+    pairs: list[tuple[ast.expr, ast.expr]] = []
+    for node in ast.walk(module):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs += zip(target.elts, node.value.elts, strict=False)
+                else:
+                    targets = target.elts if isinstance(target, ast.Tuple) else [target]
+                    pairs.append((targets[-1], node.value))
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "append"
+        ):
+            pairs.append((node.func.value, node.args[0]))
+    for target, value in pairs:
+        if isinstance(target, ast.Name | ast.Attribute):
+            yield target.id if isinstance(target, ast.Name) else target.attr, value
+
+
+class Durations:
+    """What of a module says how long something took: `names` are those that are known so far."""
+
+    def __init__(self, module: ast.Module, names: frozenset[str] = frozenset()) -> None:
+        self.names = set(names)
+        self._moments = {name for name, value in assigned(module) if reads_clock(value)}
+        functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
+        values = [
+            *assigned(module),
+            *(
+                (function.name, node.value)
+                for function in functions
+                for node in ast.walk(function)
+                if isinstance(node, ast.Return) and node.value is not None
+            ),
+        ]
+        while found := {name for name, value in values if self.is_one(value)} - self.names:
+            self.names |= found
+
+    def is_one(self, node: ast.AST) -> bool:
+        """Whether a duration is in that expression."""
+        return any(
+            (isinstance(each, ast.BinOp) and isinstance(each.op, ast.Sub) and self._is_since(each))
+            or (isinstance(each, ast.Name) and each.id in self.names)
+            or (isinstance(each, ast.Attribute) and each.attr in self.names)
+            for each in ast.walk(node)
+        )
+
+    def _is_since(self, node: ast.BinOp) -> bool:
+        return reads_clock(node.left) or any(
+            (isinstance(side, ast.Name) and side.id in self._moments)
+            for side in (node.left, node.right)
+        )
+
+
+@functools.cache
+def durations_of_helpers() -> frozenset[str]:
+    """What helpers say of themselves so, and no variable."""
+    names: set[str] = set()
+    for where, module in modules().items():
+        if where.startswith("helpers/"):
+            public = {
+                each.name if isinstance(each, ast.FunctionDef) else each.attr
+                for each in ast.walk(module)
+                if isinstance(each, ast.FunctionDef | ast.Attribute)
+            }
+            names |= Durations(module).names & public
+    return frozenset(names)
+
+
+def upper_bounds(module: ast.Module) -> Iterator[str]:
+    """The functions of a module that assert that something took less than so long."""
+    durations = Durations(module, durations_of_helpers())
+    for function in ast.walk(module):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if not isinstance(node, ast.Assert):
+                continue
+            for compare in ast.walk(node.test):
+                if not isinstance(compare, ast.Compare):
+                    continue
+                sides = [compare.left, *compare.comparators]
+                for smaller, sign, larger in zip(sides, compare.ops, sides[1:], strict=False):
+                    if isinstance(sign, ast.Gt | ast.GtE):
+                        smaller, larger = larger, smaller
+                    elif not isinstance(sign, ast.Lt | ast.LtE):
+                        continue
+                    if durations.is_one(smaller):
+                        yield function.name
+
+
+def test_what_must_have_been_quick_has_a_reason() -> None:
+    found = {
+        f"{where} {function}"
+        for where, module in modules().items()
+        for function in upper_bounds(module)
+    }
+    assert found == set(CLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_found"),
+    [
+        ("assert time.monotonic() - began_s < 5", True),
+        ("assert 5 > time.perf_counter() - began_s", True),
+        ("assert 0.1 <= time.monotonic() - began_s < 5", True),
+        ("took_s = time.monotonic() - began_s; assert took_s <= 5, took_s", True),
+        ("self.took_s = max(0, time.monotonic() - began_s); assert max(self.took_s) < 5", True),
+        ("n, took_s = 1, time.monotonic() - began_s; assert n and took_s < 5", True),
+        ("assert time.monotonic() - began_s >= 5", False),
+        ("assert time.monotonic() < deadline_s", False),
+        ("assert row['age_s'] < 5", False),
+    ],
+)
+def test_what_must_have_been_quick_is_found(line: str, is_found: bool) -> None:
+    module = ast.parse(f"def test() -> None:\n    {line}\n")
+    assert list(upper_bounds(module)) == ["test"] * is_found
 
 
 def test_no_test_module_imports_another() -> None:
@@ -115,4 +290,4 @@ def test_no_test_module_imports_another() -> None:
         if isinstance(node, ast.ImportFrom)
         and (node.module or "").startswith(("tests.unit.test_", "tests.kernel.test_"))
     }
-    assert found == IMPORTS
+    assert found == set()

@@ -34,6 +34,7 @@ upstreams:
 listeners:
   - {name: main, bind: "127.0.0.1:0", rules: [{name: r, match: any, to: web}]}
 """
+SERVER = ("web", "web.example:80")
 HOSTS = ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
 
 
@@ -62,6 +63,7 @@ class Play:
         self.code = errno.EINPROGRESS  # what connect says: nobody answers
         self.sockets: list[_socket.socket] = []
         self.verdicts: list[Verdict] = []
+        self.rounds = 0
         self.asker: FakeAsker
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
         # A full backlog drops SYNs: who connects then waits.
@@ -71,9 +73,20 @@ class Play:
         monkeypatch.setattr(health._Check, "dial", lambda _check, address: self._dial(address))
         self.loop = Loop()
         monkeypatch.setattr(health, "configured_names", self._names)
+        self.begin()
+
+    def begin(self, *, known: dict[tuple[str, str], bool] | None = None) -> None:
+        """Check, as a new process does."""
         self.checker = Checker(
-            self.loop, parse_config(CONFIG, source="test").upstreams, self.verdicts.append
+            self.loop,
+            parse_config(CONFIG, source="test").upstreams,
+            self.verdicts.append,
+            known=known,
+            finished=self._finished,
         )
+
+    def _finished(self) -> None:
+        self.rounds += 1
 
     def _names(self, loop: Loop, *, stale_wait_s: float) -> Resolver:
         def make(mailbox: Mailbox) -> FakeAsker:
@@ -103,6 +116,11 @@ class Play:
         os.dup2(connected.fileno(), sock.fileno(), inheritable=False)
         connected.close()
         self.loop._epoll.register(sock.fileno(), EPOLLOUT)  # what dup2 closed has left epoll
+
+    def answers_next(self) -> None:
+        """As `answers`, for the check that runs."""
+        self.answers(self.open[0])
+        self.pass_time(0.0)
 
     @property
     def open(self) -> list[_socket.socket]:
@@ -192,11 +210,13 @@ def test_a_check_that_cannot_be_made_says_nothing_of_the_server(play: Play) -> N
     play.asker.put("web.example", HOSTS)
     play.pass_time(0.0)
     assert (play.server.is_busy, play.verdicts) == (False, [])
+    assert play.rounds == 0  # nothing was checked
     play.code = errno.EINPROGRESS
     play.until_busy()
     play.answers(play.open[0])
     play.pass_time(0.0)
     assert [verdict.up for verdict in play.verdicts] == [True]
+    assert play.rounds == 1
 
 
 def test_a_path_for_which_there_is_no_descriptor_stops_no_other_check(
@@ -211,3 +231,46 @@ def test_a_path_for_which_there_is_no_descriptor_stops_no_other_check(
     for _ in range(60):
         play.pass_time(0.1)
     assert (play.server.is_busy, play.verdicts) == (False, [])
+
+
+def fail_once(play: Play) -> None:
+    play.until_busy()
+    play.asker.put("web.example", HOSTS)
+    play.pass_time(0.0)
+    play.pass_time(2.0)
+    assert not play.server.is_busy
+
+
+def test_a_new_process_goes_on_with_what_the_last_one_has_found(play: Play) -> None:
+    play.checker.check_only(())  # the first one
+    first = play.checker
+    play.begin(known={SERVER: True})
+    fail_once(play)
+    assert [verdict.up for verdict in play.verdicts] == [True]  # one of two that must fail
+    fail_once(play)
+    assert [verdict.up for verdict in play.verdicts] == [True, False]
+    first.names.close()
+
+
+def test_a_server_that_stays_is_counted_on_and_one_that_comes_back_is_on_trial(play: Play) -> None:
+    fail_once(play)
+    play.until_busy()
+    play.answers_next()
+    play.until_busy()
+    play.answers_next()
+    assert [verdict.up for verdict in play.verdicts] == [False, True]
+    for _ in range(3):
+        play.checker.check_only({SERVER})
+        assert [verdict.up for verdict in play.verdicts] == [False, True]
+    fail_once(play)
+    play.checker.check_only({SERVER})
+    assert [verdict.up for verdict in play.verdicts] == [False, True]
+    fail_once(play)
+    assert [verdict.up for verdict in play.verdicts] == [False, True, False]
+    play.checker.check_only(())
+    for _ in range(60):
+        play.pass_time(0.1)
+        assert not play.server.is_busy
+    play.checker.check_only({SERVER})
+    fail_once(play)
+    assert [verdict.up for verdict in play.verdicts][3:] == [False]

@@ -5,12 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pyforwarder.errors import AlreadyRunningError, ConfigError, ForwarderError
-from pyforwarder.runtime.instance import Instance, LockWatch, acquire, is_running
+from pyforwarder.runtime.instance import (
+    _LOOKED_AT_S,
+    Instance,
+    LockWatch,
+    acquire,
+    is_running,
+)
 from tests.helpers.fake_control import make_instance
 from tests.helpers.waiting import DEADLINE_S
 
@@ -72,17 +79,34 @@ def test_two_instances_do_not_see_each_other(tmp_path: Path) -> None:
         assert not is_running(make_instance(tmp_path, "c"))
 
 
-def test_up_that_meets_somebody_looking_is_not_refused(tmp_path: Path) -> None:
-    """`is_running` holds the lock for an instant; that must not look like a daemon."""
+def test_up_that_meets_somebody_looking_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`is_running` shares the lock while it looks; that must not look like a daemon."""
     instance = make_instance(tmp_path)
     acquire(instance).close()
     fd = os.open(instance.lock_file, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH)
-    timer = threading.Timer(0.02, os.close, [fd])
-    timer.start()
+    began_s = time.monotonic()
+    waited_s = 0.0
+
+    def sleep(pause_s: float) -> None:
+        nonlocal waited_s
+        if waited_s < 3.0 <= waited_s + pause_s:
+            os.close(fd)  # it had to wait for a processor for so long
+        waited_s += pause_s
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: began_s + waited_s)
     with acquire(instance) as lock:
         assert lock.fileno() >= 0
-    timer.join()
+    assert 3.0 <= waited_s < 3.1
+    fd = os.open(instance.lock_file, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    with pytest.raises(AlreadyRunningError):
+        acquire(instance)  # one that never looks away
+    assert 3.0 + _LOOKED_AT_S <= waited_s < 3.1 + _LOOKED_AT_S
+    os.close(fd)
 
 
 def test_child_that_closes_does_not_release_its_parents_lock(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pyforwarder.datapath.splice import keeper as module
+from pyforwarder.datapath.splice import keeper_adoption as module
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import Splice
-from pyforwarder.datapath.splice.keeper import Keeper
+from pyforwarder.datapath.splice.keeper_adoption import Adoption
 from pyforwarder.worker.orphans import adopt_orphans
 
 if TYPE_CHECKING:
@@ -24,15 +24,19 @@ class Site:
     """A keeper that has orphans, and a host on which some addresses are in use."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, orphans: int) -> None:
-        keeper: Any = object.__new__(Keeper)
-        keeper._orphans = dict.fromkeys(range(orphans), b"")
-        keeper._owner = dict.fromkeys(range(orphans), 0)
-        keeper._given, keeper._in_use = {}, {}
-        keeper._standby = SimpleNamespace(sockets_of=lambda _index: None)
-        keeper._remember_joined = lambda _index, _sockets: None
-        keeper._record = self._record
-        keeper._forget = self._forget
-        self.keeper = keeper
+        self.owners = dict.fromkeys(range(orphans), 0)
+        self.when_forgotten: list[Callable[[int], None]] = []
+        pairs: Any = SimpleNamespace(
+            owners=self.owners,
+            when_forgotten=self.when_forgotten,
+            record=self._record,
+            forget=self._forget,
+            remember_joined=lambda _index, _sockets: None,
+        )
+        unused: Any = None
+        self.adoption = Adoption(pairs, unused, unused, workers=2, sockets_of=lambda _index: None)
+        for index in range(orphans):
+            self.adoption.orphan(index, b"")
         self.in_use: set[int] = set()
         self.error = errno.EADDRNOTAVAIL
         self.forgotten: list[int] = []
@@ -50,8 +54,9 @@ class Site:
 
     def _forget(self, index: int) -> None:
         self.forgotten.append(index)
-        for each in (self.keeper._orphans, self.keeper._owner, self.keeper._in_use):
-            each.pop(index, None)
+        for told in self.when_forgotten:
+            told(index)
+        self.owners.pop(index, None)
 
     def _revive(self, way: Any, _family: int) -> socket.socket:
         self.tried.append(way.dport)
@@ -61,8 +66,7 @@ class Site:
         return made  # type: ignore[no-any-return]
 
     def adopt(self) -> dict[str, object]:
-        answer: dict[str, object] = self.keeper._adopt(0, [])
-        return answer
+        return self.adoption.adopt(0, [])
 
     def adopt_all(self) -> tuple[list[object], dict[str, object]]:
         """All that can be had now, and the last answer."""
@@ -125,7 +129,7 @@ def test_one_that_cannot_be_had_at_all_ends_at_once(monkeypatch: pytest.MonkeyPa
 
 def test_other_workers_orphans_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, 4)
-    site.keeper._owner.update({0: 1, 1: 1})
+    site.owners.update({0: 1, 1: 1})
     site.in_use = {0, 1}
     assert site.adopt_all() == ([2, 3], {})
 
@@ -143,8 +147,8 @@ def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them
     monkeypatch.setattr(splice_sockets, "describe", describe)
     monkeypatch.setattr(splice_sockets, "is_of_our_network", lambda _sock: True)
     sockets: Any = [object(), object()]
-    assert site.keeper._take_over(0, 0, sockets) == {}
-    assert 0 in site.keeper._orphans
+    assert site.adoption.take_over(0, 0, sockets) == {}
+    assert site.adoption.is_orphan(0)
 
 
 def test_a_worker_asks_again_once_a_second_however_often_it_was_told_of_orphans() -> None:

@@ -21,13 +21,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pyforwarder.datapath.splice.keeper_asker import (
     MOST_HELD,
     MOST_UNDER_WAY,
-    Heard,
+    Answered,
     KeeperAsker,
 )
 from pyforwarder.runtime.loop import Loop
 
-# A call that waits for the keeper takes a quarter of a second at least.
-AT_ONCE_S: Final = 0.1
+# Longer than a test may take: what waits for it is ended with its test.
+FOR_EVER_S: Final = 3600.0
 
 
 class Play:
@@ -42,11 +42,11 @@ class Play:
         self.faults: list[Exception] = []
         self.loop.on_error = lambda _owner, error: self.faults.append(error)
 
-    def then(self, name: object) -> Heard:
+    def then(self, name: object) -> Answered:
         return lambda answer, _fds: self.heard.append((name, answer))
 
-    def tell(self, name: object, fds: tuple[int, ...] = ()) -> bool:
-        return self.asker.tell("leave", self.then(name), fds, name=name)
+    def ask(self, name: object, fds: tuple[int, ...] = ()) -> bool:
+        return self.asker.ask("leave", self.then(name), fds, name=name)
 
     def read(self) -> tuple[dict[str, Any], list[int]] | None:
         """The keeper reads one; None: there is none."""
@@ -81,6 +81,7 @@ class Play:
         timers = self.loop._timers
         for number, (due_s, call) in list(timers.items()):
             timers[number] = due_s - seconds, call
+        self.loop._timers_from_s -= seconds
         self.turn()
 
     def close(self) -> None:
@@ -108,7 +109,7 @@ def lost(play: Play) -> list[object]:
 
 def test_answers_are_heard_in_the_order_in_which_was_asked(play: Play) -> None:
     for name in range(5):
-        assert play.tell(name)
+        assert play.ask(name)
     assert play.heard == []
     assert play.asker.unsettled == 5
     assert play.obey() == list(range(5))
@@ -119,7 +120,7 @@ def test_answers_are_heard_in_the_order_in_which_was_asked(play: Play) -> None:
 
 def test_an_answer_tells_of_what_was_asked_before_that_it_is_lost(play: Play) -> None:
     for name in range(4):
-        play.tell(name)
+        play.ask(name)
     for _ in range(2):
         assert play.read() is not None  # by a keeper that dies over the second
     assert play.obey() == [2, 3]  # by the one in its place
@@ -128,7 +129,7 @@ def test_an_answer_tells_of_what_was_asked_before_that_it_is_lost(play: Play) ->
 
 
 def test_one_more_request_finds_out_that_the_last_one_is_lost(play: Play) -> None:
-    play.tell("last")
+    play.ask("last")
     assert play.read() is not None
     play.pass_time(0.5)
     assert play.read() is None  # it may be busy
@@ -142,7 +143,7 @@ def test_one_more_request_finds_out_that_the_last_one_is_lost(play: Play) -> Non
 
 
 def test_that_request_may_be_lost_itself(play: Play) -> None:
-    play.tell("last")
+    play.ask("last")
     assert play.read() is not None
     for _ in range(3):
         play.pass_time(1.0)
@@ -155,7 +156,7 @@ def test_that_request_may_be_lost_itself(play: Play) -> None:
 
 def test_a_keeper_that_hangs_loses_nothing_however_long(play: Play) -> None:
     for name in range(3):
-        play.tell(name)
+        play.ask(name)
     for _ in range(10):
         play.pass_time(60.0)
     assert play.heard == []
@@ -166,7 +167,7 @@ def test_a_keeper_that_hangs_loses_nothing_however_long(play: Play) -> None:
 
 def test_a_late_answer_of_a_keeper_that_had_hung_counts(play: Play) -> None:
     """It was asked whether it is there meanwhile, and says so behind it."""
-    play.tell("slow")
+    play.ask("slow")
     got = play.read()
     assert got is not None
     for _ in range(3):
@@ -178,10 +179,10 @@ def test_a_late_answer_of_a_keeper_that_had_hung_counts(play: Play) -> None:
 
 
 def test_nothing_waits_for_a_keeper_that_reads_nothing(play: Play) -> None:
-    began_s = time.monotonic()
+    # One that waits for the keeper does so for a quarter of a second, all of them longer than a
+    # test may take.
     for name in range(2_000):
-        assert play.tell(name)
-    assert time.monotonic() - began_s < 2_000 * AT_ONCE_S / 20
+        assert play.ask(name)
     assert len(play.asker._under_way) == MOST_UNDER_WAY
     assert play.obey() == list(range(2_000))
     assert names(play) == list(range(2_000))
@@ -198,12 +199,12 @@ def test_sockets_of_what_waits_are_held_until_it_is_sent(play: Play) -> None:
     for name in range(MOST_UNDER_WAY + MOST_HELD + 5):
         pipe = os.pipe()
         os.write(pipe[1], str(name).encode())
-        taken += play.tell(name, pipe)
+        taken += play.ask(name, pipe)
         for fd in pipe:
             os.close(fd)
     assert taken == MOST_UNDER_WAY + MOST_HELD  # those that are too many are not asked
     assert count_fds() == before + 2 * MOST_HELD
-    assert play.tell("without")  # there is room for one without descriptors
+    assert play.ask("without")  # there is room for one without descriptors
     got = []
     while (one := play.read()) is not None:
         request, fds = one
@@ -220,7 +221,7 @@ def test_sockets_of_what_waits_are_held_until_it_is_sent(play: Play) -> None:
 
 def test_what_is_asked_at_once_passes_what_waits_or_is_not_asked_at_all(play: Play) -> None:
     for name in range(MOST_UNDER_WAY + 10):
-        play.tell(name)
+        play.ask(name)
     asked = play.asker.ask_now("join", [], name="join")
     assert asked is not None
     asked.then = play.then("join")
@@ -238,7 +239,7 @@ def test_a_keeper_that_has_not_read_what_was_given_up_is_asked_nothing_at_once(p
     asked.then = play.then("join")
     play.asker.give_up(asked)
     assert play.asker.ask_now("join") is None
-    assert play.tell("leave")  # that must be heard of, some time
+    assert play.ask("leave")  # that must be heard of, some time
     assert play.obey() == ["join", "leave"]
     assert names(play) == ["leave"]  # nobody wants to know of the other
     assert play.asker.ask_now("join") is not None
@@ -254,14 +255,14 @@ def test_what_was_read_too_late_says_so(play: Play) -> None:
     play.answer(got[0], late=True)
     play.turn()
     assert play.heard == [("join", {"n": got[0]["n"], "late": True})]
-    play.tell("leave")
+    play.ask("leave")
     got = play.read()
     assert got is not None
     assert got[0]["until"] > time.monotonic() + 1e6  # never too late
 
 
 def test_answers_to_another_worker_s_questions_are_nobody_s(play: Play) -> None:
-    play.tell("mine")
+    play.ask("mine")
     read_fd, write_fd = os.pipe()
     before = count_fds()
     socket.send_fds(play.keeper, [b'{"n": 5, "index": 3}'], [read_fd])
@@ -278,7 +279,7 @@ def test_answers_to_another_worker_s_questions_are_nobody_s(play: Play) -> None:
 
 def test_descriptors_of_an_answer_are_closed_but_those_that_are_taken(play: Play) -> None:
     taken: list[int] = []
-    play.asker.tell("adopt", lambda _, fds: taken.append(fds.pop(0)))
+    play.asker.ask("adopt", lambda _, fds: taken.append(fds.pop(0)))
     got = play.read()
     assert got is not None
     read_fd, write_fd = os.pipe()
@@ -296,8 +297,8 @@ def test_a_fault_over_an_answer_costs_no_other(play: Play) -> None:
     def fails(_answer: dict[str, Any] | None, _fds: list[int]) -> None:
         raise RuntimeError("ours")
 
-    play.asker.tell("leave", fails)
-    play.tell("next")
+    play.asker.ask("leave", fails)
+    play.ask("next")
     play.obey()
     assert names(play) == ["next"]
     assert [str(error) for error in play.faults] == ["ours"]
@@ -306,35 +307,33 @@ def test_a_fault_over_an_answer_costs_no_other(play: Play) -> None:
 
 def test_what_is_asked_over_an_answer_comes_behind_what_waits(play: Play) -> None:
     def again(_answer: dict[str, Any] | None, _fds: list[int]) -> None:
-        play.tell("again")
+        play.ask("again")
 
-    play.asker.tell("leave", again, name="first")
+    play.asker.ask("leave", again, name="first")
     for name in range(MOST_UNDER_WAY + 5):
-        play.tell(name)
+        play.ask(name)
     assert play.obey() == ["first", *range(MOST_UNDER_WAY + 5), "again"]
 
 
 def test_without_a_keeper_for_ever_all_is_lost_and_nothing_waits(play: Play) -> None:
     for name in range(MOST_UNDER_WAY + 5):
-        play.tell(name)
+        play.ask(name)
     play.keeper.close()
     play.turn()
     assert lost(play) == list(range(MOST_UNDER_WAY + 5))
     assert play.asker.is_over
-    assert not play.tell("more")
+    assert not play.ask("more")
     assert play.asker.ask_now("join") is None
     assert play.asker.unsettled == 0
     assert play.asker.finish(5.0)
-    began_s = time.monotonic()
-    assert not play.asker.wait_until(lambda: False, 60.0)
-    assert time.monotonic() - began_s < 30.0
+    assert not play.asker.wait_until(lambda: False, FOR_EVER_S)
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.ETOOMANYREFS, errno.ENOBUFS])
 def test_what_cannot_be_sent_just_now_is_sent_later(
     play: Play, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Nothing of ours is under way whose answer could tell that there is room again."""
+    """Nothing of ours is under way whose answer could say that there is room again."""
     before = count_fds()
 
     def refuses(*_: object) -> None:
@@ -343,7 +342,7 @@ def test_what_cannot_be_sent_just_now_is_sent_later(
     with monkeypatch.context() as patched:
         patched.setattr(socket, "send_fds", refuses)
         with open(os.devnull) as file:
-            assert play.tell("held", (file.fileno(), file.fileno()))
+            assert play.ask("held", (file.fileno(), file.fileno()))
         assert play.asker.ask_now("mute") is None
         play.pass_time(1.0)
         assert play.heard == []
@@ -353,12 +352,12 @@ def test_what_cannot_be_sent_just_now_is_sent_later(
 
 
 def test_what_can_never_be_sent_is_lost_and_holds_nothing_up(play: Play) -> None:
-    assert not play.tell("never", (-1, -1))
+    assert not play.ask("never", (-1, -1))
     for name in range(MOST_UNDER_WAY):
-        play.tell(name)
-    assert not play.tell("never", (-1, -1))
-    play.asker.tell("leave", play.then("too long"), name="x" * (1 << 20))
-    play.tell("next")
+        play.ask(name)
+    assert not play.ask("never", (-1, -1))
+    play.asker.ask("leave", play.then("too long"), name="x" * (1 << 20))
+    play.ask("next")
     assert play.obey() == [*range(MOST_UNDER_WAY), "next"]
     assert lost(play) == ["too long"]
 
@@ -366,14 +365,14 @@ def test_what_can_never_be_sent_is_lost_and_holds_nothing_up(play: Play) -> None
 def test_who_has_found_no_room_is_called_when_there_may_be(play: Play) -> None:
     pipe = os.pipe()
     name = 0
-    while play.tell(name, pipe):
+    while play.ask(name, pipe):
         name += 1
     assert play.asker.lacks_room
     assert name == MOST_UNDER_WAY + MOST_HELD
     told: list[int] = []
 
     def action() -> bool:
-        if len(told) < 5 and play.tell(name + len(told), pipe):
+        if len(told) < 5 and play.ask(name + len(told), pipe):
             told.append(name)
         return len(told) < 5
 
@@ -397,7 +396,7 @@ def test_room_for_a_descriptor_may_come_without_an_answer(
     with open(os.devnull) as file, monkeypatch.context() as patched:
         patched.setattr(socket, "send_fds", lambda *_: refuses_now())
         patched.setattr(os, "dup", refuses)
-        assert not play.tell("held", (file.fileno(),))
+        assert not play.ask("held", (file.fileno(),))
         assert play.asker.lacks_room
         calls: list[bool] = []
 
@@ -423,7 +422,7 @@ def test_who_waits_for_room_is_called_when_there_never_will_be(play: Play) -> No
         return True
 
     play.asker.when_there_is_room(action)
-    play.tell("one")
+    play.ask("one")
     play.keeper.close()
     play.turn()
     assert calls[-1]
@@ -441,18 +440,16 @@ def test_who_ends_waits_as_long_as_answers_come(play: Play) -> None:
             play.answer(got[0], done=True)
 
     for _ in range(20):
-        play.asker.tell("leave", answer_one)
-    assert not play.asker.finish_while_heard(0.05, 60.0)
+        play.asker.ask("leave", answer_one)
+    assert not play.asker.finish_while_heard(0.05, FOR_EVER_S)
     answer_one(None, [])
-    assert play.asker.finish_while_heard(60.0, 60.0)  # each answer brings the next one
-    play.tell("never")
-    began_s = time.monotonic()
-    assert not play.asker.finish_while_heard(60.0, 0.05)
-    assert time.monotonic() - began_s < 30.0
+    assert play.asker.finish_while_heard(FOR_EVER_S, FOR_EVER_S)  # each brings the next one
+    play.ask("never")
+    assert not play.asker.finish_while_heard(FOR_EVER_S, 0.05)
 
 
 def test_finish_waits_for_the_last_answer_and_no_longer(play: Play) -> None:
-    play.tell("one")
+    play.ask("one")
     assert not play.asker.finish(0.05)
     play.obey()
     assert play.asker.finish(60.0)
@@ -478,11 +475,11 @@ class Talk(RuleBasedStateMachine):
         return self.next
 
     @rule(sockets=st.booleans(), count=st.integers(1, 40))
-    def tell(self, sockets: bool, count: int) -> None:
+    def ask(self, sockets: bool, count: int) -> None:
         for _ in range(count):
             name = self._new()
             pipe = os.pipe() if sockets else ()
-            if self.play.tell(name, pipe):
+            if self.play.ask(name, pipe):
                 self.accepted.append(name)
             for fd in pipe:
                 os.close(fd)
@@ -562,7 +559,7 @@ def test_the_order_of_what_is_told_is_kept(play: Play) -> None:
     for name in range(3 * MOST_UNDER_WAY):
         if name % 7 == 3:
             play.asker.ask_now("mute", (), name="mute")
-        play.tell(name)
+        play.ask(name)
         told.append(name)
         if name % 50 == 49:
             told_so_far = [one for one in play.obey() if one != "mute"]

@@ -15,7 +15,7 @@ from pyforwarder.datapath.splice.keeper_requests import REQUESTS, FaultyRequestE
 
 GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
     "clear": ({}, 0),
-    "bury": ({}, 0),
+    "worker_died": ({}, 0),
     "adopt": ({}, 0),
     "join": (
         {"id": 1, "slot": 0, "pending": [0, 5], "any_interface": 0, "keepalive": [60, 10, 3]},

@@ -1,4 +1,4 @@
-"""The kernel matrix: what is expected of a guest, how it is judged, and README's table of it."""
+"""The kernel matrix: what is expected of a guest, how it is judged, and the table of it."""
 
 from __future__ import annotations
 
@@ -167,9 +167,9 @@ def test_every_guest_that_ci_boots_is_expected_to_do_something() -> None:
 def test_the_tests_of_a_guest_exist() -> None:
     for guest in guests.ALL:
         for name in (*guest.tests, *guest.left_out):
-            path, _, function = name.partition("::")
+            path, has_one, function = name.partition("::")
             text = (ROOT / path).read_text()
-            assert f"def {function}" in text
+            assert not has_one or f"def {function.partition('[')[0]}(" in text
 
 
 def test_any_kernel_of_a_release_can_be_named() -> None:
@@ -269,12 +269,12 @@ def test_a_guest_that_left_nothing_is_told_apart(tmp_path: Path) -> None:
     assert not machine.unpack(left, tmp_path / "out")
 
 
-def test_the_table_in_readme_is_that_of_the_last_recorded_results() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_table_in_the_documents_is_that_of_the_last_recorded_results() -> None:
+    page = (ROOT / "docs" / "datapaths.md").read_text()
     if not RESULTS.exists():  # nothing was recorded yet: then nothing may be claimed
-        assert f"{report.BEGIN}\n{report.END}\n" in readme
+        assert f"{report.BEGIN}\n{report.END}\n" in page
         return
     outcomes = report.from_json(RESULTS.read_text())
     assert [outcome.guest for outcome in outcomes] == [guest.name for guest in guests.ALL]
     assert all(outcome.is_good and outcome.failed == 0 for outcome in outcomes)
-    assert report.put_table(readme, report.table(outcomes)) == readme
+    assert report.put_table(page, report.table(outcomes)) == page

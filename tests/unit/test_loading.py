@@ -1,14 +1,21 @@
-"""What is said of a loader that had no bcc, or died: the cause, and what to do."""
+"""What is said of a loader that had no bcc, or died, and which programs the kernel is asked for."""
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pyforwarder.datapath.ebpf import loading
 from pyforwarder.errors import LoadError, Refusal
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.ebpf.loading import ProgramKind
 
 
 def explained(**answer: object) -> LoadError:
@@ -63,3 +70,49 @@ def test_refusal_of_bcc_itself_keeps_its_words() -> None:
 @pytest.mark.parametrize(("code", "cause"), [(-9, Refusal.MEMORY), (-11, Refusal.COMPILER)])
 def test_loader_that_died_is_no_fault_of_the_kernel(code: int, cause: Refusal) -> None:
     assert loading._died("x.c", code, "").cause is cause
+
+
+class Verifier:
+    """In place of the kernel's: it refuses some programs, and tells what it was asked to take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *refused: str) -> None:
+        self.asked: list[str] = []
+        self._refused = refused
+        programs: dict[str, bytes] = dict.fromkeys(("a", "b", "c", "d"), b"")
+        compiled = SimpleNamespace(programs=programs, licence="GPL")
+        monkeypatch.setattr(loading, "compile_programs", lambda *_, **_words: compiled)
+        monkeypatch.setattr(loading, "filled", lambda code, **_: code)
+        monkeypatch.setattr(loading, "_load", self._load)
+
+    def _load(self, name: str, *_: object) -> int:
+        self.asked.append(name)
+        if name in self._refused:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def ways(*each: str) -> list[list[tuple[str, ProgramKind]]]:
+    return [[(name, "ksym_iterator") for name in way] for way in each]
+
+
+def test_what_the_kernel_has_taken_for_one_way_is_not_loaded_again_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verifier = Verifier(monkeypatch, "a", "d")
+    before = sorted(os.listdir("/proc/self/fd"))
+    loaded = loading.load_first("x.c", ways("a", "bcd", "bd", "cb"), defines={})
+    assert verifier.asked == ["a", "b", "c", "d"]
+    assert (loaded.way, len(set(loaded.descriptors))) == (3, 2)
+    assert [refused.said["program"] for refused in loaded.refused] == ["a", "d"]
+    for descriptor in loaded.descriptors:
+        os.close(descriptor)
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("last", ["d", "bd"])
+def test_what_no_way_needs_is_closed(monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+    Verifier(monkeypatch, "d")
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(LoadError):
+        loading.load_first("x.c", ways("abd", last), defines={})
+    assert sorted(os.listdir("/proc/self/fd")) == before

@@ -19,7 +19,13 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.errors import LoadError, Refusal
-from pyforwarder.worker.log import MOST_PER_SECOND, ConnectionLog, Log, not_blocking
+from pyforwarder.worker.log import (
+    MOST_PER_SECOND,
+    USUAL_OF_SESSIONS,
+    ConnectionLog,
+    Log,
+    not_blocking,
+)
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.limits import Limit
@@ -385,3 +391,81 @@ def test_long_value_is_cut(pipe: Pipe, form: str) -> None:
     (line,) = pipe.lines()
     assert len(line) < 1200
     assert "a ..." in line
+
+
+# One of N
+
+
+def reasons_of(pipe: Pipe) -> list[str]:
+    return [json.loads(line)["reason"] for line in pipe.lines()]
+
+
+def test_one_of_so_many_has_a_line_and_whatever_went_wrong(pipe: Pipe) -> None:
+    log = ConnectionLog(Log(level="info", form="json", fd=pipe.fd), sample=5)
+    for number in range(12):
+        closed(log, Ended(Owner(), id=number))
+    lines = [json.loads(line) for line in pipe.lines()]
+    assert [(line["id"], line["one_of"]) for line in lines] == [(0, 5), (5, 5), (10, 5)]
+    others = [reason for reason in CloseReason if reason is not CloseReason.FINISHED]
+    for reason in others:
+        closed(log, Ended(Owner(), reason=reason))
+    lines = [json.loads(line) for line in pipe.lines()]
+    assert [line["reason"] for line in lines] == [reason.value for reason in others]
+    assert not any("one_of" in line for line in lines)
+
+
+def test_sessions_that_were_silent_are_the_usual_ones(pipe: Pipe) -> None:
+    log = ConnectionLog(
+        Log(level="info", form="json", fd=pipe.fd), sample=3, usual=USUAL_OF_SESSIONS
+    )
+    for _ in range(6):
+        closed(log, Ended(Owner(), reason=CloseReason.IDLE))
+        closed(log, Ended(Owner(), reason=CloseReason.REFUSED))
+    assert reasons_of(pipe).count("idle") == 2
+
+
+def test_another_sample_holds_from_the_next_line_on(pipe: Pipe) -> None:
+    log = ConnectionLog(Log(level="info", form="json", fd=pipe.fd), sample=1000)
+    for _ in range(10):
+        closed(log, Ended(Owner()))
+    for _ in range(2):  # a reload that changes nothing begins nothing anew
+        log.change(level="info", form="json", sample=1000)
+        closed(log, Ended(Owner()))
+    assert reasons_of(pipe) == ["finished"]
+    log.change(level="info", form="json")
+    closed(log, Ended(Owner()))
+    assert reasons_of(pipe) == ["finished"]
+
+
+def test_who_knows_before_asks_once(pipe: Pipe) -> None:
+    log = ConnectionLog(Log(level="info", form="json", fd=pipe.fd), sample=2)
+    for _ in range(4):
+        if log.picks(CloseReason.FINISHED):
+            log.closed(cast("Client", Ended(Owner())), (0, 0), (0, 0), is_picked=True)
+    assert len(pipe.lines()) == 2
+    log.change(level="warning", form="json", sample=2)
+    assert not any(log.picks(CloseReason.FINISHED) for _ in range(4))
+
+
+def test_lines_together_are_whole_and_in_order(pipe: Pipe) -> None:
+    log = Log(level="info", form="text", fd=pipe.fd)
+    with log.together():
+        for number in range(1000):
+            log.write("info", "one", n=number)
+        assert pipe.lines() != []  # as many as a pipe takes whole, from time to time
+    log.write("info", "last")
+    with log.together():
+        log.write("info", "more")
+    assert pipe.lines()[-2:] == ["pyforwarder info: last", "pyforwarder info: more"]
+
+
+def test_lines_together_that_are_lost_are_counted(pipe: Pipe) -> None:
+    log = Log(level="info", form="text", fd=pipe.fd)
+    with log.together():
+        for number in range(10_000):
+            log.write("info", "one", n=number, padding="x" * 80)
+    kept = pipe.lines()
+    log.write("info", "after")
+    lost, after = pipe.lines()
+    assert after == "pyforwarder info: after"
+    assert lost == f"pyforwarder warning: log_lines_lost lines={10_000 - len(kept)}"

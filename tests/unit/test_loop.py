@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pyforwarder.runtime import loop as loop_module
 from pyforwarder.runtime.loop import EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, Deadlines, Loop, Timed
+from tests.helpers.clock import Clock
 
 
 class Call(Timed):
@@ -39,6 +40,14 @@ def loop() -> Iterator[Loop]:
     loop = Loop()
     yield loop
     loop.dispose()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of every loop: it goes on when the test says so."""
+    clock = Clock()
+    monkeypatch.setattr(loop_module, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -149,16 +158,17 @@ def test_closed_descriptor_stays_open_until_the_batch_is_over(
     assert not is_open(victim)
 
 
-def test_deadline_behind_one_that_was_stopped_is_not_missed(loop: Loop) -> None:
+def test_deadline_behind_one_that_was_stopped_is_not_missed(loop: Loop, clock: Clock) -> None:
     calls: list[str] = []
     early, late = Call("early", calls), Call("late", calls)
-    for item, length_s in ((late, 0.03), (early, 0.01)):
-        loop.deadlines.start(item, length_s, time.monotonic())
+    for item, length_s in ((late, 0.75), (early, 0.25)):
+        loop.deadlines.start(item, length_s, clock.now_s)
     loop.deadlines.stop(early)
-    began_s = time.monotonic()
-    while not calls:
-        loop.run_once(loop._timeout_s())
-        assert time.monotonic() - began_s < 5
+    for wait_s in (0.25, 0.5):
+        assert calls == []
+        assert loop._timeout_s() == pytest.approx(wait_s)
+        clock.pass_time(wait_s)
+        loop.run_once(0)
     assert calls == ["late"]
     assert loop.deadlines.soonest_s == math.inf
 
@@ -293,18 +303,14 @@ def test_put_off_work_keeps_the_loop_from_waiting(
     loop.run()
 
 
-def test_timer_runs_once_and_not_before_its_time(loop: Loop) -> None:
-    started_s = time.monotonic()
+def test_timer_runs_once_and_not_before_its_time(loop: Loop, clock: Clock) -> None:
     ran_s: list[float] = []
-
-    def run() -> None:
-        ran_s.append(time.monotonic())
-        loop.after(0.02, loop.stop)
-
-    loop.after(0.03, run)
-    loop.run()
-    assert len(ran_s) == 1
-    assert ran_s[0] - started_s >= 0.03
+    began_s = clock.now_s
+    loop.after(3.0, lambda: ran_s.append(clock.now_s - began_s))
+    for _ in range(8):
+        loop.run_once(0)
+        clock.pass_time(1.0)
+    assert ran_s == [pytest.approx(3.0)]
 
 
 def test_cancelled_timer_does_not_run(loop: Loop) -> None:
@@ -331,6 +337,31 @@ def test_timer_cancelled_by_another_of_the_same_moment_does_not_run(loop: Loop) 
     loop.run_once(0)
     loop.run_once(0)
     assert ran == ["first"]
+
+
+def test_the_loop_waits_for_the_soonest_timer_that_is_left(loop: Loop, clock: Clock) -> None:
+    ran: list[str] = []
+    soonest = loop.after(0.2, lambda: ran.append("cancelled"))
+    loop.after(0.5, lambda: ran.append("second"))
+
+    def first() -> None:
+        ran.append("first")
+        loop.after(0.3, lambda: ran.append("third"))
+
+    loop.after(0.4, first)
+    assert loop._timeout_s() == pytest.approx(0.2)
+    loop.cancel(soonest)
+    clock.pass_time(0.2)
+    loop.run_once(0)  # it may look in vain, once
+    assert loop._timeout_s() == pytest.approx(0.2)
+    for wait_s in (0.1, 0.2):
+        clock.pass_time(loop._timeout_s())
+        loop.run_once(0)
+        assert loop._timeout_s() == pytest.approx(wait_s)
+    clock.pass_time(0.2)
+    loop.run_once(0)
+    assert ran == ["first", "second", "third"]
+    assert loop._timeout_s() == 1.0  # none is left
 
 
 # Faults of ours

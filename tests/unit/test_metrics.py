@@ -16,6 +16,7 @@ from pyforwarder.runtime.counters import (
     CONNECT_BOUNDS_S,
     DECISION_BOUNDS_S,
     DECISION_FIRST,
+    EXPRESS_CONNECT_FAILED,
     NAMED_FIRST,
     Counter,
     ListenerCounter,
@@ -29,6 +30,7 @@ from pyforwarder.runtime.counters import (
 from pyforwarder.status import table
 from tests.helpers.forwarder_memory import Forwarder
 
+OPERATING = (Path(__file__).parents[2] / "docs" / "operating.md").read_text()
 DASHBOARD = Path(__file__).parents[2] / "scripts/grafana/pyforwarder.json"
 
 
@@ -59,6 +61,15 @@ def test_workers_are_summed(forwarder: Forwarder) -> None:
     assert found["pyforwarder_connections_closed_total"][("denied",)] == 27
     assert found["pyforwarder_rule_taken_total"] == {("main", "any"): 0, ("web", "any"): 27}
     assert found["pyforwarder_pairs_joined_total"][("sockmap",)] == 27
+
+
+def test_connects_of_the_kernel_that_failed_are_added_to_those_of_workers(
+    forwarder: Forwarder,
+) -> None:
+    forwarder.add(0, Counter.CONNECT_FAILED, 3)
+    forwarder.add(1, Counter.CONNECT_FAILED, 4)
+    forwarder.add(0, EXPRESS_CONNECT_FAILED, 5)
+    assert forwarder.scrape()["pyforwarder_connects_failed_total"] == {(): 12}
 
 
 def test_label_sets_are_there_from_the_first_scrape_and_bounded(forwarder: Forwarder) -> None:
@@ -137,6 +148,7 @@ def test_what_became_of_connections_to_a_server_is_told_by_cause(forwarder: Forw
         "unreachable": 0,
         "unresolved": 0,
         "local": 2,
+        "express": 0,
     }
     assert found["pyforwarder_server_connects_total"] == {("10.0.0.1:80", "up"): 3}
     assert found["pyforwarder_server_pairs"] == {("10.0.0.1:80", "up"): 2}
@@ -201,8 +213,9 @@ def test_every_counter_is_called_total(forwarder: Forwarder) -> None:
     registry.register(forwarder.collector)
     text = generate_latest(registry).decode()
     counters = [line.split()[2] for line in text.splitlines() if line.endswith(" counter")]
-    assert len(counters) == 24
-    assert all(name.startswith("pyforwarder_") and name.endswith("_total") for name in counters)
+    documented = re.findall(r"^\| `(pyforwarder_\w+)` \| counter \|", OPERATING, re.MULTILINE)
+    assert sorted(counters) == sorted(documented)
+    assert all(name.endswith("_total") for name in counters)
 
 
 def test_the_dashboard_asks_for_metrics_and_labels_that_there_are(forwarder: Forwarder) -> None:

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
-from pyforwarder._moved import MOVES
+from pyforwarder._moved import MOVES, NAMES
+
+DATA = Path(__file__).parents[1] / "data"
+GONE = {
+    "pyforwarder.config.match.STREAM_ONLY": "each protocol's own file says so",
+    "pyforwarder.config.values.Bind": "a listener has a list of them",
+    "pyforwarder.datapath.splice_maps.HANDSHAKES": "they stand in sets: abi.HANDSHAKE_SETS",
+    "pyforwarder.datapath.splice_maps.RING_BYTES": "it depends on the slots: making.ring_bytes",
+    "pyforwarder.metrics.serve": "a process with a loop of its own serves: status/process.py",
+    "pyforwarder.supervisor.listeners.BoundListener": "a listener has a BoundSocket per address",
+    "pyforwarder.supervisor.scraping.MetricsListener": "the page is served there, too: WebListener",
+    "pyforwarder.supervisor.scraping.MetricsProcess": "likewise: WebProcess",
+    "pyforwarder.worker.channel.MOST_LISTENERS": "there may be more than a message takes",
+    "pyforwarder.worker.datagrams.IDLE_S": "a setting: `timeouts.udp_idle`",
+    "pyforwarder.worker.datagrams.MOST_BYTES": "a buffer's length, nobody else's",
+    "pyforwarder.worker.process.most_clients": "room_for, of a configuration",
+    "pyforwarder.worker.resolver.MOST_WAITING": "bounds for clients and networks: Bounds",
+    "pyforwarder.worker.resolver.THREADS": "clients' names have threads of their own",
+}
 
 
 @pytest.mark.parametrize("old", [*MOVES, "pyforwarder.core.first_packet.tls"])
@@ -33,7 +54,26 @@ def test_a_name_that_never_was_is_not_found() -> None:
         importlib.import_module("pyforwarder.nothing")
 
 
-def test_the_splice_datapath_is_found_where_its_module_was() -> None:
-    splice = importlib.import_module("pyforwarder.datapath.splice")
-    module = importlib.import_module("pyforwarder.datapath.splice.datapath")
-    assert splice.SpliceDatapath is module.SpliceDatapath
+@pytest.mark.parametrize("module", NAMES)
+def test_names_that_moved_are_found_where_they_were(module: str) -> None:
+    found = importlib.import_module(module)
+    for old, (now, new) in NAMES[module].items():
+        with pytest.warns(DeprecationWarning, match=f"^{module}.{old} is {now}.{new} now$"):
+            value = getattr(found, old)
+        assert value is getattr(importlib.import_module(now), new)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = found.nothing
+
+
+def _lost(module: str, names: str) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = importlib.import_module(module)
+        return [f"{module}.{name}" for name in names.split() if not hasattr(found, name)]
+
+
+def test_every_public_name_of_version_0_1_can_be_imported() -> None:
+    """Their table was made of that version's files; a name that is none of its row has gone."""
+    table = json.loads((DATA / "names_0_1.json").read_text())
+    lost = {name for module, names in table.items() for name in _lost(module, names)}
+    assert lost == set(GONE)

@@ -28,7 +28,7 @@ from pyforwarder.runtime.counters import (
 )
 from pyforwarder.runtime.raw_sockets import accept, address_in, end_writing, peer_name
 from pyforwarder.worker import plain
-from pyforwarder.worker.moving import Giving
+from pyforwarder.worker.pair_sender import PairSender
 from pyforwarder.worker.records import Records
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import reset, unused_port
@@ -387,7 +387,7 @@ def test_pair_that_moves_to_another_daemon_has_the_options_of_a_lasting_connecti
 
     datagrams = SimpleNamespace(handover=SimpleNamespace(settle=lambda **_: None), sessions=list)
     heir = SimpleNamespace(send=send, close=lambda: None, unread_bytes=lambda: 0)
-    Giving(cast("Channel", heir), play.server, cast("DatagramServer", datagrams), None, None)
+    PairSender(cast("Channel", heir), play.server, cast("DatagramServer", datagrams), None, None)
     play.run_until(lambda: seen, "pair")
     assert seen == [[True, True]]
 

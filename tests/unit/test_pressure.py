@@ -79,7 +79,7 @@ def test_pairs_are_looked_at_in_slices_and_the_loop_serves_in_between(
         return 50_000
 
     monkeypatch.setattr(pressure, "_held_by_pair", held)
-    pressure._look()
+    pressure._begin_round()
     assert seen == [4, 5]
     ends[0][0].close()  # the first, which has not been looked at
     ends[0][1].close()
@@ -89,7 +89,7 @@ def test_pairs_are_looked_at_in_slices_and_the_loop_serves_in_between(
     assert made.limits.held(TCP) == made.limits.held(made.state.counter) == 200_000
 
 
-@pytest.mark.parametrize("fails", ["is_needed", "_look_at", "_finish", "_conclude"])
+@pytest.mark.parametrize("fails", ["is_needed", "_measure_pair", "_finish", "_conclude"])
 def test_a_fault_over_one_look_does_not_end_the_looking(
     play: tuple[Play, socket.socket, str], monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -105,8 +105,8 @@ def test_a_fault_over_one_look_does_not_end_the_looking(
 
     monkeypatch.setattr(pressure, fails, fail)
     with pytest.raises(OSError, match="a fault of ours"):
-        pressure._look()
-    assert planned == [pressure._look]
+        pressure._begin_round()
+    assert planned == [pressure._begin_round]
 
 
 def test_new_pairs_are_refused_while_all_is_held(play: tuple[Play, socket.socket, str]) -> None:

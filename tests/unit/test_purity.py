@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,20 @@ def test_pure_module_calls_nothing_that_reads_or_writes(name: str) -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_pure_module_does_not_import_os(name: str) -> None:
     assert "os" not in imported_by(PACKAGE / name)
+
+
+def test_a_package_imports_none_below_it_in_the_table_of_layers() -> None:
+    table = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("## The layers")[2]
+    layers = re.findall(r"^\| `(\w+)/` \|", table.partition("\n## ")[0], re.MULTILINE)
+    assert {*layers} == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    upward = {
+        (str(path.relative_to(PACKAGE)), other)
+        for number, layer in enumerate(layers)
+        for path in (PACKAGE / layer).rglob("*.py")
+        for other in layers[number + 1 :]
+        if any(f"{name}.".startswith(f"pyforwarder.{other}.") for name in imported_by(path))
+    }
+    assert upward == set()
 
 
 def test_pure_modules_bring_neither_sockets_nor_bcc_along() -> None:

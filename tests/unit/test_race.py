@@ -56,7 +56,7 @@ class Dialer:
         self.sockets[address], self.fds[address] = sock, sock.fileno()
         return sock, code
 
-    def won(self, sock: _socket.socket, address: Address) -> None:
+    def connected(self, sock: _socket.socket, address: Address) -> None:
         assert self.winner is None
         self.winner = sock, address
 

@@ -169,7 +169,7 @@ def test_readme_leads_to_every_page() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 150
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_readme_s_client_of_the_bastion_fits_the_example() -> None:

@@ -32,7 +32,8 @@ def test_the_kernels_lines_are_the_daemons_answer() -> None:
     assert {line.name for line in lines} == set(said)
     for line in lines:
         if line.kind is not LineKind.TEXT:
-            assert said[line.name] == line.word + 1, line.name
+            also = line.also and line.also + 1
+            assert said[line.name] == line.word + 1 + also, line.name
     assert said["datapaths.sockmap"] == "failed:\nno"
     assert lines[-1].text == "failed:; no"
 
@@ -47,18 +48,21 @@ def test_reasons_that_never_came_are_left_out() -> None:
     assert row["joined"] == {"copy": 0, "sockmap": 0, "splice": 0, "express": 0}
 
 
-def test_a_server_has_its_weight_and_whether_it_is_a_backup_last() -> None:
+def test_a_server_has_its_weight_if_it_is_a_backup_and_who_checks_it_last() -> None:
     config = parse_config(
         "upstreams:\n  web: {servers: [{address: '10.0.0.1:1', weight: 3}, "
         "{address: '10.0.0.2:1', backup: true}]}\n",
         source="test",
     )
     seen = {"web": {"10.0.0.1:1": {"state": "down", "pairs": 1, "connects": 2, "failures": 3}}}
-    text = tables.render("upstreams", report.upstream_rows(config, [seen, {}]))
+    checkers = {("web", "10.0.0.2:1"): "edge-2", ("other", "10.0.0.1:1"): "here"}
+    rows = report.upstream_rows(config, [seen, {}], {}, checkers)
+    assert [row["checked_by"] for row in rows] == [None, "edge-2"]
+    text = tables.render("upstreams", rows)
     assert [" ".join(line.split()) for line in text.splitlines()] == [
-        "UPSTREAM SERVER STATE PAIRS CONNECTS FAILURES WEIGHT BACKUP",
-        "web 10.0.0.1:1 down 1 2 3 3 no",
-        "web 10.0.0.2:1 up 0 0 0 1 yes",
+        "UPSTREAM SERVER STATE PAIRS CONNECTS FAILURES WEIGHT BACKUP CHECKED_BY",
+        "web 10.0.0.1:1 down 1 2 3 3 no -",
+        "web 10.0.0.2:1 up 0 0 0 1 yes edge-2",
     ]
 
 

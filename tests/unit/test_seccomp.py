@@ -20,7 +20,7 @@ from typing import Any, Final
 import pytest
 
 from pyforwarder.runtime import seccomp
-from pyforwarder.worker.process import give_up_privileges
+from pyforwarder.runtime.privileges import give_up_privileges
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "aarch64"), reason="no table for this machine"

@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Final, cast
@@ -33,16 +33,18 @@ from pyforwarder.datapath.proof.rig import loopback_pair
 from pyforwarder.datapath.splice.keeper_asker import Asked
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.errors import ControlError
+from pyforwarder.runtime import loop as loop_module
 from pyforwarder.runtime.counters import (
     Counter,
     ListenerCounter,
     RuleCounter,
 )
-from pyforwarder.runtime.raw_sockets import accept
+from pyforwarder.runtime.raw_sockets import accept, write_last
 from pyforwarder.worker import accepting, handover, plain, refusing, sniffer
 from pyforwarder.worker.adopting import cookie_of
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.udp.session import Session
+from tests.helpers.clock import Clock
 from tests.helpers.fake_datapath import FakeDatapath
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole
@@ -144,6 +146,128 @@ def test_receive_data_after_half_close(start: StartPlay, servers: Servers) -> No
     server.shutdown(socket.SHUT_WR)
     assert play.read_end(client) == (b"", "eof")
     play.wait_for_end(CloseReason.FINISHED)
+
+
+def written_last(
+    monkeypatch: pytest.MonkeyPatch, outcome: Callable[[int, bytes], int] = write_last
+) -> list[bytes]:
+    """What is written for FIN to go with it; `outcome` writes instead."""
+    seen: list[bytes] = []
+
+    def write(fd: int, last: bytes) -> int:
+        seen.append(last)
+        return outcome(fd, last)
+
+    monkeypatch.setattr(copying, "write_last", write)
+    return seen
+
+
+def answered_and_ended(play: Play, servers: Servers) -> tuple[socket.socket, socket.socket]:
+    """A pair whose server has sent an answer and FIN, before the forwarder sees any of it."""
+    client, server = play.joined(*servers())
+    server.sendall(b"answer")
+    server.shutdown(socket.SHUT_WR)
+    return client, server
+
+
+def test_fin_that_has_come_behind_a_message_goes_on_with_it(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = written_last(monkeypatch)
+    play = start(named())
+    client, server = answered_and_ended(play, servers)
+    pair = play.only_client()
+    assert play.read_end(client) == (b"answer", "eof")
+    assert written == [b"answer"]
+    assert (pair.down.carried_bytes, pair.down.carried_packets) == (6, 1)
+    client.sendall(b"thanks")  # the other direction goes on
+    client.close()
+    assert play.read_end(server) == (b"thanks", "eof")
+    assert written == [b"answer", b"thanks"]
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+@pytest.mark.parametrize("takes", [0, 2])
+def test_what_has_no_room_in_front_of_fin_is_written_before_it(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch, takes: int
+) -> None:
+    def take_some(fd: int, last: bytes) -> int:
+        return os.write(fd, last[:takes]) or -errno.EAGAIN
+
+    written_last(monkeypatch, take_some)
+    play = start(named())
+    client, server = answered_and_ended(play, servers)
+    assert play.read_end(client) == (b"answer", "eof")
+    client.close()
+    assert play.read_end(server) == (b"", "eof")
+    play.wait_for_end(CloseReason.FINISHED)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ECONNRESET, CloseReason.CLIENT_RESET),
+        (errno.ETIMEDOUT, CloseReason.CLIENT_TIMEOUT),
+    ],
+)
+def test_a_client_that_is_gone_as_the_last_bytes_are_written_ends_the_pair(
+    start: StartPlay,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    reason: CloseReason,
+) -> None:
+    written_last(monkeypatch, lambda _fd, _last: -code)
+    play = start(named())
+    client, server = answered_and_ended(play, servers)
+    assert play.read_end(client) == (b"", "reset")
+    assert play.read_end(server) == (b"", "reset")
+    play.wait_for_end(reason)
+
+
+@pytest.mark.parametrize(
+    ("behind", "end"),
+    [
+        (b" and more", (b"answer and more", "eof")),
+        (BlockingIOError(errno.EAGAIN, "nothing"), (b"answer", "eof")),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), (b"answer", "reset")),
+    ],
+)
+def test_what_a_second_read_finds_in_place_of_the_end_is_carried_on(
+    start: StartPlay,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    behind: bytes | OSError,
+    end: tuple[bytes, str],
+) -> None:
+    """More of it (a read stops at an urgent byte), nothing after all, or that all is over."""
+    reads: list[bytes | OSError] = []
+
+    def read(fd: int, most: int) -> bytes:
+        if not reads:
+            data = os.read(fd, most)
+            if data == b"answer":
+                reads.append(behind)
+            return data
+        found = reads.pop()
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(copying, "_read", read)
+    written = written_last(monkeypatch)
+    play = start(named())
+    client, server = answered_and_ended(play, servers)
+    if isinstance(behind, BlockingIOError):
+        assert play.read(client, 6) == b"answer"
+        server.close()
+        client.close()
+        play.wait_for_end(CloseReason.FINISHED)
+    else:
+        assert play.read_end(client) == end
+    assert written == []
+    if end[1] == "reset":
+        play.wait_for_end(CloseReason.SERVER_RESET)
 
 
 def test_server_that_speaks_first_is_heard_behind_the_answer(
@@ -327,13 +451,13 @@ def test_open_connection_error_tries_the_next_server(start: StartPlay, servers: 
     client.sendall(b"hello")
     server = play.accept(listening)
     assert play.read(server, 5) == b"hello"
-    state = play.server.upstreams()["web"]
+    state = play.server.servers.rows()["web"]
     assert (state[dead]["connects"], state[dead]["failures"], state[dead]["pairs"]) == (0, 1, 0)
     assert (state[address]["connects"], state[address]["pairs"]) == (1, 1)
     client.close()
     server.close()
     play.wait_for_end(CloseReason.FINISHED)
-    assert play.server.upstreams()["web"][address]["pairs"] == 0
+    assert play.server.servers.rows()["web"][address]["pairs"] == 0
 
 
 def test_open_connection_error_without_a_next_server_is_told(
@@ -403,12 +527,15 @@ def test_very_many_dead_servers_are_only_dead_servers(start: StartPlay, tmp_path
 
 def test_server_that_does_not_answer_is_given_up_in_time(start: StartPlay) -> None:
     with blackhole() as (host, port):
-        play = start(named("timeouts: {connect: 100ms}"))
+        play = start(named("timeouts: {connect: 1h}"))
         client = play.dial()
-        started_s = time.monotonic()
         client.sendall(instruction(f"{host}:{port}"))
+        play.run_until(lambda: play.server.clients, "client")
+        play.run_until(lambda: play.only_client().life is Life.CONNECTING, "attempt")
+        play.pass_time(3600.0 - DEADLINE_S)
+        assert play.only_client().life is Life.CONNECTING
+        play.pass_time(DEADLINE_S)
         assert play.read_end(client) == (refusal("timeout"), "eof")
-        assert 0.1 <= time.monotonic() - started_s < 5
         client.close()
         play.wait_for_end(CloseReason.TIMEOUT)
 
@@ -538,14 +665,18 @@ def test_refused_client_is_told_why(
     assert play.counters[play.state.counter + ListenerCounter.REFUSED] == 1
 
 
-def test_refused_client_that_stays_is_ended(start: StartPlay) -> None:
+def test_refused_client_that_stays_is_ended(
+    start: StartPlay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusing, "REFUSAL_LINGER_S", 3600.0)
     play = start(named())
     client = play.dial()
     client.sendall(instruction("192.0.2.1:80"))
     assert play.read_end(client)[1] == "eof"
-    started_s = time.monotonic()
-    play.wait_for_end(CloseReason.DENIED)
-    assert time.monotonic() - started_s > 0.5
+    play.pass_time(3600.0 - DEADLINE_S)
+    assert play.closed(CloseReason.DENIED) == 0
+    play.pass_time(DEADLINE_S)
+    assert play.closed(CloseReason.DENIED) == 1
 
 
 def test_refused_client_that_goes_on_sending_is_not_read_for_ever(
@@ -591,20 +722,16 @@ def test_half_an_instruction_times_out_with_an_answer(start: StartPlay) -> None:
 
 
 def test_client_that_trickles_gains_no_time(start: StartPlay) -> None:
-    play = start(named().replace("timeout: 5s", "timeout: 100ms"))
+    play = start(named().replace("timeout: 5s", "timeout: 1h"))
     client = play.dial()
-    sent = 0
-    whole = b"99" + b"a" * 90
-
-    def trickle() -> bool:
-        nonlocal sent
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            sent += client.send(whole[sent : sent + 1])
-        return bool(play.server.clients) and play.only_client().life is Life.REFUSING
-
-    started_s = time.monotonic()
-    play.run_until(trickle, "refusal")
-    assert 0.1 <= time.monotonic() - started_s < 5
+    play.run_until(lambda: play.server.clients, "client")
+    # Each byte comes well within the time, the tenth right before its end.
+    for byte in b"99" + b"a" * 8:
+        client.send(bytes([byte]))
+        play.pass_time((3600.0 - DEADLINE_S) / 10)
+        assert play.only_client().life is Life.SNIFFING
+    play.pass_time(DEADLINE_S)
+    assert play.only_client().life is Life.REFUSING
 
 
 def test_client_that_says_nothing_and_leaves_is_gone(start: StartPlay) -> None:
@@ -706,22 +833,21 @@ def failing(
 
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 def test_accept_without_descriptors_pauses_and_goes_on(
-    failing: tuple[Play, Failing, str], error: int
+    failing: tuple[Play, Failing, str], monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     play, fails, _ = failing
     fails.errors = [error]
+    monkeypatch.setattr(accepting, "ACCEPT_PAUSE_S", 3600.0)
     play.dial()
-    started_s = time.monotonic()
     play.run_until(lambda: play.counters[Counter.ACCEPT_PAUSED], "pause")
     # Not tried again and again, although the listener is readable all the time.
-    turns = 0
-    while not play.server.clients:
+    for _ in range(3):
+        play.pass_time((3600.0 - DEADLINE_S) / 3)
         assert play.counters[Counter.ACCEPT_PAUSED] == 1
-        play.loop.run_once(0.05)
-        turns += 1
-        assert time.monotonic() - started_s < DEADLINE_S
-    assert time.monotonic() - started_s >= 0.1
-    assert turns <= 10
+        assert not play.server.clients
+    play.pass_time(DEADLINE_S)
+    play.run_until(lambda: play.server.clients, "client")
+    assert play.counters[Counter.ACCEPT_PAUSED] == 1
 
 
 def test_connection_that_was_aborted_before_accept_is_passed_over(
@@ -888,18 +1014,20 @@ def test_pair_earns_its_handover_by_age(start: StartPlay, servers: Servers) -> N
 
 
 def test_handover_that_is_put_off_does_not_keep_the_loop_busy(
-    start: StartPlay, servers: Servers
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # `after: 0s` hands over at once, but bytes that the server does not take stand in the way.
     play = start(named("handover: {after: 0s}"))
     play.fake.refuse_with = PairReason.UNREAD_BYTES
     play.joined(*servers())
-    turns = 0
-    end_s = time.monotonic() + 0.3
-    while time.monotonic() < end_s:
-        play.loop.run_once(play.loop._timeout_s())
-        turns += 1
-    assert turns <= 60
+    with monkeypatch.context() as patched:
+        clock = Clock()
+        patched.setattr(loop_module, "time", clock)
+        end_s = clock.now_s + 0.3
+        for _ in range(60):
+            clock.pass_time(play.loop._timeout_s())  # nothing happens meanwhile
+            play.loop.run_once(0)
+    assert clock.now_s >= end_s
     play.fake.refuse_with = None
     play.run_until(lambda: play.fake.joined == 1, "handover")
 
@@ -916,6 +1044,24 @@ def test_pair_waits_for_what_is_not_proven_yet(start: StartPlay, servers: Server
     play.run_until(lambda: play.fake.joined == 1, "handover")
     client.sendall(b"moved")
     assert play.read(server, 5) == b"moved"
+
+
+def test_pairs_that_waited_for_what_is_proven_are_handed_over_a_few_at_a_time(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an upgrade these may be thousands, and all others would stand still meanwhile."""
+    monkeypatch.setattr(handover, "_MOST_IN_A_TURN", 2)
+    play = start(named(EAGER))
+    play.server.handover = Handover(play.server, cast("SockmapDatapath", play.fake))
+    listening, address = servers()
+    for _ in range(7):
+        play.joined(listening, address)
+    turns = [0]
+    play.server.handover.settle(sockmap=True, splice=False)
+    while play.fake.joined < 7:
+        play.loop.run_once(0.002)
+        turns.append(play.fake.joined)
+    assert max(after - before for before, after in itertools.pairwise(turns)) <= 2
 
 
 def test_pair_that_has_waited_in_vain_is_copied_for_good(
@@ -943,6 +1089,7 @@ class FakeSplice(FakeDatapath):
         self.asked: list[Pair] = []
         self.is_silent = False
         self.open: dict[Pair, Question] = {}
+        self.lesson: Question | None = None
         self.takes_any_interface = False
         self.keepalive = OFF
 
@@ -968,6 +1115,33 @@ class FakeSplice(FakeDatapath):
             self._loop.defer(self.answer_one, question)
         return None
 
+    @property
+    def can_teach(self) -> bool:
+        """One at a time is enough."""
+        return self.lesson is None
+
+    def teach(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+        """Have the keeper look at the pair's server, until `look`."""
+        if not self.can_teach:
+            return False
+        assert isinstance(pair.datapath, CopyDatapath)
+        asked = Asked(lambda *_: None)
+        self.lesson = Question(
+            self._loop, pair, pair.datapath, asked, lambda pair, _: then(pair), lambda _: None
+        )
+        return True
+
+    def look(self) -> None:
+        """As SpliceDatapath does when the keeper has."""
+        lesson, self.lesson = self.lesson, None
+        assert lesson is not None
+        assert lesson.pair is not None
+        lesson.release(lesson.pair)
+        lesson.resume_copy(lesson.pair)
+        if lesson.ends_with is not None:
+            self._host.broken(lesson.pair, lesson.ends_with)
+        lesson.then(lesson.pair, None)
+
     def answer_one(self, question: Question) -> None:
         """As SpliceDatapath does."""
         pair = question.pair
@@ -977,7 +1151,7 @@ class FakeSplice(FakeDatapath):
         question.release(pair)
         reason = self.join(pair)
         if reason is not None:
-            question.go_on(pair)
+            question.resume_copy(pair)
         if question.ends_with is not None:
             self._host.broken(pair, question.ends_with)
         question.then(pair, reason)
@@ -1127,6 +1301,105 @@ def test_what_comes_while_the_keeper_is_asked_waits_for_its_answer(
     server.shutdown(socket.SHUT_WR)
     assert play.read_end(client) == (b"down", "eof")
     play.wait_for_end(CloseReason.FINISHED)
+
+
+EXPRESS: Final = "datapath: express"
+
+
+def taught(play: Play) -> FakeSplice:
+    """The play's kernel may open connections, and its keeper looks at each server once."""
+    splice = silent(play)
+    play.server.handover.settle(sockmap=False, splice=True, express=True)
+    return splice
+
+
+def test_a_pair_stands_still_while_the_keeper_looks_how_its_server_is_reached(
+    start: StartPlay, servers: Servers
+) -> None:
+    """Were it over by then, nobody could see how: a service of short connections never would be."""
+    play = start(named(EXPRESS))
+    splice = taught(play)
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    assert splice.lesson is not None
+    client.sendall(b"up")
+    server.sendall(b"down")
+    client.shutdown(socket.SHUT_WR)
+    server.shutdown(socket.SHUT_WR)
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    assert play.only_client().kind is DatapathKind.COPY
+    splice.look()
+    assert play.read_end(server) == (b"up", "eof")
+    assert play.read_end(client) == (b"down", "eof")
+    play.wait_for_end(CloseReason.FINISHED)
+    # A second later at the earliest it is looked at again.
+    client, server = play.joined(listening, address)
+    assert splice.lesson is None
+    client.sendall(b"again")
+    assert play.read(server, 5) == b"again"
+
+
+def test_a_server_for_which_the_keeper_had_no_time_is_looked_at_with_its_next_connection(
+    start: StartPlay, servers: Servers
+) -> None:
+    """Of a burst to many servers the others would be a worker's for a second."""
+    play = start(named(EXPRESS))
+    splice = taught(play)
+    play.joined(*servers())
+    first = splice.lesson
+    listening, address = servers()
+    client, server = play.joined(listening, address)
+    assert splice.lesson is first
+    client.sendall(b"meanwhile")
+    assert play.read(server, 9) == b"meanwhile"
+    splice.look()
+    play.joined(listening, address)
+    assert splice.lesson is not None
+    splice.look()
+    play.joined(listening, address)
+    assert splice.lesson is None
+
+
+def test_a_pair_whose_server_is_looked_at_earns_its_handover_afterwards(
+    start: StartPlay, servers: Servers
+) -> None:
+    play = start(named(f"{EXPRESS}\nhandover: {{after_bytes: 0}}"))
+    splice = taught(play)
+    play.joined(*servers())
+    pair = play.only_client()
+    play.server.handover.aged(pair)
+    play.loop.run_once(0.01)
+    assert splice.asked == []
+    splice.look()
+    play.run_until(lambda: splice.open, "question")
+    splice.finish_questions()
+    assert splice.joined == 1
+
+
+@pytest.mark.parametrize("how", ["reset", "flushed", "fault"])
+def test_a_pair_that_ends_while_its_server_is_looked_at_ends_once(
+    start: StartPlay, servers: Servers, how: str
+) -> None:
+    play = start(named(EXPRESS))
+    splice = taught(play)
+    client, server = play.joined(*servers())
+    if how == "reset":
+        reset(client)
+    elif how == "flushed":
+        play.server.flush_ids(None)
+    else:
+        play.server.failed(play.only_client(), ValueError("made up"))
+        assert splice.lesson is not None
+        assert splice.lesson.pair is None
+        assert play.read_end(server) == (b"", "reset")
+        return
+    for _ in range(5):
+        play.loop.run_once(0.01)
+    splice.look()
+    assert play.read_end(server) == (b"", "reset")
+    play.wait_for_end(CloseReason.CLIENT_RESET if how == "reset" else CloseReason.FLUSHED)
+    assert splice.asked == []
 
 
 def test_nothing_of_a_pair_moves_while_the_keeper_is_asked_for_it(
@@ -1692,3 +1965,39 @@ def test_internal_error_that_is_no_connection_s_costs_none(
     # Without a listener, or the supervisor's channel, a worker is of no use.
     with pytest.raises(ValueError, match="ours"):
         play.server.failed(object(), ValueError("ours"))
+
+
+@pytest.mark.parametrize("more", ["", EAGER], ids=["copy", "sockmap"])
+@pytest.mark.parametrize("by", ["supervisor", "program"])
+def test_no_end_waits_for_another_process_that_has_the_sockets(
+    start: StartPlay, by: str, more: str
+) -> None:
+    """It hangs, and never closes them: the last close would tell the peers."""
+    play = start(named(more))
+
+    def joined() -> tuple[socket.socket, socket.socket]:
+        client, accepted, outgoing, server = adopted_ends()
+        if by == "program":
+            play.lent += [os.dup(end.fileno()) for end in (accepted, outgoing)]
+        pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+        (pair,) = [one for one in play.server.clients.values() if one.id == pair_id]
+        play.run_until(lambda: play.fake.joined or not more, "handover")
+        if by == "supervisor":
+            pair.is_adopted = False
+            assert pair.server is not None
+            for sock in (pair.client, pair.server):
+                play.server.enlarge(pair, sock, 1)
+        return play.own(client), play.own(server)
+
+    for turn in (1, -1):
+        one, other = joined()[::turn]
+        for sender, receiver in ((one, other), (other, one)):
+            sender.sendall(b"last")
+            sender.shutdown(socket.SHUT_WR)
+            assert play.read_end(receiver) == (b"last", "eof")
+        one, other = joined()[::turn]
+        reset(one)
+        assert play.read_end(other) == (b"", "reset")
+    ends = joined()
+    play.server.reset_all(CloseReason.FLUSHED)
+    assert [play.read_end(end) for end in ends] == [(b"", "reset")] * 2

@@ -12,9 +12,11 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import PairRecord
 from pyforwarder.datapath.splice.sessions import Carried, Place, SessionOrphan, SpliceSessions
 from pyforwarder.runtime.counters import Counter, ServerCounter
+from pyforwarder.worker.moving_facts import SessionFacts
+from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.handover import SessionHandover
 from tests.helpers.datagram_play import DatagramPlay
-from tests.unit.test_session_handover import FakeKernel
+from tests.helpers.fake_kernel import FakeKernel
 
 
 class Keeping(FakeKernel):
@@ -26,7 +28,7 @@ class Keeping(FakeKernel):
         self.closed_places: list[int] = []
         self.lose: Callable[[], None] = lambda: None
 
-    def go_on_with(
+    def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
     ) -> Place:
         assert idle_s == 120.0
@@ -188,4 +190,29 @@ def test_a_session_to_this_forwarder_itself_ends() -> None:
     assert play.server.adoption.take_in([adopting.orphan(play.client(), server=(host, port))]) == 0
     assert play.closed(CloseReason.DENIED) == 1
     assert play.counters[Counter.OPEN] == 0
+    adopting.close()
+
+
+def test_what_is_told_of_a_session_of_the_kernel_is_known_when_the_keeper_gives_it() -> None:
+    adopting = Adopting()
+    adoption = adopting.play.server.adoption
+    orphans = [adopting.orphan(adopting.play.client(), number) for number in (1, 2)]
+    adoption.remember(SessionFacts(id=101, standing=2, audit={"sni": "a.test"}))
+    assert adoption.take_in(orphans) == 2
+    known, unknown = adopting.play.server.sessions()
+    assert (known.assurance, known.facts) == (Assurance.STEADY, (("sni", "a.test"),))
+    # It is old, but nobody says that its client has gone on speaking.
+    assert (unknown.assurance, unknown.facts) == (Assurance.BRIEF, ())
+    assert not adoption._told
+    adopting.close()
+
+
+def test_what_is_told_of_sessions_that_do_not_come_is_bounded_and_forgotten() -> None:
+    adopting = Adopting()
+    play = adopting.play
+    for number in range(play.server.most_sessions + 9):
+        play.server.adoption.remember(SessionFacts(id=number + 1))
+    assert len(play.server.adoption._told) == play.server.most_sessions
+    play.pass_time(61.0)
+    assert not play.server.adoption._told
     adopting.close()

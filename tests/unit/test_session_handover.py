@@ -5,96 +5,25 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice.sessions import Carried, Opening, Place, SpliceSessions
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.udp import server_losses
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
+from pyforwarder.worker.udp.eviction import STEADY_AFTER_S
 from pyforwarder.worker.udp.handover import MOST_PER_S, SessionHandover
 from pyforwarder.worker.udp.icmp_errors import Refusal, refusal_in
-from pyforwarder.worker.udp.standing import STEADY_AFTER_S
 from tests.helpers.datagram_play import DatagramPlay
+from tests.helpers.fake_kernel import FakeKernel
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.sessions import SpliceSessions
     from pyforwarder.worker.udp.session import Session
-
-
-class FakeKernel:
-    """What a test says that the programs have counted, and what they are told."""
-
-    def __init__(self) -> None:
-        self.answer: PairReason | None = None
-        self.opened: list[dict[str, Any]] = []
-        self.latched = [False, False]
-        self.counted = [0, 0]
-        self.told: list[tuple[int, int]] = []
-        self.is_told_now = False
-        self.last = [0.0, 0.0]
-        self.sent_on = [(0, 0), (0, 0)]
-        self.closed: list[int] = []  # how many at a time
-        self.defer: Callable[[Callable[[Any], None], Any], None] = lambda act, of: act(of)
-        self.is_slow = False  # it says nothing of itself
-        self.asked: list[Opening] = []  # and of these nothing was said yet
-        self.abandoned = 0
-        self.uncounted: list[Callable[[], None]] = []
-
-    def open(self, **words: Any) -> Opening | PairReason:
-        then = words.pop("then")
-        self.opened.append(words)
-        if self.answer is PairReason.NO_KEEPER:
-            return self.answer
-        opening = Opening(words["session_id"], words["slot"], then)
-        if self.is_slow:
-            self.asked.append(opening)
-        else:
-            self.defer(self.say, opening)
-        return opening
-
-    def say(self, opening: Opening) -> None:
-        """The keeper has done what it was asked."""
-        place = Place(0, opening.id, opening.slot)
-        if opening.then is not None:
-            opening.then(self.answer if self.answer is not None else place)
-
-    def abandon(self, opening: Opening) -> None:
-        opening.then = None
-        self.abandoned += 1
-
-    def is_latched(self, _place: Place, direction: int) -> bool:
-        return self.latched[direction]
-
-    def passed(self, _place: Place, direction: int) -> int:
-        return self.counted[direction]
-
-    def caught_up(self, place: Place, direction: int, passed: int) -> None:
-        self.told.append((direction, passed))
-        place.behind_s[direction] = 0.0
-
-    def latch_now(self, _place: Place) -> None:
-        self.is_told_now = True
-
-    def last_s(self, _place: Place, direction: int) -> float:
-        return self.last[direction]
-
-    def carried(self, _place: Place, direction: int) -> tuple[int, int]:
-        return self.sent_on[direction]
-
-    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
-        self.closed.append(len(places))
-
-        def say() -> None:
-            then([(self.sent_on[0], self.sent_on[1]) for _ in places])
-
-        if self.is_slow:
-            self.uncounted.append(say)
-        else:
-            say()
 
 
 class Played:
@@ -326,7 +255,7 @@ def test_a_session_that_only_the_kernel_hears_is_not_idle_and_becomes_steady(
         played.play.pass_time(15.0)
     assert played.session is session
     assert played.kernel.last[0] - session.accepted_s > STEADY_AFTER_S
-    assert played.play.server.standings.first_to_go(None) is None
+    assert played.play.server.eviction.first(None) is None
     for _ in range(10):
         played.play.pass_time(15.0)
     assert played.play.closed(CloseReason.IDLE) == 1
@@ -393,7 +322,7 @@ def test_a_session_that_ends_while_the_keeper_is_asked_has_no_place(played: Play
 
 def test_a_session_that_goes_to_another_daemon_is_not_begun_here(played: Played) -> None:
     asked_for(played)
-    played.play.server.let_go(played.session)
+    played.play.server.release(played.session)
     assert played.kernel.abandoned == 1
 
 
@@ -531,7 +460,7 @@ def test_a_listener_that_is_taken_away_is_closed_before_its_many_sessions_have_e
     play, server = played.play, played.play.server
     clients = [play.client() for _ in range(3 * ENDS_AT_ONCE)]
     sources = [played.up(client) for client in clients]
-    server.keep_only(())
+    server.listen_only_at(())
     asked = len(played.kernel.opened)
     for source in sources:
         played.sock.sendto(b"down", source)
@@ -640,7 +569,7 @@ def say(played: Played, monkeypatch: pytest.MonkeyPatch, *said: Refusal) -> bool
     """Whether the session goes on that was opened last."""
     *_, session = played.play.server.by_id.values()
     monkeypatch.setattr(server_losses, "refusals", lambda _sock: iter(said))
-    return played.play.server.losses.hear_errors(session)
+    return played.play.server.losses.read_errors(session)
 
 
 def test_a_stranger_ends_no_session_that_was_answered(

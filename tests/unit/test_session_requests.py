@@ -265,7 +265,7 @@ def go_on(stage: Stage) -> list[int]:
     sock: Any = None
     orphan = SessionOrphan(INDEX, NUMBER, sock, ("192.0.2.1", 5), ("192.0.2.2", 6), None)
     stage.write(INDEX, SessionState.ACTIVE, sent=1)
-    place = stage.sessions.go_on_with(orphan, SLOT, 60.0, lambda: lost.append(1))
+    place = stage.sessions.resume(orphan, SLOT, 60.0, lambda: lost.append(1))
     assert (place.index, place.id, place.slot) == (INDEX, NUMBER, SLOT)
     assert stage.word(table.REDIRECTED[0]) == 100
     return lost

@@ -72,7 +72,7 @@ class World:
         """So long, as the keeper does."""
         until_s = self.now_s + seconds
         while self.now_s < until_s:
-            self.settling.go_on()
+            self.settling.run_due()
             self.now_s += max(0.001, self.settling.wait_s(0.01))
 
 

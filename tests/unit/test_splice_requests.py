@@ -13,8 +13,14 @@ from typing import Any
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath.splice import datapath as module
-from pyforwarder.datapath.splice.datapath import SpliceDatapath
+from pyforwarder.datapath.base import Flow
+from pyforwarder.datapath.copying import CopyDatapath
+from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.ebpf.pair_table import PairWindow
+from pyforwarder.datapath.splice.datapath import MOST_QUESTIONS, SpliceDatapath, _Adoption
+from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.spliced import Spliced
 from pyforwarder.runtime.loop import Deadlines
 from tests.helpers.fake_asker import FakeAsker
 
@@ -43,8 +49,9 @@ class Stage:
         self.later: list[Callable[[], None]] = []
         self.broken: list[CloseReason] = []
         self.faults: list[Exception] = []
-        ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, bytes=0) for _ in range(2)]
-        self.record = SimpleNamespace(way=ways, reset=0, state=0)
+        counts = {"bytes": 0, "again": 0, "packets": 0}
+        ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, **counts) for _ in range(2)]
+        self.record = SimpleNamespace(way=ways, reset=0, state=0, id=42)
         splice: Any = object.__new__(SpliceDatapath)
         splice._keeper = self.asker
         self.deadlines = Deadlines()
@@ -54,10 +61,11 @@ class Stage:
             on_error=lambda _owner, error: self.faults.append(error),
         )
         splice._host = SimpleNamespace(broken=lambda _pair, why: self.broken.append(why))
-        splice._window = SimpleNamespace(first_slot=100)
+        words = [0] * (4 * PairWindow.WORDS)
+        splice._window = SimpleNamespace(first_slot=100, words=words, WORDS=PairWindow.WORDS)
         splice._record = lambda _pair: self.record
         self.splice = splice
-        self.state = module._Spliced(7, [0, 0], is_mute=False)
+        self.state = Spliced(7, [0, 0], is_mute=False)
         self.pair: Any = SimpleNamespace(
             datapath=splice,
             state=self.state,
@@ -72,7 +80,7 @@ class Stage:
         splice._ends = {}
 
     def another_pair(self, index: int) -> Any:
-        state = module._Spliced(index, [0, 0], is_mute=True)
+        state = Spliced(index, [0, 0], is_mute=True)
         pair = OtherPair(self.splice, state, index)
         self.splice._by_index[index] = pair
         return pair
@@ -226,16 +234,16 @@ def test_a_narrow_interface_is_told_of_once_and_again_if_that_is_lost(stage: Sta
     way = stage.record.way[0]
     way.narrow_mtu = 1280
     looks: list[object] = []
-    stage.splice._look = lambda pair: looks.append(pair)
-    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    stage.splice._check_record = lambda pair: looks.append(pair)
+    stage.splice._report_narrow_interface(stage.pair, stage.state, stage.record)
     assert stage.asker.take() == ("narrow", PLACE)
     stage.state.narrow_told_s -= 60.0
-    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    stage.splice._report_narrow_interface(stage.pair, stage.state, stage.record)
     stage.asker.lose()
     assert looks == [stage.pair]
     stage.state.narrow_told_s -= 60.0
     way.bytes = 1  # it goes on
-    stage.splice._tell_of_narrow_interface(stage.pair, stage.state, stage.record)
+    stage.splice._report_narrow_interface(stage.pair, stage.state, stage.record)
     stage.asker.answer()
     assert looks == [stage.pair]
 
@@ -243,15 +251,15 @@ def test_a_narrow_interface_is_told_of_once_and_again_if_that_is_lost(stage: Sta
 # A pair that has changed hands
 
 
-def say_adopted(stage: Stage) -> None:
-    adoption = module._Adoption(stage.pair, stage.state, stage.splice._check_adopted)
+def confirm_adoption(stage: Stage) -> None:
+    adoption = _Adoption(stage.pair, stage.state, stage.splice._check_adopted)
     stage.deadlines.start(adoption, 10.0, time.monotonic())
-    stage.splice._say_adopted(adoption)
+    stage.splice._confirm_adoption(adoption)
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_a_new_worker_s_slot_is_told_until_that_is_answered(stage: Stage, times: int) -> None:
-    say_adopted(stage)
+    confirm_adoption(stage)
     for _ in range(times):
         stage.asker.lose()
     assert stage.asker.take() == ("adopted", {**PLACE, "slot": 103})
@@ -261,20 +269,20 @@ def test_a_new_worker_s_slot_is_told_until_that_is_answered(stage: Stage, times:
 
 
 def test_a_pair_that_nobody_would_see_idle_is_reset(stage: Stage) -> None:
-    say_adopted(stage)
+    confirm_adoption(stage)
     stage.pass_time()
     assert stage.broken == [CloseReason.INTERNAL]
     stage.asker.answer()
 
 
 def test_a_pair_that_the_keeper_does_not_know_is_reset(stage: Stage) -> None:
-    say_adopted(stage)
+    confirm_adoption(stage)
     stage.asker.answer(error="not yours")
     assert stage.broken == [CloseReason.INTERNAL]
 
 
 def test_one_that_has_ended_meanwhile_is_not_asked_about(stage: Stage) -> None:
-    say_adopted(stage)
+    confirm_adoption(stage)
     stage.pair.state = None  # and its slot another's
     stage.asker.lose()
     stage.pass_time()
@@ -332,3 +340,115 @@ def test_a_pair_of_another_daemon_s_is_taken_over_also_over_the_death_of_a_keepe
     assert stage.asker.take() == ("take_over", {"index": 3, "fds": [9, 9]})
     stage.asker.answer()
     assert found == [None]  # it is not there any more
+
+
+# What it has carried
+
+
+def carried(stage: Stage) -> list[tuple[int, int, int]]:
+    """Of each direction: bytes, packets, and bytes that are left."""
+    flows = [Flow(direction, 5, 6) for direction in (Direction.UP, Direction.DOWN)]
+    return [stage.splice.carried(stage.pair, flow) for flow in flows]
+
+
+def test_what_the_programs_counted_while_a_pair_was_adopted_is_counted(stage: Stage) -> None:
+    """They stored the sum in a slot that was not this one yet, and no packet has followed."""
+    stage.record.way[1].bytes, stage.record.way[1].packets = 23, 2
+    stage.splice._window.words[3 * PairWindow.WORDS + table.REDIRECTED[1]] = 18
+    assert carried(stage) == [(0, 0, 0), (23, 2, 0)]
+    # It is not less because a record is read that is older than what is shown.
+    stage.record.way[1].bytes = 20
+    assert carried(stage) == [(0, 0, 0), (23, 2, 0)]
+
+
+def test_what_is_counted_of_a_pair_whose_end_is_told_is_that_of_before(stage: Stage) -> None:
+    """Its record is the keeper's from then on, and may be another pair's."""
+    stage.record.way[0].bytes = 7
+    assert stage.splice.end(stage.pair, _never)
+    stage.record.way[0].bytes = 1000
+    assert carried(stage)[0] == (7, 0, 0)
+    stage.record.id = 43
+    stage.state.end_reported = False
+    assert carried(stage)[0] == (7, 0, 0)
+    stage.asker.answer()
+
+
+# How its server is reached
+
+
+class Copied:
+    """A stage whose pair is copied, and who was told that the keeper has looked."""
+
+    def __init__(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stage = stage
+        self.told: list[object] = []
+        self.went_on: list[object] = []
+        stage.splice._lessons = {}
+        stage.splice._questions = {}
+        stage.splice._loop.redirect = lambda _fd, _to: None
+        self.copying: Any = object.__new__(CopyDatapath)
+        self.pair = self.another()
+        monkeypatch.setattr(Question, "resume_copy", lambda _self, pair: self.went_on.append(pair))
+
+    def another(self) -> Any:
+        return SimpleNamespace(datapath=self.copying, id=42, client_fd=5, server_fd=6)
+
+    def teach(self, pair: Any) -> bool:
+        return bool(self.stage.splice.teach(pair, self.told.append))
+
+
+@pytest.fixture
+def copied(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Copied:
+    return Copied(stage, monkeypatch)
+
+
+@pytest.mark.parametrize("how", ["answered", "lost", "late", "stopping"])
+def test_a_copied_pair_goes_on_once_when_the_keeper_has_looked_or_is_late(
+    stage: Stage, copied: Copied, how: str
+) -> None:
+    assert copied.teach(copied.pair)
+    assert isinstance(copied.pair.datapath, Question)
+    match how:
+        case "answered":
+            stage.asker.answer(learned=1)
+        case "lost":
+            stage.asker.lose()
+        case "late":
+            stage.pass_time()
+        case "stopping":
+            stage.splice.finish_questions()
+    assert copied.pair.datapath is copied.copying
+    assert copied.told == copied.went_on == [copied.pair]
+    if stage.asker.asked:  # an answer that nobody waits for any more
+        stage.asker.answer(learned=1)
+    assert copied.told == [copied.pair]
+    assert stage.broken == []
+
+
+def test_a_pair_that_ends_while_the_keeper_looks_ends_afterwards(
+    stage: Stage, copied: Copied
+) -> None:
+    copied.teach(copied.pair)
+    copied.pair.datapath.ends_with = CloseReason.CLIENT_RESET
+    stage.asker.answer(learned=0)
+    assert stage.broken == [CloseReason.CLIENT_RESET]
+
+
+def test_a_pair_that_is_gone_is_told_of_to_nobody(stage: Stage, copied: Copied) -> None:
+    copied.teach(copied.pair)
+    copied.pair.datapath.leave(copied.pair)
+    stage.asker.answer(learned=1)
+    assert copied.told == []
+
+
+def test_a_keeper_that_is_busy_keeps_no_more_pairs_waiting(stage: Stage, copied: Copied) -> None:
+    pairs = [copied.another() for _ in range(MOST_QUESTIONS + 1)]
+    assert [copied.teach(pair) for pair in pairs] == [True] * MOST_QUESTIONS + [False]
+    assert pairs[-1].datapath is copied.copying
+    stage.pass_time()
+    assert copied.told == pairs[:-1]
+    while stage.asker.asked:
+        stage.asker.answer(learned=1)
+    stage.asker.has_room = False
+    assert not copied.teach(pairs[-1])
+    assert pairs[-1].datapath is copied.copying

@@ -18,7 +18,7 @@ from pyforwarder.datapath.splice.challenging import Challenges
 from pyforwarder.datapath.splice.standby import Standby
 from pyforwarder.datapath.splice.standby_requests import MOST_AT_ONCE, FaultyStandbyError
 from pyforwarder.fleet.failover.record import Entry, tag_of
-from pyforwarder.fleet.failover.stays import Connection
+from pyforwarder.fleet.failover.stays import Connection, encode
 from pyforwarder.runtime import moving_addresses
 from tests.helpers.failover_records import a_pair
 
@@ -44,7 +44,7 @@ class Nobody:
     def owns(self, index: int) -> bool:
         raise AssertionError
 
-    def let_go(self, index: int) -> None:
+    def release(self, index: int) -> None:
         raise AssertionError
 
     def forget(self, index: int) -> None:
@@ -153,44 +153,72 @@ class NoRoutes:
         return 0
 
 
+class Coming:
+    """The keeper's part at a machine to which the pair's two addresses move, one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.here: set[bytes] = set()
+        self.announced: list[str] = []
+        self.challenged: list[Connection] = []
+        monkeypatch.setattr(standby_module, "Routes", NoRoutes)
+        monkeypatch.setattr(standby_module, "_addresses_here", lambda: set(self.here))
+        monkeypatch.setattr(moving_addresses, "announce", self.announced.extend)
+        monkeypatch.setattr(Challenges, "begin", lambda _, some: self.challenged.extend(some))
+        listener, source = PAIR.ends.listener, PAIR.ends.source
+        self.ours = listener.ip, source.ip
+        self.both = [
+            Connection(listener, PAIR.ends.client, True),
+            Connection(source, PAIR.ends.server, False),
+        ]
+        self.addresses = [str(ipaddress.ip_address(ip)) for ip in self.ours]
+        nothing = cast("Any", None)
+        self._standby = Standby(
+            Nobody(),
+            mmap.mmap(-1, 4096),
+            cast("Any", NoFlows()),
+            nothing,
+            nothing,
+            addresses=self.addresses,
+            most=10,
+        )
+
+    def ask(self, **request: object) -> dict[str, object]:
+        """What is answered; the addresses have been looked at afterwards."""
+        answer = self._standby.answer(json.dumps({**FIELDS, **request}).encode())
+        self._standby.ways_changed()
+        self._standby.run_due()
+        return answer
+
+
 def test_ends_of_a_pair_that_could_not_be_held_are_reset_when_its_addresses_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ours = {PAIR.ends.listener.ip, PAIR.ends.source.ip}
-    here: set[bytes] = set()
-    announced: list[str] = []
-    challenged: list[Connection] = []
-    monkeypatch.setattr(standby_module, "Routes", NoRoutes)
-    monkeypatch.setattr(standby_module, "_addresses_here", lambda: here)
-    monkeypatch.setattr(moving_addresses, "announce", announced.extend)
-    monkeypatch.setattr(Challenges, "begin", lambda _, some: challenged.extend(some))
-    addresses = [str(ipaddress.ip_address(ip)) for ip in ours]
-    one = Standby(
-        Nobody(),
-        mmap.mmap(-1, 4096),
-        cast("Any", NoFlows()),
-        cast("Any", None),
-        cast("Any", None),
-        addresses=addresses,
-        most=10,
-    )
+    world = Coming(monkeypatch)
+    assert world.ask(do="hold", pairs=[[PAIR.key, ENTRY]])["refused"] == [PAIR.key]
+    assert (world.announced, world.challenged) == ([], [])
+    world.here |= set(world.ours)
+    world.ask(do="look")
+    assert world.challenged == world.both
+    assert sorted(world.announced) == sorted(world.addresses)
+    world.ask(do="look")
+    assert world.challenged == world.both  # not again
 
-    def said(**request: object) -> dict[str, object]:
-        answer = one.answer(json.dumps({**FIELDS, **request}).encode())
-        one.ways_changed()
-        one.go_on()
-        return answer
 
-    assert said(do="hold", pairs=[[PAIR.key, ENTRY]])["refused"] == [PAIR.key]
-    assert (announced, challenged) == ([], [])
-    here |= ours
-    said(do="look")
-    listener, source = PAIR.ends.listener, PAIR.ends.source
-    both = [
-        Connection(listener, PAIR.ends.client, True),
-        Connection(source, PAIR.ends.server, False),
-    ]
-    assert challenged == both
-    assert sorted(announced) == sorted(addresses)
-    said(do="look")
-    assert challenged == both  # not again
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("kind", ["of a group", "not held"])
+def test_ends_are_reset_as_their_addresses_come_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, kind: str, first: int
+) -> None:
+    world = Coming(monkeypatch)
+    world.ask(do="look")  # none of them is here
+    if kind == "of a group":
+        world.ask(do="stay", group=[f"{tag_of('other')}.7", encode(world.both)])
+    else:
+        world.ask(do="hold", pairs=[[PAIR.key, ENTRY]])
+    for count, number in enumerate((first, 1 - first), 1):
+        world.here.add(world.ours[number])
+        world.ask(do="look")
+        assert len(world.challenged) == count
+        assert world.challenged[-1] == world.both[number]
+    world.ask(do="look")
+    assert len(world.challenged) == 2  # none of them again

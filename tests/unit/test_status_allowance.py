@@ -51,7 +51,7 @@ def test_a_client_is_refused_for_itself_and_the_rest_for_all() -> None:
     assert [one.refuses("a", 0.0) for _ in range(4)] == [None, None, None, too_many]
     assert [one.refuses("b", 0.0) for _ in range(3)] == [None, None, busy]
     # Who looks has something of its own, which nobody else can use up.
-    assert [one.refuses("c", 0.0, looks=True) for _ in range(3)] == [None, None, busy]
+    assert [one.refuses("c", 0.0, is_viewer=True) for _ in range(3)] == [None, None, busy]
     # What was refused for all was not taken off the client's own.
     assert one.refuses("c", 1.0) is None
 

@@ -50,7 +50,7 @@ class Alone:
     def stream(self, *_: object) -> None:
         raise AssertionError("nothing is answered in pieces")
 
-    def say(self, piece: bytes) -> bool:
+    def send(self, piece: bytes) -> bool:
         raise AssertionError("nothing is answered in pieces")
 
 
@@ -333,13 +333,13 @@ def test_a_stream_goes_on_until_the_client_leaves(monkeypatch: pytest.MonkeyPatc
         assert (b"X-A: b" in head, b"Content-Length" in head, body) == (True, False, b"first\n")
         for number in range(5):
             play.pass_time(60.0)
-            assert site.visitors[0].say(b"%d" % number)
+            assert site.visitors[0].send(b"%d" % number)
             assert sock.recv(10) == b"%d" % number
         assert site.gone == []
         sock.close()
         play.pass_time(0.0)
         assert site.gone == site.visitors
-        site.visitors[0].say(b"nobody hears it")
+        site.visitors[0].send(b"nobody hears it")
         assert play.server._connections == {}
 
 
@@ -350,9 +350,9 @@ def test_a_reader_that_stops_has_one_piece_waiting_and_then_goes(
     with playing(monkeypatch, site) as play:
         play.dial(said=STREAM)
         visitor, piece = site.visitors[0], bytes(1 << 20)
-        while visitor.say(piece):
+        while visitor.send(piece):
             play.pass_time(0.1)
-        assert not visitor.say(piece)
+        assert not visitor.send(piece)
         play.pass_time(ANSWER_S)
         assert site.gone == [visitor]
 

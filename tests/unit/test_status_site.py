@@ -1,4 +1,4 @@
-"""What the page's site answers: files, events for those who look, rows, explanations, orders."""
+"""What the page's site answers: files, events for viewers, rows, explanations, orders."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from pyforwarder.status import site as site_module
 from pyforwarder.status.gate import TOKEN_HEADER, Gate
 from pyforwarder.status.history import KEPT_S, History
 from pyforwarder.status.http import Answer
-from pyforwarder.status.looking import Looker
+from pyforwarder.status.page_data import About, HealthChange
+from pyforwarder.status.sampling import Sampler
 from pyforwarder.status.site import (
     MOST_VIEWERS,
     SECURITY_HEADERS,
-    About,
     Done,
-    HealthChange,
     PageSite,
     read_files,
 )
@@ -63,18 +62,18 @@ class Play:
         self.loop = Loop()
         self.memory = Memory()
         self.orders = Orders()
-        self.looks = 0
+        self.samples = 0
         self.site = self.make()
 
     def make(self, **changes: Any) -> PageSite:
-        looker = Looker(self.memory.plan, self.memory.counters, self.memory.windows)
-        looked = looker.look
+        sampler = Sampler(self.memory.plan, self.memory.counters, self.memory.windows)
+        sampled = sampler.sample
 
-        def look(now_s: float) -> Any:
-            self.looks += 1
-            return looked(now_s)
+        def sample(now_s: float) -> Any:
+            self.samples += 1
+            return sampled(now_s)
 
-        looker.look = look  # type: ignore[method-assign]
+        sampler.sample = sample  # type: ignore[method-assign]
         wanted: dict[str, Any] = {
             "control": True,
             "users": (),
@@ -87,7 +86,7 @@ class Play:
         return PageSite(
             self.loop,
             About("edge", "0.2.0", 900.0, 2, {"copy": "available"}, CONFIG, wanted["control"]),
-            looker,
+            sampler,
             History(self.memory.plan),
             Gate(passwords=users),
             wanted["steering"],
@@ -107,8 +106,8 @@ class Play:
         assert answer is not None
         return answer
 
-    def look(self, host: str = "127.0.0.1") -> FakeVisitor:
-        """Somebody begins to look."""
+    def view(self, host: str = "127.0.0.1") -> FakeVisitor:
+        """A viewer opens the page."""
         visitor = FakeVisitor(host)
         answer = self.site.answer(request("GET", "/live"), visitor)
         if answer is not None:
@@ -184,7 +183,7 @@ def test_what_the_page_loads_is_there_and_nothing_else_is_loaded(play: Play) -> 
 
 
 def test_every_answer_has_the_headers_that_keep_others_out(play: Play) -> None:
-    visitor = play.look()
+    visitor = play.view()
     assert set(SECURITY_HEADERS) <= set(visitor.headers.items())
     play.site = play.make(users=("ann",))
     answers = [play.get(path) for path in ("/", "/live", "/nothing", "/pairs?sort=x")]
@@ -216,7 +215,7 @@ def test_who_has_no_password_gets_nothing_at_all(play: Play) -> None:
         answer = play.post(path, {})
         assert answer is not None
         assert answer.status == 401
-    assert play.looks == 0
+    assert play.samples == 0
     word = "Basic YW5uOnNlY3JldA=="  # ann:secret
     ok(play.get("/", Authorization=word))
     visitor = FakeVisitor()
@@ -255,7 +254,7 @@ def test_a_password_that_is_kept_as_a_hash_is_compared_beside_the_loop(play: Pla
 
 def test_a_viewer_is_told_everything_once_and_then_what_changes(play: Play) -> None:
     slot = play.memory.pair(1)
-    visitor = play.look()
+    visitor = play.view()
     (name, hello), (second, tick) = events(visitor.told)
     assert (name, second) == ("hello", "tick")
     assert (hello["instance"], hello["control"], hello["user"]) == ("edge", True, "")
@@ -279,27 +278,27 @@ def test_a_viewer_is_told_everything_once_and_then_what_changes(play: Play) -> N
 
 def test_all_viewers_share_one_look_and_nobody_costs_nothing(play: Play) -> None:
     play.pass_time(10.0)
-    assert play.looks == 0
-    first = play.look()
-    others = [play.look() for _ in range(5)]
-    assert play.looks == 1
+    assert play.samples == 0
+    first = play.view()
+    others = [play.view() for _ in range(5)]
+    assert play.samples == 1
     play.pass_time(10.0)
-    assert play.looks == 11
+    assert play.samples == 11
     assert first.told.endswith(others[4].told[-500:])
     for visitor in (first, *others):
         visitor.leave()
     play.pass_time(100.0)
-    assert play.looks == 11
+    assert play.samples == 11
 
 
 def test_who_comes_back_sees_at_once_what_there_was(play: Play) -> None:
     slot = play.memory.pair(1)
-    visitor = play.look()
+    visitor = play.view()
     play.pass_time(5.0)
     visitor.leave()
     play.memory.carry(slot, 30_000, 0)
     play.pass_time(300.0)
-    visitor = play.look()
+    visitor = play.view()
     hello = events(visitor.told)[0][1]
     assert hello["history"]["series"]["t"][0] == [0, 100]
     assert hello["history"]["span"][1] == 300
@@ -308,14 +307,14 @@ def test_who_comes_back_sees_at_once_what_there_was(play: Play) -> None:
     assert [name for name, _ in events(visitor.told)] == ["tick"]
     visitor.leave()
     play.pass_time(2 * KEPT_S + 10)
-    assert play.site._looker._at_s is None
-    looks = play.looks
+    assert play.site._sampler._at_s is None
+    samples = play.samples
     play.pass_time(3 * KEPT_S)
-    assert play.looks == looks
+    assert play.samples == samples
 
 
 def test_a_viewer_who_does_not_read_misses_ticks_and_holds_up_nobody(play: Play) -> None:
-    slow, quick = play.look(), play.look()
+    slow, quick = play.view(), play.view()
     slow.is_behind = True
     play.pass_time(5.0)
     assert [name for name, _ in events(slow.told)] == ["hello", "tick"]
@@ -326,37 +325,37 @@ def test_a_viewer_who_does_not_read_misses_ticks_and_holds_up_nobody(play: Play)
 
 
 def test_viewers_are_not_more_than_can_be_served(play: Play) -> None:
-    viewers = [play.look() for _ in range(MOST_VIEWERS)]
+    viewers = [play.view() for _ in range(MOST_VIEWERS)]
     refused = play.get("/live")
     assert (refused.status, dict(refused.headers)["Retry-After"]) == (503, "3")
     viewers[3].leave()
-    play.look()
+    play.view()
     assert play.get("/live").status == 503
 
 
 def test_the_client_that_looks_most_makes_room_for_another(play: Play) -> None:
-    viewers = [play.look(f"127.0.0.{n % 2 + 1}") for n in range(MOST_VIEWERS + 1)]
+    viewers = [play.view(f"127.0.0.{n % 2 + 1}") for n in range(MOST_VIEWERS + 1)]
     # The last is a ninth of the first's address, which has most.
     assert viewers[-1].answers
     assert [viewer.is_ended for viewer in viewers] == [False] * (MOST_VIEWERS + 1)
-    elsewhere = play.look("192.0.2.1")
+    elsewhere = play.view("192.0.2.1")
     assert events(elsewhere.told)[0][0] == "hello"
     assert [viewer.is_ended for viewer in viewers].index(True) == 0
     assert len(play.site._viewers) == MOST_VIEWERS
     play.site._viewers.clear()
     for number in range(MOST_VIEWERS):
-        play.look(f"10.{number}.0.1")
-    assert play.look("192.0.2.1").answers[0].status == 503  # all have one
+        play.view(f"10.{number}.0.1")
+    assert play.view("192.0.2.1").answers[0].status == 503  # all have one
 
 
 def test_who_begins_to_look_again_and_again_causes_one_look_a_second(play: Play) -> None:
     for _ in range(10):
-        play.look().leave()
-    assert play.looks == 1
+        play.view().leave()
+    assert play.samples == 1
 
 
 def test_rows_are_asked_for_within_a_budget_and_viewers_have_a_part_of_it(play: Play) -> None:
-    viewer = play.look("192.0.2.9")
+    viewer = play.view("192.0.2.9")
 
     def ask(host: str, target: str = "/pairs") -> Answer:
         answer = play.site.answer(request("GET", target), FakeVisitor(host))
@@ -366,7 +365,7 @@ def test_rows_are_asked_for_within_a_budget_and_viewers_have_a_part_of_it(play: 
     codes = [ask("192.0.2.1").status.value for _ in range(400)]
     assert codes == [200] * 300 + [429] * 100
     assert dict(ask("192.0.2.1").headers)["Retry-After"] == "1"
-    # All together have one, too, and who looks has its own.
+    # All together have one, too, and viewers have their own.
     codes = [ask(f"10.0.0.{n}").status.value for n in range(250) for _ in range(2)]
     assert codes.count(503) > 0
     assert codes[-1] == 503
@@ -379,7 +378,7 @@ def test_rows_are_asked_for_within_a_budget_and_viewers_have_a_part_of_it(play: 
 
 
 def test_an_order_of_many_pairs_costs_more_than_a_page_of_it(play: Play) -> None:
-    play.site._looker.pairs_to_order = lambda *_: 50_000  # type: ignore[method-assign]
+    play.site._sampler.pairs_to_order = lambda *_: 50_000  # type: ignore[method-assign]
     codes = [play.get("/pairs").status.value for _ in range(5)]
     assert codes == [200, 200, 429, 429, 429]  # 101 each
 
@@ -387,7 +386,7 @@ def test_an_order_of_many_pairs_costs_more_than_a_page_of_it(play: Play) -> None
 def test_health_is_told_at_once_and_to_those_who_come_later(play: Play) -> None:
     before = HealthChange(5.0, "pool", "10.0.0.2:443", False, "no answer in time")
     play.site = play.make(health=[before], down={("pool", "10.0.0.2:443")})
-    visitor = play.look()
+    visitor = play.view()
     hello, tick = (data for _, data in events(visitor.told))
     assert [one["why"] for one in hello["health"]] == ["no answer in time"]
     states = [row[3] for row in tick["servers"]]
@@ -400,7 +399,7 @@ def test_health_is_told_at_once_and_to_those_who_come_later(play: Play) -> None:
     assert events(visitor.told)[-1][1]["servers"][1][3] == "up"
     for number in range(500):
         play.site.health_changed(HealthChange(float(number), "pool", "x", True, "connected"))
-    assert len(events(play.look().told)[0][1]["health"]) == 50
+    assert len(events(play.view().told)[0][1]["health"]) == 50
 
 
 # ---------------------------------------------------------------- rows
@@ -414,10 +413,10 @@ def test_rows_are_those_of_the_last_look(play: Play) -> None:
     assert [row["id"] for row in page["rows"]] == [4, 5]
     for _ in range(20):
         play.get("/pairs")
-    assert play.looks == 1
+    assert play.samples == 1
     play.pass_time(3.0)
     play.get("/pairs")
-    assert play.looks == 2
+    assert play.samples == 2
 
 
 @pytest.mark.parametrize(
@@ -566,7 +565,7 @@ def test_nobody_orders_who_may_only_look(play: Play) -> None:
     for changes in ({"control": False}, {"steering": None}):
         play.site = play.make(**changes)
         assert said(play.post("/flush", {"ids": [1]}))[0] == 403
-        assert events(play.look().told)[0][1]["control"] is False
+        assert events(play.view().told)[0][1]["control"] is False
     assert play.orders.asked == []
 
 

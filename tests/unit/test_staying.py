@@ -46,13 +46,13 @@ class Table:
                 setattr(record, name, value)
         self._memory[slot * PAIR_BYTES : (slot + 1) * PAIR_BYTES] = bytes(record)
 
-    def look(self, *replicated: int) -> dict[int, list[tuple[int, int, bool]]]:
+    def scan(self, *replicated: int) -> dict[int, list[tuple[int, int, bool]]]:
         """Groups with (own port, peer's port, whether that is the client)."""
 
         def short(one: Connection) -> tuple[int, int, bool]:
             return one.own.port, one.peer.port, one.peer_connected
 
-        found = self._staying.look(replicated)
+        found = self._staying.scan(replicated)
         return {number: [short(one) for one in group] for number, group in found.items()}
 
 
@@ -68,11 +68,11 @@ BOTH: Final = [(443, 40001, True), (50000, 7000, False)]
 
 
 def test_both_connections_of_a_pair_are_in_its_group(table: Table) -> None:
-    assert table.look() == {}
+    assert table.scan() == {}
     table.write(0)
     table.write(GROUP_PAIRS + 5)
     table.write(SLOTS - 1)
-    assert table.look() == {0: BOTH, 1: BOTH, 2: BOTH}
+    assert table.scan() == {0: BOTH, 1: BOTH, 2: BOTH}
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_only_connections_of_tcp_at_addresses_that_move_count(
     table: Table, other: dict[str, Any], left: list[tuple[int, int, bool]] | None
 ) -> None:
     table.write(3, **other)
-    assert table.look() == ({0: left} if left else {})
+    assert table.scan() == ({0: left} if left else {})
 
 
 def test_a_pair_that_others_can_go_on_with_is_none_of_them(table: Table) -> None:
     table.write(1)
     table.write(2, id=77)
-    assert table.look(77) == {0: BOTH}
-    assert table.look(2, 77) == {}
+    assert table.scan(77) == {0: BOTH}
+    assert table.scan(2, 77) == {}

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyforwarder.datapath.splice import challenging
 from pyforwarder.datapath.splice.challenging import Challenges, packet
 from pyforwarder.datapath.splice.keepalive import checksum
 from pyforwarder.fleet.failover.record import Endpoint, RecordFault, tag_of
@@ -93,7 +94,7 @@ def test_a_group_is_written_when_it_changes_and_others_are_told() -> None:
     assert b.turn({}, 0.0).tell == turn.puts
     assert a.turn({0: [CLIENT], 7: [SERVER]}, 9.0) == Turn()  # nothing of its own is told to it
     for key, text in turn.puts.items():
-        b.told(key, text)
+        b.mark_known(key, text)
     assert b.turn({}, 0.0) == Turn()
     turn = a.turn({0: [CLIENT, SERVER]}, 9.0)
     assert turn == Turn(puts={f"{A}.0": encode([CLIENT, SERVER])}, deletes=[f"{A}.7"])
@@ -145,20 +146,31 @@ class Sent:
         )
 
 
-def test_each_peer_is_asked_three_times_within_a_second() -> None:
+def test_each_peer_is_asked_soon_again_and_then_ever_more_seldom() -> None:
     world = Sent(ours=[SERVER])
-    assert world.challenges.wait_s(7.0) == 7.0
+    assert world.challenges.wait_s(100.0) == 100.0
     world.challenges.begin([CLIENT, SERVER])
-    while (wait_s := world.challenges.wait_s(7.0)) < 7.0:
+    while (wait_s := world.challenges.wait_s(100.0)) < 100.0:
         world.now_s += wait_s
-        world.challenges.go_on()
-    assert world.sent == [(0.0, CLIENT), (0.25, CLIENT), (1.0, CLIENT)]
+        world.challenges.run_due()
+    assert world.sent == [(when_s, CLIENT) for when_s in (0.0, 0.25, 1.0, 3.0, 9.0, 27.0)]
+
+
+def test_those_that_wait_for_whichever_try_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(challenging, "_MOST", 5)
+    world = Sent()
+    world.challenges.begin([CLIENT] * 3)
+    world.challenges.run_due()  # they wait for the second one
+    world.challenges.begin([SERVER] * 3)
+    world.challenges.begin([SERVER] * 3)
+    world.challenges.run_due()
+    assert world.sent == [(0.0, CLIENT)] * 3 + [(0.0, SERVER)] * 2
 
 
 def test_many_do_not_keep_the_keeper_from_its_work() -> None:
     world = Sent()
     world.challenges.begin([CLIENT] * 1000)
-    world.challenges.go_on()
+    world.challenges.run_due()
     assert 0 < len(world.sent) < 100
     assert world.challenges.wait_s(7.0) == 0.0
 

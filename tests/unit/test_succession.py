@@ -10,24 +10,20 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any, Final
+from unittest.mock import Mock
 
 import pytest
 
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
+from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.loop import Loop
-from pyforwarder.supervisor import succession
-from pyforwarder.supervisor.succession import (
-    Ask,
-    NoAnswerError,
-    Offer,
-    Predecessor,
-    Successor,
-    bind_of,
-    find,
-    parts_of,
-)
+from pyforwarder.supervisor import succession, successor
+from pyforwarder.supervisor.predecessor import NoAnswerError, Predecessor, find
+from pyforwarder.supervisor.retiring import Retirement
+from pyforwarder.supervisor.succession import Ask, Offer, bind_of, parts_of
+from pyforwarder.supervisor.successor import Successor
 
 OFFER: Final[dict[str, Any]] = {
     "protocol": 1,
@@ -50,7 +46,7 @@ OFFER: Final[dict[str, Any]] = {
 }
 
 
-class Elder(threading.Thread):
+class PlayedDaemon(threading.Thread):
     """A daemon whose answers are written down, with how many descriptors each has.
 
     What it says of its own accord waits for no question.
@@ -76,19 +72,19 @@ class Elder(threading.Thread):
                         os.close(fd)
             if message is not None:
                 self.heard.append(message)
-            succession._send(self._channel, answer, [null] * count)
+            succession.send(self._channel, answer, [null] * count)
         os.close(null)
         self._channel.close()
 
 
 @pytest.fixture
-def elder() -> Iterator[Any]:
+def played() -> Iterator[Any]:
     """Start one that gives these answers; what the successor has of it."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*answers: tuple[dict[str, Any], int]) -> tuple[Elder, Predecessor]:
+        def begin(*answers: tuple[dict[str, Any], int]) -> tuple[PlayedDaemon, Predecessor]:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            one = Elder(theirs, list(answers))
+            one = PlayedDaemon(theirs, list(answers))
             one.start()
             stack.callback(one.join, 10)
             channel = Channel(ours)
@@ -116,7 +112,7 @@ def test_what_is_no_address_is_refused(parts: Any) -> None:
         bind_of(parts)
 
 
-def test_an_offer_comes_with_more_descriptors_than_fit_into_a_message(elder: Any) -> None:
+def test_an_offer_comes_with_more_descriptors_than_fit_into_a_message(played: Any) -> None:
     place = {
         "listener": "main",
         "wanted": ["ip", "127.0.0.1", 80],
@@ -127,7 +123,7 @@ def test_an_offer_comes_with_more_descriptors_than_fit_into_a_message(elder: Any
         "mode": None,
         "freebind": False,
     }
-    one, predecessor = elder((offered(places=[place], marks=["a"]), 4 + 1 + 501))
+    one, predecessor = played((offered(places=[place], marks=["a"]), 4 + 1 + 501))
     assert predecessor.offer.workers == 2
     ((said, fds),) = predecessor.places
     assert (said.listener, len(fds)) == ("main", 501)
@@ -148,22 +144,37 @@ def test_an_offer_comes_with_more_descriptors_than_fit_into_a_message(elder: Any
     ],
 )
 def test_an_offer_of_another_kind_is_refused_and_nothing_stays_open(
-    elder: Any, answer: dict[str, Any], count: int, message: str
+    played: Any, answer: dict[str, Any], count: int, message: str
 ) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ControlError, match=message):
-        elder((answer, count))
+        played((answer, count))
     assert len(os.listdir("/proc/self/fd")) <= before + 3  # the two channels, and the listing
 
 
-def test_a_word_of_its_own_accord_is_no_answer(elder: Any) -> None:
-    _, predecessor = elder((offered(), 4), ({"said": "released"}, 0), ({"answer": "pairs"}, 0))
+def test_a_word_of_its_own_accord_is_no_answer(played: Any) -> None:
+    _, predecessor = played((offered(), 4), ({"said": "released"}, 0), ({"answer": "pairs"}, 0))
     with pytest.raises(NoAnswerError, match="has ended, asked to take"):
         # The next answer is one to another question: it is not taken for this one.
         predecessor.take([])
     assert predecessor.is_released
     assert predecessor.is_gone
     assert predecessor.pairs() == []
+    predecessor.discard()
+
+
+@pytest.mark.parametrize("answers", [[], [({"answer": "last_id", "last_id": 5}, 0)]])
+def test_one_that_was_told_to_end_is_not_succeeded(
+    played: Any, answers: list[tuple[dict[str, Any], int]]
+) -> None:
+    """It has said so and hung up: that is no death, after which somebody has to go on."""
+    one, predecessor = played((offered(), 4), *answers, ({"said": "ending"}, 0))
+    for _ in answers:
+        predecessor.last_id()
+    one.join(10)
+    with pytest.raises(ControlError, match="told to end meanwhile") as caught:
+        predecessor.take([])
+    assert not isinstance(caught.value, NoAnswerError)
     predecessor.discard()
 
 
@@ -177,12 +188,12 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("where", ["offer", "last_id", "take"])
 def test_a_keeper_that_was_not_let_go_of_is_ended(
-    elder: Any, child: subprocess.Popen[bytes], where: str
+    played: Any, child: subprocess.Popen[bytes], where: str
 ) -> None:
     """At each step another may have taken the place of one that died."""
     says = {name: {"keeper": child.pid} if name == where else {} for name in ("last_id", "take")}
     more = {"keeper": child.pid} if where == "offer" else {"keeper": 0}
-    _, predecessor = elder(
+    _, predecessor = played(
         (offered(pid=os.getpid(), splice="pinned", **more), 4),
         ({"answer": "last_id", "last_id": 5, **says["last_id"]}, 0),
         ({"answer": "take", **says["take"]}, 0),
@@ -196,9 +207,9 @@ def test_a_keeper_that_was_not_let_go_of_is_ended(
 
 
 def test_a_number_that_is_another_process_s_by_now_is_no_keeper(
-    elder: Any, child: subprocess.Popen[bytes]
+    played: Any, child: subprocess.Popen[bytes]
 ) -> None:
-    _, predecessor = elder((offered(pid=1, splice="pinned", keeper=child.pid), 4))
+    _, predecessor = played((offered(pid=1, splice="pinned", keeper=child.pid), 4))
     assert predecessor.end_keeper()
     assert child.poll() is None
     predecessor.discard()
@@ -209,7 +220,7 @@ def test_a_number_that_is_another_process_s_by_now_is_no_keeper(
     [("pinned", False, True), ("pinned", True, False), ("none", False, False)],
 )
 def test_a_daemon_that_says_no_keeper_is_ended_if_it_has_not_let_go(
-    elder: Any,
+    played: Any,
     child: subprocess.Popen[bytes],
     *,
     splice: str,
@@ -217,16 +228,18 @@ def test_a_daemon_that_says_no_keeper_is_ended_if_it_has_not_let_go(
     ends: bool,
 ) -> None:
     """As an older version: its keeper ends with it."""
-    _, predecessor = elder((offered(pid=child.pid, splice=splice), 4))
+    _, predecessor = played((offered(pid=child.pid, splice=splice), 4))
     predecessor.is_released = is_released
     assert predecessor.end_keeper()
     assert (child.poll() is not None) == ends
     predecessor.discard()
 
 
-def test_a_daemon_that_does_not_answer_is_ended(elder: Any, child: subprocess.Popen[bytes]) -> None:
+def test_a_daemon_that_does_not_answer_is_ended(
+    played: Any, child: subprocess.Popen[bytes]
+) -> None:
     child.send_signal(signal.SIGSTOP)
-    _, predecessor = elder((offered(pid=child.pid), 4))
+    _, predecessor = played((offered(pid=child.pid), 4))
     assert predecessor.kill()
     assert child.wait(10) == -signal.SIGKILL
     assert predecessor.kill()  # it is gone
@@ -236,7 +249,7 @@ def test_a_daemon_that_does_not_answer_is_ended(elder: Any, child: subprocess.Po
 def test_only_the_daemons_user_may_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    monkeypatch.setattr(succession, "peer_of", lambda _: (7, os.geteuid() + 1))
+    monkeypatch.setattr(successor, "peer_of", lambda _: (7, os.geteuid() + 1))
     with ours, pytest.raises(ControlError, match="own user"):
         Successor(loop, theirs, lambda *_: ({}, ()), lambda: None)
     assert theirs.fileno() < 0
@@ -313,3 +326,27 @@ def test_who_is_refused_by_the_control_socket_leaves_nothing_open() -> None:
     with pytest.raises(ControlError, match="under way"):
         find(control)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("asked", "is_given"), [({}, False), ({"handshakes": 2}, True)])
+def test_the_map_of_handshakes_is_for_a_successor_that_knows_its_form(
+    asked: dict[str, Any], is_given: bool
+) -> None:
+    """Another build would read, and write, beyond the ends of its values."""
+    assert HANDSHAKES_FORM == 2
+    one = Mock()
+    one.in_force.listeners.bound = {}
+    one.in_force.drained, one.web.listening, one.source.overrides, one.environ = [], {}, {}, {}
+    one.activation.all.return_value = one.down.return_value = []
+    one.memory.used_tokens.fds = []
+    one.datapaths.handshakes_fd, one.options.verbosity = 77, 0
+    offer, fds = Retirement(one)._obey(Ask.model_validate({"do": "offer", **asked}), [])
+    assert offer["has_handshakes"] == is_given
+    assert (77 in fds) == is_given
+    assert len(fds) == 4 + is_given
+
+
+def test_a_successor_says_which_map_of_handshakes_it_knows(played: Any) -> None:
+    one, predecessor = played((offered(), 4))
+    assert one.heard[0]["handshakes"] == HANDSHAKES_FORM
+    predecessor.discard()

@@ -7,10 +7,14 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyforwarder.datapath.ebpf.abi import LineKind
 from pyforwarder.runtime import tables
+from pyforwarder.supervisor.report import TOTALS
 from tests.helpers.fake_control import PAIR
 
-HEADER = "ID STATE DATAPATH CLIENT LISTENER SOURCE SERVER UP_BYTES DOWN_BYTES AGE_S IDLE_S RULE"
+HEADER = (
+    "ID STATE DATAPATH CLIENT LISTENER SOURCE SERVER UP_BYTES DOWN_BYTES AGE_S IDLE_S RULE DECIDED"
+)
 
 
 def test_header_of_pairs_is_that_of_the_contract() -> None:
@@ -33,6 +37,7 @@ def test_pair_is_one_line_with_a_field_per_column() -> None:
         "12",
         "0",
         "named",
+        "user",
     ]
 
 
@@ -97,12 +102,23 @@ def test_stats_come_back_from_their_text() -> None:
         "closed": {"denied": 3},
         "limited": {},
         "splice_invalid": {"reset": 7},
+        "express": {},
+        "express_left": {"no_port": 2},
         "datapaths": {"copy": "available", "splice": "no \\ tc\x1b here"},
     }
     text = tables.render("stats", tables.stats_rows(stats))
     assert tables.stats_from_text(text) == stats
-    nothing: dict[str, object] = {"closed": {}, "limited": {}, "splice_invalid": {}}
+    nothing: dict[str, object] = {group: {} for group in tables.MAY_HAVE_NO_LINE}
     assert tables.stats_from_text("STAT VALUE  # the daemon is gone\n") == nothing
+
+
+def test_every_group_of_stats_that_may_have_no_line_is_known() -> None:
+    groups: dict[str, bool] = {}
+    for name, kind in ((line.name, line.kind) for line in TOTALS):
+        group, dot, _ = name.partition(".")
+        if dot:
+            groups[group] = groups.get(group, True) and kind is LineKind.NONZERO
+    assert set(tables.MAY_HAVE_NO_LINE) == {group for group, is_so in groups.items() if is_so}
 
 
 def test_stats_that_are_words_keep_their_blanks() -> None:

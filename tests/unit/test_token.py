@@ -223,6 +223,31 @@ def test_a_gateway_that_cannot_be_read_is_not_written(audience: str) -> None:
         make(DEST, expires_unix_s=NOW, key_id="k", key=KEY, audience=audience)
 
 
+def test_a_nonce_makes_another_instruction_of_the_same_second_and_is_signed() -> None:
+    one, two = (
+        make(DEST, expires_unix_s=NOW + 60, key_id="ops", key=KEY, audience="gate-1", nonce=nonce)
+        for nonce in ("a.B_9-", "b")
+    )
+    assert one.startswith(b"FWD1 10.0.0.7:22 exp=1800000060 key=ops aud=gate-1 nonce=a.B_9- sig=")
+    keys = TokenKeys({"ops": KEY}, audience="gate-1", used=UsedTokens())
+    for line in (one, two):
+        assert [read(line[:n]) for n in range(len(line))] == [NEED_MORE] * len(line)
+        assert refusal(line, keys) is None
+    spent = [keys.spend(parsed(line), now_unix_s=NOW) for line in (one, two, one, two)]
+    assert spent == [True, True, False, False]
+    assert refusal(one.replace(b"nonce=a", b"nonce=b"), keys) == "wrong signature"
+    assert refusal(one.replace(b" nonce=a.B_9-", b""), keys) == "wrong signature"
+    for broken in (b" nonce=", b" nonce=a b", b" nonce=" + b"a" * 64, b" nonce=a nonce=b"):
+        with pytest.raises(ParseError, match="the fields are not"):
+            read(one.replace(b" nonce=a.B_9-", broken))
+
+
+@pytest.mark.parametrize("nonce", ["", "a b", "\u00e4", "k" * 64, "a=b", "a\n"])
+def test_a_nonce_that_cannot_be_read_is_not_written(nonce: str) -> None:
+    with pytest.raises(ValueError, match="no nonce"):
+        make(DEST, expires_unix_s=NOW, key_id="k", key=KEY, nonce=nonce)
+
+
 destinations = st.one_of(
     st.builds(Address, st.ip_addresses(v=4).map(str), st.integers(1, 65535)),
     st.builds(HostPort, st.from_regex(r"[a-z]{1,20}(\.[a-z]{2,9}){0,3}", fullmatch=True),

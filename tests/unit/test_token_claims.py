@@ -69,9 +69,9 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
 def test_a_claim_is_asked_and_answered_once(wire: Wire) -> None:
     assert wire.ask()
     assert wire.sent == [{"claim": "64" * 16, "until": 6, "number": 1}]
-    wire.claims.told(1, True)
-    wire.claims.told(1, False)
-    wire.claims.told(7, False)
+    wire.claims.answered(1, True)
+    wire.claims.answered(1, False)
+    wire.claims.answered(7, False)
     wire.pass_time(5.0)
     assert wire.told == [True]
 
@@ -81,13 +81,13 @@ def test_no_answer_in_time_is_none(wire: Wire) -> None:
     wire.pass_time(1.9)
     assert wire.told == []
     wire.pass_time(0.2)
-    wire.claims.told(1, True)  # too late
+    wire.claims.answered(1, True)  # too late
     assert wire.told == [None]
 
 
 def test_who_stops_is_not_told(wire: Wire) -> None:
     wire.ask().stop()
-    wire.claims.told(1, True)
+    wire.claims.answered(1, True)
     wire.pass_time(5.0)
     assert wire.told == []
 
@@ -96,7 +96,7 @@ def test_the_supervisor_has_few_at_once_and_those_that_it_lost_count_no_more(wir
     for _ in range(MOST_SENT + 3):
         assert wire.ask(wait_s=100.0)
     assert [message["number"] for message in wire.sent] == list(range(1, MOST_SENT + 1))
-    wire.claims.told(1, True)
+    wire.claims.answered(1, True)
     assert wire.sent[-1]["number"] == MOST_SENT + 1
     wire.pass_time(31.0)
     wire.ask()
@@ -170,7 +170,7 @@ def test_a_client_waits_for_the_fleet_and_loses_nothing(fleet: Fleet) -> None:
     other = play.dial()
     other.send(b"06\xffxxx")
     assert play.read(other, 17) == refusal("malformed")
-    play.server.claims.told(1, True)
+    play.server.claims.answered(1, True)
     server = play.accept(fleet.listening)
     assert play.read(client, len(ACK)) == ACK
     assert play.read(server, 12) == b"first second"
@@ -192,7 +192,7 @@ def test_what_the_store_does_not_say_is_refused_or_as_configured(
     client = fleet.play.dial()
     client.send(fleet.token())
     fleet.wait_for_claims(1)
-    fleet.play.server.claims.told(1, is_first)
+    fleet.play.server.claims.answered(1, is_first)
     assert fleet.play.read(client, len(said)) == said
     fleet.play.close()
 
@@ -205,7 +205,7 @@ def test_a_client_that_leaves_while_it_waits_is_forgotten(fleet: Fleet) -> None:
     client.close()
     fleet.play.wait_for_end(CloseReason.CLIENT_RESET)
     assert not fleet.play.server.claims._waiting
-    fleet.play.server.claims.told(1, True)
+    fleet.play.server.claims.answered(1, True)
 
 
 def test_the_first_packets_time_is_over_while_it_waits(fleet: Fleet) -> None:

@@ -23,14 +23,14 @@ def test_a_worker_that_drains_ends_when_nothing_is_left_and_nothing_is_on_its_wa
     later: list[Any] = []
     ended: list[bool] = []
 
-    def hear() -> None:
+    def receive() -> None:
         keeper.unsettled += len(messages)  # it asks for each
         messages.clear()
 
     worker: Any = object.__new__(_Worker)
     worker._server = SimpleNamespace(counters=counters)
     worker._keeper = keeper
-    worker._opened = SimpleNamespace(hear=hear)
+    worker._opened = SimpleNamespace(receive=receive)
     worker.loop = SimpleNamespace(
         after=lambda _s, action: later.append(action), stop=lambda: ended.append(True)
     )
@@ -39,3 +39,28 @@ def test_a_worker_that_drains_ends_when_nothing_is_left_and_nothing_is_on_its_wa
     counters[Counter.OPEN] = keeper.unsettled = 0
     later.pop()()
     assert (ended, later) == ([True], [])
+
+
+def test_sessions_that_come_after_settings_are_taken_in_as_those_before() -> None:
+    """What is to be adopted comes one by one, and may come slowly."""
+    taken: list[str] = []
+
+    def take_in(orphans: list[str]) -> int:
+        taken.extend(orphans)
+        return 0
+
+    given: list[Any] = []
+    worker: Any = object.__new__(_Worker)
+    worker._orphans, worker._adopting, worker._listens = [], 0, True
+    worker._datagrams = SimpleNamespace(adoption=SimpleNamespace(take_in=take_in))
+    worker._server = worker._splice = None
+    worker._serving = lambda: None
+    worker._sessions = SimpleNamespace(adopt=lambda take, done: given.extend((take, done)))
+    done: list[bool] = []
+    worker._adopt(lambda: done.append(True))
+    take, all_are_given = given
+    take("before")
+    worker._take_in_sessions()  # as with every reload
+    take("after")
+    all_are_given()
+    assert (taken, done) == (["before", "after"], [True])

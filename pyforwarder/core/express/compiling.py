@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.core.address import Address, NameIn, SamePort
+from pyforwarder.core.express import choosing
 from pyforwarder.core.express.conditions import (
     Alpn,
     BytesAt,
@@ -56,6 +57,8 @@ class ServerConfig(Protocol):
     def address(self) -> ServerAddress: ...
     @property
     def weight(self) -> int: ...
+    @property
+    def backup(self) -> bool: ...
 
 
 class UpstreamConfig(Protocol):
@@ -71,8 +74,6 @@ class UpstreamConfig(Protocol):
     def transparent(self) -> bool: ...
     @property
     def slow_start_s(self) -> float: ...
-    @property
-    def registered(self) -> object: ...
     @property
     def source(self) -> Sequence[object]: ...
 
@@ -277,12 +278,9 @@ def _why_not_target(
 
 
 def _why_not_upstream(upstream: UpstreamConfig) -> str:
-    if upstream.registered:
-        return "its servers come and go"
-    if len(upstream.servers) != 1:
-        return "userspace alone chooses a server"
-    if not upstream.servers[0].weight:
-        return "its server gets no new pairs"
+    why = choosing.why_not(upstream.balance, upstream.servers)
+    if why:
+        return why
     if upstream.source:
         return "userspace alone chooses a `source`"
     if upstream.transparent:

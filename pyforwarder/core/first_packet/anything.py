@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Anything(Matcher):
-    """Matches whatever comes, and nothing at all."""
+    """Matches anything, and nothing at all."""
 
     reads = False
     asks_client = False

@@ -8,12 +8,16 @@ Source: RFC 8446 section 4.1.2, RFC 6066 section 3 (SNI), RFC 7301 (ALPN), RFC 8
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.core.first_packet import alphabet
 from pyforwarder.core.first_packet.cursor import Cursor, ParseError
+from pyforwarder.core.first_packet.datagrams import datagrams_in
 from pyforwarder.core.first_packet.glob import Globs
+from pyforwarder.core.first_packet.outcome import NEED_MORE, NO_MATCH, Outcome
 
 if TYPE_CHECKING:
     from pyforwarder.core.first_packet.options import Options
@@ -56,6 +60,32 @@ class ClientHello(NamedTuple):
     def facts(self) -> Facts:
         """The fields that it has in the log."""
         return (("sni", self.server_name),) if self.server_name else ()
+
+
+def name_or_outcome(hello: ClientHello | Outcome) -> str | Outcome:
+    """The server name; NEED_MORE while it may come, NO_MATCH if there is none."""
+    if isinstance(hello, Outcome):
+        return hello
+    return hello.server_name or NO_MATCH
+
+
+def in_datagrams(
+    read: Callable[[tuple[bytes, ...]], ClientHello | None],
+) -> Callable[[bytes], ClientHello | Outcome]:
+    """What `read` finds in a client's first datagrams, with its errors as the outcomes they mean.
+
+    The last ones are remembered: the rules of a listener are asked in turn about the same.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def hello_or_outcome(datagrams: tuple[bytes, ...]) -> ClientHello | Outcome:
+        try:
+            hello = read(datagrams)
+        except ParseError:
+            return NO_MATCH
+        return NEED_MORE if hello is None else hello
+
+    return lambda data: hello_or_outcome(datagrams_in(data))
 
 
 @dataclass(frozen=True, slots=True)

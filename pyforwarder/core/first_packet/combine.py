@@ -31,8 +31,8 @@ class _Several(Matcher):
         questions = (part.ask(data) for part in self._parts)
         return next((question for question in questions if question is not None), None)
 
-    def found(self, data: bytes) -> str:
-        return "; ".join(filter(None, (part.found(data) for part in self._parts)))
+    def describe(self, data: bytes) -> str:
+        return "; ".join(filter(None, (part.describe(data) for part in self._parts)))
 
     def facts(self, data: bytes) -> Facts:
         # Two conditions on the same name say it once.
@@ -137,8 +137,8 @@ class Not(Matcher):
     def ask(self, data: bytes) -> Send | None:
         return self._part.ask(data)
 
-    def found(self, data: bytes) -> str:
-        return self._part.found(data)
+    def describe(self, data: bytes) -> str:
+        return self._part.describe(data)
 
     @property
     def always(self) -> bool:

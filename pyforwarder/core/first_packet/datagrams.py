@@ -50,8 +50,8 @@ class Whole(Matcher):
         outcome = self._inner.match(data, end, client, local_port)
         return NO_MATCH if outcome is NEED_MORE else outcome
 
-    def found(self, data: bytes) -> str:
-        return self._inner.found(data)
+    def describe(self, data: bytes) -> str:
+        return self._inner.describe(data)
 
     def facts(self, data: bytes) -> Facts:
         return self._inner.facts(data)

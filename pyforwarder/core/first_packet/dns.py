@@ -63,7 +63,7 @@ class Dns(Parsed):
             return False
         return self._names is None or self._names.include(name)
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             name, kind = self._read(Cursor(data))
         except (Truncated, ParseError):

@@ -13,7 +13,6 @@ records of DTLS 1.2).
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.first_packet.client_hello import (
@@ -21,12 +20,13 @@ from pyforwarder.core.first_packet.client_hello import (
     MAX_HELLO,
     ClientHello,
     HelloConditions,
+    in_datagrams,
+    name_or_outcome,
     read_body,
 )
 from pyforwarder.core.first_packet.cursor import Cursor, ParseError
-from pyforwarder.core.first_packet.datagrams import datagrams_in
 from pyforwarder.core.first_packet.matcher import Matcher
-from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
+from pyforwarder.core.first_packet.outcome import MATCH, NO_MATCH, Outcome
 from pyforwarder.core.first_packet.pieces import Piece, beginning
 
 if TYPE_CHECKING:
@@ -64,26 +64,23 @@ class Dtls(Matcher):
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
         if self._conditions is None:
             return MATCH if _begins(data) else NO_MATCH
-        hello = _hello_or_outcome(datagrams_in(data))
+        hello = _hello_or_outcome(data)
         if isinstance(hello, Outcome):
             return hello
         return MATCH if self._conditions.accept(hello) else NO_MATCH
 
-    def found(self, data: bytes) -> str:
-        hello = _hello_or_outcome(datagrams_in(data))
+    def describe(self, data: bytes) -> str:
+        hello = _hello_or_outcome(data)
         return "" if isinstance(hello, Outcome) else ", ".join(hello.words())
 
     def facts(self, data: bytes) -> Facts:
-        hello = _hello_or_outcome(datagrams_in(data)) if self._conditions else NO_MATCH
+        hello = _hello_or_outcome(data) if self._conditions else NO_MATCH
         return () if isinstance(hello, Outcome) else hello.facts()
 
 
 def server_name_in(data: bytes) -> str | Outcome:
     """The server name of a DTLS client; NEED_MORE while it may come, NO_MATCH if there is none."""
-    hello = _hello_or_outcome(datagrams_in(data))
-    if isinstance(hello, Outcome):
-        return hello
-    return hello.server_name or NO_MATCH
+    return name_or_outcome(_hello_or_outcome(data))
 
 
 def read_client_hello(datagrams: tuple[bytes, ...]) -> ClientHello | None:
@@ -181,10 +178,4 @@ def _begins(data: bytes) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=1)
-def _hello_or_outcome(datagrams: tuple[bytes, ...]) -> ClientHello | Outcome:
-    try:
-        hello = read_client_hello(datagrams)
-    except ParseError:
-        return NO_MATCH
-    return NEED_MORE if hello is None else hello
+_hello_or_outcome = in_datagrams(read_client_hello)

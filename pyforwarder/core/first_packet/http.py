@@ -296,7 +296,7 @@ class Http(Matcher):
         host = host_in(data)
         return () if isinstance(host, Outcome) else (("host", host),)
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             line = read_request_line(data)
         except (Truncated, ParseError):

@@ -144,7 +144,7 @@ class HttpConnect(Speaker):
     def cut_short(self, end: End) -> bytes:
         return _CUT_SHORT[end]
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         line = data.partition(b"\r\n")[0]
         return line.decode("latin-1") if line.startswith(_CONNECT) else ""
 

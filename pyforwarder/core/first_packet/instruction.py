@@ -6,7 +6,7 @@ LEN counts the whole, LEN and CHECK included; CHECK is the sum of all bytes befo
 100.  The answer has the same frame: `06OK56`, or `ERR ` and a code.  A rule with `token` takes the
 signed form of it, too, with the same answers:
 
-    FWD1 DEST exp=UNIX_SECONDS key=KEY_ID [from=CIDR] [aud=GATEWAY] sig=BASE64URL\\r\\n
+    FWD1 DEST exp=UNIX_SECONDS key=KEY_ID [from=CIDR] [aud=GATEWAY] [nonce=WORD] sig=BASE64URL\\r\\n
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Instruction(Speaker):
             return b""
         return ERRORS[RefusalCode.TIMEOUT if end is End.TIMEOUT else RefusalCode.MALFORMED]
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         if data.startswith(token.MAGIC) and self._tokens is not TokenUse.OFF:
             return "a signed instruction"
         length = _LENGTHS.get(data[:2])

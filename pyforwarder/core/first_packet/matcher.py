@@ -32,7 +32,7 @@ class Turn(ABC):
     """The next step of a dialogue that a speaker has begun: what comes is for it alone."""
 
     @abstractmethod
-    def hear(self, data: bytes, conversation: Conversation) -> Decision:
+    def decide(self, data: bytes, conversation: Conversation) -> Decision:
         """The decision about the bytes that followed what we sent last."""
 
 
@@ -97,7 +97,7 @@ class Matcher(ABC):
         """Whether every match of this condition has a speaker."""
         return False
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         """What was read from these bytes, in words for `explain`; empty: nothing worth saying."""
         return ""
 

@@ -44,7 +44,7 @@ class Mqtt(Parsed):
             return True
         return self._client_ids.include(_read_client_id(cursor, level, left))
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             cursor = Cursor(data)
             return f"client id {_read_client_id(cursor, *_read_protocol(cursor))!r}"

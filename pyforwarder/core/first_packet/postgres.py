@@ -80,7 +80,7 @@ class Postgres(Parsed):
             return None
         return _NOT_ENCRYPTED if code in (_SSL, _GSS) else None
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             cursor = Cursor(data)
             length, code = _read_header(cursor)

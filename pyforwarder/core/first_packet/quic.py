@@ -21,14 +21,15 @@ from pyforwarder.core.first_packet.client_hello import (
     MESSAGE_HEADER,
     ClientHello,
     HelloConditions,
+    in_datagrams,
     message_length,
+    name_or_outcome,
     read_body,
 )
 from pyforwarder.core.first_packet.cursor import Cursor, ParseError
-from pyforwarder.core.first_packet.datagrams import datagrams_in
 from pyforwarder.core.first_packet.matcher import Matcher
 from pyforwarder.core.first_packet.options import OptionError, Options
-from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
+from pyforwarder.core.first_packet.outcome import MATCH, NO_MATCH, Outcome
 from pyforwarder.core.first_packet.pieces import Piece, beginning
 
 if TYPE_CHECKING:
@@ -76,31 +77,28 @@ class Quic(Matcher):
             return NO_MATCH
         if self._conditions is None:
             return MATCH
-        hello = _hello_or_outcome(datagrams_in(data))
+        hello = _hello_or_outcome(data)
         if isinstance(hello, Outcome):
             return hello
         return MATCH if self._conditions.accept(hello) else NO_MATCH
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         version = _version_of(data)
         if version is None:
             return ""
         name = _VERSION_NAMES[version]
-        hello = _hello_or_outcome(datagrams_in(data))
+        hello = _hello_or_outcome(data)
         said = [f"version {name}"] if isinstance(hello, Outcome) else hello.words(name)
         return ", ".join(said)
 
     def facts(self, data: bytes) -> Facts:
-        hello = _hello_or_outcome(datagrams_in(data)) if self._conditions else NO_MATCH
+        hello = _hello_or_outcome(data) if self._conditions else NO_MATCH
         return () if isinstance(hello, Outcome) else hello.facts()
 
 
 def server_name_in(data: bytes) -> str | Outcome:
     """The server name of a QUIC client; NEED_MORE while it may come, NO_MATCH if there is none."""
-    hello = _hello_or_outcome(datagrams_in(data))
-    if isinstance(hello, Outcome):
-        return hello
-    return hello.server_name or NO_MATCH
+    return name_or_outcome(_hello_or_outcome(data))
 
 
 def read_client_hello(datagrams: tuple[bytes, ...]) -> ClientHello | None:
@@ -137,10 +135,4 @@ def _version_of(data: bytes) -> int | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)
-def _hello_or_outcome(datagrams: tuple[bytes, ...]) -> ClientHello | Outcome:
-    try:
-        hello = read_client_hello(datagrams)
-    except ParseError:
-        return NO_MATCH
-    return NEED_MORE if hello is None else hello
+_hello_or_outcome = in_datagrams(read_client_hello)

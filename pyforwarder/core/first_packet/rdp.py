@@ -46,7 +46,7 @@ class Rdp(Parsed):
         cookie = _read_cookie(cursor, rest)
         return cookie is not None and self._cookies.include(cookie)
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             cursor = Cursor(data)
             cookie = _read_cookie(cursor, _read_request(cursor))

@@ -182,7 +182,7 @@ class Socks(Speaker):
         )
         return Send(bytes([5, method]), length)
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         return f"SOCKS {data[0]}" if data[:1] in (b"\x04", b"\x05") else ""
 
     def _answer_4(self, rule: Rule, data: bytes) -> Answer:
@@ -205,7 +205,7 @@ class _AwaitPassword(Turn):
         self._rule = rule
         self._users = users
 
-    def hear(self, data: bytes, conversation: Conversation) -> Decision:
+    def decide(self, data: bytes, conversation: Conversation) -> Decision:
         cursor = Cursor(data)
         try:
             if cursor.get_uint8() != 1:
@@ -238,7 +238,7 @@ class _AwaitRequest(Turn):
         self._rule = rule
         self._facts = facts
 
-    def hear(self, data: bytes, conversation: Conversation) -> Decision:
+    def decide(self, data: bytes, conversation: Conversation) -> Decision:
         cursor = Cursor(data)
         try:
             version = cursor.get_uint8()

@@ -32,6 +32,7 @@ from pyforwarder.core.first_packet.client_hello import (
     ClientHello,
     HelloConditions,
     message_length,
+    name_or_outcome,
     read_body,
 )
 from pyforwarder.core.first_packet.cursor import Cursor, ParseError, Truncated
@@ -89,7 +90,7 @@ class Tls(Matcher):
             return hello
         return MATCH if self._accepts(hello) else NO_MATCH
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         try:
             hello = read_client_hello(data)
         except (Truncated, ParseError):
@@ -162,10 +163,7 @@ def _hello_or_outcome(data: bytes) -> ClientHello | Outcome:
 
 def server_name_in(data: bytes) -> str | Outcome:
     """The server name in a ClientHello; NEED_MORE while it may come, NO_MATCH if there is none."""
-    hello = _hello_or_outcome(data)
-    if isinstance(hello, Outcome):
-        return hello
-    return hello.server_name or NO_MATCH
+    return name_or_outcome(_hello_or_outcome(data))
 
 
 def _join_records(data: bytes) -> tuple[bytes, int, int]:

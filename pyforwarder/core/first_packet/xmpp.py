@@ -56,7 +56,7 @@ class Xmpp(Matcher):
             return NO_MATCH if len(data) - start >= _MAX_HEADER else NEED_MORE
         return MATCH if self._domains.include(_domain(data[start:stop])) else NO_MATCH
 
-    def found(self, data: bytes) -> str:
+    def describe(self, data: bytes) -> str:
         start = data.find(b"<stream:stream")
         stop = data.find(b">", start)
         return f"to {_domain(data[start:stop])!r}" if 0 <= start < stop else ""

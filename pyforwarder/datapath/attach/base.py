@@ -1,6 +1,6 @@
 """What holds the packet programs at both sides of an interface, whatever the kernel has for it.
 
-There are two implementations: attach_tcx.py and attach_clsact.py; attaching.py chooses.
+There are two implementations: tcx.py and clsact.py; choice.py chooses.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Attacher(Protocol):
         """
 
     def close(self) -> None:
-        """Let go; in the process that made it what is attached goes, unless it was kept.
+        """Release it; in the process that made it what is attached goes, unless it was kept.
 
         What a daemon that died had left stays, too, until it is kept by this one. Never raises.
         """

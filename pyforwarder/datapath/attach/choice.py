@@ -46,7 +46,7 @@ def attacher(directory: Path | None, *, kept_with: str) -> Attacher:
 
 
 def left_on(directory: Path) -> set[int]:
-    """The interfaces on which a daemon that died has left its programs, in whatever way."""
+    """The interfaces on which a daemon that died has left its programs, in any way."""
     return attach_tcx.pinned_on(directory) | attach_clsact.found_on(directory)
 
 

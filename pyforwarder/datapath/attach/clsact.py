@@ -3,7 +3,7 @@
     tc qdisc add dev N clsact
     tc filter add dev N ingress|egress prio 1 bpf direct-action name "pyforwarder DIRECTORY"
 
-A filter needs no pin: it stays until somebody deletes it, or its interface goes. So its name says
+A filter needs no pin: it stays until it is deleted, or its interface goes. So its name says
 whose it is: it has the directory where that instance has its pins, which is no other instance's,
 and is the same when the instance comes back after a kill -9.  The handle is one of the kernel's
 choice, so any number of instances are side by side at one priority. Two containers may share a

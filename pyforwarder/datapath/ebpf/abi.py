@@ -171,6 +171,8 @@ class ViewLine(ctypes.Structure):
         ("sequence", ctypes.c_uint64),
         ("kind", ctypes.c_uint32),
         ("word", ctypes.c_uint32),
+        ("also", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
         ("name", ctypes.c_char * NAME_BYTES),
         ("text", ctypes.c_char * 128),
         ("protocol", ctypes.c_char * 8),

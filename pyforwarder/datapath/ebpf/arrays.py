@@ -25,6 +25,21 @@ LISTENER_LINES: Final = 1024
 _LINE_BYTES: Final = ctypes.sizeof(ViewLine)
 
 
+def create_pairs(slots: int) -> int:
+    """A pair table alone, where nothing is shown; the caller closes it.
+
+    Raises:
+        OSError: the kernel does not let us.
+    """
+    return bpf.create_map(
+        bpf.MapType.ARRAY,
+        key_bytes=4,
+        value_bytes=PAIR_BYTES,
+        entries=slots,
+        flags=bpf.F_MMAPABLE,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Arrays:
     """Descriptors; memory mapped from them lives on after `close`."""
@@ -86,6 +101,7 @@ class Line:
     word: int = 0
     text: str = ""
     protocol: str = ""
+    also: int = 0  # a word that is added to the first; 0: none
 
 
 class LineTable:
@@ -112,7 +128,7 @@ class LineTable:
         record.sequence += 1  # odd: readers look again
         record.kind = LineKind.NONE if line is None else line.kind
         if line is not None:
-            record.word = line.word
+            record.word, record.also = line.word, line.also
             record.name = line.name.encode()[: ViewLine.name.size - 1]
             record.text = line.text.encode()[: ViewLine.text.size - 1]
             record.protocol = line.protocol.encode()[: ViewLine.protocol.size - 1]

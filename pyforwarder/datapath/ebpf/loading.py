@@ -153,22 +153,27 @@ def load_first(
     functions = list(dict.fromkeys(name for way in ways for name, _ in way))
     compiled = compile_programs(source, functions, defines=defines, maps=maps, values=values)
     refused: dict[str, Refused] = {}
-    for index, way in enumerate(ways):
-        with contextlib.ExitStack() as opened:
-            descriptors: list[int] = []
+    taken: dict[tuple[str, ProgramKind], int] = {}  # for this way or another
+    try:
+        for index, way in enumerate(ways):
             for name, kind in way:
+                # Nothing is tried twice: the verifier may take a quarter of a second.
                 if name in refused:
-                    break  # nothing is tried twice
+                    break
+                if (name, kind) in taken:
+                    continue
                 try:
                     code = filled(compiled.programs[name], maps=maps, values=values)
-                    descriptors.append(_load(name, kind, code, compiled.licence))
+                    taken[name, kind] = _load(name, kind, code, compiled.licence)
                 except (ImageError, OSError, LoadError) as error:
                     refused[name] = _refused(source, name, kind, error)
                     break
-                opened.callback(os.close, descriptors[-1])
             else:
-                opened.pop_all()
+                descriptors = [taken.pop(program) for program in way]
                 return Loaded(index, descriptors, list(refused.values()))
+    finally:
+        for descriptor in taken.values():
+            os.close(descriptor)
     raise _none_of(list(refused.values()))
 
 

@@ -1,4 +1,4 @@
-"""Ask the kernel whether it takes a kind of program at all: two instructions, loaded and let go.
+"""Ask the kernel whether it takes a kind of program at all: two instructions, loaded and released.
 
 What a real program is refused for may be its own fault; what this one is refused for never is.
 No compiler is needed, so an answer takes milliseconds (iterators: some 30 for the kernel's BTF).

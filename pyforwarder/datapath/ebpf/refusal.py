@@ -115,7 +115,7 @@ def lacking(
     return LoadError(
         f"{operation}: {names} {'is' if len(missing) == 1 else 'are'} missing",
         cause=Refusal.CAPABILITIES,
-        # Root without them has been told by somebody to do without.
+        # From root they were taken away on purpose.
         advice="allow them to this root (systemd: CapabilityBoundingSet=, docker: --cap-add)"
         if is_root
         else "run as root, or with these capabilities",

@@ -365,14 +365,20 @@ def _map_says(fd: int) -> dict[str, int]:
     return said
 
 
-def run_program(program_fd: int, packet: bytes) -> int:
-    """What a sched_cls program returns for a packet, run once in the caller's network namespace."""
+def run_program(program_fd: int, packet: bytes, *, times: int = 1) -> int:
+    """What a sched_cls program returns for a packet, run in the caller's network namespace.
+
+    It may run several `times`, each behind the other; a signal ends that early.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     data = ctypes.create_string_buffer(packet, len(packet))
     attributes = ctypes.create_string_buffer(
         struct.pack(
             "=IIIIQQIIIIQQIII",
             *(program_fd, 0, len(packet), 0, ctypes.addressof(data), 0),
-            *(1, 0, 0, 0, 0, 0, 0, 0, 0),
+            *(times, 0, 0, 0, 0, 0, 0, 0, 0),
         ),
         80,
     )

@@ -14,6 +14,8 @@ SAVED_BYTES: Final = 4096
 ASKED_SPLICE: Final = 5
 # `worker` of a pair that no worker knows of yet.
 NO_WORKER: Final = 0xFFFFFFFE
+# Set in the id of a pair that the kernel has opened.
+ID_BIT: Final = 52
 MOST_RULES: Final = 64
 
 
@@ -24,9 +26,13 @@ class AskState(enum.IntEnum):
     FILLING = 1
     ASKED = 2
     JOINED = 3
+    RESTING = 4
+    LEAVING = 5
 
 
 STATE_MASK: Final = 7
+# The number of a place's connection stands above its state.
+STATE_BITS: Final = 3
 
 
 class Count(enum.IntEnum):
@@ -49,6 +55,8 @@ class Count(enum.IntEnum):
     NO_PORT = 14
     TAKEN_PORT = 15
     FAILED = 16
+    DEVICE = 17
+    SILENT = 18
 
 
 class ListenerKey(ctypes.Structure):
@@ -70,6 +78,7 @@ class Listener(ctypes.Structure):
         ("told_mss", ctypes.c_uint16),
         ("padding", ctypes.c_uint16),
         ("target", ctypes.c_uint32 * MOST_RULES),
+        ("answer_ms", ctypes.c_uint16 * MOST_RULES),
     )
 
 
@@ -94,6 +103,7 @@ class Ask(ctypes.Structure):
     _fields_ = (
         ("word", ctypes.c_uint64),
         ("begun_ns", ctypes.c_uint64),
+        ("rests_ns", ctypes.c_uint64),
         ("c0", ctypes.c_uint32),
         ("k0", ctypes.c_uint32),
         ("i0", ctypes.c_uint32),
@@ -101,7 +111,7 @@ class Ask(ctypes.Structure):
         ("tk", ctypes.c_uint32),
         ("sum", ctypes.c_uint32),
         ("saved", ctypes.c_uint32),
-        ("secret", ctypes.c_uint32),
+        ("counted", ctypes.c_uint32),
         ("window", ctypes.c_uint32),
         ("room", ctypes.c_uint32),
         ("client_interface", ctypes.c_uint32),
@@ -110,9 +120,12 @@ class Ask(ctypes.Structure):
         ("rule", ctypes.c_uint32),
         ("segment", ctypes.c_uint32),
         ("segment_sum", ctypes.c_uint32),
+        ("first_tc", ctypes.c_uint32),
+        ("astray", ctypes.c_uint32),
         ("window_field", ctypes.c_uint16),
         ("mss", ctypes.c_uint16),
         ("told_mss", ctypes.c_uint16),
+        ("answer_ms", ctypes.c_uint16),
         ("client_scale", ctypes.c_uint8),
         ("kernel_scale", ctypes.c_uint8),
         ("has_timestamps", ctypes.c_uint8),
@@ -120,7 +133,54 @@ class Ask(ctypes.Structure):
         ("has_scale", ctypes.c_uint8),
         ("has_fin", ctypes.c_uint8),
         ("macs", ctypes.c_uint8 * 12),
+        ("padding", ctypes.c_uint8 * 6),
         ("bytes", ctypes.c_uint8 * SAVED_BYTES),
+    )
+
+
+class AskHead(ctypes.Structure):
+    """The same without the saved bytes, which are most of it."""
+
+    _fields_ = tuple(field for field in Ask._fields_ if field[0] != "bytes")
+
+
+class EndKey(ctypes.Structure):
+    """struct express_end_key."""
+
+    _fields_ = (
+        ("table", ctypes.c_uint32),
+        ("rule", ctypes.c_uint32),
+        ("target", ctypes.c_uint32),
+        ("port", ctypes.c_uint32),
+    )
+
+
+class Ends(ctypes.Structure):
+    """struct express_ends."""
+
+    _fields_ = (
+        ("since_ns", ctypes.c_uint64),
+        ("round", ctypes.c_uint64),
+        ("pairs", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64 * 2),
+    )
+
+
+class Round(ctypes.Structure):
+    """struct express_round."""
+
+    _fields_ = (
+        ("now_ns", ctypes.c_uint64),
+        ("passed_ns", ctypes.c_uint64),
+        ("least_rest_here_ns", ctypes.c_uint64),
+        ("least_rest_ns", ctypes.c_uint64),
+        ("rest_ns", ctypes.c_uint64),
+        ("next", ctypes.c_uint32),
+        ("is_short", ctypes.c_uint32),
+        ("counted", ctypes.c_uint32),
+        ("freed", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("leaving", ctypes.c_uint32),
     )
 
 

@@ -1,46 +1,57 @@
-"""The keeper's part of express: ports, places, the ways to servers, and who is told of what.
+"""The keeper's part of express: places, the ways to servers, and who is told of what.
 
-Twice a second it looks at all places. A connection that lasts becomes a spliced pair of a worker
-that has few of these; of one that has ended a worker is told, which counts it and writes the log.
+Twice a second it looks at all places, some in each turn of the keeper's. A connection that lasts
+becomes a spliced pair of the worker that its place has; of one that has ended that one is told,
+which counts it and writes the log. In between it glances at how quickly places go, and lets the
+programs free those that have rested (pace.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import json
 import os
-import resource
 import socket
-import struct
+import sys
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairRecord, PairState
 from pyforwarder.datapath.express import connect_abi as abi
+from pyforwarder.datapath.express.counting import Counting
+from pyforwarder.datapath.express.learning import shown_way
 from pyforwarder.datapath.express.places import LASTS_AFTER_S, Ended, Places
+from pyforwarder.datapath.express.ports import Ports
+from pyforwarder.datapath.express.telling import Telling
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice
+from pyforwarder.runtime.one_store import store32, store64
 
 if TYPE_CHECKING:
     import mmap
 
-    from pyforwarder.datapath.express.sharing import Express, Label, Server
+    from pyforwarder.datapath.express.numbering import Server
+    from pyforwarder.datapath.express.sharing import Express, Label
 
 _LOOK_S: Final = 0.5
+# While places are short: of what has ended, and no program counts, its worker is to know soon.
+_LOOK_WHEN_SHORT_S: Final = 0.1
 # While all of it is to come to an end.
 _SOON_S: Final = 0.02
 # What is known of the way to a server is learned anew after so long: rules of a packet filter tell
 # nobody that they have changed.
 _KNOWN_FOR_S: Final = 60.0
-# A port that another program has is asked for again.
-_HOLD_S: Final = 10.0
-# In one message; a message is taken whole or not at all.
-MOST_TOLD: Final = 24
-# That have ended, and no worker has read of yet: then their places wait.
-_MOST_UNTOLD: Final = 8192
-_SEND_BYTES: Final = 4 << 20
+# In one turn of the keeper's, whose other requests have their turn, too: places that are looked at,
+# and pairs that are given to workers.
+_LOOKS_AT_ONCE: Final = 128
+_TAKEN_AT_ONCE: Final = 64
+# Pairs that a worker is to adopt, and has not yet. It is given no more than that; the others
+# go on without a worker until it has adopted some.
+MOST_WAITING: Final = 512
 _ID_AT: Final = Splice.id.offset
 
 
@@ -68,107 +79,114 @@ class ExpressKeeper:
         self._connecting = express.connecting
         self._memory = memory
         self._owner = owner
-        self._workers = workers
         self.first = self._connecting.first_splice
+        self._ports = Ports(express)
         self._places = Places(self._connecting, self._record)
+        self._counting = Counting(express, workers)
+        self._telling = Telling(express, workers, self._told, self._first_of)
         self._next_s = 0.0
-        self._adopted: dict[int, int] = {}  # index -> worker
-        self._untold: list[deque[Ended]] = [deque() for _ in range(workers)]
-        self._is_waking = [False] * workers  # to be told that there is a pair to adopt
+        self._looked_s = 0.0  # when the last look began
+        self._glance_s = 0.0
+        self._is_counting = False  # an end was seen that the programs count in the next round
+        self._is_asking = False  # a server was asked for when its place was looked at last
+        # Of each worker: place -> word of the connections that it is to be given, oldest first. A
+        # place is there once at most, and may be another's before its turn comes.
+        self._lasting: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(workers)]
+        self._worker_of: dict[int, int] = {}  # index -> worker
+        # Those that their worker has not said it has.
+        self._waiting: list[set[int]] = [set() for _ in range(workers)]
         self._known: dict[int, _Known] = {}
-        self._ports: dict[int, socket.socket] = {}
-        self._unheld: list[int] = []
-        self._hold_s = 0.0
-        for end in express.keepers:
-            with contextlib.suppress(OSError):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
 
     def begin(self, is_used: Callable[[int], bool]) -> None:
         """Hold the ports, and offer the places whose records are not used.
 
-        An earlier keeper of this daemon may have done so: what it has learned is learned anew.
+        An earlier keeper of this daemon may have done so: what it has learned is learned anew. The
+        rest of it stays as it is: a program may be reading it.
         """
         for number in range(1, self._express.targets() + 1):
-            self._connecting.aim(number, abi.Target())
-        # Those that are in the queue are free. Of others a program may have one in this moment.
-        free = set(self._connecting.take_back())
-        for place in free:
-            self._express.say_offered(place, offered=False)
-        for place in range(self._connecting.places):
-            if place in free or not (
-                self._express.is_offered(place) or is_used(self.first + place)
-            ):
-                self._offer(place)
-            else:
-                self._hold(place)
+            self._connecting.aim(number, _without_way(self._connecting.aimed(number)))
+        self._counting.begin()
+        indexes = range(self.first, self.first + self._connecting.places)
+        self._ports.begin([is_used(index) for index in indexes])
 
     def owns(self, index: int, record: Splice) -> bool:
         """Whether a record is of a connection that no worker has been told of."""
         if index < self.first:
             return False
-        state = self._connecting.word(index - self.first) & abi.STATE_MASK
-        if state == abi.AskState.FREE:
-            return False
-        is_lingering = state == abi.AskState.JOINED and not record.id
-        return is_lingering or record.worker == abi.NO_WORKER
+        place = index - self.first
+        if self._connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE:
+            # It may have ended since it was found: the place is in the queue by now.
+            return self._express.is_offered(place)
+        return bool(record.worker == abi.NO_WORKER)
 
-    def adopted(self, index: int, worker: int) -> None:
-        """A pair at a place has a worker."""
-        if index >= self.first:
-            self._adopted[index] = worker
+    def adopted(self, index: int, worker: int, *, has_it: bool) -> None:
+        """A pair at a place has this worker from here on, which has adopted it or is to."""
+        if index < self.first:
+            return
+        self._freed(index)
+        self._worker_of[index] = worker
+        if not has_it:
+            self._waiting[worker].add(index)
+            self._name(index, worker)
+            self._telling.wake(worker)
+
+    def had(self, index: int) -> None:
+        """The worker of a pair says that it has it, and has counted it."""
+        worker = self._worker_of.get(index)
+        if worker is not None:
+            self._waiting[worker].discard(index)
+            self._connecting.say_counted(index - self.first)
+
+    def word_of(self, index: int) -> int:
+        """By which the connection that has a place is told from all others that had it."""
+        return self._connecting.word(index - self.first)
 
     def said(self, index: int) -> bytes:
         """What `show` said of a pair that a worker was to adopt, or had; empty: not known."""
         if index < self.first:
             return b""
-        ask = self._connecting.ask(index - self.first)
+        ask = self._connecting.head(index - self.first)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
             return b""  # it was an earlier daemon's
-        label = self._express.label(ask.listener_table)
-        return _shown(self._record(index), label, ask, DatapathKind.SPLICE)
+        label = self._label(ask)
+        is_counted = self._connecting.is_counted(ask)
+        kind = DatapathKind.SPLICE if is_counted else DatapathKind.NONE
+        return _shown(self._record(index), label, ask, kind)
 
     def freed(self, index: int) -> None:
         """A record at a place is of no pair any more."""
-        self._adopted.pop(index, None)
+        self._freed(index)
         place = index - self.first
         word = self._connecting.word(place)
         if word & abi.STATE_MASK == abi.AskState.JOINED:
-            self._connecting.let_go(place, word)
+            self._places.leave(place, word, time.monotonic())
         else:
-            self._offer(place)  # it was an earlier daemon's
+            self._ports.offer(place)  # it was an earlier daemon's
 
-    # Ports
-
-    def _offer(self, place: int) -> None:
-        if self._hold(place):
-            self._express.say_offered(place, offered=True)
-            self._connecting.offer(place)
-        else:
-            self._unheld.append(place)
-
-    def _hold(self, place: int) -> bool:
-        """Keep other programs of this host away from the port; False: one has it."""
-        if place in self._ports:
-            return True
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if len(self._ports) >= files // 2:
-            return False
-        sock = hold_port(self._connecting.first_port + place)
-        if sock is not None:
-            self._ports[place] = sock
-        return sock is not None
-
-    def _hold_others(self, now_s: float) -> None:
-        if self._unheld and now_s >= self._hold_s:
-            self._hold_s = now_s + _HOLD_S
-            places, self._unheld = self._unheld, []
-            for place in places:
-                self._offer(place)
+    def _freed(self, index: int) -> None:
+        worker = self._worker_of.pop(index, None)
+        if worker is not None:
+            self._waiting[worker].discard(index)
 
     # Ways to servers
 
-    def learn(self, server: Server, target: abi.Target, now_s: float) -> bool:
-        """How a server is reached, which a connection has shown; whether any listener has it."""
+    def learn(
+        self,
+        client: socket.socket,
+        server: socket.socket,
+        find_ways: Callable[[Splice], PairReason | None],
+    ) -> bool:
+        """How a server is reached, which a connection has shown; whether that is of use.
+
+        See `shown_way`.
+
+        Raises:
+            OSError: a socket has none of its addresses any more.
+        """
+        shown = shown_way(client, server, find_ways)
+        return shown is not None and self._learn(*shown, time.monotonic())
+
+    def _learn(self, server: Server, target: abi.Target, now_s: float) -> bool:
         number = self._express.number_of(server)
         if not number:
             return False
@@ -185,6 +203,22 @@ class ExpressKeeper:
         for number in list(self._known):
             self._forget_way(number)
 
+    def _forget(self, numbers: Iterable[int], words: Iterable[int]) -> None:
+        """Servers that no listener has, unless one is being asked still."""
+        asking = abi.AskState.FILLING, abi.AskState.ASKED
+        asked = {
+            self._connecting.head(place).target
+            for place, word in enumerate(words)
+            if word & abi.STATE_MASK in asking
+        }
+        numbers = list(numbers)
+        asked |= self._counting.forget(numbers)
+        for number in numbers:
+            if number in self._known:
+                self._forget_way(number)
+            if number not in asked:
+                self._express.say_forgotten(number)
+
     def _forget_way(self, number: int) -> None:
         known = self._known.pop(number)
         # The rest stays as it is: a program may be reading it.
@@ -198,30 +232,89 @@ class ExpressKeeper:
 
     def wait_s(self, most_s: float) -> float:
         """How long `go_on` need not be called."""
-        return min(most_s, max(0.0, self._next_s - time.monotonic()))
+        due_s = min(self._next_s, self._glance_s)
+        return min(most_s, max(0.0, due_s - time.monotonic()))
 
     def go_on(self) -> None:
-        """Do what is due."""
+        """Do some of what is due. Never raises: what was not possible is tried again."""
         now_s = time.monotonic()
-        if now_s < self._next_s:
-            return
+        try:
+            if now_s >= self._glance_s:
+                self._glance(now_s)
+            if now_s >= self._next_s:
+                self._next_s = now_s + _LOOK_S
+                if self._go_on(now_s):
+                    self._next_s = now_s  # when the requests that wait have had their turn
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+
+    def _glance(self, now_s: float) -> None:
+        self._glance_s = now_s + _LOOK_S
+        self._counting.look()  # a round may come
+        self._glance_s = now_s + self._places.glance(now_s)
+        if self._places.is_short:
+            self._next_s = min(self._next_s, self._looked_s + _LOOK_WHEN_SHORT_S)
+
+    def _go_on(self, now_s: float) -> bool:
+        """Whether there is more to be done at once."""
         is_stopping = self._express.is_to_stop and not self._express.has_stopped
-        self._next_s = now_s + (_SOON_S if is_stopping else _LOOK_S)
-        room = _MOST_UNTOLD - sum(map(len, self._untold))
-        lasts_after_s = 0.0 if is_stopping else LASTS_AFTER_S
-        seen = self._places.look(now_s, lasts_after_s=lasts_after_s, most=room)
-        for ended in seen.ended:
-            self._untold[ended.place % self._workers].append(ended)
+        if is_stopping:
+            self._next_s = now_s + _SOON_S
+        if self._places.is_through:
+            self._looked_s = now_s
+            self._counting.look()
+            self._is_counting = False
+        kinds = self._counting.kinds
+        seen = self._places.look(
+            now_s,
+            lasts_after_s=0.0 if is_stopping else LASTS_AFTER_S,
+            has_room=self._telling.has_room,
+            at_once=_LOOKS_AT_ONCE,
+        )
         for place in seen.lasting:
-            self._take_in(place)
-        self._tell_all()
-        self._hold_others(now_s)
+            # Not who has few: one that ends its pairs at once would get them all.
+            # It is the word that was looked at: nobody but us changes that of one that is joined.
+            lasting = self._lasting[place % len(self._lasting)]
+            lasting[place] = self._connecting.word(place)
+        for ended in seen.ended:
+            if self._places.is_counting and self._counting.covers(ended):
+                self._places.forget(ended.place)
+                self._is_counting = True
+                continue
+            self._telling.ended(ended.place, ended.ask.word, self._describe(ended))
+        has_lasting = self._take_in_some()
+        has_untold = self._telling.go_on()
+        self._is_asking |= bool(seen.asked)
+        if self._counting.kinds > kinds:
+            # The programs count most of what is left to look at: in a burst that is very much.
+            self._places.begin_anew()
+            return True
+        if not self._places.is_through:
+            return True
+        if self._places.is_short:
+            self._next_s = min(self._next_s, now_s + _LOOK_WHEN_SHORT_S)
+        is_asking, self._is_asking = self._is_asking, False
+        self._counting.tell(self._places.counted)
+        self._ports.go_on(now_s)
         for number, known in list(self._known.items()):
             if known.until_s < now_s:
                 self._forget_way(number)
-        self._express.say_counts(self._connecting.counts())
-        if is_stopping and not seen.asked and not any(self._untold) and not any(self._is_waking):
+        if given_back := self._express.given_back():
+            self._forget(given_back, self._connecting.words())
+        self._express.say_counts(
+            self._connecting.counts(), ports=self._ports.held, used=self._places.used
+        )
+        is_done = self._telling.is_done and self._counting.is_done
+        is_behind = is_asking or self._is_counting or any(self._lasting)
+        if is_stopping and is_done and not is_behind:
             self._express.say_stopped()
+        return has_lasting or has_untold
+
+    def closed(self) -> list[int]:
+        """Workers that were found since to have closed the socket by which they are told."""
+        found = sorted(self._express.closed)
+        self._express.closed.clear()
+        return found
 
     @property
     def wake_fd(self) -> int:
@@ -234,70 +327,84 @@ class ExpressKeeper:
             os.eventfd_read(self._express.wake_fd)
         self._next_s = 0.0
 
-    def _take_in(self, place: int) -> None:
+    def _take_in_some(self) -> bool:
+        """Whether there are more that a worker has room for."""
+        left = _TAKEN_AT_ONCE
+        for worker, lasting in enumerate(self._lasting):
+            while lasting and len(self._waiting[worker]) < MOST_WAITING:
+                if not left:
+                    return True
+                left -= 1
+                place, word = lasting.popitem(last=False)
+                if self._connecting.word(place) != word:
+                    continue  # it has ended while it waited, and is counted
+                if self.first + place in self._worker_of:
+                    continue  # a worker has it
+                try:
+                    self._take_in(place, worker)
+                except Exception:
+                    lasting[place] = word  # behind all others
+                    raise
+        return False
+
+    def _take_in(self, place: int, worker: int) -> None:
         index = self.first + place
-        ask, record = self._connecting.ask(place), self._record(index)
-        label = self._express.label(ask.listener_table)
+        ask, record = self._connecting.head(place), self._record(index)
+        label = self._label(ask)
         for at, number in zip(
             (Splice.keep_idle_s, Splice.keep_interval_s, Splice.keep_count),
             label.keepalive,
             strict=True,
         ):
-            self._store("=I", index, at.offset, number)
-        count = Counter(self._adopted.values())
-        worker = min(range(self._workers), key=lambda one: count[one])
-        self._adopted[index] = worker
+            store32(self._memory, index * SPLICE_BYTES + at.offset, number)
         self._owner.take_in(index, _shown(record, label, ask, DatapathKind.NONE), worker)
+        self.adopted(index, worker, has_it=False)
         self._owner.keep_alive(index)
-        self._is_waking[worker] = True
 
-    def _tell_all(self) -> None:
-        for worker, end in enumerate(self._express.keepers):
-            untold = self._untold[worker]
-            while untold or self._is_waking[worker]:
-                told = [untold[n] for n in range(min(MOST_TOLD, len(untold)))]
-                message = {
-                    "adopt": int(self._is_waking[worker]),
-                    "ended": [self._describe(one) for one in told],
-                }
-                try:
-                    end.send(json.dumps(message).encode())
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ECONNREFUSED):
-                        raise
-                    break  # its worker is busy, or another will come
-                self._is_waking[worker] = False
-                for one in told:
-                    untold.popleft()
-                    if self._connecting.word(one.place) == one.ask.word:
-                        # A keeper that comes after us tells nobody again.
-                        self._store("=Q", self.first + one.place, _ID_AT, 0)
+    def _name(self, index: int, worker: int) -> None:
+        """Have the first packet of a pair told, if it is to be."""
+        place, record = index - self.first, self._record(index)
+        ask = self._connecting.head(place)
+        if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
+            return  # it was an earlier daemon's
+        label = self._label(ask)
+        if ask.rule in label.told:
+            port = socket.ntohs(record.way[Direction.UP].from_.dport)
+            said = [int(record.id), label.listener, _rule_of(label, ask), port]
+            self._telling.name(worker, place, ask.word, said)
 
-    def _describe(self, ended: Ended) -> list[object]:
-        """As `worker/express.py` reads it."""
-        label = self._express.label(ended.ask.listener_table)
-        record = ended.record
-        up, down = record.way
-        return [
-            label.listener,
-            _rule_of(label, ended.ask),
-            [_end(up.from_.source, up.from_.sport), _end(up.from_.target, up.from_.dport)],
-            [_end(up.source, up.sport), _end(up.target, up.dport)],
-            ended.ask.begun_ns,
-            ended.ended_ns,
-            [
-                ended.carried_bytes(Direction.UP),
-                int(up.packets),
-                ended.carried_bytes(Direction.DOWN),
-                int(down.packets),
-            ],
-        ]
+    def _first_of(self, place: int, word: int) -> bytes:
+        """The first packet of a connection; empty: it is not to be told, or not there any more."""
+        ask = self._connecting.head(place)
+        if ask.rule not in self._label(ask).told:
+            return b""
+        return self._connecting.saved(place, word)
+
+    def _told(self, place: int, word: int) -> None:
+        if self._connecting.word(place) == word:
+            # A keeper that comes after us tells nobody again.
+            store64(self._memory, (self.first + place) * SPLICE_BYTES + _ID_AT, 0)
+            self._places.told(place, word, time.monotonic())
+
+    def _describe(self, ended: Ended) -> str:
+        """As `worker/express.py` reads it: an array of JSON, made by hand as there are many."""
+        label = self._label(ended.ask)
+        up, down = ended.record.way
+        came = up.from_
+        return (
+            f"[{_quoted(label.listener)}, {_quoted(_rule_of(label, ended.ask))}"
+            f", [{_end(came.source, came.sport)}, {_end(came.target, came.dport)}]"
+            f", [{_end(up.source, up.sport)}, {_end(up.target, up.dport)}]"
+            f", {ended.ask.begun_ns}, {ended.ended_ns}"
+            f", [{ended.carried_bytes(Direction.UP)}, {up.packets}"
+            f", {ended.carried_bytes(Direction.DOWN)}, {down.packets}]]"
+        )
+
+    def _label(self, ask: abi.AskHead) -> Label:
+        return self._express.label(ask.listener_table, ask.begun_ns)
 
     def _record(self, index: int) -> Splice:
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
-
-    def _store(self, form: str, index: int, at: int, number: int) -> None:
-        struct.pack_into(form, self._memory, index * SPLICE_BYTES + at, number)
 
 
 def _without_way(target: abi.Target) -> abi.Target:
@@ -306,21 +413,26 @@ def _without_way(target: abi.Target) -> abi.Target:
     return found
 
 
-def _rule_of(label: Label, ask: abi.Ask) -> str:
+def _rule_of(label: Label, ask: abi.AskHead) -> str:
     return label.rules[ask.rule] if ask.rule < len(label.rules) else "-"
 
 
-def _end(address: object, port_be: int) -> list[object]:
-    return [bytes(address).hex(), socket.ntohs(port_be)]  # type: ignore[call-overload]
+@functools.lru_cache(maxsize=1024)
+def _quoted(text: str) -> str:
+    return json.dumps(text)
 
 
-def _shown(record: Splice, label: Label, ask: abi.Ask, kind: DatapathKind) -> bytes:
+def _end(address: Any, port_be: int) -> str:
+    return f'["{bytes(address).hex()}", {socket.ntohs(port_be)}]'
+
+
+def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -> bytes:
     """What `show` is to say of it: a struct pair. `NONE`: no worker has counted it yet."""
     said = PairRecord()
     said.id = record.id
     said.started_ns = ask.begun_ns
     said.last_ns = time.monotonic_ns()
-    said.state, said.datapath = PairState.JOINED, kind
+    said.state, said.datapath, said.reason = PairState.JOINED, kind, PairReason.DECIDED
     up = record.way[Direction.UP]
     for name, address, port_be in (
         ("client", up.from_.source, up.from_.sport),
@@ -335,41 +447,3 @@ def _shown(record: Splice, label: Label, ask: abi.Ask, kind: DatapathKind) -> by
     said.rule = _rule_of(label, ask).encode()[:most]
     said.listener_name = label.listener.encode()[:most]
     return bytes(said)
-
-
-def hold_port(port: int) -> socket.socket | None:
-    """A socket that has this port of all addresses to itself; None: somebody has it."""
-    for family, host in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
-        try:
-            sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                return None
-            continue  # the host has no IPv6
-        try:
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            sock.bind((host, port))
-        except OSError as error:
-            sock.close()
-            if error.errno == errno.EADDRNOTAVAIL:
-                continue
-            return None
-        return sock
-    return None
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that no program seems to have, as high as possible.
-
-    Raises:
-        OSError: there are none.
-    """
-    for first in range(65536 - count, 1024 - 1, -count):
-        held = [hold_port(port) for port in range(first, first + count, max(1, count // 64))]
-        for sock in held:
-            if sock is not None:
-                sock.close()
-        if None not in held:
-            return first
-    raise OSError(errno.EADDRINUSE, f"no {count} ports in a row are free")

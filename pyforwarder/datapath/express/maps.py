@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import struct
 from dataclasses import dataclass
@@ -105,6 +106,10 @@ class Tables:
         """
         self.forget(number)
         encoded = encode(table, number)
+        names = sum(len(one.names) for one in self._written.values()) + len(encoded.names)
+        networks = sum(len(one.networks) for one in self._written.values()) + len(encoded.networks)
+        if names > MOST_NAMES or networks > MOST_NETWORKS:
+            raise OSError(errno.ENOSPC, "no room for its names")  # before thousands are written
         self._written[number] = encoded
         for name, entries in (("names", encoded.names), ("networks", encoded.networks)):
             for key, bits in entries.items():

@@ -1,4 +1,4 @@
-"""The self-test with maps and programs of its own, beside whatever else is loaded on this host."""
+"""The self-test with maps and programs of its own, beside what else is loaded on this host."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.ebpf import refusal
-from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof import opening
@@ -22,8 +22,8 @@ from pyforwarder.datapath.proof.selftest import (
     prove_sockmap,
     prove_splice,
 )
-from pyforwarder.datapath.splice.keeper import Splicing
 from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.datapath.splice.supervised import make_express
 from pyforwarder.errors import DatapathError, LoadError, Refusal
 from pyforwarder.runtime import host
@@ -60,13 +60,7 @@ def prove_sessions_apart(user: str | None) -> Proof:
 def _with_programs(user: str | None, prove: Callable[..., Proof]) -> Proof:
     started_s = time.monotonic()
     try:
-        pairs_fd = bpf.create_map(
-            bpf.MapType.ARRAY,
-            key_bytes=4,
-            value_bytes=PAIR_BYTES,
-            entries=SLOTS,
-            flags=bpf.F_MMAPABLE,
-        )
+        pairs_fd = create_pairs(SLOTS)
     except OSError as error:
         why = refusal.explain("create a BPF map", error.errno or 0, needs=refusal.NETWORK)
         return Proof.refused(why, 0.0)
@@ -99,13 +93,7 @@ def prove_express_apart(_user: str | None) -> Proof:
         return Proof.refused(refusal.lacking("express", missing), 0.0)
     with contextlib.ExitStack() as opened:
         try:
-            pairs_fd = bpf.create_map(
-                bpf.MapType.ARRAY,
-                key_bytes=4,
-                value_bytes=PAIR_BYTES,
-                entries=SLOTS,
-                flags=bpf.F_MMAPABLE,
-            )
+            pairs_fd = create_pairs(SLOTS)
             opened.callback(os.close, pairs_fd)
             maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
             with contextlib.ExitStack() as unless_made:

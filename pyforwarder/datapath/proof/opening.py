@@ -1,7 +1,7 @@
 """The self-test of connections that the kernel opens by itself: real clients and servers on `lo`.
 
-A listener and a server are ordinary sockets. Whoever the programs take never reaches the listener;
-whoever they leave alone does.
+A listener and a server are ordinary sockets. A client that the programs take never reaches the
+listener; one that they leave alone does.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.express.table import Clause, Table
 from pyforwarder.datapath.express.sharing import Decided, Label
 from pyforwarder.datapath.proof.rig import DEADLINE_S, Peer, Reader, RigError, send_all
-from pyforwarder.datapath.splice.maps import LOOPBACK, mtu_of
+from pyforwarder.datapath.splice.interfaces import LOOPBACK, mtu_of
 from pyforwarder.datapath.splice.sockets import HEADERS_BYTES
 from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.datapath.splice.splicing import Splicing
 
 _ANY: Final = Table((), (Clause(0, 0, 0),), rules=1, targets=frozenset({0}), most_bytes=4096)
 _LABEL: Final = Label("self-test", ("any",), (0, 0, 0))
@@ -35,12 +35,14 @@ _TRIES: Final = 10
 _BULK_BYTES: Final = 1 << 20
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 _HELLO: Final = b"hello"
+_CARRIED: Final = 6  # where the keeper says that of an end
 
 
-class _Stage:
+class Stage:
     """A listener and a server at addresses of `lo`."""
 
     def __init__(self, splicing: Splicing, host: str) -> None:
+        """On this address, with free ports; `close` ends it."""
         assert splicing.express is not None
         self.splicing, self.express = splicing, splicing.express
         self._opened = contextlib.ExitStack()
@@ -113,10 +115,11 @@ class _Stage:
         while (left_s := until_s - time.monotonic()) > 0:
             if select.select([sock], [], [], left_s)[0]:
                 for one in json.loads(sock.recv(1 << 16))["ended"]:
-                    yield one[-1]
+                    yield one[_CARRIED]
         raise RigError("the keeper has told of no end")
 
     def close(self) -> None:
+        """Decide nothing more, and close listener and server."""
         self.express.put(())
         self._opened.close()
 
@@ -130,7 +133,7 @@ def _expect(sock: socket.socket, wanted: bytes) -> None:
         raise RigError(f"{found!r} instead of {wanted!r}")
 
 
-def _both_ways(stage: _Stage) -> None:
+def _both_ways(stage: Stage) -> None:
     """Bytes and ends in both directions, and what is told of them."""
     client, served = stage.taken()
     with client, served:
@@ -153,7 +156,7 @@ def _both_ways(stage: _Stage) -> None:
             return
 
 
-def _reset(stage: _Stage) -> None:
+def _reset(stage: Stage) -> None:
     """A reset goes to the other end, from both."""
     for who in (0, 1):
         ends = stage.taken()
@@ -167,7 +170,7 @@ def _reset(stage: _Stage) -> None:
             raise RigError(f"{found!r} instead of a reset")
 
 
-def _refused(stage: _Stage) -> None:
+def _refused(stage: Stage) -> None:
     """A server that refuses: the listener gets the client, with its first bytes."""
     stage.server.close()
     with stage.dial() as client:
@@ -180,7 +183,7 @@ def _refused(stage: _Stage) -> None:
 
 
 _PLAYS: Final = {
-    "a server that is not known yet": _Stage.left_alone,
+    "a server that is not known yet": Stage.left_alone,
     "bytes and ends both ways": _both_ways,
     "resets": _reset,
     "a server that refuses": _refused,
@@ -197,7 +200,7 @@ def play(splicing: Splicing) -> dict[str, float]:
     passed: dict[str, float] = {}
     for host in ("127.0.0.1", "::1"):
         try:
-            stage = _Stage(splicing, host)
+            stage = Stage(splicing, host)
         except OSError:
             if host == "::1":
                 continue  # this host has no IPv6

@@ -97,7 +97,7 @@ class Rig:
     def moved(self, pair: Pair, flow: Flow) -> None:
         """Nothing depends on it here."""
 
-    def enlarge(self, sock: _socket.socket, by_bytes: int) -> None:
+    def enlarge(self, pair: Pair | None, sock: _socket.socket, by_bytes: int) -> None:
         """At once, where we may."""
         with contextlib.suppress(PermissionError):
             enlarge_send_buffer(sock, by_bytes)

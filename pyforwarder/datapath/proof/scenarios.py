@@ -277,6 +277,27 @@ def both_stalled(rig: Rig) -> None:
     expect((reader_c.ended, reader_s.ended) == ("eof", "eof"), "an end was not orderly")
 
 
+def _one_side_reads_first(
+    rig: Rig,
+    pair: RigPair,
+    first: tuple[socket.socket, bytes, Peer],
+    then: tuple[socket.socket, bytes, int],
+) -> None:
+    """`first` reads what `Peer` sends it to the end; only then the other side what is stalled.
+
+    Of that `int` bytes have been sent so far.
+    """
+    busy, flowing, writer = first
+    lazy, stalled, sent = then
+    reader = Reader("busy side", busy)
+    rig.run_until(lambda: reader.ended != "", "end of the direction that flows")
+    expect_bytes(reader.data, flowing, "busy side")
+    late = Reader("lazy side at last", lazy)
+    rig.finish(pair, reader, writer, late, send_rest("busy side", busy, stalled, sent))
+    expect_bytes(late.data, stalled, "lazy side")
+    expect((reader.ended, late.ended) == ("eof", "eof"), "an end was not orderly")
+
+
 def other_direction_goes_on(rig: Rig, *, stalled_download: bool = True) -> None:
     """While one direction stands still, the other carries all it is given, and its FIN."""
     client, pair, server = rig.connect(small_buffers=True)
@@ -285,14 +306,8 @@ def other_direction_goes_on(rig: Rig, *, stalled_download: bool = True) -> None:
     lazy, busy = (client, server) if stalled_download else (server, client)
     stalled, flowing = flood_bytes(23), flood_bytes(24)[: 8 << 20]
     sent = push_until_blocked(rig, busy, stalled)
-    reader = Reader("busy side", busy)
     writer = Peer("lazy side", lambda: send_all(lazy, flowing, seed=25, then_close=True))
-    rig.run_until(lambda: reader.ended != "", "end of the direction that flows")
-    expect_bytes(reader.data, flowing, "busy side")
-    late = Reader("lazy side at last", lazy)
-    rig.finish(pair, reader, writer, late, send_rest("busy side", busy, stalled, sent))
-    expect_bytes(late.data, stalled, "lazy side")
-    expect((reader.ended, late.ended) == ("eof", "eof"), "an end was not orderly")
+    _one_side_reads_first(rig, pair, (busy, flowing, writer), (lazy, stalled, sent))
 
 
 def upload_stalled_download_goes_on(rig: Rig) -> None:
@@ -308,14 +323,8 @@ def one_of_two_stalled_recovers(rig: Rig, *, upload: bool = True) -> None:
     stalled, flowing = flood_bytes(30), flood_bytes(31)
     sent = push_until_blocked(rig, busy, stalled)
     moved = push_until_blocked(rig, lazy, flowing)
-    reader = Reader("busy side", busy)
     writer = send_rest("lazy side", lazy, flowing, moved)
-    rig.run_until(lambda: reader.ended != "", "end of the direction that recovers")
-    expect_bytes(reader.data, flowing, "busy side")
-    late = Reader("lazy side at last", lazy)
-    rig.finish(pair, reader, writer, late, send_rest("busy side", busy, stalled, sent))
-    expect_bytes(late.data, stalled, "lazy side")
-    expect((reader.ended, late.ended) == ("eof", "eof"), "an end was not orderly")
+    _one_side_reads_first(rig, pair, (busy, flowing, writer), (lazy, stalled, sent))
 
 
 def download_of_two_stalled_recovers(rig: Rig) -> None:

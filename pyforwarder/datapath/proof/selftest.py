@@ -26,6 +26,8 @@ from pyforwarder.errors import DatapathError, LoadError, Refusal
 from pyforwarder.runtime import host, slowness
 from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.loop import Loop
+from pyforwarder.runtime.privileges import give_up_privileges
+from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.runtime.tables import single_line
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.datapath.base import Datapath
     from pyforwarder.datapath.kernel import KernelMaps
-    from pyforwarder.datapath.splice.keeper import Splicing
+    from pyforwarder.datapath.splice.splicing import Splicing
 
 TIMEOUT_S: Final = 30.0
 
@@ -197,9 +199,6 @@ def _read(fd: int, pid: int) -> tuple[bytes, str]:
 def _child(
     scenarios: Callable[[], Iterator[tuple[str, float]]], user: str | None, write_fd: int
 ) -> int:
-    from pyforwarder.runtime.seccomp import confine
-    from pyforwarder.worker.process import give_up_privileges
-
     reason = ""
     passed: dict[str, float] = {}
     try:

@@ -21,6 +21,12 @@ PROBE: Final = 2
 HELD: Final = 0xFFFFFFFF
 # `slot` of a pair that nobody shows just now.
 NO_SLOT: Final = 0xFFFFFFFF
+# Of connections that have begun lately so many are known: one that was forgotten is not spliced.
+HANDSHAKE_WAYS: Final = 4
+HANDSHAKE_SETS: Final = 1 << 14
+# Of the map that they are in: another number wherever an earlier build could not read it, or would
+# write beyond its values.
+HANDSHAKES_FORM: Final = 2
 
 
 class SpliceState(enum.IntEnum):
@@ -100,7 +106,13 @@ class SpliceFlow(ctypes.Structure):
 class SpliceHandshake(ctypes.Structure):
     """struct splice_handshake."""
 
-    _fields_ = (("interface", ctypes.c_uint32), ("isn", ctypes.c_uint32))
+    _fields_ = (("mark", ctypes.c_uint64), ("began", ctypes.c_uint64))
+
+
+class SpliceHandshakes(ctypes.Structure):
+    """struct splice_handshakes."""
+
+    _fields_ = (("latest", SpliceHandshake * HANDSHAKE_WAYS),)
 
 
 class SpliceDirection(ctypes.Structure):

@@ -14,6 +14,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.splice.keepalive import checksum, raw_sockets
@@ -21,11 +22,14 @@ from pyforwarder.datapath.splice.keepalive import checksum, raw_sockets
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.stays import Connection
 
-# The neighbours may hear only now where the addresses are, and an answer may have been given to
-# somebody else half a second ago: each so long after the one before.
-_PAUSES_S: Final = (0.0, 0.25, 0.75)
+# Each so long after the one before: 0, 0.25, 1, 3, 9 and 27 s after the addresses have come. An
+# answer may have been given to another packet half a second ago; the neighbours, or a switch, may
+# learn late where the addresses are; an IPv6 address may still be looked for elsewhere (DAD); and
+# Linux before 6.0 gives a thousand such answers in a second. Whether a peer is gone cannot be
+# seen from here, and one that is, or has another connection by now, is not harmed.
+_PAUSES_S: Final = (0.0, 0.25, 0.75, 2.0, 6.0, 18.0)
 _AT_ONCE: Final = 64
-# Of connections that wait; a record is some 200 bytes.
+# Of connections that wait, for whichever try; a record is some 200 bytes.
 _MOST: Final = 1 << 18
 _SYN, _ACK = 0x02, 0x10
 _HOPS: Final = 64
@@ -57,16 +61,15 @@ class Challenges:
     def begin(self, connections: Iterable[Connection]) -> None:
         """Their peers are to be reset."""
         now_s = self._clock()
-        for one in connections:
-            if len(self._due[0]) < _MOST:
-                self._due[0].append(_Due(now_s, one))
+        room = _MOST - sum(map(len, self._due))
+        self._due[0].extend(_Due(now_s, one) for one in islice(connections, max(0, room)))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called."""
+        """How long `run_due` need not be called."""
         first_s = min((queue[0].when_s for queue in self._due if queue), default=None)
         return most_s if first_s is None else min(most_s, max(0.0, first_s - self._clock()))
 
-    def go_on(self) -> None:
+    def run_due(self) -> None:
         """Do some of what is due."""
         now_s = self._clock()
         left = _AT_ONCE

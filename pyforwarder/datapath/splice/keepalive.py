@@ -1,6 +1,6 @@
 """Asking silent peers of spliced pairs whether they are there: the keeper's part.
 
-A mute socket has no keepalives of its own, it would not hear the answers. So the programs remember
+A mute socket has no keepalives of its own, it would not get the answers. So the programs remember
 when each peer was heard last (`heard_s`), and the keeper asks in our socket's name: an empty packet
 with a number in front of what the peer expects (RFC 9293, 3.8.4), which any TCP answers. `egress`
 gives it its numbers. Keepalives of the two ends pass from one to the other; where they speak often
@@ -29,6 +29,7 @@ from pyforwarder.datapath.splice.abi import (
     SpliceDirection,
     SpliceState,
 )
+from pyforwarder.runtime.one_store import store32
 
 _PAIRS_AT_ONCE: Final = 64
 _GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
@@ -61,24 +62,24 @@ class Keepalives:
                 # How often an earlier keeper has asked is not known.
                 heapq.heappush(self._due, (time.monotonic() + 1.0, index, record.id))
 
-    def go_on(self) -> None:
+    def run_due(self) -> None:
         """Ask who is to be asked now. Never raises."""
         now_s = time.monotonic()
         for _ in range(_PAIRS_AT_ONCE):
             if not self._due or self._due[0][0] > now_s:
                 return
             _, index, pair_id = heapq.heappop(self._due)
-            next_s = self._look(index, pair_id, now_s)
+            next_s = self._check(index, pair_id, now_s)
             if next_s is not None:
                 heapq.heappush(self._due, (next_s, index, pair_id))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called."""
+        """How long `run_due` need not be called."""
         if not self._due:
             return most_s
         return min(most_s, max(0.0, self._due[0][0] - time.monotonic()))
 
-    def _look(self, index: int, pair_id: int, now_s: float) -> float | None:
+    def _check(self, index: int, pair_id: int, now_s: float) -> float | None:
         """When to look at it again; None: no more."""
         record = self._record(index)
         if record.state != SpliceState.ACTIVE or record.id != pair_id or record.reset:
@@ -115,14 +116,14 @@ class Keepalives:
         """Whether the question is under way."""
         at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
         at += SpliceDirection.answer.offset
-        _WORD.pack_into(self._memory, at, PROBE)
+        store32(self._memory, at, PROBE)
         try:
             self._send(record, direction)
         except OSError:
             return False  # no route, which is for `ways.py`; or this host's firewall
         finally:
             # If it has not come as far as to the programs, nothing else may go in its place.
-            _WORD.pack_into(self._memory, at, 0)
+            store32(self._memory, at, 0)
         return True
 
     def _send(self, record: Splice, direction: Direction) -> None:

@@ -3,11 +3,11 @@
 The keeper reads what a worker asks in the order in which that was sent, and answers in this order.
 So does the one in its place if it dies: its queue outlives it. So an answer tells of all requests
 before it, too: those that have none will never have one. A keeper has died over them; what it had
-done of them by then nobody knows, but nobody will do it any more. They are *lost*. Whether the last
-one is lost, is found out by one more request, which asks for nothing (`here`): when all was read a
-second ago.
+done of them by then is not known, but no keeper will do it any more. They are *lost*. Whether the
+last one is lost, is found out by one more request, which asks for nothing (`here`): when all was
+read a second ago.
 
-So each request is heard of once: answered, or lost. While a keeper hangs neither is known, for as
+So each request has one end: answered, or lost. While a keeper hangs neither is known, for as
 long as it takes until there is another. What its requests do meanwhile, and when they are lost:
 
     join             the pair stands still, a second at most; then its record says if it has begun
@@ -25,7 +25,7 @@ long as it takes until there is another. What its requests do meanwhile, and whe
                      the pair goes on without us; asked again if it is lost
 
 What can be sent no more for now, as the keeper has much to read, waits here, in order. Only `join`,
-`open_session` and `mute` do not: who asks for them asks again later, anyway.
+`open_session` and `mute` do not: they are asked for again later, anyway.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from pyforwarder.runtime.loop import EPOLLIN, Loop
 
 # The answer, or None: it is lost. And the descriptors that came with it: those that are taken out
 # of the list are the callee's, the others are closed.
-Heard = Callable[[dict[str, Any] | None, list[int]], None]
+Answered = Callable[[dict[str, Any] | None, list[int]], None]
 
 # Requests that are sent and not answered. Their answers fit the queue back to us.
 MOST_UNDER_WAY: Final = 64
@@ -70,7 +70,7 @@ _ALWAYS_S: Final = 1e12  # a moment that never comes
 # The programs read another clock than we do (ktime_get_mono_fast_ns): both are as late by then.
 _MARGIN_S: Final = 0.01
 # When a request without an answer is asked about, and when it is tried to send what waits.
-_LOOK_S: Final = 1.0
+_POLL_S: Final = 1.0
 _AGAIN_S: Final = 0.05
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 _PASSING: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EINTR)
@@ -85,7 +85,7 @@ class Asked:
 
     __slots__ = ("sent_s", "then")
 
-    def __init__(self, then: Heard) -> None:
+    def __init__(self, then: Answered) -> None:
         self.then = then
         self.sent_s = time.monotonic()
 
@@ -95,7 +95,7 @@ class _Waiting:
 
     __slots__ = ("do", "fds", "fields", "then")
 
-    def __init__(self, do: str, then: Heard, fds: list[int], fields: dict[str, object]) -> None:
+    def __init__(self, do: str, then: Answered, fds: list[int], fields: dict[str, object]) -> None:
         self.do = do
         self.then = then
         self.fds = fds
@@ -116,12 +116,13 @@ class KeeperAsker:
         self._under_way: dict[int, Asked] = {}  # by number, in the order in which they were sent
         self._waiting: deque[_Waiting] = deque()
         self._held = 0  # of these: with descriptors
-        self._heard = 0  # answers
+        self._received = 0  # answers
         self._is_silent = False  # it has not answered what it was asked to do at once
-        self._looks = False  # a timer is set
-        self._for_room: Callable[[], bool] | None = None  # who waits for room for descriptors
+        self._polls = False  # a timer is set
+        # Called when there is room for descriptors.
+        self._for_room: Callable[[], bool] | None = None
         self.lacks_room = False  # for what was told last
-        self.is_over = False  # nobody will ever answer
+        self.is_over = False  # no keeper will ever answer
         self._listens = False  # only as long as an answer is due
         loop.watch(sock.fileno(), 0, self._readable, None)
 
@@ -136,7 +137,7 @@ class KeeperAsker:
         return len(self._under_way) + len(self._waiting)
 
     def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
-        """Send a request at once; its `then` is for the caller to set. None: nobody would read it.
+        """Send a request at once; the caller sets its `then`. None: no keeper would read it.
 
         It may pass those that wait. The descriptors may be closed afterwards.
         """
@@ -150,12 +151,12 @@ class KeeperAsker:
             return None
 
     def give_up(self, asked: Asked) -> None:
-        """The request has not been answered in time; nobody wants to know any more."""
+        """The request has not been answered in time; its answer is not needed any more."""
         asked.then = _nothing
         self._is_silent = True
 
-    def tell(
-        self, do: str, then: Heard = _nothing, fds: Sequence[int] = (), **fields: object
+    def ask(
+        self, do: str, then: Answered = _nothing, fds: Sequence[int] = (), **fields: object
     ) -> bool:
         """Send a request when there is room for it, behind all that was told before.
 
@@ -187,18 +188,18 @@ class KeeperAsker:
                 return False
             self._held += 1
         self._waiting.append(_Waiting(do, then, held, fields))
-        self._look_later()
+        self._poll_later()
         return True
 
     def when_there_is_room(self, action: Callable[[], bool]) -> None:
         """Call `action` whenever more may be told with descriptors than before, while it says so.
 
-        Or when nobody will ever be told anything any more.
+        Or when no keeper will ever answer any more.
         """
         self._for_room = action
-        self._look_later()
+        self._poll_later()
 
-    def hear(self) -> None:
+    def receive(self) -> None:
         """Deal with some of the answers that have come, and send what has waited for them."""
         try:
             for _ in range(_MOST_IN_A_TURN):
@@ -228,7 +229,7 @@ class KeeperAsker:
             if left_s <= 0 or self.is_over:
                 return False
             poll.poll(math.ceil(min(left_s, _AGAIN_S) * 1000))
-            self.hear()
+            self.receive()
             self._ask_if_lost()
         return True
 
@@ -244,15 +245,17 @@ class KeeperAsker:
             return not self.unsettled and self._for_room is None
 
         while not is_done():
-            heard = self._heard
-            wait_s = min(pause_s, until_s - time.monotonic())
-            if self.wait_until(lambda heard=heard: is_done() or self._heard != heard, wait_s):  # type: ignore[misc]
-                continue
-            return False
+            before = self._received
+
+            def goes_on(before: int = before) -> bool:
+                return is_done() or self._received != before
+
+            if not self.wait_until(goes_on, min(pause_s, until_s - time.monotonic())):
+                return False
         return True
 
     def close(self) -> None:
-        """Give up what waits, and hear of nothing any more; the loop is not run again."""
+        """Give up what waits, and receive nothing any more; the loop is not run again."""
         self.is_over = True
         self._for_room = None
         self._under_way.clear()
@@ -260,9 +263,11 @@ class KeeperAsker:
             _close(self._waiting.popleft().fds)
 
     def _readable(self, _owner: object, _fd: int, _mask: int) -> None:
-        self.hear()
+        self.receive()
 
-    def _send(self, do: str, then: Heard, fds: Sequence[int], fields: dict[str, object]) -> Asked:
+    def _send(
+        self, do: str, then: Answered, fds: Sequence[int], fields: dict[str, object]
+    ) -> Asked:
         number = next_number()
         until_s = _ALWAYS_S
         if do in _HASTY:
@@ -272,7 +277,7 @@ class KeeperAsker:
         socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
         asked = self._under_way[number] = Asked(then)
         self._listen()
-        self._look_later()
+        self._poll_later()
         return asked
 
     def _listen(self) -> None:
@@ -292,16 +297,16 @@ class KeeperAsker:
                 self._drop(self._waiting.popleft())
             else:
                 self._waiting.popleft()
-                self._let_go(first)
+                self._release(first)
 
-    def _let_go(self, waiting: _Waiting) -> None:
+    def _release(self, waiting: _Waiting) -> None:
         if waiting.fds:
             self._held -= 1
             _close(waiting.fds)
 
     def _drop(self, waiting: _Waiting) -> None:
-        self._let_go(waiting)
-        self._say(waiting.then, None, [])
+        self._release(waiting)
+        self._deliver(waiting.then, None, [])
 
     def _settle(self, answer: dict[str, Any], fds: list[int]) -> None:
         number = answer.get("n")
@@ -309,16 +314,16 @@ class KeeperAsker:
             _close(fds)  # to what a worker had asked that is dead by now
             return
         self._is_silent = "late" in answer
-        self._heard += 1
+        self._received += 1
         lost = []
         while (first := next(iter(self._under_way))) != number:
             lost.append(self._under_way.pop(first))
         asked = self._under_way.pop(first)
         for one in lost:
-            self._say(one.then, None, [])
-        self._say(asked.then, answer, fds)
+            self._deliver(one.then, None, [])
+        self._deliver(asked.then, answer, fds)
 
-    def _say(self, then: Heard, answer: dict[str, Any] | None, fds: list[int]) -> None:
+    def _deliver(self, then: Answered, answer: dict[str, Any] | None, fds: list[int]) -> None:
         try:
             then(answer, fds)
         except Exception as error:
@@ -332,7 +337,7 @@ class KeeperAsker:
         self._loop.forget(self._sock.fileno())
         asked, self._under_way = list(self._under_way.values()), {}
         for one in asked:
-            self._say(one.then, None, [])
+            self._deliver(one.then, None, [])
         while self._waiting:
             self._drop(self._waiting.popleft())
         self._offer_room()
@@ -349,29 +354,29 @@ class KeeperAsker:
             self._loop.on_error(action, error)
         if wants_more and not self.is_over:
             self._for_room = action
-            self._look_later()
+            self._poll_later()
 
-    def _look_later(self) -> None:
+    def _poll_later(self) -> None:
         is_due = self.unsettled or self._for_room is not None
-        if not self._looks and is_due and not self.is_over:
-            self._looks = True
-            self._loop.after(_LOOK_S if self._under_way else _AGAIN_S, self._look)
+        if not self._polls and is_due and not self.is_over:
+            self._polls = True
+            self._loop.after(_POLL_S if self._under_way else _AGAIN_S, self._poll)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Try to send what waits; and find out if the last request is lost."""
-        self._looks = False
+        self._polls = False
         if self.is_over:
             return
         self._send_waiting()
         self._offer_room()
         self._ask_if_lost()
-        self._look_later()
+        self._poll_later()
 
     def _ask_if_lost(self) -> None:
         # As long as anything is to be read, the answer to that will tell.
         if self._under_way and not is_unread(self._sock):
             newest = next(reversed(self._under_way.values()))
-            if time.monotonic() - newest.sent_s >= _LOOK_S:
+            if time.monotonic() - newest.sent_s >= _POLL_S:
                 with contextlib.suppress(OSError):
                     self._send("here", _nothing, (), {})
 

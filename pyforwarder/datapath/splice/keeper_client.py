@@ -38,7 +38,7 @@ class KeeperError(DatapathError):
 
 
 def read_timeout_s(*, is_patient: bool) -> float:
-    """Within that a request must have been read that somebody waits for."""
+    """Within that a request must have been read whose caller waits."""
     return scaled_s(_PATIENT_TIMEOUT_S if is_patient else _READ_TIMEOUT_S)
 
 
@@ -48,7 +48,7 @@ def begins_until_s(until_s: float) -> float:
 
 
 def next_number() -> int:
-    """Of a request: no other has it that was sent over the same socket, by whatever process."""
+    """Of a request: no other has it that was sent over the same socket, by any process."""
     return os.getpid() << 32 | next(_numbers)
 
 

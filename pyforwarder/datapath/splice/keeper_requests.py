@@ -77,7 +77,7 @@ def _are_a_keepalive(value: object) -> bool:
     return value == [0, 0, 0] or (0 not in value and value[2] <= 127)
 
 
-# A pair's or session's: 0 is nobody's, and the next daemon counts on from the highest it finds.
+# A pair's or session's: 0 is none, and the next daemon counts on from the highest it finds.
 _NUMBER: Final = _from_one((1 << 63) - 1)
 _INDEX: Final = _whole((1 << 32) - 2)
 _SLOT: Final = _whole((1 << 32) - 2)
@@ -98,7 +98,7 @@ class Request:
 
 REQUESTS: Final[Mapping[str, Request]] = {
     "clear": Request({}, 0),
-    "bury": Request({}, 0),
+    "worker_died": Request({}, 0),
     "adopt": Request({}, 0),
     "take_over": Request({"index": _INDEX}, 2),
     "join": Request(

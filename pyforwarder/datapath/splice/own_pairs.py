@@ -17,12 +17,16 @@ from pyforwarder.datapath.splice.abi import (
     SpliceDirection,
     SpliceState,
 )
-from pyforwarder.datapath.splice.maps import SpliceMaps, used_indexes
+from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.datapath.splice.replicas import boot_unix_s, is_replicable, pair_of, said_of
 from pyforwarder.fleet.failover.ledger import MOVING_S, Own
 
 if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.maps import SpliceMaps
     from pyforwarder.fleet.failover.record import Pair
+
+# Of those that were read before, so many are read again in one scan.
+READ_AT_ONCE: Final = 256
 
 _NUMBER: Final = struct.Struct("=Q")
 _FINS: Final = struct.Struct("=IIII")  # fin_seq, fin_due, fin, fin_acked
@@ -42,7 +46,11 @@ class _Seen(NamedTuple):
 
 
 class OwnPairs:
-    """Looks at all records; what costs time is done once a second for each that moves."""
+    """Looks at all records; what costs time is done once a second for each that moves.
+
+    Of those that are due in one scan only some are read again, who have waited longest first: one
+    that has just begun, or has ended, waits for few others.
+    """
 
     def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:
         """Map them for reading; no descriptor is kept. `addresses` are those that move."""
@@ -53,19 +61,23 @@ class OwnPairs:
         self._seen: dict[int, _Seen] = {}
         self._boot_unix_s = boot_unix_s()
 
-    def look(self, now_s: float) -> dict[str, Own]:
+    def scan(self, now_s: float) -> dict[str, Own]:
         """Those that another machine could go on with, by their keys."""
-        seen = dict(self._look(now_s))
+        seen = dict(self._scan(now_s))
         self._seen = seen
         return {one.key: one.own for one in seen.values() if one.own is not None}
 
-    @property
-    def ids(self) -> set[int]:
-        """Of the pairs that were looked at last, those that another machine could go on with."""
-        return {one.id for one in self._seen.values() if one.own is not None}
+    def ids(self, known: Collection[str]) -> set[int]:
+        """Of the pairs that were looked at last, those with which another machine can go on.
 
-    def _look(self, now_s: float) -> Iterator[tuple[int, _Seen]]:
+        `known` are the keys of those that it knows of.
+        """
+        seen = self._seen.values()
+        return {one.id for one in seen if one.own is not None and one.key in known}
+
+    def _scan(self, now_s: float) -> Iterator[tuple[int, _Seen]]:
         memory = self._memory
+        due: list[tuple[float, int, _Seen]] = []
         for index in used_indexes(memory):
             at = index * SPLICE_BYTES
             state, worker, _, reset = _STATE_TO_RESET.unpack_from(memory, at + Splice.state.offset)
@@ -76,8 +88,16 @@ class OwnPairs:
                 continue
             ends = tuple(_FINS.unpack_from(memory, at + fins_at) for fins_at in _FINS_AT)
             known = self._seen.get(index)
-            if known is None or (known.id, known.ends) != (pair_id, ends) or now_s >= known.until_s:
-                known = self._read(index, pair_id, ends, now_s, known)
+            if known is None or (known.id, known.ends) != (pair_id, ends):
+                yield index, self._read(index, pair_id, ends, now_s, known)
+            elif now_s >= known.until_s:
+                due.append((known.until_s, index, known))
+            else:
+                yield index, known
+        due.sort(key=lambda one: one[0])
+        for n, (_, index, known) in enumerate(due):
+            if n < READ_AT_ONCE:
+                known = self._read(index, known.id, known.ends, now_s, known)
             yield index, known
 
     def _read(

@@ -40,8 +40,8 @@ class Question(Timed):
         "asked",
         "ends_with",
         "id",
-        "looks",
         "pair",
+        "polls",
         "then",
     )
 
@@ -69,7 +69,7 @@ class Question(Timed):
         self.id = pair.id
         self.asked = asked
         self.then = then
-        self.looks = 0  # at a record whose program is still running
+        self.polls = 0  # at a record whose program is still running
         self.ends_with: CloseReason | None = None  # the pair is to end, when it is known how
         pair.datapath = self
         for fd in (pair.client_fd, pair.server_fd):
@@ -88,7 +88,7 @@ class Question(Timed):
         """The answer is known: the pair is copied again, or another datapath takes it now."""
         pair.datapath = self._before
 
-    def go_on(self, pair: Pair) -> None:
+    def resume_copy(self, pair: Pair) -> None:
         """It is copied as before; what came meanwhile is reported once more."""
         for fd, mask, flow in (
             (pair.client_fd, pair.client_mask, pair.up),

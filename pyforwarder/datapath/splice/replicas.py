@@ -30,7 +30,8 @@ from pyforwarder.datapath.splice.abi import (
     SpliceDirection,
     SpliceState,
 )
-from pyforwarder.datapath.splice.maps import LOOPBACK, id_of
+from pyforwarder.datapath.splice.interfaces import LOOPBACK
+from pyforwarder.datapath.splice.records import id_of
 from pyforwarder.datapath.splice.sockets import difference, pseudo_sum
 from pyforwarder.fleet.failover.record import (
     MOST_NAME_BYTES,
@@ -41,6 +42,7 @@ from pyforwarder.fleet.failover.record import (
     Half,
     Pair,
 )
+from pyforwarder.runtime.one_store import store32, store64
 
 # bpf/splice_valid.h: no window is thought to have been smaller.
 _LEAST_REACH: Final = 65536
@@ -287,10 +289,6 @@ def narrow(memory: object, index: int) -> None:
         reach = max(_LEAST_REACH, min(2 * window, _MOST_SLACK))
         limit = (edge + _MARGIN) & _MASK
         if (limit - int(way.limit)) & _MASK >= 1 << 31:  # in front of it
-            _store(memory, "=Q", at + SpliceDirection.limit.offset, limit)
-        _store(memory, "=I", at + SpliceDirection.reach.offset, reach)
-        _store(memory, "=I", at + SpliceDirection.tail.offset, int(way.sent) & _MASK)
-
-
-def _store(memory: object, form: str, at: int, number: int) -> None:
-    struct.pack_into(form, memory, at, number)  # type: ignore[arg-type]
+            store64(memory, at + SpliceDirection.limit.offset, limit)
+        store32(memory, at + SpliceDirection.reach.offset, reach)
+        store32(memory, at + SpliceDirection.tail.offset, int(way.sent) & _MASK)

@@ -48,7 +48,7 @@ class Route:
     """What is asked about: the packets of one connection or session."""
 
     family: int  # 4 or 6
-    source: bytes  # 16 bytes in wire order; empty: whatever the route says
+    source: bytes  # 16 bytes in wire order; empty: as the route says
     target: bytes
     sport: int
     dport: int

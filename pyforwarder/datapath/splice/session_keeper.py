@@ -10,7 +10,6 @@ the very one that was handed over. A worker can have sent on what it could copy,
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import mmap
 import os
@@ -22,25 +21,21 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.core.address import ip_text
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import NO_SLOT
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
-from pyforwarder.datapath.splice.routes import Route, Routes
+from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows
+from pyforwarder.datapath.splice.routes import Routes
 from pyforwarder.datapath.splice.session_abi import (
     SESSION_BYTES,
-    SessionDirection,
     SessionRecord,
     SessionState,
 )
 from pyforwarder.datapath.splice.session_maps import (
-    FLOW,
-    KEY_BYTES,
     SessionMaps,
-    forget_flows,
     record_of,
     store,
     store_way,
@@ -48,29 +43,36 @@ from pyforwarder.datapath.splice.session_maps import (
     store_wide,
     used_indexes,
 )
-from pyforwarder.runtime.acting import acting_as
+from pyforwarder.datapath.splice.session_sockets import (
+    describe,
+    end_of,
+    has_peer,
+    host_of,
+    is_of_one_host,
+    is_udp,
+    revive,
+    route_of,
+)
+from pyforwarder.runtime.own_addresses import this_host_has
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.splice.maps import Links
+    from pyforwarder.datapath.splice.interfaces import Links
 
 LOOPBACK: Final = 1  # the index of `lo` in every network namespace
 # A program that has looked a session up may still count in its record.
 _LINGER_S: Final = 1.0
 # What changes at once, changes in many steps; and others wait for the keeper, too.
 _SETTLE_S: Final = 0.1
-_LOOKS_AT_ONCE: Final = 64
-_LOOK_PAUSE_S: Final = 2.0  # between one that has been done and the next
+_SCANS_AT_ONCE: Final = 64
+_SCAN_PAUSE_S: Final = 2.0  # between one that has been done and the next
 _BOTH: Final = 3  # FOUND_CLIENT and FOUND_SERVER of bpf/splice_udp.h
 _INDEX: Final = struct.Struct("=14xI46x")  # what the program that is run reads it from
 # SO_PRIORITY of this size only the privileged may give to a socket (socket(7)).
 _LEAST_MARK: Final = 1 << 24
-_SO_PROTOCOL: Final = 38
 # A worker looks at a silent session several times in `idle` (IDLE_CHECKS), and ends it within that
 # and an eighth; the programs only take it for ended where no worker does.
 _IDLE_GRACE: Final = 0.25
 _IDLE_GRACE_S: Final = 2.0
-_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
-_End = tuple[_Ip, int]
 
 
 class SessionKeeper:
@@ -95,8 +97,8 @@ class SessionKeeper:
         self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
         self._memory = bpf.map_memory(maps.sessions_fd, maps.entries * SESSION_BYTES, write=True)
         self._owner: dict[int, int] = {}  # index -> worker
-        self._to_look_at: deque[int] = deque()
-        self._look_from_s = self._looked_s = 0.0
+        self._to_scan: deque[int] = deque()
+        self._scan_from_s = self._scanned_s = 0.0
         self._without_way: set[int] = set()
         self._count = [0] * workers
         # Those that wait for each worker, as the one before has died: index -> what `show` said.
@@ -194,19 +196,19 @@ class SessionKeeper:
     ) -> PairReason | None:
         """Write down what is done to the session's datagrams; or why nothing can be done."""
         try:
-            if not all(map(_is_udp, sockets := (listener, server))):
+            if not all(map(is_udp, sockets := (listener, server))):
                 return PairReason.NOT_ELIGIBLE
             if not all(map(splice_sockets.is_of_our_network, sockets)):
                 # In a network of its own a worker could give its sockets any addresses.
                 return PairReason.NOT_ELIGIBLE
-            if _has_peer(listener):
+            if has_peer(listener):
                 # This worker would serve the client as long as it is connected, also where it is
                 # another worker's client, whom the session would take away from that worker.
                 return PairReason.OTHER_SOCKET
-            own = _end_of(listener.getsockname())
+            own = end_of(listener.getsockname())
             ends = (
-                (_end_of((request["client"], request["client_port"])), own),
-                (_end_of(server.getpeername()), _end_of(server.getsockname())),
+                (end_of((request["client"], request["client_port"])), own),
+                (end_of(server.getpeername()), end_of(server.getsockname())),
             )
         except (OSError, ValueError):
             return PairReason.REFUSED_BY_KERNEL
@@ -219,9 +221,10 @@ class SessionKeeper:
             return PairReason.TWO_FAMILIES
         if any(ip.version == 6 and ip.is_link_local for ip, _ in every):
             return PairReason.LINK_LOCAL
-        if any(not port or not _is_of_one_host(ip) for ip, port in every):
+        if any(not port or not is_of_one_host(ip) for ip, port in every):
             return PairReason.NOT_ELIGIBLE
-        if not all(_is_this_hosts(local) for _, (local, _) in ends):
+        # Nobody else's datagrams may be taken.
+        if not all(this_host_has(local) for _, (local, _) in ends):
             return PairReason.NOT_ELIGIBLE
         describe(record, *ends)
         said = os.fstat(server.fileno())
@@ -238,7 +241,7 @@ class SessionKeeper:
         Raises:
             OSError: the kernel refuses.
         """
-        out = [self._routes.interface(_route_of(record, way)) for way in record.way]
+        out = [self._routes.interface(route_of(record, way)) for way in record.way]
         for interface in out:
             if not interface:
                 return PairReason.REFUSED_BY_KERNEL  # no way leads there
@@ -275,25 +278,25 @@ class SessionKeeper:
 
     def ways_changed(self) -> None:
         """Interfaces, addresses, routes or rules have: each session is looked at again."""
-        self._look_from_s = max(time.monotonic() + _SETTLE_S, self._looked_s + _LOOK_PAUSE_S)
-        self._to_look_at = deque(self._owner)
+        self._scan_from_s = max(time.monotonic() + _SETTLE_S, self._scanned_s + _SCAN_PAUSE_S)
+        self._to_scan = deque(self._owner)
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called, if nothing changes."""
-        if not self._to_look_at:
+        """How long `run_due` need not be called, if nothing changes."""
+        if not self._to_scan:
             return most_s
-        return min(most_s, max(0.0, self._look_from_s - time.monotonic()))
+        return min(most_s, max(0.0, self._scan_from_s - time.monotonic()))
 
-    def _look_at_ways(self) -> None:
+    def _scan_ways(self) -> None:
         """Look at some.
 
         What has no way that is for our programs is our sockets' until it has. A new way is taken
         like the first one, once a datagram of our socket has been seen to go it, and none of those
         that our sockets have can be overtaken.
         """
-        self._looked_s = time.monotonic()
-        for _ in range(min(_LOOKS_AT_ONCE, len(self._to_look_at))):
-            index = self._to_look_at.popleft()
+        self._scanned_s = time.monotonic()
+        for _ in range(min(_SCANS_AT_ONCE, len(self._to_scan))):
+            index = self._to_scan.popleft()
             if index not in self._owner:
                 continue
             record = record_of(self._memory, index)
@@ -322,7 +325,7 @@ class SessionKeeper:
                     self._unlatch(index, direction)
             if index in self._without_way:
                 self._without_way.discard(index)
-                # Meanwhile only our sockets have heard it.
+                # Meanwhile only our sockets have had its datagrams.
                 store_wide(self._memory, index, "began_ns", time.monotonic_ns())
                 store(self._memory, index, "state", SessionState.ACTIVE)
 
@@ -367,7 +370,7 @@ class SessionKeeper:
 
     # Going on without those who began it
 
-    def bury(self, worker: int) -> None:
+    def worker_died(self, worker: int) -> None:
         """A worker died: its sessions go on, and are its successor's."""
         for index in self._of(worker):
             if index in self._orphans[worker]:
@@ -402,9 +405,9 @@ class SessionKeeper:
                 "index": index,
                 "id": record.id,
                 "record": said.hex(),
-                "client": _host(way.from_.source, record.family),
+                "client": host_of(way.from_.source, record.family),
                 "client_port": socket.ntohs(way.from_.sport),
-                "local": _host(way.from_.target, record.family),
+                "local": host_of(way.from_.target, record.family),
                 "local_port": socket.ntohs(way.from_.dport),
             }
         return {}
@@ -424,14 +427,14 @@ class SessionKeeper:
         index, slot = request["index"], request["slot"]
         if not self._is_owner(worker, index, request["id"]):
             raise ValueError("not yours")
-        # The keeper before may have given it: it is nobody's to this one until now.
+        # An earlier keeper may have given it: to this one it was an orphan until now.
         self._orphans[worker].pop(index, None)
         if slot // self._slots != worker:
             raise FaultyRequestError("a slot of another worker's")
         self._given.pop(index, None)
         store(self._memory, index, "worker", worker)
         store(self._memory, index, "slot", slot)
-        # As its configuration has it now; and its new sockets may have heard it already.
+        # As its configuration has it now; and its new sockets may have had datagrams of it already.
         store_wide(self._memory, index, "idle_ns", _idle_ns(request["idle_s"]))
         store_wide(self._memory, index, "began_ns", time.monotonic_ns())
         return {}
@@ -477,10 +480,10 @@ class SessionKeeper:
         self._disown(index)
         self._free.append(index)
 
-    def go_on(self, now_s: float) -> None:
+    def run_due(self, now_s: float) -> None:
         """Give back the places of those that ended a while ago, and look at what has changed."""
-        if self._to_look_at and now_s >= self._look_from_s:
-            self._look_at_ways()
+        if self._to_scan and now_s >= self._scan_from_s:
+            self._scan_ways()
         while self._lingering and self._lingering[0][0] <= now_s:
             self._forget(self._lingering.popleft()[1])
 
@@ -488,125 +491,3 @@ class SessionKeeper:
 def _idle_ns(idle_s: float) -> int:
     """When the programs take a session for ended that its worker would end after `idle_s`."""
     return int((idle_s * (1 + _IDLE_GRACE) + _IDLE_GRACE_S) * 1e9)
-
-
-def describe(
-    record: SessionRecord,
-    client: tuple[_End, _End],
-    server: tuple[_End, _End],
-) -> None:
-    """Write into a record what is done to the datagrams of these two: (peer, own) of each side."""
-    sides = (client, server)
-    record.family = client[0][0].version
-    for direction in Direction:
-        way: SessionDirection = record.way[direction]
-        (peer, own), (to, via) = sides[direction], sides[1 - direction]
-        old = _mapped(peer[0]) + _mapped(own[0])
-        new = _mapped(via[0]) + _mapped(to[0])
-        words = struct.Struct("=4I")
-        way.from_.source[:] = words.unpack(old[:16])
-        way.from_.target[:] = words.unpack(old[16:])
-        way.from_.sport, way.from_.dport = socket.htons(peer[1]), socket.htons(own[1])
-        way.source[:], way.target[:] = words.unpack(new[:16]), words.unpack(new[16:])
-        way.sport, way.dport = socket.htons(via[1]), socket.htons(to[1])
-        way.address_sum = splice_sockets.difference(old, new)
-        way.pseudo_sum = splice_sockets.pseudo_sum(old, record.family, socket.IPPROTO_UDP)
-
-
-def _route_of(record: SessionRecord, way: SessionDirection) -> Route:
-    """What our socket sends to the peer whose datagrams `way` is about."""
-    return Route(
-        record.family,
-        bytes(way.from_.target),
-        bytes(way.from_.source),
-        socket.ntohs(way.from_.dport),
-        socket.ntohs(way.from_.sport),
-        0,
-        record.owner,
-        socket.IPPROTO_UDP,
-    )
-
-
-def revive(record: SessionRecord) -> socket.socket:
-    """A socket to the server in the place of one that is gone; the caller closes it.
-
-    Raises:
-        OSError: the address or the port is another's now.
-    """
-    way = record.way[Direction.DOWN]
-    family = socket.AF_INET6 if record.family == 6 else socket.AF_INET
-    # Rules of this host may go by whose a socket is: it is the worker's, as the one before.
-    with acting_as(record.owner, record.group):
-        sock = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        sock.bind((_host(way.from_.target, record.family), socket.ntohs(way.from_.dport)))
-        sock.connect((_host(way.from_.source, record.family), socket.ntohs(way.from_.sport)))
-        sock.setblocking(False)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _is_udp(sock: socket.socket) -> bool:
-    """A datagram socket may also be one for pings, or of UDP-Lite."""
-    return (
-        sock.family in (socket.AF_INET, socket.AF_INET6)
-        and sock.type == socket.SOCK_DGRAM
-        and sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_UDP
-    )
-
-
-def _has_peer(sock: socket.socket) -> bool:
-    """Whether it is connected, and so is no listener's.
-
-    Raises:
-        OSError: nobody can tell.
-    """
-    try:
-        sock.getpeername()
-    except OSError as error:
-        if error.errno == errno.ENOTCONN:
-            return False
-        raise
-    return True
-
-
-def _end_of(name: Sequence[Any]) -> _End:
-    ip = ipaddress.ip_address(str(name[0]).partition("%")[0])
-    return ip, int(name[1])
-
-
-def _is_of_one_host(ip: _Ip) -> bool:
-    """Not a group's, nobody's, nor an IPv4 address in the clothes of IPv6."""
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        return False
-    is_broadcast = ip == ipaddress.IPv4Address("255.255.255.255")
-    return not (ip.is_multicast or ip.is_unspecified or is_broadcast)
-
-
-def _is_this_hosts(ip: _Ip) -> bool:
-    """Whether it is an address of this host: nobody else's datagrams may be taken."""
-    family = socket.AF_INET6 if ip.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            # With `ip_nonlocal_bind` the kernel takes any: the route says more then.
-            sock.bind((str(ip), 0))
-            sock.connect((str(ip), 9))
-            return str(sock.getsockname()[0]) == ip_text(ip)
-        except OSError as error:
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EINVAL, errno.EACCES):
-                return False
-            raise
-
-
-def _mapped(ip: _Ip) -> bytes:
-    """16 bytes, as in a key."""
-    return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
-
-
-def _host(words: Any, family: int) -> str:
-    packed = bytes(words)
-    if family == 6:
-        return ip_text(ipaddress.IPv6Address(packed))
-    return ip_text(ipaddress.IPv4Address(packed[12:]))

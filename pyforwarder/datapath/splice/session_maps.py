@@ -6,11 +6,9 @@ session that finds no room is copied.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
-import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.splice import records
 from pyforwarder.datapath.splice.abi import NO_SLOT
+from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows, id_of
 from pyforwarder.datapath.splice.session_abi import (
     SESSION_BYTES,
     SESSION_VERSION,
@@ -27,9 +27,8 @@ from pyforwarder.datapath.splice.session_abi import (
     SessionRecord,
     SessionState,
 )
+from pyforwarder.runtime.one_store import store32, store64
 
-KEY_BYTES: Final = 36  # struct splice_key
-FLOW: Final = struct.Struct("=II")  # struct splice_flow
 PINS: Final = (f"session_flows_{SESSION_VERSION}", f"sessions_{SESSION_VERSION}")
 # Beyond that no host forwards so many clients by one table: it has 42 MB then.
 _MOST: Final = 1 << 16
@@ -154,7 +153,7 @@ def take_over(
             # Where it was, or where it was before a daemon that did not get far.
             for slot in (record.slot, record.last_slot):
                 at = slot * PAIR_BYTES
-                if slot < slots and _id_of(table, at) == record.id:
+                if slot < slots and id_of(table, at) == record.id:
                     said = table[at : at + PAIR_BYTES]
                     store(memory, index, "last_slot", slot)
                     break
@@ -166,10 +165,6 @@ def take_over(
     return tuple(found)
 
 
-def _id_of(table: mmap.mmap, at: int) -> int:
-    return int(struct.unpack_from("=Q", table, at + PairRecord.id.offset)[0])
-
-
 def record_of(memory: mmap.mmap, index: int) -> SessionRecord:
     """A copy of a session's record."""
     return SessionRecord.from_buffer_copy(memory, index * SESSION_BYTES)
@@ -178,13 +173,13 @@ def record_of(memory: mmap.mmap, index: int) -> SessionRecord:
 def store(memory: mmap.mmap, index: int, name: str, number: int) -> None:
     """Change one 32-bit number of a record, with one store."""
     at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
-    struct.pack_into("=I", memory, at, number)
+    store32(memory, at, number)
 
 
 def store_wide(memory: mmap.mmap, index: int, name: str, number: int) -> None:
     """The same with one of 64 bits."""
     at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
-    struct.pack_into("=Q", memory, at, number)
+    store64(memory, at, number)
 
 
 def is_over(record: SessionRecord, now_ns: int) -> bool:
@@ -198,12 +193,12 @@ def is_over(record: SessionRecord, now_ns: int) -> bool:
 
 def store_way(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
     """`store` of one direction."""
-    struct.pack_into("=I", memory, _at_way(index, direction, name), number)
+    store32(memory, _at_way(index, direction, name), number)
 
 
 def store_way_wide(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
     """`store_wide` of one direction."""
-    struct.pack_into("=Q", memory, _at_way(index, direction, name), number)
+    store64(memory, _at_way(index, direction, name), number)
 
 
 def _at_way(index: int, direction: int, name: str) -> int:
@@ -214,18 +209,6 @@ def _at_way(index: int, direction: int, name: str) -> int:
 
 def used_indexes(memory: mmap.mmap) -> Iterator[int]:
     """The records that are not free."""
-    states = memoryview(memory)[SessionRecord.state.offset :: SESSION_BYTES]
-    try:
-        yield from [index for index, state in enumerate(states) if state != SessionState.FREE]
-    finally:
-        states.release()
-
-
-def forget_flows(flows: bpf.Map, index: int, record: SessionRecord) -> None:
-    """Take a session out of the programs' sight; what its ends still send is for our sockets."""
-    for way in record.way:
-        key = bytes(way.from_)
-        # The addresses may be another session's by now.
-        with contextlib.suppress(FileNotFoundError):
-            if FLOW.unpack(flows.lookup(key))[0] == index:
-                flows.delete(key)
+    return records.used_indexes(
+        memory, state_at=SessionRecord.state.offset, record_bytes=SESSION_BYTES
+    )

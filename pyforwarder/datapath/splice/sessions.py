@@ -289,7 +289,7 @@ class SpliceSessions:
             self._loop.deadlines.start(ending, scaled_s(_COUNT_S), time.monotonic())
 
     def _end(self, ending: _Ending) -> None:
-        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+        def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:
                 self._end(ending)  # it may be there still
                 return
@@ -298,19 +298,19 @@ class SpliceSessions:
                 if said is not None:
                     up, down = said
                     ending.carried[number] = (up[0], up[1]), (down[0], down[1])
-            self._tell(ending)
+            self._report_end(ending)
 
         places = [[place.index, place.id] for place in ending.places]
-        self._keeper.tell("close_sessions", heard, places=places)
+        self._keeper.ask("close_sessions", answered, places=places)
 
     def _count(self, ending: _Ending) -> None:
         """The keeper does not say what they have carried: their records do, if they have them."""
         for number, place in enumerate(ending.places):
             if record_of(self._memory, place.index).id == place.id:
                 ending.carried[number] = self._carried(place)
-        self._tell(ending)
+        self._report_end(ending)
 
-    def _tell(self, ending: _Ending) -> None:
+    def _report_end(self, ending: _Ending) -> None:
         then, ending.then = ending.then, None
         if then is None:
             return
@@ -325,7 +325,7 @@ class SpliceSessions:
         return self.carried(place, Direction.UP), self.carried(place, Direction.DOWN)
 
     def count_now(self) -> None:
-        """Nobody is waited for any more: what ended sessions have carried, their records say."""
+        """Nothing is waited for any more: what ended sessions have carried, their records say."""
         while self._uncounted:
             self._count(next(iter(self._uncounted)))
 
@@ -335,10 +335,10 @@ class SpliceSessions:
         """Have `take` called with each session that has lost its worker and is ours now.
 
         Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
-        be given to `go_on_with` or `forget`; its socket is the callee's.
+        be given to `resume` or `forget`; its socket is the callee's.
         """
 
-        def heard(answer: dict[str, Any] | None, fds: list[int]) -> None:
+        def answered(answer: dict[str, Any] | None, fds: list[int]) -> None:
             if answer is not None:
                 if "index" not in answer:
                     done()
@@ -351,12 +351,12 @@ class SpliceSessions:
             ask()
 
         def ask() -> None:
-            if not self._keeper.tell("adopt_session", heard):
+            if not self._keeper.ask("adopt_session", answered):
                 done()
 
         ask()
 
-    def go_on_with(
+    def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
     ) -> Place:
         """The session, with a slot that bears its id, is the orphan from here on.
@@ -369,24 +369,24 @@ class SpliceSessions:
         for direction in Direction:
             self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
         self._show(place)
-        self._say_adopted(place, idle_s, lost)
+        self._confirm_adoption(place, idle_s, lost)
         return place
 
-    def _say_adopted(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
-        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+    def _confirm_adoption(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
+        def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if self._window.words[place.slot * self._window.WORDS + table.ID] != place.id:
                 return  # it has ended, and the slot is another's
             if answer is None:
-                self._say_adopted(place, idle_s, lost)
+                self._confirm_adoption(place, idle_s, lost)
             elif "error" in answer:
                 lost()
             else:
                 # From here on the program stores the same here, with every datagram.
                 self._show(place)
 
-        self._keeper.tell(
+        self._keeper.ask(
             "session_adopted",
-            heard,
+            answered,
             index=place.index,
             id=place.id,
             slot=self._window.first_slot + place.slot,
@@ -405,13 +405,13 @@ class SpliceSessions:
             )
 
     def forget(self, index: int, session_id: int) -> None:
-        """Let go of one that nobody here can speak for."""
+        """Release one that nobody here can speak for."""
 
-        def heard(answer: dict[str, Any] | None, _fds: list[int]) -> None:
+        def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:
                 self.forget(index, session_id)
 
-        self._keeper.tell("close_sessions", heard, places=[[index, session_id]])
+        self._keeper.ask("close_sessions", answered, places=[[index, session_id]])
 
     def dispose(self) -> None:
         """Unmap the records."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import heapq
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from pyforwarder.datapath.splice.abi import (
     SpliceState,
 )
 from pyforwarder.datapath.splice.replicas import heard, narrow
+from pyforwarder.runtime.one_store import store32
 
 if TYPE_CHECKING:
     import mmap
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keepalive import Keepalives
 
 _MASK: Final = 0xFFFFFFFF
-# The neighbours may hear only now where the addresses are: so it is asked again soon.
+# The neighbours may learn only now where the addresses are: so it is asked again soon.
 _FIRST_PAUSE_S: Final = 0.1
 _MOST_PAUSE_S: Final = 4.0
 # A pair that was not looked at for so long has answered meanwhile, perhaps.
@@ -54,7 +54,6 @@ _IN_DOUBT: Final = 2  # questions without an answer, and then we do not know tha
 # They are written once a second, and told on.
 _TOLD_LATE_S: Final = 2.0
 _TICKS_PER_S: Final = 1000  # of nearly all clocks (RFC 7323, 5.4)
-_WORD: Final = struct.Struct("=I")
 _WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
 _GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
 
@@ -93,7 +92,7 @@ class Settling:
         self._keepalives = keepalives
         self._end = end
         self._clock = clock
-        self._tell = tell
+        self._send_acks = tell
         self._due: list[_Unsettled] = []  # a heap
 
     def begin(self, index: int, pair_id: int) -> None:
@@ -102,12 +101,12 @@ class Settling:
         heapq.heappush(self._due, _Unsettled(now_s, index, pair_id, now_s, now_s))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called."""
+        """How long `run_due` need not be called."""
         if not self._due:
             return most_s
         return min(most_s, max(0.0, self._due[0].next_s - self._clock()))
 
-    def go_on(self) -> None:
+    def run_due(self) -> None:
         """Do some of what is due."""
         now_s = self._clock()
         for _ in range(_AT_ONCE):
@@ -156,8 +155,8 @@ class Settling:
         late = int((for_s + _TOLD_LATE_S) * _TICKS_PER_S) & _MASK
         at = one.index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
         stamp = (other.recent + other.tsval_delta + late) & _MASK
-        _WORD.pack_into(self._memory, at + SpliceDirection.stamp.offset, stamp)
-        _WORD.pack_into(self._memory, at + SpliceDirection.stamped.offset, 1)
+        store32(self._memory, at + SpliceDirection.stamp.offset, stamp)
+        store32(self._memory, at + SpliceDirection.stamped.offset, 1)
 
     def _has_gone_on(self, one: _Unsettled, record: Splice) -> bool:
         """Whether all that was sent before has been acknowledged, or nothing more can be said."""
@@ -171,7 +170,7 @@ class Settling:
             return True
         one.tells += 1
         for direction, acked in one.lacked.items():
-            self._tell(record.way[direction], record.family, acked, _TOLD_AT_ONCE)
+            self._send_acks(record.way[direction], record.family, acked, _TOLD_AT_ONCE)
         return False
 
 

@@ -225,23 +225,23 @@ def unmark(sock: socket.socket) -> None:
 
 
 def mute(sock: socket.socket) -> bool:
-    """Closing it is silent from here on; it has no more to say, and hears SYNs alone.
+    """Closing it is silent from here on; it has no more to send, and receives SYNs alone.
 
     Those it answers with a challenge acknowledgement (RFC 5961). Whatever else gets past the
     programs (behind IP options, in fragments) was for the other end, and must not end this socket.
 
-    False: it has still to hear that the last of its bytes have come, so it hears everything; mute
+    False: the last of its bytes are not acknowledged yet, so it receives everything; mute
     it again later. Deaf it would send them until it gives up, and then its port is free.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
     if any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))):
         return False
-    _hear_only_syns(sock)
+    _receive_only_syns(sock)
     return True
 
 
-def _hear_only_syns(sock: socket.socket) -> None:
+def _receive_only_syns(sock: socket.socket) -> None:
     program = ctypes.create_string_buffer(_ONLY_SYNS, len(_ONLY_SYNS))
     described = struct.pack("@HP", len(_ONLY_SYNS) // 8, ctypes.addressof(program))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)
@@ -320,7 +320,7 @@ def revive(way: SpliceDirection, family: int) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
         mark(sock)
-        _hear_only_syns(sock)
+        _receive_only_syns(sock)
         sock.bind((_host(way.from_.target, family), socket.ntohs(way.from_.dport)))
         sock.connect((_host(way.from_.source, family), socket.ntohs(way.from_.sport)))
         sock.setblocking(False)

@@ -6,12 +6,12 @@ That a pair is here is harmless, as long as its packets go elsewhere.
 
 Once its addresses are this host's, it is taken over: a worker gets it, it counts and has timeouts.
 Its peers are asked until both have said something (`settling.py`). The machine that had the pair
-lets go of it in silence when it hears of that.
+releases it in silence when it learns of that.
 
 Connections that nobody can go on with it is told of as well (`fleet/failover/stays.py`): once their
 address is here, their peers are reset (`challenging.py`).
 
-Who asks is a process without privileges that reads what stands in a fleet's store. It is believed
+Requests come from a process without privileges that reads a fleet's store. It is believed
 no more than a worker: a request is in the table or costs that process its life, and pairs are taken
 in only if both of our addresses are among the configured ones.
 """
@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -38,7 +38,8 @@ from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
 from pyforwarder.datapath.splice.challenging import Challenges
-from pyforwarder.datapath.splice.maps import FLOW, LOOPBACK
+from pyforwarder.datapath.splice.interfaces import LOOPBACK
+from pyforwarder.datapath.splice.records import FLOW
 from pyforwarder.datapath.splice.replicas import (
     Ways,
     boot_unix_s,
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
     import mmap
 
     from pyforwarder.datapath.ebpf import syscall as bpf
+    from pyforwarder.datapath.splice.interfaces import Links
     from pyforwarder.datapath.splice.keepalive import Keepalives
-    from pyforwarder.datapath.splice.maps import Links
 
 _TAKEN_AT_ONCE: Final = 64
 # Beside what the kernel tells of: an address may have come before we listened.
@@ -83,7 +84,7 @@ class Owner(Protocol):
     def owns(self, index: int) -> bool:
         """Whether it is a worker's."""
 
-    def let_go(self, index: int) -> None:
+    def release(self, index: int) -> None:
         """A worker's pair goes through another machine: end it without a word to its ends."""
 
     def forget(self, index: int) -> None:
@@ -136,7 +137,7 @@ class Standby:
         self._left: deque[str] = deque()  # to be taken over
         self._stays: dict[str, str] = {}  # connections of others that end with their machine
         # The same of pairs that could not be held, by their keys; the newest last.
-        self._unheld: dict[str, tuple[Connection, Connection]] = {}
+        self._unheld: dict[str, tuple[Connection, ...]] = {}
         self._challenges = Challenges(self._goes_on)
         self._settling = Settling(memory, keepalives, owner.end)
         self._taken = 0
@@ -144,7 +145,7 @@ class Standby:
         self._is_changed = True
         self._changes = 0  # of routes
         self._look_s = 0.0
-        # Addresses that were away since we let go of a pair of theirs, or have begun: only these
+        # Addresses that were away since we released a pair of theirs, or have begun: only these
         # are a reason to take pairs over when they come.
         self._absent: set[bytes] = set()
         self._present: frozenset[bytes] = self._addresses  # since they were looked at last
@@ -216,7 +217,7 @@ class Standby:
                 self._stay(*request["group"])
             case "let_go":
                 for text in request["pairs"]:
-                    self._let_go(_decode(text))
+                    self._release_moved(_decode(text))
             case _:
                 answer["waiting"] = sorted(self._waiting)
                 answer["taken"], answer["held"] = self._taken, len(self._held)
@@ -329,7 +330,7 @@ class Standby:
                 sock.close()
             self._owner.forget(held.index)
 
-    def _let_go(self, pair: Pair) -> None:
+    def _release_moved(self, pair: Pair) -> None:
         for end in (pair.ends.listener, pair.ends.source):
             self._absent.discard(end.ip)
         self._is_changed = True  # it may be away already
@@ -341,12 +342,12 @@ class Standby:
             return
         there = self._record(index)
         if [way.seq_delta for way in there.way] == [way.seq_delta for way in record.way]:
-            self._owner.let_go(index)
+            self._owner.release(index)
 
     # What it does by itself
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called."""
+        """How long `run_due` need not be called."""
         if not self._addresses:
             return most_s
         if self._left or self._is_changed:
@@ -355,7 +356,7 @@ class Standby:
         wait_s = min(most_s, max(0.0, self._look_s - now_s))
         return self._challenges.wait_s(self._settling.wait_s(wait_s))
 
-    def go_on(self) -> None:
+    def run_due(self) -> None:
         """Do some of what is due. Never raises."""
         if not self._addresses:
             return
@@ -366,8 +367,8 @@ class Standby:
                 self._look_at_addresses()
             for _ in range(min(_TAKEN_AT_ONCE, len(self._left))):
                 self._take(self._left.popleft())
-            self._settling.go_on()
-            self._challenges.go_on()
+            self._settling.run_due()
+            self._challenges.run_due()
         except Exception:
             traceback.print_exc(file=sys.stderr)
 
@@ -379,27 +380,40 @@ class Standby:
             both = {held.pair.ends.listener.ip, held.pair.ends.source.ip}
             if both <= present and both & ready:
                 self._left.append(key)
-        lost: list[Connection] = []
-        for key, text in list(self._stays.items()) if ready else ():
-            some = [one for one in stays.decode(text) if one.own.ip in ready]
-            if some:
-                lost += some
-                del self._stays[key]
-        for key, both_ends in list(self._unheld.items()) if ready else ():
-            some = [one for one in both_ends if one.own.ip in ready]
-            if some:
-                lost += some
-                del self._unheld[key]
+        lost = self._lost(ready) if ready else []
         if self._left or lost:
             self._announce(ready)
         self._challenges.begin(lost)
         self._absent |= self._addresses - present
 
+    def _lost(self, ready: Collection[bytes]) -> list[Connection]:
+        """Those at these addresses that nobody can go on with, once each.
+
+        Addresses come one after the other: of a group, and of a pair's two connections, those at
+        addresses that are still to come are kept until these are here.
+        """
+        lost: list[Connection] = []
+        for key, text in list(self._stays.items()):
+            some, others = _divided(stays.decode(text), ready)
+            lost += some
+            if not others:
+                del self._stays[key]
+            elif some:
+                self._stays[key] = stays.encode(others)
+        for key, ends in list(self._unheld.items()):
+            some, others = _divided(ends, ready)
+            lost += some
+            if not others:
+                del self._unheld[key]
+            elif some:
+                self._unheld[key] = tuple(others)
+        return lost
+
     def _announce(self, ready: Collection[bytes]) -> None:
         """Before their neighbours are asked anything: what they answer must get here.
 
-        Who moves the addresses announces them as well, but perhaps later; and a peer that has
-        answered somebody else says nothing more for half a second (tcp_invalid_ratelimit).
+        What moves the addresses announces them as well, but perhaps later; and a peer that has
+        answered another packet says nothing more for half a second (tcp_invalid_ratelimit).
         """
         for packed in ready:
             with contextlib.suppress(OSError, ControlError):
@@ -443,6 +457,17 @@ def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
         level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
     sock.setsockopt(level, option, 0)
     return sock
+
+
+def _divided(
+    connections: Iterable[Connection], ips: Collection[bytes]
+) -> tuple[list[Connection], list[Connection]]:
+    """Those at these addresses of ours, and the others."""
+    some: list[Connection] = []
+    others: list[Connection] = []
+    for one in connections:
+        (some if one.own.ip in ips else others).append(one)
+    return some, others
 
 
 def _packets_from(peer: Endpoint, own: Endpoint) -> bytes:

@@ -1,6 +1,6 @@
 """What the keeper may be asked about other machines' pairs: one table, and nothing else.
 
-Who asks is a process without privileges that reads what stands in a fleet's store.
+Requests come from a process without privileges that reads a fleet's store.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Staying:
         self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
 
-    def look(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
+    def scan(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
         """By group, those of all pairs but for those of these ids."""
         found: dict[int, list[Connection]] = {}
         view = memoryview(self._table)

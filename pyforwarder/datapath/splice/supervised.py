@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.datapath import supervised
 from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.express.connecting import Connecting
-from pyforwarder.datapath.express.keeping import free_ports
+from pyforwarder.datapath.express.ports import free_ports
 from pyforwarder.datapath.express.sharing import TABLES, Express
-from pyforwarder.datapath.splice.keeper import Splicing, pins_of
-from pyforwarder.datapath.splice.maps import Programs, SpliceMaps, has_pins
+from pyforwarder.datapath.splice.maps import Programs, SpliceMaps
+from pyforwarder.datapath.splice.pins import has_pins, pins_of
+from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.errors import LoadError
+from pyforwarder.runtime.counters import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
@@ -49,7 +52,7 @@ class SupervisedSplice(supervised.KernelDatapath):
                 os.close(given.handshakes_fd)
             return None
         arrays = given.arrays()
-        ports = given.config.express_ports
+        wanted = given.config.express_ports
         maps = SpliceMaps.create(
             workers=given.workers,
             slots=given.slots,
@@ -59,17 +62,23 @@ class SupervisedSplice(supervised.KernelDatapath):
             sessions=given.config.limits.most_sessions,
             is_successor=given.is_successor,
             handshakes_fd=given.handshakes_fd,
-            places=ports,
+            places=given.places,
         )
         if maps.has_replaced:
             given.warn("splice_pins_replaced", directory=pins)
         express: Express | None = None
         why_not = ""
-        if ports:
+        if wanted and not given.places:
+            why_not = "make ready for express: the limit on open files is too low"
+        elif wanted:
             try:
-                express = make_express(maps, ports, workers=given.workers)
+                express = make_express(maps, given.places, workers=given.workers)
             except OSError as error:
                 why_not = f"make ready for express: {error.strerror}"
+            else:
+                ports = express.connecting.places
+                if ports < wanted:
+                    given.warn("few_express_ports", ports=ports, configured=wanted)
         splicing = Splicing(
             maps, workers=given.workers, close_in_child=given.close_in_child, express=express
         )
@@ -108,20 +117,21 @@ class SupervisedSplice(supervised.KernelDatapath):
             try:
                 prove("express")
                 programs = maps.load_programs(express.connecting)
-                let_go_fd = express.connecting.load(maps)
+                own = express.connecting.load(maps)
             except LoadError as error:
                 sessions["express"] = str(error)
             else:
                 sessions["express"] = ""
-                return supervised.LoadedPrograms([*programs, let_go_fd], proof, sessions)
+                return supervised.LoadedPrograms([*programs, *own], proof, sessions)
         return supervised.LoadedPrograms(maps.load_programs(), proof, sessions)
 
     def attach(self, descriptors: Sequence[int]) -> None:
         """To all interfaces that take them; of the others the log tells."""
-        *programs, let_go_fd = [*descriptors, -1][: len(Programs._fields) + 1]
+        most = len(Programs._fields)
+        programs, own = descriptors[:most], descriptors[most:]
         express = self.splicing.express
-        if express is not None and let_go_fd >= 0:
-            express.connecting.begin(let_go_fd)
+        if express is not None and own:
+            express.connecting.begin(own)
             express.has_begun = True
         self.splicing.begin(Programs(*programs))
         for reason in self.splicing.maps.links.refusals.values():
@@ -140,9 +150,9 @@ class SupervisedSplice(supervised.KernelDatapath):
         """End the keeper, and leave the pairs."""
         self.splicing.hand_over()
 
-    def bury(self, worker: int) -> None:
+    def worker_died(self, worker: int) -> None:
         """Its spliced pairs go on, and wait for the next worker."""
-        self.splicing.bury(worker)
+        self.splicing.worker_died(worker)
 
     def close(self) -> None:
         """End the keeper, remove the pins, and close the maps."""
@@ -163,7 +173,15 @@ def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
         first_port=free_ports(places),
         is_open=False,
     )
-    return Express(connecting, workers=workers)
+    if maps.owns_counters:
+        return Express(connecting, workers=workers)  # nobody reads them
+    try:
+        # The first worker's: a whole number of pages.
+        counters = bpf.map_memory(maps.counters_fd, BLOCK_BYTES, write=True)
+    except OSError:
+        connecting.close()
+        raise
+    return Express(connecting, workers=workers, counters=counters)
 
 
 def splices_sessions(config: Config) -> bool:

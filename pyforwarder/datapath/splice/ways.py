@@ -17,7 +17,6 @@ import ctypes
 import itertools
 import mmap
 import socket
-import struct
 import sys
 import time
 import traceback
@@ -35,8 +34,9 @@ from pyforwarder.datapath.splice.abi import (
     SpliceDirection,
     SpliceState,
 )
-from pyforwarder.datapath.splice.maps import LOOPBACK, Links, with_addresses
+from pyforwarder.datapath.splice.interfaces import LOOPBACK, Links, with_addresses
 from pyforwarder.datapath.splice.routes import Route, Routes, RouteWatch
+from pyforwarder.runtime.one_store import store32
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.netlink import Link
@@ -56,8 +56,6 @@ _LEAST_RTO_S, _MOST_RTO_S = 0.2, 120.0
 _RETRIES: Final = Path("/proc/sys/net/ipv4/tcp_retries2")
 _DEFAULT_RETRIES: Final = 15
 
-_WORD: Final = struct.Struct("=I")
-_TWO_WORDS: Final = struct.Struct("=II")
 _WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
@@ -121,12 +119,19 @@ class Ways:
     def changed(self) -> None:
         """Interfaces, addresses, routes or rules have."""
         self._watch.drain()
+        self.scan_again()
+
+    def scan_again(self) -> None:
+        """There are pairs whose ways may have changed before they were ours.
+
+        What is to be read of changes is left to `changed`, as others are to know of them, too.
+        """
         self._last_s = time.monotonic()
         if self._since_s is None:
             self._since_s = self._last_s
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called, if nothing changes."""
+        """How long `run_due` need not be called, if nothing changes."""
         if self._left:
             return 0.0
         if self._since_s is None:
@@ -138,7 +143,7 @@ class Ways:
         settled_s = min(self._last_s + _SETTLE_S, self._since_s + _MOST_SETTLE_S)
         return max(settled_s, self._not_before_s)
 
-    def go_on(self) -> None:
+    def run_due(self) -> None:
         """Do some of what is to be done. Never raises: what was not possible is tried again."""
         started_s = time.monotonic()
         is_looking = bool(self._left)
@@ -147,11 +152,11 @@ class Ways:
                 self._since_s = None
                 self._took_s = 0.0
                 is_looking = True
-                self._look_at_interfaces()
+                self._check_interfaces()
                 self._left.extend(self._indexes())
             for _ in range(min(_PAIRS_AT_ONCE, len(self._left))):
-                self._look(self._left.popleft())
-            self._look_at_those_without()
+                self._check(self._left.popleft())
+            self._retry_those_without()
         except Exception:
             traceback.print_exc(file=sys.stderr)
             self._since_s = self._since_s or started_s
@@ -160,7 +165,7 @@ class Ways:
             self._took_s += ended_s - started_s
             self._not_before_s = ended_s + self._took_s / _SHARE
 
-    def _look_at_interfaces(self) -> None:
+    def _check_interfaces(self) -> None:
         """Programs leave what has become a port, and are where they must be."""
         before, self._there = self._there, self._routes.links()
         lost = self._links.verify()
@@ -179,7 +184,7 @@ class Ways:
                 with contextlib.suppress(OSError):
                     self._links.add(interface)
 
-    def _look(self, index: int) -> None:
+    def _check(self, index: int) -> None:
         record = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
         if record.state != SpliceState.ACTIVE or not record.id or record.reset:
             self._without.pop(index, None)
@@ -187,7 +192,7 @@ class Ways:
         patience_s = -1.0
         for direction in Direction:
             try:
-                self._look_at_way(index, record, direction)
+                self._check_way(index, record, direction)
             except _NoWayError as error:
                 known = patience_s < 0
                 patience_s = error.patience_s if known else min(patience_s, error.patience_s)
@@ -203,14 +208,14 @@ class Ways:
             del self._without[index]
             self._end(index, ResetBy.NO_ROUTE)
 
-    def _look_at_those_without(self) -> None:
+    def _retry_those_without(self) -> None:
         """Whether it has been long enough; then they are looked at once more."""
         now_s = time.monotonic()
         due = (index for index, (_, _, until_s) in self._without.items() if until_s <= now_s)
         for index in list(itertools.islice(due, _PAIRS_AT_ONCE)):
-            self._look(index)
+            self._check(index)
 
-    def _look_at_way(self, index: int, record: Splice, direction: Direction) -> None:
+    def _check_way(self, index: int, record: Splice, direction: Direction) -> None:
         """To one peer and from it, in the numbers of interfaces that are right now.
 
         Raises:
@@ -229,13 +234,15 @@ class Ways:
         at = index * SPLICE_BYTES + Splice.way.offset
         if any(way.by) and (came_by, now) != tuple(way.by):
             by_at = at + direction * _WAY_BYTES + SpliceDirection.by.offset
-            _TWO_WORDS.pack_into(self._memory, by_at, came_by, now)
+            # One after the other, and never 0 in between: that would be anywhere.
+            store32(self._memory, by_at, came_by)
+            store32(self._memory, by_at + 4, now)
         if now != was:
             # `lo` to `lo` is 0, and never changes.
             goes_at = at + (1 - direction) * _WAY_BYTES + SpliceDirection.interface.offset
-            _WORD.pack_into(self._memory, goes_at, now)
-            out_at = index * SPLICE_BYTES + Splice.out.offset + direction * _WORD.size
-            _WORD.pack_into(self._memory, out_at, now)
+            store32(self._memory, goes_at, now)
+            out_at = index * SPLICE_BYTES + Splice.out.offset + direction * 4
+            store32(self._memory, out_at, now)
         if link is None or link.port_of:
             # At a port we cannot see what our own sockets say.
             raise _NoWayError(_patience_s())

@@ -24,7 +24,7 @@ class Compaction:
         self._due_s = 0.0
         self._seen = -1  # the key's revision a period ago; -1: it is not known
 
-    def go_on(self, now_s: float, *, lease: int) -> None:
+    def run_due(self, now_s: float, *, lease: int) -> None:
         """Do what is due; the key goes with the lease.
 
         Raises:

@@ -7,14 +7,19 @@ while costs no memory, and is whole again after one turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import heapq
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from pyforwarder.fleet.failover.record import Entry, Half, Pair, RecordFault
+from pyforwarder.fleet.failover.record import SCHEMA, Entry, Half, Pair, RecordFault
 
 # Numbers that move are written so often; a half-end is written at once.
 MOVING_S: Final = 1.0
+# Of those that only move, so many are written, or told to the keeper, in one turn: what begins or
+# ends meanwhile waits for few of them.
+MOVED_AT_ONCE: Final = 256
 # What could not be held may be possible a moment later (the port was still our own).
 RETRY_S: Final = 5.0
 # Of all machines.
@@ -30,13 +35,21 @@ class Own(NamedTuple):
 
 @dataclass(slots=True)
 class Turn:
-    """What is to be done now."""
+    """What is to be done now, in this order; what has begun or ended comes first of each."""
 
     puts: dict[str, Entry] = field(default_factory=dict)  # by key
     deletes: list[str] = field(default_factory=list)
     hold: dict[str, str] = field(default_factory=dict)  # pairs of others: key -> Entry.encode()
     release: list[str] = field(default_factory=list)
-    let_go: dict[str, Pair] = field(default_factory=dict)  # that have another owner by now
+    moved: dict[str, Pair] = field(default_factory=dict)  # that have another owner by now
+
+
+class _Done(NamedTuple):
+    """What was looked at, and when that is worth another look if it is the very same."""
+
+    mine: Own
+    stored: tuple[Entry, Pair]
+    until_s: float
 
 
 class Ledger:
@@ -45,9 +58,12 @@ class Ledger:
     def __init__(self, tag: str) -> None:
         """`tag` is what this machine is called in entries."""
         self._tag = tag
+        self._own_words = f"{SCHEMA} {tag} ".encode()
         self._stored: dict[str, tuple[Entry, Pair]] = {}
         self._written_s: dict[str, float] = {}
-        self._held: dict[str, str] = {}  # as the keeper was told
+        self._done: dict[str, _Done] = {}
+        self._held: dict[str, tuple[Entry, Pair]] = {}  # as the keeper was told
+        self._told_s: dict[str, float] = {}  # when it was told of those that it holds
         self._refused: dict[str, float] = {}  # when it refused them
         self.faults = 0  # values that are none, or one too many
 
@@ -56,6 +72,11 @@ class Ledger:
         """How many pairs in the store are this machine's, and how many of others' it holds."""
         own = sum(entry.owner == self._tag for entry, _ in self._stored.values())
         return own, len(self._held)
+
+    @property
+    def written(self) -> set[str]:
+        """The keys of this machine's pairs that the store has."""
+        return {key for key, (entry, _) in self._stored.items() if entry.owner == self._tag}
 
     def saw_all(self, found: Iterable[tuple[str, bytes]]) -> None:
         """All that is in the store."""
@@ -69,10 +90,9 @@ class Ledger:
             self._stored.pop(key, None)
             return
         before = self._stored.get(key)
+        if before and before[0].owner == self._tag and value.startswith(self._own_words):
+            return  # our own words; we know of later ones
         self._read(key, value)
-        entry = self._stored.get(key)
-        if before and entry and entry[0].owner == before[0].owner == self._tag:
-            self._stored[key] = before  # our own words; we know of later ones
 
     def _read(self, key: str, value: bytes) -> None:
         self._stored.pop(key, None)
@@ -103,37 +123,76 @@ class Ledger:
         """The keeper cannot hold these just now."""
         for key in keys:
             self._held.pop(key, None)
+            self._told_s.pop(key, None)
             self._refused[key] = now_s
 
-    def turn(self, own: Mapping[str, Own], now_s: float) -> Turn:
-        """What follows from what the kernel has now."""
+    def turn(
+        self, own: Mapping[str, Own], now_s: float, addresses: Callable[[], Collection[bytes]]
+    ) -> Turn:
+        """What follows from what the kernel has now.
+
+        `addresses` says which ones this host has, of those that move; asked where machines differ.
+        """
         turn = Turn()
+        moved: dict[str, Entry] = {}
         for key, mine in own.items():
-            self._look_at_own(turn, key, mine, now_s)
-        for key, (entry, _) in self._stored.items():
-            if entry.owner == self._tag:
+            self._judge_own(turn, moved, key, mine, now_s, addresses)
+        # Those that have waited longest; the others are due the next time.
+        for key in sorted(moved, key=lambda key: self._written_s.get(key, 0.0))[:MOVED_AT_ONCE]:
+            turn.puts[key] = moved[key]
+        for key in self._done.keys() - own.keys():
+            del self._done[key]
+        moved_of_others: list[str] = []
+        for key, stored in self._stored.items():
+            if stored[0].owner == self._tag:
                 if key not in own:
                     turn.deletes.append(key)
             elif key not in own:
-                self._look_at_other(turn, key, entry, now_s)
+                self._judge_other(turn, moved_of_others, key, stored, now_s)
+        # Those of which the keeper was told nothing for longest, however many move.
+        for key in heapq.nsmallest(MOVED_AT_ONCE, moved_of_others, key=self._told_s.__getitem__):
+            self._hold(turn, key, self._stored[key], now_s)
         for key in self._held:
-            stored = self._stored.get(key)
-            if key in own or stored is None or stored[0].owner == self._tag:
+            known = self._stored.get(key)
+            if key in own or known is None or known[0].owner == self._tag:
                 turn.release.append(key)
         # One that was taken over is in `own`: the keeper holds it no more, whatever we say.
         for key in turn.release:
             del self._held[key]
+            del self._told_s[key]
         for key in self._refused.keys() - self._stored.keys():
             del self._refused[key]
         return turn
 
-    def _look_at_own(self, turn: Turn, key: str, mine: Own, now_s: float) -> None:
-        claim = max(1, mine.claim)
+    def _judge_own(
+        self,
+        turn: Turn,
+        moved: dict[str, Entry],
+        key: str,
+        mine: Own,
+        now_s: float,
+        addresses: Callable[[], Collection[bytes]],
+    ) -> None:
         stored = self._stored.get(key)
+        done = self._done.get(key)
+        if (
+            done is not None
+            and done.mine is mine
+            and done.stored is stored
+            and now_s < done.until_s
+        ):
+            return
+        read, claim = mine, max(1, mine.claim)
         if stored is not None and stored[0].owner != self._tag:
             entry, pair = stored
-            if not _wins((claim, self._tag), mine.pair, (entry.claim, entry.owner), pair):
-                turn.let_go[key] = mine.pair
+            is_won = _wins((claim, self._tag), mine.pair, (entry.claim, entry.owner), pair)
+            if is_won and pair.deltas == mine.pair.deltas:
+                # It was taken over here, and the addresses have gone on before the store knew that,
+                # as with a machine that died then: the pair is with them.
+                ends = mine.pair.ends
+                is_won = {ends.listener.ip, ends.source.ip} <= set(addresses())
+            if not is_won:
+                turn.moved[key] = mine.pair
                 return
             if pair.deltas != mine.pair.deltas:
                 claim = max(claim, entry.claim)  # of a connection that is past
@@ -143,25 +202,41 @@ class Ledger:
         elif stored is not None:
             mine = mine._replace(pair=_with_names(mine.pair, stored[1]))
         entry = Entry(self._tag, claim, mine.pair.encode())
-        if stored is not None and entry == stored[0]:
-            return
-        if (
-            stored is None
-            or stored[0].claim != claim
-            or _ends(stored[1]) != _ends(mine.pair)
-            or now_s >= self._written_s.get(key, 0.0) + MOVING_S
-        ):
+        if stored is None or (stored[0].claim, _ends(stored[1])) != (claim, _ends(mine.pair)):
             turn.puts[key] = entry
+            return
+        due_s = self._written_s.get(key, 0.0) + MOVING_S
+        if entry == stored[0]:
+            due_s = math.inf
+        if now_s >= due_s:
+            moved[key] = entry
+        else:
+            self._done[key] = _Done(read, stored, due_s)
 
-    def _look_at_other(self, turn: Turn, key: str, entry: Entry, now_s: float) -> None:
-        text = entry.encode()
-        if self._held.get(key) == text:
+    def _judge_other(
+        self, turn: Turn, moved: list[str], key: str, stored: tuple[Entry, Pair], now_s: float
+    ) -> None:
+        held = self._held.get(key)
+        if held is not None and held[0] == stored[0]:
             return
         refused_s = self._refused.get(key)
         if refused_s is not None and now_s < refused_s + RETRY_S:
             return
         self._refused.pop(key, None)
-        turn.hold[key] = self._held[key] = text
+        if held is not None and _is_only_moved(held, stored):
+            moved.append(key)
+        else:
+            self._hold(turn, key, stored, now_s)
+
+    def _hold(self, turn: Turn, key: str, stored: tuple[Entry, Pair], now_s: float) -> None:
+        turn.hold[key], self._held[key] = stored[0].encode(), stored
+        self._told_s[key] = now_s
+
+
+def _is_only_moved(before: tuple[Entry, Pair], now: tuple[Entry, Pair]) -> bool:
+    """Whether another machine has written new numbers of a pair, and nothing else."""
+    (old, was), (new, pair) = before, now
+    return (old.owner, old.claim, _ends(was)) == (new.owner, new.claim, _ends(pair))
 
 
 def _with_names(pair: Pair, known: Pair) -> Pair:

@@ -27,7 +27,7 @@ _LOOK_S: Final = 0.05
 
 
 class Move(Value):
-    """What stands at the key: who asks, whom, and how far it is."""
+    """What stands at the key: which machine asks which one, and how far it is."""
 
     by: Name
     to: Name
@@ -113,7 +113,7 @@ class Asked:
         self._move: Move | None = None
 
     def begin(self) -> str:
-        """Who asks us, which is answered by `end`; empty: nobody does.
+        """The machine that asks us, which is answered by `end`; empty: none.
 
         Raises:
             StoreError: it cannot be said that we begin; so we do not.

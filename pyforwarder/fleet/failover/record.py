@@ -97,7 +97,7 @@ class Pair:
     deltas: Deltas  # two pairs at the same ends with the same deltas are the same pair
     scales: tuple[int, int, int, int]  # client's windows: left, right; the server's
     no_ecn: bool
-    any_interface: bool  # packets may come by whatever interface
+    any_interface: bool  # packets may come by any interface
     marks: tuple[int, int]  # SO_MARK of the sockets towards the client and the server
     keepalive: tuple[int, int, int]  # idle_s, interval_s, count; all 0: never
     started_s: int  # since 1970
@@ -229,7 +229,7 @@ def tag_of(instance: str) -> str:
 class Entry(NamedTuple):
     """What stands at a pair's key: whose it is, by which claim, and the pair.
 
-    Who takes a pair over claims it with the next number, so that the one before lets go of it.
+    Who takes a pair over claims it with the next number, so that the one before releases it.
     """
 
     owner: str  # a tag

@@ -7,18 +7,17 @@ writes. While the store does not answer, pairs go on, and are known to nobody el
 
 from __future__ import annotations
 
-import queue
-import random
-import threading
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pyforwarder.fleet.failover.compaction import Compaction
 from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
 from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
-from pyforwarder.fleet.store import MOST_IN_ONE, Change, CompactedError, Store, StoreError
+from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
+from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause, Supervisor, Watcher
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover import stays
@@ -28,13 +27,8 @@ if TYPE_CHECKING:
 LEASE_S: Final = 600
 _RENEW_S: Final = 30.0
 _TURN_S: Final = 0.1
-# Of a processor, at most: where there are many pairs we look more seldom.
+# Of a processor, at most: where there are many pairs we scan more seldom.
 _SHARE: Final = 0.1
-_FIRST_PAUSE_S: Final = 0.2
-_LONGEST_PAUSE_S: Final = 5.0
-_WATCH_S: Final = 60.0
-# What the watching thread may be ahead of us.
-_MOST_WAITING: Final = 4096
 _WRITES_AT_ONCE: Final = 8
 _AT_ONCE: Final = 16  # pairs in one request to the keeper
 _TOLD_EVERY_S: Final = 1.0
@@ -49,11 +43,17 @@ class KeeperFault(Exception):
 class Kernel(Protocol):
     """What the keeper and the maps are to us."""
 
-    def look(self, now_s: float) -> dict[str, Own]:
+    def scan(self, now_s: float) -> dict[str, Own]:
         """The pairs that go through this machine, by their keys."""
 
-    def staying(self) -> dict[int, list[Connection]]:
-        """Connections that nobody could go on with, in groups; call it behind `look`."""
+    def addresses(self) -> Collection[bytes]:
+        """Those that this host has, of those that move."""
+
+    def staying(self, known: Collection[str]) -> dict[int, list[Connection]]:
+        """Connections that nobody could go on with, in groups; call it behind `scan`.
+
+        `known` are the keys of pairs that the store has: of others no machine knows.
+        """
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
         """The keeper's answer.
@@ -61,77 +61,6 @@ class Kernel(Protocol):
         Raises:
             KeeperFault: there was none.
         """
-
-
-class Supervisor(Protocol):
-    """The process above us."""
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send it a message.
-
-        Raises:
-            OSError: it is gone.
-        """
-
-    def wait(self, timeout_s: float) -> dict[str, Any] | None:
-        """Wait so long, or until it says something, which is returned.
-
-        Raises:
-            EOFError: it is gone.
-        """
-
-
-class _All(NamedTuple):
-    """Everything that is in the store."""
-
-    entries: list[tuple[str, bytes]]
-
-
-class _Lost(NamedTuple):
-    error: str
-
-
-class Watcher:
-    """The thread that hears what is in the store."""
-
-    def __init__(self, store: Store, prefix: str) -> None:
-        """`store` is this thread's alone."""
-        self._store = store
-        self._prefix = prefix
-        self.heard: queue.Queue[_All | _Lost | Change] = queue.Queue(_MOST_WAITING)
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
-        self._is_over = False
-
-    def start(self) -> None:
-        """Begin; it ends with the process, if it is not stopped before."""
-        self._thread.start()
-
-    def stop(self, wait_s: float) -> bool:
-        """End with the next change or error, for which it is waited; whether it has ended."""
-        self._is_over = True
-        self._thread.join(wait_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        pause_s = _FIRST_PAUSE_S
-        while not self._is_over:
-            try:
-                found = self._store.list(self._prefix)
-                self.heard.put(_All(found.entries))
-                revision, pause_s = found.revision, _FIRST_PAUSE_S
-                while not self._is_over:
-                    until_s = time.monotonic() + _WATCH_S
-                    for change in self._store.events(self._prefix, after=revision, until_s=until_s):
-                        revision = change.revision
-                        self.heard.put(change)
-                        if self._is_over:
-                            return
-            except CompactedError:
-                pass  # nothing has changed here for long, but elsewhere in the store
-            except StoreError as error:
-                self.heard.put(_Lost(str(error)[:500]))
-                time.sleep(pause_s * random.uniform(0.5, 1.0))
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 class Replicator:
@@ -169,7 +98,7 @@ class Replicator:
         self._lease = 0
         self._renew_s = 0.0
         self._write_s = 0.0  # not before
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause = Pause()
         self._said: dict[str, Any] = {}
         self._say_s = 0.0
         self._error = ""
@@ -177,7 +106,7 @@ class Replicator:
         self._asked = Asked(store, keys, tag, lambda: self._lease)
         self._compaction = Compaction(store, keys.compaction, tag) if compacts else None
         self._is_asked = False  # to take the addresses
-        self._answer: str | None = None  # that the store has still to hear
+        self._answer: str | None = None  # that is still to be written into the store
 
     def run(self) -> None:
         """Until the supervisor is gone.
@@ -198,45 +127,45 @@ class Replicator:
                 self._answer = str(said["moved"])
 
     def _turn(self, now_s: float) -> None:
-        self._hear()
+        self._take_changes()
         answer = self._kernel.ask("look")
         if answer["waiting"]:
-            self._supervisor.tell({"waiting": answer["waiting"], "taken": answer["taken"]})
+            self._supervisor.send({"waiting": answer["waiting"], "taken": answer["taken"]})
         if self._is_known:
-            turn = self._ledger.turn(self._kernel.look(now_s), now_s)
-            self._tell_keeper(turn, now_s)
+            addresses = functools.cache(self._kernel.addresses)
+            turn = self._ledger.turn(self._kernel.scan(now_s), now_s, addresses)
+            self._update_keeper(turn, now_s)
             staying = None
             if now_s >= self._stays_s:
                 self._stays_s = now_s + EVERY_S
-                staying = self._stays.turn(self._kernel.staying(), now_s)
+                staying = self._stays.turn(self._kernel.staying(self._ledger.written), now_s)
                 for key, text in staying.tell.items():
                     self._kernel.ask("stay", group=[key, text])
-                    self._stays.told(key, text)
+                    self._stays.mark_known(key, text)
             if now_s >= self._write_s:
                 try:
                     self._write(turn, now_s)
                     if staying is not None:
                         self._write_staying(staying, now_s)
                     if self._compaction is not None:
-                        self._compaction.go_on(now_s, lease=self._lease)
+                        self._compaction.run_due(now_s, lease=self._lease)
                     self._speak_of_moves()
                 except StoreError as error:
                     self._error = str(error)[:500]
-                    self._write_s = now_s + self._pause_s * random.uniform(0.5, 1.0)
-                    self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+                    self._write_s = now_s + self._pause.next_s()
                 else:
-                    self._error, self._pause_s = "", _FIRST_PAUSE_S
-        self._say(now_s)
+                    self._error = ""
+                    self._pause.end()
+            self._watcher.expect(self._store.written, now_s)
+            if self._watcher.is_lost(now_s):
+                self._error = UNHEARD
+        self._report(now_s)
 
-    def _hear(self) -> None:
-        """Take what the watching thread has heard."""
-        for _ in range(_MOST_WAITING):
-            try:
-                heard = self._watcher.heard.get_nowait()
-            except queue.Empty:
-                return
-            match heard:
-                case _All(entries):
+    def _take_changes(self) -> None:
+        """Take what the watching thread has received."""
+        for change in self._watcher.changes():
+            match change:
+                case All(entries=entries):
                     prefix = self._keys.pairs
                     self._ledger.saw_all(
                         (key.removeprefix(prefix), value)
@@ -258,29 +187,29 @@ class Replicator:
                     self._is_asked |= key == self._move_key and value is not None
                 case Change(key=key, value=value):
                     self._ledger.saw(key.removeprefix(self._keys.pairs), value)
-                case _Lost(error):
+                case Lost(error):
                     self._error = error
 
     def _speak_of_moves(self) -> None:
-        """Once all that was heard before is with the keeper.
+        """Once all that came before is with the keeper.
 
         Raises:
-            StoreError: what we said was not heard; it is said again.
+            StoreError: what we wrote has not come; it is written again.
         """
         is_asked, self._is_asked = self._is_asked, False
         if is_asked:
             by = self._asked.begin()
             if by:
-                self._supervisor.tell({"move_from": by[:128]})
+                self._supervisor.send({"move_from": by[:128]})
         if self._answer is not None:
             self._asked.end(self._answer)
             self._answer = None
 
-    def _tell_keeper(self, turn: Turn, now_s: float) -> None:
+    def _update_keeper(self, turn: Turn, now_s: float) -> None:
         """Of others' pairs, and of those that are others' by now."""
         for keys in _pieces(turn.release, _AT_ONCE):
             self._kernel.ask("release", keys=keys)
-        for pairs in _pieces(list(turn.let_go.values()), _AT_ONCE):
+        for pairs in _pieces(list(turn.moved.values()), _AT_ONCE):
             self._kernel.ask("let_go", pairs=[pair.encode() for pair in pairs])
         for some in _pieces(list(turn.hold.items()), _AT_ONCE):
             answer = self._kernel.ask("hold", pairs=[list(one) for one in some])
@@ -338,14 +267,14 @@ class Replicator:
             self._stays.lost_lease()
         self._renew_s = now_s + _RENEW_S
 
-    def _say(self, now_s: float) -> None:
+    def _report(self, now_s: float) -> None:
         if now_s < self._say_s or not (self._is_known or self._error):
             return
         own, held = self._ledger.counts
         state = "lost" if self._error else "connected"
         said = {"replicas": state, "error": self._error, "own": own, "held": held}
         if said != self._said:
-            self._supervisor.tell(said)
+            self._supervisor.send(said)
             self._said, self._say_s = said, now_s + _TOLD_EVERY_S
 
 

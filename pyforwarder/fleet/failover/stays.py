@@ -4,7 +4,7 @@ All that another machine must know for that is between whom they are. A machine 
 groups, each one key of the store, and a group a few times in a second: so connections that begin
 and end quickly cost no more than others.
 
-Pure: it is told what there is and what the store has, and says what is to be done.
+Pure: it is mark_known what there is and what the store has, and says what is to be done.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Stays:
             turn.tell[key] = ""
         return turn
 
-    def told(self, key: str, text: str) -> None:
+    def mark_known(self, key: str, text: str) -> None:
         """The keeper knows that now."""
         if text:
             self._told[key] = text

@@ -1,14 +1,14 @@
 """Room for a new session: what limits allow, and which others end for it.
 
 Who sends from made-up addresses can open sessions: they are counted apart from TCP, those whose
-client is not heard again end after seconds, and make room for others before that. Who sends twice
+client does not send again end after seconds, and make room for others before that. Who sends twice
 from each is taken for a client; nothing in UDP tells them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.limits import Limit
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.generation import ListenerState
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import Session
+
+_OF_CLIENT: Final = frozenset({Limit.SESSIONS_PER_CLIENT, Limit.SESSIONS_PER_CLIENT_IN_FLEET})
 
 
 class Admission:
@@ -35,7 +37,7 @@ class Admission:
         host = session.peer.host
         answer = self._server.limits.admit(host, state.scopes, now_s)
         # Somebody else may have used the client's address: its own unconfirmed ones go first.
-        if answer is Limit.SESSIONS_PER_CLIENT and self._make_room_of_client(host, state):
+        if answer in _OF_CLIENT and self._make_room_of_client(host, state):
             answer = self._server.limits.admit(host, state.scopes, now_s)
         if isinstance(answer, Limit):
             return answer
@@ -57,24 +59,29 @@ class Admission:
 
         The listener's scope comes first: a session that ends there makes room in the shared one.
         """
-        count = self._server.limits.client_count
+        limits, now_s = self._server.limits, self._loop.now_s
         full = {
-            key: bounds.per_client
+            key: bounds
             for bounds in state.scopes
             if bounds.per_client
-            and count(key := self._server.limits.key(host, bounds)) >= bounds.per_client
+            and not limits.has_room(key := limits.key(host, bounds), bounds, now_s)
         }
-        if any(self._server.standings.first_to_go(key) is None for key in full):
+        if any(self._server.eviction.first(key) is None for key in full):
             return False  # and so none of the others need end
-        return all(count(key) < most or self._make_room(key) for key, most in full.items())
+        if any(limits.is_beyond(key, bounds, now_s) for key, bounds in full.items()):
+            return False  # with one less and one more it is still one too many in the fleet
+        return all(
+            limits.has_room(key, bounds, now_s) or self._make_room(key)
+            for key, bounds in full.items()
+        )
 
     def _make_room(self, group: Hashable) -> bool:
         """End the session of the group that is known least, for another; whether there was one."""
         while True:
-            session = self._server.standings.first_to_go(group)
+            session = self._server.eviction.first(group)
             if session is None:
                 return False
-            # One that only the kernel has heard of late may be better known than that.
+            # One whose datagrams only the kernel has had of late may be better known than that.
             if not self._server.is_steady_in_kernel(session):
                 self._server.end(session, CloseReason.EVICTED)
                 return True

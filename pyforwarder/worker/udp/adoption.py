@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
@@ -14,15 +14,22 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
 from pyforwarder.runtime.counters import count_connect
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN
+from pyforwarder.worker.moving_facts import facts_of
+from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.icmp_errors import want_errors
 from pyforwarder.worker.udp.routes import route_of, server_of
+from pyforwarder.worker.udp.runs import want_runs
 from pyforwarder.worker.udp.session import Refused, Session
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan
     from pyforwarder.worker.generation import ListenerState
+    from pyforwarder.worker.moving_facts import SessionFacts
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort
+
+# So long it is remembered what another worker has told of a session that does not come.
+_REMEMBERED_S: Final = 60.0
 
 
 class SessionAdoption:
@@ -33,33 +40,50 @@ class SessionAdoption:
         self._log = server.log
         self._counters = server.counters
         self._loop = server.loop
+        self._told: dict[int, SessionFacts] = {}  # of sessions that are to come, by id
+
+    def remember(self, told: SessionFacts) -> None:
+        """What another daemon's worker says of a session that is to come."""
+        if not self._told:
+            self._loop.after(_REMEMBERED_S, self._told.clear)
+        if len(self._told) < self._server.most_sessions:
+            self._told[told.id] = told
 
     def take_in(self, orphans: Sequence[SessionOrphan]) -> int:
         """Go on with sessions that have lost their worker; how many of them do.
 
-        Their sockets are ours from here on. Those that the configuration would not have any more,
-        and those that nobody here can speak for, end.
+        See `take_one`.
         """
-        taken = []
-        for orphan in orphans:
-            try:
-                session = self._take_in(orphan)
-            except Exception as error:
-                # What a dead worker has left may be anything: it costs that session alone.
-                self._log.internal_error(error)
-                session = self._server.by_id.get(orphan.id)
-                if session is not None and session.sock is orphan.server:
-                    self._server.end(session, CloseReason.INTERNAL)
-                self._server.handover.end_orphan(orphan)
-                session = None
-            if session is not None:
-                taken.append(session)
-        # Not before all are known: the listener's queue has datagrams of all clients', and whose
-        # session is not known yet gets a second one.
+        taken = [one for one in map(self.take_one, orphans) if one is not None]
+        self.all_are_known(taken)
+        return len(taken)
+
+    def take_one(self, orphan: SessionOrphan) -> Session | None:
+        """Go on with one; its client's datagrams are read, also earlier ones, once `all_are_known`.
+
+        Its socket is ours from here on. None: the configuration would not have it any more, or
+        nobody here can speak for it; it ends.
+        """
+        try:
+            return self._take_in(orphan)
+        except Exception as error:
+            # What a dead worker has left may be anything: it costs that session alone.
+            self._log.internal_error(error)
+            session = self._server.by_id.get(orphan.id)
+            if session is not None and session.sock is orphan.server:
+                self._server.end(session, CloseReason.INTERNAL)
+            self._server.handover.end_orphan(orphan)
+            return None
+
+    def all_are_known(self, taken: Sequence[Session]) -> None:
+        """Look for what has come for them meanwhile.
+
+        Not before: the listener's queue has datagrams of all clients', and whose session is not
+        known yet gets a second one.
+        """
         for session in taken:
             if not session.life_ended:
-                self._server.copying.look_at_both(session)
-        return len(taken)
+                self._server.copying.watch_both(session)
 
     def _take_in(self, orphan: SessionOrphan) -> Session | None:
         port = self._port_of(orphan)
@@ -90,13 +114,16 @@ class SessionAdoption:
             up, down = record.worker
             session.up_bytes, session.up_packets = up.carried_bytes, up.carried_packets
             session.down_bytes, session.down_packets = down.carried_bytes, down.carried_packets
-        answer = self._server.limits.admit(host, port.state.scopes, self._loop.now_s)
+        told = self._told.pop(orphan.id, None)
+        self._know_client(session, told)
+        scopes = port.state.scopes
+        answer = self._server.limits.admit(host, scopes, self._loop.now_s, is_new=False)
         if not isinstance(answer, Limit):  # it is no new one: it may be one too many
             session.client_keys = answer
         self._server.enter(session)
-        self._server.standings.heard(session, self._loop.now_s)
         self._hold_server(session)
         want_errors(session.sock)
+        want_runs(session.sock)
         self._loop.watch(session.sock.fileno(), EPOLLIN, self._server.copying.answered, session)
         self._server.watch_idle(session)
         self._server.records.show(session, PairState.JOINED)
@@ -108,10 +135,28 @@ class SessionAdoption:
                 self._server.records.window.count(session.slot, direction, count, packets, 0)
         if is_copied:
             self._server.handover.established(session)
-        elif not self._server.handover.go_on_with(session, orphan):
+        elif not self._server.handover.resume(session, orphan):
             self._server.end(session, CloseReason.INTERNAL)
             return None
+        self._server.is_steady_in_kernel(session)
         return session
+
+    def _know_client(self, session: Session, told: SessionFacts | None) -> None:
+        """How well the client is known: as the worker before has said, or by what was carried.
+
+        An address that was made up is one after an upgrade, too.
+        """
+        if told is not None:
+            session.facts = facts_of(told.audit)
+            if told.active_s is not None:
+                session.active_s = min(told.active_s, self._loop.now_s)
+        if told is not None and told.standing is not None:
+            session.assurance = Assurance(told.standing)
+            session.heard_bytes, session.told_bytes = told.heard_bytes, told.told_bytes
+        elif session.kind is DatapathKind.COPY and session.up_packets <= 1:
+            session.heard_bytes, session.told_bytes = session.up_bytes, session.down_bytes
+        else:
+            session.assurance = Assurance.BRIEF  # who has sent less is never given to the kernel
 
     def _end_orphan(
         self, state: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str
@@ -138,7 +183,7 @@ class SessionAdoption:
         self._server.handover.end_orphan(orphan, then)
 
     def _port_of(self, orphan: SessionOrphan) -> DatagramPort | None:
-        """Where its client speaks to; under whatever name."""
+        """Where its client speaks to; under any name."""
         host, number = orphan.local
         is_ipv6 = ":" in host
         for port in self._server.ports.values():

@@ -23,6 +23,7 @@ from pyforwarder.runtime.resolver import KEEP_S, MOST_ADDRESSES, TooManyNamesErr
 from pyforwarder.runtime.sockaddr import sockaddr
 from pyforwarder.worker.connector import CONNECT_ERRORS
 from pyforwarder.worker.udp.icmp_errors import want_errors
+from pyforwarder.worker.udp.runs import want_runs
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.resolver import Names
@@ -144,6 +145,7 @@ class Connecting:
                         sock.bind((source, 0))
                 sock.connect(sockaddr(address))
                 want_errors(sock)
+                want_runs(sock)
                 name = sock.getsockname()
             except OSError as error:
                 sock.close()
@@ -195,6 +197,7 @@ class Connecting:
             sock.bind((host, 0, 0, scope) if address.is_ipv6 else (host, 0))
             sock.connect(sockaddr(address))
             want_errors(sock)
+            want_runs(sock)
             name = sock.getsockname()
         except OSError as error:
             sock.close()
@@ -239,7 +242,7 @@ class Connecting:
             assert session.source is not None
             answer = negotiation.granted(session.source)
             if answer:
-                self._server.copying.tell(session, answer)
+                self._server.copying.send_to_client(session, answer)
         if session.state.send_proxy is not None:
             session.proxy_header = _proxy_header(session)
         self._server.copying.send_waiting(session)

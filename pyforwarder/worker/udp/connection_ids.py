@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 
 from pyforwarder.core.address import Address, ip_text
 from pyforwarder.core.first_packet.quic_ids import LONGEST, SHORTEST, id_of_client
+from pyforwarder.runtime.one_store import store32
 
 # An id is known so long after its session has ended: clients come back after a silence.
 KEEP_S: Final = 120.0
@@ -79,7 +80,7 @@ class ConnectionIds:
         self._own[at] = length
         (lengths,) = _LENGTHS.unpack_from(self._own)
         if not lengths >> length & 1:
-            _LENGTHS.pack_into(self._own, 0, lengths | 1 << length)
+            store32(self._own, 0, lengths | 1 << length)
 
     def forget(self, connection_id: bytes, now_s: float) -> None:
         """A session with it has ended; it leads there for a while still."""

@@ -14,12 +14,29 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.first_packet.quic_ids import id_of_server
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import EPOLLERR
+from pyforwarder.runtime.recvmmsg import Receiver, Room
 from pyforwarder.worker.udp.connection_ids import Way
-from pyforwarder.worker.udp.runs import UNSEGMENTED, Run, send_segments
-from pyforwarder.worker.udp.sockets import ANCILLARY_BYTES, from_address, local_address, name_of
-from pyforwarder.worker.udp.standing import Standing
+from pyforwarder.worker.udp.eviction import Assurance
+from pyforwarder.worker.udp.runs import (
+    GRO_BYTES,
+    UNSEGMENTED,
+    cut,
+    end_of_run,
+    send_segments,
+    size_of_run,
+)
+from pyforwarder.worker.udp.sockets import (
+    ANCILLARY_BYTES,
+    NAME_BYTES,
+    from_address,
+    key_of,
+    local_address_in,
+    name_of,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.server_losses import ServerLosses
@@ -36,8 +53,11 @@ ORDINARY_BYTES: Final = 1500
 TRIES: Final = 3
 # How many datagrams one socket gets served before the others have their turn.
 BATCH: Final = 64
-_NEW: Final = Standing.NEW
-_STEADY: Final = Standing.STEADY
+# One message of a server may be as many datagrams (runs.py), which nobody knows before it is
+# received. So few are where that is not known yet, and where each datagram is sent by itself.
+_FEW_MESSAGES: Final = 2
+_NEW: Final = Assurance.NEW
+_STEADY: Final = Assurance.STEADY
 
 
 class Copying:
@@ -49,94 +69,148 @@ class Copying:
         self._window = window
         self._loop = server.loop
         self._counters = server.counters
-        self._run = Run()
+        self._room = Room()
+        self._from_servers = Receiver(self._room, control_bytes=GRO_BYTES)
+        self._receivers: dict[tuple[int, bool], Receiver] = {}  # by family, and if wildcard
         self._waiting_bytes = 0  # of all sessions whose server is not known yet
 
     # From clients
 
     def readable(self, port: DatagramPort, _fd: int, _mask: int) -> None:
         """A listener's socket has datagrams of clients, or an error."""
-        run = self._run
+        if self._server.waits_for_sessions:
+            return  # whose session is still to come would get another one
         port.counted = None
-        for _ in range(BATCH):
-            local = b""
+        fd, receiver = port.sock.fileno(), self._receiver_of(port)
+        left = BATCH
+        while left > 0:
             try:
-                if port.is_wildcard:
-                    size, ancillary, _, name = port.sock.recvmsg_into([run.room], ANCILLARY_BYTES)
-                    local = local_address(ancillary)
-                else:
-                    size, name = port.sock.recvfrom_into(run.room)
-            except BlockingIOError:
+                datagrams = receiver.receive(fd, left)
+            except OSError:
+                left -= 1
+                continue  # an ICMP error about an earlier answer: nobody is there to send to
+            if not datagrams:
                 if self._server.handover.is_quiet(port):
                     break
+                left -= 1
                 continue
-            except OSError:
-                continue  # an ICMP error about an earlier answer: nobody is there to tell
             port.counted = None
-            key = (name[0], name[1], local, name[3] if len(name) == 4 else 0)
-            session = port.sessions.get(key)
-            datagram = run.received(size)
-            try:
-                if session is None:
-                    self.send_run()  # its session may have to make room
-                    self._server.deciding.open(port, key, bytes(datagram))
+            were_all = len(datagrams) < left
+            left -= len(datagrams)
+            names = receiver.names()
+            if port.is_wildcard:
+                said = receiver.controls()
+                names = [
+                    name + local_address_in(control)
+                    for name, control in zip(names, said, strict=True)
+                ]
+            self._take(port, names, datagrams)
+            if were_all and not port.behind:
+                break
+
+    def _receiver_of(self, port: DatagramPort) -> Receiver:
+        """What receives of its socket."""
+        kind = port.sock.family, port.is_wildcard
+        receiver = self._receivers.get(kind)
+        if receiver is None:
+            receiver = self._receivers[kind] = Receiver(
+                self._room,
+                name_bytes=NAME_BYTES[port.sock.family],
+                control_bytes=ANCILLARY_BYTES if port.is_wildcard else 0,
+            )
+        return receiver
+
+    def _take(
+        self, port: DatagramPort, names: Sequence[bytes], datagrams: Sequence[memoryview]
+    ) -> None:
+        """Send on what has been received, each client's in its order."""
+        by_name = port.by_name
+        of_sessions: dict[Session, list[memoryview]] = {}
+        for name, datagram in zip(names, datagrams, strict=True):
+            session = by_name.get(name) or port.find(name)
+            if session is not None:
+                of_one = of_sessions.get(session)
+                if of_one is None:
+                    of_sessions[session] = [datagram]
                 else:
-                    if session.standing is not _STEADY:
-                        self._server.standings.heard(session, self._loop.now_s)
-                        if session.slot < 0:
-                            self._server.records.show_again(session)
-                    if run.goes_on(session, size):
-                        continue
-                    self.send_run()
-                    if session.sock is not None and self._may_run(session, size):
-                        run.begin(session, size)
-                    else:
-                        self.send_up(session, datagram)
+                    of_one.append(datagram)
+                continue
+            self._send_all(of_sessions)  # one of them may have to make room
+            of_sessions.clear()
+            self._take_one(port, key_of(name), datagram)
+        self._send_all(of_sessions)
+
+    def _take_one(self, port: DatagramPort, key: Key, datagram: memoryview) -> None:
+        """A datagram whose client may have no session any more, or none yet."""
+        session = port.sessions.get(key)
+        try:
+            if session is None:
+                self._server.deciding.open(port, key, bytes(datagram))
+            else:
+                self._heard(session)
+                self.send_up(session, datagram)
+        except Exception as error:
+            self._server.blame(port, key, error)
+
+    def _send_all(self, of_sessions: Mapping[Session, Sequence[memoryview]]) -> None:
+        for session, datagrams in of_sessions.items():
+            try:
+                sent = self._send_many(session, datagrams) if not session.life_ended else 0
             except Exception as error:
-                self._server.blame(port, key, error)
-        self.send_run()
+                self._server.blame(session.listener, session.key, error)
+                continue
+            # Its server is lost: what came behind that is for another.
+            for datagram in datagrams[sent:]:
+                self._take_one(session.listener, session.key, datagram)
+
+    def _heard(self, session: Session) -> None:
+        """Its client has sent something."""
+        if session.assurance is not _STEADY:
+            self._server.eviction.confirm(session, self._loop.now_s)
+            if session.slot < 0:
+                self._server.records.show_again(session)
+
+    def _send_many(self, session: Session, datagrams: Sequence[memoryview]) -> int:
+        """Send them to the server, together where they can be; how many it took.
+
+        That is not all if the session ends.
+        """
+        self._heard(session)
+        at, count = 0, len(datagrams)
+        while at < count and not session.life_ended:
+            end = at + 1
+            if end < count and self._may_run(session):
+                end = end_of_run(datagrams, at, session.most_segment)
+                if end > at + 1 and self._send_segments(session, datagrams[at:end]):
+                    at = end
+                    continue
+            for datagram in datagrams[at:end]:
+                self.send_up(session, datagram)
+                at += 1
+                if session.life_ended:
+                    break
+        return at
 
     @staticmethod
-    def _may_run(session: Session, size: int) -> bool:
-        """Whether the datagram may wait for the others that have come with it."""
+    def _may_run(session: Session) -> bool:
+        """Whether its datagrams may go together."""
         # Not of one that the kernel has as well: of those each is counted.
-        return (
-            session.place is None and 0 < size <= session.most_segment and not session.proxy_header
-        )
+        return session.sock is not None and session.place is None and not session.proxy_header
 
-    def send_run(self) -> None:
-        """Send on what is left of a client's datagrams."""
-        run = self._run
-        session = run.session
-        if session is None:
-            return
-        try:
-            if session.sock is not None and not self._send_segments(session, run):
-                for datagram in run.datagrams():
-                    if session.life_ended:
-                        return
-                    self.send_up(session, datagram)
-        except Exception as error:
-            self._server.blame(session.listener, session.key, error)
-        finally:
-            run.clear()
-
-    def _send_segments(self, session: Session, run: Run) -> bool:
+    def _send_segments(self, session: Session, datagrams: Sequence[memoryview]) -> bool:
         """False: these have to be sent one by one."""
         assert session.sock is not None
-        if run.count == 1:
-            return False
         try:
-            send_segments(session.sock, run)
+            send_segments(session.sock, datagrams)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.EPERM):
-                self._counters[Counter.DATAGRAMS_LOST] += run.count
+                self._counters[Counter.DATAGRAMS_LOST] += len(datagrams)
                 return True
             if error.errno in UNSEGMENTED:
-                session.most_segment = run.size - 1
+                session.most_segment = len(datagrams[0]) - 1
             return False
-        session.up_bytes += len(run.data)
-        session.up_packets += run.count
+        session.up_bytes += size_of_run(datagrams)
+        session.up_packets += len(datagrams)
         self._moved(session, 0, session.up_bytes, session.up_packets)
         return True
 
@@ -152,7 +226,7 @@ class Copying:
                 break
             except OSError as error:
                 # The one before may have met an error of ICMP: then this one was not even tried.
-                if not self._losses.hear_errors(session):
+                if not self._losses.read_errors(session):
                     return
                 if error.errno == errno.EAGAIN or not tries_left:
                     self._failed(session, error)
@@ -200,63 +274,76 @@ class Copying:
     def answered(self, session: Session, _fd: int, mask: int) -> None:
         """A session's socket has datagrams of its server, or an error."""
         assert session.sock is not None
-        if mask & EPOLLERR and not self._losses.hear_errors(session):
+        if mask & EPOLLERR and not self._losses.read_errors(session):
             return
-        run, handover = self._run, self._server.handover
-        try:
-            for _ in range(BATCH):
-                passed = handover.passed_down(session) if session.place is not None else None
-                try:
-                    size = session.sock.recv_into(run.room)
-                except BlockingIOError:
-                    if passed is not None:
-                        handover.caught_up_down(session, passed)
-                    break
-                except OSError:
-                    self._tell_run(session)
-                    if not self._losses.hear_errors(session):
-                        return
-                    continue
-                session.answered_s = self._loop.now_s
-                datagram = run.received(size)
-                if session.learning:
-                    self._learn(session, datagram)
-                if run.goes_on(session, size):
-                    continue
-                self._tell_run(session)
-                if session.standing is not _NEW and self._may_run(session, size):
-                    run.begin(session, size)
-                elif self.tell(session, datagram):
-                    self._told(session, size, 1)
-            self._tell_run(session)
-        finally:
-            run.clear()
-
-    def _tell_run(self, session: Session) -> None:
-        """Send on what is left of a server's datagrams."""
-        run = self._run
-        if not run.count:
-            return
-        if run.count > 1:
-            key = session.key
+        fd, handover = session.sock.fileno(), self._server.handover
+        left = BATCH
+        while left > 0:
+            passed = handover.passed_down(session) if session.place is not None else None
+            asked = self._messages_at_once(session, left)
             try:
-                send_segments(session.listener.sock, run, from_address(key[2]), name_of(key))
-            except OSError as error:
-                if error.errno not in UNSEGMENTED:
-                    self._counters[Counter.DATAGRAMS_LOST] += run.count
-                    run.clear()
+                datagrams = self._from_servers.receive(fd, asked)
+            except OSError:
+                left -= 1
+                if not self._losses.read_errors(session):
                     return
-                session.most_segment = run.size - 1
-            else:
-                self._told(session, len(run.data), run.count)
-                run.clear()
-                return
-        for datagram in run.datagrams():
-            if self.tell(session, datagram):
-                self._told(session, len(datagram), 1)
-        run.clear()
+                continue
+            if not datagrams:
+                if passed is not None:
+                    handover.caught_up_down(session, passed)
+                break
+            session.answered_s = self._loop.now_s
+            received = len(datagrams)
+            were_all = received < asked
+            if self._from_servers.has_controls():
+                datagrams = cut(datagrams, self._from_servers.controls())
+            left -= len(datagrams)
+            of_one = -(-len(datagrams) // received)
+            session.most_of_message = max(session.most_of_message, of_one)
+            if session.learning:
+                for datagram in datagrams[: session.learning]:
+                    self._learn(session, datagram)
+            self._send_all_to_client(session, datagrams)
+            if were_all and session.place is None:
+                break
 
-    def _told(self, session: Session, size: int, count: int) -> None:
+    def _messages_at_once(self, session: Session, left: int) -> int:
+        """How many messages of the server may be received, if so many datagrams may be sent on."""
+        most = max(1, left // max(1, session.most_of_message))
+        is_together = session.assurance is not _NEW and self._may_run(session)
+        return most if is_together and session.most_of_message else min(most, _FEW_MESSAGES)
+
+    def _send_all_to_client(self, session: Session, datagrams: Sequence[memoryview]) -> None:
+        """Send on what a server has answered, together where it can be."""
+        at, count = 0, len(datagrams)
+        while at < count:
+            end = at + 1
+            # Not to a client of one datagram: `amplification` may bound what it gets.
+            if end < count and session.assurance is not _NEW and self._may_run(session):
+                end = end_of_run(datagrams, at, session.most_segment)
+                if end > at + 1 and self._send_segments_to_client(session, datagrams[at:end]):
+                    at = end
+                    continue
+            for datagram in datagrams[at:end]:
+                if self.send_to_client(session, datagram):
+                    self._count_sent(session, len(datagram), 1)
+            at = end
+
+    def _send_segments_to_client(self, session: Session, datagrams: Sequence[memoryview]) -> bool:
+        """False: these have to be sent one by one."""
+        key = session.key
+        try:
+            send_segments(session.listener.sock, datagrams, from_address(key[2]), name_of(key))
+        except OSError as error:
+            if error.errno in UNSEGMENTED:
+                session.most_segment = len(datagrams[0]) - 1
+                return False
+            self._counters[Counter.DATAGRAMS_LOST] += len(datagrams)
+            return True
+        self._count_sent(session, size_of_run(datagrams), len(datagrams))
+        return True
+
+    def _count_sent(self, session: Session, size: int, count: int) -> None:
         session.down_bytes += size
         session.down_packets += count
         self._moved(session, 1, session.down_bytes, session.down_packets)
@@ -281,7 +368,7 @@ class Copying:
         self._server.ids.learn(connection_id, way, self._loop.now_s)
         session.ids = (*session.ids, connection_id)
 
-    def tell(self, session: Session, data: bytes | memoryview) -> bool:
+    def send_to_client(self, session: Session, data: bytes | memoryview) -> bool:
         """Whether the datagram went out to the session's client.
 
         A client that has sent one datagram may have made its address up: what a server answers
@@ -289,7 +376,7 @@ class Copying:
         servers, RFC 9000 8.1). A second datagram ends that, though it may be made up as well: no
         bound that real clients can live with holds against a sender who repeats himself.
         """
-        if session.standing is _NEW:
+        if session.assurance is _NEW:
             amplification = session.state.amplification
             most = amplification * session.heard_bytes
             if amplification and session.told_bytes + len(data) > most:
@@ -301,7 +388,10 @@ class Copying:
     def send_down(self, port: DatagramPort, key: Key, data: bytes | memoryview) -> bool:
         """Whether the datagram went out; one that does not is lost, as on any path."""
         try:
-            port.sock.sendmsg([data], from_address(key[2]), 0, name_of(key))
+            if key[2]:
+                port.sock.sendmsg([data], from_address(key[2]), 0, name_of(key))
+            else:
+                port.sock.sendto(data, name_of(key))
         except OSError:
             self._counters[Counter.DATAGRAMS_LOST] += 1
             return False
@@ -327,7 +417,7 @@ class Copying:
         elif session.place is not None:
             self._server.handover.copied(session, direction)
 
-    def look_at_both(self, session: Session) -> None:
+    def watch_both(self, session: Session) -> None:
         """Copy what has come for a session, from whichever side, before the next event."""
         self.readable(session.listener, -1, 0)
         if session.sock is not None:

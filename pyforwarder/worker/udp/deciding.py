@@ -21,6 +21,7 @@ from pyforwarder.runtime.counters import (
     ListenerCounter,
     RuleCounter,
 )
+from pyforwarder.worker.generation import is_local
 from pyforwarder.worker.udp.routes import followed_route
 from pyforwarder.worker.udp.session import Refused, Session
 from pyforwarder.worker.udp.undecided import Undecided, UndecidedClients
@@ -47,6 +48,8 @@ class Deciding:
 
     def open(self, port: DatagramPort, key: Key, datagram: bytes) -> None:
         """A client without a session has sent a datagram."""
+        if self._is_ours(port, key):
+            return
         if port.state.ruleset.followed and self._follow(port, key, datagram):
             return
         undecided = self._undecided.get(port, key)
@@ -74,6 +77,24 @@ class Deciding:
         if undecided is not None:
             self._undecided.forget(undecided)
         self._act(port, key, data, decision)
+
+    def _is_ours(self, port: DatagramPort, key: Key) -> bool:
+        """Whether it names a listener of this forwarder as its sender: then there is no session.
+
+        What a server answered would come back as a client's next datagram, without an end. Linux
+        takes such packets from the wire where they are IPv6 (ip6_rcv_core asks for loopback's
+        addresses alone).
+        """
+        state, client = port.state, Address(key[0], key[1])
+        # Whose a link-local address is, its link alone tells.
+        named = Address(f"{key[0]}%{key[3]}", key[1]) if key[3] else client
+        if not state.generation.own["udp"].includes(named, is_local=is_local):
+            return False
+        refused = Refused(self._server, state, client, None)
+        refused.refusal = "its sender would be this forwarder"
+        self._counters[state.counter + ListenerCounter.ACCEPTED] += 1
+        self._turn_away(refused, state, None, CloseReason.DENIED)
+        return True
 
     def _claim(self, port: DatagramPort, key: Key, datagram: bytes, claim: Claim) -> None:
         """Have a token used up in the fleet; what the client sends meanwhile waits."""
@@ -169,8 +190,8 @@ class Deciding:
             session.facts = (*decision.facts, *state.ruleset.facts(decision.rule, data))
             limit = self._server.admission.admit(session)
             if limit is not None:
-                counters[LIMITED_INDEX[limit]] += 1
-                self._server.say_no(session, CloseReason.BUSY)
+                counters[LIMITED_INDEX[limit.counted_as]] += 1
+                self._server.send_refusal(session, CloseReason.BUSY)
                 refused = Refused(self._server, state, client, decision.rule)
                 refused.route, refused.facts = decision, session.facts
                 refused.over_limit = limit

@@ -1,6 +1,6 @@
 """Sessions that are to end, of which some do in each turn of the loop: others wait meanwhile.
 
-Thousands end at once where a server is lost, a listener is taken away, or somebody says `flush
+Thousands end at once where a server is lost, a listener is taken away, or a user says `flush
 --all`; and such as have begun together fall silent together. Each has to be counted, logged, and
 taken from the kernel.
 """
@@ -59,9 +59,9 @@ class Endings:
     def _plan(self) -> None:
         if self._due and not self._is_planned:
             self._is_planned = True
-            self._loop.defer(self._go_on, None)
+            self._loop.defer(self._run_planned, None)
 
-    def _go_on(self, _: object) -> None:
+    def _run_planned(self, _: object) -> None:
         self._is_planned = False
         self.begin()
         self._plan()

@@ -19,7 +19,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.splice.sessions import Opening, Place
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker.udp.standing import Standing
+from pyforwarder.worker.udp.eviction import Assurance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class SessionHandover:
     """Moves sessions from copy to the kernel, and ends them there."""
 
     def __init__(self, server: DatagramServer, kernel: SpliceSessions | None) -> None:
-        """`kernel` is None where this host cannot, or nobody wants it.
+        """`kernel` is None where this host cannot, or it is not configured.
 
         Whether it works is not known before `settle`: until then sessions are copied.
         """
@@ -85,12 +85,14 @@ class SessionHandover:
 
     def moved(self, session: Session) -> None:
         """A datagram was copied: it may have been the one that earns the handover."""
-        if session.standing is Standing.NEW:
+        if session.assurance is Assurance.NEW:
             return
         if not session.down_packets and not self._is_stream(session):
             return
         if self._works is None:
             return
+        if self._server.waits_for_sessions:
+            return  # the listener is not to be read now, which a handover begins with
         if not self._works:
             session.earns = False
             session.pair_reason = _not_here(session)
@@ -112,7 +114,7 @@ class SessionHandover:
         Made-up addresses cost their sender seconds and bytes then, for each of them.
         """
         return (
-            session.standing is Standing.STEADY
+            session.assurance is Assurance.STEADY
             and session.up_bytes >= session.state.generation.handover.after_bytes
         )
 
@@ -169,7 +171,7 @@ class SessionHandover:
         self._server.records.show_datapath(session)
         if session.place is not None:
             session.listener.behind[session] = None
-            self._server.copying.look_at_both(session)
+            self._server.copying.watch_both(session)
 
     def _open(self, session: Session) -> Opening | PairReason:
         if self._kernel is None or session.slot < 0:
@@ -201,13 +203,13 @@ class SessionHandover:
             then=then,
         )
 
-    def go_on_with(self, session: Session, orphan: SessionOrphan) -> bool:
+    def resume(self, session: Session, orphan: SessionOrphan) -> bool:
         """The session is the orphan from here on; False: it cannot be, and is forgotten."""
         assert self._kernel is not None
         if session.slot < 0:
             self._kernel.forget(orphan.index, orphan.id)
             return False
-        session.place = self._kernel.go_on_with(
+        session.place = self._kernel.resume(
             orphan,
             session.slot,
             session.state.session_idle_s,
@@ -325,13 +327,13 @@ class SessionHandover:
     def leave(self, sessions: Sequence[Session]) -> None:
         """The sessions end: take them from the kernel, and add up what that has carried.
 
-        That is known in a second at most, and then `tell_end` of those that had a place. There are
-        ENDS_AT_ONCE of them at most.
+        That is known in a second at most, and then `count_ended` of those that had a place. There
+        are ENDS_AT_ONCE of them at most.
         """
         left = []
         for session in sessions:
             session.earns = False
-            self.let_go(session)
+            self.release(session)
             if session.place is not None:
                 session.listener.behind.pop(session, None)
                 left.append((session, session.place))
@@ -349,7 +351,7 @@ class SessionHandover:
                 session.down_packets += down[1]
                 session.is_counted = True
                 if session.life_ended and is_asked:  # else who ends it tells
-                    self._server.tell_end(session)
+                    self._server.count_ended(session)
 
         for session, _ in left:
             session.is_counted = False
@@ -361,14 +363,14 @@ class SessionHandover:
             raise
         is_asked = True
 
-    def let_go(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         """The session is not given to the kernel any more; one that is there, stays there."""
         if session.opening is not None and self._kernel is not None:
             self._kernel.abandon(session.opening)
             session.opening = None
 
     def finish(self) -> None:
-        """The worker is about to end: nobody is waited for any more."""
+        """The worker is about to end: nothing is waited for any more."""
         if self._kernel is not None:
             self._kernel.count_now()
 

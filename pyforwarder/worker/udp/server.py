@@ -30,16 +30,16 @@ from pyforwarder.worker.udp.connecting import Connecting
 from pyforwarder.worker.udp.copying import Copying
 from pyforwarder.worker.udp.deciding import Deciding
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE, Endings
+from pyforwarder.worker.udp.eviction import (
+    STEADY_AFTER_S,
+    UNCONFIRMED_IDLE_S,
+    Assurance,
+    EvictionQueues,
+)
 from pyforwarder.worker.udp.handover import SessionHandover
 from pyforwarder.worker.udp.records import SessionRecords
 from pyforwarder.worker.udp.server_losses import ServerLosses
 from pyforwarder.worker.udp.session import DatagramPort
-from pyforwarder.worker.udp.standing import (
-    STEADY_AFTER_S,
-    UNCONFIRMED_IDLE_S,
-    Standing,
-    Standings,
-)
 
 if TYPE_CHECKING:
     from pyforwarder.core.routing import Rule
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.udp.sockets import Key
 
 IDLE_CHECKS: Final = 8
-_NEW: Final = Standing.NEW
-_STEADY: Final = Standing.STEADY
+_NEW: Final = Assurance.NEW
+_STEADY: Final = Assurance.STEADY
 
 
 class DatagramServer:
@@ -96,7 +96,7 @@ class DatagramServer:
         self.ids = ids
         self.ports: dict[str, DatagramPort] = {}
         self.by_id: dict[int, Session] = {}  # the sessions that are open
-        self.standings: Standings[Session] = Standings()
+        self.eviction: EvictionQueues[Session] = EvictionQueues()
         self.client_addresses = ClientAddresses(ask_supervisor)
         self._endings = Endings(loop, self._end_some)
         # Datagrams wait in the kernel: another daemon's worker has sessions that are to be ours.
@@ -139,11 +139,10 @@ class DatagramServer:
 
         Sessions go on sending what their servers answer.
         """
-        self.copying.send_run()
         for port in self.ports.values():
             self.loop.forget(port.sock.fileno())
 
-    def keep_only(self, names: Sequence[str]) -> None:
+    def listen_only_at(self, names: Sequence[str]) -> None:
         """Close the listeners that are not among `names`, and end their sessions."""
         for name in [name for name in self.ports if name not in names]:
             port = self.ports.pop(name)
@@ -162,7 +161,7 @@ class DatagramServer:
         counters[Counter.PAIRS_OPEN] += 1
         self.limits.add_session(state.counter)
         session.groups = (None, session.listener, *session.client_keys)
-        self.standings.add(session)
+        self.eviction.add(session)
         session.listener.sessions[session.key] = session
         self.by_id[session.id] = session
 
@@ -187,16 +186,16 @@ class DatagramServer:
         `cause` is for the log.
         """
         session.refusal = cause
-        self.say_no(session, reason)
+        self.send_refusal(session, reason)
         self.end(session, reason)
 
-    def say_no(self, session: Session, reason: CloseReason) -> None:
+    def send_refusal(self, session: Session, reason: CloseReason) -> None:
         """Tell the client why it has no session, if its protocol has words for it."""
         negotiation = session.route.negotiation
         if negotiation is not None:
             answer = negotiation.refused(refusal_code(reason))
             if answer:
-                self.copying.tell(session, answer)
+                self.copying.send_to_client(session, answer)
 
     # Ends
 
@@ -207,14 +206,14 @@ class DatagramServer:
     @staticmethod
     def _idle_s(session: Session) -> float:
         idle_s = session.state.session_idle_s
-        return min(UNCONFIRMED_IDLE_S, idle_s) if session.standing is _NEW else idle_s
+        return min(UNCONFIRMED_IDLE_S, idle_s) if session.assurance is _NEW else idle_s
 
-    def look_at_idle(self, session: Session) -> None:
+    def check_idle(self, session: Session) -> None:
         """The session's timer: silent for too long, or not connected in time."""
         if session.sock is None:
             self.refuse(session, CloseReason.TIMEOUT, "no answer in time")
             return
-        if session.standing is not _STEADY:
+        if session.assurance is not _STEADY:
             self.is_steady_in_kernel(session)
         # Those that have begun together fall silent together: not all of them end in one turn.
         if self._is_idle(session):
@@ -231,7 +230,7 @@ class DatagramServer:
         """Whether the client has gone on speaking, as the kernel has seen."""
         if self.handover.heard_s(session) - session.accepted_s < STEADY_AFTER_S:
             return False
-        self.standings.heard(session, self.loop.now_s)
+        self.eviction.confirm(session, self.loop.now_s)
         return True
 
     def end_many(self, sessions: Iterable[Session], reason: CloseReason) -> None:
@@ -279,9 +278,9 @@ class DatagramServer:
         if session.address_asked:
             self.client_addresses.give_up(session.address_asked)
         if session.is_counted:
-            self.tell_end(session)
+            self.count_ended(session)
 
-    def tell_end(self, session: Session) -> None:
+    def count_ended(self, session: Session) -> None:
         """Count and log a session that has ended, once it is known what it has carried."""
         state, reason = session.state, session.reason
         assert reason is not None
@@ -303,9 +302,9 @@ class DatagramServer:
     def _forget(self, session: Session) -> None:
         """It is in no table of ours from here on, has no timer, and nothing waits for it."""
         session.life_ended = True
-        del session.listener.sessions[session.key]
+        session.listener.forget(session)
         del self.by_id[session.id]
-        self.standings.leave(session)
+        self.eviction.leave(session)
         self.loop.deadlines.stop(session)
         for connection_id in session.ids:
             self.ids.forget(connection_id, self.loop.now_s)
@@ -350,7 +349,7 @@ class DatagramServer:
     def drain(self, reason: CloseReason) -> None:
         """End every session, some in each turn of the loop, and listen no more."""
         self.end_many(self.by_id.values(), reason)
-        self.keep_only(())
+        self.listen_only_at(())
 
     def end_all(self, reason: CloseReason) -> None:
         """End every session now, however long that takes, and listen no more."""
@@ -358,14 +357,14 @@ class DatagramServer:
         for first in range(0, len(sessions), ENDS_AT_ONCE):
             some = sessions[first : first + ENDS_AT_ONCE]
             self._end_some([(session, reason) for session in some])
-        self.keep_only(())
+        self.listen_only_at(())
 
     # Between daemons
 
-    def let_go(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         """The session is another daemon's from here on, with its socket: forget it."""
         self._forget(session)
-        self.handover.let_go(session)
+        self.handover.release(session)
         session.listener.behind.pop(session, None)
         if session.sock is not None:
             self.loop.forget(session.sock.fileno())

@@ -34,7 +34,7 @@ class ServerLosses:
         self._loop = server.loop
         self._balancers: Mapping[str, Balancer] | None = None  # in force; None: not known
 
-    def hear_errors(self, session: Session) -> bool:
+    def read_errors(self, session: Session) -> bool:
         """Judge what ICMP says about the session's datagrams; whether it goes on."""
         assert session.sock is not None
         for refusal in refusals(session.sock):

@@ -15,8 +15,9 @@ from pyforwarder.core.address import Address, HostPort, UnixAddress
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.runtime.loop import Timed
+from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.runs import MOST_DATAGRAM_BYTES
-from pyforwarder.worker.udp.standing import Standing
+from pyforwarder.worker.udp.sockets import key_of
 
 if TYPE_CHECKING:
     from pyforwarder.core.first_packet.outcome import Facts
@@ -38,7 +39,7 @@ class SessionOwner(Protocol):
     loop: Loop
     next_id: Callable[[], int]
 
-    def look_at_idle(self, session: Session) -> None:
+    def check_idle(self, session: Session) -> None:
         """The session's timer has passed."""
 
     def end(self, session: Session, reason: CloseReason) -> None:
@@ -54,6 +55,7 @@ class Session(Timed):
         "address_asked",
         "answered_s",
         "asking",
+        "assurance",
         "candidates",
         "client_keys",
         "destination",
@@ -72,7 +74,9 @@ class Session(Timed):
         "learning",
         "life_ended",
         "listener",
+        "most_of_message",
         "most_segment",
+        "name",
         "opening",
         "over_limit",
         "owner",
@@ -89,7 +93,6 @@ class Session(Timed):
         "slot",
         "sock",
         "source",
-        "standing",
         "state",
         "told_bytes",
         "up_bytes",
@@ -112,6 +115,7 @@ class Session(Timed):
         # The port may have another by the time the session ends.
         self.state = port.state
         self.key = key
+        self.name = b""  # the same as the kernel says it, once it has
         self.route = route
         self.facts = route.facts
         self.peer = Address(key[0], key[1])
@@ -134,9 +138,9 @@ class Session(Timed):
         self.server_opened = False
         self.client_keys: tuple[int, ...] = ()
         self.over_limit: Limit | None = None
-        self.standing = Standing.NEW
+        self.assurance = Assurance.NEW
         self.groups: tuple[Hashable, ...] = ()
-        # What the client has sent and been sent: only kept while `standing` is NEW.
+        # What the client has sent and been sent: only kept while `assurance` is NEW.
         self.heard_bytes = heard_bytes
         self.told_bytes = 0
         self.reason: CloseReason | None = None
@@ -152,6 +156,9 @@ class Session(Timed):
         self.proxy_header = b""
         # Larger datagrams are sent one by one: more of that size at once do not fit the path.
         self.most_segment = MOST_DATAGRAM_BYTES
+        # How many datagrams a message of the server has been, the most that there were on average
+        # when some were received at once; 0: none has come yet.
+        self.most_of_message = 0
         # QUIC: where its connection id has led; those that its server has said, or its client did,
         # and how many answers are looked through for more.
         self.way: Way | None = None
@@ -164,7 +171,7 @@ class Session(Timed):
 
     def expired(self) -> None:
         """Time to look whether anybody still speaks."""
-        self.owner.look_at_idle(self)
+        self.owner.check_idle(self)
 
     def source_address(self) -> Address | None:
         """Where datagrams to the server come from."""
@@ -192,7 +199,7 @@ class Session(Timed):
 
 
 class Refused:
-    """A first datagram that gets no session, or a session nobody goes on with, for the log."""
+    """A first datagram that gets no session, or a session that cannot go on, for the log."""
 
     __slots__ = (
         "accepted_s",
@@ -244,6 +251,7 @@ class DatagramPort:
 
     def __init__(self, sock: socket.socket, state: ListenerState) -> None:
         self.sessions: dict[Key, Session] = {}
+        self.by_name: dict[bytes, Session] = {}  # those that have a name (sockets.py)
         # Those of which something was copied since the kernel was last told that all was; and what
         # it had counted then (handover.py).
         self.behind: dict[Session, None] = {}
@@ -257,3 +265,17 @@ class DatagramPort:
         # A wildcard socket must answer from the address that was asked, or the client will not
         # know the answer.
         self.is_wildcard = state.endpoint is None
+
+    def find(self, name: bytes) -> Session | None:
+        """The session of the client with this sockaddr, which is kept in `by_name`; None: none."""
+        session = self.sessions.get(key_of(name))
+        if session is not None:
+            self.by_name.pop(session.name, None)
+            session.name = name
+            self.by_name[name] = session
+        return session
+
+    def forget(self, session: Session) -> None:
+        """The session has ended, or is another worker's."""
+        del self.sessions[session.key]
+        self.by_name.pop(session.name, None)

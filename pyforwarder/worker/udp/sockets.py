@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
 from typing import Final
 
 _IPV6_RECVPKTINFO: Final = 49  # linux/in6.h
@@ -17,7 +16,14 @@ _IPV6_PKTINFO: Final = 50
 _IP_PKTINFO: Final = 8  # linux/in.h
 _PKTINFO4: Final = struct.Struct("=I4s4s")  # ifindex, local address, header's destination
 _PKTINFO6: Final = struct.Struct("=16sI")  # address, ifindex
+_CMSG: Final = struct.Struct("@Nii")  # struct cmsghdr
 ANCILLARY_BYTES: Final = 64
+
+# struct sockaddr_in and sockaddr_in6 (ip(7), ipv6(7))
+NAME_BYTES: Final = {int(socket.AF_INET): 16, int(socket.AF_INET6): 28}
+_FAMILY: Final = struct.Struct("=H")
+_PORT: Final = struct.Struct(">H")
+_SCOPE: Final = struct.Struct("=I")
 
 # The client's address, ours as the packet named it, and the client's scope (the interface, for a
 # link-local IPv6 address, ipv6(7); else 0): without it no answer finds the way, and clients with
@@ -38,14 +44,29 @@ def adopt_datagram_socket(fd: int, *, ipv6: bool, wildcard: bool) -> socket.sock
     return sock
 
 
-def local_address(ancillary: Sequence[tuple[int, int, bytes]]) -> bytes:
-    """The address of ours that the packet was sent to (ip(7), ipv6(7)); empty if not told."""
-    for level, kind, data in ancillary:
-        if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
-            return bytes(_PKTINFO4.unpack_from(data)[2])
-        if level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
-            return bytes(_PKTINFO6.unpack_from(data)[0])
+def local_address_in(control: bytes) -> bytes:
+    """The address of ours that the packet was sent to, of its only control message.
+
+    Empty if that says something else (cmsg(3), ip(7), ipv6(7)).
+    """
+    if len(control) >= _CMSG.size:
+        _, level, kind = _CMSG.unpack_from(control)
+        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
+            return bytes(_PKTINFO4.unpack_from(control, _CMSG.size)[2])
+        if (level, kind) == (socket.IPPROTO_IPV6, _IPV6_PKTINFO):
+            return bytes(_PKTINFO6.unpack_from(control, _CMSG.size)[0])
     return b""
+
+
+def key_of(name: bytes) -> Key:
+    """Who has sent a datagram: his struct sockaddr, and behind it the address of ours if told."""
+    (family,) = _FAMILY.unpack_from(name)
+    (port,) = _PORT.unpack_from(name, _FAMILY.size)
+    local = name[NAME_BYTES[family] :]
+    if family == socket.AF_INET:
+        return socket.inet_ntop(family, name[4:8]), port, local, 0
+    (scope,) = _SCOPE.unpack_from(name, 24)
+    return socket.inet_ntop(family, name[8:24]), port, local, scope
 
 
 def name_of(key: Key) -> tuple[str, int] | tuple[str, int, int, int]:

@@ -1,8 +1,9 @@
-"""How well a UDP client is known: who goes first when another needs the room.
+"""Which UDP session is evicted when another needs its room: by how well its client is known.
 
 An address in a datagram proves nothing: a host that makes up addresses opens a session with every
 packet. One that goes on speaking costs the sender more, as for netfilter's connection tracking
-(nf_conntrack_proto_udp.c: a flow that lasts two seconds is a stream, and never dropped early).
+(nf_conntrack_proto_udp.c: a flow that lasts two seconds is a stream, ASSURED, and never dropped
+early).
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ STEADY_AFTER_S: Final = 2.0
 UNCONFIRMED_IDLE_S: Final = 10.0
 
 
-class Standing(enum.IntEnum):
-    """What a client has done so far."""
+class Assurance(enum.IntEnum):
+    """What a client has done so far (conntrack(8) has UNREPLIED and ASSURED)."""
 
     NEW = 0  # it has sent one datagram
     BRIEF = 1  # it has sent more, within two seconds
     STEADY = 2  # it has gone on speaking: its session makes room for nobody
 
 
-_NEW: Final = Standing.NEW
-_STEADY: Final = Standing.STEADY
+_NEW: Final = Assurance.NEW
+_STEADY: Final = Assurance.STEADY
 
 
 class Member(Protocol):
-    """A session as `Standings` knows it."""
+    """A session as `EvictionQueues` knows it."""
 
-    standing: Standing
+    assurance: Assurance
 
     @property
     def groups(self) -> Sequence[Hashable]: ...
@@ -46,7 +47,7 @@ class Member(Protocol):
 M = TypeVar("M", bound=Member)
 
 
-class Standings(Generic[M]):
+class EvictionQueues(Generic[M]):
     """The sessions that may have to make room, by the groups in which room may be wanted."""
 
     def __init__(self) -> None:
@@ -54,33 +55,35 @@ class Standings(Generic[M]):
         self._groups: dict[Hashable, tuple[dict[M, None], dict[M, None]]] = {}
 
     def add(self, member: M) -> None:
-        """A session has begun."""
+        """A session has begun, or goes on here as the worker before has known its client."""
+        if member.assurance is _STEADY:
+            return
         for group in member.groups:
-            self._groups.setdefault(group, ({}, {}))[_NEW][member] = None
+            self._groups.setdefault(group, ({}, {}))[member.assurance][member] = None
 
-    def heard(self, member: M, now_s: float) -> None:
+    def confirm(self, member: M, now_s: float) -> None:
         """Its client has sent another datagram."""
         if now_s - member.accepted_s >= STEADY_AFTER_S:
             self.leave(member)
-            member.standing = Standing.STEADY
-        elif member.standing is _NEW:
+            member.assurance = Assurance.STEADY
+        elif member.assurance is _NEW:
             for group in member.groups:
                 new, brief = self._groups[group]
                 del new[member]
                 brief[member] = None
-            member.standing = Standing.BRIEF
+            member.assurance = Assurance.BRIEF
 
     def leave(self, member: M) -> None:
         """It has ended, or makes room for nobody from here on."""
-        if member.standing is _STEADY:
+        if member.assurance is _STEADY:
             return
         for group in member.groups:
             both = self._groups[group]
-            del both[member.standing][member]
+            del both[member.assurance][member]
             if not both[0] and not both[1]:
                 del self._groups[group]
 
-    def first_to_go(self, group: Hashable) -> M | None:
+    def first(self, group: Hashable) -> M | None:
         """Whose room in the group another may have; None: all of them are known."""
         for members in self._groups.get(group, ()):
             if members:

@@ -1,7 +1,7 @@
-"""What the page shows, read from the pair table and the counters: one look for all viewers.
+"""What the page shows, read from the pair table and the counters: one sample for all viewers.
 
-A look compares with the one before it, so that counters become rates. Descriptions are read once
-for each connection and its changes, numbers at every look: ten thousand pairs are some 30 ms.
+A sample is compared with the one before it, so that counters become rates. Descriptions are read
+once for each connection and its changes, numbers at every sample: 30 ms for ten thousand pairs.
 What a worker that was taken over writes into its window spoils its own pairs, and no others.
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 LANES: Final = tuple(kind for kind in DatapathKind if kind is not DatapathKind.NONE)
 # As many rows fit on no screen.
 MOST_ROWS: Final = 100
-# Orders and filters that are kept for as long as a look is the last one.
+# Orders and filters that are kept for as long as a sample is the newest.
 _MOST_ORDERS: Final = 32
 _STATES: Final = {int(state): state.label for state in PairState}
 _KINDS: Final = {int(kind): kind.label for kind in DatapathKind}
@@ -106,7 +106,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Flow:
-    """What went by between two looks, and how many pairs there are at the second."""
+    """What went by between two samples, and how many pairs there are at the second."""
 
     pairs: int = 0
     up_bytes: int = 0
@@ -127,8 +127,8 @@ class ServerNow(NamedTuple):
 
 
 @dataclass(slots=True)
-class Look:
-    """The state at one moment, and what happened since the look before."""
+class Sample:
+    """The state at one moment, and what happened since the sample before."""
 
     span_s: float  # since then; 0: there was none
     total: Flow
@@ -139,12 +139,12 @@ class Look:
     servers: list[Flow]
     up_bytes: int = 0  # since the daemon's start
     down_bytes: int = 0
-    refused: int = 0  # between the two looks
+    refused: int = 0  # between the two samples
     counts: Mapping[str, Any] = field(default_factory=dict)  # as they are now, see `_counts`
 
 
 class Pair:
-    """One connection, as the last look found it."""
+    """One connection, as the last sample has it."""
 
     __slots__ = (
         "_text",
@@ -213,7 +213,7 @@ class Pair:
         return all(word in now for word in words)
 
 
-# What pairs can be ordered by; those that are no attribute are in `Looker._order`.
+# What pairs can be ordered by; those that are no attribute are in `Sampler._order`.
 SORTS: Final[Mapping[str, Callable[[Pair], Any]]] = {
     "rate": attrgetter("per_s"),
     "up": attrgetter("up_per_s"),
@@ -230,7 +230,7 @@ SORTS: Final[Mapping[str, Callable[[Pair], Any]]] = {
 }
 
 
-class Looker:
+class Sampler:
     """Looks at one daemon's tables, whenever it is told to."""
 
     def __init__(self, plan: Plan, counters: Counters, windows: Sequence[mmap.mmap]) -> None:
@@ -244,21 +244,21 @@ class Looker:
         self._pairs: list[dict[int, Pair]] = [{} for _ in windows]
         self._by_id: list[Pair] | None = None
         self._orders: dict[tuple[str, bool, str], list[Pair]] = {}
-        self._before: dict[int, int] = {}  # counters at the look before
+        self._before: dict[int, int] = {}  # counters at the sample before
         self._carried: dict[tuple[str, int], int] = {}
 
     def forget(self) -> None:
-        """Nobody has looked for long: the next look is the first."""
+        """No viewer was there for long: the next sample is the first."""
         self._at_s = None
         self._pairs = [{} for _ in self._views]
         self._by_id = None
         self._orders.clear()
 
-    def look(self, now_s: float) -> Look:
-        """What is there now, and what went by since the last look; `now_s` by a steady clock."""
+    def sample(self, now_s: float) -> Sample:
+        """What is there now, and what went by since the last sample; `now_s` by a steady clock."""
         span_s = 0.0 if self._at_s is None else max(now_s - self._at_s, 0.001)
         plan = self.plan
-        look = Look(
+        sample = Sample(
             span_s,
             Flow(),
             [Flow() for _ in LANES],
@@ -268,14 +268,14 @@ class Looker:
             [Flow() for _ in plan.servers],
         )
         for window in range(len(self._views)):
-            self._look_at_window(window, span_s, look)
-        self._look_at_counters(look, is_first=self._at_s is None)
+            self._sample_window(window, span_s, sample)
+        self._sample_counters(sample, is_first=self._at_s is None)
         self._at_s = now_s
         self._by_id = None
         self._orders.clear()
-        return look
+        return sample
 
-    def _look_at_window(self, window: int, span_s: float, look: Look) -> None:
+    def _sample_window(self, window: int, span_s: float, sample: Sample) -> None:
         view, words = self._views[window], self._words[window]
         known = self._pairs[window]
         found: dict[int, Pair] = {}
@@ -308,30 +308,30 @@ class Looker:
             pair.up_per_s = up / span_s if up else 0.0
             pair.down_per_s = down / span_s if down else 0.0
             found[slot] = pair
-            for flow in self._flows(pair, look):
+            for flow in self._flows(pair, sample):
                 flow.pairs += 1
                 flow.up_bytes += up
                 flow.down_bytes += down
                 flow.new += is_new and span_s > 0
                 flow.up_carried += up_bytes
                 flow.down_carried += down_bytes
-            look.up_bytes += up_bytes
-            look.down_bytes += down_bytes
+            sample.up_bytes += up_bytes
+            sample.down_bytes += down_bytes
         self._pairs[window] = found
 
     @staticmethod
-    def _flows(pair: Pair, look: Look) -> Iterable[Flow]:
-        yield look.total
+    def _flows(pair: Pair, sample: Sample) -> Iterable[Flow]:
+        yield sample.total
         if pair.datapath:
-            yield look.lanes[pair.datapath - 1]
+            yield sample.lanes[pair.datapath - 1]
         if pair.listener_at is not None:
-            yield look.listeners[pair.listener_at]
+            yield sample.listeners[pair.listener_at]
         if pair.rule_at is not None:
-            yield look.rules[pair.rule_at]
+            yield sample.rules[pair.rule_at]
         if pair.upstream_at is not None:
-            yield look.upstreams[pair.upstream_at]
+            yield sample.upstreams[pair.upstream_at]
         if pair.server_at is not None:
-            yield look.servers[pair.server_at]
+            yield sample.servers[pair.server_at]
 
     def _describe(self, window: int, slot: int) -> Pair | None:
         """A connection that is new, or has changed; None: what is there is none."""
@@ -346,7 +346,7 @@ class Looker:
         self._places.find(pair)
         return pair
 
-    def _look_at_counters(self, look: Look, *, is_first: bool) -> None:
+    def _sample_counters(self, sample: Sample, *, is_first: bool) -> None:
         """Totals, and what is counted whether or not a pair lived until now."""
         total = self._counters.total
 
@@ -357,23 +357,25 @@ class Looker:
             now = self._carried[key] = max(most, live + total(word))
             return now, 0 if is_first else now - most
 
-        look.up_bytes, look.total.up_bytes = carried(("", _UP), look.up_bytes, Counter.UP_BYTES)
-        look.down_bytes, look.total.down_bytes = carried(
-            ("", _DOWN), look.down_bytes, Counter.DOWN_BYTES
+        sample.up_bytes, sample.total.up_bytes = carried(
+            ("", _UP), sample.up_bytes, Counter.UP_BYTES
+        )
+        sample.down_bytes, sample.total.down_bytes = carried(
+            ("", _DOWN), sample.down_bytes, Counter.DOWN_BYTES
         )
         before, self._before = self._before, {}
 
         def since(index: int) -> tuple[int, int]:
-            """What is counted now, and how many of them came since the last look."""
+            """What is counted now, and how many of them came since the last sample."""
             now = self._before[index] = total(index)
             return now, 0 if is_first else max(0, now - before.get(index, 0))
 
         plan = self.plan
         listeners, rules, servers = [], [], []
-        for listener, flow in zip(plan.listeners, look.listeners, strict=True):
+        for listener, flow in zip(plan.listeners, sample.listeners, strict=True):
             accepted, flow.new = since(listener.counter + ListenerCounter.ACCEPTED)
             refused, more = since(listener.counter + ListenerCounter.REFUSED)
-            look.refused += more
+            sample.refused += more
             open_now = total(listener.counter + ListenerCounter.OPEN)
             # Those of pairs that have ended, too, which no rule and no server is told of.
             flow.up_bytes = carried(
@@ -385,11 +387,11 @@ class Looker:
                 listener.counter + ListenerCounter.DOWN_BYTES,
             )[1]
             listeners.append((open_now, accepted, refused))
-        for rule, flow in zip(plan.rules, look.rules, strict=True):
+        for rule, flow in zip(plan.rules, sample.rules, strict=True):
             taken, flow.new = since(rule.counter + RuleCounter.TAKEN)
             refused, _ = since(rule.counter + RuleCounter.REFUSED)
             rules.append((taken, refused))
-        for server, flow in zip(plan.servers, look.servers, strict=True):
+        for server, flow in zip(plan.servers, sample.servers, strict=True):
             if server.counter is None:
                 servers.append(ServerNow(flow.pairs))
                 continue
@@ -405,9 +407,9 @@ class Looker:
                     sum(total(first + cause) for cause in ServerFailure),
                 )
             )
-        _, look.total.new = since(Counter.ACCEPTED)
+        _, sample.total.new = since(Counter.ACCEPTED)
         ends = [(reason.value, *since(index)) for reason, index in CLOSED_INDEX.items()]
-        look.counts = {
+        sample.counts = {
             "listeners": listeners,
             "rules": rules,
             "servers": servers,
@@ -419,7 +421,7 @@ class Looker:
     def page(
         self, *, sort: str, rising: bool, filter: str, first: int, count: int, now_ns: int
     ) -> dict[str, Any]:
-        """At most `MOST_ROWS` rows of the last look, from place `first` on in this order.
+        """At most `MOST_ROWS` rows of the last sample, from place `first` on in this order.
 
         Raises:
             KeyError: there is no such order.
@@ -434,7 +436,7 @@ class Looker:
         }
 
     def pairs_to_order(self, sort: str, rising: bool, filter: str) -> int:
-        """How many pairs have to be looked at for a page of this order; 0: it is there already."""
+        """How many pairs have to be read for a page of this order; 0: it is there already."""
         known = _order_key(sort, rising, filter) in self._orders
         return 0 if known else sum(map(len, self._pairs))
 
@@ -457,7 +459,7 @@ class Looker:
         return ordered
 
     def pair_ids(self, *, listener: str | None = None, rule: str | None = None) -> list[int]:
-        """The ids of all pairs of the last look, of a listener or of one of its rules."""
+        """The ids of all pairs of the last sample, of a listener or of one of its rules."""
         return [
             pair.id
             for pairs in self._pairs

@@ -1,0 +1,142 @@
+"""The choices among servers in the program's maps, and what became of those that were chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import secrets
+import struct
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.core.express.choosing import LOGS, Choice, InTurn
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.express import choice_abi as abi
+
+if TYPE_CHECKING:
+    from pyforwarder.core.address import Address
+
+MOST_CHOICES: Final = 512
+# A number that no listener has any more rests so long before it is used again: no program that has
+# read it before runs any more.
+REST_S: Final = 10.0
+_NUMBER: Final = struct.Struct("=I")
+
+
+class Choices:
+    """Maps with room for choices; closed by `close`."""
+
+    def __init__(self, targets: int) -> None:
+        """Make them; of so many targets outcomes are counted.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        array = bpf.MapType.ARRAY
+        rooms = {
+            "choices": (ctypes.sizeof(abi.Choice), MOST_CHOICES, 0),
+            "logs": (ctypes.sizeof(abi.Logs), 1, 0),
+            "outcomes": (ctypes.sizeof(abi.Outcome), targets, bpf.F_MMAPABLE),
+        }
+        self._fds: dict[str, int] = {}
+        self._used: dict[Choice, int] = {}
+        self._resting: dict[int, float] = {}  # number -> until when
+        with contextlib.ExitStack() as opened:
+            for name, (value_bytes, entries, flags) in rooms.items():
+                fd = bpf.create_map(
+                    array,
+                    key_bytes=4,
+                    value_bytes=value_bytes,
+                    entries=entries,
+                    flags=flags,
+                    name=f"pf_ex_{name}",
+                )
+                opened.callback(os.close, fd)
+                self._fds[name] = fd
+            size = targets * ctypes.sizeof(abi.Outcome)
+            self._outcomes = bpf.map_memory(self._fds["outcomes"], size, write=False)
+            opened.callback(self._outcomes.close)
+            self._choices = bpf.Map(
+                self._fds["choices"], key_bytes=4, value_bytes=ctypes.sizeof(abi.Choice)
+            )
+            self._counts = bpf.Map(
+                self._fds["outcomes"], key_bytes=4, value_bytes=ctypes.sizeof(abi.Outcome)
+            )
+            logs = bpf.Map(self._fds["logs"], key_bytes=4, value_bytes=ctypes.sizeof(abi.Logs))
+            logs.update(_NUMBER.pack(0), struct.pack(f"={len(LOGS)}Q", *LOGS))
+            self._opened = opened.pop_all()
+
+    @property
+    def maps(self) -> dict[str, int]:
+        """The descriptors, by the macros that stand for them in the programs."""
+        return {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
+
+    def number_of(
+        self, choice: Choice, target_of: Callable[[Address], int], now_s: float
+    ) -> int | None:
+        """What stands for it as a rule's target; None: there is no room.
+
+        It is written if it is new. `target_of` says at which place of the targets a server is.
+        """
+        number = self._used.get(choice)
+        if number is None:
+            taken = set(self._used.values())
+            number = next(
+                (
+                    one
+                    for one in range(MOST_CHOICES)
+                    if one not in taken and self._resting.get(one, 0.0) <= now_s
+                ),
+                None,
+            )
+            if number is None:
+                return None
+            self.write(number, choice, target_of)
+            self._used[choice] = number
+            self._resting.pop(number, None)
+        return number | abi.CHOICE
+
+    def keep(self, choices: Collection[Choice], now_s: float) -> None:
+        """These alone are used by listeners from here on."""
+        for choice in [one for one in self._used if one not in choices]:
+            self._resting[self._used.pop(choice)] = now_s + REST_S
+
+    def rests_until_s(self, now_s: float) -> float:
+        """When the next number has rested; infinity if none rests."""
+        return min((one for one in self._resting.values() if one > now_s), default=math.inf)
+
+    def write(self, number: int, choice: Choice, target_of: Callable[[Address], int]) -> None:
+        """Put a choice at a number that no listener has."""
+        record = abi.Choice(count=len(choice.servers))
+        if isinstance(choice, InTurn):
+            record.kind = abi.Kind.IN_TURN
+            # Not always the first: there may be many changes, and few connections in between.
+            record.turn = secrets.randbelow(len(choice.servers))
+            for place, server in enumerate(choice.servers):
+                record.in_turn[place] = target_of(server)
+        else:
+            record.kind = abi.Kind.BY_CLIENT
+            for place, one in enumerate(choice.servers):
+                record.drawing[place] = abi.Drawing(one.seed, target_of(one.server), one.weight)
+        self._choices.update(_NUMBER.pack(number), bytes(record))
+
+    def outcome(self, target: int) -> abi.Outcome:
+        """What became of the connections to a target so far."""
+        return abi.Outcome.from_buffer_copy(self._outcomes, target * ctypes.sizeof(abi.Outcome))
+
+    def failures(self, most: int) -> int:
+        """How many connections to targets up to this one have failed."""
+        words = ctypes.sizeof(abi.Outcome) // 4
+        with memoryview(self._outcomes) as whole, whole.cast("I") as numbers:
+            first = abi.Outcome.failed.offset // 4
+            return sum(numbers[first : (most + 1) * words : words].tolist())
+
+    def forget_outcome(self, target: int) -> None:
+        """It is another server's from here on, to which no connection was opened yet."""
+        self._counts.update(_NUMBER.pack(target), bytes(abi.Outcome()))
+
+    def close(self) -> None:
+        """Close the maps; programs that use them keep them."""
+        self._opened.close()

@@ -1,0 +1,84 @@
+"""What the programs of splice have seen of how connections began (bpf/splice_handshakes.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import struct
+from typing import Final
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.splice.abi import HANDSHAKE_SETS, SpliceHandshakes
+from pyforwarder.datapath.splice.records import KEY_BYTES
+
+_SIZES: Final = bpf.MapSizes(4, ctypes.sizeof(SpliceHandshakes), 1 + HANDSHAKE_SETS)
+_WORDS: Final = struct.Struct(f"={KEY_BYTES // 4}I")
+_MASK: Final = (1 << 64) - 1
+
+
+def make_handshakes() -> int:
+    """The map, which knows of none; its descriptor is the caller's to close.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    fd = bpf.create_map(
+        bpf.MapType.ARRAY,
+        key_bytes=_SIZES.key_bytes,
+        value_bytes=_SIZES.value_bytes,
+        entries=_SIZES.entries,
+        flags=bpf.F_MMAPABLE,  # from a page's begin on: then a set is in one line of a cache
+        name="pf_handshakes",
+    )
+    secret = SpliceHandshakes()
+    secret.latest[0].mark = secrets.randbits(64)
+    secret.latest[1].mark = secrets.randbits(64) | 1
+    try:
+        _map_of(fd).update(bytes(4), bytes(secret))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def is_handshakes(fd: int) -> bool:
+    """Whether a map, another version's perhaps, is one that we can read and our programs write."""
+    return bpf.map_sizes(fd) == _SIZES
+
+
+class Handshakes:
+    """The map, for reading; the descriptor stays the caller's."""
+
+    def __init__(self, fd: int) -> None:
+        """
+        Raises:
+            OSError: the kernel refuses.
+        """
+        self._map = _map_of(fd)
+        secret = self._read(0)
+        self._secret, self._factor = secret.latest[0].mark, secret.latest[1].mark
+
+    def find(self, key: bytes) -> dict[int, int]:
+        """How the last connections began whose packets came from these addresses.
+
+        By the number of a SYN, or of that with which one was answered: the interface by which it
+        came. Anybody may have sent it in another's name: one connection's is that with its number.
+        """
+        mark = self._secret
+        for word in _WORDS.unpack(key):
+            mark = (mark ^ word) * self._factor & _MASK
+            mark ^= mark >> 32
+        found: dict[int, int] = {}
+        for one in self._read(1 + (mark >> 32) % HANDSHAKE_SETS).latest:
+            if one.mark == mark:
+                found.setdefault(one.began & 0xFFFFFFFF, one.began >> 32)
+        return found
+
+    def _read(self, number: int) -> SpliceHandshakes:
+        value = self._map.lookup(number.to_bytes(4, "little"))
+        return SpliceHandshakes.from_buffer_copy(value)
+
+
+def _map_of(fd: int) -> bpf.Map:
+    return bpf.Map(fd, key_bytes=_SIZES.key_bytes, value_bytes=_SIZES.value_bytes)

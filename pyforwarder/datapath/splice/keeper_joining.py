@@ -1,0 +1,206 @@
+"""A pair begins to be spliced, and its sockets become mute: the keeper's part.
+
+The addresses come from the sockets, the packets' ways from the kernel. Nothing of a pair that could
+not begin is left: neither marks at its sockets nor a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Busy, Splice, SpliceState
+from pyforwarder.datapath.splice.handshakes import Handshakes
+from pyforwarder.datapath.splice.interfaces import LOOPBACK
+from pyforwarder.datapath.splice.keeper_client import begins_until_s
+from pyforwarder.datapath.splice.records import FLOW
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping, Sequence
+
+    from pyforwarder.datapath.express.keeping import ExpressKeeper
+    from pyforwarder.datapath.splice.keepalive import Keepalives
+    from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
+    from pyforwarder.datapath.splice.maps import SpliceMaps
+
+# How often a pair is looked at whose handshake seems to be another's.
+_LOOKS: Final = 4
+# What the program `control` reads: the pair, and until when it may begin.
+_BEGINNING: Final = struct.Struct("=14xIIQ34x")
+_NEVER_NS: Final = 1 << 63  # some centuries after the start of the host
+_CLOCKS_AT: Final = Splice.client_clock.offset
+
+
+class Joining:
+    """Of one keeper."""
+
+    def __init__(self, maps: SpliceMaps, pairs: KeeperPairs, keepalives: Keepalives) -> None:
+        self._maps = maps
+        self._pairs = pairs
+        self._keepalives = keepalives
+        self._handshakes = Handshakes(maps.handshakes_fd)
+
+    def join(
+        self, worker: int, request: Mapping[str, Any], client: socket.socket, server: socket.socket
+    ) -> dict[str, object]:
+        """Splice a worker's pair of sockets; the answer says whether it has begun, or why not.
+
+        `busy`: not now, the kernel's sockets have to do something first; `refused`: never.
+
+        Raises:
+            OSError: a step failed. The pair has not begun, but for a fault behind the switch.
+        """
+        try:
+            ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
+        except OSError:
+            # A peer's reset is on its way to the worker.
+            return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
+        obstacle = splice_sockets.obstacle(*ends)
+        if obstacle is not None:
+            return {"refused": int(obstacle)}
+        if not all(map(splice_sockets.is_of_our_network, (client, server))):
+            # In a network of its own a worker could give its sockets any addresses.
+            return {"refused": int(PairReason.NOT_ELIGIBLE)}
+        index = self._pairs.allocate()
+        if index < 0:
+            return {"refused": int(PairReason.MAP_FULL)}
+        record = Splice()
+        record.id, record.worker, record.slot = request["id"], worker, request["slot"]
+        record.keep_idle_s, record.keep_interval_s, record.keep_count = request["keepalive"]
+        splice_sockets.describe(record, *ends)
+        try:
+            try:
+                obstacle = self._find_ways(
+                    index, record, any_interface=bool(request["any_interface"])
+                )
+            except OSError:  # no program can be attached there; nothing has begun
+                obstacle = PairReason.REFUSED_BY_KERNEL
+            if obstacle is not None:
+                self._pairs.give_back(index)
+                return {"refused": int(obstacle)}
+            # Before the look at the peers: of two forwarders that join at the same moment, one
+            # behind the other, at least one sees the other's mark.
+            for sock in (client, server):
+                splice_sockets.mark(sock)
+            for direction in Direction:
+                record.way[direction].pending = request["pending"][direction]
+            record.state = SpliceState.ARMED
+            self._pairs.write(index, record)
+            self._pairs.owners[index] = worker
+            self._pairs.remember_joined(index, (client, server))
+            for direction in Direction:
+                self._pairs.flows.update(
+                    bytes(record.way[direction].from_), FLOW.pack(index, direction)
+                )
+            busy = self._switch(index, client, server, until_s=request["until"])
+        except OSError:
+            if index in self._pairs.owners:
+                self._pairs.forget(index)
+            else:
+                self._pairs.give_back(index)
+            raise
+        if busy:
+            self._pairs.forget(index)
+            for sock in (client, server):
+                splice_sockets.unmark(sock)
+            if busy & Busy.LATE:
+                return {"late": True}
+            if busy & Busy.FOREIGN:
+                return {"refused": int(PairReason.CHAINED)}
+            if busy & Busy.COARSE:
+                return {"refused": int(PairReason.SMALL_WINDOW)}
+            return {"busy": busy}
+        self._keepalives.watch([index])
+        unread = [way.unread for way in self._pairs.record(index).way]
+        mute = False
+        # It has begun, whatever becomes of that: it is asked for again.
+        with contextlib.suppress(OSError):
+            mute = self.mute(index, (client, server))
+        return {"busy": 0, "index": index, "unread": unread, "mute": mute}
+
+    def learn(self, express: ExpressKeeper, client: socket.socket, server: socket.socket) -> bool:
+        """Tell express how the server of a pair is reached; whether that is of use to it."""
+        index = self._pairs.allocate()
+        if index < 0:
+            return False
+
+        def find_ways(record: Splice) -> PairReason | None:
+            return self._find_ways(index, record, any_interface=False)
+
+        try:
+            return express.learn(client, server, find_ways)
+        finally:
+            self._pairs.write(index, Splice())
+            self._pairs.give_back(index)
+
+    def _find_ways(self, index: int, record: Splice, *, any_interface: bool) -> PairReason | None:
+        """Write by which interfaces the packets go; or why the programs would not see them.
+
+        And by which they may come: that of the handshake, and that of our route to the peer.
+        """
+        self._pairs.write(index, record)  # FREE: for the probe alone
+        handshakes = [self._handshakes.find(bytes(way.from_)) for way in record.way]
+        for _ in range(_LOOKS):
+            self._pairs.probe(index)
+            seen = self._pairs.record(index)
+            # The same addresses may have been those of another connection, before; and somebody may
+            # have sent a SYN in the peer's name.
+            came_by = [
+                handshake.get(isn, 0) for handshake, isn in zip(handshakes, seen.isn, strict=True)
+            ]
+            # A byte that comes just now is in one of the numbers that make up the ISN and not yet
+            # in the other.
+            if all(came_by) or not all(handshakes):
+                break
+        out = list(seen.out)
+        if not all(out):
+            return PairReason.REFUSED_BY_KERNEL  # a route has just changed
+        for interface in out:
+            if not self._maps.links.add(interface):
+                is_taken = interface in self._maps.links.refusals
+                return PairReason.INTERFACE_TAKEN if is_taken else PairReason.NOT_ETHERNET
+        if not all(came_by):
+            for interface in out:
+                self._maps.links.put_back(interface)
+            return PairReason.HANDSHAKE_UNSEEN
+        for direction in Direction:
+            stays = came_by[direction] == LOOPBACK and out[1 - direction] == LOOPBACK
+            record.way[direction].interface = 0 if stays else out[1 - direction]
+            record.out[direction] = out[direction]
+            if not any_interface:
+                record.way[direction].by[:] = came_by[direction], out[direction]
+        return None
+
+    def _switch(
+        self, index: int, client: socket.socket, server: socket.socket, *, until_s: float
+    ) -> int:
+        """Let it begin, soon after `until_s` at the latest; 0, or why not."""
+        struct.pack_into(
+            "=II",
+            self._pairs.memory,
+            index * SPLICE_BYTES + _CLOCKS_AT,
+            splice_sockets.clock(client),
+            splice_sockets.clock(server),
+        )
+        # The worker may have said anything.
+        until_ns = int(min(begins_until_s(until_s) * 1e9, _NEVER_NS))
+        return bpf.run_program(self._maps.control_fd, _BEGINNING.pack(index, 0, until_ns))
+
+    def mute(self, index: int, sockets: Sequence[socket.socket]) -> bool:
+        """Make the sockets mute if nothing is left to be sent again; whether that was done.
+
+        Until then closing them resets the pair, as long as the peers lack some of it: that is what
+        must happen if we all die.
+        """
+        if any(way.tail_open for way in self._pairs.record(index).way):
+            self._pairs.probe(index)
+            if any(way.tail_open for way in self._pairs.record(index).way):
+                return False
+        said = [splice_sockets.mute(sock) for sock in sockets]  # also the second, if not the first
+        return all(said)

@@ -1,0 +1,161 @@
+"""The pairs that the keeper has: their records, whose each is, and which records are free."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice, SpliceState
+from pyforwarder.datapath.splice.records import (
+    FLOW,
+    KEY_BYTES,
+    forget_flows,
+    set_state,
+    store,
+    used_indexes,
+)
+
+if TYPE_CHECKING:
+    import mmap
+    import socket
+    from collections.abc import Callable, Sequence
+
+    from pyforwarder.datapath.splice.maps import SpliceMaps
+
+# TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
+_LINGER_S: Final = 60.0
+_RESET_LINGER_S: Final = 2.0
+COOKIES: Final = struct.Struct("=QQ")  # of the client's socket and the server's
+# What the program `probe` reads: the pair, and whether its worker is to look at it.
+_INDEX: Final = struct.Struct("=14xII42x")
+_RESET_AT: Final = Splice.reset.offset
+
+
+class _Lingering(NamedTuple):
+    forgotten_s: float  # when its ports are forgotten, by CLOCK_MONOTONIC
+    record: int  # its index
+    word: int  # of a place's
+
+
+class KeeperPairs:
+    """Of one keeper. A record is free, a pair's that has an owner, or lingers."""
+
+    def __init__(self, maps: SpliceMaps, cookies: mmap.mmap, *, first_place: int) -> None:
+        """`cookies` are those of every pair's sockets, which another keeper goes on with.
+
+        Records from `first_place` on are those of express: they are not given to joined pairs.
+        """
+        self._probe_fd = maps.probe_fd
+        self._cookies = cookies
+        self._first_place = first_place
+        self.flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+        self.memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
+        self.owners: dict[int, int] = {}  # index -> the worker that has it, or is to adopt it
+        # Called with the index of a record that is forgotten; and where it is a place's.
+        self.when_forgotten: list[Callable[[int], None]] = []
+        self.free_place: Callable[[int], None] = lambda _index: None
+        # And by what the pair there is told from the next one: places come back by themselves.
+        self.word_of_place: Callable[[int], int] = lambda _index: 0
+        # Ended, oldest first.
+        self._lingering: deque[_Lingering] = deque()
+        self._lingering_places: deque[_Lingering] = deque()
+        self._resetting: deque[_Lingering] = deque()
+        # The records that were not free at the start: an earlier keeper's, or those of places.
+        self.found = frozenset(used_indexes(self.memory))
+        self._free = deque(index for index in range(first_place) if index not in self.found)
+
+    # Records
+
+    def record(self, index: int) -> Splice:
+        """A copy of it."""
+        return Splice.from_buffer_copy(self.memory, index * SPLICE_BYTES)
+
+    def write(self, index: int, record: Splice) -> None:
+        """Overwrite the whole record."""
+        base = index * SPLICE_BYTES
+        self.memory[base : base + SPLICE_BYTES] = bytes(record)
+
+    def store(self, index: int, at: int, number: int) -> None:
+        """Write a 32-bit field, `at` bytes into the record."""
+        store(self.memory, index, at, number)
+
+    def probe(self, index: int, *, look: bool = False) -> None:
+        """Have the kernel write what it knows of the sockets; `look`: the worker looks, too."""
+        bpf.run_program(self._probe_fd, _INDEX.pack(index, int(look)))
+
+    # Whose they are
+
+    def of(self, worker: int) -> list[int]:
+        """The indexes of this worker's pairs."""
+        return [index for index, owner in self.owners.items() if owner == worker]
+
+    def owned(self) -> list[int]:
+        """The indexes of all pairs."""
+        return list(self.owners)
+
+    def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
+        """These sockets are the pair's, client's and server's."""
+        cookies = [splice_sockets.cookie(sock) for sock in sockets]
+        COOKIES.pack_into(self._cookies, index * COOKIES.size, *cookies)
+
+    def are_joined(self, index: int, sockets: Sequence[socket.socket]) -> bool:
+        """Whether these are the sockets of the pair, client's and server's."""
+        joined = COOKIES.unpack_from(self._cookies, index * COOKIES.size)
+        return joined == tuple(map(splice_sockets.cookie, sockets))
+
+    # From free to free
+
+    def allocate(self) -> int:
+        """A free record's index, or -1."""
+        while not self._free and self._lingering:
+            self.forget(self._lingering.popleft().record)
+        return self._free.popleft() if self._free else -1
+
+    def give_back(self, index: int) -> None:
+        """A record that was allocated and never was a pair's is free again."""
+        self._free.append(index)
+
+    def end(self, index: int, why: ResetBy) -> None:
+        """Have the worker reset a pair, or the one that adopts it."""
+        self.store(index, _RESET_AT, why)
+        self.probe(index, look=True)
+
+    def linger(self, index: int) -> None:
+        """A pair has ended. Its record is used again if others need it; not that of a place."""
+        queue = self._lingering if index < self._first_place else self._lingering_places
+        queue.append(self._until(time.monotonic() + _LINGER_S, index))
+
+    def linger_reset(self, index: int) -> None:
+        """The same of one that was reset: its peers are answered with RST soon."""
+        self._resetting.append(self._until(time.monotonic() + _RESET_LINGER_S, index))
+
+    def _until(self, forgotten_s: float, index: int) -> _Lingering:
+        return _Lingering(forgotten_s, index, self._word_of(index))
+
+    def _word_of(self, index: int) -> int:
+        return 0 if index < self._first_place else self.word_of_place(index)
+
+    def forget(self, index: int) -> None:
+        """Take it out of the kernel's sight; what its peers still send is answered with RST."""
+        forget_flows(self.flows, index, self.record(index))
+        set_state(self.memory, index, SpliceState.FREE)
+        for told in self.when_forgotten:
+            told(index)
+        self.owners.pop(index, None)
+        if index < self._first_place:
+            self._free.append(index)
+        else:
+            self.free_place(index)
+
+    def forget_due(self, now_s: float) -> None:
+        """Forget those that have lingered for long enough."""
+        for queue in (self._lingering, self._lingering_places, self._resetting):
+            while queue and queue[0].forgotten_s <= now_s:
+                one = queue.popleft()
+                # Else the place has come back, and may be another's.
+                if self._word_of(one.record) == one.word:
+                    self.forget(one.record)

@@ -1,0 +1,109 @@
+"""The maps of splice, made: how many entries each has, and what it holds.
+
+Each function returns a descriptor, which is the caller's to close.
+
+Raises:
+    OSError: the kernel refuses.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES
+from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES
+from pyforwarder.runtime.counters import BLOCK_WORDS
+
+_LEAST_RING_BYTES: Final = 1 << 18
+# A pair rings up to eight times: for two tails, two FINs, both their acknowledgements, a reset, an
+# interface. A record has a header of eight bytes (struct bpf_ringbuf_hdr).
+_RINGS_OF_A_PAIR: Final = 8
+_RING_RECORD_BYTES: Final = 8 + 24
+SUM_BYTES: Final = 512  # of a packet that the programs sum up at once
+
+
+def make_flows(entries: int) -> int:
+    """Which pair a packet belongs to, by its addresses: two entries for each record."""
+    return bpf.create_map(
+        bpf.MapType.HASH,
+        key_bytes=KEY_BYTES,
+        value_bytes=FLOW.size,
+        entries=2 * entries,
+        flags=bpf.F_NO_PREALLOC,
+        name="pf_flows",
+    )
+
+
+def make_splices(entries: int) -> int:
+    """The records of pairs, which the keeper and the workers map."""
+    return bpf.create_map(
+        bpf.MapType.ARRAY,
+        key_bytes=4,
+        value_bytes=SPLICE_BYTES,
+        entries=entries,
+        flags=bpf.F_MMAPABLE,
+        name="pf_splices",
+    )
+
+
+def make_counters(workers: int) -> int:
+    """What the programs did not believe, for a caller that wants to know nothing of it."""
+    return bpf.create_map(
+        bpf.MapType.ARRAY,
+        key_bytes=4,
+        value_bytes=8,
+        entries=workers * BLOCK_WORDS,
+        name="pf_counters",
+    )
+
+
+def make_scratch() -> int:
+    """Where each processor sums up a packet; the programs keep it."""
+    return bpf.create_map(
+        bpf.MapType.PERCPU_ARRAY,
+        key_bytes=4,
+        value_bytes=SUM_BYTES,
+        entries=1,
+        name="pf_scratch",
+    )
+
+
+def ring_bytes(slots: int) -> int:
+    """How large the ring of a worker with so many slots is: all its pairs may end at once."""
+    size = _LEAST_RING_BYTES
+    while size < slots * _RINGS_OF_A_PAIR * _RING_RECORD_BYTES:
+        size *= 2
+    return size
+
+
+def make_ring(slots: int) -> int:
+    """What the programs tell one worker with so many slots."""
+    return bpf.create_map(
+        bpf.MapType.RINGBUF,
+        key_bytes=0,
+        value_bytes=0,
+        entries=ring_bytes(slots),
+        name="pf_splice_ring",
+    )
+
+
+def make_rings(ring_fds: tuple[int, ...]) -> int:
+    """The rings of all workers, by their numbers: the programs find them here."""
+    rings = bpf.create_map(
+        bpf.MapType.ARRAY_OF_MAPS,
+        key_bytes=4,
+        value_bytes=4,
+        entries=len(ring_fds),
+        inner_map_fd=ring_fds[0],
+        name="pf_splice_rings",
+    )
+    try:
+        table = bpf.Map(rings, key_bytes=4, value_bytes=4)
+        for worker, ring in enumerate(ring_fds):
+            table.update(worker.to_bytes(4, "little"), ring.to_bytes(4, "little"))
+    except OSError:
+        os.close(rings)
+        raise
+    return rings

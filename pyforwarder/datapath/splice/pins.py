@@ -1,0 +1,186 @@
+"""What an earlier daemon has left in bpffs: its maps are opened, and its pairs go on.
+
+BPFFS/NAME/splice/flows_V splices_V pairs_V    the maps, V is the version of their records
+BPFFS/NAME/splice/session_flows_V sessions_V   those of UDP sessions
+BPFFS/NAME/splice/in_N out_N                   the links to interface N, where there is tcx
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pyforwarder.datapath.attach import choice as attaching
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION, PAIR_BYTES
+from pyforwarder.datapath.splice import session_maps
+from pyforwarder.datapath.splice.abi import (
+    HELD,
+    NO_SLOT,
+    SPLICE_BYTES,
+    VERSION,
+    Splice,
+    SpliceState,
+)
+from pyforwarder.datapath.splice.records import (
+    FLOW,
+    KEY_BYTES,
+    SLOT_AT,
+    forget_flows,
+    id_of,
+    set_state,
+    store,
+    used_indexes,
+)
+from pyforwarder.datapath.splice.session_abi import SESSION_BYTES
+from pyforwarder.errors import LoadError
+
+MAPS: Final = (f"flows_{VERSION}", f"splices_{VERSION}", f"pairs_{ABI_VERSION}")
+_OURS: Final = re.compile(r"(flows|splices|pairs|session_flows|sessions|in|out)_\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One pair that goes on from before."""
+
+    index: int
+    id: int
+    record: bytes  # of the pair table: what `show` said of it; empty if that is not known
+
+
+def unpin(directory: Path) -> None:
+    """Remove the pins and what is attached: the programs leave the interfaces. Never raises.
+
+    A pair that was still spliced gets the kernel's RST for its next packet.
+    """
+    attaching.remove(directory)
+    with contextlib.suppress(OSError):
+        for path in pins_in(directory):
+            path.unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def pins_of(directory: Path) -> Path:
+    """Where an instance whose pins are in `directory` has those of splice."""
+    return directory / "splice"
+
+
+def has_pins(directory: Path) -> bool:
+    """Whether a daemon that has ended may have left something there; not where we may not look.
+
+    /sys/fs/bpf is root's alone (0700), so that for other users nothing there is theirs.
+    """
+    return os.path.isdir(directory)
+
+
+def pins_in(directory: Path) -> list[Path]:
+    """Ours, of any version; none where we may not look, because nothing there can be ours."""
+    try:
+        return [path for path in directory.iterdir() if _OURS.fullmatch(path.name)]
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What an earlier daemon has left, opened."""
+
+    flows_fd: int
+    splices_fd: int
+    pairs_fd: int
+    entries: int
+    interfaces: frozenset[int]  # where its programs are
+
+    def take_over(self) -> tuple[Found, ...]:
+        """The pairs that go on; those that had not begun are forgotten, and those that ended."""
+        memory = bpf.map_memory(self.splices_fd, self.entries * SPLICE_BYTES, write=True)
+        pairs = bpf.map_sizes(self.pairs_fd).entries
+        table = bpf.map_memory(self.pairs_fd, pairs * PAIR_BYTES, write=False)
+        flows = bpf.Map(self.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
+        found = []
+        try:
+            for index in used_indexes(memory):
+                record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)
+                # Those of another machine its daemon was told of, and ours is to be told again.
+                if record.state == SpliceState.ACTIVE and record.id and record.worker != HELD:
+                    # Where it was, or where it was before a daemon that did not get far.
+                    said = b""
+                    for slot in (record.slot, record.last_slot):
+                        at = slot * PAIR_BYTES
+                        if slot < pairs and id_of(table, at) == record.id:
+                            said = table[at : at + PAIR_BYTES]
+                            break
+                    if said:
+                        self._store(memory, index, Splice.last_slot.offset, slot)
+                    # Its slot is free in the new table.
+                    self._store(memory, index, SLOT_AT, NO_SLOT)
+                    found.append(Found(index, record.id, said))
+                else:
+                    forget_flows(flows, index, record)
+                    set_state(memory, index, SpliceState.FREE)
+        finally:
+            memory.close()
+            table.close()
+        return tuple(found)
+
+    @staticmethod
+    def _store(memory: mmap.mmap, index: int, at: int, number: int) -> None:
+        store(memory, index, at, number)
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for fd in (self.flows_fd, self.splices_fd, self.pairs_fd):
+            os.close(fd)
+
+
+def open_left(pins: Path) -> Left | None:
+    opened: dict[str, int] = {}
+    try:
+        for name in MAPS:
+            opened[name] = bpf.open_pin(pins / name)
+        flows, splices, pairs = opened.values()
+        sizes = bpf.map_sizes(splices)
+        is_ours = sizes.value_bytes == SPLICE_BYTES
+        is_ours = is_ours and bpf.map_sizes(pairs).value_bytes == PAIR_BYTES
+        is_ours = is_ours and bpf.map_sizes(flows)[:2] == (KEY_BYTES, FLOW.size)
+        interfaces = frozenset(attaching.left_on(pins))
+    except OSError:
+        is_ours = False
+    if is_ours:
+        return Left(flows, splices, pairs, sizes.entries, interfaces)
+    # Of another version, or not whole: nobody can speak for those pairs any more.
+    for fd in opened.values():
+        os.close(fd)
+    unpin(pins)
+    return None
+
+
+def must_fit(pins: Path) -> None:
+    """Raise LoadError unless all maps of another daemon are there, with records like ours."""
+    names = (*MAPS, *session_maps.PINS)
+    sizes = {}
+    for name in names:
+        try:
+            fd = bpf.open_pin(pins / name)
+        except OSError:
+            raise LoadError(
+                f"spliced pairs of the running daemon: {pins / name} is not there",
+                advice="its version keeps them in another way than this one",
+            ) from None
+        sizes[name] = bpf.map_sizes(fd)
+        os.close(fd)
+    flows, splices, pairs, session_flows, sessions = sizes.values()
+    if (
+        (flows[:2], session_flows[:2]) != ((KEY_BYTES, FLOW.size),) * 2
+        or (splices.value_bytes, pairs.value_bytes) != (SPLICE_BYTES, PAIR_BYTES)
+        or sessions.value_bytes != SESSION_BYTES
+    ):
+        raise LoadError(
+            "spliced pairs of the running daemon: their records are of another version",
+            advice="`down` lets them end before the new version's `up`",
+        )

@@ -1,0 +1,74 @@
+"""How the maps of splice, of pairs and of sessions, are read and written: keys, flows, records."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PairRecord
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceFlow, SpliceKey, SpliceState
+from pyforwarder.runtime.one_store import store32
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.maps import SpliceMaps
+    from pyforwarder.datapath.splice.session_abi import SessionRecord
+
+KEY_BYTES: Final = 36  # struct splice_key
+FLOW: Final = struct.Struct("=II")  # struct splice_flow
+assert SpliceKey.dport.offset + 2 == KEY_BYTES
+assert SpliceFlow.direction.offset + 4 == FLOW.size
+
+# Where in a record they are.
+STATE_AT: Final = Splice.state.offset
+ID_AT: Final = Splice.id.offset
+WORKER_AT: Final = Splice.worker.offset
+SLOT_AT: Final = Splice.slot.offset
+
+
+def splice_memory(maps: SpliceMaps) -> mmap.mmap:
+    """The records of pairs, for reading."""
+    return bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=False)
+
+
+def id_of(table: mmap.mmap, at: int) -> int:
+    """The pair that a record of the pair table describes."""
+    (pair_id,) = struct.unpack_from("=Q", table, at + PairRecord.id.offset)
+    return int(pair_id)
+
+
+def used_indexes(
+    memory: object, *, state_at: int = STATE_AT, record_bytes: int = SPLICE_BYTES
+) -> Iterator[int]:
+    """The records that are not free: of pairs, or of what has its state elsewhere."""
+    states = memoryview(memory)[state_at::record_bytes]  # type: ignore[arg-type]
+    try:
+        yield from [index for index, state in enumerate(states) if state != SpliceState.FREE]
+    finally:
+        states.release()
+
+
+def set_state(memory: object, index: int, state: SpliceState) -> None:
+    """Change a record's state with one store."""
+    store(memory, index, STATE_AT, state)
+
+
+def store(memory: object, index: int, at: int, number: int) -> None:
+    """Write a 32-bit field, `at` bytes into a record, with one store."""
+    store32(memory, index * SPLICE_BYTES + at, number)
+
+
+def forget_flows(flows: bpf.Map, index: int, record: Splice | SessionRecord) -> None:
+    """Take a pair or session out of the programs' sight.
+
+    What its peers still send is for the stack, and so for our sockets.
+    """
+    for way in record.way:
+        key = bytes(way.from_)
+        # The addresses may be another's by now.
+        with contextlib.suppress(FileNotFoundError):
+            if FLOW.unpack(flows.lookup(key))[0] == index:
+                flows.delete(key)

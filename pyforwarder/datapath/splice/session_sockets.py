@@ -1,0 +1,130 @@
+"""The addresses and sockets of a UDP session: what its record says of them, and what they are."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pyforwarder.core.address import ip_text
+from pyforwarder.datapath.ebpf.abi import Direction
+from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.datapath.splice.routes import Route
+from pyforwarder.runtime.acting import acting_as
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.session_abi import SessionDirection, SessionRecord
+
+_SO_PROTOCOL: Final = 38
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+End = tuple[_Ip, int]
+
+
+def describe(
+    record: SessionRecord,
+    client: tuple[End, End],
+    server: tuple[End, End],
+) -> None:
+    """Write into a record what is done to the datagrams of these two: (peer, own) of each side."""
+    sides = (client, server)
+    record.family = client[0][0].version
+    for direction in Direction:
+        way: SessionDirection = record.way[direction]
+        (peer, own), (to, via) = sides[direction], sides[1 - direction]
+        old = _mapped(peer[0]) + _mapped(own[0])
+        new = _mapped(via[0]) + _mapped(to[0])
+        words = struct.Struct("=4I")
+        way.from_.source[:] = words.unpack(old[:16])
+        way.from_.target[:] = words.unpack(old[16:])
+        way.from_.sport, way.from_.dport = socket.htons(peer[1]), socket.htons(own[1])
+        way.source[:], way.target[:] = words.unpack(new[:16]), words.unpack(new[16:])
+        way.sport, way.dport = socket.htons(via[1]), socket.htons(to[1])
+        way.address_sum = splice_sockets.difference(old, new)
+        way.pseudo_sum = splice_sockets.pseudo_sum(old, record.family, socket.IPPROTO_UDP)
+
+
+def route_of(record: SessionRecord, way: SessionDirection) -> Route:
+    """What our socket sends to the peer whose datagrams `way` is about."""
+    return Route(
+        record.family,
+        bytes(way.from_.target),
+        bytes(way.from_.source),
+        socket.ntohs(way.from_.dport),
+        socket.ntohs(way.from_.sport),
+        0,
+        record.owner,
+        socket.IPPROTO_UDP,
+    )
+
+
+def revive(record: SessionRecord) -> socket.socket:
+    """A socket to the server in the place of one that is gone; the caller closes it.
+
+    Raises:
+        OSError: the address or the port is another's now.
+    """
+    way = record.way[Direction.DOWN]
+    family = socket.AF_INET6 if record.family == 6 else socket.AF_INET
+    # Rules of this host may go by whose a socket is: it is the worker's, as the one before.
+    with acting_as(record.owner, record.group):
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.bind((host_of(way.from_.target, record.family), socket.ntohs(way.from_.dport)))
+        sock.connect((host_of(way.from_.source, record.family), socket.ntohs(way.from_.sport)))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def is_udp(sock: socket.socket) -> bool:
+    """A datagram socket may also be one for pings, or of UDP-Lite."""
+    return (
+        sock.family in (socket.AF_INET, socket.AF_INET6)
+        and sock.type == socket.SOCK_DGRAM
+        and sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_UDP
+    )
+
+
+def has_peer(sock: socket.socket) -> bool:
+    """Whether it is connected, and so is no listener's.
+
+    Raises:
+        OSError: the kernel does not say.
+    """
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True
+
+
+def end_of(name: Sequence[Any]) -> End:
+    ip = ipaddress.ip_address(str(name[0]).partition("%")[0])
+    return ip, int(name[1])
+
+
+def is_of_one_host(ip: _Ip) -> bool:
+    """A unicast address: no group's, not unspecified, no IPv4-mapped one of IPv6."""
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
+        return False
+    is_broadcast = ip == ipaddress.IPv4Address("255.255.255.255")
+    return not (ip.is_multicast or ip.is_unspecified or is_broadcast)
+
+
+def _mapped(ip: _Ip) -> bytes:
+    """16 bytes, as in a key."""
+    return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
+
+
+def host_of(words: Any, family: int) -> str:
+    packed = bytes(words)
+    if family == 6:
+        return ip_text(ipaddress.IPv6Address(packed))
+    return ip_text(ipaddress.IPv4Address(packed[12:]))

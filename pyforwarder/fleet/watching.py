@@ -1,0 +1,159 @@
+"""What a process needs that takes turns at a fleet's store: a thread that watches, and pauses.
+
+The main thread of such a process looks, decides and writes; it takes what the watching one has
+received at the beginning of each turn, and tells the supervisor what follows.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+from pyforwarder.fleet.store import Change, CompactedError, StoreError
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.store import Store
+
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 5.0
+_WATCH_S: Final = 60.0
+# What the watching thread may be ahead of the other.
+_MOST_WAITING: Final = 4096
+# What is written comes by the process's own watch within this time, or that is of no use.
+_HEARD_AFTER_S: Final = 5.0
+UNHEARD: Final = "the watch does not tell what was written"
+
+
+class Pause:
+    """Before a store that did not answer is asked again: each is longer than the one before."""
+
+    def __init__(self) -> None:
+        self._pause_s = _FIRST_PAUSE_S
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the store has answered last."""
+        return self._pause_s == _FIRST_PAUSE_S
+
+    def next_s(self) -> float:
+        """It did not answer: how long to wait, which is not the same for all machines."""
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s * random.uniform(0.5, 1.0)
+
+    def end(self) -> None:
+        """It has answered."""
+        self._pause_s = _FIRST_PAUSE_S
+
+
+class Supervisor(Protocol):
+    """The process above us."""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send it a message.
+
+        Raises:
+            OSError: it is gone.
+        """
+
+    def wait(self, timeout_s: float) -> dict[str, Any] | None:
+        """Wait so long, or until it says something, which is returned.
+
+        Raises:
+            EOFError: it is gone.
+        """
+
+
+class All(NamedTuple):
+    """Everything that is in the store."""
+
+    entries: list[tuple[str, bytes]]
+    revision: int = 0  # as of which
+
+
+class Lost(NamedTuple):
+    error: str
+
+
+class Watcher:
+    """The thread that watches what is in the store."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        """`store` is this thread's alone."""
+        self._store = store
+        self._prefix = prefix
+        self.received: queue.Queue[All | Lost | Change] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._is_over = False
+        self._revision = 0  # up to which all was received
+        self._expected: tuple[int, float] | None = None  # a revision, and since when
+        self._is_doubted = False  # what the store's member tells
+
+    def start(self) -> None:
+        """Begin; it ends with the process, if it is not stopped before."""
+        self._thread.start()
+
+    def stop(self, wait_s: float) -> bool:
+        """End with the next change or error, for which it is waited; whether it has ended."""
+        self._is_over = True
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def changes(self) -> Iterator[All | Lost | Change]:
+        """What was received since the last call, as much of it as one turn may take."""
+        for _ in range(_MOST_WAITING):
+            try:
+                yield self.received.get_nowait()
+            except queue.Empty:
+                return
+
+    def expect(self, revision: int, now_s: float) -> None:
+        """We have written something below the prefix at this revision: the watch is to bring it."""
+        if self._expected is not None and revision < self._expected[0]:
+            self._expected = None  # the store was set up anew, and counts from the beginning
+        if self._expected is None and revision > self._revision:
+            self._expected = revision, now_s
+
+    def is_lost(self, now_s: float) -> bool:
+        """Whether that did not come in time; another member is asked then. Call it in each turn.
+
+        Not as long as there is something in `received`: it is us who are late.
+        """
+        if self._expected is None:
+            return False
+        revision, since_s = self._expected
+        if self._revision >= revision:
+            self._expected = None
+        elif not self.received.empty():
+            self._expected = revision, now_s
+        elif now_s >= since_s + _HEARD_AFTER_S:
+            self._is_doubted = True
+            return True
+        return False
+
+    def _run(self) -> None:
+        pause = Pause()
+        while not self._is_over:
+            try:
+                found = self._store.list(self._prefix)
+                self.received.put(All(found.entries, found.revision))
+                self._revision, self._is_doubted = found.revision, False
+                pause.end()
+                while not self._is_over:
+                    if self._is_doubted:
+                        raise self._store.distrust(UNHEARD)
+                    revision = self._revision
+                    until_s = time.monotonic() + _WATCH_S
+                    for change in self._store.events(self._prefix, after=revision, until_s=until_s):
+                        self.received.put(change)
+                        self._revision = change.revision
+                        if self._is_over:
+                            return
+            except CompactedError:
+                pass  # nothing has changed here for long, but elsewhere in the store
+            except StoreError as error:
+                self.received.put(Lost(str(error)[:500]))
+                time.sleep(pause.next_s())

@@ -1,0 +1,28 @@
+"""What operators are told of an end: how many pairs it waits for, until when, what it resets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyforwarder.runtime.counters import Counter
+from pyforwarder.worker.log import rfc3339
+
+if TYPE_CHECKING:
+    from pyforwarder.runtime.counters import Counters
+    from pyforwarder.runtime.instance import InstanceLock
+    from pyforwarder.worker.log import Log
+
+
+def log_drain(log: Log, counters: Counters, *, until_unix_s: float) -> None:
+    """A drain begins; nothing is said where there is nobody to wait for."""
+    pairs = counters.total(Counter.PAIRS_OPEN)
+    if pairs:
+        log.write("info", "draining", pairs=pairs, until=rfc3339(until_unix_s))
+
+
+def log_resets(log: Log, counters: Counters, lock: InstanceLock) -> None:
+    """What is left is reset now: for the log, and for the command `down`, which looks there."""
+    pairs = counters.total(Counter.PAIRS_OPEN)
+    lock.write_reset(pairs)
+    if pairs:
+        log.write("info", "resetting", pairs=pairs)

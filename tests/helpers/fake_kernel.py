@@ -1,0 +1,90 @@
+"""What sessions of UDP ask the kernel for, as a test says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyforwarder.datapath.base import PairReason
+from pyforwarder.datapath.splice.sessions import Carried, Opening, Place
+
+
+class FakeKernel:
+    """What a test says that the programs have counted, and what they are told."""
+
+    def __init__(self) -> None:
+        self.answer: PairReason | None = None
+        self.opened: list[dict[str, Any]] = []
+        self.latched = [False, False]
+        self.counted = [0, 0]
+        self.told: list[tuple[int, int]] = []
+        self.is_told_now = False
+        self.last = [0.0, 0.0]
+        self.sent_on = [(0, 0), (0, 0)]
+        self.closed: list[int] = []  # how many at a time
+        self.defer: Callable[[Callable[[Any], None], Any], None] = lambda act, of: act(of)
+        self.is_slow = False  # it says nothing of itself
+        self.asked: list[Opening] = []  # and of these nothing was said yet
+        self.abandoned = 0
+        self.uncounted: list[Callable[[], None]] = []
+
+    def open(self, **words: Any) -> Opening | PairReason:
+        """A session is to have a place."""
+        then = words.pop("then")
+        self.opened.append(words)
+        if self.answer is PairReason.NO_KEEPER:
+            return self.answer
+        opening = Opening(words["session_id"], words["slot"], then)
+        if self.is_slow:
+            self.asked.append(opening)
+        else:
+            self.defer(self.say, opening)
+        return opening
+
+    def say(self, opening: Opening) -> None:
+        """The keeper has done what it was asked."""
+        place = Place(0, opening.id, opening.slot)
+        if opening.then is not None:
+            opening.then(self.answer if self.answer is not None else place)
+
+    def abandon(self, opening: Opening) -> None:
+        """Nobody waits for it any more."""
+        opening.then = None
+        self.abandoned += 1
+
+    def is_latched(self, _place: Place, direction: int) -> bool:
+        """Whether the direction is the kernel's."""
+        return self.latched[direction]
+
+    def passed(self, _place: Place, direction: int) -> int:
+        """How many datagrams went to our sockets."""
+        return self.counted[direction]
+
+    def caught_up(self, place: Place, direction: int, passed: int) -> None:
+        """So many of them were copied."""
+        self.told.append((direction, passed))
+        place.behind_s[direction] = 0.0
+
+    def latch_now(self, _place: Place) -> None:
+        """At once."""
+        self.is_told_now = True
+
+    def last_s(self, _place: Place, direction: int) -> float:
+        """When a datagram last moved."""
+        return self.last[direction]
+
+    def carried(self, _place: Place, direction: int) -> tuple[int, int]:
+        """Bytes and datagrams that were sent on."""
+        return self.sent_on[direction]
+
+    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
+        """What they have carried is told."""
+        self.closed.append(len(places))
+
+        def say() -> None:
+            then([(self.sent_on[0], self.sent_on[1]) for _ in places])
+
+        if self.is_slow:
+            self.uncounted.append(say)
+        else:
+            say()

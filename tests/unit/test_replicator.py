@@ -1,0 +1,103 @@
+"""What a machine of a fleet does in one look at its pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+from pyforwarder.fleet.failover.ledger import Own
+from pyforwarder.fleet.failover.record import tag_of
+from pyforwarder.fleet.failover.replicator import Replicator
+from pyforwarder.fleet.failover.stays import EVERY_S, Connection
+from pyforwarder.fleet.layout import Keys
+from pyforwarder.fleet.store import StoreError
+from pyforwarder.fleet.watching import All, Watcher
+from tests.helpers.failover_records import a_pair
+
+KEYS: Final = Keys("edge")
+PAIR: Final = a_pair()
+STAYS: Final = Connection(PAIR.ends.listener, PAIR.ends.client, True)
+
+
+class Kernel:
+    """One spliced pair; until others know of it, it is a connection that ends with its machine."""
+
+    def __init__(self) -> None:
+        self.known: list[Collection[str]] = []
+
+    def scan(self, now_s: float) -> dict[str, Own]:
+        del now_s
+        return {PAIR.key: Own(0, PAIR)}
+
+    def addresses(self) -> Collection[bytes]:
+        return ()
+
+    def staying(self, known: Collection[str]) -> dict[int, list[Connection]]:
+        self.known.append(known)
+        return {} if PAIR.key in known else {0: [STAYS]}
+
+    def ask(self, do: str, **fields: object) -> dict[str, Any]:
+        del do, fields
+        return {"waiting": [], "taken": 0, "refused": []}
+
+
+class Store:
+    """Writes what it is told, once it is there."""
+
+    endpoint = "etcd"
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self.written = 0
+        self.values: dict[str, str | None] = {}
+
+    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int) -> None:
+        del lease
+        if not self.is_there:
+            raise StoreError("not there")
+        self.values.update(changes)
+        self.written = 7
+
+    def grant(self, seconds: int) -> int:
+        return seconds
+
+    def renew(self, lease: int) -> bool:
+        return bool(lease)
+
+    def create(self, key: str, value: str, *, lease: int) -> bool:
+        del key, value, lease
+        return True
+
+
+def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
+    """Else nobody knew of it in between: neither gone on with nor reset, its ends would wait."""
+    kernel, store = Kernel(), Store()
+    watcher = Watcher(cast("Any", None), KEYS.failover)
+    watcher.received.put(All([]))
+    said: list[Mapping[str, Any]] = []
+    replicator = Replicator(
+        cast("Any", store),
+        cast("Any", watcher),
+        KEYS,
+        tag_of("one"),
+        "machine",
+        kernel,
+        cast("Any", SimpleNamespace(send=said.append)),
+        compacts=False,
+    )
+    replicator._turn(100.0)
+    assert store.values == {}
+    store.is_there = True
+    replicator._turn(200.0)
+    stays = f"{KEYS.stays}{tag_of('one')}.0"
+    # It was looked at before the pair was written: it is named as well, once.
+    assert store.values.keys() == {KEYS.pairs + PAIR.key, stays}
+    replicator._turn(200.0 + EVERY_S)
+    assert store.values[stays] is None
+    assert store.values[KEYS.pairs + PAIR.key] is not None
+    assert list(map(list, kernel.known)) == [[], [], [PAIR.key]]
+    # Nothing of it was heard.
+    assert [one["replicas"] for one in said if "replicas" in one][-1] == "connected"
+    replicator._turn(206.0 + EVERY_S)
+    assert [one["replicas"] for one in said if "replicas" in one][-1] == "lost"
