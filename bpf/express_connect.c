@@ -28,6 +28,7 @@
 #include "maps.h"
 #include "splice.h"
 #include "splice_packet.h"
+#include "splice_ports.h"
 #include "splice_socket.h"
 #include "splice_valid.h"
 
@@ -904,6 +905,8 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->id = 1ull << PF_EXPRESS_ID_BIT | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
 	*(volatile __u32 *)&splice->state = PF_SPLICE_ASKED;
 
+	mark_port(way->from.dport);
+	mark_port(way->sport);
 	flow.index = index;
 	flow.direction = PF_DOWN;
 	key = back->from;

@@ -15,6 +15,7 @@
  * flows    HASH       struct splice_key -> struct splice_flow   written: keeper, splice
  * splices  ARRAY      index -> struct splice (mmapable)         written: keeper, splice
  * handshakes ARRAY    number -> struct splice_handshakes        written: splice
+ * our_ports ARRAY     0 -> struct splice_ports (mmapable)        written: keeper, express
  * session_flows HASH struct splice_key -> struct splice_flow    written: keeper
  * sessions ARRAY      index -> struct session (mmapable)        written: keeper, splice
  *

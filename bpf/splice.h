@@ -94,6 +94,17 @@ struct splice_handshakes {
 	struct splice_handshake latest[PF_HANDSHAKE_WAYS];
 };
 
+/* Whether a pair may have a port of ours; both bytes are read at once, and each written alone. */
+struct splice_port {
+	__u8 kept;   /* not 0: the keeper has made a flow with it, or has found one */
+	__u8 opened; /* not 0: express has */
+};
+
+/* The one element of the map `our_ports`, by numbers in host order. */
+struct splice_ports {
+	struct splice_port port[1 << 16];
+};
+
 /*
  * What is done to packets that come from one peer: PF_UP from the client, PF_DOWN from the server.
  *

@@ -12,6 +12,7 @@
 #include "splice_handshakes.h"
 #include "splice_packet.h"
 #include "splice_pair.h"
+#include "splice_ports.h"
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
@@ -102,10 +103,12 @@ inlined int read_headers(struct __sk_buff *skb, struct packet *packet, struct sp
 inlined int find_pair(struct __sk_buff *skb, struct packet *packet, const struct splice_key *from,
 		      const int v6)
 {
-	struct splice_flow *flow = map_lookup(MAP_FLOWS_FD, (void *)from);
+	struct splice_flow *flow = NULL;
 	struct splice *splice = NULL;
 	__u32 index;
 
+	if (may_be_ours(from->dport))
+		flow = map_lookup(MAP_FLOWS_FD, (void *)from);
 	if (flow) {
 		index = flow->index;
 		packet->direction = flow->direction;

@@ -6,6 +6,7 @@
 #include "splice_options.h"
 #include "splice_packet.h"
 #include "splice_pair.h"
+#include "splice_ports.h"
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
@@ -34,6 +35,8 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	       : four->version != 0x45 || four->protocol != PROTOCOL_TCP)
 		return NEXT;
 	tcp = data + TCP_AT(v6);
+	if (!may_be_ours(tcp->sport))
+		return NEXT;
 	take_addresses(key.target, key.source, data + ETHERNET_BYTES, v6);
 	key.sport = tcp->dport;
 	key.dport = tcp->sport;

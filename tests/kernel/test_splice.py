@@ -58,6 +58,8 @@ STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "splice_flow": splice_abi.SpliceFlow,
     "splice_handshake": splice_abi.SpliceHandshake,
     "splice_handshakes": splice_abi.SpliceHandshakes,
+    "splice_port": splice_abi.SplicePort,
+    "splice_ports": splice_abi.SplicePorts,
     "splice_direction": splice_abi.SpliceDirection,
     "splice": splice_abi.Splice,
     "splice_event": splice_abi.SpliceEvent,

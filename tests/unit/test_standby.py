@@ -25,7 +25,7 @@ from tests.helpers.failover_records import a_pair
 if TYPE_CHECKING:
     import socket
 
-    from pyforwarder.datapath.splice.abi import ResetBy
+    from pyforwarder.datapath.splice.abi import ResetBy, Splice
 
 PAIR: Final = a_pair()
 ENTRY: Final = Entry(tag_of("other"), 1, PAIR.encode()).encode()
@@ -45,6 +45,9 @@ class Nobody:
         raise AssertionError
 
     def release(self, index: int) -> None:
+        raise AssertionError
+
+    def show(self, index: int, record: Splice) -> None:
         raise AssertionError
 
     def forget(self, index: int) -> None:

@@ -195,6 +195,7 @@ class Connecting:
                 "MAP_SPLICES_FD": splice.splices_fd,
                 "MAP_COUNTERS_FD": splice.counters_fd,
                 "MAP_SCRATCH_FD": splice.scratch_fd,
+                "MAP_OUR_PORTS_FD": splice.our_ports_fd,
             },
             values={
                 "FIRST_SPLICE": self.first_splice,

@@ -115,6 +115,18 @@ class SpliceHandshakes(ctypes.Structure):
     _fields_ = (("latest", SpliceHandshake * HANDSHAKE_WAYS),)
 
 
+class SplicePort(ctypes.Structure):
+    """struct splice_port."""
+
+    _fields_ = (("kept", ctypes.c_uint8), ("opened", ctypes.c_uint8))
+
+
+class SplicePorts(ctypes.Structure):
+    """struct splice_ports."""
+
+    _fields_ = (("port", SplicePort * (1 << 16)),)
+
+
 class SpliceDirection(ctypes.Structure):
     """struct splice_direction."""
 

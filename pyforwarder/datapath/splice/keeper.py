@@ -201,6 +201,7 @@ class Keeper:
                     poll.unregister(fd)
             now_s = time.monotonic()
             self._pairs.forget_due(now_s)
+            self._pairs.ports.run_due(now_s)
             self._sessions.run_due(now_s)
             self._ways.run_due()
             self._standby.run_due()
@@ -306,6 +307,7 @@ class _StandbyOwner:
         self._pairs = pairs
         self._adoption = adoption
         self.allocate = pairs.allocate
+        self.show = pairs.show
         self.forget = pairs.forget
         self.end = pairs.end
         self.remember_joined = pairs.remember_joined

@@ -18,7 +18,6 @@ from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Busy, Splice, SpliceSt
 from pyforwarder.datapath.splice.handshakes import Handshakes
 from pyforwarder.datapath.splice.interfaces import LOOPBACK
 from pyforwarder.datapath.splice.keeper_client import begins_until_s
-from pyforwarder.datapath.splice.records import FLOW
 
 if TYPE_CHECKING:
     import socket
@@ -94,10 +93,7 @@ class Joining:
             self._pairs.write(index, record)
             self._pairs.owners[index] = worker
             self._pairs.remember_joined(index, (client, server))
-            for direction in Direction:
-                self._pairs.flows.update(
-                    bytes(record.way[direction].from_), FLOW.pack(index, direction)
-                )
+            self._pairs.show(index, record)
             busy = self._switch(index, client, server, until_s=request["until"])
         except OSError:
             if index in self._pairs.owners:

@@ -8,8 +8,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice, SpliceState
+from pyforwarder.datapath.splice.our_ports import OurPorts
 from pyforwarder.datapath.splice.records import (
     FLOW,
     KEY_BYTES,
@@ -54,9 +56,10 @@ class KeeperPairs:
         self._first_place = first_place
         self.flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
         self.memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
+        self.ports = OurPorts(maps.our_ports_fd, self.memory)
         self.owners: dict[int, int] = {}  # index -> the worker that has it, or is to adopt it
         # Called with the index of a record that is forgotten; and where it is a place's.
-        self.when_forgotten: list[Callable[[int], None]] = []
+        self.when_forgotten: list[Callable[[int], None]] = [self.ports.forgotten]
         self.free_place: Callable[[int], None] = lambda _index: None
         # And by what the pair there is told from the next one: places come back by themselves.
         self.word_of_place: Callable[[int], int] = lambda _index: 0
@@ -138,6 +141,16 @@ class KeeperPairs:
 
     def _word_of(self, index: int) -> int:
         return 0 if index < self._first_place else self.word_of_place(index)
+
+    def show(self, index: int, record: Splice) -> None:
+        """Let the programs find it by the addresses of its packets, which its record says.
+
+        Raises:
+            OSError: there is no room.
+        """
+        self.ports.mark(record)
+        for direction in Direction:
+            self.flows.update(bytes(record.way[direction].from_), FLOW.pack(index, direction))
 
     def forget(self, index: int) -> None:
         """Take it out of the kernel's sight; what its peers still send is answered with RST."""

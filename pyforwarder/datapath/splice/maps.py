@@ -34,6 +34,7 @@ from pyforwarder.datapath.splice.making import (
     make_scratch,
     make_splices,
 )
+from pyforwarder.datapath.splice.our_ports import make_our_ports
 from pyforwarder.datapath.splice.pins import (
     MAPS,
     Found,
@@ -105,6 +106,7 @@ class SpliceMaps:
     ring_fds: tuple[int, ...]
     handshakes_fd: int
     scratch_fd: int
+    our_ports_fd: int
     counters_fd: int
     owns_counters: bool
     pairs_fd: int  # of the caller
@@ -221,6 +223,7 @@ class SpliceMaps:
                 rings = keep(make_rings(ring_fds))
                 counters = counters_fd if counters_fd is not None else keep(make_counters(workers))
                 scratch = keep(make_scratch())
+                our_ports = keep(make_our_ports())
             except OSError as error:
                 raise _refused(error) from error
             # From here on they are the caller's.
@@ -232,6 +235,7 @@ class SpliceMaps:
             ring_fds,
             handshakes,
             scratch,
+            our_ports,
             counters,
             counters_fd is None,
             pairs_fd,
@@ -270,6 +274,7 @@ class SpliceMaps:
                     "MAP_HANDSHAKES_FD": self.handshakes_fd,
                     "MAP_COUNTERS_FD": self.counters_fd,
                     "MAP_SCRATCH_FD": self.scratch_fd,
+                    "MAP_OUR_PORTS_FD": self.our_ports_fd,
                     "MAP_SESSION_FLOWS_FD": self.sessions.flows_fd,
                     "MAP_SESSIONS_FD": self.sessions.sessions_fd,
                 },
@@ -384,6 +389,7 @@ class SpliceMaps:
             self.rings_fd,
             self.handshakes_fd,
             self.scratch_fd,
+            self.our_ports_fd,
             *((self.counters_fd,) if self.owns_counters else ()),
             *(fd for fd in (self.probe_fd, self.control_fd) if fd >= 0),
         ):

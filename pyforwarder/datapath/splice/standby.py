@@ -87,6 +87,9 @@ class Owner(Protocol):
     def release(self, index: int) -> None:
         """A worker's pair goes through another machine: end it without a word to its ends."""
 
+    def show(self, index: int, record: Splice) -> None:
+        """Let the programs find it."""
+
     def forget(self, index: int) -> None:
         """Take it out of the kernel's sight."""
 
@@ -297,8 +300,7 @@ class Standby:
         try:
             made.extend(_mute_socket(record, direction) for direction in Direction)
             self._write(index, record)
-            for direction in Direction:
-                self._flows.update(keys[direction], FLOW.pack(index, direction))
+            self._owner.show(index, record)
         except OSError:
             for sock in made:
                 sock.close()
