@@ -24,8 +24,8 @@
 
 /*
  * Each worker has a copy of this program, with maps of its own, and with FIRST_SLOT, where its
- * window of SLOTS pairs begins (datapath/kernel.py). So whatever a worker writes into its maps, no
- * packet of another worker's pair is touched by it.
+ * window of SLOTS pairs begins (datapath/kernel.py). So nothing that a worker writes into its maps
+ * touches a packet of another worker's pair.
  */
 
 /* Bytes; see allowed_backlog(). */

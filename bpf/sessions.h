@@ -2,7 +2,7 @@
  * What the programs for UDP sessions (splice_udp.h) and their keeper share. Data only;
  * pyforwarder/datapath/splice/session_abi.py mirrors it.
  *
- * The maps with these records outlive the daemon: who changes one of them changes
+ * The maps with these records outlive the daemon: a change of one of them needs a new
  * PF_SESSION_VERSION, too, so that the next daemon does not take the old ones for its own.
  */
 #pragma once

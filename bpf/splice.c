@@ -9,7 +9,7 @@
  * probe    run by the keeper (BPF_PROG_TEST_RUN): by which interfaces our sockets reach the peers,
  *	    and whether they have been told by now that all they had sent has come; has the worker
  *	    look at the pair if it is asked to
- * control  run by the keeper, too: lets a pair begin, at whatever moment
+ * control  run by the keeper, too: lets a pair begin, at any moment
  *
  * A forwarder copies bytes one to one. So one constant for each direction takes the numbers of the
  * one connection to those of the other, for all time: those of a byte that is read here and will be

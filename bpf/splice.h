@@ -1,7 +1,7 @@
 /*
  * What splice.c and its keeper share. Data only; pyforwarder/datapath/splice/abi.py mirrors it.
  *
- * The maps with these records outlive the daemon: who changes one of them changes
+ * The maps with these records outlive the daemon: a change of one of them needs a new
  * PF_SPLICE_VERSION, too, so that the next daemon does not take the old ones for its own.
  */
 #pragma once
@@ -34,7 +34,7 @@ enum pf_invalid {
 	PF_INVALID_KINDS,
 };
 
-/* Who has ended a pair that its ends have not (`reset`). */
+/* The cause of the end of a pair that its ends have not closed (`reset`). */
 enum pf_reset {
 	PF_RESET_NOBODY = 0,
 	PF_RESET_CLIENT, /* it has sent a reset that was believed */

@@ -3,11 +3,11 @@
  *
  * The map is an array of sets of four. Which set it is, and what marks an entry in it, is drawn
  * from the addresses with the numbers in the first element, which nobody knows: so nobody can
- * choose whom to push out by other addresses. Who sends SYNs in a peer's name, from its port, can:
- * four between a handshake and the begin of its pair, which is copied then. Fewer change nothing,
- * as each connection is asked for by its own ISN. pyforwarder/datapath/splice/handshakes.py reads
- * it. Not a hash (LRU_HASH): that takes a microsecond for each SYN, and every connection has two of
- * them.
+ * choose an entry to push out by other addresses. A sender of SYNs in a peer's name, from its port,
+ * can: four between a handshake and the begin of its pair, which is copied then. Fewer change
+ * nothing, as each connection is asked for by its own ISN.
+ * pyforwarder/datapath/splice/handshakes.py reads it. Not a hash (LRU_HASH): that takes a
+ * microsecond for each SYN, and every connection has two of them.
  *
  * Programs on two processors may write to the same set. Then entries may be lost, or have another's
  * mark: such an entry has another ISN than the connection that is asked for.

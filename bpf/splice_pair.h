@@ -52,7 +52,7 @@ inlined void show_bytes(struct splice *splice, struct splice_direction *way, __u
 	seen = direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
 	seen->redirected_bytes = shown_bytes(way);
 	seen->redirected_packets = way->packets;
-	/* As on every datapath a pair is idle as long as no byte moves, whatever else is said. */
+	/* As on every datapath a pair is idle as long as no byte moves, also if segments do. */
 	if (is_more)
 		seen->last_ns = bpf_ktime_get_coarse_ns();
 }

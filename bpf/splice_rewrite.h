@@ -97,7 +97,7 @@ inlined int rewrite(struct __sk_buff *skb, const struct packet *packet, const in
 	const struct splice_direction *way = packet->way;
 	struct tcp *tcp;
 	__u16 whole; /* all bits, or none: in PF_SUM_PARTIAL the sum is not turned, and not whole */
-	/* Whatever way it came: then the verifier takes them for one, and goes on but once. */
+	/* On every path: then the verifier takes them for one, and goes on but once. */
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	__u64 sum = 0;
 

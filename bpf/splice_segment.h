@@ -105,7 +105,7 @@ inlined int take_reset(struct __sk_buff *skb, struct packet *packet, const struc
 		tell(splice, packet->index);
 	}
 	/*
-	 * The worker has our sockets reset both ends, whatever becomes of this packet. Who has
+	 * The worker has our sockets reset both ends, also if this packet is lost. A peer that has
 	 * still to get a byte of the tail expects another number: it would answer with a challenge
 	 * (RFC 5961), which nobody could take up, and then no other for half a second: also not the
 	 * RST with the right number, which is our socket's.

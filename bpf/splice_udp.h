@@ -435,7 +435,7 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 				     six->source[2] == key.source[2] &&
 				     six->source[3] == key.source[3]
 			: four->source == key.source[3];
-	/* By whatever interface: this host would believe it of a path to the server. */
+	/* By any interface: this host would believe it of a path to the server. */
 	if (skb->pkt_type == HOST_PACKET && !may_be_error(icmp, data + about_at, is_of_peer, v6)) {
 		count_invalid_datagram(session, PF_INVALID_ERROR);
 		return DROP;

@@ -9,7 +9,7 @@
 #include "splice.h"
 #include "splice_packet.h"
 
-#define NEXT -1 /* TCX_NEXT: whatever else looks at packets here, then the stack */
+#define NEXT -1 /* TCX_NEXT: the next program at this interface, then the stack */
 #define DROP 2	/* TCX_DROP */
 
 /* What is sent on begins a new life: the peer has not reckoned with the way behind us. */
@@ -83,8 +83,8 @@ inlined void unmark_copy(struct __sk_buff *skb, const int v6)
  *
  * Of a packet without hops there is none. A host sends no such packet (RFC 1122, 3.2.1.7): it is a
  * copy whose marks somebody has taken away, or a router's that cannot count. So there is one copy
- * of a packet, whatever is done to it on its way to us; else there would be one more each time that
- * it comes.
+ * of a packet, also if its marks change on its way to us; else there would be one more each time
+ * that it comes.
  *
  * On `lo` it is sent once more. A packet has its route with it there, from where it was sent, and a
  * copy that is put right in front of the stack has lost that. The stack would look for one, but

@@ -27,7 +27,7 @@
 struct seq_file;
 struct sock;
 
-/* The kernel's contexts: whatever the programs read of them stands at these places. */
+/* The kernel's contexts: the fields that the programs read stand at these places. */
 struct iterator_meta {
 	struct seq_file *seq;
 	__u64 session_id;

@@ -1,8 +1,8 @@
 """The command line: `pyforwarder COMMAND ...`.
 
 One file per group of commands; `command.py` is what they share.  At import time nothing here needs
-more than click, so that `--help` is fast and works where bcc is not installed: whatever a command
-needs beyond that it imports when it runs (a test holds us to it).
+more than click, so that `--help` is fast and works where bcc is not installed: a command
+imports what else it needs when it runs (a test holds us to it).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One process tree: a server, and for each datapath in turn a daemon of its own (another run
 directory, another instance name, a port the kernel chooses) with clients that go through it.  All
-of it ends and is removed with the demo, whatever happens.
+of it ends and is removed with the demo, also after an error.
 """
 
 from __future__ import annotations

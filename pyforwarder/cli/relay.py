@@ -36,7 +36,7 @@ class RelayError(ForwarderError):
 
 
 def relay(connection: socket.socket, *, stdin_fd: int, stdout_fd: int) -> None:
-    """Run until both directions have ended; `connection` is closed then, whatever happened.
+    """Run until both directions have ended; `connection` is closed then, also after an error.
 
     `stdout_fd` ends up open on /dev/null once the connection's end of file was passed on, so that
     its reader sees the end and the number is not given to something else.

@@ -1,6 +1,6 @@
 """Which rule of a configuration would take some first bytes, and what would become of them.
 
-Opens no connection. Whatever else has to be asked for (names, keys, the time) is passed in, so that
+Opens no connection. What has to be asked for (names, keys, the time) is passed in, so that
 it can be called where nothing may be asked (the status page) and where it may (`explain`).
 """
 

@@ -226,8 +226,8 @@ class Listener(Section):
     datapath: DatapathName | None = None
     """What moves the bytes of its pairs. Not given: as the top level says."""
     splice: values.Switch = True
-    """`false`: no pair of this listener is spliced, whatever a rule says. Use it where the host's
-    packet filters must go on seeing the packets.
+    """`false`: no pair of this listener is spliced, also where a rule asks for it. Use it where the
+    host's packet filters must go on seeing the packets.
     """
     limits: ListenerLimits = ListenerLimits()
     """Limits on this listener alone, beside those on all."""

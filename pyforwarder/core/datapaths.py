@@ -5,7 +5,7 @@ a folder or file of its own below `datapath/`. Where it has pairs in the table t
 it needs a number there (`enum pf_datapath` in bpf/abi.h, its word in bpf/view.c, `DatapathKind`)
 and a counter `JOINED_...` (`runtime/counters.py`).
 
-Functions and classes are named as entry points are, `module:name`, and imported by who uses them
+Functions and classes are named as entry points are, `module:name`, and imported where they are used
 (`pkgutil.resolve_name`): this file itself imports nothing.
 """
 

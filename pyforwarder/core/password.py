@@ -43,7 +43,7 @@ def is_line_with_hash(stored: bytes) -> bool:
 
 
 def fault(stored: bytes) -> str:
-    """What is wrong with a hash, in words for who has to mend it; empty: nothing."""
+    """What is wrong with a hash, in words for the operator; empty: nothing."""
     make = "make one with `pyforwarder password`"
     bcrypt = _BCRYPT.fullmatch(stored)
     if bcrypt is not None:

@@ -92,7 +92,7 @@ GUARDS: Final = tuple(
         ("ff00::/8", "multicast"),
         ("255.255.255.255/32", "broadcast"),
         # RFC 8215: where in such an address the IPv4 address stands is the operator's choice, so
-        # it cannot be judged; who runs such a gateway names the block.
+        # it cannot be judged; the operator of such a gateway names the block.
         ("64:ff9b:1::/48", "local NAT64"),
         # Instance metadata: credentials for any program that can connect. An address of its own
         # inside link-local, so that allowing a link-local network does not give them away.
@@ -353,7 +353,7 @@ class AllowList:
                 f"{ip_text(ip)} is guarded ({guards[-1].what}), and allow does not name it exactly"
             )
         if any(entry.is_single for entry in covering):
-            return None  # written out in full: whatever it carries was meant
+            return None  # written out in full: the address that it carries was meant
         for carried in carried_ipv4(ip):
             reason = self._judge_parsed(carried, port)
             if reason is not None:

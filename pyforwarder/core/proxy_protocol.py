@@ -108,7 +108,7 @@ def _read_v1(data: bytes) -> Header | Literal[Outcome.NEED_MORE]:
     line = data[:stop]
     length = stop + 2
     if line == b"PROXY UNKNOWN" or line.startswith(b"PROXY UNKNOWN "):
-        # Section 2.1: whatever stands between that and the end of the line is to be ignored.
+        # Section 2.1: the text between that and the end of the line is to be ignored.
         return Header(None, None, False, (), length)
     fields = _LINE_V1.fullmatch(line)
     if fields is None:

@@ -130,7 +130,7 @@ class Ruleset:
         # Whether a first rule may say yes or no before a byte has come, and so the rules be through
         # with a connection; a server that speaks first must not wait for its client then.
         self.may_decide_at_once = any(not part.reads for part in entries[0].matcher.parts())
-        # What becomes of every connection, whatever it sends, where the first rule takes them all.
+        # What becomes of every connection where the first rule takes them all, with any bytes.
         first = entries[0]
         self.always = first.always if isinstance(first, _Fixed) else None
         # Whether it matters who the client is.

@@ -218,7 +218,7 @@ class FleetUse(NamedTuple):
 class TokenKeys:
     """The keys in force and how strictly time is taken.
 
-    `clock_skew_s` is how long after `exp` an instruction is still good: the clock of who made it
+    `clock_skew_s` is how long after `exp` an instruction is still good: the clock of its signer
     may be that much behind ours.  `max_lifetime_s` bounds how far ahead `exp` may be (the
     skew comes on top), so that a forgotten one does not stay good for years; None: no bound.
     `audience` is this gateway's name: an instruction that names another is refused, one that names
@@ -255,7 +255,7 @@ class TokenKeys:
     ) -> str | None:
         """Why this instruction is not good for this client now; None: it is.
 
-        The words are for logs and `explain`; the client is told `ERR token` whatever they are.
+        The words are for logs and `explain`; the client is told `ERR token` in every case.
         """
         key = self._keys.get(instruction.key_id)
         if key is None:

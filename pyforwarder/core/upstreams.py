@@ -257,9 +257,10 @@ class Balancer:
         self._worker = worker
         self._latest_s = -math.inf  # the last time that was passed in
         self._servers: dict[str, ServerState] = {}
-        # Who can be chosen, and by round_robin in which order, as long as nothing happens to any
-        # server: choosing is on the path of every connection, and there may be many servers.
-        # Empty: not known, or about to change by itself (an ejection ends, a slow start goes on).
+        # The servers that can be chosen, and by round_robin in which order, as long as nothing
+        # happens to any server: choosing is on the path of every connection, and there may be many
+        # servers. Empty: not known, or about to change by itself (an ejection ends, a slow start
+        # goes on).
         self._settled: list[tuple[ServerState, float]] = []
         self._round: list[ServerState] = []
         self._turn = worker - 1  # the last one taken of the round
@@ -317,12 +318,12 @@ class Balancer:
                 self._round_robin(turns, None)
 
     def _unsettle(self) -> None:
-        """Something has happened to a server: who can be chosen has to be found out again."""
+        """Something has happened to a server: find out again which ones can be chosen."""
         self._settled = []
         self._round = []
 
     def _settle(self, now_s: float) -> None:
-        """Remember who can be chosen, if that stays so until something happens."""
+        """Remember which servers can be chosen, if that stays so until something happens."""
         able = [s for s in self._servers.values() if s.is_up and not s.is_drained]
         if any(server.is_ejected(now_s) or self._is_rising(server, now_s) for server in able):
             return

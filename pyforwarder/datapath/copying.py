@@ -74,7 +74,7 @@ class CopyDatapath:
         return None
 
     def take_back(self, pair: Pair) -> None:
-        """Go on with a pair that another datapath has released, whatever its sockets have."""
+        """Go on with a pair that another datapath has released, with the bytes in its sockets."""
         pair.datapath = self
         for flow in (pair.up, pair.down):
             flow.readable = flow.phase is _OPEN

@@ -71,7 +71,8 @@ _HELP_S: Final = 0.1
 _BYPASS_BYTES: Final = 4 << 20
 # So much is read at once, and then in our memory, for a target that takes nothing.
 _MOST_PASSED_BYTES: Final = 1 << 20
-# Who sends so fast that every look finds more can never leave: all others would stand still.
+# A peer that sends so fast that every look finds more can never leave: all others would stand
+# still.
 _MOST_LOOKS: Final = 256
 # The limit on a backlog is not for a bypass.
 _NO_LIMIT: Final = (1 << 32) - 1

@@ -1,4 +1,5 @@
-"""Single-use tokens, used up in the store of a fleet: who creates a token's key has it.
+"""Single-use tokens, used up in the store of a fleet: the machine that creates a token's key has
+it.
 
     /pyforwarder/FLEET/tokens/DIGEST      a `UsedToken`, with a lease for as long as it may be good
 

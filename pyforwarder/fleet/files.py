@@ -24,7 +24,7 @@ _MOST_PASSWORD_BYTES: Final = 4096
 
 
 class Credentials(NamedTuple):
-    """Who we are to the store."""
+    """Our name and password for the store."""
 
     user: str
     password: str

@@ -97,7 +97,7 @@ class InstanceReport(Value):
     accepted: Number = 0
     # Name -> "available", or why not.
     datapaths: Annotated[dict[Name, Words], Field(max_length=16)] = {}
-    writer: Name = ""  # who has put it there: a machine of the same name is another one
+    writer: Name = ""  # that machine has put it there: another of the same name is not it
     is_shared: bool = False  # such a one reports at this key, too
 
     @property

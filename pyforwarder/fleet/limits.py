@@ -13,7 +13,7 @@ until a machine has another's report of a connection. Then a client has at most
 at all machines together: consider the last connection that was admitted beyond a share. At that
 moment the connections there and those reported made M at most; at each other machine S may be
 missing in its report, or be admitted later as its share, and what was opened within T. And never
-more than N * M: each machine holds its own count to the limit, whatever the others report.
+more than N * M: each machine holds its own count to the limit, with any reports of others.
 
 Rates (`new_per_second_per_client`) are each machine's own: a report of them would be as old as the
 second that they are about.

@@ -146,7 +146,7 @@ class Member:
         """Until something changes, or it is time to look whether the store is still there."""
         self._receive(0)
         if self._reported is not None:
-            self._list_machines()  # who has written in our place is not seen once we have again
+            self._list_machines()  # else one that wrote in our place is not seen
         self._write_report()
         self._list_machines()
         for _ in self._store.changes(self._keys.current, after=revision, until_s=self._renew_at_s):

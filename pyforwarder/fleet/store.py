@@ -89,7 +89,7 @@ class Store:
 
     @property
     def endpoint(self) -> str:
-        """Whom we speak to now."""
+        """The member that we speak to now."""
         return self._clients[self._current].base_url
 
     def close(self) -> None:
@@ -312,7 +312,7 @@ class Store:
             raise self._failed(f"no answer of etcd: {type(error).__name__}") from error
 
     def _known(self) -> Etcd3Client:
-        """The member that we speak to; it knows who we are."""
+        """The member that we speak to; it knows our name."""
         client = self._clients[self._current]
         if self._credentials is not None and not self._is_known:
             client.session.headers.pop("Authorization", None)

@@ -120,7 +120,7 @@ class Watcher:
     def is_lost(self, now_s: float) -> bool:
         """Whether that did not come in time; another member is asked then. Call it in each turn.
 
-        Not as long as there is something in `received`: it is us who are late.
+        Not as long as there is something in `received`: then we are late, not the store.
         """
         if self._expected is None:
             return False

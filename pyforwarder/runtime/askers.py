@@ -1,4 +1,4 @@
-"""Who is asked for a name's addresses, off the loop; answers come back through a `Mailbox`.
+"""Asking for a name's addresses, off the loop; answers come back through a `Mailbox`.
 
 Two ways: the host's own getaddrinfo(3), which knows every source that nsswitch.conf(5) names and
 blocks a thread for each question, and c-ares, which asks name servers for thousands of names at the

@@ -23,13 +23,13 @@ from typing import IO, Any, Final
 from pyforwarder.runtime import slowness, store
 from pyforwarder.runtime.tables import visible
 
-# What a child sees: root's usual PATH, whatever the caller's is; no PYTHON*, LD_*, TMPDIR.
+# What a child sees: root's usual PATH, not the caller's; no PYTHON*, LD_*, TMPDIR.
 ENVIRONMENT: Final[Mapping[str, str]] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
 }
 _UMASK: Final = 0o077
-# A terminal's Ctrl-C reaches the whole group, and who ends a service may mean its group, too.
+# A terminal's Ctrl-C reaches the whole group, and a service manager may signal the group, too.
 TOLD_TO_GROUPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Run by `python -I`, which looks neither at the working directory nor at PYTHON*.
 _BOOT: Final = (
@@ -66,7 +66,7 @@ def run(
     timeout_s: float | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end, whatever that is; without `input` it reads nothing.
+    """Run a program to its end, with any exit code; without `input` it reads nothing.
 
     Raises:
         OSError: it does not start.
@@ -168,7 +168,7 @@ def _environment() -> dict[str, str]:
 def keep_only(fds: Iterable[int]) -> None:
     """In a forked child: close every descriptor but the standard ones and these.
 
-    Nothing that the caller has forgotten to close may be used by a stranger who takes it over.
+    A stranger that takes it over can use no descriptor that the caller has forgotten to close.
     """
     # What nobody refers to any more closes its own now, not later, when the number is another's.
     gc.collect()

@@ -29,8 +29,8 @@ def duplicate_socket(fd: int) -> socket.socket:
 def close_given(fds: Iterable[int]) -> None:
     """Close what another process has sent, which may want to hold us up with it (main thread).
 
-    The last close of a TCP socket waits as long as its SO_LINGER says, however it came to us and
-    whatever it hides in (a queue of another socket). It does not wait past a signal: so one comes.
+    The last close of a TCP socket waits as long as its SO_LINGER says, however it came to us, also
+    where it hides in a queue of another socket. It does not wait past a signal: so one comes.
     Source: inet_release, sk_stream_wait_close (net/ipv4/af_inet.c, net/core/stream.c).
     """
     fds = list(fds)

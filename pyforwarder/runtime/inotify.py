@@ -23,7 +23,7 @@ class Inotify:
         self.fd: int = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def watch(self, path: Path) -> int:
-        """The watch's number; it follows the file, whatever becomes of its name."""
+        """The watch's number; it follows the file, also when that is renamed."""
         return _checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), _CLOSE_WRITE))
 
     def forget(self, watch: int) -> None:

@@ -43,7 +43,7 @@ _SECONDS: Final = _PAIRS + _SCOPES  # by scope: a clock second, and how many wer
 _HELD: Final = _SECONDS + _SCOPES  # by scope: bytes that pairs hold in memory
 _TABLE: Final = _HELD + _SCOPES
 _RATES: Final = _TABLE + _TABLE_ENTRIES * _ENTRY_WORDS
-_NAMES: Final = _RATES + _RATE_ROWS * _RATE_BUCKETS  # by entry of _TABLE: who that client is
+_NAMES: Final = _RATES + _RATE_ROWS * _RATE_BUCKETS  # by entry of _TABLE: that client's name
 _NAME_WORDS: Final = 4  # key; scope, version and bits of the network; its leading bits, high, low
 _COLUMN_WORDS: Final = _NAMES + _TABLE_ENTRIES * _NAME_WORDS
 # Whole pages, also where those have 64 KiB: a column is given back to the kernel by itself.
@@ -542,7 +542,7 @@ class SharedLimits:
             self._edition = edition
 
     def _name(self, at: int, key: int, host: str, bounds: Bounds) -> None:
-        """Note there who a client is that this worker counts."""
+        """Note there the name of a client that this worker counts."""
         network = fleet_network_of(host, ipv4_bits=bounds.ipv4_bits, ipv6_bits=bounds.ipv6_bits)
         first = high = low = 0
         if network is not None:

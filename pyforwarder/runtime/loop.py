@@ -241,7 +241,7 @@ class Loop:
         self._timers.pop(timer, None)
 
     def fileno(self) -> int:
-        """The epoll descriptor, for who closes all that are not named."""
+        """The epoll descriptor, for a caller that closes all that it does not name."""
         return self._epoll.fileno()
 
     def stop(self) -> None:

@@ -83,7 +83,7 @@ def add(wanted: Sequence[str]) -> None:
 
 
 def remove(wanted: Sequence[str]) -> None:
-    """This host has none of them any more, whatever the length of their prefix.
+    """This host has none of them any more, with any length of prefix.
 
     Raises:
         ControlError: one is left.

@@ -1,7 +1,8 @@
 """Numbers in memory that is shared, written with one store each.
 
-`struct.pack_into` and slices write zeros first, or byte by byte: who reads meanwhile, a BPF program
-or another process, may find anything, and so may who comes after a process that was killed there.
+`struct.pack_into` and slices write zeros first, or byte by byte: a BPF program or
+another process that reads meanwhile may find anything, and so may the successor of a process that
+was killed there.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _NOWHERE: Final = bytes(16)  # struct sockaddr of AF_UNSPEC
 _name: Final = ctypes.create_string_buffer(_NAME_BYTES)
 _length: Final = ctypes.c_uint32(_NAME_BYTES)
 _length_at: Final = ctypes.byref(_length)
-# Who was accepted last, as the kernel writes it (struct sockaddr); until the next call of `accept`.
+# The address accepted last, as the kernel writes it (struct sockaddr); until the next `accept`.
 peer_name: Final = memoryview(_name).cast("B")[:_IPV6_NAME_BYTES].tobytes
 
 

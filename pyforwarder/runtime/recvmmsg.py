@@ -59,7 +59,7 @@ class Receiver:
     def __init__(self, room: Room, *, name_bytes: int = 0, control_bytes: int = 0) -> None:
         """Others may have the same room.
 
-        Of each datagram are kept `name_bytes` of who has sent it, as its family has them, and
+        Of each datagram are kept `name_bytes` of its sender's address, as its family has them, and
         `control_bytes` of control messages (cmsg(3)).
         """
         self._room = room
@@ -120,7 +120,7 @@ class Receiver:
         return [slot[:size] for slot, size in zip(self._room.slots, sizes, strict=False)]
 
     def names(self) -> list[bytes]:
-        """Who has sent each of them (struct sockaddr_in, sockaddr_in6)."""
+        """The sender's address of each of them (struct sockaddr_in, sockaddr_in6)."""
         step = self._name_bytes
         names = self._all_names[: self._count * step].tobytes()
         return [names[at : at + step] for at in range(0, len(names), step)]

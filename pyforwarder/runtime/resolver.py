@@ -107,7 +107,7 @@ class _Question(Timed):
         self._resolver.waited_long(self)
 
     def left(self) -> None:
-        """One who waited has gone."""
+        """A client that waited has gone."""
         if not self.waits:
             self._resolver.abandoned(self)
 
@@ -303,7 +303,7 @@ class Names:
         self._senders = client_names(loop)
 
     def of(self, *, named_by_client: bool, by_datagram: bool = False) -> Resolver:
-        """Who to ask for a name of the configuration, of a client, of a sender of datagrams."""
+        """The asker for a name of the configuration, of a client, of a sender of datagrams."""
         if not named_by_client:
             return self._configured
         return self._senders if by_datagram else self._clients

@@ -129,7 +129,7 @@ def visible(text: str) -> str:
 
     That is every control (C0 but newline and tab, DEL, C1), every format character (those that turn
     the direction of writing among them), line separators, and what is assigned to nothing. It is
-    the last thing that happens to data and words on their way out, whatever they are made of; in
+    the last thing that happens to all data and words on their way out; in
     JSON the escapes mean the same characters.
     """
     return _SUSPECT.sub(_unicode_escape, text)

@@ -2,9 +2,9 @@
 
 Pure: the time is passed in. A client is an address, or the /64 of an IPv6 one.
 
-A bound on all clients together would be a way to shut others out: who uses it up is served, and
-the rest is not. So what is refused is refused to a client for what itself has asked, and where
-something is bounded in all, viewers have a part of their own.
+A bound on all clients together would be a way to shut others out: the client that uses it up is
+served, and the rest is not. So what is refused is refused to a client for what itself has asked,
+and where something is bounded in all, viewers have a part of their own.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Allowance:
     """What may be asked, by a client and in all; viewers have a share of their own."""
 
     def __init__(self, *, client: Rate, in_all: Rate, viewer: Rate) -> None:
-        """`viewer` is for a client that has the page open, whatever others ask: there are few."""
+        """`viewer` is for a client that has the page open, apart from all others: there are few."""
         self._clients = PerClient(client.budget)
         self._viewers = PerClient(viewer.budget)
         self._in_all = in_all.budget()

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 TOKEN_HEADER: Final = "X-Pyforwarder-Token"
 # A client's wrong passwords: so many at once, and then one in so many seconds. There is no such
-# bound on all clients together: it would keep out who knows the right one.
+# bound on all clients together: it would keep out people who know the right one.
 WRONG_PER_CLIENT: Final = 5
 _REFILL_PER_CLIENT_S: Final = 10.0
 # Passwords that are compared at once, of all clients together; the next ones are compared beside
 # the loop, at the pace that `LoginQueue` keeps.
 AT_ONCE_IN_ALL: Final = 20
 _AT_ONCE_EVERY_S: Final = 1.0
-# Who was wrong within this time waits behind those who were not.
+# A client that was wrong within this time waits behind those that were not.
 SUSPECT_S: Final = 600.0
 _CHALLENGE: Final = ("WWW-Authenticate", 'Basic realm="pyforwarder", charset="UTF-8"')
 
@@ -50,7 +50,7 @@ class Doubt(NamedTuple):
     stored: bytes
     password: bytes
     host: str
-    client: str  # who may not fill the queue of those that wait
+    client: str  # one client may not fill the queue of those that wait
     is_suspect: bool  # this client was wrong a short while ago
     settle: Callable[[bool], str | Answer]
     drop: Callable[[], None]
@@ -74,7 +74,7 @@ class Gate:
     ) -> None:
         """`hosts` are names that the page has, `passwords` those of its users, or their hashes.
 
-        Without any nobody is asked who he is.
+        Without any nobody is asked for a name.
         """
         self._hosts = frozenset({"localhost", *hosts})
         self._passwords = {name.encode(): stored for name, stored in (passwords or {}).items()}

@@ -2,8 +2,8 @@
 
 A flood of wrong ones cannot keep a right one out that comes from elsewhere: clients have their
 turns (`PasswordChecks`), and when all places are taken, one makes room whose client was wrong
-lately, else one of the network that has most. Who has no place is told to come again, and finds one
-once each client of the flood has been wrong.
+lately, else one of the network that has most. A client without a place is told to come again, and
+finds one once each client of the flood has been wrong.
 
 Comparing costs half of a processor at the most, and there are at most `1 / PACE_S` in a second.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # With bcrypt of 12 rounds, a fifth of a second each, the last one waits for 7 s.
 MOST_WAITING: Final = 16
 PACE_S: Final = 0.05
-# Who has waited so long is told to come again, before the connection's own deadline.
+# A client that has waited so long is told to come again, before the connection's own deadline.
 MOST_S: Final = 12.0
 
 
@@ -77,7 +77,7 @@ class LoginQueue:
         return check
 
     def forget(self, number: int) -> None:
-        """Who asked has gone, and has cost a comparison maybe: that counts as a wrong one."""
+        """The client has gone, and has cost a comparison maybe: that counts as a wrong one."""
         waiting = self._waiting.pop(number, None)
         if waiting is not None:
             self._loop.cancel(waiting.timer)
@@ -87,7 +87,7 @@ class LoginQueue:
     def _make_room(self, newcomer: Doubt) -> bool:
         """Push out one of those that were wrong lately, else one of those with most company."""
         suspects = [item for item in self._waiting.items() if item[1].doubt.is_suspect]
-        # Who was not wrong does not make room for one who was.
+        # A client that was not wrong does not make room for one that was.
         some = suspects if suspects or newcomer.is_suspect else list(self._waiting.items())
         hosts = [waiting.doubt.host for _, waiting in some]
         if newcomer.is_suspect or not suspects:

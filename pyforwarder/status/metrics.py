@@ -254,8 +254,8 @@ def _is_usual(state: PairState, kind: DatapathKind) -> bool:
 _PATH: Final = "/metrics"
 _METHODS: Final = "GET, HEAD, OPTIONS"
 
-# Each takes as long as a sample of all pairs: so many at once, and so many a second. Who asks for
-# more, however many they are, is told what was true within the last second.
+# Each takes as long as a sample of all pairs: so many at once, and so many a second. Clients
+# that ask for more, however many, are told what was true within the last second.
 _FRESH: Final = Rate(20, 10)
 _KEPT_S: Final = 1.0
 

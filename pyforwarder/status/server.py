@@ -67,7 +67,7 @@ class Visitor(Protocol):
         ...
 
     def end(self) -> None:
-        """End the connection, whatever it was doing."""
+        """End the connection, also in the middle of an answer."""
         ...
 
     def stream(
@@ -328,7 +328,7 @@ class Server:
             self.close(connection)
 
     def close(self, connection: _Connection) -> None:
-        """End it, whatever it was doing."""
+        """End it, also in the middle of an answer."""
         if connection in self._connections:
             del self._connections[connection]
             self._loop.deadlines.stop(connection)

@@ -138,7 +138,7 @@ ROWS: Final[tuple[Row, ...]] = (
         Row(word, _LIMITED, (limit.value,), f"limited.{limit.value}", LineKind.NONZERO)
         for limit, word in LIMITED_INDEX.items()
     ),
-    # Of closed pairs; those of open ones are added by who shows them.
+    # Of closed pairs; those of open ones are added where they are shown.
     Row(Counter.UP_BYTES, None, stats="bytes_up", kind=LineKind.UP_BYTES),
     Row(Counter.DOWN_BYTES, None, stats="bytes_down", kind=LineKind.DOWN_BYTES),
     Row(Counter.FIRST_PACKET_FULL, _CUT, ("max_bytes",), "first_packet_full"),

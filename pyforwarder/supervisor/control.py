@@ -44,7 +44,7 @@ class _ControlClient(Timed):
         self.incoming = b""
         self.outgoing = memoryview(b"")
         self.fds: list[int] = []
-        self.is_last = False  # it has its last answer; whatever else it sends is thrown away
+        self.is_last = False  # it has its last answer; what it sends after that is thrown away
 
     def expired(self) -> None:
         self.owner.drop(self)
@@ -96,7 +96,7 @@ class ControlServer:
         return self._listener
 
     def release(self) -> None:
-        """Another daemon listens there from here on; who is connected still gets its answer."""
+        """Another daemon listens there from here on; connected clients still get their answers."""
         if self._is_released:
             return
         self._is_released = True

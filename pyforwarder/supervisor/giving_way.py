@@ -1,9 +1,9 @@
 """`down`, and `up` at once: a daemon that drains gives way to the next one.
 
-Who drains has closed its listeners, and keeps its name, its lock and its files for `show` and a
-second `down`, as long as it has pairs. An `up` that comes meanwhile takes all of that from it, as
-`pyforwarder upgrade` does from a daemon that serves (succession.py), and its pairs too. What stays
-(a client that has no server yet) ends by the drain's deadline. Differently from an upgrade,
+A daemon that drains has closed its listeners, and keeps its name, its lock and its files for `show`
+and a second `down`, as long as it has pairs. An `up` that comes meanwhile takes all of that from
+it, as `pyforwarder upgrade` does from a daemon that serves (succession.py), and its pairs too. What
+stays (a client that has no server yet) ends by the drain's deadline. Differently from an upgrade,
 configuration, environment and output are the command's own, and so is the lock: `down` waits for
 the one that it was said to.
 """
@@ -47,7 +47,7 @@ class DaemonState(StrEnum):
 def find_draining(instance: Instance, ask: Ask) -> Predecessor | None:
     """The instance's daemon, if it drains; the caller's to close.
 
-    None: there is none, or it serves. Who is about to drain, or to end, is waited for.
+    None: there is none, or it serves. One that is about to drain, or to end, is waited for.
 
     Raises:
         ForwarderError: it drains, and says why its place cannot be taken.

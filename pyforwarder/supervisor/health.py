@@ -121,7 +121,7 @@ class Checker:
             return
         self._count(upstream.name, server.name)
         changed = server.health.observe(passed=passed)
-        # The first is told whatever it is: who listens may know of a time before this process.
+        # The first is told in any case: workers may know of a time before this process.
         if changed or not server.was_told:
             server.was_told = True
             self._report(Verdict(upstream.name, server.name, server.health.is_up, why))

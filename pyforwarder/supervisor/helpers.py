@@ -200,7 +200,7 @@ class Helpers:
         self.fleet.close()
         self.limits.close()
         self.failover.close()
-        # Not that of the tokens: who has no server yet may have one to be claimed.
+        # Not that of the tokens: a client without a server yet may have one to be claimed.
 
     def close(self) -> None:
         """Leave the fleet, and end them all."""

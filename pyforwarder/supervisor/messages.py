@@ -2,7 +2,7 @@
 
 They read what strangers send, so they may be taken over, and then their messages are a stranger's.
 Each is compared with this table before anything is done with it. One that is not in the table is
-its sender's fault, whatever is wrong with it, and never ours: see `FaultyMessageError`.
+its sender's fault in every case, and never ours: see `FaultyMessageError`.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class FleetFaults(_Message):
 
 
 class Taken(_Message):
-    """Pairs of another machine are these workers' now, who are to adopt them."""
+    """Pairs of another machine are these workers' now, which are to adopt them."""
 
     waiting: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=256)]
     taken: Number  # pairs, since the keeper has begun

@@ -1,7 +1,7 @@
 """The parts of a daemon, made once, each with the others that it needs.
 
-Here is who is told of whom; when each of them begins and ends is in daemon.py. Parts that need each
-other, or one that is made later, get a function that looks it up.
+This file says which part knows which; when each of them begins and ends is in daemon.py. Parts that
+need each other, or one that is made later, get a function that looks it up.
 """
 
 from __future__ import annotations

@@ -98,10 +98,10 @@ class Predecessor:
         return _has_ended(self._keeper_pidfd) and is_over
 
     def end_keeper(self) -> bool:
-        """See to it that only we write the records of spliced pairs, whatever it does.
+        """See to it that only we write the records of spliced pairs.
 
-        An older version does not say who does: if it has not released them, it is ended itself.
-        False: it has not ended yet.
+        An older version does not say which keeper writes them: if it has not released them, it is
+        ended itself. False: it has not ended yet.
         """
         if self._keeper is not None:
             return _end(self._keeper_pidfd)

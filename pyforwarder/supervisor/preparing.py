@@ -33,7 +33,7 @@ _MOST_LOG_CHARACTERS: Final = 32 * 1024
 
 
 class Loaded(NamedTuple):
-    """What one part has come to, for who sends it and for who gets it."""
+    """What one part has come to, for its sender and for its receiver."""
 
     descriptors: Sequence[int]
     said: Mapping[str, Any]

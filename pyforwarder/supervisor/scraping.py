@@ -212,7 +212,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self._send({"n": said.n, **self._carry_out(said)})
 
     def _carry_out(self, order: Flush | SetServer) -> dict[str, object]:
-        """Do it; who has asked for it, by what the process says, is in the log."""
+        """Do it; the log has the name of the person who asked, as the process gave it."""
         user = order.user or "-"
         try:
             if isinstance(order, SetServer):

@@ -1,8 +1,8 @@
 """Listening sockets that the service manager keeps for us (sd_notify(3), FDSTORE=1).
 
-With them a port is never closed, however the daemon ends: who connects before it is there again
-waits in the kernel. The manager gives them to the next process as it gives those of a .socket unit,
-by the name below, and forgets them when the unit is stopped.
+With them a port is never closed, however the daemon ends: a client that connects before it is there
+again waits in the kernel. The manager gives them to the next process as it gives those of a .socket
+unit, by the name below, and forgets them when the unit is stopped.
 """
 
 from __future__ import annotations

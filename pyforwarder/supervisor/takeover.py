@@ -1,7 +1,7 @@
 """A daemon takes a running one's place: what it begins with, when it serves, until that one ended.
 
 The messages between the two are in succession.py, the running one's part is in retiring.py. Until
-that one says that it retires nothing has changed; from then on it is our turn, whatever comes.
+that one says that it retires nothing has changed; from then on it is our turn.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Takeover:
         free_at_s = self.tokens_free_at_s[daemon.memory.share]
         time.sleep(min(SPENDS_FOR_S, max(0.0, free_at_s - time.monotonic())))
         self._start_workers(predecessor, daemon)
-        # From here on it is our turn, whatever comes.
+        # From here on it is our turn, also after an error.
         self.has_taken = True
         if predecessor.offer.used_tokens is not None:
             ends_s = time.monotonic() + SPENDS_FOR_S

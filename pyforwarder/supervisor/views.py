@@ -162,7 +162,7 @@ class View:
 
 
 def remove_stale(directory: Path) -> Found:
-    """Remove what a daemon that was killed has left there, whatever its version; what was there.
+    """Remove what a daemon that was killed has left there, of any version; what was there.
 
     The caller holds the lock.
     """

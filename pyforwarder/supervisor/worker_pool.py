@@ -271,7 +271,7 @@ class WorkerPool:
     def reap(self) -> None:
         """Clean up after those that have died, and replace them; call it on SIGCHLD."""
         for index, worker in enumerate(self._workers):
-            # Who asked one in vain may have found out before us that it is dead.
+            # A process that asked one in vain may have found out before us that it is dead.
             if index in self._dead or not worker.has_ended():
                 continue
             self._dead.add(index)
@@ -352,7 +352,7 @@ class WorkerPool:
         return worker
 
     def _receive(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
-        """One message of a worker; whatever goes wrong over it is the worker's fault."""
+        """One message of a worker; any error over it is the worker's fault."""
         was_deaf = worker.is_deaf
         try:
             if not worker.receive():

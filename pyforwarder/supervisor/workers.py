@@ -134,7 +134,7 @@ class WorkerProcess:
         """Serve one thing that the worker asks of its own accord; False once it has gone.
 
         Raises:
-            Exception: it said what it may not say, whatever of it is noticed where.
+            Exception: it said what it may not say.
         """
         if self._unsent:
             self._send_grants()
@@ -267,7 +267,7 @@ class WorkerProcess:
 def grant(asked: Ask, fds: Sequence[int], *, may_be_transparent: bool) -> bool | None:
     """Do for a worker what needs a privilege; the descriptors stay the caller's.
 
-    A worker is not trusted: whatever it asks, this is all it can get. Returns whether it was done,
+    A worker is not trusted: this is all that it can get. Returns whether it was done,
     for a worker that waits to know; None: it does not.
     """
     waits = asked.ask == "transparent"

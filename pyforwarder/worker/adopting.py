@@ -44,7 +44,7 @@ def adoptable(fd: int) -> _socket.socket:
 
 
 def cookie_of(sock: _socket.socket) -> int:
-    """What identifies the socket, whatever descriptors lead to it and in whichever process."""
+    """The socket's cookie, the same by all descriptors that lead to it, in every process."""
     return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _SO_COOKIE, 8), "little")
 
 

@@ -195,7 +195,7 @@ class Connector:
             self._deny(client, to)
 
     def _resolve(self, client: Client, to: HostPort) -> None:
-        """Find the name's addresses; what is denied whatever they are is not asked for."""
+        """Find the name's addresses; not if the policy denies all that it may have."""
         route = client.route
         assert route is not None
         by_client = route.named_by_client
@@ -209,7 +209,7 @@ class Connector:
 
         def answer(hosts: list[str]) -> None:
             # Deferred, so that what goes wrong is this client's and nobody else's. Its deadline may
-            # pass before that; whatever ends this attempt stops what it waits for.
+            # pass before that; the end of this attempt stops what it waits for.
             answered = client.approach = Answered()
             self._loop.defer(lambda _: proceed(hosts, answered), client)
 

@@ -103,7 +103,7 @@ class Opened:
                     self._remember(*first)
                 except Exception as error:
                     self._server.log.internal_error(error)
-            # First: whatever is wrong with what has ended, these pairs go on, and need a worker.
+            # First: these pairs go on, and need a worker, also if a message of an end is wrong.
             if message["adopt"]:
                 self._adopt()
             for counted in message.get("counted", ()):

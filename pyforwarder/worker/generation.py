@@ -242,7 +242,7 @@ class ListenerState:
         self.trusted_proxies: Networks | None = (
             listener.proxy_protocol.trusted if listener.proxy_protocol.accept else None
         )
-        # Who has none is not served, and neither is who is not trusted.
+        # A client that sends none is not served, and neither is one that is not trusted.
         self.needs_header = listener.proxy_protocol.accept is True
         # TCP_MAXSEG of outgoing sockets, for IPv4 and IPv6; None: as the route says. What a server
         # sends must fit into the path to the client, too, or the pair could not be spliced.

@@ -39,7 +39,7 @@ _JOINED_COPY: Final = int(Counter.JOINED_COPY)
 # by default, for the kernel not to have made its sockets' receive buffers larger.
 _LIKELY: Final = 16
 
-# Who was not ready to be spliced is asked again so long afterwards, if not before.
+# A pair that was not ready to be spliced is tried again so long afterwards, if not before.
 _AGAIN_S: Final = 0.05
 
 # A pair for which the splice keeper did not answer is asked for again after so long each time, and
@@ -248,7 +248,7 @@ class Handover:
             if client.state is None and carried_bytes * _LIKELY >= after_bytes:
                 assert self._splice is not None
                 self._splice.expect(client)
-        # A round trip is two turns of who is speaking.
+        # A round trip: the speaker has changed twice.
         if client.turns >= 2 * when.after_round_trips or carried_bytes >= after_bytes:
             self._ask(client)
 

@@ -125,7 +125,7 @@ class PairReceiver:
         return count > 0
 
     def _poll(self) -> None:
-        """Read the channel, whatever else is ready; more and more seldom where it is empty."""
+        """Read the channel, ready or not; more and more seldom where it is empty."""
         self._poll_again(_FIRST_POLL_S if self._receive_some() else 2 * self._poll_s)
 
     def _poll_again(self, after_s: float) -> None:

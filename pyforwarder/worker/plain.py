@@ -4,8 +4,8 @@ The tables of `core.connection` say what follows what in the life of a connectio
 them go through it without a pause: the first bytes are there, a rule takes them, the server answers
 within connect(2), and TCP takes what is written. A table, a function and a look at everything rare
 for each of these steps would cost as much processor time as the steps themselves. So here they
-stand one below the other, and whatever is not as usual goes on by the tables, from the state that
-the connection has reached.
+stand one below the other, and a connection that is not as usual goes on by the tables, from the
+state that the connection has reached.
 
 Which listeners may take it is known beforehand (`ListenerState.is_plain`).
 """
@@ -265,7 +265,7 @@ class PlainPath:
                 try:
                     told = _write(fd, answer)
                 except OSError:
-                    told = 0  # whatever it is, the next try says so again
+                    told = 0  # the next try gets the same error, or none
                 down.written_bytes = told
                 if told < len(answer):
                     down.pending = answer[told:]

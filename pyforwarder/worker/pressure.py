@@ -96,7 +96,7 @@ class Pressure:
         self._loop = server.loop
         self._workers = workers
         self.memory_bytes = memory_bytes
-        # Who may have no more pairs: the scopes and networks that hold all they may.
+        # No more pairs for these: the scopes and networks that hold all they may.
         self.is_full = False  # anybody at all: every new pair asks
         self._full_scopes: frozenset[int] = frozenset()
         self._full_clients: frozenset[bytes] = frozenset()
@@ -139,7 +139,7 @@ class Pressure:
                 # Other workers' pairs may hold all that there is.
                 self._conclude([], {})
         finally:
-            # Whatever goes wrong over one look, there is another.
+            # After an error over one look, too, there is another.
             if next_s:
                 self._loop.after(next_s, self._begin_round)
 

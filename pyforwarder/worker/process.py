@@ -491,7 +491,7 @@ class _Worker:
 
     def _ask_supervisor(self, what: str, fds: list[int], number: int) -> None:
         # Never waited for: every other pair would wait, too. What is lost is asked again by those
-        # who still need it; but who waits for an answer gets one.
+        # who still need it; but a client that waits for an answer gets one.
         try:
             self._channel.send({"ask": what, "number": number}, fds, wait=False)
         except OSError:

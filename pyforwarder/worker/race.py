@@ -52,7 +52,7 @@ def outcome_of(code: int, address: Address) -> int:
 
 
 class Racer(Protocol):
-    """Whom a race is run for."""
+    """The client, or session, that a race is run for."""
 
     def dial(self, address: Address) -> tuple[_socket.socket, int]:
         """A socket, and what connect(2) said: an errno, EINPROGRESS, or 0 if it stands.

@@ -38,7 +38,7 @@ class Records:
     def __init__(self, loop: Loop, window: PairWindow) -> None:
         self._loop = loop
         self._window = window
-        # Who has no record yet, the oldest first; who ends must leave it.
+        # Clients without a record yet, the oldest first; one that ends must leave it.
         self.unshown: dict[Client, None] = {}
         self._timer = 0
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 # A refused client gets this long, and this many bytes, to read its answer and close. Closing at
-# once would turn into a RST by what it had sent meanwhile, and the RST would take the answer along.
+# once would turn into a RST by bytes that it sent meanwhile, and the RST would take the answer
+# along.
 REFUSAL_LINGER_S: Final = 1.0
 REFUSAL_DISCARD_BYTES: Final = 64 * 1024
 

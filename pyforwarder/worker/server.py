@@ -176,7 +176,8 @@ class Server:
                 rule=client.rule_name.decode(),
                 server=str(client.destination) if client.destination else "-",
                 datapath=client.kind.label,
-                # Where the pair outlives us, who writes the line of its end does not know that.
+                # Where the pair outlives us, the worker that writes the line of its end does not
+                # know that.
                 **(audit_of(client) if event is Event.ROUTED else {}),
             )
         act(client)
@@ -240,7 +241,7 @@ class Server:
         """Bytes flow from here on: first copied, and handed over when that pays."""
         client.active_s = self.loop.now_s
         client.datapath = self.copying
-        client.kind = DatapathKind.COPY  # which `show` says, whatever the handover comes to
+        client.kind = DatapathKind.COPY  # which `show` says, also if the handover fails
         self.handover.joined(client)
         if client.life is not Life.JOINED:
             return  # it broke as the kernel took it

@@ -1,4 +1,4 @@
-"""What a worker knows of the servers of upstreams: who is up, and which pair counts for which."""
+"""What a worker knows of the servers of upstreams: which are up, which pair counts for which."""
 
 from __future__ import annotations
 

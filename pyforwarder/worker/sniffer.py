@@ -47,7 +47,7 @@ _PAIRS_OPENED: Final = int(Counter.PAIRS_OPENED)
 # all that there is to decide by.
 DECIDING_S: Final = 0.5
 # And all of them together: so much of the worker's time, and so much at once. Those for which there
-# is none left are looked at a little later, with whatever has come by then.
+# is none left are looked at a little later, with the bytes that have come by then.
 AGAIN_SHARE: Final = 0.25
 AGAIN_BURST_S: Final = 0.25
 _AGAIN_PAUSE_S: Final = 0.02
@@ -68,7 +68,7 @@ class Sniffer:
         self._loop = server.loop
         self._again_s = AGAIN_BURST_S  # what is left for second looks
         self._again_from_s = server.loop.now_s
-        # Those whose second look waits, the longest first; who ends must leave it.
+        # Those whose second look waits, the longest first; one that ends must leave it.
         self.put_off: dict[Client, None] = {}
 
     def begin_specially(self, client: Client) -> None:

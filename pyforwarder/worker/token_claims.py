@@ -1,8 +1,8 @@
 """Single-use tokens that are used up in a whole fleet: a question to its store, and its answer.
 
 The worker does not wait: it asks the supervisor, which has a process that speaks to the store
-(`fleet/claims.py`), and gets the answer between two turns of its loop, or none in time. Whatever
-goes wrong on the way, no answer is no permission; what follows from it the configuration says.
+(`fleet/claims.py`), and gets the answer between two turns of its loop, or none in time. No
+answer is no permission; what follows from it the configuration says.
 """
 
 from __future__ import annotations

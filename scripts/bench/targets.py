@@ -82,7 +82,7 @@ class Target:
 
     @property
     def max_sessions(self) -> int:
-        """How many of UDP it can have; 0 of who does not forward that."""
+        """How many sessions of UDP it can have; 0: it does not forward UDP."""
         if self.name not in TAKE_DATAGRAMS:
             return 0
         return FORKING_MAX_PAIRS if self.name in FORKING else most_sessions()

@@ -42,7 +42,7 @@ _OF_EXPRESS: Final = (
     f"{_EXPRESS}test_bytes_and_ends_both_ways",
     f"{_EXPRESS}test_a_server_that_refuses",
     "tests/kernel/test_express_choice.py::test_turns_come_round",
-    "tests/kernel/test_express_choice.py::test_who_is_not_certain_is_left_to_userspace",
+    "tests/kernel/test_express_choice.py::test_a_choice_that_is_not_certain_is_left_to_userspace",
 )
 # Where programs are attached by tcx: loading is nearly all that it costs, so a few of these.
 _SOME_OF_EXPRESS: Final = tuple(

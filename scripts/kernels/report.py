@@ -105,8 +105,8 @@ def judge(
 def counts(*tests_xml: str) -> tuple[int, int]:
     """(passed, failed) of pytest's JUnit files; an error or a skipped test did not pass.
 
-    A test counts once, whatever its set-up, call and tear-down say. What a later file says of a
-    test replaces what an earlier one said.
+    A test counts once, though its set-up, call and tear-down are listed apart. What a later file
+    says of a test replaces what an earlier one said.
     """
     names: dict[tuple[str | None, str | None], bool] = {}
     for text in tests_xml:

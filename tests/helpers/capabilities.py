@@ -136,7 +136,7 @@ class Refusal:
 
     `refuses` are all refused with EPERM, to a process with every capability that BPF asks for,
     outside of a user namespace and without a seccomp filter, and though the program has no fault
-    that a verifier could find; `grants` are all there.  Whatever differs is no such host.
+    that a verifier could find; `grants` are all there.  A host that differs is no such host.
     """
 
     refuses: frozenset[str]
@@ -146,7 +146,7 @@ class Refusal:
 
 REFUSALS: Final = {
     # Seen on a build of 6.18 that starts in lockdown=integrity. Distributions' kernels do not do
-    # this, whatever their lockdown.
+    # this in any lockdown.
     "no map iterators": Refusal(
         refuses=frozenset({"map iterators", "socket iterators", "fentry"}),
         grants=frozenset({"ksym iterators", "sk_skb", "sched_cls", "BTF"}),

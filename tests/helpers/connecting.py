@@ -145,7 +145,7 @@ class Kernel:
         set_state(self._memory, self.connecting.first_splice + place, state)
 
     def free(self) -> None:
-        """All listeners and places, whatever becomes of their connections."""
+        """All listeners and places, those with connections as well."""
         while self._keys:
             self.connecting.listen_no_more(self._keys.pop())
         self.free_all()

@@ -65,7 +65,7 @@ class Place:
         return found
 
     def pins(self) -> list[Path]:
-        """Every pinned object, in whatever instance.
+        """Every pinned object, of all instances.
 
         Not the two files with which the kernel furnishes every new mount (kernel/bpf/inode.c).
         """
@@ -204,7 +204,7 @@ class Daemon:
         return json.loads(done.stdout)
 
     def look(self, what: What = "pairs") -> Any:
-        """The same without starting a command, for who looks again and again."""
+        """The same without starting a command, for tests that look again and again."""
         return self.control().show(what)
 
     def pairs(self) -> list[dict[str, Any]]:
@@ -280,7 +280,7 @@ class Daemon:
             ]
 
     def close(self) -> None:
-        """Make sure that nothing of it runs, whatever the test did; closes the pipes."""
+        """Make sure that nothing of it runs, also after a failure; closes the pipes."""
         if self.network_fd >= 0:
             os.close(self.network_fd)
             self.network_fd = -1

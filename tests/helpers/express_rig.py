@@ -2,7 +2,7 @@
 
 A client has said its first bytes when a play begins, and its server has read them. The worker's
 part begins when the keeper tells of a pair: of one that lasts a second, or was reset, which is
-adopted then, in the middle of whatever the play does; or of one that has ended before.
+adopted then, in the middle of the play; or of one that has ended before.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _NAME: Final = struct.Struct("!I")
 
 
 class Kind(enum.Enum):
-    """Who ends it, and how."""
+    """Which end ends it, and how."""
 
     CLIENT_FIRST = "the client half-closes, and then the server"
     SERVER_FIRST = "the server half-closes, and then the client"

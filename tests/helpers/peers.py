@@ -421,7 +421,7 @@ def pair_through(
                 yield client, server
 
 
-# Below those that the kernel gives to who asks for any (ip_local_port_range), and not among those
+# Below those that the kernel gives to a bind to port 0 (ip_local_port_range), and not among those
 # that tests name: a port that was found unused here stays so until the test has it bound.
 _PORTS: Final = range(21_000, 32_000)
 _next_ports: Final = itertools.count(random.Random().randrange(len(_PORTS)))

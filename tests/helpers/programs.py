@@ -198,7 +198,7 @@ POSTGRES_HOSTS: Final = ("127.0.0.1", "127.0.0.2")
 def postgres(certificate: Path) -> Iterator[int]:
     """PostgreSQL's server with the databases app_live and other; the port on both addresses.
 
-    It encrypts for who wants that, and asks everybody for the password.
+    It encrypts for clients that want it, and asks everybody for the password.
     """
     # The newest; Debian has one version, other sources have several.
     binaries = max(

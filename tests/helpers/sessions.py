@@ -238,7 +238,7 @@ def datagram(
 ) -> bytes:
     """What `sock` would send, with its IP header; `spoil` is added to the checksum.
 
-    `udp_bytes` is added to UDP's length, and `total` is its checksum whatever is right. `to` is
+    `udp_bytes` is added to UDP's length, and `total` is its checksum, right or wrong. `to` is
     another's address than that of the socket's peer, `by` another's than its own.
     """
     source, target = by or sock.getsockname()[:2], to or sock.getpeername()[:2]

@@ -105,7 +105,7 @@ class SteadyTraffic:
             self._run(self._spoken, address, f"{name} {number}")
 
     def connect(self, addresses: Sequence[tuple[str, int]], count: int) -> None:
-        """So many who connect, use the connection, close it, and connect again."""
+        """So many clients that connect, use the connection, close it, and connect again."""
         for number in range(count):
             self._run(self._connecting, addresses, number)
 

@@ -68,7 +68,7 @@ listeners:
 
 
 def named(more: str = "") -> str:
-    """One listener that takes instructions to loopback, and whatever else."""
+    """One listener that takes instructions to loopback, and `more` of the configuration."""
     return NAMED.format(more=more)
 
 

@@ -6,7 +6,7 @@ ended.  Both ends live in this process and in one epoll loop: an end knows which
 belongs to because each conversation has a listening port of its own, not because of bytes that
 would have to be carried for that purpose.
 
-`faults` is the judge.  Two rules hold for every conversation, whatever the timing:
+`faults` is the judge.  Two rules hold for every conversation, with any timing:
 
 * what an end received is a prefix of what the other end sent, and
 * a clean end of file is seen only after all of it.
@@ -546,7 +546,7 @@ class _End:
                 return
             self.result.connected = True
         if events & (select.EPOLLERR | select.EPOLLHUP):
-            # Whatever else this end was waiting for, nothing will come any more: take what the
+            # Nothing will come any more that this end was waiting for: take what the
             # socket still holds and its error.
             self.read(everything=True)
         elif events & select.EPOLLIN and self.reading:
@@ -595,7 +595,7 @@ class _End:
         self.talk.ack += data
         self.ack_left -= len(data)
         if not ACK.startswith(self.talk.ack):
-            # A refusal: take the rest of it as text, whatever its length.
+            # A refusal: take the rest of it as text, of any length.
             self.ack_left = 99
 
     def stop_reading_here(self) -> None:
@@ -860,7 +860,7 @@ class _Talk:
             self.end()
 
     def ask(self) -> None:
-        """Somebody has reset long ago, and who has not heard of it asks."""
+        """One end has reset long ago, and the other, which has not heard of it, asks."""
         self.asked = True
         for end in (self.client, self.server):
             if end.result.connected and not end.done:

@@ -15,8 +15,8 @@ T = TypeVar("T")
 # CPU time proves nothing.  What must be fast is measured, not waited for.
 DEADLINE_S: Final = scaled_s(15.0)
 _LOOK_EVERY_S: Final = 0.01
-# A wait is late by a tenth of itself, or by a twentieth of a second: who looks at a daemon more
-# often than that keeps it, and the other tests, from their work.
+# A wait is late by a tenth of itself, or by a twentieth of a second: a test that looks at a daemon
+# more often than that keeps it, and the other tests, from their work.
 _LATE: Final = 0.1
 _SOONEST_S: Final = 0.002
 _LATEST_S: Final = 0.05

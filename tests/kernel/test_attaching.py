@@ -127,7 +127,7 @@ def test_a_packet_goes_by_our_filter_and_on_to_the_next(
         wait_for(lambda: bad_network.counts()["matched"] % 3 == 0, "all of them")
 
 
-def test_ours_are_first_whatever_others_have(bad_network: Faults, tmp_path: Path) -> None:
+def test_our_programs_are_first_among_those_of_others(bad_network: Faults, tmp_path: Path) -> None:
     tc("qdisc", "add", "dev", "lo", "clsact")
     tc(
         *[
@@ -305,7 +305,7 @@ sys.stdin.read()
 """
 
 
-def test_a_stranger_who_takes_the_name_is_not_in_the_way(tmp_path: Path) -> None:
+def test_a_stranger_that_takes_the_name_is_not_in_the_way(tmp_path: Path) -> None:
     """Any user may take any abstract name."""
     mark = unix_names._mark_of(attach_clsact.name_of(tmp_path))[1:]
     with subprocess.Popen(

@@ -89,7 +89,7 @@ def test_the_capabilities_of_the_unit_are_enough(start_forwarder: StartForwarder
         assert re.findall(r"^Cap(?:Eff|Prm):\s+(\w+)$", status, re.M) == [NO_CAPABILITIES] * 2
 
 
-def test_who_cannot_be_asked_is_not_given_up(start_forwarder: StartForwarder) -> None:
+def test_a_peer_that_cannot_be_asked_is_not_given_up(start_forwarder: StartForwarder) -> None:
     """CAP_NET_RAW: the keeper asks silent peers of spliced pairs."""
     text = config() + "keepalive: {idle: 1s, interval: 1s, count: 1}\n"
     forwarder = start_forwarder(text, prefix=without("net_raw"))

@@ -74,7 +74,7 @@ def test_a_quiet_watch_goes_on_where_the_history_is_gone(etcd: Etcd) -> None:
     store.compact(store.list("/").revision)
     with pytest.raises(CompactedError):
         next(store.events(KEYS.failover, after=revision, until_s=float("inf")))
-    # Who watches is told of everything anew, and of no loss.
+    # A watcher is told of everything anew, and of no loss.
     watched = store_of(etcd)
     listed = watched.list
 

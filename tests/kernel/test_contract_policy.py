@@ -1,4 +1,4 @@
-"""Where a client may go: denied unless allowed, whatever the address is written as."""
+"""Where a client may go: denied unless allowed, in every form of the address."""
 
 from __future__ import annotations
 

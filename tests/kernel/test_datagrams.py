@@ -228,7 +228,7 @@ def test_limits_hold_for_sessions(start_forwarder: StartForwarder, server: EchoS
         for client in clients[:2]:
             client.send(instruction(server.text))
             assert client.recv(100) == ACK
-        time.sleep(STEADY_AFTER_S)  # who goes on speaking makes room for nobody
+        time.sleep(STEADY_AFTER_S)  # a client that goes on speaking makes room for nobody
         for client in clients[:2]:
             client.send(b"still here")
             assert client.recv(100) == b"Astill here"

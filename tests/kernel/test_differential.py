@@ -161,7 +161,8 @@ def check_nothing_is_left(
     `given_up` is how many servers were closed before anybody had connected to them.
     """
     forwarder.wait_for_no_pairs()
-    # Who resets before it has said anything was nobody's yet: express has it wait for its bytes.
+    # A client that resets before it has said anything was nobody's yet: express has it wait for its
+    # bytes.
     least_known = conversations - (given_up if datapath == "express" else 0)
     # And of those that it has opened, and that were short, workers are told later.
     wait_for(lambda: forwarder.look("stats")["accepted"] >= least_known, "all are counted")

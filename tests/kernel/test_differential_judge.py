@@ -63,7 +63,7 @@ def test_a_faulty_forwarder_is_found(fault: Fault) -> None:
 def test_a_reset_that_is_lost_is_a_fault_unless_a_kernel_has_thrown_bytes_away(
     monkeypatch: pytest.MonkeyPatch, thrown_away: int
 ) -> None:
-    """Who waits for it hears of it by asking, and is not stuck."""
+    """The end that waits for it hears of it by asking, and is not stuck."""
     monkeypatch.setattr(traffic, "_ASKS_AFTER_S", 0.2)
     counts = itertools.chain([0], itertools.repeat(thrown_away))
     monkeypatch.setattr(traffic, "thrown_away", lambda: next(counts))

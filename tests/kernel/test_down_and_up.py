@@ -98,7 +98,7 @@ def answers_udp(address: tuple[str, int]) -> bool:
 def test_pairs_of_a_daemon_that_drains_go_on_with_the_next(
     start_forwarder: StartForwarder,
 ) -> None:
-    """Of every datapath; who connects is served, and `down` returns when its daemon has ended."""
+    """Of every datapath; new clients are served, and `down` returns when its daemon has ended."""
     with steady_traffic() as (server, traffic, seen):
         config = configured(server)
         first = start_forwarder(config)
@@ -149,7 +149,7 @@ def test_pairs_of_a_daemon_that_drains_go_on_with_the_next(
 
 
 @pytest.mark.timeout(scaled_s(240))
-def test_who_stays_with_a_daemon_that_drains_ends_with_it_or_by_its_deadline(
+def test_a_client_that_stays_with_a_daemon_that_drains_ends_with_it_or_by_its_deadline(
     start_forwarder: StartForwarder,
 ) -> None:
     """A client that has said nothing has no server: `show` says where it is."""

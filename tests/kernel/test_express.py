@@ -183,7 +183,7 @@ def exchange(client: socket.socket, served: socket.socket, size: int = 100_000) 
 
 
 def decided(site: Site, client: socket.socket) -> str | None:
-    """Who decided on a client that `show` has, by it."""
+    """The kernel or a worker, as `show` says of the client."""
     row = site.row(client)
     return None if row is None else str(row["decided"])
 
@@ -386,7 +386,7 @@ def test_every_byte_and_every_end_of_many(
 def test_keepers_that_are_killed_lose_no_end_and_double_none(
     hosts: Topology, start_forwarder: StartForwarder, transfers: Transfers, log_level: str
 ) -> None:
-    """At whatever moment, again and again, while places are used over and over."""
+    """At any moment, again and again, while places are used over and over."""
     way = hosts.way()
     site = Site(start_forwarder, way, 4)
     site.log_level = log_level
@@ -723,7 +723,7 @@ def test_a_half_closed_pair_goes_on_and_has_its_own_deadline(start: Open) -> Non
             assert site.line(client.getsockname()[:2])["reason"] == "half_closed"
 
 
-def test_who_talks_is_not_idle_and_who_does_not_is(start: Open) -> None:
+def test_a_pair_that_carries_bytes_is_not_idle_and_another_is(start: Open) -> None:
     site = start((False, False), more="timeouts: {{idle: 2s}}")
     site.learn()
     with site.opened() as (busy, busy_served), site.opened() as (client, served):
@@ -875,7 +875,7 @@ def test_down_waits_for_young_pairs_or_resets_them(start: Open, *, is_now: bool)
             assert ends_with_reset(client) == ends_with_reset(served) == b""
             assert site.line(client.getsockname()[:2])["reason"] == "shutdown"
         else:
-            # Who had connected, and not spoken yet, is served as well.
+            # A client that had connected, and not spoken yet, is served as well.
             silent_served = site.servers["one"].accept()
             with silent_served:
                 assert not is_of_the_kernel(silent_served)

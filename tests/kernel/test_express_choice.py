@@ -1,4 +1,4 @@
-"""The program that chooses a server says what its model says, whatever is changed meanwhile."""
+"""The program that chooses a server says what its model says, also while its tables change."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_any_servers_and_any_client(program: Program) -> None:
     agree()
 
 
-def test_who_is_not_certain_is_left_to_userspace(program: Program) -> None:
+def test_a_choice_that_is_not_certain_is_left_to_userspace(program: Program) -> None:
     number = program.write(by_client([(7, 1), (7, 1)]))
     assert program.judge(number) == 0
     number = program.write(by_client([(7, 2), (7, 1)]))

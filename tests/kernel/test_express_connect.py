@@ -359,7 +359,7 @@ def test_two_segments_with_loss(site: Open, version: int) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_what_comes_again_has_grown(site: Open, version: int) -> None:
-    """TCP sends together again what it had sent in pieces: that is more than was kept."""
+    """TCP sends again in one packet what it sent in pieces: that is more than was kept."""
     here = site((False, False), version)
     with worker(here) as taken, faults() as lossy, lossy.put_on((here.way.server, "s0")):
         lossy.set(exact={1: Action.LOSE})  # the SYN
@@ -868,7 +868,7 @@ def test_a_reset_is_handed_over_at_once(site: Open) -> None:
 def test_one_that_lasts_gets_sockets_as_an_adopted_pair(
     site: Open, ways: tuple[bool, bool], version: int
 ) -> None:
-    """They are silent while it goes on, answer who has started anew, and can reset both ends."""
+    """They are silent while it goes on, answer an end that started anew, can reset both ends."""
     here = site(ways, version)
     with here.pair() as (client, server, place), contextlib.ExitStack() as stack:
         record = here.kernel.record(place)
@@ -890,7 +890,7 @@ def test_one_that_lasts_gets_sockets_as_an_adopted_pair(
 
 
 def test_a_free_place_is_nobody_elses(site: Open) -> None:
-    """What frees a place must know who has it: its next connection is not ended by that."""
+    """What frees a place must know its owner: its next connection is not ended by that."""
     here = site((False, False), 4)
     with here.pair() as (_, _, place):
         connecting = here.kernel.connecting
@@ -906,7 +906,7 @@ def test_a_free_place_is_nobody_elses(site: Open) -> None:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_many_over_few_places_with_loss(hosts: Topology, version: int) -> None:
-    """Whatever is lost or doubled, and however often a place is used: not one byte differs."""
+    """With packets lost and doubled, and places used again and again, not one byte differs."""
     with (
         contextlib.closing(Kernel(hosts.forwarder, places=8)) as kernel,
         opener(hosts, kernel) as opened,

@@ -218,7 +218,7 @@ def test_the_reset_for_our_own_stack_never_reaches_the_server(
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_packets_to_ports_that_nobody_has(site: Open, version: int) -> None:
-    """Whatever a server sends to ports of the range, none begins anything, or spoils the next."""
+    """No packet of a server to a port of the range begins anything, or spoils the next."""
     here = site((False, False), version)
     first_port, places = here.kernel.connecting.first_port, here.kernel.connecting.places
     with (

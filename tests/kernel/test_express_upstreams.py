@@ -33,7 +33,7 @@ HELLO: Final = b"hello"
 
 
 class Named(Server):
-    """Says its name and who has connected to it, behind what the client has sent."""
+    """Says its name and its client's (kernel or worker), behind what the client has sent."""
 
     def serve(self, sock: socket.socket) -> None:
         by_kernel = sock.getpeername()[1] >= 65536 - PORTS
@@ -43,7 +43,7 @@ class Named(Server):
 
 
 def ask(source: str = "127.0.0.1") -> tuple[str, str]:
-    """The server that a client gets, and who has connected to it; nobody: it was refused."""
+    """The server that a client gets, and if kernel or worker connected; nobody: it was refused."""
     with socket.create_connection(LISTENER, timeout=DEADLINE_S, source_address=(source, 0)) as sock:
         try:
             sock.sendall(HELLO)

@@ -93,9 +93,9 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
     """The machine with the addresses dies or is cut off, `least` times, and on until `until_s`.
 
     It comes back with its records, without them, or has lived all the time. No pair may notice;
-    meanwhile others begin and end. Who has the addresses next gets them within half a second, and
-    half a second later bytes come again everywhere: ends left alone try again after 0.2, 0.6, 1.4
-    ... s.
+    meanwhile others begin and end. The machine that gets the addresses next has the pairs within
+    half a second, and half a second later bytes come again everywhere: ends left alone try again
+    after 0.2, 0.6, 1.4 ... s.
     """
     hosts, traffic, rng = fleet.hosts, fleet.traffic, random.Random(seed)
     here, there = "a", "b"
@@ -138,7 +138,8 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         assert late == [], (number, given_s)
         assert gap_s < moved_s + OFTEN_S + scaled_s(0.5), (number, gap_s, moved_s)
         traffic.poke()
-        # Nobody gives them back to who was away; if it lives, it hears that it has no pairs more.
+        # Nobody gives them back to the machine that was away; if it lives, it hears that it has no
+        # pairs more.
         hosts.take_addresses(here)
         hosts.connect(here)
         if comes_back == "lives":
@@ -183,7 +184,7 @@ def test_a_machine_without_addresses_that_hears_nothing_ends_without_a_word(flee
         for rate in (0, 2000):
             traffic.add(*fleet.spliced("a", version), rate)
     fleet.wait_until_held("b", 4)
-    # Only the store cannot be reached: whatever this machine sends gets to both ends.
+    # Only the store cannot be reached: the packets of this machine get to both ends.
     hosts.switch.ip("link set am down")
     hosts.give_addresses("b")
     hosts.take_addresses("a")

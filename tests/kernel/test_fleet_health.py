@@ -121,7 +121,7 @@ class Machines:
         wait_for(lambda: states() == wanted, f"{wanted}", deadline_s=4 * DEADLINE_S)
 
     def checked_by(self, name: str) -> object:
-        """Who checks the server, by a machine's `show upstreams`."""
+        """The machine that checks the server, by another one's `show upstreams`."""
         return self.daemons[name].look("upstreams")[0]["checked_by"]
 
     def checker(self) -> str:

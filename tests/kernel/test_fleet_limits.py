@@ -150,7 +150,7 @@ def test_sessions_of_a_client_count_in_the_fleet_too(machines: MakeMachines) -> 
             if b"OK" not in answer:
                 assert b"busy" in answer
                 return False
-            # Who is heard twice and answered is no made-up address.
+            # A client that is heard twice and answered has no made-up address.
             _, session = server.recvfrom(100)
             server.sendto(b"welcome", session)
             assert client.recv(100) == b"welcome"

@@ -64,7 +64,7 @@ def test_addresses_are_taken_moved_and_taken_from_a_dead_machine(fleet: Fleet) -
     done = fleet.command("a", "take")
     assert (done.returncode, set(done.stdout.split()), done.stderr) == (0, MOVING, "")
     fleet.wait_until_spliced("a", PAIRS)
-    # Who does not run takes nothing, and who asked keeps what it has.
+    # A machine that does not run takes nothing, and the one that asked keeps its addresses.
     assert "does not answer" in refused(fleet, "a", "move", "b")
     traffic.pause()
     wait_for(traffic.is_whole, "all bytes have come")

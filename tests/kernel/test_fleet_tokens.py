@@ -229,7 +229,7 @@ def test_a_store_that_hangs_is_waited_for_so_long_and_by_nobody_else(
                     assert answer(machine, b"06xx") == refusal("malformed")
                 waits.shutdown(socket.SHUT_WR)
                 assert read_to_end(waits) == REFUSED
-            # The process that asks is replaced, and who waits for it is answered.
+            # The process that asks is replaced, and clients that wait for it are answered.
             with dial(machine.address) as waits:
                 waits.sendall(signed(server.address, 2))
                 waits.shutdown(socket.SHUT_WR)

@@ -47,7 +47,7 @@ def checksum(data: bytes) -> int:
 
 
 def datagram_from(source: str, to: tuple[str, int], payload: bytes, *, port: int = 1000) -> bytes:
-    """A packet whose source is whatever one writes there (RFC 791, RFC 768; no UDP checksum)."""
+    """A packet with this source address (RFC 791, RFC 768; no UDP checksum)."""
     udp = struct.pack("!HHHH", port, to[1], 8 + len(payload), 0) + payload
     ends = socket.inet_aton(source) + socket.inet_aton(to[0])
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0)
@@ -66,7 +66,7 @@ def flood(network: Network, to: tuple[str, int], *, first: int, count: int, each
                 time.sleep(0.02)  # what the listener's queue takes: the flood is to arrive
 
 
-# Who has said one thing is copied, whatever the datapath.
+# A client that has said one thing is copied, on every datapath.
 @pytest.mark.parametrize(("datapath", "each"), [("copy", 1), ("copy", 2), ("auto", 2)])
 def test_made_up_addresses_deny_nobody(
     hosts: Topology, start_forwarder: StartForwarder, datapath: str, each: int
@@ -159,7 +159,7 @@ listeners:
   - {{name: tcp, bind: "{host}:9989", rules: [{{match: {{regex: "."}}, to: "{server}:{port}"}}]}}
 """
 ASKED: Final = b"short"
-ANSWER: Final = b"a" * (2 * len(ASKED))  # so that two of three go to who has asked once
+ANSWER: Final = b"a" * (2 * len(ASKED))  # so that two of three go to a client that has asked once
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_made_up_addresses_leave_spliced_sessions_and_pairs_alone(
         assert all(mine in row["client"] for row in spliced)
         assert "busy" not in stats["closed"]
         assert stats["closed"]["evicted"] + stats["closed"].get("idle", 0) > count // 3
-        # Who has sent nothing gets at most three times what was sent in its name.
+        # A host that has sent nothing gets at most three times what was sent in its name.
         said = hosts.client.run("nft", "-j", "list", "counter", "inet", "victims", "got")
         (counter,) = (one["counter"] for one in json.loads(said)["nftables"] if "counter" in one)
         headers = {4: 28, 6: 48}[version]
@@ -305,7 +305,7 @@ class Known:
 
 
 class Answers(threading.Thread):
-    """Answers each datagram by two, of which who has sent once may get one."""
+    """Answers each datagram by two, of which a client that has sent once may get one."""
 
     def __init__(self, host: str) -> None:
         super().__init__(daemon=True)

@@ -1,6 +1,6 @@
 """Silent peers: those that are there are left alone, those that are gone are found out.
 
-Whatever the datapath: copied and redirected pairs have their sockets' keepalives, and for spliced
+On every datapath: copied and redirected pairs have their sockets' keepalives, and for spliced
 ones the keeper asks in their sockets' name.
 """
 

@@ -329,7 +329,7 @@ def test_fin_is_told_to_epoll_and_is_not_carried_on(redirector: Redirector, ends
 
 
 @pytest.mark.parametrize(("mask", "wakes"), [(0, False), (select.EPOLLIN, True)])
-def test_redirected_bytes_wake_only_who_asks_for_bytes(
+def test_redirected_bytes_wake_only_a_poller_that_asks_for_bytes(
     redirector: Redirector, ends: Ends, mask: int, wakes: bool
 ) -> None:
     # SockmapDatapath._watch: a sleeping direction asks for EPOLLRDHUP alone.

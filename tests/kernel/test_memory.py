@@ -112,7 +112,7 @@ def test_what_stalled_pairs_hold_is_bounded(start_forwarder: StartForwarder, dat
         # been slow for ten seconds is ended then, so that it is less by the time that we look.
         assert MEMORY * 3 // 4 <= max(seen) < 2 * MEMORY
         assert stats["pairs_slowed"] > 0
-        # The pair that there was goes on, and who never reads keeps nobody out for long.
+        # The pair that there was goes on, and a client that never reads keeps nobody out for long.
         pair.sendall(b"again")
         assert read_exactly(pair, 5) == b"again"
 

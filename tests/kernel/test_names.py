@@ -150,7 +150,7 @@ def test_an_upstream_keeps_its_addresses_while_the_name_server_is_silent(
         assert [row["failures"] for row in forwarder.show("upstreams")] == [0]
 
 
-def test_what_is_denied_whatever_the_name_means_is_never_asked_for(
+def test_a_name_is_never_asked_for_if_all_addresses_are_denied(
     start_forwarder: StartForwarder, names: DnsServer, tmp_path: Path
 ) -> None:
     forwarder = start_forwarder(
@@ -307,7 +307,7 @@ def test_bytes_of_both_sides_survive_a_race(
 def test_senders_of_datagrams_have_bounds_of_their_own(
     start_forwarder: StartForwarder, net: Network, names: DnsServer, tmp_path: Path
 ) -> None:
-    """Their addresses may be anybody's: what they ask for is not counted against who has those."""
+    """Their addresses may be anybody's: what they ask for is not counted against their owners."""
     del net, names
     with NameServer("server") as server, contextlib.ExitStack() as stack:
         udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))

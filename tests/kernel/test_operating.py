@@ -315,7 +315,7 @@ def test_everything_that_was_shown_can_be_shown_after_a_kill(
 
 
 @pytest.mark.parametrize("how", ["drain", "move"])
-def test_clients_who_have_connected_by_then_are_served(
+def test_clients_that_have_connected_by_then_are_served(
     place: Place, start_forwarder: StartForwarder, how: str
 ) -> None:
     # More than a worker accepts at one go, while it is busy with something else.

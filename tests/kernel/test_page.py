@@ -669,7 +669,7 @@ def test_a_client_of_the_forwarder_does_not_get_to_the_page(shown: Shown) -> Non
             assert read_to_end(sock) == b"14ERR denied83"
 
 
-def test_who_looks_says_who_he_is(
+def test_a_viewer_gives_name_and_password(
     chrome: Browser, start_forwarder: StartForwarder, tmp_path: Path
 ) -> None:
     port = unused_port()
@@ -706,7 +706,7 @@ def test_who_looks_says_who_he_is(
     page.close()
 
 
-def test_a_flood_of_wrong_logins_keeps_nobody_out_who_comes_from_elsewhere(
+def test_a_flood_of_wrong_logins_keeps_out_no_client_from_elsewhere(
     start_forwarder: StartForwarder, tmp_path: Path
 ) -> None:
     port = unused_port()
@@ -745,7 +745,7 @@ def test_a_flood_of_wrong_logins_keeps_nobody_out_who_comes_from_elsewhere(
 
         flood()
         assert enters("127.9.0.2")
-        # Who is known has his answer before any of those is looked at, from wherever he comes.
+        # A known person is answered before any of those is looked at, at any address.
         flood()
         assert enters("127.0.0.100")
 

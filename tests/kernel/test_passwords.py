@@ -108,5 +108,5 @@ def test_slow_hash_holds_up_nobody_else(start_forwarder: StartForwarder, tmp_pat
             client.settimeout(60)
         assert read_to_end(waits[0]).startswith(b"HTTP/1.1 407 ")
         assert read_exactly(waits[1], len(ESTABLISHED)) == ESTABLISHED
-        # Who leaves meanwhile is forgotten.
+        # A client that leaves meanwhile is forgotten.
         connect(forwarder, to, b"another").close()

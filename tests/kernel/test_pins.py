@@ -52,14 +52,14 @@ def kill(start_forwarder: StartForwarder, place: Place) -> Path:
     return place.bpffs / "default"
 
 
-def test_pins_tell_who_made_them(place: Place, start_forwarder: StartForwarder) -> None:
+def test_pins_tell_their_maker(place: Place, start_forwarder: StartForwarder) -> None:
     forwarder = start_forwarder(CONFIG)
     directory = place.bpffs / "default"
     assert names_of(directory) == [*FILES, "version"]
     assert os.readlink(directory / "version") == (
         f"pyforwarder/{__version__} layout {pins.layout()}: listeners show stats"
     )
-    assert not (directory / "version").exists()  # and no error for who follows it
+    assert not (directory / "version").exists()  # and no error for a reader that follows it
     assert "pins_" not in forwarder.output()
     assert forwarder.stop() == 0
     assert leftovers(place) == []
@@ -169,7 +169,7 @@ def test_strangers_pins_beside_ours_are_told_of_and_stay(
     directory.rmdir()
 
 
-def test_stranger_who_took_the_place_meanwhile_stays_at_the_end(
+def test_stranger_that_took_the_place_meanwhile_stays_at_the_end(
     place: Place, start_forwarder: StartForwarder
 ) -> None:
     forwarder = start_forwarder(CONFIG)

@@ -1,4 +1,4 @@
-"""PROXY headers in front of us and behind us: who the client is, and what counts as carried."""
+"""PROXY headers in front of us and behind us: the client's address, and what counts as carried."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def closed(forwarder: Daemon, reason: str) -> int:
 
 
 @pytest.mark.parametrize("version", DECLARED)
-def test_the_header_says_who_the_client_is(version: str, start_forwarder: StartForwarder) -> None:
+def test_the_header_has_the_clients_address(version: str, start_forwarder: StartForwarder) -> None:
     with AnswerServer("known") as known, AnswerServer("other") as other:
         forwarder = start_forwarder(
             accepting(
@@ -214,7 +214,7 @@ def receive_header(served: socket.socket) -> tuple[proxy_protocol.Header, bytes]
 
 @pytest.mark.parametrize("form", ["v1", "v2"])
 @pytest.mark.parametrize("datapath", ["copy", "sockmap"])
-def test_the_server_is_told_first_who_the_client_is(
+def test_the_server_is_told_the_clients_address_first(
     form: str, datapath: str, start_forwarder: StartForwarder
 ) -> None:
     payload = pattern(70_001)

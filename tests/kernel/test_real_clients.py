@@ -309,7 +309,7 @@ def test_psql_gets_to_the_server_of_its_database(
     assert psql(forwarder.address, much) == "".join(f"{n}\n" for n in range(1, 400_001))
 
 
-def test_psql_encrypts_where_no_condition_asks_who_it_is(
+def test_psql_encrypts_where_no_condition_asks_for_its_user(
     postgres: int, start_forwarder: StartForwarder
 ) -> None:
     forwarder = start_forwarder(

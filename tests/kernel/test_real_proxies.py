@@ -1,4 +1,4 @@
-"""HAProxy and nginx before us and behind us: who the client is, and programs that go through."""
+"""HAProxy and nginx before us and behind us: the client's address, and programs that go through."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def routes(behind: Mapping[str, int]) -> list[str]:
     ]
 
 
-def test_proxies_behind_us_learn_who_the_client_is(
+def test_proxies_behind_us_learn_the_clients_address(
     tmp_path: Path, start_forwarder: StartForwarder
 ) -> None:
     behind = dict(zip(PROXIES, unused_ports(2), strict=True))

@@ -79,7 +79,7 @@ def cookie_of(sock: _socket.socket) -> bytes:
 
 @pytest.mark.parametrize("slot", [SLOTS, SLOTS + 1, 0xFFFFFFFF, 0x100000000 - SLOTS])
 def test_a_slot_of_another_worker_is_none(workers: Workers, slot: int) -> None:
-    """Its packets are left to who reads the socket, and nothing is written anywhere."""
+    """Its packets are left to the socket's reader, and nothing is written anywhere."""
     rig = workers.rigs[0]
     client, pair, server = rig.connect()
     rig.join(pair)

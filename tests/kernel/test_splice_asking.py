@@ -1,4 +1,4 @@
-"""A worker whose splice keeper is stopped serves everybody as before, whatever it has to ask.
+"""A worker whose splice keeper is stopped serves everybody as before, with any request under way.
 
 A dialogue of a pair that is copied goes on meanwhile, and how long it ever waited is measured.
 """
@@ -35,8 +35,8 @@ from tests.helpers.waiting import wait_for
 if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
-# Who waits for the keeper once waits for 0.25 s at least, and for 2 s if it has read the request.
-# Without that it is what others on this host take of its processors: some milliseconds.
+# A worker that waits for the keeper once waits for 0.25 s at least, and for 2 s if it has read the
+# request. Without that it is what others on this host take of its processors: some milliseconds.
 MOST_PAUSE_S: Final = 0.2
 # On a host with much to do another turn may show it.
 TURNS: Final = 4

@@ -506,7 +506,7 @@ def test_a_listener_may_forbid_it(site: Site) -> None:
 
 
 def test_nothing_is_left_open_by_pairs_that_have_ended(site: Site) -> None:
-    """Descriptors, in whatever process of the daemon, after every kind of ending."""
+    """Descriptors, in all processes of the daemon, after every kind of ending."""
     way = site.topology.way()
     with site.spliced(way, 4):
         pass  # what is opened once, for all of them, is open now

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # More than a worker tells the keeper of at the same time, by far.
 MANY: Final = 300
-# Each takes a millisecond or less; and who is not told at all hangs for hours.
+# Each takes a millisecond or less; and an end that is not told at all hangs for hours.
 WITHIN_S: Final = 10.0
 pytestmark = pytest.mark.timeout(scaled_s(180))
 

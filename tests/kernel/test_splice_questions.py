@@ -1,6 +1,6 @@
 """Pairs that are switched in mid-stream while their keeper is stopped, goes on, or is killed.
 
-A pair stands still while the keeper is asked for it, and goes on whatever the answer is, or without
+A pair stands still while the keeper is asked for it, and goes on with any answer, or without
 one. helpers/transfers.c is both ends and compares each byte; PYFORWARDER_TEST_SEED=NUMBER plays the
 same once more.
 """
@@ -102,7 +102,7 @@ def changes(after: dict[str, Any], before: dict[str, Any]) -> dict[str, int]:
 
 @pytest.mark.timeout(240)  # gigabytes, which others on this host may take the processors from
 @pytest.mark.parametrize("kills", [False, True], ids=["stopped", "killed"])
-def test_bytes_in_mid_stream_are_whole_whatever_the_keeper_does(
+def test_bytes_in_mid_stream_are_whole_when_the_keeper_is_stopped_or_killed(
     site: Site, transfers: Transfers, *, kills: bool
 ) -> None:
     rng = random.Random(SEED)

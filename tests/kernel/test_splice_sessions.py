@@ -220,7 +220,7 @@ def test_a_session_whose_server_is_gone_ends_after_a_few_datagrams(
                 talk.client.recv(100)
         row = site.row(talk.client)
         assert row is not None
-        assert row["id"] == talk.id  # one error is no proof against who has answered
+        assert row["id"] == talk.id  # one error is no proof against a server that has answered
 
         def is_gone() -> bool:
             with contextlib.suppress(ConnectionRefusedError):  # of the one before
@@ -257,7 +257,7 @@ def test_a_server_hears_that_its_client_is_gone(site: SessionSite, version: int)
 def test_one_end_that_only_sends_fragments_does_not_keep_the_others_datagrams_copied(
     site: SessionSite, long_ones: str, version: int
 ) -> None:
-    """What one end sends is sent on once the other was heard, whatever its datagrams are like."""
+    """What one end sends is sent on once the other was heard, also by fragments alone."""
     with site.copied(site.topology.way(), version) as talk:
         ends = (talk.client, talk.server)
         long_end, short_end = ends if long_ones == "client" else ends[::-1]

@@ -100,7 +100,7 @@ def test_without_a_socket_nobody_is_told_that_nobody_listens(start: Any, version
         for sender, receiver in ((talk.client, talk.server), (talk.server, talk.client)):
             sender.send(pattern(4000))  # in fragments
             send_with_options(sender, b"lost")
-            # Whatever is said of it comes first.
+            # An error that came back would be raised here.
             sender.send(b"and this")
             assert receiver.recv(1 << 16) == b"and this"
         for sock in (talk.client, talk.server):

@@ -291,7 +291,7 @@ def test_a_stranger_says_of_no_port_that_nobody_listens_there(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("mark", "all_else"), [(0, False), (7, False), (0, True)])
-def test_our_socket_hears_once_of_an_error_whatever_marks_packets_have(
+def test_our_socket_hears_once_of_an_error_though_packets_have_marks(
     site: SessionSite,
     server_wire: Forger,
     somebody: Foreign,
@@ -443,7 +443,7 @@ class Asking:
         return cast("list[Any]", answer["carried"])
 
     def take_in(self, index: int, number: int = 0) -> dict[str, Any]:
-        """The keeper's answer to who goes on with a session."""
+        """The keeper's answer to a worker that goes on with a session."""
         number = number or self.numbers.get(index, 1)
         return self.client.ask("session_adopted", index=index, id=number, slot=3, idle_s=60)
 

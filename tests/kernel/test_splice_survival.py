@@ -157,7 +157,7 @@ def test_pairs_outlive_every_worker(start: Any, transfers: Transfers) -> None:
         exchange(client, server)
 
 
-def test_pairs_outlive_whatever_process_is_killed(start: Any, transfers: Transfers) -> None:
+def test_pairs_outlive_each_process_that_is_killed(start: Any, transfers: Transfers) -> None:
     """One after the other, all but the first, which is the daemon; each is replaced."""
     site: Site = start()
     with held(transfers, site, 5) as groups:

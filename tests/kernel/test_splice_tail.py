@@ -250,7 +250,7 @@ def test_on_a_bad_network(site: Site, bad_network: Faults, name: str) -> None:
 @pytest.mark.parametrize(
     ("interface", "side"), [("lo", "out"), ("lo", "in"), ("f0", "in")], ids=str
 )
-def test_our_socket_hears_of_the_tail_whatever_marks_packets_have(
+def test_our_socket_hears_of_the_tail_though_packets_have_marks(
     site: Site,
     somebody: Foreign,
     bad_network: Faults,
@@ -501,7 +501,7 @@ def locked_buffers(site: Site, client: socket.socket) -> int:
 
 
 @pytest.mark.parametrize("timestamps", [1, 0])
-def test_who_will_be_spliced_is_promised_no_more(
+def test_a_peer_of_a_pair_to_be_spliced_is_promised_no_more(
     start_forwarder: StartForwarder, timestamps: int
 ) -> None:
     """What is under way to us at that moment may find no room at the other end.

@@ -47,7 +47,7 @@ ONLY_SPLICE: Final = pytest.mark.skipif(DATAPATH != "splice", reason="is about s
 
 Forge = Callable[[socket.socket], Segment]
 
-# What somebody may send who has guessed all the rest. `seq` and `ack` are off by so much.
+# What a stranger may send that has guessed all the rest. `seq` and `ack` are off by so much.
 FORGED: Final[dict[str, tuple[str, Forge]]] = {
     "a wrong checksum": ("checksum", lambda s: next_of(s, flags=ACK | FIN, spoil_checksum=7)),
     "a reset with a wrong checksum": (
@@ -130,7 +130,7 @@ def network_of(site: Site, end: str) -> Network:
 
 @contextlib.contextmanager
 def untouched(site: Site, client: socket.socket, server: socket.socket) -> Iterator[None]:
-    """Whatever happens in between, the pair is what it was, to its ends and to `show`."""
+    """The pair is the same afterwards, to its ends and to `show`."""
     before = site.row(client)
     assert before is not None
     yield

@@ -95,7 +95,7 @@ SOMEWHERE: Final = ("127.0.0.1", 1)
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("end", ENDS)
 def test_a_reset_that_counts_resets_both_ends(site: Site, end: str, version: int) -> None:
-    """Its sender, too, who goes on as if it had sent none: what we do not show is not there."""
+    """Its sender, too, goes on as if it had sent none: what we do not show is not there."""
     with site.spliced(site.topology.way(), version) as (client, server, pair_id):
         with network_of(site, end).entered(), forger_at(site, end) as forger:
             forger.send(next_of(client if end == "client" else server, flags=RST))

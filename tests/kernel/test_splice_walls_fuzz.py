@@ -60,7 +60,7 @@ def site(hosts: Topology, start_shared_forwarder: StartForwarder) -> Site:
 
 
 def spoilt(rng: random.Random, sock: socket.socket, right: Segment) -> Segment:
-    """One that TCP refuses, or that tells it nothing new, whatever else is in it."""
+    """One that TCP refuses, or that tells it nothing new; the other fields are anything."""
     segment = Segment(
         right.version,
         right.source,
@@ -155,7 +155,7 @@ def is_closed(sock: socket.socket) -> bool:
 @pytest.mark.skipif(DATAPATH != "splice", reason="copied, the server hears nothing of it")
 @pytest.mark.parametrize("seed", range(6))
 def test_what_a_client_says_against_its_own_connection(site: Site, seed: int) -> None:
-    """It may add bytes and an end; whatever the server takes of that, `show` and it agree."""
+    """It may add bytes and an end; `show` and the server agree on what the server took."""
     hosts = site.topology
     rng = random.Random(100 + seed)
     version = VERSIONS[seed % 2]

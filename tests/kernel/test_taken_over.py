@@ -93,7 +93,7 @@ class Two:
         wait_for(lambda: len(self.daemon.workers()) == 2, "it is replaced")
 
     def wait_until_left_alone(self) -> None:
-        """No worker is replaced any more: whatever was sent in the name of one has been read."""
+        """No worker is replaced any more: what was sent in the name of one has been read."""
 
         def look() -> bool:
             before = {worker.pid for worker in self.daemon.workers()}
@@ -242,7 +242,7 @@ def test_the_keeper_mutes_no_socket_but_those_that_were_joined(two: Two, do: str
 
 
 def test_the_channel_to_the_keeper_ends_with_its_worker(two: Two) -> None:
-    """Who has got it from a worker does not hear what its successor is told, and asks nothing."""
+    """A process that got it from a worker hears nothing for the successor, and asks nothing."""
 
     def act(fds: Fds) -> list[object]:
         keeper = keeper_channel(fds)

@@ -120,7 +120,7 @@ def test_the_server_sees_the_clients_own_address(
 def test_the_server_of_a_udp_session_sees_the_clients_own_address(
     version: int, datapath: str, hosts: Topology, start_forwarder: StartForwarder
 ) -> None:
-    """Client and server on hosts of their own; such a session is copied, whatever is asked for."""
+    """Client and server on hosts of their own; such a session is copied with any `datapath`."""
     way = hosts.way()
     host = way.destination[version]
     with contextlib.ExitStack() as stack:

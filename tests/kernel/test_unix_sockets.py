@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """For sockets: a short path that workers, who are nobody, may pass."""
+    """For sockets: a short path that workers, which run as nobody, may pass."""
     path = Path(tempfile.mkdtemp(prefix="unix-"))
     try:
         path.chmod(0o755)
@@ -169,7 +169,7 @@ ACCEPTS = "    proxy_protocol: {accept: true}\n"
 
 @pytest.mark.parametrize("version", DECLARED)
 @pytest.mark.parametrize("form", ["v1", "v2"])
-def test_the_header_on_a_unix_socket_says_who_the_client_is(
+def test_the_header_on_a_unix_socket_has_the_clients_address(
     version: str, form: str, directory: Path, start_forwarder: StartForwarder
 ) -> None:
     path = directory / "listener"
@@ -185,7 +185,8 @@ def test_the_header_on_a_unix_socket_says_who_the_client_is(
         )
         with dial(str(path)) as client:
             # A socket with a deadline waits until it is writable, which a unix socket is not while
-            # some 70 pieces are in it: who only looks at a header in the queue waits for ever.
+            # some 70 pieces are in it: a worker that only looked at a header in the queue would
+            # wait for ever.
             for byte in DECLARED[version]:
                 client.sendall(bytes([byte]))
             client.sendall(b"payload")
@@ -291,7 +292,7 @@ def test_a_proxy_before_us_on_a_unix_socket(
             assert curl(url) == "other: GET /a\n"
 
 
-# Who may connect.
+# The modes of their files: which users may connect.
 
 
 def may_connect(path: Path) -> bool:
@@ -313,7 +314,7 @@ def may_connect(path: Path) -> bool:
     return code == 0
 
 
-def test_the_mode_says_who_may_connect_and_a_reload_changes_it(
+def test_the_mode_says_which_users_may_connect_and_a_reload_changes_it(
     directory: Path, start_forwarder: StartForwarder
 ) -> None:
     path = directory / "listener"

@@ -55,7 +55,7 @@ def test_pins_of_root_are_seen_by_root_alone(place: Place) -> None:
     assert as_nobody(lambda: pins_in(pins_of(instance))) == 0
 
 
-def test_user_who_cleans_up_changes_nothing_there(place: Place) -> None:
+def test_user_that_cleans_up_changes_nothing_there(place: Place) -> None:
     instance = pinned(place)
 
     def clean_up() -> bool:

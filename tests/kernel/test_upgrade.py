@@ -247,7 +247,7 @@ def test_the_next_daemon_knows_which_servers_are_down(begin: Any, tmp_path: Path
 
 
 @pytest.mark.timeout(scaled_s(240))
-def test_a_successor_serves_who_waits_and_tells_of_who_stays(begin: Any) -> None:
+def test_a_successor_serves_waiting_clients_and_shows_those_that_stay(begin: Any) -> None:
     """With another configuration: a listener is gone, and a new one there.
 
     A pair in a sockmap goes along, and a client that has said nothing yet stays with its worker:
@@ -441,8 +441,8 @@ def steady_lineage(begin: Any) -> Iterator[tuple[Lineage, Seen]]:
         traffic.stop()
 
 
-def no_harm(lineage: Lineage, seen: Seen) -> None:
-    """Every pair goes on, and who connects is served."""
+def pairs_go_on_and_clients_are_served(lineage: Lineage, seen: Seen) -> None:
+    """Every pair goes on, and new clients are served."""
     turns = seen.turns + 100
     wait_for(lambda: seen.turns > turns, "traffic goes on")
     assert echoes(COPY)
@@ -468,7 +468,7 @@ def test_a_successor_that_is_killed_at_any_step_changes_nothing(begin: Any) -> N
         attempt = Attempt(lineage)
         attempt.successor().kill()
         assert attempt.result()[0] != 0
-        no_harm(lineage, seen)
+        pairs_go_on_and_clients_are_served(lineage, seen)
         # All is loaded and proven, and it waits for an answer.
         attempt = Attempt(lineage)
         successor = attempt.successor()
@@ -477,7 +477,7 @@ def test_a_successor_that_is_killed_at_any_step_changes_nothing(begin: Any) -> N
             successor.kill()
             successor.wait(scaled_s(10.0))
         assert attempt.result()[0] != 0
-        no_harm(lineage, seen)
+        pairs_go_on_and_clients_are_served(lineage, seen)
         # What it has asked is heard after its end.
         with lineage.offered() as last, contextlib.ExitStack() as stack:
             heirs = [stack.enter_context(end) for _ in range(last.offer.workers) for end in pair()]
@@ -491,7 +491,7 @@ def test_a_successor_that_is_killed_at_any_step_changes_nothing(begin: Any) -> N
                     )
                 last.close()
         lineage.first.wait_for_line("upgrade_failed", count=3)
-        no_harm(lineage, seen)
+        pairs_go_on_and_clients_are_served(lineage, seen)
         assert lineage.pid == before
         lineage.upgrade()
         no_fault(seen)
@@ -584,19 +584,19 @@ def test_a_successor_elsewhere_than_the_daemon_changes_nothing(begin: Any) -> No
         code, said = Attempt(lineage, "unshare", "--net").result()
         assert code != 0
         assert "another network namespace" in said
-        no_harm(lineage, seen)
+        pairs_go_on_and_clients_are_served(lineage, seen)
         other = f'mount -t bpf bpf {lineage.place.bpffs} && exec "$@"'
         code, said = Attempt(lineage, "unshare", "--mount", "sh", "-c", other, "sh").result()
         assert code != 0
         assert "is not what this process finds there" in said
-        no_harm(lineage, seen)
+        pairs_go_on_and_clients_are_served(lineage, seen)
 
 
 @pytest.mark.timeout(scaled_s(240))
 def test_unix_sockets_go_along(begin: Any) -> None:
     """A pair between two of them, and the listener's file, which stays the very same."""
     with socket.socket(socket.AF_UNIX) as server, contextlib.ExitStack() as stack:
-        # Short, and for workers to pass, who are nobody.
+        # Short, and workers, which run as nobody, may pass.
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unix-")))
         directory.chmod(0o755)
         listening, serving = directory / "listening", directory / "serving"
@@ -644,8 +644,8 @@ def test_unix_sockets_go_along(begin: Any) -> None:
 
 
 @pytest.mark.timeout(scaled_s(240))
-def test_what_was_decided_and_who_was_heard_go_along(begin: Any) -> None:
-    """Two upgrades: the line of an end says as much, and who was heard once ends as soon.
+def test_decisions_and_the_times_of_the_last_bytes_go_along(begin: Any) -> None:
+    """Two upgrades: the line of an end says as much, and a client that was heard once ends as soon.
 
     A pair that is copied, one in a sockmap and one that is spliced, and sessions of UDP with one
     datagram, and of the kernel.

@@ -104,7 +104,7 @@ def test_the_spread_is_the_distance_of_the_extremes_over_the_median() -> None:
     st.lists(st.floats(0.001, 1e9), min_size=1, max_size=9),
     st.floats(0.01, 100),
 )
-def test_a_constant_factor_is_found_whatever_the_machine_does(
+def test_a_constant_factor_is_found_on_a_busy_machine(
     reference: list[float], factor: float
 ) -> None:
     results = results_of(
@@ -446,7 +446,7 @@ def test_too_few_connections_of_the_kernel_are_no_row_and_the_error_says_why(
     assert scenarios.run("connect_client_first", stage) == {"connect_client_first": 1.0}
 
 
-def test_only_who_reads_names_is_asked_for_one() -> None:
+def test_only_a_forwarder_that_reads_names_is_asked_for_one() -> None:
     effort = scenarios.Effort(1.0, 1, 1, 1.0, 0.9)
     for scenario in ("connect_sni", "connect_host"):
         assert [

@@ -196,7 +196,7 @@ def test_terminal_that_is_gone_is_told_from_silence() -> None:
     os.close(terminal_fd)
 
 
-def test_terminal_is_as_before_whatever_happens() -> None:
+def test_terminal_is_as_before_also_after_an_error() -> None:
     main_fd, terminal_fd = os.openpty()
     before = termios.tcgetattr(terminal_fd)
 

@@ -427,7 +427,7 @@ def test_connect_without_ack_waits_for_nothing() -> None:
 
     def play(connection: socket.socket) -> None:
         assert_set(returned)
-        connection.sendall(b"06OK56")  # the server's own bytes, whatever they look like
+        connection.sendall(b"06OK56")  # the server's own bytes, though they look like an answer
 
     with (
         forwarder(play) as via,

@@ -784,7 +784,7 @@ def test_an_endless_file_is_not_read_to_its_end() -> None:
         load_config(Path("/dev/zero"))
 
 
-# --- whatever is written
+# --- any text and any values
 
 _KEYS = st.sampled_from(
     [

@@ -1,4 +1,4 @@
-"""YAML as plain values with lines, whatever the text tries."""
+"""YAML as plain values with lines, from hostile texts, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control socket: whatever is sent to it, it answers, forgets nobody, and holds up nothing."""
+"""The control socket: it answers any bytes, forgets nobody, and holds up nothing."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_descriptors_come_with_their_request_and_are_closed_after_it(stage: Stag
     os.close(read_fd)
 
 
-def test_client_who_leaves_in_the_middle_leaves_nothing(stage: Stage) -> None:
+def test_client_that_leaves_in_the_middle_leaves_nothing(stage: Stage) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for said in (b"", b'{"do": ', b'{"do": "big"}\n', b'{"do": "big"}\n{"do": "big"}\n'):
         sock = stage.dial()

@@ -73,7 +73,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     names.go.set()
 
 
-# Who sends in our name
+# Packets that others send in our name
 
 
 @pytest.mark.parametrize("bind", ["", "0.0.0.0:{}"])
@@ -482,7 +482,8 @@ def test_known_connection_id_leads_to_its_server_from_another_address(to: str) -
     assert data == short()
     server.sendto(b"challenge", source)
     assert play.receive(moved)[0] == b"challenge"
-    # The old address is still served: who has only seen the id turns nobody's answers away.
+    # The old address is still served: a stranger that has only seen the id turns nobody's answers
+    # away.
     client.send(short())
     assert play.receive(server)[1] != source
     play.server.flush_ids(None)

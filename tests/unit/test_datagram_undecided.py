@@ -139,7 +139,7 @@ def test_bytes_of_one_client_are_bounded_by_the_listener() -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("MOST_UNDECIDED", 2), ("MOST_BYTES", 2500)])
-def test_who_has_waited_longest_makes_room(
+def test_the_client_that_has_waited_longest_makes_room(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str, most: int
 ) -> None:
     monkeypatch.setattr(undecided, name, most)

@@ -457,7 +457,7 @@ def test_news_of_many_servers_are_put_in_force_once_and_soon(
     assert deciding._NEWS_S <= 0.02
     monkeypatch.setattr(deciding, "_NEWS_S", 3600.0)  # however slow this host is
     site.decisions.refresh_soon()
-    assert len(asked) == 1  # nobody gets anything any more who is known to be down
+    assert len(asked) == 1  # a server that is known to be down gets nothing any more
     for _ in range(100):
         site.decisions.refresh_soon()
     assert len(asked) == 1

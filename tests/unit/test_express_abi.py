@@ -203,7 +203,7 @@ def test_an_address_has_the_bits_of_all_networks_around_it(
     assert longest_prefix(encoded.networks, network_key(8, address)) == 0
 
 
-def test_whatever_comes_the_automaton_knows_a_next_state() -> None:
+def test_the_automaton_has_a_next_state_for_every_byte() -> None:
     automaton = request_grammar.AUTOMATON
     assert len(automaton.classes) == 256
     assert len(automaton.following) == request_grammar.MOST_STATES

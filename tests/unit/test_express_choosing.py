@@ -141,7 +141,7 @@ def test_logarithms_at_the_ends(number: int) -> None:
     assert abs(logarithm(number) - exact) < LOG_ERROR - 1
 
 
-def test_who_is_down_drained_or_ejected_is_not_chosen() -> None:
+def test_a_server_that_is_down_drained_or_ejected_is_not_chosen() -> None:
     settings = upstream([1, 1, 1], "round_robin", eject={"failures": 2, "for": "5s"})
     balancer = Balancer(settings)
     first, second, third = (server.address for server in balancer.servers)
@@ -158,7 +158,7 @@ def test_who_is_down_drained_or_ejected_is_not_chosen() -> None:
     assert balancer.rests_until_s(0.0) == math.inf
     for _ in range(2):
         balancer.failed(balancer.servers[2], 0.0)
-    # A worker tries who is ejected, for want of a better one.
+    # A worker tries an ejected server, for want of a better one.
     assert balancer.choose("10.1.1.1", 0.0) is balancer.servers[2]
     assert among(0.0) is None
     assert balancer.rests_until_s(0.0) == 5.0

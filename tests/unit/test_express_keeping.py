@@ -101,7 +101,7 @@ def test_a_place_whose_connection_ends_while_a_keeper_begins_is_offered_once(sta
     connecting.end(3)
     keeper = stage.start()
     assert keeper.owns(FIRST_SPLICE + 3, record)
-    keeper.freed(FIRST_SPLICE + 3)  # whatever is said of it
+    keeper.freed(FIRST_SPLICE + 3)  # with any record
     assert sorted(connecting.queue) == list(range(8))
 
 
@@ -606,7 +606,7 @@ def test_a_place_that_comes_back_while_its_pair_waits_is_taken_in_once(
     for _ in range(3):
         go_on(stage)
     assert [place for place, _, _ in stage.taken] == [2]
-    # Whatever is said of it: a worker has it.
+    # With any word in its record: a worker has it.
     keeper._lasting[0][2] = word
     go_on(stage)
     assert [place for place, _, _ in stage.taken] == [2]
@@ -799,7 +799,7 @@ def test_a_table_s_number_rests_as_long_as_others_are_free() -> None:
 # ------------------------------------------------------------------------------ the ways
 
 
-def test_a_pair_that_is_taken_in_leaves_news_of_routes_to_all_who_wait_for_them() -> None:
+def test_a_pair_that_is_taken_in_leaves_news_of_routes_to_others_that_wait_for_them() -> None:
     ways: Any = object.__new__(Ways)
     drained: list[int] = []
     ways._watch = SimpleNamespace(drain=lambda: drained.append(1))

@@ -41,7 +41,7 @@ def test_a_successor_reads_what_the_one_before_has_not(express: Express) -> None
 def test_what_a_successor_is_told_nobody_else_reads(
     express: Express, *, is_shut_down: bool
 ) -> None:
-    """Whom the worker before has given its socket to, and if it has shut that down."""
+    """A process that the worker before gave its socket to, and a socket that it shut down."""
     with express.workers[0].dup() as kept, express.keepers[0].dup() as before:
         assert express.send(0, "first")
         if is_shut_down:

@@ -46,7 +46,7 @@ def test_what_the_table_decides_the_rules_decide(
     assert isinstance(decision, Route)
     assert (decision.rule.index, decision.skip, decision.negotiation) == (rule, 0, None)
     assert not decision.named_by_client
-    # And whatever follows changes nothing.
+    # And more bytes change nothing.
     later = ruleset.decide(data + b"\0" * 50, Address(client, 4000), LOCAL.port)
     assert later == decision
 

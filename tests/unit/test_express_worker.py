@@ -117,7 +117,7 @@ def test_what_the_next_keeper_tells_again_is_counted_once(worker: Worker) -> Non
 
 
 def test_one_that_cannot_be_counted_costs_no_other_one(worker: Worker) -> None:
-    """Those that last are taken in first: they go on, whatever is wrong with what has ended."""
+    """Those that last are taken in first: they go on, also if a message of an end is wrong."""
     broken = told(client_side=[CLIENT, ["::", "no port"]])
     worker.tell(broken, told(), ["too", "short"], told(), adopt=True)
     assert worker.done == ["adopt"]

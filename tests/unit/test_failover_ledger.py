@@ -1,4 +1,4 @@
-"""What two machines write of their pairs, who holds them, and whose they are."""
+"""What two machines write of their pairs, which one holds them, and whose they are."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_what_could_not_be_held_is_tried_again_later() -> None:
     assert list(turn_of(b, {}, RETRY_S).hold) == [KEY]
 
 
-def test_a_pair_that_was_taken_over_is_let_go_by_who_had_it() -> None:
+def test_a_pair_that_was_taken_over_is_let_go_by_its_machine_before() -> None:
     a, b = Ledger(A), Ledger(B)
     store = Store(a, b)
     store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.0), 0.0)

@@ -207,7 +207,7 @@ APP = ruleset({"match": {"postgres": {"user": "app", "database": "app_*"}}, "to"
 
 
 @pytest.mark.parametrize("name", ["postgres-psql", "postgres-psql-gss"])
-def test_a_postgres_client_is_asked_who_it_is(name: str) -> None:
+def test_a_postgres_client_is_asked_for_its_user(name: str) -> None:
     ended = talk(APP, TURNS[name])
     assert isinstance(ended.decision, Route)
     assert (ended.said, ended.rest) == (b"N", TURNS[name][1])

@@ -1,4 +1,4 @@
-"""Tokens that are used up in a store: who creates a key has it, with few leases."""
+"""Tokens that are used up in a store: the creator of a key has the token; few leases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health checks that machines share: who checks a server, and whether it is up."""
+"""Health checks that machines share: which one checks a server, and whether it is up."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_the_checker_has_found_holds_at_all_machines() -> None:
     assert two["a"].states() == two["b"].states() == {theirs: DOWN}
 
 
-def test_who_checks_a_server_is_the_same_at_all_machines() -> None:
+def test_the_checking_machine_of_a_server_is_the_same_at_all_machines() -> None:
     three = boards("a", "b", "c")
     for name, board in three.items():
         others = board.others()
@@ -374,7 +374,7 @@ def test_a_store_that_was_set_up_anew_is_not_waited_for() -> None:
     assert not watcher.is_lost(200.0)
 
 
-def test_requests_end_in_time_whatever_members_there_are() -> None:
+def test_requests_end_in_time_with_silent_and_absent_members() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it accepts, and says nothing
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         fleet = Fleet.model_validate({"endpoints": [endpoint] * 3, "name": "edge"})
@@ -585,7 +585,7 @@ def test_without_the_store_this_machine_s_checks_count_again() -> None:
     assert played.told[2:] == [(TWO[1], True)]
 
 
-def test_it_is_known_who_checks_a_server() -> None:
+def test_it_is_known_which_machine_checks_a_server() -> None:
     played = Played()
     played.configure("one")
     assert played.checkers() == {ONE: "here", TWO: "here"}

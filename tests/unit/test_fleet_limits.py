@@ -239,7 +239,7 @@ REPORTS: Final = st.fixed_dictionaries(
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.text() | st.just("two"), st.binary() | REPORTS | JSON)))
-def test_whatever_the_store_says_workers_are_shown_bounded_numbers(
+def test_workers_are_shown_bounded_numbers_with_anything_in_the_store(
     found: list[tuple[str, Any]],
 ) -> None:
     one = board()
@@ -367,7 +367,7 @@ def test_client_is_refused_by_what_others_have_but_for_its_share() -> None:
     assert [isinstance(answer, tuple) for answer in answers] == [True, True, False]
     # What goes on from elsewhere is no new connection.
     assert isinstance(worker.admit(HOST, [ALL], 1001.0, is_new=False), tuple)
-    # It is its own limit that a machine holds whatever others say.
+    # A machine holds its own limit, with any reports of others.
     one.board.saw("two", None)
     one.show()
     answers = [worker.admit(HOST, [ALL], 1002.0) for _ in range(7)]
@@ -468,7 +468,7 @@ def test_worker_does_not_look_at_what_is_being_written_and_not_too_often() -> No
     assert not worker.has_room(key, ALL, 1000.0)
     one.shown.write({}, 2)
     assert not worker.has_room(key, ALL, 1000.04)
-    words[0] += 1  # whoever writes has died meanwhile
+    words[0] += 1  # the writer has died meanwhile
     assert not worker.has_room(key, ALL, 1000.06)
     one.shown.write({key: 5}, 2)
     assert words[0] % 2 == 0
@@ -627,7 +627,7 @@ def test_process_reports_what_workers_count_and_shows_them_what_others_report() 
     assert len(one.store.puts) == 2  # nothing is written twice
     assert one.compactions
     assert set(one.compactions) == {7}
-    # A machine that has died gives back what it had.
+    # The room of a machine that has died is free again.
     one.received.put(Change(8, f"{KEYS.limits}two", None))
     one.turns()
     assert [one.admits() for _ in range(7)] == [True] * 6 + [False]

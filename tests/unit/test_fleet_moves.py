@@ -75,7 +75,7 @@ def asked(store: FakeStore) -> Asked:
     return Asked(store, KEYS, tag_of("two"), lambda: 7)  # type: ignore[arg-type]
 
 
-def test_who_is_asked_says_that_it_begins_and_that_it_is_done() -> None:
+def test_the_asked_machine_says_that_it_begins_and_that_it_is_done() -> None:
     store = FakeStore()
     two = asked(store)
     seen = []
@@ -89,7 +89,7 @@ def test_who_is_asked_says_that_it_begins_and_that_it_is_done() -> None:
     assert KEY not in store.found
 
 
-def test_who_cannot_says_why() -> None:
+def test_a_machine_that_cannot_take_them_says_why() -> None:
     store = FakeStore()
     two = asked(store)
     with pytest.raises(MoveError, match="'two' cannot take them: no interface"):
@@ -117,7 +117,7 @@ def test_what_was_taken_back_in_the_meantime_is_not_begun() -> None:
     assert two.begin() == ""
 
 
-def test_who_has_begun_and_says_no_more_may_have_them() -> None:
+def test_a_machine_that_has_begun_and_says_no_more_may_have_them() -> None:
     store = FakeStore()
     with pytest.raises(MoveError, match="look there"):
         play(store, asked(store).begin)

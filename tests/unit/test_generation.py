@@ -271,7 +271,7 @@ def test_configuration_that_is_wrong_is_a_config_error() -> None:
         ("192.0.2.1", False),
         ("::ffff:127.3.2.1", True),
         ("fe80::1%no-such-link", False),
-        ("224.0.0.1", True),  # a group's: who sends there may be heard here
+        ("224.0.0.1", True),  # a group's: what is sent there may be heard here
     ],
 )
 def test_local_address_is_this_hosts(host: str, local: bool) -> None:

@@ -51,7 +51,7 @@ def test_where_nobody_runs_nobody_is_asked(instance: Instance) -> None:
 
 @pytest.mark.parametrize("answer", [{"state": "serving"}, {}, {"state": 5}, [], None])
 @pytest.mark.usefixtures("lock")
-def test_who_serves_or_is_another_version_keeps_its_place(
+def test_a_daemon_that_serves_or_is_another_version_keeps_its_place(
     instance: Instance, answer: object
 ) -> None:
     ask = Asked(answer)
@@ -60,13 +60,13 @@ def test_who_serves_or_is_another_version_keeps_its_place(
 
 
 @pytest.mark.usefixtures("lock")
-def test_who_is_about_to_drain_is_asked_again(instance: Instance) -> None:
+def test_a_daemon_that_is_about_to_drain_is_asked_again(instance: Instance) -> None:
     ask = Asked({"state": "stopping"}, {"state": "stopping"}, {"state": "serving"})
     assert find_draining(instance, ask) is None
     assert ask.requests == ["ping"] * 3
 
 
-def test_who_ends_is_waited_for(instance: Instance, lock: InstanceLock) -> None:
+def test_a_daemon_that_ends_is_waited_for(instance: Instance, lock: InstanceLock) -> None:
     def ask(_do: str, _fds: Sequence[int]) -> object:
         lock.remove()
         raise NotRunningError("nobody listens")
@@ -77,10 +77,10 @@ def test_who_ends_is_waited_for(instance: Instance, lock: InstanceLock) -> None:
 
 @pytest.mark.usefixtures("lock")
 @pytest.mark.parametrize("key", ["state", "standing"])
-def test_who_drains_and_does_not_give_way_says_why(
+def test_a_daemon_that_drains_and_does_not_give_way_says_why(
     instance: Instance, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    """Whatever its build of 0.2 calls its state."""
+    """By either name that builds of 0.2 have for its state."""
     monkeypatch.setattr(giving_way, "_WAIT_S", 0.0)
     ask = Asked({key: "draining"}, ControlError("another upgrade is under way"))
     with pytest.raises(ControlError, match="under way"):
@@ -96,7 +96,7 @@ def test_a_lock_that_is_renewed_is_nobody_elses_at_any_time(
         ours.renew()
         with pytest.raises(AlreadyRunningError):
             acquire(instance)
-        # Who waits for the one that ends waits for it alone.
+        # An `up` that waits for the one that ends waits for it alone.
         assert old.is_held()
         lock.remove()
         assert not old.is_held()

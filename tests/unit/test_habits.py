@@ -57,13 +57,13 @@ SLEEPS: Final = {
 }
 # A mode of the tests, or a machine, that has no such thing: `needs` knows capabilities of kernels.
 SKIPS: Final = {
-    "conftest.py pytest_collection_modifyitems": "who is not root runs the others",
+    "conftest.py pytest_collection_modifyitems": "without root the others run",
     "kernel/test_splice_sessions.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "kernel/test_splice_walls.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "kernel/test_splice_walls_ends.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "kernel/test_splice_walls_fuzz.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "unit/test_seccomp.py": "a machine without a table of system calls has no filter",
-    "unit/test_store.py": "who is not root",
+    "unit/test_store.py": "needs root",
 }
 
 

@@ -66,7 +66,7 @@ class Play:
         self.rounds = 0
         self.asker: FakeAsker
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
-        # A full backlog drops SYNs: who connects then waits.
+        # A full backlog drops SYNs: a connect then waits.
         self._silent = socket.create_server(("127.0.0.1", 0), backlog=0)
         self._fill = [self._connect() for _ in range(2)]
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
@@ -171,7 +171,7 @@ def test_a_check_by_a_known_name_closes_its_sockets_at_the_timeout(play: Play) -
         play.until_busy()
 
 
-def test_who_answers_after_the_timeout_has_not_passed(play: Play) -> None:
+def test_a_server_that_answers_after_the_timeout_has_not_passed(play: Play) -> None:
     play.until_busy()
     play.asker.put("web.example", HOSTS)
     play.pass_time(0.0)

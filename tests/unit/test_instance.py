@@ -178,7 +178,7 @@ def test_run_dir_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
         acquire(make_instance(tmp_path))
 
 
-def test_who_may_not_is_told_what_would_help(tmp_path: Path) -> None:
+def test_a_user_that_may_not_is_told_what_would_help(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     is_root = os.geteuid() == 0
     if is_root:

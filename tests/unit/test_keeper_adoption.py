@@ -137,7 +137,7 @@ def test_other_workers_orphans_are_not_waited_for(monkeypatch: pytest.MonkeyPatc
 def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A worker of the daemon before may have been taken over: it sent them, not who asks."""
+    """A worker of the daemon before may have been taken over: it sent them, not this one."""
     site = Site(monkeypatch, 1)
     monkeypatch.setattr(splice_sockets.End, "of", lambda sock: sock)
 

@@ -193,7 +193,7 @@ def count_fds() -> int:
 
 
 def test_sockets_of_what_waits_are_held_until_it_is_sent(play: Play) -> None:
-    """Who asks closes its own at once."""
+    """The worker closes its own at once."""
     before = count_fds()
     taken = 0
     for name in range(MOST_UNDER_WAY + MOST_HELD + 5):
@@ -362,7 +362,7 @@ def test_what_can_never_be_sent_is_lost_and_holds_nothing_up(play: Play) -> None
     assert lost(play) == ["too long"]
 
 
-def test_who_has_found_no_room_is_called_when_there_may_be(play: Play) -> None:
+def test_a_request_without_room_is_called_when_there_may_be_room(play: Play) -> None:
     pipe = os.pipe()
     name = 0
     while play.ask(name, pipe):
@@ -414,7 +414,7 @@ def refuses_now() -> None:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def test_who_waits_for_room_is_called_when_there_never_will_be(play: Play) -> None:
+def test_a_request_that_waits_for_room_is_called_when_there_never_will_be(play: Play) -> None:
     calls: list[bool] = []
 
     def action() -> bool:
@@ -431,7 +431,7 @@ def test_who_waits_for_room_is_called_when_there_never_will_be(play: Play) -> No
     assert len(calls) == count
 
 
-def test_who_ends_waits_as_long_as_answers_come(play: Play) -> None:
+def test_a_worker_that_ends_waits_as_long_as_answers_come(play: Play) -> None:
     """And until a last moment."""
 
     def answer_one(_answer: object, _fds: object) -> None:

@@ -1,4 +1,4 @@
-"""Who asks the splice keeper and waits for its answer; the test plays the keeper."""
+"""Asking the splice keeper and waiting for its answer; the test plays the keeper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the keeper of spliced pairs understands, and that anything else is a fault of who asked."""
+"""What the keeper of spliced pairs understands, and that anything else is its sender's fault."""
 
 from __future__ import annotations
 

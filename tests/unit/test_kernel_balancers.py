@@ -80,7 +80,7 @@ class Chosen:
         return self.balancers.update(now_s)
 
 
-def test_who_is_down_or_drained_gets_nothing_and_comes_back() -> None:
+def test_a_server_that_is_down_or_drained_gets_nothing_and_comes_back() -> None:
     chosen = Chosen()
     assert chosen.at() == [FIRST, SECOND]
     assert chosen.at(down=(FIRST,)) == [SECOND]
@@ -123,7 +123,7 @@ def test_one_that_was_opened_in_between_ends_the_row() -> None:
     assert chosen.at() == [SECOND]
 
 
-def test_who_alone_is_left_and_ejected_is_tried_by_workers() -> None:
+def test_the_last_server_is_tried_by_workers_though_it_is_ejected() -> None:
     chosen = Chosen()
     chosen.at(down=(SECOND,))
     chosen.kernel.fail(FIRST, 3)

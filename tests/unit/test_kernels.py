@@ -152,7 +152,7 @@ def test_a_test_that_passes_the_second_time_has_passed() -> None:
     assert report.counts(first, again) == (2, 1)
 
 
-def test_a_test_counts_once_whatever_its_phases_say() -> None:
+def test_a_test_counts_once_though_its_phases_are_listed_apart() -> None:
     twice = xml(a="failure").replace(
         "</testsuite>", '<testcase classname="m" name="a"/></testsuite>'
     )

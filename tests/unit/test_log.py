@@ -400,7 +400,7 @@ def reasons_of(pipe: Pipe) -> list[str]:
     return [json.loads(line)["reason"] for line in pipe.lines()]
 
 
-def test_one_of_so_many_has_a_line_and_whatever_went_wrong(pipe: Pipe) -> None:
+def test_one_of_so_many_has_a_line_and_each_that_went_wrong(pipe: Pipe) -> None:
     log = ConnectionLog(Log(level="info", form="json", fd=pipe.fd), sample=5)
     for number in range(12):
         closed(log, Ended(Owner(), id=number))
@@ -437,7 +437,7 @@ def test_another_sample_holds_from_the_next_line_on(pipe: Pipe) -> None:
     assert reasons_of(pipe) == ["finished"]
 
 
-def test_who_knows_before_asks_once(pipe: Pipe) -> None:
+def test_a_caller_that_has_picked_before_asks_once(pipe: Pipe) -> None:
     log = ConnectionLog(Log(level="info", form="json", fd=pipe.fd), sample=2)
     for _ in range(4):
         if log.picks(CloseReason.FINISHED):

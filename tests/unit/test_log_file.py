@@ -9,7 +9,7 @@ from pathlib import Path
 from pyforwarder.supervisor.log_file import keep_small, open_log
 
 
-def test_log_that_has_grown_too_large_begins_anew_for_all_who_write_it(tmp_path: Path) -> None:
+def test_log_that_has_grown_too_large_begins_anew_for_all_its_writers(tmp_path: Path) -> None:
     path = tmp_path / "log"
     fd = open_log(path)
     os.write(fd, b"first\n" * 100)

@@ -1,4 +1,4 @@
-"""The event loop: who is called, when, and what protects a connection from another's events."""
+"""The event loop: what is called, when, and how a connection is kept from another's events."""
 
 from __future__ import annotations
 

@@ -277,7 +277,7 @@ def test_a_request_that_is_answered_so_fails_and_ends_the_worker(worker: Played,
 
 
 @given(st.binary(max_size=64) | ANYTHING.map(lambda value: json.dumps(value).encode()))
-def test_whatever_comes_is_heard_or_refused_and_no_descriptor_stays(data: bytes) -> None:
+def test_any_message_is_handled_or_refused_and_no_descriptor_stays(data: bytes) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     played = Played(Log(level="error", form="text", fd=null))
     before = len(os.listdir("/proc/self/fd"))

@@ -61,5 +61,5 @@ def test_an_answer_names_the_host_that_has_the_address() -> None:
 
 
 @given(st.binary(max_size=100), st.sampled_from(["10.1.0.1", "fd01::1"]))
-def test_whatever_comes_is_read(data: bytes, text: str) -> None:
+def test_any_answer_is_read(data: bytes, text: str) -> None:
     assert isinstance(addresses.said_by(data, text), str)

@@ -1,4 +1,4 @@
-"""What goes along when a session changes its daemon: who was heard, what was decided."""
+"""What goes along when a session changes its daemon: what its ends have sent, what was decided."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_many_sessions_of_the_kernel_come_in_few_messages(succession: Succession
 
 
 def test_what_servers_say_goes_on_before_all_sessions_have_come(succession: Succession) -> None:
-    """And more come in one turn than pairs would: all who speak meanwhile wait for the last."""
+    """And more come in one turn than pairs would: clients that speak then wait for the last."""
     old, new = succession.old, succession.new
     clients = []
     for _ in range(2 * _TAKEN_AT_ONCE):

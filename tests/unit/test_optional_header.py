@@ -35,7 +35,7 @@ class Scene:
         )
 
     def peer(self) -> Address | None:
-        """Who the one client is."""
+        """The address of the one client."""
         (client,) = self.play.server.clients.values()
         return client.peer
 

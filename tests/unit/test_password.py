@@ -189,7 +189,7 @@ def test_what_waits_is_bounded_for_each_client_and_for_all(scene: Scene) -> None
     assert scene.ask(b"more", client="c1") is not None
 
 
-def test_nobody_is_told_who_does_not_want_to_know(scene: Scene) -> None:
+def test_a_check_that_was_stopped_is_told_nothing(scene: Scene) -> None:
     check = scene.ask(b"right")
     assert isinstance(check, Check)
     check.stop()

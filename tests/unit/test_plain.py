@@ -412,7 +412,7 @@ def test_no_socket_object_is_made_of_a_number_that_another_connection_has(
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_accept_tells_who_came(host: str) -> None:
+def test_accept_tells_the_peers_address(host: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as listener:
         listener.setblocking(False)

@@ -88,7 +88,7 @@ def test_refusal_comes_whole_but_for_a_long_log_and_the_next_part_is_tried() -> 
     preparation.close()
 
 
-def test_death_fails_whatever_is_left() -> None:
+def test_death_fails_all_parts_that_are_left() -> None:
     preparation = prepare({"a": dies, "b": pipe_with(b"")})
     found = list(preparation.wait())
     assert [name for name, _ in found] == ["a", "b"]
@@ -97,7 +97,7 @@ def test_death_fails_whatever_is_left() -> None:
     preparation.close()
 
 
-def test_hanging_fails_whatever_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_fails_all_parts_that_are_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "TIMEOUT_S", 0.05)
     preparation = prepare({"a": hangs})
     ((name, error),) = list(preparation.wait())

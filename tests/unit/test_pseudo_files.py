@@ -145,7 +145,7 @@ def test_only_the_owner_may_use_them(desk: Desk, loop: Loop) -> None:
     assert modes == {"number": 0o600, "orders": 0o600, "clock": 0o400}
 
 
-def test_a_change_is_in_the_file_for_those_who_read_it_after_us(desk: Desk, loop: Loop) -> None:
+def test_a_change_is_in_the_file_for_readers_after_us(desk: Desk, loop: Loop) -> None:
     del loop
     assert desk.files is not None
     desk.number = "42"

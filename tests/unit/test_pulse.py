@@ -77,7 +77,7 @@ def test_process_that_has_not_begun_yet_does_not_hang(monkeypatch: pytest.Monkey
     child.pulse.close()
 
 
-def test_who_asks_often_looks_once_in_a_while(child: Child) -> None:
+def test_a_caller_that_asks_often_causes_few_looks(child: Child) -> None:
     child.state = "T"
     for _ in range(99):
         assert child.watch.why_stuck(child.now_s + pulse.PULSE_S / 2) == ""

@@ -1,4 +1,4 @@
-"""Several addresses of one server at once: who is tried when, who wins, what is left open."""
+"""Several addresses of one server at once: when each is tried, which wins, what is left open."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dialer:
         self.winner: tuple[_socket.socket, Address] | None = None
         self.code: int | None = None
         self._silent = socket.create_server(("127.0.0.1", 0), backlog=0)
-        # A full backlog drops SYNs: who connects then waits.
+        # A full backlog drops SYNs: a connect then waits.
         self._fill = [self._connecting() for _ in range(2)]
         self._open = socket.create_server(("127.0.0.1", 0), backlog=64)
 

@@ -173,7 +173,7 @@ def test_readme_is_short() -> None:
 
 
 def test_the_readme_s_client_of_the_bastion_fits_the_example() -> None:
-    """Who takes the file and the command gets through: both name the same gateway."""
+    """The file and the command go together: both name the same gateway."""
     example = (ROOT / "examples" / "bastion" / "pyforwarder.yaml").read_text()
     audience = re.search(r"^  audience: (\S+)$", example, re.MULTILINE)
     assert audience is not None

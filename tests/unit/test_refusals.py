@@ -1,4 +1,4 @@
-"""Refusals are counted and logged the same way whatever the reason, by TCP and by UDP."""
+"""Refusals are counted and logged the same way for every reason, by TCP and by UDP."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_datagram_over_a_limit_is_counted_once_everywhere_and_logged(limit: str)
         first.send(b"x")
         play.settle()
         play.pass_time(3)
-        first.send(b"y")  # who goes on speaking makes room for nobody
+        first.send(b"y")  # a client that goes on speaking makes room for nobody
         play.settle()
         second.send(b"x")
         play.run_until(lambda: play.closed(CloseReason.BUSY), "end")

@@ -48,7 +48,7 @@ def test_reasons_that_never_came_are_left_out() -> None:
     assert row["joined"] == {"copy": 0, "sockmap": 0, "splice": 0, "express": 0}
 
 
-def test_a_server_has_its_weight_if_it_is_a_backup_and_who_checks_it_last() -> None:
+def test_the_checking_machine_is_the_last_column_of_a_server() -> None:
     config = parse_config(
         "upstreams:\n  web: {servers: [{address: '10.0.0.1:1', weight: 3}, "
         "{address: '10.0.0.2:1', backup: true}]}\n",

@@ -124,7 +124,7 @@ def play(clock: Clock) -> Iterator[Play]:
     assert not play.resolver._charges
 
 
-def test_a_name_is_asked_for_once_for_all_who_wait(play: Play) -> None:
+def test_a_name_is_asked_for_once_for_all_clients_that_wait(play: Play) -> None:
     assert play.ask() is not None
     assert play.ask() is not None
     assert play.asker.asked == [NAME]
@@ -241,7 +241,7 @@ def test_what_still_takes_a_place_at_its_deadline_is_charged_until_it_ends(play:
     assert not is_refused()
 
 
-def test_who_asks_for_what_is_overdue_waits_once_more(play: Play) -> None:
+def test_a_client_that_asks_for_an_overdue_name_waits_once_more(play: Play) -> None:
     play.ask()
     assert play.pass_time(QUESTION_S) == [[]]
     # For a moment nobody asks again.
@@ -266,7 +266,7 @@ def test_no_network_of_clients_may_have_all_threads() -> None:
 
 
 @pytest.mark.parametrize("forgets", [True, False])
-def test_who_has_gone_hears_nothing_and_holds_no_place_that_can_be_had(
+def test_a_client_that_has_gone_hears_nothing_and_holds_no_place_that_can_be_had(
     play: Play, forgets: bool
 ) -> None:
     play.asker.forgets = forgets

@@ -112,7 +112,7 @@ def test_one_port_serves_them_all(data: bytes, name: str) -> None:
         (b"1", End.TIMEOUT, "rest"),
     ],
 )
-def test_when_no_more_can_come_who_still_needs_more_has_not_matched(
+def test_when_no_more_can_come_a_matcher_that_needs_more_has_not_matched(
     data: bytes, end: End, name: str
 ) -> None:
     assert decide(SHARED, data) is NEED_MORE
@@ -228,7 +228,9 @@ def test_a_decision_says_what_it_was_made_on(
         (client_hello(b"b.other")[:-1], {}),
     ],
 )
-def test_what_no_rule_has_taken_says_whom_it_was_for(data: bytes, facts: dict[str, str]) -> None:
+def test_the_facts_of_a_first_packet_that_no_rule_takes_are_known(
+    data: bytes, facts: dict[str, str]
+) -> None:
     rules = ruleset(
         {"match": {"any_of": [{"tls": {"sni": "a.test"}}, {"not": "any"}]}, "to": "127.0.0.1:1"},
         {"match": {"http": {"host": "a.test"}}, "to": "127.0.0.1:2"},
@@ -358,7 +360,7 @@ def test_explain_calls_nothing_an_instruction_that_is_none() -> None:
 def steps_of(rules: Ruleset, *packets: bytes) -> list[int]:
     """How many steps Python's interpreter takes for the decision of each, after others.
 
-    They are as many on every machine, whatever else it has to do. Give packets that differ to
+    They are as many on every machine, busy or not. Give packets that differ to
     parsers that remember what they read last.
     """
     found = []

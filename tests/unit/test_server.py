@@ -417,7 +417,7 @@ def test_second_looks_wait_once_they_have_had_their_share(
     # A first look costs each connection one, and none waits.
     play.dial().sendall(b"b")
     play.run_until(lambda: play.counters[Counter.PAIRS_OPENED] == 1, "pair")
-    # Who ends is waited for no more.
+    # Nobody waits any more for a client that has ended.
     reset(clients[0])
     play.wait_for_end(CloseReason.CLIENT_RESET)
     assert len(decisions.put_off) == 2
@@ -883,7 +883,7 @@ def test_listener_closed_during_its_pause_stays_closed(
     assert play.counters[Counter.ACCEPTED] == 0
 
 
-def test_clients_who_wait_at_a_listener_that_goes_are_served(
+def test_clients_that_wait_at_a_listener_that_goes_are_served(
     start: StartPlay, servers: Servers
 ) -> None:
     server, address = servers()
@@ -1549,7 +1549,7 @@ def test_a_pair_whose_end_the_keeper_has_no_room_for_waits_for_it_with_its_socke
             play.server.delivered(pair, flow)
     else:
         play.server.flush_ids(None)
-    # Whatever else happens to it meanwhile, it ends once, and as was said first.
+    # With other orders meanwhile it ends once, for the first one's reason.
     assert play.server.flush_ids(None) == [play.only_client().id]
     play.server.reset_all(CloseReason.SHUTDOWN)
     play.server.expired(play.only_client())
@@ -1830,7 +1830,7 @@ def test_sockets_that_cannot_be_joined_are_closed_and_refused(start: StartPlay) 
 
 
 def test_sockets_that_are_refused_are_what_they_were(start: StartPlay) -> None:
-    # Who offered them keeps them, and would not expect a reset at their close.
+    # The sender keeps them, and would not expect a reset at their close.
     play = start(named())
     client, accepted, outgoing, server = adopted_ends()
     kept = play.own(accepted.dup())

@@ -377,7 +377,7 @@ def test_what_is_counted_of_a_pair_whose_end_is_told_is_that_of_before(stage: St
 
 
 class Copied:
-    """A stage whose pair is copied, and who was told that the keeper has looked."""
+    """A stage whose pair is copied, and a list of the keeper's looks that were reported."""
 
     def __init__(self, stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stage = stage

@@ -1,4 +1,4 @@
-"""What the keeper believes of who tells it of other machines' pairs."""
+"""What the keeper believes of the process that tells it of other machines' pairs."""
 
 from __future__ import annotations
 

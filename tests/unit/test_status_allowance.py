@@ -1,4 +1,4 @@
-"""How much a client of the page may ask, and who makes room."""
+"""How much a client of the page may ask, and which client makes room."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_client_is_refused_for_itself_and_the_rest_for_all() -> None:
     busy = Refused(HTTPStatus.SERVICE_UNAVAILABLE, 1)
     assert [one.refuses("a", 0.0) for _ in range(4)] == [None, None, None, too_many]
     assert [one.refuses("b", 0.0) for _ in range(3)] == [None, None, busy]
-    # Who looks has something of its own, which nobody else can use up.
+    # A viewer has an allowance of its own, which nobody else can use up.
     assert [one.refuses("c", 0.0, is_viewer=True) for _ in range(3)] == [None, None, busy]
     # What was refused for all was not taken off the client's own.
     assert one.refuses("c", 1.0) is None
@@ -64,7 +64,7 @@ def test_a_client_is_an_address_or_a_network_of_64_bits() -> None:
     assert network_of("") == ""
 
 
-def test_who_has_most_company_is_found_from_the_widest_network_down() -> None:
+def test_the_most_crowded_network_is_found_from_the_widest_down() -> None:
     assert most_crowded([]) == []
     assert most_crowded(["192.0.2.1"]) == [0]
     assert most_crowded(["192.0.2.1", "192.0.2.2"]) == [0, 1]

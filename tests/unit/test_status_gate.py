@@ -163,7 +163,7 @@ def test_users_of_something_else_do_not_come_in() -> None:
     assert status_of(one.who(request(Authorization=basic("", "")), "::1", 0.0)) == 401
 
 
-def test_guessing_ends_soon_and_who_is_known_does_not_notice() -> None:
+def test_guessing_ends_soon_and_known_people_do_not_notice() -> None:
     one = gate("ann")
     right = request(Authorization=basic("ann", "secret:with colon"))
     assert one.who(right, "192.0.2.1", 0.0) == "ann"
@@ -200,7 +200,9 @@ def test_guessing_from_many_addresses_keeps_nobody_out_in_bounded_memory() -> No
     assert status_of(other.who(guess, "::ffff:192.0.2.2", 0.0)) == 401
 
 
-def test_who_was_wrong_lately_is_suspect_and_who_gave_up_or_was_right_is_not() -> None:
+def test_a_client_that_was_wrong_lately_is_suspect_and_one_that_gave_up_or_was_right_is_not() -> (
+    None
+):
     one = Gate(passwords={"ann": b"$2b$04$" + b"a" * 53})
 
     def doubt(password: str, now_s: float) -> Doubt:

@@ -129,7 +129,7 @@ def test_a_network_that_asks_much_makes_room_for_another(play: Play) -> None:
     assert len(play.queue) == MOST_WAITING
 
 
-def test_who_has_waited_long_is_told_to_come_again(
+def test_a_client_that_has_waited_long_is_told_to_come_again(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logins, "MOST_S", 0.01)
@@ -143,7 +143,7 @@ def test_who_has_waited_long_is_told_to_come_again(
     assert len(play.queue) == 0
 
 
-def test_who_leaves_is_not_told_and_counts_as_wrong(play: Play) -> None:
+def test_a_client_that_leaves_is_not_told_and_counts_as_wrong(play: Play) -> None:
     leaver = Login("a")
     number = play.ask(leaver)
     assert type(number) is int

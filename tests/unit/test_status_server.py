@@ -1,4 +1,4 @@
-"""HTTP for scrapes: what is answered, and who has to go when there are too many."""
+"""HTTP for scrapes: what is answered, and which connections end when there are too many."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def post(body: bytes, *headers: str, path: str = "/x") -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def test_a_body_is_read_to_its_length_in_whatever_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_is_read_to_its_length_in_any_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Keeper()
     with playing(monkeypatch, site) as play:
         whole = post(b"x" * 700, "Content-Length: 700") + b"more"
@@ -357,7 +357,7 @@ def test_a_reader_that_stops_has_one_piece_waiting_and_then_goes(
         assert site.gone == [visitor]
 
 
-def test_who_waits_for_an_answer_stays_while_others_are_turned_away(
+def test_a_client_that_waits_for_an_answer_stays_while_others_are_turned_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Turning(Keeper):

@@ -207,7 +207,7 @@ def test_there_is_nothing_else(play: Play) -> None:
         assert (answer.status, dict(answer.headers)["Allow"]) == (405, allowed)
 
 
-def test_who_has_no_password_gets_nothing_at_all(play: Play) -> None:
+def test_a_viewer_without_a_password_gets_nothing_at_all(play: Play) -> None:
     play.site = play.make(users=("ann",))
     for path in ("/", "/app.js", "/style.css", "/live", "/pairs", "/nothing"):
         assert play.get(path).status == 401, path
@@ -291,7 +291,7 @@ def test_all_viewers_share_one_look_and_nobody_costs_nothing(play: Play) -> None
     assert play.samples == 11
 
 
-def test_who_comes_back_sees_at_once_what_there_was(play: Play) -> None:
+def test_a_viewer_that_comes_back_sees_the_history_at_once(play: Play) -> None:
     slot = play.memory.pair(1)
     visitor = play.view()
     play.pass_time(5.0)
@@ -313,7 +313,7 @@ def test_who_comes_back_sees_at_once_what_there_was(play: Play) -> None:
     assert play.samples == samples
 
 
-def test_a_viewer_who_does_not_read_misses_ticks_and_holds_up_nobody(play: Play) -> None:
+def test_a_viewer_that_does_not_read_misses_ticks_and_holds_up_nobody(play: Play) -> None:
     slow, quick = play.view(), play.view()
     slow.is_behind = True
     play.pass_time(5.0)
@@ -348,7 +348,7 @@ def test_the_client_that_looks_most_makes_room_for_another(play: Play) -> None:
     assert play.view("192.0.2.1").answers[0].status == 503  # all have one
 
 
-def test_who_begins_to_look_again_and_again_causes_one_look_a_second(play: Play) -> None:
+def test_a_viewer_that_begins_again_and_again_causes_one_look_a_second(play: Play) -> None:
     for _ in range(10):
         play.view().leave()
     assert play.samples == 1
@@ -383,7 +383,7 @@ def test_an_order_of_many_pairs_costs_more_than_a_page_of_it(play: Play) -> None
     assert codes == [200, 200, 429, 429, 429]  # 101 each
 
 
-def test_health_is_told_at_once_and_to_those_who_come_later(play: Play) -> None:
+def test_health_is_told_at_once_and_to_later_viewers(play: Play) -> None:
     before = HealthChange(5.0, "pool", "10.0.0.2:443", False, "no answer in time")
     play.site = play.make(health=[before], down={("pool", "10.0.0.2:443")})
     visitor = play.view()
@@ -503,7 +503,7 @@ def test_what_takes_long_may_be_asked_twenty_times_at_once(play: Play) -> None:
 # ---------------------------------------------------------------- orders
 
 
-def test_pairs_are_flushed_by_who_may_order(play: Play) -> None:
+def test_pairs_are_flushed_by_a_viewer_with_control(play: Play) -> None:
     visitor = FakeVisitor()
     assert play.post("/flush", {"ids": [3, 4]}, visitor) is None
     ((user, ids, answer),) = play.orders.asked
@@ -561,7 +561,7 @@ def test_a_server_is_drained_and_ready_again(play: Play) -> None:
     assert len(play.orders.servers) == 2
 
 
-def test_nobody_orders_who_may_only_look(play: Play) -> None:
+def test_a_viewer_without_control_orders_nothing(play: Play) -> None:
     for changes in ({"control": False}, {"steering": None}):
         play.site = play.make(**changes)
         assert said(play.post("/flush", {"ids": [1]}))[0] == 403

@@ -1,4 +1,4 @@
-"""Connections that end with their machine: what is written of them, and who is told."""
+"""Connections that end with their machine: what is written of them, and which machines are told."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_faults_in_the_store_are_counted_and_told_to_nobody() -> None:
     assert len(a.turn({}, 0.0).tell) == MOST_GROUPS
 
 
-# Those who have the addresses then
+# The machines that have the addresses then
 
 
 class Sent:
@@ -156,7 +156,7 @@ def test_each_peer_is_asked_soon_again_and_then_ever_more_seldom() -> None:
     assert world.sent == [(when_s, CLIENT) for when_s in (0.0, 0.25, 1.0, 3.0, 9.0, 27.0)]
 
 
-def test_those_that_wait_for_whichever_try_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_wait_for_any_try_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(challenging, "_MOST", 5)
     world = Sent()
     world.challenges.begin([CLIENT] * 3)

@@ -317,7 +317,7 @@ def test_tables_of_tokens_that_make_no_sense_are_refused(tokens: dict[str, objec
         Offer.model_validate({**OFFER, "used_tokens": tokens})
 
 
-def test_who_is_refused_by_the_control_socket_leaves_nothing_open() -> None:
+def test_a_successor_that_the_control_socket_refuses_leaves_nothing_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
 
     def control(_fd: int) -> object:

@@ -62,7 +62,7 @@ def test_a_run_without_failures_is_run_once(tmp_path: Path) -> None:
     assert "FLAKY" not in said
 
 
-def test_what_is_compiled_is_kept_whatever_the_environment_says(tmp_path: Path) -> None:
+def test_what_is_compiled_is_kept_in_every_environment(tmp_path: Path) -> None:
     code, said = run(tmp_path)
     assert code == 0, said
     assert {path.name.partition(".")[0] for path in tmp_path.glob("__pycache__/*.pyc")} == {

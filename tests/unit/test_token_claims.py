@@ -85,7 +85,7 @@ def test_no_answer_in_time_is_none(wire: Wire) -> None:
     assert wire.told == [None]
 
 
-def test_who_stops_is_not_told(wire: Wire) -> None:
+def test_a_client_that_stops_is_not_told(wire: Wire) -> None:
     wire.ask().stop()
     wire.claims.answered(1, True)
     wire.pass_time(5.0)

@@ -595,7 +595,7 @@ def test_more_cannot_be_closed_than_was_opened() -> None:
 
 
 class AnyHistory(RuleBasedStateMachine):
-    """Whatever happens in whatever order, the promises of `choose` hold."""
+    """The promises of `choose` hold with any events in any order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Who may use a proxy protocol, for those that ask for a name and a password."""
+"""The users of a proxy protocol that asks for a name and a password."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Users:
     ) -> Decision:
         """`right()` if this is the password of this user, else `wrong`.
 
-        A hash is left to who can wait; `busy` is for when nobody can.
+        A hash is left to callers that can wait; `busy` is for when there is none.
         """
         wanted = self._passwords.get(name)
         stored = self._hash if wanted is None else wanted

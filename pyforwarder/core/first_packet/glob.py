@@ -8,7 +8,7 @@ from collections.abc import Iterable
 class Globs:
     """Alternatives, each a text in which `*` stands for any run of characters, an empty one too.
 
-    Looks at every character a bounded number of times, whatever the pattern: no backtracking.
+    Looks at every character a bounded number of times, with any pattern: no backtracking.
     """
 
     def __init__(self, patterns: Iterable[str], *, ignore_case: bool) -> None:

@@ -1,7 +1,7 @@
 """The contract of every parser, and of those that go on to talk to the client.
 
 A matcher looks at the first bytes of a connection and returns MATCH, NO_MATCH or NEED_MORE;
-it raises nothing, whatever the bytes are.  It is pure: the same arguments give the same answer, it
+no bytes make it raise anything.  It is pure: the same arguments give the same answer, it
 keeps nothing between calls, and it never looks at anything but its arguments.  MATCH and
 NO_MATCH are final: no bytes that follow may change them.  NO_MATCH comes with the first byte
 that rules the protocol out, MATCH as soon as every condition is known to hold.
@@ -79,7 +79,7 @@ class Matcher(ABC):
 
         `data` is everything received so far, `client` where the connection comes from (None: a
         unix socket), `local_port` the listener's port (0: a unix socket).  `end` matters only to
-        `silence`; a parser that lacks bytes says NEED_MORE whatever the end is.
+        `silence`; a parser that lacks bytes says NEED_MORE with any `end`.
         """
 
     def ask(self, data: bytes) -> Send | None:
@@ -110,7 +110,7 @@ class Matcher(ABC):
 
     @property
     def always(self) -> bool:
-        """Whether it matches every connection, whatever its bytes are."""
+        """Whether it matches every connection, with any bytes."""
         return False
 
     def never(self, listener: ListenerFacts) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Silence(Matcher):
     """Matches when first_packet.timeout has passed without a byte.
 
-    Never at a client's close: who closes without a word has gone and waits for no server.
+    Never at a client's close: a client that closes without a word waits for no server.
     """
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:

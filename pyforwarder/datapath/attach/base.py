@@ -1,4 +1,4 @@
-"""What holds the packet programs at both sides of an interface, whatever the kernel has for it.
+"""The packet programs at both sides of an interface, by clsact or by tcx.
 
 There are two implementations: tcx.py and clsact.py; choice.py chooses.
 """

@@ -1,8 +1,9 @@
 """Marks that say that something in this network namespace has a living owner.
 
-A mark is an abstract unix socket (unix(7)): it is one of the network namespace, whatever files and
-process numbers its owner sees, and it goes with its process, however that ends. Any user may take
-any name, so only a socket of our own user counts; the kernel is asked whose it is (sock_diag(7)).
+A mark is an abstract unix socket (unix(7)): it is one of the network namespace, also where
+its owner sees other files and process numbers, and it goes with its process, however that ends. Any
+user may take any name, so only a socket of our own user counts; the kernel is asked whose it is
+(sock_diag(7)).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class NameInUse:
         deadline_s = time.monotonic() + _FREE_WITHIN_S
         while not self._has_bound(name):
             if not is_in_use(name):
-                # Free by now, or a stranger's, who would like to be in the way.
+                # Free by now, or a stranger's that would be in the way.
                 self._has_bound(name)
                 break
             if time.monotonic() > deadline_s:
@@ -94,7 +95,7 @@ def held() -> dict[str, int]:
 
 
 def inherit(name: str, fd: int) -> None:
-    """The next who asks for the name gets it: another process has it, and has sent its descriptor.
+    """The next `NameInUse` of it gets it: another process has it, and has sent its descriptor.
 
     The descriptor is ours from here on.
     """

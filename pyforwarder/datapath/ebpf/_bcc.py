@@ -16,9 +16,9 @@ import sys
 
 
 def main() -> None:
-    """Serve one request; exit 0 if an answer was written, whatever it says."""
+    """Serve one request; exit 0 if an answer was written, also one that says no."""
     answer_fd = os.dup(1)
-    # Whatever bcc prints, and wherever, it is not the answer.
+    # What bcc prints, to either stream, is not the answer.
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     answer = _compiled(request)

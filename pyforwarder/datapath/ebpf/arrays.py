@@ -1,6 +1,6 @@
 """The BPF arrays that hold what everybody looks at: pair records, counters, the view's lines.
 
-They are made whenever the kernel lets us, whatever the datapath, because the view prints from
+They are made whenever the kernel lets us, for every datapath, because the view prints from
 them. Where it does not, anonymous shared memory takes their place, and the daemon itself prints.
 """
 

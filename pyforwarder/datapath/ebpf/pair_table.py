@@ -111,7 +111,7 @@ class PairWindow:
         reason: int,
         protocol: int = 0,
     ) -> None:
-        """Write who this is; `endpoints` is client, listener, source, server, 20 bytes each.
+        """Write the pair's `endpoints`: client, listener, source, server, 20 bytes each.
 
         `protocol` is 0 for TCP.
         """

@@ -277,7 +277,7 @@ class Connecting:
     def wait_for_programs(self) -> None:
         """Return when all programs have ended that run now.
 
-        Whoever changes a map in a map is made to wait for that, as a program may have read it
+        The kernel has a caller that changes a map in a map wait until no program can have read it
         before (`maybe_wait_bpf_programs`, kernel/bpf/syscall.c); so here, where none has.
 
         Raises:
@@ -378,7 +378,7 @@ class Connecting:
         store32(self.memory, at, _number_of(self.word(place)))
 
     def is_counted(self, ask: abi.Ask | abi.AskHead) -> bool:
-        """Whether `say_counted` was called for this very connection, by whatever keeper."""
+        """Whether `say_counted` was called for this very connection, by any keeper."""
         return bool(ask.counted == _number_of(ask.word))
 
     def close(self) -> None:

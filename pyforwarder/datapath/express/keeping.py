@@ -272,7 +272,7 @@ class ExpressKeeper:
             at_once=_LOOKS_AT_ONCE,
         )
         for place in seen.lasting:
-            # Not who has few: one that ends its pairs at once would get them all.
+            # Not the worker that has few: one that ends its pairs at once would get them all.
             # It is the word that was looked at: nobody but us changes that of one that is joined.
             lasting = self._lasting[place % len(self._lasting)]
             lasting[place] = self._connecting.word(place)

@@ -181,7 +181,7 @@ class Express:
             for address, mss in one.addresses.items():
                 told.told_mss = mss
                 wanted[bytes(_key_of(address))] = bytes(told)
-        # Key by key: whatever is in the kernel is known here, also if it refuses the next one.
+        # Key by key: each that is in the kernel is known here, also if it refuses the next one.
         for key in self._listening.keys() - wanted.keys():
             self.connecting.listen_no_more(abi.ListenerKey.from_buffer_copy(key))
             del self._listening[key]

@@ -1,7 +1,7 @@
 """A table of rules in the form that the program reads: one record, and entries of two maps.
 
 The maps of names and networks answer with the entry that has the longest prefix in common. So each
-entry has the bits of all conditions that are fulfilled by whatever it is the longest for.
+entry has the bits of all conditions that hold wherever it is the longest.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Version numbers lie (distributions backport, and forget to), so `up` and `doctor` believe only
 this. It runs in a child under the worker's user: so it also proves that the privileges suffice,
-and whatever a broken kernel does to it, the daemon goes on.
+and if a broken kernel kills it or hangs it, the daemon goes on.
 """
 
 from __future__ import annotations

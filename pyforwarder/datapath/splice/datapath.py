@@ -128,7 +128,7 @@ class SpliceDatapath(SplicedPairs):
         super().__init__(host, maps, keeper, window=window, worker=worker)
         self._questions: dict[Question, None] = {}  # the oldest first
         self._lessons: dict[Question, None] = {}  # pairs whose servers the keeper is looking at
-        self.adopts_later = False  # who adopts has a timer set (see `adopt`)
+        self.adopts_later = False  # a timer to adopt is set (see `adopt`)
         # Packets of pairs that begin from now on may come by any interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
@@ -156,7 +156,7 @@ class SpliceDatapath(SplicedPairs):
         pair.state = None
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Take the pair over, and wait until that is done: for who serves nobody else.
+        """Take the pair over, and wait until that is done: for a caller that serves nobody else.
 
         UNREAD_BYTES, NO_KEEPER: a later moment may be better.
         """
@@ -367,7 +367,7 @@ class SpliceDatapath(SplicedPairs):
         question.then(pair, reason)
 
     def finish_questions(self) -> None:
-        """Wait until none is open: who calls it is about to end, or to give its pairs away."""
+        """Wait until none is open: the worker is about to end, or to give its pairs away."""
         for lesson in list(self._lessons):
             self._end_lesson(lesson)
         while self._questions:

@@ -63,7 +63,7 @@ class Keepalives:
                 heapq.heappush(self._due, (time.monotonic() + 1.0, index, record.id))
 
     def run_due(self) -> None:
-        """Ask who is to be asked now. Never raises."""
+        """Ask the peers that are due. Never raises."""
         now_s = time.monotonic()
         for _ in range(_PAIRS_AT_ONCE):
             if not self._due or self._due[0][0] > now_s:

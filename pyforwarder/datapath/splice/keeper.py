@@ -219,7 +219,7 @@ class Keeper:
         try:
             data, fds, flags, _ = socket.recv_fds(sock, MOST_MESSAGE_BYTES, 4)
         except ConnectionResetError:
-            # Its worker has died before it had read all answers. What it had asked comes next
+            # Its worker has died before it had read all answers. Its requests come next
             # (__skb_try_recv_datagram says the error first, and once).
             return True
         except OSError:
@@ -250,7 +250,7 @@ class Keeper:
             except OSError:
                 self._take_back(worker, request["do"], answer.get("index"))
         except Exception as error:
-            # Whatever is noticed where: it is the fault of who asked, and costs nobody else.
+            # Every error over a request is its sender's fault, and costs nobody else.
             self._complain(worker, error)
         finally:
             for one in (*sockets, *given):

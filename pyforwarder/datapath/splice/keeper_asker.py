@@ -2,8 +2,8 @@
 
 The keeper reads what a worker asks in the order in which that was sent, and answers in this order.
 So does the one in its place if it dies: its queue outlives it. So an answer tells of all requests
-before it, too: those that have none will never have one. A keeper has died over them; what it had
-done of them by then is not known, but no keeper will do it any more. They are *lost*. Whether the
+before it, too: those that have none will never have one. A keeper has died over them; what it
+did of them is not known, but no keeper will do it any more. They are *lost*. Whether the
 last one is lost, is found out by one more request, which asks for nothing (`here`): when all was
 read a second ago.
 
@@ -219,7 +219,7 @@ class KeeperAsker:
     def wait_until(self, done: Callable[[], bool], wait_s: float) -> bool:
         """Serve nothing but this until `done`, but not for longer; whether it is.
 
-        For who has nothing else to do yet, or any more.
+        For a worker that has nothing else to do yet, or any more.
         """
         until_s = time.monotonic() + wait_s
         poll = select.poll()
@@ -238,7 +238,7 @@ class KeeperAsker:
         return self.wait_until(lambda: not self.unsettled, wait_s)
 
     def finish_while_heard(self, pause_s: float, most_s: float) -> bool:
-        """The same for as long as answers come without such a pause; also of who waits for room."""
+        """The same as long as answers come without such a pause; also for room to send."""
         until_s = time.monotonic() + most_s
 
         def is_done() -> bool:

@@ -1,7 +1,7 @@
 """Asks the keeper of spliced pairs (keeper.py), and waits for its answer.
 
-For the supervisor, which asks in the name of a worker that has died, and for who tells of other
-machines' pairs. A worker does not wait: keeper_asker.py.
+For the supervisor, which asks in the name of a worker that has died, and for the process that tells
+of other machines' pairs. A worker does not wait: keeper_asker.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Final
 from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.slowness import scaled_s
 
-# Within that a request must have been read; whatever was read in time is done soon.
+# Within that a request must have been read; a request that was read in time is done soon.
 _READ_TIMEOUT_S: Final = 0.25
 _ANSWER_TIMEOUT_S: Final = 2.0
 # And so long after that moment no pair begins any more.

@@ -115,7 +115,7 @@ class Joining:
         self._keepalives.watch([index])
         unread = [way.unread for way in self._pairs.record(index).way]
         mute = False
-        # It has begun, whatever becomes of that: it is asked for again.
+        # It has begun, also if that fails: it is asked for again.
         with contextlib.suppress(OSError):
             mute = self.mute(index, (client, server))
         return {"busy": 0, "index": index, "unread": unread, "mute": mute}

@@ -1,8 +1,8 @@
 """What a worker may ask the keeper of spliced pairs: one table, and nothing else.
 
 A worker reads what strangers send and may be taken over, so each of its messages is compared with
-the table before anything is done with it. What is not in the table is the worker's fault, whatever
-is wrong with it.
+the table before anything is done with it. What is not in the table is the worker's fault
+in every case.
 """
 
 from __future__ import annotations

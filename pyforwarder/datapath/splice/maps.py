@@ -175,7 +175,7 @@ class SpliceMaps:
     ) -> SpliceMaps:
         """Make the maps, or open those that an earlier daemon has left; its programs go on there.
 
-        `is_successor`: that daemon lives. Nothing of it is removed, whatever version it has, and
+        `is_successor`: that daemon lives. Nothing of it is removed, of any version, and
         `handshakes_fd` is its map of those, which is ours from here on; -1: we make one. Where the
         maps are new, there is room for so many `places` of express.
 
@@ -186,7 +186,7 @@ class SpliceMaps:
             must_fit(pins)
         had_pins = pins is not None and bool(pins_in(pins))
         try:
-            # First of all: who has it may remove what is left.
+            # First of all: the holder of this name may remove what is left.
             attacher = attaching.attacher(pins, kept_with=MAPS[0])
         except OSError as error:
             raise _refused(error) from error
@@ -299,7 +299,7 @@ class SpliceMaps:
     def attach(self, programs: Programs) -> None:
         """Put them on the interfaces, in the place of those that an earlier daemon has left.
 
-        The programs are ours from here on, whatever happens.
+        The programs are ours from here on, also after an error.
 
         Raises:
             LoadError: as `load`; what was left goes on as before then.

@@ -48,8 +48,8 @@ class _Seen(NamedTuple):
 class OwnPairs:
     """Looks at all records; what costs time is done once a second for each that moves.
 
-    Of those that are due in one scan only some are read again, who have waited longest first: one
-    that has just begun, or has ended, waits for few others.
+    Of those that are due in one scan only some are read again, those that have waited longest
+    first: one that has just begun, or has ended, waits for few others.
     """
 
     def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:

@@ -123,7 +123,7 @@ class Question(Timed):
         return 0
 
     def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
-        """Never called: who ends it says so by `ends_with`."""
+        """Never called: its caller ends it by `ends_with`."""
         return True
 
     def leave(self, _pair: Pair) -> None:

@@ -227,7 +227,7 @@ def unmark(sock: socket.socket) -> None:
 def mute(sock: socket.socket) -> bool:
     """Closing it is silent from here on; it has no more to send, and receives SYNs alone.
 
-    Those it answers with a challenge acknowledgement (RFC 5961). Whatever else gets past the
+    Those it answers with a challenge acknowledgement (RFC 5961). A segment that gets past the
     programs (behind IP options, in fragments) was for the other end, and must not end this socket.
 
     False: the last of its bytes are not acknowledged yet, so it receives everything; mute

@@ -60,7 +60,7 @@ _NARROW_S: Final = 15.0
 _NARROW_PAUSE_S: Final = 1.0
 # Of the pairs whose end the keeper had no room to be told of, so many are told at once.
 _ENDS_IN_A_TURN: Final = 8
-# Who is about to end waits so long without an answer of the keeper, and so long at most.
+# A worker that is about to end waits so long without an answer of the keeper, and so long at most.
 _SILENT_S: Final = 1.0
 _LAST_ENDS_S: Final = 3.0
 
@@ -293,7 +293,7 @@ class SplicedPairs(ABC):
     def finish_ends(self) -> bool:
         """Wait until the keeper knows of all that has ended, as long as it answers at all.
 
-        For who is about to end, or to give its pairs away. Whether it has.
+        For a worker that is about to end, or to give its pairs away. Whether it has.
         """
         return self._keeper.finish_while_heard(scaled_s(_SILENT_S), scaled_s(_LAST_ENDS_S))
 

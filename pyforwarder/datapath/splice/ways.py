@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # What changes at once, changes in many steps: an address goes, another comes, routes follow.
 _SETTLE_S: Final = 0.1
-# But who changes something all the time has to be followed, too.
+# But a host that changes something all the time has to be followed, too.
 _MOST_SETTLE_S: Final = 1.0
 # At most this share of a processor goes into looking.
 _SHARE: Final = 0.05

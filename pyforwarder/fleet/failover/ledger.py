@@ -156,7 +156,7 @@ class Ledger:
             known = self._stored.get(key)
             if key in own or known is None or known[0].owner == self._tag:
                 turn.release.append(key)
-        # One that was taken over is in `own`: the keeper holds it no more, whatever we say.
+        # One that was taken over is in `own`: the keeper holds it no more in any case.
         for key in turn.release:
             del self._held[key]
             del self._told_s[key]

@@ -102,7 +102,7 @@ def _state(value: bytes) -> str:
 
 
 class Asked:
-    """The side that is asked; used by who watches the store."""
+    """The side that is asked; used by the process that watches the store."""
 
     def __init__(self, store: Store, keys: Keys, tag: str, lease: Callable[[], int]) -> None:
         """`tag` is this machine's; `lease` is the one of its keys."""

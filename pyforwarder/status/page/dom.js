@@ -1,4 +1,4 @@
-// Makes elements. Whatever text they show is put in as text: no markup is ever parsed here, so
+// Makes elements. All text that they show is put in as text: no markup is ever parsed here, so
 // nothing that a client, a server or a configuration says can become an element or a script.
 
 const SVG = "http://www.w3.org/2000/svg";

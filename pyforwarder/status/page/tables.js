@@ -40,7 +40,7 @@ export class Table {
     this.body.replaceChildren(...this.rows.map((row) => row.node));
   }
 
-  /** The cells of a row; for a chart whatever is given is left out. */
+  /** The cells of a row; for a chart the cell that is given is left out. */
   write(index, values) {
     const row = this.rows[index];
     this.columns.forEach(([, kind], column) => {

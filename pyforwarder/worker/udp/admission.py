@@ -1,8 +1,8 @@
 """Room for a new session: what limits allow, and which others end for it.
 
-Who sends from made-up addresses can open sessions: they are counted apart from TCP, those whose
-client does not send again end after seconds, and make room for others before that. Who sends twice
-from each is taken for a client; nothing in UDP tells them apart.
+A sender with made-up addresses can open sessions: they are counted apart from TCP, those whose
+client does not send again end after seconds, and make room for others before that. A sender that
+sends twice from each is taken for a client; nothing in UDP tells them apart.
 """
 
 from __future__ import annotations

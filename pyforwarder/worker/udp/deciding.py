@@ -151,8 +151,8 @@ class Deciding:
         """Whether a connection id leads to a server: then the client has a session with that.
 
         It is a session of its own, by another socket. So the server sees that the address has
-        changed, and has the client prove it (RFC 9000 section 9); one who has only seen the id
-        turns nobody's answers away.
+        changed, and has the client prove it (RFC 9000 section 9); a stranger that has only seen the
+        id turns nobody's answers away.
         """
         state = port.state
         found = self._server.ids.find(datagram, listener=state.counter, now_s=self._loop.now_s)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort, Session
 
-# The keeper serves those who splice TCP, too: beginning one takes it half a millisecond. Who makes
-# addresses up can have it asked by two datagrams from each of them.
+# The keeper serves pairs of TCP, too: beginning a session takes it half a millisecond. A sender
+# with made-up addresses can have it asked by two datagrams from each of them.
 MOST_PER_S: Final = 250.0
 _MOST_AT_ONCE: Final = 100.0
 # So long our sockets may have no quiet moment before the kernel's datagrams overtake those that

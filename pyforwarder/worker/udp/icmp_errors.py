@@ -1,7 +1,7 @@
 """What hosts and routers have said about the datagrams of a connected UDP socket (ip(7)).
 
 Anybody can send an ICMP error that quotes addresses and ports that he has guessed, and the kernel
-tells the socket: who has sent it is in the socket's queue of errors alone.
+tells the socket: its sender is in the socket's queue of errors alone.
 """
 
 from __future__ import annotations

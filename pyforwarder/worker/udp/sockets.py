@@ -59,7 +59,7 @@ def local_address_in(control: bytes) -> bytes:
 
 
 def key_of(name: bytes) -> Key:
-    """Who has sent a datagram: his struct sockaddr, and behind it the address of ours if told."""
+    """A datagram's sender: its struct sockaddr, and behind it the address of ours if told."""
     (family,) = _FAMILY.unpack_from(name)
     (port,) = _PORT.unpack_from(name, _FAMILY.size)
     local = name[NAME_BYTES[family] :]

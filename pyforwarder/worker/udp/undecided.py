@@ -55,7 +55,7 @@ class UndecidedClients:
         self._size_bytes = 0
 
     def get(self, port: DatagramPort, key: Key) -> Undecided | None:
-        """Who has sent from this address to this listener."""
+        """The client that sends from this address to this listener."""
         return self._clients.get((port, key))
 
     @staticmethod
