@@ -24,7 +24,6 @@ from pydantic import Field
 
 from pyforwarder.fleet.layout import MOST_INSTANCES, MOST_SERVERS, Name, Value, ValueFault
 from pyforwarder.fleet.reporting import Reporter
-from pyforwarder.fleet.watching import All
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.layout import Keys
@@ -199,11 +198,10 @@ class HealthSharing:
     ) -> None:
         """`watcher` is of `keys.health`, with a store of its own."""
         self._watcher = watcher
-        self._prefix = keys.health
         self._board = board
         self._supervisor = supervisor
         self._clock = clock
-        self._reporter = Reporter(store, watcher, keys.health + machine, supervisor, clock=clock)
+        self._reporter = Reporter(store, watcher, keys.health, machine, supervisor, clock=clock)
         self._mine: set[Server] = set()
         self._turn = 0  # counts what there was to check
         self._rounds = 0  # of checks, that the supervisor has told of
@@ -242,13 +240,7 @@ class HealthSharing:
     def turn(self) -> None:
         """Receive, write what has changed, and send what follows."""
         now_s = self._clock()
-        for change in self._reporter.changes(now_s):
-            if isinstance(change, All):
-                self._board.saw_all(
-                    (key.removeprefix(self._prefix), value) for key, value in change.entries
-                )
-            else:
-                self._board.saw(change.key.removeprefix(self._prefix), change.value)
+        self._reporter.receive(self._board, now_s)
         self._check_turn(now_s)
         self._reporter.write(now_s, self._write)
         was_lost = self._reporter.is_lost

@@ -36,7 +36,6 @@ from pydantic import Field
 
 from pyforwarder.fleet.layout import Name, Value, ValueFault
 from pyforwarder.fleet.reporting import Reporter
-from pyforwarder.fleet.watching import All
 from pyforwarder.runtime.limits import (
     MOST_MACHINES,
     ClientNetwork,
@@ -238,7 +237,7 @@ class LimitsSharing:
         self._supervisor = supervisor
         self._compaction = compaction
         self._clock = clock
-        self._reporter = Reporter(store, watcher, keys.limits + machine, supervisor, clock=clock)
+        self._reporter = Reporter(store, watcher, keys.limits, machine, supervisor, clock=clock)
         self._report = LimitsReport()
         self._scan_s = 0.0  # not before
         self._change_s = 0.0  # the report, not before
@@ -259,13 +258,7 @@ class LimitsSharing:
     def turn(self) -> None:
         """Receive, show workers what follows, and write what has changed."""
         now_s = self._clock()
-        for change in self._reporter.changes(now_s):
-            if isinstance(change, All):
-                self._board.saw_all(
-                    (key.removeprefix(self._prefix), value) for key, value in change.entries
-                )
-            else:
-                self._board.saw(change.key.removeprefix(self._prefix), change.value)
+        self._reporter.receive(self._board, now_s)
         # Before the store is asked, for which we may have to wait.
         if self._board.has_changed:
             self._board.has_changed = False

@@ -9,8 +9,8 @@ no other counts on a machine that no longer counts on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.fleet.store import Change, Store, StoreError
 from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause
@@ -32,25 +32,39 @@ _SAID_EVERY_S: Final = 60.0
 _OFTEN: Final = 3
 
 
+class Reports(Protocol):
+    """What a machine makes of the values at all machines' keys."""
+
+    def saw_all(self, found: Iterable[tuple[str, bytes]]) -> None:
+        """All values that are in the store, by machine."""
+        ...
+
+    def saw(self, machine: str, value: bytes | None) -> None:
+        """One has changed, or has gone (None)."""
+        ...
+
+
 class Reporter:
     """Writes one report, receives the others', and knows whether the store is there.
 
-    In each turn: `changes`, then `write`, then `check_store`.
+    In each turn: `receive`, then `write`, then `check_store`.
     """
 
     def __init__(
         self,
         store: Store,
         watcher: Watcher,
-        key: str,
+        prefix: str,
+        machine: str,
         supervisor: Supervisor,
         *,
         clock: Callable[[], float],
     ) -> None:
-        """`watcher` is of the prefix that all machines' keys have, with a store of its own."""
+        """`watcher` is of `prefix`, which all machines' keys have, with a store of its own."""
         self._store = store
         self._watcher = watcher
-        self._key = key
+        self._prefix = prefix
+        self._key = prefix + machine
         self._supervisor = supervisor
         self._clock = clock
         self.is_lost: bool | None = None  # the store, as the supervisor was told; None: it was not
@@ -68,8 +82,17 @@ class Reporter:
         self._say_s = 0.0  # not before
         self._overwritten: list[float] = []  # when others have written in our place
 
-    def changes(self, now_s: float) -> Iterator[All | Change]:
-        """What the watching thread has received."""
+    def receive(self, reports: Reports, now_s: float) -> None:
+        """Tell `reports` what the watching thread has received."""
+        for change in self._changes(now_s):
+            if isinstance(change, All):
+                reports.saw_all(
+                    (key.removeprefix(self._prefix), value) for key, value in change.entries
+                )
+            else:
+                reports.saw(change.key.removeprefix(self._prefix), change.value)
+
+    def _changes(self, now_s: float) -> Iterator[All | Change]:
         for change in self._watcher.changes():
             match change:
                 case All(entries=entries, revision=revision):
