@@ -7,15 +7,13 @@ import ctypes
 import enum
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.attach.clsact import ClsactAttacher
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
+from tests.helpers.first_program import first_at
 
 if TYPE_CHECKING:
     from tests.helpers.netns import Network
@@ -79,29 +77,8 @@ class Faults:
     @contextlib.contextmanager
     def put_on(self, *doors: tuple[Network, str]) -> Iterator[None]:
         """Judge what comes in there meanwhile, ahead of all that is linked there besides."""
-        with contextlib.ExitStack() as stack:
-            for network, interface in doors:
-                stack.enter_context(self._put_on(network, interface))
+        with first_at(self._program_fd, *((*door, "in") for door in doors)):
             yield
-
-    @contextlib.contextmanager
-    def _put_on(self, network: Network, interface: str) -> Iterator[None]:
-        with network.entered():
-            index = socket.if_nametoindex(interface)
-            if attaching.kind() == "tcx":
-                link = bpf.link_interface(
-                    self._program_fd, index, bpf.AttachType.TCX_INGRESS, first=True
-                )
-                take_off: Callable[[], None] = partial(os.close, link)
-            else:  # of filters with the same priority the last one is the first
-                attacher = ClsactAttacher(None)
-                attacher.attach(self._program_fd, index, "in")
-                take_off = attacher.close
-        try:
-            yield
-        finally:
-            with network.entered():
-                take_off()
 
     def set(
         self,

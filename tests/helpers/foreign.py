@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import socket
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.attach.clsact import ClsactAttacher
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
+from tests.helpers.first_program import first_at
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.attach.base import Side
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 # Marked packets that pass: a host that makes more of them than this in a test makes them for ever.
 MOST: Final = 20_000
-_TCX: Final = {"in": bpf.AttachType.TCX_INGRESS, "out": bpf.AttachType.TCX_EGRESS}
 
 
 class _Record(ctypes.Structure):
@@ -59,27 +55,8 @@ class Foreign:
         With `all_else` also another hash, priority and index of traffic control.
         """
         self._map.update(bytes(4), bytes(_Record(mark=mark, all=all_else, most=MOST)))
-        with contextlib.ExitStack() as stack:
-            for network, interface, side in doors:
-                stack.enter_context(self._at(network, interface, side))
+        with first_at(self._program_fd, *doors):
             yield
-
-    @contextlib.contextmanager
-    def _at(self, network: Network, interface: str, side: Side) -> Iterator[None]:
-        with network.entered():
-            index = socket.if_nametoindex(interface)
-            if attaching.kind() == "tcx":
-                link = bpf.link_interface(self._program_fd, index, _TCX[side], first=True)
-                take_off: Callable[[], None] = partial(os.close, link)
-            else:  # of filters with the same priority the last one is the first
-                attacher = ClsactAttacher(None)
-                attacher.attach(self._program_fd, index, side)
-                take_off = attacher.close
-        try:
-            yield
-        finally:
-            with network.entered():
-                take_off()
 
     @property
     def marked(self) -> int:
