@@ -18,7 +18,14 @@ from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.descriptors import close_given
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.succession import ANSWER_TIMEOUT_S, MOST_BYTES, MOST_FDS, Offer, send
+from pyforwarder.supervisor.succession import (
+    ANSWER_TIMEOUT_S,
+    MOST_BYTES,
+    MOST_FDS,
+    Offer,
+    receive,
+    send,
+)
 from pyforwarder.worker.used_tokens import SHARES
 
 if TYPE_CHECKING:
@@ -171,11 +178,9 @@ class Predecessor:
     def receive(self) -> None:
         """It has said something of its own accord, or has ended: `is_released`, `is_gone`."""
         try:
-            received = self._channel.receive(most_bytes=MOST_BYTES)
+            received = receive(self._channel)
         except BlockingIOError:
             return
-        except (OSError, ValueError):
-            received = None
         if received is None:
             self.is_gone = self.is_released = True
             return

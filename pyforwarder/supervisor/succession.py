@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -193,6 +193,22 @@ def peer_of(sock: socket.socket) -> tuple[int, int]:
     """Process and user that made the other end of a socket pair (SO_PEERCRED)."""
     pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return pid, uid
+
+
+def receive(channel: Channel) -> tuple[dict[str, Any], list[int]] | None:
+    """One message of the other daemon, with its descriptors, which are the caller's to close.
+
+    None: it has hung up, or has sent what is no message.
+
+    Raises:
+        BlockingIOError: nothing has come.
+    """
+    try:
+        return channel.receive(most_bytes=MOST_BYTES)
+    except BlockingIOError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 def send(channel: Channel, message: dict[str, object], fds: Sequence[int]) -> None:

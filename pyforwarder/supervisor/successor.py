@@ -15,7 +15,7 @@ from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.descriptors import close_given
 from pyforwarder.runtime.loop import EPOLLIN
-from pyforwarder.supervisor.succession import MOST_BYTES, MOST_FDS, Ask, peer_of, send
+from pyforwarder.supervisor.succession import MOST_FDS, Ask, peer_of, receive, send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,11 +66,9 @@ class Successor:
 
     def _receive(self, _owner: object, _fd: int, _mask: int) -> None:
         try:
-            received = self._channel.receive(most_bytes=MOST_BYTES)
+            received = receive(self._channel)
         except BlockingIOError:
             return
-        except (OSError, ValueError):
-            received = None
         if received is None:
             self.close()
             self._gone()
