@@ -55,6 +55,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
         "config.upstream": "Ejection Health Server",
     },
     "core.routing": {"core.explaining": "Explanation RuleReport explain"},
+    "core.upstreams": {"core.health": "CheckSchedule Health"},
     "datapath.splice": {"datapath.splice.datapath": "Orphan SpliceDatapath"},
     "datapath.splice.keeper": {
         "datapath.splice.keeper_client": "KeeperClient KeeperError",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pyforwarder.core import proxy_protocol
 from pyforwarder.core.address import Address, HostPort, SamePort, UnixAddress
 from pyforwarder.core.eyeballs import Liveness
-from pyforwarder.core.upstreams import CheckSchedule, Health
+from pyforwarder.core.health import CheckSchedule, Health
 from pyforwarder.runtime.loop import EPOLLERR, EPOLLOUT, Timed
 from pyforwarder.runtime.resolver import Wait, addresses_of, configured_names
 from pyforwarder.runtime.sockaddr import sockaddr
