@@ -74,6 +74,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "runtime.resolver": {"runtime.askers": "lookup"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
+    "worker.generation": {"worker.settings": "Settings with_overrides"},
     "worker.log": {"worker.log": "impatient=not_blocking"},
     "worker.server": {
         "worker.accepting": "ACCEPT_BATCH ACCEPT_PAUSE_S BUSY_CLIENTS NEVER_OURS OVERLOADED",

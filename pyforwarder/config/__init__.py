@@ -1,7 +1,8 @@
 """The configuration: read, checked, and as frozen values.
 
 `document` reads YAML and remembers lines, `values` and `match` say what single values may be,
-`model` and `listener` say which keys there are, `problems` turns complaints into `ConfigError`.
+`model` and its neighbours (`listener`, `upstream`, `limits`, `fleet`) say which keys there are,
+`problems` turns complaints into `ConfigError`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,11 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from pyforwarder.config.document import MAX_BYTES
+from pyforwarder.config.fleet import Failover, Fleet
 from pyforwarder.config.including import Loaded, load
 from pyforwarder.config.limits import ClientPrefix, Limits, ListenerLimits
 from pyforwarder.config.listener import FirstPacket, Listener, ProxyProtocol, Rule
-from pyforwarder.config.model import (
-    Config,
-    Failover,
-    Fleet,
-    Handover,
-    Log,
-    Metrics,
-    Timeouts,
-    Tokens,
-)
+from pyforwarder.config.model import Config, Handover, Log, Metrics, Timeouts, Tokens
 from pyforwarder.config.problems import config_error
 from pyforwarder.config.upstream import Ejection, Health, Server, Upstream
 from pyforwarder.errors import ConfigError

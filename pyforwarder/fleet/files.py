@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pyforwarder.config import Fleet
-    from pyforwarder.config.model import FleetTls
+    from pyforwarder.config.fleet import FleetTls
 
 # A bundle of all authorities of a distribution has a quarter of this.
 _MOST_BYTES: Final = 1 << 20

@@ -17,7 +17,8 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.routing import compile_rules
 from pyforwarder.errors import ForwarderError, UsageError
 from pyforwarder.supervisor.listeners import Bound, BoundSocket, Listeners
-from pyforwarder.worker.generation import Settings, counter_indexes, with_overrides
+from pyforwarder.worker.generation import counter_indexes
+from pyforwarder.worker.settings import Settings, with_overrides
 
 if TYPE_CHECKING:
     from collections.abc import Callable

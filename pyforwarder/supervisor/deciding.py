@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.rule_deciders import RuleName
-    from pyforwarder.worker.generation import Settings
     from pyforwarder.worker.log import Log
+    from pyforwarder.worker.settings import Settings
 
 # Of a listener on all addresses: those of this host, asked again so often.
 _ADDRESSES_S: Final = 2.0

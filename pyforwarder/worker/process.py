@@ -33,7 +33,7 @@ from pyforwarder.runtime.seccomp import confine
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.runtime.tables import visible
 from pyforwarder.worker.express import Opened
-from pyforwarder.worker.generation import Generation, ListenerState, Settings
+from pyforwarder.worker.generation import Generation, ListenerState
 from pyforwarder.worker.handover import Handover
 from pyforwarder.worker.log import USUAL_OF_SESSIONS, ConnectionLog, Log
 from pyforwarder.worker.orphans import adopt_orphans
@@ -41,6 +41,7 @@ from pyforwarder.worker.pair_receiver import PairReceiver
 from pyforwarder.worker.pair_sender import PairSender
 from pyforwarder.worker.room import express_share, room_for
 from pyforwarder.worker.server import Server
+from pyforwarder.worker.settings import Settings
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.udp.connection_ids import ConnectionIds
 from pyforwarder.worker.udp.server import DatagramServer

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pyforwarder.config import parse_config
 from pyforwarder.runtime.counters import Directory
-from pyforwarder.worker.generation import (
-    Generation,
-    Settings,
-    counter_indexes,
-    with_overrides,
-)
+from pyforwarder.worker.generation import Generation, counter_indexes
+from pyforwarder.worker.settings import Settings, with_overrides
 
 
 def settings_of(

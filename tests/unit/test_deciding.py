@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.health import Verdict
-    from pyforwarder.worker.generation import Settings
     from pyforwarder.worker.log import Log
+    from pyforwarder.worker.settings import Settings
 
 CONFIG: Final = """
 datapath: express

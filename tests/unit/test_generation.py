@@ -16,14 +16,8 @@ from pyforwarder.datapath.ebpf.abi import pack_endpoint
 from pyforwarder.errors import ConfigError
 from pyforwarder.runtime.counters import Directory
 from pyforwarder.runtime.limits import SharedLimits, shared_memory
-from pyforwarder.worker.generation import (
-    JOINED,
-    Generation,
-    Settings,
-    counter_indexes,
-    is_local,
-    with_overrides,
-)
+from pyforwarder.worker.generation import JOINED, Generation, counter_indexes, is_local
+from pyforwarder.worker.settings import Settings, with_overrides
 from tests.helpers.generations import generation_of, settings_of
 
 TWO_LISTENERS = """
