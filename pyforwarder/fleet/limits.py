@@ -36,19 +36,16 @@ from pydantic import Field
 
 from pyforwarder.fleet.layout import Name, Value, ValueFault
 from pyforwarder.fleet.reporting import Reporter
-from pyforwarder.runtime.limits import (
-    MOST_MACHINES,
-    ClientNetwork,
-    fleet_key,
-    share_of,
-)
+from pyforwarder.runtime.client_network import ClientNetwork
+from pyforwarder.runtime.fleet_counts import fleet_key
+from pyforwarder.runtime.limits_memory import MOST_MACHINES, share_of
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.compaction import Compaction
     from pyforwarder.fleet.layout import Keys
     from pyforwarder.fleet.store import Store
     from pyforwarder.fleet.watching import Supervisor, Watcher
-    from pyforwarder.runtime.limits import (
+    from pyforwarder.runtime.fleet_counts import (
         ClientCount,
         ClientCounts,
         FleetScope,

@@ -13,7 +13,7 @@ from pyforwarder.worker.generation import fleet_scopes
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Fleet
     from pyforwarder.runtime.channel import Channel
-    from pyforwarder.runtime.limits import FleetScope
+    from pyforwarder.runtime.fleet_counts import FleetScope
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.worker.log import Log
@@ -67,7 +67,7 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
         from pyforwarder.fleet.limits import Board, LimitsSharing
         from pyforwarder.fleet.opening import open_store
         from pyforwarder.fleet.watching import Watcher
-        from pyforwarder.runtime.limits import ClientCounts, OtherMachines
+        from pyforwarder.runtime.fleet_counts import ClientCounts, OtherMachines
 
         fleet = self._fleet
         assert fleet is not None

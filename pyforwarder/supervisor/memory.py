@@ -21,7 +21,8 @@ from pyforwarder.runtime.counters import (
     ServerFailure,
     change,
 )
-from pyforwarder.runtime.limits import COLUMN_BYTES, OTHERS_BYTES, new_secret
+from pyforwarder.runtime.limits import new_secret
+from pyforwarder.runtime.limits_memory import COLUMN_BYTES, OTHERS_BYTES
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
 from pyforwarder.worker.process import WorkerMemory
 from pyforwarder.worker.udp.connection_ids import PART_BYTES

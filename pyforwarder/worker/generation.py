@@ -18,8 +18,9 @@ from pyforwarder.core.token import FleetUse, TokenKeys, UsedTokens
 from pyforwarder.core.upstreams import Balancer
 from pyforwarder.datapath.ebpf.abi import pack_endpoint
 from pyforwarder.runtime.counters import SharedHeld
+from pyforwarder.runtime.fleet_counts import FleetScope
 from pyforwarder.runtime.host_memory import available_bytes
-from pyforwarder.runtime.limits import TCP, UDP, Bounds, FleetScope
+from pyforwarder.runtime.limits import TCP, UDP, Bounds
 from pyforwarder.runtime.own_addresses import this_host_has
 from pyforwarder.runtime.sockaddr import sockaddr
 

@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.connection import Life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.runtime.client_network import network_of
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.host_memory import tcp_pages
-from pyforwarder.runtime.limits import TCP, network_of
+from pyforwarder.runtime.limits import TCP
 
 if TYPE_CHECKING:
     import _socket

@@ -12,7 +12,9 @@ import pytest
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime import askers, resolver
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
-from pyforwarder.runtime.limits import OTHERS_BYTES, Limit, OtherMachines
+from pyforwarder.runtime.fleet_counts import OtherMachines
+from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.limits_memory import OTHERS_BYTES
 from pyforwarder.worker.udp import copying
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.instruction import instruction

@@ -24,23 +24,16 @@ from pyforwarder.fleet.limits import MOST_REPORTED, Board, LimitsReport, LimitsS
 from pyforwarder.fleet.reporting import LEASE_S, LOST_AFTER_S
 from pyforwarder.fleet.store import Change, StoreError
 from pyforwarder.fleet.watching import All, Lost, Watcher
-from pyforwarder.runtime.limits import (
-    MOST_OTHERS,
-    OTHERS_BYTES,
-    TCP,
-    UDP,
-    Bounds,
+from pyforwarder.runtime.client_network import ClientNetwork
+from pyforwarder.runtime.fleet_counts import (
     ClientCount,
     ClientCounts,
-    ClientNetwork,
     FleetScope,
-    Limit,
     OtherMachines,
-    SharedLimits,
     fleet_key,
-    share_of,
-    shared_memory,
 )
+from pyforwarder.runtime.limits import TCP, UDP, Bounds, Limit, SharedLimits, shared_memory
+from pyforwarder.runtime.limits_memory import MOST_OTHERS, OTHERS_BYTES, share_of
 from pyforwarder.supervisor.failover import FailoverProcess
 from pyforwarder.supervisor.fleet_limits import LimitsProcess
 from pyforwarder.supervisor.messages import FROM_LIMITS, FaultyMessageError, understand

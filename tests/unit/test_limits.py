@@ -9,19 +9,19 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pyforwarder.runtime import limits
+from pyforwarder.runtime import limits, limits_memory
+from pyforwarder.runtime.client_network import network_of
 from pyforwarder.runtime.counters import BLOCK_WORDS
 from pyforwarder.runtime.limits import (
-    COLUMN_BYTES,
     TCP,
     UDP,
     Bounds,
     Limit,
     SharedLimits,
-    network_of,
     new_secret,
     shared_memory,
 )
+from pyforwarder.runtime.limits_memory import COLUMN_BYTES
 from tests.helpers.forks import in_processes
 
 WORKERS = 3
@@ -49,7 +49,7 @@ def colliding_hosts(count: int) -> list[str]:
     found: dict[int, list[str]] = {}
     for number in range(1 << 24):
         host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
-        same = found.setdefault(key(host) % limits._TABLE_ENTRIES, [])
+        same = found.setdefault(key(host) % limits_memory.TABLE_ENTRIES, [])
         same.append(host)
         if len(same) == count:
             return same
@@ -168,7 +168,7 @@ def test_client_that_leaves_makes_room_and_hides_nobody(views: list[SharedLimits
 def test_more_clients_that_hash_together_than_are_looked_at_are_refused(
     views: list[SharedLimits], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_PROBES", 1)
+    monkeypatch.setattr(limits, "PROBES", 1)
     first, second = colliding_hosts(2)
     assert [views[0].add_client(key(host), 9) for host in (first, second)] == [True, False]
     views[0].remove_client(key(first))
@@ -190,7 +190,7 @@ def test_count_of_a_client_that_took_over_an_entry_begins_at_0(
 
 def test_many_clients_fit(views: list[SharedLimits]) -> None:
     # Half full, which is more than the default of 10,000 pairs makes likely, nobody is refused.
-    hosts = [f"2001:db8::{number:x}" for number in range(limits._TABLE_ENTRIES // 2)]
+    hosts = [f"2001:db8::{number:x}" for number in range(limits_memory.TABLE_ENTRIES // 2)]
     refused = [host for host in hosts if not views[0].add_client(key(host), 1)]
     assert refused == []
 
@@ -207,7 +207,7 @@ def test_keys_depend_on_the_secret() -> None:
 def test_memory_has_a_column_per_worker() -> None:
     assert [len(column) for column in shared_memory(5)] == [COLUMN_BYTES] * 5
     assert COLUMN_BYTES % (64 << 10) == 0  # the largest page of a kernel that we run on
-    assert limits._SCOPES == BLOCK_WORDS  # a scope is the index of a listener's first counter
+    assert limits_memory.SCOPES == BLOCK_WORDS  # a scope is the index of a listener's first counter
 
 
 # Scopes
