@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from pyforwarder.status.sampling import Flow, Plan, Sample
+    from pyforwarder.status.plan import Plan
+    from pyforwarder.status.sampling import Flow, Sample
 
 KEPT_S: Final = 900.0
 STEP_S: Final = 5.0

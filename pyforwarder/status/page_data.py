@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyforwarder.status.sampling import LANES, Flow, Sample, ServerNow, ServerPlan
+from pyforwarder.status.sampling import LANES, Flow, Sample, ServerNow
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
-    from pyforwarder.status.sampling import Plan
+    from pyforwarder.status.plan import Plan, ServerPlan
 
 
 class HealthChange(NamedTuple):

@@ -12,7 +12,7 @@ from pyforwarder.runtime.loop import Loop
 from pyforwarder.status.gate import Gate
 from pyforwarder.status.history import History
 from pyforwarder.status.metrics import Source, metrics_site
-from pyforwarder.status.sampling import Plan, Sampler
+from pyforwarder.status.sampling import Sampler
 from pyforwarder.status.server import Server
 from pyforwarder.status.site import PageSite, read_files
 from pyforwarder.status.steering import SupervisorLink
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.counters import Counters
     from pyforwarder.status.page_data import About, HealthChange
+    from pyforwarder.status.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

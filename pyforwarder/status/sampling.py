@@ -47,6 +47,8 @@ from pyforwarder.runtime.counters import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyforwarder.status.plan import Plan
+
 LANES: Final = tuple(kind for kind in DatapathKind if kind is not DatapathKind.NONE)
 # As many rows fit on no screen.
 MOST_ROWS: Final = 100
@@ -55,53 +57,6 @@ _MOST_ORDERS: Final = 32
 _STATES: Final = {int(state): state.label for state in PairState}
 _KINDS: Final = {int(kind): kind.label for kind in DatapathKind}
 _UP, _DOWN = Direction.UP, Direction.DOWN
-
-
-@dataclass(frozen=True, slots=True)
-class ListenerPlan:
-    """A listener, and the first of its counters."""
-
-    name: str
-    bind: str
-    protocol: str
-    counter: int
-
-
-@dataclass(frozen=True, slots=True)
-class RulePlan:
-    """A rule, and the first of its counters; `upstream` if that is where it goes."""
-
-    listener: str
-    rule: str
-    to: str
-    upstream: str | None
-    counter: int
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPlan:
-    """A server of an upstream, and the first of its counters, if it has any."""
-
-    upstream: str
-    server: str
-    counter: int | None
-    is_checked: bool
-    weight: int = 1
-    is_backup: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What there is by the configuration, in its order."""
-
-    listeners: tuple[ListenerPlan, ...]
-    rules: tuple[RulePlan, ...]
-    servers: tuple[ServerPlan, ...]
-
-    @property
-    def upstreams(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(dict.fromkeys(server.upstream for server in self.servers))
 
 
 @dataclass(slots=True)

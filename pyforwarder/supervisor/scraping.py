@@ -285,8 +285,8 @@ def page_source_in_child(
 ) -> PageSource | None:
     """In that process: what the page shows, from what metrics tell; None: no page is wanted."""
     from pyforwarder.status.page_data import About, HealthChange
+    from pyforwarder.status.plan import ListenerPlan, Plan, RulePlan, ServerPlan
     from pyforwarder.status.process import PageSource
-    from pyforwarder.status.sampling import ListenerPlan, Plan, RulePlan, ServerPlan
 
     config, directory = in_force.config, memory.directory
     if config.status is None:

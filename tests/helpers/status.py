@@ -20,7 +20,7 @@ from pyforwarder.datapath.ebpf.abi import (
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.runtime.counters import Counters, Directory, ListenerCounter, RuleCounter
 from pyforwarder.status.http import Answer, Request
-from pyforwarder.status.sampling import ListenerPlan, Plan, RulePlan, ServerPlan
+from pyforwarder.status.plan import ListenerPlan, Plan, RulePlan, ServerPlan
 
 PLAN_NAMES = (("web", "tls"), ("web", "rest"), ("dns", "all"))
 

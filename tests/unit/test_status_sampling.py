@@ -21,15 +21,8 @@ from pyforwarder.runtime.counters import (
 )
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.status.history import KEPT_S, STEP_S, History
-from pyforwarder.status.sampling import (
-    LANES,
-    MOST_ROWS,
-    SORTS,
-    Flow,
-    Sampler,
-    ServerNow,
-    ServerPlan,
-)
+from pyforwarder.status.plan import ServerPlan
+from pyforwarder.status.sampling import LANES, MOST_ROWS, SORTS, Flow, Sampler, ServerNow
 from tests.helpers.status import Memory
 
 
