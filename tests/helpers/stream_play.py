@@ -66,6 +66,9 @@ listeners:
 {more}
 """
 
+# A part of such a configuration: pairs are handed over as soon as they are joined.
+EAGER: Final = "handover: {after_bytes: 0}"
+
 
 def named(more: str = "") -> str:
     """One listener that takes instructions to loopback, and `more` of the configuration."""

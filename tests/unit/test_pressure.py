@@ -30,7 +30,7 @@ def play(servers: Servers) -> Iterator[tuple[Play, socket.socket, str]]:
 
 @pytest.fixture
 def descriptors() -> None:
-    """Counted by the plays of test_server."""
+    """Counted by the plays of a worker."""
 
 
 def fill(play: Play, client: socket.socket) -> None:
