@@ -9,10 +9,11 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import Pair
 from pyforwarder.runtime.keepalive import keep_alive
+from pyforwarder.runtime.loop import Timed
 from pyforwarder.runtime.raw_sockets import address_in
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyforwarder.core.address import HostPort, UnixAddress
     from pyforwarder.core.first_packet.outcome import Facts
@@ -23,13 +24,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.abi import Direction
     from pyforwarder.runtime.limits import Limit
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.runtime.password_checks import Check
-    from pyforwarder.runtime.resolver import Wait
-    from pyforwarder.worker.connector import Answered
     from pyforwarder.worker.generation import ListenerState, UpstreamState
-    from pyforwarder.worker.handover import KeeperWait
-    from pyforwarder.worker.race import Race
-    from pyforwarder.worker.token_claims import Claiming
 
 
 _SNIFFING: Final = Life.SNIFFING
@@ -42,6 +37,36 @@ class ClientOwner(Protocol):
 
     def expired(self, client: Client) -> None:
         """A deadline of the client has passed."""
+
+
+class Approach(Protocol):
+    """What goes on outside of the loop before a client has its server."""
+
+    def stop(self) -> None:
+        """Nobody wants it any more: the client is gone, or has been given another server."""
+        ...
+
+
+class KeeperWait(Timed):
+    """A pair waits until the splice keeper is asked for it again."""
+
+    __slots__ = ("_is_due", "pair", "times")
+
+    def __init__(self, is_due: Callable[[Client], None], pair: Client) -> None:
+        """`is_due` is called then."""
+        Timed.__init__(self)
+        self._is_due = is_due
+        self.pair = pair
+        self.times = 0  # how often there was no answer
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is not yet due."""
+        return self._queue is not None
+
+    def expired(self) -> None:
+        """It is due."""
+        self._is_due(self.pair)
 
 
 class Client(Pair):
@@ -127,7 +152,7 @@ class Client(Pair):
         self.is_refused = False  # and counted as that
         # What goes on: a password that is being verified; later a name's resolving, its answer, or
         # a race of several addresses. Then the addresses still to be tried one by one.
-        self.approach: Wait | Answered | Race | Check | Claiming | None = None
+        self.approach: Approach | None = None
         self.candidates: Sequence[Address] = ()
         self.connecting_s = 0.0  # when this server was chosen, by time.monotonic()
         self.each_timeout_s = 0.0

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.address import ServerAddress
     from pyforwarder.runtime.resolver import Names
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.server import Server
+    from pyforwarder.worker.host import Host
 
 _STREAM: Final = _socket.SOCK_STREAM | _socket.SOCK_NONBLOCK
 CONNECTING: Final = EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET
@@ -120,9 +120,9 @@ class _Dialing:
 class Connector:
     """Connects clients to servers, one attempt after the other."""
 
-    def __init__(self, server: Server, names: Names) -> None:
-        self._server = server
-        self._loop = server.loop
+    def __init__(self, host: Host, names: Names) -> None:
+        self._host = host
+        self._loop = host.loop
         self._names = names
         # By whether a client has named the server: what clients try tells nothing of upstreams.
         self._liveness = {True: Liveness(), False: Liveness()}
@@ -159,7 +159,7 @@ class Connector:
         elif client.upstream is not None:
             self._choose_server(client)
         else:
-            self._server.refuse(client, client.reason or CloseReason.UNREACHABLE)
+            self._host.refuse(client, client.reason or CloseReason.UNREACHABLE)
 
     def _choose_server(self, client: Client) -> None:
         assert client.upstream is not None
@@ -171,7 +171,7 @@ class Connector:
                 assert client.route is not None
                 why = client.upstream.balancer.why_none(self._loop.now_s)
                 cause = f"no server of upstream {client.route.to}: {why}"
-            self._server.refuse(client, client.reason or CloseReason.UNREACHABLE, cause)
+            self._host.refuse(client, client.reason or CloseReason.UNREACHABLE, cause)
             return
         client.server_state = chosen
         client.connecting_s = time.monotonic()
@@ -202,7 +202,7 @@ class Connector:
         allow = route.rule.allow
         if by_client and allow is not None and not allow.permits_port(to.port):
             cause = f"allow does not list port {to.port}"
-            self._server.refuse(client, CloseReason.DENIED, cause)
+            self._host.refuse(client, CloseReason.DENIED, cause)
             return
         # One deadline for the name and the connection, however many addresses there are.
         self._loop.deadlines.start(client, self._timeout_s(client), self._loop.now_s)
@@ -232,8 +232,8 @@ class Connector:
             if wait is not None:
                 client.approach = wait
         except TooManyNamesError:
-            self._server.counters[Counter.NAMES_REFUSED] += 1
-            self._server.refuse(client, CloseReason.BUSY, "too many names at once")
+            self._host.counters[Counter.NAMES_REFUSED] += 1
+            self._host.refuse(client, CloseReason.BUSY, "too many names at once")
 
     def _resolved(self, client: Client, addresses: list[Address]) -> None:
         """Connect to one of the addresses of the client's server, if all of them may be."""
@@ -273,7 +273,7 @@ class Connector:
         allow, cause = client.route.rule.allow, None
         if allow is not None and isinstance(address, Address):
             cause = allow.refusal(address.host, address.port)
-        self._server.refuse(client, CloseReason.DENIED, cause or f"{address} is this forwarder")
+        self._host.refuse(client, CloseReason.DENIED, cause or f"{address} is this forwarder")
 
     def _may(self, client: Client, address: Address | UnixAddress) -> bool:
         """Whether the client may be connected to the address."""
@@ -417,7 +417,7 @@ class Connector:
         self._waiting_for_address[self._asked] = (client, client.server)
         client.asked = self._asked
         client.is_shared = True
-        self._server.ask_supervisor("transparent", [fd], self._asked)
+        self._host.ask_supervisor("transparent", [fd], self._asked)
 
     def granted(self, number: int, *, done: bool) -> None:
         """The supervisor's answer; the client may be gone, or already with its next server."""
@@ -491,7 +491,7 @@ class Connector:
             return
         client.refusal = ""  # of a server that was tried before
         took_s = time.monotonic() - client.connecting_s
-        counters = self._server.counters
+        counters = self._host.counters
         if client.server_state is not None:
             assert client.upstream is not None
             client.upstream.balancer.opened(client.server_state)
@@ -501,7 +501,7 @@ class Connector:
                 observe(counters, client.upstream.connect_times, CONNECT_BOUNDS_S, took_s)
         else:
             observe(counters, CONNECT_FIRST, CONNECT_BOUNDS_S, took_s)
-        self._server.happen(client, Event.CONNECTED)
+        self._host.happen(client, Event.CONNECTED)
 
     @staticmethod
     def is_itself(client: Client) -> bool:
@@ -520,7 +520,7 @@ class Connector:
         if code in RESET_SINCE and not client.candidates and client.upstream is None:
             # It is no refusal: a client that is connected directly would see this reset.
             self._drop(client)
-            self._server.broken(client, CloseReason.SERVER_RESET)
+            self._host.broken(client, CloseReason.SERVER_RESET)
         else:
             reason = CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE)
             self.failed(client, reason, os.strerror(code), is_ours=code in SHORTAGES)
@@ -542,20 +542,18 @@ class Connector:
         uses up descriptors or ports could have all of them ejected.
         """
         self._drop(client)
-        self._server.counters[Counter.CONNECT_FAILED] += 1
+        self._host.counters[Counter.CONNECT_FAILED] += 1
         client.reason = reason
         client.refusal = cause
         if client.server_state is not None and not client.candidates:
             assert client.upstream is not None
             if not is_ours:
                 client.upstream.balancer.failed(client.server_state, self._loop.now_s)
-            count_failure(
-                self._server.counters, client.server_state.counter, reason, is_ours=is_ours
-            )
+            count_failure(self._host.counters, client.server_state.counter, reason, is_ours=is_ours)
             client.upstream.balancer.release(client.server_state)
             client.tried = [*client.tried, client.server_state]
             client.server_state = None
-        self._server.happen(client, Event.SERVER_FAILED)
+        self._host.happen(client, Event.SERVER_FAILED)
 
     def _drop(self, client: Client) -> None:
         """Give up the server's socket, if there is one, and what was to lead to one."""

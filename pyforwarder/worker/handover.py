@@ -17,16 +17,16 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.runtime.loop import Timed
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.adopting import is_plain_tcp
+from pyforwarder.worker.client import KeeperWait
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.server import Server
+    from pyforwarder.worker.host import Host
 
 
 # Plain names and numbers: every pair asks.
@@ -56,33 +56,12 @@ _MOST_IN_A_TURN: Final = 8
 _FINAL: Final = (None, PairReason.UNREAD_BYTES, PairReason.UNIX_SOCKET, PairReason.HALF_CLOSED)
 
 
-class KeeperWait(Timed):
-    """A pair waits until the splice keeper is asked for it again."""
-
-    __slots__ = ("_handover", "pair", "times")
-
-    def __init__(self, handover: Handover, pair: Client) -> None:
-        Timed.__init__(self)
-        self._handover = handover
-        self.pair = pair
-        self.times = 0  # how often there was no answer
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether it is not yet due."""
-        return self._queue is not None
-
-    def expired(self) -> None:
-        """It is due."""
-        self._handover.is_due(self.pair)
-
-
 class Handover:
     """Moves pairs from copy to a kernel datapath."""
 
     def __init__(
         self,
-        server: Server,
+        host: Host,
         sockmap: SockmapDatapath | None,
         splice: SpliceDatapath | None = None,
     ) -> None:
@@ -91,7 +70,7 @@ class Handover:
         Whether they work is not known before `settle`: until then pairs are copied, and those that
         would be handed over wait for it.
         """
-        self._server = server
+        self._host = host
         self._is_settled = False
         self._is_express = False  # the kernel may open connections
         self._sockmap = sockmap
@@ -111,7 +90,7 @@ class Handover:
         if self._is_settled:
             return  # it was known before: nobody waits for that
         self._is_settled = True
-        for client in self._server.clients.values():
+        for client in self._host.clients.values():
             if client.waits_for_handover and client.handover_asked:
                 self.is_due(client)
 
@@ -133,7 +112,7 @@ class Handover:
 
     def joined(self, client: Client) -> None:
         """A pair begins to flow: settle whether it will be handed over, and ask at once if due."""
-        self._server.counters[_JOINED_COPY] += 1
+        self._host.counters[_JOINED_COPY] += 1
         assert client.route is not None
         choice = client.listener.datapaths[client.route.rule.index]
         client.pair_reason = self._obstacle(client, choice)
@@ -154,7 +133,7 @@ class Handover:
         Not at once (`handover.at_once`), and not on a listener with `express`.
         """
         splice, sockmap = self._splice, self._sockmap
-        self._server.counters[_JOINED_COPY] += 1
+        self._host.counters[_JOINED_COPY] += 1
         if splice is None and sockmap is None:
             client.pair_reason = _NOT_AVAILABLE
             return
@@ -197,7 +176,7 @@ class Handover:
             or not isinstance(server, Address)
         ):
             return False
-        now_s = self._server.loop.now_s
+        now_s = self._host.loop.now_s
         # If there is no room for it, the next connection to that server shows it: of a burst to
         # many servers that is a moment later.
         if self._taught.get(server, 0.0) > now_s or not splice.can_teach:
@@ -254,7 +233,7 @@ class Handover:
 
     def aged(self, client: Client) -> None:
         """The pair is looked at by the clock."""
-        age_s = self._server.loop.now_s - client.accepted_s
+        age_s = self._host.loop.now_s - client.accepted_s
         after_s = client.listener.generation.handover.after_s
         if age_s >= after_s and not client.handover_asked:
             self._ask(client)
@@ -288,7 +267,7 @@ class Handover:
             try:
                 self._attempt(client)
             except Exception as error:
-                self._server.loop.on_error(client, error)
+                self._host.loop.on_error(client, error)
 
     def _answered(self, client: Client, reason: PairReason | None) -> None:
         """Splice has taken the pair (None), or has not."""
@@ -312,37 +291,37 @@ class Handover:
     def _ask(self, client: Client) -> None:
         # Not now: the copy datapath may be in the middle of moving bytes of this very pair.
         client.handover_asked = True
-        self._server.loop.defer(self._attempt, client)
+        self._host.loop.defer(self._attempt, client)
 
     def _wait_for_keeper(self, client: Client) -> bool:
         """Ask for the pair again later; False: that was done often enough."""
         wait = client.keeper_wait
         if wait is None:
-            wait = client.keeper_wait = KeeperWait(self, client)
+            wait = client.keeper_wait = KeeperWait(self.is_due, client)
         if wait.times == len(_KEEPER_PAUSES_S):
             return False
         pause_s = scaled_s(_KEEPER_PAUSES_S[wait.times])
         wait.times += 1
         client.handover_asked = True  # neither bytes nor age ask for it before
-        self._server.loop.deadlines.start(wait, pause_s, self._server.loop.now_s)
+        self._host.loop.deadlines.start(wait, pause_s, self._host.loop.now_s)
         if self._splice is not None:
             self._splice.expect(client)
         client.pair_reason = PairReason.NO_KEEPER
         if client.slot >= 0:
-            self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
+            self._host.window.set_datapath(client.slot, client.kind, client.pair_reason)
         return True
 
     def is_due(self, client: Client) -> None:
         """The pair has waited long enough: it is asked for in one of the next turns."""
         if not self._due:
-            self._server.loop.defer(self._ask_for_due, None)
+            self._host.loop.defer(self._ask_for_due, None)
         self._due.append(client)
 
     def _ask_for_due(self, _owner: None) -> None:
         for _ in range(min(len(self._due), _MOST_IN_A_TURN)):
             self._ask(self._due.popleft())
         if self._due:
-            self._server.loop.defer(self._ask_for_due, None)
+            self._host.loop.defer(self._ask_for_due, None)
 
     def _attempt(self, client: Client) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
@@ -352,7 +331,7 @@ class Handover:
         if client.keeper_wait is not None and client.keeper_wait.goes_on:
             return
         if client.slot < 0:
-            self._server.records.show(client)
+            self._host.records.show(client)
         if not self._is_settled:
             return  # `settle` asks again
         choice = self._choice(client)
@@ -383,21 +362,21 @@ class Handover:
         if reason is None:
             is_spliced = client.kind is DatapathKind.SPLICE
             counter = Counter.JOINED_SPLICE if is_spliced else Counter.JOINED_SOCKMAP
-            self._server.counters[counter] += 1
+            self._host.counters[counter] += 1
             client.pair_reason = because
         else:
             client.pair_reason = reason
         if client.slot >= 0:
-            self._server.window.set_datapath(client.slot, client.kind, client.pair_reason)
-        if self._server.log.tells_steps:
-            self._server.log.step(
+            self._host.window.set_datapath(client.slot, client.kind, client.pair_reason)
+        if self._host.log.tells_steps:
+            self._host.log.step(
                 client, "handover", datapath=client.kind.label, why=client.pair_reason.text
             )
 
     def _ask_again_soon(self, client: Client) -> None:
         """Nothing tells when TCP has sent the last byte, and then the pair may rest for hours."""
         if not self._again:
-            self._server.loop.after(_AGAIN_S, self._ask_all_again)
+            self._host.loop.after(_AGAIN_S, self._ask_all_again)
         self._again.add(client)
 
     def _ask_all_again(self) -> None:

@@ -20,7 +20,7 @@ from pyforwarder.runtime.loop import (
 from pyforwarder.worker.client import Client, address_of
 
 if TYPE_CHECKING:
-    from pyforwarder.worker.server import Server
+    from pyforwarder.worker.host import Host
 
 _HANDOVER: Final = Life.HANDOVER
 _FLUSHED: Final = Event.FLUSHED
@@ -29,9 +29,9 @@ _FLUSHED: Final = Event.FLUSHED
 class Opening:
     """What is between connected and joined."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._loop = server.loop
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._loop = host.loop
 
     def flush(self, client: Client) -> None:
         """Write what comes before the join: the answer, the PROXY header, the first bytes."""
@@ -70,13 +70,13 @@ class Opening:
 
     def _flush_more(self, client: Client) -> None:
         # The answer first: nothing of the server's may come before it.
-        write = self._server.copying.write_pending
+        write = self._host.copying.write_pending
         done = client.down.pending is None or write(client, client.down)
         if client.life is not _HANDOVER:
             return
         done &= client.up.pending is None or write(client, client.up)
         if done:
-            self._server.happen(client, _FLUSHED)
+            self._host.happen(client, _FLUSHED)
 
     def flushing(self, client: Client, fd: int, mask: int) -> None:
         """An event while something still has to be written before the join."""
@@ -85,7 +85,7 @@ class Opening:
         )
         if mask & EPOLLERR:
             side = CloseReason.CLIENT_RESET if inward is client.up else CloseReason.SERVER_RESET
-            self._server.broken(client, side)
+            self._host.broken(client, side)
             return
         if mask & EPOLLRDHUP:
             inward.end_seen = True

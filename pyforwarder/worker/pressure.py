@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.datapath.base import Flow
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.server import Server
+    from pyforwarder.worker.host import Host
 
 # How often it is looked how much TCP holds on this host, which is one read; ours is part of it.
 MEASURE_EVERY_S: Final = 0.25
@@ -91,10 +91,10 @@ class _Found:
 class Pressure:
     """Watches what the pairs of one worker hold, and slows or refuses."""
 
-    def __init__(self, server: Server, *, memory_bytes: int, workers: int) -> None:
+    def __init__(self, host: Host, *, memory_bytes: int, workers: int) -> None:
         """`memory_bytes` is for the pairs of all workers; see `change`."""
-        self._server = server
-        self._loop = server.loop
+        self._host = host
+        self._loop = host.loop
         self._workers = workers
         self.memory_bytes = memory_bytes
         # No more pairs for these: the scopes and networks that hold all they may.
@@ -135,7 +135,7 @@ class Pressure:
         try:
             if self.is_needed():
                 next_s = 0.0  # says `_measure_some`
-                self._measure_some(_Found(), list(self._server.clients.values()), 0.0)
+                self._measure_some(_Found(), list(self._host.clients.values()), 0.0)
             else:
                 # Other workers' pairs may hold all that there is.
                 self._conclude([], {})
@@ -164,7 +164,7 @@ class Pressure:
 
     def is_needed(self) -> bool:
         """Whether there may be enough of it to look at each pair; or there was when we looked."""
-        if not self._server.clients and not self._scopes:
+        if not self._host.clients and not self._scopes:
             return False
         if self._scopes or self._sockstat_fd < 0:
             return True
@@ -175,7 +175,7 @@ class Pressure:
         """The smallest of the limits on memory that are in force."""
         here = [
             listener.memory_here
-            for listener in self._server.generation.listeners.values()
+            for listener in self._host.generation.listeners.values()
             if listener.memory_here
         ]
         return min([self.memory_bytes, *here])
@@ -185,7 +185,7 @@ class Pressure:
     def measure(self) -> None:
         """Look at every pair now, tell the others, and do what follows from what all hold."""
         found = _Found()
-        for client in self._server.clients.values():
+        for client in self._host.clients.values():
             self._measure_pair(client, found)
         self._finish(found)
 
@@ -203,19 +203,19 @@ class Pressure:
 
     def _finish(self, found: _Found) -> None:
         by_scope = found.by_scope
-        limits = self._server.limits
+        limits = self._host.limits
         for scope in self._scopes - by_scope.keys():
             limits.set_held(scope, 0)
         for scope, held in by_scope.items():
             limits.set_held(scope, held)
         self._scopes = {scope for scope, held in by_scope.items() if held}
-        self._server.counters[Counter.HELD_BYTES] = by_scope.get(TCP, 0)
+        self._host.counters[Counter.HELD_BYTES] = by_scope.get(TCP, 0)
         self._conclude(found.pairs, found.by_client)
 
     def _conclude(self, pairs: list[tuple[int, Client]], by_client: dict[bytes, int]) -> None:
-        limits = self._server.limits
+        limits = self._host.limits
         memory = {TCP: self.memory_bytes}
-        for listener in self._server.generation.listeners.values():
+        for listener in self._host.generation.listeners.values():
             if listener.memory_here:
                 memory[listener.counter] = listener.memory_here
         held = {scope: limits.held(scope) for scope in memory}
@@ -229,7 +229,7 @@ class Pressure:
         )
         self.is_full = bool(self._full_scopes or self._full_clients)
         tight = {scope for scope, most in memory.items() if held[scope] * CLAMP_FROM >= most}
-        self._server.copying.may_take_much = not tight
+        self._host.copying.may_take_much = not tight
         too_large = []
         for size, client in pairs:
             for scope in (TCP, client.listener.counter):
@@ -289,13 +289,13 @@ class Pressure:
             if client.kind is DatapathKind.COPY:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size // 2)
         self._clamped[client] = self._loop.now_s
-        self._server.counters[Counter.PAIRS_SLOWED] += 1
+        self._host.counters[Counter.PAIRS_SLOWED] += 1
 
     def _end_largest(self, pairs: list[tuple[int, int, Client]]) -> None:
         until_s = self._loop.now_s - SLOW_S
         slow = [entry for entry in pairs if self._clamped.get(entry[2], until_s + 1) <= until_s]
         if slow:
-            self._server.broken(max(slow)[2], CloseReason.BACKLOG)
+            self._host.broken(max(slow)[2], CloseReason.BACKLOG)
 
     def _release(self) -> None:
         """There is room again: the kernel may choose the sizes of buffers as before."""

@@ -12,7 +12,7 @@ from pyforwarder.runtime.refusals import count_refusal
 
 if TYPE_CHECKING:
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.server import Server
+    from pyforwarder.worker.host import Host
 
 # A refused client gets this long, and this many bytes, to read its answer and close. Closing at
 # once would turn into a RST by bytes that it sent meanwhile, and the RST would take the answer
@@ -24,10 +24,10 @@ REFUSAL_DISCARD_BYTES: Final = 64 * 1024
 class Refusing:
     """What a worker does with clients that are not joined."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._loop = server.loop
-        self._counters = server.counters
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._loop = host.loop
+        self._counters = host.counters
 
     def count(self, client: Client) -> None:
         """Settle whether the connection that was not joined is a refusal."""
@@ -50,21 +50,21 @@ class Refusing:
                 # A few bytes into an empty queue: if TCP does not take them, nobody is reading.
                 os.write(client.client_fd, reply)
         except OSError:
-            self._server.happen(client, Event.BROKEN)
+            self._host.happen(client, Event.BROKEN)
             return
         if not end_writing(client.client_fd):
-            self._server.happen(client, Event.BROKEN)
+            self._host.happen(client, Event.BROKEN)
             return
         self._loop.redirect(client.client_fd, self._discard)
         self._loop.deadlines.start(client, REFUSAL_LINGER_S, self._loop.now_s)
         client.up.read_bytes = 0
-        self._server.records.show_state(client)
+        self._host.records.show_state(client)
         self._discard(client, client.client_fd, EPOLLIN)
 
     def _discard(self, client: Client, fd: int, mask: int) -> None:
         """Read what a refused client still sends, up to a bound, until it closes."""
         if mask & (EPOLLERR | EPOLLHUP):
-            self._server.happen(client, Event.FINISHED)
+            self._host.happen(client, Event.FINISHED)
             return
         while client.up.read_bytes < REFUSAL_DISCARD_BYTES:
             try:
@@ -76,4 +76,4 @@ class Refusing:
             if not size:
                 break
             client.up.read_bytes += size
-        self._server.happen(client, Event.FINISHED)
+        self._host.happen(client, Event.FINISHED)

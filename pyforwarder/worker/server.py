@@ -128,8 +128,10 @@ class Server:
         self._first_id = last_id + worker + 1
         self.most_clients = most_clients
         self.clients: dict[int, Client] = {}
-        self.pressure = Pressure(self, memory_bytes=generation.memory_bytes, workers=workers)
-        self.records = Records(loop, window)
+        self.pressure: Pressure = Pressure(
+            self, memory_bytes=generation.memory_bytes, workers=workers
+        )
+        self.records: Records = Records(loop, window)
         self.passwords = PasswordChecks(loop)
         self.claims = TokenClaims(loop, send_claim)
         self._sniffer = Sniffer(self)
