@@ -117,18 +117,6 @@ class UnexpectedEventError(AssertionError):
     """An event that the table has no entry for: a bug of ours, never a peer's fault."""
 
 
-def next_life(life: Life, event: Event) -> Transition:
-    """The new state and the commands, in order.
-
-    Raises:
-        UnexpectedEventError: this event cannot happen in this state.
-    """
-    try:
-        return LIFE[life][event]
-    except KeyError:
-        raise UnexpectedEventError(f"{event.name} while {life.name}") from None
-
-
 def next_phase(phase: Phase, step: Step) -> Phase:
     """The direction's new phase.
 

@@ -245,11 +245,6 @@ class TokenKeys:
         # What has been spent here must be claimed there, too; None: there is no such place.
         self.in_fleet = in_fleet if used is not None else None
 
-    @property
-    def key_ids(self) -> tuple[str, ...]:
-        """The names of the keys in force."""
-        return tuple(self._keys)
-
     def refusal(
         self, instruction: SignedInstruction, *, client: Address | None, now_unix_s: float
     ) -> str | None:

@@ -226,8 +226,3 @@ def newest_first(found: Iterable[tuple[str, bytes]]) -> list[Edition]:
         except ValueFault:
             continue
     return sorted(editions, key=lambda edition: -edition.serial)
-
-
-def as_message(value: Value) -> dict[str, Any]:
-    """The value's fields, for another process of this instance."""
-    return value.model_dump(by_alias=True)

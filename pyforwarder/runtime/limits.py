@@ -301,15 +301,11 @@ class SharedLimits:
                 total += column[at + 1]
         return total
 
-    def add_client(self, key: int, most: int) -> bool:
-        """Count one more connection of this client; False if it has `most` already.
+    def add_client(self, key: int, most: int) -> int | None:
+        """Count one more connection of this client: where; None if it has `most` already.
 
-        Every True is given back with `remove_client`.
+        It is given back with `remove_client`.
         """
-        return self._add_client(key, most) is not None
-
-    def _add_client(self, key: int, most: int) -> int | None:
-        """The same; where this worker counts it."""
         if self.client_count(key) >= most:
             return None
         at = self._find(self._own, key)
@@ -389,7 +385,7 @@ class SharedLimits:
         for bounds in scopes:
             if bounds.per_client:
                 key = self.key(host, bounds)
-                at = self._add_client(key, bounds.per_client)
+                at = self.add_client(key, bounds.per_client)
                 if at is None:
                     self.give_back(keys)
                     return Limit.SESSIONS_PER_CLIENT if bounds.is_udp else Limit.PAIRS_PER_CLIENT

@@ -111,7 +111,6 @@ class ListenerState:
         "name",
         "needs_header",
         "prefix",
-        "rule_configs",
         "rule_counters",
         "rule_names",
         "ruleset",
@@ -157,7 +156,6 @@ class ListenerState:
         mtu = settings.mtus.get(listener.name, 0)
         self.segment_bytes = (mtu - 40, mtu - 60) if mtu else None
         self.counter = settings.indexes[listener.name]
-        self.rule_configs: list[Rule] = list(listener.rules)
         self.rule_names = [rule.name.encode() for rule in listener.rules]
         self.rule_counters = [
             settings.indexes[f"{listener.name} {rule.name}"] for rule in listener.rules

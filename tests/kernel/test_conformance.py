@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.proof.scenarios import ALL, at_random
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
 from tests.helpers.express_rig import express_stage, expressing
+from tests.helpers.plays import ALL, at_random
 from tests.helpers.stage import SLOTS, stage
 
 if TYPE_CHECKING:

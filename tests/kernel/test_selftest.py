@@ -12,8 +12,9 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof import selftest
 from pyforwarder.datapath.proof.rig import Rig, RigError
-from pyforwarder.datapath.proof.scenarios import SELF_TEST, round_trips
+from pyforwarder.datapath.proof.scenarios import SELF_TEST
 from pyforwarder.runtime import slowness
+from tests.helpers.plays import round_trips
 from tests.helpers.stage import keys_in, open_fds
 
 SLOTS = 64

@@ -21,7 +21,6 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair, loopback_pair
 from pyforwarder.datapath.proof.scenarios import (
-    ALL,
     SLOW_LIMIT_BYTES,
     bytes_of,
     flood_bytes,
@@ -32,6 +31,7 @@ from pyforwarder.datapath.sockmap import SO_COOKIE, Half
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_for, received
 from tests.helpers.netns import private_network
 from tests.helpers.peers import ends_with_reset
+from tests.helpers.plays import ALL
 from tests.helpers.stage import SLOTS, keys_in, sockmap_of, stage
 from tests.helpers.waiting import wait_for
 

@@ -19,14 +19,10 @@ import pytest
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.scenarios import (
-    both_close_at_once,
     both_ways_in_pieces,
-    fin_with_data,
     half_closed_by_the_server,
     half_closed_goes_on,
     joined_in_mid_stream,
-    round_trips,
-    server_closes_first,
 )
 from pyforwarder.datapath.splice import abi as splice_abi
 from pyforwarder.datapath.splice.maps import SpliceMaps
@@ -44,6 +40,7 @@ from tests.helpers.peers import (
     read_exactly,
     reset,
 )
+from tests.helpers.plays import both_close_at_once, fin_with_data, round_trips, server_closes_first
 from tests.helpers.spliced_on_loopback import CONFIG, exchange, wait_until_spliced
 from tests.helpers.stage import SLOTS, stage
 from tests.helpers.waiting import wait_for

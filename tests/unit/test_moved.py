@@ -14,7 +14,18 @@ import pytest
 from pyforwarder._moved import MOVES, NAMES
 
 DATA = Path(__file__).parents[1] / "data"
+# Plays of the conformance suite: tests/helpers/plays.py.
+PLAYS = (
+    "ALL at_random both_close_at_once both_stalled client_has_sent_fin_before_the_join "
+    "download_of_two_stalled_recovers fin_behind_a_backlog fin_with_data "
+    "lone_fin_beside_a_backlog lone_fin_of_the_server_beside_a_backlog nothing_at_all "
+    "one_of_two_stalled_recovers other_direction_goes_on reset_by_a_stalled_reader "
+    "reset_by_the_server_with_a_backlog reset_with_a_backlog round_trips server_closes_first "
+    "slow_client upload_past_a_flood upload_stalled_download_goes_on urgent_data"
+)
 GONE = {
+    **{f"pyforwarder.datapath.scenarios.{name}": "a play of the tests" for name in PLAYS.split()},
+    "pyforwarder.connection.next_life": "the worker compiles the table: Server.happen",
     "pyforwarder.config.match.STREAM_ONLY": "each protocol's own file says so",
     "pyforwarder.config.values.Bind": "a listener has a list of them",
     "pyforwarder.datapath.splice_maps.HANDSHAKES": "they stand in sets: abi.HANDSHAKE_SETS",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from pyforwarder.core.connection import Life
+from pyforwarder.core.connection import LIFE, Event, Life, UnexpectedEventError
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath import copying
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
@@ -410,6 +410,20 @@ def test_internal_error_of_a_datapaths_timer_costs_one_connection_only(
     assert play.read_end(client)[1] == "reset"
     assert play.read_end(server)[1] == "reset"
     play.joined(listening, address)
+
+
+def test_an_event_that_the_table_has_not_is_a_fault_of_ours(start: StartPlay) -> None:
+    play = start(named())
+    play.dial()
+    play.run_until(lambda: play.server.clients, "client")
+    client = play.only_client()
+    for life in Life:
+        for event in set(Event) - set(LIFE[life]):
+            client.life = life
+            with pytest.raises(UnexpectedEventError, match=f"^{event.name} while {life.name}$"):
+                play.server.happen(client, event)
+            assert client.life is life
+    client.life = Life.SNIFFING
 
 
 # What the supervisor asks
