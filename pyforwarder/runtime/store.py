@@ -11,10 +11,12 @@ file. `PYFORWARDER_CACHE_DIR` names another directory; `none` keeps nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
@@ -28,6 +30,10 @@ _MOST_BYTES: Final = 16 << 20
 # The oldest go: each version of the programs has ten or so, and each size of the pair table one.
 _MOST_FILES: Final = 128
 _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+# Processes that make a value lock a byte of it; where a key's byte is, the name of its file says.
+_LOCKS: Final = ".making"
+_LOCK_OFFSETS: Final = 1 << 62
+_POLL_S: Final = 0.05
 
 
 def usual_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -79,16 +85,38 @@ class Store:
         if self._directory is None or len(packed) > _MOST_BYTES:
             return
         with contextlib.suppress(OSError):
-            self._directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._make()
             with self._opened() as directory_fd:
                 self._write(directory_fd, _name(key), packed)
                 _remove_oldest(directory_fd)
+
+    @contextlib.contextmanager
+    def making(self, key: str, *, within_s: float) -> Iterator[None]:
+        """Of the processes that make the value of this key, one at a time goes on.
+
+        The others wait until it has ended (look again at `get` then), `within_s` at most; where
+        there is no lock to be had, none waits. Not among threads of one process.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                self._make()
+                directory_fd = stack.enter_context(self._opened())
+                flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+                locks_fd = os.open(_LOCKS, flags, 0o600, dir_fd=directory_fd)
+                stack.callback(os.close, locks_fd)  # the kernel unlocks then, and at our death
+                _lock(locks_fd, int(_name(key), 16) % _LOCK_OFFSETS, within_s)
+            yield
 
     def forget(self, key: str) -> None:
         """Keep nothing for this key any more."""
         with contextlib.suppress(OSError), self._opened() as directory_fd:
             os.unlink(_name(key), dir_fd=directory_fd)
+
+    def _make(self) -> None:
+        """Make the directory, if there is to be one; OSError: it cannot be made."""
+        if self._directory is not None:
+            self._directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._directory.mkdir(mode=0o700, exist_ok=True)
 
     @staticmethod
     def _write(directory_fd: int, name: str, packed: bytes) -> None:
@@ -121,6 +149,20 @@ class Store:
             os.close(fd)
 
 
+def _lock(fd: int, offset: int, within_s: float) -> None:
+    """Lock one byte of the file, fcntl(2); it is left unlocked after `within_s`."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except BlockingIOError:
+            if time.monotonic() >= deadline_s:
+                return
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
 def _is_ours_alone(said: os.stat_result) -> bool:
     return said.st_uid == os.geteuid() and not said.st_mode & _OTHERS_MAY_WRITE
 
@@ -151,7 +193,7 @@ def _unpacked(packed: bytes, key: str) -> bytes | None:
 
 
 def _remove_oldest(directory_fd: int) -> None:
-    names = os.listdir(directory_fd)
+    names = [name for name in os.listdir(directory_fd) if name != _LOCKS]
     if len(names) <= _MOST_FILES:
         return
     aged = []

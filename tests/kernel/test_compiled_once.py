@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -14,6 +18,7 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import children, store
+from pyforwarder.runtime.slowness import scaled_s
 
 SOURCE = """
 #include <linux/bpf.h>
@@ -126,10 +131,59 @@ def test_another_compiler_or_kernel_compiles_anew(
     assert load_twice() == 3
 
 
+def test_another_checkout_of_the_same_sources_compiles_nothing(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = loading.bpf_directory()
+    for name in ("here", "there"):
+        checkout = tmp_path / name
+        shutil.copytree(sources, checkout)
+        (checkout / "stores.c").write_text(SOURCE)
+        monkeypatch.setattr(loading, "bpf_directory", lambda at=checkout: at)
+        with loaded(Path("stores.c"), secret=3) as (program, ours):
+            assert bpf.run_program(program, PACKET) == 5
+            assert stored(ours) == 3
+    assert compiler.runs == 1
+    (checkout / "abi.h").write_text("\n" + (checkout / "abi.h").read_text())
+    with loaded(Path("stores.c"), secret=3):
+        pass
+    assert compiler.runs == 2
+
+
+_LOADS: Final = """
+import sys
+from pyforwarder.datapath.ebpf.loading import compile_programs
+from pyforwarder.runtime import children
+
+run = children.run
+
+def counted(*arguments, **named):
+    print("compiled", flush=True)
+    return run(*arguments, **named)
+
+children.run = counted
+compile_programs(
+    sys.argv[1], ["stores"], defines={"ANSWER": 5}, maps={"MAP_OURS_FD"}, values={"SECRET"}
+)
+"""
+
+
+def test_processes_that_begin_at_once_compile_once(compiler: Compiler, source: Path) -> None:
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", _LOADS, str(source)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    said = [process.communicate(timeout=scaled_s(50.0))[0] for process in begun]
+    assert [process.returncode for process in begun] == [0] * 4
+    assert "".join(said) == "compiled\n"
+
+
 def test_damaged_files_are_compiled_anew(compiler: Compiler, source: Path, tmp_path: Path) -> None:
     with loaded(source, secret=1):
         pass
-    for path in (tmp_path / "programs").iterdir():
+    for path in (tmp_path / "programs").glob("[0-9a-f]*"):
         data = bytearray(path.read_bytes())
         data[-20] ^= 4
         path.write_bytes(data)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,11 +162,67 @@ def test_oldest_files_go_when_there_are_too_many(
     assert kept.get("last") == b"value"
 
 
+@contextlib.contextmanager
+def another_process_makes(directory: Path, key: str) -> Iterator[subprocess.Popen[str]]:
+    """It has begun to, and goes on until it is told to end, or killed."""
+    program = (
+        "import pathlib, sys; from pyforwarder.runtime.store import Store\n"
+        "with Store(pathlib.Path(sys.argv[1])).making(sys.argv[2], within_s=0.0):\n"
+        "    print('makes', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(directory), key]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "makes\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def waits(directory: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How often it looks again before it goes on, with a deadline after ten times."""
+    slept: list[float] = []
+    now_s = 100.0
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + sum(slept))
+    with Store(directory).making(key, within_s=10 * store._POLL_S - 0.001):
+        return len(slept)
+
+
+def test_a_value_is_made_by_one_process_at_a_time(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with another_process_makes(directory, "a") as process:
+        assert waits(directory, "b", monkeypatch) == 0
+        assert waits(directory, "a", monkeypatch) == 10
+        process.kill()
+        process.wait()
+        assert waits(directory, "a", monkeypatch) == 0
+    assert waits(directory, "a", monkeypatch) == 0
+
+
+def test_the_locks_are_not_what_is_removed_as_oldest(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_FILES", 2)
+    kept = Store(directory)
+    with kept.making("a", within_s=0.0):
+        os.utime(directory / store._LOCKS, (1, 1))
+        for key in "abc":
+            kept.put(key, b"value")
+    assert (directory / store._LOCKS).exists()
+    assert len(list(directory.iterdir())) == 3
+
+
 def test_nothing_is_raised_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    kept = Store(tmp_path / "file" / "programs")
-    kept.put("a", b"value")
-    assert kept.get("a") is None
+    for kept in (Store(tmp_path / "file" / "programs"), Store(None)):
+        with kept.making("a", within_s=0.0):
+            kept.put("a", b"value")
+        assert kept.get("a") is None
 
 
 def test_each_user_has_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

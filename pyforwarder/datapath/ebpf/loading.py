@@ -33,7 +33,8 @@ from pyforwarder.runtime.tables import single_line
 ProgramKind = Literal[
     "sk_skb", "sched_cls", "map_iterator", "socket_iterator", "ksym_iterator", "tcp_iterator"
 ]
-LOAD_TIMEOUT_S: Final = 60.0  # 0.3 s is usual; a loaded machine may take many times that
+# The largest source takes four seconds of a processor; a loaded machine may take many times that.
+LOAD_TIMEOUT_S: Final = 60.0
 
 
 def bpf_directory() -> Path:
@@ -198,44 +199,64 @@ def compile_programs(
         # Of kind 0: a number like any other, but in an instruction of its own.
         **{name: f"((__u32)bpf_pseudo_fd(0, {numbers[name]}))" for name in values},
     }
+    flags = [
+        # bcc's own prelude is full of warnings; ours are checked by scripts/check.
+        "-Wno-everything",
+        "-g0",  # a third of its time went into what only a debugger reads
+        *(f"-D{name}={value}" for name, value in macros.items()),
+    ]
     request: dict[str, Any] = {
         "kernel_source": str(directory),
         "source": str(directory / source),
-        "cflags": [
-            f"-I{directory}",
-            # bcc's own prelude is full of warnings; ours are checked by scripts/check.
-            "-Wno-everything",
-            *(f"-D{name}={value}" for name, value in macros.items()),
-        ],
+        "cflags": [f"-I{directory}", *flags],
         "functions": list(functions),
     }
-    store, key = Store.usual(), _key(directory, directory / source, request)
-    if key is not None and (kept := store.get(key)) is not None:
-        with contextlib.suppress(ImageError):
-            found = Compiled.from_bytes(kept)
-            if found.programs.keys() == set(functions):
-                return found
-    compiled = _compile(source, request)
-    if key is not None:
+    key = _key(directory, source, {"flags": flags, "functions": list(functions)})
+    if key is None:
+        return _compile(source, request)
+    store = Store.usual()
+    if (kept := _kept(store, key, functions)) is not None:
+        return kept
+    # Seconds of a processor: several processes that begin at once do not all spend them.
+    with store.making(key, within_s=scaled_s(LOAD_TIMEOUT_S)):
+        if (kept := _kept(store, key, functions)) is not None:
+            return kept
+        compiled = _compile(source, request)
         store.put(key, compiled.to_bytes())
     return compiled
 
 
-def _key(directory: Path, source: Path, request: Mapping[str, Any]) -> str | None:
-    """All that the instructions depend on, in words; None: that is not known."""
+def _kept(store: Store, key: str, functions: Sequence[str]) -> Compiled | None:
+    kept = store.get(key)
+    if kept is not None:
+        with contextlib.suppress(ImageError):
+            found = Compiled.from_bytes(kept)
+            if found.programs.keys() == set(functions):
+                return found
+    return None
+
+
+def _key(directory: Path, source: str, request: Mapping[str, Any]) -> str | None:
+    """All that the instructions depend on, in words; None: that is not known.
+
+    Not where the sources are: another checkout of the same has the same programs.
+    """
     compiler = _compiler()
     if compiler is None:
         return None
     digest = hashlib.sha256()
     try:
-        for path in sorted({source, *directory.rglob("*.[ch]")}):
+        texts = {source: directory / source}
+        texts |= {str(path.relative_to(directory)): path for path in directory.rglob("*.[ch]")}
+        for name, path in sorted(texts.items()):
             text = path.read_bytes()
-            digest.update(f"{path} {len(text)}\n".encode() + text)
+            digest.update(f"{name} {len(text)}\n".encode() + text)
     except OSError:
         return None
     kernel = os.uname()
     return json.dumps(
         {
+            "source": source,
             "sources": digest.hexdigest(),
             "request": request,
             "kernel": [kernel.release, kernel.version, kernel.machine],
