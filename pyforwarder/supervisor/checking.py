@@ -99,7 +99,7 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
     def _is_wanted(self) -> bool:
         return any(upstream.health is not None for upstream in self._upstreams.values())
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         def run() -> None:
             loop = Loop()
             checker = Checker(
@@ -122,7 +122,7 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
             loop.watch(channel.fileno(), EPOLLIN, receive, channel)
             loop.run()
 
-        return lambda: Serving(run)
+        return Serving(run)
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Verdict | ChecksDone:
         said = understand(message, fds, FROM_CHECKER)

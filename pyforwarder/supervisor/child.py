@@ -82,10 +82,10 @@ class ChildProcess(ABC, Generic[Said]):
         """Whether there is something for it to do."""
 
     @abstractmethod
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         """In the process, as the supervisor's user: read files and import what it will need.
 
-        What is returned is called when the supervisor's own descriptors are closed.
+        The supervisor's own descriptors are closed by then.
         """
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Said:
@@ -202,9 +202,10 @@ class ChildProcess(ABC, Generic[Said]):
     def _child(self, channel: Channel) -> int:
         try:
             supervisor = os.getppid()
-            make = self._prepare(channel)
+            # First: on a busy machine imports take seconds, in which a port that the supervisor
+            # closes would still be bound.
             self._close_in_child()
-            serving = make()
+            serving = self._prepare(channel)
             give_up_privileges(self._user)
             keep_memory(serving.memory)
             keep_only([channel.fileno(), *serving.fds])

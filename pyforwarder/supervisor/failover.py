@@ -192,7 +192,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
             self._has_begun and self._fleet is not None and self._in_force is not None and is_there
         )
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         from pyforwarder.datapath.splice.own_pairs import OwnPairs
         from pyforwarder.datapath.splice.staying import Staying
         from pyforwarder.fleet.failover.record import tag_of
@@ -238,21 +238,18 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
                     raise KeeperFault(str(answer))
                 return answer
 
-        def serving() -> Serving:
-            keys = Keys(fleet.name)
-            replicator = Replicator(
-                stores[0],
-                Watcher(stores[1], keys.failover),
-                keys,
-                tag_of(name),
-                machine,
-                Kernel(),
-                Above(channel),
-                compacts=failover.compact and fleet.compacts,
-            )
-            return Serving(replicator.run, [standby.fileno()])
-
-        return serving
+        keys = Keys(fleet.name)
+        replicator = Replicator(
+            stores[0],
+            Watcher(stores[1], keys.failover),
+            keys,
+            tag_of(name),
+            machine,
+            Kernel(),
+            Above(channel),
+            compacts=failover.compact and fleet.compacts,
+        )
+        return Serving(replicator.run, [standby.fileno()])
 
     def _handle(self, said: Taken | Replicas | MoveAsked) -> None:
         if isinstance(said, MoveAsked):

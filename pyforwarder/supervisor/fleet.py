@@ -127,7 +127,7 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances | Overw
     def _is_wanted(self) -> bool:
         return self._fleet is not None
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         # Files may be readable by root alone, these modules, too.
         from pyforwarder.fleet.layout import Keys
         from pyforwarder.fleet.member import Member
@@ -138,7 +138,7 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances | Overw
         store = open_store(fleet)
         name = fleet.instance or socket.gethostname()
         member = Member(store, Keys(fleet.name), name, _MemberAbove(channel))
-        return lambda: Serving(lambda: _run(member))
+        return Serving(lambda: _run(member))
 
     def leave(self) -> None:
         """End the process, once this machine is no more in the store's list of machines.

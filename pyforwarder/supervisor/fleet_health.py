@@ -217,7 +217,7 @@ class FleetHealth(ChildProcess["FleetStates | FleetStore | Overwritten"]):
         except OSError:  # it does not read just now
             self._send_own_soon()
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         # Files may be readable by root alone, these modules, too.
         from pyforwarder.fleet.health import Board, HealthSharing
         from pyforwarder.fleet.layout import Keys
@@ -233,7 +233,7 @@ class FleetHealth(ChildProcess["FleetStates | FleetStore | Overwritten"]):
         board = Board(machine, fleet.health.checks, fleet.health.quorum)
         watcher = Watcher(stores[1], keys.health)
         sharing = HealthSharing(stores[0], watcher, keys, machine, board, Above(channel))
-        return lambda: Serving(sharing.run)
+        return Serving(sharing.run)
 
     def _handle(self, said: FleetStates | FleetStore | Overwritten) -> None:
         if isinstance(said, Overwritten):

@@ -60,7 +60,7 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
     def _is_wanted(self) -> bool:
         return self._fleet is not None
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         # Files may be readable by root alone, these modules, too.
         from pyforwarder.fleet.failover.compaction import Compaction
         from pyforwarder.fleet.layout import Keys
@@ -87,7 +87,7 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
             Above(channel),
             compaction=Compaction(stores[0], keys.compaction, machine) if fleet.compacts else None,
         )
-        return lambda: Serving(sharing.run, memory=[shown])
+        return Serving(sharing.run, memory=[shown])
 
     def _handle(self, said: FleetStore | FleetFaults | Overwritten) -> None:
         if isinstance(said, FleetFaults):

@@ -73,7 +73,7 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
     def _is_wanted(self) -> bool:
         return self._fleet is not None
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         # Files may be readable by root alone, these modules, too.
         from pyforwarder.fleet.claims import Claims
         from pyforwarder.fleet.layout import Keys
@@ -90,7 +90,7 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
             _ClaimsAbove(channel),
             unix_time_s=time.time,  # noqa: TID251 - expiry
         )
-        return lambda: Serving(claims.run)
+        return Serving(claims.run)
 
     def _understand(
         self, message: dict[str, Any], fds: Sequence[int]

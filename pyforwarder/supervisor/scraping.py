@@ -190,17 +190,13 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
     def _is_wanted(self) -> bool:
         return bool(self.listening)
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
+        from pyforwarder.status.process import prepare
+
         source, page = self._sources()
-
-        def make() -> Serving:
-            from pyforwarder.status.process import prepare
-
-            sockets = {key: listener.sock for key, listener in self.listening.items()}
-            serving = prepare(sockets, source, page, channel)
-            return Serving(serving.run, serving.fds)
-
-        return make
+        sockets = {key: listener.sock for key, listener in self.listening.items()}
+        serving = prepare(sockets, source, page, channel)
+        return Serving(serving.run, serving.fds)
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Flush | SetServer:
         order = super()._understand(message, fds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,18 @@ class Kept(ChildProcess[None]):
 
     name = "kept"
     fails = True
+    prepares: Callable[[], object] = staticmethod(lambda: None)
 
     @property
     def _is_wanted(self) -> bool:
         return True
 
-    def _prepare(self, channel: Channel) -> Callable[[], Serving]:
+    def _prepare(self, channel: Channel) -> Serving:
         del channel
+        self.prepares()
         if self.fails:
             raise ForwarderError("a file")
-        return lambda: Serving(lambda: time.sleep(60))
+        return Serving(lambda: time.sleep(60))
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> None:
         raise AssertionError("it says nothing")
@@ -74,3 +77,25 @@ def test_one_that_fails_as_it_begins_comes_again_less_and_less_often(
     assert kept.dies() == 2
     kept.fails = False  # one that was killed has not failed
     assert [kept.dies() for _ in range(3)] == [1, 1, 1]
+
+
+def test_a_port_of_the_supervisor_is_its_own_to_close_while_a_child_still_reads_and_imports(
+    kept: Kept,
+) -> None:
+    begun, child_begun = os.pipe()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def prepare() -> None:
+        os.write(child_begun, b"x")
+        signal.pause()
+
+    kept.fails, kept.prepares = False, prepare
+    kept._close_in_child = listener.close
+    with listener:
+        address = listener.getsockname()
+        kept.start()
+        assert os.read(begun, 1) == b"x"
+    with socket.socket() as other:  # without SO_REUSEADDR: nobody else may have it
+        other.bind(address)
+    for fd in (begun, child_begun):
+        os.close(fd)

@@ -731,14 +731,14 @@ def compacts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Sent]:
             )
             limits = LimitsProcess(mock.Mock(), mock.Mock(), cast("Any", memory), **given)
             limits._fleet = fleet
-            limits._prepare(channel)()
+            limits._prepare(channel)
             splicing = mock.MagicMock()
             failover = FailoverProcess(
                 mock.Mock(), mock.Mock(), splicing=lambda: splicing, adopt=mock.Mock(), **given
             )
             failover._fleet = fleet
             failover._in_force = fleet.failover if fleet is not None else None
-            failover._prepare(channel)()
+            failover._prepare(channel)
         return Sent(**made)
 
     return look
