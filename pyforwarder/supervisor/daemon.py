@@ -400,7 +400,7 @@ class Daemon:
         # The daemon before may have pairs still, which would not outlive a service's main process;
         # and who gets ready to take our place wants to be told what we have.
         is_last = self._predecessor is None and not self._retirement.is_under_way
-        if self._ending.has_begun and not self._workers.living and is_last:
+        if self._ending.has_begun and self._workers.have_ended and is_last:
             self._loop.stop()
 
     # Changing

@@ -384,6 +384,12 @@ class Decisions:
             time.sleep(_LOOK_S)
         return was_listening
 
+    @property
+    def has_stopped(self) -> bool:
+        """After `stop`: whether workers have been told of all that has begun."""
+        express = self._express()
+        return express is None or express.has_stopped
+
 
 def _said_of(error: Exception) -> str:
     if isinstance(error, OSError):

@@ -47,9 +47,13 @@ class Ending:
         notify: Callable[[str], None],
         retirement: Callable[[], Retirement],
         end_predecessor: Callable[[], None],
+        replace_keeper: Callable[[], None],
         end_if_done: Callable[[], None],
     ) -> None:
-        """`end_if_done` ends the loop where nothing is left to wait for."""
+        """`replace_keeper` puts another in the place of one that has died, without a pause.
+
+        `end_if_done` ends the loop where nothing is left to wait for.
+        """
         self._env = env
         self._in_force = in_force
         self._workers = workers
@@ -61,6 +65,7 @@ class Ending:
         self._notify = notify
         self._retirement = retirement
         self._end_predecessor = end_predecessor
+        self._replace_keeper = replace_keeper
         self._end_if_done = end_if_done
         self.has_begun = False  # nothing new is begun any more
         self.stops = False  # what is left is reset
@@ -108,7 +113,7 @@ class Ending:
         self._in_force.listeners.close()
         drain_s = self._in_force.config.timeouts.drain_s
         log_drain(self._log, self._counters, until_unix_s=self._env.unix_time_s() + drain_s)
-        self._workers.end("drain")
+        self._workers.drain()
         self._drains = True
         self._loop.after(drain_s, self._drain_is_over)
         self._end_if_done()
@@ -128,8 +133,12 @@ class Ending:
         self.stops = self.has_begun = True
         self._preparations.stop()
         self._end_predecessor()
-        log_resets(self._log, self._counters, self._lock)
         self._in_force.listeners.close()
-        self._workers.end("stop")
+        if not self._retirement().is_retired:
+            # Only a worker can reset what has outlived one, and only with a keeper.
+            self._replace_keeper()
+            self._workers.replace_now()
+        log_resets(self._log, self._counters, self._lock)
+        self._workers.stop()
         self._loop.after(scaled_s(_STOP_S), self._loop.stop)
         self._end_if_done()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # One that has died is replaced after this long.
 _PAUSE_S: Final = 1.0
+_KEEPER: Final = "splice_keeper"  # in the log
 
 
 class CloseInChild(Protocol):
@@ -61,11 +62,13 @@ class Helpers:
         obey: Callable[[dict[str, Any], list[int]], object],
         put_in_force: Callable[[Shared], None],
         is_ending: Callable[[], bool],
+        is_over: Callable[[], bool],
         down: Sequence[Verdict] = (),
     ) -> None:
         """`obey` does what viewers order, `put_in_force` what a fleet shares.
 
-        `down` are servers that were down to the daemon before.
+        `is_ending`: the daemon drains, or more; `is_over`: it resets what is left, or another one
+        has what it had. `down` are servers that were down to the daemon before.
         """
         self._source = source
         self._in_force = in_force
@@ -76,6 +79,8 @@ class Helpers:
         self._loop = loop
         self._log = log
         self._is_ending = is_ending
+        self._is_over = is_over
+        self._lacks_keeper = False
         self._unix_time_s = env.unix_time_s
         self._started_unix_s = env.unix_time_s()
         self.web = WebProcess(
@@ -162,27 +167,38 @@ class Helpers:
             if helper.has_died() and not self._is_ending():
                 self._log.write("error", f"{name}_died")
                 self._restart_later(name, helper.start, helper.rest_s)
-        if self._datapaths.keeper_has_died() and not self._is_ending():
-            # Pairs that are spliced go on meanwhile.
+        if self._datapaths.keeper_has_died() and not self._is_over():
+            # Pairs that are spliced go on meanwhile, also in a drain.
             self._log.write("error", "splice_keeper_died")
-            self._restart_later("splice_keeper", self._restart_keeper)
+            self._lacks_keeper = True
+            self._restart_later(_KEEPER, self._restart_keeper)
 
     def _restart_later(
         self, name: str, start: Callable[[], None], pause_s: float = _PAUSE_S
     ) -> None:
         def restart() -> None:
-            if self._is_ending():
+            if self._is_over() if name == _KEEPER else self._is_ending():
                 return
-            try:
-                start()
-            except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
-                self._log.write("error", "restart", process=name, error=str(error))
-                self._restart_later(name, start)
+            self._restart(name, start)
 
         self._loop.after(pause_s, restart)
 
+    def _restart(self, name: str, start: Callable[[], None]) -> None:
+        try:
+            start()
+        except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
+            self._log.write("error", "restart", process=name, error=str(error))
+            self._restart_later(name, start)
+
+    def replace_keeper(self) -> None:
+        """If it has died: without a pause, as pairs are about to be reset."""
+        if self._datapaths.keeper_has_died() or self._lacks_keeper:
+            self._restart(_KEEPER, self._datapaths.restart_keeper)
+        self._lacks_keeper = False
+
     def _restart_keeper(self) -> None:
         self._datapaths.restart_keeper()
+        self._lacks_keeper = False
         # It knows nothing of other machines' pairs.
         self.failover.renew()
 

@@ -14,6 +14,7 @@ from pyforwarder.supervisor.configuration import ConfigInForce
 from pyforwarder.supervisor.datapaths import Datapaths
 from pyforwarder.supervisor.ending import Ending
 from pyforwarder.supervisor.files import Files
+from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.helpers import Helpers
 from pyforwarder.supervisor.requests import Requests
 from pyforwarder.supervisor.retiring import Retirement, RetiringDaemon
@@ -150,6 +151,7 @@ class Parts:
             obey=lambda request, fds: self.requests.obey(request, fds),
             put_in_force=self.changes.shared,
             is_ending=lambda: self.ending.has_begun,
+            is_over=lambda: self.ending.state is DaemonState.ENDING,
             down=basis.takeover.down,
         )
 
@@ -167,6 +169,7 @@ class Parts:
             notify=basis.service_manager.notify,
             retirement=lambda: self.retirement,
             end_predecessor=basis.takeover.end_predecessor,
+            replace_keeper=self.helpers.replace_keeper,
             end_if_done=basis.end_if_done,
         )
         self.retirement = Retirement(

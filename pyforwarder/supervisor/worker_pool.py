@@ -1,10 +1,15 @@
-"""The workers of an instance: all alike, told everything alike, replaced when they die."""
+"""The workers of an instance: all alike, told everything alike, replaced when they die.
+
+So they are while the daemon drains: who comes then in the place of one that has died accepts
+nobody, goes on with the pairs that outlived that one, and ends with them.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -47,9 +52,20 @@ _CLEAN_UP_TRIES: Final = 15
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 # How long the keeper may take to give away what the kernel has opened by itself, at the end.
 _TAKEN_IN_S: Final = 0.5
+# How long workers that have nothing more to do wait in a drain for what the keeper still has for
+# them: it, or a worker, may have been killed just then, and another has to come first.
+_GIVEN_S: Final = 15.0
+_LOOK_S: Final = 0.05
 # No worker counts so far. From here on programs have made the numbers (express_connect.c).
 _MOST_ID: Final = (1 << 52) - 1
 _MOST_ACCEPTED: Final = 1 << 42  # by a worker
+
+
+class _Phase(Enum):
+    SERVING = "serving"
+    DRAINING = "draining"  # they accept no more, and end with their pairs
+    STOPPING = "stopping"  # they reset what is left
+    RETIRED = "retired"  # what they have is another daemon's: none is replaced
 
 
 class WorkerPool:
@@ -91,10 +107,15 @@ class WorkerPool:
             failed=self._memory.count_failed_in_kernel,
         )
         self._workers: list[WorkerProcess] = []
-        self._dead: set[int] = set()  # indexes: seen to be dead, and not replaced yet
+        # Indexes: seen to have ended, and not replaced yet; those that are to be replaced; and how
+        # that goes on after a pause.
+        self._dead: set[int] = set()
+        self._due: set[int] = set()
+        self._timers: dict[int, int] = {}
+        self._replaced_in_the_end: set[int] = set()
+        self._phase = _Phase.SERVING
+        self._gets_more = False  # in a drain: the keeper has pairs for them that they do not know
         self._last_id = 0
-        self._ending = False
-        self._has_retired = False
         self._is_settled = False  # which datapaths there are
         self._is_beside = False  # another daemon accepts no more once we do
         # Where each worker's predecessor, of the daemon before, sends its pairs; once it has been
@@ -106,6 +127,11 @@ class WorkerPool:
     def living(self) -> list[WorkerProcess]:
         """Those that have not ended, as far as we know."""
         return [worker for worker in self._workers if worker.exit_code is None]
+
+    @property
+    def have_ended(self) -> bool:
+        """Whether none lives, and none is to come in the place of one that has died."""
+        return not self.living and not self._due
 
     def start(self) -> None:
         """Fork them; they accept once all have taken over what an earlier daemon has left.
@@ -161,8 +187,13 @@ class WorkerPool:
                 worker.kill()
 
     def retire(self, heirs: Sequence[int]) -> None:
-        """They accept no more, and send their pairs to another daemon's; none is replaced."""
-        self._ending = self._has_retired = True
+        """They accept no more, and send their pairs to another daemon's; none is replaced.
+
+        But those that have died before: what outlived these has somebody who sends it.
+        """
+        self.replace_now()
+        self._phase = _Phase.RETIRED
+        self._due.clear()
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
@@ -275,10 +306,12 @@ class WorkerPool:
             if index in self._dead or not worker.has_ended():
                 continue
             self._dead.add(index)
+            if self._has_failed(index, worker):
+                self._due.add(index)
             reset = self._memory.count_reset(index)
             self._loop.forget(worker.channel.fileno())
             worker.close()
-            if not self._ending:
+            if index in self._due:
                 self._log.write(
                     "error",
                     "worker_died",
@@ -286,24 +319,65 @@ class WorkerPool:
                     exit_code=worker.exit_code,
                     pairs_reset=reset,
                 )
-            if self._has_retired:
-                # The kernel compares with its records until the other daemon's programs are there,
-                # which reads in them what `show` has said.
-                continue
             self._clean_up_after(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
 
-    def end(self, do: str) -> None:
-        """Tell them to `drain` or to `stop`; from here on none is replaced."""
-        self._ending = True
+    def _has_failed(self, index: int, worker: WorkerProcess) -> bool:
+        """Whether another is to come in the place of a worker that has ended."""
+        match self._phase:
+            case _Phase.SERVING:
+                return True
+            case _Phase.DRAINING:
+                # It says that it has nothing left, and may have been taken over.
+                is_empty = not self._memory.counters.block(index)[Counter.OPEN]
+                return worker.exit_code != 0 or not is_empty
+            case _Phase.STOPPING:
+                # What outlives it has still to be reset. That is tried once more.
+                is_first = index not in self._replaced_in_the_end
+                return worker.exit_code != 0 and is_first and self._datapaths.splicing is not None
+            case _Phase.RETIRED:
+                return False
+
+    def drain(self) -> None:
+        """They accept no more, and each ends with its last pair; who dies before is replaced."""
+        self._phase = _Phase.DRAINING
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
-        for worker in self._workers:
-            if worker.exit_code is None:
-                try:
-                    worker.ask(do)
-                except ControlError as error:
-                    if not worker.has_ended():
-                        self._log.write("error", "worker_stuck", error=str(error))
-                        worker.kill()
+        self._gets_more = not self._decisions.has_stopped
+        for worker in self.living:
+            self._tell(worker, "drain", more=self._gets_more)
+        self._wait_for_more(time.monotonic() + scaled_s(_GIVEN_S))
+
+    def _wait_for_more(self, until_s: float) -> None:
+        """Once the keeper has given them all that it had, let those end that have nothing left."""
+        if not self._gets_more or self._phase is not _Phase.DRAINING:
+            return
+        if not self._decisions.has_stopped and time.monotonic() < until_s:
+            self._loop.after(_LOOK_S, lambda: self._wait_for_more(until_s))
+            return
+        self._gets_more = False
+        for worker in self.living:
+            self._tell(worker, "drain", more=False)
+
+    def replace_now(self) -> None:
+        """Those that have died, without a pause: what outlived them is to be reset, or sent on."""
+        for index in sorted(self._due):
+            self._clean_up_after(index)
+
+    def stop(self) -> None:
+        """They reset what is left, and end."""
+        if self._phase is not _Phase.RETIRED:
+            self._phase = _Phase.STOPPING
+        self.stop_deciding(scaled_s(_TAKEN_IN_S))
+        for worker in self.living:
+            self._tell(worker, "stop")
+
+    def _tell(self, worker: WorkerProcess, do: str, **fields: object) -> None:
+        """Have a worker end; one that does not answer is ended."""
+        try:
+            worker.ask(do, (), **fields)
+        except ControlError as error:
+            if not worker.has_ended():
+                self._log.write("error", "worker_stuck", error=str(error))
+                worker.kill()
 
     def close_in_child(self) -> None:
         """In another process: close the channels."""
@@ -438,6 +512,11 @@ class WorkerPool:
 
         Then put another in its place, a while later if this one lived too short.
         """
+        self._loop.cancel(self._timers.pop(index, 0))
+        if self._phase is _Phase.RETIRED:
+            # The kernel compares with its records until the other daemon's programs are there,
+            # which reads in them what `show` has said.
+            return
         self._memory.forget_gauges(index)
         try:
             # Its spliced pairs go on: first, while the table says which they are.
@@ -448,9 +527,9 @@ class WorkerPool:
             self._log.write("error", "splice_keeper", error=str(error))
             if error.errno not in _NO_DESCRIPTORS:
                 tries -= 1  # else nobody can be put in its place before there are some, either
-            if not self._ending and tries:
+            if index in self._due and tries:
                 # Its successor would not get them: the next keeper knows of them, soon.
-                self._loop.after(_PAUSE_S, lambda: self._clean_up_after(index, tries=tries))
+                self._after_pause(index, lambda: self._clean_up_after(index, tries=tries))
                 return
         self._memory.clear_window(index)
         try:
@@ -458,18 +537,30 @@ class WorkerPool:
         except ForwarderError as error:
             self._log.write("error", "worker_forget", error=str(error))
         if is_soon:
-            self._loop.after(_PAUSE_S, lambda: self._replace(index))
+            self._after_pause(index, lambda: self._replace(index))
         else:
             self._replace(index)
 
+    def _after_pause(self, index: int, action: Callable[[], None]) -> None:
+        """Go on with the replacement of a worker; nothing else is to come of it meanwhile."""
+        self._timers[index] = self._loop.after(_PAUSE_S, action)
+
     def _replace(self, index: int) -> None:
-        if self._ending:
+        """Put another in the place of one that is due; it is told what the others were."""
+        if index not in self._due:
             return
         try:
-            self._workers[index] = self._start_worker(index)
+            worker = self._start_worker(index)
         except (ForwarderError, OSError) as error:  # of processes or descriptors none is left
             self._log.write("error", "worker_start", error=str(error))
             # It may have begun, and been given its predecessor's pairs: they are the next one's.
-            self._loop.after(_PAUSE_S, lambda: self._clean_up_after(index))
-        else:
-            self._dead.discard(index)
+            self._after_pause(index, lambda: self._clean_up_after(index))
+            return
+        self._workers[index] = worker
+        self._dead.discard(index)
+        self._due.discard(index)
+        if self._phase is _Phase.DRAINING:
+            self._tell(worker, "drain", more=self._gets_more)
+        elif self._phase is _Phase.STOPPING:
+            self._replaced_in_the_end.add(index)
+            self._tell(worker, "stop")

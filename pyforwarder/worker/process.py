@@ -44,6 +44,7 @@ from pyforwarder.worker.server import Server
 from pyforwarder.worker.settings import Settings
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.udp.connection_ids import ConnectionIds
+from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
 from pyforwarder.worker.udp.server import DatagramServer
 from pyforwarder.worker.udp.sockets import adopt_datagram_socket
 from pyforwarder.worker.used_tokens import SharedUsedTokens
@@ -130,6 +131,8 @@ class _Worker:
         self._sockets: list[_socket.socket] = []
         self._given: list[int] = []  # listening sockets that came before their settings
         self._draining = False
+        self._gets_more = False  # while it drains: the keeper has pairs for it still
+        self._ends_sessions = False  # those that have lost their worker, too
         # Sessions that have lost their worker, until the listeners are known.
         self._orphans: list[SessionOrphan] = []
         self._sessions: SpliceSessions | None = None
@@ -216,18 +219,13 @@ class _Worker:
                 ids = message["ids"]
                 return self._serving().flush_ids(ids) + self._datagrams_of().flush_ids(ids)
             case "drain":
-                self._drain()
+                self._drain(gets_more=message["more"])
             case "retire":
                 self._retire(fds)
             case "spliced_left":
                 return self._pair_sender.spliced_left() if self._pair_sender is not None else 0
             case "stop":
-                self._receive_opened()
-                # What it has told of is ours, too, once the keeper has given it.
-                self._serving().handover.finish()
-                self._serving().reset_all(CloseReason.SHUTDOWN)
-                self._serving().handover.finish_ends()
-                self._datagrams_of().end_all(CloseReason.SHUTDOWN)
+                self._stop()
                 self.loop.defer(lambda _: self.loop.stop(), None)
             case "upstreams":
                 return self._serving().servers.rows()
@@ -330,6 +328,14 @@ class _Worker:
             log, worker = self._serving().log.log, self._inheritance.worker
             log.write("info", "adopted", worker=worker, sessions=taken)
 
+    def _end_sessions(self) -> None:
+        """Nobody goes on with sessions that have lost their worker; some end in each turn."""
+        some, self._orphans = self._orphans[:ENDS_AT_ONCE], self._orphans[ENDS_AT_ONCE:]
+        generation = self._serving().generation
+        self._datagrams_of().adoption.end(some, generation, CloseReason.SHUTDOWN)
+        if self._orphans:
+            self.loop.defer(lambda _: self._end_sessions(), None)
+
     def _listen_for_datagrams(self, fd: int, state: ListenerState) -> str:
         """Serve a UDP socket; what the server knows it by."""
         assert isinstance(state.bind, Address)
@@ -416,7 +422,9 @@ class _Worker:
 
         def done() -> None:
             self._adopting -= 1
-            if self._listens:
+            if self._ends_sessions:
+                self._end_sessions()
+            elif self._listens:
                 self._take_in_sessions()
             then()
 
@@ -457,6 +465,7 @@ class _Worker:
     def _retire(self, fds: list[int]) -> None:
         """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
         self._used_tokens.retire()
+        self._gets_more = False
         server = self._serving()
         self._receive_opened()
         for sock in self._sockets:
@@ -504,8 +513,12 @@ class _Worker:
         asker = self._datagrams_of() if number > FIRST_NUMBER else self._serving()
         asker.granted(number, done=done)
 
-    def _drain(self) -> None:
-        """Accept no more, and end when the last connection has."""
+    def _drain(self, *, gets_more: bool) -> None:
+        """Accept no more, and end when the last connection has.
+
+        `gets_more`: not before this is said again, without it.
+        """
+        self._gets_more = gets_more
         server = self._serving()
         self._receive_opened()
         for sock in self._sockets:
@@ -515,6 +528,8 @@ class _Worker:
         self._sockets = []
         # A datagram session has no end to wait for.
         self._datagrams_of().drain(CloseReason.SHUTDOWN)
+        self._ends_sessions = True
+        self._end_sessions()
         if not self._draining:
             self._draining = True
             self._stop_when_empty()
@@ -526,12 +541,37 @@ class _Worker:
 
     def _stop_when_empty(self) -> None:
         self._receive_opened()
-        # The keeper may have pairs for us still, or ends to tell to their peers.
-        is_settled = self._keeper is None or not self._keeper.unsettled
-        if is_settled and self._serving().counters[Counter.OPEN] == 0:
+        if self._is_empty():
             self.loop.stop()
         else:
             self.loop.after(0.05, self._stop_when_empty)
+
+    def _is_empty(self) -> bool:
+        """Whether it has nothing any more, and nothing is on its way to it."""
+        # The keeper may have pairs for us still, or ends to tell to their peers.
+        if self._gets_more or (self._keeper is not None and self._keeper.unsettled):
+            return False
+        if self._ends_sessions and (self._orphans or self._adopts_later()):
+            return False
+        return self._serving().counters[Counter.OPEN] == 0
+
+    def _adopts_later(self) -> bool:
+        """Whether pairs that are ours cannot be had yet."""
+        return self._splice is not None and self._splice.adopts_later
+
+    def _stop(self) -> None:
+        """Reset what is left."""
+        self._receive_opened()
+        if self._adopting:
+            self._wait_for_adoption()
+        # What it has told of is ours, too, once the keeper has given it.
+        self._serving().handover.finish()
+        self._serving().reset_all(CloseReason.SHUTDOWN)
+        self._serving().handover.finish_ends()
+        self._datagrams_of().end_all(CloseReason.SHUTDOWN)
+        self._ends_sessions = True
+        while self._orphans:
+            self._end_sessions()
 
 
 def main(inheritance: Inheritance) -> int:

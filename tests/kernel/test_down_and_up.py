@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -15,7 +12,8 @@ import pytest
 from pyforwarder.client import ControlClient
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.daemon import COMMAND, START_DEADLINE_S, leftovers
+from tests.helpers.daemon import START_DEADLINE_S, leftovers
+from tests.helpers.draining import going_down, state
 from tests.helpers.lineage import echoes, instance_of, introduced, pid_of
 from tests.helpers.peers import address_text, dial, read_exactly
 from tests.helpers.steady import steady_traffic
@@ -55,30 +53,6 @@ timeouts: {drain: DRAIN}
 def configured(server: Any, drain: str = "300s") -> str:
     text = CONFIG.replace("DRAIN", drain)
     return text.replace("TCP", str(server.tcp_port)).replace("UDP", str(server.udp_port))
-
-
-def state(daemon: Daemon) -> object:
-    said = daemon.control().ping()
-    assert isinstance(said, dict)
-    return said["state"]
-
-
-@contextlib.contextmanager
-def going_down(daemon: Daemon, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`down` as it waits; it has ended after this block."""
-    command = subprocess.Popen(
-        [*COMMAND, "down", "--instance", daemon.instance, *words],
-        env=daemon.place.environ(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    with command:
-        try:
-            wait_for(lambda: state(daemon) == "draining", "it drains")
-            yield command
-            command.wait(scaled_s(60.0))
-        finally:
-            command.kill()
 
 
 def joined(daemon: Daemon) -> dict[int, str]:

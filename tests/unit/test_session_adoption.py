@@ -11,7 +11,7 @@ import pytest
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import PairRecord
 from pyforwarder.datapath.splice.sessions import Carried, Place, SessionOrphan, SpliceSessions
-from pyforwarder.runtime.counters import Counter, ServerCounter
+from pyforwarder.runtime.counters import Counter, ListenerCounter, ServerCounter
 from pyforwarder.worker.moving_facts import SessionFacts
 from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.handover import SessionHandover
@@ -27,6 +27,7 @@ class Keeping(FakeKernel):
         self.taken: list[int] = []
         self.closed_places: list[int] = []
         self.lose: Callable[[], None] = lambda: None
+        self.carried_in_the_end: Carried = (0, 0), (0, 0)
 
     def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
@@ -38,7 +39,7 @@ class Keeping(FakeKernel):
 
     def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
         self.closed_places += [place.index for place in places]
-        then([((0, 0), (0, 0)) for _ in places])
+        then([self.carried_in_the_end for _ in places])
 
     def forget(self, index: int, session_id: int) -> None:
         assert session_id == 100 + index
@@ -176,6 +177,35 @@ def test_a_session_whose_server_has_left_its_upstream_ends(adopting: Adopting) -
     assert play.server.adoption.take_in([orphan]) == 0
     assert play.closed(CloseReason.UNREACHABLE) == 1
     assert adopting.kernel.closed_places == [1]
+
+
+def test_a_session_that_nobody_goes_on_with_is_counted_and_logged_without_a_listener(
+    adopting: Adopting,
+) -> None:
+    """As in a drain, in which none is open any more."""
+    play = adopting.play
+    orphan = adopting.orphan(play.client())
+    assert orphan.record is not None
+    orphan.record.listener_name = b"main"
+    for flow, carried in zip(orphan.record.worker, ((7, 1), (30, 2)), strict=True):
+        flow.carried_bytes, flow.carried_packets = carried
+    adopting.kernel.carried_in_the_end = ((100, 3), (1000, 4))
+    play.server.listen_only_at(())
+    play.server.adoption.end([orphan], play.generation, CloseReason.SHUTDOWN)
+    assert (adopting.kernel.taken, adopting.kernel.closed_places) == ([], [1])
+    assert orphan.server.fileno() == -1
+    assert play.closed(CloseReason.SHUTDOWN) == 1
+    assert play.counters[Counter.OPEN] == 0
+    assert (play.counters[Counter.UP_BYTES], play.counters[Counter.DOWN_BYTES]) == (107, 1030)
+    state = play.generation.addresses["main"][0]
+    of_listener = [
+        play.counters[state.counter + index]
+        for index in (ListenerCounter.UP_BYTES, ListenerCounter.DOWN_BYTES)
+    ]
+    assert of_listener == [107, 1030]
+    (line,) = play.said()
+    names = ("id", "reason", "listener", "rule", "up_bytes", "up_packets", "down_packets")
+    assert [line[name] for name in names] == [101, "shutdown", "main", "r", 107, 4, 6]
 
 
 def test_a_session_to_this_forwarder_itself_ends() -> None:

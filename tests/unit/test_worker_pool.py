@@ -1,18 +1,27 @@
-"""Workers that cannot be started: what their predecessor had is never nobody's."""
+"""Workers that die, also while their daemon ends: what they had is never nobody's."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from pyforwarder.config.model import Config
+from pyforwarder.datapath.splice.keeper_client import KeeperError
+from pyforwarder.errors import ControlError
+from pyforwarder.runtime.counters import BLOCK_BYTES
 from pyforwarder.supervisor.worker_pool import WorkerPool
 
 
 def a_pool() -> tuple[mock.Mock, WorkerPool]:
     """And all that it does."""
     done = mock.Mock()
+    done.datapaths.accused.return_value = set()
+    done.memory.counters.block.return_value = [0] * (BLOCK_BYTES // 8)
     pool = WorkerPool(
         mock.Mock(),
         done.memory,
@@ -38,8 +47,7 @@ def test_verdicts_are_put_in_force_together() -> None:
 def test_a_start_that_fails_is_cleaned_up_after_before_the_next() -> None:
     """It may have been given pairs, whose owner it was then."""
     done, pool = a_pool()
-    done.datapaths.accused.return_value = set()
-    pool._workers = [mock.Mock()]
+    pool._workers, pool._due = [mock.Mock()], {0}
     starts = mock.Mock(side_effect=[OSError(errno.EMFILE, "no descriptor"), mock.sentinel.worker])
     done.attach_mock(starts, "start")
     with mock.patch.object(pool, "_start_worker", starts):
@@ -73,3 +81,190 @@ def test_beside_a_daemon_that_accepts_no_more_listeners_of_named_datapaths_are_s
     with mock.patch.object(pool, "_configure") as configured, mock.patch.object(pool, "_decisions"):
         pool.datapaths_are_settled()
     assert not configured.called
+
+
+def worker(exit_code: int | None = None) -> mock.Mock:
+    """One that lives, or has ended so, a while after its start."""
+    one = mock.Mock(exit_code=exit_code, started_s=-1e9)
+    one.has_ended.side_effect = lambda: one.exit_code is not None
+    return one
+
+
+def told(one: mock.Mock) -> list[tuple[object, object]]:
+    """What a worker was asked to do about the end, and whether more may come."""
+    return [(call.args[0], call.kwargs.get("more")) for call in one.ask.call_args_list]
+
+
+@contextlib.contextmanager
+def serving(
+    *workers: mock.Mock, successors: tuple[object, ...] = (), has_stopped: bool = True
+) -> Iterator[tuple[mock.Mock, WorkerPool, mock.Mock]]:
+    """A pool of these, what it does, and the call that starts the next of `successors`."""
+    done, pool = a_pool()
+    pool._workers = list(workers)
+    starts = mock.Mock(side_effect=list(successors))
+    with (
+        mock.patch.object(pool, "_start_worker", starts),
+        mock.patch.object(pool, "_decisions", has_stopped=has_stopped),
+    ):
+        yield done, pool, starts
+
+
+def later(done: mock.Mock) -> Callable[[], None]:
+    """What the loop was told last to do after a while."""
+    action: Callable[[], None] = done.loop.after.call_args.args[1]
+    return action
+
+
+def test_who_dies_in_a_drain_is_replaced_by_one_that_drains() -> None:
+    lost, other, successor = worker(), worker(), worker()
+    with serving(lost, other, successors=(successor,)) as (done, pool, _):
+        pool.drain()
+        assert told(lost) == told(other) == [("drain", False)]
+        lost.exit_code = -9
+        pool.reap()
+        assert done.datapaths.worker_died.call_args_list == [mock.call(0)]
+        assert pool._workers == [successor, other]
+        assert told(successor) == [("drain", False)]
+        assert told(other) == [("drain", False)]
+
+
+def test_who_has_nothing_left_in_a_drain_is_not_replaced() -> None:
+    """But its word is not taken for it."""
+    ended, liar, successor = worker(), worker(), worker()
+    with serving(ended, liar, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        ended.exit_code = 0
+        pool.reap()
+        assert not starts.called
+        assert not pool.have_ended
+        liar.exit_code = 0
+        done.memory.counters.block.return_value = [1] * (BLOCK_BYTES // 8)
+        pool.reap()
+        assert pool._workers == [ended, successor]
+        successor.exit_code = 0
+        done.memory.counters.block.return_value = [0] * (BLOCK_BYTES // 8)
+        pool.reap()
+        assert pool.have_ended
+
+
+def test_a_drain_is_not_over_before_another_has_come_in_the_place_of_one_that_died() -> None:
+    """Also where no process can be made just now, or the keeper is away, too."""
+    lost, successor = worker(-9), worker()
+    out_of_processes = OSError(errno.EAGAIN, "no process")
+    with serving(lost, successors=(out_of_processes, successor)) as (done, pool, starts):
+        pool.drain()
+        away = KeeperError("ask the splice keeper", errno.ETIMEDOUT)
+        done.datapaths.worker_died.side_effect = [away, None, None]
+        pool.reap()
+        assert not done.memory.clear_window.called  # it says which they are
+        for _ in range(2):
+            assert pool._workers == [lost]
+            assert not pool.have_ended
+            later(done)()
+        assert pool._workers == [successor]
+        assert starts.call_count == 2
+
+
+def test_who_lived_too_short_in_a_drain_is_replaced_after_a_pause() -> None:
+    lost, successor = worker(), worker()
+    with serving(lost, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        lost.exit_code, lost.started_s = -9, 1e12
+        pool.reap()
+        assert not starts.called
+        later(done)()
+        assert pool._workers == [successor]
+
+
+@pytest.mark.parametrize("what", ["clean up", "replace"])
+def test_what_was_put_off_is_not_done_once_another_daemon_has_the_place(what: str) -> None:
+    """It reads in the table what `show` has said of pairs that it takes over."""
+    lost, successor = worker(), worker(0)
+    with serving(lost, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        lost.exit_code = -9
+        if what == "clean up":
+            away = KeeperError("ask the splice keeper", errno.ETIMEDOUT)
+            done.datapaths.worker_died.side_effect = away
+        else:
+            lost.started_s = 1e12
+        pool.reap()
+        put_off = [later(done)]
+        pool.retire([])
+        put_off.append(later(done))
+        assert starts.call_count == (what == "replace")
+        done.memory.reset_mock()
+        for action in put_off:
+            action()
+        assert done.memory.mock_calls == []
+        assert starts.call_count == (what == "replace")
+        assert pool.have_ended
+
+
+def test_what_has_outlived_a_worker_is_sent_on_by_another_where_a_daemon_takes_the_place() -> None:
+    lost, other, successor = worker(), worker(), worker()
+    with serving(lost, other, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        lost.exit_code, lost.started_s = -9, 1e12
+        pool.reap()
+        assert not starts.called
+        pool.retire([7, 8])
+        assert successor.ask.call_args_list[-1] == mock.call("retire", [7])
+        assert other.ask.call_args_list[-1] == mock.call("retire", [8])
+        later(done)()
+        assert starts.call_count == 1
+
+
+def test_what_has_outlived_a_worker_is_reset_by_another_when_the_drain_is_over() -> None:
+    lost, other, successor = worker(), worker(), worker()
+    with serving(lost, other, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        lost.exit_code, lost.started_s = -9, 1e12
+        pool.reap()
+        put_off = later(done)
+        pool.replace_now()
+        pool.stop()
+        assert pool._workers == [successor, other]
+        assert told(successor) == [("drain", False), ("stop", None)]
+        assert told(other)[-1] == ("stop", None)
+        put_off()
+        assert starts.call_count == 1
+
+
+def test_who_does_not_even_stop_is_replaced_once() -> None:
+    stuck, successor = worker(), worker()
+
+    def ask(do: str, *_: object, **__: object) -> None:
+        if do == "stop":
+            raise ControlError("it does not answer")
+
+    stuck.ask.side_effect = ask
+    stuck.kill.side_effect = lambda: setattr(stuck, "exit_code", -9)
+    with serving(stuck, successors=(successor,)) as (_, pool, starts):
+        pool.drain()
+        pool.stop()
+        pool.reap()
+        assert pool._workers == [successor]
+        assert told(successor) == [("stop", None)]
+        successor.exit_code = -9
+        pool.reap()
+        assert starts.call_count == 1
+        assert pool.have_ended
+
+
+def test_who_may_get_pairs_of_the_keeper_still_is_told_when_there_are_no_more() -> None:
+    """As the keeper, or the worker of a pair, was killed right before the drain."""
+    lost, other, successor = worker(), worker(), worker()
+    with serving(lost, other, successors=(successor,), has_stopped=False) as (done, pool, _):
+        pool.drain()
+        assert told(other) == [("drain", True)]
+        look = later(done)
+        lost.exit_code = -9
+        pool.reap()
+        assert told(successor) == [("drain", True)]
+        look()
+        assert told(other) == [("drain", True)]
+        pool._decisions.has_stopped = True  # type: ignore[misc]
+        later(done)()
+        assert told(successor) == told(other) == [("drain", True), ("drain", False)]

@@ -11,7 +11,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
-from pyforwarder.runtime.counters import count_connect
+from pyforwarder.runtime.counters import Counter, ListenerCounter, change, count_connect
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.worker.moving_facts import facts_of
@@ -23,7 +23,7 @@ from pyforwarder.worker.udp.session import Refused, Session
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan
-    from pyforwarder.worker.generation import ListenerState
+    from pyforwarder.worker.generation import Generation, ListenerState
     from pyforwarder.worker.moving_facts import SessionFacts
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort
@@ -74,6 +74,27 @@ class SessionAdoption:
                 self._server.end(session, CloseReason.INTERNAL)
             self._server.handover.end_orphan(orphan)
             return None
+
+    def end(
+        self, orphans: Sequence[SessionOrphan], generation: Generation, reason: CloseReason
+    ) -> None:
+        """Nobody goes on with sessions that have lost their worker.
+
+        Each is counted and logged as one that has ended for this reason; no listener is needed for
+        that. There are ENDS_AT_ONCE of them at most.
+        """
+        for orphan in orphans:
+            try:
+                record = orphan.record
+                state, _ = generation.listener_and_rule(
+                    record.listener_name.decode(errors="replace") if record is not None else "",
+                    orphan.local[1],
+                    record.rule.decode(errors="replace") if record is not None else "",
+                )
+                self._end_orphan(state, orphan, reason)
+            except Exception as error:
+                self._log.internal_error(error)
+                self._server.handover.end_orphan(orphan)
 
     def all_are_known(self, taken: Sequence[Session]) -> None:
         """Look for what has come for them meanwhile.
@@ -159,9 +180,9 @@ class SessionAdoption:
             session.assurance = Assurance.BRIEF  # who has sent less is never given to the kernel
 
     def _end_orphan(
-        self, state: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str
+        self, state: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str = ""
     ) -> None:
-        """Nobody goes on with a session: say why, and what it has carried."""
+        """Nobody goes on with a session: say why, and count and say what it has carried."""
         refused = Refused(self._server, state, Address(*orphan.client), None, session_id=orphan.id)
         refused.reason, refused.refusal = reason, cause
         up, down = (0, 0), (0, 0)
@@ -172,12 +193,18 @@ class SessionAdoption:
             up, down = [(flow.carried_bytes, flow.carried_packets) for flow in record.worker]
 
         def then(carried: Carried) -> None:
-            more_up, more_down = carried
-            self._log.closed(
-                refused,
-                (up[0] + more_up[0], up[1] + more_up[1]),
-                (down[0] + more_down[0], down[1] + more_down[1]),
+            all_up, all_down = (
+                (before[0] + more[0], before[1] + more[1])
+                for before, more in zip((up, down), carried, strict=True)
             )
+            for index, by in (
+                (Counter.UP_BYTES, all_up[0]),
+                (Counter.DOWN_BYTES, all_down[0]),
+                (state.counter + ListenerCounter.UP_BYTES, all_up[0]),
+                (state.counter + ListenerCounter.DOWN_BYTES, all_down[0]),
+            ):
+                change(self._counters, index, by)
+            self._log.closed(refused, all_up, all_down)
 
         self._server.count_end(state, None, reason, is_served=True)
         self._server.handover.end_orphan(orphan, then)

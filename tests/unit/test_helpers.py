@@ -1,0 +1,72 @@
+"""Processes beside the workers that die: which of them come again while the daemon ends."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+from pyforwarder.supervisor.helpers import Helpers
+
+
+def helpers(*, is_ending: bool = False, is_over: bool = False) -> tuple[Any, mock.Mock]:
+    """Whose keeper and one other process have died, and what they do."""
+    done = mock.Mock()
+    done.datapaths.keeper_has_died.side_effect = [True, False, False]
+    made: Any = object.__new__(Helpers)
+    made._datapaths, made._loop, made._log = done.datapaths, done.loop, done.log
+    made._lacks_keeper = False
+    made._is_ending = lambda: is_ending
+    made._is_over = lambda: is_over
+    made.failover = done.failover
+    made._all = {"web": done.web}
+    done.web.rest_s = 1.0
+    return made, done
+
+
+def put_off(done: mock.Mock) -> list[Callable[[], None]]:
+    return [call.args[1] for call in done.loop.after.call_args_list]
+
+
+def test_in_a_drain_the_keeper_comes_again_and_nothing_else_does() -> None:
+    """Pairs end only with its help; nobody is served any more."""
+    made, done = helpers(is_ending=True)
+    made.reap()
+    (again,) = put_off(done)
+    again()
+    assert done.datapaths.restart_keeper.call_count == 1
+    assert done.failover.renew.call_count == 1
+    assert not done.web.start.called
+
+
+def test_no_keeper_comes_again_once_its_pairs_are_anothers_or_are_being_reset() -> None:
+    made, done = helpers(is_ending=True, is_over=True)
+    made.reap()
+    assert put_off(done) == []
+    made, done = helpers(is_ending=True)
+    made.reap()
+    (again,) = put_off(done)
+    made._is_over = lambda: True
+    again()
+    assert not done.datapaths.restart_keeper.called
+
+
+def test_a_keeper_that_has_died_is_replaced_at_once_if_pairs_are_to_be_reset() -> None:
+    made, done = helpers(is_ending=True)
+    made.reap()
+    made._is_over = lambda: True
+    done.datapaths.restart_keeper.side_effect = [OSError(errno.EAGAIN, "no process"), None]
+    made.replace_keeper()
+    assert done.datapaths.restart_keeper.call_count == 1
+    for again in put_off(done):
+        again()
+    assert done.datapaths.restart_keeper.call_count == 1
+    made.replace_keeper()  # there is none to be replaced
+    assert done.datapaths.restart_keeper.call_count == 1
+
+
+def test_a_keeper_that_dies_right_before_pairs_are_reset_is_replaced_unseen() -> None:
+    made, done = helpers(is_ending=True, is_over=True)
+    made.replace_keeper()
+    assert done.datapaths.restart_keeper.call_count == 1
