@@ -9,6 +9,8 @@
 #include "splice.h"
 #include "splice_packet.h"
 
+#define NS_PER_MS 1000000
+
 /* Each load has its own (connecting.py). */
 #ifndef SECRET_0
 #define SECRET_0 0x31

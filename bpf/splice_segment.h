@@ -80,7 +80,7 @@ inlined int take_reset(struct __sk_buff *skb, struct packet *packet, const struc
 	struct splice *splice = packet->splice;
 
 #ifdef MAP_EXPRESS_PROGRAMS_FD
-	/* Our own (express_connect.c, `join`), which has lost its mark. */
+	/* Our own (express_join.h), which has lost its mark. */
 	if (bpf_ntohs(packet->tcp->window) == FOR_OUR_STACK >> 16 &&
 	    bpf_ntohs(packet->tcp->urgent) == (FOR_OUR_STACK & 0xffff))
 		return NEXT;
