@@ -27,7 +27,8 @@ static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FU
 
 /*
  * What one program has found out, for the next: together they would be too much for the verifier.
- * Of each processor; nothing else of ours runs there in between.
+ * Of each processor; nothing else of ours runs there in between, as no kernel with PREEMPT_RT is
+ * trusted (pyforwarder/datapath/proof/apart.py).
  */
 struct asking {
 	struct splice_key key;

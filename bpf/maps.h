@@ -37,6 +37,9 @@
  * round     ARRAY      0 -> struct express_round (mmapable)        written: keeper, express
  * scratch, made, asking  PERCPU_ARRAY                              express alone
  *
+ * What is PERCPU_ARRAY (splice has a scratch of its own, too) relies on it that programs on packets
+ * do not interrupt each other: kernels with PREEMPT_RT are refused.
+ *
  * For the view (view.c); mmapable, written through memory:
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view

@@ -53,6 +53,7 @@ class Refusal(enum.StrEnum):
     CONFINED = "confined"  # a user namespace or a seccomp filter stands before bpf(2)
     PROGRAM_TYPE = "program type"  # this kernel refuses any of the kind to everybody
     TOO_OLD = "too old"  # the kernel does not know it
+    REALTIME = "realtime"  # the kernel may interrupt a program by another of the same processor
     VERIFIER = "verifier"
     MEMORY = "memory"
     TIMEOUT = "timeout"

@@ -104,6 +104,17 @@ def _checked(result: int) -> int:
     return result
 
 
+def is_realtime(sys: Path = Path("/sys"), version: str | None = None) -> bool:
+    """Whether this kernel is built with CONFIG_PREEMPT_RT, where what handles packets is preempted.
+
+    Of older ones, whose version in `uname -v` says so, not all have /sys/kernel/realtime.
+    """
+    with contextlib.suppress(OSError):
+        if (sys / "kernel/realtime").read_text().strip() == "1":
+            return True
+    return "PREEMPT_RT" in (os.uname().version if version is None else version).split()
+
+
 def missing_capabilities(
     needed: Iterable[Capability],
     status: Mapping[str, str] | None = None,

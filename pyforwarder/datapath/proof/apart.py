@@ -58,6 +58,8 @@ def prove_sessions_apart(user: str | None) -> Proof:
 
 
 def _with_programs(user: str | None, prove: Callable[..., Proof]) -> Proof:
+    if host.is_realtime():
+        return Proof.refused(_mixes_packets(), 0.0)
     started_s = time.monotonic()
     try:
         pairs_fd = create_pairs(SLOTS)
@@ -89,6 +91,8 @@ def prove_express_apart(_user: str | None) -> Proof:
     def took_s() -> float:
         return round(time.monotonic() - started_s, 3)
 
+    if host.is_realtime():
+        return Proof.refused(_mixes_packets(), 0.0)
     if missing := host.missing_capabilities(refusal.NETWORK):
         return Proof.refused(refusal.lacking("express", missing), 0.0)
     with contextlib.ExitStack() as opened:
@@ -117,6 +121,23 @@ def prove_express_apart(_user: str | None) -> Proof:
         except (RigError, OSError, DatapathError) as error:
             return Proof(False, str(error), {}, took_s(), cause=Refusal.SELF_TEST)
         return Proof(True, "", passed, took_s())
+
+
+def _mixes_packets() -> LoadError:
+    """Why programs on packets are not used where one interrupts the other.
+
+    They have records of each processor (maps of PERCPU_ARRAY), and rely on it that no other program
+    runs there before they end. With CONFIG_PREEMPT_RT that is no longer so since Linux 6.18 (unless
+    CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is set): local_bh_disable() keeps a task on its processor, and
+    lets it be preempted by one that does the same (kernel/softirq.c). Bytes of one connection could
+    then be sent in another's packet. No test would find that; so no such kernel is trusted.
+    """
+    return LoadError(
+        "this kernel is built with PREEMPT_RT: programs that handle packets may interrupt each "
+        "other, and would mix two connections",
+        cause=Refusal.REALTIME,
+        advice="`sockmap` and `copy` work here",
+    )
 
 
 def prove_copy(_user: str | None) -> Proof:
