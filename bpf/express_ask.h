@@ -27,11 +27,11 @@ static long (*queue_pop)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem
  * Read a byte of each of its lines. It was used long ago, and is in no cache: so the lines come all
  * at once, and not one after the other.
  */
-#define touch(start, bytes)                                                                   \
-	do {                                                                                  \
-		__u32 touched;                                                                \
-		_Pragma("unroll") for (touched = 0; touched < (bytes); touched += 64)(void) * \
-			(volatile __u8 *)((void *)(start) + touched);                         \
+#define prefetch(start, bytes)                                                       \
+	do {                                                                         \
+		__u32 line;                                                          \
+		_Pragma("unroll") for (line = 0; line < (bytes); line += 64)(void) * \
+			(volatile __u8 *)((void *)(start) + line);                   \
 	} while (0)
 
 /* A SYN to the server, out of any packet whose payload adds `old_sum`. */
@@ -121,8 +121,8 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!ask || !splice)
 		return NEXT; /* never */
-	touch(splice, sizeof(*splice));
-	touch(ask, 256);
+	prefetch(splice, sizeof(*splice));
+	prefetch(ask, 256);
 	/* Ours alone from here on, as long as no packet finds it. */
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
 	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_FILLING;

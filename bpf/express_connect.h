@@ -107,7 +107,7 @@ struct express_ask {
 	__u32 segment;	   /* of the saved bytes, those in the first of two packets, or all */
 	__u32 segment_sum; /* of these */
 	__u32 first_tc;	   /* as `tc` was when the server was asked first */
-	__u32 astray;	   /* not 0: another program may have the port; the keeper's */
+	__u32 port_lost;   /* not 0: another program may have the port; the keeper's */
 	__u16 window_field, mss, told_mss, answer_ms;
 	__u8 client_scale, kernel_scale, has_timestamps, has_sack, has_scale, has_fin;
 	__u8 macs[12]; /* of the client's packet */

@@ -25,7 +25,8 @@ inlined __u32 option_at(const struct made *made, __u32 at, const int v6)
 	return ((const __u8 *)(made->old + TCP_WORD(v6) + 5))[at];
 }
 
-/* What a SYN-ACK agrees to. Its options are in `made->old`; the loop's state is, too, see above. */
+/* What a SYN-ACK agrees to. Its options are in `made->old`; the loop's state is, too (README.md).
+ */
 inlined void read_options(struct made *made, __u32 header, const int v6)
 {
 	__u32 end = header - 20, i, kind, length, at;
@@ -65,8 +66,8 @@ inlined void read_options(struct made *made, __u32 header, const int v6)
 }
 
 /* A direction as it begins. */
-inlined void start(struct splice_direction *way, __u32 said, __u32 heard, __u32 window, __u32 room,
-		   __u32 tsval, __u32 now_s)
+inlined void start_direction(struct splice_direction *way, __u32 said, __u32 heard, __u32 window,
+			     __u32 room, __u32 tsval, __u32 now_s)
 {
 	way->last_ack = heard;
 	way->last_end = way->next = way->begin = way->ours = said;
@@ -94,7 +95,7 @@ inlined void swap_macs(struct __sk_buff *skb)
  * Whether our stack has made a socket of the client's handshake all the same. What came behind the
  * handshake may have passed `begin` on another processor, before the first bytes were taken there.
  */
-inlined int has_come_up(struct __sk_buff *skb, const struct splice *splice, const int v6)
+inlined int has_become_socket(struct __sk_buff *skb, const struct splice *splice, const int v6)
 {
 	struct splice_key from = splice->way[PF_UP].from;
 	__u32 state = state_of_socket(skb, &from, v6);
@@ -111,7 +112,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	struct splice_direction *way = &splice->way[PF_UP], *back = &splice->way[PF_DOWN];
 	__u32 options = seen->header - 20, room, tsval, rest, now_s;
 	__u8 macs[12], has_scale;
-	int is_worker_s;
+	int is_workers;
 
 	if (!made || seen->bytes)
 		return DROP; /* with data in it: if it is not repeated without, the keeper gives up
@@ -121,12 +122,12 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	read_options(made, seen->header, v6);
 	has_scale = made->has_scale;
 	tsval = made->server_tsval;
-	is_worker_s = has_come_up(skb, splice, v6);
+	is_workers = has_become_socket(skb, splice, v6);
 	/*
 	 * A window that is never scaled in this packet, and that the client is told of in steps of
 	 * our kernel's scale: see `is_coarse`.
 	 */
-	if (is_worker_s || made->has_timestamps != ask->has_timestamps ||
+	if (is_workers || made->has_timestamps != ask->has_timestamps ||
 	    made->server_mss < ask->told_mss || made->scale > 14 ||
 	    seen->window >> (ask->kernel_scale & 15) < 2) {
 		/*
@@ -145,7 +146,7 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 		} else {
 			bpf_clone_redirect(skb, LOOPBACK, 0);
 		}
-		return fall_back(skb, splice, ask, place, word, seen->sum, is_worker_s, 0, v6);
+		return fall_back(skb, splice, ask, place, word, seen->sum, is_workers, 0, v6);
 	}
 	if (!change(ask, word, PF_EXPRESS_FILLING))
 		return DROP;
@@ -164,8 +165,8 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	splice->isn[PF_DOWN] = seen->seq;
 	room = ask->room > seen->window ? ask->room : seen->window;
 	now_s = bpf_ktime_get_ns() / NS_PER_S;
-	start(way, ask->c0 + 1, ask->k0 + 1, ask->window, room, ask->tc, now_s);
-	start(back, seen->seq + 1, ask->i0 + 1, seen->window, ask->window, tsval, now_s);
+	start_direction(way, ask->c0 + 1, ask->k0 + 1, ask->window, room, ask->tc, now_s);
+	start_direction(back, seen->seq + 1, ask->i0 + 1, seen->window, ask->window, tsval, now_s);
 	/* The bytes that go with this packet. */
 	way->last_end = way->next = ask->c0 + 1 + ask->saved;
 	way->bytes = ask->saved;

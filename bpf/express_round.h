@@ -59,7 +59,8 @@ inlined void leave_rested(struct express_round *round, struct express_ask *ask,
 
 	if (!was_slow(ask, &splice->way[PF_UP], round->now_ns))
 		least_ns = round->rest_ns;
-	if (volatile_read(ask->astray) || rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
+	if (volatile_read(ask->port_lost) ||
+	    rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
 		return;
 	forget_flows(splice, place);
 	leave(ask, splice, word, round->now_ns);
@@ -71,7 +72,7 @@ inlined void free_left(struct express_round *round, struct express_ask *ask, str
 {
 	round->leaving++;
 	/* To the same state, which is a barrier: not `rests_ns` of before `leave` with that. */
-	if (volatile_read(ask->astray) || !change(ask, word, PF_EXPRESS_LEAVING) ||
+	if (volatile_read(ask->port_lost) || !change(ask, word, PF_EXPRESS_LEAVING) ||
 	    ask->rests_ns > round->passed_ns || !change(ask, word, PF_EXPRESS_FILLING))
 		return;
 	give_back(ask, splice, place);

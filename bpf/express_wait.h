@@ -97,7 +97,7 @@ inlined int to_our_stack(struct __sk_buff *skb, struct express_ask *ask)
  * to it.
  */
 inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		      __u32 place, __u64 word, __u32 known, int is_worker_s, const int has_failed,
+		      __u32 place, __u64 word, __u32 known, int is_workers, const int has_failed,
 		      const int v6)
 {
 	struct made *made = to_make(known);
@@ -108,10 +108,10 @@ inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct expre
 	if (!made || !change(ask, word, PF_EXPRESS_FILLING))
 		return DROP; /* the client has ended it just now */
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
-	if (target && !is_worker_s)
+	if (target && !is_workers)
 		*(volatile __u64 *)&target->not_before_ns =
 			bpf_ktime_get_ns() + (has_failed ? REFUSED_FOR_NS : MISMATCHED_FOR_NS);
-	count(is_worker_s ? PF_COUNT_NO_REQUEST : PF_COUNT_REFUSED);
+	count(is_workers ? PF_COUNT_NO_REQUEST : PF_COUNT_REFUSED);
 	if (has_failed)
 		failed(number);
 	from_client(made, splice, ask);

@@ -82,8 +82,8 @@ class Connecting:
         ask.rests_ns = int(now_s * 1e9)
         ask.word = word & ~abi.STATE_MASK | abi.AskState.RESTING
 
-    def say_astray(self, place: int, *, is_astray: bool) -> None:
-        self.asks[place].astray = is_astray
+    def set_port_lost(self, place: int, *, is_lost: bool) -> None:
+        self.asks[place].port_lost = is_lost
 
     def taken(self) -> int:
         return self.begun
@@ -99,7 +99,7 @@ class Connecting:
             if state == abi.AskState.RESTING:
                 self._leave_rested(place, now_s, is_short=is_short)
             elif state == abi.AskState.LEAVING:
-                if not ask.astray and ask.rests_ns <= passed_ns:
+                if not ask.port_lost and ask.rests_ns <= passed_ns:
                     self.end(place)
                     freed += 1
             elif state == abi.AskState.JOINED and self._is_counted(place):
@@ -121,7 +121,7 @@ class Connecting:
         least_s = LEAST_REST_HERE_S if is_here else LEAST_REST_S
         if not was_slow:
             least_s = REST_S
-        if ask.astray or rested_s < (least_s if is_soon else REST_S):
+        if ask.port_lost or rested_s < (least_s if is_soon else REST_S):
             return
         self.leave(place, now_s)
 
@@ -175,7 +175,7 @@ class Connecting:
     def counts(self) -> dict[abi.Count, int]:
         return dict.fromkeys(abi.Count, 0)
 
-    def say_counted(self, place: int) -> None:
+    def mark_counted(self, place: int) -> None:
         self.asks[place].counted = self.asks[place].word >> abi.STATE_BITS
 
     def is_counted(self, ask: abi.Ask) -> bool:
@@ -243,7 +243,7 @@ class Express:
     def is_offered(self, place: int) -> bool:
         return self.offered[place]
 
-    def say_offered(self, place: int, *, offered: bool) -> None:
+    def set_offered(self, place: int, *, offered: bool) -> None:
         self.offered[place] = offered
 
     def label(self, table: int, begun_ns: int) -> Label:
@@ -274,15 +274,15 @@ class Express:
     def given_back(self) -> list[int]:
         return list(self.back)
 
-    def say_forgotten(self, number: int) -> None:
+    def mark_forgotten(self, number: int) -> None:
         self.back.remove(number)
 
-    def say_counts(self, counts: object, *, ports: int, used: int) -> None:
+    def store_counts(self, counts: object, *, ports: int, used: int) -> None:
         del counts
         assert 0 <= used <= self.connecting.places
         assert 0 <= ports <= self.connecting.places
 
-    def say_stopped(self) -> None:
+    def mark_stopped(self) -> None:
         self.has_stopped = True
 
     def close(self) -> None:

@@ -132,7 +132,7 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
     ask, record = connecting.head(place), here.kernel.record(place)
     key = bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, record.way[0].from_.dport))
     connecting.count_ends(key, abi.Ends())
-    connecting.say_counted(place)
+    connecting.mark_counted(place)
     assert connecting.go_round(time.monotonic(), is_short=False).counted == 0
     assert connecting.ends(key).pairs == 0
     # Of its successor nothing was said.
@@ -773,10 +773,10 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
     assert [one.place for one in places.look(now_s).ended] == [first]
     assert connecting.ends(key).pairs == 1
     # As long as another program may have its port it is nobody's.
-    connecting.say_astray(place, is_astray=True)
+    connecting.set_port_lost(place, is_lost=True)
     places.look(now_s + REST_S + 1)
     assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
-    connecting.say_astray(place, is_astray=False)
+    connecting.set_port_lost(place, is_lost=False)
     least_s = LEAST_REST_HERE_S if all(ways) else LEAST_REST_S
     rests_s = connecting.ask(place).rests_ns / 1e9
     gone = connecting.go_round(rests_s + least_s - 0.01, is_short=True)
@@ -794,9 +794,9 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
         assert (gone.freed, gone.unused, gone.leaving) == (0, PLACES - 2, 1)
         assert (here.kernel.flows_of(place), here.kernel.record(place).state) == (0, 0)
         assert connecting.word(place) & abi.STATE_MASK == abi.AskState.LEAVING
-    connecting.say_astray(place, is_astray=True)
+    connecting.set_port_lost(place, is_lost=True)
     assert connecting.go_round(leaves_s + 61, is_short=True, passed_ns=leaves_ns).freed == 0
-    connecting.say_astray(place, is_astray=False)
+    connecting.set_port_lost(place, is_lost=False)
     gone = connecting.go_round(leaves_s + 62, is_short=True, passed_ns=leaves_ns)
     assert gone == (0, 1, PLACES - 1, True, 0)
     assert connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE

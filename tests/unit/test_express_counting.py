@@ -375,7 +375,7 @@ def test_an_end_that_waits_for_a_busy_worker_is_told_of_or_counted_and_not_both(
                 end(stage, place)
                 stage.connecting.asks[place].begun_ns += place
             go_on(stage)
-        assert [one.place for one in telling._untold[1]] == [1, 3, 5]
+        assert [one.place for one in telling._unreported[1]] == [1, 3, 5]
         end(stage, 0)
         stage.connecting.asks[0].begun_ns = stage.connecting.asks[1].begun_ns + 1
         go_on(stage)

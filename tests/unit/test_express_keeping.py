@@ -433,7 +433,7 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
 
 
 def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`struct.pack_into` writes zeros first: not counted, or not astray, if it is killed there."""
+    """`struct.pack_into` writes zeros first: not counted, or its port not lost, if killed there."""
     made: Any = object.__new__(connecting.Connecting)
     made.memory = bytearray(2 * connecting._stride())
     at = connecting._stride()
@@ -441,12 +441,12 @@ def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPa
     made.memory[at : at + 8] = word.to_bytes(8, "little")
     monkeypatch.setattr(connecting, "struct", None)
     monkeypatch.setattr(connecting, "_NUMBER", None)
-    made.say_counted(1)
-    made.say_astray(1, is_astray=True)
+    made.mark_counted(1)
+    made.set_port_lost(1, is_lost=True)
     assert made.is_counted(made.head(1))
-    assert (made.head(1).counted, made.head(1).astray) == (0x3456789A, 1)
-    made.say_astray(1, is_astray=False)
-    assert (made.head(1).counted, made.head(1).astray) == (0x3456789A, 0)
+    assert (made.head(1).counted, made.head(1).port_lost) == (0x3456789A, 1)
+    made.set_port_lost(1, is_lost=False)
+    assert (made.head(1).counted, made.head(1).port_lost) == (0x3456789A, 0)
     assert made.memory[:at] == bytes(at)
 
 
@@ -519,7 +519,7 @@ def test_a_worker_that_reads_nothing_keeps_no_other_waiting(
     crowd: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its ends wait, in bounds; those of the other are told of, round after round."""
-    monkeypatch.setattr(telling, "MOST_UNTOLD", 300)
+    monkeypatch.setattr(telling, "MOST_UNREPORTED", 300)
     crowd.start()
     told = 0
     for _ in range(3):
@@ -529,9 +529,9 @@ def test_a_worker_that_reads_nothing_keeps_no_other_waiting(
         for _ in range(40):
             go_on(crowd)
             told += sum(len(message["ended"]) for message in heard(crowd, 1))
-        untold = crowd.keeper._telling._untold
-        assert len(untold[0]) <= 300 + keeping._LOOKS_AT_ONCE
-        assert not untold[1]
+        unreported = crowd.keeper._telling._unreported
+        assert len(unreported[0]) <= 300 + keeping._LOOKS_AT_ONCE
+        assert not unreported[1]
         for _ in range(20):
             for ask in crowd.connecting.asks:
                 ask.rests_ns = 0  # its time has passed, in each of the two rounds

@@ -54,7 +54,7 @@ def test_servers_that_come_under_new_addresses_for_ever_have_numbers(both: Both)
         both.supervisor.keep([server(n)], now_s)
         now_s += REST_S / 100
         for one in both.keeper.given_back():
-            both.keeper.say_forgotten(one)
+            both.keeper.mark_forgotten(one)
         if n:
             assert both.supervisor.given(server(n - 1)) == before
         before = number
@@ -78,7 +78,7 @@ def test_no_number_is_another_s_before_it_has_rested_and_was_forgotten(both: Bot
     assert both.supervisor.give(stranger) == 0
     assert both.supervisor.give(server(1)) == 0  # nor is it its own again
     assert both.supervisor.rests_until_s(REST_S) == REST_S + 1
-    both.keeper.say_forgotten(1)
+    both.keeper.mark_forgotten(1)
     assert both.anew == []
     assert both.supervisor.give(stranger) == 1
     assert both.anew == [1]

@@ -64,7 +64,7 @@ class FakeConnecting:
         ask = self.asks[place]
         return bytes(ask.bytes[: ask.saved]) if ask.word == word else b""
 
-    def say_counted(self, place: int) -> None:
+    def mark_counted(self, place: int) -> None:
         self.asks[place].counted = self.asks[place].word >> abi.STATE_BITS
 
     def counts(self) -> dict[abi.Count, int]:
@@ -97,7 +97,7 @@ class FakeExpress:
     def label(self, _table: int, _begun_ns: int) -> Label:
         return Label("main", ["rest"], (0, 0, 0), self.named)
 
-    def say_counts(self, _counts: dict[abi.Count, int], **said: int) -> None:
+    def store_counts(self, _counts: dict[abi.Count, int], **said: int) -> None:
         self.said = said
 
     def close(self) -> None:

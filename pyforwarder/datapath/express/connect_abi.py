@@ -121,7 +121,7 @@ class Ask(ctypes.Structure):
         ("segment", ctypes.c_uint32),
         ("segment_sum", ctypes.c_uint32),
         ("first_tc", ctypes.c_uint32),
-        ("astray", ctypes.c_uint32),
+        ("port_lost", ctypes.c_uint32),
         ("window_field", ctypes.c_uint16),
         ("mss", ctypes.c_uint16),
         ("told_mss", ctypes.c_uint16),

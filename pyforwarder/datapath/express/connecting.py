@@ -325,9 +325,9 @@ class Connecting:
         # state: `struct.pack_into` would write zeros first, which are FREE if we are killed there.
         self.memory[at + abi.Ask.word.offset] = resting & 0xFF
 
-    def say_astray(self, place: int, *, is_astray: bool) -> None:
+    def set_port_lost(self, place: int, *, is_lost: bool) -> None:
         """A place that rests stays so as long as another program may have its port."""
-        store32(self.memory, place * _stride() + abi.Ask.astray.offset, is_astray)
+        store32(self.memory, place * _stride() + abi.Ask.port_lost.offset, is_lost)
 
     def end_keys(self) -> list[bytes]:
         """Of the ends that are counted, each a struct express_end_key."""
@@ -372,13 +372,13 @@ class Connecting:
         """The same without the saved bytes."""
         return abi.AskHead.from_buffer_copy(self.memory, place * _stride())
 
-    def say_counted(self, place: int) -> None:
+    def mark_counted(self, place: int) -> None:
         """A worker has counted the connection that has a place, or is told of its end alone."""
         at = place * _stride() + abi.Ask.counted.offset
         store32(self.memory, at, _number_of(self.word(place)))
 
     def is_counted(self, ask: abi.Ask | abi.AskHead) -> bool:
-        """Whether `say_counted` was called for this very connection, by any keeper."""
+        """Whether `mark_counted` was called for this very connection, by any keeper."""
         return bool(ask.counted == _number_of(ask.word))
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ class Counting:
         if self._is_told and counted == self._told_of and not self._going:
             return
         self._is_told = False
-        untold: list[list[tuple[bytes, abi.Ends, str]]] = [[] for _ in range(self._workers)]
+        unreported: list[list[tuple[bytes, abi.Ends, str]]] = [[] for _ in range(self._workers)]
         for key, kind in list(self._kinds.items()):
             ends = self._connecting.ends(key)
             if ends.pairs:
@@ -171,29 +171,29 @@ class Counting:
                     f", [{ends.pairs}, {ends.bytes[0]}, {ends.bytes[1]}]]"
                 )
                 worker = (kind.table + kind.rule + kind.target) % self._workers
-                untold[worker].append((key, ends, text))
+                unreported[worker].append((key, ends, text))
             elif key in self._going:
                 self._connecting.count_ends_no_more(key)
                 self._going.discard(key)
                 del self._kinds[key]
-        is_told = [self._tell(worker, ends) for worker, ends in enumerate(untold)]
+        is_told = [self._tell(worker, ends) for worker, ends in enumerate(unreported)]
         self._is_told, self._told_of = all(is_told), counted
 
-    def _tell(self, worker: int, untold: list[tuple[bytes, abi.Ends, str]]) -> bool:
-        while untold:
-            taken, room = 1, _MOST_BYTES - len(untold[0][2])
-            while taken < min(len(untold), _MOST_TOLD) and len(untold[taken][2]) <= room:
-                room -= len(untold[taken][2])
+    def _tell(self, worker: int, unreported: list[tuple[bytes, abi.Ends, str]]) -> bool:
+        while unreported:
+            taken, room = 1, _MOST_BYTES - len(unreported[0][2])
+            while taken < min(len(unreported), _MOST_TOLD) and len(unreported[taken][2]) <= room:
+                room -= len(unreported[taken][2])
                 taken += 1
-            texts = ", ".join(text for _, _, text in untold[:taken])
+            texts = ", ".join(text for _, _, text in unreported[:taken])
             message = f'{{"adopt": 0, "of": [], "ended": [], "counted": [{texts}]}}'
             if not self._express.send(worker, message):
                 return False
-            for key, ends, _ in untold[:taken]:
+            for key, ends, _ in unreported[:taken]:
                 # A keeper that dies in front of this has the next one tell it again: by its round
                 # the worker knows it.
                 self._connecting.count_ends(
                     key, abi.Ends(since_ns=ends.since_ns, round=ends.round + 1)
                 )
-            del untold[:taken]
+            del unreported[:taken]
         return True

@@ -135,7 +135,7 @@ class ExpressKeeper:
         worker = self._worker_of.get(index)
         if worker is not None:
             self._waiting[worker].discard(index)
-            self._connecting.say_counted(index - self.first)
+            self._connecting.mark_counted(index - self.first)
 
     def word_of(self, index: int) -> int:
         """By which the connection that has a place is told from all others that had it."""
@@ -217,7 +217,7 @@ class ExpressKeeper:
             if number in self._known:
                 self._forget_way(number)
             if number not in asked:
-                self._express.say_forgotten(number)
+                self._express.mark_forgotten(number)
 
     def _forget_way(self, number: int) -> None:
         known = self._known.pop(number)
@@ -301,13 +301,13 @@ class ExpressKeeper:
                 self._forget_way(number)
         if given_back := self._express.given_back():
             self._forget(given_back, self._connecting.words())
-        self._express.say_counts(
+        self._express.store_counts(
             self._connecting.counts(), ports=self._ports.held, used=self._places.used
         )
         is_done = self._telling.is_done and self._counting.is_done
         is_behind = is_asking or self._is_counting or any(self._lasting)
         if is_stopping and is_done and not is_behind:
-            self._express.say_stopped()
+            self._express.mark_stopped()
         return has_lasting or has_untold
 
     def closed(self) -> list[int]:

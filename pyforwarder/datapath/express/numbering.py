@@ -154,7 +154,7 @@ class Numbers:
             return []
         return [number for number, state in enumerate(states) if state == _State.GIVEN_BACK]
 
-    def say_forgotten(self, number: int) -> None:
+    def mark_forgotten(self, number: int) -> None:
         """Nothing of ours refers any more to one that was given back."""
         self._is_now(number, _State.FORGOTTEN)
         self._seen = b""

@@ -37,7 +37,7 @@ class Ports:
         # Not held, oldest first: places that are to be offered.
         self._to_offer: OrderedDict[int, None] = OrderedDict()
         # Not held either, and the programs have them: they were offered by an earlier keeper.
-        self._astray: set[int] = set()
+        self._lost: set[int] = set()
         self._hold_s = 0.0
         # Offered and free, but not in the queue: place -> word. A program may be about to give it
         # back, or to take it, which changes the word; or an earlier keeper died while it moved it.
@@ -68,8 +68,8 @@ class Ports:
             if not (self._express.is_offered(place) or has_record):
                 self.offer(place)
             elif not self._hold(place) and self._express.is_offered(place):
-                self._astray.add(place)
-            self._connecting.say_astray(place, is_astray=place not in self._held)
+                self._lost.add(place)
+            self._connecting.set_port_lost(place, is_lost=place not in self._held)
 
     def offer(self, place: int) -> None:
         """Let the programs use a place, once its port is held; nothing happens if they may."""
@@ -80,27 +80,27 @@ class Ports:
             return
         self._to_offer.pop(place, None)
         # In this order: a place that is twice in the queue would be two connections'.
-        self._express.say_offered(place, offered=True)
+        self._express.set_offered(place, offered=True)
         self._connecting.offer(place)
 
     def go_on(self, now_s: float) -> None:
         """Hold what could not be held, and take back what the programs must not use meanwhile."""
         is_due = bool(self._missing) and now_s >= self._missing_s
-        if is_due or any(self._is_free(place) for place in self._astray):
+        if is_due or any(self._is_free(place) for place in self._lost):
             taken = self._take_back()
             if is_due:
                 taken |= self._look_for_missing(taken, now_s)
-            self._astray -= taken
+            self._lost -= taken
             for place in taken:
                 self.offer(place)
-        left = len(self._to_offer) + len(self._astray)
+        left = len(self._to_offer) + len(self._lost)
         if not left or now_s < self._hold_s:
             return
         # Each of them about every _HOLD_S, if they are not too many.
         self._hold_s = now_s + _HOLD_S * min(1.0, _HELD_AT_ONCE / left)
         for _ in range(min(_HELD_AT_ONCE, len(self._to_offer))):
             self.offer(self._to_offer.popitem(last=False)[0])
-        for place in sorted(self._astray):
+        for place in sorted(self._lost):
             self._hold(place)
 
     def _look_for_missing(self, taken: set[int], now_s: float) -> set[int]:
@@ -116,7 +116,7 @@ class Ports:
         lost = set(self._missing)
         self._missing.clear()
         for place in lost:
-            self._express.say_offered(place, offered=False)
+            self._express.set_offered(place, offered=False)
         return lost
 
     def _is_free(self, place: int) -> bool:
@@ -127,7 +127,7 @@ class Ports:
         taken = set()
         for place in self._connecting.take_back():
             # One by one: what is in no queue and said to be offered would be lost if we die.
-            self._express.say_offered(place, offered=False)
+            self._express.set_offered(place, offered=False)
             taken.add(place)
         return taken
 
@@ -141,8 +141,8 @@ class Ports:
         sock = hold_port(self._connecting.first_port + place)
         if sock is not None:
             self._held[place] = sock
-            self._astray.discard(place)
-            self._connecting.say_astray(place, is_astray=False)
+            self._lost.discard(place)
+            self._connecting.set_port_lost(place, is_lost=False)
         return sock is not None
 
 

@@ -262,7 +262,7 @@ class Express:
         choices = self.connecting.choices
         failed = int(choices.outcome(number).failed)
         choices.forget_outcome(number)
-        # Behind that, as nobody may read more than there were: see `say_counts`.
+        # Behind that, as nobody may read more than there were: see `store_counts`.
         (before,) = _FAILED_BEFORE.unpack_from(self._memory, _FAILED_BEFORE_AT)
         store64(self._memory, _FAILED_BEFORE_AT, before + failed)
 
@@ -342,11 +342,11 @@ class Express:
         """Whether `stop` was called."""
         return bool(_FLAGS.unpack_from(self._memory)[0])
 
-    def say_stopped(self) -> None:
+    def mark_stopped(self) -> None:
         """All that goes on is the workers'."""
         store32(self._memory, _HAS_STOPPED_AT, 1)
 
-    def say_counts(self, counts: Mapping[abi.Count, int], *, ports: int, used: int) -> None:
+    def store_counts(self, counts: Mapping[abi.Count, int], *, ports: int, used: int) -> None:
         """Let others read them, how many ports there are, and how many of these are used now."""
         if self._counters is None:
             return
@@ -394,7 +394,7 @@ class Express:
         """Whether the programs have a place, or had it."""
         return bool(self._memory[_OFFERED_AT + place])
 
-    def say_offered(self, place: int, *, offered: bool) -> None:
+    def set_offered(self, place: int, *, offered: bool) -> None:
         """They have it from here on, or have not."""
         self._memory[_OFFERED_AT + place] = offered
 
@@ -410,9 +410,9 @@ class Express:
         """Numbers of servers that no listener has any more: they are to be forgotten."""
         return self._numbers.given_back()
 
-    def say_forgotten(self, number: int) -> None:
+    def mark_forgotten(self, number: int) -> None:
         """It may be another server's from here on."""
-        self._numbers.say_forgotten(number)
+        self._numbers.mark_forgotten(number)
 
     # All
 

@@ -24,10 +24,10 @@ _MOST_BYTES: Final = 1 << 15
 # In one turn, to one worker.
 _MESSAGES_AT_ONCE: Final = 8
 # That have ended, and their worker has not read of yet: then its places wait.
-MOST_UNTOLD: Final = 4096
+MOST_UNREPORTED: Final = 4096
 
 
-class _Untold(NamedTuple):
+class _Report(NamedTuple):
     place: int
     word: int
     text: str
@@ -52,17 +52,17 @@ class Telling:
         self._told = told
         self._first_of = first_of
         # Of pairs to adopt, those whose first packets go ahead of them.
-        self._named: list[deque[_Untold]] = [deque() for _ in range(workers)]
-        self._untold: list[deque[_Untold]] = [deque() for _ in range(workers)]
+        self._named: list[deque[_Report]] = [deque() for _ in range(workers)]
+        self._unreported: list[deque[_Report]] = [deque() for _ in range(workers)]
         self._is_waking = [False] * workers  # to be told that there is a pair to adopt
 
     def has_room(self, place: int) -> bool:
         """Whether the end of a connection there may be told of."""
-        return len(self._untold[place % len(self._untold)]) < MOST_UNTOLD
+        return len(self._unreported[place % len(self._unreported)]) < MOST_UNREPORTED
 
     def ended(self, place: int, word: int, text: str) -> None:
         """A worker is to be told this, in JSON, of the connection that has a place."""
-        self._untold[place % len(self._untold)].append(_Untold(place, word, text))
+        self._unreported[place % len(self._unreported)].append(_Report(place, word, text))
 
     def wake(self, worker: int) -> None:
         """A worker is to be told that there is a pair for it to adopt."""
@@ -70,31 +70,31 @@ class Telling:
 
     def name(self, worker: int, place: int, word: int, said: list[object]) -> None:
         """Before a worker is told to adopt a pair it gets this, and the first packet."""
-        self._named[worker].append(_Untold(place, word, json.dumps(said)))
+        self._named[worker].append(_Report(place, word, json.dumps(said)))
 
     @property
     def is_done(self) -> bool:
         """Whether all has been told."""
-        return not any(self._untold) and not any(self._is_waking)
+        return not any(self._unreported) and not any(self._is_waking)
 
     def go_on(self) -> bool:
         """Tell some of it; True: there is more that may be told now."""
-        is_more = [self._tell(worker) for worker in range(len(self._untold))]
+        is_more = [self._tell(worker) for worker in range(len(self._unreported))]
         return any(is_more)
 
     def _tell(self, worker: int) -> bool:
-        untold, named = self._untold[worker], self._named[worker]
+        unreported, named = self._unreported[worker], self._named[worker]
         for _ in range(_MESSAGES_AT_ONCE):
-            self._drop_counted(untold)
-            if not untold and not self._is_waking[worker]:
+            self._drop_counted(unreported)
+            if not unreported and not self._is_waking[worker]:
                 return False
             first, room = self._texts(named, _MOST_BYTES)
-            ended, _ = self._texts(untold, room)
+            ended, _ = self._texts(unreported, room)
             # By these a worker knows what a keeper that has died has told it already.
-            of = [f"[{one.place}, {one.word}]" for one in itertools.islice(untold, len(ended))]
-            for one in itertools.islice(untold, len(ended)):
+            of = [f"[{one.place}, {one.word}]" for one in itertools.islice(unreported, len(ended))]
+            for one in itertools.islice(unreported, len(ended)):
                 # Before that, as we may die right behind it: it is in no sum from here on.
-                self._connecting.say_counted(one.place)
+                self._connecting.mark_counted(one.place)
             is_waking = self._is_waking[worker] and len(first) == len(named)
             message = (
                 f'{{"adopt": {int(is_waking)}, "first": [{", ".join(first)}], '
@@ -107,23 +107,23 @@ class Telling:
             for _ in first:
                 named.popleft()
             for _ in ended:
-                one = untold.popleft()
+                one = unreported.popleft()
                 self._told(one.place, one.word)
         return True
 
-    def _drop_counted(self, untold: deque[_Untold]) -> None:
+    def _drop_counted(self, unreported: deque[_Report]) -> None:
         """Of the next message: ends that the programs have counted meanwhile (`ends`).
 
         Another connection of their kind has ended since, of which nobody needs to be told.
         """
-        kept: list[_Untold] = []
-        while untold and len(kept) < MOST_TOLD:
-            one = untold.popleft()
+        kept: list[_Report] = []
+        while unreported and len(kept) < MOST_TOLD:
+            one = unreported.popleft()
             if self._connecting.word(one.place) == one.word:
                 kept.append(one)
-        untold.extendleft(reversed(kept))
+        unreported.extendleft(reversed(kept))
 
-    def _texts(self, queue: deque[_Untold], room: int) -> tuple[list[str], int]:
+    def _texts(self, queue: deque[_Report], room: int) -> tuple[list[str], int]:
         """As many of these as there is room for, one at least; and what room is left."""
         found: list[str] = []
         for one in itertools.islice(queue, MOST_TOLD):
