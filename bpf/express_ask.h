@@ -34,9 +34,9 @@ static long (*queue_pop)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem
 			(volatile __u8 *)((void *)(start) + line);                   \
 	} while (0)
 
-/* A SYN to the server, out of any packet whose payload adds `old_sum`. */
+/* A SYN to the server, out of any packet. */
 inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		     __u32 tsval, __u32 old_sum, __u32 known, const int v6)
+		     __u32 tsval, __u32 known, const int v6)
 {
 	struct made *made = to_make(known);
 
@@ -46,7 +46,6 @@ inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct expres
 	made->seq = ask->i0;
 	made->flags = SYN;
 	made->option_words = 5;
-	made->old_sum = old_sum;
 	made->window = ask->window > 65535 ? 65535 : ask->window;
 	made->option[0] = bpf_htonl(0x02040000 | ask->mss);
 	made->option[1] = bpf_htonl(ask->has_sack ? 0x04020101 : NO_OP_WORD);
@@ -238,5 +237,5 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	__sync_fetch_and_add(&splice->tries, 1);
 	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_ASKED;
 	count(PF_COUNT_TAKEN);
-	return send_syn(skb, splice, ask, seen.tsval, ask->sum, seen.sum, v6);
+	return send_syn(skb, splice, ask, seen.tsval, seen.sum, v6);
 }

@@ -238,7 +238,6 @@ inlined int join(struct __sk_buff *skb, struct splice *splice, struct express_as
 	made->seq += ask->segment;
 	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	made->bytes = rest;
-	made->old_sum = ask->segment_sum;
 	made->sum = fold((__u64)ask->sum + (__u16)~ask->segment_sum);
 	if (make(skb, made, v6) || store_rest(skb, ask, made, v6)) {
 		count(PF_COUNT_FAILED);

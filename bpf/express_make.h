@@ -25,9 +25,9 @@ struct made {
 	__u16 sport, dport, window; /* the ports in wire order */
 	__u8 flags, option_words;
 	__be32 option[5];
-	__u32 bytes;	    /* of what is saved: all of it, or 0 */
-	__u32 sum, old_sum; /* of the payload, as it will be and as it was */
-	__u32 known;	    /* enum sum: of the packet's checksum */
+	__u32 bytes; /* of what is saved: all of it, or 0 */
+	__u32 sum;   /* what they add to a checksum */
+	__u32 known; /* enum sum: of the packet's checksum */
 	/* What the server's SYN-ACK says. */
 	__u32 at, server_mss, server_tsval;
 	__u8 has_timestamps, has_scale, scale, padding;
@@ -106,17 +106,12 @@ inlined int load_options(struct __sk_buff *skb, struct made *made, __u32 bytes, 
 inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 {
 	__be32 *old = made->old + TCP_WORD(v6), *new = made->new + TCP_WORD(v6);
-	__u32 words, header, bytes = made->bytes, old_bytes, new_bytes;
-	__u64 sum = 0, ip_sum = 0, pseudo;
+	__u32 header, bytes = made->bytes, old_bytes, new_bytes;
+	__u64 sum = 0, ip_sum = 0, pseudo, whole;
 	__u16 old_checksum, checksum;
 	int i;
 
 	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, made->old, IP_BYTES(v6) + 20))
-		return -1;
-	words = bpf_ntohl(old[3]) >> 28;
-	hide(words);
-	words &= 15;
-	if (words < 5)
 		return -1;
 	old_checksum = old[4] & 0xffff; /* as it lies in memory */
 	header = 20 + (made->option_words & 7) * 4;
@@ -133,6 +128,7 @@ inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 
 	new_bytes = header + bytes;
 	if (v6) {
+		whole = pseudo = 0;
 		old_bytes = bpf_ntohl(made->old[1]) >> 16;
 		made->new[0] = bpf_htonl(0x60000000);
 		made->new[1] = bpf_htonl(new_bytes << 16 | PROTOCOL_TCP << 8 | HOPS);
@@ -140,10 +136,9 @@ inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 		for (i = 0; i < 4; i++) {
 			made->new[2 + i] = made->source[i];
 			made->new[6 + i] = made->target[i];
-			ip_sum += (__u64)(__u32)~made->old[2 + i] + made->source[i];
-			ip_sum += (__u64)(__u32)~made->old[6 + i] + made->target[i];
+			whole += (__u64)made->source[i] + made->target[i];
+			pseudo += (__u64)(__u32)~made->old[2 + i] + (__u32)~made->old[6 + i];
 		}
-		pseudo = ip_sum;
 	} else {
 		old_bytes = (bpf_ntohl(made->old[0]) & 0xffff) - IP_BYTES(0);
 		made->new[0] = bpf_htonl(0x45000000 | (IP_BYTES(0) + new_bytes));
@@ -154,25 +149,25 @@ inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
 		ip_sum = (__u64)made->new[0] + made->new[1] + made->new[2] + made->new[3] +
 			 made->new[4];
 		made->new[2] |= (__u32)(__u16)~fold(ip_sum) << 16;
-		pseudo = (__u64)(__u32)~made->old[3] + (__u32)~made->old[4] + made->new[3] +
-			 made->new[4];
+		whole = (__u64)made->new[3] + made->new[4];
+		pseudo = (__u64)(__u32)~made->old[3] + (__u32)~made->old[4];
 	}
-	pseudo += (__u16)~bpf_htons(old_bytes & 0xffff);
-	pseudo += bpf_htons(new_bytes & 0xffff);
+	whole += bpf_htons(new_bytes & 0xffff);
+	pseudo += whole + (__u16)~bpf_htons(old_bytes & 0xffff);
 
 	/* As in `rewrite` (splice_rewrite.h). */
 	if (made->known == PF_SUM_PARTIAL) {
 		checksum = fold((__u64)old_checksum + fold(pseudo));
 	} else {
-		if (words > 5 && load_options(skb, made, (words - 5) * 4, v6))
-			return -1;
-		old[4] &= bpf_htonl(0xffff); /* but for the checksum */
-		sum = (__u32)bpf_csum_diff(old, words * 4, new, header & 63, 0);
-		sum += (__u64)made->sum + (__u16)~made->old_sum;
-		checksum = made->known == PF_SUM_KNOWN
-				   ? (__u16)~fold((__u64)fold(sum) + (__u16)~old_checksum +
-						  fold(pseudo))
-				   : old_checksum;
+		/* Anew: what else the old packet had in it need not be read for that. */
+		whole += bpf_htons(PROTOCOL_TCP) + (__u64)made->sum;
+		whole += (__u32)bpf_csum_diff(NULL, 0, new, header & 63, 0);
+		checksum = ~fold(whole);
+		if (made->known != PF_SUM_KNOWN) {
+			/* What the kernel has to be told, so that it comes to the same. */
+			sum = (__u64)(__u16)~checksum + old_checksum + (__u16)~fold(pseudo);
+			checksum = old_checksum;
+		}
 	}
 	new[4] |= checksum;
 	if (bpf_skb_change_tail(skb, TCP_AT(v6) + new_bytes, 0))

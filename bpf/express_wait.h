@@ -49,10 +49,9 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 	}
 	if (seen->bytes && seen->seq == ask->c0 + 1 && seen->bytes <= PF_EXPRESS_SAVED &&
 	    seen->has_timestamp == ask->has_timestamps && seen->ack == ask->k0 + 1) {
-		/* It waits: so does the server, perhaps. What has grown meanwhile comes again. */
-		__u32 sum;
-
 		/*
+		 * It waits: so does the server, perhaps. What has grown meanwhile comes again.
+		 *
 		 * The server must not see anything older afterwards; so not either because an old
 		 * packet comes late. What the newest one echoes is what the client has heard last:
 		 * it takes nothing older than that, and echoes nothing else.
@@ -61,11 +60,7 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 			ask->tc = seen->tsval;
 			ask->tk = seen->tsecr;
 		}
-		if (seen->bytes == ask->saved)
-			sum = ask->sum;
-		else if (seen->bytes == ask->segment)
-			sum = ask->segment_sum;
-		else {
+		if (seen->bytes != ask->saved && seen->bytes != ask->segment) {
 			/* It has grown meanwhile: our stack takes it as it is, and a worker. */
 			if (!change(ask, word, PF_EXPRESS_FILLING))
 				return DROP;
@@ -74,7 +69,7 @@ inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_as
 			return NEXT;
 		}
 		count(PF_COUNT_ASKED_AGAIN);
-		return send_syn(skb, splice, ask, ask->tc, sum, seen->sum, v6);
+		return send_syn(skb, splice, ask, ask->tc, seen->sum, v6);
 	}
 	return DROP; /* as if it had been lost: it is sent again */
 }

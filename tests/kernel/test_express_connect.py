@@ -679,6 +679,35 @@ def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
                 assert read_exactly(client, 8) == b"and back"
 
 
+@pytest.mark.parametrize("why", [b"no", b"nobody listens here" * 50], ids=["short", "long"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_a_server_that_says_why_it_refuses(site: Open, version: int, why: bytes) -> None:
+    """A reset may have bytes (RFC 9293, 3.5.3): a worker gets the client at once all the same."""
+    here = site((False, False), version)
+    errors = here.kernel.network.counters()["TcpInCsumErrors"]
+    with (
+        contextlib.closing(Forger(here.way.server, "s0", here.kernel.network, "f1")) as forger,
+        faults() as lossy,
+        lossy.put_on((here.way.server, "s0")),
+    ):
+        lossy.set(lose=1.0)
+        with here.dial(b"hello") as client:
+            wait_for(lambda: here.counted().get("TAKEN"), "asked")
+            says = Segment(
+                version=version,
+                source=here.waiting.address,
+                target=(here.source, FIRST_PORT + asked_place(here)),
+                seq=0,
+                ack=asked(here).i0 + 1,
+                flags=RST | ACK,
+                data=why,
+            )
+            forger.send(says)
+            here.falls_back(client, b"hello")
+    assert here.counted()["REFUSED"] == 1
+    assert here.kernel.network.counters()["TcpInCsumErrors"] == errors
+
+
 def test_a_server_that_does_not_answer(site: Open) -> None:
     """It is given up after a while; the client's next attempt to send its bytes is a worker's."""
     here = site((False, False), 4)

@@ -53,7 +53,7 @@ _LATER_FIELDS: Final = ("req_usec_ts", "accecn_ok")
 # struct asking: a key, what was read of the packet, a listener's key, and some numbers.
 _ASKING_BYTES: Final = 36 + 36 + 20 + 9 * 4
 # struct made: two headers of IP and TCP, and some numbers.
-_MADE_BYTES: Final = 208 + 32 + 8 + 8 + 20 + 16 + 12 + 8
+_MADE_BYTES: Final = 208 + 32 + 8 + 8 + 20 + 12 + 12 + 8
 _NUMBER: Final = struct.Struct("=I")
 # Behind a header of Ethernet: place, word, until when its target is not asked; and some more, as
 # the kernel runs a program with no packet that is shorter than a header of IP.
