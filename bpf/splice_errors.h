@@ -82,7 +82,7 @@ inlined int translate_error(struct __sk_buff *skb, const int v6)
 	sum = v6 ? pseudo_sum(six) + bpf_htons(bytes & 0xffff) : 0;
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
 		return DROP; /* no memory: as if it had been lost */
-	if (is_corrupt(skb, TCP_AT(v6), TCP_AT(v6) + 2, bytes, sum)) {
+	if (is_corrupt_error(skb, TCP_AT(v6), TCP_AT(v6) + 2, bytes, sum)) {
 		count_invalid(splice, PF_INVALID_CHECKSUM);
 		return DROP;
 	}

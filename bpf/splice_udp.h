@@ -290,7 +290,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	}
 	if (checksum ? is_corrupt(skb, UDP_AT(v6), CHECKSUM_AT(v6), bytes,
 				  (__u64)way->pseudo_sum + bpf_htons(bytes & 0xffff))
-		     : v6) {
+		     : v6 || is_summed_elsewhere(skb, CHECKSUM_AT(v6))) {
 		count_invalid_datagram(session, PF_INVALID_CHECKSUM);
 		return DROP; /* and so does the stack */
 	}
@@ -456,8 +456,8 @@ inlined int translate_datagram_error(struct __sk_buff *skb, const int v6)
 		count_invalid_datagram(session, PF_INVALID_HEADER);
 		return DROP;
 	}
-	if (is_corrupt(skb, UDP_AT(v6), UDP_AT(v6) + 2, bytes,
-		       v6 ? pseudo_sum(six) + bpf_htons(bytes & 0xffff) : 0)) {
+	if (is_corrupt_error(skb, UDP_AT(v6), UDP_AT(v6) + 2, bytes,
+			     v6 ? pseudo_sum(six) + bpf_htons(bytes & 0xffff) : 0)) {
 		count_invalid_datagram(session, PF_INVALID_CHECKSUM);
 		return DROP;
 	}

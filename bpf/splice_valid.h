@@ -126,42 +126,83 @@ inlined int read_field(struct __sk_buff *skb, const __u32 at, __u16 *field)
 }
 
 /*
+ * Whether a packet's checksum is still to be made (CHECKSUM_PARTIAL): then its field stays what it
+ * is when `bpf_l4_csum_replace` is told of a change. Below 0: no memory. Packets' pointers are void
+ * afterwards, and the packet is what it was.
+ */
+inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
+{
+	__u16 changed;
+
+	if (bpf_l4_csum_replace(skb, field_at, 0, 1, 0) || read_field(skb, field_at, &changed))
+		return -1;
+	if (changed == field)
+		return 1;
+	return bpf_skb_store_bytes(skb, field_at, &field, 2, 0) ? -1 : 0;
+}
+
+/*
+ * Of a CHECKSUM_PARTIAL packet, whether the checksum will be written in front of its field.
+ *
+ * Where it is summed up from, and where it is written, its sender says, if that is the guest of a
+ * virtual machine on this host, or has a packet socket beyond a veth (struct virtio_net_hdr:
+ * csum_start, csum_offset; skb_partial_csum_set). It is done when the packet leaves
+ * (skb_checksum_help, or the interface does it): behind all that is looked at here, and behind what
+ * `rewrite` has changed. So the two bytes must be none of the addresses, ports, numbers and flags,
+ * with which the packet would be another connection's than the one that it was believed of. Behind
+ * the field is what its sender may say anyway: the urgent pointer (whose flag is taken away),
+ * options, payload. No byte is received that its sender has not chosen, and a sum that begins
+ * elsewhere is wrong, or its sender has made it right.
+ *
+ * A program cannot read the two numbers. But `bpf_skb_change_tail` refuses to cut off the place of
+ * the checksum (__bpf_skb_min_len): that is the answer for all honest packets, which stay what they
+ * are. One of which it was cut off is to be dropped. Packets' pointers are void afterwards.
+ */
+inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
+{
+	return !bpf_skb_change_tail(skb, field_at + 1, 0);
+}
+
+/* Whether a packet that has no checksum (UDP over IPv4) would get one written in front of it. */
+inlined int is_summed_elsewhere(struct __sk_buff *skb, const __u32 field_at)
+{
+	int partial = is_partial(skb, field_at, 0);
+
+	/* Of a tunnel's datagram what is inside may be PARTIAL: that is behind the field. */
+	return partial < 0 || (partial && is_summed_in_front(skb, field_at));
+}
+
+/*
  * What a checksum is, and whether it is wrong as far as anybody can know.
  *
  * An aggregate has been looked at by GRO, which made it, or has none yet (TSO). CHECKSUM_PARTIAL
  * is a packet of this machine, which has none yet either: its field has the sum of the
- * pseudo-header, and stays what it is when `bpf_l4_csum_replace` is told of a change. Nearly all
- * others were looked at by the interface or by GRO (CHECKSUM_UNNECESSARY). What is left is summed
- * up here.
+ * pseudo-header. Nearly all others were looked at by the interface or by GRO
+ * (CHECKSUM_UNNECESSARY). What is left is summed up here.
  *
  * `at` is where the summed bytes begin, `field_at` where their checksum is, `sum` what the
- * pseudo-header adds. Packets' pointers are void afterwards.
+ * pseudo-header adds. Packets' pointers are void afterwards; one that is wrong is to be dropped.
  */
 inlined enum sum judge_sum(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
 			   __u64 sum)
 {
 	__u64 left = bytes;
 	__u32 zero = 0;
-	__u16 field, changed;
+	__u16 field;
 	__be32 *piece;
-	int i;
+	int i, partial;
 
-	if (skb->gso_size)
-		return PF_SUM_OTHER;
+	if (!skb->gso_size && bpf_csum_level(skb, LEVEL_QUERY) >= 0)
+		return PF_SUM_KNOWN;
 	if (read_field(skb, field_at, &field))
 		return PF_SUM_WRONG; /* never: the caller has read what is in front */
-	if (field == fold(sum)) {
-		if (bpf_l4_csum_replace(skb, field_at, 0, 1, 0) ||
-		    read_field(skb, field_at, &changed))
-			return PF_SUM_WRONG;
-		if (changed == field)
-			return PF_SUM_PARTIAL;
-		/* It only looked like that. */
-		if (bpf_skb_store_bytes(skb, field_at, &field, 2, 0))
-			return PF_SUM_WRONG;
-	}
-	if (bpf_csum_level(skb, LEVEL_QUERY) >= 0)
-		return PF_SUM_KNOWN;
+	partial = is_partial(skb, field_at, field);
+	if (partial < 0 || (partial && is_summed_in_front(skb, field_at)))
+		return PF_SUM_WRONG;
+	if (skb->gso_size)
+		return PF_SUM_OTHER;
+	if (partial)
+		return field == fold(sum) ? PF_SUM_PARTIAL : PF_SUM_WRONG;
 	piece = map_lookup(MAP_SCRATCH_FD, &zero);
 	if (!piece)
 		return PF_SUM_WRONG; /* never */
@@ -190,6 +231,18 @@ inlined int is_corrupt(struct __sk_buff *skb, __u32 at, const __u32 field_at, __
 		       __u64 sum)
 {
 	return judge_sum(skb, at, field_at, bytes, sum) == PF_SUM_WRONG;
+}
+
+/*
+ * The same of ICMP. No host leaves its checksum to be made later: it would be written over what the
+ * packet quotes, of which connection it speaks.
+ */
+inlined int is_corrupt_error(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
+			     __u64 sum)
+{
+	enum sum found = judge_sum(skb, at, field_at, bytes, sum);
+
+	return skb->gso_size || found == PF_SUM_WRONG || found == PF_SUM_PARTIAL;
 }
 
 /* What the other end expects next of this peer, as far as it has said: in this peer's numbers. */

@@ -21,6 +21,10 @@ UNKNOWN_OPTION: Final = b"\x1e\x04\0\0"
 _SIOCGIFHWADDR: Final = 0x8927  # linux/sockios.h
 _ETHERTYPE: Final = {4: 0x0800, 6: 0x86DD}
 _MASK: Final = 0xFFFFFFFF
+_SOL_PACKET, _PACKET_VNET_HDR = 263, 15  # linux/socket.h, linux/if_packet.h
+_NEEDS_CSUM: Final = 1  # of a struct virtio_net_hdr
+ETHERNET_BYTES: Final = 14
+IP_BYTES: Final = {4: 20, 6: 40}
 
 
 def checksum(data: bytes) -> int:
@@ -81,6 +85,16 @@ class Segment:
         return ip[:10] + struct.pack("!H", total) + ip[12:] + body
 
 
+def unsummed(segment: Segment) -> bytes:
+    """The packet as a host leaves it to its interface: in its field is the pseudo-header's sum."""
+    packet = segment.packet()
+    at = IP_BYTES[segment.version]
+    addresses = packet[at - (8 if segment.version == 4 else 32) : at]
+    pseudo = addresses + struct.pack("!II", len(packet) - at, socket.IPPROTO_TCP)
+    field = struct.pack("!H", checksum(pseudo) ^ 0xFFFF)
+    return packet[: at + 16] + field + packet[at + 18 :]
+
+
 def next_of(sock: socket.socket, **changes: object) -> Segment:
     """What `sock` would say next: an acknowledgement of all that it has got; and then changed.
 
@@ -126,6 +140,9 @@ class Forger:
         with network.entered():
             self._raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
             self._raw.bind((out, 0))
+            self._unsummed = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+            self._unsummed.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            self._unsummed.bind((out, 0))
 
     def send(self, *segments: Segment, target: bytes = b"") -> None:
         """In frames for the interface; or for another hardware address."""
@@ -134,13 +151,25 @@ class Forger:
 
     def send_packet(self, packet: bytes, version: int, *, target: bytes = b"") -> None:
         """One that has its IP header."""
+        self._raw.send(self._frame(packet, version, target))
+
+    def send_unsummed(self, packet: bytes, version: int, *, start: int, field: int) -> None:
+        """Its checksum is to be made when it leaves the last interface, as a guest's may be.
+
+        From `start` on, in the IP packet, and written at `field`: struct virtio_net_hdr.
+        """
+        header = struct.pack("=BBHHHH", _NEEDS_CSUM, 0, 0, 0, ETHERNET_BYTES + start, field - start)
+        self._unsummed.send(header + self._frame(packet, version, b""))
+
+    def _frame(self, packet: bytes, version: int, target: bytes) -> bytes:
         head = (target or self.target) + b"\2\0\0\0\0\1" + struct.pack("!H", _ETHERTYPE[version])
-        self._raw.send(head + packet)
+        return head + packet
 
     def mark(self, mark: int) -> None:
         """All packets from here on bear this mark."""
         self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("=I", mark))
 
     def close(self) -> None:
-        """Close the socket."""
+        """Close the sockets."""
         self._raw.close()
+        self._unsummed.close()

@@ -23,7 +23,7 @@ from typing import Final
 from tests.helpers.netns import Network
 
 _SIOCETHTOOL: Final = 0x8946  # linux/sockios.h
-_ETHTOOL_STXCSUM: Final = 0x17  # linux/ethtool.h
+_ETHTOOL_STXCSUM, _ETHTOOL_SGRO = 0x17, 0x2C  # linux/ethtool.h
 _LOCAL: Final = {4: "127.0.0.1", 6: "::1"}
 
 
@@ -77,10 +77,17 @@ class Topology:
         """wide: packets of 64 KiB, as veth has them, with checksums that nobody looks at.
 
         plain: every sender makes its segments and its checksums itself, and they are looked at.
+
+        merged: likewise, but by the interface that gets them, which puts segments together (GRO).
+
+        guest: the client's checksums are made when what they are of leaves the forwarder's host,
+        as those of a virtual machine's guest.
         """
         for network, interface in self.way().doors:
             with network.entered():
-                _offload(interface, _ETHTOOL_STXCSUM, on=kind == "wide")
+                is_later = kind == "wide" or (kind == "guest" and interface == "c0")
+                _offload(interface, _ETHTOOL_STXCSUM, on=is_later)
+                _offload(interface, _ETHTOOL_SGRO, on=kind == "merged")
 
     def limit_path(self, mtu: int) -> None:
         """From now on the router passes nothing longer, and says so (RFC 1191, RFC 8201)."""

@@ -23,12 +23,12 @@ from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.splice import session_keeper
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
-from tests.helpers.forged import Forger, checksum
+from tests.helpers.forged import IP_BYTES, Forger, checksum
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.netns import Network
 from tests.helpers.peers import address_text
 from tests.helpers.sessions import SessionSite, Talk, config, datagram, datagram_socket, numbered
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keeper_client import KeeperClient
@@ -64,6 +64,14 @@ def neighbour(site: SessionSite) -> Iterator[Forger]:
         yield forger
 
 
+@pytest.fixture
+def guest_wire(site: SessionSite) -> Iterator[None]:
+    """The client's packets cross the forwarder's host before their checksums are made."""
+    site.topology.wire("guest")
+    yield
+    site.topology.wire("wide")
+
+
 def invalid(site: SessionSite, kind: str) -> int:
     return int(site.stats()["splice_invalid"].get(kind, 0))
 
@@ -93,6 +101,40 @@ def test_a_wrong_checksum_is_dropped_and_counted(
             assert talk.server.recv(1 << 16) == data
         nothing_came(talk)
         comes_to(site, "checksum", before + 8)
+
+
+@pytest.mark.usefixtures("guest_wire")
+def test_a_datagram_becomes_no_other_session_s_behind_our_look(
+    site: SessionSite, neighbour: Forger
+) -> None:
+    """A guest says where its interface is to write a checksum: over the port, say.
+
+    By that the server knows whose a datagram is. One that has no checksum it would believe.
+    """
+    way = site.topology.way()
+    with site.spliced(way, 4) as talk, site.spliced(way, 4) as other:
+        before = invalid(site, "checksum")
+        ours, theirs = (one.server.getpeername()[1] for one in (talk, other))
+        data = b"\0\0forged"
+        sent = struct.pack("!HHHH", ours, talk.server.getsockname()[1], 8 + len(data), 0) + data
+        # What is written is the sum's complement: so the first two bytes make it that port.
+        data = struct.pack("!H", checksum(sent + struct.pack("!H", theirs))) + data[2:]
+        packet = datagram(talk.client, data, total=0)
+        source = talk.server.getpeername()[0]
+        talk.server.connect((source, theirs))
+        neighbour.send_unsummed(packet, 4, start=IP_BYTES[4], field=IP_BYTES[4])
+        comes_to(site, "checksum", before + 1)
+        talk.server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            talk.server.recv(1 << 16)
+        talk.server.settimeout(DEADLINE_S)
+        talk.server.connect((source, ours))
+        nothing_came(other)
+        nothing_came(talk)
+        # Of a tunnel's datagram what is inside may have a checksum that is to be made.
+        packet = datagram(talk.client, bytes(100), total=0)
+        neighbour.send_unsummed(packet, 4, start=IP_BYTES[4] + 8, field=IP_BYTES[4] + 28)
+        assert talk.server.recv(1 << 16) == bytes(20) + b"\xff\xff" + bytes(78)
 
 
 def test_ipv6_has_no_datagrams_without_a_checksum(site: SessionSite, neighbour: Forger) -> None:

@@ -20,6 +20,7 @@ import pytest
 from tests.helpers.forged import (
     ACK,
     FIN,
+    IP_BYTES,
     PSH,
     RST,
     SYN,
@@ -29,6 +30,7 @@ from tests.helpers.forged import (
     clock_of,
     next_of,
     timestamp,
+    unsummed,
 )
 from tests.helpers.instruction import ACK as ANSWER
 from tests.helpers.instruction import instruction
@@ -160,6 +162,14 @@ def counted(site: Site, **kinds: int) -> Iterator[None]:
     assert {kind: n for kind, n in grown().items() if n} == kinds
 
 
+@pytest.fixture
+def guest_wire(site: Site) -> Iterator[None]:
+    """The client's packets cross the forwarder's host before their checksums are made."""
+    site.topology.wire("guest")
+    yield
+    site.topology.wire("wide")
+
+
 # ---------------------------------------------------------------------------- of a third host
 
 
@@ -203,6 +213,30 @@ def test_a_syn_in_a_client_s_name_does_not_keep_a_pair_from_being_spliced(
         assert read_exactly(client, len(ANSWER)) == ANSWER
         exchange(client, server)
         site.wait_until_spliced(client)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.usefixtures("guest_wire")
+def test_a_checksum_is_never_written_over_what_was_looked_at(
+    site: Site, neighbours: dict[str, Forger], version: int
+) -> None:
+    """A guest says where its interface is to write it: over the ports, say, behind our look."""
+    tcp = IP_BYTES[version]
+    errors = site.topology.checksum_errors()
+    with site.spliced(site.topology.way(), version) as (client, server, _):
+        with site.topology.client.entered():
+            packet = unsummed(next_of(client))
+        places = [(tcp, tcp + at) for at in (0, 2, 4, 8, 12, 14)]  # up to the window
+        places += [(tcp - 4, tcp), (tcp - 8, tcp - 2), (tcp - 4, tcp - 4)]  # addresses, too
+        with untouched(site, client, server), counted(site, checksum=len(places)):
+            for start, field in places:
+                neighbours["client"].send_unsummed(packet, version, start=start, field=field)
+        # As every host does it.
+        with site.topology.client.entered():
+            packet = unsummed(next_of(client))
+        with untouched(site, client, server), counted(site):
+            neighbours["client"].send_unsummed(packet, version, start=tcp, field=tcp + 16)
+    assert site.topology.checksum_errors() == errors
 
 
 @pytest.mark.parametrize("version", VERSIONS)
