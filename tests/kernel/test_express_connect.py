@@ -427,6 +427,41 @@ def test_a_listener_of_all_addresses(hosts: Topology, kernel: Kernel, site: Open
     assert here.counted()["COMMITTED"] == 2
 
 
+@pytest.mark.parametrize("version", [4, 6])
+def test_checksums_that_an_interface_has_looked_at(version: int) -> None:
+    """As real ones do (CHECKSUM_UNNECESSARY); what they put together is one packet."""
+    with topology() as merged:
+        merged.wire("merged")
+        with (
+            contextlib.closing(Kernel(merged.forwarder)) as kernel,
+            opener(merged, kernel) as opened,
+        ):
+            here = opened((False, False), version)
+            for size in (1, 2, 5, 1000, 1400):
+                with here.pair(pattern(size)) as (client, server, place):
+                    converse_both_ways(client, server)
+                    half_close(client)
+                    assert read_to_end(server) == b""
+                    half_close(server)
+                    assert read_to_end(client) == b""
+                    has_ended(here, place)
+            here.waiting.listener.close()
+            with here.dial(b"hello") as client:
+                here.falls_back(client, b"hello")
+            assert (here.counted()["COMMITTED"], here.counted()["REFUSED"]) == (5, 1)
+        assert merged.checksum_errors() == 0
+        assert merged.segments_sent_again() == 0
+
+
+def converse_both_ways(client: socket.socket, server: socket.socket) -> None:
+    """A megabyte each way."""
+    for sender, receiver in ((client, server), (server, client)):
+        thread = threading.Thread(target=sender.sendall, args=(pattern(1_000_000),))
+        thread.start()
+        assert read_exactly(receiver, 1_000_000) == pattern(1_000_000)
+        thread.join()
+
+
 def test_a_client_that_says_nothing_reaches_a_worker(site: Open) -> None:
     here = site((False, False), 4)
     with here.dial() as client:

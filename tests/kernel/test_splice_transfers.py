@@ -129,6 +129,7 @@ def play_once(
     [
         ("remote-remote", "wide"),
         ("remote-remote", "plain"),
+        ("remote-remote", "merged"),
         ("local-remote", "plain"),
         ("remote-local", "wide"),
         ("local-local", "wide"),
