@@ -118,7 +118,7 @@ inlined int find_pair(struct __sk_buff *skb, struct packet *packet, const struct
 	/* The answer to a SYN that express has sent is no socket's. */
 	if ((packet->flags & SYN) && packet->state != PF_SPLICE_ASKED &&
 	    skb->pkt_type == HOST_PACKET)
-		remember_handshake(from, skb->ifindex, bpf_ntohl(packet->tcp->seq));
+		remember_handshake(skb, from, bpf_ntohl(packet->tcp->seq), v6);
 	if (!flow) {
 		if (packet->is_copy)
 			return DROP;

@@ -196,7 +196,7 @@ def test_nothing_by_another_interface(
 @ONLY_SPLICE
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("by", ["stranger", "neighbour"])
-def test_a_syn_in_a_client_s_name_does_not_keep_a_pair_from_being_spliced(
+def test_syns_in_a_client_s_name_do_not_keep_a_pair_from_being_spliced(
     site: Site, stranger: Forger, neighbours: dict[str, Forger], version: int, by: str
 ) -> None:
     """Between its handshake and its begin."""
@@ -206,7 +206,7 @@ def test_a_syn_in_a_client_s_name_does_not_keep_a_pair_from_being_spliced(
             waiting = stack.enter_context(Waiting(way.destination[version]))
         with way.client.entered():
             client = stack.enter_context(dial(site.via(way, version)))
-            forged = [next_of(client, flags=SYN, seq=off) for off in (1 << 20, 1 << 30)]
+            forged = [next_of(client, flags=SYN, seq=n << 20) for n in range(1, 20)]
         (stranger if by == "stranger" else neighbours["client"]).send(*forged)
         client.sendall(instruction(address_text(waiting.address)))
         server = stack.enter_context(waiting.accept())
