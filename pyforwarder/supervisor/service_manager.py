@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Final
 
 from pyforwarder.supervisor import stored_sockets
 
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
     from pyforwarder.worker.log import Log
 
 
+# A manager that does not read keeps our loop from nothing: what its queue has no room for is sent
+# again, so often and for so long. Ten datagrams are a usual room, unix(7).
+_AGAIN_S: Final = 0.1
+_MOST_TRIES: Final = 600
+_WATCHDOG: Final = "WATCHDOG=1"
+
+
 class ServiceManager:
     """Where the environment names none, nothing is told. What cannot be told is in the log."""
 
@@ -24,18 +33,45 @@ class ServiceManager:
         self._loop = loop
         self._log = log
         self._environ = environ
+        self._waiting: deque[str] = deque()  # in the order in which they are to be told
+        self._tries = 0
 
     def notify(self, state: str) -> None:
-        """Say something of us, such as `READY=1`."""
-        path = self._environ.get("NOTIFY_SOCKET")
-        if not path:
+        """Say something of us, such as `READY=1`: now, or as soon as there is room for it."""
+        if not self._environ.get("NOTIFY_SOCKET"):
             return
+        if state == _WATCHDOG:
+            if not self._waiting:  # else the next one will do
+                self._send(state)
+            return
+        self._waiting.append(state)
+        if len(self._waiting) == 1:
+            self._tries = 0
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say what waits, as far as there is room."""
+        while self._waiting:
+            if not self._send(self._waiting[0]):
+                self._tries += 1
+                if self._tries < _MOST_TRIES:
+                    self._loop.after(_AGAIN_S, self._tell)
+                    return
+                self._log.write("warning", "sd_notify", error=os.strerror(errno.EAGAIN))
+            self._waiting.popleft()
+
+    def _send(self, state: str) -> bool:
+        """Whether it is done with: said, or never to be said. Not: there is no room for it."""
+        path = self._environ["NOTIFY_SOCKET"]
         address = "\0" + path[1:] if path.startswith("@") else path
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             try:
-                sock.sendto(state.encode(), address)
+                sock.sendto(state.encode(), socket.MSG_DONTWAIT, address)
+            except BlockingIOError:
+                return False
             except OSError as error:
                 self._log.write("warning", "sd_notify", error=error.strerror)
+        return True
 
     def keep_watchdog_away(self) -> None:
         """Say that this loop goes round, as often as it asked for (WatchdogSec=), from now on."""
@@ -44,7 +80,7 @@ class ServiceManager:
         with contextlib.suppress(ValueError):
             interval_s = int(self._environ.get("WATCHDOG_USEC") or 0) / 1e6
             if interval_s > 0:
-                self.notify("WATCHDOG=1")
+                self.notify(_WATCHDOG)
                 # Twice in that time, says sd_watchdog_enabled(3); a turn of ours may take long.
                 self._loop.after(interval_s / 4, self.keep_watchdog_away)
 
@@ -54,4 +90,4 @@ class ServiceManager:
             try:
                 stored_sockets.store(self._environ["NOTIFY_SOCKET"], sockets)
             except OSError as error:
-                self._log.write("warning", "sd_notify", error=error.strerror)
+                self._log.write("warning", "sd_notify", error=error.strerror or str(error))

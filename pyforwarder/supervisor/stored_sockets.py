@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAME: Final = "pyforwarder-listener"
 # The kernel takes 253 with a message (SCM_MAX_FD).
 _AT_ONCE: Final = 250
+_ROOM_S: Final = 1.0  # how long each message waits for a manager that reads
 _SO_ACCEPTCONN: Final = 30  # asm-generic/socket.h; Python has a name for it from 3.13 on
 
 
@@ -35,12 +36,13 @@ def store(path: str, sockets: Iterable[BoundSocket]) -> None:
     """Have the manager that listens at `path` keep these, and no others of ours.
 
     Raises:
-        OSError: it cannot be told.
+        OSError: it cannot be told, or has no room for a message within a second.
     """
     # What systemd has passed itself it has anyway.
     fds = [sock.fileno() for each in sockets if each.is_ours for sock in each.sockets]
     address = "\0" + path[1:] if path.startswith("@") else path
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.settimeout(_ROOM_S)
         notify.sendto(f"FDSTOREREMOVE=1\nFDNAME={NAME}".encode(), address)
         for first in range(0, len(fds), _AT_ONCE):
             rights = array.array("i", fds[first : first + _AT_ONCE])
