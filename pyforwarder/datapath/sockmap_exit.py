@@ -14,8 +14,9 @@ are, for both directions side by side:
 1. Disarmed: all that comes is passed, and copied as usual, until what was redirected before is with
    the target's TCP, and not much that was passed waits to be read.
 2. Armed again, with the bypass for a peer. What was passed is read; once nothing is left, nothing
-   will be.
-3. The sockets are taken out. From here on what comes waits in their own queues, as always.
+   will be, as long as the bypass has room for what comes.
+3. So each socket is taken out at once then, before it is looked at the other. From here on what
+   comes waits in its own queue, as always.
 4. What the bypass has got stands behind what was read, and in front of what waits. Nearly always it
    is nothing.
 
@@ -61,21 +62,24 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap import Half, SockmapDatapath
 
 # What the kernel has counted it also delivers, within microseconds of a processor's time. One that
-# has not got any for so long is not waited for: all other pairs would stand still.
+# has not got any for so long is not waited for: all other pairs would stand still. But so often it
+# is looked, as a whole machine may have stood still for that time, and we with it.
 _DELIVERY_S: Final = 0.5
+_LEAST_LOOKS: Final = 100
+_LOOK_MS: Final = 1
 # A connection to ourselves stands at once, or never.
 _CONNECT_S: Final = 0.5
 # A reader that does not read is helped so often.
 _HELP_S: Final = 0.1
-# The most that a bypass must hold: more than a window that arrives within some microseconds.
-_BYPASS_BYTES: Final = 4 << 20
+# What the TCP of a bypass holds; what comes behind that waits, up to BYPASS_BYTES of redirect.c.
+_SEND_BUFFER_BYTES: Final = 4 << 20
 # So much is read at once, and then in our memory, for a target that takes nothing.
 _MOST_PASSED_BYTES: Final = 1 << 20
 # A peer that sends so fast that every look finds more can never leave: all others would stand
 # still.
 _MOST_LOOKS: Final = 256
-# The limit on a backlog is not for a bypass.
-_NO_LIMIT: Final = (1 << 32) - 1
+# INTO_BYPASS of redirect.c: the bypass's own limit instead of that on a backlog.
+_INTO_BYPASS: Final = (1 << 32) - 1
 
 
 class ExitError(ForwarderError):
@@ -101,12 +105,12 @@ class _Bypass:
             self.cookie = int.from_bytes(
                 self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little"
             )
-            self._in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BYPASS_BYTES)
+            self._in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._in.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sockets.update(
                 self.cookie.to_bytes(8, "little"), self._in.fileno().to_bytes(8, "little")
             )
-            host.enlarge(None, self._in, _BYPASS_BYTES)  # as the system's limit may be less
+            host.enlarge(None, self._in, _SEND_BUFFER_BYTES)  # as the system's limit may be less
         except OSError:
             self.close()
             raise
@@ -245,10 +249,10 @@ class SockmapExit:
             way.begin()
         for way in ways:
             way.read_passed(pair)
+            self._delete(way.half)
         for half in halves:
-            if not half.is_native:
-                with contextlib.suppress(FileNotFoundError):
-                    self._sockets.delete(half.cookie)
+            if half not in live:
+                self._delete(half)
         self._poll_locks(pair)
         for way in ways:
             way.finish()
@@ -261,6 +265,12 @@ class SockmapExit:
             if len(way.rest) > BULK_READ_BYTES:
                 self._host.enlarge(pair, _target(pair, flow), len(way.rest))
         return True
+
+    def _delete(self, half: Half) -> None:
+        """Take the source out of the map, if it is there."""
+        if not half.is_native:
+            with contextlib.suppress(FileNotFoundError):
+                self._sockets.delete(half.cookie)
 
     def _settle(self, pair: Pair, half: Half) -> None:
         """The flow's counts are those of one that was copied all the time.
@@ -322,7 +332,7 @@ class SockmapExit:
         at = half.pair.slot * self._window.WORDS + table.PEER_COOKIE[half.flow.direction]
         self._window.words[at] = cookie
         self._set(half, table.LATCHED, 0)
-        self._set(half, table.LIMIT, _NO_LIMIT)
+        self._set(half, table.LIMIT, _INTO_BYPASS)
         self._set(half, table.ARMED, 1)
 
 
@@ -434,7 +444,7 @@ def _read_exactly(fd: int, count: int) -> bytes:
         _LostError: they do not come.
     """
     got = bytearray()
-    ends_s = time.monotonic() + scaled_s(_DELIVERY_S)
+    looks, since_s = 0, time.monotonic()
     while len(got) < count:
         try:
             some = os.read(fd, min(count - len(got), BULK_READ_BYTES))
@@ -442,14 +452,15 @@ def _read_exactly(fd: int, count: int) -> bytes:
             some = b""
         if some:
             got += some
+            looks, since_s = 0, time.monotonic()
             continue
         # Nothing, or an end that has overtaken them (see sockmap.py).
-        left_s = ends_s - time.monotonic()
-        if left_s <= 0:
+        if looks >= _LEAST_LOOKS and time.monotonic() - since_s > scaled_s(_DELIVERY_S):
             raise _LostError
+        looks += 1
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        poll.poll(max(1, min(left_s, 0.001) * 1000))
+        poll.poll(_LOOK_MS)
     return bytes(got)
 
 
