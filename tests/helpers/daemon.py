@@ -24,7 +24,7 @@ from pyforwarder.runtime.instance import Instance
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.filters import all_filters
 from tests.helpers.netns import entered
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.waiting import DEADLINE_S, PATIENCE_S, wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.client import What
@@ -80,7 +80,7 @@ class Place:
 
 
 def run_command(
-    place: Place, *words: str, stdin: bytes | None = None, deadline_s: float = DEADLINE_S
+    place: Place, *words: str, stdin: bytes | None = None, deadline_s: float = PATIENCE_S
 ) -> subprocess.CompletedProcess[str]:
     """One `pyforwarder ...` command from start to end.
 
@@ -139,7 +139,7 @@ class Daemon:
         with self._changed:
             return "\n".join(self.lines)
 
-    def wait_for_line(self, pattern: str, *, count: int = 1, deadline_s: float = DEADLINE_S) -> str:
+    def wait_for_line(self, pattern: str, *, count: int = 1, deadline_s: float = PATIENCE_S) -> str:
         """The last of the first `count` lines that the pattern is found in."""
 
         def look() -> str:
@@ -180,7 +180,7 @@ class Daemon:
     # ------------------------------------------------------------------ asking it
 
     def command(
-        self, *words: str, stdin: bytes | None = None, deadline_s: float = DEADLINE_S
+        self, *words: str, stdin: bytes | None = None, deadline_s: float = PATIENCE_S
     ) -> subprocess.CompletedProcess[str]:
         """A command for this instance, from start to end."""
         verb, *rest = words
@@ -190,7 +190,9 @@ class Daemon:
 
     def control(self) -> ControlClient:
         """Its control socket: the answers of the commands, without starting one for each."""
-        return ControlClient(Instance.named(self.instance, self.place.environ()))
+        return ControlClient(
+            Instance.named(self.instance, self.place.environ()), timeout_s=PATIENCE_S
+        )
 
     def reconfigure(self, config: str) -> None:
         """Write another text to its configuration file; `reload` or SIGHUP makes it count."""
@@ -257,7 +259,7 @@ class Daemon:
         self.process.kill()
         self.process.wait(timeout=DEADLINE_S)
 
-    def wait(self, *, deadline_s: float = DEADLINE_S) -> int:
+    def wait(self, *, deadline_s: float = PATIENCE_S) -> int:
         """Its exit code, once it has ended and everything it said was read."""
         try:
             code = self.process.wait(timeout=deadline_s)
@@ -267,7 +269,7 @@ class Daemon:
             thread.join(timeout=DEADLINE_S)
         return code
 
-    def stop(self, *, deadline_s: float = DEADLINE_S) -> int:
+    def stop(self, *, deadline_s: float = PATIENCE_S) -> int:
         """What `down --now` asks for, then its exit code."""
         self.control().down(now=True)
         return self.wait(deadline_s=deadline_s)

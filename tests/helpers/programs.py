@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.helpers.peers import Server, address_text, dial, read_to_end, unused_port
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.waiting import DEADLINE_S, PATIENCE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
@@ -81,7 +81,7 @@ def rule(match: str, server: Server) -> str:
 def run(*words: str | Path, stdin: str = "", fails_with: int = 0) -> str:
     """What a program prints; it has to end with this exit code."""
     done = subprocess.run(
-        words, input=stdin, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        words, input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert done.returncode == fails_with, (done.returncode, done.stdout, done.stderr)
     return done.stdout

@@ -25,7 +25,7 @@ from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionDirect
 from tests.helpers.forged import checksum
 from tests.helpers.instruction import ACK, instruction
 from tests.helpers.peers import address_text, pattern
-from tests.helpers.spliced import DATAPATH, SPLICED_WITHIN_S
+from tests.helpers.spliced import DATAPATH
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class SessionSite:
             row = self.row(talk.client)
             return row is not None and row["datapath"] == DATAPATH
 
-        wait_for(is_there, f"on {DATAPATH}", deadline_s=SPLICED_WITHIN_S)
+        wait_for(is_there, f"on {DATAPATH}")
 
         def is_the_kernels() -> bool:
             before = self.copies()
@@ -138,7 +138,7 @@ class SessionSite:
 
         # What is shown as spliced is copied still until the kernel knows the way of each direction.
         if DATAPATH == "splice":
-            wait_for(is_the_kernels, "nothing is copied any more", deadline_s=SPLICED_WITHIN_S)
+            wait_for(is_the_kernels, "nothing is copied any more")
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of `show --json`."""

@@ -13,18 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.peers import Waiting, address_text, dial_through, pattern, read_exactly
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon
     from tests.helpers.topology import Topology, Way
 
 DATAPATH: Final = os.environ.get("PYFORWARDER_TEST_DATAPATH", "splice")
-# A pair for which a keeper had no time, on a host with much to do, is copied meanwhile and asked
-# for again after 1, 2, 4 and 8 s (pyforwarder/worker/handover.py).
-SPLICED_WITHIN_S: Final = scaled_s(15.0) + DEADLINE_S
 
 
 def config(more: str = "", *, datapath: str = DATAPATH, listener: str = "", rule: str = "") -> str:
@@ -128,7 +124,7 @@ class Site:
             return row if row and row["datapath"] == DATAPATH and row["state"] == "joined" else None
 
         try:
-            row = wait_for(look, f"on {DATAPATH}", deadline_s=SPLICED_WITHIN_S)
+            row = wait_for(look, f"on {DATAPATH}")
         except AssertionError as error:
             raise AssertionError(f"{error}; {self.row(client)}") from None
         assert row is not None

@@ -146,6 +146,8 @@ def _announce6(name: str, address: str) -> None:
 _PATTERN: Final = bytes(range(251)) * 1050
 _PERIOD: Final = 251
 _TICK_S: Final = 0.02
+# A mover, the process for failover, the keeper, a worker or the peer: so many may be late in turn.
+_PROCESSES: Final = 4
 OFTEN_S: Final = 0.1  # bytes that come so often show a gap
 
 
@@ -204,6 +206,7 @@ class Traffic:
         self.streams: list[tuple[Stream, Stream]] = []
         self._is_sending = True
         self._is_over = False
+        self._late_s = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -225,6 +228,7 @@ class Traffic:
     def mark(self) -> None:
         """Forget the gaps so far."""
         with self._lock:
+            self._late_s = 0.0
             for pair in self.streams:
                 for stream in pair:
                     stream.gap_s, stream.last_s = 0.0, time.monotonic()
@@ -291,6 +295,15 @@ class Traffic:
                 default=0.0,
             )
 
+    def host_late_s(self) -> float:
+        """How much later than elsewhere something may be on this host, since `mark`.
+
+        So late this thread has got a processor at most; and what is waited for takes several
+        processes, one behind the other.
+        """
+        with self._lock:
+            return _PROCESSES * self._late_s
+
     def _run(self) -> None:
         due_s = time.monotonic()
         tick = 0
@@ -301,8 +314,10 @@ class Traffic:
                     key.data.receive()
                     if key.data.error:
                         self._selector.unregister(key.data.sock)
-                if time.monotonic() >= due_s:
-                    due_s = time.monotonic() + _TICK_S
+                now_s = time.monotonic()
+                if now_s >= due_s:
+                    self._late_s = max(self._late_s, now_s - due_s)
+                    due_s = now_s + _TICK_S
                     tick += 1
                     for pair in self.streams if self._is_sending else ():
                         for stream in pair:

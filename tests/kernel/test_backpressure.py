@@ -26,7 +26,7 @@ from tests.helpers.peers import (
     read_exactly,
     reset,
 )
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import DEADLINE_S, wait_for
 from tests.kernel.conftest import forwarders_at, temporary_place
 
 if TYPE_CHECKING:
@@ -263,7 +263,11 @@ def memory_of_stalled_pairs(on: OnDatapath, *, count: int) -> tuple[int, int]:
         forwarder.wait_for_no_pairs()
         # It is given back a while after that; the caller judges what is left.
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: kernel_memory() - before < most_left(taken), "it is given back")
+            wait_for(
+                lambda: kernel_memory() - before < most_left(taken),
+                "it is given back",
+                deadline_s=DEADLINE_S,
+            )
         return taken, kernel_memory() - before
 
 

@@ -66,7 +66,7 @@ def test_pairs_go_on_when_keepalived_notices_a_death_and_when_it_is_stopped(
     print(f"longest gap of the death: {gap_s:.2f} s, of {time.monotonic() - cut_s:.2f} s")
     traffic.poke()
     assert traffic.errors() == []
-    assert gap_s < scaled_s(1.0)
+    assert gap_s < scaled_s(1.0) + traffic.host_late_s()
 
     # It comes back, and does not take them: keepalived begins as BACKUP, behind its daemon.
     for address in MOVING:  # keepalived that is killed leaves them

@@ -127,7 +127,7 @@ def test_bytes_in_mid_stream_are_whole_when_the_keeper_is_stopped_or_killed(
         assert not bad, f"seed {SEED}, {done}: {len(bad)} faults\n" + "\n".join(bad[:20])
         carried = judge.totals(clients)
         up, down = up + carried[0], down + carried[1]
-        spliced = site.stats()["joined"]["splice"] - before["joined"].get("splice", 0)
+        spliced = site.stats()["joined"].get("splice", 0) - before["joined"].get("splice", 0)
     site.wait_for_no_pairs()
     after = site.stats()
     assert changes(after["closed"], before["closed"]) == {"finished": runs * COUNT}

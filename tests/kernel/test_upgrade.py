@@ -40,7 +40,6 @@ from tests.helpers.peers import (
     reset,
     unused_port,
 )
-from tests.helpers.spliced import SPLICED_WITHIN_S
 from tests.helpers.steady import steady_traffic
 from tests.helpers.waiting import wait_for
 
@@ -106,7 +105,7 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
         traffic.speak(UDP, 2, name="udp")
         traffic.speak(UDP_SPLICED, 2, name="spliced udp")
         wanted = Counter(copy=2 * pairs + 2, splice=2 * pairs + 2, sockmap=pairs)
-        wait_for(lambda: lineage.shown() == wanted, f"{wanted}", deadline_s=SPLICED_WITHIN_S)
+        wait_for(lambda: lineage.shown() == wanted, f"{wanted}")
         ids = {row["id"] for row in lineage.first.pairs()}
         traffic.connect((COPY, AUTO, COPY6, AUTO6), 2)
         seen.longest_s = 0.0
@@ -128,7 +127,6 @@ def play(begin: Any, upgrades: int, pairs: int, within_s: float = math.inf) -> S
         wait_for(
             lambda: those_from_before() == wanted,
             f"all are where they were: {wanted}",
-            deadline_s=SPLICED_WITHIN_S,
         )
         assert len(seen.udp_sources) == 4, "a client of UDP has got another session"
         traffic.stop()
@@ -680,7 +678,7 @@ def test_decisions_and_the_times_of_the_last_bytes_go_along(begin: Any) -> None:
             often.send(b"often")
             assert often.recv(100) == b"often"
         wanted = Counter(copy=2, splice=2, sockmap=1)
-        wait_for(lambda: lineage.shown() == wanted, f"{wanted}", deadline_s=SPLICED_WITHIN_S)
+        wait_for(lambda: lineage.shown() == wanted, f"{wanted}")
         for _ in range(2):
             lineage.upgrade()
         lineage.first.wait_for_line("taken_over pairs=")

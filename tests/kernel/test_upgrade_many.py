@@ -15,8 +15,7 @@ import pytest
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import pauses
 from tests.helpers.lineage import Lineage, lineages
-from tests.helpers.spliced import SPLICED_WITHIN_S
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import PATIENCE_S, wait_for
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
@@ -92,7 +91,7 @@ def settled(lineage: Lineage, wanted: Counter[str]) -> dict[int, str]:
 
     On a busy machine the keeper is given up after some seconds, and a pair goes another way.
     """
-    until_s = time.monotonic() + SPLICED_WITHIN_S
+    until_s = time.monotonic() + PATIENCE_S
 
     def look() -> dict[int, str]:
         found = datapaths(lineage)
@@ -100,7 +99,7 @@ def settled(lineage: Lineage, wanted: Counter[str]) -> dict[int, str]:
         is_settled = spliced == wanted["splice"] or time.monotonic() > until_s
         return found if len(found) == wanted.total() and is_settled else {}
 
-    found = wait_for(look, f"{wanted}", deadline_s=4 * SPLICED_WITHIN_S)
+    found = wait_for(look, f"{wanted}", deadline_s=4 * PATIENCE_S)
     assert Counter(found.values())["splice"] >= wanted["splice"] // 2
     return found
 
@@ -148,9 +147,7 @@ def play(begin: Any, load: Load, *, upgrades: int, within_s: float) -> None:
             reports.append(clients.report())
             print(f"upgrade {len(reports)}:", *reports[-1].lines(), sep="\n  ", flush=True)
             assert not reports[-1].faults, reports[-1].kinds
-            wait_for(
-                lambda: go_on(lineage, before), "all are known", deadline_s=2 * SPLICED_WITHIN_S
-            )
+            wait_for(lambda: go_on(lineage, before), "all are known", deadline_s=2 * PATIENCE_S)
         last = clients.stop()
         assert not last.faults, last.kinds
         print(f"the longest wait of each, p99, in {len(reports)} upgrades:")
