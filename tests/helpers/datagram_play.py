@@ -31,7 +31,7 @@ from tests.helpers.generations import settings_of
 
 T = TypeVar("T")
 
-DEADLINE_S: Final = scaled_s(10.0)
+DEADLINE_S: Final = scaled_s(25.0)
 SLOTS: Final = 64
 
 

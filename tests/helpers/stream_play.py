@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-DEADLINE_S: Final = scaled_s(10.0)
+DEADLINE_S: Final = scaled_s(25.0)
 
 
 SLOTS: Final = 64

@@ -345,6 +345,8 @@ def test_every_byte_and_every_end_of_many(
                 largest=50_000,
                 parallel=100,
                 first=first,
+                # Of thousands one may lose four of its SYN and their answers in a row: 15 s.
+                stall=20_000,
             ) as running:
                 return running.wait()
 
@@ -369,9 +371,10 @@ def test_every_byte_and_every_end_of_many(
         stats = site.stats()
         assert stats["pairs_opened"] == count
         # Where the packet is lost by which our own stack is to forget a handshake, a worker gets a
-        # socket besides the pair: it hears nothing but the client's reset.
+        # socket besides the pair: it hears nothing but the client's reset. One in fifty is lost, by
+        # chance some more than that.
         besides = stats["accepted"] - count
-        assert 0 <= besides <= (count // 50 if lossy else 0)
+        assert 0 <= besides <= (count // 20 if lossy else 0)
         closed = {reason: n for reason, n in stats["closed"].items() if n}
         assert closed.pop("finished") == count
         assert closed == ({"client_reset": besides} if besides else {})
