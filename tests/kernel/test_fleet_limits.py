@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.copied, pytest.mark.timeout(scaled_s(240))]
 
 MakeMachines = Callable[..., Machines]
+PACE_S = 0.05
 
 
 @pytest.fixture
@@ -72,8 +73,8 @@ def test_client_that_has_what_it_may_at_one_machine_gets_its_share_at_another(
     assert here.admits("two", OTHER_CLIENT)
     # What ends at one machine is room at the other.
     here.close("one", 20)
-    here.wait_until_admitted("two")
-    here.fill("two", 14)
+    for _ in range(15):  # it may be told of some of them first
+        here.wait_until_admitted("two")
     assert not here.admits("two")
 
 
@@ -86,12 +87,13 @@ def test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may(
     refused = 0
     for name in itertools.cycle(names):
         refused = 0 if here.admits(name) else refused + 1
-        time.sleep(0.02)
+        time.sleep(PACE_S)
         if refused == 30:
             break
     total = sum(map(len, here.opened.values()))
-    # The limit, the shares of two machines, and what is opened in 0.5 s of a quiet host.
-    assert 60 <= total <= 60 + 2 * 10 + scaled_s(0.5) / 0.02
+    # The limit, the shares of two machines, and what is opened until a machine has been told: a third
+    # of a second on a quiet host.
+    assert 60 <= total <= 60 + 2 * 10 + scaled_s(1.5) / PACE_S
     assert total < 3 * 60
 
 
