@@ -91,8 +91,8 @@ def test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may(
         if refused == 30:
             break
     total = sum(map(len, here.opened.values()))
-    # The limit, the shares of two machines, and what is opened until a machine has been told: a third
-    # of a second on a quiet host.
+    # The limit, the shares of two machines, and what is opened until a machine has been told:
+    # that is a third of a second on a quiet host.
     assert 60 <= total <= 60 + 2 * 10 + scaled_s(1.5) / PACE_S
     assert total < 3 * 60
 
