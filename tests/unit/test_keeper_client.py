@@ -49,6 +49,17 @@ def answering(
     return thread
 
 
+@pytest.fixture
+def be_patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, an answer may take as long as it does on a busy host."""
+
+    def patch() -> None:
+        for name in ("_READ_TIMEOUT_S", "_ANSWER_TIMEOUT_S"):
+            monkeypatch.setattr(keeper_client, name, 15.0)
+
+    return patch
+
+
 def fails(client: KeeperClient, do: str) -> None:
     with pytest.raises(KeeperError):
         client.ask(do)
@@ -75,13 +86,14 @@ def test_what_nobody_reads_is_an_error_and_then_nobody_waits(
 
 
 def test_asks_again_once_the_old_request_was_read(
-    ends: tuple[KeeperClient, socket.socket],
+    ends: tuple[KeeperClient, socket.socket], be_patient: Callable[[], None]
 ) -> None:
     client, keeper = ends
     fails(client, "worker_died")
     old = json.loads(keeper.recv(8192))
     # An answer to it comes too late for its caller, and is no other request's.
     keeper.send(json.dumps({"n": old["n"], "late": True}).encode())
+    be_patient()
     thread = answering(keeper, lambda _: {"index": 7})
     assert client.ask("adopt")["index"] == 7
     thread.join()
@@ -94,8 +106,11 @@ def test_what_was_read_too_late_is_an_error(ends: tuple[KeeperClient, socket.soc
     thread.join()
 
 
-def test_what_was_read_in_time_is_waited_for(ends: tuple[KeeperClient, socket.socket]) -> None:
+def test_what_was_read_in_time_is_waited_for(
+    ends: tuple[KeeperClient, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
     client, keeper = ends
+    monkeypatch.setattr(keeper_client, "_ANSWER_TIMEOUT_S", 15.0)
 
     def slow(request: dict[str, Any]) -> dict[str, int]:
         # Until the client has looked whether it was read, and waits on.
@@ -126,7 +141,7 @@ def test_a_keeper_that_is_gone_for_good_is_an_error(
 
 
 def test_two_clients_of_a_process_do_not_take_each_other_s_answers(
-    ends: tuple[KeeperClient, socket.socket],
+    ends: tuple[KeeperClient, socket.socket], be_patient: Callable[[], None]
 ) -> None:
     """The supervisor makes one for every dead worker that it buries."""
     first, keeper = ends
@@ -134,6 +149,7 @@ def test_two_clients_of_a_process_do_not_take_each_other_s_answers(
         first.ask("worker_died")
     old = json.loads(keeper.recv(8192))
     keeper.send(json.dumps({"n": old["n"], "late": True}).encode())
+    be_patient()
     thread = answering(keeper, lambda _: {})
     assert "late" not in KeeperClient(first._sock).ask("worker_died")
     thread.join()
