@@ -358,13 +358,20 @@ def test_the_limit_of_pairs(start_forwarder: StartForwarder) -> None:
             assert read_to_end(client) == refusal("busy")
         held.pop().close()
         wait_for(lambda: len(forwarder.look()) == 2, "two pairs left")
-        held.append(dial_through(forwarder.address, echo.address))
+
+        def is_served() -> bool:
+            """Its place is free right behind that, and another worker may be quicker."""
+            with contextlib.suppress(AssertionError):
+                held.append(dial_through(forwarder.address, echo.address))
+            return len(held) == 3
+
+        wait_for(is_served, "another pair")
         for sock in held:
             sock.sendall(b"x")
             assert read_exactly(sock, 1) == b"x"
             sock.close()
     forwarder.wait_for_no_pairs()
-    assert closed(forwarder)["busy"] == 1
+    assert closed(forwarder)["busy"] >= 1
 
 
 def test_the_limit_of_pairs_per_client(start_forwarder: StartForwarder) -> None:

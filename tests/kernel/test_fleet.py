@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 MACHINES = ("one", "two", "three")
+READING = frozenset({"diff", "get", "history", "instances"})
+TRIES = 3
 EDITIONS = 34  # so the last of all is the 99th of a hundred
 
 
@@ -73,15 +75,20 @@ def put(machine: Daemon, text: str, *words: str) -> subprocess.CompletedProcess[
 
 
 def fleet(machine: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    """A command; one that only reads is repeated while etcd does not answer in three seconds."""
     verb, *rest = words
-    return subprocess.run(
-        [*COMMAND, "fleet", verb, "-c", str(machine.config_path), *rest],
-        env=machine.place.environ(),
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    for _ in range(TRIES):
+        done = subprocess.run(
+            [*COMMAND, "fleet", verb, "-c", str(machine.config_path), *rest],
+            env=machine.place.environ(),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        if verb not in READING or "etcd at " not in done.stderr:
+            break
+    return done
 
 
 def instances(machine: Daemon) -> dict[str, tuple[int, int, str]]:
