@@ -280,7 +280,7 @@ def test_a_refused_connect_is_counted(start_forwarder: StartForwarder) -> None:
 def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
-    forwarder = start_forwarder(config(more="timeouts: {idle: 800ms}", datapath=datapath))
+    forwarder = start_forwarder(config(more="timeouts: {idle: 2s}", datapath=datapath))
     began_s = time.monotonic()
     with (
         pair_through(forwarder.address) as (client, server),
@@ -304,9 +304,9 @@ def test_an_idle_pair_is_reset_and_a_busy_one_is_not(
             raise AssertionError("a clean end of file")
 
         wait_for(gone, "the idle pair is reset")
-        assert time.monotonic() - began_s >= 0.8
+        assert time.monotonic() - began_s >= 2
         assert ends_with_reset(server) == b""
-        stays(chat, "the busy pair works", for_s=1.0)
+        stays(chat, "the busy pair works", for_s=2.2)
     forwarder.wait_for_no_pairs()
     assert closed(forwarder) == {"idle": 1, "finished": 1}
 
@@ -316,7 +316,7 @@ def test_a_half_closed_pair_has_its_own_deadline(
     start_forwarder: StartForwarder, datapath: str
 ) -> None:
     forwarder = start_forwarder(
-        config(more="timeouts: {half_closed: 700ms, idle: 1h}", datapath=datapath)
+        config(more="timeouts: {half_closed: 2s, idle: 1h}", datapath=datapath)
     )
     with pair_through(forwarder.address) as (client, server):
         client.sendall(b"last words")

@@ -33,7 +33,7 @@ CONFIG = """
 listeners:
   - name: main
     bind: 127.0.0.1:0
-    first_packet: {timeout: 600ms}
+    first_packet: {timeout: 1500ms}
     rules: [{name: named, match: instruction, allow: [loopback, "11.0.0.0/8"]}]
   - name: required
     bind: 127.0.0.1:0

@@ -464,7 +464,7 @@ def test_down_now_resets_spliced_pairs(own_site: Callable[[str], Site]) -> None:
 def test_an_idle_pair_is_reset_when_its_time_is_up_and_a_talking_one_is_not(site: Site) -> None:
     way = site.topology.way()
     with (
-        site.configured("timeouts: {idle: 2s}"),
+        site.configured("timeouts: {idle: 4s}"),
         counted(site, idle=1, finished=1),
         site.spliced(way, 4) as (client, server, _),
         site.spliced(way, 6) as (talker, listener, _),
