@@ -34,7 +34,7 @@ LISTENING: Final = re.compile(r"listening on (?P<address>\S+) \((?P<name>[^)]+)\
 COMMAND: Final = (str(Path(sys.executable).with_name("pyforwarder")),)
 # Loading and proving the datapaths comes before the first line; compiling takes seconds when
 # several do it at once.
-START_DEADLINE_S: Final = scaled_s(60.0)
+START_DEADLINE_S: Final = scaled_s(100.0)
 
 
 @dataclass(frozen=True, slots=True)
