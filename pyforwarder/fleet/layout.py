@@ -19,12 +19,14 @@ is no valid value is left out, and told of.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pyforwarder.core.address import Address, AddressError, parse_destination
+from pyforwarder.config.values import parse_upstream_name
+from pyforwarder.core.address import Address, parse_destination
 
 ROOT: Final = "/pyforwarder"
 SCHEMA: Final = 1
@@ -33,14 +35,29 @@ HISTORY_LENGTH: Final = 100
 MOST_SERVERS: Final = 4096
 MOST_INSTANCES: Final = 256
 
+# Of words about what is wrong with a value, which others have chosen.
+MOST_FAULT: Final = 200
+
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]
 Name = Annotated[str, Field(max_length=256)]
 Words = Annotated[str, Field(max_length=4096)]
+# What `fleet.instance` may be, see config/model.py.
+_MACHINE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SHARED: Final = "another machine has this name, too (fleet.instance)"
 
 
 class ValueFault(ValueError):
     """What stands at a key is not what belongs there."""
+
+
+def check_machine(name: str) -> None:
+    """Whether a machine can have this name.
+
+    Raises:
+        ValueFault: it cannot.
+    """
+    if not _MACHINE.fullmatch(name):
+        raise ValueFault("no machine's key")
 
 
 class Value(BaseModel):
@@ -159,7 +176,7 @@ def registered_servers(
     """Weights by upstream and address from (key, value) below `keys.servers`, and what is wrong.
 
     Two texts of one address ([::1]:80, [0::1]:80) are one server, with the weight of the last.
-    Never more than `MOST_SERVERS`.
+    Never more than `MOST_SERVERS`, of names that an upstream can have, and of each fault a line.
     """
     servers: dict[str, dict[str, int]] = {}
     faults: list[str] = []
@@ -169,12 +186,13 @@ def registered_servers(
         try:
             if not slash or not upstream:
                 raise ValueFault("the key names no upstream and address")
+            parse_upstream_name(upstream)
             address = parse_destination(text)
             if not isinstance(address, Address):
                 raise ValueFault("a server registers an IP address, not a name")
             weight = Server.decode(value).weight
-        except (ValueFault, AddressError) as error:
-            faults.append(f"{key[:200]}: {error}")
+        except ValueError as error:  # ValueFault and AddressError are
+            faults.append(f"{key[:MOST_FAULT]}: {str(error)[:MOST_FAULT]}")
             continue
         if count >= MOST_SERVERS:
             faults.append(f"more than {MOST_SERVERS} servers")
@@ -187,34 +205,39 @@ def registered_servers(
 def instances_in(keys: Keys, found: Iterable[tuple[str, bytes]]) -> list[dict[str, Any]]:
     """The machines of a fleet as one tells of them: what is no report is left out.
 
-    Never more than `MOST_INSTANCES`, and of each text a line at most.
+    Never more than `MOST_INSTANCES`, of each text a line at most, and nothing twice.
     """
     rows: list[dict[str, Any]] = []
     for key, value in found:
+        if len(rows) == MOST_INSTANCES:
+            break
+        name = key.removeprefix(keys.instances)
         try:
+            check_machine(name)
             said = InstanceReport.decode(value)
         except ValueFault:
             continue
-        available = [name for name, state in said.datapaths.items() if state == "available"]
+        datapaths = {word[:32]: state for word, state in said.datapaths.items()}
+        available = [word for word, state in datapaths.items() if state == "available"]
         rows.append(
             {
-                "instance": key.removeprefix(keys.instances)[:128],
+                "instance": name,
                 "version": said.version[:64],
                 "serial": said.serial,
                 "refused": said.refused,
                 "pairs": said.pairs,
                 "accepted": said.accepted,
-                "datapaths": [name[:32] for name in available],
+                "datapaths": available,
                 "unavailable": {
-                    name[:32]: state[:128]
-                    for name, state in said.datapaths.items()
-                    if name not in available
+                    word: state[:128]
+                    for word, state in datapaths.items()
+                    if word not in available
                 },
                 "started": said.started[:64],
                 "why": said.complaint[:256],
             }
         )
-    return rows[:MOST_INSTANCES]
+    return rows
 
 
 def newest_first(found: Iterable[tuple[str, bytes]]) -> list[Edition]:

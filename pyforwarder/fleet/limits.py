@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import functools
 import heapq
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import Field
 
-from pyforwarder.fleet.layout import Name, Value, ValueFault
+from pyforwarder.fleet.layout import Name, Value, ValueFault, check_machine
 from pyforwarder.fleet.reporting import Reporter
 from pyforwarder.runtime.client_network import ClientNetwork
 from pyforwarder.runtime.fleet_counts import fleet_key
@@ -63,8 +62,6 @@ _SCANS_REST: Final = 20
 # What changes all the time is written so often, and so much of it in a second: the store keeps all.
 _WRITE_S: Final = 0.25
 _WRITTEN_BYTES_PER_S: Final = 16 << 10
-# What `fleet.instance` may be, see config/model.py.
-_MACHINE: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # What is no report is told of: once, and of so many keys at most in this time.
 _MOST_FAULTS: Final = 16
 _FAULTS_EVERY_S: Final = 60.0
@@ -163,8 +160,7 @@ class Board:
         )
 
     def _parse(self, machine: str, value: bytes) -> LimitsReport:
-        if not _MACHINE.fullmatch(machine):
-            raise ValueFault("no machine's key")
+        check_machine(machine)
         if len(self._reported) >= MOST_MACHINES - 1:
             raise ValueFault("too many machines")
         if len(value) > _MOST_VALUE_BYTES:

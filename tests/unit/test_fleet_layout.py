@@ -21,7 +21,7 @@ from pyforwarder.fleet.layout import (
     newest_first,
     registered_servers,
 )
-from pyforwarder.supervisor.messages import FleetInstances
+from pyforwarder.supervisor.messages import FROM_FLEET, FleetInstances, understand
 
 KEYS = Keys("edge")
 
@@ -47,6 +47,18 @@ def test_a_machines_report_is_cut_to_what_a_table_shows_and_what_is_none_is_left
     assert (len(one["version"]), len(one["why"])) == (64, 256)
     assert (old["version"], old["pairs"], old["datapaths"]) == ("0.1", 0, [])
     assert len(instances_in(keys, found[:1] * 300)) == 256
+
+
+def test_machines_whose_names_none_can_have_and_datapaths_that_look_the_same_are_left_out() -> None:
+    """Else a scrape had the same metric twice, which Prometheus refuses."""
+    value = InstanceReport(
+        version="1", datapaths={"x" * 32: "no", "x" * 33: "available", "x" * 34: "no"}
+    ).encode()
+    names = ["one", "a" * 128, "a" * 129, "a/b", "", "a b", "\u00e4"]
+    rows = instances_in(KEYS, [(KEYS.instance(name), value.encode()) for name in names])
+    assert [row["instance"] for row in rows] == ["one", "a" * 128]
+    assert (rows[0]["datapaths"], rows[0]["unavailable"]) == ([], {"x" * 32: "no"})
+    assert len(FleetInstances.model_validate({"instances": rows}).instances) == 2
 
 
 def test_keys_are_below_the_fleet() -> None:
@@ -127,6 +139,29 @@ def test_servers_by_upstream_with_their_faults() -> None:
         "/10.0.0.3:80",
         "web/10.0.0.4:80",
     ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{'w' * 1025}/10.0.0.1:80",
+        f"{'w' * 64}/10.0.0.1:80",
+        f"web/{'1' * 70_000}",
+        f"web/10.0.0.1:{'1' * 70_000}",
+        f"web/[{':' * 70_000}",
+        f"{'w' * 70_000}",
+        "web\n/10.0.0.1:80",
+    ],
+)
+def test_no_key_keeps_the_supervisor_from_hearing_of_the_others(key: str) -> None:
+    """A message that is too long, or has too much in it, costs the process its life."""
+    found = [(f"{KEYS.servers}{key}", b"{}"), (f"{KEYS.servers}web/10.0.0.2:80", b"{}")]
+    servers, faults = registered_servers(KEYS, found)
+    assert servers == {"web": {"10.0.0.2:80": 1}}
+    assert len(faults) == 1
+    said = {"serial": 0, "text": "", "servers": servers, "faults": faults}
+    understand(said, [], FROM_FLEET)
+    assert len(faults[0]) < 500
 
 
 def test_never_more_servers_than_there_may_be() -> None:
