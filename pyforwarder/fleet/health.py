@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field
 
-from pyforwarder.fleet.layout import MOST_INSTANCES, MOST_SERVERS, Name, Value, ValueFault
+from pyforwarder.fleet.layout import (
+    MOST_INSTANCES,
+    MOST_SERVERS,
+    Name,
+    Value,
+    ValueFault,
+    check_machine,
+)
 from pyforwarder.fleet.reporting import Reporter
 
 if TYPE_CHECKING:
@@ -33,6 +40,9 @@ if TYPE_CHECKING:
 _TURN_S: Final = 0.1
 _MOST_WHY: Final = 200
 _MOST_NAME: Final = 64  # of a machine, as far as it is shown
+_MOST_VALUE_BYTES: Final = 1 << 20
+# Of all machines' reports, kept for servers that this one may get later.
+_MOST_KEPT_BYTES: Final = 32 << 20
 
 Server = tuple[str, str]  # upstream and address
 # "": it has this server, and has not looked; "up", or "down" and why.
@@ -74,7 +84,10 @@ class Board:
         self._machine = machine
         self._checks = checks
         self._quorum = quorum
+        # By machine; of servers that this one has, too.
         self._said: dict[str, dict[Server, State | None]] = {}
+        self._values: dict[str, bytes] = {}  # the reports of these
+        self._kept_bytes = 0
         self._own: dict[Server, State | None] = {}
         # Words on these count from this turn on: they were not this machine's to check until then.
         self._from: dict[Server, int] = {}
@@ -84,36 +97,50 @@ class Board:
     def saw_all(self, found: Iterable[tuple[str, bytes]]) -> None:
         """All reports that are in the store, by machine."""
         self._said.clear()
+        self._values.clear()
+        self._kept_bytes = 0
         for machine, value in found:
             self.saw(machine, value)
 
     def saw(self, machine: str, value: bytes | None) -> None:
         """One has changed, or has gone (None)."""
         self._said.pop(machine, None)
+        self._kept_bytes -= len(self._values.pop(machine, b""))
         if value is None or machine == self._machine:
             return
         try:
             if len(self._said) >= MOST_INSTANCES:
                 raise ValueFault("too many machines")
-            report = HealthReport.decode(value)
-            if sum(map(len, report.servers.values())) > MOST_SERVERS:
-                raise ValueFault("too many servers")
+            report = _parse(machine, value)
         except ValueFault:
             self.faults += 1
             return
-        self._said[machine] = {
+        self._said[machine] = self._known(report)
+        # Of one that is not kept nothing is known of later servers until it reports again.
+        if self._kept_bytes + len(value) <= _MOST_KEPT_BYTES:
+            self._values[machine] = value
+            self._kept_bytes += len(value)
+
+    def _known(self, report: HealthReport) -> dict[Server, State | None]:
+        """What it says of servers that this machine has, too."""
+        return {
             (upstream, server): State.decode(text)
             for upstream, servers in report.servers.items()
             for server, text in servers.items()
+            if (upstream, server) in self._own
         }
 
     def know(self, own: Mapping[Server, State | None], turn: int = 0) -> None:
         """What this machine knows by itself of the servers that it has, as of this `turn`."""
+        has_more = bool(own.keys() - self._own.keys())
         self._from = {server: since for server, since in self._from.items() if server in own}
         self._own = {
             server: state if turn >= self._from.get(server, 0) else None
             for server, state in own.items()
         }
+        if has_more:
+            for machine, value in self._values.items():
+                self._said[machine] = self._known(_parse(machine, value))
 
     def give_up(self, mine: Collection[Server], turn: int) -> None:
         """From this turn on these alone are checked: what was known of others is past."""
@@ -175,6 +202,21 @@ class Board:
         if len(down) < wanted:
             return State(up=True, why=f"{len(votes) - len(down)} of {len(votes)} machines reach it")
         return State(up=False, why=f"{len(down)} of {len(votes)} machines: {down[0].why}")
+
+
+def _parse(machine: str, value: bytes) -> HealthReport:
+    """What a machine says.
+
+    Raises:
+        ValueFault: it is no report.
+    """
+    check_machine(machine)
+    if len(value) > _MOST_VALUE_BYTES:
+        raise ValueFault("too long")
+    report = HealthReport.decode(value)
+    if sum(map(len, report.servers.values())) > MOST_SERVERS:
+        raise ValueFault("too many servers")
+    return report
 
 
 def _weight(machine: str, server: Server) -> bytes:

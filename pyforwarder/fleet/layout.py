@@ -229,9 +229,7 @@ def instances_in(keys: Keys, found: Iterable[tuple[str, bytes]]) -> list[dict[st
                 "accepted": said.accepted,
                 "datapaths": available,
                 "unavailable": {
-                    word: state[:128]
-                    for word, state in datapaths.items()
-                    if word not in available
+                    word: state[:128] for word, state in datapaths.items() if word not in available
                 },
                 "started": said.started[:64],
                 "why": said.complaint[:256],

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # One machine reports so many clients at most: those that are nearest to their limits.
 MOST_REPORTED: Final = 1024
 _MOST_COUNT: Final = 1_000_000
-_MOST_VALUE_BYTES: Final = 256 << 10
+MOST_VALUE_BYTES: Final = 256 << 10
 _TURN_S: Final = 0.05
 # Workers' memory is scanned as often as this, and for a twentieth of the time at most.
 _SCAN_S: Final = 0.1
@@ -163,7 +163,7 @@ class Board:
         check_machine(machine)
         if len(self._reported) >= MOST_MACHINES - 1:
             raise ValueFault("too many machines")
-        if len(value) > _MOST_VALUE_BYTES:
+        if len(value) > MOST_VALUE_BYTES:
             raise ValueFault("too long")
         report = LimitsReport.decode(value)
         clients = (report.tcp, report.udp, *report.listeners.values())

@@ -37,6 +37,14 @@ REQUEST_TIMEOUT_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 5.0
 MOST_IN_ONE: Final = 128  # changes in one request: etcd's --max-txn-ops
 _MOST_LINE_BYTES: Final = 16 << 20
+# Of one answer, and of all answers of one list: who may write in the store may write more than we
+# have room for. One value has 1.5 MB at most (etcd's --max-request-bytes).
+MOST_ANSWER_BYTES: Final = 8 << 20
+MOST_LIST_BYTES: Final = 128 << 20
+# A list is asked for in pages of so many keys: more in the next one, where these were short.
+_FIRST_KEYS: Final = 256
+_MOST_KEYS: Final = 8192
+_PIECE_BYTES: Final = 64 << 10
 # A member that is cut off from the others ends a watch, instead of telling of nothing for ever.
 # Source: https://etcd.io/docs/v3.4/learning/api/#watch-streams, rpctypes.MetadataRequireLeaderKey.
 _HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
@@ -49,6 +57,10 @@ class StoreError(ForwarderError):
 
 class NoSuchLeaseError(StoreError):
     """The lease of a key is gone."""
+
+
+class AnswerTooLongError(StoreError):
+    """The store has more to say than there is room for."""
 
 
 class CompactedError(StoreError):
@@ -98,13 +110,39 @@ class Store:
             client.session.close()
 
     def list(self, prefix: str) -> Found:
-        """All keys below a prefix, in order."""
-        answer = self._post("/kv/range", {"key": _encode(prefix), "range_end": _end_of(prefix)})
-        entries = [
-            (_decode(entry["key"]).decode(errors="replace"), _decode(entry.get("value", "")))
-            for entry in answer.get("kvs", ())
-        ]
-        return Found(_revision(answer), entries)
+        """All keys below a prefix, in order.
+
+        Raises:
+            AnswerTooLongError: they and their values have more than `MOST_LIST_BYTES`.
+        """
+        entries: list[tuple[str, bytes]] = []
+        body: dict[str, Any] = {"key": _encode(prefix), "range_end": _end_of(prefix)}
+        most_keys, left_bytes = _FIRST_KEYS, MOST_LIST_BYTES
+        while True:
+            try:
+                answer = self._post("/kv/range", {**body, "limit": most_keys})
+            except AnswerTooLongError:
+                if most_keys == 1:
+                    raise
+                most_keys = max(1, most_keys // 16)
+                continue
+            page = answer.get("kvs", ())
+            size = 0
+            for entry in page:
+                key, value = _decode(entry["key"]), _decode(entry.get("value", ""))
+                entries.append((key.decode(errors="replace"), value))
+                size += len(key) + len(value)
+            left_bytes -= size
+            if left_bytes < 0:
+                raise AnswerTooLongError(f"etcd at {self.endpoint}: more below {prefix} than fits")
+            revision = int(body.get("revision", 0)) or _revision(answer)
+            if not answer.get("more") or not page:
+                return Found(revision, entries)
+            # All of it as it was at the first page's moment.
+            behind = base64.b64encode(key + b"\0").decode()
+            body |= {"key": behind, "revision": revision}
+            if size < MOST_ANSWER_BYTES // 8:
+                most_keys = min(2 * most_keys, _MOST_KEYS)
 
     def get(self, key: str) -> tuple[bytes, int] | None:
         """A key's value and the revision of its last change; None if there is no such key."""
@@ -343,6 +381,9 @@ class Store:
                 return answer
             except StoreError as failed:
                 error = failed
+            except _TooLong:
+                # Another member would say the same.
+                raise AnswerTooLongError(f"etcd at {self.endpoint}: an answer too long") from None
             except Etcd3Exception as failed:
                 if _code(failed) == _NOT_FOUND:
                     raise NoSuchLeaseError(f"etcd at {self.endpoint}: {_reason(failed)}") from None
@@ -358,6 +399,31 @@ class Store:
         self._current = (self._current + 1) % len(self._clients)
         self._is_known = False
         return StoreError(f"etcd at {endpoint}: {reason[:300]}")
+
+
+class _TooLong(requests.exceptions.RequestException):
+    """An answer has more than `MOST_ANSWER_BYTES`."""
+
+
+class _Session(requests.Session):
+    """Reads no more of an answer than there may be; streams are the caller's to read."""
+
+    def send(self, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        """See `requests.Session.send`.
+
+        Raises:
+            _TooLong: it is longer; the connection is closed.
+        """
+        answer = super().send(request, **{**options, "stream": True})
+        if not options.get("stream"):
+            read = bytearray()
+            for piece in answer.iter_content(_PIECE_BYTES):
+                read += piece
+                if len(read) > MOST_ANSWER_BYTES:
+                    answer.close()
+                    raise _TooLong
+            answer._content = bytes(read)
+        return answer
 
 
 class _WithContext(HTTPAdapter):
@@ -387,7 +453,7 @@ class _WithContext(HTTPAdapter):
 
 def _client(endpoint: str, context: ssl.SSLContext | None, timeout_s: float) -> Etcd3Client:
     parts = urlsplit(endpoint)
-    session = requests.Session()
+    session = _Session()
     session.trust_env = False  # no proxy of the environment, no .netrc
     if context is not None:
         session.mount("https://", _WithContext(context))

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
 _WATCH_S: Final = 60.0
-# What the watching thread may be ahead of the other.
-_MOST_WAITING: Final = 4096
+# What the watching thread may be ahead of the other, in bytes; each change counts as some at least.
+_MOST_WAITING_BYTES: Final = 16 << 20
+_LEAST_BYTES: Final = 512
+# Of one value, where nothing else is said.
+_MOST_BYTES: Final = 1 << 20
 # What is written comes by the process's own watch within this time, or that is of no use.
 _HEARD_AFTER_S: Final = 5.0
 UNHEARD: Final = "the watch does not tell what was written"
@@ -78,14 +81,48 @@ class Lost(NamedTuple):
     error: str
 
 
+class Received(queue.Queue["All | Lost | Change"]):
+    """What the watching thread has received: no more of it than there is room for.
+
+    What is listed at once is one piece, whatever its size: of that the store has its own bound.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        super().__init__(_MOST_WAITING_BYTES)
+
+    # The methods by which queue.Queue says what it holds, called with its lock held.
+
+    def _qsize(self) -> int:
+        return self._bytes
+
+    def _put(self, item: All | Lost | Change) -> None:
+        super()._put(item)
+        self._bytes += _bytes_of(item)
+
+    def _get(self) -> All | Lost | Change:
+        item: All | Lost | Change = super()._get()
+        self._bytes -= _bytes_of(item)
+        return item
+
+
+def _bytes_of(item: All | Lost | Change) -> int:
+    value = item.value if isinstance(item, Change) else None
+    return _LEAST_BYTES + len(value or b"")
+
+
 class Watcher:
     """The thread that watches what is in the store."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        """`store` is this thread's alone."""
+    def __init__(self, store: Store, prefix: str, *, most_bytes: int = _MOST_BYTES) -> None:
+        """`store` is this thread's alone.
+
+        Of a longer value the first `most_bytes` bytes and one are received: it has none of ours.
+        """
         self._store = store
         self._prefix = prefix
-        self.received: queue.Queue[All | Lost | Change] = queue.Queue(_MOST_WAITING)
+        self._most_bytes = most_bytes
+        self.received: Final = Received()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._is_over = False
         self._revision = 0  # up to which all was received
@@ -103,12 +140,21 @@ class Watcher:
         return not self._thread.is_alive()
 
     def changes(self) -> Iterator[All | Lost | Change]:
-        """What was received since the last call, as much of it as one turn may take."""
-        for _ in range(_MOST_WAITING):
-            try:
-                yield self.received.get_nowait()
-            except queue.Empty:
-                return
+        """What was received since the last call, as much of it as one turn may take.
+
+        Of a key that has changed again and again, the last change: who writes there all the time
+        has nobody read all of it.
+        """
+        taken: list[All | Lost | Change] = []
+        while len(taken) < _MOST_WAITING_BYTES // _LEAST_BYTES and not self.received.empty():
+            taken.append(self.received.get_nowait())
+        last: dict[str, int] = {}
+        for index, one in enumerate(taken):
+            if isinstance(one, Change):
+                last[one.key] = index
+        for index, one in enumerate(taken):
+            if not isinstance(one, Change) or last[one.key] == index:
+                yield one
 
     def expect(self, revision: int, now_s: float) -> None:
         """We have written something below the prefix at this revision: the watch is to bring it."""
@@ -139,7 +185,8 @@ class Watcher:
         while not self._is_over:
             try:
                 found = self._store.list(self._prefix)
-                self.received.put(All(found.entries, found.revision))
+                entries = [(key, self._cut(value)) for key, value in found.entries]
+                self.received.put(All(entries, found.revision))
                 self._revision, self._is_doubted = found.revision, False
                 pause.end()
                 while not self._is_over:
@@ -148,6 +195,8 @@ class Watcher:
                     revision = self._revision
                     until_s = time.monotonic() + _WATCH_S
                     for change in self._store.events(self._prefix, after=revision, until_s=until_s):
+                        if change.value is not None:
+                            change = change._replace(value=self._cut(change.value))
                         self.received.put(change)
                         self._revision = change.revision
                         if self._is_over:
@@ -157,3 +206,6 @@ class Watcher:
             except StoreError as error:
                 self.received.put(Lost(str(error)[:500]))
                 time.sleep(pause.next_s())
+
+    def _cut(self, value: bytes) -> bytes:
+        return value if len(value) <= self._most_bytes else value[: self._most_bytes + 1]

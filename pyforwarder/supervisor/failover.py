@@ -197,6 +197,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         from pyforwarder.datapath.splice.staying import Staying
         from pyforwarder.fleet.failover.record import tag_of
         from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator
+        from pyforwarder.fleet.failover.stays import MOST_TEXT
         from pyforwarder.fleet.layout import Keys
         from pyforwarder.fleet.opening import open_store
         from pyforwarder.fleet.watching import Watcher
@@ -241,7 +242,7 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         keys = Keys(fleet.name)
         replicator = Replicator(
             stores[0],
-            Watcher(stores[1], keys.failover),
+            Watcher(stores[1], keys.failover, most_bytes=MOST_TEXT),
             keys,
             tag_of(name),
             machine,

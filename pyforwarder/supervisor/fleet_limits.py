@@ -64,7 +64,7 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
         # Files may be readable by root alone, these modules, too.
         from pyforwarder.fleet.failover.compaction import Compaction
         from pyforwarder.fleet.layout import Keys
-        from pyforwarder.fleet.limits import Board, LimitsSharing
+        from pyforwarder.fleet.limits import MOST_VALUE_BYTES, Board, LimitsSharing
         from pyforwarder.fleet.opening import open_store
         from pyforwarder.fleet.watching import Watcher
         from pyforwarder.runtime.fleet_counts import ClientCounts, OtherMachines
@@ -78,7 +78,7 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
         columns, shown = self._memory.share_limits()
         sharing = LimitsSharing(
             stores[0],
-            Watcher(stores[1], keys.limits),
+            Watcher(stores[1], keys.limits, most_bytes=MOST_VALUE_BYTES),
             keys,
             machine,
             Board(machine, self._scopes, secret=secret),

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import pytest
 
 from pyforwarder.config import Fleet, parse_config
-from pyforwarder.fleet import reporting
+from pyforwarder.fleet import health, reporting
 from pyforwarder.fleet.health import Board, HealthReport, HealthSharing, State
 from pyforwarder.fleet.layout import MOST_SERVERS, Keys
 from pyforwarder.fleet.opening import open_store
@@ -362,6 +362,49 @@ def test_a_report_of_too_many_servers_is_none() -> None:
     board.saw("b", HealthReport(servers=many | {"one": {WEB[1]: "up"}}).encode().encode())
     assert board.faults == 1
     assert board._said == {}
+
+
+@pytest.mark.parametrize(
+    ("machine", "value"),
+    [
+        ("b/c", value_of(web="up")),
+        ("b" * 129, value_of(web="up")),
+        ("", value_of(web="up")),
+        ("b", b"[" * 100_000),
+        ("b", HealthReport(servers={"web": {WEB[1]: "up"}}).encode().encode() + b" " * (1 << 20)),
+        ("b", b'{"servers": {"web": {"10.0.0.1:80": "down a\\nb"}}}'),
+    ],
+)
+def test_what_is_no_machines_report_counts_for_nothing(machine: str, value: bytes) -> None:
+    board = Board("a", "one", "majority")
+    board.know({WEB: UP})
+    board.saw(machine, value)
+    assert (board.faults, board._said, board.mine()) == (1, {}, {WEB})
+
+
+def test_of_others_reports_little_is_kept_and_what_was_kept_counts_for_servers_that_come_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two = HealthReport(servers={"web": {WEB[1]: "down x"}, "late": {WEB[1]: "down x"}})
+    value = two.encode().encode()
+    monkeypatch.setattr(health, "_MOST_KEPT_BYTES", 2 * len(value))
+    board = Board("a", "all", "majority")
+    board.know({WEB: UP})
+    for machine in ("b", "c", "d"):
+        board.saw(machine, value)
+    assert [len(said) for said in board._said.values()] == [1, 1, 1]
+    late = ("late", WEB[1])
+    board.know({WEB: UP, late: UP})
+    assert [len(said) for said in board._said.values()] == [2, 2, 1]
+    assert not board.states()[late].up
+    # One that has gone, or reports again, gives its room back.
+    for _ in range(3):
+        board.saw("b", value)
+    board.saw("c", None)
+    board.saw("d", value)
+    assert sorted(board._values) == ["b", "d"]
+    board.saw_all([("b", value)])
+    assert board._kept_bytes == len(value)
 
 
 def test_a_store_that_was_set_up_anew_is_not_waited_for() -> None:

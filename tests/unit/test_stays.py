@@ -128,6 +128,21 @@ def test_faults_in_the_store_are_counted_and_told_to_nobody() -> None:
         a.saw(f"{B}.{number}", b"1 ")
     assert a.faults == 9
     assert len(a.turn({}, 0.0).tell) == MOST_GROUPS
+    a.saw(f"{B}.1", encode([CLIENT]).encode())  # one of those that it knows
+    assert (a.faults, a.turn({}, 0.0).tell[f"{B}.1"]) == (9, encode([CLIENT]))
+
+
+def test_groups_that_others_have_written_in_a_machines_name_are_removed_and_not_remembered() -> (
+    None
+):
+    a = Stays(A)
+    long = encode([CLIENT] * 100)
+    for number in range(MOST_GROUPS + 5):
+        a.saw(f"{A}.{number}", long.encode())
+    assert sum(map(len, a._own.values())) == MOST_GROUPS * len(long)
+    turn = a.turn({MOST_GROUPS + 2: [CLIENT]}, 0.0)
+    assert turn.puts == {f"{A}.{MOST_GROUPS + 2}": encode([CLIENT])}
+    assert len(turn.deletes) == MOST_GROUPS + 4
 
 
 # The machines that have the addresses then

@@ -133,15 +133,17 @@ class Stays:
         if value is None:
             known.pop(key, None)
             return
+        is_one_too_many = key not in known and len(known) >= MOST_GROUPS
         try:
-            if not is_key(key) or (not is_own and len(self._others) >= MOST_GROUPS):
+            if not is_key(key) or (is_one_too_many and not is_own):
                 raise RecordFault("a key")
             decode(value)
         except RecordFault:
             self.faults += 1
             known.pop(key, None)
             return
-        known[key] = value.decode()
+        # Of ours it is enough to know that they are there, to remove or to write them.
+        known[key] = "" if is_one_too_many else value.decode()
 
     def wrote(self, puts: Mapping[str, str], deletes: Iterable[str], now_s: float) -> None:
         """The store has that now."""
