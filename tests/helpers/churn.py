@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from tests.helpers.peers import address_text
+
 _LENGTH: Final = struct.Struct("!I")
 _PATTERN: Final = bytes(range(253)) * 400
 _SILENCE_S: Final = 5.0
@@ -21,6 +23,7 @@ _LOOK_S: Final = 0.05
 class Broken(NamedTuple):
     """A client's connection that has ended too early."""
 
+    client: str  # its address, as `show` has it
     began_s: float
     ended_s: float
     was_reset: bool  # else its client has waited too long
@@ -86,9 +89,10 @@ class Churn:
     def _ask(self) -> None:
         while not self._is_over.is_set():
             said = _message(self._rng.choice((40, 4000, 100_000)))
-            began_s = 0.0
+            began_s, client = 0.0, ""
             try:
                 with self._connect() as sock:
+                    client = address_text(sock.getsockname()[:2])
                     began_s = time.monotonic()
                     sock.settimeout(_SILENCE_S)
                     sock.sendall(said)
@@ -98,7 +102,7 @@ class Churn:
                 self.broken += 1
                 if began_s:
                     was_reset = isinstance(error, ConnectionError)
-                    self.broken_ones.append(Broken(began_s, time.monotonic(), was_reset))
+                    self.broken_ones.append(Broken(client, began_s, time.monotonic(), was_reset))
                 continue
             if got != said:
                 self.faults.append(f"the client got {len(got)} of {len(said)} bytes, and an end")

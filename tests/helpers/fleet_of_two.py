@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.fleet.failover import stays
+from pyforwarder.fleet.failover.record import Pair
 from pyforwarder.fleet.layout import Keys
 from tests.helpers.churn import Churn
 from tests.helpers.daemon import COMMAND
@@ -186,6 +187,13 @@ class Fleet:
             return (state["own"], state["held"]) == (0, count)
 
         wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
+
+    def replicated(self) -> set[str]:
+        """The clients of pairs in the store, with which another machine can go on."""
+        with self.hosts.switch.entered():
+            said = self.etcd.ctl("get", "--prefix", "--print-value-only", Keys("edge").pairs)
+        clients = [Pair.decode(line.split(" ")[3]).ends.client for line in said.split("\n") if line]
+        return {address_text((str(ipaddress.ip_address(ip)), port)) for ip, port in clients}
 
     def staying(self) -> set[tuple[str, str]]:
         """Connections in the store with which no other machine could go on: peer, our end."""

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 PAIRS = 24
 HUNDRED, THOUSAND = 100, 1000
-TWENTY = 20
+# Rounds, of each three of which two are deaths; in the third the machine is cut off, and lives.
+THIRTY = 30
+# What is in the store for so long, the other machine has.
+HELD_WITHIN_S = scaled_s(1.0)
 # After so long others know of a connection that ends with its machine.
 STAYS_KNOWN_S = scaled_s(1.5)
 WITHIN_S = scaled_s(1.0)
@@ -93,16 +96,16 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
     """The machine with the addresses dies or is cut off, `least` times, and on until `until_s`.
 
     It comes back with its records, without them, or has lived all the time. No pair may notice;
-    meanwhile others begin and end. The machine that gets the addresses next has the pairs within
-    half a second, and half a second later bytes come again everywhere: ends left alone try again
-    after 0.2, 0.6, 1.4 ... s.
+    meanwhile others begin and end, and those of them that the store knew of go on as well. The
+    machine that gets the addresses next has the pairs within half a second, and half a second later
+    bytes come again everywhere: ends left alone try again after 0.2, 0.6, 1.4 ... s.
     """
     hosts, traffic, rng = fleet.hosts, fleet.traffic, random.Random(seed)
     here, there = "a", "b"
     count = len(traffic.streams)
     released = {"a": 0, "b": 0}
     gaps_s: list[str] = []
-    counts: list[tuple[int, int]] = []
+    counts: list[tuple[int, ...]] = []
     for number in itertools.count():
         if number >= least and time.monotonic() > until_s:
             break
@@ -110,7 +113,9 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         fleet.wait_until_held(there, count)
         churn = fleet.churn(seed + number)
         churn.start()
-        time.sleep(rng.uniform(1.5, 3.0))
+        time.sleep(rng.uniform(0.5, 2.0))
+        replicated, looked_s = fleet.replicated(), time.monotonic()
+        time.sleep(HELD_WITHIN_S)
         traffic.mark()
         old = fleet.daemons[here]
         cut_s = time.monotonic()
@@ -136,10 +141,12 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
         host_late_s = traffic.host_late_s()
         until_reset_s = given_s + WITHIN_S + host_late_s
         late = [one for one in known if not one.was_reset or one.ended_s > until_reset_s]
-        counts += [(len(lost), len(known))]
+        counts += [(len(lost), len(known), len(replicated) - count)]
         assert late == [], (number, given_s, host_late_s)
+        left = [one for one in lost if one.client in replicated and one.began_s < looked_s]
+        assert left == [], (number, given_s)
         most_s = moved_s + OFTEN_S + scaled_s(0.5) + host_late_s
-        assert gap_s < most_s, (number, moved_s, host_late_s)
+        assert gap_s < most_s, (number, gap_s, moved_s, host_late_s)
         traffic.poke()
         # Nobody gives them back to the machine that was away; if it lives, it hears that it has no
         # pairs more.
@@ -161,7 +168,7 @@ def deaths(fleet: Fleet, least: int, *, until_s: float, seed: int) -> None:
     wait_for(traffic.is_whole, "all bytes have come")
     assert traffic.errors() == []
     print("longest gap (until the addresses had moved):", *gaps_s)
-    print("others that were lost, of these the store knew of:", *counts)
+    print("others that were lost, of these known to the store; others that went on:", *counts)
 
 
 @pytest.mark.timeout(240)
@@ -209,13 +216,9 @@ def test_a_machine_without_addresses_that_hears_nothing_ends_without_a_word(flee
 def test_many_pairs_go_on_through_many_deaths_at_random_moments(
     fleet: Fleet, soak_s: float
 ) -> None:
-    """A thousand through twenty deaths at least; fewer where a soak has less than ten minutes.
-
-    A thousand on two processors that others use as well: the store hears of the youngest late, and
-    these, of which nobody goes on, then wait for their own timeouts.
-    """
+    """A thousand through twenty deaths at least; fewer where a soak has less than ten minutes."""
     is_long = soak_s >= 600
-    count, least = (THOUSAND, TWENTY) if is_long else (3 * HUNDRED, 3)
+    count, least = (THOUSAND, THIRTY) if is_long else (3 * HUNDRED, 3)
     until_s = time.monotonic() + soak_s
     fleet.hosts.give_addresses("a")
     for name in ("a", "b"):
