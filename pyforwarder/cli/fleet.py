@@ -276,6 +276,35 @@ def instances(call: Call, config_path: Path, as_json: bool) -> int:
     return FAILED if any(row["refused"] or row["is_shared"] for row in rows) else DONE
 
 
+@command(name="clients", example="pyforwarder fleet clients -c /etc/fleet.yaml")
+@_config
+@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
+def clients(call: Call, config_path: Path, as_json: bool) -> int:
+    """List the clients that have most, as machines tell each other for `fleet: {limits: ...}`.
+
+    What they have of all listeners by PROTOCOL, and at each LISTENER.  What a client has at a
+    machine is not told there as long as it is no more than its share.
+    """
+    from pyforwarder.fleet.layout import ValueFault
+    from pyforwarder.fleet.limits import LimitsReport, read_report, rows_of
+
+    reports: dict[str, LimitsReport] = {}
+    with _opened(config_path) as opened:
+        prefix = opened.keys.limits
+        for key, value in opened.store.list(prefix).entries:
+            machine = key.removeprefix(prefix)
+            try:
+                reports[machine] = read_report(machine, value)
+            except ValueFault as error:
+                call.say(f"pyforwarder: {key}: {error}")
+    rows = rows_of(reports)
+    if not as_json:
+        for row in rows:
+            row["machines"] = ",".join(f"{name}={count}" for name, count in row["machines"].items())
+    _show(call, rows, ("client", "total", "protocol", "listener", "machines"), as_json)
+    return DONE
+
+
 @command(
     name="register",
     example="pyforwarder register -c /etc/fleet.yaml web 10.0.0.7:443 --ttl 10s",
@@ -458,5 +487,5 @@ def _show(call: Call, rows: list[dict[str, Any]], columns: tuple[str, ...], as_j
         call.write(tables.table(heads, rows, last_is_prose=True))
 
 
-for _command in (put, get, diff, history, rollback, instances, ready, move, take):
+for _command in (put, get, diff, history, rollback, instances, clients, ready, move, take):
     fleet.add_command(_command)

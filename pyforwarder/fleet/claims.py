@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import Keys, UsedToken
 from pyforwarder.fleet.store import NoSuchLeaseError, StoreError
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 # In one transaction: etcd takes 128 operations by default.
 MOST_AT_ONCE: Final = 64
+# Where no token is used, the store is asked so often whether it is there: the first client that has
+# one need not find out.
+_LOOK_S: Final = 5.0
 # The clocks of two machines may be apart by this much, and a token is not good again on one of them
 # because the store has forgotten it.
 CLOCKS_APART_S: Final = 60
@@ -54,8 +58,8 @@ class Supervisor(Protocol):
             OSError: it is gone.
         """
 
-    def receive(self, *, wait: bool) -> Claim | None:
-        """The next claim; without `wait` None if there is none just now.
+    def receive(self, timeout_s: float) -> Claim | None:
+        """The next claim; None if there is none within that time.
 
         Raises:
             EOFError: it is gone.
@@ -87,6 +91,7 @@ class Claims:
         self._supervisor = supervisor
         self._clock = clock
         self._unix_time_s = unix_time_s
+        self._exchanges = Exchanges(supervisor)
         self._leases: OrderedDict[int, _Lease] = OrderedDict()
         self._is_lost = False
 
@@ -98,6 +103,10 @@ class Claims:
         """
         while True:
             claims = self._next()
+            self._exchanges.tell(self._store.answered_s, self._clock())
+            if not claims:
+                self._look()
+                continue
             try:
                 found: list[bool | None] = [*self._claim(claims)]
             except StoreError as error:
@@ -111,15 +120,24 @@ class Claims:
             self._supervisor.send(answers)
 
     def _next(self) -> list[Claim]:
-        first = self._supervisor.receive(wait=True)
-        assert first is not None
+        first = self._supervisor.receive(_LOOK_S)
+        if first is None:
+            return []
         claims = [first]
         while len(claims) < MOST_AT_ONCE:
-            more = self._supervisor.receive(wait=False)
+            more = self._supervisor.receive(0.0)
             if more is None:
                 break
             claims.append(more)
         return claims
+
+    def _look(self) -> None:
+        try:
+            self._store.get(self._keys.tokens)  # no token has this key
+        except StoreError as error:
+            self._report_lost(str(error))
+        else:
+            self._report_found()
 
     def _claim(self, claims: Sequence[Claim]) -> Sequence[bool]:
         """Whether each is the first.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field
 
+from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import (
     MOST_INSTANCES,
     MOST_SERVERS,
@@ -244,6 +245,7 @@ class HealthSharing:
         self._supervisor = supervisor
         self._clock = clock
         self._reporter = Reporter(store, watcher, keys.health, machine, supervisor, clock=clock)
+        self._exchanges = Exchanges(supervisor)
         self._mine: set[Server] = set()
         self._turn = 0  # counts what there was to check
         self._rounds = 0  # of checks, that the supervisor has told of
@@ -285,6 +287,7 @@ class HealthSharing:
         self._reporter.receive(self._board, now_s)
         self._check_turn(now_s)
         self._reporter.write(now_s, self._write)
+        self._exchanges.tell(self._reporter.answered_s, now_s, unusable=self._board.faults)
         was_lost = self._reporter.is_lost
         is_shared = self._reporter.check_store()
         if self._reporter.is_lost != was_lost:

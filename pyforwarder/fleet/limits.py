@@ -28,11 +28,12 @@ import functools
 import heapq
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 from pydantic import Field
 
+from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import Name, Value, ValueFault, check_machine
 from pyforwarder.fleet.reporting import Reporter
 from pyforwarder.runtime.client_network import ClientNetwork
@@ -80,6 +81,48 @@ class LimitsReport(Value):
     listeners: dict[Name, _Clients] = Field(default_factory=dict, max_length=MOST_REPORTED)
 
 
+def read_report(machine: str, value: bytes) -> LimitsReport:
+    """What a machine reports.
+
+    Raises:
+        ValueFault: it is no report, or no machine's.
+    """
+    check_machine(machine)
+    if len(value) > MOST_VALUE_BYTES:
+        raise ValueFault("too long")
+    report = LimitsReport.decode(value)
+    clients = (report.tcp, report.udp, *report.listeners.values())
+    if sum(map(len, clients)) > MOST_REPORTED:
+        raise ValueFault("too many clients")
+    return report
+
+
+def rows_of(reports: Mapping[str, LimitsReport]) -> list[dict[str, Any]]:
+    """What clients have by these reports, by machine; who has most comes first.
+
+    `protocol` is None for what they have at a listener, `listener` for what they have at all.
+    """
+    found: defaultdict[tuple[str, str | None, str | None], dict[str, int]] = defaultdict(dict)
+    for machine, report in sorted(reports.items()):
+        of_all: list[tuple[str | None, str | None, dict[str, int]]]
+        of_all = [("tcp", None, report.tcp), ("udp", None, report.udp)]
+        of_all += [(None, listener, some) for listener, some in report.listeners.items()]
+        for protocol, listener, some in of_all:
+            for client, count in some.items():
+                found[client, protocol, listener][machine] = count
+    rows = [
+        {
+            "client": client,
+            "total": sum(machines.values()),
+            "protocol": protocol,
+            "listener": listener,
+            "machines": machines,
+        }
+        for (client, protocol, listener), machines in found.items()
+    ]
+    return sorted(rows, key=lambda row: (-cast("int", row["total"]), str(row)))
+
+
 class Board:
     """What all machines report, and what follows for one of them."""
 
@@ -91,6 +134,7 @@ class Board:
         self._by_name = {(one.kind, one.name): one for one in scopes}
         self._reported: dict[str, dict[int, int]] = {}  # by machine: counts by the workers' keys
         self.has_changed = False  # `others` or `machines`, since this was set to False
+        self.unusable = 0  # values that were no reports
         self.faults: dict[str, str] = {}  # why these machines' values are no reports, of some
 
     @property
@@ -115,8 +159,11 @@ class Board:
         if value is None:
             return
         try:
-            report = self._parse(machine, value)
+            if len(self._reported) >= MOST_MACHINES - 1:
+                raise ValueFault("too many machines")
+            report = read_report(machine, value)
         except ValueFault as fault:
+            self.unusable += 1
             if len(self.faults) < _MOST_FAULTS:
                 self.faults[machine[:_MOST_KEY]] = str(fault)
             return
@@ -158,18 +205,6 @@ class Board:
             udp=found.get(("udp", ""), {}),
             listeners={name: some for (kind, name), some in found.items() if kind == "listener"},
         )
-
-    def _parse(self, machine: str, value: bytes) -> LimitsReport:
-        check_machine(machine)
-        if len(self._reported) >= MOST_MACHINES - 1:
-            raise ValueFault("too many machines")
-        if len(value) > MOST_VALUE_BYTES:
-            raise ValueFault("too long")
-        report = LimitsReport.decode(value)
-        clients = (report.tcp, report.udp, *report.listeners.values())
-        if sum(map(len, clients)) > MOST_REPORTED:
-            raise ValueFault("too many clients")
-        return report
 
     def _counts_of(self, report: LimitsReport) -> dict[int, int]:
         counts: dict[int, int] = {}
@@ -231,6 +266,7 @@ class LimitsSharing:
         self._compaction = compaction
         self._clock = clock
         self._reporter = Reporter(store, watcher, keys.limits, machine, supervisor, clock=clock)
+        self._exchanges = Exchanges(supervisor)
         self._report = LimitsReport()
         self._scan_s = 0.0  # not before
         self._change_s = 0.0  # the report, not before
@@ -258,6 +294,7 @@ class LimitsSharing:
             self._shown.write(self._board.others(), self._board.machines)
         self._scan(now_s)
         self._reporter.write(now_s, self._write)
+        self._exchanges.tell(self._reporter.answered_s, now_s, unusable=self._board.unusable)
         if self._reporter.check_store():
             self._shown.hold_until(self._reporter.alone_s)
         elif self._reporter.is_lost:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import (
     Edition,
     InstanceReport,
@@ -78,6 +79,8 @@ class Member:
         self._name = name
         self._supervisor = supervisor
         self._clock = clock
+        self._exchanges = Exchanges(supervisor)
+        self._unusable = 0
         self._told: dict[str, Any] | None = None
         self._report: InstanceReport | None = None
         self._reported: InstanceReport | None = None
@@ -130,13 +133,15 @@ class Member:
             self._keys,
             [entry for entry in entries.items() if entry[0].startswith(self._keys.servers)],
         )
+        faults += more
         said = {
             "servers": servers,
             "serial": edition.serial if edition else 0,
             "text": edition.text if edition else "",
-            "faults": [*faults, *more][:_MOST_FAULTS],
+            "faults": faults[:_MOST_FAULTS],
         }
         if said != self._told:
+            self._unusable += len(faults)
             self._supervisor.send(said)
             self._told = said
             self._receive(_ANSWER_S, for_answer=True)
@@ -178,6 +183,7 @@ class Member:
         if self._reported is not None:
             self._check_own(dict(found.entries).get(self._keys.instance(self._name)), now_s)
         self._supervisor.send({"instances": instances_in(self._keys, found.entries)})
+        self._exchanges.tell(self._store.answered_s, self._clock(), unusable=self._unusable)
 
     def _check_own(self, value: bytes | None, now_s: float) -> None:
         """What stands in our report's place, if that is not ours, is written over."""

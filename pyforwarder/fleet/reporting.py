@@ -166,6 +166,11 @@ class Reporter:
         self._renew_s = 0.0
 
     @property
+    def answered_s(self) -> float:
+        """When the store was there last; 0: never."""
+        return self._ok_s
+
+    @property
     def alone_s(self) -> float:
         """When this machine is alone, if the store is silent until then."""
         return self._ok_s + LOST_AFTER_S

@@ -97,6 +97,7 @@ class Store:
         self._current = 0
         self.until_s = math.inf  # (time.monotonic()) no answer is waited for longer; not of watches
         self._is_known = False  # to the member: we have a token, or need none
+        self.answered_s = 0.0  # (time.monotonic()) when a member did last; 0: never
         self.written = 0  # the revision of the last `put`, or `write` that has set a key
 
     @property
@@ -378,6 +379,7 @@ class Store:
                 answer = client.post(client.get_url(path), json=body)
                 if not isinstance(answer, dict):
                     raise self._failed("no answer of etcd")
+                self.answered_s = time.monotonic()
                 return answer
             except StoreError as failed:
                 error = failed

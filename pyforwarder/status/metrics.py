@@ -55,6 +55,8 @@ class Source:
     datapaths: Mapping[str, str]  # name -> "available", or why not
     # The machines of the fleet, as `supervisor.messages.FleetInstance` has them: the list changes.
     fleet: list[Mapping[str, Any]] = field(default_factory=list)
+    # What the fleet's store is asked for, and when it has answered: `StoreProcess.exchange`.
+    exchanges: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 class ForwarderCollector(Collector):
@@ -102,6 +104,11 @@ class ForwarderCollector(Collector):
             for datapath in one["unavailable"]:
                 available.add_metric([name, datapath], 0.0)
         yield from (info, pairs, serial, refused, available)
+        silent, unusable = map(_metric, (table.FLEET_SILENT, table.FLEET_UNUSABLE))
+        for one in self._source.exchanges:
+            silent.add_metric([one["part"]], max(0.0, time.monotonic() - one["answered_s"]))
+            unusable.add_metric([one["part"]], one["unusable"])
+        yield from (silent, unusable)
 
     def _instance(self) -> Iterator[Metric]:
         source = self._source

@@ -74,7 +74,10 @@ def prepare(
     def fleet_changed(fleet: list[Any]) -> None:
         source.fleet[:] = fleet
 
-    link = SupervisorLink(loop, channel, changed, fleet_changed)
+    def exchanged(exchanges: list[Any]) -> None:
+        source.exchanges[:] = exchanges
+
+    link = SupervisorLink(loop, channel, changed, fleet_changed, exchanged)
     if page is not None and "status" in sockets:
         site = page_site(loop, page, link)
         Server(loop, sockets["status"], site)

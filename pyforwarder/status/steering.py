@@ -31,12 +31,15 @@ class SupervisorLink:
         channel: Channel,
         changed: Callable[[HealthChange], None],
         fleet_changed: Callable[[list[Any]], None] = lambda _: None,
+        exchanged: Callable[[list[Any]], None] = lambda _: None,
     ) -> None:
         """`changed` is called when a server went up or down; the loop ends with the supervisor.
 
-        `fleet_changed` is called with the machines of the fleet.
+        `fleet_changed` is called with the machines of the fleet, `exchanged` with what its store is
+        asked for, and when that has answered.
         """
         self._fleet_changed = fleet_changed
+        self._exchanged = exchanged
         self._loop = loop
         self._channel = channel
         self._changed = changed
@@ -85,6 +88,8 @@ class SupervisorLink:
                 self._answer(number, 0, error)
             case {"fleet": list(fleet)}:
                 self._fleet_changed(fleet)
+            case {"exchanges": list(exchanges)}:
+                self._exchanged(exchanges)
             case {"at": at, "upstream": str(upstream), "server": str(server), "up": bool(up)}:
                 self._changed(HealthChange(at, upstream, server, up, str(message.get("why", ""))))
 

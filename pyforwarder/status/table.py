@@ -367,6 +367,15 @@ FLEET_SERIAL: Final = _gauge(
 FLEET_REFUSED: Final = _gauge(
     "fleet_refused_serial", "The newest edition that a machine could not use; 0: none.", "instance"
 )
+# Of this machine, by what it asks the fleet's store for.
+FLEET_SILENT: Final = _gauge(
+    "fleet_store_silent_seconds",
+    "How long ago the fleet's store has answered last; from the start, if it never has.",
+    "part",
+)
+FLEET_UNUSABLE: Final = _counter(
+    "fleet_store_unusable", "Values in the fleet's store that could not be used.", "part"
+)
 FLEET_DATAPATH: Final = _gauge(
     "fleet_datapath_available", "1 if a machine has that datapath.", "instance", "datapath"
 )

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime import moving_addresses as addresses
-from pyforwarder.supervisor.child import Above, ChildProcess, Serving
-from pyforwarder.supervisor.messages import FROM_FAILOVER, MoveAsked, Replicas, Taken
+from pyforwarder.supervisor.child import Above, Serving
+from pyforwarder.supervisor.messages import (
+    FROM_FAILOVER,
+    MoveAsked,
+    Replicas,
+    StoreAnswered,
+    Taken,
+)
+from pyforwarder.supervisor.store_process import StoreProcess
 
 if TYPE_CHECKING:
     from pyforwarder.config import Failover, Fleet
@@ -28,10 +35,11 @@ _ANNOUNCED_S: Final = (0.1, 0.4, 1.5)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
-class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
+class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered"]):
     """Runs where `fleet.failover` is configured and pairs are spliced."""
 
     name = "failover"
+    part = "failover"
     may_say = FROM_FAILOVER
 
     def __init__(
@@ -252,7 +260,10 @@ class FailoverProcess(ChildProcess["Taken | Replicas | MoveAsked"]):
         )
         return Serving(replicator.run, [standby.fileno()])
 
-    def _handle(self, said: Taken | Replicas | MoveAsked) -> None:
+    def _handle(self, said: Taken | Replicas | MoveAsked | StoreAnswered) -> None:
+        if isinstance(said, StoreAnswered):
+            self._note(said)
+            return
         if isinstance(said, MoveAsked):
             self._send({"moved": self._take_for(said.move_from)})
             return

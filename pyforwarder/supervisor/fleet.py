@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
 from pyforwarder.errors import ForwarderError
-from pyforwarder.supervisor.child import Above, ChildProcess, Serving
+from pyforwarder.supervisor.child import Above, Serving
 from pyforwarder.supervisor.configuration import Shared
 from pyforwarder.supervisor.messages import (
     FROM_FLEET,
@@ -24,7 +24,9 @@ from pyforwarder.supervisor.messages import (
     FleetStore,
     FleetView,
     Overwritten,
+    StoreAnswered,
 )
+from pyforwarder.supervisor.store_process import StoreProcess
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -43,10 +45,13 @@ _LEAVE: Final = signal.SIGUSR1
 _LEAVE_S: Final = 1.0
 
 
-class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances | Overwritten"]):
+class FleetProcess(
+    StoreProcess["FleetView | FleetStore | FleetInstances | Overwritten | StoreAnswered"]
+):
     """Learns what is in the store, and has it put in force."""
 
     name = "fleet"
+    part = "configuration"
     may_say = FROM_FLEET
 
     def __init__(
@@ -158,7 +163,12 @@ class FleetProcess(ChildProcess["FleetView | FleetStore | FleetInstances | Overw
                     os.close(pidfd)
         self.close()
 
-    def _handle(self, said: FleetView | FleetStore | FleetInstances | Overwritten) -> None:
+    def _handle(
+        self, said: FleetView | FleetStore | FleetInstances | Overwritten | StoreAnswered
+    ) -> None:
+        if isinstance(said, StoreAnswered):
+            self._note(said)
+            return
         if isinstance(said, Overwritten):
             self._log.write(
                 "warning", "fleet_instance_overwritten", key=said.overwritten[:_MOST_SHOWN]

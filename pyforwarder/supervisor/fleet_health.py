@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import is_this_host
 from pyforwarder.runtime.tables import one_line
-from pyforwarder.supervisor.child import Above, ChildProcess, Serving
+from pyforwarder.supervisor.child import Above, Serving
 from pyforwarder.supervisor.health import Verdict
 from pyforwarder.supervisor.messages import (
     FROM_HEALTH,
     FleetStates,
     FleetStore,
     Overwritten,
+    StoreAnswered,
 )
+from pyforwarder.supervisor.store_process import StoreProcess
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Fleet, Upstream
@@ -35,13 +37,14 @@ _ROUNDS: Final = 3
 _LEAST_S: Final = 2.0  # a loaded machine is late now and then
 
 
-class FleetHealth(ChildProcess["FleetStates | FleetStore | Overwritten"]):
+class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAnswered"]):
     """Puts together what our own process checks, and what the fleet says where that is shared.
 
     As long as the store does not answer, and until it has, each machine checks all by itself.
     """
 
     name = "fleet_health"
+    part = "health"
     may_say = FROM_HEALTH
 
     def __init__(
@@ -235,7 +238,10 @@ class FleetHealth(ChildProcess["FleetStates | FleetStore | Overwritten"]):
         sharing = HealthSharing(stores[0], watcher, keys, machine, board, Above(channel))
         return Serving(sharing.run)
 
-    def _handle(self, said: FleetStates | FleetStore | Overwritten) -> None:
+    def _handle(self, said: FleetStates | FleetStore | Overwritten | StoreAnswered) -> None:
+        if isinstance(said, StoreAnswered):
+            self._note(said)
+            return
         if isinstance(said, Overwritten):
             key = said.overwritten[:_MOST_SHOWN]
             self._log.write("warning", "fleet_health_overwritten", key=key)

@@ -6,8 +6,15 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.supervisor.child import Above, ChildProcess, Serving
-from pyforwarder.supervisor.messages import FROM_LIMITS, FleetFaults, FleetStore, Overwritten
+from pyforwarder.supervisor.child import Above, Serving
+from pyforwarder.supervisor.messages import (
+    FROM_LIMITS,
+    FleetFaults,
+    FleetStore,
+    Overwritten,
+    StoreAnswered,
+)
+from pyforwarder.supervisor.store_process import StoreProcess
 from pyforwarder.worker.generation import fleet_scopes
 
 if TYPE_CHECKING:
@@ -21,13 +28,14 @@ if TYPE_CHECKING:
 _MOST_SHOWN: Final = 200
 
 
-class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
+class LimitsProcess(StoreProcess["FleetStore | FleetFaults | Overwritten | StoreAnswered"]):
     """Writes into the store what clients have here, and into workers' memory what others have.
 
     The supervisor gets messages of the store alone: whether it answers, and what is wrong in it.
     """
 
     name = "fleet_limits"
+    part = "limits"
     may_say = FROM_LIMITS
 
     def __init__(
@@ -89,7 +97,10 @@ class LimitsProcess(ChildProcess["FleetStore | FleetFaults | Overwritten"]):
         )
         return Serving(sharing.run, memory=[shown])
 
-    def _handle(self, said: FleetStore | FleetFaults | Overwritten) -> None:
+    def _handle(self, said: FleetStore | FleetFaults | Overwritten | StoreAnswered) -> None:
+        if isinstance(said, StoreAnswered):
+            self._note(said)
+            return
         if isinstance(said, FleetFaults):
             for fault in said.faults:
                 self._log.write("warning", "fleet_value", error=fault[:_MOST_SHOWN])

@@ -8,13 +8,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.supervisor.child import Above, ChildProcess, Serving
+from pyforwarder.supervisor.child import Above, Serving
 from pyforwarder.supervisor.messages import (
     FROM_TOKENS,
     FaultyMessageError,
     FleetStore,
+    StoreAnswered,
     TokensClaimed,
 )
+from pyforwarder.supervisor.store_process import StoreProcess
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Fleet
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
 _MOST_WAITING: Final = 4096
 
 
-class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
+class TokenProcess(StoreProcess["TokensClaimed | FleetStore | StoreAnswered"]):
     """Asks the store; the worker is answered, with None if it is not known."""
 
     name = "fleet_tokens"
+    part = "tokens"
     may_say = FROM_TOKENS
 
     def __init__(
@@ -94,7 +97,7 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
 
     def _understand(
         self, message: dict[str, Any], fds: Sequence[int]
-    ) -> TokensClaimed | FleetStore:
+    ) -> TokensClaimed | FleetStore | StoreAnswered:
         said = super()._understand(message, fds)
         if isinstance(said, TokensClaimed):
             numbers = [*said.claimed, *said.used, *said.unknown]
@@ -102,7 +105,10 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
                 raise FaultyMessageError("an answer to what was not asked")
         return said
 
-    def _handle(self, said: TokensClaimed | FleetStore) -> None:
+    def _handle(self, said: TokensClaimed | FleetStore | StoreAnswered) -> None:
+        if isinstance(said, StoreAnswered):
+            self._note(said)
+            return
         if isinstance(said, FleetStore):
             self._is_lost = said.store == "lost"
             level = "warning" if self._is_lost else "info"
@@ -129,10 +135,10 @@ class TokenProcess(ChildProcess["TokensClaimed | FleetStore"]):
 class _ClaimsAbove(Above):
     """Which asks for tokens to be used up."""
 
-    def receive(self, *, wait: bool) -> Claim | None:
+    def receive(self, timeout_s: float) -> Claim | None:
         from pyforwarder.fleet.claims import Claim
 
-        message = self.wait(None if wait else 0.0)
+        message = self.wait(timeout_s)
         if message is None:
             return None
         return Claim(message["number"], message["claim"], message["until"])

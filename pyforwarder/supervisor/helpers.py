@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.health import Verdict
     from pyforwarder.supervisor.memory import SharedMemory
+    from pyforwarder.supervisor.store_process import StoreProcess
     from pyforwarder.supervisor.worker_pool import WorkerPool
     from pyforwarder.worker.log import Log
 
@@ -130,6 +131,15 @@ class Helpers:
             splicing=lambda: datapaths.splicing,
             adopt=workers.adopt,
         )
+        self._of_store: Sequence[StoreProcess[Any]] = (
+            self.fleet,
+            self.health,
+            self.limits,
+            self.tokens,
+            self.failover,
+        )
+        for process in self._of_store:
+            process.answered = self._tell_exchanges
         # By the name that each has in the log.
         self._all: dict[str, ChildProcess[Any]] = {
             "web": self.web,
@@ -160,6 +170,11 @@ class Helpers:
     def change_limits(self, config: Config) -> None:
         """Have the limits shared that this configuration, which is in force, has on clients."""
         self.limits.change_to(config, self._in_force.settings.indexes)
+        self._tell_exchanges()
+
+    def _tell_exchanges(self) -> None:
+        exchanges = (process.exchange() for process in self._of_store)
+        self.web.send_exchanges([one for one in exchanges if one is not None])
 
     def reap(self) -> None:
         """A child has ended: replace what has died, after a pause, unless the daemon ends."""
@@ -234,6 +249,7 @@ class Helpers:
             self._datapaths.states,
             started_unix_s=self._started_unix_s,
             fleet=self.web.fleet,
+            exchanges=self.web.exchanges,
         )
         page = page_source_in_child(
             self._in_force,

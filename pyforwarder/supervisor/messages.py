@@ -126,6 +126,13 @@ class FleetStore(_Message):
     endpoint: Words
 
 
+class StoreAnswered(_Message):
+    """A fleet's store has answered, so long ago; how many values there were of no use so far."""
+
+    answered_ago_ms: Annotated[int, Field(ge=0, lt=10**9)]
+    unusable: Number
+
+
 class FleetStates(_Message):
     """What a fleet says of servers (`fleet.health`): "up" or "down" and why; whom we check."""
 
@@ -218,28 +225,33 @@ FROM_FLEET: Final[Messages] = {
     "store": (FleetStore, 0),
     "instances": (FleetInstances, 0),
     "overwritten": (Overwritten, 0),
+    "answered_ago_ms": (StoreAnswered, 0),
 }
 FROM_FAILOVER: Final[Messages] = {
     "waiting": (Taken, 0),
     "replicas": (Replicas, 0),
     "move_from": (MoveAsked, 0),
+    "answered_ago_ms": (StoreAnswered, 0),
 }
 
 FROM_TOKENS: Final[Messages] = {
     "claimed": (TokensClaimed, 0),
     "store": (FleetStore, 0),
+    "answered_ago_ms": (StoreAnswered, 0),
 }
 
 FROM_HEALTH: Final[Messages] = {
     "states": (FleetStates, 0),
     "overwritten": (Overwritten, 0),
     "store": (FleetStore, 0),
+    "answered_ago_ms": (StoreAnswered, 0),
 }
 
 FROM_LIMITS: Final[Messages] = {
     "faults": (FleetFaults, 0),
     "overwritten": (Overwritten, 0),
     "store": (FleetStore, 0),
+    "answered_ago_ms": (StoreAnswered, 0),
 }
 
 # The result of each request.

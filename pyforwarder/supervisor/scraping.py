@@ -118,7 +118,9 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self._unix_time_s = unix_time_s
         self.listening: Listening = {}
         self.verdicts: deque[tuple[float, Verdict]] = deque(maxlen=_MOST_VERDICTS)
-        self.fleet: list[dict[str, Any]] = []  # machines, for processes to come
+        # Machines, and exchanges with the fleet's store, for processes to come.
+        self.fleet: list[dict[str, Any]] = []
+        self.exchanges: list[dict[str, Any]] = []
 
     def change_to(self, wanted: Wanted) -> Listening:
         """Bind what is wanted, unless it is bound; nothing changes before `commit`.
@@ -186,6 +188,12 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self.fleet = [one.model_dump(exclude={"started", "why"}) for one in instances]
         self._send({"fleet": self.fleet})
 
+    def send_exchanges(self, exchanges: list[dict[str, Any]]) -> None:
+        """The fleet's store has answered, or is asked for other things: `StoreProcess.exchange`."""
+        if exchanges != self.exchanges:
+            self.exchanges = exchanges
+            self._send({"exchanges": exchanges})
+
     @property
     def _is_wanted(self) -> bool:
         return bool(self.listening)
@@ -234,6 +242,7 @@ def source_in_child(
     *,
     started_unix_s: float,
     fleet: Sequence[Mapping[str, Any]],
+    exchanges: Sequence[Mapping[str, Any]],
 ) -> Source:
     """In the metrics process: what it tells, from memory that it cannot write."""
     from pyforwarder.status.metrics import Source
@@ -266,6 +275,7 @@ def source_in_child(
         },
         datapaths=datapaths,
         fleet=list(fleet),
+        exchanges=list(exchanges),
     )
 
 

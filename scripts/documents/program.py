@@ -54,6 +54,18 @@ def collected() -> list[Metric]:
         servers={("web", "10.0.0.1:443"): 140},
         upstreams={"web": 160},
         datapaths={"copy": "available"},
+        fleet=[
+            {
+                "instance": "one",
+                "version": "0",
+                "serial": 0,
+                "refused": 0,
+                "pairs": 0,
+                "datapaths": ["copy"],
+                "unavailable": {},
+            }
+        ],
+        exchanges=[{"part": "health", "answered_s": 0.0, "unusable": 0}],
     )
     return list(ForwarderCollector(source).collect())
 

@@ -71,6 +71,9 @@ TESTED_ELSEWHERE: Final = {
         "tests/kernel/test_fleet.py"
     ),
     "pyforwarder fleet instances -c /etc/pyforwarder/default.yaml": "tests/kernel/test_fleet.py",
+    "pyforwarder fleet clients -c /etc/pyforwarder/default.yaml": (
+        "tests/kernel/test_fleet_limits.py"
+    ),
     "pyforwarder fleet history -c /etc/pyforwarder/default.yaml": "tests/kernel/test_fleet.py",
     "pyforwarder fleet diff -c /etc/pyforwarder/default.yaml --serial 3": (
         "tests/kernel/test_fleet.py"

@@ -59,6 +59,7 @@ class Forwarder:
                         "unavailable": {"splice": "no"},
                     }
                 ],
+                exchanges=[{"part": "health", "answered_s": 0.0, "unusable": 3}],
             )
         )
 

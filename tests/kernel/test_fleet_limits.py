@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.daemon import COMMAND
 from tests.helpers.etcd import Etcd, running
 from tests.helpers.instruction import instruction
 from tests.helpers.limited_clients import CLIENT, OTHER_CLIENT, Machines, client_addresses
@@ -20,6 +23,7 @@ from tests.helpers.peers import address_text
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
+    from tests.helpers.daemon import Daemon
     from tests.kernel.conftest import StartForwarder
 
 pytestmark = [pytest.mark.copied, pytest.mark.timeout(scaled_s(240))]
@@ -57,6 +61,17 @@ def machines(start_forwarder: StartForwarder, etcd: Etcd) -> Iterator[MakeMachin
         yield make
 
 
+def listed(machine: Daemon, *words: str) -> str:
+    return subprocess.run(
+        [*COMMAND, "fleet", "clients", "-c", str(machine.config_path), *words],
+        env=machine.place.environ(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=True,
+    ).stdout
+
+
 def test_client_that_has_what_it_may_at_one_machine_gets_its_share_at_another(
     machines: MakeMachines,
 ) -> None:
@@ -71,6 +86,11 @@ def test_client_that_has_what_it_may_at_one_machine_gets_its_share_at_another(
     limited = here.daemons["two"].control().stats()["limited"]
     assert limited == {"pairs_per_client": 1}
     assert here.admits("two", OTHER_CLIENT)
+    # Who has so much, and where; that the other had more than its share for a moment is past.
+    at = {"client": f"{CLIENT}/32", "protocol": "tcp", "listener": None}
+    rows = [{**at, "total": 20, "machines": {"one": 20}}]
+    wait_for(lambda: json.loads(listed(here.daemons["two"], "--json")) == rows, f"{rows}")
+    assert listed(here.daemons["two"]).split()[-1] == "one=20"
     # What ends at one machine is room at the other.
     here.close("one", 20)
     for _ in range(15):  # it may be told of some of them first

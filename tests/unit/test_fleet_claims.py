@@ -9,12 +9,14 @@ import pytest
 from pyforwarder.fleet.claims import CLOCKS_APART_S, MOST_AT_ONCE, Claim, Claims
 from pyforwarder.fleet.layout import Keys
 from pyforwarder.fleet.store import NoSuchLeaseError, StoreError
+from pyforwarder.supervisor.messages import FROM_TOKENS, understand
 
 
 class Store:
     """Keys in memory."""
 
     endpoint = "here"
+    answered_s = 0.0
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
@@ -25,6 +27,13 @@ class Store:
     def grant(self, ttl_s: int) -> int:
         self.leases[len(self.leases) + 1] = ttl_s
         return len(self.leases)
+
+    def get(self, key: str) -> None:
+        assert key == Keys("edge").tokens
+        self.calls.append(0)
+        if self.fails:
+            raise self.fails.pop(0)
+        self.answered_s += 10.0
 
     def create_each(self, entries: list[tuple[str, str, int]]) -> list[bool]:
         self.calls.append(len(entries))
@@ -39,16 +48,19 @@ class Above:
 
     def __init__(self, *claims: Claim) -> None:
         self.claims = list(claims)
+        self.quiet = 0  # so often nobody asks for long
         self.told: list[dict[str, Any]] = []
 
     def send(self, message: dict[str, Any]) -> None:
         self.told.append(message)
 
-    def receive(self, *, wait: bool) -> Claim | None:
+    def receive(self, timeout_s: float) -> Claim | None:
         if self.claims:
             return self.claims.pop(0)
-        if wait:
-            raise EOFError
+        if timeout_s:
+            if not self.quiet:
+                raise EOFError
+            self.quiet -= 1
         return None
 
 
@@ -128,3 +140,20 @@ def test_a_lease_that_is_gone_is_made_anew() -> None:
     play.store.fails = [NoSuchLeaseError("gone")]
     assert play.ask(("b", 60))[-1]["claimed"] == [1]
     assert len(play.store.leases) == 2
+
+
+def test_where_no_token_is_used_the_store_is_looked_for_now_and_then() -> None:
+    """So the first client that has one need not find out that it is lost, nor an operator."""
+    play = Play()
+    play.above.quiet = 2
+    play.store.fails = [StoreError("no answer")]
+    assert play.ask() == [
+        {"store": "lost", "endpoint": "no answer"},
+        {"store": "connected", "endpoint": "here"},
+    ]
+    assert play.store.calls == [0, 0]
+    play.above.quiet, play.now_s = 1, 12.5
+    assert play.ask() == [{"answered_ago_ms": 2500, "unusable": 0}]
+    play.above.quiet = 1
+    assert play.ask() == []  # that was told a moment ago
+    understand({"answered_ago_ms": 2500, "unusable": 0}, [], FROM_TOKENS)

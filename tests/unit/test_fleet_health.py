@@ -23,7 +23,7 @@ from pyforwarder.runtime.channel import Channel
 from pyforwarder.supervisor.checking import report_rounds
 from pyforwarder.supervisor.fleet_health import FleetHealth
 from pyforwarder.supervisor.health import Verdict
-from pyforwarder.supervisor.messages import FleetStates, FleetStore
+from pyforwarder.supervisor.messages import FROM_HEALTH, FleetStates, FleetStore, understand
 
 KEYS: Final = Keys("edge")
 WEB: Final = ("web", "10.0.0.1:80")
@@ -200,6 +200,7 @@ class Sharing:
         self.watcher = Watcher(cast("Any", None), KEYS.health)
         self.heard: queue.Queue[Any] = self.watcher.received
         self.said: list[dict[str, Any]] = []
+        self.answered: list[dict[str, Any]] = []
         self.process = HealthSharing(
             cast("Any", self.store),
             cast("Any", self.watcher),
@@ -211,11 +212,12 @@ class Sharing:
         )
 
     def turn(self, after_s: float = 0.1) -> list[dict[str, Any]]:
-        """What the supervisor is told in it."""
+        """What the supervisor is told in it; when the store has answered is in `answered`."""
         self.now_s += after_s
         self.said.clear()
         self.process.turn()
-        return list(self.said)
+        self.answered += [said for said in self.said if "answered_ago_ms" in said]
+        return [said for said in self.said if "answered_ago_ms" not in said]
 
 
 def test_a_machine_writes_what_it_knows_and_concludes_from_what_all_say() -> None:
@@ -255,6 +257,23 @@ def test_a_store_that_is_silent_for_long_is_lost_and_heard_again() -> None:
     told = [said for _ in range(80) for said in one.turn()]
     assert [next(iter(said)) for said in told] == ["store", "states"]
     assert told[0]["store"] == "connected"
+
+
+def test_when_the_store_has_answered_is_told_every_few_seconds() -> None:
+    one = Sharing()
+    one.process.receive({"own": [[*WEB, "up"]], **PROGRESS})
+    one.heard.put(All([(f"{KEYS.health}b", b"?")]))
+    for _ in range(120):
+        one.turn()
+    ago_ms = [said["answered_ago_ms"] for said in one.answered]
+    assert one.answered == [{"answered_ago_ms": ms, "unusable": 1} for ms in ago_ms]
+    assert len(ago_ms) == 3
+    assert max(ago_ms) <= 2500  # its lease is renewed as often
+    understand(one.answered[0], [], FROM_HEALTH)
+    one.store.is_there = False
+    for _ in range(120):
+        one.turn()
+    assert len(one.answered) <= 4
 
 
 def test_a_store_that_swallows_what_it_is_sent_is_lost_in_time() -> None:

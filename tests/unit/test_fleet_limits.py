@@ -20,7 +20,13 @@ from pyforwarder.config import parse_config
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.errors import ConfigError
 from pyforwarder.fleet.layout import Keys
-from pyforwarder.fleet.limits import MOST_REPORTED, Board, LimitsReport, LimitsSharing
+from pyforwarder.fleet.limits import (
+    MOST_REPORTED,
+    Board,
+    LimitsReport,
+    LimitsSharing,
+    rows_of,
+)
 from pyforwarder.fleet.reporting import LEASE_S, LOST_AFTER_S
 from pyforwarder.fleet.store import Change, StoreError
 from pyforwarder.fleet.watching import All, Lost, Watcher
@@ -530,6 +536,21 @@ TestFleet = Fleet.TestCase
 TestFleet.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 
 
+def test_who_has_most_is_listed_first_with_what_it_has_at_each_machine() -> None:
+    reports = {
+        "two": LimitsReport(tcp={"192.0.2.7/32": 5, "192.0.2.8/32": 60}),
+        "one": LimitsReport(
+            tcp={"192.0.2.7/32": 6}, udp={"192.0.2.7/32": 9}, listeners={"web": {"::/64": 11}}
+        ),
+    }
+    assert [tuple(row.values()) for row in rows_of(reports)] == [
+        ("192.0.2.8/32", 60, "tcp", None, {"two": 60}),
+        ("192.0.2.7/32", 11, "tcp", None, {"one": 6, "two": 5}),
+        ("::/64", 11, None, "web", {"one": 11}),
+        ("192.0.2.7/32", 9, "udp", None, {"one": 9}),
+    ]
+
+
 # The process
 
 
@@ -573,6 +594,7 @@ class Process:
         watcher = Watcher(cast("Any", None), KEYS.limits)
         self.received: queue.Queue[Any] = watcher.received
         self.said: list[dict[str, Any]] = []
+        self.answered: list[dict[str, Any]] = []  # when the store had
         self.compactions: list[int] = []
 
         def compact(_now_s: float, *, lease: int) -> None:
@@ -597,7 +619,8 @@ class Process:
         for _ in range(max(1, round(for_s / 0.05))):
             self.now_s += 0.05
             self.process.turn()
-        return list(self.said)
+        self.answered += [said for said in self.said if "answered_ago_ms" in said]
+        return [said for said in self.said if "answered_ago_ms" not in said]
 
     def admits(self) -> bool:
         return isinstance(self.machine.workers[0].admit(HOST, [ALL], self.now_s), tuple)
@@ -673,6 +696,9 @@ def test_what_is_no_report_is_told_of_once() -> None:
     assert one.turns(100.0) == []
     one.received.put(Change(99, f"{KEYS.limits}two", b"?" * 300_000))
     assert one.turns(1.0) == [{"faults": [f"{KEYS.limits}two: too long"]}]
+    one.turns(6.0)
+    assert one.answered[-1]["unusable"] == 34
+    understand(one.answered[-1], [], FROM_LIMITS)
 
 
 def test_much_that_changes_all_the_time_is_written_seldom() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from pyforwarder.fleet.layout import Edition, InstanceReport, Keys, instances_in
 from pyforwarder.fleet.member import Member
 from pyforwarder.fleet.store import Found
+from pyforwarder.supervisor.messages import FROM_FLEET, understand
 
 KEYS = Keys("edge")
 
@@ -17,6 +18,7 @@ class Store:
     endpoint = "here"
 
     def __init__(self) -> None:
+        self.answered_s = 0.0
         self.keys: dict[str, str] = {}
         self.lists: list[str] = []
 
@@ -141,3 +143,15 @@ def test_a_report_that_is_gone_is_written_again() -> None:
         member._write_report()
         assert InstanceReport.decode(store.keys[KEYS.instance("one")]).version == "1"
     assert [one for one in above.told if "overwritten" in one] == []
+
+
+def test_it_tells_when_the_store_has_answered_and_what_there_was_of_no_use() -> None:
+    member, store, above, now_s = make()
+    store.keys[KEYS.config] = "?"
+    store.keys[f"{KEYS.servers}web/name:80"] = "{}"
+    member._read_edition()
+    store.answered_s = now_s[0] - 0.25
+    member._list_machines()
+    answered = [one for one in above.told if "answered_ago_ms" in one]
+    assert answered == [{"answered_ago_ms": 250, "unusable": 2}]
+    understand(answered[0], [], FROM_FLEET)

@@ -49,6 +49,13 @@ def test_machines_of_a_fleet_are_told_of_by_their_names() -> None:
     assert found["pyforwarder_fleet_datapath_available"] == available
 
 
+def test_how_long_the_store_is_silent_is_told_as_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 12.5)
+    found = Forwarder().scrape()
+    assert found["pyforwarder_fleet_store_silent_seconds"] == {("health",): 12.5}
+    assert found["pyforwarder_fleet_store_unusable_total"] == {("health",): 3}
+
+
 def test_workers_are_summed(forwarder: Forwarder) -> None:
     base = forwarder.directory.index("web")
     for worker, count in ((0, 23), (1, 4)):

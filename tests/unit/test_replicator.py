@@ -46,6 +46,7 @@ class Store:
     """Writes what it is told, once it is there."""
 
     endpoint = "etcd"
+    answered_s = 0.0
 
     def __init__(self) -> None:
         self.is_there = False

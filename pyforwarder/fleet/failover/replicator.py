@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
+from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.failover.compaction import Compaction
 from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
 from pyforwarder.fleet.failover.moves import Asked
@@ -93,6 +94,7 @@ class Replicator:
         self._clock = clock
         self._ledger = Ledger(tag)
         self._stays = Stays(tag)
+        self._exchanges = Exchanges(supervisor)
         self._stays_s = 0.0  # when they are looked at next
         self._is_known = False  # what is in the store
         self._lease = 0
@@ -160,6 +162,8 @@ class Replicator:
             if self._watcher.is_lost(now_s):
                 self._error = UNHEARD
         self._report(now_s)
+        unusable = self._ledger.faults + self._stays.faults
+        self._exchanges.tell(self._store.answered_s, self._clock(), unusable=unusable)
 
     def _take_changes(self) -> None:
         """Take what the watching thread has received."""

@@ -1,0 +1,61 @@
+"""What the supervisor knows of when a fleet's store has answered a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+from unittest import mock
+
+from pyforwarder.supervisor.messages import StoreAnswered
+from pyforwarder.supervisor.store_process import StoreProcess
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pyforwarder.supervisor.child import Serving
+
+
+class Process(StoreProcess[StoreAnswered]):
+    """One that is never forked."""
+
+    name = part = "health"
+    is_wanted = False
+
+    @property
+    def _is_wanted(self) -> bool:
+        return self.is_wanted
+
+    def _prepare(self, channel: Any) -> Callable[[], Serving]:
+        raise NotImplementedError
+
+    def _handle(self, said: StoreAnswered) -> None:
+        self._note(said)
+
+
+def test_a_store_that_has_never_answered_is_silent_since_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    log, loop = cast("Any", mock.Mock()), cast("Any", mock.Mock())
+    process = Process(loop, log, user=None, close_in_child=lambda: None)
+    told: list[object] = []
+    process.answered = lambda: told.append(process.exchange())
+    assert process.exchange() is None
+    process.is_wanted = True
+    silent = {"part": "health", "answered_s": 100.0, "unusable": 0}
+    assert process.exchange() == silent
+    now_s = 110.0
+    assert process.exchange() == silent
+    process._handle(StoreAnswered(answered_ago_ms=500, unusable=2))
+    assert told == [{"part": "health", "answered_s": 109.5, "unusable": 2}]
+    for unusable in (5, 5, 0):
+        process._handle(StoreAnswered(answered_ago_ms=500, unusable=unusable))
+    assert log.write.call_args_list == [
+        mock.call("warning", "fleet_values_unusable", part="health", values=values)
+        for values in (2, 3)
+    ]
+    process.is_wanted = False
+    assert process.exchange() is None
+    process.is_wanted, now_s = True, 120.0
+    assert process.exchange() == silent | {"answered_s": 120.0}
