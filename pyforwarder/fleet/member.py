@@ -36,6 +36,13 @@ _GATHER_S: Final = 0.02
 # The supervisor binds listeners and tells its workers before it answers.
 _ANSWER_S: Final = 10.0
 _MOST_FAULTS: Final = 10
+# A server that changes all the time has the configuration made anew each time, at all machines. So
+# many changes within this time are put in force at once; then a fifth of the supervisor's time is
+# for them, and two in a second at most.
+_AT_ONCE: Final = 10
+_PACE_S: Final = 5.0
+_REST: Final = 4
+_LEAST_REST_S: Final = 0.5
 # In an upgrade two daemons have the same name for a moment: so often in this time is no moment.
 _OFTEN: Final = 3
 _OFTEN_S: Final = 60.0
@@ -82,6 +89,9 @@ class Member:
         self._exchanges = Exchanges(supervisor)
         self._unusable = 0
         self._told: dict[str, Any] | None = None
+        self._told_s: list[float] = []  # when servers had changed, the last of these times
+        self._tell_s = 0.0  # not before, if servers alone have changed
+        self._is_waiting = False  # for that time
         self._report: InstanceReport | None = None
         self._reported: InstanceReport | None = None
         self._lease = 0
@@ -140,12 +150,28 @@ class Member:
             "text": edition.text if edition else "",
             "faults": faults[:_MOST_FAULTS],
         }
+        self._is_waiting = False
         if said != self._told:
-            self._unusable += len(faults)
-            self._supervisor.send(said)
-            self._told = said
-            self._receive(_ANSWER_S, for_answer=True)
+            self._tell(said, len(faults))
         return found.revision
+
+    def _tell(self, said: dict[str, Any], faults: int) -> None:
+        """Have it put in force, now or when there is time for it again."""
+        now_s = self._clock()
+        edition = ("serial", "text")
+        is_new = self._told is None or any(said[key] != self._told[key] for key in edition)
+        self._is_waiting = not is_new and now_s < self._tell_s
+        if self._is_waiting:
+            return
+        self._unusable += faults
+        self._supervisor.send(said)
+        self._told = said
+        self._receive(_ANSWER_S, for_answer=True)
+        if not is_new:
+            self._told_s = [*self._told_s, now_s][-_AT_ONCE:]
+            if len(self._told_s) == _AT_ONCE and now_s < self._told_s[0] + _PACE_S:
+                rest_s = max(_LEAST_REST_S, _REST * (self._clock() - now_s))
+                self._tell_s = now_s + min(rest_s, _PACE_S)
 
     def _stay(self, revision: int) -> None:
         """Until something changes, or it is time to look whether the store is still there."""
@@ -154,6 +180,9 @@ class Member:
             self._list_machines()  # else one that wrote in our place is not seen
         self._write_report()
         self._list_machines()
+        if self._is_waiting:
+            self._receive(self._tell_s - self._clock())
+            return
         for _ in self._store.changes(self._keys.current, after=revision, until_s=self._renew_at_s):
             self._receive(_GATHER_S)
             return

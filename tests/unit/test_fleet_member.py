@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyforwarder.fleet.layout import Edition, InstanceReport, Keys, instances_in
+from pyforwarder.core.address import Address
+from pyforwarder.fleet.layout import Edition, InstanceReport, Keys, Server, instances_in
 from pyforwarder.fleet.member import Member
 from pyforwarder.fleet.store import Found
 from pyforwarder.supervisor.messages import FROM_FLEET, understand
@@ -155,3 +156,40 @@ def test_it_tells_when_the_store_has_answered_and_what_there_was_of_no_use() -> 
     answered = [one for one in above.told if "answered_ago_ms" in one]
     assert answered == [{"answered_ago_ms": 250, "unusable": 2}]
     understand(answered[0], [], FROM_FLEET)
+
+
+def test_a_server_that_changes_all_the_time_has_the_configuration_made_anew_seldom() -> None:
+    member, store, above, now_s = make()
+    key = KEYS.server("web", Address("10.0.0.1", 80))
+    store.keys[KEYS.config] = Edition(serial=1, text="x").encode()
+    member._read_edition()
+    began_s, weights = now_s[0], []
+
+    def change(weight: int) -> None:
+        store.keys[key] = Server(weight=weight).encode()
+        member._read_edition()
+
+    for turn in range(200):  # ten seconds
+        change(turn % 256)
+        now_s[0] += 0.05
+    weights = [one["servers"]["web"]["10.0.0.1:80"] for one in above.told if one.get("servers")]
+    assert weights[:10] == [*range(10)]
+    assert 25 <= len(weights) <= 10 + 2 * (now_s[0] - began_s)
+    # The last change comes in a moment, a new edition at once, and after a rest all do.
+    change(77)
+    assert member._is_waiting
+    waits_s = member._tell_s - now_s[0]
+    assert 0 < waits_s <= 0.5
+    store.keys[KEYS.config] = Edition(serial=2, text="y").encode()
+    member._read_edition()
+    assert (above.told[-1]["serial"], above.told[-1]["servers"]["web"]) == (2, {"10.0.0.1:80": 77})
+    assert not member._is_waiting
+    change(78)
+    now_s[0] = member._tell_s
+    member._read_edition()
+    assert above.told[-1]["servers"] == {"web": {"10.0.0.1:80": 78}}
+    now_s[0] += 6
+    before = len(above.told)
+    for weight in range(10):
+        change(weight)
+    assert len(above.told) == before + 10
