@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
@@ -25,7 +24,7 @@ class Process(StoreProcess[StoreAnswered]):
     def _is_wanted(self) -> bool:
         return self.is_wanted
 
-    def _prepare(self, channel: Any) -> Callable[[], Serving]:
+    def _prepare(self, channel: Any) -> Serving:
         raise NotImplementedError
 
     def _handle(self, said: StoreAnswered) -> None:
