@@ -427,6 +427,7 @@ class Daemon:
 
     def _clean_up(self) -> None:
         """End every process and leave nothing behind, however far the start has come."""
+        self._service_manager.finish()
         self._preparations.close()
         self._helpers.close()
         self._workers.close()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # again, so often and for so long. Ten datagrams are a usual room, unix(7).
 _AGAIN_S: Final = 0.1
 _MOST_TRIES: Final = 600
+_LAST_S: Final = 1.0
 _WATCHDOG: Final = "WATCHDOG=1"
 
 
@@ -34,7 +35,7 @@ class ServiceManager:
         self._log = log
         self._environ = environ
         self._waiting: deque[str] = deque()  # in the order in which they are to be told
-        self._tries = 0
+        self._tries = 0  # of the first
 
     def notify(self, state: str) -> None:
         """Say something of us, such as `READY=1`: now, or as soon as there is room for it."""
@@ -46,8 +47,15 @@ class ServiceManager:
             return
         self._waiting.append(state)
         if len(self._waiting) == 1:
-            self._tries = 0
             self._tell()
+
+    def finish(self) -> None:
+        """The loop goes round no more: say what waits, for which room is waited for a second each.
+
+        A process that ends without having said `MAINPID=` of its successor takes that with it.
+        """
+        while self._waiting:
+            self._send(self._waiting.popleft(), within_s=_LAST_S)
 
     def _tell(self) -> None:
         """Say what waits, as far as there is room."""
@@ -59,18 +67,20 @@ class ServiceManager:
                     return
                 self._log.write("warning", "sd_notify", error=os.strerror(errno.EAGAIN))
             self._waiting.popleft()
+            self._tries = 0
 
-    def _send(self, state: str) -> bool:
+    def _send(self, state: str, *, within_s: float = 0.0) -> bool:
         """Whether it is done with: said, or never to be said. Not: there is no room for it."""
         path = self._environ["NOTIFY_SOCKET"]
         address = "\0" + path[1:] if path.startswith("@") else path
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(within_s)
             try:
-                sock.sendto(state.encode(), socket.MSG_DONTWAIT, address)
+                sock.sendto(state.encode(), address)
             except BlockingIOError:
                 return False
             except OSError as error:
-                self._log.write("warning", "sd_notify", error=error.strerror)
+                self._log.write("warning", "sd_notify", error=error.strerror or str(error))
         return True
 
     def keep_watchdog_away(self) -> None:

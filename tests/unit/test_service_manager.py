@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,13 +103,39 @@ def test_a_manager_that_never_reads_is_given_up_and_the_log_says_so(told: Told) 
     told.fill()
     told.ours.notify("READY=1")
     told.ours.notify("MAINPID=7")
-    for _ in range(service_manager._MOST_TRIES):
+    for _ in range(service_manager._MOST_TRIES - 1):
         told.later(service_manager._AGAIN_S)
+    said_of_the_first = list(told.lines.written)
+    for _ in range(service_manager._MOST_TRIES - 1):
+        told.later(service_manager._AGAIN_S)
+    assert len(said_of_the_first) == 1  # the second has as long
     said = ("warning", "sd_notify", {"error": "Resource temporarily unavailable"})
     assert told.lines.written == [said, said]
     told.heard()
     told.ours.notify("STATUS=x")
     assert told.heard() == [b"STATUS=x"]
+
+
+def test_a_process_that_ends_says_first_who_comes_after_it(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = told.fill()
+    told.ours.notify("MAINPID=7")
+    heard: list[bytes] = []
+    reader = threading.Thread(
+        target=lambda: heard.extend(told.manager.recv(100) for _ in range(count + 1))
+    )
+    told.manager.settimeout(10.0)
+    reader.start()
+    told.ours.finish()
+    reader.join()
+    assert heard[-1] == b"MAINPID=7"
+    told.manager.setblocking(False)
+    told.fill()
+    monkeypatch.setattr(service_manager, "_LAST_S", 0.01)
+    told.ours.notify("STATUS=x")
+    told.ours.finish()
+    assert told.lines.written == [("warning", "sd_notify", {"error": "timed out"})]
 
 
 def test_a_manager_that_is_gone_is_a_line_of_the_log(told: Told, tmp_path: Path) -> None:
