@@ -189,9 +189,9 @@ class WorkerPool:
     def retire(self, heirs: Sequence[int]) -> None:
         """They accept no more, and send their pairs to another daemon's; none is replaced.
 
-        But those that have died before: what outlived these has somebody who sends it.
+        Nor is one that has died before: it would be forked with the channels to the other daemon's
+        workers. Its spliced pairs are the keeper's to give to that daemon.
         """
-        self.replace_now()
         self._phase = _Phase.RETIRED
         self._due.clear()
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
@@ -358,7 +358,7 @@ class WorkerPool:
             self._tell(worker, "drain", more=False)
 
     def replace_now(self) -> None:
-        """Those that have died, without a pause: what outlived them is to be reset, or sent on."""
+        """Those that have died, without a pause: what outlived them is to be reset."""
         for index in sorted(self._due):
             self._clean_up_after(index)
 
