@@ -141,6 +141,10 @@ inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
 	return bpf_skb_store_bytes(skb, field_at, &field, 2, 0) ? -1 : 0;
 }
 
+#ifndef EINVAL
+#define EINVAL 22 /* asm-generic/errno-base.h */
+#endif
+
 /*
  * Of a CHECKSUM_PARTIAL packet, whether the checksum will be written in front of its field.
  *
@@ -155,12 +159,14 @@ inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
  * elsewhere is wrong, or its sender has made it right.
  *
  * A program cannot read the two numbers. But `bpf_skb_change_tail` refuses to cut off the place of
- * the checksum (__bpf_skb_min_len): that is the answer for all honest packets, which stay what they
- * are. One of which it was cut off is to be dropped. Packets' pointers are void afterwards.
+ * the checksum (__bpf_skb_min_len) with EINVAL, before it looks at anything else: that is the
+ * answer for all honest packets, which stay what they are. One of which it was cut off is to be
+ * dropped, and so is one that it would have cut, had there been memory, or were it no tunnel's
+ * (ENOMEM, ENOTSUPP). Packets' pointers are void afterwards.
  */
 inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
 {
-	return !bpf_skb_change_tail(skb, field_at + 1, 0);
+	return bpf_skb_change_tail(skb, field_at + 1, 0) != -EINVAL;
 }
 
 /* Whether a packet that has no checksum (UDP over IPv4) would get one written in front of it. */
