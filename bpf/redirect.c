@@ -32,14 +32,6 @@
 #define SMALL_PACKET 64
 
 /*
- * A limit_bytes that says that the target is a bypass (pyforwarder/datapath/sockmap_exit.py), and
- * how many bytes may wait for that one's TCP: as many as a send buffer is enlarged to at most
- * (send_buffer.py).
- */
-#define INTO_BYPASS  0xffffffff
-#define BYPASS_BYTES (16 << 20)
-
-/*
  * Cut off the bytes that were seen before. A retransmission may begin with them (tcp_data_queue()
  * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
  * tcp_read_skb() hands the packet to us as it is.
@@ -123,7 +115,7 @@ int verdict(struct __sk_buff *skb)
 	struct bpf_sock *target;
 	struct tcp_sock *tcp;
 	__u64 peer_cookie;
-	__u32 slot, write_seq, backlog, queued, send_buffer, limit;
+	__u32 slot, write_seq, backlog, queued, send_buffer;
 	__u32 length = skb->len;
 	__s32 fresh;
 	__u64 before;
@@ -208,20 +200,8 @@ int verdict(struct __sk_buff *skb)
 	seen->backlog_bytes = backlog;
 	if (backlog > seen->peak_backlog_bytes)
 		seen->peak_backlog_bytes = backlog;
-	/*
-	 * A bypass gets more than its TCP has room for: what would be passed instead is lost, as
-	 * the source is about to leave the map. Nothing is passed to a bypass, so nothing is stuck
-	 * behind what waits there.
-	 */
-	limit = told->limit_bytes;
-	if (limit == INTO_BYPASS) {
-		limit = length < SMALL_PACKET ? BYPASS_BYTES / 4 : BYPASS_BYTES;
-		queued = 0;
-		send_buffer = 0xffffffff;
-	} else {
-		limit = allowed_backlog(limit, length);
-	}
-	if (backlog > limit || !has_room(queued, send_buffer, backlog + length)) {
+	if (backlog > allowed_backlog(told->limit_bytes, length) ||
+	    !has_room(queued, send_buffer, backlog + length)) {
 		seen->latched = 0;
 		seen->trips++;
 		goto pass;

@@ -71,15 +71,15 @@ _LOOK_MS: Final = 1
 _CONNECT_S: Final = 0.5
 # A reader that does not read is helped so often.
 _HELP_S: Final = 0.1
-# What the TCP of a bypass holds; what comes behind that waits, up to BYPASS_BYTES of redirect.c.
+# The most that a bypass must hold: more than a window that arrives within some microseconds.
 _SEND_BUFFER_BYTES: Final = 4 << 20
 # So much is read at once, and then in our memory, for a target that takes nothing.
 _MOST_PASSED_BYTES: Final = 1 << 20
 # A peer that sends so fast that every look finds more can never leave: all others would stand
 # still.
 _MOST_LOOKS: Final = 256
-# INTO_BYPASS of redirect.c: the bypass's own limit instead of that on a backlog.
-_INTO_BYPASS: Final = (1 << 32) - 1
+# The limit on a backlog is not for a bypass: that of its send buffer is.
+_NO_LIMIT: Final = (1 << 32) - 1
 
 
 class ExitError(ForwarderError):
@@ -332,7 +332,7 @@ class SockmapExit:
         at = half.pair.slot * self._window.WORDS + table.PEER_COOKIE[half.flow.direction]
         self._window.words[at] = cookie
         self._set(half, table.LATCHED, 0)
-        self._set(half, table.LIMIT, _INTO_BYPASS)
+        self._set(half, table.LIMIT, _NO_LIMIT)
         self._set(half, table.ARMED, 1)
 
 

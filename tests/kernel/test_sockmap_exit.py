@@ -200,43 +200,6 @@ def test_bytes_that_come_at_the_last_moment_are_not_lost(
     assert (reader.ended, other.ended) == ("eof", "eof")
 
 
-@pytest.mark.parametrize("direction", list(Direction))
-def test_many_bytes_that_come_at_the_last_moment_are_not_lost(
-    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch, direction: Direction
-) -> None:
-    """Who leaves has stood still between its last look and the removal, and the peer has not.
-
-    Nor has the supervisor, which is asked for a larger send buffer, answered by then.
-    """
-    counts = _diverted(rig, leaving, monkeypatch)
-    monkeypatch.setattr(rig, "enlarge", lambda *_: None)
-    client, pair, server = rig.connect()
-    rig.join(pair)
-    sender, receiver = (client, server) if direction is Direction.UP else (server, client)
-    half = sockmap_of(rig).halves_of(pair)[direction]
-    data = bytes_of(14 << 20, 3)
-    remove = leaving._sockets.delete
-    writers: list[Peer] = []
-
-    def send() -> None:
-        sender.sendall(data)
-        sender.shutdown(socket.SHUT_WR)
-
-    def delete_late(key: bytes) -> None:
-        if key == half.cookie and not writers:
-            writers.append(Peer("sender", send))
-            wait_for(lambda: leaving.redirected(half) + leaving.passed(half) == len(data), "bytes")
-        remove(key)
-
-    monkeypatch.setattr(leaving._sockets, "delete", delete_late)
-    take_out(rig, leaving, pair)
-    assert sum(counts) == len(data)
-    receiver.shutdown(socket.SHUT_WR)
-    reader = Reader("receiver", receiver)
-    rig.finish(pair, reader, *writers)
-    assert (bytes(reader.data), reader.ended) == (data, "eof")
-
-
 def test_what_has_stood_still_with_this_process_is_looked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
