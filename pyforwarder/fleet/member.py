@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import (
@@ -37,12 +37,15 @@ _GATHER_S: Final = 0.02
 _ANSWER_S: Final = 10.0
 _MOST_FAULTS: Final = 10
 # A server that changes all the time has the configuration made anew each time, at all machines. So
-# many changes within this time are put in force at once; then a fifth of the supervisor's time is
-# for them, and two in a second at most.
+# many changes within this time are put in force at once, or as many as take so long together; then
+# a fifth of the supervisor's time is for them (more where one takes longer than a quarter of the
+# longest rest), and two in a second at most.
 _AT_ONCE: Final = 10
+_SPENT_S: Final = 1.0
 _PACE_S: Final = 5.0
 _REST: Final = 4
 _LEAST_REST_S: Final = 0.5
+_LONGEST_REST_S: Final = 10.0
 # In an upgrade two daemons have the same name for a moment: so often in this time is no moment.
 _OFTEN: Final = 3
 _OFTEN_S: Final = 60.0
@@ -68,6 +71,13 @@ class Supervisor(Protocol):
         """
 
 
+class _Told(NamedTuple):
+    """Servers had changed, and the supervisor has answered."""
+
+    end_s: float
+    took_s: float
+
+
 class Member:
     """Watches the store for as long as the supervisor lives."""
 
@@ -89,7 +99,7 @@ class Member:
         self._exchanges = Exchanges(supervisor)
         self._unusable = 0
         self._told: dict[str, Any] | None = None
-        self._told_s: list[float] = []  # when servers had changed, the last of these times
+        self._lately: list[_Told] = []  # within `_PACE_S`
         self._tell_s = 0.0  # not before, if servers alone have changed
         self._is_waiting = False  # for that time
         self._report: InstanceReport | None = None
@@ -168,10 +178,13 @@ class Member:
         self._told = said
         self._receive(_ANSWER_S, for_answer=True)
         if not is_new:
-            self._told_s = [*self._told_s, now_s][-_AT_ONCE:]
-            if len(self._told_s) == _AT_ONCE and now_s < self._told_s[0] + _PACE_S:
-                rest_s = max(_LEAST_REST_S, _REST * (self._clock() - now_s))
-                self._tell_s = now_s + min(rest_s, _PACE_S)
+            end_s = self._clock()
+            took_s = end_s - now_s
+            lately = [one for one in self._lately if end_s < one.end_s + _PACE_S]
+            self._lately = [*lately, _Told(end_s, took_s)]
+            spent_s = sum(one.took_s for one in self._lately)
+            if len(self._lately) >= _AT_ONCE or spent_s >= _SPENT_S:
+                self._tell_s = end_s + min(max(_LEAST_REST_S, _REST * took_s), _LONGEST_REST_S)
 
     def _stay(self, revision: int) -> None:
         """Until something changes, or it is time to look whether the store is still there."""
@@ -180,10 +193,10 @@ class Member:
             self._list_machines()  # else one that wrote in our place is not seen
         self._write_report()
         self._list_machines()
-        if self._is_waiting:
-            self._receive(self._tell_s - self._clock())
-            return
-        for _ in self._store.changes(self._keys.current, after=revision, until_s=self._renew_at_s):
+        keys, until_s = self._keys.current, self._renew_at_s
+        if self._is_waiting:  # servers may change meanwhile; a new edition is not to wait
+            keys, until_s = self._keys.config, self._tell_s
+        for _ in self._store.changes(keys, after=revision, until_s=until_s):
             self._receive(_GATHER_S)
             return
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from pyforwarder.core.address import Address
 from pyforwarder.fleet.layout import Edition, InstanceReport, Keys, Server, instances_in
 from pyforwarder.fleet.member import Member
@@ -22,6 +24,7 @@ class Store:
         self.answered_s = 0.0
         self.keys: dict[str, str] = {}
         self.lists: list[str] = []
+        self.watched: list[tuple[str, float]] = []
 
     def list(self, prefix: str) -> Found:
         self.lists.append(prefix)
@@ -36,7 +39,8 @@ class Store:
         return 7
 
     def changes(self, prefix: str, *, after: int, until_s: float) -> tuple[int, ...]:
-        del prefix, after, until_s
+        del after
+        self.watched.append((prefix, until_s))
         return ()
 
     def renew(self, lease: int) -> bool:
@@ -193,3 +197,57 @@ def test_a_server_that_changes_all_the_time_has_the_configuration_made_anew_seld
     for weight in range(10):
         change(weight)
     assert len(above.told) == before + 10
+
+
+class SlowAbove(Above):
+    """A supervisor that needs time for what it is told."""
+
+    def __init__(self, now_s: list[float], takes_s: float) -> None:
+        super().__init__()
+        self.now_s = now_s
+        self.takes_s = takes_s
+
+    def receive(self, timeout_s: float) -> dict[str, Any] | None:
+        if not timeout_s:
+            return None
+        self.now_s[0] += self.takes_s
+        return {"version": "1", "answers": True}
+
+
+@pytest.mark.parametrize(("takes_s", "share"), [(0.02, 0.2), (0.6, 0.2), (2.0, 0.2), (6.0, 0.4)])
+def test_where_a_change_is_dear_the_supervisor_has_time_for_other_things(
+    takes_s: float, share: float
+) -> None:
+    store, now_s = Store(), [1000.0]
+    above = SlowAbove(now_s, takes_s)
+    member = Member(store, KEYS, "one", above, clock=lambda: now_s[0])  # type: ignore[arg-type]
+    key = KEYS.server("web", Address("10.0.0.1", 80))
+
+    def change_for(seconds: float) -> float:
+        """Which part of that time the supervisor has worked."""
+        began_s, before, turn = now_s[0], len(above.told), 0
+        while now_s[0] < began_s + seconds:
+            turn += 1
+            store.keys[key] = Server(weight=turn % 256).encode()
+            member._read_edition()
+            now_s[0] += 0.05
+        return (len(above.told) - before) * takes_s / (now_s[0] - began_s)
+
+    change_for(20)  # what may be done at once
+    assert change_for(200) <= share
+    assert member._tell_s <= now_s[0] + 10
+
+
+def test_an_edition_that_comes_while_servers_wait_is_watched_for() -> None:
+    member, store, _, now_s = make()
+    key = KEYS.server("web", Address("10.0.0.1", 80))
+    for weight in range(12):
+        store.keys[key] = Server(weight=weight).encode()
+        member._read_edition()
+    assert member._is_waiting
+    member._stay(1)
+    assert store.watched == [(KEYS.config, member._tell_s)]
+    now_s[0] = member._tell_s
+    member._read_edition()
+    member._stay(1)
+    assert store.watched[1:] == [(KEYS.current, member._renew_at_s)]
