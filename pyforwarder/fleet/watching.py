@@ -84,7 +84,8 @@ class Lost(NamedTuple):
 class Received(queue.Queue["All | Lost | Change"]):
     """What the watching thread has received: no more of it than there is room for.
 
-    What is listed at once is one piece, whatever its size: of that the store has its own bound.
+    What is listed at once is one piece, whatever its size (the store has its own bound of that);
+    nothing comes behind it until it is taken, if it has more than there is room for.
     """
 
     def __init__(self) -> None:
@@ -107,8 +108,17 @@ class Received(queue.Queue["All | Lost | Change"]):
 
 
 def _bytes_of(item: All | Lost | Change) -> int:
-    value = item.value if isinstance(item, Change) else None
-    return _LEAST_BYTES + len(value or b"")
+    match item:
+        case All(entries=entries):
+            return _LEAST_BYTES + sum(_entry_bytes(*entry) for entry in entries)
+        case Change(key=key, value=value):
+            return _entry_bytes(key, value)
+        case Lost():
+            return _LEAST_BYTES
+
+
+def _entry_bytes(key: str, value: bytes | None) -> int:
+    return _LEAST_BYTES + len(key) + len(value or b"")
 
 
 class Watcher:
@@ -146,8 +156,10 @@ class Watcher:
         has nobody read all of it.
         """
         taken: list[All | Lost | Change] = []
-        while len(taken) < _MOST_WAITING_BYTES // _LEAST_BYTES and not self.received.empty():
+        taken_bytes = 0
+        while taken_bytes < _MOST_WAITING_BYTES and not self.received.empty():
             taken.append(self.received.get_nowait())
+            taken_bytes += _bytes_of(taken[-1])
         last: dict[str, int] = {}
         for index, one in enumerate(taken):
             if isinstance(one, Change):

@@ -49,7 +49,36 @@ def test_who_writes_more_than_is_read_is_waited_for(monkeypatch: pytest.MonkeyPa
     while not waiting.full():
         waiting.put_nowait(Change(1, KEY, None))
         count += 1
-    assert count == 20
+    assert count == 19
+
+
+def test_long_keys_and_long_lists_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_MOST_WAITING_BYTES", 10_000)
+    for long in (
+        Change(1, KEY + 10_000 * "x", None),
+        All([(KEY + 10_000 * "x", b"")]),
+        All([(KEY, bytes(5000))] * 2),
+        All([(KEY, b"")] * 20),
+    ):
+        waiting = Received()
+        waiting.put_nowait(long)
+        with pytest.raises(queue.Full):
+            waiting.put_nowait(Lost("why"))
+        assert waiting.get_nowait() == long
+        assert waiting.empty()
+
+
+def test_of_what_has_come_one_turn_takes_no_more_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread puts more there while the other takes."""
+    watcher = Watcher(cast("Any", None), "/")
+    changes = [Change(number, f"/{number}", bytes(4000)) for number in range(5)]
+    for one in changes:
+        watcher.received.put(one)
+    monkeypatch.setattr(watching, "_MOST_WAITING_BYTES", 10_000)
+    assert received(watcher) == changes[:3]
+    assert received(watcher) == changes[3:]
 
 
 def test_of_a_value_that_is_too_long_no_more_is_kept_than_it_takes_to_see_that() -> None:
