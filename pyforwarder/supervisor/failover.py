@@ -94,6 +94,8 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
             if splicing is None or not splicing.has_begun:
                 self._log.write("warning", "no_failover", reason="splice is not available")
         self.start()
+        if self.answered is not None:  # from now on the store is asked
+            self.answered()
 
     # Addresses
 

@@ -164,8 +164,8 @@ class Helpers:
         """Have the fleet's processes speak to the store that the configuration names."""
         self.fleet.change_to(config.fleet, serial=self._source.shared.serial)
         self.tokens.change_to(config)
-        self.change_limits(config)
         self.failover.change_to(config.fleet)
+        self.change_limits(config)  # last: it tells what the store is asked for
 
     def change_limits(self, config: Config) -> None:
         """Have the limits shared that this configuration, which is in force, has on clients."""

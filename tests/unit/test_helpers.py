@@ -66,6 +66,24 @@ def test_a_keeper_that_has_died_is_replaced_at_once_if_pairs_are_to_be_reset() -
     assert done.datapaths.restart_keeper.call_count == 1
 
 
+def test_what_the_store_is_asked_for_is_told_when_all_that_ask_have_changed() -> None:
+    done = mock.Mock()
+    made: Any = object.__new__(Helpers)
+    made._source, made._in_force, made.web = done.source, done.in_force, done.web
+    made.fleet, made.tokens, made.limits = done.fleet, done.tokens, done.limits
+    made.failover = done.failover
+    made._of_store = (made.failover,)
+    done.failover.exchange.return_value = None
+    asked = {"part": "failover", "answered_s": 1.0, "unusable": 0}
+
+    def change(_fleet: object) -> None:
+        done.failover.exchange.return_value = asked
+
+    done.failover.change_to.side_effect = change
+    made.change_fleet(mock.Mock())
+    assert done.web.send_exchanges.call_args_list[-1] == mock.call([asked])
+
+
 def test_a_keeper_that_dies_right_before_pairs_are_reset_is_replaced_unseen() -> None:
     made, done = helpers(is_ending=True, is_over=True)
     made.replace_keeper()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
+from pyforwarder.supervisor.failover import FailoverProcess
 from pyforwarder.supervisor.messages import StoreAnswered
 from pyforwarder.supervisor.store_process import StoreProcess
 
@@ -58,3 +60,18 @@ def test_a_store_that_has_never_answered_is_silent_since_it_is_asked(
     assert process.exchange() is None
     process.is_wanted, now_s = True, 120.0
     assert process.exchange() == silent | {"answered_s": 120.0}
+
+
+def test_a_store_that_never_answers_failover_is_told_of_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 100.0)
+    monkeypatch.setattr(FailoverProcess, "start", lambda _: None)
+    given: dict[str, Any] = {"user": None, "close_in_child": mock.Mock(), "adopt": mock.Mock()}
+    process = FailoverProcess(mock.Mock(), mock.Mock(), splicing=mock.Mock(), **given)
+    told: list[object] = []
+    process.answered = lambda: told.append(process.exchange())
+    process.change_to(cast("Any", SimpleNamespace(failover=object())))
+    assert process.exchange() is None
+    process.begin()
+    assert told == [{"part": "failover", "answered_s": 100.0, "unusable": 0}]
