@@ -98,6 +98,7 @@ class Member:
         self._clock = clock
         self._exchanges = Exchanges(supervisor)
         self._unusable = 0
+        self._faults: set[str] = set()  # as read last
         self._told: dict[str, Any] | None = None
         self._lately: list[_Told] = []  # within `_PACE_S`
         self._tell_s = 0.0  # not before, if servers alone have changed
@@ -160,12 +161,14 @@ class Member:
             "text": edition.text if edition else "",
             "faults": faults[:_MOST_FAULTS],
         }
+        self._unusable += len(set(faults) - self._faults)
+        self._faults = set(faults)
         self._is_waiting = False
         if said != self._told:
-            self._tell(said, len(faults))
+            self._tell(said)
         return found.revision
 
-    def _tell(self, said: dict[str, Any], faults: int) -> None:
+    def _tell(self, said: dict[str, Any]) -> None:
         """Have it put in force, now or when there is time for it again."""
         now_s = self._clock()
         edition = ("serial", "text")
@@ -173,7 +176,6 @@ class Member:
         self._is_waiting = not is_new and now_s < self._tell_s
         if self._is_waiting:
             return
-        self._unusable += faults
         self._supervisor.send(said)
         self._told = said
         self._receive(_ANSWER_S, for_answer=True)

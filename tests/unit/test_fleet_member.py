@@ -160,6 +160,14 @@ def test_it_tells_when_the_store_has_answered_and_what_there_was_of_no_use() -> 
     answered = [one for one in above.told if "answered_ago_ms" in one]
     assert answered == [{"answered_ago_ms": 250, "unusable": 2}]
     understand(answered[0], [], FROM_FLEET)
+    # One that stays is not counted again when something else changes.
+    for weight in range(3):
+        store.keys[KEYS.server("web", Address("10.0.0.1", 80))] = Server(weight=weight).encode()
+        member._read_edition()
+    assert member._unusable == 2
+    store.keys[f"{KEYS.servers}web/other:80"] = "{}"
+    member._read_edition()
+    assert member._unusable == 3
 
 
 def test_a_server_that_changes_all_the_time_has_the_configuration_made_anew_seldom() -> None:
