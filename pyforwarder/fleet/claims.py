@@ -9,6 +9,7 @@ neither waits for the other. Claims that have come meanwhile go to the store in 
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 # In one transaction: etcd takes 128 operations by default.
 MOST_AT_ONCE: Final = 64
 # Where no token is used, the store is asked so often whether it is there: the first client that has
-# one need not find out.
+# one need not find out. A claim that comes meanwhile waits: one member alone is asked then, if it
+# does not answer, the next one in the next look.
 _LOOK_S: Final = 5.0
+_FAILED_LOOKS: Final = 2  # in a row: the store is lost
 # The clocks of two machines may be apart by this much, and a token is not good again on one of them
 # because the store has forgotten it.
 CLOCKS_APART_S: Final = 60
@@ -94,6 +97,7 @@ class Claims:
         self._exchanges = Exchanges(supervisor)
         self._leases: OrderedDict[int, _Lease] = OrderedDict()
         self._is_lost = False
+        self._failed_looks = 0  # in a row
 
     def run(self) -> None:
         """Until the supervisor is gone.
@@ -132,12 +136,17 @@ class Claims:
         return claims
 
     def _look(self) -> None:
+        self._store.until_s = self._clock() + self._store.timeout_s
         try:
             self._store.get(self._keys.tokens)  # no token has this key
         except StoreError as error:
-            self._report_lost(str(error))
+            self._failed_looks += 1
+            if self._failed_looks >= _FAILED_LOOKS:
+                self._report_lost(str(error))
         else:
             self._report_found()
+        finally:
+            self._store.until_s = math.inf
 
     def _claim(self, claims: Sequence[Claim]) -> Sequence[bool]:
         """Whether each is the first.
@@ -185,6 +194,7 @@ class Claims:
             self._supervisor.send({"store": "lost", "endpoint": why[:500]})
 
     def _report_found(self) -> None:
+        self._failed_looks = 0
         if self._is_lost:
             self._is_lost = False
             self._supervisor.send({"store": "connected", "endpoint": self._store.endpoint})

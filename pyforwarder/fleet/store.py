@@ -90,7 +90,7 @@ class Store:
     ) -> None:
         """No connection is made yet; `timeout_s` is how long each member is waited for."""
         self._credentials = files.credentials
-        self._timeout_s = timeout_s
+        self.timeout_s: Final = timeout_s
         self._clients = [
             _client(endpoint, files.context, timeout_s) for endpoint in fleet.endpoints
         ]
@@ -307,7 +307,7 @@ class Store:
                 json={"create_request": create},
                 headers=_HAS_LEADER,
                 stream=True,
-                timeout=(self._timeout_s, left_s),
+                timeout=(self.timeout_s, left_s),
             ) as answer:
                 if answer.status_code != requests.codes["ok"]:
                     raise self._failed(f"{answer.status_code} {answer.text[:200]}")
@@ -373,7 +373,7 @@ class Store:
             left_s = self.until_s - time.monotonic()
             if left_s <= 0.0:
                 raise error or StoreError(f"etcd at {self.endpoint}: no answer in time")
-            self._clients[self._current].timeout = min(self._timeout_s, left_s)
+            self._clients[self._current].timeout = min(self.timeout_s, left_s)
             try:
                 client = self._known()
                 answer = client.post(client.get_url(path), json=body)

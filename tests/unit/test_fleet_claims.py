@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ class Store:
 
     endpoint = "here"
     answered_s = 0.0
+    timeout_s = 0.5
+    until_s = math.inf
 
     def __init__(self) -> None:
         self.keys: dict[str, str] = {}
@@ -30,6 +33,7 @@ class Store:
 
     def get(self, key: str) -> None:
         assert key == Keys("edge").tokens
+        self.looked_until_s = self.until_s
         self.calls.append(0)
         if self.fails:
             raise self.fails.pop(0)
@@ -37,6 +41,7 @@ class Store:
 
     def create_each(self, entries: list[tuple[str, str, int]]) -> list[bool]:
         self.calls.append(len(entries))
+        assert self.until_s == math.inf
         assert len({key for key, _, _ in entries}) == len(entries)
         if self.fails:
             raise self.fails.pop(0)
@@ -145,15 +150,28 @@ def test_a_lease_that_is_gone_is_made_anew() -> None:
 def test_where_no_token_is_used_the_store_is_looked_for_now_and_then() -> None:
     """So the first client that has one need not find out that it is lost, nor an operator."""
     play = Play()
-    play.above.quiet = 2
-    play.store.fails = [StoreError("no answer")]
+    play.above.quiet = 3
+    play.store.fails = [StoreError("no answer")] * 2
     assert play.ask() == [
         {"store": "lost", "endpoint": "no answer"},
         {"store": "connected", "endpoint": "here"},
     ]
-    assert play.store.calls == [0, 0]
+    assert play.store.calls == [0, 0, 0]
     play.above.quiet, play.now_s = 1, 12.5
     assert play.ask() == [{"answered_ago_ms": 2500, "unusable": 0}]
     play.above.quiet = 1
     assert play.ask() == []  # that was told a moment ago
     understand({"answered_ago_ms": 2500, "unusable": 0}, [], FROM_TOKENS)
+
+
+def test_a_claim_waits_no_longer_for_a_look_than_one_member_is_waited_for() -> None:
+    """The worker waits until all members were asked by its claim, and one before."""
+    play = Play()
+    play.now_s, play.above.quiet = 7.0, 1
+    play.store.fails = [StoreError("no answer")]
+    assert play.ask() == []  # the next member may answer
+    assert play.store.looked_until_s == 7.5
+    assert play.ask(("a", 60))[-1]["claimed"] == [1]
+    play.above.quiet = 1
+    play.store.fails = [StoreError("no answer")]
+    assert play.ask() == []
