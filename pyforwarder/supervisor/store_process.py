@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pyforwarder.supervisor.child import ChildProcess
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Said = TypeVar("Said")
 
+# Who may write in the store may write what is of no use for as long as it likes.
+_LOG_EVERY_S: Final = 60.0
+
 
 class StoreProcess(ChildProcess[Said]):
     """Knows when its store has answered last, by what the process says."""
@@ -20,7 +23,10 @@ class StoreProcess(ChildProcess[Said]):
     part: str  # what the store is asked for, in metrics
     answered: Callable[[], object] | None = None  # called when `exchange` has changed
     _answered_s: float | None = None  # None: none is asked
-    _unusable = 0
+    _unusable = 0  # values, found by this process and those before
+    _before = 0  # those of these that others have found before this one, which counts from 0
+    _logged = 0  # of these
+    _log_at_s = 0.0  # not before
 
     def exchange(self) -> dict[str, Any] | None:
         """When the store has answered last, by time.monotonic(); None: it is asked nothing.
@@ -31,14 +37,21 @@ class StoreProcess(ChildProcess[Said]):
             self._answered_s = None
             return None
         if self._answered_s is None:
-            self._answered_s, self._unusable = time.monotonic(), 0
+            self._answered_s = time.monotonic()
+            self._unusable = self._before = self._logged = 0
         return {"part": self.part, "answered_s": self._answered_s, "unusable": self._unusable}
 
     def _note(self, said: StoreAnswered) -> None:
-        self._answered_s = time.monotonic() - said.answered_ago_ms / 1000
-        before, self._unusable = self._unusable, said.unusable
-        if said.unusable > before:  # else it is another process, that counts from 0
-            more = said.unusable - before
+        now_s = time.monotonic()
+        self._answered_s = now_s - said.answered_ago_ms / 1000
+        self._unusable = self._before + said.unusable
+        more = self._unusable - self._logged
+        if more > 0 and now_s >= self._log_at_s:
             self._log.write("warning", "fleet_values_unusable", part=self.part, values=more)
+            self._logged, self._log_at_s = self._unusable, now_s + _LOG_EVERY_S
         if self.answered is not None:
             self.answered()
+
+    def _hang_up(self) -> None:
+        super()._hang_up()
+        self._before = self._unusable
