@@ -30,6 +30,13 @@ def test_the_configuration_page_has_every_block() -> None:
         assert any(f"<!-- made: keys {path or 'top'} -->" in page for path in block.paths)
 
 
+def test_the_page_of_the_architecture_has_the_files_of_each_package() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    sources = ROOT / "pyforwarder"
+    packages = {str(path.parent.relative_to(sources)) for path in sources.rglob("*.py")} - {"."}
+    assert {one for one in packages if f"<!-- made: files {one} -->" not in page} == set()
+
+
 def test_a_part_replaces_the_one_before_it_and_nothing_else() -> None:
     page = "a\n<!-- made: limits -->\nold\n<!-- /made -->\nb\n"
     assert made(made(page, "x"), "x") == made(page, "x")
