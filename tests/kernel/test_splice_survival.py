@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 # The ports are held by mute sockets of the keeper, two for a pair, and so are they by a worker.
 MANY: Final = 1501
 AS_MANY_AS_FIT: Final = 9001
+# What idle pairs may cost in so long: a look at a clock now and then is allowed, a look at each
+# pair is not. Of three such times the one in the middle counts: what others on this host cost it,
+# they cost it now and then, and what comes every 7.5 s or more often is in two of three.
+IDLE_S: Final = 5.0
+IDLE_COST_S: Final = 0.08
 
 
 @pytest.fixture
@@ -262,13 +268,12 @@ def test_many_idle_pairs_cost_no_time(start: Any, transfers: Transfers, count: i
         assert path.read_text().count(f" {DATAPATH} ") == 2 * half
         # A second after it has begun, a pair may be looked at once more.
         stays(lambda: site.forwarder.process.poll() is None, "the daemon", for_s=4.0)
-        # Of three seconds; a look at a clock now and then is allowed, a look at each pair is not.
-        # What others on this host cost it, they cost it now and then.
         costs_s: list[float] = []
-        while not costs_s or (costs_s[-1] > 0.05 and len(costs_s) < 4):
+        for _ in range(3):
             before_s = cpu_s(site.forwarder)
-            stays(lambda: site.forwarder.process.poll() is None, "the daemon", for_s=3.0)
+            stays(lambda: site.forwarder.process.poll() is None, "the daemon", for_s=IDLE_S)
             costs_s.append(cpu_s(site.forwarder) - before_s)
-        assert min(costs_s) <= 0.05, costs_s
+        print("cost", costs_s)
+        assert statistics.median(costs_s) <= IDLE_COST_S, costs_s
         finish(groups)
     site.wait_for_no_pairs()
