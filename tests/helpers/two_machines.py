@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from tests.helpers.lateness import HostLateness
 from tests.helpers.netns import Network
 from tests.helpers.peers import address_text
 
@@ -146,8 +147,6 @@ def _announce6(name: str, address: str) -> None:
 _PATTERN: Final = bytes(range(251)) * 1050
 _PERIOD: Final = 251
 _TICK_S: Final = 0.02
-# A mover, the process for failover, the keeper, a worker or the peer: so many may be late in turn.
-_PROCESSES: Final = 4
 OFTEN_S: Final = 0.1  # bytes that come so often show a gap
 
 
@@ -206,7 +205,7 @@ class Traffic:
         self.streams: list[tuple[Stream, Stream]] = []
         self._is_sending = True
         self._is_over = False
-        self._late_s = 0.0
+        self._host = HostLateness()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -228,7 +227,7 @@ class Traffic:
     def mark(self) -> None:
         """Forget the gaps so far."""
         with self._lock:
-            self._late_s = 0.0
+            self._host.mark()
             for pair in self.streams:
                 for stream in pair:
                     stream.gap_s, stream.last_s = 0.0, time.monotonic()
@@ -298,11 +297,9 @@ class Traffic:
     def host_late_s(self) -> float:
         """How much later than elsewhere something may be on this host, since `mark`.
 
-        So late this thread has got a processor at most; and what is waited for takes several
-        processes, one behind the other.
+        Not what this thread is late with: it has work of its own.
         """
-        with self._lock:
-            return _PROCESSES * self._late_s
+        return self._host.most_s()
 
     def _run(self) -> None:
         due_s = time.monotonic()
@@ -316,7 +313,6 @@ class Traffic:
                         self._selector.unregister(key.data.sock)
                 now_s = time.monotonic()
                 if now_s >= due_s:
-                    self._late_s = max(self._late_s, now_s - due_s)
                     due_s = now_s + _TICK_S
                     tick += 1
                     for pair in self.streams if self._is_sending else ():
@@ -329,6 +325,7 @@ class Traffic:
         """End it, and all connections."""
         self._is_over = True
         self._thread.join()
+        self._host.close()
         for pair in self.streams:
             for stream in pair:
                 stream.sock.close()
