@@ -359,19 +359,29 @@ def test_the_limit_of_pairs(start_forwarder: StartForwarder) -> None:
         held.pop().close()
         wait_for(lambda: len(forwarder.look()) == 2, "two pairs left")
 
+        refused = 1
+
         def is_served() -> bool:
             """Its place is free right behind that, and another worker may be quicker."""
-            with contextlib.suppress(AssertionError):
-                held.append(dial_through(forwarder.address, echo.address))
-            return len(held) == 3
+            nonlocal refused
+            client = dial(forwarder.address)
+            client.sendall(instruction(address_text(echo.address)))
+            answer = read_exactly(client, len(ACK))
+            if answer == ACK:
+                held.append(client)
+                return True
+            with client:
+                assert answer + read_to_end(client) == refusal("busy")
+            refused += 1
+            return False
 
-        wait_for(is_served, "another pair")
+        wait_for(is_served, "another pair", deadline_s=scaled_s(5.0))
         for sock in held:
             sock.sendall(b"x")
             assert read_exactly(sock, 1) == b"x"
             sock.close()
     forwarder.wait_for_no_pairs()
-    assert closed(forwarder)["busy"] >= 1
+    assert closed(forwarder) == {"busy": refused, "finished": 4}
 
 
 def test_the_limit_of_pairs_per_client(start_forwarder: StartForwarder) -> None:
