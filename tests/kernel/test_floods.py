@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Self
 
 import pytest
 
+from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.udp.eviction import STEADY_AFTER_S
 from tests.helpers.forged import Forger
 from tests.helpers.peers import EchoServer, address_text, dial, read_exactly
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 FLOOD = 11_000
-TRIES = 10
+TRIES = 3
 CONFIG = """
 datapath: {datapath}
 workers: 2
@@ -82,8 +83,8 @@ def test_made_up_addresses_deny_nobody(
         known.connect(udp)
 
     def heard(sock: socket.socket, said: bytes) -> tuple[str, int] | None:
-        """Where that came from, if it comes within a second."""
-        ends_s = time.monotonic() + 1
+        """Where that came from, if it comes within a few seconds."""
+        ends_s = time.monotonic() + scaled_s(3.0)
         with contextlib.suppress(TimeoutError):
             while (left_s := ends_s - time.monotonic()) > 0:
                 sock.settimeout(left_s)
@@ -141,7 +142,7 @@ def test_made_up_addresses_deny_nobody(
             closed = daemon.show("stats")["closed"]
             assert "busy" not in closed
             assert closed["evicted"] + closed.get("idle", 0) > 0
-            assert daemon.show("listeners")[1]["refused"] == 0
+            assert [listener["refused"] for listener in daemon.show("listeners")] == [0, 0]
         # Seconds later nothing is left of the flood but those that were sent twice.
         if each == 1:
             wait_for(
