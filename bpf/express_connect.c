@@ -20,7 +20,7 @@
  *
  * Nobody has acknowledged a byte by then. So all this can be undone until the server has answered:
  * the bytes that were kept go up the stack as if they came just now, and a worker has the
- * connection. Whatever is not certain goes that way from the beginning.
+ * connection. All that is not certain goes that way from the beginning.
  */
 #include <uapi/linux/bpf.h>
 
@@ -231,7 +231,7 @@ int let_go(struct __sk_buff *skb)
 
 /*
  * Run by the keeper, as often in one call as there are places, by PLACES_AT_ONCE. It never leaves
- * one half done, at whatever moment the keeper is killed.
+ * one half done, no matter when the keeper is killed.
  */
 int go_round(struct __sk_buff *skb)
 {

@@ -84,7 +84,7 @@ class Lost(NamedTuple):
 class Received(queue.Queue["All | Lost | Change"]):
     """What the watching thread has received: no more of it than there is room for.
 
-    What is listed at once is one piece, whatever its size (the store has its own bound of that);
+    What is listed at once is one piece of any size (the store has its own bound of that);
     nothing comes behind it until it is taken, if it has more than there is room for.
     """
 

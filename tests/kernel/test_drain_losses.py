@@ -131,7 +131,7 @@ class Play:
         return worker
 
     def lines(self, pair_id: int) -> list[str]:
-        """What the log says of the end of a pair, of whatever daemon."""
+        """What the log says of the end of a pair, all daemons' lines."""
         found = re.compile(rf" closed (.* )?id={pair_id} ")
         return [line for line in self.daemon.output().splitlines() if found.search(line)]
 
@@ -266,7 +266,7 @@ def test_a_keeper_that_dies_in_a_drain_is_replaced(start: Start, also: str) -> N
 def test_ends_that_only_wait_are_reset_at_the_deadline_though_their_worker_was_lost(
     start: Start, how: signal.Signals
 ) -> None:
-    """The deadline is the daemon's, whatever has died meanwhile."""
+    """The deadline is the daemon's, also if another process has died meanwhile."""
     at = start("12s")
     pairs = [at.pair(address) for address in OUTLIVING for _ in range(2)]
     with going_down(at.daemon) as down:

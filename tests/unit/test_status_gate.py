@@ -80,7 +80,7 @@ def test_pages_of_others_get_nothing_and_links_lead_to_the_page_alone() -> None:
         asked = request(method, path, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode)
         return one.refuses_browser(asked) is not None
 
-    for site in ("cross-site", "same-site", "whatever"):
+    for site in ("cross-site", "same-site", "unheard-of"):
         assert not refused("/", site, "navigate")
         assert refused("/", site, "no-cors")
         assert refused("/", site, "navigate", "POST")
