@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
@@ -54,6 +55,26 @@ class Etcd:
         """Its process."""
         assert self._process is not None
         return self._process.pid
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """It stands still, and goes on afterwards.
+
+        One of its threads takes the signal, and the others run until that one has had a processor
+        (kernel/signal.c, do_signal_stop): they are waited for.
+        """
+        threads = Path(f"/proc/{self.pid}/task")
+
+        def stands_still() -> bool:
+            statuses = [path / "status" for path in threads.iterdir()]
+            return all("\nState:\tT" in status.read_text() for status in statuses)
+
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            wait_for(stands_still, "etcd stands still")
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Kill it; what it has stays."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import time
@@ -195,11 +194,8 @@ def test_a_machine_that_ends_is_listed_no_more(start_forwarder: StartForwarder, 
     assert two.command("down").returncode == 0
     assert sorted(instances(one)) == ["one"]
     # A store that does not answer keeps nobody: the lease ends without it.
-    os.kill(etcd.pid, signal.SIGSTOP)
-    try:
+    with etcd.suspended():
         assert one.command("down").returncode == 0
-    finally:
-        os.kill(etcd.pid, signal.SIGCONT)
 
 
 def test_editions_are_in_force_on_three_machines_in_a_moment(

@@ -213,15 +213,13 @@ def test_a_store_that_hangs_is_waited_for_so_long_and_by_nobody_else(
     machine = start_forwarder(config(etcd, tmp_path, "one", tokens="{wait: 500ms}"))
     with AnswerServer("server") as server:
         assert answer(machine, signed(server.address, 0)) == ACK
-        store = psutil.Process(etcd.pid)
         speakers = [
             child
             for child in psutil.Process(machine.process.pid).children()
             if any(etcd.port in (c.raddr or ()) for c in child.net_connections())
         ]
         assert len(speakers) == 2
-        store.suspend()
-        try:
+        with etcd.suspended():
             with dial(machine.address) as waits:
                 waits.sendall(signed(server.address, 1) + b"payload")
                 # Meanwhile the same worker decides about others, whichever it is.
@@ -236,8 +234,6 @@ def test_a_store_that_hangs_is_waited_for_so_long_and_by_nobody_else(
                 for speaker in speakers:
                     speaker.kill()
                 assert read_to_end(waits) == REFUSED
-        finally:
-            store.resume()
         machine.wait_for_line("fleet_tokens_died")
         wait_for(
             lambda: answer(machine, signed(server.address, random.randrange(9, 99))) == ACK,
