@@ -147,7 +147,7 @@ def play(begin: Any, load: Load, *, upgrades: int, within_s: float) -> None:
             reports.append(clients.report())
             print(f"upgrade {len(reports)}:", *reports[-1].lines(), sep="\n  ", flush=True)
             assert not reports[-1].faults, reports[-1].kinds
-            wait_for(lambda: go_on(lineage, before), "all are known", deadline_s=2 * PATIENCE_S)
+            wait_for(lambda: go_on(lineage, before), "all are known", deadline_s=5 * PATIENCE_S)
         last = clients.stop()
         assert not last.faults, last.kinds
         print(f"the longest wait of each, p99, in {len(reports)} upgrades:")
