@@ -68,8 +68,8 @@ class Helpers:
     ) -> None:
         """`obey` does what viewers order, `put_in_force` what a fleet shares.
 
-        `is_ending`: the daemon drains, or more; `is_over`: it resets what is left, or another one
-        has what it had. `down` are servers that were down to the daemon before.
+        `is_ending`: the daemon drains, or more; `is_over`: it resets the pairs that are left, or
+        another daemon has them. `down` are servers that were down to the daemon before.
         """
         self._source = source
         self._in_force = in_force
