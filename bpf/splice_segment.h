@@ -239,15 +239,18 @@ inlined int take_segment(struct __sk_buff *skb, struct packet *packet, const int
 		return DROP; /* and the worker tells this peer (ICMP) */
 
 	/* It is believed from here on. */
+	verdict = forgotten(verdict);
 	note_heard(way);
 	if (packet->bytes &&
 	    (verdict == PF_OLD || !after(segment.end, (__u32)volatile_read(way->last_end))) &&
 	    count_again(packet) == DROP)
 		return DROP;
-	packet->is_pure_ack = !packet->bytes && !(packet->flags & FIN);
+	packet->is_pure_ack = forgotten(!packet->bytes && !(packet->flags & FIN));
 	window = (__u32)bpf_ntohs(packet->tcp->window) << (way->shift_left & 15);
 	edge = packet->ack + window;
 	is_for_both = split_acknowledgement(packet, edge, verdict, &ring);
+	is_for_both = forgotten(is_for_both);
+	ring = forgotten(ring);
 	if (verdict == PF_VALID && !before(packet->ack, (__u32)volatile_read(way->last_ack))) {
 		way->edge = edge;
 		advance(&back->limit, edge + way->ack_delta);
@@ -282,9 +285,9 @@ inlined int take_segment(struct __sk_buff *skb, struct packet *packet, const int
 	if (verdict == PF_VALID) {
 		if (!packet->is_pure_ack)
 			__sync_fetch_and_add(&way->packets, 1);
-		ring |= take_in(&segment, way, back);
+		ring = forgotten(ring | take_in(&segment, way, back));
 		show_bytes(splice, way, packet->direction);
-		ring |= note_acknowledgement(packet);
+		ring = forgotten(ring | note_acknowledgement(packet));
 	}
 	if (ring)
 		tell(splice, packet->index);

@@ -141,10 +141,6 @@ inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
 	return bpf_skb_store_bytes(skb, field_at, &field, 2, 0) ? -1 : 0;
 }
 
-#ifndef EINVAL
-#define EINVAL 22 /* asm-generic/errno-base.h */
-#endif
-
 /*
  * Of a CHECKSUM_PARTIAL packet, whether the checksum will be written in front of its field.
  *
@@ -158,15 +154,25 @@ inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
  * options, payload. No byte is received that its sender has not chosen, and a sum that begins
  * elsewhere is wrong, or its sender has made it right.
  *
- * A program cannot read the two numbers. But `bpf_skb_change_tail` refuses to cut off the place of
- * the checksum (__bpf_skb_min_len) with EINVAL, before it looks at anything else: that is the
- * answer for all honest packets, which stay what they are. One of which it was cut off is to be
- * dropped, and so is one that it would have cut, had there been memory, or were it no tunnel's
- * (ENOMEM, ENOTSUPP). Packets' pointers are void afterwards.
+ * struct __sk_buff has neither of the two numbers, so they are read from struct sk_buff. (What
+ * bpf_skb_change_tail refuses to cut off says it on some kernels only: 7.3 and Debian's 6.1.192
+ * cut it off.) Where programs may not read the kernel's memory (lockdown=confidentiality), this is
+ * not looked at.
  */
 inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
 {
-	return bpf_skb_change_tail(skb, field_at + 1, 0) != -EINVAL;
+#ifdef SK_BUFF_CSUM_START
+	__u32 zero = 0;
+	__u16 *read = map_lookup(MAP_SCRATCH_FD, &zero);
+
+	/* csum_start and csum_offset */
+	if (!read || bpf_probe_read_kernel(read, 4, (void *)skb + SK_BUFF_CSUM_START) ||
+	    bpf_probe_read_kernel(read + 2, 2, (void *)skb + SK_BUFF_NETWORK_HEADER))
+		return 1; /* never */
+	return (__u32)read[0] + read[1] < read[2] + field_at - ETHERNET_BYTES;
+#else
+	return 0;
+#endif
 }
 
 /* Whether a packet that has no checksum (UDP over IPv4) would get one written in front of it. */

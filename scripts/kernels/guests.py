@@ -39,6 +39,7 @@ _OF_THE_VIEW: Final = tuple(
 _EXPRESS: Final = "tests/kernel/test_express_connect.py::"
 # On the oldest of them: whether the verifier takes the programs of express, and some conversations.
 _OF_EXPRESS: Final = (
+    "tests/kernel/test_verifier.py",
     f"{_EXPRESS}test_bytes_and_ends_both_ways",
     f"{_EXPRESS}test_a_server_that_refuses",
     "tests/kernel/test_express_choice.py::test_turns_come_round",

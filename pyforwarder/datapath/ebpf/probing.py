@@ -14,8 +14,19 @@ from pyforwarder.datapath.ebpf import btf
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.syscall import AttachType, ProgramType
 
+_INSTRUCTION: Final = struct.Struct("=BBhi")
 # BPF_MOV64_IMM(BPF_REG_0, 0), BPF_EXIT_INSN() (include/linux/filter.h)
-_RETURN_0: Final = struct.pack("=BBhi", 0xB7, 0, 0, 0) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+_RETURN_0: Final = _INSTRUCTION.pack(0xB7, 0, 0, 0) + _INSTRUCTION.pack(0x95, 0, 0, 0)
+# bpf_probe_read_kernel(r10 - 8, 8, 0)
+_READ_KERNEL: Final = b"".join(
+    (
+        _INSTRUCTION.pack(0xBF, 0xA1, 0, 0),  # BPF_MOV64_REG(BPF_REG_1, BPF_REG_10)
+        _INSTRUCTION.pack(0x07, 1, 0, -8),  # BPF_ALU64_IMM(BPF_ADD, BPF_REG_1, -8)
+        _INSTRUCTION.pack(0xB7, 2, 0, 8),
+        _INSTRUCTION.pack(0xB7, 3, 0, 0),
+        _INSTRUCTION.pack(0x85, 0, 0, 113),  # BPF_CALL
+    )
+)
 
 
 class Kind(NamedTuple):
@@ -61,3 +72,16 @@ def load_shortest(kind: str) -> int:
 def check(kind: str) -> None:
     """Nothing, if the kernel takes programs of this kind; raises what `load_shortest` does."""
     os.close(load_shortest(kind))
+
+
+def reads_kernel() -> bool:
+    """Whether programs on packets may read the kernel's memory: not if it is locked down for that.
+
+    False, too, where no such program loads for any other reason.
+    """
+    try:
+        fd = bpf.load_program(KINDS["sched_cls"].type, _READ_KERNEL + _RETURN_0)
+    except OSError:
+        return False
+    os.close(fd)
+    return True

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.ebpf import btf, refusal
+from pyforwarder.datapath.ebpf import btf, probing, refusal
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.datapath.netlink import Netlink
@@ -75,6 +75,8 @@ FIELDS: Final = {
     "dst_entry": ("dev",),
     "net_device": ("ifindex",),
 }
+# Where a packet's checksum will be made; csum_offset is behind csum_start (linux/skbuff.h).
+_OF_PACKETS: Final = {"sk_buff": ("csum_start", "network_header")}
 
 
 _NEEDS: Final = "it needs tcx (Linux 6.6), or the kernel's modules sch_ingress and cls_bpf"
@@ -289,8 +291,14 @@ class SpliceMaps:
 
     @property
     def defines(self) -> dict[str, str | int]:
-        """Macros of what the programs count, and of their scratch map."""
+        """Macros of what the programs count, of their scratch map, and of the kernel's packets.
+
+        Raises:
+            LoadError: the kernel has no BTF.
+        """
+        packets = btf.defines(btf.field_offsets(_OF_PACKETS)) if probing.reads_kernel() else {}
         return {
+            **packets,
             "BLOCK_WORDS": BLOCK_WORDS,
             "INVALID_FIRST": INVALID_FIRST,
             "SUM_BYTES": SUM_BYTES,

@@ -1,0 +1,60 @@
+"""How much our programs take of what the verifier allows.
+
+It goes through a million instructions at most (BPF_COMPLEXITY_LIMIT_INSNS, linux/bpf.h). Older
+kernels see fewer of the states of a program as equal: 6.1 goes through up to four times as many
+instructions as 6.18, and may refuse what is far from the limit there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.arrays import create_pairs
+from pyforwarder.datapath.express.connecting import PROGRAMS, OwnPrograms
+from pyforwarder.datapath.splice.maps import Programs, SpliceMaps
+from pyforwarder.datapath.splice.supervised import make_express
+from pyforwarder.runtime.host import kernel_version
+from pyforwarder.runtime.slowness import scaled_s
+
+SLOTS: Final = 64
+OLD: Final = (6, 6)
+MOST: Final = 750_000 if kernel_version() < OLD else 400_000
+
+
+@pytest.mark.timeout(scaled_s(60))
+def test_every_program_of_splice_and_express_keeps_away_from_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    took: dict[str, int] = {}
+    load = bpf.load_program
+
+    def loaded(*arguments: Any, **more: Any) -> int:
+        fd = load(*arguments, **more)
+        said = re.search(
+            r"^verified_insns:\s*(\d+)$", Path(f"/proc/self/fdinfo/{fd}").read_text(), re.MULTILINE
+        )
+        assert said is not None
+        took[more.get("name", "pf_probe")] = int(said[1])
+        return fd
+
+    monkeypatch.setattr(bpf, "load_program", loaded)
+    with contextlib.ExitStack() as stack:
+        pairs_fd = create_pairs(SLOTS)
+        stack.callback(os.close, pairs_fd)
+        maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
+        stack.callback(maps.close)
+        express = make_express(maps, SLOTS, workers=1)
+        stack.callback(express.close)
+        for fd in maps.load_programs(express.connecting):
+            stack.callback(os.close, fd)
+        for fd in express.connecting.load(maps):
+            stack.callback(os.close, fd)
+    assert set(Programs._fields) | set(PROGRAMS) | set(OwnPrograms._fields) <= set(took)
+    assert {name: number for name, number in took.items() if number > MOST} == {}
