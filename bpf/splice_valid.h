@@ -171,6 +171,8 @@ inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
 		return 1; /* never */
 	return (__u32)read[0] + read[1] < read[2] + field_at - ETHERNET_BYTES;
 #else
+	(void)skb;
+	(void)field_at;
 	return 0;
 #endif
 }

@@ -177,8 +177,8 @@ def _missing(missing: tuple[host.Capability, ...]) -> str:
 _LOCKDOWN: Final = {
     Lockdown.NONE: "nothing is refused for it",
     Lockdown.INTEGRITY: "as with Secure Boot; the datapaths do not need what it forbids",
-    Lockdown.CONFIDENTIALITY: "programs may not read kernel memory; splice does so for one check of guests' "
-    "packets, and goes without (docs/security.md)",
+    Lockdown.CONFIDENTIALITY: "programs may not read kernel memory; splice goes without one check "
+    "of packets of this host's guests (docs/security.md)",
     Lockdown.UNKNOWN: "only root can ask; a program that is refused names its cause",
 }
 
