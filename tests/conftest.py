@@ -38,17 +38,22 @@ _KERNEL_TESTS: Final = Path(__file__).parent / "kernel"
 
 # Of these --smoke takes every test: the commands as users call them.
 _SMOKE_WHOLE: Final = frozenset(
-    {"test_as_a_user.py", "test_contract_commands.py", "test_host.py", "test_selftest.py"}
+    {
+        *("contract/test_commands.py", "host/test_host.py", "host/test_selftest.py"),
+        "users/test_as_a_user.py",
+    }
 )
 
 # Modules that last for a minute and more begin first: one that begins last is waited for alone.
 _LONG: Final = frozenset(
     {
-        *("test_conformance.py", "test_contract_bad_peers.py", "test_contract_lifecycle.py"),
-        *("test_differential.py", "test_express.py", "test_failover.py", "test_fleet.py"),
-        *("test_floods.py", "test_oracles.py", "test_page.py", "test_real_clients.py"),
-        *("test_splice.py", "test_splice_tail.py", "test_splice_transfers.py"),
-        *("test_taken_over.py", "test_upgrade.py", "test_worker_faults.py"),
+        *("contract/test_bad_peers.py", "contract/test_lifecycle.py"),
+        *("daemon/test_taken_over.py", "daemon/test_upgrade.py", "daemon/test_worker_faults.py"),
+        *("datapath/test_conformance.py", "datapath/test_differential.py"),
+        *("connections/test_oracles.py", "express/test_express.py"),
+        *("fleet/test_failover.py", "fleet/test_fleet.py", "sessions/test_floods.py"),
+        *("splice/test_splice.py", "splice/test_tail.py", "splice/test_transfers.py"),
+        *("users/test_page.py", "users/test_real_clients.py"),
     }
 )
 
@@ -131,7 +136,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     And those that need what a host like this one need not have. What lasts long comes first.
     """
-    items.sort(key=lambda item: item.path.name not in _LONG)  # all else stays in its order
+    items.sort(key=lambda item: _module(item) not in _LONG)  # all else stays in its order
     soaking = bool(config.getoption("--soak"))
     # They look at the clock between two rounds, and then put things away.
     soak_timeout_s = config.getoption("--soak-for") + 300
@@ -139,7 +144,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
-        if item.path.is_relative_to(_KERNEL_TESTS):
+        if _module(item):
             item.add_marker(pytest.mark.kernel)
         if item.get_closest_marker("kernel") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root: sudo scripts/test"))
@@ -155,13 +160,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+def _module(item: pytest.Item) -> str:
+    """The test's module below tests/kernel; "" if it is no kernel test."""
+    path = item.path
+    return str(path.relative_to(_KERNEL_TESTS)) if path.is_relative_to(_KERNEL_TESTS) else ""
+
+
 def _is_smoke(item: pytest.Item, seen: set[Path]) -> bool:
     """Whether the test is of the small set; `seen` are the modules of which one was taken."""
-    if not item.path.is_relative_to(_KERNEL_TESTS):
+    module = _module(item)
+    if not module:
         return False
     is_first = item.path not in seen
     seen.add(item.path)
-    return is_first or item.path.name in _SMOKE_WHOLE
+    return is_first or module in _SMOKE_WHOLE
 
 
 def _scale_timeout(item: pytest.Item) -> None:

@@ -119,7 +119,7 @@ def _shell(guest: Guest) -> int:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="\b\nExamples:\n"
     "  sudo scripts/kernels/run\n"
-    "  sudo scripts/kernels/run 6.1 -- tests/kernel/test_pins.py -x\n"
+    "  sudo scripts/kernels/run 6.1 -- tests/kernel/daemon/test_pins.py -x\n"
     "  sudo scripts/kernels/run --shell bookworm-backports/linux-image-cloud-amd64",
 )
 @click.argument("names", nargs=-1, metavar="[NAME ...] [-- PYTEST ARGUMENT ...]")

@@ -12,23 +12,23 @@ CLOUD: Final = "linux-image-cloud-amd64"
 # What every guest but the last runs: kernel facts, the conformance suite on every datapath of a
 # kernel, and sockmap. What measures, or needs two processors, is left to the host.
 _OF_THE_KERNEL: Final = (
-    "tests/kernel/test_host.py",
-    "tests/kernel/test_kernel_facts.py",
-    "tests/kernel/test_conformance.py",
-    "tests/kernel/test_sockmap.py",
-    "tests/kernel/test_sockmap_walls.py",
-    "tests/kernel/test_sockmap_teardown.py",
+    "tests/kernel/host/test_host.py",
+    "tests/kernel/host/test_kernel_facts.py",
+    "tests/kernel/datapath/test_conformance.py",
+    "tests/kernel/sockmap/test_sockmap.py",
+    "tests/kernel/sockmap/test_walls.py",
+    "tests/kernel/sockmap/test_teardown.py",
 )
 # A daemon's programs and the view, with each of Debian's releases.
 TESTS: Final = (
     *_OF_THE_KERNEL,
-    "tests/kernel/test_splice.py::test_flush_resets_both_ends",
-    "tests/kernel/test_attaching.py::test_kill_leaves_them_and_the_next_up_replaces_them",
-    "tests/kernel/test_view.py",
+    "tests/kernel/splice/test_splice.py::test_flush_resets_both_ends",
+    "tests/kernel/host/test_attaching.py::test_kill_leaves_them_and_the_next_up_replaces_them",
+    "tests/kernel/view/test_view.py",
 )
 # The commands as a user calls them. All of them are played with the kernel of Debian 13 where it is
 # locked down, and on Debian 12 in a container; on its kernel those that show what that says.
-_AS_A_USER: Final = "tests/kernel/test_as_a_user.py"
+_AS_A_USER: Final = "tests/kernel/users/test_as_a_user.py"
 _OF_THE_VIEW: Final = tuple(
     f"{_AS_A_USER}::{name}"
     for name in (
@@ -36,14 +36,14 @@ _OF_THE_VIEW: Final = tuple(
         "test_after_kill_9_the_next_up_serves_and_down_leaves_nothing",
     )
 )
-_EXPRESS: Final = "tests/kernel/test_express_connect.py::"
+_EXPRESS: Final = "tests/kernel/express/test_connect.py::"
 # On the oldest of them: whether the verifier takes the programs of express, and some conversations.
 _OF_EXPRESS: Final = (
-    "tests/kernel/test_verifier.py",
+    "tests/kernel/host/test_verifier.py",
     f"{_EXPRESS}test_bytes_and_ends_both_ways",
     f"{_EXPRESS}test_a_server_that_refuses",
-    "tests/kernel/test_express_choice.py::test_turns_come_round",
-    "tests/kernel/test_express_choice.py::test_a_choice_that_is_not_certain_is_left_to_userspace",
+    "tests/kernel/express/test_choice.py::test_turns_come_round",
+    "tests/kernel/express/test_choice.py::test_a_choice_that_is_not_certain_is_left_to_userspace",
 )
 # Where programs are attached by tcx: loading is nearly all that it costs, so a few of these.
 _SOME_OF_EXPRESS: Final = tuple(
@@ -57,7 +57,7 @@ _SOME_OF_EXPRESS: Final = tuple(
 # Each takes ten seconds or more of an emulated processor, and says nothing about a kernel that the
 # others do not.
 NOT_HERE: Final = tuple(
-    f"tests/kernel/test_view.py::{name}"
+    f"tests/kernel/view/test_view.py::{name}"
     for name in (
         "test_no_line_mixes_two_descriptions",
         "test_no_line_mixes_two_connections_whose_slot_changes_hands",
@@ -113,7 +113,7 @@ ALL: Final = (
         Expected(lockdown="integrity"),
         command_line="lockdown=integrity",
         # the datapaths prove themselves in `doctor`; what lockdown may forbid is loading and pins
-        tests=("tests/kernel/test_host.py", _AS_A_USER),
+        tests=("tests/kernel/host/test_host.py", _AS_A_USER),
     ),
 )
 

@@ -2,7 +2,7 @@
 
 `TABLE` says for each capability from which kernel on a host must have it.  One that is missing on
 a host that must have it is a fault, unless the host is known to refuse exactly that (`REFUSALS`):
-then the tests assert what such a host gives.  tests/kernel/test_host.py fails for a fault;
+then the tests assert what such a host gives.  tests/kernel/host/test_host.py fails for a fault;
 `needs("tcx")` on a test leaves it out where the table excuses the host, and nowhere else.
 """
 

@@ -19,7 +19,8 @@ PAGES: Final = [
 ]
 EXAMPLES: Final = sorted((ROOT / "examples").glob("*/pyforwarder.yaml"))
 
-# Commands in the order in which tests/kernel/test_documents.py plays them: what each one returns.
+# Commands in the order in which tests/kernel/users/test_documents.py plays them: what each one
+# returns.
 PLAYED: Final = {
     "pyforwarder token --new /etc/pyforwarder/ops.key": 0,
     "pyforwarder check /etc/pyforwarder/default.yaml": 0,
@@ -44,49 +45,55 @@ TESTED_ELSEWHERE: Final = {
     "sudo scripts/prepare test": "scripts/test",
     "scripts/check": "scripts/test",
     "scripts/test tests/unit": ".ci/run",
-    "sudo scripts/test tests/kernel/test_conformance.py": ".ci/run",
+    "sudo scripts/test tests/kernel/datapath/test_conformance.py": ".ci/run",
     "sudo scripts/run": "scripts/container/fresh",
     "sudo scripts/test": ".ci/run",
     "printf 'hello\\n' | scripts/run connect 127.0.0.1:22": "scripts/container/fresh",
-    "sudo scripts/run show": "tests/kernel/test_operating.py",
-    "sudo scripts/run demo": "tests/kernel/test_demo.py",
-    "sudo scripts/run doctor": "tests/kernel/test_attaching.py",
-    "pyforwarder doctor": "tests/kernel/test_attaching.py",
-    "pyforwarder doctor --json": "tests/kernel/test_as_a_user.py",
-    "pyforwarder up -c /etc/pyforwarder/default.yaml": "tests/kernel/test_operating.py",
+    "sudo scripts/run show": "tests/kernel/daemon/test_operating.py",
+    "sudo scripts/run demo": "tests/kernel/users/test_demo.py",
+    "sudo scripts/run doctor": "tests/kernel/host/test_attaching.py",
+    "pyforwarder doctor": "tests/kernel/host/test_attaching.py",
+    "pyforwarder doctor --json": "tests/kernel/users/test_as_a_user.py",
+    "pyforwarder up -c /etc/pyforwarder/default.yaml": "tests/kernel/daemon/test_operating.py",
     "pyforwarder show listeners --watch": "tests/unit/test_cli.py",
     "pyforwarder top": "tests/unit/test_cli_top.py",
-    "pyforwarder server web/10.0.0.1:443 drain": "tests/kernel/test_servers.py",
+    "pyforwarder server web/10.0.0.1:443 drain": "tests/kernel/connections/test_servers.py",
     "ssh -o ProxyCommand='pyforwarder connect %h:%p --via gateway.example.com:9999' 10.0.0.5": (
-        "tests/kernel/test_real_clients.py"
+        "tests/kernel/users/test_real_clients.py"
     ),
     "ssh -o ProxyCommand='pyforwarder connect %h:%p --via gateway.example.com:9999 "
-    "--key ops=ops.key --aud gate-1' 10.0.0.5": "tests/kernel/test_real_clients.py",
-    "ip rule add ipproto tcp sport 8080 lookup 100": "tests/kernel/test_transparent.py",
-    "ip route add local 0.0.0.0/0 dev lo table 100": "tests/kernel/test_transparent.py",
-    "pyforwarder upgrade": "tests/kernel/test_upgrade.py",
+    "--key ops=ops.key --aud gate-1' 10.0.0.5": "tests/kernel/users/test_real_clients.py",
+    "ip rule add ipproto tcp sport 8080 lookup 100": "tests/kernel/connections/test_transparent.py",
+    "ip route add local 0.0.0.0/0 dev lo table 100": "tests/kernel/connections/test_transparent.py",
+    "pyforwarder upgrade": "tests/kernel/daemon/test_upgrade.py",
     "systemctl enable --now pyforwarder@default": "scripts/container/systemd",
     "systemctl reload pyforwarder@default": "scripts/container/systemd",
     'pyforwarder fleet put -c /etc/pyforwarder/default.yaml shared.yaml --comment "web moves"': (
-        "tests/kernel/test_fleet.py"
+        "tests/kernel/fleet/test_fleet.py"
     ),
-    "pyforwarder fleet instances -c /etc/pyforwarder/default.yaml": "tests/kernel/test_fleet.py",
+    "pyforwarder fleet instances -c /etc/pyforwarder/default.yaml": (
+        "tests/kernel/fleet/test_fleet.py"
+    ),
     "pyforwarder fleet clients -c /etc/pyforwarder/default.yaml": (
-        "tests/kernel/test_fleet_limits.py"
+        "tests/kernel/fleet/test_limits.py"
     ),
-    "pyforwarder fleet history -c /etc/pyforwarder/default.yaml": "tests/kernel/test_fleet.py",
+    "pyforwarder fleet history -c /etc/pyforwarder/default.yaml": (
+        "tests/kernel/fleet/test_fleet.py"
+    ),
     "pyforwarder fleet diff -c /etc/pyforwarder/default.yaml --serial 3": (
-        "tests/kernel/test_fleet.py"
+        "tests/kernel/fleet/test_fleet.py"
     ),
-    "pyforwarder fleet rollback -c /etc/pyforwarder/default.yaml 3": "tests/kernel/test_fleet.py",
+    "pyforwarder fleet rollback -c /etc/pyforwarder/default.yaml 3": (
+        "tests/kernel/fleet/test_fleet.py"
+    ),
     "pyforwarder register -c /etc/pyforwarder/default.yaml web 10.0.0.7:443 --ttl 10s": (
-        "tests/kernel/test_fleet.py"
+        "tests/kernel/fleet/test_fleet.py"
     ),
     "pyforwarder fleet move -c /etc/pyforwarder/default.yaml two": (
-        "tests/kernel/test_fleet_move.py"
+        "tests/kernel/fleet/test_move.py"
     ),
-    "pyforwarder fleet take": "tests/kernel/test_fleet_move.py",
-    "pyforwarder fleet ready": "tests/kernel/test_fleet_move.py",
+    "pyforwarder fleet take": "tests/kernel/fleet/test_move.py",
+    "pyforwarder fleet ready": "tests/kernel/fleet/test_move.py",
     "sudo scripts/container/build runtime": "scripts/container/test",
     "sudo scripts/bench/run --quick": "tests/unit/test_bench.py",
     "sudo scripts/bench/run": "tests/unit/test_bench.py",

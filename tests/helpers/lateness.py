@@ -12,7 +12,8 @@ _SLEEP_S: Final = 0.02
 # a second that counts, not the longest sleep.
 _WITHIN_S: Final = 1.0
 # A bound to which more is added could not be missed any more: ends of connections that are left
-# alone send again 1.3 s after they could (tests/kernel/test_failover.py), and 0.5 s are allowed.
+# alone send again 1.3 s after they could (tests/kernel/fleet/test_failover.py), and 0.5 s are
+# allowed.
 MOST_LATE_S: Final = 0.7
 
 

@@ -1,6 +1,6 @@
 /*
  * Every packet that leaves an interface gets a tag of VLAN 0: a priority, as a sender may give one
- * (IEEE 802.1Q, 6.9.1). Attached by tests/kernel/test_splice_walls_ends.py.
+ * (IEEE 802.1Q, 6.9.1). Attached by tests/kernel/splice/test_walls_ends.py.
  */
 #include <uapi/linux/bpf.h>
 

@@ -180,14 +180,14 @@ def test_on_a_slow_host_every_test_has_more_time(
 def test_smoke_is_the_first_test_of_each_kernel_module_and_all_of_some(
     suite: pytest.Pytester,
 ) -> None:
-    suite.mkdir("kernel")
     two = "def test_one(): pass\ndef test_two(): pass\n"
-    for name in ("test_view.py", "test_contract_commands.py"):
-        (suite.path / "kernel" / name).write_text(two)
+    for folder, name in (("view", "test_view.py"), ("contract", "test_commands.py")):
+        (suite.path / "kernel" / folder).mkdir(parents=True)
+        (suite.path / "kernel" / folder / name).write_text(two)
     result = suite.runpytest_subprocess("--smoke", "-v")
     # test_suite.py is no kernel test, and left out with its four
     result.assert_outcomes(passed=3, deselected=5)
-    result.stdout.fnmatch_lines(["*test_contract_commands.py::test_two PASSED*"])
+    result.stdout.fnmatch_lines(["*test_commands.py::test_two PASSED*"])
     result.stdout.no_fnmatch_line("*test_view.py::test_two*")
 
 
@@ -204,13 +204,16 @@ def test_failures_are_written_where_they_are_wanted(suite: pytest.Pytester, tmp_
 
 
 def test_what_lasts_long_comes_first(suite: pytest.Pytester) -> None:
-    for name in ("test_z.py", "test_upgrade.py"):
+    (suite.path / "kernel" / "daemon").mkdir(parents=True)
+    for name in ("kernel/daemon/test_pins.py", "kernel/daemon/test_upgrade.py"):
         (suite.path / name).write_text("def test_one(): pass\ndef test_two(): pass\n")
     result = suite.runpytest_subprocess("--collect-only", "-q")
     found = [line.partition("::")[0] for line in result.outlines if "::" in line]
-    assert found == ["test_upgrade.py"] * 2 + ["test_suite.py"] * 3 + ["test_z.py"] * 2
+    later = [*["kernel/daemon/test_pins.py"] * 2, *["test_suite.py"] * 3]
+    assert found == ["kernel/daemon/test_upgrade.py"] * 2 + later
 
 
 def test_what_is_said_to_last_long_is_there() -> None:
     kernel = _CONFTEST.parent / "kernel"
-    assert {path.name for path in kernel.glob("test_*.py")} >= conftest._LONG
+    modules = {str(path.relative_to(kernel)) for path in kernel.rglob("test_*.py")}
+    assert modules >= conftest._LONG | conftest._SMOKE_WHOLE

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -20,37 +21,39 @@ _TESTS: Final = Path(__file__).parents[1]
 
 # What lasts so long is the play itself: nothing is waited for.
 SLEEPS: Final = {
-    "kernel/test_datagrams.py test_limits_hold_for_sessions": (
+    "kernel/sessions/test_datagrams.py test_limits_hold_for_sessions": (
         "so much later the client speaks again"
     ),
-    "kernel/test_failover.py test_ends_that_have_waited_longer_and_longer_send_at_once": (
+    "kernel/fleet/test_failover.py test_ends_that_have_waited_longer_and_longer_send_at_once": (
         "so long nobody has the addresses"
     ),
-    "kernel/test_failover.py deaths": "when a machine dies, and how late that is noticed",
-    "kernel/test_fleet_limits.py "
+    "kernel/fleet/test_failover.py deaths": "when a machine dies, and how late that is noticed",
+    "kernel/fleet/test_limits.py "
     "test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may": (
         "the pace of a client that connects"
     ),
-    "kernel/test_floods.py flood": "the pace of a flood that a queue takes",
-    "kernel/test_floods.py test_made_up_addresses_deny_nobody": (
+    "kernel/sessions/test_floods.py flood": "the pace of a flood that a queue takes",
+    "kernel/sessions/test_floods.py test_made_up_addresses_deny_nobody": (
         "so much later the client speaks again"
     ),
-    "kernel/test_memory.py test_what_stalled_pairs_hold_is_bounded": (
+    "kernel/datapath/test_memory.py test_what_stalled_pairs_hold_is_bounded": (
         "the client pushes at this pace"
     ),
     "helpers/quic_peers.py close": "0 s: asyncio closes the transports in its next turn",
     "helpers/quic_peers.py server": "0 s: asyncio closes the socket in its next turn",
-    "kernel/test_sockmap_exit.py send": "the pace of a peer that sends slowly",
-    "kernel/test_splice_keeper.py hangs": "the keeper hangs for so long",
-    "kernel/test_splice_keeper.py test_no_pair_begins_after_its_worker_has_given_the_keeper_up": (
+    "kernel/sockmap/test_exit.py send": "the pace of a peer that sends slowly",
+    "kernel/splice/test_keeper.py hangs": "the keeper hangs for so long",
+    "kernel/splice/test_keeper.py test_no_pair_begins_after_its_worker_has_given_the_keeper_up": (
         "the keeper has gone on by then, and nothing is to come of it"
     ),
-    "kernel/test_splice_questions.py trouble": "the keeper is stopped for so long",
-    "kernel/test_splice_questions.py test_what_happens_while_the_keeper_is_asked": (
+    "kernel/splice/test_questions.py trouble": "the keeper is stopped for so long",
+    "kernel/splice/test_questions.py test_what_happens_while_the_keeper_is_asked": (
         "the keeper is stopped for so long"
     ),
-    "kernel/test_taken_over.py look": "nothing happens for so long",
-    "kernel/test_upgrade_many.py play": "so long it is measured what there is without an upgrade",
+    "kernel/daemon/test_taken_over.py look": "nothing happens for so long",
+    "kernel/daemon/test_upgrade_many.py play": (
+        "so long it is measured what there is without an upgrade"
+    ),
     "unit/test_child.py _prepare": "a child that lives until it is killed",
     "unit/test_keeper_client.py slow": "the answer comes so late",
     "unit/test_preparing.py hangs": "a child that hangs until it is killed",
@@ -58,10 +61,10 @@ SLEEPS: Final = {
 # A mode of the tests, or a machine, that has no such thing: `needs` knows capabilities of kernels.
 SKIPS: Final = {
     "conftest.py pytest_collection_modifyitems": "without root the others run",
-    "kernel/test_splice_sessions.py": "PYFORWARDER_TEST_DATAPATH=copy",
-    "kernel/test_splice_walls.py": "PYFORWARDER_TEST_DATAPATH=copy",
-    "kernel/test_splice_walls_ends.py": "PYFORWARDER_TEST_DATAPATH=copy",
-    "kernel/test_splice_walls_fuzz.py": "PYFORWARDER_TEST_DATAPATH=copy",
+    "kernel/sessions/test_sessions.py": "PYFORWARDER_TEST_DATAPATH=copy",
+    "kernel/splice/test_walls.py": "PYFORWARDER_TEST_DATAPATH=copy",
+    "kernel/splice/test_walls_ends.py": "PYFORWARDER_TEST_DATAPATH=copy",
+    "kernel/splice/test_walls_fuzz.py": "PYFORWARDER_TEST_DATAPATH=copy",
     "unit/test_seccomp.py": "a machine without a table of system calls has no filter",
     "unit/test_store.py": "needs root",
 }
@@ -70,13 +73,13 @@ SKIPS: Final = {
 # How long something took, and must not have taken longer. What must not wait is given so long to
 # wait that its test would be ended instead (`timeout`), or the loop's clock is the test's
 # (helpers/clock.py), or order is proven as order.
-_RESET: Final = "kernel/test_failover_reset.py"
-_VRRP: Final = "kernel/test_keepalived.py"
+_RESET: Final = "kernel/fleet/test_failover_reset.py"
+_VRRP: Final = "kernel/fleet/test_keepalived.py"
 CLOCKS: Final = {
-    "kernel/test_failover.py deaths": (
+    "kernel/fleet/test_failover.py deaths": (
         "how long a death may be noticed is promised (docs), and measured"
     ),
-    "kernel/test_failover.py test_ends_that_have_waited_longer_and_longer_send_at_once": (
+    "kernel/fleet/test_failover.py test_ends_that_have_waited_longer_and_longer_send_at_once": (
         "the same; alone, and ends left alone would be silent for 1.3 s more, not 0.5"
     ),
     f"{_RESET} test_both_ends_of_what_is_not_known_are_reset_as_soon_as_they_speak": (
@@ -85,19 +88,20 @@ CLOCKS: Final = {
     f"{_RESET} test_ends_that_only_wait_are_reset_at_once_where_nobody_can_go_on": (
         "the same; ends left alone wait for ever"
     ),
-    "kernel/test_fleet.py test_editions_are_in_force_on_three_machines_in_a_moment": (
+    "kernel/fleet/test_fleet.py test_editions_are_in_force_on_three_machines_in_a_moment": (
         "promised and measured; of many times the one in the middle"
     ),
     f"{_VRRP} test_pairs_go_on_when_keepalived_notices_a_death_and_when_it_is_stopped": (
         "promised and measured, with a keepalived that notices within 0.1 s"
     ),
-    "kernel/test_names.py test_names_of_one_client_that_nobody_answers_stop_nobody_else": (
+    "kernel/connections/test_names.py "
+    "test_names_of_one_client_that_nobody_answers_stop_nobody_else": (
         "thirty are served meanwhile; one that waits for those names does so for three seconds"
     ),
-    "kernel/test_splice_keeper.py test_a_keeper_that_goes_on_is_asked_again_at_once": (
+    "kernel/splice/test_keeper.py test_a_keeper_that_goes_on_is_asked_again_at_once": (
         "twenty pairs, one of which may wait for 0.25 s; if each did, it were five"
     ),
-    "kernel/test_splice_keeper.py test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced": (
+    "kernel/splice/test_keeper.py test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced": (
         "the same"
     ),
     "unit/test_messages.py test_closing_what_was_sent_does_not_linger": (
@@ -287,7 +291,6 @@ def test_no_test_module_imports_another() -> None:
         f"{where} {node.module}"
         for where, module in modules().items()
         for node in ast.walk(module)
-        if isinstance(node, ast.ImportFrom)
-        and (node.module or "").startswith(("tests.unit.test_", "tests.kernel.test_"))
+        if isinstance(node, ast.ImportFrom) and re.match(r"tests\.(\w+\.)*test_", node.module or "")
     }
     assert found == set()

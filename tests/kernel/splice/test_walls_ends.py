@@ -284,7 +284,7 @@ def test_bytes_do_keep_it(site: Site) -> None:
 def tagged(network: Network, name: str) -> Iterator[None]:
     """What leaves there bears a tag of VLAN 0 meanwhile: a priority, and no VLAN (IEEE 802.1Q)."""
     (program_fd,) = load_programs(
-        str(Path(__file__).parents[1] / "helpers" / "priority.c"),
+        str(Path(__file__).parents[2] / "helpers" / "priority.c"),
         [("tag", "sched_cls")],
         defines={},
     )

@@ -1,6 +1,6 @@
 """The status page in a real browser, of a running daemon, and of ten thousand made-up pairs.
 
-    PYFORWARDER_SCREENSHOTS=docs sudo scripts/test tests/kernel/test_page.py -k pictures
+    PYFORWARDER_SCREENSHOTS=docs sudo scripts/test tests/kernel/users/test_page.py -k pictures
 
 makes the pictures of docs/page.md anew.
 """

@@ -3,7 +3,7 @@
 helpers/traffic.py makes and judges the conversations, test_differential_judge.py tests the judge.
 Every run takes another seed and prints it when something is wrong; to see that again:
 
-    PYFORWARDER_TEST_SEED=NUMBER scripts/test tests/kernel/test_differential.py
+    PYFORWARDER_TEST_SEED=NUMBER scripts/test tests/kernel/datapath/test_differential.py
 """
 
 from __future__ import annotations

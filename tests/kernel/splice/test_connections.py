@@ -1,6 +1,6 @@
 """One spliced connection at a time, between remote ends: its endings, its idleness, its limits.
 
-Many at once, and bad networks, are in test_splice_transfers.py.
+Many at once, and bad networks, are in test_transfers.py.
 """
 
 from __future__ import annotations

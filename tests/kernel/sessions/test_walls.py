@@ -371,7 +371,7 @@ def test_a_stranger_ends_no_session_that_is_copied(
 def test_a_path_is_no_narrower_than_what_came_through_it(
     site: SessionSite, server_wire: Forger, neighbour: Forger, version: int
 ) -> None:
-    """One that is narrower, and says so, is in test_splice_sessions.py."""
+    """One that is narrower, and says so, is in test_sessions.py."""
     least = {4: 552, 6: 1280}[version]
     with site.spliced(site.topology.way(), version) as talk:
         before = invalid(site, "error")

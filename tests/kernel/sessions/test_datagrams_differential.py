@@ -2,7 +2,7 @@
 
 Every run takes another seed and prints it when something is wrong; to see that again:
 
-    PYFORWARDER_TEST_SEED=NUMBER scripts/test tests/kernel/test_datagrams_differential.py
+    PYFORWARDER_TEST_SEED=NUMBER scripts/test tests/kernel/sessions/test_datagrams_differential.py
 """
 
 from __future__ import annotations

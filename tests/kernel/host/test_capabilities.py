@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.helpers.daemon import Daemon, Place
     from tests.kernel.conftest import StartForwarder
 
-UNIT: Final = Path(__file__).parents[2] / "packaging" / "systemd" / "pyforwarder@.service"
+UNIT: Final = Path(__file__).parents[3] / "packaging" / "systemd" / "pyforwarder@.service"
 # CapEff of /proc/PID/status
 NO_CAPABILITIES: Final = "0000000000000000"
 

@@ -1,0 +1,1 @@
+"""Listeners, servers, names, passwords and headers of connections."""

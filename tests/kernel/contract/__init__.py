@@ -1,0 +1,1 @@
+"""What users rely on: instructions, rules, policies, commands, a daemon's life."""

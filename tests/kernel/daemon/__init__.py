@@ -1,0 +1,1 @@
+"""A daemon is started, upgraded, hurt, drained and ended."""

@@ -1,0 +1,1 @@
+"""Connections that the kernel opens by a client's first packet."""

@@ -1,0 +1,1 @@
+"""Many machines with one etcd; one of them dies."""

@@ -1,0 +1,1 @@
+"""UDP: sessions that workers copy, and those whose datagrams the kernel sends on."""

@@ -1,0 +1,1 @@
+"""The sockmap datapath where it is special."""

@@ -1,0 +1,1 @@
+"""The splice datapath where it is special."""

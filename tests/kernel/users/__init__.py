@@ -1,0 +1,1 @@
+"""Programs that people use, and what the documents promise."""

@@ -1,0 +1,1 @@
+"""The files that BPF serves: `show`, `stats` and the rest."""
