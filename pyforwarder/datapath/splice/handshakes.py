@@ -42,6 +42,20 @@ def make_handshakes() -> int:
     return fd
 
 
+def mark_of(key: bytes, secret: int, factor: int) -> int:
+    """What marks an entry of these addresses, 64 bits: as `mark_of` of bpf/splice_handshakes.h."""
+    mark = secret
+    for word in (*_WORDS.unpack(key), 0):
+        mark = (mark ^ word) * factor & _MASK
+        mark ^= mark >> 32
+    return mark
+
+
+def set_of(mark: int) -> int:
+    """The element of the map that may have such an entry."""
+    return 1 + (mark >> 32) % HANDSHAKE_SETS
+
+
 def is_handshakes(fd: int) -> bool:
     """Whether a map, another version's perhaps, is one that we can read and our programs write."""
     return bpf.map_sizes(fd) == _SIZES
@@ -65,12 +79,9 @@ class Handshakes:
         By the number of a SYN, or of that with which one was answered: the interface by which it
         came. Anybody may have sent it in another's name: one connection's is that with its number.
         """
-        mark = self._secret
-        for word in _WORDS.unpack(key):
-            mark = (mark ^ word) * self._factor & _MASK
-            mark ^= mark >> 32
+        mark = mark_of(key, self._secret, self._factor)
         found: dict[int, int] = {}
-        for one in self._read(1 + (mark >> 32) % HANDSHAKE_SETS).latest:
+        for one in self._read(set_of(mark)).latest:
             if one.mark == mark:
                 found.setdefault(one.began & 0xFFFFFFFF, one.began >> 32)
         return found

@@ -49,10 +49,11 @@ DATAPATHS: Final = {
 # Of all pairs, how many must have been in the kernel's hands for the test to prove anything.  In
 # the forced case the others had ended, or had their client's FIN, before they could be joined, or
 # there was not one moment when all that had arrived was read: that varies with what else the
-# machine does (seen of a thousand: sockmap 67 to 89 %, splice 35 to 57 %).
+# machine does (seen of a thousand: sockmap 67 to 89 %, splice 35 to 57 %; on a slow host beside
+# three other modules sockmap 38 %).
 # Of express these were opened there: not those whose server speaks first, or whose client says more
 # at once than is kept, and not the first ones to each server.
-LEAST_IN_KERNEL: Final = {"copy": 0.0, "sockmap": 0.5, "splice": 0.2, "auto": 0.1, "express": 0.2}
+LEAST_IN_KERNEL: Final = {"copy": 0.0, "sockmap": 0.25, "splice": 0.2, "auto": 0.1, "express": 0.2}
 # Bulk conversations are few, and not one of a batch may have such a moment: another batch is played
 # then, until so many have been in the kernel's hands.
 BULK_BATCH: Final = 6
