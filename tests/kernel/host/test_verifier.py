@@ -1,8 +1,8 @@
 """How much our programs take of what the verifier allows.
 
 It goes through a million instructions at most (BPF_COMPLEXITY_LIMIT_INSNS, linux/bpf.h). Older
-kernels see fewer of the states of a program as equal: 6.1 goes through up to four times as many
-instructions as 6.18, and may refuse what is far from the limit there.
+kernels see fewer of the states of a program as equal: of `ingress` 6.1 goes through three times as
+many instructions as 6.18, and has refused what took 293,000 there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pyforwarder.runtime.slowness import scaled_s
 
 SLOTS: Final = 64
 OLD: Final = (6, 6)
-MOST: Final = 750_000 if kernel_version() < OLD else 400_000
+MOST: Final = 750_000 if kernel_version() < OLD else 220_000
+# Nearly all of it are rounds of one loop, of which 6.1 goes through half as many.
+MOST_OF_LOOPS: Final = {"by_rules": 500_000}
 
 
 @pytest.mark.timeout(scaled_s(60))
@@ -57,4 +59,7 @@ def test_every_program_of_splice_and_express_keeps_away_from_the_limit(
         for fd in express.connecting.load(maps):
             stack.callback(os.close, fd)
     assert set(Programs._fields) | set(PROGRAMS) | set(OwnPrograms._fields) <= set(took)
-    assert {name: number for name, number in took.items() if number > MOST} == {}
+    too_much = {
+        name: number for name, number in took.items() if number > MOST_OF_LOOPS.get(name, MOST)
+    }
+    assert too_much == {}
