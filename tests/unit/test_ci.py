@@ -32,7 +32,7 @@ ALL: Final = {
     "test tests/unit",
     "test tests/kernel",
     "kernels/run --timeout 2400 6.1 backports",
-    "kernels/run --timeout 1200 6.12 lockdown",
+    "kernels/run --timeout 1800 6.12 lockdown",
     "container/test",
     "container/test --suite trixie -n 2 tests/unit",
 }
@@ -73,7 +73,7 @@ def test_all_of_it_is_run_and_told_of(tmp_path: Path) -> None:
         "container/test",
         "container/test --suite trixie -n 2 tests/unit",
         "kernels/run --timeout 2400 6.1 backports",
-        "kernels/run --timeout 1200 6.12 lockdown",
+        "kernels/run --timeout 1800 6.12 lockdown",
     ]
     summary = said.partition("== all of it")[2]
     for word in ALL:
@@ -99,7 +99,7 @@ def test_any_of_it_that_fails_fails_the_whole_and_the_rest_is_run(
 def test_a_slow_host_says_which_kernels_it_has_left_out(tmp_path: Path) -> None:
     code, called, said = run(tmp_path, late_s=0)
     assert code == 0
-    assert set(called) == ALL - {"kernels/run --timeout 1200 6.12 lockdown"}
+    assert set(called) == ALL - {"kernels/run --timeout 1800 6.12 lockdown"}
     assert "other kernels: NOT RUN, as 0 minutes have passed" in said
 
 
