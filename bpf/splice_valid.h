@@ -141,6 +141,12 @@ inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
 	return bpf_skb_store_bytes(skb, field_at, &field, 2, 0) ? -1 : 0;
 }
 
+#ifdef SK_BUFF_CSUM_START
+/* By its number: under its own name bcc takes bpf_probe_read, where it may not read kallsyms. */
+static long (*read_kernel)(void *to, __u32 bytes,
+			   const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+#endif
+
 /*
  * Of a CHECKSUM_PARTIAL packet, whether the checksum will be written in front of its field.
  *
@@ -166,8 +172,8 @@ inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
 	__u16 *read = map_lookup(MAP_SCRATCH_FD, &zero);
 
 	/* csum_start and csum_offset */
-	if (!read || bpf_probe_read_kernel(read, 4, (void *)skb + SK_BUFF_CSUM_START) ||
-	    bpf_probe_read_kernel(read + 2, 2, (void *)skb + SK_BUFF_NETWORK_HEADER))
+	if (!read || read_kernel(read, 4, (void *)skb + SK_BUFF_CSUM_START) ||
+	    read_kernel(read + 2, 2, (void *)skb + SK_BUFF_NETWORK_HEADER))
 		return 1; /* never */
 	return (__u32)read[0] + read[1] < read[2] + field_at - ETHERNET_BYTES;
 #else
