@@ -180,7 +180,7 @@ class Keeper:
             poll.register(self._express.wake_fd, select.POLLIN)
         while not self._channels.is_over:
             wait_s = self._sessions.wait_s(self._keepalives.wait_s(self._ways.wait_s(PULSE_S)))
-            wait_s = self._standby.wait_s(wait_s)
+            wait_s = self._standby.wait_s(self._pairs.ports.wait_s(wait_s))
             if self._express is not None:
                 wait_s = self._express.wait_s(wait_s)
             for fd, mask in poll.poll(math.ceil(wait_s * 1000)):

@@ -24,9 +24,12 @@ from pyforwarder.datapath.splice.records import used_indexes
 
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Iterator
 
-# A tidying takes some milliseconds, in which nobody is answered.
 TIDY_S: Final = 60.0
+# Nobody is answered while so many records, or marks, are looked at: about a millisecond.
+RECORDS_AT_ONCE: Final = 1024
+PORTS_AT_ONCE: Final = 8192
 _MOST: Final = 1 << 16
 _BYTES: Final = ctypes.sizeof(SplicePorts)
 # Of a port: its two bytes, of which the programs of express write the second.
@@ -78,30 +81,58 @@ class OurPorts:
         self._splices = splices
         self._memory = bpf.map_memory(fd, _BYTES, write=True)
         self._due_s = math.inf
-        self._tidy()
+        self._tidying: Iterator[None] | None = None
+        # Of each port whether a pair has it, as far as the tidying has come.
+        self._kept = bytearray(_MOST)
+        for _ in self._tidy():
+            pass
 
     def mark(self, record: Splice) -> None:
         """Before the flows of this pair are made."""
         for way in record.way:
-            self._memory[socket.ntohs(way.from_.dport) * _STRIDE + _KEPT_AT] = 1
+            port = socket.ntohs(way.from_.dport)
+            # A tidying may have looked at this record already, when it was free.
+            self._kept[port] = 1
+            self._memory[port * _STRIDE + _KEPT_AT] = 1
 
     def forgotten(self, _index: int) -> None:
         """A pair's flows are gone, and its record is free."""
         self._due_s = min(self._due_s, time.monotonic() + TIDY_S)
 
-    def run_due(self, now_s: float) -> None:
-        """Take back the marks of ports that no pair has any more, once in a while."""
-        if now_s >= self._due_s:
-            self._tidy()
+    def wait_s(self, most_s: float) -> float:
+        """How long `run_due` need not be called."""
+        return most_s if self._tidying is None else 0.0
 
-    def _tidy(self) -> None:
-        """Programs that make flows meanwhile have marked their ports by a byte of their own."""
-        self._due_s = math.inf
-        kept = bytearray(_MOST)
-        for index in used_indexes(self._splices):
-            for at in _DPORTS_AT:
-                (port,) = _PORT.unpack_from(self._splices, index * SPLICE_BYTES + at)
-                kept[port] = 1
-        for port, was in enumerate(self._memory[_KEPT_AT::_STRIDE]):
-            if was and not kept[port]:
-                self._memory[port * _STRIDE + _KEPT_AT] = 0
+    def run_due(self, now_s: float) -> None:
+        """Take back the marks of ports that no pair has any more, once in a while.
+
+        In many turns of the loop, each of which takes about a millisecond.
+        """
+        if self._tidying is None:
+            if now_s < self._due_s:
+                return
+            # A pair that is forgotten from here on may have been counted: that is for the next one.
+            self._due_s = math.inf
+            self._tidying = self._tidy()
+        if next(self._tidying, self) is self:
+            self._tidying = None
+
+    def _tidy(self) -> Iterator[None]:
+        """Yields after each part. Nothing is missed: flows made between two parts are marked here.
+
+        Programs that make flows meanwhile have marked their ports by a byte of their own.
+        """
+        self._kept[:] = bytes(_MOST)
+        for first in range(0, len(self._splices) // SPLICE_BYTES, RECORDS_AT_ONCE):
+            for index in used_indexes(self._splices, first=first, most=RECORDS_AT_ONCE):
+                for at in _DPORTS_AT:
+                    (port,) = _PORT.unpack_from(self._splices, index * SPLICE_BYTES + at)
+                    self._kept[port] = 1
+            yield
+        for first in range(0, _MOST, PORTS_AT_ONCE):
+            ports = range(first, first + PORTS_AT_ONCE)
+            marks = self._memory[first * _STRIDE + _KEPT_AT : ports.stop * _STRIDE : _STRIDE]
+            for port, was in zip(ports, marks, strict=True):
+                if was and not self._kept[port]:
+                    self._memory[port * _STRIDE + _KEPT_AT] = 0
+            yield

@@ -41,12 +41,22 @@ def id_of(table: mmap.mmap, at: int) -> int:
 
 
 def used_indexes(
-    memory: object, *, state_at: int = STATE_AT, record_bytes: int = SPLICE_BYTES
+    memory: object,
+    *,
+    state_at: int = STATE_AT,
+    record_bytes: int = SPLICE_BYTES,
+    first: int = 0,
+    most: int | None = None,
 ) -> Iterator[int]:
-    """The records that are not free: of pairs, or of what has its state elsewhere."""
-    states = memoryview(memory)[state_at::record_bytes]  # type: ignore[arg-type]
+    """The records that are not free: of pairs, or of what has its state elsewhere.
+
+    `most`: it looks at so many records from `first` on, not at all others.
+    """
+    end = None if most is None else (first + most) * record_bytes
+    at = first * record_bytes + state_at
+    states = memoryview(memory)[at:end:record_bytes]  # type: ignore[arg-type]
     try:
-        yield from [index for index, state in enumerate(states) if state != SpliceState.FREE]
+        yield from [index for index, state in enumerate(states, first) if state != SpliceState.FREE]
     finally:
         states.release()
 
