@@ -29,7 +29,9 @@ from pyforwarder.errors import DatapathError, LoadError, Refusal
 from pyforwarder.runtime import host
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from pyforwarder.datapath.splice.maps import Programs
 
 SLOTS: Final = 64
 
@@ -97,19 +99,7 @@ def prove_express_apart(_user: str | None) -> Proof:
         return Proof.refused(refusal.lacking("express", missing), 0.0)
     with contextlib.ExitStack() as opened:
         try:
-            pairs_fd = create_pairs(SLOTS)
-            opened.callback(os.close, pairs_fd)
-            maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
-            with contextlib.ExitStack() as unless_made:
-                unless_made.callback(maps.close)
-                express = make_express(maps, SLOTS, workers=1)
-                unless_made.callback(express.close)
-                programs = maps.load_programs(express.connecting)
-                express.connecting.begin(express.connecting.load(maps))
-                express.has_begun = True
-                splicing = Splicing(maps, workers=1, express=express)
-                unless_made.pop_all()
-            opened.callback(splicing.close)
+            splicing, programs = opened.enter_context(load_express_apart())
             splicing.begin(programs)
         except LoadError as error:
             return Proof.refused(error, took_s())
@@ -121,6 +111,36 @@ def prove_express_apart(_user: str | None) -> Proof:
         except (RigError, OSError, DatapathError) as error:
             return Proof(False, str(error), {}, took_s(), cause=Refusal.SELF_TEST)
         return Proof(True, "", passed, took_s())
+
+
+@contextlib.contextmanager
+def load_express_apart() -> Iterator[tuple[Splicing, Programs]]:
+    """Splice and express, with maps and programs of their own, which are at no interface yet.
+
+    The programs are the caller's: for `Splicing.begin`, or to be closed. All else is closed
+    afterwards.
+
+    Raises:
+        LoadError: they cannot be loaded.
+        OSError: the maps cannot be made, or there are no ports.
+    """
+    with contextlib.ExitStack() as opened:
+        pairs_fd = create_pairs(SLOTS)
+        opened.callback(os.close, pairs_fd)
+        maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
+        with contextlib.ExitStack() as unless_made:
+            unless_made.callback(maps.close)
+            express = make_express(maps, SLOTS, workers=1)
+            unless_made.callback(express.close)
+            programs = maps.load_programs(express.connecting)
+            for fd in programs:
+                unless_made.callback(os.close, fd)
+            express.connecting.begin(express.connecting.load(maps))
+            express.has_begun = True
+            splicing = Splicing(maps, workers=1, express=express)
+            unless_made.pop_all()
+        opened.callback(splicing.close)
+        yield splicing, programs
 
 
 def _mixes_packets() -> LoadError:

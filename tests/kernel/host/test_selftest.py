@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.express.connecting import Connecting, OwnPrograms
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof import selftest
+from pyforwarder.datapath.proof.apart import prove_express_apart
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST
+from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import slowness
 from tests.helpers.plays import round_trips
 from tests.helpers.stage import keys_in, open_fds
+
+if TYPE_CHECKING:
+    from pyforwarder.datapath.splice.maps import SpliceMaps
 
 SLOTS = 64
 
@@ -109,3 +116,16 @@ def test_it_runs_without_privileges(maps: KernelMaps, monkeypatch: pytest.Monkey
 
     only(monkeypatch, look)
     assert prove(maps).passed
+
+
+def test_express_that_cannot_be_loaded_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its programs are loaded last."""
+
+    def refuse(_connecting: Connecting, _maps: SpliceMaps) -> OwnPrograms:
+        raise LoadError("load by_rules() of express_connect.c: no", cause=Refusal.OTHER)
+
+    monkeypatch.setattr(Connecting, "load", refuse)
+    before = open_fds()
+    proof = prove_express_apart("nobody")
+    assert (proof.passed, proof.cause) == (False, Refusal.OTHER)
+    assert open_fds() == before
