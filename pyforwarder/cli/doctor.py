@@ -15,7 +15,7 @@ from pyforwarder.core.datapaths import DATAPATHS, OPENING, SESSIONS
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.attach import clsact as attach_clsact
 from pyforwarder.datapath.attach import tcx as attach_tcx
-from pyforwarder.datapath.ebpf import btf, refusal
+from pyforwarder.datapath.ebpf import btf, probing, refusal
 from pyforwarder.runtime import host
 from pyforwarder.runtime.host import Lockdown
 from pyforwarder.runtime.instance import BPFFS
@@ -133,6 +133,7 @@ def _findings(stats: Mapping[str, Any] | None) -> list[Finding]:
             f"{who}, {_missing(missing)}",
         ),
         _lockdown(),
+        _kernel_memory(missing),
         _view(),
         _attach(),
         Finding(
@@ -177,8 +178,7 @@ def _missing(missing: tuple[host.Capability, ...]) -> str:
 _LOCKDOWN: Final = {
     Lockdown.NONE: "nothing is refused for it",
     Lockdown.INTEGRITY: "as with Secure Boot; the datapaths do not need what it forbids",
-    Lockdown.CONFIDENTIALITY: "programs may not read kernel memory; splice goes without one check "
-    "of packets of this host's guests (docs/security.md)",
+    Lockdown.CONFIDENTIALITY: "programs may not read kernel memory",
     Lockdown.UNKNOWN: "only root can ask; a program that is refused names its cause",
 }
 
@@ -186,6 +186,20 @@ _LOCKDOWN: Final = {
 def _lockdown() -> Finding:
     mode = host.lockdown()
     return Finding("lockdown", None, f"{mode}: {_LOCKDOWN[mode]}")
+
+
+def _kernel_memory(missing: tuple[host.Capability, ...]) -> Finding:
+    """Whether splice, its UDP sessions and express look at where a guest's checksums go."""
+    if probing.reads_kernel():
+        detail = "programs that see packets may read it"
+    elif missing:
+        detail = f"not known: {', '.join(c.name for c in missing)} would be needed"
+    else:
+        detail = (
+            "programs that see packets may not read it: splice and express go without one check of"
+            " packets of this host's guests (docs/security.md)"
+        )
+    return Finding("kernel memory", None, detail)
 
 
 def _view() -> Finding:

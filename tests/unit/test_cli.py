@@ -18,6 +18,7 @@ import pytest
 from pyforwarder.cli.command import root
 from pyforwarder.errors import NotRunningError
 from pyforwarder.runtime import tables
+from pyforwarder.runtime.host import Capability
 from pyforwarder.runtime.instance import InstanceLock
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.command import UNIX_TIME_S, run
@@ -852,6 +853,41 @@ def test_doctor_finds_no_fault_in_a_bpffs_that_up_will_mount(
     assert f" {is_there} BPF file system is mounted at {point}" in line
     assert f"stay in {root}" in line
     assert ("nothing is to be done" in line) is (kind != "bpf")
+
+
+@pytest.mark.parametrize("lockdown", ["integrity", "confidentiality"])
+@pytest.mark.parametrize(
+    ("reads", "missing", "said"),
+    [
+        (True, (), "programs that see packets may read it"),
+        (
+            False,
+            (),
+            "programs that see packets may not read it: splice and express go without one check of "
+            "packets of this host's guests (docs/security.md)",
+        ),
+        (False, (Capability.CAP_BPF,), "not known: CAP_BPF would be needed"),
+    ],
+)
+def test_doctor_says_whether_a_check_of_guests_packets_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    lockdown: str,
+    reads: bool,
+    missing: tuple[Capability, ...],
+    said: str,
+) -> None:
+    """By what programs may do here, whatever forbids it."""
+    from pyforwarder.cli import doctor
+    from pyforwarder.datapath.ebpf import probing
+    from pyforwarder.runtime import host
+
+    monkeypatch.setattr(host, "lockdown", lambda: host.Lockdown(lockdown))
+    monkeypatch.setattr(probing, "reads_kernel", lambda: reads)
+    monkeypatch.setattr(host, "missing_capabilities", lambda *_, **__: missing)
+    lines = doctor.Report(tuple(doctor._findings(None)), {}).as_text().splitlines()
+    (line,) = [line for line in lines if line[4:].startswith("kernel memory ")]
+    assert line.startswith("   ")
+    assert line[4:].removeprefix("kernel memory").strip() == said
 
 
 @pytest.mark.parametrize("works", [True, False])

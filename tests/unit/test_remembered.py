@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyforwarder.datapath.attach import choice
+from pyforwarder.datapath.ebpf import probing
 from pyforwarder.datapath.proof import remembered
 from pyforwarder.datapath.proof.selftest import Proof
 from pyforwarder.errors import LoadError, Refusal
@@ -32,6 +33,7 @@ def prover(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Prover:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path / "kept"))
     boot(monkeypatch, tmp_path, "first")
     monkeypatch.setattr(choice, "kind", lambda: "tcx")
+    monkeypatch.setattr(probing, "reads_kernel", lambda: True)
     return Prover()
 
 
@@ -53,7 +55,7 @@ def test_what_has_passed_is_not_proven_again(prover: Prover) -> None:
     assert prove(prover, anew=True) == 2
 
 
-def test_another_boot_datapath_user_capability_or_way_is_proven(
+def test_another_boot_datapath_user_capability_way_or_lockdown_is_proven(
     prover: Prover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert prove(prover) == 1
@@ -68,6 +70,8 @@ def test_another_boot_datapath_user_capability_or_way_is_proven(
     monkeypatch.setattr(choice, "kind", lambda: "clsact")
     assert prove(prover) == 6
     assert prove(prover) == 6
+    monkeypatch.setattr(probing, "reads_kernel", lambda: False)
+    assert prove(prover) == 7
 
 
 def test_failure_is_never_remembered_and_forgets_what_passed(prover: Prover) -> None:

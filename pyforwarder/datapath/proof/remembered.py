@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.attach import choice
-from pyforwarder.datapath.ebpf import refusal
+from pyforwarder.datapath.ebpf import probing, refusal
 from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.runtime import host
 from pyforwarder.runtime.store import Store
@@ -72,6 +72,8 @@ def _key(name: str, user: str | None) -> str | None:
             "user": [os.geteuid(), user],
             "missing": missing,
             "confined": host.has_seccomp_filter(),
+            # Other programs are loaded where not; a running kernel can be locked down further.
+            "reads_kernel": probing.reads_kernel(),
         },
         sort_keys=True,
     )
