@@ -3,7 +3,8 @@
 etcd3gw does the requests, their errors and leases. Its watch is not used: it reads a stream in a
 thread of its own whose errors nobody gets, and takes pieces of a stream for whole messages.
 
-All methods wait at most `timeout_s` for each member, and raise `StoreError`.
+All methods wait at most `timeout_s` for each member, for its answer to our name and password, too,
+and raise `StoreError`.
 
 Source: https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/, api/etcdserverpb/rpc.proto.
 """
@@ -299,7 +300,7 @@ class Store:
             "range_end": _end_of(prefix),
             "start_revision": after + 1,
         }
-        client = self._known()
+        client = self._known(time.monotonic() + self.timeout_s)
         left_s = max(0.1, min(WATCH_TIMEOUT_S, until_s - time.monotonic()))
         try:
             with client.session.post(
@@ -350,9 +351,10 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._failed(f"no answer of etcd: {type(error).__name__}") from error
 
-    def _known(self) -> Etcd3Client:
-        """The member that we speak to; it knows our name."""
+    def _known(self, until_s: float) -> Etcd3Client:
+        """The member that we speak to; it knows our name, and is waited for until then."""
         client = self._clients[self._current]
+        client.timeout = until_s - time.monotonic()
         if self._credentials is not None and not self._is_known:
             client.session.headers.pop("Authorization", None)
             try:
@@ -364,18 +366,20 @@ class Store:
             except (Etcd3Exception, requests.exceptions.RequestException, KeyError) as error:
                 raise self._failed(_reason(error)) from error
             self._is_known = True
+            client.timeout = until_s - time.monotonic()
+            if client.timeout <= 0.0:
+                raise self._failed("no answer in time")
         return client
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask each member once."""
         error: StoreError | None = None
         for _ in self._clients:
-            left_s = self.until_s - time.monotonic()
-            if left_s <= 0.0:
+            now_s = time.monotonic()
+            if now_s >= self.until_s:
                 raise error or StoreError(f"etcd at {self.endpoint}: no answer in time")
-            self._clients[self._current].timeout = min(self.timeout_s, left_s)
             try:
-                client = self._known()
+                client = self._known(min(self.until_s, now_s + self.timeout_s))
                 answer = client.post(client.get_url(path), json=body)
                 if not isinstance(answer, dict):
                     raise self._failed("no answer of etcd")
