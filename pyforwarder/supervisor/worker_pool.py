@@ -113,6 +113,8 @@ class WorkerPool:
         self._due: set[int] = set()
         self._timers: dict[int, int] = {}
         self._replaced_in_the_end: set[int] = set()
+        # Those that were to take in pairs, and have not heard of it: their successors do that.
+        self._unheard: set[int] = set()
         self._phase = _Phase.SERVING
         self._gets_more = False  # in a drain: the keeper has pairs for them that they do not know
         self._last_id = 0
@@ -243,15 +245,33 @@ class WorkerPool:
 
     def adopt(self, index: int) -> None:
         """Have a worker take in the spliced pairs that the keeper has for it."""
-        # One that is away gets them when it begins.
-        if index >= len(self._workers) or self._workers[index].exit_code is not None:
+        if index >= len(self._workers):
             return
         worker = self._workers[index]
-        try:
-            worker.ask("adopt")
-        except ControlError as error:
-            self._log.write("error", "worker_adopt", error=str(error))
-            worker.kill()
+        if worker.exit_code is None:
+            try:
+                worker.ask("adopt")
+            except ControlError as error:
+                # In a drain it may have ended just now, with its last pair.
+                self._unheard.add(index)
+                if not worker.has_ended():
+                    self._log.write("error", "worker_adopt", error=str(error))
+                    worker.kill()
+        elif index in self._dead and index not in self._due and self._takes_in(index):
+            # It ended with its last pair. Another goes on with these, or resets them.
+            self._due.add(index)
+            self._clean_up_after(index)
+        # One that is away otherwise gets them when it begins.
+
+    def _takes_in(self, index: int) -> bool:
+        """Whether pairs that have come while the daemon ends are ours, and can have a worker."""
+        match self._phase:
+            case _Phase.DRAINING:
+                return True
+            case _Phase.STOPPING:
+                return index not in self._replaced_in_the_end
+            case _:
+                return False
 
     def watch_pulses(self) -> None:
         """End those that hang, and look again in a while."""
@@ -329,11 +349,12 @@ class WorkerPool:
             case _Phase.DRAINING:
                 # It says that it has nothing left, and may have been taken over.
                 is_empty = not self._memory.counters.block(index)[Counter.OPEN]
-                return worker.exit_code != 0 or not is_empty
+                return worker.exit_code != 0 or not is_empty or index in self._unheard
             case _Phase.STOPPING:
                 # What outlives it has still to be reset. That is tried once more.
                 is_first = index not in self._replaced_in_the_end
-                return worker.exit_code != 0 and is_first and self._datapaths.splicing is not None
+                has_left = worker.exit_code != 0 or index in self._unheard
+                return has_left and is_first and self._datapaths.splicing is not None
             case _Phase.RETIRED:
                 return False
 
@@ -557,8 +578,8 @@ class WorkerPool:
             self._after_pause(index, lambda: self._clean_up_after(index))
             return
         self._workers[index] = worker
-        self._dead.discard(index)
-        self._due.discard(index)
+        for some in (self._dead, self._due, self._unheard):
+            some.discard(index)
         if self._phase is _Phase.DRAINING:
             self._tell(worker, "drain", more=self._gets_more)
         elif self._phase is _Phase.STOPPING:

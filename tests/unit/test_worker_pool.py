@@ -265,3 +265,81 @@ def test_who_may_get_pairs_of_the_keeper_still_is_told_when_there_are_no_more() 
         pool._decisions.has_stopped = True  # type: ignore[misc]
         later(done)()
         assert told(successor) == told(other) == [("drain", True), ("drain", False)]
+
+
+def test_pairs_that_come_from_another_machine_in_a_drain_have_a_worker_though_it_ended() -> None:
+    """The keeper gives each to a worker by its number."""
+    ended, other, successor = worker(), worker(), worker()
+    with serving(ended, other, successors=(successor,)) as (done, pool, starts):
+        pool.drain()
+        ended.exit_code = 0
+        pool.reap()
+        pool.adopt(1)
+        assert other.ask.call_args_list[-1] == mock.call("adopt")
+        assert not starts.called
+        pool.adopt(0)
+        assert pool._workers == [successor, other]
+        assert told(successor) == [("drain", False)]
+        assert not pool.have_ended
+        names = [call[0] for call in done.mock_calls]
+        assert names[-3:] == [
+            "datapaths.accused",
+            "memory.clear_window",
+            "datapaths.forget_worker",
+        ]
+        # It has them now, and hears of others as any.
+        pool.adopt(0)
+        assert successor.ask.call_args_list[-1] == mock.call("adopt")
+        assert starts.call_count == 1
+
+
+@pytest.mark.parametrize("end", ["drain", "stop"])
+def test_a_worker_that_ends_before_it_hears_of_pairs_is_replaced(end: str) -> None:
+    ended, other, successor = worker(), worker(), worker()
+
+    def ask(do: str, *_: object, **__: object) -> None:
+        if do == "adopt":
+            ended.exit_code = 0
+            raise ControlError("it has ended")
+
+    ended.ask.side_effect = ask
+    with serving(ended, other, successors=(successor,)) as (_, pool, starts):
+        getattr(pool, end)()
+        pool.adopt(0)
+        assert not starts.called
+        pool.reap()
+        assert pool._workers == [successor, other]
+        assert told(successor)[-1][0] == end
+        successor.exit_code = 0
+        pool.reap()
+        assert starts.call_count == 1
+        other.exit_code = 0
+        pool.reap()
+        assert pool.have_ended
+
+
+def test_pairs_that_come_from_another_machine_while_all_are_reset_are_reset_once_at_most() -> None:
+    ended, other, successor = worker(), worker(), worker()
+    with serving(ended, other, successors=(successor,)) as (_, pool, starts):
+        pool.drain()
+        ended.exit_code = 0
+        pool.reap()
+        pool.stop()
+        pool.adopt(0)
+        assert pool._workers == [successor, other]
+        assert told(successor) == [("stop", None)]
+        successor.exit_code = 0
+        pool.reap()
+        pool.adopt(0)
+        assert starts.call_count == 1
+
+
+def test_pairs_that_come_from_another_machine_once_another_daemon_has_the_place_are_its() -> None:
+    ended, other = worker(), worker()
+    with serving(ended, other) as (_, pool, starts):
+        pool.drain()
+        ended.exit_code = 0
+        pool.reap()
+        pool.retire([])
+        pool.adopt(0)
+        assert not starts.called

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import signal
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.draining import going_down
 from tests.helpers.two_machines import OFTEN_S
 from tests.helpers.waiting import wait_for
 
@@ -208,6 +210,41 @@ def test_a_machine_without_addresses_that_hears_nothing_ends_without_a_word(flee
     wait_for(traffic.is_whole, "all bytes have come")
     assert traffic.errors() == []
     fleet.wait_until_spliced("b", 4)
+
+
+@pytest.mark.timeout(240)
+def test_a_machine_that_drains_goes_on_with_pairs_though_a_worker_has_ended(fleet: Fleet) -> None:
+    """One of two workers waits for a pair that is copied; the other had nothing left.
+
+    The keeper divides the pairs between both. They are shown, and reset by a second `down`.
+    """
+    hosts, traffic = fleet.hosts, fleet.traffic
+    fleet.start("a")
+    b = fleet.start("b")
+    hosts.give_addresses("b")
+    client, server = fleet.connect(4, "copy")
+    with client, server:
+        wait_for(lambda: fleet.datapath_of("b", client) == "copy", "b copies a pair")
+        hosts.take_addresses("b")
+        hosts.give_addresses("a")
+        fleet.open("a", PAIRS, rate=0)
+        fleet.wait_until_spliced("a", PAIRS)
+        fleet.wait_until_held("b", PAIRS)
+        children = len(b.workers())
+        with going_down(b):
+            wait_for(lambda: len(b.workers()) == children - 1, "a worker has ended")
+            hosts.take_addresses("a")
+            hosts.give_addresses("b")
+            fleet.wait_until_spliced("b", PAIRS)
+            assert {row["client"] for row in b.look()} >= traffic.clients()
+            traffic.poke()
+            wait_for(traffic.is_whole, "all bytes have come")
+            assert traffic.errors() == []
+            b.signal(signal.SIGTERM)
+            wait_for(lambda: len(traffic.errors()) == 2 * PAIRS, "both ends of each are reset")
+            assert b.wait() == 0
+        reset = "ConnectionResetError"
+        assert {error.rpartition(" ")[2] for error in traffic.errors()} == {reset}
 
 
 @pytest.mark.soak
