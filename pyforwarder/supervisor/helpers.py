@@ -64,12 +64,14 @@ class Helpers:
         put_in_force: Callable[[Shared], None],
         is_ending: Callable[[], bool],
         is_over: Callable[[], bool],
+        resets: Callable[[], bool],
         down: Sequence[Verdict] = (),
     ) -> None:
         """`obey` does what viewers order, `put_in_force` what a fleet shares.
 
-        `is_ending`: the daemon drains, or more; `is_over`: it resets the pairs that are left, or
-        another daemon has them. `down` are servers that were down to the daemon before.
+        `is_ending`: the daemon drains, or more; `is_over`: it resets the pairs that are left
+        (`resets`), or another daemon has them. `down` are servers that were down to the daemon
+        before.
         """
         self._source = source
         self._in_force = in_force
@@ -81,7 +83,9 @@ class Helpers:
         self._log = log
         self._is_ending = is_ending
         self._is_over = is_over
+        self._resets = resets
         self._lacks_keeper = False
+        self._replaced_in_the_end = False  # the keeper: it died while pairs were reset
         self._unix_time_s = env.unix_time_s
         self._started_unix_s = env.unix_time_s()
         self.web = WebProcess(
@@ -182,11 +186,19 @@ class Helpers:
             if helper.has_died() and not self._is_ending():
                 self._log.write("error", f"{name}_died")
                 self._restart_later(name, helper.start, helper.rest_s)
-        if self._datapaths.keeper_has_died() and not self._is_over():
+        if not self._datapaths.keeper_has_died():
+            return
+        if not self._is_over():
             # Pairs that are spliced go on meanwhile, also in a drain.
             self._log.write("error", "splice_keeper_died")
             self._lacks_keeper = True
             self._restart_later(_KEEPER, self._restart_keeper)
+        elif self._resets() and not self._replaced_in_the_end:
+            # Workers have asked it to reset pairs, and wait for a second or two. That is tried once
+            # more.
+            self._log.write("error", "splice_keeper_died")
+            self._replaced_in_the_end = True
+            self._restart(_KEEPER, self._datapaths.restart_keeper)
 
     def _restart_later(
         self, name: str, start: Callable[[], None], pause_s: float = _PAUSE_S

@@ -152,6 +152,7 @@ class Parts:
             put_in_force=self.changes.shared,
             is_ending=lambda: self.ending.has_begun,
             is_over=lambda: self.ending.state is DaemonState.ENDING,
+            resets=lambda: self.ending.stops and not self.retirement.is_retired,
             down=basis.takeover.down,
         )
 

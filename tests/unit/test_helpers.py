@@ -10,15 +10,18 @@ from unittest import mock
 from pyforwarder.supervisor.helpers import Helpers
 
 
-def helpers(*, is_ending: bool = False, is_over: bool = False) -> tuple[Any, mock.Mock]:
+def helpers(
+    *, is_ending: bool = False, is_over: bool = False, resets: bool = False
+) -> tuple[Any, mock.Mock]:
     """Whose keeper and one other process have died, and what they do."""
     done = mock.Mock()
     done.datapaths.keeper_has_died.side_effect = [True, False, False]
     made: Any = object.__new__(Helpers)
     made._datapaths, made._loop, made._log = done.datapaths, done.loop, done.log
-    made._lacks_keeper = False
+    made._lacks_keeper = made._replaced_in_the_end = False
     made._is_ending = lambda: is_ending
     made._is_over = lambda: is_over
+    made._resets = lambda: resets
     made.failover = done.failover
     made._all = {"web": done.web}
     done.web.rest_s = 1.0
@@ -40,7 +43,7 @@ def test_in_a_drain_the_keeper_comes_again_and_nothing_else_does() -> None:
     assert not done.web.start.called
 
 
-def test_no_keeper_comes_again_once_its_pairs_are_anothers_or_are_being_reset() -> None:
+def test_no_keeper_comes_again_after_a_pause_once_its_pairs_are_anothers_or_are_reset() -> None:
     made, done = helpers(is_ending=True, is_over=True)
     made.reap()
     assert put_off(done) == []
@@ -88,3 +91,13 @@ def test_a_keeper_that_dies_right_before_pairs_are_reset_is_replaced_unseen() ->
     made, done = helpers(is_ending=True, is_over=True)
     made.replace_keeper()
     assert done.datapaths.restart_keeper.call_count == 1
+
+
+def test_a_keeper_that_dies_while_pairs_are_reset_is_replaced_once_and_without_a_pause() -> None:
+    """Its workers have asked it to reset them; they wait for a second or two."""
+    made, done = helpers(is_ending=True, is_over=True, resets=True)
+    done.datapaths.keeper_has_died.side_effect = [True, True]
+    for _ in range(2):
+        made.reap()
+        assert done.datapaths.restart_keeper.call_count == 1
+    assert put_off(done) == []

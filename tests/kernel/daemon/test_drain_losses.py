@@ -312,6 +312,24 @@ def test_a_second_down_ends_a_drain_at_once_also_while_a_replacement_is_due(
 
 
 @pytest.mark.timeout(scaled_s(240))
+def test_a_keeper_that_dies_while_pairs_are_reset_is_replaced_at_once(start: Start) -> None:
+    """It was asked to reset them, and has not read that. Ends that only wait hear of it."""
+    at = start("300s")
+    pairs = [at.pair(address) for address in OUTLIVING for _ in range(2)]
+    with going_down(at.daemon):
+        keeper = keeper_of(at.daemon)
+        keeper.suspend()
+        at.daemon.signal(signal.SIGTERM)
+        at.daemon.wait_for_line(f" resetting pairs={len(pairs)}")
+        keeper.kill()
+        assert all(pair.is_reset() for pair in pairs)
+        assert at.daemon.wait() == 0
+    for pair in pairs:
+        at.assert_told_once(pair, "shutdown")
+    assert leftovers(at.daemon.place) == []
+
+
+@pytest.mark.timeout(scaled_s(240))
 @pytest.mark.parametrize("lost", ["worker", "keeper", "both", "worker twice"])
 def test_the_next_daemon_goes_on_with_what_has_just_lost_its_worker(
     start: Start, lost: str
