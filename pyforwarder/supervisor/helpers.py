@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # One that has died is replaced after this long.
 _PAUSE_S: Final = 1.0
 _KEEPER: Final = "splice_keeper"  # in the log
+# Without these pairs that go on in a drain have no end, or no other machine.
+_IN_A_DRAIN: Final = (_KEEPER, "failover")
 
 
 class CloseInChild(Protocol):
@@ -183,7 +185,7 @@ class Helpers:
     def reap(self) -> None:
         """A child has ended: replace what has died, after a pause, unless the daemon ends."""
         for name, helper in self._all.items():
-            if helper.has_died() and not self._is_ending():
+            if helper.has_died() and self._comes_again(name):
                 self._log.write("error", f"{name}_died")
                 self._restart_later(name, helper.start, helper.rest_s)
         if not self._datapaths.keeper_has_died():
@@ -204,11 +206,14 @@ class Helpers:
         self, name: str, start: Callable[[], None], pause_s: float = _PAUSE_S
     ) -> None:
         def restart() -> None:
-            if self._is_over() if name == _KEEPER else self._is_ending():
-                return
-            self._restart(name, start)
+            if self._comes_again(name):
+                self._restart(name, start)
 
         self._loop.after(pause_s, restart)
+
+    def _comes_again(self, name: str) -> bool:
+        """Whether one of this name is replaced if it has died."""
+        return not (self._is_over() if name in _IN_A_DRAIN else self._is_ending())
 
     def _restart(self, name: str, start: Callable[[], None]) -> None:
         try:

@@ -101,3 +101,17 @@ def test_a_keeper_that_dies_while_pairs_are_reset_is_replaced_once_and_without_a
         made.reap()
         assert done.datapaths.restart_keeper.call_count == 1
     assert put_off(done) == []
+
+
+def test_who_knows_of_other_machines_pairs_comes_again_in_a_drain_and_not_later() -> None:
+    """Nobody else tells others of the pairs that go on here, or workers of those that come."""
+    for is_over in (False, True):
+        made, done = helpers(is_ending=True, is_over=is_over)
+        done.datapaths.keeper_has_died.side_effect = [False]
+        made._all = {"web": done.web, "failover": done.failover}
+        done.failover.rest_s = 1.0
+        made.reap()
+        for again in put_off(done):
+            again()
+        assert not done.web.start.called
+        assert done.failover.start.called is not is_over
