@@ -29,8 +29,9 @@
 struct express_scratch {
 	__u8 bytes[PF_EXPRESS_BYTES + 64];
 	struct express_name_key name;
-	__u64 holds, fails; /* the conditions that do, as bits */
-	__u64 offered;	    /* those that a protocol in the ClientHello's list fulfils */
+	__u64 holds, fails;	       /* the conditions that do, as bits */
+	__u64 offered;		       /* those that a protocol in the ClientHello's list fulfils */
+	__u64 there[PF_EXPRESS_WORDS]; /* of the first bytes: a 1 for each bit that has come */
 	__u32 size, name_at, name_bytes;
 	/* For read_hello(): kinds of extensions that were there, and where these two are. */
 	__u32 kinds[PF_EXPRESS_EXTENSIONS];
@@ -328,26 +329,27 @@ inlined __u64 fulfilled(const struct express_scratch *scratch, const struct expr
 inlined void look_for_bytes(struct express_scratch *scratch, const struct express_table *table)
 {
 	const __u64 *packet = (const __u64 *)scratch->bytes;
-	__u64 holds = 0, possible = 0, differs, there;
-	__u32 i, j, bytes, size;
+	__u64 holds = 0, possible = 0, differs;
+	__u32 i, j, bytes, size = volatile_read(scratch->size);
 
+#pragma unroll
+	for (j = 0; j < PF_EXPRESS_WORDS; j++) {
+		bytes = size > 8 * j ? size - 8 * j : 0;
+		scratch->there[j] = bytes >= 8 ? ~0ULL : ((1ULL << (8 * bytes)) - 1);
+	}
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_PREFIXES; i++) {
 		if (i >= volatile_read(table->prefix_count))
 			break;
 		differs = 0;
-		size = volatile_read(scratch->size);
 #pragma unroll
-		for (j = 0; j < PF_EXPRESS_WORDS; j++) {
-			bytes = size > 8 * j ? size - 8 * j : 0;
-			there = bytes >= 8 ? ~0ULL : ((1ULL << (8 * bytes)) - 1);
+		for (j = 0; j < PF_EXPRESS_WORDS; j++)
 			differs |= (packet[j] ^ table->prefix[i].value[j]) &
-				   table->prefix[i].mask[j] & there;
-		}
+				   table->prefix[i].mask[j] & volatile_read(scratch->there[j]);
 		if (differs)
 			continue;
 		possible |= table->prefix[i].bit;
-		if (size >= table->prefix[i].end)
+		if (volatile_read(scratch->size) >= table->prefix[i].end)
 			holds |= table->prefix[i].bit;
 	}
 	scratch->holds |= holds;

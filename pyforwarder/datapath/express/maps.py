@@ -23,7 +23,11 @@ MOST_NAMES: Final = 1 << 16
 MOST_NETWORKS: Final = 1 << 14
 # struct express_scratch: the bytes, a key, and some numbers.
 _SCRATCH_BYTES: Final = (
-    4096 + 64 + 24 + ctypes.sizeof(abi.NameKey) + 4 * (3 + 32 + 5 + 2 * MOST_STATES)
+    4096
+    + 64
+    + ctypes.sizeof(abi.NameKey)
+    + 8 * (3 + abi.WORDS)
+    + 4 * (3 + 32 + 5 + 2 * MOST_STATES)
 )
 _BITS: Final = struct.Struct("=Q")
 
