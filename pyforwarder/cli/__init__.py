@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.cli import connecting, deciding, fleet, lifecycle, pairs, proving, showing
 from pyforwarder.cli.command import root, run
+from pyforwarder.runtime import collecting
 from pyforwarder.runtime.environment import Environment
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, env: Environment | None = None)
 
     0 done, 1 failed, 2 usage or configuration error, 3 no such instance is running.
     """
+    collecting.seldom()
     return run(
         list(sys.argv[1:] if arguments is None else arguments),
         Environment.of_process() if env is None else env,

@@ -7,7 +7,6 @@ before what.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ from pyforwarder.core.datapaths import SESSIONS
 from pyforwarder.datapath.attach import unix_names
 from pyforwarder.datapath.kernel import slots_for
 from pyforwarder.errors import ForwarderError, LoadError
+from pyforwarder.runtime import collecting
 from pyforwarder.runtime.instance import Instance, InstanceLock, acquire
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.supervisor import stored_sockets
@@ -86,10 +86,7 @@ class Daemon:
             os.chdir("/")
             text, config, self._not_kept = read_first(self._source, self._last_good)
             self._prepare(config)
-            # Children share the memory of what there is by now as long as nobody writes to it, and
-            # a collection would: megabytes for each.
-            gc.collect()
-            gc.freeze()
+            collecting.settle()
             try:
                 self._bind(text, config)
                 self._start_preparing()

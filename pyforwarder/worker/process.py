@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _socket
 import contextlib
-import gc
 import os
 import socket
 import sys
@@ -23,6 +22,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from pyforwarder.datapath.splice.sessions import SessionOrphan, SpliceSessions
 from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime import collecting
 from pyforwarder.runtime.channel import Channel, text_from_fd
 from pyforwarder.runtime.counters import Counter, Counters
 from pyforwarder.runtime.limits import SharedLimits
@@ -107,11 +107,8 @@ def run(inheritance: Inheritance) -> None:
     if unconfined:
         inheritance.log.write("warning", "no_seccomp", reason=unconfined)
     worker = _Worker(inheritance)
-    # Objects made so far live as long as the process: keep the collector away from them.
-    gc.collect()
-    gc.freeze()
     # A connection is no reference cycle, so collections find nothing: let them be rare.
-    gc.set_threshold(50_000, 20, 100)
+    collecting.settle((50_000, 20, 100))
     worker.loop.run()
     worker.finish()
 
