@@ -47,11 +47,13 @@ def test_verdicts_are_put_in_force_together() -> None:
 def test_a_start_that_fails_is_cleaned_up_after_before_the_next() -> None:
     """It may have been given pairs, whose owner it was then."""
     done, pool = a_pool()
-    pool._workers, pool._due = [mock.Mock()], {0}
+    replacements = pool._replacements
+    pool._workers[:] = [mock.Mock()]
+    replacements._due = {0}
     starts = mock.Mock(side_effect=[OSError(errno.EMFILE, "no descriptor"), mock.sentinel.worker])
     done.attach_mock(starts, "start")
-    with mock.patch.object(pool, "_start_worker", starts):
-        pool._replace(0)
+    with mock.patch.object(pool._starter, "start", starts):
+        replacements._replace(0)
         (later,) = done.loop.after.call_args_list
         assert done.datapaths.worker_died.call_count == 0
         later.args[1]()
@@ -70,15 +72,18 @@ def test_beside_a_daemon_that_accepts_no_more_listeners_of_named_datapaths_are_s
         {"name": name, "bind": f"127.0.0.1:{port}", "datapath": name, "rules": rules}
         for port, name in enumerate(("copy", "sockmap", "splice"), start=3)
     ]
-    in_force: Any = pool._in_force
+    in_force: Any = pool._starter._in_force
     in_force.config = Config.model_validate({"listeners": listeners})
     in_force.listeners.bound = dict.fromkeys(("copy", "sockmap", "splice"), ())
-    assert set(pool._served()) == {"copy"}
+    assert set(pool._starter.served()) == {"copy"}
     with mock.patch.object(pool, "start"):
         pool.start_beside(1, {}, [])
-    assert set(pool._served()) == {"copy", "sockmap", "splice"}
-    pool._workers = [mock.Mock(exit_code=None)]
-    with mock.patch.object(pool, "_configure") as configured, mock.patch.object(pool, "_decisions"):
+    assert set(pool._starter.served()) == {"copy", "sockmap", "splice"}
+    pool._workers[:] = [mock.Mock(exit_code=None)]
+    with (
+        mock.patch.object(pool._starter, "configure") as configured,
+        mock.patch.object(pool, "_decisions"),
+    ):
         pool.datapaths_are_settled()
     assert not configured.called
 
@@ -101,10 +106,10 @@ def serving(
 ) -> Iterator[tuple[mock.Mock, WorkerPool, mock.Mock]]:
     """A pool of these, what it does, and the call that starts the next of `successors`."""
     done, pool = a_pool()
-    pool._workers = list(workers)
+    pool._workers[:] = workers
     starts = mock.Mock(side_effect=list(successors))
     with (
-        mock.patch.object(pool, "_start_worker", starts),
+        mock.patch.object(pool._starter, "start", starts),
         mock.patch.object(pool, "_decisions", has_stopped=has_stopped),
     ):
         yield done, pool, starts
