@@ -205,6 +205,6 @@ class Acceptor:
         self._counters[CLOSED_INDEX[CloseReason.BUSY]] += 1
         self._server.refusing.count(client)
         self._server.log.closed(client, (0, 0), (0, 0))
-        self._server.give_back(client)
+        self._server.closing.give_back(client)
         sock = client.give_up_client()
         os.close(client.client_fd if sock is None else sock.detach())

@@ -565,7 +565,7 @@ class Connector:
         if sock is not None:
             fd = sock.detach()
             if client.is_shared:
-                # The supervisor may have it still, see `Server._end`.
+                # The supervisor may have it still, see `Closing`.
                 self._loop.forget(fd)
                 reset_now(fd)
             if client.server_mask:

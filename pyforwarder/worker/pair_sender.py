@@ -121,7 +121,7 @@ class PairSender:
             if self._is_spliced(client):
                 assert self._splice is not None
                 self._splice.release(client)
-                self._server.release(client)
+                self._server.closing.release(client)
         for session in self._datagrams.sessions():
             if session.place is not None:
                 # As long as we have its socket, no other of its addresses can be made.
@@ -208,7 +208,7 @@ class PairSender:
         if self._is_spliced(client):
             assert self._splice is not None
             self._splice.release(client)
-            self._server.release(client)
+            self._server.closing.release(client)
         elif client.life is not Life.CLOSED:
             self._server.broken(client, CloseReason.INTERNAL)
 
@@ -283,7 +283,7 @@ class PairSender:
         if spliced is not None:
             assert self._splice is not None
             self._splice.release(client)
-        self._server.release(client)
+        self._server.closing.release(client)
 
     def _send_session(self, session: Session) -> None:
         server = self._datagrams

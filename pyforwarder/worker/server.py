@@ -1,4 +1,4 @@
-"""The life of connections in one worker: feeds events to the tables and obeys their commands."""
+"""The life of connections in one worker: feeds events to the tables, and has commands obeyed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,13 @@ from pyforwarder.core.reasons import CloseReason, refusal_code
 from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.splice.question import Question
-from pyforwarder.runtime.counters import (
-    CLOSED_INDEX,
-    Counter,
-    ListenerCounter,
-    ServerCounter,
-    change,
-    count_disconnect,
-)
-from pyforwarder.runtime.linger import end_orderly
+from pyforwarder.runtime.counters import Counter, ListenerCounter
 from pyforwarder.runtime.password_checks import PasswordChecks
-from pyforwarder.runtime.raw_sockets import end_writing, reset_now
+from pyforwarder.runtime.raw_sockets import end_writing
 from pyforwarder.runtime.resolver import Names
 from pyforwarder.worker.accepting import Acceptor
 from pyforwarder.worker.client import Client
+from pyforwarder.worker.closing import Closing
 from pyforwarder.worker.connector import Connector
 from pyforwarder.worker.joining import Joining
 from pyforwarder.worker.log import audit_of
@@ -64,16 +57,7 @@ _CLOSED: Final = Life.CLOSED
 _ENDING: Final = Life.ENDING
 _PHASE_CLOSED: Final = Phase.CLOSED
 _ACCEPTED: Final = int(Counter.ACCEPTED)
-_OPEN: Final = int(Counter.OPEN)
-_PAIRS_OPEN: Final = int(Counter.PAIRS_OPEN)
-_UP_BYTES: Final = int(Counter.UP_BYTES)
-_DOWN_BYTES: Final = int(Counter.DOWN_BYTES)
-_LISTENER_OPEN: Final = int(ListenerCounter.OPEN)
-_LISTENER_UP_BYTES: Final = int(ListenerCounter.UP_BYTES)
-_LISTENER_DOWN_BYTES: Final = int(ListenerCounter.DOWN_BYTES)
 _FINISHED: Final = CloseReason.FINISHED
-_CLOSED_FINISHED: Final = CLOSED_INDEX[CloseReason.FINISHED]
-_SERVER_PAIRS: Final = int(ServerCounter.PAIRS)
 _FIN: Final = Step.FIN
 _DELIVERED: Final = Step.DELIVERED
 
@@ -141,6 +125,7 @@ class Server:
         self.opening = Opening(self)
         self.joining = Joining(self)
         self.servers = ServerStates(self)
+        self.closing = Closing(self, self._sniffer, self._connector)
         plain = PlainPath(self, self._sniffer, self._connector)
         self.accepting = Acceptor(self, self._sniffer, plain)
         commands: dict[Command, Callable[[Client], None]] = {
@@ -149,8 +134,8 @@ class Server:
             Command.ANSWER: self.refusing.answer,
             Command.FLUSH: self.opening.flush,
             Command.JOIN: self._join,
-            Command.CLOSE: self._close,
-            Command.RESET: self._reset,
+            Command.CLOSE: self.closing.close,
+            Command.RESET: self.closing.reset,
         }
         # The table of connection.py, with what obeys its commands in place of their names.
         self._life = {
@@ -221,7 +206,7 @@ class Server:
         if client.life is not Life.CLOSED:
             client.reason = CloseReason.INTERNAL
             client.life = Life.CLOSED
-            self._reset(client)
+            self.closing.reset(client)
 
     # Accepting
 
@@ -234,8 +219,6 @@ class Server:
     def pass_ids(self, count: int) -> None:
         """The same of so many clients, which need no names."""
         self.counters[_ACCEPTED] += count
-
-    # Refusing
 
     # Handing over
 
@@ -294,7 +277,7 @@ class Server:
         if (pair.down if flow is pair.up else pair.up).phase is _PHASE_CLOSED:
             pair.reason = _FINISHED
             if pair.is_bare and pair.slot < 0 and not self.log.tells_steps:
-                self._finish(pair)
+                self.closing.finish(pair)
             else:
                 self.happen(pair, Event.FINISHED)
             return
@@ -396,150 +379,7 @@ class Server:
         if client.life is Life.JOINED:
             self.watch_idle(client)
 
-    # The end
-
-    def _close(self, client: Client) -> None:
-        """An orderly end: TCP goes on sending what it has, and the FIN behind it."""
-        end_orderly(client.client_fd)
-        if client.server is not None:
-            end_orderly(client.server_fd)
-        self._end(client, end_writing)
-
-    def _finish(self, client: Client) -> None:
-        """`_close` of a pair that came by the straight path and was never shown: most of them."""
-        client.life = _CLOSED
-        client.datapath = None
-        client_fd, server_fd, server = client.client_fd, client.server_fd, client.server
-        end_orderly(client_fd)
-        end_orderly(server_fd)
-        self.records.unshown.pop(client, None)
-        counters, listener = self.counters, client.listener.counter
-        up, down = client.up, client.down
-        up_bytes, down_bytes = up.carried_bytes, down.carried_bytes
-        counters[_CLOSED_FINISHED] += 1
-        counters[_UP_BYTES] += up_bytes
-        counters[_DOWN_BYTES] += down_bytes
-        counters[listener + _LISTENER_UP_BYTES] += up_bytes
-        counters[listener + _LISTENER_DOWN_BYTES] += down_bytes
-        chosen = client.server_state
-        if chosen is not None:
-            assert client.upstream is not None
-            client.upstream.balancer.closed(chosen)
-            chosen.held.add(-1)  # as Balancer.release does
-            client.server_state = None
-            if chosen.counter and (count := counters[chosen.counter + _SERVER_PAIRS]):
-                counters[chosen.counter + _SERVER_PAIRS] = count - 1
-        # As `change` does.
-        if count := counters[_OPEN]:
-            counters[_OPEN] = count - 1
-        if count := counters[_PAIRS_OPEN]:
-            counters[_PAIRS_OPEN] = count - 1
-        if count := counters[listener + _LISTENER_OPEN]:
-            counters[listener + _LISTENER_OPEN] = count - 1
-        self.limits.remove_pair(listener)
-        if self.log.tells:
-            self.log.closed(
-                client,
-                (up.carried_bytes, up.carried_packets),
-                (down.carried_bytes, down.carried_packets),
-            )
-        queue = client._queue
-        if queue is not None:
-            del queue[client]
-            client._queue = None
-        del self.clients[client_fd]
-        client.server = None
-        self.loop.close_two(client_fd, client.give_up_client(), server_fd, server)
-
-    def _reset(self, client: Client) -> None:
-        """Both ends get a RST: all sockets have had SO_LINGER 0 from their first moment."""
-        self._end(client, reset_now)
-
-    def _end(self, client: Client, say_so: Callable[[int], object]) -> None:
-        """Close the sockets; `say_so` has a socket tell its peer what only the last close would."""
-        reason = client.reason
-        if reason is None:
-            reason = client.reason = _FINISHED
-        counters = self.counters
-        loop = self.loop
-        counters[CLOSED_INDEX[reason]] += 1
-        change(counters, _OPEN, -1)
-        change(counters, client.listener.counter + _LISTENER_OPEN, -1)
-        datapath = client.datapath
-        # Below 0 as long as some of what we say ourselves is not written.
-        up = max(0, client.up.carried_bytes), client.up.carried_packets
-        down = max(0, client.down.carried_bytes), client.down.carried_packets
-        if datapath is not None:
-            if datapath is not self.copying:
-                up = datapath.carried(client, client.up)[:2]
-                down = datapath.carried(client, client.down)[:2]
-                counters[Counter.BACKLOG_TRIPS] += datapath.trips(client)
-                datapath.leave(client)
-            client.datapath = None
-        elif not client.is_refused:
-            self.refusing.count(client)
-        # The slot first: who adds the table to these counters may miss the bytes for a moment, but
-        # must not see them twice.
-        self.records.release(client)
-        if datapath is not None:
-            change(counters, _UP_BYTES, up[0])
-            change(counters, _DOWN_BYTES, down[0])
-            change(counters, client.listener.counter + _LISTENER_UP_BYTES, up[0])
-            change(counters, client.listener.counter + _LISTENER_DOWN_BYTES, down[0])
-        self.log.closed(client, up, down)
-        loop.deadlines.stop(client)
-        if client.keeper_wait is not None:
-            loop.deadlines.stop(client.keeper_wait)
-        if client.approach is not None:
-            client.approach.stop()
-            client.approach = None
-        if client.asked:
-            self._connector.forget(client)
-        if self._sniffer.put_off:
-            self._sniffer.put_off.pop(client, None)
-        self.give_back(client)
-        client_fd = client.client_fd
-        del self.clients[client_fd]
-        if client.is_adopted:
-            self.joining.forget(client)
-        if client.is_adopted or client.is_shared:
-            # Another process may keep its descriptor. Then close() does not take the socket out of
-            # epoll, and its events would reach the next owner of that number.
-            loop.forget(client_fd)
-            if client.server is not None:
-                loop.forget(client.server_fd)
-            if client.kind is not DatapathKind.SPLICE:
-                # Nor does it tell the peer: what the keeper was asked may be unread for seconds,
-                # and a worker that has handed the pair on may hang. Spliced sockets say nothing.
-                say_so(client_fd)
-                if client.server is not None:
-                    say_so(client.server_fd)
-        sock = client.give_up_client()
-        if sock is None:
-            loop.close(client_fd)
-        else:
-            loop.close_socket(client_fd, sock)
-        if client.server is not None:
-            loop.close_socket(client.server_fd, client.server)
-            client.server = None
-
-    def give_back(self, client: Client) -> None:
-        """What limits and balancers counted for this connection."""
-        if client.counts_busy:
-            self.accepting.forget_busy()
-        if client.client_keys:
-            self.limits.give_back(client.client_keys)
-        if client.counts_pair:
-            self.limits.remove_pair(client.listener.counter)
-            change(self.counters, _PAIRS_OPEN, -1)
-        if client.server_state is not None:
-            if client.server_opened:
-                assert client.upstream is not None
-                client.upstream.balancer.closed(client.server_state)
-                count_disconnect(self.counters, client.server_state.counter)
-            assert client.upstream is not None
-            client.upstream.balancer.release(client.server_state)
-            client.server_state = None
+    # What the supervisor asks
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:
         """Reset the pairs with these ids, or all of them (None); the ids that were found."""
@@ -554,7 +394,7 @@ class Server:
         for client in list(self.clients.values()):
             self.broken(client, reason)
 
-    # What the supervisor asks
+    # Between daemons
 
     def take_in(self, client: Client) -> None:
         """Count a pair that did not come by a listener among those that are open."""
@@ -564,36 +404,6 @@ class Server:
         self.counters[Counter.OPEN] += 1
         self.counters[client.listener.counter + ListenerCounter.OPEN] += 1
         self.clients[client.client_fd] = client
-
-    # Between daemons
-
-    def release(self, client: Client) -> None:
-        """The pair is another daemon's from here on, with its sockets: forget it, and say nothing.
-
-        Nothing of it is left with a datapath of ours.
-        """
-        change(self.counters, _OPEN, -1)
-        change(self.counters, client.listener.counter + _LISTENER_OPEN, -1)
-        client.life = Life.CLOSED
-        client.datapath = None
-        client.waits_for_handover = False
-        if client.kind is DatapathKind.SPLICE:
-            client.slot = -1  # the record tells the other daemon what `show` said
-        else:
-            self.records.release(client)
-        self.loop.deadlines.stop(client)
-        if client.keeper_wait is not None:
-            self.loop.deadlines.stop(client.keeper_wait)
-        self.give_back(client)
-        del self.clients[client.client_fd]
-        self.joining.forget(client)
-        # Closing does not take them out of epoll: the other daemon has the sockets.
-        self.loop.forget(client.client_fd)
-        self.loop.forget(client.server_fd)
-        self.loop.close_socket(client.client_fd, client.client)
-        assert client.server is not None
-        self.loop.close_socket(client.server_fd, client.server)
-        client.server = None
 
     def take_back(self, client: Client) -> None:
         """A pair that has left its sockmap is copied from here on, and not handed over again."""
