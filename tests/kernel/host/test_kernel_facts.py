@@ -1,7 +1,8 @@
 """What this kernel does with sockets in a sockhash: the facts that the design stands on.
 
 Each test is one trap, tried with the naive program of facts.c. Where one fails, the kernel has
-changed, and the line of bpf/redirect.c or datapath/sockmap.py that its comment names may have to.
+changed, and the line of bpf/redirect.c, datapath/sockmap.py or sockmap_directions.py that its
+comment names may have to.
 """
 
 from __future__ import annotations
@@ -332,7 +333,7 @@ def test_fin_is_told_to_epoll_and_is_not_carried_on(redirector: Redirector, ends
 def test_redirected_bytes_wake_only_a_poller_that_asks_for_bytes(
     redirector: Redirector, ends: Ends, mask: int, wakes: bool
 ) -> None:
-    # SockmapDatapath._watch: a sleeping direction asks for EPOLLRDHUP alone.
+    # SockmapDirections._watch: a sleeping direction asks for EPOLLRDHUP alone.
     join(redirector, ends)
     poll = select.epoll()
     returned: list[int] = []

@@ -27,7 +27,7 @@ from tests.helpers.waiting import wait_for
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair
     from pyforwarder.datapath.kernel import KernelMaps
-    from pyforwarder.datapath.sockmap import Half
+    from pyforwarder.datapath.sockmap_directions import Half
     from pyforwarder.datapath.sockmap_exit import SockmapExit
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pyforwarder.core.connection import Phase
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath import sockmap as sockmap_module
+from pyforwarder.datapath import sockmap_directions
 from pyforwarder.datapath.base import Pair, PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
@@ -27,7 +27,7 @@ from pyforwarder.datapath.proof.scenarios import (
     push_until_blocked,
     send_rest,
 )
-from pyforwarder.datapath.sockmap import SO_COOKIE, Half
+from pyforwarder.datapath.sockmap import SO_COOKIE
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_for, received
 from tests.helpers.netns import private_network
 from tests.helpers.peers import ends_with_reset
@@ -37,6 +37,7 @@ from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.sockmap_directions import Half
 
 SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python has no name for it
 # One packet more than the limit may be on its way when the fuse trips; loopback's are up to 64 KiB
@@ -278,7 +279,7 @@ def test_passed_bytes_wait_for_the_redirected_ones_before_them(
     client.sendall(b"redirected, ")
     assert server.recv(100) == b"redirected, "
     # As if the kernel's worker had not run yet.
-    monkeypatch.setattr(sockmap_module, "queued_for", lambda *one: queued_for(*one) - 1)
+    monkeypatch.setattr(sockmap_directions, "queued_for", lambda *one: queued_for(*one) - 1)
     rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[Direction.UP]] = 0
     client.sendall(b"passed")
     rig.run_until(lambda: word(rig, pair, table.PASSED, Direction.UP) == 6, "passed bytes")
@@ -549,7 +550,7 @@ def test_fin_is_not_carried_on_before_the_program_has_seen_the_last_byte(
         state, count = received(sock)
         return Received(state, count + (5 if len(looks) <= 2 else 0))
 
-    monkeypatch.setattr(sockmap_module, "received", received_but_not_seen)
+    monkeypatch.setattr(sockmap_directions, "received", received_but_not_seen)
     client.sendall(b"last words")
     client.shutdown(socket.SHUT_WR)
     rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "FIN carried on")
