@@ -76,6 +76,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
     "worker.generation": {"worker.settings": "Settings with_overrides"},
     "worker.log": {"worker.log": "impatient=not_blocking"},
+    "worker.process": {"worker.inheritance": "Inheritance"},
     "worker.server": {
         "worker.accepting": "ACCEPT_BATCH ACCEPT_PAUSE_S BUSY_CLIENTS NEVER_OURS OVERLOADED",
         "worker.refusing": "REFUSAL_DISCARD_BYTES REFUSAL_LINGER_S",

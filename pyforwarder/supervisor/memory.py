@@ -24,7 +24,7 @@ from pyforwarder.runtime.counters import (
 from pyforwarder.runtime.limits import new_secret
 from pyforwarder.runtime.limits_memory import COLUMN_BYTES, OTHERS_BYTES
 from pyforwarder.runtime.shared_memory import SharedBlocks, keep_memory
-from pyforwarder.worker.process import WorkerMemory
+from pyforwarder.worker.inheritance import WorkerMemory
 from pyforwarder.worker.udp.connection_ids import PART_BYTES
 from pyforwarder.worker.used_tokens import SHARES, TABLE_BYTES
 

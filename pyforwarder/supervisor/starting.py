@@ -10,7 +10,7 @@ from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import MOST_SOCKETS, Channel, text_to_fd
 from pyforwarder.supervisor.datapaths import waits_for_datapath
 from pyforwarder.supervisor.workers import WorkerProcess
-from pyforwarder.worker.process import Inheritance
+from pyforwarder.worker.inheritance import Inheritance
 
 if TYPE_CHECKING:
     import socket

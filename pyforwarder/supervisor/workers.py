@@ -30,11 +30,12 @@ from pyforwarder.supervisor.messages import (
     understand,
     understand_result,
 )
-from pyforwarder.worker.process import Inheritance, main
+from pyforwarder.worker.process import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from pyforwarder.worker.inheritance import Inheritance
     from pyforwarder.worker.log import Log
 
 # A worker answers between two turns of its loop; one that does not for so long is stuck.

@@ -44,7 +44,7 @@ from pyforwarder.supervisor.messages import (
     understand_result,
 )
 from pyforwarder.supervisor.workers import WorkerProcess
-from pyforwarder.worker import process
+from pyforwarder.worker import obeying
 from pyforwarder.worker.log import Log
 from tests.helpers.malformed_messages import MALFORMED
 
@@ -180,7 +180,7 @@ def test_a_result_is_what_its_request_has(do: str, good: list[object], bad: list
 
 def test_every_request_of_the_supervisor_has_a_result() -> None:
     # The requests that a worker obeys.
-    source = Path(process.__file__).read_text()
+    source = Path(obeying.__file__).read_text()
     for do in RESULTS:
         assert f'case "{do}":' in source
 

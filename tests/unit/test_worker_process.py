@@ -9,8 +9,17 @@ import pytest
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.worker.process import _Worker
+from pyforwarder.worker.adoption import Adoption
+from pyforwarder.worker.obeying import Worker
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
+
+
+def adoption(server: object, splice: object, sessions: object) -> Adoption:
+    """Of a worker with these parts, which play the real ones."""
+    parts: dict[str, Any] = {"splice": splice, "sessions": sessions}
+    of: Any = server
+    return Adoption(of, worker=0, keeper=None, **parts)
+
 
 LEFT: Final = (
     "a pair",
@@ -38,22 +47,28 @@ def test_a_worker_that_drains_ends_when_nothing_is_left_and_nothing_is_on_its_wa
         keeper.unsettled += len(messages)  # it asks for each
         messages.clear()
 
-    worker: Any = object.__new__(_Worker)
-    worker._server = SimpleNamespace(counters=counters)
+    worker: Any = object.__new__(Worker)
+    server = SimpleNamespace(counters=counters)
+    splice = SimpleNamespace(adopts_later=left == "a pair whose old sockets are there")
+    taken_in = adoption(server, splice, None)
+    taken_in._ends_sessions = True
+    orphans: list[Any] = ["one"] if left == "a session of a worker that died" else []
+    taken_in._orphans = orphans
     worker._gets_more = left == "what another keeper is to say"
-    worker._ends_sessions = True
-    worker._orphans = ["one"] if left == "a session of a worker that died" else []
-    worker._splice = SimpleNamespace(adopts_later=left == "a pair whose old sockets are there")
-    worker._keeper = keeper
-    worker._opened = SimpleNamespace(receive=receive)
+    worker._parts = SimpleNamespace(
+        server=server,
+        adoption=taken_in,
+        keeper=keeper,
+        opened=SimpleNamespace(receive=receive),
+    )
     worker.loop = SimpleNamespace(
         after=lambda _s, action: later.append(action), stop=lambda: ended.append(True)
     )
     worker._stop_when_empty()
     assert not ended
     counters[Counter.OPEN] = keeper.unsettled = 0
-    worker._gets_more = worker._splice.adopts_later = False
-    worker._orphans.clear()
+    worker._gets_more = splice.adopts_later = False
+    orphans.clear()
     later.pop()()
     assert (ended, later) == ([True], [])
 
@@ -67,18 +82,15 @@ def test_sessions_that_come_after_settings_are_taken_in_as_those_before() -> Non
         return 0
 
     given: list[Any] = []
-    worker: Any = object.__new__(_Worker)
-    worker._orphans, worker._adopting, worker._listens = [], 0, True
-    worker._ends_sessions = False
-    worker._datagrams = SimpleNamespace(adoption=SimpleNamespace(take_in=take_in))
-    worker._server = worker._splice = None
-    worker._serving = lambda: None
-    worker._sessions = SimpleNamespace(adopt=lambda take, done: given.extend((take, done)))
+    datagrams: Any = SimpleNamespace(adoption=SimpleNamespace(take_in=take_in))
+    sessions = SimpleNamespace(adopt=lambda take, done: given.extend((take, done)))
+    worker = adoption(None, None, sessions)
+    worker.take_in_sessions(datagrams)
     done: list[bool] = []
-    worker._adopt(lambda: done.append(True))
+    worker.adopt(lambda: done.append(True))
     take, all_are_given = given
     take("before")
-    worker._take_in_sessions()  # as with every reload
+    worker.take_in_sessions(datagrams)  # as with every reload
     take("after")
     all_are_given()
     assert (taken, done) == (["before", "after"], [True])
@@ -94,20 +106,23 @@ def test_sessions_of_a_worker_that_died_in_a_drain_end_with_its_successor() -> N
         assert reason is CloseReason.SHUTDOWN
         ended.extend(some)
 
-    worker: Any = object.__new__(_Worker)
-    worker._orphans, worker._adopting, worker._listens = list(range(40)), 0, False
-    worker._draining, worker._ends_sessions = True, False
-    worker._opened = None
-    worker._sockets = []
-    worker._server = SimpleNamespace(generation=None)
-    worker._datagrams = SimpleNamespace(
-        adoption=SimpleNamespace(end=end), drain=lambda _reason: None
-    )
-    worker.loop = SimpleNamespace(defer=lambda action, owner: turns.append(action))
     given: list[Any] = []
-    worker._sessions = SimpleNamespace(adopt=lambda take, done: given.extend((take, done)))
-    worker._splice = None
-    worker._adopt(lambda: None)
+    sessions = SimpleNamespace(adopt=lambda take, done: given.extend((take, done)))
+    loop = SimpleNamespace(defer=lambda action, owner: turns.append(action))
+    server = SimpleNamespace(generation=None, loop=loop)
+    taken_in = adoption(server, None, sessions)
+    before: list[Any] = list(range(40))
+    taken_in._orphans = before
+    worker: Any = object.__new__(Worker)
+    worker._draining = True
+    worker._sockets = []
+    worker._parts = SimpleNamespace(
+        server=server,
+        datagrams=SimpleNamespace(adoption=SimpleNamespace(end=end), drain=lambda _reason: None),
+        adoption=taken_in,
+        opened=None,
+    )
+    taken_in.adopt(lambda: None)
     take, all_are_given = given
     worker._drain(gets_more=False)
     while turns:

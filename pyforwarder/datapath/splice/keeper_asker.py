@@ -59,7 +59,7 @@ Answered = Callable[[dict[str, Any] | None, list[int]], None]
 MOST_UNDER_WAY: Final = 64
 # So many more where something stands still meanwhile, or is asked again if there is no room.
 _MOST_URGENT: Final = 16
-# Requests with two sockets that wait here, with descriptors of their own (worker/process.py counts
+# Requests with two sockets that wait here, with descriptors of their own (worker/room.py counts
 # with them). Those without sockets are as many as there are places.
 MOST_HELD: Final = 32
 # They are of no use later.

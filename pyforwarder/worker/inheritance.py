@@ -1,0 +1,49 @@
+"""What a worker has from its supervisor by fork."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Callable, Sequence
+
+    from pyforwarder.datapath.kernel import KernelMaps, PairTable
+    from pyforwarder.datapath.splice.splicing import Splicing
+    from pyforwarder.runtime.channel import Channel
+    from pyforwarder.runtime.pulse import Pulse
+    from pyforwarder.worker.log import Log
+
+
+class WorkerMemory(NamedTuple):
+    """A block of each worker, of which its own is writable.
+
+    Of used tokens there are more (used_tokens.py), of which this worker has the one of a number.
+    """
+
+    counters: Sequence[mmap.mmap]
+    limits: Sequence[mmap.mmap]
+    other_machines: mmap.mmap  # what they have of clients; no worker writes it
+    used_tokens: Sequence[mmap.mmap]
+    own_used_tokens: int
+    connection_ids: Sequence[mmap.mmap]
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """All of it but the listeners, which come as messages."""
+
+    worker: int
+    workers: int
+    channel: Channel
+    take_memory: Callable[[], WorkerMemory]  # in the worker; what else it shares it gives up
+    limits_secret: bytes
+    table: PairTable
+    maps: KernelMaps | None
+    user: str | None  # None: stay who we are
+    log: Log
+    splicing: Splicing | None = None
+    pulse: Pulse | None = None  # where it shows that it works
+    last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
+    heir: Channel | None = None  # where a worker of the daemon before sends its pairs
