@@ -56,7 +56,10 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "core.routing": {"core.explaining": "Explanation RuleReport explain"},
     "core.upstreams": {"core.health": "CheckSchedule Health"},
-    "datapath.splice": {"datapath.splice.datapath": "Orphan SpliceDatapath"},
+    "datapath.splice": {
+        "datapath.splice.adopted": "Orphan",
+        "datapath.splice.datapath": "SpliceDatapath",
+    },
     "datapath.splice.keeper": {
         "datapath.splice.keeper_client": "KeeperClient KeeperError",
         "datapath.splice.keeper_process": "KeeperProcess",

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyforwarder.core.first_packet.outcome import Facts
-    from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
+    from pyforwarder.datapath.splice.adopted import Orphan
+    from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.server import Server
 
 # When the keeper is asked again for those that could not be had yet.

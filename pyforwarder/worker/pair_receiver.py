@@ -42,7 +42,8 @@ from pyforwarder.worker.orphans import resume_spliced
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyforwarder.datapath.splice.datapath import Orphan, SpliceDatapath
+    from pyforwarder.datapath.splice.adopted import Orphan
+    from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.server import Server
     from pyforwarder.worker.udp.server import DatagramServer

@@ -33,7 +33,7 @@ from tests.helpers.waiting import DEADLINE_S
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import PairReason
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
-    from pyforwarder.datapath.splice.datapath import Orphan
+    from pyforwarder.datapath.splice.adopted import Orphan
 
 SLOTS: Final = 64
 _MOST_MESSAGE_BYTES: Final = 1 << 16

@@ -18,7 +18,8 @@ from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.splice.datapath import MOST_QUESTIONS, SpliceDatapath, _Adoption
+from pyforwarder.datapath.splice.adopted import _Adoption
+from pyforwarder.datapath.splice.datapath import MOST_QUESTIONS, SpliceDatapath
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.splice.spliced import Spliced
 from pyforwarder.runtime.loop import Deadlines
