@@ -44,6 +44,7 @@ from pyforwarder.worker.race import outcome_of
 if TYPE_CHECKING:
     from pyforwarder.core.routing import Decision
     from pyforwarder.worker.connector import Connector
+    from pyforwarder.worker.destinations import Destinations
     from pyforwarder.worker.generation import ListenerState
     from pyforwarder.worker.server import Server
     from pyforwarder.worker.sniffer import Sniffer
@@ -85,9 +86,12 @@ _CONNECT_SUM: Final = len(CONNECT_BOUNDS_S) + 1
 class PlainPath:
     """Serves connections of listeners that are `is_plain`."""
 
-    def __init__(self, server: Server, sniffer: Sniffer, connector: Connector) -> None:
+    def __init__(
+        self, server: Server, sniffer: Sniffer, destinations: Destinations, connector: Connector
+    ) -> None:
         self._server = server
         self._sniffer = sniffer
+        self._destinations = destinations
         self._connector = connector
         self._loop = server.loop
         self._counters = server.counters
@@ -189,14 +193,14 @@ class PlainPath:
                 chosen = balancer.choose(peer.host if peer is not None else None, now_s)
             if chosen is None:
                 self._watch_connecting(client, data)
-                self._connector.start(client)
+                self._destinations.start(client)
                 return
             client.server_state = chosen
             chosen.held.add(1)  # as Balancer.hold does
             to = chosen.address
         if not isinstance(to, Address) or "%" in to.host or not generation.permits(rule, to, now_s):
             self._watch_connecting(client, data)
-            self._connector.approach(client, to)
+            self._destinations.approach(client, to)
             return
         client.destination = to
         first = data[skip:] if skip else data

@@ -28,6 +28,7 @@ from pyforwarder.worker.accepting import Acceptor
 from pyforwarder.worker.client import Client
 from pyforwarder.worker.closing import Closing
 from pyforwarder.worker.connector import Connector
+from pyforwarder.worker.destinations import Destinations
 from pyforwarder.worker.joining import Joining
 from pyforwarder.worker.log import audit_of
 from pyforwarder.worker.opening import Opening
@@ -120,17 +121,18 @@ class Server:
         self.claims = TokenClaims(loop, send_claim)
         self._sniffer = Sniffer(self)
         self.names = Names(loop)
-        self._connector = Connector(self, self.names)
+        self._connector = Connector(self)
+        destinations = Destinations(self, self.names, self._connector)
         self.refusing = Refusing(self)
         self.opening = Opening(self)
         self.joining = Joining(self)
         self.servers = ServerStates(self)
         self.closing = Closing(self, self._sniffer, self._connector)
-        plain = PlainPath(self, self._sniffer, self._connector)
+        plain = PlainPath(self, self._sniffer, destinations, self._connector)
         self.accepting = Acceptor(self, self._sniffer, plain)
         commands: dict[Command, Callable[[Client], None]] = {
-            Command.CONNECT: self._connector.start,
-            Command.CONNECT_NEXT: self._connector.next,
+            Command.CONNECT: destinations.start,
+            Command.CONNECT_NEXT: destinations.next,
             Command.ANSWER: self.refusing.answer,
             Command.FLUSH: self.opening.flush,
             Command.JOIN: self._join,

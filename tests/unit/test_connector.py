@@ -11,7 +11,7 @@ import pytest
 from pyforwarder.core.connection import Life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.resolver import Wait
-from pyforwarder.worker import connector
+from pyforwarder.worker import destinations
 from pyforwarder.worker.race import SHORTAGES
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.netns import blackhole
@@ -265,7 +265,7 @@ def test_a_name_with_too_many_addresses_is_not_looked_at_one_by_one(
     names = SlowNames(monkeypatch, hosts=[f"127.0.1.{n}" for n in range(256)] + ["127.0.0.1"])
     names.release()
     made: list[int] = []
-    monkeypatch.setattr(connector, "addresses_of", lambda hosts, _port: made.append(len(hosts)))
+    monkeypatch.setattr(destinations, "addresses_of", lambda hosts, _port: made.append(len(hosts)))
     play = start(named())
     client = play.dial()
     client.sendall(instruction("many.test:80"))

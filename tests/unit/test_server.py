@@ -384,7 +384,7 @@ def test_internal_error_after_a_name_was_found_costs_one_connection_only(
         raise ZeroDivisionError("a bug")
 
     with monkeypatch.context() as patch:
-        patch.setattr(play.server._connector, "_connect", fail)
+        patch.setattr(play.server._connector, "connect", fail)
         names.release()
         play.wait_for_end(CloseReason.INTERNAL)
     play.joined(listening, address)
