@@ -28,6 +28,7 @@ PURE = [
 IMPURE = {
     *("socket", "_socket", "select", "selectors", "ssl", "asyncio", "subprocess", "threading"),
     *("signal", "fcntl", "mmap", "ctypes", "time", "bcc", "psutil", "pyroute2", "pathlib", "io"),
+    "inotify_simple",
 }
 DOES_IO = {"open", "input", "print", "exec", "eval"}
 
