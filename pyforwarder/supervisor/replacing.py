@@ -82,9 +82,12 @@ class Replacements:
         return self._phase
 
     @property
-    def are_due(self) -> bool:
-        """Whether some that have died are to be replaced still."""
-        return bool(self._due)
+    def are_over(self) -> bool:
+        """Whether all have died, and none is to be replaced; one that `reap` has not seen may be.
+
+        As one may die right after it has come, while it is told what the others were.
+        """
+        return len(self._dead) == len(self._workers) and not self._due
 
     def begin(self, phase: Phase) -> None:
         """The workers are in this phase from here on."""

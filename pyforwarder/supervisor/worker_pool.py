@@ -108,8 +108,8 @@ class WorkerPool:
 
     @property
     def have_ended(self) -> bool:
-        """Whether none lives, and none is to come in the place of one that has died."""
-        return not self.living and not self._replacements.are_due
+        """Whether all have died, were reaped, and none is to come in the place of one."""
+        return self._replacements.are_over
 
     def start(self) -> None:
         """Fork them; they accept once all have taken over what an earlier daemon has left.

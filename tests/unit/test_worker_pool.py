@@ -171,6 +171,26 @@ def test_a_drain_is_not_over_before_another_has_come_in_the_place_of_one_that_di
         assert starts.call_count == 2
 
 
+def test_a_drain_is_not_over_when_one_that_has_just_come_dies_before_it_hears_of_it() -> None:
+    """The pairs that outlived the first have outlived it, too. Its SIGCHLD is still to come."""
+    lost, dying, successor = worker(), worker(), worker()
+
+    def die(*_: object, **__: object) -> None:
+        dying.exit_code = -9
+        raise ControlError("it has died")
+
+    dying.ask.side_effect = die
+    with serving(lost, successors=(dying, successor)) as (_, pool, _starts):
+        pool.drain()
+        lost.exit_code = -9
+        pool.reap()
+        assert pool._workers == [dying]
+        assert not pool.have_ended
+        pool.reap()
+        assert pool._workers == [successor]
+        assert told(successor) == [("drain", False)]
+
+
 def test_who_lived_too_short_in_a_drain_is_replaced_after_a_pause() -> None:
     lost, successor = worker(), worker()
     with serving(lost, successors=(successor,)) as (done, pool, starts):
