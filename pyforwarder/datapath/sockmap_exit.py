@@ -4,19 +4,24 @@ Another process is to have the sockets, in which their map and its program mean 
 socket out frees what the kernel still has for it there: what was redirected to it and is not with
 its TCP yet, and what was passed and not read (sk_psock_drop). So first both queues are emptied. But
 the next packet may come between the last look and the removal, and then its bytes would be lost
-with no trace: userspace cannot hold a socket's lock over two system calls.
+with no trace: userspace cannot hold a socket's lock over two system calls. And the removal does not
+wait for the program: a packet that another processor gives it in just that moment is dropped, and
+has been acknowledged (sk_psock_stop_verdict takes the program away from sk_psock_verdict_recv).
 
-So for that moment each direction is redirected to a *bypass*: a connection of ours, whose one end
-is in the map, and from whose other end we read. In front of a bypass the program latches at the
-first packet that finds all that was passed consumed, and passes nothing from then on. So the steps
-are, for both directions side by side:
+So for that moment what comes is *held* in the socket's own queue: with a low-water mark for reading
+(SO_RCVLOWAT) above what waits there the kernel does not run the program (tcp_data_ready). A FIN, or
+a queue that is nearly full, has it run all the same. So each direction is also redirected to a
+*bypass*: a connection of ours, whose one end is in the map, and from whose other end we read. In
+front of a bypass the program latches at the first packet that finds all that was passed consumed,
+and passes nothing from then on. So the steps are, for both directions side by side:
 
 1. Disarmed: all that comes is passed, and copied as usual, until what was redirected before is with
    the target's TCP, and not much that was passed waits to be read.
-2. Armed again, with the bypass for a peer. What was passed is read; once nothing is left, nothing
-   will be, as long as the bypass has room for what comes.
-3. So each socket is taken out at once then, before it is looked at the other. From here on what
-   comes waits in its own queue, as always.
+2. Armed again, with the bypass for a peer. A bypass has a usual send buffer until the supervisor
+   has enlarged it; no pair leaves before.
+3. What was passed is read; once nothing is left, nothing will be, as long as the bypass has room
+   for what comes. So each socket is held and taken out at once then, before it is looked at the
+   other. From here on what comes waits in its own queue, as always.
 4. What the bypass has got stands behind what was read, and in front of what waits. Nearly always it
    is nothing.
 
@@ -74,6 +79,9 @@ _CONNECT_S: Final = 0.5
 _HELP_S: Final = 0.1
 # The most that a bypass must hold: more than a window that arrives within some microseconds.
 _SEND_BUFFER_BYTES: Final = 4 << 20
+# For so long pairs wait until a bypass has that. Then it is not to be had (the supervisor may lack
+# CAP_NET_ADMIN), and the usual one has to do.
+_ENLARGE_S: Final = 1.0
 # So much is read at once, and then in our memory, for a target that takes nothing.
 _MOST_PASSED_BYTES: Final = 1 << 20
 # A peer that sends so fast that every look finds more can never leave: all others would stand
@@ -106,15 +114,22 @@ class _Bypass:
             self.cookie = int.from_bytes(
                 self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little"
             )
-            self._in.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._in.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sockets.update(
                 self.cookie.to_bytes(8, "little"), self._in.fileno().to_bytes(8, "little")
             )
-            host.enlarge(None, self._in, _SEND_BUFFER_BYTES)  # as the system's limit may be less
+            # SO_SNDBUF would make it smaller: the system's limit is less than what loopback has.
+            host.enlarge(None, self._in, _SEND_BUFFER_BYTES)
         except OSError:
             self.close()
             raise
+        self._made_s = time.monotonic()
+
+    def has_room(self) -> bool:
+        """Whether its send buffer is as large as it gets."""
+        size_bytes = self._in.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        is_late = time.monotonic() - self._made_s >= scaled_s(_ENLARGE_S)
+        return size_bytes >= _SEND_BUFFER_BYTES or is_late
 
     def read(self, count: int) -> bytes:
         """So many bytes, which the kernel has promised.
@@ -185,6 +200,8 @@ class SockmapExit:
                 has happened.
         """
         self._make_bypasses()
+        if not all(bypass.has_room() for bypass in self._bypasses):
+            return False
         halves = self._datapath.halves_of(pair)
         for half in halves:
             self._set(half, table.ARMED, 0)
@@ -353,13 +370,14 @@ class _Way:
         self._exit.divert(self.half, self._bypass.cookie)
 
     def read_passed(self, pair: Pair) -> None:
-        """Until nothing more will be passed.
+        """Until nothing more will be passed, and what comes is held.
 
         Raises:
             OSError: the source has failed.
             _LostError: it does not come, or there is no end of it.
         """
         source = _source(pair, self.half.flow)
+        is_held = False
         for _ in range(_MOST_LOOKS):
             # A packet that came before the last `publish`, and is passed for it, is counted now.
             received(source)
@@ -369,18 +387,29 @@ class _Way:
             received(source)
             self._take_diverted()
             if passed > self._read:
+                if is_held:
+                    # Behind what is held nothing can be read (tcp_bpf_recvmsg_parser).
+                    _release(source)
+                    is_held = False
                 self.rest += _read_exactly(source.fileno(), passed - self._read)
                 self._read = passed
-            elif not self._exit.publish(self.half, passed):
+            elif self._exit.publish(self.half, passed):
+                continue
+            elif is_held:
                 return
+            else:
+                _hold(source)
+                is_held = True
         raise _LostError
 
     def finish(self) -> None:
-        """The socket is out: nothing more comes here.
+        """The socket is out: nothing more comes here, and it is read as always.
 
         Raises:
+            OSError: the source has failed.
             _LostError: something was passed after all.
         """
+        _release(_source(self.half.pair, self.half.flow))
         if self._exit.passed(self.half) != self._read:
             raise _LostError
         self._take_diverted()
@@ -402,6 +431,30 @@ def _target(pair: Pair, flow: Flow) -> _socket.socket:
     sock = pair.server if flow.direction is Direction.UP else pair.client
     assert sock is not None
     return sock
+
+
+def _hold(sock: _socket.socket) -> None:
+    """Have what comes wait in the socket's queue, with nobody told of it (tcp_epollin_ready).
+
+    Not after a FIN, and not once the queue is nearly full. A mark at a quarter of it leaves the
+    size of the receive buffer as it is (tcp_set_rcvlowat).
+
+    Raises:
+        OSError: the socket has failed.
+    """
+    queue_bytes = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    window_bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+    mark_bytes = max(1, min(queue_bytes // 4, window_bytes // 2))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark_bytes)
+
+
+def _release(sock: _socket.socket) -> None:
+    """The opposite; what waits is told of.
+
+    Raises:
+        OSError: the socket has failed.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _taken_bytes(sock: _socket.socket) -> int | None:

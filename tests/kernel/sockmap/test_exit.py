@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
 import select
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +24,7 @@ from pyforwarder.datapath.sockmap_exit import ExitError, _LostError
 from pyforwarder.datapath.tcp_info import TCP_CLOSE, TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.stage import keys_in, sockmap_of, stage
-from tests.helpers.waiting import wait_for
+from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair
@@ -67,13 +69,25 @@ def go_on(rig: Rig, client: socket.socket, pair: RigPair, server: socket.socket)
     assert (bytes(reader_s.data), bytes(reader_c.data)) == (b"request", b"answer")
 
 
-def send_to_the_end(name: str, sock: socket.socket, data: bytes, pause_s: float) -> Peer:
-    """Send all in pieces of any size, and close that direction."""
+def send_to_the_end(
+    name: str,
+    sock: socket.socket,
+    data: bytes,
+    pause_s: float,
+    gates: Sequence[threading.Event] = (),
+) -> Peer:
+    """Send all in pieces of any size, and close that direction.
+
+    At each of the gates, which divide the data evenly, it waits.
+    """
     rng = random.Random(name)
 
     def send() -> None:
-        at = 0
+        at = passed = 0
         while at < len(data):
+            if passed < len(gates) and at * (len(gates) + 1) >= len(data) * (passed + 1):
+                assert gates[passed].wait(DEADLINE_S), f"gate {passed}"
+                passed += 1
             size = rng.choice((1, 7, 1460, 20_011, 70_001))
             sock.sendall(data[at : at + size])
             at += size
@@ -109,9 +123,12 @@ def test_pair_leaves_and_enters_again_and_again_under_traffic(
     down = bytes_of(16_000_007, 2) if not pause_s else bytes_of(8_000_001, 2)
     rig.join(pair)
     reader_s, reader_c = Reader("server", server), Reader("client", client)
+    # At full speed there is seldom a moment at which it could enter again. On a busy machine it may
+    # not even leave before all has come: so both ends wait for it.
+    gates = [threading.Event() for _ in range(4 if pause_s else 1)]
     writers = [
-        send_to_the_end("client writes", client, up, pause_s),
-        send_to_the_end("server writes", server, down, pause_s),
+        send_to_the_end("client writes", client, up, pause_s, gates),
+        send_to_the_end("server writes", server, down, pause_s, gates),
     ]
     times = 0
     redirected = 0
@@ -123,6 +140,8 @@ def test_pair_leaves_and_enters_again_and_again_under_traffic(
             )
             if leaving.take_out(pair):
                 rig.copying.take_back(pair)
+                if times < len(gates):
+                    gates[times].set()
                 times += 1
         elif pair.up.phase is Phase.OPEN and pair.down.phase is Phase.OPEN:
             rig.datapath.join(pair)
@@ -131,8 +150,7 @@ def test_pair_leaves_and_enters_again_and_again_under_traffic(
     assert pair.reason is None
     assert bytes(reader_s.data) == up
     assert bytes(reader_c.data) == down
-    # At full speed there is seldom a moment at which it could enter again.
-    assert times >= (4 if pause_s else 1)
+    assert times >= len(gates)
     assert redirected > 0
 
 
@@ -198,6 +216,85 @@ def test_bytes_that_come_at_the_last_moment_are_not_lost(
     rig.finish(pair, reader, other)
     assert bytes(reader.data) == wanted
     assert (reader.ended, other.ended) == ("eof", "eof")
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_what_comes_at_the_last_moment_waits_where_it_is(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch, direction: Direction
+) -> None:
+    """The kernel drops what is with the program while its socket is taken out of the map."""
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    sender, receiver = (client, server) if direction is Direction.UP else (server, client)
+    source = pair.client if direction is Direction.UP else pair.server
+    assert source is not None
+    half = sockmap_of(rig).halves_of(pair)[direction]
+    remove = leaving._sockets.delete
+    seen: list[int] = []
+
+    def delete_late(key: bytes) -> None:
+        if key == half.cookie:
+            before = received(source).bytes_received
+            sender.sendall(b"late")
+            wait_for(lambda: received(source).bytes_received == before + 4, "bytes")
+            seen.append(leaving.redirected(half) + leaving.passed(half))
+        remove(key)
+
+    monkeypatch.setattr(leaving._sockets, "delete", delete_late)
+    take_out(rig, leaving, pair)
+    assert seen == [0]
+    assert source.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+    receiver.setblocking(False)
+    said = bytearray()
+
+    def has_come(data: bytes) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            said.extend(receiver.recv(100))
+        return said == data
+
+    rig.run_until(lambda: has_come(b"late"), "the last bytes")
+    sender.sendall(b"r")  # fewer than any mark
+    rig.run_until(lambda: has_come(b"later"), "another byte")
+    receiver.setblocking(True)
+    go_on(rig, client, pair, server)
+
+
+def test_pair_stays_until_its_bypasses_have_their_room(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor enlarges their send buffers, and may be late."""
+    asked: list[Callable[[], None]] = []
+    enlarge = rig.enlarge
+
+    def enlarge_later(pair: Pair | None, sock: socket.socket, by_bytes: int) -> None:
+        asked.append(lambda: enlarge(pair, sock, by_bytes))
+
+    monkeypatch.setattr(rig, "enlarge", enlarge_later)
+    monkeypatch.setattr(sockmap_exit, "_ENLARGE_S", 3600.0)
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    for how_many in (2, 1):
+        assert not leaving.take_out(pair)
+        assert len(asked) == how_many
+        client.sendall(b"by the kernel")
+        assert server.recv(100) == b"by the kernel"
+        asked.pop()()
+    assert [sockmap_of(rig).carried(pair, flow)[0] for flow in (pair.up, pair.down)] == [26, 0]
+    take_out(rig, leaving, pair)
+    go_on(rig, client, pair, server)
+
+
+def test_pair_leaves_where_nobody_enlarges_a_send_buffer(
+    rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rig, "enlarge", lambda pair, sock, by_bytes: None)
+    monkeypatch.setattr(sockmap_exit, "_ENLARGE_S", 3600.0)
+    client, pair, server = rig.connect()
+    rig.join(pair)
+    assert not leaving.take_out(pair)
+    monkeypatch.setattr(sockmap_exit, "_ENLARGE_S", 0.0)
+    take_out(rig, leaving, pair)
+    go_on(rig, client, pair, server)
 
 
 def test_what_has_stood_still_with_this_process_is_looked_for_again(
