@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PORTS: Final = {"splice": 9000, "sockmap": 9001, "copy": 9002}
 
 
-def config(etcd: Etcd, name: str, *, mover: str = "external") -> str:
+def config(etcd: Etcd, name: str, *, mover: str = "external", drain: str = "30s") -> str:
     """Of one machine: a listener for each datapath and version of IP, and a server for each."""
     addresses = ", ".join(f"'{ip}'" for ip in (*FRONT.values(), *BACK.values()))
     listeners = "".join(
@@ -52,7 +52,7 @@ def config(etcd: Etcd, name: str, *, mover: str = "external") -> str:
     return (
         f"fleet: {{endpoints: ['{etcd.endpoint}'], name: edge, instance: {name}, "
         f"failover: {{addresses: [{addresses}], mover: {mover}}}}}\n"
-        "datapath: splice\nworkers: 2\nlog: {level: debug}\n"
+        f"datapath: splice\nworkers: 2\nlog: {{level: debug}}\ntimeouts: {{drain: {drain}}}\n"
         "handover: {after_bytes: 0, after_round_trips: 0, after: 0s}\n"
         f"upstreams:\n{upstreams}listeners:\n{listeners}"
     )
@@ -77,10 +77,11 @@ class Fleet:
                 for v in (4, 6)
             }
 
-    def start(self, name: str, *, mover: str = "external") -> Daemon:
+    def start(self, name: str, *, mover: str = "external", drain: str = "30s") -> Daemon:
         """The daemon of this machine; it has heard what is in the store."""
         with self.hosts.machines[name].entered():
-            daemon = self._start(config(self.etcd, name, mover=mover), instance=name)
+            text = config(self.etcd, name, mover=mover, drain=drain)
+            daemon = self._start(text, instance=name)
         daemon.wait_for_line("failover_store_connected")
         self.daemons[name] = daemon
         return daemon

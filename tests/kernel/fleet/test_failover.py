@@ -220,7 +220,7 @@ def test_a_machine_that_drains_goes_on_with_pairs_though_a_worker_has_ended(flee
     """
     hosts, traffic = fleet.hosts, fleet.traffic
     fleet.start("a")
-    b = fleet.start("b")
+    b = fleet.start("b", drain="300s")
     hosts.give_addresses("b")
     client, server = fleet.connect(4, "copy")
     with client, server:
