@@ -229,8 +229,12 @@ class Daemon:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that carry connections: the daemon's children without privilege."""
-        children = psutil.Process(self.process.pid).children()
-        return [child for child in children if child.is_running() and child.uids().real != 0]
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended just now
+                if child.is_running() and child.uids().real != 0:
+                    found.append(child)
+        return found
 
     def open_fds(self) -> dict[int, int]:
         """How many descriptors each process of the daemon has open."""
