@@ -1,6 +1,7 @@
 /*
- * A packet comes in: its headers are read, the pair is found that it bears the addresses of, and it
- * is looked at as a host would before TCP has it. Each step returns a verdict, or GO_ON.
+ * Arrival of a packet at `ingress`: read its headers, look up the pair that has its addresses, and
+ * make the checks that the IP layer of a host makes before TCP gets a packet. Each step returns a
+ * verdict (NEXT, DROP), or CONTINUE: the next step goes on with the packet.
  */
 #pragma once
 
@@ -16,52 +17,64 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define GO_ON	 -3 /* no verdict yet: the next step has the packet */
-#define AN_ERROR -4 /* a router's, or a host's: ICMP */
+#define CONTINUE   -3 /* no verdict yet: the next step goes on with the packet */
+#define ICMP_ERROR -4 /* the packet is ICMP: an error that a router or a host reports */
 
 #ifdef MAP_EXPRESS_PROGRAMS_FD
 static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
 
-/* Another program goes on with this packet (express_connect.c); if there is none it returns. */
-#define go_on_with_express(skb, place) tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), place)
+/*
+ * Tail call: another program (express_connect.c) continues with this packet. Returns only if no
+ * program is loaded there.
+ */
+#define tail_call_express(skb, place) tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), place)
 #else
-#define go_on_with_express(skb, place) ((void)(skb), (void)(place))
+#define tail_call_express(skb, place) ((void)(skb), (void)(place))
 #endif
 
-/* A packet, as one step hands it to the next; numbers are its sender's. */
+/* A packet, as one step hands it to the next. Sequence numbers are those of its sender. */
 struct packet {
-	void *ip, *data_end; /* these and `tcp` are void once a helper has changed the packet */
+	void *ip,
+		*data_end; /* these and `tcp` are invalid after a helper that changes the packet */
 	struct tcp *tcp;
 	struct splice *splice;
-	struct splice_direction *way, *back; /* of what its sender sends, and of what it gets */
-	__u32 index, direction, state;	     /* of the pair */
-	__u32 total;			     /* bytes of the IP packet */
-	__u32 header;			     /* bytes of TCP's header */
-	__u32 bytes;			     /* behind that */
+	struct splice_direction *from_peer,
+		*to_peer; /* the direction from its sender, and the direction to its sender */
+	__u32 index, direction, state; /* of the pair's record */
+	__u32 total;		       /* bytes of the IP packet, header included */
+	__u32 header;		       /* bytes of the TCP header, options included */
+	__u32 bytes;		       /* bytes of payload */
 	__u32 seq, ack;
-	__u32 acknowledged; /* of what its sender acknowledges, as the other end is told */
+	__u32 acknowledged; /* what the other end gets as `ack`, in the sender's numbers */
 	__u8 flags, hops;
-	__u64 nothing;	 /* see `forgotten` */
-	enum sum sum;	 /* what is known of its checksum */
-	int is_copy;	 /* it has been looked at, and is for our own socket */
-	int is_piece;	 /* the first of those that a router has made of a packet */
-	int is_pure_ack; /* it has neither a byte nor an end */
+	__u64 verifier_zero;   /* 0, see unknown_to_verifier() */
+	enum sum sum;	       /* state of its checksum */
+	int is_copy;	       /* our own copy of a checked packet, for our socket */
+	int is_first_fragment; /* first fragment of an IPv4 packet */
+	int is_pure_ack;       /* it has neither payload nor a FIN */
 };
 
 /*
- * A number, of which the verifier knows nothing any more. It goes through all that follows once for
- * each number that it knows a variable to have, and takes a million instructions at most; of what
- * a map has it knows nothing, and `nothing` is a 0 from there.
+ * The same number, but the verifier no longer knows its value.
+ *
+ * The verifier walks the code that follows once for each value that it knows a variable may have,
+ * and it walks a million instructions at most. It knows nothing about values that are read from a
+ * map, and `verifier_zero` is a 0 that was read from one.
  */
-#define forgotten(number) ((number) + packet->nothing)
+#define unknown_to_verifier(number) ((number) + packet->verifier_zero)
 
-/* The addresses, flags and length. NEXT: it is none of TCP. */
+/*
+ * Read addresses, ports, flags and total length of a packet.
+ *
+ * Returns CONTINUE; NEXT if the packet is not TCP over IP without options; ICMP_ERROR if it is
+ * ICMP.
+ */
 inlined int read_headers(struct __sk_buff *skb, struct packet *packet, struct splice_key *from,
 			 const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	struct ipv4 *four;
-	struct ipv6 *six;
+	struct ipv4 *iph;
+	struct ipv6 *ip6h;
 
 	if (data + HEADERS_BYTES(v6) > data_end) {
 		if (bpf_skb_pull_data(skb, HEADERS_BYTES(v6)))
@@ -71,42 +84,46 @@ inlined int read_headers(struct __sk_buff *skb, struct packet *packet, struct sp
 		if (data + HEADERS_BYTES(v6) > data_end)
 			return NEXT;
 	}
-	four = data + ETHERNET_BYTES;
-	six = data + ETHERNET_BYTES;
+	iph = data + ETHERNET_BYTES;
+	ip6h = data + ETHERNET_BYTES;
 	if (v6) {
-		if (six->next == PROTOCOL_ICMPV6)
-			return AN_ERROR;
-		if (six->next != PROTOCOL_TCP)
+		if (ip6h->next == PROTOCOL_ICMPV6)
+			return ICMP_ERROR;
+		if (ip6h->next != PROTOCOL_TCP)
 			return NEXT;
-		packet->total = bpf_ntohs(six->payload_bytes) + IP_BYTES(1);
+		packet->total = bpf_ntohs(ip6h->payload_bytes) + IP_BYTES(1);
 	} else {
-		if (four->version != 0x45 || (four->fragment & bpf_htons(0x1fff)))
-			return NEXT; /* a piece without a beginning the stack does not take, either
-				      */
-		packet->is_piece = !!(four->fragment & bpf_htons(0x2000));
-		if (four->protocol == PROTOCOL_ICMP)
-			return packet->is_piece ? NEXT : AN_ERROR;
-		if (four->protocol != PROTOCOL_TCP)
+		if (iph->version != 0x45 || (iph->fragment & bpf_htons(0x1fff)))
+			return NEXT; /* IP options, or a fragment that is not the first: for the
+					stack */
+		packet->is_first_fragment = !!(iph->fragment & bpf_htons(0x2000));
+		if (iph->protocol == PROTOCOL_ICMP)
+			return packet->is_first_fragment ? NEXT : ICMP_ERROR;
+		if (iph->protocol != PROTOCOL_TCP)
 			return NEXT;
-		packet->total = bpf_ntohs(four->total_bytes);
+		packet->total = bpf_ntohs(iph->total_bytes);
 	}
 	if (skb->gso_size)
-		packet->total = skb->len - ETHERNET_BYTES; /* more than the field can hold, perhaps
-							    */
+		packet->total = skb->len - ETHERNET_BYTES; /* an aggregate may be longer than the
+							      16-bit field can say */
 	packet->ip = data + ETHERNET_BYTES;
-	packet->hops = v6 ? six->hops : four->ttl;
+	packet->hops = v6 ? ip6h->hops : iph->ttl;
 	packet->is_copy = is_copy(skb, packet->hops);
-	packet->tcp = data + TCP_AT(v6);
+	packet->tcp = data + TCP_OFFSET(v6);
 	packet->flags = packet->tcp->flags;
-	take_addresses(from->source, from->target, packet->ip, v6);
+	read_addresses(from->source, from->target, packet->ip, v6);
 	from->sport = packet->tcp->sport;
 	from->dport = packet->tcp->dport;
-	return GO_ON;
+	return CONTINUE;
 }
 
 /*
- * The pair, if it goes from end to end. NEXT: there is none; or express, whose connection it may
- * begin, has no use for it. A copy for a socket of ours that is of no pair any more is dropped.
+ * Look up the pair of the packet's addresses, and record the handshake if the packet is a SYN.
+ *
+ * Returns CONTINUE if the pair is spliced (ACTIVE, or RESET). NEXT if there is no pair, or it is
+ * not spliced yet: then express is asked first by a tail call, since the packet may begin or
+ * continue a connection of express. DROP if the packet is a copy for one of our sockets whose pair
+ * no longer exists.
  */
 inlined int find_pair(struct __sk_buff *skb, struct packet *packet, const struct splice_key *from,
 		      const int v6)
@@ -115,44 +132,50 @@ inlined int find_pair(struct __sk_buff *skb, struct packet *packet, const struct
 	struct splice *splice = NULL;
 	__u32 index;
 
-	if (may_be_ours(from->dport))
+	if (may_have_flow(from->dport))
 		flow = map_lookup(MAP_FLOWS_FD, (void *)from);
 	if (flow) {
 		index = flow->index;
 		packet->direction = flow->direction;
 		splice = map_lookup(MAP_SPLICES_FD, &index);
 	}
-	packet->state = splice ? volatile_read(splice->state) : PF_SPLICE_FREE;
-	/* The answer to a SYN that express has sent is no socket's. */
+	packet->state = splice ? READ_ONCE(splice->state) : PF_SPLICE_FREE;
+	/* No socket expects the SYN-ACK that answers a SYN of express: it is no handshake. */
 	if ((packet->flags & SYN) && packet->state != PF_SPLICE_ASKED &&
 	    skb->pkt_type == HOST_PACKET)
 		remember_handshake(skb, from, bpf_ntohl(packet->tcp->seq), v6);
 	if (!flow) {
 		if (packet->is_copy)
 			return DROP;
-		/* No other is behind a handshake. */
+		/* Only a packet with these flags can be the first behind a handshake. */
 		if ((packet->flags & (SYN | RST | ACK)) == ACK)
-			go_on_with_express(skb, v6 ? PF_EXPRESS_BEGIN6 : PF_EXPRESS_BEGIN4);
+			tail_call_express(skb, v6 ? PF_EXPRESS_BEGIN6 : PF_EXPRESS_BEGIN4);
 		return NEXT;
 	}
 	if (!splice)
 		return NEXT;
 	packet->index = index;
 	packet->splice = splice;
-	packet->way = packet->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
-	packet->back = packet->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	packet->from_peer =
+		packet->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	packet->to_peer = packet->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	if (packet->state != PF_SPLICE_ACTIVE &&
 	    (packet->state != PF_SPLICE_RESET || packet->is_copy)) {
 		if (packet->is_copy)
 			return DROP;
 		if (packet->state == PF_SPLICE_ASKED)
-			go_on_with_express(skb, v6 ? PF_EXPRESS_ASKED6 : PF_EXPRESS_ASKED4);
+			tail_call_express(skb, v6 ? PF_EXPRESS_ASKED6 : PF_EXPRESS_ASKED4);
 		return NEXT;
 	}
-	return GO_ON;
+	return CONTINUE;
 }
 
-/* Is it what a host takes at all, and does it come from where that peer is? DROP: it is not. */
+/*
+ * Make the checks of the IP layer: frame type, interface, fragment, lengths, checksums.
+ *
+ * Returns CONTINUE if the packet is valid so far. NEXT if the frame is not for this host: the stack
+ * discards it. DROP if it is invalid, counted by the kind, or if memory is short.
+ */
 inlined int check_headers(struct __sk_buff *skb, struct packet *packet, const int v6)
 {
 	struct splice *splice = packet->splice;
@@ -161,19 +184,19 @@ inlined int check_headers(struct __sk_buff *skb, struct packet *packet, const in
 
 	if (skb->pkt_type != HOST_PACKET) {
 		count_invalid(splice, PF_INVALID_NOT_FOR_US);
-		return NEXT; /* the stack has no use for it, either */
+		return NEXT; /* the stack discards it, too */
 	}
-	if (!comes_by(packet->way, skb->ifindex)) {
+	if (!may_arrive_by(packet->from_peer, skb->ifindex)) {
 		count_invalid(splice, PF_INVALID_INTERFACE);
 		return DROP;
 	}
-	if (packet->is_piece) {
+	if (packet->is_first_fragment) {
 		count_invalid(splice, PF_INVALID_FRAGMENT);
-		return DROP; /* with the beginning all of it is lost */
+		return DROP; /* without its first fragment the packet is never reassembled */
 	}
 	header = (__u32)(packet->tcp->offset >> 4) * 4;
 	if (header < 20 || total < IP_BYTES(v6) + header || total > skb->len - ETHERNET_BYTES ||
-	    (!v6 && !is_whole_header(packet->ip))) {
+	    (!v6 && !is_ipv4_header_valid(packet->ip))) {
 		count_invalid(splice, PF_INVALID_HEADER);
 		return DROP;
 	}
@@ -183,12 +206,12 @@ inlined int check_headers(struct __sk_buff *skb, struct packet *packet, const in
 	packet->seq = bpf_ntohl(packet->tcp->seq);
 	packet->ack = bpf_ntohl(packet->tcp->ack);
 	if (skb->vlan_present && bpf_skb_vlan_pop(skb))
-		return DROP; /* no memory: as if it had been lost */
+		return DROP; /* no memory: a lost packet, which its sender repeats */
 	if (packet->is_copy)
-		return GO_ON;
-	packet->sum =
-		judge_sum(skb, TCP_AT(v6), TCP_AT(v6) + 16, bytes + header,
-			  (__u64)packet->way->pseudo_sum + bpf_htons((bytes + header) & 0xffff));
+		return CONTINUE;
+	packet->sum = check_csum(skb, TCP_OFFSET(v6), TCP_OFFSET(v6) + 16, bytes + header,
+				 (__u64)packet->from_peer->pseudo_sum +
+					 bpf_htons((bytes + header) & 0xffff));
 	if (packet->sum == PF_SUM_WRONG) {
 		count_invalid(splice, PF_INVALID_CHECKSUM);
 		return DROP;
@@ -197,26 +220,30 @@ inlined int check_headers(struct __sk_buff *skb, struct packet *packet, const in
 	if (!kept)
 		return DROP; /* never */
 	*kept = 0;
-	packet->nothing = *kept;
-	packet->sum = forgotten(packet->sum);
-	packet->header = forgotten(packet->header);
-	return GO_ON;
+	packet->verifier_zero = *kept;
+	packet->sum = unknown_to_verifier(packet->sum);
+	packet->header = unknown_to_verifier(packet->header);
+	return CONTINUE;
 }
 
-/* Have all of TCP's header in front, with its options. DROP: as if it had been lost. */
+/*
+ * Make the whole TCP header, options included, readable in the linear part of the packet.
+ *
+ * Returns CONTINUE, or DROP if memory is short: a lost packet, which its sender repeats.
+ */
 inlined int pull_header(struct __sk_buff *skb, struct packet *packet, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 
-	if (data + TCP_AT(v6) + packet->header > data_end) {
-		if (bpf_skb_pull_data(skb, TCP_AT(v6) + packet->header))
+	if (data + TCP_OFFSET(v6) + packet->header > data_end) {
+		if (bpf_skb_pull_data(skb, TCP_OFFSET(v6) + packet->header))
 			return DROP; /* no memory */
 		data = (void *)(long)skb->data;
 		data_end = (void *)(long)skb->data_end;
 	}
 	if (data + HEADERS_BYTES(v6) > data_end)
-		return DROP; /* never: it was there a moment ago */
-	packet->tcp = data + TCP_AT(v6);
+		return DROP; /* never: it was in the linear part a moment ago */
+	packet->tcp = data + TCP_OFFSET(v6);
 	packet->data_end = data_end;
-	return GO_ON;
+	return CONTINUE;
 }

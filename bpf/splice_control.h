@@ -1,5 +1,6 @@
 /*
- * How a pair begins: our two sockets as they are, and the numbers that follow from them.
+ * How a pair begins: the state of our two sockets is read, and the offsets between the sequence
+ * numbers of the two connections are computed from it.
  */
 #pragma once
 
@@ -10,11 +11,15 @@
 #define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
 #define read64(structure, offset) (*(volatile __u64 *)((void *)(structure) + (offset)))
 
-/* One socket as it is now; 0 if it is connected both ways, and nothing is missing. */
-inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 family,
-		   struct splice_look *seen)
+/*
+ * Read the state of the socket that receives from `from` into `seen`.
+ *
+ * Returns 0 if it is ESTABLISHED and has no gap in its receive queue, else PF_BUSY_... bits.
+ */
+inlined __u32 read_socket(struct __sk_buff *skb, const struct splice_key *from, __u32 family,
+			  struct splice_look *seen)
 {
-	struct bpf_sock *sk = find(skb, from, family);
+	struct bpf_sock *sk = find_socket(skb, from, family);
 	struct tcp_sock *tcp;
 	void *route, *device;
 	__u32 busy = 0;
@@ -32,7 +37,7 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 	if (*(volatile __u8 *)((void *)tcp + SOCK_COMMON_SKC_STATE) != 1)
 		busy |= PF_BUSY_GONE;
 	seen->unread = seen->rcv_nxt - read32(tcp, TCP_SOCK_COPIED_SEQ);
-	/* The SYN has a number of its own, which bytes_received does not count. */
+	/* The SYN takes a sequence number of its own, which bytes_received does not count. */
 	seen->isn = seen->rcv_nxt - (__u32)read64(tcp, TCP_SOCK_BYTES_RECEIVED) - 1;
 	seen->snd_una = read32(tcp, TCP_SOCK_SND_UNA);
 	seen->snd_nxt = read32(tcp, TCP_SOCK_SND_NXT);
@@ -40,7 +45,10 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 	seen->most_window = read32(tcp, TCP_SOCK_MAX_WINDOW);
 	seen->ecn = *(volatile __u8 *)((void *)tcp + TCP_SOCK_ECN_FLAGS);
 	seen->promised = read32(tcp, TCP_SOCK_RCV_WUP) + read32(tcp, TCP_SOCK_RCV_WND);
-	/* What is behind a gap may have been acknowledged selectively: its sender keeps it back. */
+	/*
+	 * Segments behind a gap may have been acknowledged selectively (SACK): their sender does
+	 * not send them again.
+	 */
 	if (read64(tcp, TCP_SOCK_OUT_OF_ORDER_QUEUE))
 		busy |= PF_BUSY_UNREAD;
 	route = *(void *volatile *)((void *)tcp + SOCK_SK_DST_CACHE);
@@ -53,8 +61,12 @@ inlined __u32 look(struct __sk_buff *skb, const struct splice_key *from, __u32 f
 	return busy;
 }
 
-/* Whether the peer is a socket of this host that is itself spliced, by another forwarder. */
-inlined __u32 look_beyond(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
+/*
+ * Whether the peer is a socket of this host that another forwarder has spliced.
+ *
+ * Returns PF_BUSY_FOREIGN then, else 0.
+ */
+inlined __u32 check_peer_socket(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
 {
 	struct splice_key beyond = {};
 	struct bpf_sock *sk;
@@ -69,7 +81,7 @@ inlined __u32 look_beyond(struct __sk_buff *skb, const struct splice_key *from, 
 	}
 	beyond.sport = from->dport;
 	beyond.dport = from->sport;
-	sk = find(skb, &beyond, family);
+	sk = find_socket(skb, &beyond, family);
 	if (!sk)
 		return 0;
 	tcp = (struct tcp_sock *)bpf_skc_to_tcp_sock(sk);
@@ -79,7 +91,8 @@ inlined __u32 look_beyond(struct __sk_buff *skb, const struct splice_key *from, 
 	return busy;
 }
 
-inlined struct splice *asked_for(struct __sk_buff *skb)
+/* The record whose index the keeper has put into the packet; NULL: there is none. */
+inlined struct splice *requested_splice(struct __sk_buff *skb)
 {
 	__u32 index;
 
@@ -88,58 +101,69 @@ inlined struct splice *asked_for(struct __sk_buff *skb)
 	return map_lookup(MAP_SPLICES_FD, &index);
 }
 
-/* An acknowledgement of the tail's end may have passed `ingress` right before the pair began. */
-inlined void settle(struct splice *splice, struct splice_direction *way,
-		    const struct splice_look *seen)
+/*
+ * Take note that the peer has acknowledged the whole tail, if our socket knows that it has: that
+ * acknowledgement may have passed `ingress` right before the pair became ACTIVE.
+ */
+inlined void note_tail_acknowledged(struct splice *splice, struct splice_direction *from_peer,
+				    const struct splice_look *seen)
 {
-	if (splice->state == PF_SPLICE_ACTIVE && way->tail_open && seen->snd_una == way->tail) {
-		advance(&way->last_ack, seen->snd_una);
-		way->tail_open = 0;
+	if (splice->state == PF_SPLICE_ACTIVE && from_peer->tail_open &&
+	    seen->snd_una == from_peer->tail) {
+		advance(&from_peer->last_ack, seen->snd_una);
+		from_peer->tail_open = 0;
 	}
 }
 
 /*
- * A window is told to the other end in steps of our other socket's scale, rounded down. One that
- * has less than two of them would look closed most of the time, or always.
+ * Whether the peer's window cannot be expressed to the other end. That end gets it in units of our
+ * other socket's window scale, rounded down: a window of less than two units would look closed most
+ * of the time, or always.
  */
-inlined int is_coarse(const struct splice_direction *way, const struct splice_look *seen)
+inlined int is_window_coarse(const struct splice_direction *from_peer,
+			     const struct splice_look *seen)
 {
-	return seen->most_window >> (way->shift_right & 15) < 2;
+	return seen->most_window >> (from_peer->shift_right & 15) < 2;
 }
 
 /*
- * What `egress` may change from BEGINNING on: what our socket has sent to this peer, and what it
- * has promised to have room for.
+ * Set what `egress` may advance from BEGINNING on: the end of what our socket has sent to this
+ * peer, and the right edge of the window that it has advertised.
  */
-inlined void prepare(struct splice_direction *way, const struct splice_look *seen)
+inlined void set_bounds_before_beginning(struct splice_direction *from_peer,
+					 const struct splice_look *seen)
 {
-	way->begin = seen->rcv_nxt;
-	way->sent = seen->snd_nxt;
-	way->limit = seen->promised;
-	way->reach = seen->promised - seen->rcv_nxt;
-	if (way->reach < LEAST_REACH)
-		way->reach = LEAST_REACH;
+	from_peer->begin = seen->rcv_nxt;
+	from_peer->sent = seen->snd_nxt;
+	from_peer->limit = seen->promised;
+	from_peer->reach = seen->promised - seen->rcv_nxt;
+	if (from_peer->reach < MIN_LARGEST_WINDOW)
+		from_peer->reach = MIN_LARGEST_WINDOW;
 }
 
-/* Where a direction stands as it begins: packets from the one socket's peer, to `tail`. */
-inlined void begin(struct splice_direction *way, const struct splice_look *seen,
-		   const struct splice_look *beyond, __u32 tail)
+/*
+ * Set the state in which a direction becomes ACTIVE. `seen` is the socket that receives from this
+ * peer, `beyond` the socket of the other connection, `tail` the end of what our socket still sends
+ * to this peer.
+ */
+inlined void init_direction(struct splice_direction *from_peer, const struct splice_look *seen,
+			    const struct splice_look *beyond, __u32 tail)
 {
-	way->last_ack = seen->snd_una;
-	way->last_end = way->next = way->begin = way->ours = seen->rcv_nxt;
-	advance(&way->sent, seen->snd_nxt);
-	advance(&way->limit, seen->promised);
-	/* The other end's window, in this peer's numbers: what that says is behind its tail. */
-	advance(&way->limit, beyond->edge - way->seq_delta);
-	if (way->reach < beyond->most_window)
-		way->reach = beyond->most_window;
-	way->recent = seen->ts_recent;
-	way->recent_s = way->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
-	way->edge = seen->edge;
-	way->unread = seen->unread;
-	way->tail = tail;
-	way->tail_open = seen->snd_una != tail;
-	way->answer = 0;
-	way->stamped = 0;
-	way->deaf = 0;
+	from_peer->last_ack = seen->snd_una;
+	from_peer->last_end = from_peer->next = from_peer->begin = from_peer->ours = seen->rcv_nxt;
+	advance(&from_peer->sent, seen->snd_nxt);
+	advance(&from_peer->limit, seen->promised);
+	/* The other end's window, in this peer's numbers: our bytes for that end come before it. */
+	advance(&from_peer->limit, beyond->edge - from_peer->seq_delta);
+	if (from_peer->reach < beyond->most_window)
+		from_peer->reach = beyond->most_window;
+	from_peer->recent = seen->ts_recent;
+	from_peer->recent_s = from_peer->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	from_peer->edge = seen->edge;
+	from_peer->unread = seen->unread;
+	from_peer->tail = tail;
+	from_peer->tail_open = seen->snd_una != tail;
+	from_peer->answer = 0;
+	from_peer->stamped = 0;
+	from_peer->deaf = 0;
 }

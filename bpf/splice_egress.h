@@ -1,5 +1,6 @@
 /*
- * What our own two sockets of a pair may still say: about the tail, and what a peer is to answer.
+ * What our own two sockets of a spliced pair may still send: segments of the tail, and answers that
+ * `ingress` or the keeper has allowed (`answer`).
  */
 #pragma once
 
@@ -10,17 +11,25 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define NOWHERE 0 /* no interface: the packet is gone, and was sent */
+#define NOWHERE \
+	0 /* no such interface: the packet is dropped, but the sender is told that it was sent */
 
-inlined int silence(struct __sk_buff *skb, const int v6)
+/*
+ * Handle a segment that a socket of this host sends.
+ *
+ * Returns NEXT if it belongs to no spliced pair; or, for our socket of a pair, if the segment may
+ * leave: with the acknowledgement and the window of the other end. DROP for all other segments of
+ * our sockets.
+ */
+inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	struct splice_key key = {};
 	struct splice_flow *flow;
 	struct splice *splice;
-	struct splice_direction *way, *back;
-	struct ipv4 *four;
-	struct ipv6 *six;
+	struct splice_direction *from_peer, *to_peer;
+	struct ipv4 *iph;
+	struct ipv6 *ip6h;
 	struct tcp *tcp;
 	__u32 *word;
 	__u32 index, state, header, seq, ack, edge, window, answer;
@@ -28,16 +37,15 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	int i, at, is_empty;
 
 	if (data + HEADERS_BYTES(v6) > data_end)
-		return NEXT; /* a socket's packets have all their headers in front */
-	four = data + ETHERNET_BYTES;
-	six = data + ETHERNET_BYTES;
-	if (v6 ? six->next != PROTOCOL_TCP
-	       : four->version != 0x45 || four->protocol != PROTOCOL_TCP)
+		return NEXT; /* a socket's packets have all their headers in the linear part */
+	iph = data + ETHERNET_BYTES;
+	ip6h = data + ETHERNET_BYTES;
+	if (v6 ? ip6h->next != PROTOCOL_TCP : iph->version != 0x45 || iph->protocol != PROTOCOL_TCP)
 		return NEXT;
-	tcp = data + TCP_AT(v6);
-	if (!may_be_ours(tcp->sport))
+	tcp = data + TCP_OFFSET(v6);
+	if (!may_have_flow(tcp->sport))
 		return NEXT;
-	take_addresses(key.target, key.source, data + ETHERNET_BYTES, v6);
+	read_addresses(key.target, key.source, data + ETHERNET_BYTES, v6);
 	key.sport = tcp->dport;
 	key.dport = tcp->sport;
 	flow = map_lookup(MAP_FLOWS_FD, &key);
@@ -47,148 +55,170 @@ inlined int silence(struct __sk_buff *skb, const int v6)
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!splice)
 		return NEXT;
-	state = volatile_read(splice->state);
+	state = READ_ONCE(splice->state);
 	if (state == PF_SPLICE_FREE || state == PF_SPLICE_ARMED)
 		return NEXT;
 	/*
-	 * The kernel's own socket of a handshake (request_sock), which express has not let have the
-	 * client's first bytes, repeats its SYN-ACK: that client has long got it. As long as a
-	 * server is asked for it also answers a client that begins anew, or is not believed.
+	 * The request_sock of the client's handshake, from which express has kept the client's
+	 * first bytes, retransmits its SYN-ACK; that client has received it long ago. While a
+	 * server is asked, it also answers a client that starts anew, or whose segment is invalid.
 	 *
-	 * Where such a packet cannot be sent the kernel forgets the request (reqsk_timer_handler,
-	 * net/ipv4/inet_connection_sock.c). So it is to believe that it was, as long as a worker
-	 * may have to go on with it. Once the server has answered it is to forget it: perhaps it
-	 * has not heard that, as the packet that says so was lost in this host.
+	 * When such a SYN-ACK cannot be sent, the kernel drops the request (reqsk_timer_handler,
+	 * net/ipv4/inet_connection_sock.c). As long as a worker may have to take the connection
+	 * over, the kernel must therefore believe that the SYN-ACK was sent. Once the server has
+	 * answered, the kernel is to drop the request: the reset with which express tells it so may
+	 * have been lost within this host.
 	 */
 	if ((tcp->flags & SYN) && (tcp->flags & ACK) && splice->worker == PF_EXPRESS_NO_WORKER)
 		return state == PF_SPLICE_ASKED ? bpf_redirect(NOWHERE, 0) : DROP;
 	if (state == PF_SPLICE_ASKED) {
 		/*
-		 * A socket that our stack has made of the handshake all the same says nothing
-		 * before it is known whose the client is (`join`): it sends that again.
+		 * Our stack may have made a socket of the handshake all the same. It sends neither
+		 * payload nor a FIN before it is known whether express or a worker has the client
+		 * (`join_pair`); it sends them again later.
 		 */
 		header = (__u32)(tcp->offset >> 4) * 4;
 		if (flow->direction == PF_UP &&
-		    ((tcp->flags & FIN) || skb->len > TCP_AT(v6) + header))
+		    ((tcp->flags & FIN) || skb->len > TCP_OFFSET(v6) + header))
 			return DROP;
 		return NEXT;
 	}
-	way = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
-	back = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	from_peer = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	to_peer = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&
-	    (way->tail_open || back->tail_open)) {
-		/* The socket that could send the tail again has died: this pair cannot go on. */
-		*(volatile __u32 *)&splice->state = state = PF_SPLICE_RESET;
-		/* Or a rule of this host's firewall has said it: then the worker lives. */
-		tell(splice, index);
+	    (from_peer->tail_open || to_peer->tail_open)) {
+		/*
+		 * Only this socket could have retransmitted the tail, and it ends: the pair cannot
+		 * go on.
+		 */
+		state = PF_SPLICE_RESET;
+		WRITE_ONCE(splice->state, state);
+		/*
+		 * The RST may come from a firewall rule of this host instead: then the worker
+		 * lives, and must learn of it.
+		 */
+		notify_worker(splice, index);
 	}
 	word = (__u32 *)tcp;
 	if (state == PF_SPLICE_RESET && (tcp->flags & RST)) {
-		/* The socket's numbers are those of the handover: give the peer's own. */
-		put(&word[1], bpf_htonl((__u32)volatile_read(way->last_ack)), &sum);
+		/*
+		 * The socket's numbers are those of the handover. Write those that the peer expects
+		 * now.
+		 */
+		set_field(&word[1], bpf_htonl((__u32)READ_ONCE(from_peer->last_ack)), &sum);
 		if (tcp->flags & ACK)
-			put(&word[2], bpf_htonl((__u32)volatile_read(way->last_end)), &sum);
-		bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
-		/* What the peer still says is answered by the kernel, which knows no such socket.
+			set_field(&word[2], bpf_htonl((__u32)READ_ONCE(from_peer->last_end)), &sum);
+		bpf_l4_csum_replace(skb, TCP_OFFSET(v6) + 16, 0, csum_fold(sum), 0);
+		/*
+		 * Later segments of this peer go to the stack, which has no such socket and answers
+		 * with a RST.
 		 */
 		map_delete(MAP_FLOWS_FD, &key);
 		return NEXT;
 	}
 	if (state == PF_SPLICE_BEGINNING && (tcp->flags & (SYN | FIN | RST)))
-		return NEXT; /* the kernel's own: our worker waits */
+		return NEXT; /* sent by the kernel by itself: our worker is waiting for `control` */
 	if (tcp->flags & SYN) {
-		/* A new connection from a port that served a pair which has ended. */
+		/* A new connection from a port whose previous pair has ended. */
 		if (splice->way[PF_UP].fin_acked && splice->way[PF_DOWN].fin_acked) {
-			forget(splice);
+			delete_flows(splice);
 			return NEXT;
 		}
 	}
 	if (state == PF_SPLICE_RESET || (tcp->flags & (SYN | FIN | RST)))
-		return DROP; /* the two ends say SYN, FIN and RST themselves */
+		return DROP; /* SYN, FIN and RST pass between the two ends; our socket sends none */
 	/*
-	 * It may still get a packet that passed `ingress` before that knew the pair. Its sender
-	 * sends that again, to the other end; but our socket expects what is behind it from now on.
+	 * Our socket may still receive a packet that passed `ingress` before the pair was ACTIVE.
+	 * The sender repeats that packet, to the other end then; but from now on our socket expects
+	 * the number behind it.
 	 */
 	seq = bpf_ntohl(tcp->seq);
 	ack = bpf_ntohl(tcp->ack);
 	header = (__u32)(tcp->offset >> 4) * 4;
-	is_empty = skb->len == TCP_AT(v6) + header;
+	is_empty = skb->len == TCP_OFFSET(v6) + header;
 	if (!is_empty)
-		advance(&way->sent, seq + skb->len - TCP_AT(v6) - header);
+		advance(&from_peer->sent, seq + skb->len - TCP_OFFSET(v6) - header);
 	if (state == PF_SPLICE_BEGINNING) {
-		if (after(ack, way->begin))
-			ack = way->begin;
-		/* It may be told of more room than ever. */
-		window = (__u32)bpf_ntohs(tcp->window) << (back->shift_right & 15);
-		advance(&way->limit, ack + window);
-		if (window > way->reach)
-			way->reach = window;
+		if (after(ack, from_peer->begin))
+			ack = from_peer->begin;
+		/* This acknowledgement may advertise a window that is larger than any before. */
+		window = (__u32)bpf_ntohs(tcp->window) << (to_peer->shift_right & 15);
+		advance(&from_peer->limit, ack + window);
+		if (window > from_peer->reach)
+			from_peer->reach = window;
 	} else {
-		if (after(ack, way->ours))
-			way->ours = ack;
+		if (after(ack, from_peer->ours))
+			from_peer->ours = ack;
 		if (is_empty) {
 			/*
-			 * An answer to what has come again; a probe of the window that the tail
-			 * waits for. And as long as the peer has sent nothing to the other end, our
-			 * socket may repeat that it has got what came before: the last packet of a
-			 * handshake is such a one.
+			 * Empty segments of our socket pass in three cases: as an answer that is
+			 * allowed; as a probe of a closed window for which the tail waits; and, as
+			 * long as the peer has sent nothing to the other end, to repeat the
+			 * acknowledgement of what came before (the last packet of a handshake is
+			 * such a segment).
 			 */
-			if (!way->answer && (__u32)way->last_end != way->begin &&
-			    !(way->tail_open && before(seq, (__u32)way->last_ack)))
+			if (!from_peer->answer && (__u32)from_peer->last_end != from_peer->begin &&
+			    !(from_peer->tail_open && before(seq, (__u32)from_peer->last_ack)))
 				return DROP;
-			answer = volatile_read(way->answer);
-			way->answer = 0;
+			answer = READ_ONCE(from_peer->answer);
+			from_peer->answer = 0;
 			/*
-			 * A number in front of what the peer expects, as of TCP's own keepalives
-			 * (RFC 9293, 3.8.4). Otherwise: what our socket has sent last may be long
-			 * ago.
+			 * For a probe by the keeper: the number in front of the one that the peer
+			 * expects, as in TCP's own keepalives (RFC 9293, 3.8.4). Otherwise, with
+			 * the tail acknowledged: the number that the peer expects next, since our
+			 * socket's own number may be far behind.
 			 */
 			if (answer == PF_ANSWER_PROBE)
-				put(&word[1], bpf_htonl((__u32)volatile_read(way->last_ack) - 1),
-				    &sum);
-			else if (!way->tail_open)
-				put(&word[1],
-				    bpf_htonl((__u32)volatile_read(back->last_end) +
-					      back->seq_delta),
-				    &sum);
-		} else if (!before(seq, way->tail)) {
-			return DROP; /* never: it has sent no more than the tail */
-		} else if (!way->tail_open) {
+				set_field(&word[1],
+					  bpf_htonl((__u32)READ_ONCE(from_peer->last_ack) - 1),
+					  &sum);
+			else if (!from_peer->tail_open)
+				set_field(&word[1],
+					  bpf_htonl((__u32)READ_ONCE(to_peer->last_end) +
+						    to_peer->seq_delta),
+					  &sum);
+		} else if (!before(seq, from_peer->tail)) {
+			return DROP; /* never: our socket has sent nothing behind the tail */
+		} else if (!from_peer->tail_open) {
 			/*
-			 * It has not heard that this has come, and would send it until it gives up
-			 * and its port is free. The peer answers what it has got before, and
-			 * `ingress` has our socket hear that.
+			 * The peer has acknowledged the tail, but our socket missed that
+			 * acknowledgement. It would retransmit until it gives up, and its port
+			 * would be free. Let it send: the peer answers with an acknowledgement, of
+			 * which `ingress` gives our socket a copy.
 			 */
-			way->deaf = 1;
+			from_peer->deaf = 1;
 		}
 		/*
-		 * What has come to our socket since is not acknowledged here, the sender must not
-		 * forget it: only what went to the other end. And the window is the other end's.
+		 * Do not acknowledge what our socket alone has received since the beginning, or its
+		 * sender would forget it: acknowledge only what the other end has acknowledged. The
+		 * window is the other end's, too.
 		 */
-		ack = expected_of(way, back);
-		edge = back->edge + back->ack_delta;
+		ack = expected_seq(from_peer, to_peer);
+		edge = to_peer->edge + to_peer->ack_delta;
 		edge = after(edge, ack) ? edge - ack : 0;
-		put(&word[3],
-		    (word[3] & ~bpf_htonl(0xffff)) |
-			    bpf_htonl(window_field(edge, back->shift_right)),
-		    &sum);
+		set_field(&word[3],
+			  (word[3] & ~bpf_htonl(0xffff)) |
+				  bpf_htonl(window_field(edge, to_peer->shift_right)),
+			  &sum);
 	}
-	put(&word[2], bpf_htonl(ack), &sum);
-	/* Behind the timestamps may be what our socket alone has got. */
+	set_field(&word[2], bpf_htonl(ack), &sum);
+	/* Options behind the timestamps (SACK) may speak of what our socket alone has received. */
 	at = 0;
 	if (header > 20 && (void *)(word + 7) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD)) {
 		at = 3;
 		if (state == PF_SPLICE_ACTIVE)
-			put(&word[6], bpf_htonl(own_stamp(way, back, bpf_ntohl(word[6]))), &sum);
+			set_field(&word[6],
+				  bpf_htonl(own_tsval(from_peer, to_peer, bpf_ntohl(word[6]))),
+				  &sum);
 	}
 #pragma unroll
 	for (i = 0; i < 10; i++) {
 		if (i >= at && 20u + 4 * i < header) {
 			if ((void *)(word + 6 + i) > data_end)
-				return DROP; /* its headers are in front: never */
-			put(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
+				return DROP; /* never: its headers are in the linear part */
+			set_field(&word[5 + i], bpf_htonl(NO_OP_WORD), &sum);
 		}
 	}
-	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+	bpf_l4_csum_replace(skb, TCP_OFFSET(v6) + 16, 0, csum_fold(sum), 0);
 	return NEXT;
 }

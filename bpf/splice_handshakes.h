@@ -1,16 +1,17 @@
 /*
- * How connections began lately, by the addresses of packets that come from a peer.
+ * The latest handshakes, by the addresses of the packets of the peer that has sent the SYN or the
+ * SYN-ACK.
  *
- * The map is an array of sets of four. Which set it is, and what marks an entry in it, is drawn
- * from the addresses with the numbers in the first element, which nobody knows: so nobody can
- * choose an entry to push out by other addresses. Nor by SYNs in a peer's name, from its port: as
- * long as this host has a connection with those addresses, none begins with another SYN
- * (`has_begun`). Each connection is asked for by its own ISN.
- * pyforwarder/datapath/splice/handshakes.py reads it. Not a hash (LRU_HASH): that takes a
+ * The map is an array of sets of four entries. The set and the mark of an entry are hashed from the
+ * addresses with the two secrets in the first element. As no one knows these, no one can choose
+ * addresses that evict a given entry. SYNs that are sent in a peer's name, from its port, cannot
+ * evict its entry either: as long as this host has a connection with those addresses, another SYN
+ * is not recorded (`has_connection`). Each connection is looked up by its own ISN.
+ * pyforwarder/datapath/splice/handshakes.py reads the map. It is not an LRU_HASH, which takes a
  * microsecond for each SYN, and every connection has two of them.
  *
- * Programs on two processors may write to the same set. Then entries may be lost, or have another's
- * mark: such an entry has another ISN than the connection that is asked for.
+ * Programs on two processors may write to the same set at once. Then entries may be lost, or get
+ * another entry's mark: such an entry has another ISN than the connection that is looked up.
  */
 #pragma once
 
@@ -20,11 +21,14 @@
 #include "splice_socket.h"
 
 /*
- * pyforwarder/datapath/splice/handshakes.py does the same. Ports are the last word, and those of a
- * client's connections follow each other: after a single multiplication they would lie as multiples
- * of one number do, with some numbers all in a few sets.
+ * The hash that marks an entry; the upper half of it chooses the set.
+ * pyforwarder/datapath/splice/handshakes.py computes the same.
+ *
+ * The ports are the last word, and ports of one client's connections are consecutive: after a
+ * single multiplication their hashes would be multiples of one number, and with some secrets they
+ * would all fall into a few sets.
  */
-inlined __u64 mark_of(const struct splice_key *key, const struct splice_handshakes *secret)
+inlined __u64 handshake_mark(const struct splice_key *key, const struct splice_handshakes *secret)
 {
 	const __u32 *word = (const __u32 *)key;
 	__u64 mark = secret->latest[0].mark;
@@ -40,22 +44,23 @@ inlined __u64 mark_of(const struct splice_key *key, const struct splice_handshak
 }
 
 /*
- * Whether this host has a connection with these addresses, or a request for one (request_sock). To
- * a SYN with another number it answers with a challenge then (RFC 5961, 4; tcp_check_req): if that
- * is its peer's, which has started anew, it comes again when the connection has ended.
+ * Whether this host has a connection with these addresses, or a request for one (request_sock). The
+ * kernel answers a SYN with another number by a challenge then (RFC 5961, 4; tcp_check_req). A peer
+ * that really has started anew sends its SYN again when the old connection has ended.
  */
-inlined int has_begun(struct __sk_buff *skb, const struct splice_key *key, const int v6)
+inlined int has_connection(struct __sk_buff *skb, const struct splice_key *key, const int v6)
 {
-	__u32 state = state_of_socket(skb, key, v6);
+	__u32 state = socket_state(skb, key, v6);
 
 	return state && state != BPF_TCP_LISTEN && state != BPF_TCP_SYN_SENT &&
 	       state != BPF_TCP_TIME_WAIT && state != BPF_TCP_CLOSE;
 }
 
 /*
- * A connection begins, and its packets come by here under these addresses: that is what the keeper
- * wants to know of a pair. Behind a NAT rule of this host a socket has other ones. What comes again
- * counts where it came first: a device on top of another one sees it, too.
+ * Record that a connection begins with this SYN or SYN-ACK, and by which interface. The keeper
+ * splices only pairs whose packets it knows to pass here with the addresses of their sockets:
+ * behind a NAT rule of this host a socket has other addresses. A repeated SYN counts at the
+ * interface where it was seen first: a device on top of another one sees it, too.
  */
 inlined void remember_handshake(struct __sk_buff *skb, const struct splice_key *key, __u32 isn,
 				const int v6)
@@ -66,7 +71,7 @@ inlined void remember_handshake(struct __sk_buff *skb, const struct splice_key *
 
 	if (!set)
 		return; /* never */
-	mark = mark_of(key, set);
+	mark = handshake_mark(key, set);
 	number = 1 + (mark >> 32) % PF_HANDSHAKE_SETS;
 	set = map_lookup(MAP_HANDSHAKES_FD, &number);
 	if (!set)
@@ -79,8 +84,11 @@ inlined void remember_handshake(struct __sk_buff *skb, const struct splice_key *
 			return;
 		is_known = 1;
 	}
-	/* Asked only then, which is seldom: it takes as long as all the rest. */
-	if (is_known && has_begun(skb, key, v6))
+	/*
+	 * Looked up only if the mark is known, which is rare: the lookup takes as long as all the
+	 * rest.
+	 */
+	if (is_known && has_connection(skb, key, v6))
 		return;
 #pragma unroll
 	for (i = PF_HANDSHAKE_WAYS - 1; i > 0; i--)

@@ -1,6 +1,6 @@
 /*
- * TCP options of packets that are sent on: timestamps and selective acknowledgements are
- * translated. What else there is nobody has agreed on from end to end, and is taken out.
+ * TCP options of forwarded packets: timestamps and selective acknowledgements (SACK) are
+ * translated; all others are overwritten, as the two ends have not negotiated them with each other.
  */
 #pragma once
 
@@ -8,24 +8,27 @@
 #include "splice.h"
 #include "splice_packet.h"
 
-/* How many edges a selective acknowledgement at this place has; negative: it is something else. */
-inlined int count_edges(__be32 *option, void *data_end, __u32 bytes)
+/* Count the edges of the SACK option at `option`. Negative: it is no SACK option. */
+inlined int count_sack_edges(__be32 *option, void *data_end, __u32 bytes)
 {
 	__u32 size;
 
 	if ((void *)(option + 1) > data_end)
 		return -1;
 	size = bpf_ntohl(option[0]) - SACK_WORD;
-	/* Two bytes of kind and length, and at most four blocks of two edges. */
+	/* Kind and length are two bytes, followed by at most four blocks of two edges each. */
 	if (size < 2 || size > 34 || size + 2 > bytes)
 		return -1;
 	return (int)(size - 2) / 4;
 }
 
-/* The edges of a selective acknowledgement at a place in the header that the compiler knows. */
-inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta, __u64 *sum)
+/*
+ * Translate the edges of a SACK option. Returns its length in words; negative: it is no SACK
+ * option.
+ */
+inlined int translate_sack(__be32 *option, void *data_end, __u32 bytes, __u32 delta, __u64 *sum)
 {
-	int i, edges = count_edges(option, data_end, bytes);
+	int i, edges = count_sack_edges(option, data_end, bytes);
 
 	if (edges < 0)
 		return -1;
@@ -34,77 +37,84 @@ inlined int shift_edges(__be32 *option, void *data_end, __u32 bytes, __u32 delta
 		if (i < edges) {
 			if ((void *)(option + i + 2) > data_end)
 				return -1;
-			shift(&option[i + 1], delta, sum);
+			add_to_field(&option[i + 1], delta, sum);
 		}
 	}
 	return 1 + edges;
 }
 
 /*
- * The timestamp of a packet to a peer that two clocks speak to, ours and the other end's, until it
- * has the tail: none may be older than one that was sent before, or it would be thrown away (PAWS,
- * RFC 7323).
+ * The timestamp to send to a peer, never older than one that was sent before: the peer would
+ * discard the packet (PAWS, RFC 7323). Until it has the tail, it gets timestamps of two clocks, our
+ * socket's and the other end's.
  */
-inlined __u32 stamp(struct splice_direction *peer, __u32 tsval, const int ours)
+inlined __u32 monotonic_tsval(struct splice_direction *peer, __u32 tsval, const int ours)
 {
-	if (volatile_read(peer->stamped) && before(tsval, peer->stamp))
+	if (READ_ONCE(peer->stamped) && before(tsval, peer->stamp))
 		return peer->stamp;
-	if (volatile_read(peer->tail_open)) {
+	if (READ_ONCE(peer->tail_open)) {
 		peer->stamp = tsval;
 		peer->stamped = 1;
 	} else if (!ours && peer->stamped) {
-		peer->stamped = 0; /* the other end's clock is ahead, and alone from here on */
+		peer->stamped = 0; /* the other end's clock has caught up, and no other is used from
+				      here on */
 	}
 	return tsval;
 }
 
 /*
- * That of a packet of our own socket. Once the peer has the tail its clock is the other end's: a
- * stamp of ours, which may run ahead, would make the other end's look old. (What comes again must
- * not look old, either: not everybody answers that.)
+ * The timestamp to send with a packet of our own socket. Once the peer has the tail, it is the
+ * other end's latest: a timestamp of our clock, which may run ahead, would make those of the other
+ * end look old. (A retransmission must not look old either: not every TCP answers one that does.)
  */
-inlined __u32 own_stamp(struct splice_direction *peer, const struct splice_direction *other,
+inlined __u32 own_tsval(struct splice_direction *peer, const struct splice_direction *other,
 			__u32 tsval)
 {
-	if (!volatile_read(peer->tail_open) && other->recent)
+	if (!READ_ONCE(peer->tail_open) && other->recent)
 		tsval = other->recent + other->tsval_delta;
-	return stamp(peer, tsval, 1);
+	return monotonic_tsval(peer, tsval, 1);
 }
 
 /*
- * The options as Linux, BSD and Windows write them once a connection stands: timestamps, edges or
- * both, each behind two no-ops. What is something else begins at the word that is returned;
- * negative: nothing is.
+ * Translate the options as Linux, BSD and Windows write them in an established connection:
+ * timestamps, SACK or both, each behind two no-ops.
+ *
+ * Returns the word at which other options begin; negative: there are none.
  */
-inlined int shift_options(__be32 *option, void *data_end, __u32 bytes, struct splice_direction *way,
-			  struct splice_direction *back, __u64 *sum)
+inlined int translate_options(__be32 *option, void *data_end, __u32 bytes,
+			      struct splice_direction *from_peer, struct splice_direction *to_peer,
+			      __u64 *sum)
 {
 	int took;
 
 	if (bytes >= 12 && (void *)(option + 3) <= data_end &&
 	    option[0] == bpf_htonl(TIMESTAMP_WORD)) {
-		put(&option[1], bpf_htonl(stamp(back, bpf_ntohl(option[1]) + way->tsval_delta, 0)),
-		    sum);
+		set_field(&option[1],
+			  bpf_htonl(monotonic_tsval(
+				  to_peer, bpf_ntohl(option[1]) + from_peer->tsval_delta, 0)),
+			  sum);
 		if (option[2])
-			shift(&option[2], way->tsecr_delta, sum);
+			add_to_field(&option[2], from_peer->tsecr_delta, sum);
 		if (bytes == 12)
 			return -1;
-		took = shift_edges(option + 3, data_end, bytes - 12, way->ack_delta, sum);
+		took = translate_sack(option + 3, data_end, bytes - 12, from_peer->ack_delta, sum);
 		if (took < 0)
 			return 3;
 		return 12 + 4 * took < (int)bytes ? 3 + took : -1;
 	}
-	took = shift_edges(option, data_end, bytes, way->ack_delta, sum);
+	took = translate_sack(option, data_end, bytes, from_peer->ack_delta, sum);
 	if (took < 0)
 		return 0;
 	return 4 * took < (int)bytes ? took : -1;
 }
 
 /*
- * Write no-ops over options, from `at` in the packet on; not 0: it failed. Packets' pointers are
- * void afterwards. (A loop over the words would cost the verifier as much as all the rest.)
+ * Overwrite options by no-ops, from offset `at` of the packet on. Pointers into the packet are
+ * invalid afterwards. (A loop over the words would cost the verifier as much as all the rest.)
+ *
+ * Returns 0; not 0: it failed, and the caller drops the packet.
  */
-inlined int blank_options(struct __sk_buff *skb, __u32 at, __u64 bytes, __u64 *sum)
+inlined int overwrite_options(struct __sk_buff *skb, __u32 at, __u64 bytes, __u64 *sum)
 {
 	__u32 zero = 0;
 	__be32 *scratch = map_lookup(MAP_SCRATCH_FD, &zero), *no_ops;
@@ -116,7 +126,7 @@ inlined int blank_options(struct __sk_buff *skb, __u32 at, __u64 bytes, __u64 *s
 #pragma unroll
 	for (i = 0; i < 16; i++)
 		no_ops[i] = bpf_htonl(NO_OP_WORD);
-	/* From 1 to 64, in the verifier's words; it is 4 to 40. */
+	/* A bound that the verifier can follow: 1 to 64. The number is 4 to 40. */
 	bytes = ((bytes - 1) & 63) + 1;
 	if (bpf_skb_load_bytes(skb, at, scratch, bytes) ||
 	    bpf_skb_store_bytes(skb, at, no_ops, bytes, 0))
@@ -126,19 +136,19 @@ inlined int blank_options(struct __sk_buff *skb, __u32 at, __u64 bytes, __u64 *s
 	return 0;
 }
 
-/* What is acknowledged selectively up to `known` alone: our socket has sent nothing behind it. */
-inlined void clip_edges(__be32 *option, void *data_end, __u32 bytes, __u32 known, __u64 *sum)
+/* Limit the edges of a SACK option to `known`, the end of what our socket has sent. */
+inlined void clip_sack(__be32 *option, void *data_end, __u32 bytes, __u32 known, __u64 *sum)
 {
-	int i, edges = count_edges(option, data_end, bytes);
+	int i, edges = count_sack_edges(option, data_end, bytes);
 
 #pragma unroll
 	for (i = 0; i < 8; i++) {
 		if (i < edges) {
 			if ((void *)(option + i + 2) > data_end)
-				return; /* never: the header is in front */
-			/* A block that begins behind it is empty then, and ignored. */
+				return; /* never: the header is in the linear part */
+			/* A block that begins behind `known` becomes empty, and is ignored. */
 			if (after(bpf_ntohl(option[i + 1]), known))
-				put(&option[i + 1], bpf_htonl(known), sum);
+				set_field(&option[i + 1], bpf_htonl(known), sum);
 		}
 	}
 }

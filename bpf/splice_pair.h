@@ -1,5 +1,5 @@
 /*
- * A pair as its packets' programs know it: its record, our two sockets, the worker that has them.
+ * Access of the packet programs to a pair: its record, its two sockets, its worker.
  */
 #pragma once
 
@@ -12,14 +12,18 @@
 #include "splice_socket.h"
 #include "splice_valid.h"
 
-inlined void tell(struct splice *splice, __u32 index)
+/* Send an event about a pair to the ring of its worker, which reads the record then. */
+inlined void notify_worker(struct splice *splice, __u32 index)
 {
 	struct splice_event event = { .index = index, .worker = splice->worker, .id = splice->id };
 	__u32 worker = splice->worker;
 	void *ring;
 
 	if (worker == PF_EXPRESS_NO_WORKER) {
-		/* It is looked at by the clock, and says when it has ended. */
+		/*
+		 * No worker has a ring for it. The keeper looks at such records regularly; store
+		 * when this was.
+		 */
 		*(volatile __u64 *)&splice->client_clock = bpf_ktime_get_ns();
 		return;
 	}
@@ -28,7 +32,8 @@ inlined void tell(struct splice *splice, __u32 index)
 		bpf_ringbuf_output(ring, &event, sizeof(event), 0);
 }
 
-inlined void forget(struct splice *splice)
+/* Delete both flows of a pair: later packets go to the stack. */
+inlined void delete_flows(struct splice *splice)
 {
 	struct splice_key key = splice->way[PF_UP].from;
 
@@ -37,22 +42,23 @@ inlined void forget(struct splice *splice)
 	map_delete(MAP_FLOWS_FD, &key);
 }
 
-/* Tell userspace, through the pair's record, how many bytes a direction has carried. */
-inlined void show_bytes(struct splice *splice, struct splice_direction *way, __u32 direction)
+/* Store in the pair table (`show`) how many bytes and packets a direction has carried. */
+inlined void publish_bytes(struct splice *splice, struct splice_direction *from_peer,
+			   __u32 direction)
 {
 	__u32 slot = splice->slot;
 	struct pair *pair;
 	struct verdict_direction *seen;
-	int is_more = count_bytes(way);
+	int is_more = count_bytes(from_peer);
 
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
-	/* The pair's record is another's once the worker has let go of this one. */
+	/* The slot may serve another pair by now, if the worker has released this one. */
 	if (!pair || pair->id != splice->id)
 		return;
 	seen = direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
-	seen->redirected_bytes = shown_bytes(way);
-	seen->redirected_packets = way->packets;
-	/* As on every datapath a pair is idle as long as no byte moves, also if segments do. */
+	seen->redirected_bytes = visible_bytes(from_peer);
+	seen->redirected_packets = from_peer->packets;
+	/* As on every datapath, only new bytes end idleness: segments without any do not. */
 	if (is_more)
 		seen->last_ns = bpf_ktime_get_coarse_ns();
 }

@@ -1,6 +1,6 @@
 /*
- * What a packet of a pair says, and to whom: a SYN is for our own socket, a reset and a segment are
- * judged, remembered, and for the other end (GO_ON), for our socket (NEXT) or for nobody (DROP).
+ * Segments of a pair. A SYN is for our own socket. A reset and any other segment are checked and
+ * recorded; they are for the other end (CONTINUE), for our socket (NEXT), or invalid (DROP).
  */
 #pragma once
 
@@ -16,108 +16,115 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define HEARD_TICK_BITS 6 /* of jiffies: 0.6 s where there are 100 of them in a second */
+#define LAST_RECEIVED_TICK_BITS 6 /* 64 jiffies: 0.6 s with HZ=100 */
 
-/* For so long a client's first bytes are thought to be under way again. */
-#define UNHEARD_S 4
+/* For so long a client may still be retransmitting its first bytes. */
+#define FIRST_BYTES_RESENT_FOR_S 4
 
 /*
- * A SYN, never from end to end. NEXT: our socket, or a listener, answers it. DROP: nobody does.
+ * Handle a SYN, which never passes to the other end. Returns NEXT: our socket, or a listener,
+ * answers it. DROP: it is not answered.
  */
-inlined int take_syn(struct __sk_buff *skb, const struct packet *packet, struct splice_key *from,
-		     const int v6)
+inlined int handle_syn(struct __sk_buff *skb, const struct packet *packet, struct splice_key *from,
+		       const int v6)
 {
-	struct splice_direction *way = packet->way;
+	struct splice_direction *from_peer = packet->from_peer;
 
 	if (packet->flags & (FIN | RST)) {
-		/* Our socket would take one with both for a reset (RFC 9293, 3.10.7.4). */
+		/* Our socket would take a SYN with RST for a reset (RFC 9293, 3.10.7.4). */
 		count_invalid(packet->splice, PF_INVALID_FLAGS);
 		return DROP;
 	}
-	/* The end of this pair is past, and its ports serve again. */
-	if (way->fin_acked && packet->back->fin_acked) {
-		forget(packet->splice);
+	/* This pair has ended, and its ports are used for a new connection. */
+	if (from_peer->fin_acked && packet->to_peer->fin_acked) {
+		delete_flows(packet->splice);
 		return NEXT;
 	}
 	if (packet->state == PF_SPLICE_RESET) {
-		/* The other end may have to be reset still. */
+		/* The other end may still have to be reset: delete only this end's flow. */
 		map_delete(MAP_FLOWS_FD, from);
 		return NEXT;
 	}
 	/*
-	 * The last packet of the handshake was lost, and the server has no connection yet: our
-	 * socket must answer again. Nobody else could, as until then the server takes only what
-	 * echoes the timestamp of its SYN-ACK. Or this peer has started anew, and gets a challenge.
+	 * Either the last packet of the handshake was lost, and the server has no connection yet:
+	 * our socket must answer its SYN-ACK again. The other end cannot, as the server accepts
+	 * only a packet that echoes the timestamp of its SYN-ACK. Or this peer has started anew,
+	 * and gets a challenge from our socket.
 	 */
 	if (!(packet->flags & ACK))
 		count_invalid(packet->splice, PF_INVALID_SYN);
-	if (!has_socket(skb, from, v6))
-		return DROP; /* it will be there when this is sent again */
-	way->answer = PF_ANSWER;
+	if (!has_own_socket(skb, from, v6))
+		return DROP; /* our socket will exist when the peer repeats this */
+	from_peer->answer = PF_ANSWER;
 	return NEXT;
 }
 
 #ifdef MAP_EXPRESS_PROGRAMS_FD
 /*
- * Whether a server that says of a packet that there is no such connection (a reset without an
- * acknowledgement) may have one as soon as the first bytes come. With SYN cookies it has none
- * before: were those bytes lost, it says so of what came behind them. As long as it has
- * acknowledged nothing they come again.
+ * Whether a server that answers a packet with a reset without ACK (no such connection) may still
+ * get this connection from the client's first bytes. With SYN cookies a server has no connection
+ * before these bytes arrive: if they were lost, it resets what came behind them. As long as the
+ * server has acknowledged nothing, the client repeats them.
  */
-inlined int may_know_later(const struct splice *splice, const struct splice_direction *way)
+inlined int may_accept_later(const struct splice *splice, const struct splice_direction *from_peer)
 {
 	return splice->id >> PF_EXPRESS_ID_BIT &&
-	       (__u32)volatile_read(way->last_ack) == way->tail &&
-	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - way->heard_s < UNHEARD_S;
+	       (__u32)READ_ONCE(from_peer->last_ack) == from_peer->tail &&
+	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->heard_s <
+		       FIRST_BYTES_RESENT_FOR_S;
 }
 #endif
 
-/* A reset. GO_ON: it is believed. NEXT: our socket challenges its sender. */
-inlined int take_reset(struct __sk_buff *skb, struct packet *packet, const struct splice_key *from,
-		       const int v6)
+/*
+ * Handle a reset. Returns CONTINUE: it is valid, and forwarded. NEXT: our socket challenges its
+ * sender. DROP: it is invalid, or must not reach the other end.
+ */
+inlined int handle_reset(struct __sk_buff *skb, struct packet *packet,
+			 const struct splice_key *from, const int v6)
 {
-	struct splice_direction *way = packet->way, *back = packet->back;
+	struct splice_direction *from_peer = packet->from_peer, *to_peer = packet->to_peer;
 	struct splice *splice = packet->splice;
 
 #ifdef MAP_EXPRESS_PROGRAMS_FD
-	/* Our own (express_join.h), which has lost its mark. */
+	/* Our own reset for the stack (express_join.h), which has lost its mark. */
 	if (bpf_ntohs(packet->tcp->window) == FOR_OUR_STACK >> 16 &&
 	    bpf_ntohs(packet->tcp->urgent) == (FOR_OUR_STACK & 0xffff))
 		return NEXT;
 #endif
 	if (packet->state == PF_SPLICE_RESET)
-		return DROP; /* so is this pair */
-	if (!is_exact_reset(packet->seq, way, back)) {
+		return DROP; /* this pair is reset already */
+	if (!is_reset_seq_exact(packet->seq, from_peer, to_peer)) {
 		count_invalid(splice, PF_INVALID_RESET);
-		if (after(packet->seq, (__u32)volatile_read(way->limit)) ||
-		    before(packet->seq, expected_of(way, back) - way->reach))
+		if (after(packet->seq, (__u32)READ_ONCE(from_peer->limit)) ||
+		    before(packet->seq, expected_seq(from_peer, to_peer) - from_peer->reach))
 			return DROP;
-		return challenge(skb, way, packet->direction, from, v6);
+		return challenge(skb, from_peer, packet->direction, from, v6);
 	}
 #ifdef MAP_EXPRESS_PROGRAMS_FD
-	if (packet->direction == PF_DOWN && !(packet->flags & ACK) && may_know_later(splice, way)) {
+	if (packet->direction == PF_DOWN && !(packet->flags & ACK) &&
+	    may_accept_later(splice, from_peer)) {
 		count_invalid(splice, PF_INVALID_RESET);
 		return DROP;
 	}
 #endif
 	if (!splice->reset) {
 		splice->reset = 1 + packet->direction;
-		tell(splice, packet->index);
+		notify_worker(splice, packet->index);
 	}
 	/*
-	 * The worker has our sockets reset both ends, also if this packet is lost. A peer that has
-	 * still to get a byte of the tail expects another number: it would answer with a challenge
-	 * (RFC 5961), which nobody could take up, and then no other for half a second: also not the
-	 * RST with the right number, which is our socket's.
+	 * The worker resets both ends by our sockets, even if this packet is lost. A peer that has
+	 * not received the whole tail expects another number: it would answer this reset with a
+	 * challenge (RFC 5961), which no one could answer, and then send no other challenge for
+	 * half a second: not even for the RST with the right number, which comes from our socket.
 	 */
-	if (volatile_read(back->tail_open))
+	if (READ_ONCE(to_peer->tail_open))
 		return DROP;
 	packet->acknowledged = packet->ack;
 	packet->is_pure_ack = 0;
-	return GO_ON;
+	return CONTINUE;
 }
 
-/* What there is to believe or not. */
+/* Collect what check_segment() looks at. */
 inlined void read_segment(const struct packet *packet, struct segment *segment)
 {
 	const __u32 *word = (__u32 *)packet->tcp;
@@ -133,163 +140,183 @@ inlined void read_segment(const struct packet *packet, struct segment *segment)
 	}
 }
 
-/* This peer is there: it has sent what is believed. */
-inlined void note_heard(struct splice_direction *way)
+/* Record when the last valid packet of this peer has come. */
+inlined void note_last_received(struct splice_direction *from_peer)
 {
-	__u32 tick = (__u32)(bpf_jiffies64() >> HEARD_TICK_BITS);
+	__u32 tick = (__u32)(bpf_jiffies64() >> LAST_RECEIVED_TICK_BITS);
 
-	if (way->heard_tick != tick) {
-		way->heard_tick = tick;
-		way->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	if (from_peer->heard_tick != tick) {
+		from_peer->heard_tick = tick;
+		from_peer->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
 	}
-}
-
-/* Count bytes that have come before. DROP: nothing is missing any more. */
-inlined int count_again(const struct packet *packet)
-{
-	struct splice_direction *way = packet->way;
-
-	__sync_fetch_and_add(&way->again, packet->bytes);
-	if (has_too_much_again(way)) {
-		if (way->fin_acked && packet->back->fin_acked) {
-			count_invalid(packet->splice, PF_INVALID_SEQUENCE);
-			return DROP;
-		}
-		show_bytes(packet->splice, way, packet->direction);
-	}
-	return GO_ON;
 }
 
 /*
- * What the packet says of the tail that our socket sends to this peer: how much of what is
- * acknowledged the other end is told. 1: our socket is to have a copy. `ring`: and the worker
- * is to know.
+ * Count repeated bytes. Returns CONTINUE; DROP if there are more than can have been lost, and both
+ * ends have acknowledged everything.
+ */
+inlined int count_repeated(const struct packet *packet)
+{
+	struct splice_direction *from_peer = packet->from_peer;
+
+	__sync_fetch_and_add(&from_peer->again, packet->bytes);
+	if (has_excess_repeats(from_peer)) {
+		if (from_peer->fin_acked && packet->to_peer->fin_acked) {
+			count_invalid(packet->splice, PF_INVALID_SEQUENCE);
+			return DROP;
+		}
+		publish_bytes(packet->splice, from_peer, packet->direction);
+	}
+	return CONTINUE;
+}
+
+/*
+ * Split the acknowledgement between our socket (the tail) and the other end: sets how much the
+ * other end gets. `ring` is set if the worker must be notified.
+ *
+ * Returns 1 if our socket gets a copy of the packet.
  */
 inlined int split_acknowledgement(struct packet *packet, __u32 edge, int verdict, int *ring)
 {
-	struct splice_direction *way = packet->way;
+	struct splice_direction *from_peer = packet->from_peer;
 	__u32 ack = packet->ack;
 
 	packet->acknowledged = ack;
-	if (way->tail_open && before(ack, way->tail)) {
-		/* The rest is acknowledged by us, as it was before. */
-		packet->acknowledged = way->tail;
-		/* Told twice, our socket would take it for a sign of loss. */
-		return verdict == PF_VALID &&
-		       (edge != way->edge || after(ack, (__u32)way->last_ack) ||
+	if (from_peer->tail_open && before(ack, from_peer->tail)) {
+		/*
+		 * The bytes up to the tail's end were acknowledged to the other end by our socket.
+		 */
+		packet->acknowledged = from_peer->tail;
+		/* No copy of a duplicate: our socket would take it for a sign of loss. */
+		return verdict == SEGMENT_VALID &&
+		       (edge != from_peer->edge || after(ack, (__u32)from_peer->last_ack) ||
 			packet->header > 32);
 	}
-	if (way->tail_open && verdict == PF_VALID) {
-		way->tail_open = 0;
+	if (from_peer->tail_open && verdict == SEGMENT_VALID) {
+		from_peer->tail_open = 0;
 		*ring = 1;
 		return 1;
 	}
-	if (volatile_read(way->deaf) && verdict == PF_VALID) {
-		/* Our socket sends the tail again: what told it that it has come was lost. */
-		way->deaf = 0;
+	if (READ_ONCE(from_peer->deaf) && verdict == SEGMENT_VALID) {
+		/* Our socket retransmits the tail: the acknowledgement for it was lost. */
+		from_peer->deaf = 0;
 		return 1;
 	}
 	return 0;
 }
 
-/* Remember an acknowledgement; 1: the worker is to know what it says of the other end's FIN. */
+/*
+ * Record an acknowledgement. Returns 1 if the worker must be notified of what it means for the
+ * other end's FIN.
+ */
 inlined int note_acknowledgement(const struct packet *packet)
 {
-	struct splice_direction *way = packet->way, *back = packet->back;
+	struct splice_direction *from_peer = packet->from_peer, *to_peer = packet->to_peer;
 	int ring;
 
-	if (!after(packet->ack, (__u32)volatile_read(way->last_ack)))
+	if (!after(packet->ack, (__u32)READ_ONCE(from_peer->last_ack)))
 		return 0;
-	advance(&way->last_ack, packet->ack);
-	ring = take_acknowledgement(back, packet->ack + way->ack_delta);
-	show_bytes(packet->splice, back, 1 - packet->direction);
+	advance(&from_peer->last_ack, packet->ack);
+	ring = record_acknowledgement(to_peer, packet->ack + from_peer->ack_delta);
+	publish_bytes(packet->splice, to_peer, 1 - packet->direction);
 	return ring;
 }
 
-/* A segment that acknowledges. GO_ON: it is believed, and for the other end. */
-inlined int take_segment(struct __sk_buff *skb, struct packet *packet, const int v6)
+/*
+ * Handle a segment that is neither SYN nor RST. Returns CONTINUE: it is valid, and for the other
+ * end. NEXT: it is for our socket. DROP: it is invalid, too long for the next interface, or the
+ * pair is reset.
+ */
+inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const int v6)
 {
-	struct splice_direction *way = packet->way, *back = packet->back;
+	struct splice_direction *from_peer = packet->from_peer, *to_peer = packet->to_peer;
 	struct splice *splice = packet->splice;
 	struct segment segment = {};
 	__u32 window, edge;
-	int verdict, ring = 0, is_for_both;
+	int verdict, ring = 0, copy_to_own;
 
 	if (!(packet->flags & ACK)) {
 		count_invalid(splice, PF_INVALID_FLAGS);
 		return DROP;
 	}
 	read_segment(packet, &segment);
-	verdict = judge(&segment, way, back);
-	if (verdict >= PF_INVALID) {
-		count_invalid(splice, verdict - PF_INVALID);
+	verdict = check_segment(&segment, from_peer, to_peer);
+	if (verdict >= SEGMENT_INVALID) {
+		count_invalid(splice, verdict - SEGMENT_INVALID);
 		return DROP;
 	}
 	if (packet->state == PF_SPLICE_RESET) {
 		/*
-		 * Nothing that our sockets would answer is right any more. But their RST must have
-		 * the number that the peer expects: it ignores an older one.
+		 * Our sockets' answers would have old numbers. But record the acknowledgement:
+		 * their RST must have the number that the peer expects, since it ignores an older
+		 * one.
 		 */
-		if (verdict == PF_VALID)
-			advance(&way->last_ack, packet->ack);
+		if (verdict == SEGMENT_VALID)
+			advance(&from_peer->last_ack, packet->ack);
 		return DROP;
 	}
-	if (is_too_long(skb, splice, packet->index, way, packet->seq, packet->header, packet->total,
-			v6))
-		return DROP; /* and the worker tells this peer (ICMP) */
+	if (exceeds_mtu(skb, splice, packet->index, from_peer, packet->seq, packet->header,
+			packet->total, v6))
+		return DROP; /* the keeper reports it to this peer (ICMP) */
 
-	/* It is believed from here on. */
-	verdict = forgotten(verdict);
-	note_heard(way);
+	/* The segment is valid from here on. */
+	verdict = unknown_to_verifier(verdict);
+	note_last_received(from_peer);
 	if (packet->bytes &&
-	    (verdict == PF_OLD || !after(segment.end, (__u32)volatile_read(way->last_end))) &&
-	    count_again(packet) == DROP)
+	    (verdict == SEGMENT_OLD ||
+	     !after(segment.end, (__u32)READ_ONCE(from_peer->last_end))) &&
+	    count_repeated(packet) == DROP)
 		return DROP;
-	packet->is_pure_ack = forgotten(!packet->bytes && !(packet->flags & FIN));
-	window = (__u32)bpf_ntohs(packet->tcp->window) << (way->shift_left & 15);
+	packet->is_pure_ack = unknown_to_verifier(!packet->bytes && !(packet->flags & FIN));
+	window = (__u32)bpf_ntohs(packet->tcp->window) << (from_peer->shift_left & 15);
 	edge = packet->ack + window;
-	is_for_both = split_acknowledgement(packet, edge, verdict, &ring);
-	is_for_both = forgotten(is_for_both);
-	ring = forgotten(ring);
-	if (verdict == PF_VALID && !before(packet->ack, (__u32)volatile_read(way->last_ack))) {
-		way->edge = edge;
-		advance(&back->limit, edge + way->ack_delta);
-		if (window > back->reach)
-			back->reach = window;
+	copy_to_own = split_acknowledgement(packet, edge, verdict, &ring);
+	copy_to_own = unknown_to_verifier(copy_to_own);
+	ring = unknown_to_verifier(ring);
+	if (verdict == SEGMENT_VALID &&
+	    !before(packet->ack, (__u32)READ_ONCE(from_peer->last_ack))) {
+		from_peer->edge = edge;
+		advance(&to_peer->limit, edge + from_peer->ack_delta);
+		if (window > to_peer->reach)
+			to_peer->reach = window;
 	}
-	if (volatile_read(back->tail_open) && before(packet->seq, way->begin)) {
+	if (READ_ONCE(to_peer->tail_open) && before(packet->seq, from_peer->begin)) {
 		/*
-		 * Bytes of before the beginning, again, or a probe: our socket has these bytes, and
-		 * says so. The other end may have none of them yet, nor our own words (a PROXY
-		 * header) in front of them, whose numbers they would get there. But it may be the
-		 * only packet that acknowledges the other end's FIN.
+		 * Bytes from before the beginning that are repeated, or a window probe: our socket
+		 * has these bytes, and acknowledges them. The other end may not have received them
+		 * yet, nor the bytes that we send in front of them (a PROXY header), whose numbers
+		 * they would get there. But this may be the only packet that acknowledges the other
+		 * end's FIN.
 		 */
 		ring |= note_acknowledgement(packet);
-		way->answer = PF_ANSWER;
+		from_peer->answer = PF_ANSWER;
 		if (ring)
-			tell(splice, packet->index);
-		return give_to_our_socket(skb, way, packet->header, packet->bytes, 1, v6);
+			notify_worker(splice, packet->index);
+		return pass_to_own_socket(skb, from_peer, packet->header, packet->bytes, 1, v6);
 	}
 	if (packet->acknowledged != packet->ack && packet->is_pure_ack &&
-	    !before(packet->seq, (__u32)volatile_read(way->last_end))) {
-		/* Nothing else is in it: the other end would take it for a sign of loss. */
-		advance(&way->last_ack, packet->ack);
-		return give_to_our_socket(skb, way, packet->header, 0, 0, v6);
+	    !before(packet->seq, (__u32)READ_ONCE(from_peer->last_end))) {
+		/*
+		 * It acknowledges a part of the tail, and nothing else: the other end would take it
+		 * for a duplicate acknowledgement, a sign of loss.
+		 */
+		advance(&from_peer->last_ack, packet->ack);
+		return pass_to_own_socket(skb, from_peer, packet->header, 0, 0, v6);
 	}
 	/*
-	 * If our socket cannot be told that the tail has come, it sends it again, and `egress` sees
-	 * that it is deaf.
+	 * If the copy is lost, our socket retransmits the tail, and `egress` sees that it missed
+	 * the acknowledgement.
 	 */
-	if (is_for_both)
-		copy_to_our_socket(skb, packet->hops, v6);
-	if (verdict == PF_VALID) {
+	if (copy_to_own)
+		copy_to_own_socket(skb, packet->hops, v6);
+	if (verdict == SEGMENT_VALID) {
 		if (!packet->is_pure_ack)
-			__sync_fetch_and_add(&way->packets, 1);
-		ring = forgotten(ring | take_in(&segment, way, back));
-		show_bytes(splice, way, packet->direction);
-		ring = forgotten(ring | note_acknowledgement(packet));
+			__sync_fetch_and_add(&from_peer->packets, 1);
+		ring = unknown_to_verifier(ring | record_segment(&segment, from_peer, to_peer));
+		publish_bytes(splice, from_peer, packet->direction);
+		ring = unknown_to_verifier(ring | note_acknowledgement(packet));
 	}
 	if (ring)
-		tell(splice, packet->index);
-	return GO_ON;
+		notify_worker(splice, packet->index);
+	return CONTINUE;
 }

@@ -1,5 +1,5 @@
 /*
- * The socket of this host that gets what comes from a peer of a pair.
+ * Lookup of the socket of this host that receives packets of a peer.
  */
 #pragma once
 
@@ -8,7 +8,10 @@
 #include "splice.h"
 #include "splice_packet.h"
 
-/* What the kernel finds the socket by that gets what comes from here. */
+/*
+ * Fill the tuple by which the kernel looks up the socket that receives packets with these
+ * addresses.
+ */
 inlined void fill_tuple(struct bpf_sock_tuple *tuple, const struct splice_key *from, int v6)
 {
 	int i;
@@ -29,8 +32,9 @@ inlined void fill_tuple(struct bpf_sock_tuple *tuple, const struct splice_key *f
 	tuple->ipv4.dport = from->dport;
 }
 
-/* The socket that gets what comes from here; the caller releases it. */
-inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *from, __u32 family)
+/* Look up the socket that receives packets with these addresses. The caller releases it. */
+inlined struct bpf_sock *find_socket(struct __sk_buff *skb, const struct splice_key *from,
+				     __u32 family)
 {
 	struct bpf_sock_tuple tuple = {};
 
@@ -41,10 +45,13 @@ inlined struct bpf_sock *find(struct __sk_buff *skb, const struct splice_key *fr
 	return (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), -1, 0);
 }
 
-/* The state of that socket (BPF_TCP_...); 0: there is none. */
-inlined __u32 state_of_socket(struct __sk_buff *skb, const struct splice_key *from, const int v6)
+/*
+ * The state of the socket that receives packets with these addresses (BPF_TCP_...). 0: there is
+ * none.
+ */
+inlined __u32 socket_state(struct __sk_buff *skb, const struct splice_key *from, const int v6)
 {
-	struct bpf_sock *sk = find(skb, from, v6 ? PF_IPV6 : PF_IPV4);
+	struct bpf_sock *sk = find_socket(skb, from, v6 ? PF_IPV6 : PF_IPV4);
 	__u32 state;
 
 	if (!sk)
@@ -55,13 +62,13 @@ inlined __u32 state_of_socket(struct __sk_buff *skb, const struct splice_key *fr
 }
 
 /*
- * Whether our own socket is there: it is not between a worker's death and the adoption of its
- * pairs. A listener that would get a SYN in its place would begin a connection with the pair's
+ * Whether our own socket exists. It does not between a worker's death and the adoption of its
+ * pairs. A SYN must not get to a listener then, which would begin a connection with the pair's
  * addresses.
  */
-inlined int has_socket(struct __sk_buff *skb, const struct splice_key *from, const int v6)
+inlined int has_own_socket(struct __sk_buff *skb, const struct splice_key *from, const int v6)
 {
-	__u32 state = state_of_socket(skb, from, v6);
+	__u32 state = socket_state(skb, from, v6);
 
 	return state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT;
 }

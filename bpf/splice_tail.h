@@ -1,5 +1,6 @@
 /*
- * What our own socket hears of a pair that has begun: about the tail, and when it is to answer.
+ * What our own socket still receives of a spliced pair: acknowledgements of the tail, and packets
+ * that it is to answer.
  */
 #pragma once
 
@@ -9,67 +10,73 @@
 #include "splice_verdicts.h"
 
 /*
- * What a packet says about the tail is for our own socket. It gets the packet as one whose bytes
- * have come before, with the number that it expects next behind them, however many bytes have
- * passed it by since. If `again` they have come before indeed, and it answers that.
+ * Turn a packet into one for our own socket, which it tells what the peer has acknowledged of the
+ * tail. Its bytes get the numbers right before the number that our socket expects next, so that the
+ * socket takes them for old ones, however many bytes have passed between the ends. If `again`, they
+ * are old bytes indeed, and keep their numbers: the socket answers them.
+ *
+ * Returns NEXT: the packet goes up the stack. DROP: never.
  */
-inlined int give_to_our_socket(struct __sk_buff *skb, struct splice_direction *way, __u32 header,
-			       __u32 bytes, int again, const int v6)
+inlined int pass_to_own_socket(struct __sk_buff *skb, struct splice_direction *from_peer,
+			       __u32 header, __u32 bytes, int again, const int v6)
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
-	__u32 *word = data + TCP_AT(v6);
-	__u32 known = (__u32)volatile_read(way->sent);
+	__u32 *word = data + TCP_OFFSET(v6);
+	__u32 known = (__u32)READ_ONCE(from_peer->sent);
 	__u64 sum = 0;
 
 	if (data + HEADERS_BYTES(v6) > data_end)
-		return DROP; /* never: it was there a moment ago */
+		return DROP; /* never: it was in the linear part a moment ago */
 	/*
-	 * What our socket has sent, and no more: an edge behind that a firewall of this host takes
-	 * for an acknowledgement of bytes that it has not seen (nf_conntrack_proto_tcp.c,
-	 * tcp_in_window), and our socket would never hear that its bytes come.
+	 * Limit SACK to what our socket has sent. For conntrack an edge behind that acknowledges
+	 * bytes that it has not seen (nf_conntrack_proto_tcp.c, tcp_in_window): with `ct state
+	 * invalid drop` our socket would receive no acknowledgement any more.
 	 */
-	if (after(known, way->tail))
-		known = way->tail;
+	if (after(known, from_peer->tail))
+		known = from_peer->tail;
 	if (!again)
-		put(&word[1], bpf_htonl(volatile_read(way->ours) - bytes), &sum);
-	if (after(bpf_ntohl(word[2]), way->tail))
-		put(&word[2], bpf_htonl(way->tail), &sum);
-	put(&word[3], word[3] & ~bpf_htonl(FIN_OF_TCP | SYN_OF_TCP | RST_OF_TCP | URG_OF_TCP),
-	    &sum);
+		set_field(&word[1], bpf_htonl(READ_ONCE(from_peer->ours) - bytes), &sum);
+	if (after(bpf_ntohl(word[2]), from_peer->tail))
+		set_field(&word[2], bpf_htonl(from_peer->tail), &sum);
+	set_field(&word[3], word[3] & ~bpf_htonl(FIN_OF_TCP | SYN_OF_TCP | RST_OF_TCP | URG_OF_TCP),
+		  &sum);
 	if (header > 32 && (void *)(word + 6) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD))
-		clip_edges(word + 8, data_end, header - 32, known, &sum);
+		clip_sack(word + 8, data_end, header - 32, known, &sum);
 	else if (header > 20)
-		clip_edges(word + 5, data_end, header - 20, known, &sum);
-	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+		clip_sack(word + 5, data_end, header - 20, known, &sum);
+	bpf_l4_csum_replace(skb, TCP_OFFSET(v6) + 16, 0, csum_fold(sum), 0);
 	return NEXT;
 }
 
 /*
- * Our own socket answers (RFC 5961, 3 and 4: a challenge acknowledgement): a peer without a
- * connection answers that with a reset of the right number, and a peer that has one ignores it. A
- * SYN is what our socket answers so, at any number; a mute socket takes nothing else.
+ * Turn a packet into one that our own socket answers with a challenge acknowledgement (RFC 5961, 3
+ * and 4). A peer without a connection answers the challenge with a reset at the right number; a
+ * peer with a connection ignores it. The packet becomes a SYN: our socket answers one of any number
+ * with a challenge, and a mute socket receives nothing else.
  *
- * To the server our socket has connected, so there it must be a SYN-ACK: a firewall of this host
- * (nf_conntrack_proto_tcp.c, tcp_conntracks) takes a SYN of the end that was connected to for
- * invalid.
+ * The packet of a server becomes a SYN-ACK instead, since our socket has connected to it: conntrack
+ * takes a SYN from the end that was connected to for invalid (nf_conntrack_proto_tcp.c,
+ * tcp_conntracks).
+ *
+ * Returns NEXT: the packet goes up the stack. DROP: our socket does not exist at the moment.
  */
-inlined int challenge(struct __sk_buff *skb, struct splice_direction *way, __u32 direction,
+inlined int challenge(struct __sk_buff *skb, struct splice_direction *from_peer, __u32 direction,
 		      const struct splice_key *from, const int v6)
 {
 	void *data, *data_end;
 	__u32 *word, flags = direction == PF_UP ? SYN_OF_TCP : SYN_OF_TCP | ACK_OF_TCP;
 	__u64 sum = 0;
 
-	if (!has_socket(skb, from, v6))
-		return DROP; /* it will be there when this is sent again */
+	if (!has_own_socket(skb, from, v6))
+		return DROP; /* our socket will exist when the peer repeats this */
 	data = (void *)(long)skb->data;
 	data_end = (void *)(long)skb->data_end;
-	word = data + TCP_AT(v6);
+	word = data + TCP_OFFSET(v6);
 	if (data + HEADERS_BYTES(v6) > data_end)
-		return DROP; /* never: it was there a moment ago */
-	way->answer = PF_ANSWER;
-	put(&word[2], 0, &sum);
-	put(&word[3], (word[3] & ~bpf_htonl(FLAGS_OF_TCP)) | bpf_htonl(flags), &sum);
-	bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0);
+		return DROP; /* never: it was in the linear part a moment ago */
+	from_peer->answer = PF_ANSWER;
+	set_field(&word[2], 0, &sum);
+	set_field(&word[3], (word[3] & ~bpf_htonl(FLAGS_OF_TCP)) | bpf_htonl(flags), &sum);
+	bpf_l4_csum_replace(skb, TCP_OFFSET(v6) + 16, 0, csum_fold(sum), 0);
 	return NEXT;
 }

@@ -1,14 +1,14 @@
 /*
- * What is looked at before a packet changes anything, or goes on: would the end that it is for
- * believe it? We stand in front of that end's own checks, and undo some of them (addresses that
- * strict reverse path filtering would refuse, timestamps), so we make the same ones first.
+ * Checks of a packet before it changes a record, or is forwarded: would its receiver accept it?
+ * These programs run in front of the receiver's own checks, and disable some of them (addresses
+ * that strict reverse path filtering would refuse, timestamps), so they make the same checks first.
  *
  * RFC 9293, 3.10.7.4  sequence numbers, acknowledgements
  * RFC 5961, 3 4 5	resets, SYNs, the range of acknowledgements
  * RFC 7323, 5		timestamps (PAWS)
- * RFC 5927, 4		what routers say (ICMP) is about something that is under way
+ * RFC 5927, 4		ICMP errors must quote what is not acknowledged yet
  *
- * A packet that is not believed is dropped, as that end would do, and counted by its kind.
+ * An invalid packet is dropped, as the receiver would do, and counted by its kind.
  */
 #pragma once
 
@@ -21,42 +21,46 @@
 #define LEVEL_QUERY 0 /* BPF_CSUM_LEVEL_QUERY */
 
 /*
- * SUM_BYTES are summed up at once, so often at most: the longest packets that are no aggregates are
- * jumbo frames. Longer ones, made by hand on this host, are not known to be bad.
+ * A checksum is computed over SUM_BYTES at once, in so many steps at most: the longest packets that
+ * are no aggregates are jumbo frames. Longer packets, which only a program on this host can make,
+ * are accepted without a check.
  */
 #define SUM_STEPS 20
 
-/* How far back a packet may be at least: no window is thought to have been smaller. */
-#define LEAST_REACH 65536
+/*
+ * The least that is assumed as a peer's largest window: how far behind a packet may be, at least.
+ */
+#define MIN_LARGEST_WINDOW 65536
 
 /*
- * After so long without a packet a timestamp may have gone round (RFC 7323, 5.5): 36 minutes with a
- * clock of microseconds, as Linux may have one (TCP_PAWS_WRAP).
+ * After so long without a packet the timestamp clock may have wrapped (RFC 7323, 5.5): 36 minutes
+ * with a clock of microseconds, as Linux may have one (TCP_PAWS_WRAP).
  */
-#define RECENT_FOR_S (0x7fffffff / 1000000)
+#define TS_RECENT_VALID_S (0x7fffffff / 1000000)
 
 #define NS_PER_S 1000000000
 
 /*
- * So many bytes may come in packets that say nothing new, beside as many as have come in others,
- * and are thought to have been lost on their way. What is more than that is counted like new ones:
- * the two ends may have agreed to speak so.
+ * So many repeated bytes, beyond as many as were new, are taken for retransmissions of lost
+ * packets. More than that are counted like new bytes: the two ends may have agreed to communicate
+ * in old numbers.
  */
-#define MOST_AGAIN (1 << 20)
+#define MAX_REPEATED_BYTES (1 << 20)
 
-/* What of a segment is believed or not; numbers in those of its sender. */
+/* The parts of a segment that are checked. Numbers are those of its sender. */
 struct segment {
-	__u32 seq, end, ack; /* `end` is behind the FIN, too */
+	__u32 seq, end, ack; /* `end` counts the FIN, too */
 	__u32 tsval;
 	__u8 flags, has_timestamp;
 };
 
 enum verdict {
-	PF_VALID,
-	PF_OLD,	    /* it says nothing new, and is for the other end to answer (a keepalive) */
-	PF_INVALID, /* and up: of the kind that is left if this is taken off */
+	SEGMENT_VALID,
+	SEGMENT_OLD,	 /* it has nothing new (a keepalive): the other end answers it */
+	SEGMENT_INVALID, /* and above: SEGMENT_INVALID plus enum pf_invalid */
 };
 
+/* Count an invalid packet by its kind, in the counters of the pair's worker. */
 inlined void count_invalid(const struct splice *splice, __u32 kind)
 {
 	__u32 word = splice->worker * BLOCK_WORDS + INVALID_FIRST + kind;
@@ -66,7 +70,7 @@ inlined void count_invalid(const struct splice *splice, __u32 kind)
 		__sync_fetch_and_add(count, 1);
 }
 
-/* Move a number forward, never back, also when another CPU does so at the same moment. */
+/* Advance a sequence number, never back, even if another processor does so at the same moment. */
 inlined void advance(__u64 *number, __u32 to)
 {
 	__u64 seen;
@@ -74,7 +78,7 @@ inlined void advance(__u64 *number, __u32 to)
 
 #pragma unroll
 	for (i = 0; i < 2; i++) {
-		seen = volatile_read(*number);
+		seen = READ_ONCE(*number);
 		if (!after(to, (__u32)seen))
 			return;
 		if (__sync_val_compare_and_swap(number, seen, (__u64)to) == seen)
@@ -82,32 +86,35 @@ inlined void advance(__u64 *number, __u32 to)
 	}
 }
 
-/* Whether a peer's packets may come by this interface. */
-inlined int comes_by(const struct splice_direction *way, __u32 interface)
+/* Whether packets of this peer may arrive by this interface. */
+inlined int may_arrive_by(const struct splice_direction *from_peer, __u32 interface)
 {
-	return way->by[0] == interface || way->by[1] == interface || !(way->by[0] | way->by[1]);
+	return from_peer->by[0] == interface || from_peer->by[1] == interface ||
+	       !(from_peer->by[0] | from_peer->by[1]);
 }
 
-/* IPv4: whether the header, of 20 bytes, is as its sender has written it. */
-inlined int is_whole_header(const void *ip)
+/* Whether the checksum of an IPv4 header of 20 bytes is right. */
+inlined int is_ipv4_header_valid(const void *ip)
 {
 	const __u32 *word = ip;
 
-	return fold((__u64)word[0] + word[1] + word[2] + word[3] + word[4]) == 0xffff;
+	return csum_fold((__u64)word[0] + word[1] + word[2] + word[3] + word[4]) == 0xffff;
 }
 
-/* What is known of a packet's checksum. */
+/* State of a packet's checksum. */
 enum sum {
 	PF_SUM_WRONG,
-	PF_SUM_PARTIAL, /* its field has the sum of the pseudo-header, and no more yet */
-	PF_SUM_KNOWN,	/* it was looked at before, and only the packet says what it is */
-	PF_SUM_OTHER,	/* it is right, or not made yet: the kernel has to be told of changes */
+	PF_SUM_PARTIAL, /* the field has the sum of the pseudo-header only (CHECKSUM_PARTIAL) */
+	PF_SUM_KNOWN,	/* verified by the interface or GRO; only the packet's field holds it */
+	PF_SUM_OTHER,	/* right, or not computed yet: changes must go through kernel helpers */
 };
 
 /*
- * A 16-bit field of a packet, at a place that the compiler knows, and which is in front; not 0: it
- * is not. In assembly, as the compiler would keep the place of `data_end` in a register, and the
- * verifier wants it to be in the instruction.
+ * Read a 16-bit field of a packet at a constant offset, in the linear part. Written in assembly:
+ * the compiler would keep the offset of `data_end` in a register, and the verifier requires it in
+ * the instruction.
+ *
+ * Returns 0; not 0: the field is not in the linear part.
  */
 inlined int read_field(struct __sk_buff *skb, const __u32 at, __u16 *field)
 {
@@ -126,46 +133,48 @@ inlined int read_field(struct __sk_buff *skb, const __u32 at, __u16 *field)
 }
 
 /*
- * Whether a packet's checksum is still to be made (CHECKSUM_PARTIAL): then its field stays what it
- * is when `bpf_l4_csum_replace` is told of a change. Below 0: no memory. Packets' pointers are void
- * afterwards, and the packet is what it was.
+ * Whether a packet's checksum is still to be computed (CHECKSUM_PARTIAL): then
+ * `bpf_l4_csum_replace` leaves its field as it is. Pointers into the packet are invalid afterwards;
+ * the packet itself is unchanged.
+ *
+ * Returns 1 or 0; negative: no memory.
  */
-inlined int is_partial(struct __sk_buff *skb, const __u32 field_at, __u16 field)
+inlined int is_csum_partial(struct __sk_buff *skb, const __u32 field_offset, __u16 field)
 {
 	__u16 changed;
 
-	if (bpf_l4_csum_replace(skb, field_at, 0, 1, 0) || read_field(skb, field_at, &changed))
+	if (bpf_l4_csum_replace(skb, field_offset, 0, 1, 0) ||
+	    read_field(skb, field_offset, &changed))
 		return -1;
 	if (changed == field)
 		return 1;
-	return bpf_skb_store_bytes(skb, field_at, &field, 2, 0) ? -1 : 0;
+	return bpf_skb_store_bytes(skb, field_offset, &field, 2, 0) ? -1 : 0;
 }
 
 #ifdef SK_BUFF_CSUM_START
-/* By its number: under its own name bcc takes bpf_probe_read, where it may not read kallsyms. */
+/* By its number: where bcc cannot read kallsyms, it replaces a call by name with bpf_probe_read. */
 static long (*read_kernel)(void *to, __u32 bytes,
 			   const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 #endif
 
 /*
- * Of a CHECKSUM_PARTIAL packet, whether the checksum will be written in front of its field.
+ * Whether the checksum of a CHECKSUM_PARTIAL packet will be written before its checksum field.
  *
- * Where it is summed up from, and where it is written, its sender says, if that is the guest of a
- * virtual machine on this host, or has a packet socket beyond a veth (struct virtio_net_hdr:
- * csum_start, csum_offset; skb_partial_csum_set). It is done when the packet leaves
- * (skb_checksum_help, or the interface does it): behind all that is looked at here, and behind what
- * `rewrite` has changed. So the two bytes must be none of the addresses, ports, numbers and flags,
- * with which the packet would be another connection's than the one that it was believed of. Behind
- * the field is what its sender may say anyway: the urgent pointer (whose flag is taken away),
- * options, payload. No byte is received that its sender has not chosen, and a sum that begins
- * elsewhere is wrong, or its sender has made it right.
+ * The start of the sum and the place of the result are chosen by the sender, if that is the guest
+ * of a virtual machine on this host, or uses a packet socket behind a veth (struct virtio_net_hdr:
+ * csum_start, csum_offset; skb_partial_csum_set). The sum is written when the packet leaves
+ * (skb_checksum_help, or the interface does it): after all checks here, and after `rewrite`. So the
+ * two bytes must not be among the addresses, ports, sequence numbers and flags: the packet would
+ * become one of another connection than the one for which it was checked. Behind the field is only
+ * what the sender may choose anyway: the urgent pointer (whose flag is removed), options, payload.
+ * No byte is received that the sender has not chosen; a sum that starts elsewhere is wrong, or its
+ * sender has made it right.
  *
- * struct __sk_buff has neither of the two numbers, so they are read from struct sk_buff. (What
- * bpf_skb_change_tail refuses to cut off says it on some kernels only: 7.3 and Debian's 6.1.192
- * cut it off.) Where programs may not read the kernel's memory (lockdown=confidentiality), this is
- * not looked at.
+ * struct __sk_buff has neither number, so they are read from struct sk_buff. (Only some kernels
+ * show it by a refusal of bpf_skb_change_tail to cut that part off: 7.3 and Debian's 6.1.192 cut it
+ * off.) Where programs must not read kernel memory (lockdown=confidentiality), this is not checked.
  */
-inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
+inlined int is_csum_written_before_field(struct __sk_buff *skb, const __u32 field_offset)
 {
 #ifdef SK_BUFF_CSUM_START
 	__u32 zero = 0;
@@ -175,36 +184,37 @@ inlined int is_summed_in_front(struct __sk_buff *skb, const __u32 field_at)
 	if (!read || read_kernel(read, 4, (void *)skb + SK_BUFF_CSUM_START) ||
 	    read_kernel(read + 2, 2, (void *)skb + SK_BUFF_NETWORK_HEADER))
 		return 1; /* never */
-	return (__u32)read[0] + read[1] < read[2] + field_at - ETHERNET_BYTES;
+	return (__u32)read[0] + read[1] < read[2] + field_offset - ETHERNET_BYTES;
 #else
 	(void)skb;
-	(void)field_at;
+	(void)field_offset;
 	return 0;
 #endif
 }
 
-/* Whether a packet that has no checksum (UDP over IPv4) would get one written in front of it. */
-inlined int is_summed_elsewhere(struct __sk_buff *skb, const __u32 field_at)
+/* Whether a packet without a checksum (UDP over IPv4) would get one written before its field. */
+inlined int has_misplaced_csum(struct __sk_buff *skb, const __u32 field_offset)
 {
-	int partial = is_partial(skb, field_at, 0);
+	int partial = is_csum_partial(skb, field_offset, 0);
 
-	/* Of a tunnel's datagram what is inside may be PARTIAL: that is behind the field. */
-	return partial < 0 || (partial && is_summed_in_front(skb, field_at));
+	/* In a tunnel's datagram the inner packet may be PARTIAL: its field is behind this one. */
+	return partial < 0 || (partial && is_csum_written_before_field(skb, field_offset));
 }
 
 /*
- * What a checksum is, and whether it is wrong as far as anybody can know.
+ * Verify a checksum, as far as that is possible.
  *
- * An aggregate has been looked at by GRO, which made it, or has none yet (TSO). CHECKSUM_PARTIAL
- * is a packet of this machine, which has none yet either: its field has the sum of the
- * pseudo-header. Nearly all others were looked at by the interface or by GRO
- * (CHECKSUM_UNNECESSARY). What is left is summed up here.
+ * An aggregate was verified by GRO, which has made it, or has no checksum yet (TSO). A
+ * CHECKSUM_PARTIAL packet comes from this machine, and has none yet either: its field has the sum
+ * of the pseudo-header. Nearly all others were verified by the interface or by GRO
+ * (CHECKSUM_UNNECESSARY). The rest is summed up here.
  *
- * `at` is where the summed bytes begin, `field_at` where their checksum is, `sum` what the
- * pseudo-header adds. Packets' pointers are void afterwards; one that is wrong is to be dropped.
+ * `at` is the offset of the summed bytes, `field_offset` that of their checksum, `sum` the sum of
+ * the pseudo-header. Pointers into the packet are invalid afterwards. The caller drops the packet
+ * if PF_SUM_WRONG is returned.
  */
-inlined enum sum judge_sum(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
-			   __u64 sum)
+inlined enum sum check_csum(struct __sk_buff *skb, __u32 at, const __u32 field_offset, __u32 bytes,
+			    __u64 sum)
 {
 	__u64 left = bytes;
 	__u32 zero = 0;
@@ -214,15 +224,15 @@ inlined enum sum judge_sum(struct __sk_buff *skb, __u32 at, const __u32 field_at
 
 	if (!skb->gso_size && bpf_csum_level(skb, LEVEL_QUERY) >= 0)
 		return PF_SUM_KNOWN;
-	if (read_field(skb, field_at, &field))
-		return PF_SUM_WRONG; /* never: the caller has read what is in front */
-	partial = is_partial(skb, field_at, field);
-	if (partial < 0 || (partial && is_summed_in_front(skb, field_at)))
+	if (read_field(skb, field_offset, &field))
+		return PF_SUM_WRONG; /* never: the caller has read the linear part */
+	partial = is_csum_partial(skb, field_offset, field);
+	if (partial < 0 || (partial && is_csum_written_before_field(skb, field_offset)))
 		return PF_SUM_WRONG;
 	if (skb->gso_size)
 		return PF_SUM_OTHER;
 	if (partial)
-		return field == fold(sum) ? PF_SUM_PARTIAL : PF_SUM_WRONG;
+		return field == csum_fold(sum) ? PF_SUM_PARTIAL : PF_SUM_WRONG;
 	piece = map_lookup(MAP_SCRATCH_FD, &zero);
 	if (!piece)
 		return PF_SUM_WRONG; /* never */
@@ -237,182 +247,210 @@ inlined enum sum judge_sum(struct __sk_buff *skb, __u32 at, const __u32 field_at
 	}
 	if (left > SUM_BYTES)
 		return PF_SUM_OTHER;
-	/* From 1 to SUM_BYTES: it is never 0, and the verifier believes it when it is written so.
-	 */
+	/* From 1 to SUM_BYTES: it is never 0, but the verifier needs to see it written so. */
 	left = ((left - 1) & (SUM_BYTES - 1)) + 1;
 	piece[(left - 1) / 4] = 0;
 	if (bpf_skb_load_bytes(skb, at, piece, left))
 		return PF_SUM_WRONG;
 	sum += (__u32)bpf_csum_diff(NULL, 0, piece, ((left - 1) | 3) + 1, 0);
-	return fold(sum) == 0xffff ? PF_SUM_OTHER : PF_SUM_WRONG;
+	return csum_fold(sum) == 0xffff ? PF_SUM_OTHER : PF_SUM_WRONG;
 }
 
-inlined int is_corrupt(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
-		       __u64 sum)
+/* Whether a checksum is known to be wrong. */
+inlined int has_bad_csum(struct __sk_buff *skb, __u32 at, const __u32 field_offset, __u32 bytes,
+			 __u64 sum)
 {
-	return judge_sum(skb, at, field_at, bytes, sum) == PF_SUM_WRONG;
+	return check_csum(skb, at, field_offset, bytes, sum) == PF_SUM_WRONG;
 }
 
 /*
- * The same of ICMP. No host leaves its checksum to be made later: it would be written over what the
- * packet quotes, of which connection it speaks.
+ * Whether an ICMP error has a bad checksum. No host leaves an ICMP checksum to be computed later:
+ * such a packet could have it written over the quoted packet, which says whose connection the error
+ * is about.
  */
-inlined int is_corrupt_error(struct __sk_buff *skb, __u32 at, const __u32 field_at, __u32 bytes,
-			     __u64 sum)
+inlined int has_bad_icmp_csum(struct __sk_buff *skb, __u32 at, const __u32 field_offset,
+			      __u32 bytes, __u64 sum)
 {
-	enum sum found = judge_sum(skb, at, field_at, bytes, sum);
+	enum sum found = check_csum(skb, at, field_offset, bytes, sum);
 
 	return skb->gso_size || found == PF_SUM_WRONG || found == PF_SUM_PARTIAL;
 }
 
-/* What the other end expects next of this peer, as far as it has said: in this peer's numbers. */
-inlined __u32 expected_of(const struct splice_direction *way, const struct splice_direction *back)
+/*
+ * The number that the other end expects next of this peer, as far as it has acknowledged: in this
+ * peer's numbers.
+ */
+inlined __u32 expected_seq(const struct splice_direction *from_peer,
+			   const struct splice_direction *to_peer)
 {
-	__u32 expected = (__u32)volatile_read(back->last_ack) + back->ack_delta;
+	__u32 expected = (__u32)READ_ONCE(to_peer->last_ack) + to_peer->ack_delta;
 
-	/* What came before the beginning our own socket has acknowledged; gigabytes ago, perhaps.
+	/*
+	 * Bytes from before the beginning were acknowledged by our own socket, perhaps gigabytes
+	 * ago.
 	 */
-	if (volatile_read(back->tail_open) && before(expected, way->begin))
-		return way->begin;
+	if (READ_ONCE(to_peer->tail_open) && before(expected, from_peer->begin))
+		return from_peer->begin;
 	return expected;
 }
 
-/* How far this peer may have got: what has been sent to it, in numbers of what it acknowledges. */
-inlined __u32 sent_to(const struct splice_direction *way, const struct splice_direction *back)
+/* The end of what was sent to this peer: the highest number that it may acknowledge. */
+inlined __u32 sent_end(const struct splice_direction *from_peer,
+		       const struct splice_direction *to_peer)
 {
-	__u32 sent = (__u32)volatile_read(way->sent);
+	__u32 sent = (__u32)READ_ONCE(from_peer->sent);
 
-	return before(sent, way->tail) ? sent
-				       : (__u32)volatile_read(back->last_end) + back->seq_delta;
+	return before(sent, from_peer->tail)
+		       ? sent
+		       : (__u32)READ_ONCE(to_peer->last_end) + to_peer->seq_delta;
 }
 
 /*
- * Whether a reset has the number that the other end expects next, or will when it has all that was
- * sent; or the one in front of a FIN that has come, as macOS sends it.
+ * Whether a reset has the number that the other end expects next, or will expect once it has
+ * received everything that was sent; or the number in front of a FIN that was received, as macOS
+ * sends it.
  */
-inlined int is_exact_reset(__u32 seq, const struct splice_direction *way,
-			   const struct splice_direction *back)
+inlined int is_reset_seq_exact(__u32 seq, const struct splice_direction *from_peer,
+			       const struct splice_direction *to_peer)
 {
-	return seq == expected_of(way, back) || seq == (__u32)volatile_read(way->last_end) ||
-	       (volatile_read(way->fin) && seq == way->fin_seq - 1);
+	return seq == expected_seq(from_peer, to_peer) ||
+	       seq == (__u32)READ_ONCE(from_peer->last_end) ||
+	       (READ_ONCE(from_peer->fin) && seq == from_peer->fin_seq - 1);
 }
 
-inlined int is_stale(const struct segment *segment, const struct splice_direction *way)
+/* Whether a segment's timestamp is older than the latest one in order (PAWS). */
+inlined int fails_paws(const struct segment *segment, const struct splice_direction *from_peer)
 {
-	/* A tick of disorder is let through, as Linux does. */
-	return segment->has_timestamp && way->recent && before(segment->tsval + 1, way->recent) &&
-	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - way->recent_s < RECENT_FOR_S;
+	/* Reordering by one tick is accepted, as in Linux. */
+	return segment->has_timestamp && from_peer->recent &&
+	       before(segment->tsval + 1, from_peer->recent) &&
+	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->recent_s < TS_RECENT_VALID_S;
 }
 
-/* An acknowledging segment, neither SYN nor RST. */
-inlined int judge(const struct segment *segment, const struct splice_direction *way,
-		  const struct splice_direction *back)
+/*
+ * Check a segment that is neither SYN nor RST. Returns enum verdict, or SEGMENT_INVALID plus the
+ * kind.
+ */
+inlined int check_segment(const struct segment *segment, const struct splice_direction *from_peer,
+			  const struct splice_direction *to_peer)
 {
-	__u32 expected = expected_of(way, back);
+	__u32 expected = expected_seq(from_peer, to_peer);
 
-	/* A probe of a window of zero begins at its edge, or right in front of it. */
-	if (after(segment->seq, (__u32)volatile_read(way->limit)) ||
-	    before(segment->end, expected - way->reach) ||
-	    (volatile_read(way->fin) && after(segment->end, way->fin_seq)))
-		return PF_INVALID + PF_INVALID_SEQUENCE;
-	if (after(segment->ack, sent_to(way, back)) ||
-	    before(segment->ack, (__u32)volatile_read(way->last_ack) - back->reach))
-		return PF_INVALID + PF_INVALID_ACKNOWLEDGEMENT;
-	if (is_stale(segment, way))
-		return PF_INVALID + PF_INVALID_TIMESTAMP;
-	return before(segment->end, expected) ? PF_OLD : PF_VALID;
+	/* A zero-window probe begins at the edge of the window, or right in front of it. */
+	if (after(segment->seq, (__u32)READ_ONCE(from_peer->limit)) ||
+	    before(segment->end, expected - from_peer->reach) ||
+	    (READ_ONCE(from_peer->fin) && after(segment->end, from_peer->fin_seq)))
+		return SEGMENT_INVALID + PF_INVALID_SEQUENCE;
+	if (after(segment->ack, sent_end(from_peer, to_peer)) ||
+	    before(segment->ack, (__u32)READ_ONCE(from_peer->last_ack) - to_peer->reach))
+		return SEGMENT_INVALID + PF_INVALID_ACKNOWLEDGEMENT;
+	if (fails_paws(segment, from_peer))
+		return SEGMENT_INVALID + PF_INVALID_TIMESTAMP;
+	return before(segment->end, expected) ? SEGMENT_OLD : SEGMENT_VALID;
 }
 
-/* What has come of a peer's FIN is what `next` says; 1: it was not known before. */
-inlined int settle_fin(struct splice_direction *way)
+/*
+ * Set `fin` when a peer's FIN is due and no byte in front of it is missing. Returns 1 if it was set
+ * now.
+ */
+inlined int update_fin(struct splice_direction *from_peer)
 {
-	if (!volatile_read(way->fin_due) || volatile_read(way->fin))
+	if (!READ_ONCE(from_peer->fin_due) || READ_ONCE(from_peer->fin))
 		return 0;
-	if ((__u32)volatile_read(way->next) == way->fin_seq - 1) {
-		__sync_fetch_and_add(&way->fin, 1);
+	if ((__u32)READ_ONCE(from_peer->next) == from_peer->fin_seq - 1) {
+		__sync_fetch_and_add(&from_peer->fin, 1);
 		return 1;
 	}
-	/* Bytes have come where the end should be: that was no FIN of this peer's. */
-	if (after((__u32)volatile_read(way->next), way->fin_seq - 1))
-		way->fin_due = 0;
+	/* There are bytes behind the supposed FIN: it was not sent by this peer. */
+	if (after((__u32)READ_ONCE(from_peer->next), from_peer->fin_seq - 1))
+		from_peer->fin_due = 0;
 	return 0;
 }
 
 /*
- * Remember what a valid segment says of its sender's own bytes; 1: its FIN is known from now on.
- * `segment->end` is behind the FIN.
+ * Record a valid segment: its sender's timestamp, sequence numbers and FIN. Returns 1 if the FIN is
+ * complete from now on.
+ *
+ * `segment->end` counts the FIN, too.
  */
-inlined int take_in(const struct segment *segment, struct splice_direction *way,
-		    const struct splice_direction *back)
+inlined int record_segment(const struct segment *segment, struct splice_direction *from_peer,
+			   const struct splice_direction *to_peer)
 {
-	__u32 limit = (__u32)volatile_read(way->limit), expected = expected_of(way, back);
+	__u32 limit = (__u32)READ_ONCE(from_peer->limit),
+	      expected = expected_seq(from_peer, to_peer);
 	__u32 end = segment->end - (segment->flags & FIN);
 
 	if (segment->has_timestamp && !after(segment->seq, expected) &&
-	    !before(segment->tsval, way->recent)) {
-		way->recent = segment->tsval;
-		way->recent_s = way->heard_s; /* which was noted a moment ago, see note_heard */
+	    !before(segment->tsval, from_peer->recent)) {
+		from_peer->recent = segment->tsval;
+		from_peer->recent_s =
+			from_peer->heard_s; /* set by note_last_received() a moment ago */
 	}
-	advance(&way->last_end, segment->end);
-	if ((segment->flags & FIN) && !volatile_read(way->fin) &&
-	    !before(end, (__u32)volatile_read(way->next))) {
-		way->fin_seq = segment->end;
-		way->fin_due = 1;
+	advance(&from_peer->last_end, segment->end);
+	if ((segment->flags & FIN) && !READ_ONCE(from_peer->fin) &&
+	    !before(end, (__u32)READ_ONCE(from_peer->next))) {
+		from_peer->fin_seq = segment->end;
+		from_peer->fin_due = 1;
 	}
-	/* What is behind the window the other end need not take. */
+	/* The other end may discard bytes behind its window. */
 	if (after(end, limit))
 		end = limit;
-	if (!after(segment->seq, (__u32)volatile_read(way->next)))
-		advance(&way->next, end);
-	return settle_fin(way);
+	if (!after(segment->seq, (__u32)READ_ONCE(from_peer->next)))
+		advance(&from_peer->next, end);
+	return update_fin(from_peer);
 }
 
 /*
- * Remember what the other end has acknowledged of this peer's bytes, in this peer's numbers; 1: the
- * FIN, or the acknowledgement of it, is known from now on.
+ * Record what the other end has acknowledged of this peer's bytes, in this peer's numbers. Returns
+ * 1 if the FIN, or its acknowledgement, is known from now on.
  */
-inlined int take_acknowledgement(struct splice_direction *way, __u32 acked)
+inlined int record_acknowledgement(struct splice_direction *from_peer, __u32 acked)
 {
 	int tell_worker = 0;
 
-	if (volatile_read(way->fin_due) && acked == way->fin_seq) {
-		advance(&way->next, acked - 1);
-		tell_worker = settle_fin(way);
-		if (volatile_read(way->fin) && !way->fin_acked) {
-			way->fin_acked = 1;
+	if (READ_ONCE(from_peer->fin_due) && acked == from_peer->fin_seq) {
+		advance(&from_peer->next, acked - 1);
+		tell_worker = update_fin(from_peer);
+		if (READ_ONCE(from_peer->fin) && !from_peer->fin_acked) {
+			from_peer->fin_acked = 1;
 			tell_worker = 1;
 		}
 		return tell_worker;
 	}
-	advance(&way->next, acked);
-	return settle_fin(way);
+	advance(&from_peer->next, acked);
+	return update_fin(from_peer);
 }
 
-/* Whether more has come again than can have been lost. */
-inlined int has_too_much_again(const struct splice_direction *way)
+/* Whether more bytes were repeated than can have been lost. */
+inlined int has_excess_repeats(const struct splice_direction *from_peer)
 {
-	return volatile_read(way->again) > way->bytes + MOST_AGAIN;
+	return READ_ONCE(from_peer->again) > from_peer->bytes + MAX_REPEATED_BYTES;
 }
 
-/* What a direction has carried, as `show` says it. It never gets less. */
-inlined __u64 shown_bytes(const struct splice_direction *way)
+/* The bytes that a direction has carried, as `show` prints them. The number never decreases. */
+inlined __u64 visible_bytes(const struct splice_direction *from_peer)
 {
-	return has_too_much_again(way) ? way->again - MOST_AGAIN : way->bytes;
+	return has_excess_repeats(from_peer) ? from_peer->again - MAX_REPEATED_BYTES
+					     : from_peer->bytes;
 }
 
-/* Bytes of a peer that have come, for `show`; 1: more than before. A FIN is no byte. */
-inlined int count_bytes(struct splice_direction *way)
+/*
+ * Count the bytes of a peer that have arrived, for `show`. A FIN is no byte. Returns 1 if they are
+ * more than before.
+ */
+inlined int count_bytes(struct splice_direction *from_peer)
 {
-	__u64 seen = volatile_read(way->bytes), counted = seen;
+	__u64 seen = READ_ONCE(from_peer->bytes), counted = seen;
 
-	counted += (__s64)(__s32)((__u32)volatile_read(way->next) - (way->begin + (__u32)seen));
+	counted += (__s64)(__s32)((__u32)READ_ONCE(from_peer->next) -
+				  (from_peer->begin + (__u32)seen));
 	if ((__s64)(counted - seen) <= 0)
 		return 0;
 	/*
-	 * Not added, and not stored over what another processor has counted meanwhile: both know
-	 * where the bytes end, and it may be further. If it is not, the next packet counts the
-	 * rest.
+	 * Compare and exchange, instead of an add or a store over the count of another processor:
+	 * both processors know where the bytes end, and the other one may know of more. If it does
+	 * not, the next packet counts the rest.
 	 */
-	__sync_val_compare_and_swap(&way->bytes, seen, counted);
+	__sync_val_compare_and_swap(&from_peer->bytes, seen, counted);
 	return 1;
 }

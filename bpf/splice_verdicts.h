@@ -1,5 +1,5 @@
 /*
- * What becomes of a packet at an interface: it is left to the stack, dropped, or sent on.
+ * Verdicts at an interface: a packet is left to the stack, dropped, or forwarded.
  */
 #pragma once
 
@@ -12,14 +12,14 @@
 #define NEXT -1 /* TCX_NEXT: the next program at this interface, then the stack */
 #define DROP 2	/* TCX_DROP */
 
-/* What is sent on begins a new life: the peer has not reckoned with the way behind us. */
+/* The hop limit of a forwarded packet: its sender did not count the hops up to this host. */
 #define HOPS 64
 
 /*
- * On the copy of a packet that is for our own socket: it has been looked at already. Its mark is
- * that number, and its hash the other one, as others on this host may change marks (a program in
- * front of `ingress`, or behind `egress` on `lo`; nftables). Each load has numbers of its own,
- * which nobody can know.
+ * Marks of the copy of a checked packet, which is for our own socket. FOR_OUR_SOCKET is its
+ * skb->mark, ALSO_FOR_OUR_SOCKET its skb->hash: other programs on this host may change marks (one
+ * in front of `ingress`, or behind `egress` on `lo`; nftables). Each load has random numbers of its
+ * own, which no one else knows.
  */
 #ifndef FOR_OUR_SOCKET
 #define FOR_OUR_SOCKET	    0x5046
@@ -30,46 +30,52 @@
 static int (*redirect_neigh)(__u32 interface, void *next_hop, int bytes,
 			     __u64 flags) = (void *)BPF_FUNC_redirect_neigh;
 
-/* A rewritten packet goes on: up the stack of this host, or out. */
-inlined int send_on(__u32 interface)
+/*
+ * Forward a rewritten packet: returns the verdict of a redirect to `interface`, or NEXT if that is
+ * 0: up the stack of this host.
+ */
+inlined int forward_by(__u32 interface)
 {
 	return interface ? redirect_neigh(interface, NULL, 0, 0) : NEXT;
 }
 
 /*
- * How many hops a packet may still make; the caller has looked that the IP header is there. Not 0:
- * no memory, and it is what it was. Packets' pointers are void afterwards.
+ * Set the hop limit of a packet; the caller has checked that the IP header is there. Pointers into
+ * the packet are invalid afterwards.
+ *
+ * Returns 0; not 0: no memory, and the packet is unchanged.
  */
 inlined int set_hops(struct __sk_buff *skb, __u8 hops, const int v6)
 {
 	struct {
 		__u8 hops, protocol;
 		__u16 checksum;
-	} four;
+	} fields;
 	__u64 sum;
 
 	if (v6)
-		return bpf_skb_store_bytes(skb, HOPS_AT(1), &hops, 1, BPF_F_RECOMPUTE_CSUM);
-	if (bpf_skb_load_bytes(skb, HOPS_AT(0), &four, 4))
+		return bpf_skb_store_bytes(skb, HOPS_OFFSET(1), &hops, 1, BPF_F_RECOMPUTE_CSUM);
+	if (bpf_skb_load_bytes(skb, HOPS_OFFSET(0), &fields, 4))
 		return -1;
-	sum = (__u16)~four.checksum;
-	sum += (__u16)~bpf_htons((__u16)four.hops << 8);
+	sum = (__u16)~fields.checksum;
+	sum += (__u16)~bpf_htons((__u16)fields.hops << 8);
 	sum += (__u16)bpf_htons((__u16)hops << 8);
-	four.hops = hops;
-	four.checksum = (__u16)~fold(sum);
-	return bpf_skb_store_bytes(skb, HOPS_AT(0), &four, 4, 0);
+	fields.hops = hops;
+	fields.checksum = (__u16)~csum_fold(sum);
+	return bpf_skb_store_bytes(skb, HOPS_OFFSET(0), &fields, 4, 0);
 }
 
 /*
- * Whether it is such a copy. The hash alone, which interfaces make of addresses and ports, could be
- * that by chance, for all packets of a connection; but none of these has made all its hops.
+ * Whether a packet is such a copy. The hash alone, which interfaces compute from addresses and
+ * ports, could have this value by chance for all packets of a connection; but a packet of a peer
+ * has never used up its hops.
  */
 inlined int is_copy(const struct __sk_buff *skb, __u8 hops)
 {
 	return skb->mark == FOR_OUR_SOCKET || (!hops && skb->hash == ALSO_FOR_OUR_SOCKET);
 }
 
-/* A copy is a packet as any other from here on. Packets' pointers are void afterwards. */
+/* Remove the marks of a copy. Pointers into the packet are invalid afterwards. */
 inlined void unmark_copy(struct __sk_buff *skb, const int v6)
 {
 	skb->mark = 0;
@@ -78,26 +84,28 @@ inlined void unmark_copy(struct __sk_buff *skb, const int v6)
 }
 
 /*
- * A copy for our own socket: it comes in again, with our marks. Packets' pointers are void
- * afterwards, and the packet has no hops left: the caller, which sends it on, sees to that.
+ * Send a copy of the packet to our own socket: the copy arrives at `ingress` again, with our marks.
+ * Pointers into the packet are invalid afterwards, and the packet itself has a hop limit of 0: the
+ * caller forwards it, which sets the limit.
  *
- * Of a packet without hops there is none. A host sends no such packet (RFC 1122, 3.2.1.7): it is a
- * copy whose marks somebody has taken away, or a router's that cannot count. So there is one copy
- * of a packet, also if its marks change on its way to us; else there would be one more each time
- * that it comes.
+ * A packet that arrived with a hop limit of 0 is not copied. Hosts do not send such packets (RFC
+ * 1122, 3.2.1.7): it is either a copy that has lost its marks, or comes from a faulty router. So
+ * there is one copy of a packet, even if another program changes its marks on its way to us;
+ * otherwise each arrival would make one more.
  *
- * On `lo` it is sent once more. A packet has its route with it there, from where it was sent, and a
- * copy that is put right in front of the stack has lost that. The stack would look for one, but
- * from and to addresses of this host it finds none (ip_route_input_slow: a martian), and drops the
- * copy; unless its socket remembers a route (sk_rx_dst). One that has connected does not before
- * anything but its handshake has come, and none does whose host has had its routes changed since.
+ * On `lo` the copy is sent (egress) instead. A packet on `lo` carries its route from where it was
+ * sent, and a copy that is put right in front of the stack has lost it. The stack would look a
+ * route up, finds none from and to addresses of this host (ip_route_input_slow: a martian), and
+ * drops the copy, unless the socket has cached a route (sk_rx_dst). A socket that has connected
+ * caches none before anything but its handshake has arrived, and no socket has one whose host has
+ * changed its routes since.
  */
-inlined void copy_to_our_socket(struct __sk_buff *skb, __u8 hops, const int v6)
+inlined void copy_to_own_socket(struct __sk_buff *skb, __u8 hops, const int v6)
 {
 	__u32 mark = skb->mark, hash = skb->hash;
 
 	if (!hops || set_hops(skb, 0, v6))
-		return; /* the second: no memory, as if the copy had been lost */
+		return; /* the second: no memory, as if the copy was lost */
 	skb->mark = FOR_OUR_SOCKET;
 	bpf_set_hash(skb, ALSO_FOR_OUR_SOCKET);
 	bpf_clone_redirect(skb, skb->ifindex, skb->ifindex == LOOPBACK ? 0 : BPF_F_INGRESS);
@@ -109,31 +117,32 @@ inlined void copy_to_our_socket(struct __sk_buff *skb, __u8 hops, const int v6)
 }
 
 /*
- * An error (ICMP) that is passed on comes from us, as far as the sender knows that `from` is the
- * key of; the caller has looked that the IP header is there. What the addresses add to the checksum
- * of ICMPv6.
+ * Give a translated ICMP error the addresses of this host as its receiver knows them: `from` is the
+ * key of that receiver's packets. The caller has checked that the IP header is there.
+ *
+ * Returns what the new addresses add to the checksum of ICMPv6.
  */
-inlined __u64 answer_from_us(void *data, const struct splice_key *from, const int v6)
+inlined __u64 address_icmp_error(void *data, const struct splice_key *from, const int v6)
 {
-	struct ipv4 *four = data + ETHERNET_BYTES;
-	struct ipv6 *six = data + ETHERNET_BYTES;
+	struct ipv4 *iph = data + ETHERNET_BYTES;
+	struct ipv6 *ip6h = data + ETHERNET_BYTES;
 	__u64 addresses = 0;
 	int i;
 
 	if (v6) {
 #pragma unroll
 		for (i = 0; i < 4; i++) {
-			put(&six->source[i], from->target[i], &addresses);
-			put(&six->target[i], from->source[i], &addresses);
+			set_field(&ip6h->source[i], from->target[i], &addresses);
+			set_field(&ip6h->target[i], from->source[i], &addresses);
 		}
-		six->hops = HOPS;
+		ip6h->hops = HOPS;
 		return addresses;
 	}
-	put(&four->source, from->target[3], &addresses);
-	put(&four->target, from->source[3], &addresses);
-	addresses += (__u16)~bpf_htons((__u16)four->ttl << 8);
+	set_field(&iph->source, from->target[3], &addresses);
+	set_field(&iph->target, from->source[3], &addresses);
+	addresses += (__u16)~bpf_htons((__u16)iph->ttl << 8);
 	addresses += (__u16)bpf_htons(HOPS << 8);
-	four->ttl = HOPS;
-	four->checksum = (__u16)~fold((__u64)(__u16)~four->checksum + fold(addresses));
+	iph->ttl = HOPS;
+	iph->checksum = (__u16)~csum_fold((__u64)(__u16)~iph->checksum + csum_fold(addresses));
 	return addresses;
 }
