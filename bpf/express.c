@@ -1,20 +1,22 @@
 /*
- * Rules that are decided in the kernel, by a connection's first packet. So far this is the decision
- * alone: no datapath attaches it, and the only program is run by tests (BPF_PROG_TEST_RUN).
+ * Rules that are decided in the kernel, by a connection's first packet. This file has the decision
+ * alone, for tests (BPF_PROG_TEST_RUN): it is attached nowhere.
  *
- * judge    what the table of a listener says of first bytes: the place of a rule, or -1
+ * judge    which rule of a listener's table takes a connection with these first bytes: the rule's
+ *          index, or -1
  */
 #include <uapi/linux/bpf.h>
 
 #include "express_rules.h"
 
-/* In front of the first bytes, in a packet for `judge`. */
+/* Precedes the first bytes in a packet for `judge`. */
 struct question {
 	__u32 table;
 	__u8 family, padding[3];
 	__u8 client[16];
 };
 
+/* Run `decide` on a packet that a test gives. Returns the rule's index, or -1. */
 int judge(struct __sk_buff *skb)
 {
 	struct express_network_key network = {};

@@ -1,39 +1,39 @@
 /*
- * What express.c and userspace share: the rules of a listener as a table. Data only;
+ * The rules of a listener as a table, which express_rules.h shares with userspace. Data only;
  * pyforwarder/datapath/express/abi.py mirrors it. pyforwarder/core/express/ makes the tables, and
- * tells in Python what the program does with them.
+ * describes in Python what the program does with them.
  *
- * Every condition that rules make is a bit. What is known of a packet are two sets of bits: the
- * conditions that hold, and those that fail; what is in neither cannot be told.
+ * Each condition of the rules is a bit. Two sets of bits say what is known of a packet: the
+ * conditions that hold, and those that fail. A condition in neither set is unknown.
  */
 #pragma once
 
 #define PF_EXPRESS_VERSION 1
 
-#define PF_EXPRESS_BYTES	4096 /* of a first packet that are looked at */
+#define PF_EXPRESS_BYTES	4096 /* of a first packet that are read */
 #define PF_EXPRESS_NAME_BYTES	128  /* of a server name or host */
 #define PF_EXPRESS_EXTENSIONS	32   /* of a ClientHello */
 #define PF_EXPRESS_ALPN_NAMES	16
-#define PF_EXPRESS_ALPN_BYTES	32   /* of a protocol's name that rules ask for */
-#define PF_EXPRESS_HEAD_BYTES	1024 /* of a request's head, its empty line included */
+#define PF_EXPRESS_ALPN_BYTES	32   /* of a protocol name that rules compare */
+#define PF_EXPRESS_HEAD_BYTES	1024 /* of the head of a request, the empty line included */
 #define PF_EXPRESS_METHOD_BYTES 24   /* of a request's method */
 #define PF_EXPRESS_METHODS	16
 #define PF_EXPRESS_CLAUSES	64
 #define PF_EXPRESS_PREFIXES	64
-#define PF_EXPRESS_WORDS	8 /* of 8 bytes: so much of a packet do prefixes speak of */
+#define PF_EXPRESS_WORDS	8 /* of 8 bytes: the part of a packet that prefixes compare */
 
-/* What a name stands in (`kind` of a key). */
+/* Where a name was read (`kind` of a key). */
 #define PF_EXPRESS_IN_HELLO   1
 #define PF_EXPRESS_IN_REQUEST 2
 #define PF_EXPRESS_IN_ALPN    3
 
-/* States of the automaton that reads a request's head, those that the program knows by name. */
+/* The states of the automaton for a request's head that the program knows by name. */
 #define PF_EXPRESS_NO_REQUEST 0
 #define PF_EXPRESS_UNKNOWN    1
-#define PF_EXPRESS_READ	      3 /* the last in which nothing more is looked at */
+#define PF_EXPRESS_READ	      3 /* the last final state: reading stops at states up to this */
 #define PF_EXPRESS_START      4
 #define PF_EXPRESS_METHOD     5
-#define PF_EXPRESS_LINE	      18 /* the first behind the request line */
+#define PF_EXPRESS_LINE	      18 /* the first state behind the request line */
 #define PF_EXPRESS_HOST	      29
 #define PF_EXPRESS_STATES     64
 #define PF_EXPRESS_CLASSES    32
@@ -43,15 +43,15 @@ struct express_grammar {
 	__u8 following[PF_EXPRESS_STATES * PF_EXPRESS_CLASSES];
 };
 
-/* One of the alternatives of a condition on fixed bytes, as they lie in memory. */
+/* One alternative of a condition on fixed bytes, in memory order. */
 struct express_prefix {
 	__u64 bit;
 	__u64 value[PF_EXPRESS_WORDS], mask[PF_EXPRESS_WORDS];
-	__u32 end; /* of its bytes in the packet */
+	__u32 end; /* offset in the packet behind its last byte */
 	__u32 padding;
 };
 
-/* When all these hold and those fail, the rule takes the connection. */
+/* The rule takes a connection if all conditions in `holds` hold, and all in `fails` fail. */
 struct express_clause {
 	__u64 holds, fails;
 	__u32 rule;
@@ -59,18 +59,18 @@ struct express_clause {
 };
 
 struct express_method {
-	__u64 bits; /* of the conditions that it fulfils */
+	__u64 bits; /* of the conditions that this method fulfils */
 	__u32 bytes;
 	__u8 text[PF_EXPRESS_METHOD_BYTES];
 	__u32 padding;
 };
 
 struct express_table {
-	__u64 targets; /* bits of rules whose server the program can connect to */
-	__u64 hello;   /* from here on bits of conditions: a ClientHello begins */
+	__u64 targets; /* bits of the rules whose server the program can connect to */
+	__u64 hello;   /* from here on bits of conditions; this one: a ClientHello begins */
 	__u64 server_names, alpn, hosts, networks, prefixes, requests;
-	__u64 any_method; /* of `requests`, those that take every method */
-	__u32 most_bytes; /* a longer first packet is more than the rules look at */
+	__u64 any_method; /* those of `requests` that accept any method */
+	__u32 most_bytes; /* a longer first packet is left to userspace */
 	__u32 clause_count, prefix_count, method_count;
 	struct express_method method[PF_EXPRESS_METHODS];
 	struct express_clause clause[PF_EXPRESS_CLAUSES];
@@ -78,9 +78,9 @@ struct express_table {
 };
 
 /*
- * Key of the map of names (LPM_TRIE), to the bits of the conditions that such a name fulfils. The
- * name stands there backwards, so that an ending is a prefix; whole names end in a NUL. That of a
- * protocol (ALPN), which may have any bytes, stands forwards behind its length.
+ * Key of the map of names (LPM_TRIE), whose values are the bits of the conditions that such a name
+ * fulfils. A name is stored backwards, so that a domain suffix is a prefix; a whole name ends in a
+ * NUL. A protocol name (ALPN), which may contain any bytes, is stored forwards, behind its length.
  */
 struct express_name_key {
 	__u32 prefix_bits;

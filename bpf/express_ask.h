@@ -1,5 +1,6 @@
 /*
- * A server is asked: a place is taken and filled, and the client's packet becomes a SYN.
+ * Opening of a connection to a server: a place is taken from the queue and filled, and the client's
+ * packet becomes a SYN to the server.
  */
 #pragma once
 
@@ -24,8 +25,8 @@ static long (*queue_pop)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem
 	bpf_map_update_elem_((uintptr_t)bpf_pseudo_fd(1, fd), key, value, BPF_NOEXIST)
 
 /*
- * Read a byte of each of its lines. It was used long ago, and is in no cache: so the lines come all
- * at once, and not one after the other.
+ * Read a byte of each cache line of an object that was used long ago, and is in no cache: so the
+ * lines are loaded at once, and not one after the other.
  */
 #define prefetch(start, bytes)                                                       \
 	do {                                                                         \
@@ -34,85 +35,99 @@ static long (*queue_pop)(void *map, void *value) = (void *)BPF_FUNC_map_pop_elem
 			(volatile __u8 *)((void *)(start) + line);                   \
 	} while (0)
 
-/* A SYN to the server, out of any packet. */
+/*
+ * Turn any packet into the SYN to the server, and forward it. Returns the verdict of the redirect,
+ * or DROP if memory is short: the client repeats its bytes.
+ */
 inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		     __u32 tsval, __u32 known, const int v6)
+		     __u32 tsval, __u32 csum_state, const int v6)
 {
-	struct made *made = to_make(known);
+	struct new_packet *packet = new_packet(csum_state);
 
-	if (!made)
+	if (!packet)
 		return DROP; /* never */
-	to_server(made, splice);
-	made->seq = ask->i0;
-	made->flags = SYN;
-	made->option_words = 5;
-	made->window = ask->window > 65535 ? 65535 : ask->window;
-	made->option[0] = bpf_htonl(0x02040000 | ask->mss);
-	made->option[1] = bpf_htonl(ask->has_sack ? 0x04020101 : NO_OP_WORD);
-	made->option[2] = made->option[3] = bpf_htonl(NO_OP_WORD);
-	made->option[4] =
+	address_to_server(packet, splice);
+	packet->seq = ask->i0;
+	packet->flags = SYN;
+	packet->option_words = 5;
+	packet->window = ask->window > 65535 ? 65535 : ask->window;
+	packet->option[0] = bpf_htonl(0x02040000 | ask->mss);
+	packet->option[1] = bpf_htonl(ask->has_sack ? 0x04020101 : NO_OP_WORD);
+	packet->option[2] = packet->option[3] = bpf_htonl(NO_OP_WORD);
+	packet->option[4] =
 		bpf_htonl(ask->has_scale ? 0x01030300u | (ask->client_scale & 15) : NO_OP_WORD);
 	if (ask->has_timestamps) {
-		made->option[1] = bpf_htonl(ask->has_sack ? 0x0402080a : TIMESTAMP_WORD);
-		made->option[2] = bpf_htonl(tsval + splice->way[PF_UP].tsval_delta);
-		made->option[3] = 0;
+		packet->option[1] = bpf_htonl(ask->has_sack ? 0x0402080a : TIMESTAMP_WORD);
+		packet->option[2] = bpf_htonl(tsval + splice->way[PF_UP].tsval_delta);
+		packet->option[3] = 0;
 	}
-	if (make(skb, made, v6)) {
-		count(PF_COUNT_FAILED);
-		return DROP; /* the client sends its bytes again, and they become a SYN then */
+	if (build_packet(skb, packet, v6)) {
+		count_event(PF_COUNT_FAILED);
+		return DROP; /* the client repeats its bytes, which become a SYN then */
 	}
-	return send_on(splice->way[PF_UP].interface);
+	return forward_by(splice->way[PF_UP].interface);
 }
 
-/* The rules have said which server: ask it. */
+/*
+ * Open a connection to the server that the rules have chosen.
+ *
+ * Returns the verdict of the SYN's redirect. NEXT if that is impossible: the client's bytes go up
+ * the stack, and a worker gets the connection. DROP if another processor is opening the same
+ * connection.
+ */
 inlined int ask_server(struct __sk_buff *skb, const int v6)
 {
-	struct asking *asking = asking_of();
+	struct request_context *context = get_context();
 	struct splice_key key;
-	struct seen seen;
+	struct parsed_segment parsed;
 	struct splice_flow flow = {};
 	struct express_listener *listener;
 	struct express_target *target;
 	struct express_ask *ask;
 	struct splice *splice;
-	struct splice_direction *way, *back;
+	struct splice_direction *up, *down;
 	__u32 place = 0, index, number, i, rule, options, out, segment;
 	__u64 now_ns, word, secret;
-	int said;
+	int result;
 
-	if (!asking)
+	if (!context)
 		return NEXT; /* never */
-	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asking->listener);
-	if (!listener || listener->table != asking->table)
-		return NEXT; /* it has got other rules just now */
-	key = asking->key;
-	seen = asking->seen;
-	options = asking->options;
-	rule = asking->rule;
-	hide(rule);
+	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &context->listener);
+	if (!listener || listener->table != context->table)
+		return NEXT; /* its rules have just been replaced */
+	key = context->key;
+	parsed = context->parsed;
+	options = context->options;
+	rule = context->rule;
+	barrier_var(rule);
 	rule &= PF_EXPRESS_RULES - 1;
-	/* It may have been told another MSS than in `begin`. */
-	segment = segment_of(listener);
-	if (!fits(seen.bytes, segment)) {
-		count(PF_COUNT_LONG);
+	/* The listener's MSS may have changed since `check_first_bytes` has read it. */
+	segment = max_saved_segment(listener);
+	if (!fits(parsed.bytes, segment)) {
+		count_event(PF_COUNT_LONG);
 		return NEXT;
 	}
-	number = asking->target;
+	number = context->target;
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
 	if (!target)
 		return NEXT; /* never */
 	now_ns = bpf_ktime_get_ns();
-	/* Once: the keeper may forget the way meanwhile, and 0 would be a way to `lo`. */
-	out = volatile_read(target->out);
-	/* From `lo` out would need an answer to `lo` that our stack would not take. */
-	if (!out || volatile_read(target->not_before_ns) > now_ns ||
-	    (skb->ifindex == LOOPBACK && out != LOOPBACK) || asking->mss < LEAST_MSS ||
+	/*
+	 * Read once: the keeper may remove the target meanwhile, and interface 0 would mean `lo`.
+	 */
+	out = READ_ONCE(target->out);
+	/*
+	 * A client on `lo` with a server elsewhere: our stack would not accept the answers that had
+	 * to be redirected to `lo`.
+	 */
+	if (!out || READ_ONCE(target->not_before_ns) > now_ns ||
+	    (skb->ifindex == LOOPBACK && out != LOOPBACK) || context->mss < MIN_MSS ||
 	    listener->told_mss > target->mss) {
-		count(PF_COUNT_NO_TARGET);
+		count_event(PF_COUNT_NO_TARGET);
 		return NEXT;
 	}
 	if (queue_pop(map_pointer(MAP_EXPRESS_PLACES_FD), &place)) {
-		count(PF_COUNT_NO_PORT);
+		count_event(PF_COUNT_NO_PORT);
 		return NEXT;
 	}
 	index = place + FIRST_SPLICE;
@@ -122,84 +137,85 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 		return NEXT; /* never */
 	prefetch(splice, sizeof(*splice));
 	prefetch(ask, 256);
-	/* Ours alone from here on, as long as no packet finds it. */
+	/* From here on no other program changes the place, as long as no packet finds it. */
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
-	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_FILLING;
+	WRITE_ONCE(ask->word, word | PF_EXPRESS_FILLING);
 	ask->begun_ns = now_ns;
-	ask->c0 = seen.seq - 1;
-	ask->k0 = seen.ack - 1;
-	secret = keyed(target->source, target->server, bpf_htons((__u16)(FIRST_PORT + place)),
-		       target->port);
+	ask->c0 = parsed.seq - 1;
+	ask->k0 = parsed.ack - 1;
+	secret = siphash_addresses(target->source, target->server,
+				   bpf_htons((__u16)(FIRST_PORT + place)), target->port);
 	ask->i0 = (__u32)(now_ns >> 6) + (__u32)secret;
-	ask->tc = ask->first_tc = seen.tsval;
-	ask->tk = seen.tsecr;
+	ask->tc = ask->first_tc = parsed.tsval;
+	ask->tk = parsed.tsecr;
 	ask->has_scale = !!(options & 0x400);
 	ask->has_sack = !!(options & 0x200);
-	ask->has_timestamps = seen.has_timestamp;
+	ask->has_timestamps = parsed.has_timestamp;
 	ask->client_scale = ask->has_scale ? options & 15 : 0;
 	ask->kernel_scale = ask->has_scale ? options >> 4 & 15 : 0;
-	ask->window_field = seen.window;
-	ask->window = seen.window << (ask->client_scale & 15);
-	ask->room = asking->room;
-	ask->mss = asking->mss < target->mss ? asking->mss : target->mss;
+	ask->window_field = parsed.window;
+	ask->window = parsed.window << (ask->client_scale & 15);
+	ask->room = context->room;
+	ask->mss = context->mss < target->mss ? context->mss : target->mss;
 	ask->told_mss = listener->told_mss;
 	ask->answer_ms = listener->answer_ms[rule];
 	ask->client_interface = skb->ifindex;
 	ask->target = number;
 	ask->rule = rule;
 	ask->listener_table = listener->table;
-	ask->has_fin = seen.flags & FIN;
+	ask->has_fin = parsed.flags & FIN;
 	bpf_skb_load_bytes(skb, 0, ask->macs, 12);
 
-	/* What is behind the bytes is not summed up with them. */
-	ask->saved = seen.bytes;
+	/* Zero the rest of the last word, so that csum_saved() can sum whole words. */
+	ask->saved = parsed.bytes;
 	{
-		__u32 last = (seen.bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
+		__u32 last = (parsed.bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
 
-		hide(last);
+		barrier_var(last);
 		last &= PF_EXPRESS_SAVED - 4;
 		*(__u32 *)(ask->bytes + last) = 0;
 	}
-	said = bpf_skb_load_bytes(skb, TCP_AT(v6) + seen.header, ask->bytes,
-				  at_least_one(seen.bytes, PF_EXPRESS_SAVED));
-	ask->sum = ask->segment_sum = sum_of_saved(ask, seen.bytes);
+	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed.header, ask->bytes,
+				    bound_from_one(parsed.bytes, PF_EXPRESS_SAVED));
+	ask->sum = ask->segment_sum = csum_saved(ask, parsed.bytes);
 	ask->segment = segment;
-	if (ask->segment < seen.bytes)
-		ask->segment_sum = sum_of_saved(ask, ask->segment);
+	if (ask->segment < parsed.bytes)
+		ask->segment_sum = csum_saved(ask, ask->segment);
 	else
-		ask->segment = seen.bytes;
+		ask->segment = parsed.bytes;
 
 	__builtin_memset(splice->way, 0, sizeof(splice->way));
-	way = &splice->way[PF_UP];
-	back = &splice->way[PF_DOWN];
-	way->from = key;
+	up = &splice->way[PF_UP];
+	down = &splice->way[PF_DOWN];
+	up->from = key;
 #pragma unroll
 	for (i = 0; i < 4; i++) {
-		way->source[i] = back->from.target[i] = target->source[i];
-		way->target[i] = back->from.source[i] = target->server[i];
-		back->source[i] = key.target[i];
-		back->target[i] = key.source[i];
+		up->source[i] = down->from.target[i] = target->source[i];
+		up->target[i] = down->from.source[i] = target->server[i];
+		down->source[i] = key.target[i];
+		down->target[i] = key.source[i];
 	}
-	way->sport = back->from.dport = bpf_htons((__u16)(FIRST_PORT + place));
-	way->dport = back->from.sport = target->port;
-	back->sport = key.dport;
-	back->dport = key.sport;
-	way->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
-	back->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
-	way->by[0] = way->by[1] = skb->ifindex;
-	back->by[0] = target->by[0];
-	back->by[1] = target->by[1];
-	way->pseudo_sum = fold(sum_of_address(key.source, v6) + sum_of_address(key.target, v6) +
-			       bpf_htons(PROTOCOL_TCP));
-	back->pseudo_sum = fold(sum_of_address(back->from.source, v6) +
-				sum_of_address(back->from.target, v6) + bpf_htons(PROTOCOL_TCP));
-	/* For each of the two the other way round. */
-	i = fold(sum_of_address(target->source, v6) + sum_of_address(target->server, v6));
-	number = fold(sum_of_address(key.source, v6) + sum_of_address(key.target, v6));
-	way->address_sum = fold((__u64)(__u16)~number + i);
-	back->address_sum = fold((__u64)(__u16)~i + number);
-	way->seq_delta = ask->i0 - ask->c0;
-	way->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - seen.tsval;
+	up->sport = down->from.dport = bpf_htons((__u16)(FIRST_PORT + place));
+	up->dport = down->from.sport = target->port;
+	down->sport = key.dport;
+	down->dport = key.sport;
+	up->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
+	down->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
+	up->by[0] = up->by[1] = skb->ifindex;
+	down->by[0] = target->by[0];
+	down->by[1] = target->by[1];
+	up->pseudo_sum = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6) +
+				   bpf_htons(PROTOCOL_TCP));
+	down->pseudo_sum =
+		csum_fold(address_sum_of(down->from.source, v6) +
+			  address_sum_of(down->from.target, v6) + bpf_htons(PROTOCOL_TCP));
+	/* The change of addresses, for each direction the reverse of the other. */
+	i = csum_fold(address_sum_of(target->source, v6) + address_sum_of(target->server, v6));
+	number = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6));
+	up->address_sum = csum_fold((__u64)(__u16)~number + i);
+	down->address_sum = csum_fold((__u64)(__u16)~i + number);
+	up->seq_delta = ask->i0 - ask->c0;
+	up->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - parsed.tsval;
 	splice->tries = 0;
 	splice->worker = PF_EXPRESS_NO_WORKER;
 	splice->slot = splice->last_slot = PF_NO_SLOT;
@@ -210,32 +226,40 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->isn[PF_UP] = ask->c0;
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;
-	/* Below 2^53, so that it is exact in a browser, too; no worker counts so far. */
+	/*
+	 * Below 2^53, so that a browser represents it exactly; no worker numbers its pairs so high.
+	 */
 	splice->id = 1ull << PF_EXPRESS_ID_BIT | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
-	*(volatile __u32 *)&splice->state = PF_SPLICE_ASKED;
+	WRITE_ONCE(splice->state, PF_SPLICE_ASKED);
 
-	mark_port(way->from.dport);
-	mark_port(way->sport);
+	mark_port(up->from.dport);
+	mark_port(up->sport);
 	flow.index = index;
 	flow.direction = PF_DOWN;
-	key = back->from;
-	if (said || update_new(MAP_FLOWS_FD, &key, &flow)) {
-		give_back(ask, splice, place);
-		count(PF_COUNT_TAKEN_PORT);
+	key = down->from;
+	if (result || update_new(MAP_FLOWS_FD, &key, &flow)) {
+		free_place(ask, splice, place);
+		count_event(PF_COUNT_TAKEN_PORT);
 		return NEXT;
 	}
 	flow.direction = PF_UP;
-	key = way->from;
-	said = update_new(MAP_FLOWS_FD, &key, &flow);
-	if (said) {
-		leave_at_once(ask, splice, place, word);
-		count(PF_COUNT_TAKEN_PORT);
-		/* Another processor has its like, which is the one that goes on; or no room. */
-		return said == -EEXIST ? DROP : NEXT;
+	key = up->from;
+	result = update_new(MAP_FLOWS_FD, &key, &flow);
+	if (result) {
+		abandon_place(ask, splice, place, word);
+		count_event(PF_COUNT_TAKEN_PORT);
+		/*
+		 * EEXIST: another processor has made the same flow, and opens this connection.
+		 * Otherwise the map is full.
+		 */
+		return result == -EEXIST ? DROP : NEXT;
 	}
-	/* From here on the answers count; what came before is none. */
+	/*
+	 * A barrier: the record is complete before the place is ASKED. From here on packets of
+	 * client and server are handled; earlier ones are dropped.
+	 */
 	__sync_fetch_and_add(&splice->tries, 1);
-	*(volatile __u64 *)&ask->word = word | PF_EXPRESS_ASKED;
-	count(PF_COUNT_TAKEN);
-	return send_syn(skb, splice, ask, seen.tsval, seen.sum, v6);
+	WRITE_ONCE(ask->word, word | PF_EXPRESS_ASKED);
+	count_event(PF_COUNT_TAKEN);
+	return send_syn(skb, splice, ask, parsed.tsval, parsed.sum, v6);
 }

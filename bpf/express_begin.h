@@ -1,5 +1,5 @@
 /*
- * The first bytes of a client: are they what is behind a handshake, and such as can be saved?
+ * The first bytes of a client: do they follow a handshake, and can they be saved?
  */
 #pragma once
 
@@ -17,7 +17,7 @@
 #error "it reads the kernel's bit-fields"
 #endif
 
-#define LEAST_MSS 536 /* RFC 9293, 3.7.1 */
+#define MIN_MSS 536 /* RFC 9293, 3.7.1 */
 
 static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
 
@@ -26,57 +26,72 @@ static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FU
 #define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
 
 /*
- * What one program has found out, for the next: together they would be too much for the verifier.
- * Of each processor; nothing else of ours runs there in between, as no kernel with PREEMPT_RT is
- * trusted (pyforwarder/datapath/proof/apart.py).
+ * What one program has read, for the next one in the chain of tail calls: as one program they would
+ * exceed the verifier's limit. One per processor; no other of our programs runs on the processor in
+ * between, as kernels with PREEMPT_RT are refused (pyforwarder/datapath/proof/apart.py).
  */
-struct asking {
+struct request_context {
 	struct splice_key key;
-	struct seen seen;
+	struct parsed_segment parsed;
 	struct express_listener_key listener;
-	__u32 options; /* of the handshake, as in inet_request_sock */
+	__u32 options; /* options of the handshake, the bit-fields of inet_request_sock */
 	__u32 mss, room;
-	__u32 family, at;  /* where the first bytes are in the packet */
-	__u32 table, rule; /* which one has decided, and what */
+	__u32 family, at;  /* `at`: offset of the first bytes in the packet */
+	__u32 table, rule; /* the table that has decided, and its rule */
 	__u32 choice, target;
 };
 
-inlined struct asking *asking_of(void)
+/* The processor's context of a chain of tail calls. */
+inlined struct request_context *get_context(void)
 {
 	__u32 zero = 0;
 
 	return map_lookup(MAP_EXPRESS_ASKING_FD, &zero);
 }
 
-/* How many of the saved bytes go in one packet: as many as in the client's, in whole words. */
-inlined __u32 segment_of(const struct express_listener *listener)
+/*
+ * How many of the saved bytes go into one packet: as many as a packet of the client can have (the
+ * MSS that it was told, less the timestamps), in whole words.
+ */
+inlined __u32 max_saved_segment(const struct express_listener *listener)
 {
-	return listener->told_mss < LEAST_MSS ? 0 : (listener->told_mss - 12) & ~3;
+	return listener->told_mss < MIN_MSS ? 0 : (listener->told_mss - 12) & ~3;
 }
 
-/* Whether so many first bytes go in one packet, or in two, as `store_saved` and `store_rest` do. */
+/*
+ * Whether so many first bytes fit into one packet or two, as store_saved() and store_rest() send
+ * them.
+ */
 inlined int fits(__u32 bytes, __u32 segment)
 {
 	return bytes <= segment || (segment < PF_EXPRESS_SAVED / 2 && bytes <= 2 * segment);
 }
 
-inlined int begin(struct __sk_buff *skb, const int v6)
+/*
+ * Check a packet with no known pair: does it have the first bytes of a client behind a handshake
+ * that the kernel has just done, and can they be saved? If so, tail-call the program that decides
+ * by the rules.
+ *
+ * Returns NEXT: a worker gets the connection. DROP: it is the last packet of the handshake, which
+ * the kernel is not to see yet.
+ */
+inlined int check_first_bytes(struct __sk_buff *skb, const int v6)
 {
 	struct splice_key key = {};
-	struct seen seen = {};
+	struct parsed_segment parsed = {};
 	union {
 		struct express_listener_key listener;
 		struct bpf_sock_tuple tuple;
 	} asked = {};
 	struct express_listener *listener;
-	struct asking *asking = asking_of();
+	struct request_context *context = get_context();
 	struct bpf_sock *sk;
 	void *request;
 	__u32 mss, room, number, device, state, i;
 	__u16 options;
 	__u8 odd, timeouts;
 
-	if (!asking || take_key(skb, &key, v6))
+	if (!context || parse_addresses(skb, &key, v6))
 		return NEXT;
 #pragma unroll
 	for (i = 0; i < 4; i++)
@@ -91,12 +106,15 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 		if (!listener)
 			return NEXT;
 	}
-	asking->listener = asked.listener;
-	if (look_at(skb, &key, &seen, v6))
-		return NEXT; /* the stack knows what to do with it */
-	if ((seen.flags & (SYN | RST | ACK)) != ACK)
+	context->listener = asked.listener;
+	if (parse_segment(skb, &key, &parsed, v6))
+		return NEXT; /* the stack handles it */
+	if ((parsed.flags & (SYN | RST | ACK)) != ACK)
 		return NEXT;
-	/* Of link-local addresses (fe80::/10) a key does not say by which interface. */
+	/*
+	 * The key of a listener does not say by which interface a link-local address (fe80::/10) is
+	 * meant.
+	 */
 	if (v6 && (key.source[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000))
 		return NEXT;
 
@@ -124,17 +142,18 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	request = (void *)bpf_skc_to_tcp_request_sock(sk);
 	if (!request) {
 		/*
-		 * With SYN cookies it is the listener, once for each: this packet makes a
-		 * connection. Nor does a stray packet have another. Else a worker has it already.
+		 * With SYN cookies the lookup finds the listener: this packet makes the connection,
+		 * so this is counted once for each. A stray packet finds the listener, too. Any
+		 * other socket means that a worker has the connection already.
 		 */
 		state = sk->state;
 		bpf_sk_release(sk);
 		if (state == BPF_TCP_LISTEN)
-			count(PF_COUNT_NO_REQUEST);
+			count_event(PF_COUNT_NO_REQUEST);
 		return NEXT;
 	}
-	number = (read32(request, TCP_REQUEST_SOCK_RCV_ISN) + 1 - seen.seq) |
-		 (read32(request, TCP_REQUEST_SOCK_SNT_ISN) + 1 - seen.ack);
+	number = (read32(request, TCP_REQUEST_SOCK_RCV_ISN) + 1 - parsed.seq) |
+		 (read32(request, TCP_REQUEST_SOCK_SNT_ISN) + 1 - parsed.ack);
 	odd = read8(request, TCP_REQUEST_SOCK_IS_MPTCP) |
 	      read8(request, TCP_REQUEST_SOCK_TFO_LISTENER);
 #ifdef TCP_REQUEST_SOCK_REQ_USEC_TS /* Linux 6.7 */
@@ -144,8 +163,9 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	odd |= read8(request, TCP_REQUEST_SOCK_ACCECN_OK);
 #endif
 	/*
-	 * Bit-fields, from the lowest bit up (little-endian): num_timeout behind one bit;
-	 * snd_wscale and rcv_wscale of four, tstamp_ok, sack_ok, wscale_ok and ecn_ok of one.
+	 * Bit-fields, from the lowest bit up (little-endian): num_timeout follows one other bit;
+	 * snd_wscale and rcv_wscale have four bits, tstamp_ok, sack_ok, wscale_ok and ecn_ok one
+	 * each.
 	 */
 	timeouts = read8(request, REQUEST_SOCK_NUM_TIMEOUT) >> 1;
 	options = read16(request, INET_REQUEST_SOCK_SND_WSCALE);
@@ -154,47 +174,47 @@ inlined int begin(struct __sk_buff *skb, const int v6)
 	device = read32(request, SOCK_COMMON_SKC_BOUND_DEV_IF);
 	bpf_sk_release(sk);
 	/*
-	 * Of a listener that is bound to a device, or in a VRF: there may be several with one
-	 * address, and a key does not say which, nor whose.
+	 * A listener that is bound to a device, or is in a VRF: several listeners may have the same
+	 * address, and the key does not say which one this is.
 	 */
 	if (device) {
-		count(PF_COUNT_DEVICE); /* once: it becomes a connection of a worker's */
+		count_event(PF_COUNT_DEVICE); /* counted once: a worker gets the connection */
 		return NEXT;
 	}
 	if (odd | (options & 0x800)) {
-		count(PF_COUNT_ODD_REQUEST);
+		count_event(PF_COUNT_ODD_REQUEST);
 		return NEXT;
 	}
 	if (number) {
-		count(PF_COUNT_ODD_NUMBERS);
+		count_event(PF_COUNT_ODD_NUMBERS);
 		return NEXT;
 	}
-	if (!seen.bytes) {
-		if (timeouts || (seen.flags & FIN)) {
-			count(PF_COUNT_SILENT);
-			return NEXT; /* it says nothing: only a worker can wait for that */
+	if (!parsed.bytes) {
+		if (timeouts || (parsed.flags & FIN)) {
+			count_event(PF_COUNT_SILENT);
+			return NEXT; /* no bytes yet: only a worker can wait for some */
 		}
-		count(PF_COUNT_DEFERRED);
+		count_event(PF_COUNT_DEFERRED);
 		return DROP;
 	}
-	if ((seen.flags & URG) || !!(options & 0x100) != seen.has_timestamp ||
-	    seen.header != (seen.has_timestamp ? 32 : 20)) {
-		count(PF_COUNT_ODD_PACKET);
+	if ((parsed.flags & URG) || !!(options & 0x100) != parsed.has_timestamp ||
+	    parsed.header != (parsed.has_timestamp ? 32 : 20)) {
+		count_event(PF_COUNT_ODD_PACKET);
 		return NEXT;
 	}
-	if (seen.bytes > PF_EXPRESS_SAVED || !(seen.flags & (PSH | FIN)) ||
-	    !fits(seen.bytes, segment_of(listener))) {
-		count(PF_COUNT_LONG);
+	if (parsed.bytes > PF_EXPRESS_SAVED || !(parsed.flags & (PSH | FIN)) ||
+	    !fits(parsed.bytes, max_saved_segment(listener))) {
+		count_event(PF_COUNT_LONG);
 		return NEXT;
 	}
 
-	asking->key = key;
-	asking->seen = seen;
-	asking->options = options;
-	asking->mss = mss;
-	asking->room = room;
-	asking->family = v6 ? 6 : 4;
-	asking->at = TCP_AT(v6) + seen.header;
+	context->key = key;
+	context->parsed = parsed;
+	context->options = options;
+	context->mss = mss;
+	context->room = room;
+	context->family = v6 ? 6 : 4;
+	context->at = TCP_OFFSET(v6) + parsed.header;
 	tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), PF_EXPRESS_BY_RULES);
-	return NEXT; /* it is not there: the daemon ends */
+	return NEXT; /* the program is not loaded: the daemon is ending */
 }

@@ -1,8 +1,8 @@
 /*
- * Which server gets a connection: the decision alone. No datapath attaches the program, which tests
- * run (BPF_PROG_TEST_RUN).
+ * Which server of an upstream gets a connection. This file has the choice alone, for tests
+ * (BPF_PROG_TEST_RUN): it is attached nowhere.
  *
- * judge_choice  what a choice says of a client: the place of a target, or 0
+ * judge_choice  which target a choice gives to a client: its index, or 0
  */
 #include <uapi/linux/bpf.h>
 
@@ -14,6 +14,7 @@ struct question {
 	__u8 client[16];
 };
 
+/* Run `choose` for a client that a test gives. Returns the target's index, or 0. */
 int judge_choice(struct __sk_buff *skb)
 {
 	struct question question;

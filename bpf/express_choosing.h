@@ -1,6 +1,6 @@
 /*
- * Which server of an upstream gets a connection: the next in turn, or the one that
- * pyforwarder/core/upstreams.py draws for the client's address.
+ * Choice of an upstream's server: the next in turn, or the one that pyforwarder/core/upstreams.py
+ * draws for the client's address.
  */
 #pragma once
 
@@ -44,12 +44,12 @@
 #define IV7 0x5be0cd19137e2179ULL
 
 /*
- * BLAKE2b (RFC 7693) of an address of so many bytes, 16 at most: a digest of 8 bytes, personalized
- * with "client", as a number in wire order.
+ * BLAKE2b (RFC 7693) of an address of `bytes` bytes, 16 at most: a digest of 8 bytes, personalized
+ * with "client", as a number in network byte order.
  */
 inlined __u64 hash_client(__u64 first, __u64 second, __u32 bytes)
 {
-	/* A digest of 8 bytes, no key, no tree; and the text behind. */
+	/* Parameters: a digest of 8 bytes, no key, no tree; and the personalization. */
 	const __u64 h0 = IV0 ^ 0x01010008, h6 = IV6 ^ 0x0000746e65696c63ULL;
 	__u64 v0 = h0, v1 = IV1, v2 = IV2, v3 = IV3, v4 = IV4, v5 = IV5, v6 = h6, v7 = IV7;
 	__u64 v8 = IV0, v9 = IV1, v10 = IV2, v11 = IV3, v12 = IV4 ^ bytes, v13 = IV5;
@@ -70,7 +70,7 @@ inlined __u64 hash_client(__u64 first, __u64 second, __u32 bytes)
 	return __builtin_bswap64(h0 ^ v0 ^ v8);
 }
 
-/* From 1 to 2^53, evenly spread: the finalizer of SplitMix64 (Steele 2014). */
+/* Map a number to 1..2^53, uniformly: the finalizer of SplitMix64 (Steele 2014). */
 inlined __u64 draw(__u64 number)
 {
 	number = (number ^ number >> 30) * 0xbf58476d1ce4e5b9ULL;
@@ -79,8 +79,10 @@ inlined __u64 draw(__u64 number)
 	return (number >> 11) + 1;
 }
 
-/* If the first 2^power bits are 0, they are shifted out. Its sign: a branch would cost the
- * verifier. */
+/*
+ * Shift the first 2^power bits out if they are 0; returns how many. Computed from a sign bit: a
+ * branch would multiply the verifier's paths.
+ */
 inlined __u32 shift_out(__u64 *number, __u32 power)
 {
 	__u32 bits = ((*number >> (64 - (1 << power))) - 1) >> 63 << power;
@@ -89,13 +91,13 @@ inlined __u32 shift_out(__u64 *number, __u32 power)
 	return bits;
 }
 
-/* The binary logarithm of `number` over 2^53 without its sign, in units of 2^-32. */
+/* The absolute binary logarithm of `number` / 2^53, in units of 2^-32. */
 inlined __u64 logarithm(const struct express_logs *logs, __u64 number)
 {
 	__u32 zeros = 0, step;
 	__u64 mantissa = number, below, above, rest;
 
-	/* __builtin_clzll takes all the memory that there is, of the compiler in bcc. */
+	/* __builtin_clzll makes the compiler in bcc use all memory. */
 	zeros += shift_out(&mantissa, 5);
 	zeros += shift_out(&mantissa, 4);
 	zeros += shift_out(&mantissa, 3);
@@ -103,7 +105,7 @@ inlined __u64 logarithm(const struct express_logs *logs, __u64 number)
 	zeros += shift_out(&mantissa, 1);
 	zeros += shift_out(&mantissa, 0);
 	step = mantissa >> 55;
-	hide(step);
+	barrier_var(step);
 	step &= PF_EXPRESS_LOG_STEPS - 1;
 	below = logs->of[step];
 	above = logs->of[step + 1];
@@ -113,9 +115,9 @@ inlined __u64 logarithm(const struct express_logs *logs, __u64 number)
 }
 
 /*
- * The place of a target, or 0: userspace is to choose, since the choice is none, or not certain. Of
- * two servers whose numbers are nearer to each other than logarithms are exact here, only that one
- * knows which is the lesser.
+ * The index of the chosen target. 0: userspace must choose, because there is no choice, or it is
+ * not certain. Of two servers whose scores are closer than the error of the logarithms here, only
+ * userspace can tell which is lower.
  */
 inlined __u32 choose(__u32 number, const __u32 *client, int v6)
 {
@@ -131,20 +133,20 @@ inlined __u32 choose(__u32 number, const __u32 *client, int v6)
 		if (!count)
 			return 0; /* never */
 		turn = __sync_fetch_and_add(&choice->turn, 1) % count;
-		hide(turn);
+		barrier_var(turn);
 		turn &= PF_EXPRESS_TURNS - 1;
 		return choice->in_turn[turn];
 	}
 	if (choice->kind != PF_EXPRESS_BY_CLIENT)
 		return 0;
-	/* That would be an IPv4 address, and no packet has it. */
+	/* An IPv4-mapped address: userspace would hash the IPv4 address. No packet has one. */
 	if (v6 && !(client[0] | client[1]) && client[2] == bpf_htonl(0xffff))
 		return 0;
 	hash = hash_client(v6 ? (__u64)client[1] << 32 | client[0] : client[3],
 			   v6 ? (__u64)client[3] << 32 | client[2] : 0, v6 ? 16 : 4);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_SERVERS; i++) {
-		if (i >= volatile_read(choice->count))
+		if (i >= READ_ONCE(choice->count))
 			break;
 		weight = choice->drawing[i].weight;
 		log = logarithm(logs, draw(hash ^ choice->drawing[i].seed));

@@ -1,26 +1,27 @@
 /*
  * Connections that are decided by their first packet, and opened, in the kernel. The programs of
- * splice.c go on here (BPF_MAP_TYPE_PROG_ARRAY) with packets that no pair is known for, and with
- * those of pairs whose server was asked for.
+ * splice.c tail-call these (BPF_MAP_TYPE_PROG_ARRAY) with packets of no known pair, and with those
+ * of pairs whose server was asked and has not answered.
  *
- * begin4 begin6  the first bytes of a client: is it what is behind a handshake?
- * by_rules       what the rules say
+ * begin4 begin6  the first bytes of a client: do they follow a handshake?
+ * by_rules       which rule takes the connection
  * by_choice      which of an upstream's servers is next, if there are several
- * ask4 ask6      and a SYN to that server
- * asked4 asked6  what client and server say until the server has answered
+ * ask4 ask6      a SYN to that server
+ * asked4 asked6  packets of client and server until the server has answered
  * go_round       run by the keeper: counts connections that have ended, frees their places
- * let_go         run by the keeper, too: a server has not answered
+ * let_go         run by the keeper as well: ends a connection whose server has not answered
  *
- * The listener is an ordinary one, and our kernel does the handshake with the client. What it has
- * then is a request (request_sock), as long as nothing but the handshake has come: the last packet
- * of that is kept from it, as with TCP_DEFER_ACCEPT, but for a second only. The first bytes meet
- * `begin`. If the rules decide on them here, they are kept, and the packet becomes a SYN to the
- * server. The server's answer becomes the acknowledgement with those bytes, and a reset for our own
- * stack, which forgets the request. From then on this is a pair as any other (splice.c).
+ * The listener is an ordinary one, and the kernel does the handshake with the client. It has only a
+ * request (request_sock) for the client as long as nothing but the handshake has arrived: the last
+ * packet of the handshake is withheld from it, as with TCP_DEFER_ACCEPT, but for a second only. The
+ * first bytes are handled by `begin4` or `begin6`. If the rules can be decided here, the bytes are
+ * saved, and the packet becomes a SYN to the server. The server's answer becomes the
+ * acknowledgement with those bytes, and a reset for our own stack, which drops the request. From
+ * then on this is a pair as any other (splice.c).
  *
- * Nobody has acknowledged a byte by then. So all this can be undone until the server has answered:
- * the bytes that were kept go up the stack as if they came just now, and a worker has the
- * connection. All that is not certain goes that way from the beginning.
+ * By then no byte has been acknowledged. So all this can be undone until the server has answered:
+ * the saved bytes go up the stack as if they had just arrived, and a worker gets the connection.
+ * Whatever is uncertain takes that path from the beginning.
  */
 #include <uapi/linux/bpf.h>
 
@@ -44,82 +45,91 @@
 
 #define PLACES_AT_ONCE 16 /* in one run of `go_round` */
 
-/* What the rules say of the first bytes. */
+/*
+ * Decide which rule takes the connection, and tail-call the program that asks the rule's server.
+ * Returns NEXT if the rules cannot be decided here: a worker gets the connection.
+ */
 int by_rules(struct __sk_buff *skb)
 {
 	struct express_network_key network = {};
 	struct express_listener *listener;
-	struct asking *asking = asking_of();
+	struct request_context *context = get_context();
 	__u32 at, family, number, six, address[4];
 	const __u32 *source;
-	int said;
+	int result;
 
-	if (!asking)
+	if (!context)
 		return NEXT; /* never */
-	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asking->listener);
+	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &context->listener);
 	if (!listener)
 		return NEXT;
-	family = asking->family;
-	asking->table = network.table = listener->table;
+	family = context->family;
+	context->table = network.table = listener->table;
 	network.prefix_bits = (4 + 1 + 16) * 8;
 	network.family = family;
-	/* Without a branch, or the verifier goes through all rules twice. */
+	/* Without a branch: otherwise the verifier walks all rules twice. */
 	six = -(((family ^ 6) - 1) >> 31);
-	source = asking->key.source;
+	source = context->key.source;
 	address[0] = (source[0] & six) | (source[3] & ~six);
 	address[1] = source[1] & six;
 	address[2] = source[2] & six;
 	address[3] = source[3] & six;
 	__builtin_memcpy(network.address, address, 16);
-	at = asking->at;
-	said = decide(skb, network.table, &network, at, asking->seen.bytes);
-	if (said < 0) {
-		count(PF_COUNT_UNDECIDED);
+	at = context->at;
+	result = decide(skb, network.table, &network, at, context->parsed.bytes);
+	if (result < 0) {
+		count_event(PF_COUNT_UNDECIDED);
 		return NEXT;
 	}
-	asking->rule = said;
-	number = said;
-	hide(number);
+	context->rule = result;
+	number = result;
+	barrier_var(number);
 	number &= PF_EXPRESS_RULES - 1;
 	number = listener->target[number];
 	if (number & PF_EXPRESS_CHOICE) {
-		asking->choice = number & ~PF_EXPRESS_CHOICE;
+		context->choice = number & ~PF_EXPRESS_CHOICE;
 		tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), PF_EXPRESS_BY_CHOICE);
 		return NEXT;
 	}
-	asking->target = number;
+	context->target = number;
 	tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD),
 		  family == 6 ? PF_EXPRESS_ASK6 : PF_EXPRESS_ASK4);
 	return NEXT;
 }
 
-/* The rules have said which upstream. */
+/* Choose a server of the rule's upstream, and tail-call the program that asks it. */
 int by_choice(struct __sk_buff *skb)
 {
-	struct asking *asking = asking_of();
-	const int v6 = asking && asking->family == 6;
+	struct request_context *context = get_context();
+	const int v6 = context && context->family == 6;
 
-	if (!asking)
+	if (!context)
 		return NEXT; /* never */
-	asking->target = choose(asking->choice, asking->key.source, v6);
+	context->target = choose(context->choice, context->key.source, v6);
 	tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD),
 		  v6 ? PF_EXPRESS_ASK6 : PF_EXPRESS_ASK4);
 	return NEXT;
 }
 
-inlined int go_on(struct __sk_buff *skb, const int v6)
+/*
+ * Handle a packet of client or server until the server has answered.
+ *
+ * Returns NEXT: for our own stack. DROP: invalid, or repeated by its sender. Or the verdict of a
+ * redirect.
+ */
+inlined int handle_while_asked(struct __sk_buff *skb, const int v6)
 {
 	struct splice_key key = {};
-	struct seen seen = {};
+	struct parsed_segment parsed = {};
 	struct splice_flow *flow;
 	struct splice *splice;
 	struct express_ask *ask;
-	struct splice_direction *way;
-	struct made *made;
+	struct splice_direction *from_peer;
+	struct new_packet *packet;
 	__u32 index, place, direction;
 	__u64 word;
 
-	if (take_key(skb, &key, v6))
+	if (parse_addresses(skb, &key, v6))
 		return NEXT;
 	flow = map_lookup(MAP_FLOWS_FD, &key);
 	if (!flow)
@@ -131,50 +141,55 @@ inlined int go_on(struct __sk_buff *skb, const int v6)
 	ask = map_lookup(MAP_EXPRESS_ASKS_FD, &place);
 	if (!splice || !ask)
 		return NEXT;
-	word = volatile_read(ask->word);
-	if (!is_in(word, PF_EXPRESS_ASKED))
-		return DROP; /* in this very moment: it is sent again */
-	way = direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	word = READ_ONCE(ask->word);
+	if (!has_state(word, PF_EXPRESS_ASKED))
+		return DROP; /* another processor is changing the state: the sender repeats it */
+	from_peer = direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	if (skb->pkt_type != HOST_PACKET)
-		return NEXT; /* the stack has no use for it, either */
-	if (!comes_by(way, skb->ifindex) || look_at(skb, &key, &seen, v6))
+		return NEXT; /* the stack discards it, too */
+	if (!may_arrive_by(from_peer, skb->ifindex) || parse_segment(skb, &key, &parsed, v6))
 		return DROP;
 	if (direction == PF_UP)
-		return wait(skb, splice, ask, place, word, &seen, v6);
-	if (seen.flags & RST) {
-		if (!(seen.flags & ACK) || seen.ack != ask->i0 + 1)
+		return handle_client_while_asked(skb, splice, ask, place, word, &parsed, v6);
+	if (parsed.flags & RST) {
+		if (!(parsed.flags & ACK) || parsed.ack != ask->i0 + 1)
 			return DROP;
-		return fall_back(skb, splice, ask, place, word, seen.sum, 0, 1, v6);
+		return give_to_worker(skb, splice, ask, place, word, parsed.sum, 0, 1, v6);
 	}
-	if ((seen.flags & (SYN | ACK)) == (SYN | ACK) && seen.ack == ask->i0 + 1)
-		return join(skb, splice, ask, place, word, &seen, v6);
+	if ((parsed.flags & (SYN | ACK)) == (SYN | ACK) && parsed.ack == ask->i0 + 1)
+		return join_pair(skb, splice, ask, place, word, &parsed, v6);
 	/*
-	 * An old connection of this port is not over there: then the next SYN begins anew. Not if
-	 * it acknowledges what we have sent (RFC 9293, 3.10.7.3).
+	 * The server still has an old connection of this port. Reset it, so that the next SYN
+	 * begins a new one. Not if the packet acknowledges what we have sent (RFC 9293, 3.10.7.3).
 	 */
-	if (!(seen.flags & ACK) || seen.bytes || seen.ack == ask->i0 + 1)
+	if (!(parsed.flags & ACK) || parsed.bytes || parsed.ack == ask->i0 + 1)
 		return DROP;
-	made = to_make(seen.sum);
-	if (!made)
+	packet = new_packet(parsed.sum);
+	if (!packet)
 		return DROP; /* never */
-	to_server(made, splice);
-	made->seq = seen.ack;
-	made->flags = RST;
-	if (make(skb, made, v6))
+	address_to_server(packet, splice);
+	packet->seq = parsed.ack;
+	packet->flags = RST;
+	if (build_packet(skb, packet, v6))
 		return DROP;
-	return send_on(splice->way[PF_UP].interface);
+	return forward_by(splice->way[PF_UP].interface);
 }
 
+/*
+ * The first bytes of a client. Two programs, as every function is compiled once for IPv4 and once
+ * for IPv6.
+ */
 int begin4(struct __sk_buff *skb)
 {
-	return begin(skb, 0);
+	return check_first_bytes(skb, 0);
 }
 
 int begin6(struct __sk_buff *skb)
 {
-	return begin(skb, 1);
+	return check_first_bytes(skb, 1);
 }
 
+/* A SYN to the chosen server, likewise. */
 int ask4(struct __sk_buff *skb)
 {
 	return ask_server(skb, 0);
@@ -185,20 +200,23 @@ int ask6(struct __sk_buff *skb)
 	return ask_server(skb, 1);
 }
 
+/* A packet of client or server until the server has answered, likewise. */
 int asked4(struct __sk_buff *skb)
 {
-	return go_on(skb, 0);
+	return handle_while_asked(skb, 0);
 }
 
 int asked6(struct __sk_buff *skb)
 {
-	return go_on(skb, 1);
+	return handle_while_asked(skb, 1);
 }
 
 /*
- * Run by the keeper (BPF_PROG_TEST_RUN): the connection that has a place is over, or its server has
- * not answered in time, which is not asked until `not_before_ns` then. The place is LEAVING. 0:
- * another has it, or the connection has come further meanwhile.
+ * Run by the keeper (BPF_PROG_TEST_RUN): end the connection of a place, because it is over, or
+ * because its server has not answered in time; that server is not asked again before
+ * `not_before_ns`. The place becomes LEAVING.
+ *
+ * Returns 1; 0 if the place has another connection, or the state has changed meanwhile.
  */
 int let_go(struct __sk_buff *skb)
 {
@@ -217,26 +235,27 @@ int let_go(struct __sk_buff *skb)
 	ask = map_lookup(MAP_EXPRESS_ASKS_FD, &request.place);
 	splice = map_lookup(MAP_SPLICES_FD, &index);
 	if (!ask || !splice ||
-	    (!is_in(request.word, PF_EXPRESS_ASKED) && !is_in(request.word, PF_EXPRESS_JOINED) &&
-	     !is_in(request.word, PF_EXPRESS_RESTING) &&
-	     !is_in(request.word, PF_EXPRESS_LEAVING)) ||
-	    !change(ask, request.word, PF_EXPRESS_FILLING))
+	    (!has_state(request.word, PF_EXPRESS_ASKED) &&
+	     !has_state(request.word, PF_EXPRESS_JOINED) &&
+	     !has_state(request.word, PF_EXPRESS_RESTING) &&
+	     !has_state(request.word, PF_EXPRESS_LEAVING)) ||
+	    !change_state(ask, request.word, PF_EXPRESS_FILLING))
 		return 0;
 	number = ask->target;
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
-	if (is_in(request.word, PF_EXPRESS_ASKED)) {
-		count(PF_COUNT_UNANSWERED);
-		failed(number);
+	if (has_state(request.word, PF_EXPRESS_ASKED)) {
+		count_event(PF_COUNT_UNANSWERED);
+		count_failed(number);
 		if (target)
-			*(volatile __u64 *)&target->not_before_ns = request.not_before_ns;
+			WRITE_ONCE(target->not_before_ns, request.not_before_ns);
 	}
-	leave_at_once(ask, splice, request.place, request.word);
+	abandon_place(ask, splice, request.place, request.word);
 	return 1;
 }
 
 /*
- * Run by the keeper, as often in one call as there are places, by PLACES_AT_ONCE. It never leaves
- * one half done, no matter when the keeper is killed.
+ * Run by the keeper (BPF_PROG_TEST_RUN with `repeat`): handle the next PLACES_AT_ONCE places. A
+ * place is never left half changed, whenever the keeper is killed.
  */
 int go_round(struct __sk_buff *skb)
 {
@@ -255,23 +274,23 @@ int go_round(struct __sk_buff *skb)
 		index = place + FIRST_SPLICE;
 		ask = map_lookup(MAP_EXPRESS_ASKS_FD, &place);
 		if (!ask)
-			return 0; /* that was the last */
+			return 0; /* that was the last place */
 		round->next = place + 1;
-		word = volatile_read(ask->word);
-		if (is_in(word, PF_EXPRESS_FREE))
+		word = READ_ONCE(ask->word);
+		if (has_state(word, PF_EXPRESS_FREE))
 			round->unused++;
-		if (!is_in(word, PF_EXPRESS_JOINED) && !is_in(word, PF_EXPRESS_RESTING) &&
-		    !is_in(word, PF_EXPRESS_LEAVING))
+		if (!has_state(word, PF_EXPRESS_JOINED) && !has_state(word, PF_EXPRESS_RESTING) &&
+		    !has_state(word, PF_EXPRESS_LEAVING))
 			continue;
 		splice = map_lookup(MAP_SPLICES_FD, &index);
 		if (!splice)
 			return 0; /* never */
-		if (is_in(word, PF_EXPRESS_JOINED))
+		if (has_state(word, PF_EXPRESS_JOINED))
 			count_ended(round, ask, splice, word);
-		else if (is_in(word, PF_EXPRESS_RESTING))
-			leave_rested(round, ask, splice, place, word);
+		else if (has_state(word, PF_EXPRESS_RESTING))
+			end_resting(round, ask, splice, place, word);
 		else
-			free_left(round, ask, splice, place, word);
+			free_after_leaving(round, ask, splice, place, word);
 	}
 	return 0;
 }

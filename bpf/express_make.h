@@ -1,6 +1,7 @@
 /*
- * A packet becomes another one: other headers, and the bytes that were saved or none. So a client's
- * becomes a SYN to the server, and the server's answer the client's first bytes.
+ * Building a packet out of another one: new headers, with the saved bytes or without. So a client's
+ * packet becomes a SYN to the server, and the server's answer becomes the packet with the client's
+ * first bytes.
  */
 #pragma once
 
@@ -14,200 +15,217 @@
 #include "splice_verdicts.h"
 
 #define PF_HEADERS_WORDS (10 + 16)
-#define TCP_WORD(v6)	 (IP_BYTES(v6) / 4) /* where TCP's header begins among them */
+#define TCP_WORD(v6)	 (IP_BYTES(v6) / 4) /* the word at which the TCP header begins */
 
-/* A packet that is made out of another one; of each processor, the stack is too small. */
-struct made {
-	/* Headers of IP and TCP, with options. */
+/* A packet that is built out of another one. One per processor: the BPF stack is too small. */
+struct new_packet {
+	/* IP and TCP headers, with options. */
 	__be32 old[PF_HEADERS_WORDS], new[PF_HEADERS_WORDS];
 	__u32 source[4], target[4];
 	__u32 seq, ack;
 	__u16 sport, dport, window; /* the ports in wire order */
 	__u8 flags, option_words;
 	__be32 option[5];
-	__u32 bytes; /* of what is saved: all of it, or 0 */
-	__u32 sum;   /* what they add to a checksum */
-	__u32 known; /* enum sum: of the packet's checksum */
-	/* What the server's SYN-ACK says. */
+	__u32 bytes;	  /* how many of the saved bytes it gets, or 0 */
+	__u32 sum;	  /* checksum of these bytes */
+	__u32 csum_state; /* enum sum: state of the old packet's checksum */
+	/* Options of the server's SYN-ACK. */
 	__u32 at, server_mss, server_tsval;
 	__u8 has_timestamps, has_scale, scale, padding;
 	__u16 urgent, more_padding;
 };
 
-/* 1..most, a power of two, in the verifier's words. The caller has looked. */
-inlined __u32 at_least_one(__u32 bytes, __u32 most)
+/*
+ * Bound `bytes` to 1..most for the verifier; `most` is a power of two. The caller has checked it.
+ */
+inlined __u32 bound_from_one(__u32 bytes, __u32 most)
 {
 	bytes--;
-	hide(bytes);
+	barrier_var(bytes);
 	bytes &= most - 1;
 	return bytes + 1;
 }
 
-/* Nothing is said of the new packet; of the old one what is known of its checksum (enum sum). */
-inlined struct made *to_make(__u32 known)
+/*
+ * Start building a packet: all fields are 0, but for the state of the old packet's checksum (enum
+ * sum).
+ */
+inlined struct new_packet *new_packet(__u32 csum_state)
 {
 	__u32 zero = 0;
-	struct made *made = map_lookup(MAP_EXPRESS_MADE_FD, &zero);
+	struct new_packet *packet = map_lookup(MAP_EXPRESS_MADE_FD, &zero);
 
-	if (!made)
+	if (!packet)
 		return NULL;
-	/* `make` writes the headers before it reads them. */
-	__builtin_memset((void *)made->source, 0,
-			 sizeof(*made) - sizeof(made->old) - sizeof(made->new));
-	made->known = known;
-	return made;
+	/* `build_packet` writes the headers before it reads them. */
+	__builtin_memset((void *)packet->source, 0,
+			 sizeof(*packet) - sizeof(packet->old) - sizeof(packet->new));
+	packet->csum_state = csum_state;
+	return packet;
 }
 
-inlined void to_server(struct made *made, const struct splice *splice)
+/* Give the new packet our addresses and ports of the connection to the server. */
+inlined void address_to_server(struct new_packet *packet, const struct splice *splice)
 {
 	int i;
 
 #pragma unroll
 	for (i = 0; i < 4; i++) {
-		made->source[i] = splice->way[PF_UP].source[i];
-		made->target[i] = splice->way[PF_UP].target[i];
+		packet->source[i] = splice->way[PF_UP].source[i];
+		packet->target[i] = splice->way[PF_UP].target[i];
 	}
-	made->sport = splice->way[PF_UP].sport;
-	made->dport = splice->way[PF_UP].dport;
+	packet->sport = splice->way[PF_UP].sport;
+	packet->dport = splice->way[PF_UP].dport;
 }
 
-inlined void from_client(struct made *made, const struct splice *splice,
-			 const struct express_ask *ask)
+/* Give the new packet the client's addresses, ports and numbers, as of its first packet. */
+inlined void address_from_client(struct new_packet *packet, const struct splice *splice,
+				 const struct express_ask *ask)
 {
 	int i;
 
 #pragma unroll
 	for (i = 0; i < 4; i++) {
-		made->source[i] = splice->way[PF_UP].from.source[i];
-		made->target[i] = splice->way[PF_UP].from.target[i];
+		packet->source[i] = splice->way[PF_UP].from.source[i];
+		packet->target[i] = splice->way[PF_UP].from.target[i];
 	}
-	made->sport = splice->way[PF_UP].from.sport;
-	made->dport = splice->way[PF_UP].from.dport;
-	made->seq = ask->c0 + 1;
-	made->ack = ask->k0 + 1;
-}
-
-/* So many bytes of options of the old packet, 40 at most; not 0: they are not there. */
-inlined int load_options(struct __sk_buff *skb, struct made *made, __u32 bytes, const int v6)
-{
-	__be32 *options = made->old + TCP_WORD(v6) + 5;
-
-	/* Who reads beyond the end reads zeros. */
-	__builtin_memset(options, 0, 44);
-	bytes = at_least_one(bytes, 64);
-	return bpf_skb_load_bytes(skb, OPTIONS_AT(v6), options, bytes > 40 ? 40 : bytes);
+	packet->sport = splice->way[PF_UP].from.sport;
+	packet->dport = splice->way[PF_UP].from.dport;
+	packet->seq = ask->c0 + 1;
+	packet->ack = ask->k0 + 1;
 }
 
 /*
- * The packet becomes the other one, without the saved bytes, for which there is room then. Right
- * for CHECKSUM_PARTIAL, too: a sum in the packet follows by what changes. Not 0: it failed, and
- * the packet may be anything.
+ * Load `bytes` bytes of options of the old packet, 40 at most. Returns 0; not 0: the packet is too
+ * short.
  */
-inlined int make(struct __sk_buff *skb, struct made *made, const int v6)
+inlined int load_options(struct __sk_buff *skb, struct new_packet *packet, __u32 bytes,
+			 const int v6)
 {
-	__be32 *old = made->old + TCP_WORD(v6), *new = made->new + TCP_WORD(v6);
-	__u32 header, bytes = made->bytes, old_bytes, new_bytes;
+	__be32 *options = packet->old + TCP_WORD(v6) + 5;
+
+	/* Reads beyond the end get zeros. */
+	__builtin_memset(options, 0, 44);
+	bytes = bound_from_one(bytes, 64);
+	return bpf_skb_load_bytes(skb, OPTIONS_OFFSET(v6), options, bytes > 40 ? 40 : bytes);
+}
+
+/*
+ * Replace the headers of the packet by the new ones, and make room for the saved bytes. The
+ * checksum is right for CHECKSUM_PARTIAL, too: such a sum is adjusted by what changes.
+ *
+ * Returns 0; not 0: it failed, and the caller drops the packet, which may be half changed.
+ */
+inlined int build_packet(struct __sk_buff *skb, struct new_packet *packet, const int v6)
+{
+	__be32 *old = packet->old + TCP_WORD(v6), *new = packet->new + TCP_WORD(v6);
+	__u32 header, bytes = packet->bytes, old_bytes, new_bytes;
 	__u64 sum = 0, ip_sum = 0, pseudo, whole;
 	__u16 old_checksum, checksum;
 	int i;
 
-	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, made->old, IP_BYTES(v6) + 20))
+	if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, packet->old, IP_BYTES(v6) + 20))
 		return -1;
-	old_checksum = old[4] & 0xffff; /* as it lies in memory */
-	header = 20 + (made->option_words & 7) * 4;
+	old_checksum = old[4] & 0xffff; /* in memory order */
+	header = 20 + (packet->option_words & 7) * 4;
 	if (header > 40 || bytes > PF_EXPRESS_SAVED)
 		return -1;
-	new[0] = (__u32)made->sport | (__u32)made->dport << 16;
-	new[1] = bpf_htonl(made->seq);
-	new[2] = bpf_htonl(made->ack);
-	new[3] = bpf_htonl(header << 26 | (__u32)made->flags << 16 | made->window);
-	new[4] = bpf_htonl(made->urgent); /* and no checksum so far */
+	new[0] = (__u32)packet->sport | (__u32)packet->dport << 16;
+	new[1] = bpf_htonl(packet->seq);
+	new[2] = bpf_htonl(packet->ack);
+	new[3] = bpf_htonl(header << 26 | (__u32)packet->flags << 16 | packet->window);
+	new[4] = bpf_htonl(packet->urgent); /* the checksum is added below */
 #pragma unroll
 	for (i = 0; i < 5; i++)
-		new[5 + i] = i < made->option_words ? made->option[i] : 0;
+		new[5 + i] = i < packet->option_words ? packet->option[i] : 0;
 
 	new_bytes = header + bytes;
 	if (v6) {
 		whole = pseudo = 0;
-		old_bytes = bpf_ntohl(made->old[1]) >> 16;
-		made->new[0] = bpf_htonl(0x60000000);
-		made->new[1] = bpf_htonl(new_bytes << 16 | PROTOCOL_TCP << 8 | HOPS);
+		old_bytes = bpf_ntohl(packet->old[1]) >> 16;
+		packet->new[0] = bpf_htonl(0x60000000);
+		packet->new[1] = bpf_htonl(new_bytes << 16 | PROTOCOL_TCP << 8 | HOPS);
 #pragma unroll
 		for (i = 0; i < 4; i++) {
-			made->new[2 + i] = made->source[i];
-			made->new[6 + i] = made->target[i];
-			whole += (__u64)made->source[i] + made->target[i];
-			pseudo += (__u64)(__u32)~made->old[2 + i] + (__u32)~made->old[6 + i];
+			packet->new[2 + i] = packet->source[i];
+			packet->new[6 + i] = packet->target[i];
+			whole += (__u64)packet->source[i] + packet->target[i];
+			pseudo += (__u64)(__u32)~packet->old[2 + i] + (__u32)~packet->old[6 + i];
 		}
 	} else {
-		old_bytes = (bpf_ntohl(made->old[0]) & 0xffff) - IP_BYTES(0);
-		made->new[0] = bpf_htonl(0x45000000 | (IP_BYTES(0) + new_bytes));
-		made->new[1] = bpf_htonl(0x00004000); /* never in pieces */
-		made->new[2] = bpf_htonl(HOPS << 24 | PROTOCOL_TCP << 16);
-		made->new[3] = made->source[3];
-		made->new[4] = made->target[3];
-		ip_sum = (__u64)made->new[0] + made->new[1] + made->new[2] + made->new[3] +
-			 made->new[4];
-		made->new[2] |= (__u32)(__u16)~fold(ip_sum) << 16;
-		whole = (__u64)made->new[3] + made->new[4];
-		pseudo = (__u64)(__u32)~made->old[3] + (__u32)~made->old[4];
+		old_bytes = (bpf_ntohl(packet->old[0]) & 0xffff) - IP_BYTES(0);
+		packet->new[0] = bpf_htonl(0x45000000 | (IP_BYTES(0) + new_bytes));
+		packet->new[1] = bpf_htonl(0x00004000); /* don't fragment */
+		packet->new[2] = bpf_htonl(HOPS << 24 | PROTOCOL_TCP << 16);
+		packet->new[3] = packet->source[3];
+		packet->new[4] = packet->target[3];
+		ip_sum = (__u64)packet->new[0] + packet->new[1] + packet->new[2] + packet->new[3] +
+			 packet->new[4];
+		packet->new[2] |= (__u32)(__u16)~csum_fold(ip_sum) << 16;
+		whole = (__u64)packet->new[3] + packet->new[4];
+		pseudo = (__u64)(__u32)~packet->old[3] + (__u32)~packet->old[4];
 	}
 	whole += bpf_htons(new_bytes & 0xffff);
 	pseudo += whole + (__u16)~bpf_htons(old_bytes & 0xffff);
 
-	/* As in `rewrite` (splice_rewrite.h). */
-	if (made->known == PF_SUM_PARTIAL) {
-		checksum = fold((__u64)old_checksum + fold(pseudo));
+	/* The checksum, as in rewrite() (splice_rewrite.h). */
+	if (packet->csum_state == PF_SUM_PARTIAL) {
+		checksum = csum_fold((__u64)old_checksum + csum_fold(pseudo));
 	} else {
-		/* Anew: what else the old packet had in it need not be read for that. */
-		whole += bpf_htons(PROTOCOL_TCP) + (__u64)made->sum;
+		/* Computed from scratch: the old payload need not be read for that. */
+		whole += bpf_htons(PROTOCOL_TCP) + (__u64)packet->sum;
 		whole += (__u32)bpf_csum_diff(NULL, 0, new, header & 63, 0);
-		checksum = ~fold(whole);
-		if (made->known != PF_SUM_KNOWN) {
-			/* What the kernel has to be told, so that it comes to the same. */
-			sum = (__u64)(__u16)~checksum + old_checksum + (__u16)~fold(pseudo);
+		checksum = ~csum_fold(whole);
+		if (packet->csum_state != PF_SUM_KNOWN) {
+			/*
+			 * The change that the kernel's helpers must apply to get the same result.
+			 */
+			sum = (__u64)(__u16)~checksum + old_checksum + (__u16)~csum_fold(pseudo);
 			checksum = old_checksum;
 		}
 	}
 	new[4] |= checksum;
-	if (bpf_skb_change_tail(skb, TCP_AT(v6) + new_bytes, 0))
+	if (bpf_skb_change_tail(skb, TCP_OFFSET(v6) + new_bytes, 0))
 		return -1;
-	if (header == 40 ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 40, 0)
+	if (header == 40
+		    ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, packet->new, IP_BYTES(v6) + 40, 0)
 	    : header == 32
-		    ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 32, 0)
-		    : bpf_skb_store_bytes(skb, ETHERNET_BYTES, made->new, IP_BYTES(v6) + 20, 0))
+		    ? bpf_skb_store_bytes(skb, ETHERNET_BYTES, packet->new, IP_BYTES(v6) + 32, 0)
+		    : bpf_skb_store_bytes(skb, ETHERNET_BYTES, packet->new, IP_BYTES(v6) + 20, 0))
 		return -1;
-	if (made->known != PF_SUM_OTHER)
+	if (packet->csum_state != PF_SUM_OTHER)
 		return 0;
-	if (bpf_l4_csum_replace(skb, TCP_AT(v6) + 16, 0, fold(sum), 0))
+	if (bpf_l4_csum_replace(skb, TCP_OFFSET(v6) + 16, 0, csum_fold(sum), 0))
 		return -1;
-	replace_pseudo(skb, TCP_AT(v6) + 16, fold(pseudo), v6);
+	replace_pseudo_csum(skb, TCP_OFFSET(v6) + 16, csum_fold(pseudo), v6);
 	return 0;
 }
 
-/* Behind `make`: the bytes that were saved, as many as it has made room for. */
-inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask, const struct made *made,
-			const int v6)
+/* After `build_packet`: store the saved bytes for which it has made room. */
+inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask,
+			const struct new_packet *packet, const int v6)
 {
-	return bpf_skb_store_bytes(skb, OPTIONS_AT(v6) + (made->option_words & 7) * 4, ask->bytes,
-				   at_least_one(made->bytes, PF_EXPRESS_SAVED), 0);
+	return bpf_skb_store_bytes(skb, OPTIONS_OFFSET(v6) + (packet->option_words & 7) * 4,
+				   ask->bytes, bound_from_one(packet->bytes, PF_EXPRESS_SAVED), 0);
 }
 
-/* Likewise those behind the first packet's. */
-inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask, const struct made *made,
-		       const int v6)
+/* Likewise the saved bytes behind those of the first packet. */
+inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask,
+		       const struct new_packet *packet, const int v6)
 {
 	__u32 from = ask->segment;
 
-	hide(from);
+	barrier_var(from);
 	from &= PF_EXPRESS_SAVED / 2 - 1;
-	return bpf_skb_store_bytes(skb, OPTIONS_AT(v6) + (made->option_words & 7) * 4,
+	return bpf_skb_store_bytes(skb, OPTIONS_OFFSET(v6) + (packet->option_words & 7) * 4,
 				   ask->bytes + from,
-				   at_least_one(made->bytes, PF_EXPRESS_SAVED / 2), 0);
+				   bound_from_one(packet->bytes, PF_EXPRESS_SAVED / 2), 0);
 }
 
-/* What the saved bytes add to a checksum; those behind the end, up to a whole word, are 0. */
-inlined __u32 sum_of_saved(struct express_ask *ask, __u32 bytes)
+/*
+ * The checksum of the first `bytes` saved bytes; up to a whole word, the bytes behind them are 0.
+ */
+inlined __u32 csum_saved(struct express_ask *ask, __u32 bytes)
 {
 	__u32 sum = 0, at, left, i;
 
@@ -218,14 +236,14 @@ inlined __u32 sum_of_saved(struct express_ask *ask, __u32 bytes)
 		if (at >= bytes)
 			break;
 		left = bytes - at;
-		hide(left);
+		barrier_var(left);
 		if (left > 512)
 			left = 512;
-		hide(left);
+		barrier_var(left);
 		left &= 1023 & ~3;
 		if (left > 512)
 			left = 512;
 		sum = (__u32)bpf_csum_diff(NULL, 0, (void *)ask->bytes + at, left, sum);
 	}
-	return fold(sum);
+	return csum_fold(sum);
 }

@@ -1,6 +1,6 @@
 /*
- * Places, in which connections are opened: their states, the queue of those that are free, and what
- * becomes of servers, as far as it is counted.
+ * Places, in which connections are opened: their states, the queue of free places, and the counters
+ * of outcomes.
  */
 #pragma once
 
@@ -15,7 +15,8 @@
 static long (*queue_push)(void *map, const void *value,
 			  __u64 flags) = (void *)BPF_FUNC_map_push_elem;
 
-inlined void count(__u32 what)
+/* Add 1 to a counter (PF_COUNT_...). */
+inlined void count_event(__u32 what)
 {
 	__u64 *n = map_lookup(MAP_EXPRESS_COUNTS_FD, &what);
 
@@ -23,18 +24,19 @@ inlined void count(__u32 what)
 		__sync_fetch_and_add(n, 1);
 }
 
-/* What became of a server that was asked for, for who decides which servers rest. */
-inlined void opened(__u32 target)
+/* Count outcomes by target; the code that decides which servers are up reads these counters. */
+inlined void count_opened(__u32 target)
 {
 	struct express_outcome *outcome = map_lookup(MAP_EXPRESS_OUTCOMES_FD, &target);
 
 	if (!outcome)
 		return; /* never */
 	__sync_fetch_and_add(&outcome->opened, 1);
-	*(volatile __u32 *)&outcome->in_a_row = 0;
+	WRITE_ONCE(outcome->in_a_row, 0);
 }
 
-inlined void failed(__u32 target)
+/* Likewise for a connection that failed. */
+inlined void count_failed(__u32 target)
 {
 	struct express_outcome *outcome = map_lookup(MAP_EXPRESS_OUTCOMES_FD, &target);
 
@@ -44,29 +46,33 @@ inlined void failed(__u32 target)
 	__sync_fetch_and_add(&outcome->failed, 1);
 }
 
-/* From one state to another, unless another processor has been quicker, or another connection. */
-inlined int change(struct express_ask *ask, __u64 word, __u64 state)
+/*
+ * Change the state of a place. Returns 0, and changes nothing, if another processor has changed it
+ * first, or it has another connection.
+ */
+inlined int change_state(struct express_ask *ask, __u64 word, __u64 state)
 {
 	__u64 next = (word & ~(__u64)PF_EXPRESS_STATE_MASK) | state;
 
 	return __sync_val_compare_and_swap(&ask->word, word, next) == word;
 }
 
-inlined int is_in(__u64 word, __u64 state)
+/* Whether a place's word has this state. */
+inlined int has_state(__u64 word, __u64 state)
 {
 	return (word & PF_EXPRESS_STATE_MASK) == state;
 }
 
-/* The place is free again, behind all others that are. No program may have it from before. */
-inlined void give_back(struct express_ask *ask, struct splice *splice, __u32 place)
+/* Free a place: it goes to the end of the queue. The caller knows that no program still uses it. */
+inlined void free_place(struct express_ask *ask, struct splice *splice, __u32 place)
 {
-	*(volatile __u32 *)&splice->state = PF_SPLICE_FREE;
+	WRITE_ONCE(splice->state, PF_SPLICE_FREE);
 	*(volatile __u64 *)&ask->word &= ~(__u64)PF_EXPRESS_STATE_MASK;
 	queue_push(map_pointer(MAP_EXPRESS_PLACES_FD), &place, 0);
 }
 
-/* What comes from there is for the stack, unless another pair has that place by now. */
-inlined void forget_flow(struct splice_key *key, __u32 index)
+/* Delete a flow, unless it leads to another record by now: its packets go to the stack then. */
+inlined void delete_flow_of_place(struct splice_key *key, __u32 index)
 {
 	struct splice_flow *flow = map_lookup(MAP_FLOWS_FD, key);
 
@@ -74,33 +80,40 @@ inlined void forget_flow(struct splice_key *key, __u32 index)
 		map_delete(MAP_FLOWS_FD, key);
 }
 
-inlined void forget_flows(struct splice *splice, __u32 place)
+/* Delete both flows of a place. */
+inlined void delete_flows_of_place(struct splice *splice, __u32 place)
 {
 	struct splice_key key = splice->way[PF_UP].from;
 
-	forget_flow(&key, place + FIRST_SPLICE);
+	delete_flow_of_place(&key, place + FIRST_SPLICE);
 	key = splice->way[PF_DOWN].from;
-	forget_flow(&key, place + FIRST_SPLICE);
+	delete_flow_of_place(&key, place + FIRST_SPLICE);
 }
 
 /*
- * No packet finds the connection any more, whose word is this one. A program that has found it just
- * before may have been stopped in the middle (by the host of a virtual machine, for seconds), and
- * write to the place, or send what it says, when it goes on. So the place is another's when no such
- * program runs any more (`free_left`).
+ * Make a place LEAVING whose flows are deleted, if its word is still `word`. A program that has
+ * found the record just before may have been suspended in the middle (by the hypervisor of a
+ * virtual machine, for seconds), and may write to the place or send a packet when it continues. So
+ * the place is reused only when no such program can still be running (free_after_leaving()).
  */
-inlined void leave(struct express_ask *ask, struct splice *splice, __u64 word, __u64 now_ns)
+inlined void start_leaving(struct express_ask *ask, struct splice *splice, __u64 word, __u64 now_ns)
 {
-	*(volatile __u32 *)&splice->state = PF_SPLICE_FREE;
+	WRITE_ONCE(splice->state, PF_SPLICE_FREE);
 	ask->rests_ns = now_ns;
-	change(ask, word, PF_EXPRESS_LEAVING); /* a barrier, too */
+	change_state(ask, word, PF_EXPRESS_LEAVING); /* also a barrier */
 }
 
-/* Likewise, by who has made it FILLING, which nobody else changes. */
-inlined void leave_at_once(struct express_ask *ask, struct splice *splice, __u32 place, __u64 word)
+/*
+ * Delete the flows of a place, and make it LEAVING. The caller has made it FILLING, a state that no
+ * other program changes.
+ */
+inlined void abandon_place(struct express_ask *ask, struct splice *splice, __u32 place, __u64 word)
 {
-	forget_flows(splice, place);
-	/* Behind that: a round that is later has the keeper wait for all that may have found it. */
-	leave(ask, splice, (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_FILLING,
-	      bpf_ktime_get_ns());
+	delete_flows_of_place(splice, place);
+	/*
+	 * The time is read after the deletion: the keeper's next round then waits for all programs
+	 * that may have found the flows.
+	 */
+	start_leaving(ask, splice, (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_FILLING,
+		      bpf_ktime_get_ns());
 }

@@ -1,5 +1,6 @@
 /*
- * What becomes of connections that have ended, as the keeper goes round over all places.
+ * Connections that have ended, and their places: one place at a time, from `go_round`, which the
+ * keeper runs over all places.
  */
 #pragma once
 
@@ -12,19 +13,24 @@
 #include "splice.h"
 #include "splice_packet.h"
 
-/* What a direction has carried, by its FIN: programs that met may have stored an older count. */
-inlined __u64 carried_bytes(const struct splice_direction *way)
+/*
+ * The bytes that a direction has carried, computed from its FIN: programs that ran at the same time
+ * may have stored an older count.
+ */
+inlined __u64 carried_bytes(const struct splice_direction *up)
 {
-	__u64 bytes = way->bytes;
+	__u64 bytes = up->bytes;
 
-	return bytes + (__u64)(__s64)(__s32)(way->fin_seq - 1 - way->begin - (__u32)bytes);
+	return bytes + (__u64)(__s64)(__s32)(up->fin_seq - 1 - up->begin - (__u32)bytes);
 }
 
 /*
- * Whether the numbers that a server has seen are below those of the next connection: ours rise by
- * one in 64 ns, and its timestamps by one in 1 ms.
+ * Whether the numbers that the server has seen are below those of the next connection from this
+ * port. Our sequence numbers increase by one in 64 ns, our timestamps by one in 1 ms; a connection
+ * that was faster than either has overtaken them.
  */
-inlined int was_slow(const struct express_ask *ask, const struct splice_direction *up, __u64 now_ns)
+inlined int may_reuse_port_early(const struct express_ask *ask, const struct splice_direction *up,
+				 __u64 now_ns)
 {
 	__u64 age_ns = now_ns - ask->begun_ns;
 	__u32 ahead_ms = up->recent - ask->first_tc;
@@ -32,13 +38,16 @@ inlined int was_slow(const struct express_ask *ask, const struct splice_directio
 	return (__u64)ahead_ms * NS_PER_MS <= age_ns && up->bytes < age_ns / 65;
 }
 
-/* When the end was of a connection that rests. */
-inlined __u64 end_of(const struct express_round *round, const struct express_ask *ask,
-		     const struct splice *splice)
+/* The time at which a resting connection has ended. */
+inlined __u64 end_time_ns(const struct express_round *round, const struct express_ask *ask,
+			  const struct splice *splice)
 {
 	__u64 ends_ns = ask->rests_ns, told_ns;
 
-	/* What the end itself says (`tell`) may have come a moment after the end was counted. */
+	/*
+	 * The notification of the end (notify_worker()) may have come a moment after the end was
+	 * counted.
+	 */
 	if (splice->worker == PF_EXPRESS_NO_WORKER) {
 		told_ns = *(volatile __u64 *)&splice->client_clock;
 		if (told_ns > ends_ns && told_ns < round->now_ns)
@@ -47,41 +56,47 @@ inlined __u64 end_of(const struct express_round *round, const struct express_ask
 	return ends_ns;
 }
 
-/* When a connection has rested, no packet finds it any more. */
-inlined void leave_rested(struct express_round *round, struct express_ask *ask,
-			  struct splice *splice, __u32 place, __u64 word)
+/* Make a place LEAVING whose connection has rested for long enough. */
+inlined void end_resting(struct express_round *round, struct express_ask *ask,
+			 struct splice *splice, __u32 place, __u64 word)
 {
-	__s64 rested_ns = round->now_ns - end_of(round, ask, splice);
-	/* What no packet finds any more has lingered before. */
-	int is_soon = round->is_short || volatile_read(splice->state) == PF_SPLICE_FREE;
+	__s64 rested_ns = round->now_ns - end_time_ns(round, ask, splice);
+	/* A record that no packet finds any more has rested before. */
+	int is_soon = round->is_short || READ_ONCE(splice->state) == PF_SPLICE_FREE;
 	int is_here = !splice->way[PF_UP].interface && !splice->way[PF_DOWN].interface;
 	__u64 least_ns = is_here ? round->least_rest_here_ns : round->least_rest_ns;
 
-	if (!was_slow(ask, &splice->way[PF_UP], round->now_ns))
+	if (!may_reuse_port_early(ask, &splice->way[PF_UP], round->now_ns))
 		least_ns = round->rest_ns;
-	if (volatile_read(ask->port_lost) ||
-	    rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
+	if (READ_ONCE(ask->port_lost) || rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
 		return;
-	forget_flows(splice, place);
-	leave(ask, splice, word, round->now_ns);
+	delete_flows_of_place(splice, place);
+	start_leaving(ask, splice, word, round->now_ns);
 	round->leaving++;
 }
 
-inlined void free_left(struct express_round *round, struct express_ask *ask, struct splice *splice,
-		       __u32 place, __u64 word)
+/* Free a place that is LEAVING, once no program can still be running that may have found it. */
+inlined void free_after_leaving(struct express_round *round, struct express_ask *ask,
+				struct splice *splice, __u32 place, __u64 word)
 {
 	round->leaving++;
-	/* To the same state, which is a barrier: not `rests_ns` of before `leave` with that. */
-	if (volatile_read(ask->port_lost) || !change(ask, word, PF_EXPRESS_LEAVING) ||
-	    ask->rests_ns > round->passed_ns || !change(ask, word, PF_EXPRESS_FILLING))
+	/*
+	 * Exchanged with the same state as a barrier: `rests_ns` must not be the value from before
+	 * start_leaving() has stored that state.
+	 */
+	if (READ_ONCE(ask->port_lost) || !change_state(ask, word, PF_EXPRESS_LEAVING) ||
+	    ask->rests_ns > round->passed_ns || !change_state(ask, word, PF_EXPRESS_FILLING))
 		return;
-	give_back(ask, splice, place);
+	free_place(ask, splice, place);
 	round->leaving--;
 	round->freed++;
 	round->unused++;
 }
 
-/* Count a connection that has ended without a worker, if nobody needs to be told of it alone. */
+/*
+ * Add an ended connection that no worker knows of to the sums of its key, if it needs no report of
+ * its own. The place becomes RESTING.
+ */
 inlined void count_ended(struct express_round *round, struct express_ask *ask,
 			 struct splice *splice, __u64 word)
 {
@@ -90,9 +105,8 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	__u64 ends_ns;
 
 	if (splice->worker != PF_EXPRESS_NO_WORKER || !splice->id ||
-	    ask->counted == (__u32)(word >> 3) ||
-	    volatile_read(splice->state) != PF_SPLICE_ACTIVE || !splice->way[PF_UP].fin_acked ||
-	    !splice->way[PF_DOWN].fin_acked)
+	    ask->counted == (__u32)(word >> 3) || READ_ONCE(splice->state) != PF_SPLICE_ACTIVE ||
+	    !splice->way[PF_UP].fin_acked || !splice->way[PF_DOWN].fin_acked)
 		return;
 	key.table = ask->listener_table;
 	key.rule = ask->rule;
@@ -101,15 +115,17 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	ends = map_lookup(MAP_EXPRESS_ENDS_FD, &key);
 	if (!ends || ask->begun_ns < ends->since_ns)
 		return;
-	/* Nobody but the keeper, which runs this, takes a connection from here to anywhere else. */
+	/*
+	 * Only the keeper, which runs this program, moves a connection from this state to another.
+	 */
 	ends->pairs++;
 	ends->bytes[PF_UP] += carried_bytes(&splice->way[PF_UP]);
 	ends->bytes[PF_DOWN] += carried_bytes(&splice->way[PF_DOWN]);
 	splice->id = 0;
-	/* However late this is: since the end. See `end_of`, too. */
+	/* Resting counts from the end, however late this round is. See end_time_ns(), too. */
 	ends_ns = *(volatile __u64 *)&splice->client_clock;
 	ask->rests_ns =
 		ends_ns > ask->begun_ns && ends_ns < round->now_ns ? ends_ns : round->now_ns;
-	change(ask, word, PF_EXPRESS_RESTING);
+	change_state(ask, word, PF_EXPRESS_RESTING);
 	round->counted++;
 }

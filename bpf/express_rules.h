@@ -1,13 +1,13 @@
 /*
- * Which rule takes a connection, by its first packet. What is read here, and what is left to
- * userspace, pyforwarder/core/express/reading.py tells in the same order.
+ * Which rule takes a connection, by its first packet. pyforwarder/core/express/reading.py describes
+ * in the same order what is read here, and what is left to userspace.
  *
- * Nothing is decided that is not certain: a message that is not whole, or not as nearly everybody
- * writes it, is for userspace, which reads it with other means.
+ * Only what is certain is decided here. A message that is incomplete, or has an unusual form, is
+ * left to userspace, whose parsers know all forms.
  *
- * The verifier has to walk through every loop. What a loop remembers stands in a map (`scratch`),
- * of which the verifier knows no more in one round than in another, so that it looks at each round
- * once.
+ * The verifier walks every iteration of a loop. Therefore the variables of a loop are in a map
+ * (`scratch`): the verifier knows no value of these, so all iterations look the same to it, and it
+ * walks the body once.
  */
 #pragma once
 
@@ -25,15 +25,15 @@
 #define ALPN		   16
 #define SUPPORTED_VERSIONS 43
 
-/* Of each processor; a program is not interrupted by another of its kind. */
+/* One per processor; no other program of this type preempts the one that uses it. */
 struct express_scratch {
 	__u8 bytes[PF_EXPRESS_BYTES + 64];
 	struct express_name_key name;
-	__u64 holds, fails;	       /* the conditions that do, as bits */
-	__u64 offered;		       /* those that a protocol in the ClientHello's list fulfils */
-	__u64 there[PF_EXPRESS_WORDS]; /* of the first bytes: a 1 for each bit that has come */
+	__u64 holds, fails; /* conditions that hold and that fail, as bits */
+	__u64 offered;	    /* conditions that a protocol in the ClientHello's ALPN list fulfils */
+	__u64 there[PF_EXPRESS_WORDS]; /* of the first bytes: a 1 for each bit that was received */
 	__u32 size, name_at, name_bytes;
-	/* For read_hello(): kinds of extensions that were there, and where these two are. */
+	/* For read_hello(): the types of the extensions so far, and where these two are. */
 	__u32 kinds[PF_EXPRESS_EXTENSIONS];
 	__u32 at, server_name_at, server_name_bytes, alpn_at, alpn_bytes;
 	/* For read_request(): where each state was entered last, and how often. */
@@ -42,34 +42,36 @@ struct express_scratch {
 
 enum hello {
 	PF_NO_HELLO,
-	PF_SHORT_HELLO,	   /* too few bytes to know */
-	PF_UNREAD_HELLO,   /* one, and no more is known */
-	PF_NAMELESS_HELLO, /* it names no server */
+	PF_SHORT_HELLO,	   /* too few bytes to tell */
+	PF_UNREAD_HELLO,   /* a ClientHello, of which nothing else is known */
+	PF_NAMELESS_HELLO, /* without a server name */
 	PF_NAMED_HELLO,
 };
 
 enum request {
 	PF_NO_REQUEST,
 	PF_UNKNOWN_REQUEST,
-	PF_REQUEST,	 /* its method is known */
-	PF_HOST_REQUEST, /* and its host */
+	PF_REQUEST,	 /* only its method is known */
+	PF_HOST_REQUEST, /* its method and its host are known */
 };
 
+/* A byte of the packet; the index is bounded for the verifier. */
 inlined __u32 byte_at(const struct express_scratch *scratch, __u32 at)
 {
-	hide(at);
+	barrier_var(at);
 	at &= PF_EXPRESS_BYTES - 1;
 	return scratch->bytes[at];
 }
 
+/* A 16-bit number of the packet, in network byte order. */
 inlined __u32 uint16_at(const struct express_scratch *scratch, __u32 at)
 {
 	return byte_at(scratch, at) << 8 | byte_at(scratch, at + 1);
 }
 
 /*
- * Copy a name into the key, backwards, in lower case, without a final dot; not 0: it cannot be
- * asked for.
+ * Copy a name into the key: backwards, in lower case, without a final dot. Returns 0; not 0: the
+ * name has no valid length.
  */
 inlined int take_name(struct express_scratch *scratch, __u32 table, __u32 kind)
 {
@@ -92,16 +94,22 @@ inlined int take_name(struct express_scratch *scratch, __u32 table, __u32 kind)
 	key->kind = kind;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_NAME_BYTES; i++) {
-		if (i >= volatile_read(scratch->name_bytes))
+		if (i >= READ_ONCE(scratch->name_bytes))
 			break;
-		/* Neither difference is below 0: a capital. A branch would cost the verifier. */
+		/*
+		 * A capital letter: neither difference is negative. A branch would multiply the
+		 * verifier's paths.
+		 */
 		byte = byte_at(scratch, last - i);
 		key->name[i] = byte | ~((byte - 'A') | ('Z' - byte)) >> 63 << 5;
 	}
 	return 0;
 }
 
-/* Of a server_name extension the one host name; not 0: it is something else (RFC 6066, 3). */
+/*
+ * Find the only host name of a server_name extension. Returns 0; not 0: the extension has another
+ * form (RFC 6066, 3).
+ */
 inlined int find_server_name(struct express_scratch *scratch)
 {
 	__u32 at = scratch->server_name_at, length = scratch->server_name_bytes;
@@ -117,16 +125,16 @@ inlined int find_server_name(struct express_scratch *scratch)
 	scratch->name_bytes = bytes;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_NAME_BYTES; i++) {
-		if (i >= volatile_read(scratch->name_bytes))
+		if (i >= READ_ONCE(scratch->name_bytes))
 			break;
-		/* The sign of either difference; a branch would cost the verifier. */
+		/* The sign of either difference; a branch would multiply the verifier's paths. */
 		byte = byte_at(scratch, at + 5 + i);
 		bad |= (byte - 0x21) | (0x7e - byte);
 	}
 	return bad >> 63 ? -1 : 0;
 }
 
-/* The bits of a protocol's name, of `bytes` at `at`. */
+/* Look up the bits of the conditions that a protocol name of `bytes` bytes at `at` fulfils. */
 inlined __u64 ask_for_protocol(struct express_scratch *scratch, __u32 table, __u32 at, __u32 bytes)
 {
 	struct express_name_key *key = &scratch->name;
@@ -141,7 +149,7 @@ inlined __u64 ask_for_protocol(struct express_scratch *scratch, __u32 table, __u
 	scratch->name_bytes = bytes;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_ALPN_BYTES; i++) {
-		if (i >= volatile_read(scratch->name_bytes))
+		if (i >= READ_ONCE(scratch->name_bytes))
 			break;
 		key->name[i + 1] = byte_at(scratch, at + i);
 	}
@@ -149,7 +157,10 @@ inlined __u64 ask_for_protocol(struct express_scratch *scratch, __u32 table, __u
 	return bits ? *bits : 0;
 }
 
-/* Whether an ALPN extension is a list of names (RFC 7301, 3.1); what they fulfil is `offered`. */
+/*
+ * Whether an ALPN extension is a valid list of names (RFC 7301, 3.1); the conditions that they
+ * fulfil are added to `offered`.
+ */
 inlined int is_alpn(struct express_scratch *scratch, const struct express_table *table, __u32 index)
 {
 	__u32 at = scratch->alpn_at, length = scratch->alpn_bytes, end = at + length, bytes;
@@ -173,6 +184,10 @@ inlined int is_alpn(struct express_scratch *scratch, const struct express_table 
 	return scratch->at == end;
 }
 
+/*
+ * Read a ClientHello (RFC 8446, 4.1.2). Its server name, if it has one, is left in `name_at` and
+ * `name_bytes`, the conditions on ALPN that hold in `offered`.
+ */
 inlined enum hello read_hello(struct express_scratch *scratch, const struct express_table *table,
 			      __u32 index, __u32 size)
 {
@@ -193,7 +208,7 @@ inlined enum hello read_hello(struct express_scratch *scratch, const struct expr
 	if (size < at)
 		return PF_UNREAD_HELLO;
 	end = at + (byte_at(scratch, 6) << 16 | uint16_at(scratch, 7));
-	/* It goes on in another record, or in another packet. */
+	/* The ClientHello continues in another record, or in another packet. */
 	if (end > RECORD_HEADER + length || end > size)
 		return PF_UNREAD_HELLO;
 	at += 2 + 32; /* version, random */
@@ -229,10 +244,11 @@ inlined enum hello read_hello(struct express_scratch *scratch, const struct expr
 #pragma clang loop unroll(disable)
 		for (i = 0; i < PF_EXPRESS_EXTENSIONS; i++) {
 			seen = round;
-			hide(seen);
+			barrier_var(seen);
 			if (i >= seen)
 				break;
-			twice |= ((__u64)scratch->kinds[i] ^ kind) - 1; /* below 0 if it is 0 */
+			twice |= ((__u64)scratch->kinds[i] ^ kind) -
+				 1; /* negative if the two are equal */
 		}
 		if (twice >> 63)
 			return PF_UNREAD_HELLO;
@@ -258,8 +274,8 @@ inlined enum hello read_hello(struct express_scratch *scratch, const struct expr
 }
 
 /*
- * RFC 9112, 2 to 5. The automaton stands in a map, and pyforwarder/core/express/request_grammar.py
- * has made it: by state and class of byte the next state.
+ * Read the head of an HTTP request (RFC 9112, 2 to 5). pyforwarder/core/express/request_grammar.py
+ * has written the automaton into a map: the next state by state and class of byte.
  */
 inlined enum request read_request(struct express_scratch *scratch)
 {
@@ -272,12 +288,15 @@ inlined enum request read_request(struct express_scratch *scratch)
 	scratch->last[PF_EXPRESS_HOST] = 0;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_HEAD_BYTES; i++) {
-		if (i >= volatile_read(scratch->size))
+		if (i >= READ_ONCE(scratch->size))
 			break;
 		class = grammar->class[scratch->bytes[i]] & (PF_EXPRESS_CLASSES - 1);
-		/* 6.1 knows nothing of a constant and a number put together by `|`. */
+		/*
+		 * The verifier of Linux 6.1 derives no bound from the `|` of a constant and a
+		 * number.
+		 */
 		at = state * PF_EXPRESS_CLASSES + class;
-		hide(at);
+		barrier_var(at);
 		at &= PF_EXPRESS_STATES * PF_EXPRESS_CLASSES - 1;
 		state = grammar->following[at];
 		state &= PF_EXPRESS_STATES - 1;
@@ -294,7 +313,7 @@ inlined enum request read_request(struct express_scratch *scratch)
 	end = scratch->last[PF_EXPRESS_HOST] + 1;
 	scratch->name_bytes = scratch->count[PF_EXPRESS_HOST];
 	scratch->name_at = end - scratch->name_bytes;
-	/* Elsewhere the target may say another host than the header does. */
+	/* In other forms the request target may name another host than the Host header. */
 	if (state != PF_EXPRESS_READ || byte_at(scratch, bytes + 1) != '/' ||
 	    (bytes == 7 && byte_at(scratch, 0) == 'C' && byte_at(scratch, 1) == 'O' &&
 	     byte_at(scratch, 2) == 'N' && byte_at(scratch, 3) == 'N'))
@@ -302,7 +321,7 @@ inlined enum request read_request(struct express_scratch *scratch)
 	return PF_HOST_REQUEST;
 }
 
-/* The bits of requests that this one, whose method is known, fulfils. */
+/* The bits of the conditions on requests that this method fulfils. */
 inlined __u64 fulfilled(const struct express_scratch *scratch, const struct express_table *table)
 {
 	__u64 bits = table->any_method;
@@ -310,12 +329,12 @@ inlined __u64 fulfilled(const struct express_scratch *scratch, const struct expr
 
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_METHODS; i++) {
-		if (i >= volatile_read(table->method_count))
+		if (i >= READ_ONCE(table->method_count))
 			break;
 		differs = 0;
 #pragma clang loop unroll(disable)
 		for (j = 0; j < PF_EXPRESS_METHOD_BYTES; j++) {
-			if (j >= volatile_read(scratch->count[PF_EXPRESS_METHOD]))
+			if (j >= READ_ONCE(scratch->count[PF_EXPRESS_METHOD]))
 				break;
 			differs |= table->method[i].text[j] ^ scratch->bytes[j];
 		}
@@ -325,12 +344,14 @@ inlined __u64 fulfilled(const struct express_scratch *scratch, const struct expr
 	return bits;
 }
 
-/* Fixed bytes: each alternative is ruled out by the first byte that differs. */
+/*
+ * Compare the packet with fixed bytes: an alternative is excluded by the first byte that differs.
+ */
 inlined void look_for_bytes(struct express_scratch *scratch, const struct express_table *table)
 {
 	const __u64 *packet = (const __u64 *)scratch->bytes;
 	__u64 holds = 0, possible = 0, differs;
-	__u32 i, j, bytes, size = volatile_read(scratch->size);
+	__u32 i, j, bytes, size = READ_ONCE(scratch->size);
 
 #pragma unroll
 	for (j = 0; j < PF_EXPRESS_WORDS; j++) {
@@ -339,17 +360,17 @@ inlined void look_for_bytes(struct express_scratch *scratch, const struct expres
 	}
 #pragma clang loop unroll(disable)
 	for (i = 0; i < PF_EXPRESS_PREFIXES; i++) {
-		if (i >= volatile_read(table->prefix_count))
+		if (i >= READ_ONCE(table->prefix_count))
 			break;
 		differs = 0;
 #pragma unroll
 		for (j = 0; j < PF_EXPRESS_WORDS; j++)
 			differs |= (packet[j] ^ table->prefix[i].value[j]) &
-				   table->prefix[i].mask[j] & volatile_read(scratch->there[j]);
+				   table->prefix[i].mask[j] & READ_ONCE(scratch->there[j]);
 		if (differs)
 			continue;
 		possible |= table->prefix[i].bit;
-		if (volatile_read(scratch->size) >= table->prefix[i].end)
+		if (READ_ONCE(scratch->size) >= table->prefix[i].end)
 			holds |= table->prefix[i].bit;
 	}
 	scratch->holds |= holds;
@@ -357,8 +378,8 @@ inlined void look_for_bytes(struct express_scratch *scratch, const struct expres
 }
 
 /*
- * The place of the rule that takes a connection whose first bytes are at `at`, or -1: it is for
- * userspace. `network` has the client's address.
+ * The index of the rule that takes a connection whose first bytes are at `at`. -1: userspace must
+ * decide. `network` has the client's address.
  */
 inlined int decide(struct __sk_buff *skb, __u32 index, struct express_network_key *network,
 		   __u32 at, __u32 size)
@@ -372,9 +393,9 @@ inlined int decide(struct __sk_buff *skb, __u32 index, struct express_network_ke
 
 	if (!table || !scratch || size == 0 || size > PF_EXPRESS_BYTES || size > table->most_bytes)
 		return -1;
-	/* From 1 to PF_EXPRESS_BYTES, in the verifier's words. */
+	/* Bounded to 1..PF_EXPRESS_BYTES for the verifier. */
 	load = size - 1;
-	hide(load);
+	barrier_var(load);
 	load &= PF_EXPRESS_BYTES - 1;
 	if (bpf_skb_load_bytes(skb, at, scratch->bytes, load + 1))
 		return -1;
@@ -431,12 +452,13 @@ inlined int decide(struct __sk_buff *skb, __u32 index, struct express_network_ke
 	for (i = 0; i < PF_EXPRESS_CLAUSES; i++) {
 		const struct express_clause *clause = &table->clause[i];
 
-		if (i >= volatile_read(table->clause_count))
+		if (i >= READ_ONCE(table->clause_count))
 			break;
 		if ((clause->holds & scratch->fails) | (clause->fails & scratch->holds))
 			continue;
 		if ((clause->holds & ~scratch->holds) | (clause->fails & ~scratch->fails))
-			return -1; /* it may, and a later rule must not win before that is known */
+			return -1; /* this rule may match, and no later rule may take the connection
+				      before that is known */
 		if (clause->rule > 63 || !(table->targets >> clause->rule & 1))
 			return -1;
 		return (int)clause->rule;

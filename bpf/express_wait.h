@@ -1,6 +1,6 @@
 /*
- * While the server has not answered: what its client says, and how all is undone, so that a worker
- * gets the client.
+ * Until the server has answered: packets of the client, and how the connection is undone, so that a
+ * worker gets the client.
  */
 #pragma once
 
@@ -16,66 +16,81 @@
 #include "splice_packet.h"
 #include "splice_verdicts.h"
 
-/* A server that has refused is not asked again for so long: the worker sees to it meanwhile. */
+/* A server that has refused is not asked again for so long; connections to it go to a worker. */
 #define REFUSED_FOR_NS (1 * (__u64)NS_PER_S)
-/* Nor one that could not understand the client: it will not be another in a second. */
+/*
+ * Likewise a server whose options do not fit those of the client: they will not change within a
+ * second.
+ */
 #define MISMATCHED_FOR_NS (10 * (__u64)NS_PER_S)
 
-/* On a packet that is for our own stack: it has been looked at already. */
+/* skb->mark of a packet that is for our own stack, and was checked already. */
 #ifndef FOR_OUR_STACK
 #define FOR_OUR_STACK 0x5047
 #endif
 
-/* A packet of the client's while its server is asked for. */
-inlined int wait(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask, __u32 place,
-		 __u64 word, const struct seen *seen, const int v6)
+/*
+ * Handle a packet of the client while its server is asked. Returns NEXT: for our own stack. DROP:
+ * the client repeats it. Or the verdict of the SYN's redirect: a repeated first packet becomes a
+ * repeated SYN.
+ */
+inlined int handle_client_while_asked(struct __sk_buff *skb, struct splice *splice,
+				      struct express_ask *ask, __u32 place, __u64 word,
+				      const struct parsed_segment *parsed, const int v6)
 {
-	if (seen->flags & SYN)
-		return NEXT; /* the request is still there */
-	if (seen->flags & RST) {
+	if (parsed->flags & SYN)
+		return NEXT; /* our stack answers: the request still exists */
+	if (parsed->flags & RST) {
 		/*
-		 * At the number that comes next, or would if all that was sent had come; other ones
-		 * our kernel judges, which takes them for the end of the request or does not. If
-		 * that was the client's end, it says so again when it hears from the server.
+		 * Accepted at the number that comes next, or would come next if all that was sent
+		 * had arrived. Resets at other numbers are left to our kernel, which drops the
+		 * request or does not. If such a reset was the client's end after all, the client
+		 * sends another one when it hears from the server.
 		 */
-		__u32 ahead = seen->seq - ask->c0 - 1;
+		__u32 ahead = parsed->seq - ask->c0 - 1;
 
 		if ((ahead && ahead != ask->saved && ahead != ask->saved + !!ask->has_fin) ||
-		    !change(ask, word, PF_EXPRESS_FILLING))
+		    !change_state(ask, word, PF_EXPRESS_FILLING))
 			return NEXT;
-		leave_at_once(ask, splice, place, word);
-		count(PF_COUNT_ENDED);
+		abandon_place(ask, splice, place, word);
+		count_event(PF_COUNT_ENDED);
 		return NEXT;
 	}
-	if (seen->bytes && seen->seq == ask->c0 + 1 && seen->bytes <= PF_EXPRESS_SAVED &&
-	    seen->has_timestamp == ask->has_timestamps && seen->ack == ask->k0 + 1) {
+	if (parsed->bytes && parsed->seq == ask->c0 + 1 && parsed->bytes <= PF_EXPRESS_SAVED &&
+	    parsed->has_timestamp == ask->has_timestamps && parsed->ack == ask->k0 + 1) {
 		/*
-		 * It waits: so does the server, perhaps. What has grown meanwhile comes again.
+		 * The client retransmits: the SYN may have been lost, too.
 		 *
-		 * The server must not see anything older afterwards; so not either because an old
-		 * packet comes late. What the newest one echoes is what the client has heard last:
-		 * it takes nothing older than that, and echoes nothing else.
+		 * The server must not see an older timestamp afterwards, not even because an old
+		 * packet arrives late. The newest packet echoes the timestamp that the client has
+		 * received last: the client accepts no older one, and echoes no other.
 		 */
-		if (!before(seen->tsval, ask->tc)) {
-			ask->tc = seen->tsval;
-			ask->tk = seen->tsecr;
+		if (!before(parsed->tsval, ask->tc)) {
+			ask->tc = parsed->tsval;
+			ask->tk = parsed->tsecr;
 		}
-		if (seen->bytes != ask->saved && seen->bytes != ask->segment) {
-			/* It has grown meanwhile: our stack takes it as it is, and a worker. */
-			if (!change(ask, word, PF_EXPRESS_FILLING))
+		if (parsed->bytes != ask->saved && parsed->bytes != ask->segment) {
+			/*
+			 * The retransmission has more bytes: pass it to our stack, and so to a
+			 * worker.
+			 */
+			if (!change_state(ask, word, PF_EXPRESS_FILLING))
 				return DROP;
-			leave_at_once(ask, splice, place, word);
-			count(PF_COUNT_LONG);
+			abandon_place(ask, splice, place, word);
+			count_event(PF_COUNT_LONG);
 			return NEXT;
 		}
-		count(PF_COUNT_ASKED_AGAIN);
-		return send_syn(skb, splice, ask, ask->tc, seen->sum, v6);
+		count_event(PF_COUNT_ASKED_AGAIN);
+		return send_syn(skb, splice, ask, ask->tc, parsed->sum, v6);
 	}
-	return DROP; /* as if it had been lost: it is sent again */
+	return DROP; /* a lost packet: the client repeats it */
 }
 
-/* A packet for our own stack as if it came from the client. */
-inlined int to_our_stack(struct __sk_buff *skb, struct express_ask *ask)
+/*
+ * Pass a packet to our own stack as if it came from the client. Returns NEXT, the verdict of the
+ * redirect to the client's interface, or DROP.
+ */
+inlined int send_to_own_stack(struct __sk_buff *skb, struct express_ask *ask)
 {
 	__u32 interface = ask->client_interface;
 
@@ -88,43 +103,47 @@ inlined int to_our_stack(struct __sk_buff *skb, struct express_ask *ask)
 }
 
 /*
- * No server, or a worker has the client: the bytes go to our own stack after all, and a worker sees
- * to it.
+ * Undo the connection, because the server cannot be used, or a worker has the client: the packet
+ * becomes the client's first packet with the saved bytes, for our own stack, and a worker gets the
+ * connection.
+ *
+ * Returns the verdict of send_to_own_stack(). DROP if memory is short, or the client has reset the
+ * connection: the client repeats its bytes, or not.
  */
-inlined int fall_back(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		      __u32 place, __u64 word, __u32 known, int is_workers, const int has_failed,
-		      const int v6)
+inlined int give_to_worker(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
+			   __u32 place, __u64 word, __u32 csum_state, int is_with_worker,
+			   const int has_failed, const int v6)
 {
-	struct made *made = to_make(known);
+	struct new_packet *packet = new_packet(csum_state);
 	struct express_target *target;
 	__u32 number = ask->target;
 	int verdict;
 
-	if (!made || !change(ask, word, PF_EXPRESS_FILLING))
-		return DROP; /* the client has ended it just now */
+	if (!packet || !change_state(ask, word, PF_EXPRESS_FILLING))
+		return DROP; /* the client has just reset it */
 	target = map_lookup(MAP_EXPRESS_TARGETS_FD, &number);
-	if (target && !is_workers)
+	if (target && !is_with_worker)
 		*(volatile __u64 *)&target->not_before_ns =
 			bpf_ktime_get_ns() + (has_failed ? REFUSED_FOR_NS : MISMATCHED_FOR_NS);
-	count(is_workers ? PF_COUNT_NO_REQUEST : PF_COUNT_REFUSED);
+	count_event(is_with_worker ? PF_COUNT_NO_REQUEST : PF_COUNT_REFUSED);
 	if (has_failed)
-		failed(number);
-	from_client(made, splice, ask);
-	made->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
-	made->window = ask->window_field;
-	made->bytes = ask->saved;
-	made->sum = ask->sum;
+		count_failed(number);
+	address_from_client(packet, splice, ask);
+	packet->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
+	packet->window = ask->window_field;
+	packet->bytes = ask->saved;
+	packet->sum = ask->sum;
 	if (ask->has_timestamps) {
-		made->option_words = 3;
-		made->option[0] = bpf_htonl(TIMESTAMP_WORD);
-		made->option[1] = bpf_htonl(ask->tc);
-		made->option[2] = bpf_htonl(ask->tk);
+		packet->option_words = 3;
+		packet->option[0] = bpf_htonl(TIMESTAMP_WORD);
+		packet->option[1] = bpf_htonl(ask->tc);
+		packet->option[2] = bpf_htonl(ask->tk);
 	}
-	verdict = DROP; /* the client sends it again, and the target is not asked then */
-	if (make(skb, made, v6) || store_saved(skb, ask, made, v6))
-		count(PF_COUNT_FAILED);
+	verdict = DROP; /* the client repeats it, and this target is not asked then */
+	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6))
+		count_event(PF_COUNT_FAILED);
 	else
-		verdict = to_our_stack(skb, ask);
-	leave_at_once(ask, splice, place, word);
+		verdict = send_to_own_stack(skb, ask);
+	abandon_place(ask, splice, place, word);
 	return verdict;
 }
