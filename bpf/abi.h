@@ -1,7 +1,7 @@
 /*
- * What the BPF programs and Python share: the record of a pair, its states and the events.
- * Data only: no helper, no map. pyforwarder/datapath/ebpf/abi.py mirrors it, a test compares the
- * two.
+ * Records and numbers that the BPF programs share with Python: the record of a pair, its states and
+ * the events. Data only: no helper, no map. pyforwarder/datapath/ebpf/abi.py mirrors it, and a test
+ * compares the two.
  */
 #pragma once
 
@@ -36,7 +36,7 @@ enum pf_family {
 	PF_IPV6 = 6,
 };
 
-/* One end of a connection. IPv4 stands in ip as ::ffff:a.b.c.d. */
+/* One end of a connection. IPv4 addresses are stored as ::ffff:a.b.c.d. */
 struct endpoint {
 	__u8 ip[16];
 	__u16 port;  /* host order */
@@ -45,9 +45,9 @@ struct endpoint {
 };
 
 /*
- * One direction, as the verdict program sees it; the program alone writes it, and its runs are
- * serialised by the lock of the source socket, so a plain add would do; passed_bytes is
- * written atomically for the barrier that redirect.c explains.
+ * One direction, as the verdict program counts it. Only the program writes it. Its runs are
+ * serialised by the lock of the source socket, so plain adds suffice; passed_bytes is written
+ * atomically because of the barrier that redirect.c explains.
  */
 struct verdict_direction {
 	__u64 passed_bytes;	/* given to userspace since the sockets entered the map */
@@ -56,23 +56,23 @@ struct verdict_direction {
 	__u64 last_ns;		/* bpf_ktime_get_ns() of the last packet */
 	__u16 latched;		/* 1 while the kernel owns the direction */
 	__u16 lost;		/* 1: bytes were dropped, the pair must be reset */
-	__u32 trips;		/* how often the backlog limit gave it back to userspace */
+	__u32 trips;		/* how often the backlog limit gave the direction to userspace */
 	__u32 latch_write_seq;	/* target's tcp_sock.write_seq when it latched */
 	__u32 latch_redirected; /* low 32 bits of redirected_bytes at that moment */
-	__u32 backlog_bytes;	/* seen by the last packet */
+	__u32 backlog_bytes;	/* at the last packet */
 	__u32 peak_backlog_bytes;
 	__u32 next_seq;	     /* TCP sequence number behind the last byte seen */
-	__u32 trimmed_bytes; /* that came again in a retransmission, and were cut off */
+	__u32 trimmed_bytes; /* old bytes in retransmissions, which were cut off */
 };
 
-/* One direction, as the worker sees it; the worker alone writes it, but for asleep. */
+/* One direction, as the worker counts it. Only the worker writes it, except asleep. */
 struct worker_direction {
-	__u64 consumed_bytes; /* of passed_bytes: written to the other socket, every one of them */
-	__u64 carried_bytes;  /* everything userspace has moved, before and after the handover */
+	__u64 consumed_bytes; /* of passed_bytes, those read and written to the other socket */
+	__u64 carried_bytes;  /* copied by userspace, before and after the handover */
 	__u64 carried_packets;
 	__u64 peer_cookie; /* key of the target socket in the sockhash */
-	__u32 armed;	   /* 0: pass everything */
-	__u32 asleep;	   /* 1: ring when something is passed; the program clears it as it rings */
+	__u32 armed;	   /* 0: pass every packet to userspace */
+	__u32 asleep; /* 1: send a wake-up when a packet is passed; the program clears it then */
 	__u32 limit_bytes; /* the backlog limit */
 	__u32 padding[5];
 };
@@ -81,9 +81,9 @@ struct pair {
 	struct verdict_direction verdict[2]; /* index: PF_UP, PF_DOWN */
 	struct worker_direction worker[2];
 	__u64 id;
-	__u64 sequence;	  /* odd while the description below changes hands */
+	__u64 sequence;	  /* odd while the description below is being written */
 	__u64 started_ns; /* CLOCK_MONOTONIC */
-	__u64 last_ns;	  /* last byte moved by userspace */
+	__u64 last_ns;	  /* when userspace copied the last byte */
 	__u8 state;	  /* enum pf_state */
 	__u8 datapath;	  /* enum pf_datapath */
 	__u8 reason;	  /* why this datapath: PairReason in datapath/base.py */
@@ -95,20 +95,20 @@ struct pair {
 	__u64 reserved;
 };
 
-/* Where the other end of a socket is found. Key of the map `ends`: the socket's cookie. */
+/* Which pair a socket belongs to. Key of the map `ends`: the socket's cookie. */
 struct end {
 	__u32 slot;	 /* in the window of the worker whose map this is */
 	__u32 direction; /* PF_UP for the client's socket, PF_DOWN for the server's */
 };
 
-/* What a worker's ring carries: one direction has bytes for userspace. */
+/* Event in a worker's ring: a direction has bytes for userspace. */
 struct wakeup {
 	__u32 slot; /* in the worker's window */
 	__u32 direction;
-	__u64 id; /* of the pair, so that a late event never wakes the slot's next owner */
+	__u64 id; /* of the pair, so that a late event does not wake the next pair in this slot */
 };
 
-/* What a line of the view's `stats` says. */
+/* Kinds of lines of `stats`. */
 enum pf_line {
 	PF_NO_LINE = 0,
 	PF_COUNTER,  /* a counter, summed over the workers */
@@ -119,19 +119,19 @@ enum pf_line {
 	PF_LISTENER, /* three counters: accepted, open, refused */
 };
 
-/* One line of `stats` or `listeners`: what it is called and where its counters are. */
+/* One line of `stats` or `listeners`: its name, and where its counters are. */
 struct view_line {
 	__u64 sequence; /* odd while the line changes */
 	__u32 kind;	/* enum pf_line */
-	__u32 word;	/* of its first counter, in the block of every worker */
-	__u32 also;	/* of one that is added to it; 0: none */
+	__u32 word;	/* index of its first counter, in the block of each worker */
+	__u32 also;	/* index of a counter that is added; 0: none */
 	__u32 padding;
 	char name[PF_NAME_BYTES];
-	char text[128]; /* a listener's address; what PF_TEXT says */
+	char text[128]; /* a listener's address; the text of PF_TEXT */
 	char protocol[8];
 };
 
-/* What the iterator `backlog` writes: redirected bytes that the target's TCP has not taken yet. */
+/* Record of the iterator `backlog`: redirected bytes that the target's TCP has not taken yet. */
 struct backlog {
 	__u32 slot;
 	__u32 direction;

@@ -1,13 +1,14 @@
 /*
- * Every map, once. Python creates them, and puts each file descriptor in MAP_..._FD's place;
+ * Every map, once. Python creates them, and puts each file descriptor in place of MAP_..._FD, since
  * bcc's own map macros know no lookup in a sockhash and no 8-byte values in it.
  *
- * Of each worker its own, which no other worker can reach, for its copy of the verdict program:
+ * Each worker has these for itself, for its copy of the verdict program; no other worker can reach
+ * them:
  * sockets  SOCKHASH   cookie -> socket                  written: worker         read: verdict
  * ends     HASH       cookie -> struct end              written: worker         read: verdict
  * ring     RINGBUF of struct wakeup                     written: verdict        read: worker
  *
- * For all of them:
+ * For all workers:
  * pairs    ARRAY      slot   -> struct pair (mmapable)  written: worker, verdict read: all
  *
  * For splice (splice.c), which also counts in `pairs`:
@@ -19,7 +20,7 @@
  * session_flows HASH struct splice_key -> struct splice_flow    written: keeper
  * sessions ARRAY      index -> struct session (mmapable)        written: keeper, splice
  *
- * For express (express_rules.h, express_connect.c), their names begin with express_:
+ * For express (express_rules.h, express_connect.c); their names begin with express_:
  * tables    ARRAY      number -> struct express_table              written: keeper
  * names     LPM_TRIE   struct express_name_key -> bits             written: keeper
  * networks  LPM_TRIE   struct express_network_key -> bits          written: keeper
@@ -37,16 +38,16 @@
  * round     ARRAY      0 -> struct express_round (mmapable)        written: keeper, express
  * scratch, made, asking  PERCPU_ARRAY                              express alone
  *
- * What is PERCPU_ARRAY (splice has a scratch of its own, too) relies on it that programs on packets
- * do not interrupt each other: kernels with PREEMPT_RT are refused.
+ * The maps of type PERCPU_ARRAY (splice has a scratch of its own, too) require that programs on
+ * packets do not preempt each other on a processor: kernels with PREEMPT_RT are refused.
  *
  * For the view (view.c); mmapable, written through memory:
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view
  * listeners ARRAY     line -> struct view_line                    written: supervisor  read: view
- * all_ends ARRAY_OF_MAPS worker -> its `ends`                     written: nobody
+ * all_ends ARRAY_OF_MAPS worker -> its `ends`                     never written
  * sums     HASH       session -> struct sums                      view alone
- * zero     ARRAY      0 -> struct sums of zeros                   written: nobody
+ * zero     ARRAY      0 -> struct sums of zeros                   never written
  */
 #pragma once
 

@@ -1,13 +1,13 @@
 /*
- * The verdict program of the sockmap datapath (sk_skb, no parser): for each packet that a pair's
- * socket receives, move it to the other socket in the kernel, or leave it to userspace.
+ * The verdict program of the sockmap datapath (sk_skb, no parser): redirect each packet that a
+ * pair's socket receives to the other socket, in the kernel, or pass it to userspace.
  *
- * The rules that keep every byte in order, and memory bounded (../README.md tells the whole story):
- *  - A direction is latched (the kernel owns it) only at a moment when userspace has written all
- *    that it was passed: then every earlier byte is already in the target's TCP queue.
- *  - The kernel has no flow control on redirect. The program compares what it has redirected with
- *    what the target's TCP has taken (write_seq), and above the limit gives the direction back:
- *    bytes passed to userspace stay charged to the source, whose window then closes.
+ * How every byte stays in order, and memory bounded (../README.md has the details):
+ * - A direction is latched (the kernel owns it) only while userspace has written everything that it
+ *   was passed: then every earlier byte is in the target's TCP queue.
+ * - The kernel has no flow control for redirect. The program compares what it has redirected with
+ *   what the target's TCP has taken (write_seq), and gives the direction back to userspace above a
+ *   limit: bytes passed to userspace stay charged to the source, whose window then closes.
  */
 #include <uapi/linux/bpf.h>
 
@@ -15,17 +15,17 @@
 #include "maps.h"
 
 /*
- * The most that sk_skb_adjust_room() takes off at once, and how often. What came again while the
- * socket was in use has been joined to one packet (tcp_add_backlog), of at most 17 pieces of 32
- * KiB.
+ * The most that sk_skb_adjust_room() removes at once, and how often it is called. Retransmissions
+ * that arrive while the socket is in use are joined into one packet (tcp_add_backlog), of at most
+ * 17 fragments of 32 KiB.
  */
 #define TRIM_STEP  4095
 #define TRIM_STEPS 144
 
 /*
  * Each worker has a copy of this program, with maps of its own, and with FIRST_SLOT, where its
- * window of SLOTS pairs begins (datapath/kernel.py). So nothing that a worker writes into its maps
- * touches a packet of another worker's pair.
+ * window of SLOTS pairs begins (datapath/kernel.py). So what a worker writes into its maps affects
+ * no packet of another worker's pair.
  */
 
 /* Bytes; see allowed_backlog(). */
@@ -33,11 +33,11 @@
 
 /*
  * Cut off the bytes that were seen before. A retransmission may begin with them (tcp_data_queue()
- * queues such a packet whole, "Partial packet"); recv() skips them by copied_seq, but
- * tcp_read_skb() hands the packet to us as it is.
+ * queues such a packet whole, "Partial packet"). recv() skips them by copied_seq, but
+ * tcp_read_skb() hands the packet over as it is.
  *
- * Returns how many bytes are new: none in front of a FIN that was lost and comes again together
- * with the bytes before it. Negative: the old ones could not be cut off.
+ * Returns the number of new bytes. 0: the packet repeats old bytes in front of a lost FIN.
+ * Negative: the old bytes could not be cut off.
  */
 static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
 							struct verdict_direction *seen)
@@ -79,10 +79,10 @@ static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
 }
 
 /*
- * How much backlog this packet may still join. The limit counts bytes, but a queued packet costs
- * an sk_buff of some 860 bytes besides, however few it carries: a megabyte of single bytes took
- * 1.1 GB. So a packet below SMALL_PACKET bytes may only join a backlog that is shorter by as much.
- * Not a larger bound: the small rest of a large write comes behind that write's backlog.
+ * The longest backlog that this packet may still join. The limit counts bytes, but each queued
+ * packet costs an sk_buff of some 860 bytes besides: a megabyte of single bytes took 1.1 GB. So for
+ * a packet of less than SMALL_PACKET bytes the limit is reduced in proportion. The bound is not
+ * larger, since the small rest of a large write follows that write's backlog.
  */
 static inline __attribute__((always_inline)) __u32 allowed_backlog(__u32 limit_bytes, __u32 length)
 {
@@ -93,18 +93,24 @@ static inline __attribute__((always_inline)) __u32 allowed_backlog(__u32 limit_b
 
 /*
  * Whether the target's TCP can take the bytes now. What it cannot take waits in its
- * psock->ingress_skb for as long as its peer does not read, and that queue is also where the
- * packets pass that the target's own direction gives to userspace: behind waiting bytes they are
- * stuck, and no longer charged to the socket (sk_psock_verdict_apply), so that its window never
- * closes. With both peers not reading, one pair took all the memory there was.
+ * psock->ingress_skb until its peer reads. That queue is also the way of packets that the target's
+ * own direction passes to userspace: behind waiting bytes they are stuck, and no longer charged to
+ * the socket (sk_psock_verdict_apply), so that its window never closes. With both peers not
+ * reading, one pair took all memory.
  */
 static inline __attribute__((always_inline)) int has_room(__u32 queued, __u32 send_buffer,
 							  __u32 bytes)
 {
-	/* An eighth and a packet for what tcp_sendmsg() adds to the bytes: skb->truesize. */
+	/* An eighth and a page for what tcp_sendmsg() adds to the bytes: skb->truesize. */
 	return queued + bytes + bytes / 8 + 4096 <= send_buffer;
 }
 
+/*
+ * The verdict on a packet that a pair's socket has received.
+ *
+ * Returns SK_PASS: for userspace. SK_DROP: it has no new byte, or its bytes are lost and the pair
+ * is reset. Or the verdict of the redirect.
+ */
 int verdict(struct __sk_buff *skb)
 {
 	__u64 cookie = bpf_get_socket_cookie(skb);
@@ -122,20 +128,23 @@ int verdict(struct __sk_buff *skb)
 	int outcome = SK_PASS;
 
 	/*
-	 * A lone FIN. Redirecting nothing makes sendmsg return 0, which the kernel takes for a
-	 * broken pipe, and it disables the target for good. Passing it does the same to this socket
-	 * if redirected bytes wait in its queue (sk_psock_backlog). Dropping it is safe: it carries
-	 * no byte, and TCP has acted on the FIN before it ran us; the worker hears of it from
-	 * epoll.
+	 * A lone FIN. Redirecting an empty packet makes sendmsg return 0, which the kernel takes
+	 * for a broken pipe: it disables the target for good. Passing it does the same to this
+	 * socket if redirected bytes wait in its queue (sk_psock_backlog). Dropping it is safe: it
+	 * carries no byte, TCP has processed the FIN before this program runs, and the worker
+	 * learns of it from epoll.
 	 */
 	if (!length)
 		return SK_DROP;
 
-	/* A socket that is in the map but not ours, or not any more: its owner reads it. */
+	/* A socket that belongs to no pair, or no longer: its owner reads the packet. */
 	end = map_lookup(MAP_ENDS_FD, &cookie);
 	if (!end)
 		return SK_PASS;
-	/* A slot of another worker: nothing is counted there, the owner of the socket reads it. */
+	/*
+	 * A slot of another worker: nothing is counted there, and the socket's owner reads the
+	 * packet.
+	 */
 	if (end->slot >= SLOTS)
 		return SK_PASS;
 	slot = FIRST_SLOT + end->slot;
@@ -147,12 +156,12 @@ int verdict(struct __sk_buff *skb)
 	seen->last_ns = bpf_ktime_get_ns();
 
 	/*
-	 * Old bytes that cannot be cut off (no memory) may go nowhere, and the new ones behind them
-	 * are lost with them: drop all, and have the worker reset the pair.
+	 * Old bytes that could not be cut off (no memory) must not be delivered, and the new bytes
+	 * behind them are lost with them: drop the packet, and have the worker reset the pair.
 	 */
 	fresh = trim(skb, seen);
 	if (!fresh)
-		return SK_DROP; /* a lone FIN, once the old bytes in front of it are off */
+		return SK_DROP; /* old bytes only, in front of a FIN: as a lone FIN */
 	if (fresh < 0) {
 		seen->latched = 0;
 		seen->lost = 1;
@@ -162,7 +171,8 @@ int verdict(struct __sk_buff *skb)
 	}
 	length = (__u32)fresh;
 
-	/* Not armed, or userspace still has earlier bytes in its hands: this packet is behind them.
+	/*
+	 * Not armed, or userspace still has to write earlier bytes: this packet comes behind them.
 	 */
 	if (!*(volatile __u32 *)&told->armed) {
 		seen->latched = 0;
@@ -172,8 +182,8 @@ int verdict(struct __sk_buff *skb)
 		goto pass;
 
 	/*
-	 * Look the target up before redirecting to it: bpf_sk_redirect_hash() drops on a miss, and
-	 * what it drops has been acknowledged. Passed, the bytes are still there for userspace.
+	 * Look the target up before the redirect: on a miss bpf_sk_redirect_hash() drops the
+	 * packet, whose bytes are acknowledged already. A passed packet still reaches userspace.
 	 */
 	peer_cookie = told->peer_cookie;
 	target = map_lookup(MAP_SOCKETS_FD, &peer_cookie);
@@ -212,12 +222,12 @@ int verdict(struct __sk_buff *skb)
 
 pass:
 	/*
-	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here it is the
-	 * other way round, with a full barrier between: an atomic exchange is one on every machine
-	 * and for every compiler (an add is unordered on some machines, and one whose old value is
-	 * asked for is refused by LLVM 21 as bcc uses it). So one of the two sees the other's
-	 * write, and no packet waits for a worker that sleeps. Nobody else writes the counter: the
-	 * verdicts of a socket run one after the other.
+	 * The worker goes to sleep by writing asleep, then reading passed_bytes; here the order is
+	 * reversed, with a full barrier between: an atomic exchange is one on every machine and for
+	 * every compiler (an add is unordered on some machines, and one whose old value is used is
+	 * refused by LLVM 21 as bcc uses it). So one of the two sees the other's write, and no
+	 * packet waits for a sleeping worker. No other program writes the counter at the same time:
+	 * the verdicts of a socket run one after the other.
 	 */
 	before = __sync_lock_test_and_set(&seen->passed_bytes, seen->passed_bytes + length);
 	asm volatile("" : : "r"(before));
@@ -227,7 +237,7 @@ pass:
 					 .id = pair->id };
 
 		*(volatile __u32 *)&told->asleep = 0;
-		/* Room for one event of every direction there is: it is never full. */
+		/* The ring has room for one event per direction: it is never full. */
 		bpf_ringbuf_output(map_pointer(MAP_RING_FD), &wakeup, sizeof(wakeup), 0);
 	}
 	return outcome;

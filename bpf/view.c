@@ -1,20 +1,20 @@
 /*
- * The view: BPF iterators that print the tables as text. Python pins their links in bpffs, and
- * each open of a pin is a walk of its own, run in the kernel by the reader: the daemon has no
- * part in it, and need not live.
+ * The view: BPF iterators that print the tables as text. Python pins their links in bpffs. Each
+ * open of a pin is a walk of its own, which the kernel runs for the reader: the daemon takes no
+ * part in it, and need not be alive.
  *
- * There are two ways to walk a table, and Python takes the first that the kernel lets it load:
+ * There are two ways to walk a table; Python uses the first one that the kernel loads:
  *
  * - over the map's elements (bpf_map_elem): `show`, `stats`, `listeners`;
- * - over something that has nothing to do with it, the kernel's symbols (ksym), whose visits are
- *   only counted: visit n is for the pairs from n * PAIRS_PER_VISIT on. `show_by_visits` and so on.
- *   For kernels that refuse iterators over maps. Python makes sure that there are more visits than
- *   are needed. The last one may be made twice (bpf_iter_ksym_seq_stop), so nothing is left to it.
+ * - over an unrelated list, the kernel's symbols (ksym), whose visits are only counted: visit n is
+ *   for the pairs from n * PAIRS_PER_VISIT on. `show_by_visits` and so on, for kernels that refuse
+ *   iterators over maps. Python makes sure that there are more visits than needed. The last one may
+ *   be made twice (bpf_iter_ksym_seq_stop), so nothing depends on it.
  *
- * An object's output is taken whole or, when it does not fit into the 32 KiB of one read, made
- * again for the next, with the same number (bpf_seq_read), so a line is never cut, lost or doubled,
- * however many calls it is printed with. A program keeps nothing from one object to the next but
- * the map `sums`.
+ * The output of one object is taken whole. If it does not fit into the 32 KiB of one read, it is
+ * made again for the next read, with the same number (bpf_seq_read): so a line is never cut, lost
+ * or doubled, however many calls print it. A program keeps no state between objects, except in the
+ * map `sums`.
  *
  * Source: kernel/bpf/bpf_iter.c, kernel/bpf/map_iter.c, kernel/bpf/arraymap.c, kernel/kallsyms.c,
  * net/ipv4/tcp_ipv4.c.
@@ -27,7 +27,7 @@
 struct seq_file;
 struct sock;
 
-/* The kernel's contexts: the fields that the programs read stand at these places. */
+/* The kernel's contexts, as far as the programs read them: the offsets of the fields are fixed. */
 struct iterator_meta {
 	struct seq_file *seq;
 	__u64 session_id;
@@ -61,10 +61,10 @@ struct tcp_element { /* struct bpf_iter__tcp */
 #define PAIRS	    (WORKERS * SLOTS)
 #define PAIR_VISITS ((PAIRS + PAIRS_PER_VISIT - 1) / PAIRS_PER_VISIT)
 
-/* How often a record that is being written is looked at again; the writer takes microseconds. */
+/* How often a record is read again that is being written; the writer takes microseconds. */
 #define LOOKS 64
 
-/* Loops stay loops where unrolling would multiply the calls in them (Linux has them since 5.3). */
+/* No unrolling where it would multiply the calls in a loop (Linux has loops since 5.3). */
 #define NO_UNROLL _Pragma("clang loop unroll(disable)")
 
 #define barrier() asm volatile("" ::: "memory")
@@ -88,9 +88,9 @@ struct tcp_element { /* struct bpf_iter__tcp */
 #define NANOSECONDS 1000000000ULL
 
 /*
- * The end of a header line. Nobody has the map mapped for writing any more: neither the daemon
- * nor a worker lives. It goes behind the column names, where new columns go as well, so that
- * a program that reads the table by its columns is not disturbed.
+ * Print the end of a header line. If no process has the map mapped for writing, neither the daemon
+ * nor a worker lives, and a note says so. It follows the column names, as new columns do, so that a
+ * program that reads the table by its columns is not affected.
  */
 static inline void end_header(struct seq_file *seq, void *map)
 {
@@ -101,22 +101,23 @@ static inline void end_header(struct seq_file *seq, void *map)
 	SAY(seq, "\n");
 }
 
-/* Of a column with an address: the longest of IPv4 (21), and one blank. */
+/* Width of a column with an address: the longest IPv4 address and port (21), and one blank. */
 #define ENDPOINT_WIDTH 22
 
+/* Decimal digits of a number below 100,000. */
 static inline __u32 digits(__u32 number)
 {
 	return 1 + (number > 9) + (number > 99) + (number > 999) + (number > 9999);
 }
 
-/* Of 16 bits; by borrows, and no branch, as below. */
+/* Hexadecimal digits of 16 bits; from borrows, without a branch, as below. */
 static inline __u32 hex_digits(__u32 group)
 {
 	return 1 + ((0xF - group) >> 16 & 1) + ((0xFF - group) >> 16 & 1) +
 	       ((0xFFF - group) >> 16 & 1);
 }
 
-/* The functions that print an address return how many characters it has. */
+/* The functions that print an address return the number of characters. */
 static inline __u32 print_ipv4(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 a = end->ip[12], b = end->ip[13], c = end->ip[14], d = end->ip[15], port = end->port;
@@ -130,7 +131,7 @@ static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 group[8];
 	__u32 zeros = 0, runs, shorter, first, left_out, before, here, after;
-	/* Through memory, so that the verifier does not follow every combination of bits. */
+	/* In memory, so that the verifier does not walk every combination of bits. */
 	volatile __u8 is_left_out[8], colons[8], width;
 	char text[] = "::";
 	int i;
@@ -138,10 +139,15 @@ static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 #pragma unroll
 	for (i = 0; i < 8; i++) {
 		group[i] = (__u32)end->ip[2 * i] << 8 | end->ip[2 * i + 1];
-		/* 1 for 0, and no branch: eight of them would be 256 paths for the verifier. */
+		/*
+		 * 1 for a group of 0, without a branch: eight branches would be 256 paths for the
+		 * verifier.
+		 */
 		zeros |= ((group[i] - 1) >> 16 & 1) << i;
 	}
-	/* Each step takes one bit off the end of every run, until only the longest have one left.
+	/*
+	 * Each step removes one bit from the end of every run, until only the longest runs have one
+	 * left.
 	 */
 	runs = zeros;
 #pragma unroll
@@ -150,7 +156,10 @@ static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 		runs = shorter ? shorter : runs;
 	}
 	first = runs & -runs;
-	/* The carry goes through just this run. A single zero, the only kind there is, stays. */
+	/*
+	 * The carry of the addition clears just this run. If the longest run is a single zero, it
+	 * stays.
+	 */
 	left_out = zeros & ~(zeros + first);
 	left_out = zeros & zeros >> 1 ? left_out : 0;
 #pragma unroll
@@ -159,11 +168,11 @@ static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 		here = left_out >> i & 1;
 		after = left_out >> (i + 1) & 1;
 		is_left_out[i] = here;
-		/* Two at the end of what is left out, one between two groups. */
+		/* Two colons at the end of the omitted run, one between two groups. */
 		colons[i] = (here & (after ^ 1)) << 1 | ((here | before) ^ 1);
 	}
 	SAY(seq, "[");
-	width = 3 + digits(end->port); /* and `[]:` */
+	width = 3 + digits(end->port); /* the port and `[]:` */
 	NO_UNROLL
 	for (i = 0; i < 8; i++) {
 		bpf_seq_write(seq, text, colons[i] & 3);
@@ -177,16 +186,19 @@ static inline __u32 print_ipv6(struct seq_file *seq, const struct endpoint *end)
 	return width;
 }
 
-/* Fewer than 32. Apart, so that they share the stack with what is printed before. */
+/*
+ * Print fewer than 32 blanks. A function of its own, so that it shares its stack with what is
+ * printed before.
+ */
 static inline void print_blanks(struct seq_file *seq, __u32 count)
 {
 	char blanks[] = "                               ";
 
-	asm volatile("" : "+r"(count)); /* or the compiler finds the bound unnecessary */
+	asm volatile("" : "+r"(count)); /* or the compiler removes the bound below as unnecessary */
 	bpf_seq_write(seq, blanks, count & (sizeof(blanks) - 1));
 }
 
-/* An address and the blanks behind it, one at least: IPv6 may be longer than the column. */
+/* Print an address and the blanks behind it, one at least: IPv6 may be longer than the column. */
 static inline void print_endpoint(struct seq_file *seq, const struct endpoint *end)
 {
 	__u32 width;
@@ -210,6 +222,7 @@ static inline void print_endpoint(struct seq_file *seq, const struct endpoint *e
 	print_blanks(seq, ENDPOINT_WIDTH - width);
 }
 
+/* Print the column STATE. */
 static inline void print_state(struct seq_file *seq, __u8 state)
 {
 	switch (state) {
@@ -233,6 +246,7 @@ static inline void print_state(struct seq_file *seq, __u8 state)
 	}
 }
 
+/* Print the column DATAPATH. */
 static inline void print_datapath(struct seq_file *seq, __u8 datapath)
 {
 	switch (datapath) {
@@ -250,7 +264,7 @@ static inline void print_datapath(struct seq_file *seq, __u8 datapath)
 	}
 }
 
-/* What one line needs of a record, copied so that it can be checked before it is printed. */
+/* The fields of a record that a line prints, copied so that they can be checked first. */
 struct look {
 	__u64 id;
 	__u64 started_ns;
@@ -264,15 +278,16 @@ struct look {
 	char rule[16];
 };
 
+/* The later of two times. */
 static inline __u64 later(__u64 a, __u64 b)
 {
 	return a > b ? a : b;
 }
 
 /*
- * A consistent copy of the record; 0 if the slot is free. The writer (PairWindow.describe) makes
- * the sequence odd while the description changes hands; the counters are zeroed while the slot is
- * free, so the state is looked at once more after them.
+ * Copy the record consistently. Returns 0 if the slot is free. The writer (PairWindow.describe)
+ * makes the sequence odd while it writes the description. The counters are zeroed while the slot is
+ * free, so the state is read once more after them.
  */
 static inline int look_at(const struct pair *pair, struct look *look)
 {
@@ -309,10 +324,11 @@ static inline int look_at(const struct pair *pair, struct look *look)
 		if (*sequence == before && *state != PF_FREE && look->state != PF_FREE)
 			return 1;
 	}
-	/* Its writer was interrupted in the middle: rather no line than a wrong one. */
+	/* The writer was interrupted in the middle: no line instead of a wrong one. */
 	return 0;
 }
 
+/* Print the header line of `show`. */
 static inline void print_pairs_header(struct seq_file *seq)
 {
 	SAY(seq, "    ID STATE       DATAPATH CLIENT                LISTENER              ");
@@ -321,7 +337,7 @@ static inline void print_pairs_header(struct seq_file *seq)
 	end_header(seq, map_pointer(MAP_PAIRS_FD));
 }
 
-/* The line of one slot; nothing if it is free. */
+/* Print the line of one slot; nothing if it is free. */
 static inline void print_pair(struct seq_file *seq, const struct pair *pair)
 {
 	struct look look;
@@ -332,10 +348,10 @@ static inline void print_pair(struct seq_file *seq, const struct pair *pair)
 		return;
 	now = bpf_ktime_get_ns();
 	age = now > look.started_ns ? (now - look.started_ns) / NANOSECONDS : 0;
-	/* A packet may be younger than `now`: another processor has seen it meanwhile. */
+	/* A packet may be later than `now`: another processor has handled it meanwhile. */
 	idle = now > look.active_ns ? (now - look.active_ns) / NANOSECONDS : 0;
 	look.rule[sizeof(look.rule) - 1] = 0;
-	if (!look.rule[0]) { /* no rule yet; a column is never empty */
+	if (!look.rule[0]) { /* no rule yet: a column is never empty */
 		look.rule[0] = '-';
 		look.rule[1] = 0;
 	}
@@ -353,6 +369,7 @@ static inline void print_pair(struct seq_file *seq, const struct pair *pair)
 		SAY(seq, "user\n");
 }
 
+/* One element of the pair table: prints its line, and the header before the first one. */
 int show(struct element *element)
 {
 	struct seq_file *seq = element->meta->seq;
@@ -366,6 +383,7 @@ int show(struct element *element)
 	return 0;
 }
 
+/* The same for visit n: prints the lines of PAIRS_PER_VISIT pairs. */
 int show_by_visits(struct visit *visit)
 {
 	struct seq_file *seq = visit->meta->seq;
@@ -389,16 +407,16 @@ int show_by_visits(struct visit *visit)
 	return 0;
 }
 
-/* What one reader of `stats` has summed up so far. */
+/* What the walk of one reader of `stats` has summed up so far. */
 struct sums {
 	__u64 bytes[2];
 	__u64 counted[STAT_LINES];
 };
 
-/* How many lines are counted at one element of the walk; a worker has at least eight slots. */
+/* Lines that are counted at one element of the walk; a worker has at least eight slots. */
 #define LINES_AT_ONCE (STAT_LINES / 8)
 
-/* Add one worker's counters for the lines that are due at this slot. */
+/* Add one worker's counters, for the lines that belong to this slot. */
 static inline void count(struct sums *sums, __u32 slot)
 {
 	__u32 worker = slot / SLOTS, line = slot % SLOTS * LINES_AT_ONCE, at;
@@ -428,10 +446,10 @@ static inline void count(struct sums *sums, __u32 slot)
 }
 
 /*
- * Both ways walk the pairs for their bytes, and print at the end of them. Nothing is printed
- * before, so the whole walk happens within one read, and no sum is left behind by a reader who goes
- * away. The workers' counters are added up on the way: a loop over all of both would grow with the
- * number of workers, and the verifier's work with it.
+ * Both ways walk the pairs for their bytes, and print after the last one. Nothing is printed
+ * before, so the whole walk happens within one read, and a reader that goes away leaves no sums
+ * behind. The workers' counters are added up during the walk: a loop over all counters of all
+ * workers would grow with the number of workers, and so would the verifier's work.
  */
 static inline void sum_up(__u64 session, __u32 slot, const struct pair *pair)
 {
@@ -454,6 +472,7 @@ static inline void sum_up(__u64 session, __u32 slot, const struct pair *pair)
 	}
 }
 
+/* Print all lines of `stats`, and delete the reader's sums. */
 static inline void print_stats(struct seq_file *seq, __u64 session)
 {
 	/*
@@ -471,7 +490,7 @@ static inline void print_stats(struct seq_file *seq, __u64 session)
 	end_header(seq, map_pointer(MAP_PAIRS_FD));
 	sums = map_lookup(MAP_SUMS_FD, &session);
 	if (!sums) {
-		/* Rather no numbers than wrong ones. */
+		/* No numbers instead of wrong ones. */
 		SAY(seq, "# too many readers at once\n");
 		return;
 	}
@@ -502,6 +521,9 @@ static inline void print_stats(struct seq_file *seq, __u64 session)
 	map_delete(MAP_SUMS_FD, &session);
 }
 
+/*
+ * One element of the pair table: adds it to the reader's sums, and prints them after the last one.
+ */
 int stats(struct element *element)
 {
 	const struct pair *pair = element->value;
@@ -514,6 +536,7 @@ int stats(struct element *element)
 	return 0;
 }
 
+/* The same for visit n, of PAIRS_PER_VISIT pairs. */
 int stats_by_visits(struct visit *visit)
 {
 	__u64 number = visit->meta->seq_num;
@@ -536,7 +559,7 @@ int stats_by_visits(struct visit *visit)
 	return 0;
 }
 
-/* A counter of all workers together. */
+/* The sum of a counter over all workers. */
 static inline __u64 counted(__u32 word)
 {
 	__u64 total = 0, *counter;
@@ -553,6 +576,7 @@ static inline __u64 counted(__u32 word)
 	return total;
 }
 
+/* Print the header line of `listeners`. */
 static inline void print_listeners_header(struct seq_file *seq)
 {
 	SAY(seq, "NAME            BIND                  PROTOCOL   ACCEPTED");
@@ -560,6 +584,7 @@ static inline void print_listeners_header(struct seq_file *seq)
 	end_header(seq, map_pointer(MAP_LISTENERS_FD));
 }
 
+/* Print the line of one listener, from a consistent copy; nothing if its entry is unused. */
 static inline void print_listener(struct seq_file *seq, const struct view_line *line)
 {
 	const volatile __u64 *sequence = &line->sequence;
@@ -587,6 +612,7 @@ print:
 	      counted(copy.word + 1), counted(copy.word + 2));
 }
 
+/* One listener: prints its line, and the header before the first one. */
 int listeners(struct element *element)
 {
 	struct seq_file *seq = element->meta->seq;
@@ -600,6 +626,7 @@ int listeners(struct element *element)
 	return 0;
 }
 
+/* The same for visit n: the line of listener n. */
 int listeners_by_visits(struct visit *visit)
 {
 	struct seq_file *seq = visit->meta->seq;
@@ -619,9 +646,10 @@ int listeners_by_visits(struct visit *visit)
 
 #ifdef MAP_ALL_ENDS_FD
 /*
- * What waits in the kernel for one socket of the sockmap datapath. The verdict program knows it
- * only as of its last packet; the target's own count of what it has taken is here. `least`: what is
- * less is not told of. Each worker is believed of the pairs in its own window alone.
+ * Write how many redirected bytes wait in the kernel for one socket of the sockmap datapath. The
+ * verdict program knows that only as of its last packet; here the target's own count of what it has
+ * taken is read. A backlog below `least` is not written. A worker's map is trusted only for pairs
+ * in that worker's own window.
  */
 static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 cookie,
 				   struct tcp_sock *tcp, __u64 least)
@@ -650,13 +678,15 @@ static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 coo
 		return;
 	waiting = (__u32)seen->redirected_bytes - seen->latch_redirected -
 		  (*(volatile __u32 *)((void *)tcp + TCP_SOCK_WRITE_SEQ) - seen->latch_write_seq);
-	/* Below 0 once userspace has written too: it does so only after the last redirected byte.
+	/*
+	 * Negative once userspace has written, too: it writes only after the last redirected byte.
 	 */
 	found.bytes = waiting > 0 ? waiting : 0;
 	if (found.bytes >= least)
 		bpf_seq_write(seq, &found, sizeof(found));
 }
 
+/* Write the backlog of a socket, by the map of each worker. */
 static inline void tell_backlog(struct seq_file *seq, __u64 cookie, struct tcp_sock *tcp,
 				__u64 least)
 {
@@ -667,7 +697,7 @@ static inline void tell_backlog(struct seq_file *seq, __u64 cookie, struct tcp_s
 		tell_backlog_of(seq, worker, cookie, tcp, least);
 }
 
-/* Over the sockets in one worker's map. */
+/* Walk the sockets in one worker's map. */
 int backlog(struct socket_element *element)
 {
 	struct sock *sk = element->sk;
@@ -682,8 +712,9 @@ int backlog(struct socket_element *element)
 }
 
 /*
- * The same over all TCP sockets of the reader's network namespace. One of another namespace
- * (`forward` can bring it) is not told of, so that a backlog of 0 has to be.
+ * Walk all TCP sockets of the reader's network namespace. A socket of another namespace (`forward`
+ * can have one) is missing from this walk; a backlog of 0 is written, too, to tell the two cases
+ * apart.
  */
 int backlog_of_tcp(struct tcp_element *element)
 {
