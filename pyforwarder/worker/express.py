@@ -1,7 +1,8 @@
-"""What the kernel has opened by itself, as a worker sees it: pairs to adopt, and ends to count.
+"""Connections that the kernel has opened by itself: a worker adopts those that last, counts the
+others.
 
-Connections that were short have begun and ended without a socket of ours. The keeper tells of them
-afterwards, so that counters and the log say of them what they say of any other.
+Short connections begin and end without a socket of ours. The keeper reports them afterwards, so
+that counters and the log treat them like all others.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ if TYPE_CHECKING:
 _MOST_MESSAGE_BYTES: Final = 1 << 16
 # Pairs whose first packet is known, and which have not been adopted yet.
 _MOST_REMEMBERED: Final = 4096
-# Rules, ports and servers that are found once for many ends.
-_MOST_WAYS: Final = 1024
-# Sums that may be told again: as many as the kernel has, and some of before.
+# Rules, ports and servers that are looked up once for many ends.
+_MOST_LOOKED_UP: Final = 1024
+# Sums that may be reported again: as many as the kernel has, and some earlier ones.
 _MOST_SUMS: Final = 8192
-# In one turn of the loop: others have their turn, too.
+# In one turn of the loop, which has other work, too.
 _MESSAGES_AT_ONCE: Final = 16
 
 
-class _Way(NamedTuple):
+class _RuleAndServer(NamedTuple):
     """What connections of one rule from one port to one server have in common."""
 
     generation: Generation
@@ -58,29 +59,29 @@ class _Way(NamedTuple):
 
 
 class _Passed(Client):
-    """One that has no socket: for the log alone, and never among the clients."""
+    """A client without a socket: for the log only, and never among the clients."""
 
     __slots__ = ()
 
     def source_address(self) -> Address | None:
-        """What the program has connected from."""
+        """The address from which the program has connected."""
         return self.source
 
 
 class Opened:
-    """Receives what the keeper says of connections that the kernel has opened, for one worker."""
+    """Receives the keeper's reports of connections that the kernel has opened, for one worker."""
 
     def __init__(self, server: Server, sock: socket.socket, adopt: Callable[[], object]) -> None:
-        """`sock` is where the keeper tells of them; `adopt` takes in those that last."""
+        """The keeper reports on `sock`; `adopt` adopts the connections that last."""
         self._server = server
         self._sock = sock
         self._adopt = adopt
-        self._ways: dict[tuple[object, ...], _Way] = {}
-        # Of each place, the last connection that was told of: the keeper's word for it.
+        self._looked_up: dict[tuple[object, ...], _RuleAndServer] = {}
+        # By place: the last connection that was reported, as the keeper numbers it.
         self._last: dict[int, int] = {}
-        # Of each sum of ends, the round that was told of last, and what was counted in it.
+        # By sum of ends: the round that was reported last, and what was counted in it.
         self._sums: dict[str, tuple[int, list[int]]] = {}
-        self._facts: dict[int, Facts] = {}  # of pairs that are to be adopted, by id
+        self._facts: dict[int, Facts] = {}  # of pairs that will be adopted, by id
         sock.setblocking(False)
         server.loop.watch(sock.fileno(), EPOLLIN, self._readable, None)
 
@@ -88,7 +89,7 @@ class Opened:
         self.receive(_MESSAGES_AT_ONCE)
 
     def receive(self, most: int = 1 << 32) -> None:
-        """Do what it has said, all of it or so many messages."""
+        """Receive and handle the keeper's messages, `most` of them at most."""
         for _ in range(most):
             try:
                 data = self._sock.recv(_MOST_MESSAGE_BYTES)
@@ -103,7 +104,8 @@ class Opened:
                     self._remember(*first)
                 except Exception as error:
                     self._server.log.internal_error(error)
-            # First: these pairs go on, and need a worker, also if a message of an end is wrong.
+            # Before the ends: these pairs go on, and need a worker, even if the message of an end
+            # is wrong.
             if message["adopt"]:
                 self._adopt()
             for counted in message.get("counted", ()):
@@ -114,22 +116,22 @@ class Opened:
             with self._server.log.log.together():
                 for (place, word), ended in zip(message["of"], message["ended"], strict=True):
                     if self._last.get(place) == word:
-                        continue  # a keeper had told that, and died before it had written it down
+                        continue  # reported before, by a keeper that died before it had stored that
                     self._last[place] = word
                     try:
                         self._count(*ended)
                     except Exception as error:
-                        # It costs this one its line and its counts, and no other.
+                        # Only this connection loses its log line and its counts.
                         self._server.log.internal_error(error)
 
     def _remember(self, number: int, listener: str, rule: str, port: int, first: str) -> None:
         if len(self._facts) >= _MOST_REMEMBERED:
-            del self._facts[next(iter(self._facts))]  # it may have ended, and was never adopted
+            del self._facts[next(iter(self._facts))]  # it may have ended without being adopted
         state, route_rule = self._server.generation.listener_and_rule(listener, port, rule)
         self._facts[number] = state.ruleset.facts(route_rule, bytes.fromhex(first))
 
     def facts_of(self, number: int) -> Facts:
-        """What was read of the first packet of a pair that is to be adopted; asked once."""
+        """What was read of the first packet of a pair that is adopted now; returned once."""
         return self._facts.pop(number, ())
 
     def _count(
@@ -143,9 +145,11 @@ class Opened:
         carried: list[int],
         first: str = "",
     ) -> None:
-        """`first`: the first packet, if the line is to say what its rule has read there."""
+        """Count and log a connection that has ended. `first`: its first packet, if the log line
+        needs it.
+        """
         server = self._server
-        _, state, route_rule, destination = self._way(
+        _, state, route_rule, destination = self._look_up(
             listener, client_side[1], rule, server_side[1]
         )
         number = server.next_id()
@@ -161,7 +165,7 @@ class Opened:
             count_connect(counters, chosen.counter)
             count_disconnect(counters, chosen.counter)
         if not server.log.picks(CloseReason.FINISHED):
-            return  # what follows is for the line alone
+            return  # the rest is for the log line only
         client = _Passed(server, state, None, -1, _address(client_side[0]), begun_ns / 1e9)
         client.id = number
         client.destination, client.source = destination, _address(server_side[0])
@@ -185,23 +189,23 @@ class Opened:
         rule: str,
         port: int,
         to: list[object],
-        told: list[int],
+        totals: list[int],
     ) -> None:
-        """Ends that nobody wants to be told of one by one.
+        """Count connections that have ended, and are reported as a sum.
 
-        A keeper that comes after one that has died may tell a round again, and more of it.
+        A keeper that replaces one that died may report a round again, with more in it.
         """
-        before_round, before = self._sums.pop(key, (0, [0] * len(told)))
+        before_round, before = self._sums.pop(key, (0, [0] * len(totals)))
         if before_round != round_:
-            before = [0] * len(told)
-        self._sums[key] = round_, told
+            before = [0] * len(totals)
+        self._sums[key] = round_, totals
         if len(self._sums) > _MOST_SUMS:
             del self._sums[next(iter(self._sums))]
-        pairs, up_bytes, down_bytes = (now - then for now, then in zip(told, before, strict=True))
+        pairs, up_bytes, down_bytes = (now - then for now, then in zip(totals, before, strict=True))
         if not pairs:
             return
         server = self._server
-        _, state, route_rule, destination = self._way(listener, ["", port], rule, to)
+        _, state, route_rule, destination = self._look_up(listener, ["", port], rule, to)
         server.pass_ids(pairs)
         count_opened(server, state, route_rule, pairs)
         self._count_finished(state, pairs, up_bytes, down_bytes)
@@ -221,25 +225,25 @@ class Opened:
         counters[state.counter + ListenerCounter.UP_BYTES] += up_bytes
         counters[state.counter + ListenerCounter.DOWN_BYTES] += down_bytes
 
-    def _way(
+    def _look_up(
         self, listener: str, local: list[object], rule: str, destination: list[object]
-    ) -> _Way:
-        """As the configuration in force has it; looked up once for many."""
+    ) -> _RuleAndServer:
+        """The rule and server in the configuration in force; looked up once for many ends."""
         generation = self._server.generation
         key = (listener, local[1], rule, *destination)
-        way = self._ways.get(key)
-        if way is None or way.generation is not generation:
-            if len(self._ways) >= _MOST_WAYS:
-                self._ways.clear()
+        entry = self._looked_up.get(key)
+        if entry is None or entry.generation is not generation:
+            if len(self._looked_up) >= _MOST_LOOKED_UP:
+                self._looked_up.clear()
             found = generation.listener_and_rule(listener, int(str(local[1])), rule)
-            way = self._ways[key] = _Way(generation, *found, _address(destination))
-        return way
+            entry = self._looked_up[key] = _RuleAndServer(generation, *found, _address(destination))
+        return entry
 
 
 def count_opened(server: Server, state: ListenerState, rule: RoutedRule, count: int = 1) -> None:
-    """Count connections that the kernel has opened, and no worker has counted yet.
+    """Count connections that the kernel has opened, and that no worker has counted yet.
 
-    `next_id` or `pass_ids` has counted them as accepted, or is to.
+    `next_id` or `pass_ids` counts them as accepted.
     """
     counters = server.counters
     counters[state.counter + ListenerCounter.ACCEPTED] += count
@@ -256,7 +260,7 @@ def leads_to(rule: RoutedRule, destination: Address) -> str | Address:
 def server_of(
     server: Server, rule: RoutedRule, destination: Address
 ) -> tuple[UpstreamState, ServerState] | None:
-    """The upstream of a rule and its server with this address, if it has them still."""
+    """The upstream of a rule and its server with this address, if both still exist."""
     upstream = server.generation.upstreams.get(rule.to) if isinstance(rule.to, str) else None
     if upstream is not None:
         for one in upstream.balancer.servers:
@@ -265,7 +269,7 @@ def server_of(
     return None
 
 
-def _address(said: list[object]) -> Address:
-    host, port = said
+def _address(host_and_port: list[object]) -> Address:
+    host, port = host_and_port
     ip = ipaddress.IPv6Address(bytes.fromhex(str(host)))
     return Address(str(ip.ipv4_mapped or ip), int(str(port)))

@@ -1,8 +1,8 @@
-"""Among which servers of an upstream the kernel chooses, and which one it takes.
+"""Which servers of an upstream the kernel chooses among, and which one it takes.
 
-Turns are a round that a balancer of a worker would go through (`smooth_round`). A client's address
-chooses as `Balancer` does it, but with logarithms of few bits: where two servers are so near to
-each other that these do not tell which is the lesser, the choice is userspace's.
+`round_robin` is a round that a worker's balancer would go through (`smooth_round`). `source_hash`
+is what `Balancer` computes, but with logarithms of few bits: where the scores of two servers are so
+close that these logarithms cannot tell which is lower, userspace chooses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class WeighedServer(Protocol):
-    """What is read of a server."""
+    """The fields of a server that are read here."""
 
     @property
     def weight(self) -> int: ...
@@ -30,32 +30,32 @@ class WeighedServer(Protocol):
     def backup(self) -> bool: ...
 
 
-MOST_TURNS: Final = 256  # of a round
-MOST_SERVERS: Final = 64  # of which one is chosen by the client's address
+MOST_TURNS: Final = 256  # turns of a round
+MOST_SERVERS: Final = 64  # servers of which one is chosen by the client's address
 
 LOG_STEPS: Final = 256
 _LOG_BITS: Final = 32
-# Between two steps a straight line takes the logarithm's place, which is never further off.
+# Between two steps the logarithm is interpolated linearly, with an error of no more than this.
 LOG_ERROR: Final = 1 << 14
 # Binary logarithms of 1, 1 + 1/256, ..., 2.
 LOGS: Final = tuple(
     round(math.log2(1 + step / LOG_STEPS) * (1 << _LOG_BITS)) for step in range(LOG_STEPS + 1)
 )
-# A quotient of a logarithm and a weight has so many bits more.
+# Fractional bits of the quotient of a logarithm and a weight.
 _MORE_BITS: Final = 16
 _MOST_BITS: Final = MOST_DRAWN.bit_length() - 1
 
 
 @dataclass(frozen=True, slots=True)
 class InTurn:
-    """One after the other; `upstream` is whose turns these are."""
+    """The servers of `upstream` one after the other."""
 
     upstream: str
     servers: tuple[Address, ...]  # a round
 
 
 class Drawing(NamedTuple):
-    """A server that draws a number for each client."""
+    """A server, and what its score for a client is computed from."""
 
     server: Address
     seed: int
@@ -64,13 +64,13 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ByClient:
-    """The one that draws the least number."""
+    """The server with the lowest score for the client's address."""
 
     upstream: str
     servers: tuple[Drawing, ...]
 
     def choose(self, client: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Address | None:
-        """The server of a client; None: userspace is to choose, as it is not certain."""
+        """The server of a client; None: it is not certain, and userspace must choose."""
         hashed = hash_client(str(client))
         bounds = []
         for one in self.servers:
@@ -88,9 +88,9 @@ Choice = InTurn | ByClient
 
 
 def logarithm(number: int) -> int:
-    """The binary logarithm of a part of `MOST_DRAWN`, without its sign, in units of 2^-32."""
+    """The absolute binary logarithm of `number` / `MOST_DRAWN`, in units of 2^-32."""
     whole = number.bit_length() - 1
-    # Behind the first bit: those of the step, and how far the number is on the way to the next.
+    # The bits behind the first one: of the step, and of the position between it and the next.
     rest = (number << (63 - whole)) & ((1 << 63) - 1)
     step, part = rest >> 55, rest >> 23 & 0xFFFFFFFF
     found = (whole << _LOG_BITS) + LOGS[step]
@@ -99,7 +99,7 @@ def logarithm(number: int) -> int:
 
 
 def why_not(balance: str, servers: Iterable[WeighedServer]) -> str:
-    """Why userspace chooses among all the servers of an upstream; empty: the kernel can."""
+    """Why userspace must choose among the servers of an upstream; empty: the kernel can."""
     weighed = [server for server in servers if server.weight]
     if not weighed:
         return "its servers get no new pairs"
@@ -109,7 +109,7 @@ def why_not(balance: str, servers: Iterable[WeighedServer]) -> str:
             continue
         if balance == "least_pairs":
             return "userspace alone knows who has the fewest pairs"
-        # With fewer of them a round is no longer.
+        # A subset of the servers never has a longer round.
         if balance == "round_robin":
             turns = round_turns(weights)
             if turns > MOST_TURNS:
@@ -124,9 +124,9 @@ def why_not(balance: str, servers: Iterable[WeighedServer]) -> str:
 def choice_among(
     upstream: str, balance: str, servers: Sequence[ServerState], port: int
 ) -> Choice | Address | None:
-    """What the kernel is to do about connections to a port of ours while these servers are fit.
+    """How the kernel chooses a server for connections to a local port while these servers are up.
 
-    None: there is none, or userspace chooses (`why_not`).
+    None: there is no server, or userspace chooses (`why_not`).
     """
     at = servers_at(servers, port)
     if not at or len(at) != len(servers):
@@ -143,7 +143,7 @@ def choice_among(
 
 
 def servers_at(servers: Iterable[ServerState], port: int) -> list[tuple[ServerState, Address]]:
-    """Those with an IP address, and where that is for connections to a port of ours."""
+    """The servers with an IP address, and their addresses for connections to a local port."""
     found = []
     for server in servers:
         to = server.address

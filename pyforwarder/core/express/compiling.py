@@ -1,9 +1,9 @@
-"""From the rules of a listener to the table of those that a program in the kernel can decide.
+"""Compile the rules of a listener to the table of those that a program in the kernel can decide.
 
-These are the listener's first rules: the list ends with the first rule whose match the program
-cannot judge, since a later rule may win only once that one has said no. A rule that it can judge,
-but not act on, stays in the list: what it takes is for userspace, and later rules are still
-decided.
+These are the listener's first rules: the table ends at the first rule whose match the program
+cannot decide, since a later rule may take a connection only once that rule has not matched. A rule
+whose match the program can decide, but whose action it cannot take, stays in the table: a
+connection that it takes is left to userspace, and later rules are still decided.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
     from pyforwarder.core.routing import Rule, Ruleset
 
 MOST_RULES: Final = 64
-MOST_PREFIX_BYTES: Final = 64  # of `bytes`, with what stands in front of them
+MOST_PREFIX_BYTES: Final = 64  # of `bytes`, with their offset
 MOST_PREFIXES: Final = 64
 
-# The datapaths that leave it open who decides.
+# The datapaths with which either the kernel or userspace may decide.
 _OPEN_CHOICES: Final = (None, "auto", "express")
 
 
 class ServerConfig(Protocol):
-    """What is read of a server's configuration."""
+    """The keys of a server that are read here."""
 
     @property
     def address(self) -> ServerAddress: ...
@@ -62,7 +62,7 @@ class ServerConfig(Protocol):
 
 
 class UpstreamConfig(Protocol):
-    """What is read of an upstream's configuration."""
+    """The keys of an upstream that are read here."""
 
     @property
     def servers(self) -> Sequence[ServerConfig]: ...
@@ -79,21 +79,21 @@ class UpstreamConfig(Protocol):
 
 
 class ProxyConfig(Protocol):
-    """What is read of what a listener says about PROXY headers."""
+    """The keys of a listener's `proxy_protocol` that are read here."""
 
     @property
     def accept(self) -> object: ...
 
 
 class FirstPacketConfig(Protocol):
-    """What is read of what a listener says about first packets."""
+    """The keys of a listener's `first_packet` that are read here."""
 
     @property
     def max_bytes(self) -> int: ...
 
 
 class LimitsConfig(Protocol):
-    """What is read of limits."""
+    """The limits that are read here."""
 
     @property
     def pairs(self) -> int: ...
@@ -108,14 +108,14 @@ class LimitsConfig(Protocol):
 
 
 class RuleConfig(Protocol):
-    """What is read of a rule's configuration, beside what its compiled form says."""
+    """The keys of a rule that are read here, besides its compiled form."""
 
     @property
     def send_proxy(self) -> str | None: ...
 
 
 class ListenerConfig(Protocol):
-    """What is read of a listener's configuration."""
+    """The keys of a listener that are read here."""
 
     @property
     def protocol(self) -> str: ...
@@ -136,14 +136,14 @@ class ListenerConfig(Protocol):
 
 
 class FleetConfig(Protocol):
-    """What is read of what machines share."""
+    """The keys of `fleet` that are read here."""
 
     @property
     def failover(self) -> object: ...
 
 
 class Config(Protocol):
-    """What is read of a whole configuration."""
+    """The keys of the whole configuration that are read here."""
 
     @property
     def datapath(self) -> str: ...
@@ -159,10 +159,10 @@ class Config(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A listener's table for one port, and why what is not in it is not."""
+    """A listener's table for one port, and why rules are missing in it."""
 
-    table: Table | None  # None: no rule of this listener
-    # For each rule of the listener why userspace decides it; empty: the kernel could.
+    table: Table | None  # None: the kernel decides no rule of this listener
+    # For each rule of the listener, why userspace decides it; empty: the kernel can.
     reasons: tuple[str, ...]
 
 
@@ -176,8 +176,8 @@ def compile_table(
 ) -> Compiled:
     """The table for connections to one address of a listener, whose compiled rules are `ruleset`.
 
-    A `local` of None is not known, or no IP address. `is_own` tells the forwarder's own addresses,
-    to which nobody is connected.
+    `local` is None if it is not known, or no IP address. `is_own` says whether an address is one of
+    the forwarder's own, to which clients are never connected.
     """
     why_none = _why_not_listener(config, listener)
     if local is None and not why_none:
@@ -215,7 +215,7 @@ def compile_table(
 
 
 def _why_not_listener(config: Config, listener: ListenerConfig) -> str:
-    """Why userspace decides about all of a listener's connections; empty: it need not."""
+    """Why userspace must decide all connections of a listener; empty: the kernel may."""
     if listener.protocol != "tcp":
         return "only TCP connections begin with a packet that can wait"
     if listener.is_unix:
@@ -243,7 +243,7 @@ def _why_not_target(
     local: Address,
     is_own: Callable[[Address], bool],
 ) -> str:
-    """Why userspace acts on what this rule takes; empty: a program could."""
+    """Why userspace must handle connections that this rule takes; empty: the kernel can."""
     datapath = rule.datapath or listener.datapath or config.datapath
     if datapath not in _OPEN_CHOICES:
         return f"the configuration says `datapath: {datapath}`"
@@ -296,7 +296,7 @@ def _add(
     conditions: dict[Leaf, int],
     clauses: list[Clause],
 ) -> str:
-    """Put a rule's clauses into the table; else the reason why they are not in it."""
+    """Add a rule's clauses to the table; returns why that is not possible, or an empty string."""
     if isinstance(condition, str):
         return condition
     if rule.index >= MOST_RULES:
@@ -331,10 +331,10 @@ def _bits(leaves: tuple[Leaf, ...], conditions: Mapping[Leaf, int]) -> int:
 
 
 def _check(leaf: Leaf) -> None:
-    """Whether the program has room for a condition.
+    """Check that a condition fits into the program's table.
 
     Raises:
-        UserspaceOnly: it has not.
+        UserspaceOnly: it does not.
     """
     if isinstance(leaf, BytesAt):
         longest = leaf.offset + max(map(len, leaf.alternatives))
@@ -348,15 +348,15 @@ def _check(leaf: Leaf) -> None:
             raise UserspaceOnly(f"a name of more than {MOST_NAME_BYTES} bytes")
 
 
-# What must hold and what must not, for one way in which a condition can hold.
+# One conjunction: the leaves that must hold, and those that must not.
 Term = tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
 
 
 def _terms(condition: Condition, *, negated: bool) -> list[Term]:
-    """All ways in which a condition, or its opposite, can hold: its disjunctive normal form.
+    """The disjunctive normal form of a condition, or of its negation.
 
     Raises:
-        UserspaceOnly: there are too many.
+        UserspaceOnly: it has too many terms.
     """
     match condition:
         case Constant():

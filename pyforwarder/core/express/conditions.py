@@ -1,9 +1,9 @@
-"""What a program in the kernel can find out about a connection from its first packet.
+"""The conditions that a program in the kernel can evaluate on a connection's first packet.
 
-A matcher says by `Matcher.in_kernel` what it wants in these words, or that it wants something else
-(`UserspaceOnly`). Each condition holds, does not hold, or cannot be told from this packet: the
-three outcomes of a matcher. So `Every`, `Some` and `Negated` are Kleene's and, or, not, in which
-the laws of De Morgan and of distribution hold.
+`Matcher.in_kernel` expresses a matcher by these conditions, or raises `UserspaceOnly`. A condition
+holds, does not hold, or is unknown from this packet: the three outcomes of a matcher. So `Every`,
+`Some` and `Negated` are and, or, not in Kleene's three-valued logic, in which the laws of De Morgan
+and of distribution hold.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class UserspaceOnly(Exception):
-    """Only userspace can tell whether this matches; the message says what of it, for people."""
+    """Only userspace can decide whether this matches; the message says why, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class BytesAt:
-    """One of `alternatives` stands at `offset`."""
+    """One of `alternatives` is at `offset`."""
 
     offset: int
     alternatives: tuple[bytes, ...]
@@ -51,13 +51,13 @@ class TlsHello:
 
 @dataclass(frozen=True, slots=True)
 class NamePatterns:
-    """Names: whole ones, and endings that stand for every name that ends so; in lower case."""
+    """Names: whole ones, and suffixes that stand for every name with that suffix; in lower case."""
 
     exact: frozenset[bytes]
     endings: frozenset[bytes]
 
     def include(self, name: bytes) -> bool:
-        """Whether a name, in lower case, is one of them."""
+        """Whether a name, in lower case, matches."""
         return name in self.exact or any(name.endswith(ending) for ending in self.endings)
 
 
@@ -80,28 +80,28 @@ def name_patterns(globs: Globs) -> NamePatterns:
 
 @dataclass(frozen=True, slots=True)
 class ServerName:
-    """A whole ClientHello whose server name is one of these."""
+    """A complete ClientHello whose server name is one of these."""
 
     names: NamePatterns
 
 
 @dataclass(frozen=True, slots=True)
 class Alpn:
-    """A whole ClientHello that offers one of these protocols (RFC 7301)."""
+    """A complete ClientHello that offers one of these protocols (ALPN, RFC 7301)."""
 
     names: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """The request line of HTTP/1, with one of these methods; with any if there are none."""
+    """A request line of HTTP/1 with one of these methods; with any method if there are none."""
 
     methods: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class HttpHost:
-    """A whole head of HTTP/1 that is for one of these hosts."""
+    """A complete head of an HTTP/1 request for one of these hosts."""
 
     names: NamePatterns
 

@@ -1,9 +1,9 @@
 """What a program in the kernel reads of a first packet: a ClientHello, the head of a request.
 
-It reads with fewer means than the matchers do, in loops with a bound and without buffers. So it
-knows only messages that are whole, in this packet, and written as nearly everybody writes them. Of
-anything else it says that it does not know. What it does say is what the matchers say:
-`first_packet/tls.py` and `http.py` have the grammar and its sources.
+The program has fewer means than the matchers: bounded loops, and no buffers. It reads only messages
+that are complete in this packet, and have the usual form; of any other message it says that it is
+unknown. Where it gives an answer, the matchers give the same one. `first_packet/tls.py` and
+`http.py` have the grammar and its sources.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Final, NamedTuple
 
 from pyforwarder.core.express.request_grammar import AUTOMATON, LAST_FINAL, MOST_STATES, State
 
-# More of a packet is not looked at. Longer than any first segment on Ethernet.
+# No more of a packet is read. Longer than any first segment on Ethernet.
 MOST_BYTES: Final = 4096
 MOST_EXTENSIONS: Final = 32
 MOST_ALPN_NAMES: Final = 16
-MOST_ALPN_BYTES: Final = 32  # of a name that rules ask for
+MOST_ALPN_BYTES: Final = 32  # of a protocol name that rules compare
 MOST_NAME_BYTES: Final = 128  # of a name in a ClientHello or a Host header
 MOST_METHOD_BYTES: Final = 24
-MOST_HEAD_BYTES: Final = 1024  # of a request's head, its empty line included
+MOST_HEAD_BYTES: Final = 1024  # of a request's head, the empty line included
 
 _HANDSHAKE: Final = 22
 _CLIENT_HELLO: Final = 1
@@ -34,8 +34,8 @@ _SUPPORTED_VERSIONS: Final = 43
 class Hello(NamedTuple):
     """What is known of a ClientHello."""
 
-    begins: bool | None  # whether it is one, by its headers
-    is_read: bool  # the whole message
+    begins: bool | None  # by the headers of record and message; None: too few bytes to tell
+    is_read: bool  # the whole message was read
     name: bytes | None  # in lower case, without a final dot; None: it has none
     alpn: tuple[bytes, ...]  # the protocols that it offers
 
@@ -43,8 +43,8 @@ class Hello(NamedTuple):
 class Request(NamedTuple):
     """What is known of a request of HTTP/1."""
 
-    method: bytes | None  # of a whole request line; empty: this is none
-    host: bytes | None  # in lower case, without port and final dot; None: not known
+    method: bytes | None  # of a complete request line; empty: this is no request; None: unknown
+    host: bytes | None  # in lower case, without port and final dot; None: unknown
 
 
 NO_HELLO: Final = Hello(begins=False, is_read=False, name=None, alpn=())
@@ -76,7 +76,7 @@ def read_hello(data: bytes) -> Hello:
         return _UNREAD_HELLO
     end = start + (data[6] << 16 | _uint16(data, 7))
     if end > _RECORD_HEADER + _uint16(data, 3) or end > size:
-        return _UNREAD_HELLO  # it goes on in another record, or in another packet
+        return _UNREAD_HELLO  # it continues in another record, or in another packet
     at = start + 2 + 32  # version, random
     if at + 1 > end or data[at] > 32:
         return _UNREAD_HELLO
@@ -124,7 +124,7 @@ def _read_extensions(data: bytes, at: int, end: int) -> Hello:
 
 
 def _read_server_name(data: bytes, at: int, length: int) -> bytes | None:
-    """The one host name of the extension, or None."""
+    """The only host name of a server_name extension; None: the extension has another form."""
     if length < 5 or _uint16(data, at) != length - 2 or data[at + 2] != 0:
         return None
     size = _uint16(data, at + 3)
@@ -137,7 +137,7 @@ def _read_server_name(data: bytes, at: int, length: int) -> bytes | None:
 
 
 def _read_alpn(data: bytes, at: int, length: int) -> tuple[bytes, ...] | None:
-    """The names in the extension, or None."""
+    """The names of an ALPN extension; None: the extension has another form."""
     if length < 2 or _uint16(data, at) != length - 2:
         return None
     end = at + length
@@ -170,7 +170,7 @@ def read_request(data: bytes) -> Request:
     method = data[:method_bytes]
     end = last[State.HOST] + 1
     host = data[end - count[State.HOST] : end]
-    # Elsewhere the target may say another host than the header does.
+    # In other forms the request target may name another host than the Host header.
     if (
         state != State.READ
         or not 0 < len(host) <= MOST_NAME_BYTES

@@ -1,7 +1,7 @@
 """The head of a request as an automaton: a table that a program in the kernel can follow.
 
-A state and a byte's class give the next state. Where a state was entered last, and how often, is
-all that is remembered: from that follow the method and the host.
+A state and the class of a byte give the next state. The program stores for each state where it was
+entered last, and how often: the method and the host follow from that.
 
 Source: RFC 9112 sections 2 to 5, as strict as `first_packet/http.py`.
 """
@@ -13,25 +13,25 @@ import string
 from dataclasses import dataclass
 from typing import Final
 
-# Powers of two, so that a program can mask what it looks up by.
+# Powers of two, so that a program can bound an index by a mask.
 MOST_STATES: Final = 64
 MOST_CLASSES: Final = 32
 
 
 class State(enum.IntEnum):
-    """Where in the head the last byte stood; numbers that userspace and the program share."""
+    """The position in the head after a byte; the numbers are shared with the BPF program."""
 
-    NO_REQUEST = 0  # from here to UNREAD: nothing that follows is looked at
-    UNKNOWN = 1  # it may be a request, and not everything of its line was as usual
-    UNREAD = 2  # a request, whose host is not known
-    READ = 3  # the empty line, behind one Host
+    NO_REQUEST = 0  # from here to READ: the automaton stops
+    UNKNOWN = 1  # it may be a request, but its request line has an unusual form
+    UNREAD = 2  # a request whose host is unknown
+    READ = 3  # the empty line was read, after exactly one Host
     START = 4
     METHOD = 5
     BEFORE_TARGET = 6
     TARGET = 7
-    VERSION = 8  # and the eight states behind it: H T T P / 1 . and a digit have come
-    LINE_FEED = 17  # and the line's CR
-    LINE = 18  # at the beginning of a line; the same again once a Host was seen: + SEEN
+    VERSION = 8  # and the eight states behind it: after H T T P / 1 . and a digit
+    LINE_FEED = 17  # after the CR of the request line
+    LINE = 18  # at the beginning of a header line; after a Host header: + SEEN
     NAME = 19
     H = 20
     HO = 21
@@ -39,7 +39,7 @@ class State(enum.IntEnum):
     HOST_NAME = 23
     BEFORE_VALUE = 24
     VALUE = 25
-    BEHIND_VALUE = 26  # a CR
+    BEHIND_VALUE = 26  # after a CR
     BEHIND_HEAD = 27
     BEFORE_HOST = 28
     HOST = 29
@@ -47,7 +47,7 @@ class State(enum.IntEnum):
     BEHIND_HOST = 31
 
 
-SEEN: Final = 16  # what is added to the states from LINE to BEHIND_HEAD, which become 34 to 43
+SEEN: Final = 16  # added to the states from LINE to BEHIND_HEAD, which become 34 to 43
 LAST_FINAL: Final = State.READ
 
 _METHOD: Final = frozenset((string.ascii_uppercase + "_-").encode())
@@ -67,12 +67,12 @@ class Automaton:
     following: tuple[bytes, ...]
 
     def next(self, state: int, byte: int) -> int:
-        """The state behind this byte."""
+        """The state after this byte."""
         return self.following[state][self.classes[byte]]
 
 
 def _edges() -> dict[int, list[tuple[frozenset[int], int]]]:
-    """By state: the bytes that lead on, and to where; the first that has the byte counts."""
+    """By state: sets of bytes, and the next state for each; the first set with the byte counts."""
 
     def one(text: str) -> frozenset[int]:
         return frozenset(text.encode())
@@ -100,7 +100,7 @@ def _edges() -> dict[int, list[tuple[frozenset[int], int]]]:
                 (one(letter), following + seen),
                 (_TOKEN, name),
             ]
-        # A second Host is for nobody to choose.
+        # With two Host headers the host is ambiguous.
         host = State.UNREAD if seen else State.BEFORE_HOST
         edges[State.HOST_NAME + seen] = [(one(":"), host), (_TOKEN, name)]
         edges[before] = [(_BLANK, before), (one("\r"), behind), (_TEXT, value)]
@@ -124,8 +124,8 @@ def _build() -> Automaton:
     edges = _edges()
     rows = {}
     for state in range(MOST_STATES):
-        # What the request line's first word cannot be rules a request out; what is odd behind it
-        # userspace judges.
+        # An invalid byte in the method means that this is no request. Behind the method, userspace
+        # decides about unusual bytes.
         odd = State.NO_REQUEST if state in (State.START, State.METHOD) else State.UNKNOWN
         if state >= State.LINE:
             odd = State.UNREAD

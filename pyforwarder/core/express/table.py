@@ -1,12 +1,13 @@
-"""The rules of a listener as a table, and what it decides about a first packet.
+"""The rules of a listener as a table, and what the table decides about a first packet.
 
-Every condition that the rules make is a bit. What is known of a packet are two sets of bits: the
-conditions that hold, and those that do not. A clause is a set of conditions that must hold and of
-others that must not; the clauses are tried in the order of the rules, and each belongs to one.
+Each condition of the rules is a bit. Two sets of bits say what is known of a packet: the conditions
+that hold, and those that do not. A clause is a set of conditions that must hold and a set of
+conditions that must not; each clause belongs to a rule, and the clauses are tried in the order of
+the rules.
 
-Listeners, networks and names are few numbers and short texts, so that a program in the kernel needs
-no more than arrays and longest-prefix maps: an entry for a network has the bits of all the networks
-around it, one for a name those of all the endings that it has.
+Networks and names are stored so that a program in the kernel needs only arrays and longest-prefix
+maps: the entry of a network has the bits of all networks that contain it, the entry of a name those
+of all its suffixes.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 MOST_CONDITIONS: Final = 64
 MOST_CLAUSES: Final = 64
-MOST_METHODS: Final = 16  # of HTTP, that rules name
+MOST_METHODS: Final = 16  # of HTTP methods that rules name
 
 
 class Clause(NamedTuple):
-    """When all of these hold, and none of those, the rule at this place takes the connection."""
+    """The rule takes the connection if all of `holds` hold, and all of `fails` do not."""
 
     rule: int
     holds: int  # bits of conditions
@@ -60,38 +61,38 @@ class Known(NamedTuple):
 class Table:
     """The rules of one port of a listener, as far as a program in the kernel can decide them."""
 
-    conditions: tuple[Leaf, ...]  # the bit of each is its place
+    conditions: tuple[Leaf, ...]  # the bit of each is its index
     clauses: tuple[Clause, ...]
-    rules: int  # of the listener, from the first on, that the clauses speak of
-    targets: frozenset[int]  # those of them whose server the program can connect to
-    most_bytes: int  # a longer first packet is more than the listener's rules look at
+    rules: int  # how many of the listener's first rules are in the clauses
+    targets: frozenset[int]  # the rules whose server the program can connect to
+    most_bytes: int  # a longer first packet is left to userspace
 
     def decide(self, data: bytes, client: IpAddress | None) -> int | None:
-        """The place of the rule that takes a connection which begins with this packet.
+        """The index of the rule that takes a connection which begins with this packet.
 
-        None: the packet is for userspace. Either nothing is certain, or what comes next is not the
-        program's to do. A `client` of None is not known.
+        None: userspace must handle the packet, because no rule is certain, or the rule's action is
+        not the program's. `client` is None if it is not known.
         """
         if not data or len(data) > min(self.most_bytes, MOST_BYTES):
             return None
         known = self.known(data, client)
         for clause in self.clauses:
-            said = _judge(clause, known)
-            if said is MATCH:
+            outcome = _judge(clause, known)
+            if outcome is MATCH:
                 return clause.rule if clause.rule in self.targets else None
-            if said is NEED_MORE:
+            if outcome is NEED_MORE:
                 return None
         return None
 
     def known(self, data: bytes, client: IpAddress | None) -> Known:
-        """Which conditions hold and which do not, of a connection that begins so."""
+        """Which conditions hold and which do not, for a connection that begins with `data`."""
         hello, request = read_hello(data), read_request(data)
         holds = fails = 0
         for bit, condition in enumerate(self.conditions):
-            said = _outcome(condition, data, client, hello, request)
-            if said is MATCH:
+            outcome = _outcome(condition, data, client, hello, request)
+            if outcome is MATCH:
                 holds |= 1 << bit
-            elif said is NO_MATCH:
+            elif outcome is NO_MATCH:
                 fails |= 1 << bit
         return Known(holds, fails)
 
