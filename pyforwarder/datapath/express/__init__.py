@@ -1,6 +1,7 @@
 """Express: the kernel decides by a connection's first packet, and connects to the server.
 
-A part of splice: such a connection is a spliced pair once it has begun. `tables.py` and `maps.py`
-are the rules as the programs have them, `connecting.py` the programs, `places.py` where connections
-begin, `keeping.py` the keeper's part, and `sharing.py` what its processes tell each other.
+It is a part of splice: from the server's answer on such a connection is a spliced pair. `tables.py`
+and `maps.py` put the rules into maps, `connecting.py` loads the programs, `places.py` looks after
+the places in which connections begin, `keeping.py` is the keeper's part, and `sharing.py` is the
+memory and the sockets between the daemon's processes.
 """

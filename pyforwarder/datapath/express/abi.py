@@ -1,6 +1,6 @@
-"""The table of a listener's rules as the program reads it.
+"""The records of a listener's table of rules, as the program reads them.
 
-Data only: bpf/express.h declares it. A test compiles that and compares every offset.
+Data only: bpf/express.h declares them. A test compiles that and compares every offset.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS
 
 VERSION: Final = 1
 WORDS: Final = MOST_PREFIX_BYTES // 8
-# What a name stands in.
+# Where a name was read.
 IN_HELLO, IN_REQUEST, IN_ALPN = 1, 2, 3
 
 

@@ -1,6 +1,6 @@
-"""Among which servers the program chooses, as it reads it.
+"""The records of choices among servers, as the program reads them.
 
-Data only: bpf/express_choice.h declares it. A test compiles that and compares every offset.
+Data only: bpf/express_choice.h declares them. A test compiles that and compares every offset.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Final
 
 from pyforwarder.core.express.choosing import LOG_STEPS, MOST_SERVERS, MOST_TURNS
 
-# In a rule's target: what is below is the number of a choice.
+# Flag in a rule's target: the lower bits are the number of a choice.
 CHOICE: Final = 0x80000000
 
 

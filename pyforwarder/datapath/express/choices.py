@@ -1,4 +1,4 @@
-"""The choices among servers in the program's maps, and what became of those that were chosen."""
+"""The maps of choices among servers, and of the outcomes of connections to them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from pyforwarder.core.address import Address
 
 MOST_CHOICES: Final = 512
-# A number that no listener has any more rests so long before it is used again: no program that has
-# read it before runs any more.
+# A number that no listener refers to any more is reused only after so long: by then no program runs
+# that has read it before.
 REST_S: Final = 10.0
 _NUMBER: Final = struct.Struct("=I")
 
 
 class Choices:
-    """Maps with room for choices; closed by `close`."""
+    """The maps of choices; closed by `close`."""
 
     def __init__(self, targets: int) -> None:
-        """Make them; of so many targets outcomes are counted.
+        """Create the maps; outcomes are counted of `targets` targets.
 
         Raises:
             OSError: the kernel refuses.
@@ -70,15 +70,16 @@ class Choices:
 
     @property
     def maps(self) -> dict[str, int]:
-        """The descriptors, by the macros that stand for them in the programs."""
+        """The descriptors, by the macros for them in the programs."""
         return {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
 
     def number_of(
         self, choice: Choice, target_of: Callable[[Address], int], now_s: float
     ) -> int | None:
-        """What stands for it as a rule's target; None: there is no room.
+        """The value of a rule's target that refers to a choice; None: there is no room.
 
-        It is written if it is new. `target_of` says at which place of the targets a server is.
+        A new choice is written to the map. `target_of` gives the index of a server in the map of
+        targets.
         """
         number = self._used.get(choice)
         if number is None:
@@ -99,20 +100,21 @@ class Choices:
         return number | abi.CHOICE
 
     def keep(self, choices: Collection[Choice], now_s: float) -> None:
-        """These alone are used by listeners from here on."""
+        """From here on listeners refer to these choices only."""
         for choice in [one for one in self._used if one not in choices]:
             self._resting[self._used.pop(choice)] = now_s + REST_S
 
     def rests_until_s(self, now_s: float) -> float:
-        """When the next number has rested; infinity if none rests."""
+        """When the next number may be reused; infinity if none is waiting for that."""
         return min((one for one in self._resting.values() if one > now_s), default=math.inf)
 
     def write(self, number: int, choice: Choice, target_of: Callable[[Address], int]) -> None:
-        """Put a choice at a number that no listener has."""
+        """Write a choice at a number that no listener refers to."""
         record = abi.Choice(count=len(choice.servers))
         if isinstance(choice, InTurn):
             record.kind = abi.Kind.IN_TURN
-            # Not always the first: there may be many changes, and few connections in between.
+            # A random first turn: with many changes and few connections between them, the first
+            # server would get nearly all.
             record.turn = secrets.randbelow(len(choice.servers))
             for place, server in enumerate(choice.servers):
                 record.in_turn[place] = target_of(server)
@@ -123,20 +125,20 @@ class Choices:
         self._choices.update(_NUMBER.pack(number), bytes(record))
 
     def outcome(self, target: int) -> abi.Outcome:
-        """What became of the connections to a target so far."""
+        """The outcomes of the connections to a target so far."""
         return abi.Outcome.from_buffer_copy(self._outcomes, target * ctypes.sizeof(abi.Outcome))
 
     def failures(self, most: int) -> int:
-        """How many connections to targets up to this one have failed."""
+        """How many connections to the targets up to `most` have failed."""
         words = ctypes.sizeof(abi.Outcome) // 4
         with memoryview(self._outcomes) as whole, whole.cast("I") as numbers:
             first = abi.Outcome.failed.offset // 4
             return sum(numbers[first : (most + 1) * words : words].tolist())
 
     def forget_outcome(self, target: int) -> None:
-        """It is another server's from here on, to which no connection was opened yet."""
+        """Zero the outcomes of a target, which belongs to another server from here on."""
         self._counts.update(_NUMBER.pack(target), bytes(abi.Outcome()))
 
     def close(self) -> None:
-        """Close the maps; programs that use them keep them."""
+        """Close the maps; loaded programs keep those that they use."""
         self._opened.close()

@@ -1,6 +1,6 @@
-"""What the programs that open connections in the kernel share with their keeper.
+"""The records that the programs for connections in the kernel share with their keeper.
 
-Data only: bpf/express_connect.h declares it. A test compiles that and compares every offset.
+Data only: bpf/express_connect.h declares them. A test compiles that and compares every offset.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import enum
 from typing import Final
 
 SAVED_BYTES: Final = 4096
-# Beside `SpliceState`: a server was asked for, and has not answered.
+# Another state besides those of `SpliceState`: the server was asked (SYN), and has not answered.
 ASKED_SPLICE: Final = 5
 # `worker` of a pair that no worker knows of yet.
 NO_WORKER: Final = 0xFFFFFFFE
@@ -31,7 +31,7 @@ class AskState(enum.IntEnum):
 
 
 STATE_MASK: Final = 7
-# The number of a place's connection stands above its state.
+# The bits above the state are the number of the place's connection.
 STATE_BITS: Final = 3
 
 
@@ -139,7 +139,7 @@ class Ask(ctypes.Structure):
 
 
 class AskHead(ctypes.Structure):
-    """The same without the saved bytes, which are most of it."""
+    """struct express_ask without the saved bytes, which are most of it."""
 
     _fields_ = tuple(field for field in Ask._fields_ if field[0] != "bytes")
 

@@ -1,8 +1,8 @@
 """The maps and programs that open connections in the kernel (bpf/express_connect.c).
 
-`Connecting` is made first; `SpliceMaps.load_programs` is given it, so that the programs on the
-interfaces go on with these; then `load` puts these in their places. A place is a port of ours, and
-a record among the splices: `place` has the port `first_port + place` and the record
+`Connecting` is created first. `SpliceMaps.load_programs` gets it, so that the programs on the
+interfaces can tail-call these; then `load` puts these into the map of programs. A place is a local
+port and a record among the splices: `place` has the port `first_port + place` and the record
 `first_splice + place`.
 """
 
@@ -31,16 +31,15 @@ if TYPE_CHECKING:
 PROGRAMS: Final = ("begin4", "begin6", "asked4", "asked6", "by_rules", "ask4", "ask6", "by_choice")
 MOST_LISTENERS: Final = 256
 MOST_TARGETS: Final = 4096
-# Kinds of ends that are counted in the kernel: of a rule, a port of its listener, and a server.
+# Kinds of ends that are counted by sums: of a rule, a port of its listener, and a server.
 MOST_ENDS: Final = 4096
-# TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
+# As long as TIME_WAIT, in which TCP keeps the ports of a closed connection: a FIN may be repeated.
 REST_S: Final = 60.0
-# Where places are short, less: a FIN that was lost has come again by then (200 ms, the least RTO).
-# To a server that keeps the old
-# one still, the next one begins with higher numbers (`bpf/express_numbers.h`), if those of the old
-# one have not risen faster than our clocks.
+# The least where places are short: by then a lost FIN was repeated (200 ms, the least RTO). If the
+# server still has the old connection, the next one from this port begins with higher numbers
+# (`bpf/express_numbers.h`), unless those of the old one have increased faster than our clocks.
 LEAST_REST_S: Final = 0.5
-# Where client and server are both on this host, nothing is under way for longer than that RTO.
+# With client and server both on this host no packet is under way for longer than that RTO.
 LEAST_REST_HERE_S: Final = 0.25
 _FIELDS: Final = {
     "request_sock": ("num_timeout", "mss"),
@@ -48,53 +47,55 @@ _FIELDS: Final = {
     "inet_request_sock": ("snd_wscale",),
     "tcp_request_sock": ("rcv_isn", "snt_isn", "is_mptcp", "tfo_listener"),
 }
-# Not on all kernels: Linux 6.7 and 6.18.
+# Only on newer kernels: Linux 6.7 and 6.18.
 _LATER_FIELDS: Final = ("req_usec_ts", "accecn_ok")
-# struct asking: a key, what was read of the packet, a listener's key, and some numbers.
+# struct request_context: a key, the parsed fields of the packet, a listener's key, and some
+# numbers.
 _ASKING_BYTES: Final = 36 + 36 + 20 + 9 * 4
-# struct made: two headers of IP and TCP, and some numbers.
+# struct new_packet: two headers of IP and TCP, and some numbers.
 _MADE_BYTES: Final = 208 + 32 + 8 + 8 + 20 + 12 + 12 + 8
 _NUMBER: Final = struct.Struct("=I")
-# Behind a header of Ethernet: place, word, until when its target is not asked; and some more, as
-# the kernel runs a program with no packet that is shorter than a header of IP.
+# Behind an Ethernet header: place, word, until when its target is not asked; and padding, as the
+# kernel runs a program only with a packet that is at least as long as an IP header.
 _LET_GO: Final = struct.Struct("=14xI4xQQ28x")
 _NO_PACKET: Final = bytes(14 + 40)
-# Of one run of `go_round` (bpf/express_connect.c).
+# Places in one run of `go_round` (bpf/express_connect.c).
 _PLACES_AT_ONCE: Final = 16
 
 
 class OwnPrograms(NamedTuple):
-    """Those that the keeper runs itself."""
+    """Descriptors of the programs that the keeper runs itself."""
 
     let_go: int
     go_round: int
 
 
 class Gone(NamedTuple):
-    """What a round has done."""
+    """The results of a round."""
 
     counted: int
     freed: int
-    unused: int  # places that are free now, of those that it came by
-    is_whole: bool  # it came by all of them
-    leaving: int = 0  # that are free when the programs have ended that run now
+    unused: int  # free places, among those that it has walked
+    is_whole: bool  # it has walked all places
+    leaving: int = 0  # places that become free once all programs have returned that are running now
 
 
 class Connecting:
-    """Rules, listeners, targets and places; closed by `close`."""
+    """Maps and programs for rules, listeners, targets and places; closed by `close`."""
 
     def __init__(
         self, *, tables: int, places: int, first_splice: int, first_port: int, is_open: bool = True
     ) -> None:
-        """Make the maps; unless `is_open` the programs have no place before it is offered.
+        """Create the maps. Unless `is_open`, the queue of free places is empty until `offer` is
+        called.
 
         Raises:
             OSError: the kernel refuses.
         """
         self.places, self.first_splice, self.first_port = places, first_splice, first_port
-        # Not to be guessed: what bears it is believed to have been looked at.
+        # Random: a packet with this mark counts as checked already.
         self.mark = secrets.randbits(32) | 1
-        # With which the first numbers of connections to servers are made (RFC 6528).
+        # The key of the hash for the ISNs of connections to servers (RFC 6528).
         self.secret = tuple(secrets.randbits(32) for _ in range(4))
         kinds = bpf.MapType
         with contextlib.ExitStack() as opened:
@@ -120,7 +121,7 @@ class Connecting:
             key, listener = ctypes.sizeof(abi.ListenerKey), ctypes.sizeof(abi.Listener)
             target = ctypes.sizeof(abi.Target)
             self.programs_fd = make("programs", kinds.PROG_ARRAY, 4, 4, len(PROGRAMS))
-            # Not preallocated: a program that reads an old one must not see parts of a new one.
+            # Not preallocated: a program that reads an old element must not see parts of a new one.
             self.listeners_fd = make(
                 "listeners", kinds.HASH, key, listener, MOST_LISTENERS, bpf.F_NO_PREALLOC
             )
@@ -162,10 +163,11 @@ class Connecting:
             self._opened = opened.pop_all()
 
     def load(self, splice: SpliceMaps) -> OwnPrograms:
-        """Load the programs, and put them where those on the interfaces go on with them.
+        """Load the programs, and put them into the map from which those on the interfaces tail-call
+        them.
 
-        The descriptors are of other ones, which `begin` is to be given: they may be loaded in
-        another process.
+        Returns the descriptors of the programs that the keeper runs, for `begin`: this may happen
+        in another process.
 
         Raises:
             LoadError: they do not compile, or the kernel refuses them.
@@ -218,39 +220,39 @@ class Connecting:
         return OwnPrograms(let_go_fd, go_round_fd)
 
     def begin(self, own: Sequence[int]) -> None:
-        """What was loaded is used from here on; the descriptors are ours to close."""
+        """Use the loaded programs from here on; `close` closes the descriptors."""
         for fd in own:
             self._opened.callback(os.close, fd)
         self._own = OwnPrograms(*own)
 
     def offer(self, place: int) -> None:
-        """The programs may open a connection in this place, which nobody has."""
+        """Put a place into the queue of free places; no connection may have it."""
         bpf.push(self.places_fd, _NUMBER.pack(place))
 
     def take_back(self) -> Iterator[int]:
-        """Each place that is free; the programs have it no more until it is offered again."""
+        """Take all places out of the queue of free places, one by one."""
         while (value := bpf.pop(self.places_fd, _NUMBER.size)) is not None:
             yield _NUMBER.unpack(value)[0]
 
     def listen(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
-        """Decide the connections to an address from here on."""
+        """From here on the kernel decides the connections to an address."""
         self._listeners.update(bytes(key), bytes(listener))
 
     def listen_no_more(self, key: abi.ListenerKey) -> None:
-        """Leave them all to workers; nothing happens if that was so."""
+        """From here on workers get all connections to an address; no error if they did before."""
         with contextlib.suppress(FileNotFoundError):
             self._listeners.delete(bytes(key))
 
     def aim(self, number: int, target: abi.Target) -> None:
-        """A server, and how it is reached."""
+        """Write a target: a server, and how it is reached."""
         self._targets.update(_NUMBER.pack(number), bytes(target))
 
     def aimed(self, number: int) -> abi.Target:
-        """The same as it is now: what a program has said of it, too."""
+        """A target as it is now, with what the programs have written."""
         return abi.Target.from_buffer_copy(self._targets.lookup(_NUMBER.pack(number)))
 
     def words(self) -> list[int]:
-        """Of every place, the number of its connection and its state (`AskState`)."""
+        """The words of all places: the number of the connection, and the state (`AskState`)."""
         stride = _stride() // 8
         with (
             memoryview(self.memory) as whole,
@@ -260,25 +262,27 @@ class Connecting:
             return found.tolist()
 
     def word(self, place: int) -> int:
-        """The number of a place's connection and its state."""
+        """The word of a place: the number of its connection, and its state."""
         at = place * _stride() + abi.Ask.word.offset
         return int.from_bytes(self.memory[at : at + 8], "little")
 
     def let_go(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
-        """No packet finds the connection with this word any more, if it came no further.
+        """End the connection with this word: no packet finds it any more.
 
-        False: another has the place, or it did. Else the place is free in a later round, when no
-        program runs that has found the connection before. A target that has not answered is left
-        alone until `not_before_ns` (CLOCK_MONOTONIC).
+        Returns False if the place has another connection, or its state has changed. Else the place
+        becomes free in a later round, when all programs have returned that may have found the
+        connection. A target that has not answered is not asked again until `not_before_ns`
+        (CLOCK_MONOTONIC).
         """
         request = _LET_GO.pack(place, word, not_before_ns)
         return bool(bpf.run_program(self._own.let_go, request))
 
     def wait_for_programs(self) -> None:
-        """Return when all programs have ended that run now.
+        """Wait until all programs have returned that are running now.
 
-        The kernel has a caller that changes a map in a map wait until no program can have read it
-        before (`maybe_wait_bpf_programs`, kernel/bpf/syscall.c); so here, where none has.
+        The kernel makes a caller that changes a map in a map wait until no program can still use
+        the old one (`maybe_wait_bpf_programs`, kernel/bpf/syscall.c). Here the map is used for that
+        alone.
 
         Raises:
             OSError: the kernel has not waited.
@@ -286,16 +290,17 @@ class Connecting:
         self._waits.update(_NUMBER.pack(0), self._inner)
 
     def taken(self) -> int:
-        """How many connections have taken a place so far, and asked a server."""
+        """How many connections have taken a place so far."""
         return int.from_bytes(self._counts.lookup(_NUMBER.pack(abi.Count.TAKEN)), "little")
 
     def go_round(self, now_s: float, *, is_short: bool, passed_ns: int = 0) -> Gone:
-        """Count what has ended (`ends`), and let places go that have rested, sooner if `is_short`.
+        """Count connections that have ended (`ends`), and free places that have rested, sooner if
+        `is_short`.
 
-        `now_s` is of CLOCK_MONOTONIC, and later than that of the round before. Such a place is free
-        in a round that is told by `passed_ns`, in nanoseconds, that no program runs any more that
-        ran when the round of that time ended. A signal may end a round early: the next one does
-        the rest.
+        `now_s` is CLOCK_MONOTONIC, and later than that of the round before. A place that has rested
+        becomes free in a later round whose `passed_ns` (nanoseconds) says that all programs have
+        returned that were running when this round ended. A signal may end a round early: the next
+        one does the rest.
 
         Raises:
             OSError: the kernel could not run the program.
@@ -317,28 +322,31 @@ class Connecting:
         return Gone(done.counted, done.freed, done.unused, is_whole, done.leaving)
 
     def rest(self, place: int, word: int, now_s: float) -> None:
-        """The end of the connection with this word is known, and that it has the place still."""
+        """Make a place RESTING: the end of the connection with this word is known, and it still has
+        the place.
+        """
         at = place * _stride()
         store64(self.memory, at + abi.Ask.rests_ns.offset, int(now_s * 1e9))
         resting = word & ~abi.STATE_MASK | abi.AskState.RESTING
-        # Behind that. Nobody else changes the word of one that is joined. Its lowest byte has the
-        # state: `struct.pack_into` would write zeros first, which are FREE if we are killed there.
+        # After `rests_ns`. No one else changes the word of a place that is JOINED. Only its lowest
+        # byte, with the state, is stored: `struct.pack_into` would write zeros first, which mean
+        # FREE if the keeper is killed at that moment.
         self.memory[at + abi.Ask.word.offset] = resting & 0xFF
 
     def set_port_lost(self, place: int, *, is_lost: bool) -> None:
-        """A place that rests stays so as long as another program may have its port."""
+        """Say whether another program may have the place's port: then the place keeps resting."""
         store32(self.memory, place * _stride() + abi.Ask.port_lost.offset, is_lost)
 
     def end_keys(self) -> list[bytes]:
-        """Of the ends that are counted, each a struct express_end_key."""
+        """The keys of all sums, each a struct express_end_key."""
         return self._ends.all_keys()
 
     def ends(self, key: bytes) -> abi.Ends:
-        """What has been counted so far."""
+        """The sums of a key so far."""
         return abi.Ends.from_buffer_copy(self._ends.lookup(key))
 
     def count_ends(self, key: bytes, ends: abi.Ends) -> None:
-        """Count these, from this number on. Not while `go_round` runs.
+        """Write the sums of a key. Not while `go_round` runs.
 
         Raises:
             OSError: there is no room for another key.
@@ -346,11 +354,11 @@ class Connecting:
         self._ends.update(key, bytes(ends))
 
     def count_ends_no_more(self, key: bytes) -> None:
-        """Forget a key, and what was counted."""
+        """Delete a key and its sums."""
         self._ends.delete(key)
 
     def counts(self) -> dict[abi.Count, int]:
-        """What the programs have counted."""
+        """The programs' counters."""
         return {
             kind: int.from_bytes(self._counts.lookup(_NUMBER.pack(kind)), "little")
             for kind in abi.Count
@@ -361,7 +369,7 @@ class Connecting:
         return abi.Ask.from_buffer_copy(self.memory, place * _stride())
 
     def saved(self, place: int, word: int) -> bytes:
-        """The first packet of the connection with this word; empty: another has the place."""
+        """The saved bytes of the connection with this word; empty: another one has the place."""
         at = place * _stride()
         ask = abi.Ask.from_buffer_copy(self.memory, at)
         if self.word(place) != word:
@@ -369,26 +377,26 @@ class Connecting:
         return bytes(ask.bytes[: min(ask.saved, abi.SAVED_BYTES)])
 
     def head(self, place: int) -> abi.AskHead:
-        """The same without the saved bytes."""
+        """A place as it is now, without the saved bytes."""
         return abi.AskHead.from_buffer_copy(self.memory, place * _stride())
 
     def mark_counted(self, place: int) -> None:
-        """A worker has counted the connection that has a place, or is told of its end alone."""
+        """Mark the place's connection as counted by a worker, or as reported to one by itself."""
         at = place * _stride() + abi.Ask.counted.offset
         store32(self.memory, at, _number_of(self.word(place)))
 
     def is_counted(self, ask: abi.Ask | abi.AskHead) -> bool:
-        """Whether `mark_counted` was called for this very connection, by any keeper."""
+        """Whether `mark_counted` was called for this connection, by any keeper."""
         return bool(ask.counted == _number_of(ask.word))
 
     def close(self) -> None:
-        """Close the maps: from then on nothing begins any more."""
+        """Close the maps: from then on no connection begins."""
         self.memory.close()
         self._opened.close()
 
 
 def _stride() -> int:
-    """Of values of an array."""
+    """Bytes from one value of the array to the next."""
     return abi.ASK_BYTES + -abi.ASK_BYTES % 8
 
 

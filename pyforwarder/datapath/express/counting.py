@@ -1,11 +1,13 @@
-"""The keeper's part of ends that nobody needs to be told of one by one: their sums alone.
+"""The keeper's part in counting ended connections by sums, instead of reporting each to a worker.
 
-Of a rule whose connections have no lines in the log, `go_round` (bpf/express_connect.c) adds up
-what has ended, by the rule, the port of its listener and the server. Each such sum has its worker,
-which is told what has come to it since, and counts that as it counts the end of one connection.
+For rules whose connections have no lines in the log, `go_round` (bpf/express_connect.c) adds up the
+connections that have ended, by the rule, the port of its listener and the server. Each sum belongs
+to a worker. The keeper reports to it what was added since, and the worker counts that as it counts
+the end of one connection.
 
-A key means the same as long as it is there: of connections that began when its first one did, or
-later. It goes before its table or its server may be another.
+The meaning of a key does not change while it exists: only connections that began when its first one
+did, or later, are added. The key is closed before its table's or its server's number may get
+another meaning.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.express.places import Ended
     from pyforwarder.datapath.express.sharing import Express
 
-# In one message, which is taken whole or not at all; and its bytes, of which a worker takes 64 KiB.
+# Sums in one message, which is sent whole or not at all; and its size, of which a worker receives
+# 64 KiB.
 _MOST_TOLD: Final = 24
 _MOST_BYTES: Final = 1 << 15
-# In `since_ns` of a key that is to go: no connection begins so late.
+# Set in `since_ns` of a key that is closed: no connection begins so late.
 _GOES: Final = 1 << 63
 
 
@@ -38,29 +41,30 @@ class _Kind(NamedTuple):
     target: int
     since_ns: int
     label_since_ns: int  # of its table's
-    said: str  # listener, rule, port and server, in JSON
+    said: str  # listener, rule, port and server, as JSON
 
 
 class Counting:
-    """One keeper's."""
+    """The sums of one keeper."""
 
     def __init__(self, express: Express, workers: int) -> None:
-        """Nothing is known of what an earlier keeper has counted before `begin`."""
+        """`begin` takes over what an earlier keeper has counted."""
         self._express = express
         self._connecting = express.connecting
         self._workers = workers
         self._kinds: dict[bytes, _Kind] = {}
-        self._going: set[bytes] = set()  # keys to which nothing is added any more
+        self._going: set[bytes] = set()  # closed keys, to which nothing is added any more
         self._is_told = True
-        self._told_of = 0  # ends that were counted when all was told last
+        self._told_of = 0  # how many ends were counted when everything was reported last
 
     def begin(self) -> None:
-        """Go on with what an earlier keeper has counted, and has not told."""
+        """Take over the sums that an earlier keeper has not reported."""
         for key in self._connecting.end_keys():
             ends = self._connecting.ends(key)
             parts = abi.EndKey.from_buffer_copy(key)
             self._kinds[key] = self._kind(parts, int(ends.since_ns) & ~_GOES)
-            # What it is of may have changed meanwhile: the next one that ends makes it anew.
+            # Its table or server may have changed meanwhile: the next connection that ends makes a
+            # new key.
             self._go(key)
 
     @property
@@ -70,18 +74,18 @@ class Counting:
 
     @property
     def is_done(self) -> bool:
-        """Whether workers know of all that was counted when `tell` was called last."""
+        """Whether everything that was counted at the last call of `tell` is reported."""
         return self._is_told
 
     def covers(self, ended: Ended) -> bool:
-        """Whether the programs count this end, in the next round at the latest."""
+        """Whether the programs add this end to a sum, in the next round at the latest."""
         label = self._express.label(ended.ask.listener_table, ended.ask.begun_ns)
         if label.is_logged or ended.ask.rule >= len(label.rules):
             return False
         if ended.record.state != SpliceState.ACTIVE:
-            return False  # the programs leave it to us
+            return False  # the programs leave it to the keeper
         if self._connecting.is_counted(ended.ask):
-            return False  # an earlier keeper may have told of it alone
+            return False  # an earlier keeper may have reported it by itself
         up = ended.record.way[0]
         parts = abi.EndKey(
             ended.ask.listener_table, ended.ask.rule, ended.ask.target, up.from_.dport
@@ -93,13 +97,13 @@ class Counting:
         server = Server(bytes(up.target), int(up.dport), int(ended.record.family))
         is_known = self._express.number_of(server) == ended.ask.target
         if not is_known or not self._express.is_in_use(ended.ask.listener_table):
-            return False  # what is it now may soon be another
+            return False  # its number may soon get another meaning
         kind = self._kind(parts, int(ended.ask.begun_ns))
         ends = abi.Ends(since_ns=kind.since_ns, round=time.monotonic_ns())
         try:
             self._connecting.count_ends(key, ends)
         except OSError:
-            return False  # there is no room
+            return False  # the map is full
         self._kinds[key] = kind
         return True
 
@@ -119,7 +123,7 @@ class Counting:
         )
 
     def look(self) -> None:
-        """Before a round: nothing more is added to what may soon be another's.
+        """Before a round: close the keys whose table's number may soon get another meaning.
 
         Raises:
             OSError: the kernel refuses; call it again before the next round.
@@ -134,7 +138,7 @@ class Counting:
             self._go_where(lambda kind: kind.table in old)
 
     def forget(self, targets: Iterable[int]) -> set[int]:
-        """Count no more of these servers; those of which a worker has still to be told.
+        """Close the keys of these servers; returns those with sums that are not reported yet.
 
         Raises:
             OSError: the kernel refuses.
@@ -155,9 +159,10 @@ class Counting:
         self._going.add(key)
 
     def tell(self, counted: int) -> None:
-        """Tell workers what has come to the sums; one that is busy is told the next time.
+        """Report to the workers what was added to the sums; to a busy worker at the next call.
 
-        `counted` is another number if an end may have been counted since: else there is nothing.
+        `counted` is the number of ends that were counted so far: if it has not changed, there is
+        nothing to report.
         """
         if self._is_told and counted == self._told_of and not self._going:
             return
@@ -190,8 +195,8 @@ class Counting:
             if not self._express.send(worker, message):
                 return False
             for key, ends, _ in unreported[:taken]:
-                # A keeper that dies in front of this has the next one tell it again: by its round
-                # the worker knows it.
+                # If the keeper dies before this, the next one reports it again, and the worker
+                # recognizes it by its round.
                 self._connecting.count_ends(
                     key, abi.Ends(since_ns=ends.since_ns, round=ends.round + 1)
                 )

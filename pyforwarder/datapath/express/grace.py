@@ -1,9 +1,9 @@
-"""When no program runs any more that was running a while ago.
+"""When all programs have returned that were running at some moment.
 
-A program that has found a connection may be held up in the middle, for as long as the host of a
-virtual machine likes, and works on its record when it goes on. The kernel knows when the last of
-these has ended (a grace period of RCU), and says so to whom it makes wait for it. That takes some
-10 ms, in which the keeper has other things to do: so a thread waits.
+A program that has found a connection may be suspended in the middle, by the hypervisor of a virtual
+machine even for seconds, and continue to work on its record later. The kernel knows when the last
+of these programs has returned (a grace period of RCU), and can make a caller wait for it. That
+takes some 10 ms, in which the keeper has other work: so a thread waits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class Grace:
-    """One keeper's."""
+    """Grace periods, for one keeper."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
-        """`wait` returns when all programs have ended that ran when it was called.
+        """`wait` returns when all programs have returned that were running when it was called.
 
-        It is called in a thread, which begins with the first `want`.
+        It is called in a thread, which starts with the first `want`.
         """
         self._wait = wait
-        # All programs have ended that ran when `want` was called with this, or with less.
+        # All programs have returned that were running when `want` was called with this, or less.
         self.passed_ns = 0
         self._wanted_ns = 0
         self._is_wanted = threading.Event()
@@ -34,14 +34,17 @@ class Grace:
         self._has_complained = False
 
     def want(self, now_ns: int) -> None:
-        """`passed_ns` is to be this, or more, when all programs that run now have ended."""
+        """Request a grace period: once all programs have returned that are running now, `passed_ns`
+        becomes `now_ns` or more.
+        """
         self._wanted_ns = now_ns
         self._is_wanted.set()
         if self._thread is None or not self._thread.is_alive():
             thread = threading.Thread(target=self._run, name="grace", daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # there are no tasks left: the next round wants it again
+            except RuntimeError as error:
+                # No thread can be started: the next round requests it again.
                 self._complain(error)
                 return
             self._thread = thread
@@ -50,15 +53,16 @@ class Grace:
         while True:
             self._is_wanted.wait()
             self._is_wanted.clear()
-            # Behind that, and in front of the wait: what is wanted meanwhile is for the next one.
+            # Read after the event was cleared, and before the wait: what is requested meanwhile
+            # needs another wait.
             self.pass_by(self._wanted_ns)
 
     def pass_by(self, wanted_ns: int) -> None:
-        """Wait for it here and now."""
+        """Wait for a grace period in this thread."""
         try:
             self._wait()
         except OSError as error:
-            self._complain(error)  # it is wanted again in the next round
+            self._complain(error)  # the next round requests it again
             return
         self.passed_ns = wanted_ns
 

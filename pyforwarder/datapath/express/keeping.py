@@ -1,9 +1,9 @@
-"""The keeper's part of express: places, the ways to servers, and who is told of what.
+"""The keeper's part of express: places, routes to servers, and reports to the workers.
 
-Twice a second it looks at all places, some in each turn of the keeper's. A connection that lasts
-becomes a spliced pair of the worker that its place has; of one that has ended that one is told,
-which counts it and writes the log. In between it glances at how quickly places go, and lets the
-programs free those that have rested (pace.py).
+Twice a second it looks at all places, a part of them in each turn of the keeper's loop. A
+connection that lasts becomes a spliced pair of a worker. The end of one that has ended is reported
+to the worker of its place, which counts it and writes the log line. In between the keeper glances
+at how fast places are taken, and has the programs free those that have rested (pace.py).
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.express.sharing import Express, Label
 
 _LOOK_S: Final = 0.5
-# While places are short: of what has ended, and no program counts, its worker is to know soon.
+# While places are short, the ends that no program counts are reported this often.
 _LOOK_WHEN_SHORT_S: Final = 0.1
-# While all of it is to come to an end.
+# While express is stopping.
 _SOON_S: Final = 0.02
-# What is known of the way to a server is learned anew after so long: rules of a packet filter tell
-# nobody that they have changed.
+# The route to a server is learned anew after so long: no notification tells when rules of a packet
+# filter change.
 _KNOWN_FOR_S: Final = 60.0
-# In one turn of the keeper's, whose other requests have their turn, too: places that are looked at,
-# and pairs that are given to workers.
+# In one turn of the keeper's loop, which has other requests: places that are looked at, and pairs
+# that are given to workers.
 _LOOKS_AT_ONCE: Final = 128
 _TAKEN_AT_ONCE: Final = 64
-# Pairs that a worker is to adopt, and has not yet. It is given no more than that; the others
-# go on without a worker until it has adopted some.
+# Pairs that a worker was told to adopt, and has not adopted yet. It gets no more than that; others
+# continue without a worker until it has adopted some.
 MOST_WAITING: Final = 512
 _ID_AT: Final = Splice.id.offset
 
 
 class Owner(Protocol):
-    """What the keeper does for it."""
+    """What this module needs of the keeper."""
 
     def take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
-        """A pair is a worker's from now on, which is to adopt it."""
+        """Give a pair to a worker, which is to adopt it."""
 
     def keep_alive(self, index: int) -> None:
-        """Its peers are asked from now on, if they are to be."""
+        """Start keepalives to the pair's peers, if they are configured."""
 
 
 class _Known(NamedTuple):
@@ -71,10 +71,10 @@ class _Known(NamedTuple):
 
 
 class ExpressKeeper:
-    """One keeper's."""
+    """Express in one keeper."""
 
     def __init__(self, express: Express, memory: mmap.mmap, owner: Owner, workers: int) -> None:
-        """`memory` are the records of all splices, those of places among them."""
+        """`memory` has the records of all splices, those of the places among them."""
         self._express = express
         self._connecting = express.connecting
         self._memory = memory
@@ -87,21 +87,21 @@ class ExpressKeeper:
         self._next_s = 0.0
         self._looked_s = 0.0  # when the last look began
         self._glance_s = 0.0
-        self._is_counting = False  # an end was seen that the programs count in the next round
-        self._is_asking = False  # a server was asked for when its place was looked at last
-        # Of each worker: place -> word of the connections that it is to be given, oldest first. A
-        # place is there once at most, and may be another's before its turn comes.
+        self._is_counting = False  # an end was found that the programs count in the next round
+        self._is_asking = False  # a place was waiting for its server in the last look
+        # By worker: place -> word of the connections that it will get, oldest first. A place occurs
+        # once at most, and may have another connection before its turn.
         self._lasting: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(workers)]
         self._worker_of: dict[int, int] = {}  # index -> worker
-        # Those that their worker has not said it has.
+        # By worker: pairs whose adoption the worker has not confirmed.
         self._waiting: list[set[int]] = [set() for _ in range(workers)]
         self._known: dict[int, _Known] = {}
 
     def begin(self, is_used: Callable[[int], bool]) -> None:
-        """Hold the ports, and offer the places whose records are not used.
+        """Bind the ports, and offer the places whose records are not used.
 
-        An earlier keeper of this daemon may have done so: what it has learned is learned anew. The
-        rest of it stays as it is: a program may be reading it.
+        An earlier keeper of this daemon may have run: the routes that it has learned are learned
+        anew. Everything else in the targets stays as it is, since a program may be reading it.
         """
         for number in range(1, self._express.targets() + 1):
             self._connecting.aim(number, _without_way(self._connecting.aimed(number)))
@@ -110,17 +110,19 @@ class ExpressKeeper:
         self._ports.begin([is_used(index) for index in indexes])
 
     def owns(self, index: int, record: Splice) -> bool:
-        """Whether a record is of a connection that no worker has been told of."""
+        """Whether a record is of a connection that no worker was told of."""
         if index < self.first:
             return False
         place = index - self.first
         if self._connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE:
-            # It may have ended since it was found: the place is in the queue by now.
+            # It may have ended since it was found, and its place is in the queue by now.
             return self._express.is_offered(place)
         return bool(record.worker == abi.NO_WORKER)
 
     def adopted(self, index: int, worker: int, *, has_it: bool) -> None:
-        """A pair at a place has this worker from here on, which has adopted it or is to."""
+        """A pair at a place belongs to this worker from here on; `has_it`: it has adopted it
+        already.
+        """
         if index < self.first:
             return
         self._freed(index)
@@ -131,44 +133,46 @@ class ExpressKeeper:
             self._telling.wake(worker)
 
     def had(self, index: int) -> None:
-        """The worker of a pair says that it has it, and has counted it."""
+        """The worker of a pair confirms that it has adopted and counted it."""
         worker = self._worker_of.get(index)
         if worker is not None:
             self._waiting[worker].discard(index)
             self._connecting.mark_counted(index - self.first)
 
     def word_of(self, index: int) -> int:
-        """By which the connection that has a place is told from all others that had it."""
+        """The word of a record's place, which identifies its connection among all that have had the
+        place.
+        """
         return self._connecting.word(index - self.first)
 
     def said(self, index: int) -> bytes:
-        """What `show` said of a pair that a worker was to adopt, or had; empty: not known."""
+        """What `show` printed for a pair that a worker was to adopt, or had; empty: not known."""
         if index < self.first:
             return b""
         ask = self._connecting.head(index - self.first)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
-            return b""  # it was an earlier daemon's
+            return b""  # the pair is of an earlier daemon
         label = self._label(ask)
         is_counted = self._connecting.is_counted(ask)
         kind = DatapathKind.SPLICE if is_counted else DatapathKind.NONE
         return _shown(self._record(index), label, ask, kind)
 
     def freed(self, index: int) -> None:
-        """A record at a place is of no pair any more."""
+        """A record at a place belongs to no pair any more."""
         self._freed(index)
         place = index - self.first
         word = self._connecting.word(place)
         if word & abi.STATE_MASK == abi.AskState.JOINED:
             self._places.leave(place, word, time.monotonic())
         else:
-            self._ports.offer(place)  # it was an earlier daemon's
+            self._ports.offer(place)  # the pair is of an earlier daemon
 
     def _freed(self, index: int) -> None:
         worker = self._worker_of.pop(index, None)
         if worker is not None:
             self._waiting[worker].discard(index)
 
-    # Ways to servers
+    # Routes to servers
 
     def learn(
         self,
@@ -176,12 +180,12 @@ class ExpressKeeper:
         server: socket.socket,
         find_ways: Callable[[Splice], PairReason | None],
     ) -> bool:
-        """How a server is reached, which a connection has shown; whether that is of use.
+        """Learn from a connection how its server is reached; returns whether it is of use.
 
         See `shown_way`.
 
         Raises:
-            OSError: a socket has none of its addresses any more.
+            OSError: a socket is no longer connected.
         """
         shown = shown_way(client, server, find_ways)
         return shown is not None and self._learn(*shown, time.monotonic())
@@ -199,12 +203,12 @@ class ExpressKeeper:
         return True
 
     def ways_changed(self) -> None:
-        """Interfaces, addresses, routes or rules have: all is learned anew."""
+        """Interfaces, addresses, routes or rules have changed: all routes are learned anew."""
         for number in list(self._known):
             self._forget_way(number)
 
     def _forget(self, numbers: Iterable[int], words: Iterable[int]) -> None:
-        """Servers that no listener has, unless one is being asked still."""
+        """Forget servers that no listener has, unless a connection to one is still being opened."""
         asking = abi.AskState.FILLING, abi.AskState.ASKED
         asked = {
             self._connecting.head(place).target
@@ -221,7 +225,7 @@ class ExpressKeeper:
 
     def _forget_way(self, number: int) -> None:
         known = self._known.pop(number)
-        # The rest stays as it is: a program may be reading it.
+        # Everything else stays as it is: a program may be reading it.
         self._connecting.aim(number, _without_way(known.target))
 
     def _aim(self, number: int, target: abi.Target) -> None:
@@ -231,12 +235,12 @@ class ExpressKeeper:
     # Looking
 
     def wait_s(self, most_s: float) -> float:
-        """How long `go_on` need not be called."""
+        """Seconds until `go_on` is due."""
         due_s = min(self._next_s, self._glance_s)
         return min(most_s, max(0.0, due_s - time.monotonic()))
 
     def go_on(self) -> None:
-        """Do some of what is due. Never raises: what was not possible is tried again."""
+        """Do some of what is due. Never raises: what has failed is tried again."""
         now_s = time.monotonic()
         try:
             if now_s >= self._glance_s:
@@ -244,19 +248,19 @@ class ExpressKeeper:
             if now_s >= self._next_s:
                 self._next_s = now_s + _LOOK_S
                 if self._go_on(now_s):
-                    self._next_s = now_s  # when the requests that wait have had their turn
+                    self._next_s = now_s  # after the requests that are waiting
         except Exception:
             traceback.print_exc(file=sys.stderr)
 
     def _glance(self, now_s: float) -> None:
         self._glance_s = now_s + _LOOK_S
-        self._counting.look()  # a round may come
+        self._counting.look()  # before a round, which may follow
         self._glance_s = now_s + self._places.glance(now_s)
         if self._places.is_short:
             self._next_s = min(self._next_s, self._looked_s + _LOOK_WHEN_SHORT_S)
 
     def _go_on(self, now_s: float) -> bool:
-        """Whether there is more to be done at once."""
+        """Returns whether more can be done at once."""
         is_stopping = self._express.is_to_stop and not self._express.has_stopped
         if is_stopping:
             self._next_s = now_s + _SOON_S
@@ -272,8 +276,9 @@ class ExpressKeeper:
             at_once=_LOOKS_AT_ONCE,
         )
         for place in seen.lasting:
-            # Not the worker that has few: one that ends its pairs at once would get them all.
-            # It is the word that was looked at: nobody but us changes that of one that is joined.
+            # By place, and not the worker with the fewest pairs: one that ends its pairs at once
+            # would get them all. The word is still the one that was looked at: only the keeper
+            # changes that of a place that is JOINED.
             lasting = self._lasting[place % len(self._lasting)]
             lasting[place] = self._connecting.word(place)
         for ended in seen.ended:
@@ -286,7 +291,7 @@ class ExpressKeeper:
         has_untold = self._telling.go_on()
         self._is_asking |= bool(seen.asked)
         if self._counting.kinds > kinds:
-            # The programs count most of what is left to look at: in a burst that is very much.
+            # The programs count most of the rest, which may be very much in a burst.
             self._places.begin_anew()
             return True
         if not self._places.is_through:
@@ -311,24 +316,26 @@ class ExpressKeeper:
         return has_lasting or has_untold
 
     def closed(self) -> list[int]:
-        """Workers that were found since to have closed the socket by which they are told."""
+        """Workers that have closed the socket for reports, since the last call."""
         found = sorted(self._express.closed)
         self._express.closed.clear()
         return found
 
     @property
     def wake_fd(self) -> int:
-        """Readable when `woken` is to be called."""
+        """A descriptor that is readable when `woken` must be called."""
         return self._express.wake_fd
 
     def woken(self) -> None:
-        """Somebody wants a look now."""
+        """Another process asks for a look now."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._express.wake_fd)
         self._next_s = 0.0
 
     def _take_in_some(self) -> bool:
-        """Whether there are more that a worker has room for."""
+        """Give lasting connections to workers; returns whether there are more for which a worker
+        has room.
+        """
         left = _TAKEN_AT_ONCE
         for worker, lasting in enumerate(self._lasting):
             while lasting and len(self._waiting[worker]) < MOST_WAITING:
@@ -337,13 +344,13 @@ class ExpressKeeper:
                 left -= 1
                 place, word = lasting.popitem(last=False)
                 if self._connecting.word(place) != word:
-                    continue  # it has ended while it waited, and is counted
+                    continue  # it has ended while it waited, and was counted
                 if self.first + place in self._worker_of:
                     continue  # a worker has it
                 try:
                     self._take_in(place, worker)
                 except Exception:
-                    lasting[place] = word  # behind all others
+                    lasting[place] = word  # at the end of the queue
                     raise
         return False
 
@@ -362,11 +369,11 @@ class ExpressKeeper:
         self._owner.keep_alive(index)
 
     def _name(self, index: int, worker: int) -> None:
-        """Have the first packet of a pair told, if it is to be."""
+        """Report the first packet of a pair to its worker, if the log needs it."""
         place, record = index - self.first, self._record(index)
         ask = self._connecting.head(place)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
-            return  # it was an earlier daemon's
+            return  # the pair is of an earlier daemon
         label = self._label(ask)
         if ask.rule in label.told:
             port = socket.ntohs(record.way[Direction.UP].from_.dport)
@@ -374,7 +381,7 @@ class ExpressKeeper:
             self._telling.name(worker, place, ask.word, said)
 
     def _first_of(self, place: int, word: int) -> bytes:
-        """The first packet of a connection; empty: it is not to be told, or not there any more."""
+        """The first packet of a connection; empty: it is not needed, or no longer there."""
         ask = self._connecting.head(place)
         if ask.rule not in self._label(ask).told:
             return b""
@@ -382,12 +389,14 @@ class ExpressKeeper:
 
     def _told(self, place: int, word: int) -> None:
         if self._connecting.word(place) == word:
-            # A keeper that comes after us tells nobody again.
+            # So that a later keeper does not report it again.
             store64(self._memory, (self.first + place) * SPLICE_BYTES + _ID_AT, 0)
             self._places.told(place, word, time.monotonic())
 
     def _describe(self, ended: Ended) -> str:
-        """As `worker/express.py` reads it: an array of JSON, made by hand as there are many."""
+        """The end of a connection as `worker/express.py` reads it: a JSON array, formatted by hand
+        as there are many.
+        """
         label = self._label(ended.ask)
         up, down = ended.record.way
         came = up.from_
@@ -427,7 +436,7 @@ def _end(address: Any, port_be: int) -> str:
 
 
 def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -> bytes:
-    """What `show` is to say of it: a struct pair. `NONE`: no worker has counted it yet."""
+    """What `show` prints for it: a struct pair. `NONE`: no worker has counted it yet."""
     said = PairRecord()
     said.id = record.id
     said.started_ns = ask.begun_ns

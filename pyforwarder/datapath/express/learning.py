@@ -1,4 +1,4 @@
-"""How a server is reached, as a pair of sockets shows it that a worker has connected."""
+"""How a server is reached, read from a pair of sockets that a worker has connected."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def shown_way(
     server: socket.socket,
     find_ways: Callable[[Splice], PairReason | None],
 ) -> tuple[Server, abi.Target] | None:
-    """A server and the way to it; None: a pair with it could not be spliced.
+    """A server and the route to it; None: the pair could not be spliced.
 
-    By what makes a pair be spliced: packets that come from there were seen, under these addresses.
-    `find_ways` writes the interfaces, or says why there are none.
+    The conditions are those of splicing a pair: the handshakes were seen, with the addresses of the
+    sockets. `find_ways` writes the interfaces into the record, or returns why there are none.
 
     Raises:
-        OSError: a socket has none of its addresses any more.
+        OSError: a socket is no longer connected.
     """
     if not all(map(splice_sockets.is_of_our_network, (client, server))):
         return None

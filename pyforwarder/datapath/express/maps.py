@@ -1,4 +1,4 @@
-"""The maps of a program that decides, and the tables in them."""
+"""The maps of the program that decides by the rules, and the tables in them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Room:
 
 
 class Tables:
-    """Maps with room for so many tables, by their number; closed by `close`."""
+    """The maps of tables of rules, by number; closed by `close`."""
 
     def __init__(self, count: int) -> None:
-        """Make them.
+        """Create the maps.
 
         Raises:
             OSError: the kernel refuses.
@@ -82,11 +82,11 @@ class Tables:
         self._written: dict[int, Encoded] = {}
 
     def close(self) -> None:
-        """Close the maps; programs that use them keep them."""
+        """Close the maps; loaded programs keep those that they use."""
         self._opened.close()
 
     def load(self) -> int:
-        """The program `judge`, which the caller closes.
+        """The descriptor of the program `judge`; the caller closes it.
 
         Raises:
             LoadError: it does not compile, or the kernel refuses it.
@@ -96,14 +96,14 @@ class Tables:
 
     @property
     def maps(self) -> dict[str, int]:
-        """The descriptors, by the macros that stand for them in the programs."""
+        """The descriptors, by the macros for them in the programs."""
         return {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
 
     def write(self, number: int, table: Table) -> None:
-        """Put a table at this number, in the place of the one that is there.
+        """Write a table at this number, which replaces the one that is there.
 
-        A program that runs meanwhile may see parts of both: where one is attached, give a new table
-        a new number.
+        A program that runs meanwhile may see parts of both. Where the program is attached, give a
+        new table a new number.
 
         Raises:
             OSError: there is no room.
@@ -113,7 +113,8 @@ class Tables:
         names = sum(len(one.names) for one in self._written.values()) + len(encoded.names)
         networks = sum(len(one.networks) for one in self._written.values()) + len(encoded.networks)
         if names > MOST_NAMES or networks > MOST_NETWORKS:
-            raise OSError(errno.ENOSPC, "no room for its names")  # before thousands are written
+            # Checked before thousands of entries are written.
+            raise OSError(errno.ENOSPC, "no room for its names")
         self._written[number] = encoded
         for name, entries in (("names", encoded.names), ("networks", encoded.networks)):
             for key, bits in entries.items():
@@ -121,7 +122,7 @@ class Tables:
         self._maps["tables"].update(struct.pack("=I", number), encoded.record)
 
     def forget(self, number: int) -> None:
-        """Take a table out: from then on it decides nothing."""
+        """Delete a table: from then on its number decides nothing."""
         self._maps["tables"].update(struct.pack("=I", number), bytes(ctypes.sizeof(abi.Table)))
         encoded = self._written.pop(number, None)
         if encoded is None:

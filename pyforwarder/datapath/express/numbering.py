@@ -1,8 +1,9 @@
-"""The numbers by which programs know servers, and how one becomes another server's.
+"""The numbers of servers in the programs' maps, and how a number passes to another server.
 
-The supervisor gives them. One that it has not used for a minute it gives back: no program has read
-it since. Then it is the keeper's turn, which forgets the way to that server, and says so as soon as
-no connection waits for its answer; only behind that another server may have the number.
+The supervisor gives the numbers. One that it has not used for a minute it gives back: no program
+has read it since. Then the keeper deletes what it knows of the route to that server, and marks the
+number as forgotten as soon as no connection waits for the server's answer. Only after that another
+server may get the number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.address import Address
 
 _REST_S: Final = 60.0
-# The keeper has forgotten by then what has been given back, unless it hangs.
+# By then the keeper has marked a number as forgotten, unless it hangs.
 _TURN_S: Final = 1.0
 _RECORD: Final = struct.Struct("=16sHH")  # address, port in wire order, IP version
 _RECORD_BYTES: Final = 32
@@ -33,7 +34,7 @@ _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
 
 class Server(NamedTuple):
-    """An address as the maps have it."""
+    """The address of a server, as the maps have it."""
 
     address: bytes  # 16 bytes in wire order
     port_be: int
@@ -41,12 +42,12 @@ class Server(NamedTuple):
 
     @classmethod
     def of(cls, address: Address) -> Server:
-        """The same; `address` has an IP address without a scope."""
+        """From an IP address and port; the address must have no scope."""
         return _server_of(address)
 
 
 def packed(host: str) -> bytes:
-    """16 bytes in wire order, of IPv4 as ::ffff:a.b.c.d."""
+    """An address as 16 bytes in wire order; IPv4 as ::ffff:a.b.c.d."""
     found = ipaddress.ip_address(host).packed
     return found if len(found) == 16 else _MAPPED + found
 
@@ -58,21 +59,23 @@ def _server_of(address: Address) -> Server:
 
 
 class _State(enum.IntEnum):
-    """A byte of each number."""
+    """The state of a number, one byte."""
 
     NEW = 0
-    USED = 1  # its record stays as it is
+    USED = 1  # its record does not change
     GIVEN_BACK = 2
-    FORGOTTEN = 3  # by the keeper: it may be used again
+    FORGOTTEN = 3  # by the keeper: the number may be used again
 
 
 class Numbers:
-    """In memory that supervisor and keeper share; 0 is no server's."""
+    """The numbers, in memory that supervisor and keeper share; 0 belongs to no server."""
 
     def __init__(
         self, memory: mmap.mmap | bytearray, at: int, anew: Callable[[int], object]
     ) -> None:
-        """`NUMBERS_BYTES` from `at` on; `anew` is told of a number that gets another server."""
+        """They take `NUMBERS_BYTES` from `at` on; `anew` is called with a number that gets another
+        server.
+        """
         self._memory, self._at, self._records_at = memory, at, at + MOST_TARGETS
         self._anew = anew
         self._given: dict[Server, int] = {}
@@ -89,7 +92,7 @@ class Numbers:
     # The supervisor
 
     def give(self, server: Server) -> int:
-        """The number of a server from here on, until `keep` goes without it; 0: none is left."""
+        """Give a server a number, until `keep` is called without it; 0: none is left."""
         number = self._given.get(server)
         if number is None:
             states = self._states()
@@ -101,17 +104,18 @@ class Numbers:
                 self._anew(number)
             at = self._records_at + number * _RECORD_BYTES
             _RECORD.pack_into(self._memory, at, *server)
-            self._is_now(number, _State.USED)  # behind that: the keeper reads what is used
+            # After the record: the keeper reads the records of used numbers.
+            self._is_now(number, _State.USED)
             self._given[server] = number
         self._resting.pop(number, None)
         return number
 
     def given(self, server: Server) -> int:
-        """The number that it has; 0: none."""
+        """The number of a server; 0: it has none."""
         return self._given.get(server, 0)
 
     def keep(self, servers: Iterable[Server], now_s: float) -> None:
-        """These are used; what others have rests from here on, and is given back then."""
+        """These servers are in use; the numbers of others are given back after a minute."""
         kept = {self.given(server) for server in servers}
         for server, number in list(self._given.items()):
             if number in kept:
@@ -121,7 +125,7 @@ class Numbers:
                 self._is_now(number, _State.GIVEN_BACK)
 
     def rests_until_s(self, now_s: float) -> float:
-        """When there may be another to give; infinity if all are used."""
+        """When another number may become free; infinity if all are in use."""
         if _State.GIVEN_BACK in self._states():
             return now_s + _TURN_S
         return min((one for one in self._resting.values() if one > now_s), default=math.inf)
@@ -129,10 +133,10 @@ class Numbers:
     # The keeper
 
     def find(self, server: Server) -> int:
-        """The number of a server that the supervisor has given it; 0: it has none."""
+        """The number that the supervisor has given a server; 0: none."""
         states = self._states()
         if states != self._seen:
-            # No number has got another server meanwhile without our having forgotten it.
+            # Rebuilt when a state has changed: no number passes to another server without that.
             self._found = {
                 Server(
                     *_RECORD.unpack_from(self._memory, self._records_at + number * _RECORD_BYTES)
@@ -144,17 +148,17 @@ class Numbers:
         return self._found.get(server, 0)
 
     def most(self) -> int:
-        """The highest that any server has or had; 0: none."""
+        """The highest number that was ever given; 0: none."""
         return max(0, len(self._states().rstrip(b"\0")) - 1)
 
     def given_back(self) -> list[int]:
-        """Those that are to be forgotten."""
+        """The numbers that the keeper must forget."""
         states = self._states()
         if _State.GIVEN_BACK not in states:
             return []
         return [number for number, state in enumerate(states) if state == _State.GIVEN_BACK]
 
     def mark_forgotten(self, number: int) -> None:
-        """Nothing of ours refers any more to one that was given back."""
+        """Mark a number that was given back: nothing in the keeper refers to it any more."""
         self._is_now(number, _State.FORGOTTEN)
         self._seen = b""

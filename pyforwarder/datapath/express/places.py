@@ -1,8 +1,9 @@
-"""What the keeper does about connections that the kernel has opened: those that end, or go on.
+"""The keeper's work on connections that the kernel has opened: those that end, and those that last.
 
-The programs begin them by themselves. A connection that has ended keeps its place for a while, as a
-FIN may come again, and one that came to nothing until no program knows it any more; one that lasts
-is given to a worker, as if its own had died, and is a spliced pair like any other from then on.
+The programs open them by themselves. A connection that has ended keeps its place for a while, as a
+FIN may be repeated. One that was never joined keeps its place until no program can still use it.
+One that lasts is given to a worker, as if that worker's predecessor had died, and is a spliced pair
+like any other from then on.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.abi import Direction
     from pyforwarder.datapath.express.connecting import Connecting
 
-# A server that has not answered by then will not, or the client gives up: a worker tries. Sooner
-# where `connect_timeout` says so.
+# A server that has not answered by then probably never will, or the client would give up: a worker
+# tries. The time is shorter if `connect_timeout` is.
 ANSWER_TIMEOUT_S: Final = 3.0
-# And for so long it is a worker's alone.
+# Then for so long only workers connect to it.
 UNANSWERED_FOR_S: Final = 10.0
-# A connection that is older than this lasts.
+# A connection that is older than this counts as lasting.
 LASTS_AFTER_S: Final = 1.0
-# Rounds: what leaves in one waits for other programs than what has left in the one before.
+# The least between two rounds: places that become LEAVING in one wait for other programs than those
+# of the round before.
 _APART_S: Final = 1e-6
 
 
@@ -41,11 +43,11 @@ class Ended(NamedTuple):
 
     @property
     def ended_ns(self) -> int:
-        """When the second end was acknowledged, by CLOCK_MONOTONIC."""
+        """When the second FIN was acknowledged, by CLOCK_MONOTONIC."""
         return int(self.record.client_clock) | int(self.record.server_clock) << 32
 
     def carried_bytes(self, direction: Direction) -> int:
-        """What a direction has carried, by the number of its FIN.
+        """The bytes that a direction has carried, from the number of its FIN.
 
         A program that was interrupted may have stored an older count over the last one.
         """
@@ -56,15 +58,15 @@ class Ended(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What has become known since the last look."""
+    """What a look has found."""
 
     ended: list[Ended]
-    lasting: list[int]  # places whose connections are to be given to a worker
+    lasting: list[int]  # places whose connections are given to a worker
     asked: list[int]  # places whose servers have not answered yet
 
 
 class Places:
-    """Looks after all places; one keeper's."""
+    """All places, for one keeper."""
 
     def __init__(
         self,
@@ -72,43 +74,44 @@ class Places:
         record: Callable[[int], Splice],
         grace: Grace | None = None,
     ) -> None:
-        """`record` is the splice of that index as it is now; `grace` waits for programs."""
+        """`record` reads the splice of an index; `grace` waits for programs."""
         self._connecting = connecting
         self._record = record
         self._grace = grace or Grace(connecting.wait_for_programs)
         self._pace = Pace(connecting.places, connecting.taken())
         self._round_s = 0.0  # when the last round began
-        self._known: dict[int, int] = {}  # place -> word of what was told of
-        self._next = 0  # where in `_busy` the next look begins
-        # Places that are neither free nor rest, each with its word, when the round began.
+        self._known: dict[int, int] = {}  # place -> word of connections that were reported
+        self._next = 0  # where in `_busy` the next look continues
+        # Places that were neither free nor resting when the round began, each with its word.
         self._busy: list[tuple[int, int]] = []
-        self._unused = connecting.places  # that were free then
-        # Ends that the programs have counted in all rounds; more, if it is not known.
+        self._unused = connecting.places  # that were free at that time
+        # Ends that the programs have counted in all rounds; increased, too, where that is not
+        # known.
         self.counted = 0
-        # Whether they come by all places: else what they are to count is never counted.
+        # Whether the last round has walked all places; otherwise ends may remain uncounted.
         self.is_counting = True
         self._has_complained = False
 
     @property
     def is_through(self) -> bool:
-        """Whether the last look has done all that was due."""
+        """Whether the last look has finished."""
         return self._next == 0
 
     @property
     def is_short(self) -> bool:
-        """Whether so many places are taken that they do not rest for long."""
+        """Whether places are so short that they rest only briefly."""
         return self._pace.is_short
 
     @property
     def used(self) -> int:
-        """How many places were taken when the last round was through."""
+        """How many places were taken when the last round was complete."""
         return self._connecting.places - self._unused
 
     def glance(self, now_s: float) -> float:
-        """See how quickly places go, and free some if they are short; for how long it is enough.
+        """See how fast places are taken, and free some if they are short; returns the seconds to
+        the next glance.
 
-        It may be called at any time, also between two parts of a look. `now_s` is of
-        CLOCK_MONOTONIC.
+        It may be called at any time, also between two parts of a look. `now_s` is CLOCK_MONOTONIC.
         """
         self._pace.glance(now_s, self._connecting.taken())
         if self.is_short:
@@ -116,7 +119,7 @@ class Places:
         return self._pace.pause_s
 
     def begin_anew(self) -> None:
-        """The next look begins with a round, however far the last one has come."""
+        """Let the next look begin with a round, even if the last one has not finished."""
         self._next = 0
 
     def look(
@@ -127,12 +130,12 @@ class Places:
         has_room: Callable[[int], bool] = lambda _place: True,
         at_once: int = 1 << 32,
     ) -> Seen:
-        """Do what is due; call it about twice a second. `now_s` is of CLOCK_MONOTONIC.
+        """Do what is due; call it about twice a second. `now_s` is CLOCK_MONOTONIC.
 
-        Before a round the programs count the ends that nobody needs to be told of, and free what
-        has rested or came to nothing. Of the end of a connection at a place for which there is no
-        room nothing is told before there is. After `at_once` places that took some time the look
-        ends, and the next one goes on from there (`is_through`).
+        It begins with a round, in which the programs count the ends that need no report of their
+        own, and free places that have rested or were never joined. The end of a connection is left
+        for later if there is no room for its report (`has_room`). After `at_once` places that took
+        some time the look pauses, and the next call continues there (`is_through`).
         """
         seen = Seen([], [], [])
         if self._next == 0:
@@ -150,7 +153,7 @@ class Places:
                 break
             at_once -= 1
             if self._connecting.word(place) != word:
-                continue  # it is another's since the round began, or has been answered: the next
+                continue  # it has changed since the round began: the next look handles it
             if state == AskState.ASKED:
                 seen.asked.append(place)
                 self._give_up_late(place, word, now_s)
@@ -169,7 +172,7 @@ class Places:
                 now_s, is_short=self.is_short, passed_ns=self._grace.passed_ns
             )
         except OSError as error:
-            # The next round does it, perhaps. Until then workers are told of all ends.
+            # The next round may succeed. Until then all ends are reported one by one.
             self.is_counting = False
             self.counted += 1
             if not self._has_complained:
@@ -188,7 +191,7 @@ class Places:
         self._pace.glance(now_s, self._connecting.taken())
         self._go_round(now_s)
         if self.is_counting and self._unused == self._connecting.places:
-            self._busy = []  # as most of the time on an idle host
+            self._busy = []  # the usual case on an idle host
             self._known = {}
             return
         rests = int(AskState.RESTING)
@@ -207,7 +210,7 @@ class Places:
         answer_s = ask.answer_ms / 1000 or ANSWER_TIMEOUT_S
         if now_s - ask.begun_ns / 1e9 > answer_s:
             until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
-            # If the kernel cannot run the program now, the next look does it.
+            # If the kernel cannot run the program now, the next look tries again.
             with contextlib.suppress(OSError):
                 self._connecting.let_go(place, word, not_before_ns=until_ns)
 
@@ -222,14 +225,14 @@ class Places:
     ) -> None:
         record = self._record(self._connecting.first_splice + place)
         if record.state == SpliceState.FREE:
-            # A keeper has died that had ended the pair, and not freed the place yet.
+            # An earlier keeper had ended the pair, and died before it freed the place.
             self.leave(place, word, now_s)
             return
         if record.worker != NO_WORKER:
-            self._known[place] = word  # an earlier keeper has given it to that one
+            self._known[place] = word  # an earlier keeper has given it to that worker
             return
         if not record.id:
-            self._connecting.rest(place, word, now_s)  # an earlier keeper has told of its end
+            self._connecting.rest(place, word, now_s)  # an earlier keeper has reported its end
             return
         ask = self._connecting.head(place)
         if all(way.fin_acked for way in record.way):
@@ -237,18 +240,20 @@ class Places:
                 self._known[place] = word
                 seen.ended.append(Ended(place, ask, record))
         elif record.reset or now_s - ask.begun_ns / 1e9 >= lasts_after_s:
-            # After a reset, too: whether the other end has believed it nobody knows.
+            # After a reset, too: it is not known whether the other end has accepted it.
             self._known[place] = word
             seen.lasting.append(place)
 
     def forget(self, place: int) -> None:
-        """Look at a place anew that was told of."""
+        """Handle a place again that was reported."""
         self._known.pop(place, None)
 
     def told(self, place: int, word: int, now_s: float) -> None:
-        """Its worker knows of the end of a connection: it rests, and its place is free then."""
+        """The end of a connection was reported to its worker: the place rests, and becomes free
+        afterwards.
+        """
         self._connecting.rest(place, word, now_s)
 
     def leave(self, place: int, word: int, now_s: float) -> None:
-        """Nothing finds the connection any more: its place is free a little later."""
+        """No packet finds the connection any more: its place becomes free a little later."""
         self._connecting.rest(place, word, now_s)

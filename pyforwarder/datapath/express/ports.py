@@ -1,8 +1,7 @@
-"""The ports of places: kept from other programs of this host before a connection may have them.
+"""The local ports of places: bound by the keeper, so that no other program of this host gets them.
 
-A keeper that begins finds places that its predecessor has offered, whose ports nobody has kept in
-between. Where another program has taken one meanwhile, the place is not used again before that is
-over.
+A keeper that starts finds places that its predecessor has offered, whose ports were not bound in
+between. If another program has taken such a port, the place is not used again until that ends.
 """
 
 from __future__ import annotations
@@ -19,41 +18,43 @@ from pyforwarder.datapath.express import connect_abi as abi
 if TYPE_CHECKING:
     from pyforwarder.datapath.express.sharing import Express
 
-# A port that another program has is asked for again after so long, and so many at once.
+# A port that another program has is tried again after so long, and so many ports at once.
 _HOLD_S: Final = 10.0
 _HELD_AT_ONCE: Final = 64
-# A program that has taken a place out of the queue has said so long before.
+# Long before that a program that takes a place out of the queue has changed its word.
 _LOST_AFTER_S: Final = 1.0
 
 
 class Ports:
-    """Of one keeper."""
+    """The ports of one keeper's places."""
 
     def __init__(self, express: Express) -> None:
-        """None is held yet."""
+        """No port is bound yet."""
         self._express = express
         self._connecting = express.connecting
         self._held: dict[int, socket.socket] = {}
-        # Not held, oldest first: places that are to be offered.
+        # Places that wait to be offered, as their ports are not bound; oldest first.
         self._to_offer: OrderedDict[int, None] = OrderedDict()
-        # Not held either, and the programs have them: they were offered by an earlier keeper.
+        # Offered by an earlier keeper, while their ports are not bound.
         self._lost: set[int] = set()
         self._hold_s = 0.0
-        # Offered and free, but not in the queue: place -> word. A program may be about to give it
-        # back, or to take it, which changes the word; or an earlier keeper died while it moved it.
+        # Offered and free, but not in the queue: place -> word. A program may be about to put the
+        # place back, or to take it, which changes the word; or an earlier keeper died while it
+        # moved the place.
         self._missing: dict[int, int] = {}
-        self._missing_s = 0.0  # when they are looked at
-        self._is_really_missing = False  # they were not in the queue later, either
+        self._missing_s = 0.0  # when these are checked
+        self._is_really_missing = False  # they were not in the queue at a second check, either
 
     @property
     def held(self) -> int:
-        """How many are held."""
+        """How many ports are bound."""
         return len(self._held)
 
     def begin(self, is_used: list[bool]) -> None:
-        """Offer the places that nobody has; `is_used` says of each whether its record is used.
+        """Offer the places that are free; `is_used` says of each whether its record is used.
 
-        What an earlier keeper of this daemon has offered the programs may have in this moment.
+        Places that an earlier keeper of this daemon has offered may be in use by the programs at
+        this moment.
         """
         taken = self._take_back()
         self._missing = {
@@ -72,19 +73,24 @@ class Ports:
             self._connecting.set_port_lost(place, is_lost=place not in self._held)
 
     def offer(self, place: int) -> None:
-        """Let the programs use a place, once its port is held; nothing happens if they may."""
+        """Offer a place to the programs, once its port is bound; no effect if it is offered
+        already.
+        """
         if self._express.is_offered(place):
             return
         if not self._hold(place):
             self._to_offer[place] = None
             return
         self._to_offer.pop(place, None)
-        # In this order: a place that is twice in the queue would be two connections'.
+        # In this order: if the keeper dies in between, the place must not get into the queue twice,
+        # where two connections would take it.
         self._express.set_offered(place, offered=True)
         self._connecting.offer(place)
 
     def go_on(self, now_s: float) -> None:
-        """Hold what could not be held, and take back what the programs must not use meanwhile."""
+        """Bind ports that could not be bound, and withdraw places without a bound port from the
+        programs.
+        """
         is_due = bool(self._missing) and now_s >= self._missing_s
         if is_due or any(self._is_free(place) for place in self._lost):
             taken = self._take_back()
@@ -96,7 +102,7 @@ class Ports:
         left = len(self._to_offer) + len(self._lost)
         if not left or now_s < self._hold_s:
             return
-        # Each of them about every _HOLD_S, if they are not too many.
+        # Each of them about every _HOLD_S, unless they are too many.
         self._hold_s = now_s + _HOLD_S * min(1.0, _HELD_AT_ONCE / left)
         for _ in range(min(_HELD_AT_ONCE, len(self._to_offer))):
             self.offer(self._to_offer.popitem(last=False)[0])
@@ -104,7 +110,7 @@ class Ports:
             self._hold(place)
 
     def _look_for_missing(self, taken: set[int], now_s: float) -> set[int]:
-        """Those that nobody has, the second time; `taken` was in the queue just now."""
+        """The places that are missing at a second check; `taken` were in the queue just now."""
         self._missing = {
             place: word
             for place, word in self._missing.items()
@@ -123,16 +129,17 @@ class Ports:
         return self._connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE
 
     def _take_back(self) -> set[int]:
-        """All places that are free; the programs have none of them from here on."""
+        """Take all places out of the queue of free places."""
         taken = set()
         for place in self._connecting.take_back():
-            # One by one: what is in no queue and said to be offered would be lost if we die.
+            # One by one: a place that is marked as offered, but in no queue, would be lost if the
+            # keeper dies.
             self._express.set_offered(place, offered=False)
             taken.add(place)
         return taken
 
     def _hold(self, place: int) -> bool:
-        """Keep other programs of this host away from the port; False: one has it."""
+        """Bind a place's port; False: another program has it."""
         if place in self._held:
             return True
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -147,7 +154,7 @@ class Ports:
 
 
 def hold_port(port: int) -> socket.socket | None:
-    """A socket that has this port of all addresses to itself; None: somebody has it."""
+    """A socket that is bound to this port of all addresses; None: another program has the port."""
     for family, host in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
@@ -169,7 +176,7 @@ def hold_port(port: int) -> socket.socket | None:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that no program seems to have, as high as possible.
+    """The first of `count` consecutive ports that no program seems to have, as high as possible.
 
     Raises:
         OSError: there are none.

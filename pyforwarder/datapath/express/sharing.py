@@ -1,8 +1,8 @@
-"""What the supervisor, the keeper and the workers of one daemon share of express.
+"""Memory and sockets of express that the processes of one daemon share.
 
-The supervisor says which listeners are decided in the kernel, by which tables, and which servers
-they have (`put`); of a server only the keeper knows how it is reached. The keeper tells each worker
-of the connections that are its own from now on, or that have ended, by a socket.
+The supervisor says which listeners the kernel decides, by which tables, and which servers they have
+(`put`). The keeper alone knows how a server is reached. It reports to each worker, by a socket, the
+connections that are the worker's from now on, and those that have ended.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ if TYPE_CHECKING:
     from pyforwarder.core.express.table import Table
     from pyforwarder.datapath.express.choice_abi import Outcome
 
-# Of listeners' rules, old and new ones: a number is used again once no connection refers to it.
+# Tables of listeners' rules, old and new ones: a number is reused once no connection refers to it.
 TABLES: Final = 128
 _REST_S: Final = 10.0
 _LABEL_BYTES: Final = 1 << 14
 _SEND_BYTES: Final = 4 << 20
 _MOST_MESSAGE_BYTES: Final = 1 << 16
 
-_FLAGS: Final = struct.Struct("=II")  # whether it is to stop, and has
+_FLAGS: Final = struct.Struct("=II")  # whether express must stop, and has stopped
 _HAS_STOPPED_AT: Final = 4
-# Connections that failed to servers whose numbers are others' by now.
+# Failed connections to servers whose numbers have passed to others.
 _FAILED_BEFORE: Final = struct.Struct("=Q")
 _FAILED_BEFORE_AT: Final = _FLAGS.size
-# In front of a label: how long it is, and since when the number has it (CLOCK_MONOTONIC).
+# In front of a label: its length, and since when the number has it (CLOCK_MONOTONIC).
 _LABEL: Final = struct.Struct("=IQ")
-_IN_USE_AT: Final = 1024  # a byte for each table: whether a listener has it
+_IN_USE_AT: Final = 1024  # a byte for each table: whether a listener uses it
 _NUMBERS_AT: Final = 4096
 _LABELS_AT: Final = _NUMBERS_AT + NUMBERS_BYTES
 _OFFERED_AT: Final = _LABELS_AT + TABLES * _LABEL_BYTES  # a byte for each place
@@ -62,14 +62,14 @@ _OFFERED_AT: Final = _LABELS_AT + TABLES * _LABEL_BYTES  # a byte for each place
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What is said of connections that a table has decided."""
+    """What log and `show` say of connections that a table has decided."""
 
     listener: str
     rules: Sequence[str]
-    keepalive: Sequence[int]  # as a worker asks for it
-    # Of `rules`, those of which the log says what they have read in the first packet.
+    keepalive: Sequence[int]  # as a worker requests it
+    # Of `rules`, those for which the log says what was read of the first packet.
     told: Sequence[int] = ()
-    is_logged: bool = True  # whether connections that have ended have lines
+    is_logged: bool = True  # whether ended connections have log lines
 
 
 _NO_LABEL: Final = Label("-", (), (0, 0, 0))
@@ -81,63 +81,65 @@ class Decided:
 
     label: Label
     table: Table
-    servers: Mapping[int, Choice | Address | None]  # of rules; None: it gets no new pairs now
-    addresses: Mapping[Address, int]  # where it listens: what clients there are told of MSS at most
-    owner: int  # the user whose connections they are
-    connect_timeouts_s: Mapping[int, float] = field(default_factory=dict)  # of rules
+    # By rule; None: the rule's server gets no new pairs now.
+    servers: Mapping[int, Choice | Address | None]
+    addresses: Mapping[Address, int]  # where it listens; and the largest MSS that clients get there
+    owner: int  # uid of the sockets
+    connect_timeouts_s: Mapping[int, float] = field(default_factory=dict)  # by rule
 
 
 @dataclass(slots=True)
 class _Written:
-    """Tables in the kernel, by number."""
+    """The tables in the kernel, by number."""
 
     numbers: dict[int, tuple[Label, Table]] = field(default_factory=dict)
     resting: dict[int, float] = field(default_factory=dict)  # until when
-    # Of those that rest, what is in the maps still: a program may be reading it.
+    # Those that rest, and are still in the maps: a program may be reading them.
     left: set[int] = field(default_factory=set)
 
 
 class Express:
-    """Made before anybody is forked; closed by `close`."""
+    """Created before the processes are forked; closed by `close`."""
 
     def __init__(
         self, connecting: Connecting, *, workers: int, counters: mmap.mmap | None = None
     ) -> None:
-        """The maps are ours to close from here on, and so is the memory.
+        """`close` closes the maps of `connecting`, and the memory.
 
-        `counters` is a block of `runtime.counters` in which the keeper says what has been counted.
+        `counters` is a block of `runtime.counters` in which the keeper stores the programs'
+        counters.
         """
         self.connecting = connecting
         self._counters = counters
         self.has_begun = False
         self._memory = mmap.mmap(-1, _OFFERED_AT + connecting.places)
         pairs = [_connected() for _ in range(workers)]
-        # Kept for the keeper that comes after one that has died; see `renew` for workers.
+        # Kept for the next keeper, if one dies; see `renew` for workers.
         self.keepers = [keepers for keepers, _ in pairs]
         self.workers = [workers for _, workers in pairs]
-        self.closed: set[int] = set()  # workers that were found to have closed theirs
+        self.closed: set[int] = set()  # workers that have closed their sockets
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._numbers = Numbers(self._memory, _NUMBERS_AT, self._forget_outcome)
         self._written = _Written()
-        self.has_room_at_s = math.inf  # for what there was none (CLOCK_MONOTONIC), at the earliest
+        self.has_room_at_s = math.inf  # when room for a refused rule may be free (CLOCK_MONOTONIC)
         self._listening: dict[bytes, bytes] = {}
-        self._labels: dict[int, tuple[bytes, Label]] = {}  # of tables, as they were read last
+        self._labels: dict[int, tuple[bytes, Label]] = {}  # of tables, as last read
 
     # The supervisor
 
     def put(
         self, listeners: Sequence[Decided], known: Iterable[Address] = ()
     ) -> list[dict[int, str]]:
-        """Decide the connections to these from here on, and no others.
+        """From here on the kernel decides the connections to these listeners, and no others.
 
-        `known` are servers that keep their numbers, and so what became of their connections, also
-        while no rule leads to them.
+        `known` are servers that keep their numbers, and so their outcomes, even while no rule leads
+        to them.
 
-        Of each it is said which of its rules there is no room for, so that they are a worker's, and
-        why; `has_room_at_s` says when to try again.
+        Returns for each listener the rules for which there is no room, and why: workers decide
+        these. `has_room_at_s` says when to try again.
 
         Raises:
-            OSError: the kernel refuses. What it decides by then is old: `put(())` ends it.
+            OSError: the kernel refuses. Its maps may be out of date then: `put(())` empties them.
         """
         now_s = time.monotonic()
         self._forget_rested(now_s)
@@ -181,7 +183,7 @@ class Express:
             for address, mss in one.addresses.items():
                 told.told_mss = mss
                 wanted[bytes(_key_of(address))] = bytes(told)
-        # Key by key: each that is in the kernel is known here, also if it refuses the next one.
+        # Key by key: so the keys in the kernel are known here even if it refuses the next one.
         for key in self._listening.keys() - wanted.keys():
             self.connecting.listen_no_more(abi.ListenerKey.from_buffer_copy(key))
             del self._listening[key]
@@ -203,20 +205,20 @@ class Express:
         return said
 
     def _forget_rested(self, now_s: float) -> None:
-        """Take tables out of the maps that no program reads any more: others need the room."""
+        """Delete tables that no program reads any more: others need the room."""
         written = self._written
         for number in [one for one in written.left if written.resting[one] <= now_s]:
             self.connecting.tables.forget(number)
             written.left.discard(number)
 
     def _rests_until_s(self, now_s: float) -> float:
-        """When the next number has rested; infinity if none rests."""
+        """When the next number may be reused; infinity if none is waiting for that."""
         tables = (until_s for until_s in self._written.resting.values() if until_s > now_s)
         choices = self.connecting.choices.rests_until_s(now_s)
         return min(*tables, choices, self._numbers.rests_until_s(now_s))
 
     def _number_of(self, one: Decided, now_s: float) -> int | None:
-        """The number of its table, which is written if it is new; None: there is no room."""
+        """The number of a listener's table, which is written if new; None: there is no room."""
         for number, written in self._written.numbers.items():
             if written == (one.label, one.table):
                 return number
@@ -236,7 +238,7 @@ class Express:
             for number in range(1, TABLES)
             if number not in self._written.numbers and resting.get(number, 0.0) <= now_s
         )
-        # That which has rested longest: a connection that lasts may refer to it still.
+        # The one that has rested for longest: a lasting connection may still refer to a number.
         chosen = min(free, key=lambda number: resting.get(number, 0.0), default=None)
         if chosen is None or len(label) > _LABEL_BYTES - _LABEL.size:
             return None
@@ -244,9 +246,9 @@ class Express:
         try:
             self.connecting.tables.write(chosen, one.table)
         except OSError:  # no room for all its names
-            self.connecting.tables.forget(chosen)  # no listener has had it
+            self.connecting.tables.forget(chosen)  # no listener has used it
             return None
-        # Behind that: while there is no room, what lasts keeps what is said of it.
+        # After the table: if there was no room for it, lasting connections keep their old label.
         head = _LABEL.pack(len(label), time.monotonic_ns())
         self._memory[at : at + len(head) + len(label)] = head + label
         self._memory[_IN_USE_AT + chosen] = 1
@@ -255,27 +257,28 @@ class Express:
         return chosen
 
     def _target_of(self, address: Address) -> int:
-        """The number of a server; 0: there is none left."""
+        """The number of a server; 0: none is left."""
         return self._numbers.give(Server.of(address))
 
     def _forget_outcome(self, number: int) -> None:
         choices = self.connecting.choices
         failed = int(choices.outcome(number).failed)
         choices.forget_outcome(number)
-        # Behind that, as nobody may read more than there were: see `store_counts`.
+        # After that, so that no reader gets more than there were: see `store_counts`.
         (before,) = _FAILED_BEFORE.unpack_from(self._memory, _FAILED_BEFORE_AT)
         store64(self._memory, _FAILED_BEFORE_AT, before + failed)
 
     def outcome(self, address: Address) -> Outcome:
-        """What became of the connections to a server so far."""
+        """The outcomes of the connections to a server so far."""
         return self.connecting.choices.outcome(self._numbers.given(Server.of(address)))
 
     def renew(self, worker: int) -> socket.socket:
-        """A worker is gone: make another socket for its successor, with all that it has not read.
+        """Create another socket for a worker's successor, with all messages that the worker has not
+        read.
 
-        Who has got the old one from it does not read what the successor is told; and if that one
-        was shut down, the successor's is not. The keeper's end, which that is to be given
-        (`renewed`).
+        A process that has got the old socket from the dead worker does not receive the successor's
+        messages, and a shutdown of the old one has no effect on it. Returns the keeper's end, for
+        `renewed`.
 
         Raises:
             OSError: there are no descriptors left; nothing has changed.
@@ -283,10 +286,10 @@ class Express:
         keeper, ours = _connected()
         old_keeper, old = self.keepers[worker], self.workers[worker]
         with contextlib.suppress(OSError):
-            old_keeper.shutdown(socket.SHUT_RDWR)  # the keeper keeps what it cannot say
+            old_keeper.shutdown(socket.SHUT_RDWR)  # the keeper keeps what it cannot send
         with contextlib.suppress(OSError):
             while data := old.recv(_MOST_MESSAGE_BYTES):
-                keeper.send(data)  # as much as had room there
+                keeper.send(data)  # what has room there
         self.keepers[worker], self.workers[worker] = keeper, ours
         old_keeper.close()
         old.close()
@@ -294,13 +297,14 @@ class Express:
 
     @property
     def is_listening(self) -> bool:
-        """Whether the kernel decides any connection."""
+        """Whether the kernel decides connections of any listener."""
         return bool(self._listening)
 
     def stop(self) -> None:
-        """Begin nothing more, and have the workers get all that goes on; `has_stopped` says when.
+        """Open no more connections, and give all open ones to workers; `has_stopped` says when that
+        is done.
 
-        They are told by the keeper as soon as it has read this.
+        The keeper reports them to the workers as soon as it has read this.
         """
         self.put(())
         store32(self._memory, _HAS_STOPPED_AT, 0)
@@ -309,29 +313,31 @@ class Express:
 
     @property
     def has_stopped(self) -> bool:
-        """Whether no connection is without a worker that has been told of it."""
+        """Whether every connection was reported to a worker."""
         return bool(_FLAGS.unpack_from(self._memory)[1])
 
     def wake(self) -> None:
-        """Have the keeper look now."""
+        """Have the keeper look at all places now."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self.wake_fd, 1)
 
     # The keeper
 
     def renewed(self, worker: int, keeper: socket.socket) -> None:
-        """A worker's successor has another socket: this is our end of it, and ours to close."""
+        """Use another socket for a worker's successor: the keeper's end of it, which `close`
+        closes.
+        """
         self.keepers[worker].close()
         keeper.setblocking(False)
         self.keepers[worker] = keeper
         self.closed.discard(worker)
 
     def send(self, worker: int, message: str) -> bool:
-        """Whether a worker was told this; False: it is busy, or one of `closed`."""
+        """Send a message to a worker; False: it is busy, or one of `closed`."""
         try:
             self.keepers[worker].send(message.encode())
         except ConnectionError:
-            self.closed.add(worker)  # or it is dead: the next one has another
+            self.closed.add(worker)  # or it is dead: its successor has another socket
             return False
         except OSError:
             return False
@@ -343,11 +349,11 @@ class Express:
         return bool(_FLAGS.unpack_from(self._memory)[0])
 
     def mark_stopped(self) -> None:
-        """All that goes on is the workers'."""
+        """All connections were given to workers."""
         store32(self._memory, _HAS_STOPPED_AT, 1)
 
     def store_counts(self, counts: Mapping[abi.Count, int], *, ports: int, used: int) -> None:
-        """Let others read them, how many ports there are, and how many of these are used now."""
+        """Store the counters for other processes, with the numbers of ports and of used ports."""
         if self._counters is None:
             return
         with memoryview(self._counters) as block, block.cast("Q") as words:
@@ -355,15 +361,15 @@ class Express:
                 words[EXPRESS_FIRST + kind] = number
             words[EXPRESS_PORTS], words[EXPRESS_PORTS_USED] = ports, used
             words[EXPRESS_PORTS_MOST] = max(words[EXPRESS_PORTS_MOST], used)
-            # It never falls, although a number may be another server's in this very moment.
+            # It never decreases, although a number may be passing to another server at this moment.
             (before,) = _FAILED_BEFORE.unpack_from(self._memory, _FAILED_BEFORE_AT)
             failed = before + self.connecting.choices.failures(self._numbers.most())
             words[EXPRESS_CONNECT_FAILED] = max(words[EXPRESS_CONNECT_FAILED], failed)
 
     def label(self, table: int, begun_ns: int) -> Label:
-        """What is said of a connection that a table has decided, and that began then.
+        """The label of a connection that a table has decided, and that began at `begun_ns`.
 
-        Nothing, if another table has that number since.
+        An empty one if another table has got the number since.
         """
         at = _LABELS_AT + table % TABLES * _LABEL_BYTES
         length, since_ns = _LABEL.unpack_from(self._memory, at)
@@ -376,7 +382,7 @@ class Express:
             try:
                 known = written, Label(*json.loads(written))
             except (ValueError, TypeError):
-                # Another one is being written: nothing is known of the one before any more.
+                # Another label is being written: the one before is lost.
                 return _NO_LABEL
             self._labels[table] = known
         return known[1]
@@ -387,37 +393,39 @@ class Express:
         return int(_LABEL.unpack_from(self._memory, at)[1])
 
     def is_in_use(self, table: int) -> bool:
-        """Whether a listener has it: its number is another's no sooner than ten seconds later."""
+        """Whether a listener uses a table: the number passes to another table ten seconds later at
+        the earliest.
+        """
         return bool(self._memory[_IN_USE_AT + table % TABLES])
 
     def is_offered(self, place: int) -> bool:
-        """Whether the programs have a place, or had it."""
+        """Whether a place is in the programs' queue, or was taken from it."""
         return bool(self._memory[_OFFERED_AT + place])
 
     def set_offered(self, place: int, *, offered: bool) -> None:
-        """They have it from here on, or have not."""
+        """Note that a place is offered to the programs, or is not."""
         self._memory[_OFFERED_AT + place] = offered
 
     def targets(self) -> int:
-        """The highest number that a server has or had: they begin with 1."""
+        """The highest number that a server has or had; numbers begin with 1."""
         return self._numbers.most()
 
     def number_of(self, server: Server) -> int:
-        """The number of a server that a listener has or had; 0: none has."""
+        """The number of a server that a listener has or had; 0: no listener."""
         return self._numbers.find(server)
 
     def given_back(self) -> list[int]:
-        """Numbers of servers that no listener has any more: they are to be forgotten."""
+        """Numbers of servers that no listener has any more: the keeper must forget them."""
         return self._numbers.given_back()
 
     def mark_forgotten(self, number: int) -> None:
-        """It may be another server's from here on."""
+        """From here on the number may pass to another server."""
         self._numbers.mark_forgotten(number)
 
     # All
 
     def keep_only(self, worker: int) -> None:
-        """In a worker: close what is the keeper's and others'."""
+        """In a worker: close what belongs to the keeper and to other workers."""
         for n, end in enumerate(self.workers):
             if n != worker:
                 end.close()
@@ -441,7 +449,7 @@ class Express:
 
 
 def _connected() -> tuple[socket.socket, socket.socket]:
-    """The keeper's end and a worker's.
+    """The keeper's end and a worker's end of a new socket pair.
 
     Raises:
         OSError: there are no descriptors left.
@@ -455,7 +463,7 @@ def _connected() -> tuple[socket.socket, socket.socket]:
 
 
 def _servers_of(to: Choice | Address) -> Iterable[Address]:
-    """Each of them once."""
+    """The servers of a rule, each once."""
     if isinstance(to, Address):
         return (to,)
     if isinstance(to, InTurn):

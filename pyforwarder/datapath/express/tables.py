@@ -1,7 +1,7 @@
-"""A table of rules in the form that the program reads: one record, and entries of two maps.
+"""A table of rules as the program reads it: one record, and entries of two maps.
 
-The maps of names and networks answer with the entry that has the longest prefix in common. So each
-entry has the bits of all conditions that hold wherever it is the longest.
+The maps of names and networks return the entry with the longest matching prefix. So each entry has
+the bits of all conditions that hold for keys of which it is the longest match.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# In front of what a key compares: the number of the table, and one byte.
+# The part of a key in front of name or address: the number of the table, and one byte.
 _KEY_BITS: Final = 8 * (4 + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What goes into the maps; keys and values in the machine's byte order."""
+    """The contents of the maps; keys and values in the machine's byte order."""
 
     record: bytes
     names: Mapping[bytes, int]
@@ -47,7 +47,7 @@ class Encoded:
 
 
 def encode(table: Table, number: int) -> Encoded:
-    """The table with this number."""
+    """Encode a table that gets this number."""
     record = abi.Table()
     record.targets = sum(1 << rule for rule in table.targets)
     record.most_bytes = min(table.most_bytes, MOST_BYTES)
@@ -110,7 +110,7 @@ def encode(table: Table, number: int) -> Encoded:
 
 
 def grammar() -> bytes:
-    """The automaton that reads the head of a request."""
+    """The automaton for a request's head, as the value of its map."""
     record = abi.Grammar()
     ctypes.memmove(record.class_, AUTOMATON.classes, len(AUTOMATON.classes))
     rows = b"".join(AUTOMATON.following)
@@ -119,7 +119,7 @@ def grammar() -> bytes:
 
 
 def network_key(number: int, address: IpAddress, prefix: int | None = None) -> bytes:
-    """Of the map of networks: what is asked for, or with a number of bits an entry."""
+    """A key of the map of networks: for a lookup, or with a number of bits for an entry."""
     key = NetworkKey()
     packed = address.packed
     key.prefix_bits = _KEY_BITS + (128 if prefix is None else prefix)
@@ -140,13 +140,13 @@ def _prefix(bit: int, offset: int, wanted: bytes) -> abi.Prefix:
 def _name_entries(
     number: int, kind: int, patterns: Iterable[tuple[int, NamePatterns]]
 ) -> Iterator[tuple[bytes, int]]:
-    """Whole names, and endings."""
+    """The entries of whole names, and of suffixes."""
     patterns = tuple(patterns)
     for name in {name for _, names in patterns for name in names.exact}:
         bits = sum(bit for bit, names in patterns if names.include(name))
         yield _name_key(number, kind, name[::-1] + b"\0"), bits
     for ending in {ending for _, names in patterns for ending in names.endings}:
-        # What ends so ends with every shorter ending of this one, too.
+        # A name with this suffix has every suffix of this suffix, too.
         bits = sum(bit for bit, names in patterns if any(map(ending.endswith, names.endings)))
         yield _name_key(number, kind, ending[::-1]), bits
 

@@ -1,10 +1,10 @@
-"""What the keeper has to tell workers: of connections that have ended, and of pairs to adopt.
+"""The keeper's reports to workers: connections that have ended, and pairs to adopt.
 
-Each place has its worker, which is told of the ends there, also by the next keeper. A worker that
-does not read loses nothing, and costs the others nothing: its places wait.
+Each place belongs to a worker, which gets the reports about it, also from the next keeper. A worker
+that does not read its socket loses nothing, and delays no other worker: its places wait.
 
-Where the log is to say what a rule has read in a first packet, the worker gets that packet, and
-reads it: the keeper, which is root, looks into none.
+Where the log says what a rule has read of a first packet, the worker gets that packet, and parses
+it: the keeper, which is root, parses none.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 if TYPE_CHECKING:
     from pyforwarder.datapath.express.sharing import Express
 
-# In one message, which is taken whole or not at all; and its bytes, of which a worker takes 64 KiB.
+# Reports in one message, which is sent whole or not at all; and its size, of which a worker
+# receives 64 KiB.
 MOST_TOLD: Final = 24
 _MOST_BYTES: Final = 1 << 15
-# In one turn, to one worker.
+# Messages to one worker in one turn.
 _MESSAGES_AT_ONCE: Final = 8
-# That have ended, and their worker has not read of yet: then its places wait.
+# Ends that a worker has not read yet: at this number its places wait.
 MOST_UNREPORTED: Final = 4096
 
 
@@ -34,7 +35,7 @@ class _Report(NamedTuple):
 
 
 class Telling:
-    """One keeper's."""
+    """The reports of one keeper."""
 
     def __init__(
         self,
@@ -43,42 +44,44 @@ class Telling:
         told: Callable[[int, int], None],
         first_of: Callable[[int, int], bytes] = lambda _place, _word: b"",
     ) -> None:
-        """`told` is called with place and word of each that its worker has been told of.
+        """`told` is called with place and word of each connection whose end was reported.
 
-        `first_of` gives the first packet of such a connection, if its worker is to know it.
+        `first_of` gives the first packet of such a connection, if its worker needs it.
         """
         self._express = express
         self._connecting = express.connecting
         self._told = told
         self._first_of = first_of
-        # Of pairs to adopt, those whose first packets go ahead of them.
+        # Pairs to adopt whose first packets must be reported before.
         self._named: list[deque[_Report]] = [deque() for _ in range(workers)]
         self._unreported: list[deque[_Report]] = [deque() for _ in range(workers)]
-        self._is_waking = [False] * workers  # to be told that there is a pair to adopt
+        self._is_waking = [False] * workers  # whether the worker must be told to adopt pairs
 
     def has_room(self, place: int) -> bool:
-        """Whether the end of a connection there may be told of."""
+        """Whether there is room for a report about this place."""
         return len(self._unreported[place % len(self._unreported)]) < MOST_UNREPORTED
 
     def ended(self, place: int, word: int, text: str) -> None:
-        """A worker is to be told this, in JSON, of the connection that has a place."""
+        """Queue the report of an end, as JSON, for the worker of the place."""
         self._unreported[place % len(self._unreported)].append(_Report(place, word, text))
 
     def wake(self, worker: int) -> None:
-        """A worker is to be told that there is a pair for it to adopt."""
+        """Have a worker told that there is a pair to adopt."""
         self._is_waking[worker] = True
 
     def name(self, worker: int, place: int, word: int, said: list[object]) -> None:
-        """Before a worker is told to adopt a pair it gets this, and the first packet."""
+        """Queue a pair's description and first packet, which its worker gets before it is told to
+        adopt the pair.
+        """
         self._named[worker].append(_Report(place, word, json.dumps(said)))
 
     @property
     def is_done(self) -> bool:
-        """Whether all has been told."""
+        """Whether everything was reported."""
         return not any(self._unreported) and not any(self._is_waking)
 
     def go_on(self) -> bool:
-        """Tell some of it; True: there is more that may be told now."""
+        """Send some reports; True: there are more that can be sent now."""
         is_more = [self._tell(worker) for worker in range(len(self._unreported))]
         return any(is_more)
 
@@ -90,10 +93,11 @@ class Telling:
                 return False
             first, room = self._texts(named, _MOST_BYTES)
             ended, _ = self._texts(unreported, room)
-            # By these a worker knows what a keeper that has died has told it already.
+            # By place and word a worker recognizes what an earlier keeper has reported already.
             of = [f"[{one.place}, {one.word}]" for one in itertools.islice(unreported, len(ended))]
             for one in itertools.islice(unreported, len(ended)):
-                # Before that, as we may die right behind it: it is in no sum from here on.
+                # Before the report, as the keeper may die right after it: from here on the end is
+                # added to no sum.
                 self._connecting.mark_counted(one.place)
             is_waking = self._is_waking[worker] and len(first) == len(named)
             message = (
@@ -112,9 +116,9 @@ class Telling:
         return True
 
     def _drop_counted(self, unreported: deque[_Report]) -> None:
-        """Of the next message: ends that the programs have counted meanwhile (`ends`).
+        """Remove ends from the next message that the programs have counted meanwhile (`ends`).
 
-        Another connection of their kind has ended since, of which nobody needs to be told.
+        Another connection of their kind has ended since, and made a sum for it.
         """
         kept: list[_Report] = []
         while unreported and len(kept) < MOST_TOLD:
@@ -124,7 +128,7 @@ class Telling:
         unreported.extendleft(reversed(kept))
 
     def _texts(self, queue: deque[_Report], room: int) -> tuple[list[str], int]:
-        """As many of these as there is room for, one at least; and what room is left."""
+        """The texts for which there is room, one at least; and the room that is left."""
         found: list[str] = []
         for one in itertools.islice(queue, MOST_TOLD):
             text = f'{one.text[:-1]}, "{self._first_of(one.place, one.word).hex()}"]'
