@@ -1,1 +1,1 @@
-"""The datapath splice: tc programs translate the packets of two connections into each other."""
+"""The splice datapath: tc programs translate the packets of two connections into each other."""

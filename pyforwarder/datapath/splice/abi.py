@@ -1,4 +1,4 @@
-"""The records that splice.c, its keeper and the worker share, as bpf/splice.h declares them.
+"""The records that splice.c, its keeper and the workers share, as bpf/splice.h declares them.
 
 Data only. A test compiles splice.h and compares every offset and every enum with this file.
 """
@@ -9,23 +9,23 @@ import ctypes
 import enum
 from typing import Final
 
-# Of the records: the maps outlive the daemon, and the next one must know what is in them.
+# Version of the records: the maps outlive the daemon, and the next one must know their layout.
 VERSION: Final = 10
-# What SO_PRIORITY of a spliced socket is, so that a forwarder behind it knows it.
+# SO_PRIORITY of a spliced socket, by which another forwarder on this host knows it.
 PRIORITY: Final = 0x50465350
-# Bytes in packets that say nothing new, beside as many as were new, that are not counted.
+# Repeated bytes, beyond as many as were new, that are taken for retransmissions, and not counted.
 MOST_AGAIN: Final = 1 << 20
-# What `answer` is while the keeper asks a peer whether it is there.
+# Value of `answer` while the keeper probes a peer.
 PROBE: Final = 2
-# `worker` of a pair that goes through another machine: no ring and no counters have that number.
+# `worker` of a pair that another machine forwards: no ring and no counters have that number.
 HELD: Final = 0xFFFFFFFF
-# `slot` of a pair that nobody shows just now.
+# `slot` of a pair that is in no pair table at the moment.
 NO_SLOT: Final = 0xFFFFFFFF
-# Of connections that have begun lately so many are known: one that was forgotten is not spliced.
+# Size of the table of the latest handshakes: a pair whose handshake was evicted is not spliced.
 HANDSHAKE_WAYS: Final = 4
 HANDSHAKE_SETS: Final = 1 << 14
-# Of the map that they are in: another number wherever an earlier build could not read it, or would
-# write beyond its values.
+# Layout of that map: a new number whenever an earlier build could not read it, or would write
+# beyond its values.
 HANDSHAKES_FORM: Final = 2
 
 
@@ -40,7 +40,7 @@ class SpliceState(enum.IntEnum):
 
 
 class ResetBy(enum.IntEnum):
-    """enum pf_reset: who has ended a pair that its ends have not."""
+    """enum pf_reset: why a pair was reset that its ends have not closed."""
 
     NOBODY = 0
     CLIENT = 1
@@ -52,14 +52,14 @@ class ResetBy(enum.IntEnum):
 
 
 class Routing(enum.IntFlag):
-    """How our socket's packets find their way, beside their addresses."""
+    """PF_ROUTING_...: what chooses the route of our socket's packets, besides their addresses."""
 
     BOUND = 1
     FOREIGN = 2
 
 
 class Busy(enum.IntFlag):
-    """Why `control` did not let a pair begin."""
+    """PF_BUSY_...: why `control` did not let a pair begin."""
 
     GONE = 1
     UNREAD = 2
@@ -69,7 +69,7 @@ class Busy(enum.IntFlag):
 
 
 class Invalid(enum.IntEnum):
-    """enum pf_invalid: why a packet that bears a pair's addresses was not believed."""
+    """enum pf_invalid: why a packet with the addresses of a pair was invalid."""
 
     NOT_FOR_US = 0
     INTERFACE = 1

@@ -26,26 +26,27 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
-# A keeper that does not know by then whose pair it is from now on, sees nobody idle.
+# By then the keeper must have confirmed an adoption: until then the pair's idle time is not known.
 _ADOPTED_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A spliced pair whose worker is gone: sockets in their place, and what is known of it."""
+    """A spliced pair whose worker is gone: sockets in place of the old ones, and its record."""
 
     index: int
     id: int
     client: socket.socket
     server: socket.socket
-    record: PairRecord | None  # what `show` said of it
+    record: PairRecord | None  # what `show` printed for it
 
 
 def _orphan_of(answer: dict[str, Any], fds: list[int]) -> Orphan:
-    """The pair that the keeper gives, with the sockets that it has sent, which are taken.
+    """The pair in an answer of the keeper, with the sockets that came with it, which are removed
+    from `fds`.
 
     Raises:
-        DatapathError: there was no descriptor left for one of them.
+        DatapathError: the process had no descriptor left for one of them.
     """
     if len(fds) != 2:
         raise DatapathError("take in a spliced pair", errno.EMFILE)
@@ -55,7 +56,7 @@ def _orphan_of(answer: dict[str, Any], fds: list[int]) -> Orphan:
 
 
 class _Adoption(Timed):
-    """A pair that the keeper is told to be this worker's, until it has answered."""
+    """The report to the keeper that this worker has adopted a pair, until it has answered."""
 
     __slots__ = ("_overdue", "pair", "state")
 
@@ -68,7 +69,7 @@ class _Adoption(Timed):
         self.state = state
 
     def expired(self) -> None:
-        """It has not answered it."""
+        """The keeper has not answered in time."""
         self._overdue(self.pair, self.state)
 
 
@@ -94,12 +95,13 @@ class AdoptedPairs(SplicedPairs):
         done: Callable[[], None],
         later: Callable[[], None] = lambda: None,
     ) -> None:
-        """Have `take` called with each spliced pair that has lost its worker and is ours now.
+        """Adopt spliced pairs: `take` is called with each that has lost its worker and is this
+        worker's now.
 
-        Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
-        be given to `resume` or closed, its sockets are the callee's. Before `done`, `later` is
-        called if there are some that cannot be had yet, as their old sockets are still there: ask
-        again in a while.
+        Then `done` is called, once. Both are called by the loop, or while the keeper's answers are
+        awaited. Each pair must be given to `resume` or closed; its sockets belong to the callee.
+        Before `done`, `later` is called if some pairs cannot be adopted yet, as their old sockets
+        still exist: call this again later.
         """
 
         def answered(answer: dict[str, Any] | None, fds: list[int]) -> None:
@@ -114,11 +116,11 @@ class AdoptedPairs(SplicedPairs):
                 except Exception as error:
                     self._loop.on_error(take, error)
                     if answer["index"] not in self._by_index:
-                        self.forget(answer["index"], answer["id"])  # it costs this pair alone
+                        self.forget(answer["index"], answer["id"])  # only this pair is lost
             ask()
 
         def ask() -> None:
-            # Behind what was said of the one before: it is not given to us once more.
+            # After the request about the one before: so that one is not given to this worker again.
             if not self._keeper.ask("adopt", answered):
                 done()
 
@@ -126,16 +128,17 @@ class AdoptedPairs(SplicedPairs):
 
     @staticmethod
     def peek(pair: Pair) -> tuple[int, list[int], bool]:
-        """Its index, the bytes that are left to be read in each direction, and if it is mute.
+        """The pair's index, the bytes that are left to be read in each direction, and whether it is
+        mute.
 
-        With the pair's `pending` that is all that another daemon has to know.
+        With the pair's `pending` that is all that another daemon needs.
         """
         state = pair.state
         assert isinstance(state, Spliced)
         return state.index, state.left_bytes, state.is_mute
 
     def release(self, pair: Pair) -> None:
-        """The pair is another daemon's from here on, and goes on meanwhile."""
+        """Release the pair to another daemon; it continues meanwhile."""
         state = pair.state
         assert isinstance(state, Spliced)
         self._ends.pop(pair, None)
@@ -149,10 +152,10 @@ class AdoptedPairs(SplicedPairs):
         server: socket.socket,
         then: Callable[[Orphan | None], None],
     ) -> bool:
-        """Go on with a pair that another daemon has released, with the sockets that it has sent.
+        """Continue a pair that another daemon has released, with the sockets that it has sent.
 
-        `then` gets the orphan, or None: the pair is not there any more. The sockets stay the
-        caller's until then. False: the keeper cannot be asked just now.
+        `then` gets the orphan, or None: the pair no longer exists. The caller keeps the sockets
+        until then. False: the keeper cannot be asked at the moment.
         """
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
@@ -176,14 +179,14 @@ class AdoptedPairs(SplicedPairs):
         left_bytes: Sequence[int] = (0, 0),
         is_mute: bool = True,
     ) -> None:
-        """The pair, with the orphan's sockets, id and a slot, is the orphan from here on.
+        """Continue an orphan as this pair, which has the orphan's sockets and id, and a slot.
 
-        What it carried before is added to its counts. `left_bytes` are still to be read, and
-        `pending` to be written; with such sockets that are not mute, see `release`.
+        What the orphan has carried is added to the pair's counts. `left_bytes` are still to be
+        read, and `pending` to be written; with sockets that are not mute, see `release`.
         """
         words, at = self._window.words, pair.slot * self._window.WORDS
         words[at + table.ID] = pair.id
-        # From here on the program stores the same here, with every packet.
+        # From here on the program stores these counts with every packet.
         record = Splice.from_buffer_copy(self._memory, orphan.index * SPLICE_BYTES)
         for direction in Direction:
             words[at + table.REDIRECTED[direction]] = shown_bytes(record.way[direction])
@@ -200,7 +203,7 @@ class AdoptedPairs(SplicedPairs):
         self._check_record(pair)
 
     def _confirm_adoption(self, adoption: _Adoption) -> None:
-        """Have what is carried counted in this pair's slot. Meanwhile the pair goes on."""
+        """Have the programs count in this pair's slot. The pair continues meanwhile."""
         pair, state = adoption.pair, adoption.state
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
@@ -212,7 +215,8 @@ class AdoptedPairs(SplicedPairs):
             if not is_there or answer is None:
                 return
             if "error" in answer:
-                self._host.broken(pair, CloseReason.INTERNAL)  # it is not ours, or no more
+                # It is not this worker's, or no longer.
+                self._host.broken(pair, CloseReason.INTERNAL)
             else:
                 self._catch_up(pair)
 
@@ -221,5 +225,5 @@ class AdoptedPairs(SplicedPairs):
 
     def _check_adopted(self, pair: Pair, state: Spliced) -> None:
         if pair.datapath is self and pair.state is state:
-            # Nobody would see it idle.
+            # Its idle time would not be noticed.
             self._host.broken(pair, CloseReason.INTERNAL)

@@ -1,9 +1,9 @@
-"""Peers of a machine that is gone, of connections with which nobody can go on: they are reset.
+"""Reset the peers of connections that a failed machine had, and that no machine can continue.
 
-Nobody knows their numbers any more, so nobody can send them a RST that is believed. But a SYN for a
-connection that stands is answered with what is expected next (RFC 5961, 4), and as that comes here,
-where nobody has such a connection, this host's kernel resets it with the right number. A peer that
-has spoken meanwhile had the same answer.
+Their sequence numbers are not known, so no valid RST can be sent to them. But a peer answers a SYN
+for an established connection with a challenge acknowledgement that has the expected number (RFC
+5961, 4). That arrives at this host, where no such connection exists, and the kernel resets it with
+the right number. A peer that has sent a segment in the meantime got the same RST.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pyforwarder.datapath.splice.keepalive import checksum, raw_sockets
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.stays import Connection
 
-# Each so long after the one before: 0, 0.25, 1, 3, 9 and 27 s after the addresses have come. An
-# answer may have been given to another packet half a second ago; the neighbours, or a switch, may
-# learn late where the addresses are; an IPv6 address may still be looked for elsewhere (DAD); and
-# Linux before 6.0 gives a thousand such answers in a second. Whether a peer is gone cannot be
-# seen from here, and one that is, or has another connection by now, is not harmed.
+# Pauses between the tries, which are 0, 0.25, 1, 3, 9 and 27 s after the addresses have come. A
+# challenge may have been spent on another packet half a second ago; neighbours, or a switch, may
+# learn late where the addresses are; duplicate address detection (DAD) may still run for an IPv6
+# address; and Linux before 6.0 sends a thousand challenges per second. It cannot be seen from here
+# whether a peer is gone; a peer that is, or has another connection by now, is not harmed.
 _PAUSES_S: Final = (0.0, 0.25, 0.75, 2.0, 6.0, 18.0)
 _AT_ONCE: Final = 64
-# Of connections that wait, for whichever try; a record is some 200 bytes.
+# The most connections that wait, for all tries together; a record is some 200 bytes.
 _MOST: Final = 1 << 18
 _SYN, _ACK = 0x02, 0x10
 _HOPS: Final = 64
@@ -41,7 +41,7 @@ class _Due(NamedTuple):
 
 
 class Challenges:
-    """Of one keeper."""
+    """The challenges of one keeper."""
 
     def __init__(
         self,
@@ -50,22 +50,22 @@ class Challenges:
         clock: Callable[[], float] = time.monotonic,
         send: Callable[[Connection], None] | None = None,
     ) -> None:
-        """`is_ours` says whether a connection goes on here after all."""
+        """`is_ours` says whether a connection continues on this machine after all."""
         self._is_ours = is_ours
         self._clock = clock
         self._raw: dict[int, socket.socket] | None = None
         self._send = send or self._send_syn
-        # One queue for each try: each is in the order of time.
+        # One queue per try, each ordered by time.
         self._due: tuple[deque[_Due], ...] = tuple(deque() for _ in _PAUSES_S)
 
     def begin(self, connections: Iterable[Connection]) -> None:
-        """Their peers are to be reset."""
+        """Start resetting the peers of these connections."""
         now_s = self._clock()
         room = _MOST - sum(map(len, self._due))
         self._due[0].extend(_Due(now_s, one) for one in islice(connections, max(0, room)))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called."""
+        """Seconds until `run_due` is due."""
         first_s = min((queue[0].when_s for queue in self._due if queue), default=None)
         return most_s if first_s is None else min(most_s, max(0.0, first_s - self._clock()))
 
@@ -84,7 +84,7 @@ class Challenges:
                     self._due[number + 1].append(_Due(now_s + _PAUSES_S[number + 1], one))
 
     def _send_syn(self, one: Connection) -> None:
-        """Never raises: what cannot be sent is sent again."""
+        """Never raises: what cannot be sent is tried again."""
         if self._raw is None:
             self._raw = raw_sockets()
         raw = self._raw.get(4 if len(one.own.ip) == 4 else 6)
@@ -100,10 +100,10 @@ class Challenges:
 
 
 def packet(one: Connection, seq: int) -> bytes:
-    """A SYN to a peer, IP header and all; a client's is an answer to one.
+    """A SYN to a server, or a SYN-ACK to a client, with its IP header.
 
-    So conntrack on its way takes it for one that comes again: a SYN of the end that was connected
-    to would be invalid.
+    Conntrack on its path takes that for a retransmission: a SYN from the end that was connected to
+    would be invalid.
     """
     flags = _SYN | _ACK if one.peer_connected else _SYN
     segment = struct.pack(

@@ -1,11 +1,11 @@
-"""The splice datapath: the two ends talk TCP end to end, we rewrite the packets' numbers.
+"""The splice datapath: the two ends talk TCP end to end, the programs rewrite the packets' numbers.
 
-bpf/splice.c does that; keeper.py begins and ends it. This is the worker's half: it asks for pairs
-to begin. What it does for a pair that has begun is in spliced.py, how it goes on with those of
+bpf/splice.c does that; keeper.py begins and ends it. This is the worker's part: it requests that
+pairs begin. What it does for a pair that has begun is in spliced.py, and how it continues those of
 other workers in adopted.py.
 
-A pair begins at any moment. Bytes that had come to our sockets by then are still ours to read
-and to write; what comes later is in no queue here, and must not be read.
+A pair can begin at any moment. Bytes that have arrived at our sockets by then are read and written
+by the worker; later bytes are in no queue here, and must not be read.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
     from pyforwarder.datapath.splice.question import Then
 
-# socket(7) has not got it yet: which buffers the kernel leaves as they are, since Linux 5.14.
+# Not in socket(7) yet: the kernel does not resize the locked buffers, since Linux 5.14.
 _SO_BUF_LOCK: Final = 72
 _SOCK_RCVBUF_LOCK: Final = 2
-# A program that lets a pair begin is done in microseconds, if it is not interrupted.
+# The program that lets a pair begin takes microseconds, unless it is interrupted.
 _BEGINNING_S: Final = 0.5
 _BEGINNING_POLL_S: Final = 0.001
-# Pairs that the keeper is asked for at the same time. It does one after the other, and they stand
-# still meanwhile; fewer would wait for a turn of our loop in between.
+# Pairs that are requested of the keeper at the same time. It handles one after the other, and they
+# are paused meanwhile; with fewer requests it would wait for a turn of our loop in between.
 MOST_QUESTIONS: Final = 8
-# So long a pair stands still at most while the keeper checks how its server is reached.
+# The longest pause of a pair while the keeper reads how its server is reached.
 _LESSON_S: Final = 0.05
 
 
 class _Expected:
-    """A pair that is to begin before long."""
+    """A pair that will be spliced soon."""
 
     __slots__ = ("locks",)
 
     def __init__(self, locks: list[tuple[_socket.socket, int]]) -> None:
-        self.locks = locks  # what was locked before of the sockets' buffers
+        self.locks = locks  # which buffers of the sockets were locked before
 
 
 class SpliceDatapath(AdoptedPairs):
@@ -71,20 +71,21 @@ class SpliceDatapath(AdoptedPairs):
         window: PairWindow,
         worker: int,
     ) -> None:
-        """Work on inherited maps, and on what the keeper does for us."""
+        """Use the inherited maps, and the keeper."""
         super().__init__(host, maps, keeper, window=window, worker=worker)
-        self._questions: dict[Question, None] = {}  # the oldest first
-        self._lessons: dict[Question, None] = {}  # pairs whose servers the keeper is looking at
-        # Packets of pairs that begin from now on may come by any interface.
+        self._questions: dict[Question, None] = {}  # oldest first
+        self._lessons: dict[Question, None] = {}  # pairs whose servers the keeper is reading
+        # Packets of pairs that begin from now on may arrive by any interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
 
     def expect(self, pair: Pair) -> None:
-        """The pair, which is copied now, will be asked for: let its sockets promise no more.
+        """The pair, which is copied now, will be spliced: keep the receive buffers of its sockets
+        from growing.
 
         What a peer has under way to us when a pair begins goes to the other end at once, and is
-        lost if that has no room for it. Peers may send what we have receive buffers for, which the
-        kernel makes larger and larger as long as we copy.
+        lost if that end has no room for it. Peers may send what our receive buffers have room for,
+        and the kernel enlarges these as long as we copy.
         """
         assert pair.server is not None
         option = socket.SOL_SOCKET, _SO_BUF_LOCK
@@ -95,16 +96,16 @@ class SpliceDatapath(AdoptedPairs):
 
     @staticmethod
     def _expect_no_more(pair: Pair) -> None:
-        """Another datapath gets the pair as it was."""
+        """Undo `expect`, for another datapath."""
         if isinstance(pair.state, _Expected):
             for sock, lock in pair.state.locks:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, lock)
         pair.state = None
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Take the pair over, and wait until that is done: for a caller that serves nobody else.
+        """Splice the pair, and wait until that is done: for a caller that serves no other pairs.
 
-        UNREAD_BYTES, NO_KEEPER: a later moment may be better.
+        UNREAD_BYTES, NO_KEEPER: a later try may succeed.
         """
         reasons: list[PairReason | None] = []
         reason = self.ask(pair, lambda _, reason: reasons.append(reason))
@@ -114,10 +115,10 @@ class SpliceDatapath(AdoptedPairs):
         return reasons[0]
 
     def _request(self, pair: Pair) -> tuple[list[int], dict[str, object]]:
-        """What `join` is told: descriptors and fields; right before it is."""
+        """The descriptors and fields of a `join` request; built right before it is sent."""
         pair.is_shared = True
         self._acknowledge(pair)
-        # The program counts in the record only while it bears this number.
+        # The program counts in the slot only while it has this id.
         self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
         return [pair.client_fd, pair.server_fd], {
             "id": pair.id,
@@ -128,12 +129,12 @@ class SpliceDatapath(AdoptedPairs):
         }
 
     def _conclude(self, pair: Pair, answer: dict[str, Any]) -> PairReason | None:
-        """Do what the keeper's answer says, or what has been found out without it."""
+        """Act on the keeper's answer, or on what was read from the record instead."""
         if "refused" in answer:
             return PairReason(answer["refused"])
         if "error" in answer:
-            # How far it came is not known, so nobody may go on with these sockets. If it has begun
-            # only the keeper can have them say so.
+            # It is not known how far it came, so no datapath may use these sockets again. If the
+            # pair has begun, only the keeper can have them reset their ends.
             index, begun = self._find(pair), self._read_begun(pair)
             if begun is not None and "index" in begun:
                 self._take(pair, begun["index"], begun["unread"], is_mute=False)
@@ -150,9 +151,10 @@ class SpliceDatapath(AdoptedPairs):
         return None
 
     def _read_begun(self, pair: Pair) -> dict[str, Any] | None:
-        """What the keeper would have answered: the pair has begun by now, or will not any more.
+        """The answer that the keeper would have given: whether the pair has begun, or will not any
+        more.
 
-        None: a program is running in this very moment.
+        None: the program is running at this moment.
         """
         index = self._find(pair)
         if index is None:
@@ -166,7 +168,7 @@ class SpliceDatapath(AdoptedPairs):
         return None
 
     def _find(self, pair: Pair) -> int | None:
-        """The place that a keeper has given to the pair, whether it has begun there or not."""
+        """The record that a keeper has allocated for the pair, whether it has begun or not."""
         slot = self._window.first_slot + pair.slot
         for index in used_indexes(self._memory):
             found = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
@@ -174,20 +176,20 @@ class SpliceDatapath(AdoptedPairs):
                 return index
         return None
 
-    # Asking without waiting
+    # Requests without waiting
 
     @property
     def can_teach(self) -> bool:
-        """The keeper may be shown another server now; before long, else."""
+        """Whether another server can be shown to the keeper now; otherwise soon."""
         return len(self._lessons) < MOST_QUESTIONS
 
     def teach(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
-        """Let the keeper see how the server of a pair that is copied is reached.
+        """Let the keeper read how the server of a pair that is copied is reached.
 
-        It stands still until the keeper has looked: a connection that ends at once would be over
-        before that, and then nothing of it can be seen. `then` is called afterwards, some
-        hundredths of a second later at most; the pair may have ended by then. False: nobody polls,
-        and nothing has changed.
+        The pair is paused until the keeper has looked: a connection that ends at once would be over
+        before that, and nothing could be read of it. `then` is called afterwards, some hundredths
+        of a second later at most; the pair may have ended by then. False: the keeper cannot be
+        asked at the moment, and nothing has changed.
         """
         if not self.can_teach:
             return False
@@ -206,7 +208,7 @@ class SpliceDatapath(AdoptedPairs):
         return True
 
     def _end_lesson(self, lesson: Question) -> None:
-        """The keeper has looked or is late: it only reads, so the pair may go on either way."""
+        """The keeper has looked, or is late: it only reads, so the pair continues either way."""
         if lesson not in self._lessons:
             return
         del self._lessons[lesson]
@@ -225,20 +227,20 @@ class SpliceDatapath(AdoptedPairs):
 
     @property
     def is_busy(self) -> bool:
-        """The keeper is asked for as many pairs at once as it may be."""
+        """Whether as many pairs are requested of the keeper as are allowed at once."""
         return len(self._questions) >= MOST_QUESTIONS
 
     @property
     def questions(self) -> int:
-        """For how many pairs the keeper is asked; each may be spliced before long."""
+        """How many pairs are requested of the keeper; each may be spliced soon."""
         return len(self._questions)
 
     def ask(self, pair: Pair, then: Then) -> PairReason | None:
         """`join` of a pair that is copied, without waiting for the keeper.
 
-        None: it stands still, and `then` is called with what `join` would have said, within
-        `KeeperAsker.longest_s`; the pair may have ended by then. Else what `join` would have said
-        at once, and nothing has changed. Not while this `is_busy`.
+        None: the pair is paused, and `then` is called with the result of `join` within
+        `KeeperAsker.longest_s`; the pair may have ended by then. Otherwise the result of `join` is
+        returned at once, and nothing has changed. Not while this `is_busy`.
         """
         obstacle = self._obstacle(pair)
         if obstacle is None:
@@ -250,7 +252,7 @@ class SpliceDatapath(AdoptedPairs):
                 question = Question(self._loop, pair, before, asked, then, self._overdue)
                 asked.then = partial(self._answered, question)
                 self._questions[question] = None
-                # By a clock that is later than the question; the loop's is that of its turn.
+                # By a clock that is read after the request; the loop's is that of its turn.
                 now_s = time.monotonic()
                 self._loop.deadlines.start(question, self._keeper.longest_s, now_s)
                 return None
@@ -261,7 +263,7 @@ class SpliceDatapath(AdoptedPairs):
 
     def _answered(self, question: Question, answer: dict[str, Any] | None, _fds: list[int]) -> None:
         if answer is None:
-            # A keeper has died over it, and what it has done stands in the records.
+            # A keeper has died during the request: the records say how far it came.
             self._check_begun(question)
         else:
             if "late" in answer:
@@ -269,14 +271,16 @@ class SpliceDatapath(AdoptedPairs):
             self._end_question(question, answer)
 
     def _overdue(self, question: Question) -> None:
-        """The keeper has not answered: what has become of the pair stands in its record."""
-        self._keeper.receive()  # the answer may be here, if we are late ourselves
+        """The keeper has not answered: the pair's record says how far it came."""
+        self._keeper.receive()  # the answer may be here, if this worker is late itself
         if question in self._questions:
             self._keeper.give_up(question.asked)
             self._check_begun(question)
 
     def _check_begun(self, question: Question) -> None:
-        """Neither a keeper nor a program will begin the pair any more: has one done so?"""
+        """Neither a keeper nor a program will begin the pair any more: check whether one has done
+        so.
+        """
         pair = question.pair
         answer = self._read_begun(pair) if pair is not None else {"error": "none"}
         if answer is None:
@@ -301,7 +305,7 @@ class SpliceDatapath(AdoptedPairs):
             question.release(pair)
             reason = self._conclude(pair, answer)
             if pair.datapath is self:
-                self._check_record(pair)  # what the programs said meanwhile had no pair
+                self._check_record(pair)  # the programs' events meanwhile were for no pair
             elif pair.datapath is not None:
                 question.resume_copy(pair)
                 if reason is not PairReason.UNREAD_BYTES:
@@ -313,7 +317,7 @@ class SpliceDatapath(AdoptedPairs):
         question.then(pair, reason)
 
     def finish_questions(self) -> None:
-        """Wait until none is open: the worker is about to end, or to give its pairs away."""
+        """Wait until no request is open: the worker is about to end, or to hand its pairs over."""
         for lesson in list(self._lessons):
             self._end_lesson(lesson)
         while self._questions:
@@ -332,7 +336,9 @@ class SpliceDatapath(AdoptedPairs):
 
     @staticmethod
     def _acknowledge(pair: Pair) -> None:
-        """Have TCP send what it has put off: such an acknowledgement would never be sent."""
+        """Have TCP send a delayed acknowledgement now: once the pair is spliced, it would never be
+        sent.
+        """
         assert pair.server is not None
         for sock in (pair.client, pair.server):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)

@@ -1,4 +1,4 @@
-"""What the programs of splice have seen of how connections began (bpf/splice_handshakes.h)."""
+"""The handshakes that the programs of splice have seen lately (bpf/splice_handshakes.h)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MASK: Final = (1 << 64) - 1
 
 
 def make_handshakes() -> int:
-    """The map, which knows of none; its descriptor is the caller's to close.
+    """Create the map, empty; the caller closes its descriptor.
 
     Raises:
         OSError: the kernel refuses.
@@ -28,7 +28,7 @@ def make_handshakes() -> int:
         key_bytes=_SIZES.key_bytes,
         value_bytes=_SIZES.value_bytes,
         entries=_SIZES.entries,
-        flags=bpf.F_MMAPABLE,  # from a page's begin on: then a set is in one line of a cache
+        flags=bpf.F_MMAPABLE,  # page-aligned: so a set is in one cache line
         name="pf_handshakes",
     )
     secret = SpliceHandshakes()
@@ -43,7 +43,9 @@ def make_handshakes() -> int:
 
 
 def mark_of(key: bytes, secret: int, factor: int) -> int:
-    """What marks an entry of these addresses, 64 bits: as `mark_of` of bpf/splice_handshakes.h."""
+    """The mark of an entry with these addresses, 64 bits: as `handshake_mark` of
+    bpf/splice_handshakes.h.
+    """
     mark = secret
     for word in (*_WORDS.unpack(key), 0):
         mark = (mark ^ word) * factor & _MASK
@@ -52,17 +54,17 @@ def mark_of(key: bytes, secret: int, factor: int) -> int:
 
 
 def set_of(mark: int) -> int:
-    """The element of the map that may have such an entry."""
+    """The element of the map that may have an entry with this mark."""
     return 1 + (mark >> 32) % HANDSHAKE_SETS
 
 
 def is_handshakes(fd: int) -> bool:
-    """Whether a map, another version's perhaps, is one that we can read and our programs write."""
+    """Whether a map, perhaps of another version, has the layout of this version."""
     return bpf.map_sizes(fd) == _SIZES
 
 
 class Handshakes:
-    """The map, for reading; the descriptor stays the caller's."""
+    """The map, for reading; the caller keeps the descriptor."""
 
     def __init__(self, fd: int) -> None:
         """
@@ -74,10 +76,10 @@ class Handshakes:
         self._secret, self._factor = secret.latest[0].mark, secret.latest[1].mark
 
     def find(self, key: bytes) -> dict[int, int]:
-        """How the last connections began whose packets came from these addresses.
+        """The latest handshakes of connections whose packets have these addresses.
 
-        By the number of a SYN, or of that with which one was answered: the interface by which it
-        came. Anybody may have sent it in another's name: one connection's is that with its number.
+        Interface by ISN: the number of a SYN or SYN-ACK, and the interface by which it came. Any
+        host may have sent it in a peer's name: that of a connection is the one with its ISN.
         """
         mark = mark_of(key, self._secret, self._factor)
         found: dict[int, int] = {}

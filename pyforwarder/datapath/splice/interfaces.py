@@ -1,6 +1,6 @@
-"""The network interfaces: which of them splice's programs are on, and how large their packets are.
+"""The network interfaces: on which of them the programs of splice are, and their MTU.
 
-Programs are put on an interface in pairs, one for each side of it (see `datapath/attach/`).
+Programs are attached in pairs, one for each side of an interface (see `datapath/attach/`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 from pyforwarder.datapath.attach.base import SIDES, Attacher, InterfaceTakenError, Side
 
 LOOPBACK: Final = 1  # the index of `lo` in every network namespace
-# net/if_arp.h: what the programs take for granted is a header of Ethernet.
+# net/if_arp.h: the programs need an Ethernet header.
 _ARPHRD_ETHER: Final = 1
 _ARPHRD_LOOPBACK: Final = 772
 _SIOCGIFHWADDR: Final = 0x8927
@@ -29,26 +29,28 @@ _SIOCGIFMTU: Final = 0x8921
 
 @dataclass(slots=True)
 class Links:
-    """The programs at both sides of interfaces: they go when this is closed, unless it is pinned.
+    """The programs on both sides of interfaces: detached when this is closed, unless they are
+    pinned.
 
     The keeper adds interfaces as pairs need them.
     """
 
     ingress_fd: int
     egress_fd: int
-    directory: Path | None  # of pins
+    directory: Path | None  # of the pins
     attacher: Attacher
     is_pinned: bool = False  # by us
-    refusals: dict[int, str] = field(default_factory=dict)  # interface: why there is no place
+    # Interface -> why nothing could be attached.
+    refusals: dict[int, str] = field(default_factory=dict)
 
     def has(self, interface: int) -> bool:
-        """Whether both programs are there."""
+        """Whether both programs are on an interface."""
         return all(self.attacher.has(interface, side) for side in SIDES)
 
     def add(self, interface: int) -> bool:
-        """Put the programs on an interface; False if it is none for them.
+        """Attach the programs to an interface; False if they cannot be attached to it.
 
-        `refusals` says why if that is another program's doing.
+        `refusals` says why if another program prevents it.
 
         Raises:
             OSError: the kernel refuses.
@@ -65,21 +67,21 @@ class Links:
             self.refusals[interface] = error.reason
             return False
         except OSError as error:
-            if error.errno == errno.ENODEV:  # it went just now
+            if error.errno == errno.ENODEV:  # the interface has just gone
                 return False
             raise
         self.refusals.pop(interface, None)
         return True
 
     def take_off(self, interface: int) -> None:
-        """Take the programs away from an interface that is not for them any more. Never raises."""
+        """Detach the programs from an interface that no longer suits them. Never raises."""
         for side in SIDES:
             self.attacher.detach(interface, side)
 
     def verify(self) -> set[int]:
-        """Look whether the programs are still where they were; the interfaces that have lost one.
+        """Check that the programs are still attached; returns the interfaces that have lost one.
 
-        Another process may have taken them off, or another interface have got the number.
+        Another process may have detached them, or another interface may have got the number.
         """
         lost = set()
         for interface in self.attacher.interfaces():
@@ -90,7 +92,7 @@ class Links:
         return lost
 
     def put_back(self, interface: int) -> None:
-        """The same where an interface went and another has its number: no program is there.
+        """Attach again where an interface has gone and another one has its number.
 
         Raises:
             OSError: the kernel refuses.
@@ -103,7 +105,7 @@ class Links:
         return self.ingress_fd if side == "in" else self.egress_fd
 
     def pin(self) -> Collection[str]:
-        """Let them, and those that are added later, outlive us; the names of the pins.
+        """Pin these programs, and those that are added later; returns the names of the pins.
 
         Raises:
             OSError: bpffs refuses.
@@ -112,14 +114,14 @@ class Links:
         return self.attacher.keep()
 
     def close(self) -> None:
-        """Close the descriptors, those of the programs, too."""
+        """Close the descriptors, including those of the programs."""
         self.attacher.close()
         os.close(self.ingress_fd)
         os.close(self.egress_fd)
 
 
 def smallest_mtu() -> int:
-    """Of the interfaces but `lo` that have addresses; 0 if there are none."""
+    """The smallest MTU of the interfaces with addresses, other than `lo`; 0 if there are none."""
     sizes = [
         mtu_of(index)
         for index in with_addresses()
@@ -129,12 +131,12 @@ def smallest_mtu() -> int:
 
 
 def mtu_of(interface: int) -> int:
-    """What it carries in one packet, its header left out; 0: it is gone."""
+    """The MTU of an interface; 0: it is gone."""
     return _ioctl(_SIOCGIFMTU, interface)
 
 
 def with_addresses() -> list[int]:
-    """The interfaces that have one, and `lo`."""
+    """The interfaces with an address, and `lo`."""
     addresses = psutil.net_if_addrs()
     return [
         index
@@ -149,7 +151,7 @@ def _is_like_ethernet(interface: int) -> bool:
 
 
 def _ioctl(request: int, interface: int) -> int:
-    """What netdevice(7) says of an interface, as a number; 0 if it is gone."""
+    """A number that an ioctl of netdevice(7) returns for an interface; 0 if it is gone."""
     try:
         name = socket.if_indextoname(interface).encode()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -1,12 +1,12 @@
-"""Asking silent peers of spliced pairs whether they are there: the keeper's part.
+"""Keepalives to silent peers of spliced pairs: the keeper's part.
 
-A mute socket has no keepalives of its own, it would not get the answers. So the programs remember
-when each peer was heard last (`heard_s`), and the keeper asks in our socket's name: an empty packet
-with a number in front of what the peer expects (RFC 9293, 3.8.4), which any TCP answers. `egress`
-gives it its numbers. Keepalives of the two ends pass from one to the other; where they speak often
-enough nobody is asked.
+A mute socket sends no keepalives of its own, and would not receive the answers. So the programs
+record when the last packet of each peer came (`heard_s`), and the keeper probes in our socket's
+name: with an empty segment at an old sequence number (RFC 9293, 3.8.4), which any TCP answers.
+`egress` writes its numbers. Keepalives of the two ends pass from one to the other; where they are
+frequent enough, no peer is probed.
 
-A peer that answers nothing is given up, and the pair is reset, so that its other end knows.
+If a peer does not answer, the pair is reset, so that the other end learns of it.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ _IPV6_PKTINFO: Final = 50  # linux/in6.h
 
 
 class Keepalives:
-    """Of all pairs of one keeper."""
+    """The keepalives of all pairs of one keeper."""
 
     def __init__(self, memory: mmap.mmap, end: Callable[[int, ResetBy], None]) -> None:
-        """`memory` are the records; `end` has a pair reset."""
+        """`memory` has the records; `end` resets a pair."""
         self._memory = memory
         self._end = end
         self._due: list[tuple[float, int, int]] = []  # a heap: when, record, pair
-        # (record, direction) -> (when it was heard last, how often it was asked since).
+        # (record, direction) -> (`heard_s`, probes since then).
         self._asked: dict[tuple[int, Direction], tuple[int, int]] = {}
         self._raw = raw_sockets()
 
     def watch(self, indexes: Iterable[int]) -> None:
-        """From here on these records' peers are asked, if they are to be."""
+        """Start keepalives to the peers of these records, if they are configured."""
         for index in indexes:
             record = self._record(index)
             if record.keep_idle_s and self._raw:
-                # How often an earlier keeper has asked is not known.
+                # The number of probes by an earlier keeper is not known.
                 heapq.heappush(self._due, (time.monotonic() + 1.0, index, record.id))
 
     def run_due(self) -> None:
-        """Ask the peers that are due. Never raises."""
+        """Probe the peers that are due. Never raises."""
         now_s = time.monotonic()
         for _ in range(_PAIRS_AT_ONCE):
             if not self._due or self._due[0][0] > now_s:
@@ -74,13 +74,13 @@ class Keepalives:
                 heapq.heappush(self._due, (next_s, index, pair_id))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called."""
+        """Seconds until `run_due` is due."""
         if not self._due:
             return most_s
         return min(most_s, max(0.0, self._due[0][0] - time.monotonic()))
 
     def _check(self, index: int, pair_id: int, now_s: float) -> float | None:
-        """When to look at it again; None: no more."""
+        """When to check a pair again; None: it is gone."""
         record = self._record(index)
         if record.state != SpliceState.ACTIVE or record.id != pair_id or record.reset:
             for direction in Direction:
@@ -90,18 +90,19 @@ class Keepalives:
         for direction in Direction:
             way = record.way[direction]
             if way.tail_open:
-                continue  # our own socket still speaks to it, and gives it up if need be
-            # It was heard some time in that second.
+                continue  # our own socket still sends to it, and times out by itself
+            # The packet came at some time in that second.
             due_s: float = int(way.heard_s) + 1 + int(record.keep_idle_s)
             if now_s >= due_s:
                 heard_s, times = self._asked.get((index, direction), (way.heard_s, 0))
                 if heard_s != way.heard_s:
                     times = 0
-                # Counted, not reckoned: a host that has slept has not asked.
+                # Probes are counted, not computed from the time: a host that was suspended has sent
+                # none.
                 if times >= record.keep_count:
                     self._end(index, _GIVEN_UP[direction])
                     return None
-                # What could not be sent has asked nobody.
+                # A probe that could not be sent does not count.
                 times += self._ask(index, record, direction)
                 self._asked[index, direction] = way.heard_s, times
                 due_s = now_s + int(record.keep_interval_s)
@@ -109,27 +110,28 @@ class Keepalives:
         return next_s
 
     def ask(self, index: int, record: Splice, direction: Direction) -> bool:
-        """Ask a peer now, whether it is there; False if that cannot be sent."""
+        """Probe a peer now; False if the probe cannot be sent."""
         return record.family in self._raw and self._ask(index, record, direction)
 
     def _ask(self, index: int, record: Splice, direction: Direction) -> bool:
-        """Whether the question is under way."""
+        """Send a probe; returns whether it was sent."""
         at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
         at += SpliceDirection.answer.offset
         store32(self._memory, at, PROBE)
         try:
             self._send(record, direction)
         except OSError:
-            return False  # no route, which is for `ways.py`; or this host's firewall
+            return False  # no route, which `ways.py` handles; or this host's firewall
         finally:
-            # If it has not come as far as to the programs, nothing else may go in its place.
+            # If it has not reached the programs, no other packet may pass in its place.
             store32(self._memory, at, 0)
         return True
 
     def _send(self, record: Splice, direction: Direction) -> None:
         way, interface = record.way[direction], record.out[direction]
         own, peer = bytes(way.from_.target), bytes(way.from_.source)
-        # `egress` knows better numbers; these are our socket's own, as a firewall has seen them.
+        # `egress` writes the current numbers; these are our socket's own, as a firewall has seen
+        # them.
         options = struct.pack("!III", _TIMESTAMP, 0, way.recent) if way.recent else b""
         segment = struct.pack("=HH", way.from_.dport, way.from_.sport) + struct.pack(
             "!IIBBHHH",
@@ -168,7 +170,7 @@ class Keepalives:
 
 
 def raw_sockets() -> dict[int, socket.socket]:
-    """By family; none if we may not make them, or the host has none: then nobody is asked."""
+    """Raw sockets by family; empty without CAP_NET_RAW: then no peer is probed."""
     found = {}
     for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
         try:
@@ -183,7 +185,7 @@ def raw_sockets() -> dict[int, socket.socket]:
 
 
 def checksum(data: bytes) -> int:
-    """The Internet's, of an even number of bytes (RFC 1071)."""
+    """The Internet checksum of an even number of bytes (RFC 1071)."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)

@@ -1,18 +1,19 @@
-"""The process that begins and ends splices: its event loop, and the channels by which it is asked.
+"""The process that begins and ends splices: its event loop, and the channels for requests.
 
-That needs privileges (TCP_REPAIR, BPF_PROG_TEST_RUN) and must be quick, so it is neither the
-worker's nor the supervisor's: the keeper is a process of its own that does only this. A worker asks
-over its own socket; for a pair that is to begin it does not wait meanwhile. It is not trusted:
-addresses come from the sockets that it hands over, never from its words, and it reaches only
-splices it began. What each request does is in keeper_answers.py and the parts that it calls.
+That needs privileges (TCP_REPAIR, BPF_PROG_TEST_RUN) and must be quick, so it is done by neither
+the workers nor the supervisor: the keeper is a process of its own that does only this. A worker
+sends requests over its own socket, and does not wait for the answer to one that begins a pair. The
+keeper does not trust workers: it reads addresses from the sockets that they hand over, never from
+their messages, and a worker reaches only splices that it began. What each request does is in
+keeper_answers.py and the parts that it calls.
 
-All the keeper knows stands in the records, too. So one that died is replaced by one that reads
-them, and pairs whose worker or whole daemon died go on, and are given to the successor.
+Everything that the keeper knows is in the records, too. So a keeper that died is replaced by one
+that reads them, and pairs whose worker or whole daemon died continue, and go to the successor.
 
-Nobody waits long for a keeper that hangs: a request says until when it must have been read, and is
-not obeyed any more later on. No pair begins later than soon after that, as the program sees to that
-lets it begin (`control` in splice.c). So the records say then what has become of it, whether the
-keeper answers or not. The supervisor replaces such a keeper.
+No worker waits long for a keeper that hangs: a request has a time until which it must be read, and
+is not obeyed later. No pair begins later than soon after that time, which the program that lets it
+begin ensures (`control` in splice.c). So from then on the record says whether the pair has begun,
+with an answer of the keeper or without. The supervisor replaces a keeper that hangs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
     from pyforwarder.datapath.splice.pins import Found
 
-# It shows at least so often that it lives.
+# The pulse grows at least this often.
 PULSE_S: Final = 1.0
 PULSE: Final = struct.Struct("=I")
 
@@ -77,14 +78,13 @@ class Keeper:
         standby_addresses: Sequence[str] = (),
         express: Express | None = None,
     ) -> None:
-        """`socks[n]` are where worker n asks, and where those before it did, the oldest first.
+        """`socks[n]` are the channels of worker n and of its predecessors, oldest first.
 
-        By `renewals` come further ones. `found` is what goes on from an earlier daemon.
-
+        Further ones come by `renewals`. `found` are the pairs of an earlier daemon that continue.
         `pulse` is a number that grows as long as this works; `cookies` are those of every pair's
-        sockets, which another keeper goes on with. A worker that asks for what it may not is
-        written to `complaints_fd`, one byte for each time. By `standby_sock` pairs of other
-        machines are told of, which come here if these addresses do.
+        sockets, for the next keeper. If a worker sends a request that is not allowed, its number is
+        written to `complaints_fd`, one byte each time. Requests about pairs of other machines come
+        by `standby_sock`; such pairs come here if `standby_addresses` do.
         """
         self._poll = select.poll()
         self._channels = Channels(
@@ -140,17 +140,17 @@ class Keeper:
             is_away=self._standby.is_away,
             slots=maps.slots,
         )
-        # Of these some may have ended since they were found.
+        # Some of these may have ended since they were found.
         self._resume_pairs({one.index: one.record for one in found}, workers=maps.workers)
 
     def _resume_pairs(self, said_of: dict[int, bytes], *, workers: int) -> None:
-        """Go on with the pairs of the keeper before, as the records tell of them."""
+        """Continue the pairs of the previous keeper, from the records."""
         for index in sorted(self._pairs.found):
             record = self._pairs.record(index)
             if self._express is not None and self._express.owns(index, record):
-                continue  # no worker has been told of it yet
+                continue  # no worker was told of it yet
             if record.worker == HELD:
-                self._pairs.forget(index)  # we shall be told of it again
+                self._pairs.forget(index)  # it will be reported again
             elif record.state == SpliceState.RESET:
                 self._pairs.linger_reset(index)
             elif record.state != SpliceState.ACTIVE:
@@ -164,14 +164,14 @@ class Keeper:
                     self._express.adopted(index, worker, has_it=record.slot != NO_SLOT)
                 if index in said_of:
                     self._adoption.orphan(index, said_of[index])
-                elif record.slot == NO_SLOT:  # another keeper had not given it to anybody yet
+                elif record.slot == NO_SLOT:  # an earlier keeper had not given it to a worker yet
                     said = self._express.said(index) if self._express else b""
                     self._adoption.orphan(index, said)
                 self._standby.unsettled(index, record)
         self._keepalives.watch(self._pairs.owned())
 
     def serve(self) -> None:
-        """Answer until every worker's end is closed."""
+        """Serve until every worker's end is closed."""
         poll = self._poll
         poll.register(self._ways, select.POLLIN)
         if self._standby_sock is not None and self._standby.is_wanted:
@@ -214,13 +214,13 @@ class Keeper:
             PULSE.pack_into(self._pulse, 0, number + 1)
 
     def _answer(self, worker: int, mask: int) -> bool:
-        """Serve one request; False once the worker's end is gone for good."""
+        """Serve one request; False once the worker's end is closed for good."""
         sock = self._channels.sock(worker)
         try:
             data, fds, flags, _ = socket.recv_fds(sock, MOST_MESSAGE_BYTES, 4)
         except ConnectionResetError:
             # Its worker has died before it had read all answers. Its requests come next
-            # (__skb_try_recv_datagram says the error first, and once).
+            # (__skb_try_recv_datagram reports the error first, and once).
             return True
         except OSError:
             return False
@@ -235,7 +235,8 @@ class Keeper:
             answer: dict[str, object] = {"n": request["n"]}
             try:
                 sockets.extend(duplicate_socket(fd) for fd in fds)
-                # Asked now, as it was read before: a worker that finds it unread may give it up.
+                # Checked only now, after it was read: a worker may give a request up that it finds
+                # unread.
                 if time.monotonic() > request["until"]:
                     answer["late"] = True
                 else:
@@ -250,7 +251,7 @@ class Keeper:
             except OSError:
                 self._take_back(worker, request["do"], answer.get("index"))
         except Exception as error:
-            # Every error over a request is its sender's fault, and costs nobody else.
+            # Every error during a request is its sender's fault, and must not affect other workers.
             self._complain(worker, error)
         finally:
             for one in (*sockets, *given):
@@ -259,7 +260,7 @@ class Keeper:
         return True
 
     def _take_back(self, worker: int, do: str, index: object) -> None:
-        """A worker has not got its answer: what was in it is given when it asks again."""
+        """A worker did not get its answer: what was in it is given when it asks again."""
         if not isinstance(index, int):
             return
         if do == "adopt":
@@ -268,7 +269,7 @@ class Keeper:
             self._sessions.take_back(worker, index)
 
     def _answer_standby(self) -> bool:
-        """Serve the process that knows of other machines' pairs; False once it is gone."""
+        """Serve the process that reports other machines' pairs; False once it is gone."""
         sock = self._standby_sock
         assert sock is not None
         try:
@@ -292,16 +293,16 @@ class Keeper:
         return True
 
     def _complain(self, worker: int, error: Exception) -> None:
-        """Have the supervisor replace a worker that has asked for nonsense."""
+        """Have the supervisor replace a worker that has sent a request that is not allowed."""
         if not isinstance(error, FaultyRequestError):
             traceback.print_exc(file=sys.stderr)
-        # If there is no room, the supervisor has been told often enough.
+        # If the pipe is full, the supervisor has been told often enough.
         with contextlib.suppress(OSError):
             os.write(self._complaints_fd, bytes([worker]))
 
 
 class _StandbyOwner:
-    """What `Standby` may have the keeper do."""
+    """The parts of the keeper that `Standby` may use."""
 
     def __init__(self, pairs: KeeperPairs, adoption: Adoption) -> None:
         self._pairs = pairs
@@ -314,11 +315,11 @@ class _StandbyOwner:
         self.take_in = adoption.take_in
 
     def owns(self, index: int) -> bool:
-        """Whether a worker has it, or is to adopt it."""
+        """Whether a worker has the pair, or will adopt it."""
         return index in self._pairs.owners
 
     def release(self, index: int) -> None:
-        """It goes through another machine: nothing is said to its ends any more."""
+        """The pair goes through another machine: release it, without a packet to its ends."""
         forget_flows(self._pairs.flows, index, self._pairs.record(index))
         if self._adoption.is_orphan(index):
             self._pairs.forget(index)
@@ -327,12 +328,12 @@ class _StandbyOwner:
 
 
 class _ExpressOwner:
-    """What `ExpressKeeper` may have the keeper do."""
+    """The parts of the keeper that `ExpressKeeper` may use."""
 
     def __init__(self, adoption: Adoption, keepalives: Keepalives) -> None:
         self._keepalives = keepalives
         self.take_in = adoption.take_in
 
     def keep_alive(self, index: int) -> None:
-        """Its peers are asked from now on, if they are to be."""
+        """Start keepalives to the pair's peers, if they are configured."""
         self._keepalives.watch([index])

@@ -1,8 +1,9 @@
-"""Spliced pairs whose worker is gone, until another worker has them: the keeper's part.
+"""Spliced pairs whose worker is gone, until another worker has adopted them: the keeper's part.
 
-A pair's worker died, or its whole daemon did, or another machine had it, or express opened it. Such
-an orphan goes on in the kernel. It has an owner, the worker that is to adopt it, which asks for it
-and is given two sockets: new ones, or those that the worker of the daemon before has sent.
+A pair's worker has died, or its whole daemon has, or another machine had it, or express opened it.
+Such an orphan continues in the kernel. It has an owner, the worker that will adopt it: this worker
+asks for it and gets two sockets, either new ones, or those that a worker of the previous daemon has
+sent.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
     from pyforwarder.datapath.splice.ways import Ways
 
-# Two sockets of the same addresses cannot be. How long the old ones of a pair may be there that has
-# no worker (one of the daemon before closes them, or sends them), after what pause each is tried
-# again, the more seldom the more there are, and how many are tried for one request.
+# Two sockets cannot have the same addresses. How long the old ones of a pair without a worker may
+# exist (a worker of the previous daemon closes them, or sends them), after what pause each is tried
+# again, the more rarely the more there are, and how many are tried for one request.
 _IN_USE: Final = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 _IN_USE_S: Final = 60.0
 _TRY_AGAIN_S: Final = 0.5
@@ -39,7 +40,7 @@ _Sockets = tuple["socket.socket", "socket.socket"]
 
 
 class Adoption:
-    """Of one keeper."""
+    """The orphans of one keeper."""
 
     def __init__(
         self,
@@ -50,33 +51,37 @@ class Adoption:
         workers: int,
         sockets_of: Callable[[int], _Sockets | None],
     ) -> None:
-        """`table` is the pair table; `sockets_of` are those that were kept for a pair, if any."""
+        """`table` is the pair table; `sockets_of` gives the sockets that were kept for a pair, if
+        any.
+        """
         self._pairs = pairs
         self._table = table
         self._ways = ways
         self._workers = workers
         self._sockets_of = sockets_of
-        self.express: ExpressKeeper | None = None  # is told of its connections that go on
-        # Pairs without a worker: index -> what `show` said of them. Each has an owner, too: the
-        # worker that is to adopt it.
+        self.express: ExpressKeeper | None = None  # gets the adoptions of its connections
+        # Pairs without a worker: index -> what `show` printed for them. Each has an owner, too: the
+        # worker that will adopt it.
         self._orphans: dict[int, bytes] = {}
-        # The same of those that their owner was given and has no place for yet: if it dies before,
-        # they are its successor's.
+        # Likewise those that were given to their owner, which has not confirmed it: if it dies
+        # before, its successor gets them.
         self._given: dict[int, bytes] = {}
-        # Orphans whose old sockets are still there: when that was seen first, and last.
+        # Orphans whose old sockets still exist: when that was found first, and last.
         self._in_use: dict[int, tuple[float, float]] = {}
         pairs.when_forgotten.append(self._forgotten)
 
     def is_orphan(self, index: int) -> bool:
-        """Whether it waits for a worker that adopts it."""
+        """Whether a pair waits for a worker to adopt it."""
         return index in self._orphans
 
     def orphan(self, index: int, said: bytes) -> None:
-        """A pair that has an owner waits until that adopts it; `said` is what `show` said of it."""
+        """A pair waits for its owner to adopt it; `said` is what `show` printed for it."""
         self._orphans[index] = said
 
     def take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
-        """It was another machine's, and is a worker's from now on, which is to adopt it."""
+        """Give a pair of another machine, or of express, to a worker, which will adopt it; returns
+        which one.
+        """
         if worker is None:
             worker = index % self._workers
         self._pairs.store(index, WORKER_AT, worker)
@@ -85,13 +90,13 @@ class Adoption:
         return worker
 
     def worker_died(self, worker: int) -> None:
-        """A worker died: its spliced pairs go on, and are its successor's."""
+        """A worker has died: its spliced pairs continue, and go to its successor."""
         for index in self._pairs.of(worker):
             record = self._pairs.record(index)
             if record.state == SpliceState.ACTIVE:
                 at = record.slot * PAIR_BYTES
                 said = self._table[at : at + PAIR_BYTES] if record.slot != NO_SLOT else b""
-                # It has no slot, and was not given yet: it is as it was.
+                # Not adopted yet: it has no slot, and is as it was.
                 said = self._orphans.get(index, said)
                 self._orphans[index] = self._given.pop(index, said)
                 self._pairs.store(index, SLOT_AT, NO_SLOT)
@@ -101,10 +106,10 @@ class Adoption:
                 self._pairs.forget(index)
 
     def adopt(self, worker: int, given: list[socket.socket]) -> dict[str, object]:
-        """One pair that has no worker, with two new sockets; {} if there is none left.
+        """Give a worker one pair that waits for it, with two new sockets; {} if none is left.
 
-        `later`: some are left whose old sockets are still there, with a worker that hands them
-        over, or ends. `more`: there may be others that can be had now.
+        `later`: there are pairs whose old sockets still exist, in a worker that will send or close
+        them. `more`: other pairs may be available now.
         """
         now_s = time.monotonic()
         for _ in range(_TRIED_AT_ONCE):
@@ -125,10 +130,10 @@ class Adoption:
                 given.clear()
                 first_s, _ = self._in_use.get(index, (now_s, now_s))
                 if error.errno in _IN_USE and now_s - first_s < scaled_s(_IN_USE_S):
-                    self._orphans[index] = said  # behind all others
+                    self._orphans[index] = said  # at the end of the queue
                     self._in_use[index] = first_s, now_s
                 else:
-                    # Nobody could end it any more: it ends now, by the kernel's RST.
+                    # No worker could end it any more: it ends now, by the kernel's RST.
                     self._pairs.forget(index)
                 continue
             self._in_use.pop(index, None)
@@ -137,7 +142,7 @@ class Adoption:
         return {"more": True}
 
     def _is_due(self, index: int, worker: int, now_s: float) -> bool:
-        """Whether it is the worker's, and has not been tried a moment ago."""
+        """Whether a pair is the worker's, and was not tried a moment ago."""
         if self._pairs.owners.get(index) != worker:
             return False
         tried = self._in_use.get(index)
@@ -145,14 +150,15 @@ class Adoption:
         return tried is None or now_s - tried[1] >= pause_s
 
     def take_back(self, index: int) -> None:
-        """A worker has not got what it was to be given: it is given when it asks again."""
+        """A worker did not get a pair that was sent to it: the pair is given when it asks again."""
         if index in self._given:
             self._orphans[index] = self._given.pop(index)
 
     def adopted(self, index: int) -> None:
-        """The pair's worker has it, and is not given it again.
+        """The pair's worker has adopted it, and does not get it again.
 
-        A pair that an earlier keeper gave away is an orphan to this one until the worker says so.
+        A pair that an earlier keeper has given away is an orphan to this keeper until the worker
+        says so.
         """
         self._given.pop(index, None)
         self._orphans.pop(index, None)
@@ -163,11 +169,11 @@ class Adoption:
     def take_over(
         self, worker: int, index: int, sockets: Sequence[socket.socket]
     ) -> dict[str, object]:
-        """The same of one whose sockets its worker has, from the daemon before.
+        """The same for a pair whose sockets its worker has got from the previous daemon.
 
-        {}: it is not the worker's, or these are not its sockets.
+        {}: the pair is not the worker's, or these are not its sockets.
         """
-        # A worker that has not got the answer asks again.
+        # A worker that did not get the answer asks again.
         is_due = index in self._orphans or index in self._given
         if not is_due or self._pairs.owners[index] != worker:
             return {}
@@ -178,7 +184,7 @@ class Adoption:
             for was, now in zip(record.way, seen.way, strict=True)
         )
         if not are_its or not all(map(splice_sockets.is_of_our_network, sockets)):
-            # Not this worker's fault: it hands on what a worker of the daemon before has sent.
+            # Not this worker's fault: it passes on what a worker of the previous daemon has sent.
             return {}
         self._in_use.pop(index, None)
         said = self._given[index] = self._orphans.pop(index, b"") or self._given.get(index, b"")

@@ -1,7 +1,7 @@
 """What the keeper does for each request of a worker, and what it answers.
 
-A request has passed the table of what may be asked (keeper_requests.py). What a worker may do with
-a pair of its own is checked here: that it is its own, and that sockets are the pair's.
+A request has been checked against the table of allowed requests (keeper_requests.py). Here it is
+checked that a pair is the worker's own, and that sockets are the pair's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Answers:
-    """Of one keeper."""
+    """The answers of one keeper."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class Answers:
         sockets: Sequence[socket.socket],
         given: list[socket.socket],
     ) -> dict[str, object]:
-        """Do what a worker asks; what is appended to `given` goes to it.
+        """Handle a worker's request; sockets that are appended to `given` are sent to it.
 
         Raises:
-            FaultyRequestError: no worker of ours asks for that.
-            ValueError: the pair is not its own, or has ended meanwhile.
+            FaultyRequestError: no worker of this version sends such a request.
+            ValueError: the pair is not the worker's, or has ended meanwhile.
             OSError: a step failed.
         """
         if self._sessions.knows(request["do"]):
@@ -100,15 +100,16 @@ class Answers:
     def _answer_of_pair(
         self, worker: int, request: dict[str, Any], sockets: Sequence[socket.socket]
     ) -> dict[str, object]:
-        """The same of requests about a pair that the worker has."""
+        """The same for requests about a pair that the worker has."""
         index = request["index"]
         if self._pairs.owners.get(index) != worker:
-            raise ValueError("not yours")  # or no more: it was reset meanwhile
+            raise ValueError("not yours")  # or no longer: it was reset meanwhile
         record = self._pairs.record(index)
         if record.id != request["id"]:
             raise ValueError("not yours")
         if sockets and not self._pairs.are_joined(index, sockets):
-            # Mute sockets can do what others cannot (TCP_REPAIR): only those that were joined.
+            # Mute sockets have abilities that others lack (TCP_REPAIR): only sockets that were
+            # joined may become mute.
             raise FaultyRequestError("sockets that are not the pair's")
         match request["do"]:
             case "adopted":
@@ -137,7 +138,7 @@ class Answers:
             raise FaultyRequestError("a slot of another worker's")
 
     def _report_narrow_interface(self, index: int, record: Splice) -> None:
-        """Have the peers know whose packets our own interfaces do not take any more."""
+        """Send an ICMP error to peers whose packets are longer than our interface's MTU."""
         for direction in Direction:
             way = record.way[direction]
             if way.narrow_mtu:
@@ -146,17 +147,17 @@ class Answers:
                 splice_sockets.send_too_long(way, record.family)
 
     def _leave(self, index: int, sockets: Sequence[socket.socket]) -> None:
-        """It has ended: both ends were said, and only what is sent again may still come."""
+        """The pair has ended: both FINs are acknowledged, and only retransmissions may come."""
         for sock in sockets:
             splice_sockets.mute(sock)
         del self._pairs.owners[index]
         self._adoption.adopted(index)
-        # The pair's record may be another's now: nothing is counted in it any more.
+        # The slot may belong to another pair now: without the id nothing is counted in it any more.
         store64(self._pairs.memory, index * SPLICE_BYTES + ID_AT, 0)
         self._pairs.linger(index)
 
     def _reset(self, index: int, sockets: Sequence[socket.socket]) -> None:
-        """The programs forward nothing of it any more; closing its sockets resets its ends."""
+        """The programs forward no more of the pair; closing its sockets resets its ends."""
         set_state(self._pairs.memory, index, SpliceState.RESET)
         for sock in sockets:
             splice_sockets.unmute(sock)

@@ -1,31 +1,30 @@
-"""A worker's talk with the keeper of spliced pairs: requests go out, and the loop waits for none.
+"""A worker's requests to the keeper of spliced pairs: they are sent, and the loop waits for none.
 
-The keeper reads what a worker asks in the order in which that was sent, and answers in this order.
-So does the one in its place if it dies: its queue outlives it. So an answer tells of all requests
-before it, too: those that have none will never have one. A keeper has died over them; what it
-did of them is not known, but no keeper will do it any more. They are *lost*. Whether the
-last one is lost, is found out by one more request, which asks for nothing (`here`): when all was
-read a second ago.
+The keeper reads requests in the order in which they were sent, and answers in this order. So does
+its successor if it dies: the queue outlives it. So an answer also tells something about all earlier
+requests: those without an answer will never get one. A keeper has died over them; how far it came
+is not known, but no keeper will handle them any more. They are *lost*. To find out whether the last
+request is lost, one more is sent that does nothing (`here`), once everything was read a second ago.
 
-So each request has one end: answered, or lost. While a keeper hangs neither is known, for as
-long as it takes until there is another. What its requests do meanwhile, and when they are lost:
+So each request ends in one of two ways: answered, or lost. While a keeper hangs, neither is known
+until there is another keeper. What happens meanwhile, and when they are lost:
 
-    join             the pair stands still, a second at most; then its record says if it has begun
+    join             the pair is paused, a second at most; then its record says if it has begun
     open_session     the session is copied; if it is lost, its record says if it has begun
     leave, reset     their sockets stay open, here or in the keeper's queue; lost: abort. Where too
-                     many such wait the pair itself does, with its sockets, and is told in its turn
-    abort            asked again if it is lost; it names the pair, so it cannot end another
-    mute             the pair goes on, and needs this worker as long; asked again later
-    learn            connections like this one are made as before
-    narrow           the pair goes on; the next packet that is too long asks again
-    adopted          the pair goes on, and is shown as it was; asked again if it is lost
-    close_sessions   their places are used meanwhile; asked again if it is lost
-    session_adopted  the session goes on; asked again if it is lost
+                     many such wait, the pair itself waits, with its sockets, and is reported later
+    abort            sent again if it is lost; it names the pair, so it cannot end another
+    mute             the pair continues, and needs this worker until then; sent again later
+    learn            connections like this one are opened as before
+    narrow           the pair continues; the next too long packet requests it again
+    adopted          the pair continues, and is shown as it was; sent again if it is lost
+    close_sessions   their places stay in use meanwhile; sent again if it is lost
+    session_adopted  the session continues; sent again if it is lost
     adopt, take_over, adopt_session
-                     the pair goes on without us; asked again if it is lost
+                     the pair continues without this worker; sent again if it is lost
 
-What can be sent no more for now, as the keeper has much to read, waits here, in order. Only `join`,
-`open_session` and `mute` do not: they are asked for again later, anyway.
+Requests that cannot be sent, as the keeper has many to read, wait here, in order. Only `join`,
+`open_session` and `mute` do not: they are sent again later anyway.
 """
 
 from __future__ import annotations
@@ -51,25 +50,26 @@ from pyforwarder.datapath.splice.keeper_client import (
 )
 from pyforwarder.runtime.loop import EPOLLIN, Loop
 
-# The answer, or None: it is lost. And the descriptors that came with it: those that are taken out
-# of the list are the callee's, the others are closed.
+# The answer, or None: the request is lost. And the descriptors that came with it: those that are
+# removed from the list belong to the callee, the others are closed.
 Answered = Callable[[dict[str, Any] | None, list[int]], None]
 
-# Requests that are sent and not answered. Their answers fit the queue back to us.
+# Requests that are sent and not answered. Their answers fit into the queue to this worker.
 MOST_UNDER_WAY: Final = 64
-# So many more where something stands still meanwhile, or is asked again if there is no room.
+# So many more for requests during which something is paused, or which are sent again if there is no
+# room.
 _MOST_URGENT: Final = 16
-# Requests with two sockets that wait here, with descriptors of their own (worker/room.py counts
-# with them). Those without sockets are as many as there are places.
+# Requests with two sockets that wait here, with duplicated descriptors (worker/process.py reserves
+# them). Requests without sockets are at most as many as there are pairs.
 MOST_HELD: Final = 32
-# They are of no use later.
+# Requests that are of no use later.
 _HASTY: Final = frozenset({"join", "learn", "open_session"})
-# Answers in one turn of the loop: what follows from one may take a millisecond.
+# Answers in one turn of the loop: handling one may take a millisecond.
 _MOST_IN_A_TURN: Final = 8
-_ALWAYS_S: Final = 1e12  # a moment that never comes
-# The programs read another clock than we do (ktime_get_mono_fast_ns): both are as late by then.
+_ALWAYS_S: Final = 1e12  # later than any time
+# The programs read another clock (ktime_get_mono_fast_ns): after so long both are past a moment.
 _MARGIN_S: Final = 0.01
-# When a request without an answer is asked about, and when it is tried to send what waits.
+# How often a request without an answer is checked, and waiting requests are tried again.
 _POLL_S: Final = 1.0
 _AGAIN_S: Final = 0.05
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
@@ -77,11 +77,11 @@ _PASSING: Final = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS
 
 
 def _nothing(_answer: dict[str, Any] | None, _fds: list[int]) -> None:
-    """Nobody wants to know."""
+    """Ignore the answer."""
 
 
 class Asked:
-    """A request that is under way."""
+    """A request that was sent and not answered."""
 
     __slots__ = ("sent_s", "then")
 
@@ -106,40 +106,40 @@ class KeeperAsker:
     """One worker's requests to the keeper."""
 
     def __init__(self, loop: Loop, sock: socket.socket, *, is_patient: bool = False) -> None:
-        """`sock` stays the caller's; nobody else reads from it.
+        """The caller keeps `sock`, and does not read from it.
 
-        `is_patient`: what is of no use later need not be read at once, either.
+        `is_patient`: requests that are of no use later need not be read at once, either.
         """
         self._loop = loop
         self._sock = sock
         self._is_patient = is_patient
         self._under_way: dict[int, Asked] = {}  # by number, in the order in which they were sent
         self._waiting: deque[_Waiting] = deque()
-        self._held = 0  # of these: with descriptors
+        self._held = 0  # of these, those with descriptors
         self._received = 0  # answers
-        self._is_silent = False  # it has not answered what it was asked to do at once
+        self._is_silent = False  # the keeper has not answered an urgent request in time
         self._polls = False  # a timer is set
         # Called when there is room for descriptors.
         self._for_room: Callable[[], bool] | None = None
-        self.lacks_room = False  # for what was told last
+        self.lacks_room = False  # for the last request
         self.is_over = False  # no keeper will ever answer
-        self._listens = False  # only as long as an answer is due
+        self._listens = False  # the socket is watched only while an answer is due
         loop.watch(sock.fileno(), 0, self._readable, None)
 
     @property
     def longest_s(self) -> float:
-        """So long after `ask_now` no pair begins any more."""
+        """After so long from `ask_now` no pair begins any more."""
         return begins_until_s(read_timeout_s(is_patient=self._is_patient)) + _MARGIN_S
 
     @property
     def unsettled(self) -> int:
-        """How many requests have been neither answered nor lost."""
+        """How many requests were neither answered nor lost."""
         return len(self._under_way) + len(self._waiting)
 
     def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
         """Send a request at once; the caller sets its `then`. None: no keeper would read it.
 
-        It may pass those that wait. The descriptors may be closed afterwards.
+        It may overtake requests that wait. The caller may close the descriptors afterwards.
         """
         if self.is_over or len(self._under_way) >= MOST_UNDER_WAY + _MOST_URGENT:
             return None
@@ -151,18 +151,18 @@ class KeeperAsker:
             return None
 
     def give_up(self, asked: Asked) -> None:
-        """The request has not been answered in time; its answer is not needed any more."""
+        """The request was not answered in time; its answer is not needed any more."""
         asked.then = _nothing
         self._is_silent = True
 
     def ask(
         self, do: str, then: Answered = _nothing, fds: Sequence[int] = (), **fields: object
     ) -> bool:
-        """Send a request when there is room for it, behind all that was told before.
+        """Send a request when there is room for it, after all earlier ones.
 
-        The descriptors may be closed afterwards. False: nothing is sent. It has descriptors, and
-        too many such wait already (`lacks_room`: see `when_there_is_room`); or nobody will ever
-        answer, or it cannot be sent.
+        The caller may close the descriptors afterwards. False: nothing is sent, because it has
+        descriptors and too many such requests wait already (`lacks_room`: see
+        `when_there_is_room`), or no keeper will ever answer, or it cannot be sent.
         """
         self.lacks_room = False
         if self.is_over:
@@ -192,15 +192,16 @@ class KeeperAsker:
         return True
 
     def when_there_is_room(self, action: Callable[[], bool]) -> None:
-        """Call `action` whenever more may be told with descriptors than before, while it says so.
+        """Call `action` whenever there is more room for requests with descriptors, as long as it
+        returns True.
 
-        Or when no keeper will ever answer any more.
+        Also when no keeper will ever answer any more.
         """
         self._for_room = action
         self._poll_later()
 
     def receive(self) -> None:
-        """Deal with some of the answers that have come, and send what has waited for them."""
+        """Handle some of the answers that have come, and send requests that wait for room."""
         try:
             for _ in range(_MOST_IN_A_TURN):
                 if self.is_over:
@@ -217,9 +218,9 @@ class KeeperAsker:
         self._listen()
 
     def wait_until(self, done: Callable[[], bool], wait_s: float) -> bool:
-        """Serve nothing but this until `done`, but not for longer; whether it is.
+        """Handle answers until `done` returns True, for `wait_s` at most; returns whether it did.
 
-        For a worker that has nothing else to do yet, or any more.
+        For a worker that has no other work yet, or any more.
         """
         until_s = time.monotonic() + wait_s
         poll = select.poll()
@@ -234,11 +235,15 @@ class KeeperAsker:
         return True
 
     def finish(self, wait_s: float) -> bool:
-        """Wait until every request has been answered or lost, but not for longer; whether so."""
+        """Wait until every request is answered or lost, for `wait_s` at most; returns whether all
+        are.
+        """
         return self.wait_until(lambda: not self.unsettled, wait_s)
 
     def finish_while_heard(self, pause_s: float, most_s: float) -> bool:
-        """The same as long as answers come without such a pause; also for room to send."""
+        """The same, as long as no pause between answers is longer than `pause_s`; also for room to
+        send.
+        """
         until_s = time.monotonic() + most_s
 
         def is_done() -> bool:
@@ -255,7 +260,7 @@ class KeeperAsker:
         return True
 
     def close(self) -> None:
-        """Give up what waits, and receive nothing any more; the loop is not run again."""
+        """Give up waiting requests, and receive no more answers; the loop does not run again."""
         self.is_over = True
         self._for_room = None
         self._under_way.clear()
@@ -311,7 +316,7 @@ class KeeperAsker:
     def _settle(self, answer: dict[str, Any], fds: list[int]) -> None:
         number = answer.get("n")
         if number not in self._under_way:
-            _close(fds)  # to what a worker had asked that is dead by now
+            _close(fds)  # an answer to a request of a worker that is dead by now
             return
         self._is_silent = "late" in answer
         self._received += 1
@@ -346,7 +351,7 @@ class KeeperAsker:
         action = self._for_room
         if action is None:
             return
-        self._for_room = None  # it may be set anew meanwhile
+        self._for_room = None  # `action` may set it again
         wants_more = False
         try:
             wants_more = action()
@@ -363,7 +368,7 @@ class KeeperAsker:
             self._loop.after(_POLL_S if self._under_way else _AGAIN_S, self._poll)
 
     def _poll(self) -> None:
-        """Try to send what waits; and find out if the last request is lost."""
+        """Try to send waiting requests, and find out if the last request is lost."""
         self._polls = False
         if self.is_over:
             return
@@ -373,7 +378,7 @@ class KeeperAsker:
         self._poll_later()
 
     def _ask_if_lost(self) -> None:
-        # As long as anything is to be read, the answer to that will tell.
+        # As long as something is unread, the answer to that will tell.
         if self._under_way and not is_unread(self._sock):
             newest = next(reversed(self._under_way.values()))
             if time.monotonic() - newest.sent_s >= _POLL_S:

@@ -1,7 +1,7 @@
-"""Where workers ask the keeper: of each worker one channel, and behind it those of its successors.
+"""The channels of workers to the keeper: one of each worker, followed by those of its successors.
 
-A successor is read from once all is read that those before it have asked. So a request that was
-under way as its worker died is obeyed before the successor is told of what that worker had.
+A successor's channel is read once all requests of its predecessors are read. So a request that was
+under way when its worker died is handled before the successor is given that worker's pairs.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Final
 
 from pyforwarder.datapath.splice import sockets as splice_sockets
 
-RENEWAL: Final = struct.Struct("=I")  # of which worker
+RENEWAL: Final = struct.Struct("=I")  # number of the worker
 
 
 class Channels:
-    """Of all workers; the sockets are this one's to close."""
+    """The channels of all workers, which this object closes."""
 
     def __init__(
         self,
@@ -28,40 +28,39 @@ class Channels:
         renewals: socket.socket,
         also: Callable[[int, socket.socket], object] | None = None,
     ) -> None:
-        """`socks[n]` are worker n's, the oldest first; by `renewals` come further ones.
+        """`socks[n]` are worker n's, oldest first; further ones come by `renewals`.
 
-        `also` gets the worker and another socket that comes with each of these.
-
-        Those that are to be read are registered with `poll`.
+        `also` is called with the worker and another socket, which comes with each of these. The
+        channels that are read now are registered with `poll`.
         """
         self._poll = poll
         self._socks = [deque(ends) for ends in socks]
         self._renewals = renewals
         self._also = also
-        self._may_renew = True  # the supervisor may say that there is another
+        self._may_renew = True  # the supervisor may send another
         self._workers: dict[int, int] = {}  # descriptor of a channel that is read -> worker
         poll.register(renewals, select.POLLIN)
         self._read_first_ones()
 
     @property
     def is_over(self) -> bool:
-        """Whether no worker can ask any more."""
+        """Whether no worker can send requests any more."""
         return not self._workers
 
     def worker_of(self, fd: int) -> int | None:
-        """Whose channel that is; None: it is none."""
+        """The worker of a channel; None: it is no channel."""
         return self._workers.get(fd)
 
     def is_renewals(self, fd: int) -> bool:
-        """Whether further channels come by that descriptor."""
+        """Whether further channels come by this descriptor."""
         return fd == self._renewals.fileno()
 
     def sock(self, worker: int) -> socket.socket:
-        """The channel that is read now."""
+        """The channel of a worker that is read now."""
         return self._socks[worker][0]
 
     def renew(self) -> None:
-        """Take what has come by `renewals`."""
+        """Receive the channels that have come by `renewals`."""
         while self._may_renew:
             try:
                 data, fds, _, _ = socket.recv_fds(self._renewals, RENEWAL.size, 2)
@@ -75,7 +74,7 @@ class Channels:
             if len(socks) < 1 + (self._also is not None):
                 for one in socks:
                     one.close()
-                continue  # no descriptor was left: the worker's death is told again
+                continue  # no descriptor was left: the worker's death is reported again
             (worker,) = RENEWAL.unpack(data)
             sock = socks[0]
             if self._also is not None:
@@ -84,16 +83,16 @@ class Channels:
                 one.close()
             known = map(splice_sockets.cookie, self._socks[worker])
             if splice_sockets.cookie(sock) in known:
-                sock.close()  # said to the keeper before, and we were begun with it
+                sock.close()  # sent to the previous keeper, and this one was started with it
             else:
                 self._socks[worker].append(sock)
         self._read_first_ones()
 
     def ended(self, fd: int) -> bool:
-        """Nothing more comes by that channel: go on with the next one; False: there is none.
+        """A channel has ended: read the next one; False: there is none.
 
-        A worker that has died has left another one, which was said before its own was closed. One
-        that closes its channel by itself has not.
+        For a worker that has died there is another one, which was sent before the old one was
+        closed. For one that closes its channel itself there is none.
         """
         worker = self._workers.pop(fd)
         self._poll.unregister(fd)
@@ -102,7 +101,7 @@ class Channels:
         return bool(self._socks[worker])
 
     def _read_first_ones(self) -> None:
-        """Also of a worker that had none any more: another has come."""
+        """Also for a worker that had no channel left, and has got another one."""
         for worker, socks in enumerate(self._socks):
             if socks and socks[0].fileno() not in self._workers:
                 self._poll.register(socks[0], select.POLLIN)

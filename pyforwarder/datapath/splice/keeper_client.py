@@ -1,7 +1,7 @@
-"""Asks the keeper of spliced pairs (keeper.py), and waits for its answer.
+"""Requests to the keeper of spliced pairs (keeper.py) that wait for the answer.
 
-For the supervisor, which asks in the name of a worker that has died, and for the process that tells
-of other machines' pairs. A worker does not wait: keeper_asker.py.
+For the supervisor, which sends them in the name of a worker that has died, and for the process that
+reports other machines' pairs. Workers do not wait: keeper_asker.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, Final
 from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.slowness import scaled_s
 
-# Within that a request must have been read; a request that was read in time is done soon.
+# A request must be read within this time; one that was read in time is handled soon.
 _READ_TIMEOUT_S: Final = 0.25
 _ANSWER_TIMEOUT_S: Final = 2.0
-# And so long after that moment no pair begins any more.
+# So long after that no pair begins any more.
 _BEGIN_TIMEOUT_S: Final = 0.75
-# And within that where nobody else waits for it, in the self-test: that a host is busy is no reason
-# to go without spliced pairs.
+# The time to read it in the self-test, during which nothing else waits: a busy host is no reason to
+# do without splice.
 _PATIENT_TIMEOUT_S: Final = 5.0
 MOST_MESSAGE_BYTES: Final = 8192
 
-_numbers: Final = itertools.count()  # of what this process has asked
+_numbers: Final = itertools.count()  # of this process's requests
 
 
 class KeeperError(DatapathError):
@@ -38,7 +38,7 @@ class KeeperError(DatapathError):
 
 
 def read_timeout_s(*, is_patient: bool) -> float:
-    """Within that a request must have been read whose caller waits."""
+    """How long a request may stay unread whose caller waits."""
     return scaled_s(_PATIENT_TIMEOUT_S if is_patient else _READ_TIMEOUT_S)
 
 
@@ -48,12 +48,12 @@ def begins_until_s(until_s: float) -> float:
 
 
 def next_number() -> int:
-    """Of a request: no other has it that was sent over the same socket, by any process."""
+    """A number for a request, unique among all that are sent over one socket, by any process."""
     return os.getpid() << 32 | next(_numbers)
 
 
 def read_answer(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next one, and the descriptors that came with it, which are the caller's.
+    """The next answer, and the descriptors that came with it; the caller closes them.
 
     Raises:
         BrokenPipeError: there will never be another.
@@ -68,15 +68,15 @@ def read_answer(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def is_unread(sock: socket.socket) -> bool:
-    """Whether anything that was sent is still in the other end's queue."""
+    """Whether a message is still in the other end's receive queue."""
     return any(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
 
 
 class KeeperClient:
-    """Asks one thing, and waits for its answer.
+    """Sends one request at a time, and waits for its answer.
 
-    While the keeper has not even read what it was asked last, it is not asked again, and nobody
-    waits.
+    While the keeper has not even read the last request, no other is sent, and the caller does not
+    wait.
     """
 
     def __init__(self, sock: socket.socket, *, is_patient: bool = False) -> None:
@@ -86,7 +86,7 @@ class KeeperClient:
         self._is_silent = False
 
     def ask(self, do: str, fds: Sequence[int] = (), **fields: object) -> dict[str, Any]:
-        """The keeper's answer.
+        """Send a request; returns the keeper's answer.
 
         Raises:
             KeeperError: there was none.
@@ -99,7 +99,7 @@ class KeeperClient:
     def ask_for_sockets(
         self, do: str, fds: Sequence[int] = (), **fields: object
     ) -> tuple[dict[str, Any], list[int]]:
-        """The same, and the descriptors that came with it, which are the caller's."""
+        """The same, and the descriptors that came with the answer; the caller closes them."""
         try:
             if not (self._is_silent and is_unread(self._sock)):
                 answer, given = self._ask(do, fds, fields)
@@ -113,8 +113,9 @@ class KeeperClient:
     def _ask(
         self, do: str, fds: Sequence[int], fields: dict[str, object]
     ) -> tuple[dict[str, Any], list[int]]:
-        """The answer; {"late": ...} if the request has not been and will not be obeyed."""
-        # What was given up, or asked by another worker, dead by now, may still be answered.
+        """The answer; {"late": ...} if the request was not handled, and will not be."""
+        # Earlier requests that were given up, or were sent by a worker that is dead by now, may
+        # still be answered.
         number = next_number()
         timeout_s = read_timeout_s(is_patient=self._is_patient)
         request = {"do": do, "n": number, "until": time.monotonic() + timeout_s, **fields}

@@ -1,7 +1,7 @@
 """A pair begins to be spliced, and its sockets become mute: the keeper's part.
 
-The addresses come from the sockets, the packets' ways from the kernel. Nothing of a pair that could
-not begin is left: neither marks at its sockets nor a record.
+Addresses come from the sockets, interfaces from the kernel. If a pair cannot begin, nothing of it
+is left: neither marks on its sockets nor a record.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
-# How often a pair is looked at whose handshake seems to be another's.
+# How often a pair is read again whose ISN does not match the recorded handshake.
 _LOOKS: Final = 4
-# What the program `control` reads: the pair, and until when it may begin.
+# The packet that the program `control` reads: the pair, and until when it may begin.
 _BEGINNING: Final = struct.Struct("=14xIIQ34x")
 _NEVER_NS: Final = 1 << 63  # some centuries after the start of the host
 _CLOCKS_AT: Final = Splice.client_clock.offset
 
 
 class Joining:
-    """Of one keeper."""
+    """Joining, for one keeper."""
 
     def __init__(self, maps: SpliceMaps, pairs: KeeperPairs, keepalives: Keepalives) -> None:
         self._maps = maps
@@ -50,21 +50,21 @@ class Joining:
     ) -> dict[str, object]:
         """Splice a worker's pair of sockets; the answer says whether it has begun, or why not.
 
-        `busy`: not now, the kernel's sockets have to do something first; `refused`: never.
+        `busy`: not now, the kernel's sockets have something to finish first; `refused`: never.
 
         Raises:
-            OSError: a step failed. The pair has not begun, but for a fault behind the switch.
+            OSError: a step failed. The pair has not begun, unless the step came after `control`.
         """
         try:
             ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
         except OSError:
-            # A peer's reset is on its way to the worker.
+            # A peer has reset it; the worker will learn of that.
             return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
         obstacle = splice_sockets.obstacle(*ends)
         if obstacle is not None:
             return {"refused": int(obstacle)}
         if not all(map(splice_sockets.is_of_our_network, (client, server))):
-            # In a network of its own a worker could give its sockets any addresses.
+            # In a network namespace of its own a worker could give its sockets any addresses.
             return {"refused": int(PairReason.NOT_ELIGIBLE)}
         index = self._pairs.allocate()
         if index < 0:
@@ -83,8 +83,8 @@ class Joining:
             if obstacle is not None:
                 self._pairs.give_back(index)
                 return {"refused": int(obstacle)}
-            # Before the look at the peers: of two forwarders that join at the same moment, one
-            # behind the other, at least one sees the other's mark.
+            # Before the peers are checked: of two forwarders, one behind the other, that join at
+            # the same moment at least one sees the other's mark.
             for sock in (client, server):
                 splice_sockets.mark(sock)
             for direction in Direction:
@@ -115,13 +115,13 @@ class Joining:
         self._keepalives.watch([index])
         unread = [way.unread for way in self._pairs.record(index).way]
         mute = False
-        # It has begun, also if that fails: it is asked for again.
+        # It has begun, even if this fails: muting is requested again.
         with contextlib.suppress(OSError):
             mute = self.mute(index, (client, server))
         return {"busy": 0, "index": index, "unread": unread, "mute": mute}
 
     def learn(self, express: ExpressKeeper, client: socket.socket, server: socket.socket) -> bool:
-        """Tell express how the server of a pair is reached; whether that is of use to it."""
+        """Tell express how the server of a pair is reached; returns whether that is of use."""
         index = self._pairs.allocate()
         if index < 0:
             return False
@@ -136,22 +136,23 @@ class Joining:
             self._pairs.give_back(index)
 
     def _find_ways(self, index: int, record: Splice, *, any_interface: bool) -> PairReason | None:
-        """Write by which interfaces the packets go; or why the programs would not see them.
+        """Write the interfaces by which packets leave and may arrive; returns why the programs
+        would not see them, or None.
 
-        And by which they may come: that of the handshake, and that of our route to the peer.
+        They may arrive by the interface of the handshake, and by that of our route to the peer.
         """
-        self._pairs.write(index, record)  # FREE: for the probe alone
+        self._pairs.write(index, record)  # FREE: for the program `probe` alone
         handshakes = [self._handshakes.find(bytes(way.from_)) for way in record.way]
         for _ in range(_LOOKS):
             self._pairs.probe(index)
             seen = self._pairs.record(index)
-            # The same addresses may have been those of another connection, before; and somebody may
-            # have sent a SYN in the peer's name.
+            # Another connection may have had the same addresses before, and any host may have sent
+            # a SYN in the peer's name: so the ISN is compared.
             came_by = [
                 handshake.get(isn, 0) for handshake, isn in zip(handshakes, seen.isn, strict=True)
             ]
-            # A byte that comes just now is in one of the numbers that make up the ISN and not yet
-            # in the other.
+            # A byte that is arriving just now may be counted in one of the two numbers of which the
+            # ISN is computed, and not yet in the other.
             if all(came_by) or not all(handshakes):
                 break
         out = list(seen.out)
@@ -176,7 +177,7 @@ class Joining:
     def _switch(
         self, index: int, client: socket.socket, server: socket.socket, *, until_s: float
     ) -> int:
-        """Let it begin, soon after `until_s` at the latest; 0, or why not."""
+        """Let the pair begin, soon after `until_s` at the latest; returns 0, or why not."""
         struct.pack_into(
             "=II",
             self._pairs.memory,
@@ -184,19 +185,20 @@ class Joining:
             splice_sockets.clock(client),
             splice_sockets.clock(server),
         )
-        # The worker may have said anything.
+        # The worker may have sent any number.
         until_ns = int(min(begins_until_s(until_s) * 1e9, _NEVER_NS))
         return bpf.run_program(self._maps.control_fd, _BEGINNING.pack(index, 0, until_ns))
 
     def mute(self, index: int, sockets: Sequence[socket.socket]) -> bool:
-        """Make the sockets mute if nothing is left to be sent again; whether that was done.
+        """Make the sockets mute if they have nothing to retransmit; returns whether that was done.
 
-        Until then closing them resets the pair, as long as the peers lack some of it: that is what
-        must happen if we all die.
+        Until then closing them resets the pair, as long as a peer lacks some of the tail: this must
+        happen if all our processes die.
         """
         if any(way.tail_open for way in self._pairs.record(index).way):
             self._pairs.probe(index)
             if any(way.tail_open for way in self._pairs.record(index).way):
                 return False
-        said = [splice_sockets.mute(sock) for sock in sockets]  # also the second, if not the first
+        # Also the second one, if the first one is not.
+        said = [splice_sockets.mute(sock) for sock in sockets]
         return all(said)

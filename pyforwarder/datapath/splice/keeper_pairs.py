@@ -1,4 +1,4 @@
-"""The pairs that the keeper has: their records, whose each is, and which records are free."""
+"""The keeper's pairs: their records, the worker of each, and which records are free."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
-# TCP keeps a closed connection's ports for TIME_WAIT: so long a FIN may come again.
+# As long as TIME_WAIT, in which TCP keeps the ports of a closed connection: a FIN may be repeated.
 _LINGER_S: Final = 60.0
 _RESET_LINGER_S: Final = 2.0
 COOKIES: Final = struct.Struct("=QQ")  # of the client's socket and the server's
-# What the program `probe` reads: the pair, and whether its worker is to look at it.
+# The packet that the program `probe` reads: the pair, and whether its worker is notified.
 _INDEX: Final = struct.Struct("=14xII42x")
 _RESET_AT: Final = Splice.reset.offset
 
@@ -40,16 +40,16 @@ _RESET_AT: Final = Splice.reset.offset
 class _Lingering(NamedTuple):
     forgotten_s: float  # when its ports are forgotten, by CLOCK_MONOTONIC
     record: int  # its index
-    word: int  # of a place's
+    word: int  # the word of a place
 
 
 class KeeperPairs:
-    """Of one keeper. A record is free, a pair's that has an owner, or lingers."""
+    """The pairs of one keeper. A record is free, belongs to a pair with an owner, or lingers."""
 
     def __init__(self, maps: SpliceMaps, cookies: mmap.mmap, *, first_place: int) -> None:
-        """`cookies` are those of every pair's sockets, which another keeper goes on with.
+        """`cookies` are those of every pair's sockets, for the next keeper.
 
-        Records from `first_place` on are those of express: they are not given to joined pairs.
+        Records from `first_place` on are those of express: they are not allocated for joined pairs.
         """
         self._probe_fd = maps.probe_fd
         self._cookies = cookies
@@ -57,13 +57,13 @@ class KeeperPairs:
         self.flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
         self.memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=True)
         self.ports = OurPorts(maps.our_ports_fd, self.memory)
-        self.owners: dict[int, int] = {}  # index -> the worker that has it, or is to adopt it
-        # Called with the index of a record that is forgotten; and where it is a place's.
+        self.owners: dict[int, int] = {}  # index -> the worker that has the pair, or will adopt it
+        # Called with the index of a record that is forgotten.
         self.when_forgotten: list[Callable[[int], None]] = [self.ports.forgotten]
         self.free_place: Callable[[int], None] = lambda _index: None
-        # And by what the pair there is told from the next one: places come back by themselves.
+        # The word of a place, which identifies its pair: places are freed by themselves.
         self.word_of_place: Callable[[int], int] = lambda _index: 0
-        # Ended, oldest first.
+        # Ended pairs, oldest first.
         self._lingering: deque[_Lingering] = deque()
         self._lingering_places: deque[_Lingering] = deque()
         self._resetting: deque[_Lingering] = deque()
@@ -74,26 +74,28 @@ class KeeperPairs:
     # Records
 
     def record(self, index: int) -> Splice:
-        """A copy of it."""
+        """A copy of a record."""
         return Splice.from_buffer_copy(self.memory, index * SPLICE_BYTES)
 
     def write(self, index: int, record: Splice) -> None:
-        """Overwrite the whole record."""
+        """Overwrite a whole record."""
         base = index * SPLICE_BYTES
         self.memory[base : base + SPLICE_BYTES] = bytes(record)
 
     def store(self, index: int, at: int, number: int) -> None:
-        """Write a 32-bit field, `at` bytes into the record."""
+        """Write a 32-bit field, `at` bytes into a record."""
         store(self.memory, index, at, number)
 
     def probe(self, index: int, *, look: bool = False) -> None:
-        """Have the kernel write what it knows of the sockets; `look`: the worker looks, too."""
+        """Run `probe`, which reads the sockets into the record; `look`: the worker is notified,
+        too.
+        """
         bpf.run_program(self._probe_fd, _INDEX.pack(index, int(look)))
 
-    # Whose they are
+    # Owners
 
     def of(self, worker: int) -> list[int]:
-        """The indexes of this worker's pairs."""
+        """The indexes of a worker's pairs."""
         return [index for index, owner in self.owners.items() if owner == worker]
 
     def owned(self) -> list[int]:
@@ -101,7 +103,7 @@ class KeeperPairs:
         return list(self.owners)
 
     def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
-        """These sockets are the pair's, client's and server's."""
+        """Record that these sockets belong to the pair, client's and server's."""
         cookies = [splice_sockets.cookie(sock) for sock in sockets]
         COOKIES.pack_into(self._cookies, index * COOKIES.size, *cookies)
 
@@ -113,27 +115,27 @@ class KeeperPairs:
     # From free to free
 
     def allocate(self) -> int:
-        """A free record's index, or -1."""
+        """Allocate a record: its index, or -1 if none is free."""
         while not self._free and self._lingering:
             self.forget(self._lingering.popleft().record)
         return self._free.popleft() if self._free else -1
 
     def give_back(self, index: int) -> None:
-        """A record that was allocated and never was a pair's is free again."""
+        """Free a record that was allocated and never used for a pair."""
         self._free.append(index)
 
     def end(self, index: int, why: ResetBy) -> None:
-        """Have the worker reset a pair, or the one that adopts it."""
+        """Have the pair's worker, or the one that adopts it, reset the pair."""
         self.store(index, _RESET_AT, why)
         self.probe(index, look=True)
 
     def linger(self, index: int) -> None:
-        """A pair has ended. Its record is used again if others need it; not that of a place."""
+        """A pair has ended. Its record may be reused if others need it; not that of a place."""
         queue = self._lingering if index < self._first_place else self._lingering_places
         queue.append(self._until(time.monotonic() + _LINGER_S, index))
 
     def linger_reset(self, index: int) -> None:
-        """The same of one that was reset: its peers are answered with RST soon."""
+        """The same for a pair that was reset: its peers get a RST soon."""
         self._resetting.append(self._until(time.monotonic() + _RESET_LINGER_S, index))
 
     def _until(self, forgotten_s: float, index: int) -> _Lingering:
@@ -143,7 +145,7 @@ class KeeperPairs:
         return 0 if index < self._first_place else self.word_of_place(index)
 
     def show(self, index: int, record: Splice) -> None:
-        """Let the programs find it by the addresses of its packets, which its record says.
+        """Make the flows of a record, by which the programs find it.
 
         Raises:
             OSError: there is no room.
@@ -153,7 +155,7 @@ class KeeperPairs:
             self.flows.update(bytes(record.way[direction].from_), FLOW.pack(index, direction))
 
     def forget(self, index: int) -> None:
-        """Take it out of the kernel's sight; what its peers still send is answered with RST."""
+        """Delete the flows of a record; later packets of its peers are answered with a RST."""
         forget_flows(self.flows, index, self.record(index))
         set_state(self.memory, index, SpliceState.FREE)
         for told in self.when_forgotten:
@@ -165,10 +167,10 @@ class KeeperPairs:
             self.free_place(index)
 
     def forget_due(self, now_s: float) -> None:
-        """Forget those that have lingered for long enough."""
+        """Forget the records that have lingered for long enough."""
         for queue in (self._lingering, self._lingering_places, self._resetting):
             while queue and queue[0].forgotten_s <= now_s:
                 one = queue.popleft()
-                # Else the place has come back, and may be another's.
+                # Otherwise the place was freed, and may have another connection.
                 if self._word_of(one.record) == one.word:
                     self.forget(one.record)

@@ -1,4 +1,4 @@
-"""The keeper as the supervisor has it: a process that is forked, watched, and started again."""
+"""The keeper as a child of the supervisor: forked, watched, and restarted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 
 class KeeperProcess:
-    """The keeper, from fork to wait, and again if it dies."""
+    """The keeper's process, which is restarted if it dies."""
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class KeeperProcess:
         close_in_child: Callable[[], None],
         express: Express | None = None,
     ) -> None:
-        """Make what it and the workers share; `start` forks it.
+        """Create what it shares with the workers; `start` forks it.
 
-        `clients[n]` is worker n's end; `renew` makes that of its replacement.
+        `clients[n]` is worker n's end; `renew` creates that of its replacement.
         """
         self._maps = maps
         self._express = express
         self._close_in_child = close_in_child
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(workers)]
         self.clients = [ours for ours, _ in pairs]
-        # Kept for the keeper that comes after one that died; of each worker the oldest first.
+        # Kept for the next keeper, if one dies; of each worker, oldest first.
         self._ends = [[theirs] for _, theirs in pairs]
         self._renewals, self._renewals_end = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET
@@ -54,28 +54,29 @@ class KeeperProcess:
             sock.setblocking(False)
         self._pulse = mmap.mmap(-1, PULSE.size)
         self._cookies = mmap.mmap(-1, maps.entries * COOKIES.size)
-        # Readable: a byte for each time that a worker has asked for what it may not.
+        # Readable: a byte for each request of a worker that was not allowed.
         self.complaints_fd, self._complaints_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Where other machines' pairs are told of, and their addresses; set before `start`.
+        # For reports about other machines' pairs, and their addresses; set before `start`.
         self.standby, self._standby_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.standby_addresses: Sequence[str] = ()
         self._last_pulse = -1
-        self._still = 0  # looks at it that found it as it was before
+        self._still = 0  # checks in a row that found no progress
         self.pid = 0
 
     def start(self) -> None:
-        """Fork it, once the programs are attached; it takes over what they have found."""
+        """Fork it, once the programs are attached; it continues the pairs that were found."""
         self._start(self._maps.found)
 
     def _start(self, found: Sequence[Found]) -> None:
         self.pid = fork(lambda: self._child(found))
 
     def _child(self, found: Sequence[Found]) -> int:
-        # It ends with us, however we end.
+        # It ends with the supervisor, however that ends.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         for ours in (*self.clients, self.standby, self._renewals):
             ours.close()
-        # A reader of our output waits for an end of file that the last holder brings.
+        # A reader of our output waits for end of file, which comes when the last descriptor is
+        # closed.
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1):
             os.dup2(null, fd)
@@ -97,15 +98,16 @@ class KeeperProcess:
         return 0
 
     def restart(self) -> None:
-        """Put another in the place of one that died; it knows what that one knew."""
+        """Start another keeper in place of one that died; it reads the same records."""
         self._still = 0
         self._start(())
 
     def renew(self, worker: int) -> None:
-        """A worker is gone: make the channel of its successor.
+        """Create the channel of a worker's successor.
 
-        Who has got the old one from it can neither ask over it any more, nor read what the
-        successor is told. All that was asked by then is read before what is asked over the new one.
+        A process that has got the old one from the dead worker can neither send requests over it
+        any more, nor read the successor's answers. All requests that were sent by then are read
+        before those over the new channel.
 
         Raises:
             KeeperError: there are no descriptors left, or the keeper reads nothing.
@@ -124,7 +126,7 @@ class KeeperProcess:
         self._put(worker, ours)
 
     def renew_unread(self, worker: int) -> None:
-        """The same before the first keeper has begun: what was asked is nobody's.
+        """The same before the first keeper has started: unread requests are discarded.
 
         Raises:
             KeeperError: there are no descriptors left.
@@ -150,19 +152,19 @@ class KeeperProcess:
             raise KeeperError("renew a worker's channel", error.errno or 0) from error
 
     def _put(self, worker: int, ours: socket.socket) -> None:
-        # Not only our descriptor of it: it ends for all who have one.
+        # Shut down, and not only closed: so it ends for all processes that have a descriptor.
         with contextlib.suppress(OSError):
             self.clients[worker].shutdown(socket.SHUT_RDWR)
         self.clients[worker].close()
         self.clients[worker] = ours
 
     def renewed(self, worker: int) -> None:
-        """The keeper has answered over the new channel: it has read all that came by the others."""
+        """The keeper has answered over the new channel: it has read all of the old ones."""
         while len(self._ends[worker]) > 1:
             self._ends[worker].pop(0).close()
 
     def complaints(self) -> set[int]:
-        """The workers that have asked for what they may not, since the last call."""
+        """The workers that have sent requests that are not allowed, since the last call."""
         found: set[int] = set()
         with contextlib.suppress(BlockingIOError):
             while said := os.read(self.complaints_fd, 4096):
@@ -179,10 +181,10 @@ class KeeperProcess:
         return bool(pid)
 
     def hangs(self) -> bool:
-        """Whether it has done nothing since the last call but one.
+        """Whether it has made no progress since the last call but one.
 
-        One such look is not enough: the whole daemon may have been stopped, and the first to go on
-        is the one who looks. Call it more seldom than every `PULSE_S`.
+        One such check is not enough: the whole daemon may have been stopped, and the supervisor be
+        the first to continue. Call it less often than every `PULSE_S`.
         """
         (pulse,) = PULSE.unpack_from(self._pulse)
         self._still = self._still + 1 if self.pid and pulse == self._last_pulse else 0
@@ -190,7 +192,7 @@ class KeeperProcess:
         return self._still >= 2
 
     def kill(self) -> None:
-        """End one that hangs; `has_died` tells of it."""
+        """Kill one that hangs; `has_died` reports that."""
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
 
@@ -207,12 +209,12 @@ class KeeperProcess:
         self._cookies.close()
 
     def _shared_ends(self) -> list[socket.socket]:
-        """What the keeper has, too; and where it is told of others."""
+        """The ends that the keeper has, too, and the one for reports."""
         ends = [end for ends in self._ends for end in ends]
         return [*ends, self._standby_end, self._renewals, self._renewals_end]
 
     def close(self) -> None:
-        """End it."""
+        """End the keeper."""
         for sock in (*self.clients, *self._shared_ends(), self.standby):
             sock.close()
         for fd in (self.complaints_fd, self._complaints_end):

@@ -1,8 +1,8 @@
-"""What a worker may ask the keeper of spliced pairs: one table, and nothing else.
+"""The requests that a worker may send to the keeper of spliced pairs: one table, and nothing else.
 
-A worker reads what strangers send and may be taken over, so each of its messages is compared with
-the table before anything is done with it. What is not in the table is the worker's fault
-in every case.
+A worker parses bytes of strangers and may be compromised, so each of its messages is checked
+against the table before anything is done with it. A message that is not in the table is always the
+worker's fault.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-_LONGEST_S: Final = 366 * 86400.0  # config/values.py knows no longer duration
-# Each costs the keeper some 50 us, and others wait meanwhile; and their counts fit one message.
+_LONGEST_S: Final = 366 * 86400.0  # config/values.py has no longer duration
+# Each takes the keeper some 50 us, while others wait; and their counts must fit one message.
 MOST_CLOSED_AT_ONCE: Final = 64
 
 
 class FaultyRequestError(Exception):
-    """A worker has asked for what it may not even ask for."""
+    """A worker has sent a request that is not in the table."""
 
 
 def _whole(most: int) -> Callable[[object], bool]:
@@ -36,7 +36,7 @@ def _is_moment(value: object) -> bool:
 
 
 def _is_a_silence(value: object) -> bool:
-    """Seconds: of any length that a configuration may have."""
+    """Seconds, as long as a configuration may say."""
     return type(value) in (int, float) and 0 < value <= _LONGEST_S  # type: ignore[operator]
 
 
@@ -63,21 +63,22 @@ def _is_host(value: object) -> bool:
 
 
 def _are_counts(value: object) -> bool:
-    """Bytes that wait to be sent in each direction."""
+    """Bytes that wait to be written in each direction."""
     return type(value) is list and len(value) == 2 and all(map(_whole((1 << 31) - 1), value))
 
 
 def _are_a_keepalive(value: object) -> bool:
-    """Seconds of silence, seconds between two questions, and how many: as tcp(7) takes them.
+    """Seconds of silence, seconds between two probes, and their number: as tcp(7) accepts them.
 
-    None of them is 0, or the keeper would do nothing else; or all are: no questions.
+    None of them is 0, or the keeper would do nothing else; or all are 0: no probes.
     """
     if type(value) is not list or len(value) != 3 or not all(map(_whole(32767), value)):
         return False
     return value == [0, 0, 0] or (0 not in value and value[2] <= 127)
 
 
-# A pair's or session's: 0 is none, and the next daemon counts on from the highest it finds.
+# The id of a pair or session: 0 is none, and the next daemon continues from the highest that it
+# finds.
 _NUMBER: Final = _from_one((1 << 63) - 1)
 _INDEX: Final = _whole((1 << 32) - 2)
 _SLOT: Final = _whole((1 << 32) - 2)
@@ -90,10 +91,10 @@ _ALWAYS: Final[Mapping[str, Callable[[object], bool]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The fields of one kind, and with how many sockets it comes."""
+    """The fields of one kind of request, and the number of its sockets."""
 
     fields: Mapping[str, Callable[[object], bool]]
-    sockets: int  # none, or the client's and the server's
+    sockets: int  # 0, or 2: the client's and the server's
 
 
 REQUESTS: Final[Mapping[str, Request]] = {
@@ -111,18 +112,18 @@ REQUESTS: Final[Mapping[str, Request]] = {
         },
         2,
     ),
-    # How the server is reached, by a pair that is copied: for express.
+    # For express: how the server of a pair that is copied is reached.
     "learn": Request({}, 2),
-    # A place may be another pair's by the time that a request is read: it says which one it means.
+    # Another pair may have the record by the time that the request is read: so it names the pair.
     "adopted": Request({"index": _INDEX, "id": _NUMBER, "slot": _SLOT}, 0),
     "mute": Request({"index": _INDEX, "id": _NUMBER}, 2),
     "narrow": Request({"index": _INDEX, "id": _NUMBER}, 0),
     "abort": Request({"index": _INDEX, "id": _NUMBER}, 0),
     "leave": Request({"index": _INDEX, "id": _NUMBER}, 2),
     "reset": Request({"index": _INDEX, "id": _NUMBER}, 2),
-    # Nothing: its answer says what has become of those before (keeper_asker.py).
+    # No operation: its answer tells about the requests before it (keeper_asker.py).
     "here": Request({}, 0),
-    # Of UDP sessions; the sockets are the listener's and the one to the server.
+    # UDP sessions; the sockets are the listener's and the one to the server.
     "open_session": Request(
         {
             "id": _NUMBER,
@@ -144,14 +145,15 @@ REQUESTS: Final[Mapping[str, Request]] = {
 
 
 def understand(data: bytes, sockets: int) -> dict[str, Any]:
-    """The request, with all of its fields and no others, each of its type and within its bounds.
+    """Parse a request, with all of its fields and no others, each of its type and within its
+    bounds.
 
     Raises:
         FaultyRequestError: it is not in the table.
     """
     try:
         request = json.loads(data)
-    except (ValueError, RecursionError) as error:  # the latter: brackets, thousands deep
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested thousands deep
         raise FaultyRequestError("no JSON") from error
     if type(request) is not dict:
         raise FaultyRequestError("a request is an object")

@@ -1,6 +1,6 @@
-"""The maps of splice, made: how many entries each has, and what it holds.
+"""Creation of the maps of splice: how many entries each has, and what they hold.
 
-Each function returns a descriptor, which is the caller's to close.
+Each function returns a descriptor, which the caller closes.
 
 Raises:
     OSError: the kernel refuses.
@@ -17,15 +17,15 @@ from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES
 from pyforwarder.runtime.counters import BLOCK_WORDS
 
 _LEAST_RING_BYTES: Final = 1 << 18
-# A pair rings up to eight times: for two tails, two FINs, both their acknowledgements, a reset, an
-# interface. A record has a header of eight bytes (struct bpf_ringbuf_hdr).
+# A pair has up to eight events: the ends of two tails, two FINs and their acknowledgements, a
+# reset, a too long packet. A record has a header of eight bytes (struct bpf_ringbuf_hdr).
 _RINGS_OF_A_PAIR: Final = 8
 _RING_RECORD_BYTES: Final = 8 + 24
-SUM_BYTES: Final = 512  # of a packet that the programs sum up at once
+SUM_BYTES: Final = 512  # of a packet that the programs checksum at once
 
 
 def make_flows(entries: int) -> int:
-    """Which pair a packet belongs to, by its addresses: two entries for each record."""
+    """The map of flows: the pair of a packet by its addresses, two entries per record."""
     return bpf.create_map(
         bpf.MapType.HASH,
         key_bytes=KEY_BYTES,
@@ -37,7 +37,7 @@ def make_flows(entries: int) -> int:
 
 
 def make_splices(entries: int) -> int:
-    """The records of pairs, which the keeper and the workers map."""
+    """The map of the pairs' records, which the keeper and the workers map into memory."""
     return bpf.create_map(
         bpf.MapType.ARRAY,
         key_bytes=4,
@@ -49,7 +49,7 @@ def make_splices(entries: int) -> int:
 
 
 def make_counters(workers: int) -> int:
-    """What the programs did not believe, for a caller that wants to know nothing of it."""
+    """A map of counters of invalid packets, for a caller that does not read them."""
     return bpf.create_map(
         bpf.MapType.ARRAY,
         key_bytes=4,
@@ -60,7 +60,7 @@ def make_counters(workers: int) -> int:
 
 
 def make_scratch() -> int:
-    """Where each processor sums up a packet; the programs keep it."""
+    """The scratch map, in which each processor sums up a packet."""
     return bpf.create_map(
         bpf.MapType.PERCPU_ARRAY,
         key_bytes=4,
@@ -71,7 +71,7 @@ def make_scratch() -> int:
 
 
 def ring_bytes(slots: int) -> int:
-    """How large the ring of a worker with so many slots is: all its pairs may end at once."""
+    """Bytes of the ring of a worker with `slots` slots: all its pairs may end at once."""
     size = _LEAST_RING_BYTES
     while size < slots * _RINGS_OF_A_PAIR * _RING_RECORD_BYTES:
         size *= 2
@@ -79,7 +79,7 @@ def ring_bytes(slots: int) -> int:
 
 
 def make_ring(slots: int) -> int:
-    """What the programs tell one worker with so many slots."""
+    """The ring buffer for events to one worker with `slots` slots."""
     return bpf.create_map(
         bpf.MapType.RINGBUF,
         key_bytes=0,
@@ -90,7 +90,7 @@ def make_ring(slots: int) -> int:
 
 
 def make_rings(ring_fds: tuple[int, ...]) -> int:
-    """The rings of all workers, by their numbers: the programs find them here."""
+    """The map of the workers' rings, by worker number."""
     rings = bpf.create_map(
         bpf.MapType.ARRAY_OF_MAPS,
         key_bytes=4,

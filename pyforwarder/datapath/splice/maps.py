@@ -1,9 +1,9 @@
-"""What the splice datapath has in the kernel: maps, programs on interfaces, and the pins of those.
+"""The splice datapath in the kernel: maps, programs on interfaces, and their pins.
 
-Pinned, they outlive the daemon, and with them the pairs that are spliced (`pins.py` says by which
-names). The next `up` takes over their maps as they are, puts its own programs in the place of the
-old ones (between two packets), and has its keeper take over the pairs. The pair table is its own;
-the old one is only read, for what `show` said of those pairs.
+Pinned, they outlive the daemon, and with them the spliced pairs (`pins.py` has the names). The next
+`up` takes over their maps as they are, replaces the old programs by its own ones (between two
+packets), and has its keeper take over the pairs. The pair table is new; the old one is only read,
+for what `show` printed for those pairs.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ FIELDS: Final = {
     "dst_entry": ("dev",),
     "net_device": ("ifindex",),
 }
-# Where a packet's checksum will be made; csum_offset is behind csum_start (linux/skbuff.h).
+# Where a packet's checksum will be written; csum_offset follows csum_start (linux/skbuff.h).
 _OF_PACKETS: Final = {"sk_buff": ("csum_start", "network_header")}
 
 
 _NEEDS: Final = "it needs tcx (Linux 6.6), or the kernel's modules sch_ingress and cls_bpf"
-# What a kernel says to an attachment that it has not: BPF_LINK_CREATE, and tc(8)'s netlink.
+# Errors of a kernel that does not support an attachment: BPF_LINK_CREATE, and tc(8)'s netlink.
 _UNKNOWN: Final = frozenset({errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP})
 
 
@@ -96,9 +96,9 @@ class Programs(NamedTuple):
 
 @dataclass(slots=True)
 class SpliceMaps:
-    """The maps, the programs and the interfaces that these are on.
+    """The maps, the programs, and the interfaces with the programs.
 
-    In three steps, as the second may be another process's: `create`, `load_programs`, `attach`.
+    In three steps, as the second may run in another process: `create`, `load_programs`, `attach`.
     Workers need only the first.
     """
 
@@ -115,7 +115,7 @@ class SpliceMaps:
     entries: int
     slots: int  # pairs per worker
     workers: int
-    has_replaced: bool  # pins that were of no use
+    has_replaced: bool  # old pins, which could not be used
     _attacher: Attacher | None
     _left: Left | None
     pins: Path | None
@@ -123,7 +123,7 @@ class SpliceMaps:
     _links: Links | None = None
     probe_fd: int = -1
     control_fd: int = -1
-    found: tuple[Found, ...] = ()  # what an earlier daemon has left running
+    found: tuple[Found, ...] = ()  # what an earlier daemon has left
 
     @classmethod
     def load(
@@ -136,12 +136,12 @@ class SpliceMaps:
         pins: Path | None = None,
         sessions: int = 0,
     ) -> SpliceMaps:
-        """All three steps: the programs are linked to the interfaces that have addresses.
+        """All three steps: the programs are attached to the interfaces with addresses.
 
-        `pairs_fd` is the pair table, where the programs count; packets that they did not believe
-        they count in `counters_fd`, if there is one (see `counters.py`). `pins` is where an earlier
-        daemon may have left its own: the pairs that are spliced there go on, by these programs.
-        `sessions` is how many of UDP there may be; 0: any number.
+        `pairs_fd` is the pair table, in which the programs count bytes; invalid packets are counted
+        in `counters_fd`, if there is one (see `counters.py`). `pins` is where an earlier daemon may
+        have left its own: the pairs that are spliced there continue with these programs. `sessions`
+        is the most UDP sessions; 0: any number.
 
         Raises:
             LoadError: this host cannot; the message says why and what would help.
@@ -175,20 +175,21 @@ class SpliceMaps:
         handshakes_fd: int = -1,
         places: int = 0,
     ) -> SpliceMaps:
-        """Make the maps, or open those that an earlier daemon has left; its programs go on there.
+        """Create the maps, or open those that an earlier daemon has left; its programs keep
+        running.
 
-        `is_successor`: that daemon lives. Nothing of it is removed, of any version, and
-        `handshakes_fd` is its map of those, which is ours from here on; -1: we make one. Where the
-        maps are new, there is room for so many `places` of express.
+        `is_successor`: that daemon is alive. Nothing of it is removed, of any version, and
+        `handshakes_fd` is its map of handshakes, which `close` closes; -1: a new one is created.
+        New maps have room for `places` places of express.
 
         Raises:
-            LoadError: as `load`, or the daemon that lives has maps of another version.
+            LoadError: as `load`, or the living daemon has maps of another version.
         """
         if is_successor and pins is not None and has_pins(pins):
             must_fit(pins)
         had_pins = pins is not None and bool(pins_in(pins))
         try:
-            # First of all: the holder of this name may remove what is left.
+            # Before everything else: the process that has this name may remove what is left.
             attacher = attaching.attacher(pins, kept_with=MAPS[0])
         except OSError as error:
             raise _refused(error) from error
@@ -204,12 +205,13 @@ class SpliceMaps:
             if left is not None:
                 opened.callback(left.close)
             try:
-                # Some more than pairs: one that has ended keeps its place for a while.
+                # More than pairs: one that has ended keeps its record for a while.
                 entries = left.entries if left else 2 * workers * slots + places
                 flows = keep(os.dup(left.flows_fd) if left else make_flows(entries))
                 splices = keep(os.dup(left.splices_fd) if left else make_splices(entries))
                 if handshakes_fd >= 0 and not is_handshakes(handshakes_fd):
-                    # Of a version that knew them otherwise: those few pairs are not spliced.
+                    # Of a version with another layout: the few pairs that are just beginning are
+                    # not spliced.
                     os.close(handshakes_fd)
                     handshakes_fd = -1
                 handshakes = keep(handshakes_fd if handshakes_fd >= 0 else make_handshakes())
@@ -228,7 +230,7 @@ class SpliceMaps:
                 our_ports = keep(make_our_ports())
             except OSError as error:
                 raise _refused(error) from error
-            # From here on they are the caller's.
+            # From here on the caller closes them.
             opened.pop_all()
         return cls(
             flows,
@@ -254,9 +256,9 @@ class SpliceMaps:
         )
 
     def load_programs(self, connecting: Connecting | None = None) -> Programs:
-        """The programs over these maps; the caller closes the descriptors, or attaches them.
+        """Load the programs over these maps; the caller closes the descriptors, or attaches them.
 
-        With `connecting` they leave to its programs what they know no pair for.
+        With `connecting` the programs tail-call its programs with packets of no known pair.
 
         Raises:
             LoadError: as `load`.
@@ -280,7 +282,7 @@ class SpliceMaps:
                     "MAP_SESSION_FLOWS_FD": self.sessions.flows_fd,
                     "MAP_SESSIONS_FD": self.sessions.sessions_fd,
                 },
-                # Not to be guessed, and not that of another instance on this host.
+                # Random, and so different from those of another instance on this host.
                 values={
                     "FOR_OUR_SOCKET": secrets.randbits(32) | 1,
                     "ALSO_FOR_OUR_SOCKET": secrets.randbits(32) | 1,
@@ -291,7 +293,8 @@ class SpliceMaps:
 
     @property
     def defines(self) -> dict[str, str | int]:
-        """Macros of what the programs count, of their scratch map, and of the kernel's packets.
+        """Macros for the programs: the places of their counters, sizes, and offsets in struct
+        sk_buff.
 
         Raises:
             LoadError: the kernel has no BTF.
@@ -305,12 +308,12 @@ class SpliceMaps:
         }
 
     def attach(self, programs: Programs) -> None:
-        """Put them on the interfaces, in the place of those that an earlier daemon has left.
+        """Attach the programs to the interfaces, in place of those that an earlier daemon has left.
 
-        The programs are ours from here on, also after an error.
+        The descriptors belong to this object from here on, also after an error.
 
         Raises:
-            LoadError: as `load`; what was left goes on as before then.
+            LoadError: as `load`; what was left keeps running as before.
         """
         attacher, left = self._attacher, self._left
         assert attacher is not None
@@ -320,13 +323,13 @@ class SpliceMaps:
         self._links = links = Links(programs.ingress, programs.egress, self.pins, attacher)
         try:
             if left is None:
-                attacher.clear()  # programs whose maps are lost
+                attacher.clear()  # remove programs whose maps are lost
             self.found = left.take_over() if left else ()
             if left:
                 self.sessions.take_over(left.pairs_fd)
             with Netlink() as kernel:
                 ports = {link.index for link in kernel.links().values() if link.port_of}
-            # Asked again: a keeper that has lived until now may have come to more of them.
+            # Listed again: a keeper that has lived until now may have attached to more interfaces.
             others = attaching.left_on(self.pins) if left and self.pins is not None else ()
             for interface in {*(left.interfaces if left else ()), *others, *with_addresses()}:
                 if interface in ports:
@@ -343,7 +346,7 @@ class SpliceMaps:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the programs are on interfaces."""
+        """Whether the programs are attached."""
         return self._links is not None
 
     @property
@@ -353,7 +356,7 @@ class SpliceMaps:
         return self._links
 
     def pin(self) -> None:
-        """Let spliced pairs outlive us, and be found by the next `up` that is given these `pins`.
+        """Pin maps and programs, so that the next `up` with these `pins` finds the spliced pairs.
 
         Raises:
             LoadError: bpffs refuses.
@@ -371,18 +374,17 @@ class SpliceMaps:
             wanted = {*names, *self.links.pin()}
             for path in pins_in(directory):
                 if path.name not in wanted:
-                    path.unlink()  # of an interface that is gone
+                    path.unlink()  # the pin of an interface that is gone
         except OSError as error:
             raise LoadError(f"pin splice in {directory}: {error.strerror}") from error
 
     def keep_only(self, worker: int) -> None:
-        """In a worker, which has mapped the records: close all but its ring."""
+        """In a worker, which has mapped the records: close everything but its ring."""
         self._close(ring_fd for n, ring_fd in enumerate(self.ring_fds) if n != worker)
 
     def close(self) -> None:
-        """Close the descriptors; unless they are pinned, the programs leave the interfaces.
-
-        The latter in the process that has loaded them.
+        """Close the descriptors. Unless pinned, the programs are detached in the process that has
+        loaded them.
         """
         self._close(self.ring_fds)
 
@@ -406,7 +408,7 @@ class SpliceMaps:
 
 
 def _refused(error: OSError) -> LoadError:
-    """Why the maps could not be made, or the programs not attached."""
+    """The error for maps that could not be created, or programs that could not be attached."""
     operation, number = "make ready for splice", error.errno or errno.EIO
     if number == errno.EPERM and (missing := host.missing_capabilities(refusal.NETWORK)):
         return refusal.lacking(operation, missing)

@@ -1,4 +1,4 @@
-"""Which ports of ours pairs may have: the programs look for no flow of others (splice_ports.h)."""
+"""The local ports that pairs may have: the programs look up no flow for others (splice_ports.h)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIDY_S: Final = 60.0
-# Nobody is answered while so many records, or marks, are looked at: about a millisecond.
+# The keeper answers no request while it looks at so many records, or marks: about a millisecond.
 RECORDS_AT_ONCE: Final = 1024
 PORTS_AT_ONCE: Final = 8192
 _MOST: Final = 1 << 16
 _BYTES: Final = ctypes.sizeof(SplicePorts)
-# Of a port: its two bytes, of which the programs of express write the second.
+# Bytes per port: two, of which the programs of express write the second.
 _STRIDE: Final = ctypes.sizeof(SplicePort)
 _KEPT_AT: Final = SplicePort.kept.offset
 _ALL: Final = bytes(SplicePort(kept=1)) * _MOST
-# A key's port is in wire order.
+# A port in a key is in wire order.
 _PORT: Final = struct.Struct("!H")
 _DPORTS_AT: Final = tuple(
     Splice.way.offset
@@ -48,7 +48,7 @@ _DPORTS_AT: Final = tuple(
 
 
 def make_our_ports() -> int:
-    """The map, in which all ports are marked; its descriptor is the caller's to close.
+    """Create the map, with all ports marked; the caller closes its descriptor.
 
     Raises:
         OSError: the kernel refuses.
@@ -70,10 +70,10 @@ def make_our_ports() -> int:
 
 
 class OurPorts:
-    """The map, as the one keeper writes it; the descriptor stays the caller's."""
+    """The map, as the keeper writes it; the caller keeps the descriptor."""
 
     def __init__(self, fd: int, splices: mmap.mmap) -> None:
-        """`splices` are the records of pairs; the ports that these have are marked, and no others.
+        """`splices` has the records of pairs; their ports are marked, and no others.
 
         Raises:
             OSError: the kernel refuses.
@@ -82,45 +82,47 @@ class OurPorts:
         self._memory = bpf.map_memory(fd, _BYTES, write=True)
         self._due_s = math.inf
         self._tidying: Iterator[None] | None = None
-        # Of each port whether a pair has it, as far as the tidying has come.
+        # By port: whether a pair has it, as far as the tidying has come.
         self._kept = bytearray(_MOST)
         for _ in self._tidy():
             pass
 
     def mark(self, record: Splice) -> None:
-        """Before the flows of this pair are made."""
+        """Mark the ports of a pair, before its flows are made."""
         for way in record.way:
             port = socket.ntohs(way.from_.dport)
-            # A tidying may have looked at this record already, when it was free.
+            # The tidying may have passed this record already, when it was free.
             self._kept[port] = 1
             self._memory[port * _STRIDE + _KEPT_AT] = 1
 
     def forgotten(self, _index: int) -> None:
-        """A pair's flows are gone, and its record is free."""
+        """Note that the flows of a pair are gone, and its record is free."""
         self._due_s = min(self._due_s, time.monotonic() + TIDY_S)
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called."""
+        """Seconds until `run_due` is due."""
         return most_s if self._tidying is None else 0.0
 
     def run_due(self, now_s: float) -> None:
-        """Take back the marks of ports that no pair has any more, once in a while.
+        """Remove the marks of ports that no pair has any more, every `TIDY_S`.
 
         In many turns of the loop, each of which takes about a millisecond.
         """
         if self._tidying is None:
             if now_s < self._due_s:
                 return
-            # A pair that is forgotten from here on may have been counted: that is for the next one.
+            # A pair that is forgotten from here on may have its ports noted already: the next
+            # tidying handles it.
             self._due_s = math.inf
             self._tidying = self._tidy()
         if next(self._tidying, self) is self:
             self._tidying = None
 
     def _tidy(self) -> Iterator[None]:
-        """Yields after each part. Nothing is missed: flows made between two parts are marked here.
+        """Tidy in parts, and yield after each. Ports of flows that are made between two parts are
+        marked here.
 
-        Programs that make flows meanwhile have marked their ports by a byte of their own.
+        Programs that make flows meanwhile mark their ports by a byte of their own.
         """
         self._kept[:] = bytes(_MOST)
         for first in range(0, len(self._splices) // SPLICE_BYTES, RECORDS_AT_ONCE):

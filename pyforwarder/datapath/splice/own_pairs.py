@@ -1,4 +1,4 @@
-"""Which spliced pairs go through this machine just now, from the maps, which are only read."""
+"""The spliced pairs that this machine forwards, from the maps, which are only read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
     from pyforwarder.fleet.failover.record import Pair
 
-# Of those that were read before, so many are read again in one scan.
+# The most records that are read again in one scan.
 READ_AT_ONCE: Final = 256
 
 _NUMBER: Final = struct.Struct("=Q")
@@ -39,21 +39,23 @@ assert Splice.reset.offset == Splice.state.offset + 12
 
 class _Seen(NamedTuple):
     id: int
-    ends: tuple[object, ...]  # its FINs
-    until_s: float  # so long its numbers are not read again
+    ends: tuple[object, ...]  # the state of its FINs
+    until_s: float  # its numbers are not read again before
     key: str
-    own: Own | None  # None: it is not for others
+    own: Own | None  # None: other machines cannot take it over
 
 
 class OwnPairs:
-    """Looks at all records; what costs time is done once a second for each that moves.
+    """All records; the expensive part is done once a second for each pair that moves.
 
     Of those that are due in one scan only some are read again, those that have waited longest
-    first: one that has just begun, or has ended, waits for few others.
+    first: a pair that has just begun, or has ended, waits for few others.
     """
 
     def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:
-        """Map them for reading; no descriptor is kept. `addresses` are those that move."""
+        """Map the records for reading; no descriptor is kept. `addresses` are those that move
+        between machines.
+        """
         self._memory = bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=False)
         self._slots = maps.workers * maps.slots
         self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
@@ -62,15 +64,15 @@ class OwnPairs:
         self._boot_unix_s = boot_unix_s()
 
     def scan(self, now_s: float) -> dict[str, Own]:
-        """Those that another machine could go on with, by their keys."""
+        """The pairs that another machine could take over, by key."""
         seen = dict(self._scan(now_s))
         self._seen = seen
         return {one.key: one.own for one in seen.values() if one.own is not None}
 
     def ids(self, known: Collection[str]) -> set[int]:
-        """Of the pairs that were looked at last, those with which another machine can go on.
+        """The ids of the pairs in the last scan that another machine can take over.
 
-        `known` are the keys of those that it knows of.
+        `known` are the keys of the pairs that other machines know.
         """
         seen = self._seen.values()
         return {one.id for one in seen if one.own is not None and one.key in known}
@@ -124,6 +126,6 @@ class OwnPairs:
         return pair_of(record, said, boot_unix_s=self._boot_unix_s)
 
     def close(self) -> None:
-        """Unmap them."""
+        """Unmap the records."""
         self._memory.close()
         self._table.close()

@@ -1,4 +1,4 @@
-"""What an earlier daemon has left in bpffs: its maps are opened, and its pairs go on.
+"""What an earlier daemon has left in bpffs: its maps are opened, and its pairs continue.
 
 BPFFS/NAME/splice/flows_V splices_V pairs_V    the maps, V is the version of their records
 BPFFS/NAME/splice/session_flows_V sessions_V   those of UDP sessions
@@ -46,17 +46,17 @@ _OURS: Final = re.compile(r"(flows|splices|pairs|session_flows|sessions|in|out)_
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One pair that goes on from before."""
+    """A pair of an earlier daemon that continues."""
 
     index: int
     id: int
-    record: bytes  # of the pair table: what `show` said of it; empty if that is not known
+    record: bytes  # of the pair table: what `show` printed for it; empty: not known
 
 
 def unpin(directory: Path) -> None:
-    """Remove the pins and what is attached: the programs leave the interfaces. Never raises.
+    """Remove the pins, and detach the programs. Never raises.
 
-    A pair that was still spliced gets the kernel's RST for its next packet.
+    The next packet of a pair that was still spliced gets the kernel's RST.
     """
     attaching.remove(directory)
     with contextlib.suppress(OSError):
@@ -66,20 +66,22 @@ def unpin(directory: Path) -> None:
 
 
 def pins_of(directory: Path) -> Path:
-    """Where an instance whose pins are in `directory` has those of splice."""
+    """The directory of splice's pins, for an instance whose pins are in `directory`."""
     return directory / "splice"
 
 
 def has_pins(directory: Path) -> bool:
-    """Whether a daemon that has ended may have left something there; not where we may not look.
+    """Whether an earlier daemon may have left something there; False without permission to look.
 
-    /sys/fs/bpf is root's alone (0700), so that for other users nothing there is theirs.
+    /sys/fs/bpf belongs to root (0700): for other users nothing there can be theirs.
     """
     return os.path.isdir(directory)
 
 
 def pins_in(directory: Path) -> list[Path]:
-    """Ours, of any version; none where we may not look, because nothing there can be ours."""
+    """The pins of splice, of any version; none without permission to look, as none can be ours
+    then.
+    """
     try:
         return [path for path in directory.iterdir() if _OURS.fullmatch(path.name)]
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -88,16 +90,16 @@ def pins_in(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What an earlier daemon has left, opened."""
+    """The opened maps that an earlier daemon has left."""
 
     flows_fd: int
     splices_fd: int
     pairs_fd: int
     entries: int
-    interfaces: frozenset[int]  # where its programs are
+    interfaces: frozenset[int]  # where its programs are attached
 
     def take_over(self) -> tuple[Found, ...]:
-        """The pairs that go on; those that had not begun are forgotten, and those that ended."""
+        """The pairs that continue; those that had not begun, or have ended, are forgotten."""
         memory = bpf.map_memory(self.splices_fd, self.entries * SPLICE_BYTES, write=True)
         pairs = bpf.map_sizes(self.pairs_fd).entries
         table = bpf.map_memory(self.pairs_fd, pairs * PAIR_BYTES, write=False)
@@ -106,9 +108,9 @@ class Left:
         try:
             for index in used_indexes(memory):
                 record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)
-                # Those of another machine its daemon was told of, and ours is to be told again.
+                # Not those of other machines: this daemon gets them again from the fleet.
                 if record.state == SpliceState.ACTIVE and record.id and record.worker != HELD:
-                    # Where it was, or where it was before a daemon that did not get far.
+                    # Its slot, or the one that it had before a daemon that ended while it started.
                     said = b""
                     for slot in (record.slot, record.last_slot):
                         at = slot * PAIR_BYTES
@@ -117,7 +119,7 @@ class Left:
                             break
                     if said:
                         self._store(memory, index, Splice.last_slot.offset, slot)
-                    # Its slot is free in the new table.
+                    # It has no slot in the new table yet.
                     self._store(memory, index, SLOT_AT, NO_SLOT)
                     found.append(Found(index, record.id, said))
                 else:
@@ -153,7 +155,7 @@ def open_left(pins: Path) -> Left | None:
         is_ours = False
     if is_ours:
         return Left(flows, splices, pairs, sizes.entries, interfaces)
-    # Of another version, or not whole: nobody can speak for those pairs any more.
+    # Of another version, or incomplete: no daemon can continue those pairs.
     for fd in opened.values():
         os.close(fd)
     unpin(pins)
@@ -161,7 +163,7 @@ def open_left(pins: Path) -> Left | None:
 
 
 def must_fit(pins: Path) -> None:
-    """Raise LoadError unless all maps of another daemon are there, with records like ours."""
+    """Raise LoadError unless all maps of another daemon exist, with records of this version."""
     names = (*MAPS, *session_maps.PINS)
     sizes = {}
     for name in names:

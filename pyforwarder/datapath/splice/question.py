@@ -1,13 +1,13 @@
-"""A pair that the keeper was asked for, until it is known what has become of it.
+"""A pair while the keeper is asked to splice it, until the outcome is known.
 
-It stands still meanwhile: nothing of it is read or written. The keeper joins the two connections by
-the numbers of their sockets, and by how many bytes we have read and not yet written: one that we
-moved between the question and its answer would be lost, or come twice. So copying cannot go on. The
-pause is a millisecond as a rule, and a second where the keeper hangs (`KeeperAsker.longest_s`);
-what comes meanwhile waits in the sockets, whose buffers are bounded.
+It is paused meanwhile: nothing of it is read or written. The keeper joins the two connections by
+the sequence numbers of their sockets, and by the bytes that we have read and not written yet: a
+byte that we copied between the request and the answer would be lost or doubled. The pause is a
+millisecond as a rule, and a second where the keeper hangs (`KeeperAsker.longest_s`). Bytes that
+arrive meanwhile wait in the sockets, whose buffers are bounded.
 
-Nor does it end before: the pair may have begun this very moment, and only who knows its place can
-end it then.
+The pair does not end before either: it may have been spliced at this very moment, and ending it
+then takes its index.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Question(Timed):
-    """What has the pair in the place of its datapath while the keeper is asked."""
+    """The datapath of a pair while the keeper is asked."""
 
     __slots__ = (
         "_before",
@@ -56,40 +56,40 @@ class Question(Timed):
         then: Then,
         on_overdue: Callable[[Question], None],
     ) -> None:
-        """`before` has it so far. `then` gets what `join` would return.
+        """`before` is its datapath so far. `then` gets what `join` would return.
 
-        `on_overdue` is called when the pair has begun or never will; the deadline is the caller's.
+        `on_overdue` is called at the deadline: by then the pair has begun or never will.
         """
         Timed.__init__(self)
         self._loop = loop
         self._before = before
         self._on_overdue = on_overdue
-        self._seen: dict[int, int] = {}  # descriptor -> the events that came meanwhile
-        self.pair: Pair | None = pair  # None: it is gone, by a fault of ours
+        self._seen: dict[int, int] = {}  # descriptor -> events that came meanwhile
+        self.pair: Pair | None = pair  # None: it is gone, by an internal error
         self.id = pair.id
         self.asked = asked
         self.then = then
-        self.polls = 0  # at a record whose program is still running
-        self.ends_with: CloseReason | None = None  # the pair is to end, when it is known how
+        self.polls = 0  # of a record whose program is still running
+        self.ends_with: CloseReason | None = None  # why the pair ends, once the outcome is known
         pair.datapath = self
         for fd in (pair.client_fd, pair.server_fd):
             loop.redirect(fd, self.ready)
 
     @property
     def due_s(self) -> float:
-        """When it is overdue."""
+        """The deadline."""
         return self._expires_s
 
     def ready(self, _pair: Pair, fd: int, mask: int) -> None:
-        """Keep an event of a socket, for the datapath that has the pair afterwards."""
+        """Store an event of a socket, for the datapath that gets the pair afterwards."""
         self._seen[fd] = self._seen.get(fd, 0) | mask
 
     def release(self, pair: Pair) -> None:
-        """The answer is known: the pair is copied again, or another datapath takes it now."""
+        """The outcome is known: the pair is copied again, or goes to another datapath."""
         pair.datapath = self._before
 
     def resume_copy(self, pair: Pair) -> None:
-        """It is copied as before; what came meanwhile is reported once more."""
+        """Copy it as before; the events that came meanwhile are reported again."""
         for fd, mask, flow in (
             (pair.client_fd, pair.client_mask, pair.up),
             (pair.server_fd, pair.server_mask, pair.down),
@@ -101,17 +101,17 @@ class Question(Timed):
                 self._loop.soon(pair, fd)  # a turn that was due, or its first one
 
     def expired(self) -> None:
-        """The keeper has not answered, and will not begin any more."""
+        """The keeper has not answered in time, and the pair will not begin any more."""
         self._on_overdue(self)
 
     # Datapath
 
     def join(self, pair: Pair) -> PairReason | None:
-        """Never: the keeper is asked."""
+        """Never called: the keeper is asked."""
         raise NotImplementedError
 
     def carried(self, _pair: Pair, flow: Flow) -> tuple[int, int, int]:
-        """What was copied."""
+        """The counts of what was copied."""
         return flow.carried_bytes, flow.carried_packets, 0
 
     def active_s(self, pair: Pair) -> float:
@@ -123,9 +123,9 @@ class Question(Timed):
         return 0
 
     def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
-        """Never called: its caller ends it by `ends_with`."""
+        """Never called: the pair is ended by `ends_with`."""
         return True
 
     def leave(self, _pair: Pair) -> None:
-        """The pair is gone before its answer has come: only a fault of ours does that."""
+        """The pair is gone before the answer: only an internal error does that."""
         self.pair = None

@@ -1,4 +1,4 @@
-"""How the maps of splice, of pairs and of sessions, are read and written: keys, flows, records."""
+"""Reading and writing of the maps of splice, for pairs and sessions: keys, flows, records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOW: Final = struct.Struct("=II")  # struct splice_flow
 assert SpliceKey.dport.offset + 2 == KEY_BYTES
 assert SpliceFlow.direction.offset + 4 == FLOW.size
 
-# Where in a record they are.
+# Offsets in a record.
 STATE_AT: Final = Splice.state.offset
 ID_AT: Final = Splice.id.offset
 WORKER_AT: Final = Splice.worker.offset
@@ -30,12 +30,12 @@ SLOT_AT: Final = Splice.slot.offset
 
 
 def splice_memory(maps: SpliceMaps) -> mmap.mmap:
-    """The records of pairs, for reading."""
+    """The records of pairs, mapped for reading."""
     return bpf.map_memory(maps.splices_fd, maps.entries * SPLICE_BYTES, write=False)
 
 
 def id_of(table: mmap.mmap, at: int) -> int:
-    """The pair that a record of the pair table describes."""
+    """The id of the pair that a record of the pair table describes."""
     (pair_id,) = struct.unpack_from("=Q", table, at + PairRecord.id.offset)
     return int(pair_id)
 
@@ -48,9 +48,9 @@ def used_indexes(
     first: int = 0,
     most: int | None = None,
 ) -> Iterator[int]:
-    """The records that are not free: of pairs, or of what has its state elsewhere.
+    """The indexes of records that are not free: of pairs, or of others with their state elsewhere.
 
-    `most`: it looks at so many records from `first` on, not at all others.
+    `most`: only so many records from `first` on are looked at.
     """
     end = None if most is None else (first + most) * record_bytes
     at = first * record_bytes + state_at
@@ -72,13 +72,13 @@ def store(memory: object, index: int, at: int, number: int) -> None:
 
 
 def forget_flows(flows: bpf.Map, index: int, record: Splice | SessionRecord) -> None:
-    """Take a pair or session out of the programs' sight.
+    """Delete the flows of a pair or session: the programs do not find it any more.
 
-    What its peers still send is for the stack, and so for our sockets.
+    Later packets of its peers go to the stack, and so to our sockets.
     """
     for way in record.way:
         key = bytes(way.from_)
-        # The addresses may be another's by now.
+        # The addresses may belong to another pair by now.
         with contextlib.suppress(FileNotFoundError):
             if FLOW.unpack(flows.lookup(key))[0] == index:
                 flows.delete(key)

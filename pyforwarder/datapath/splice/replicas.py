@@ -1,8 +1,9 @@
-"""Records of spliced pairs, as another machine knows them: out of our map, and into it.
+"""Records of spliced pairs for other machines: read from our map, and written into it.
 
-What another machine says is of a moment ago. Its constants are exact, but packets have passed since
-that the numbers do not know of. So a record that is made here believes what lies around them, and
-`narrow` brings it back to what the programs take for a pair of our own, once both peers were heard.
+What another machine reports is a moment old. Its constants (deltas, scales) are exact, but packets
+have passed since, which its numbers do not include. So a record that is made here accepts a wider
+range of numbers, and `narrow` reduces it to that of any other pair, once packets of both peers have
+come.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from pyforwarder.fleet.failover.record import (
 )
 from pyforwarder.runtime.one_store import store32, store64
 
-# bpf/splice_valid.h: no window is thought to have been smaller.
+# bpf/splice_valid.h: the least that is assumed as a peer's largest window.
 _LEAST_REACH: Final = 65536
-# What may have passed since another machine has said how far a pair was. Ten gigabits a second are
-# a gigabyte in that time, and what can be compared is two.
+# Bytes that may have passed since another machine's report, at least. At 10 Gbit/s that may be a
+# gigabyte; two can be compared.
 _LEAST_SLACK: Final = 1 << 28
 _MOST_SLACK: Final = 1 << 30
 _TIMES_MOVED: Final = 8
-# A window that was told while `narrow` looked.
+# Room for a window that was advertised while `narrow` was reading.
 _MARGIN: Final = 1 << 22
 
 _MASK: Final = 0xFFFFFFFF
@@ -60,22 +61,24 @@ _WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
 class Ways(NamedTuple):
-    """By which interfaces our sockets reach the client and the server."""
+    """The interfaces by which our sockets reach the client and the server."""
 
     client: int
     server: int
 
 
 def boot_unix_s() -> float:
-    """What the monotonic clock counts from, since 1970: of two hosts' clocks only that compares."""
+    """When the monotonic clock was 0, in seconds since 1970: monotonic clocks of two hosts are
+    comparable only by that.
+    """
     return time.clock_gettime(time.CLOCK_REALTIME) - time.monotonic()
 
 
 def is_replicable(record: Splice) -> bool:
-    """Whether another machine could go on with it.
+    """Whether another machine could continue a pair.
 
-    Not what still has a tail, which our sockets alone could send again; nor what is bound to an
-    interface or has another's address; nor what goes by `lo`.
+    Not one with an open tail, which only our sockets can retransmit; nor one that is bound to an
+    interface or uses a foreign address; nor one on `lo`.
     """
     if record.state != SpliceState.ACTIVE or not record.id or record.reset:
         return False
@@ -87,9 +90,9 @@ def is_replicable(record: Splice) -> bool:
 
 
 def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> Pair:
-    """What another machine must know; `said` is what `show` has of it.
+    """The report of a pair for other machines; `said` is its record in the pair table.
 
-    `boot_unix_s` is what the monotonic clock counts from.
+    `boot_unix_s` is when the monotonic clock was 0.
     """
     up, down = record.way
     rule = listener = b""
@@ -124,7 +127,7 @@ def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> P
 
 
 def said_of(record: Splice, table: mmap.mmap, slots: int) -> PairRecord | None:
-    """What `show` says of a pair, if anything."""
+    """The record of a pair in the pair table, if it has one."""
     at = record.slot * PAIR_BYTES
     if record.slot >= slots or id_of(table, at) != record.id:
         return None
@@ -160,10 +163,10 @@ def _half(way: SpliceDirection, carried_bytes: int) -> Half:
 
 
 def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -> Splice:
-    """The record, in the state in which it is for a pair of another machine.
+    """The record for a pair that another machine forwards.
 
-    `claim` is with which this machine goes on with it, `slack` how many bytes may have passed in
-    each direction since.
+    `claim` is the number under which this machine takes it over, `slack` how many bytes may have
+    passed in each direction since the report.
     """
     record = Splice()
     record.id, record.state, record.worker = pair_id, SpliceState.ACTIVE, HELD
@@ -197,18 +200,19 @@ def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -
             way.by[:] = ways[n], ways[n]
         way.last_ack, way.last_end = half.last_ack, half.last_end
         way.ours = half.last_end
-        # What the other end has acknowledged has come.
+        # What the other end has acknowledged was received.
         way.next = way.begin = (other.last_ack + other_delta - bool(half.fin & Fin.ACKED)) & _MASK
         way.fin_seq = half.fin_seq
         way.fin_due = int(bool(half.fin & Fin.DUE))
         way.fin = int(bool(half.fin & Fin.SEEN))
         way.fin_acked = int(bool(half.fin & Fin.ACKED))
         way.recent, way.recent_s = half.recent, int(time.monotonic())
-        # The same right edge, as the other end has said it.
+        # The same right edge of the window, in the numbers of the other end.
         way.edge = (other.limit - way.ack_delta) & _MASK
         way.limit = (half.limit + slack) & _MASK
         way.reach = slack
-        # As long as `sent` is in front of `tail`, it is how far this peer may acknowledge.
+        # As long as it is before the tail's end, this is the highest number that this peer may
+        # acknowledge.
         sent = other.last_end + (down if way is up else up).seq_delta + slack
         way.sent = sent & _MASK
         way.tail = (sent + 1) & _MASK
@@ -225,7 +229,7 @@ def _address(
     old: tuple[bytes, bytes, int, int],
     new: tuple[bytes, bytes, int, int],
 ) -> None:
-    """Packets from the first addresses and ports get the second ones."""
+    """Packets with the first addresses and ports get the second ones."""
     way.from_.source[:], way.from_.target[:] = _words(old[0]), _words(old[1])
     way.from_.sport, way.from_.dport = old[2], old[3]
     way.source[:], way.target[:] = _words(new[0]), _words(new[1])
@@ -239,7 +243,7 @@ def _words(address: bytes) -> tuple[int, ...]:
 
 
 def shown(pair: Pair, record: Splice, *, boot_unix_s: float) -> bytes:
-    """What `show` is to say of it: a struct pair."""
+    """What `show` prints for it: a struct pair."""
     said = PairRecord()
     said.id = record.id
     now_ns = time.monotonic_ns()
@@ -257,7 +261,9 @@ def shown(pair: Pair, record: Splice, *, boot_unix_s: float) -> bytes:
 
 
 def slack_for(before: Pair | None, now: Pair) -> int:
-    """How many bytes may have passed since `now` was said, by what passed between the two."""
+    """How many bytes may have passed since the report `now`, estimated from the bytes between both
+    reports.
+    """
     moved = 0
     if before is not None:
         for was, half in ((before.up, now.up), (before.down, now.down)):
@@ -266,19 +272,19 @@ def slack_for(before: Pair | None, now: Pair) -> int:
 
 
 def is_wide(record: Splice) -> bool:
-    """Whether it still believes more than the programs do of a pair of our own."""
+    """Whether the record still accepts a wider range of numbers than that of any other pair."""
     return any(not way.tail_open and (int(way.sent) + 1) & _MASK == way.tail for way in record.way)
 
 
 def heard(record: Splice) -> bool:
-    """Whether both peers were, since the record was made."""
+    """Whether packets of both peers have come since the record was made."""
     return all(way.heard_s for way in record.way)
 
 
 def narrow(memory: object, index: int) -> None:
-    """Believe what its peers have said since, and no more.
+    """Reduce the range of accepted numbers to what the peers have sent since.
 
-    Stored beside the programs, which may move the same numbers forward: so there is a margin.
+    The programs may advance the same numbers at the same time: so there is a margin.
     """
     record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)  # type: ignore[arg-type]
     for direction in Direction:
@@ -288,7 +294,7 @@ def narrow(memory: object, index: int) -> None:
         window = (back.edge - int(back.last_ack)) & _MASK
         reach = max(_LEAST_REACH, min(2 * window, _MOST_SLACK))
         limit = (edge + _MARGIN) & _MASK
-        if (limit - int(way.limit)) & _MASK >= 1 << 31:  # in front of it
+        if (limit - int(way.limit)) & _MASK >= 1 << 31:  # before it
             store64(memory, at + SpliceDirection.limit.offset, limit)
         store32(memory, at + SpliceDirection.reach.offset, reach)
         store32(memory, at + SpliceDirection.tail.offset, int(way.sent) & _MASK)

@@ -1,4 +1,4 @@
-"""Where the kernel would send a packet, and when that may have changed: rtnetlink(7)."""
+"""The kernel's routes, and notifications of their changes: rtnetlink(7)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DST, _SRC, _OIF, _MULTIPATH, _MARK, _UID, _IP_PROTO, _SPORT, _DPORT = (
 _MATCHED_ROUTE: Final = 0x2000  # RTM_F_FIB_MATCH: the table's entry, with all of its next hops
 _IS_DEAD: Final = 1  # RTNH_F_DEAD
 
-# What may lead packets by another interface: RTNLGRP_ of linux/rtnetlink.h.
+# Changes that may give packets another interface: RTNLGRP_ of linux/rtnetlink.h.
 _LINK, _IPV4_ADDRESS, _IPV4_ROUTE, _IPV4_RULE = 1, 5, 7, 8
 _IPV6_ADDRESS, _IPV6_ROUTE, _IPV6_RULE, _NEXT_HOPS = 9, 11, 19, 32
 _GROUPS: Final = (
@@ -45,10 +45,10 @@ _LOOPBACK: Final = 1  # the index of `lo` in every network namespace
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """What is asked about: the packets of one connection or session."""
+    """The key of a route lookup: the packets of one connection or session."""
 
     family: int  # 4 or 6
-    source: bytes  # 16 bytes in wire order; empty: as the route says
+    source: bytes  # 16 bytes in wire order; empty: chosen by the route
     target: bytes
     sport: int
     dport: int
@@ -75,13 +75,13 @@ class Route:
 
 
 class Routes(Netlink):
-    """Asks the kernel for routes."""
+    """Route lookups in the kernel."""
 
     def interface(self, route: Route) -> int:
-        """By which interface it would send them; 0: there is no route.
+        """The interface by which the kernel would send such packets; 0: there is no route.
 
         Raises:
-            OSError: it does not say.
+            OSError: it does not answer.
         """
         kind, said = self._ask(route, 0)
         if kind == _LOCAL:
@@ -89,10 +89,10 @@ class Routes(Netlink):
         return unsigned(said.get(_OIF, b"")) if kind == _UNICAST else 0
 
     def is_one_of_several(self, route: Route, interface: int) -> bool:
-        """Whether that interface is one of those that such packets are spread over.
+        """Whether an interface is one of several next hops of a multipath route for such packets.
 
         Raises:
-            OSError: the kernel does not say.
+            OSError: the kernel does not answer.
         """
         kind, said = self._ask(route, _MATCHED_ROUTE)
         return kind == _UNICAST and interface in _next_hops(said.get(_MULTIPATH, b""))
@@ -104,8 +104,8 @@ class Routes(Netlink):
                 try:
                     check(message_flags, payload)
                 except OSError as error:
-                    # What is in a table as unreachable, prohibited or to be thrown away has an
-                    # error of its own.
+                    # Routes of type unreachable, prohibit and blackhole each have an error of their
+                    # own.
                     if error.errno in _NO_ROUTE:
                         return 0, {}
                     raise
@@ -131,15 +131,15 @@ def _next_hops(data: bytes) -> Collection[int]:
 
 
 class RouteWatch:
-    """Readable when interfaces, addresses, routes or rules have changed; close it."""
+    """Readable when interfaces, addresses, routes or rules have changed; the caller closes it."""
 
     def __init__(self) -> None:
         self._sock = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
         )
-        self._sock.bind((0, 0))  # without a number of its own it is told nothing
+        self._sock.bind((0, 0))  # a socket that is not bound gets no notifications
         for group in _GROUPS:
-            with contextlib.suppress(OSError):  # one that this kernel does not know
+            with contextlib.suppress(OSError):  # a group that this kernel does not have
                 self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
 
     def fileno(self) -> int:
@@ -147,7 +147,9 @@ class RouteWatch:
         return self._sock.fileno()
 
     def drain(self) -> None:
-        """Forget what was said. What it was about is asked for: some of it may have been lost."""
+        """Discard the notifications. Their contents are not used, as some may have been lost: the
+        caller looks everything up.
+        """
         buffer = bytearray(_RECEIVE_BYTES)
         for _ in range(_MOST_AT_ONCE):
             try:
@@ -155,7 +157,8 @@ class RouteWatch:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno != errno.ENOBUFS:  # there was more than there is room for
+                # ENOBUFS: more notifications than the buffer holds.
+                if error.errno != errno.ENOBUFS:
                     raise
 
     def close(self) -> None:
@@ -163,4 +166,4 @@ class RouteWatch:
         self._sock.close()
 
 
-_MOST_AT_ONCE: Final = 1000  # messages: others wait for the keeper, too
+_MOST_AT_ONCE: Final = 1000  # messages: the keeper has other requests, too

@@ -1,4 +1,4 @@
-"""The records of UDP sessions that the programs, the keeper and workers share.
+"""The records of UDP sessions that the programs, the keeper and the workers share.
 
 Data only: bpf/sessions.h declares them. A test compiles that and compares every offset.
 """
@@ -11,9 +11,9 @@ from typing import Final
 
 from pyforwarder.datapath.splice.abi import SpliceKey
 
-# Of the records: the maps outlive the daemon, and the next one must know what is in them.
+# Version of the records: the maps outlive the daemon, and the next one must know their layout.
 SESSION_VERSION: Final = 2
-# `armed` of a pair's record: the worker has waited long enough for a quiet moment.
+# `armed` of a pair's record: the worker has waited long enough for an empty queue.
 NOW: Final = 2
 
 

@@ -1,10 +1,10 @@
-"""UDP sessions as the keeper has them: begun, ended, and given to their worker's successor.
+"""UDP sessions: the keeper's part. They are begun, ended, and given to their worker's successor.
 
-A worker is not trusted here, either. It hands over the socket at which its client's datagrams come
-in and the one that is connected to the server. Addresses are read from those. What it has to say
-itself is its client's address, and which of this host's addresses the client spoke to, as no
-connection tells these: so the kernel is asked which socket would get such datagrams, and it must be
-the very one that was handed over. A worker can have sent on what it could copy, and nothing else.
+A worker is not trusted here either. It hands over the socket that receives its client's datagrams,
+and the one that is connected to the server; their addresses are read from the sockets. The worker
+itself names only its client's address, and the local address that the client uses, as no connection
+has them. So the kernel is asked which socket receives such datagrams: it must be the one that was
+handed over. A worker can only have forwarded what it could copy.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.interfaces import Links
 
 LOOPBACK: Final = 1  # the index of `lo` in every network namespace
-# A program that has looked a session up may still count in its record.
+# A program that has looked up a session may still count in its record.
 _LINGER_S: Final = 1.0
-# What changes at once, changes in many steps; and others wait for the keeper, too.
+# A change usually comes in many steps; and the keeper has other requests.
 _SETTLE_S: Final = 0.1
 _SCANS_AT_ONCE: Final = 64
-_SCAN_PAUSE_S: Final = 2.0  # between one that has been done and the next
+_SCAN_PAUSE_S: Final = 2.0  # between one scan and the next
 _BOTH: Final = 3  # FOUND_CLIENT and FOUND_SERVER of bpf/splice_udp.h
-_INDEX: Final = struct.Struct("=14xI46x")  # what the program that is run reads it from
-# SO_PRIORITY of this size only the privileged may give to a socket (socket(7)).
+_INDEX: Final = struct.Struct("=14xI46x")  # the packet from which the program reads the index
+# Only privileged processes may set an SO_PRIORITY this large (socket(7)).
 _LEAST_MARK: Final = 1 << 24
-# A worker looks at a silent session several times in `idle` (IDLE_CHECKS), and ends it within that
-# and an eighth; the programs only take it for ended where no worker does.
+# A worker checks a silent session several times within `idle` (IDLE_CHECKS), and ends it within
+# that and an eighth. The programs end it later than that, in case no worker does.
 _IDLE_GRACE: Final = 0.25
 _IDLE_GRACE_S: Final = 2.0
 
 
 class SessionKeeper:
-    """The keeper's sessions."""
+    """The sessions of one keeper."""
 
     def __init__(
         self,
@@ -87,7 +87,9 @@ class SessionKeeper:
         slots: int,
         pairs: mmap.mmap,
     ) -> None:
-        """`pairs` is the whole pair table; what `maps` found goes on, and waits for its worker."""
+        """`pairs` is the whole pair table. The sessions that `maps` has found continue, and wait
+        for their workers.
+        """
         self._maps = maps
         self._links = links
         self._workers = workers
@@ -101,12 +103,12 @@ class SessionKeeper:
         self._scan_from_s = self._scanned_s = 0.0
         self._without_way: set[int] = set()
         self._count = [0] * workers
-        # Those that wait for each worker, as the one before has died: index -> what `show` said.
+        # By worker: sessions of its predecessor that wait for it: index -> what `show` printed.
         self._orphans: list[dict[int, bytes]] = [{} for _ in range(workers)]
-        # The same of those that their owner was given and has no place for yet: if it dies before,
-        # they are its successor's.
+        # Likewise those that were given to a worker, which has not confirmed it: if it dies before,
+        # its successor gets them.
         self._given: dict[int, bytes] = {}
-        # Ended, the oldest first, each with the moment from which on another may have its place.
+        # Ended sessions, oldest first: when the record may be used again, and its index.
         self._lingering: deque[tuple[float, int]] = deque()
         used = set(used_indexes(self._memory))
         self._free = deque(index for index in range(maps.entries) if index not in used)
@@ -116,7 +118,7 @@ class SessionKeeper:
                 self._forget(index)  # its worker has given up before it began
                 continue
             self._own(index, record.worker % workers)
-            if record.slot == NO_SLOT:  # nobody has it
+            if record.slot == NO_SLOT:  # no worker has it
                 said = next((one.record for one in maps.found if one.id == record.id), b"")
                 self._orphans[record.worker % workers][index] = said
         self._obeys: Mapping[str, Callable[..., dict[str, object]]] = {
@@ -127,7 +129,7 @@ class SessionKeeper:
         }
 
     def knows(self, do: str) -> bool:
-        """Whether a request is for sessions."""
+        """Whether a request concerns sessions."""
         return do in self._obeys
 
     def obey(
@@ -137,11 +139,11 @@ class SessionKeeper:
         sockets: Sequence[socket.socket],
         given: list[socket.socket],
     ) -> dict[str, object]:
-        """Do what a worker asks; what is appended to `given` goes to it.
+        """Handle a worker's request; sockets that are appended to `given` are sent to it.
 
         Raises:
-            FaultyRequestError: it may not even ask for that.
-            ValueError: it is not its own any more.
+            FaultyRequestError: the request is not allowed at all.
+            ValueError: the session is no longer the worker's.
             OSError: the kernel refuses.
         """
         return self._obeys[request["do"]](worker, request, sockets, given)
@@ -180,7 +182,7 @@ class SessionKeeper:
             self._own(index, worker)
             for direction in Direction:
                 self._flows.update(keys[direction], FLOW.pack(index, direction))
-            # Only now do the programs look at it.
+            # Only from here on the programs use it.
             store(self._memory, index, "state", SessionState.ACTIVE)
         except OSError:
             self._forget(index)
@@ -194,16 +196,17 @@ class SessionKeeper:
         listener: socket.socket,
         server: socket.socket,
     ) -> PairReason | None:
-        """Write down what is done to the session's datagrams; or why nothing can be done."""
+        """Fill in the record of a session; returns why that is not possible, or None."""
         try:
             if not all(map(is_udp, sockets := (listener, server))):
                 return PairReason.NOT_ELIGIBLE
             if not all(map(splice_sockets.is_of_our_network, sockets)):
-                # In a network of its own a worker could give its sockets any addresses.
+                # In a network namespace of its own a worker could give its sockets any addresses.
                 return PairReason.NOT_ELIGIBLE
             if has_peer(listener):
-                # This worker would serve the client as long as it is connected, also where it is
-                # another worker's client, whom the session would take away from that worker.
+                # While this socket is connected to the client, this worker would get the client's
+                # datagrams, even where it is another worker's client, which the session would take
+                # away from that worker.
                 return PairReason.OTHER_SOCKET
             own = end_of(listener.getsockname())
             ends = (
@@ -223,7 +226,7 @@ class SessionKeeper:
             return PairReason.LINK_LOCAL
         if any(not port or not is_of_one_host(ip) for ip, port in every):
             return PairReason.NOT_ELIGIBLE
-        # Nobody else's datagrams may be taken.
+        # Datagrams of other hosts must not be taken.
         if not all(this_host_has(local) for _, (local, _) in ends):
             return PairReason.NOT_ELIGIBLE
         describe(record, *ends)
@@ -236,7 +239,8 @@ class SessionKeeper:
             return PairReason.REFUSED_BY_KERNEL
 
     def _find_ways(self, record: SessionRecord, *, any_interface: bool) -> PairReason | None:
-        """Write by which interfaces the datagrams go, and must come; or why there are none.
+        """Write the interfaces by which datagrams leave, and must arrive; returns why there are
+        none, or None.
 
         Raises:
             OSError: the kernel refuses.
@@ -244,7 +248,7 @@ class SessionKeeper:
         out = [self._routes.interface(route_of(record, way)) for way in record.way]
         for interface in out:
             if not interface:
-                return PairReason.REFUSED_BY_KERNEL  # no way leads there
+                return PairReason.REFUSED_BY_KERNEL  # no route
             if not self._links.add(interface):
                 is_taken = interface in self._links.refusals
                 return PairReason.INTERFACE_TAKEN if is_taken else PairReason.NOT_ETHERNET
@@ -256,7 +260,7 @@ class SessionKeeper:
         return None
 
     def _is_taken(self, key: bytes) -> bool:
-        """Whether another session has datagrams of these addresses already."""
+        """Whether another session has these addresses already."""
         try:
             self._flows.lookup(key)
         except FileNotFoundError:
@@ -264,7 +268,7 @@ class SessionKeeper:
         return True
 
     def _found(self, index: int, record: SessionRecord, sockets: Sequence[socket.socket]) -> int:
-        """Which of the sockets would get what the session takes, as bits."""
+        """Which of the sockets would receive the session's datagrams, as bits."""
         before = [sock.getsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY) for sock in sockets]
         try:
             for sock in sockets:
@@ -274,25 +278,25 @@ class SessionKeeper:
             for sock, priority in zip(sockets, before, strict=True):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
 
-    # Following what becomes of interfaces and routes
+    # Changes of interfaces and routes
 
     def ways_changed(self) -> None:
-        """Interfaces, addresses, routes or rules have: each session is looked at again."""
+        """Interfaces, addresses, routes or rules have changed: each session is checked again."""
         self._scan_from_s = max(time.monotonic() + _SETTLE_S, self._scanned_s + _SCAN_PAUSE_S)
         self._to_scan = deque(self._owner)
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called, if nothing changes."""
+        """Seconds until `run_due` is due, if nothing changes."""
         if not self._to_scan:
             return most_s
         return min(most_s, max(0.0, self._scan_from_s - time.monotonic()))
 
     def _scan_ways(self) -> None:
-        """Look at some.
+        """Check some sessions.
 
-        What has no way that is for our programs is our sockets' until it has. A new way is taken
-        like the first one, once a datagram of our socket has been seen to go it, and none of those
-        that our sockets have can be overtaken.
+        Datagrams of a session without a route that suits the programs pass to our sockets. A new
+        route is used as the first one was: once a datagram of our socket was seen to take it, and
+        no datagram that our sockets have received can be overtaken.
         """
         self._scanned_s = time.monotonic()
         for _ in range(min(_SCANS_AT_ONCE, len(self._to_scan))):
@@ -301,7 +305,7 @@ class SessionKeeper:
                 continue
             record = record_of(self._memory, index)
             before = [(way.interface, way.by) for way in record.way]
-            # `any` was written so, and stays.
+            # 0 means `any`, and stays.
             is_any = not any(by for _, by in before)
             try:
                 obstacle = self._find_ways(record, any_interface=is_any)
@@ -321,19 +325,19 @@ class SessionKeeper:
                     self._unlatch(index, direction)
                 if is_new:
                     store_way(self._memory, index, direction, "interface", way.interface)
-                    # A program that was at it may have seen one go the way before.
+                    # A program that was running may have seen a datagram take the old route.
                     self._unlatch(index, direction)
             if index in self._without_way:
                 self._without_way.discard(index)
-                # Meanwhile only our sockets have had its datagrams.
+                # Meanwhile its datagrams have passed to our sockets only.
                 store_wide(self._memory, index, "began_ns", time.monotonic_ns())
                 store(self._memory, index, "state", SessionState.ACTIVE)
 
     def _unlatch(self, index: int, direction: Direction) -> None:
-        """Its datagrams are our socket's again, until it is known that they may go on."""
+        """Unlatch a direction: its datagrams pass to our socket again, until it may latch again."""
         way = record_of(self._memory, index).way[direction]
         store_way(self._memory, index, direction, "has_left", 0)
-        # More than the worker has said that it has copied, so that it looks, and says it again.
+        # More than the worker has reported as copied, so that it checks, and reports again.
         store_way_wide(self._memory, index, direction, "passed", way.passed + 1)
         store_way(self._memory, index, direction, "latched", 0)
 
@@ -346,7 +350,9 @@ class SessionKeeper:
         _sockets: Sequence[socket.socket],
         _given: list[socket.socket],
     ) -> dict[str, object]:
-        """Forget sessions; what each has carried in the end, None of what is not its own."""
+        """Forget sessions of a worker; returns what each has carried, None for one that is not the
+        worker's.
+        """
         carried: list[object] = []
         for index, number in request["places"]:
             if not self._is_owner(worker, index, number):
@@ -354,7 +360,7 @@ class SessionKeeper:
                 continue
             forget_flows(self._flows, index, record_of(self._memory, index))
             record = record_of(self._memory, index)
-            # Another's record may be in that slot from now on.
+            # The slot may get another pair from now on.
             store(self._memory, index, "slot", NO_SLOT)
             store(self._memory, index, "state", SessionState.PREPARED)
             self._disown(index)
@@ -363,15 +369,15 @@ class SessionKeeper:
         return {"carried": carried}
 
     def clear(self, worker: int) -> None:
-        """Forget a worker's sessions, but those that wait for it."""
+        """Forget a worker's sessions, except those that wait for it."""
         for index in self._of(worker):
             if index not in self._orphans[worker]:
                 self._forget(index)
 
-    # Going on without those who began it
+    # Sessions without their worker
 
     def worker_died(self, worker: int) -> None:
-        """A worker died: its sessions go on, and are its successor's."""
+        """A worker has died: its sessions continue, and go to its successor."""
         for index in self._of(worker):
             if index in self._orphans[worker]:
                 continue
@@ -388,7 +394,9 @@ class SessionKeeper:
         _sockets: Sequence[socket.socket],
         given: list[socket.socket],
     ) -> dict[str, object]:
-        """One session that has no worker, with a new socket to its server; {} if none is left."""
+        """Give a worker one session that waits for it, with a new socket to its server; {} if none
+        is left.
+        """
         waiting = self._orphans[worker]
         while waiting:
             index, said = waiting.popitem()
@@ -396,7 +404,7 @@ class SessionKeeper:
             try:
                 given.append(revive(record))
             except OSError:
-                # The port is another's by now.
+                # Another socket has the port by now.
                 self._forget(index)
                 continue
             self._given[index] = said
@@ -413,7 +421,7 @@ class SessionKeeper:
         return {}
 
     def take_back(self, worker: int, index: int) -> None:
-        """A session that was given to a worker has not come there: it waits as before."""
+        """A session that was given to a worker did not reach it: it waits again."""
         if index in self._given:
             self._orphans[worker][index] = self._given.pop(index)
 
@@ -427,14 +435,14 @@ class SessionKeeper:
         index, slot = request["index"], request["slot"]
         if not self._is_owner(worker, index, request["id"]):
             raise ValueError("not yours")
-        # An earlier keeper may have given it: to this one it was an orphan until now.
+        # An earlier keeper may have given it to the worker: until now it was an orphan to this one.
         self._orphans[worker].pop(index, None)
         if slot // self._slots != worker:
             raise FaultyRequestError("a slot of another worker's")
         self._given.pop(index, None)
         store(self._memory, index, "worker", worker)
         store(self._memory, index, "slot", slot)
-        # As its configuration has it now; and its new sockets may have had datagrams of it already.
+        # By the present configuration; and its new sockets may have received datagrams already.
         store_wide(self._memory, index, "idle_ns", _idle_ns(request["idle_s"]))
         store_wide(self._memory, index, "began_ns", time.monotonic_ns())
         return {}
@@ -442,7 +450,7 @@ class SessionKeeper:
     # Records
 
     def _is_owner(self, worker: int, index: int, number: int) -> bool:
-        """Whether that session is there still, and the worker's."""
+        """Whether the session still exists, and is the worker's."""
         is_its = self._owner.get(index) == worker
         return is_its and record_of(self._memory, index).id == number
 
@@ -466,7 +474,7 @@ class SessionKeeper:
         self._memory[base : base + SESSION_BYTES] = bytes(record)
 
     def _allocate(self, worker: int) -> int:
-        """A place; -1 if there is none left, or the worker has its share."""
+        """A free record's index; -1 if none is left, or the worker has used up its share."""
         if self._count[worker] >= self._maps.entries // self._workers:
             return -1
         if not self._free and self._lingering:
@@ -481,7 +489,7 @@ class SessionKeeper:
         self._free.append(index)
 
     def run_due(self, now_s: float) -> None:
-        """Give back the places of those that ended a while ago, and look at what has changed."""
+        """Free the records of sessions that ended a while ago, and check changed routes."""
         if self._to_scan and now_s >= self._scan_from_s:
             self._scan_ways()
         while self._lingering and self._lingering[0][0] <= now_s:
@@ -489,5 +497,5 @@ class SessionKeeper:
 
 
 def _idle_ns(idle_s: float) -> int:
-    """When the programs take a session for ended that its worker would end after `idle_s`."""
+    """The idle timeout of the programs, for a session that its worker ends after `idle_s`."""
     return int((idle_s * (1 + _IDLE_GRACE) + _IDLE_GRACE_S) * 1e9)

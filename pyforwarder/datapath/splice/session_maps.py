@@ -1,7 +1,7 @@
-"""The maps of UDP sessions: made anew, or taken over as an earlier daemon has left them.
+"""The maps of UDP sessions: created, or taken over from an earlier daemon.
 
-Both are written by the keeper alone, and by the programs. Nothing in them is ever evicted: a
-session that finds no room is copied.
+Both are written by the keeper and the programs only. No entry is ever evicted: a session for which
+there is no room is copied.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from pyforwarder.datapath.splice.session_abi import (
 from pyforwarder.runtime.one_store import store32, store64
 
 PINS: Final = (f"session_flows_{SESSION_VERSION}", f"sessions_{SESSION_VERSION}")
-# Beyond that no host forwards so many clients by one table: it has 42 MB then.
+# The most entries: no host forwards more clients by one table, which has 42 MB at that size.
 _MOST: Final = 1 << 16
 _LEAST: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSession:
-    """One session that goes on from before."""
+    """A session of an earlier daemon that continues."""
 
     index: int
     id: int
-    record: bytes  # of the pair table: what `show` said of it; empty if that is not known
+    record: bytes  # of the pair table: what `show` printed for it; empty: not known
 
 
 @dataclass(slots=True)
 class SessionMaps:
-    """What the programs and the keeper have of sessions."""
+    """The maps that the programs and the keeper share for sessions."""
 
     flows_fd: int
     sessions_fd: int
     entries: int
-    is_left: bool  # by an earlier daemon
+    is_left: bool  # whether an earlier daemon has left them
     find_fd: int = -1  # the program that the keeper runs
     found: tuple[FoundSession, ...] = ()
 
     def take_over(self, pairs_fd: int) -> None:
-        """Find the sessions that go on, if there are any.
+        """Find the sessions of an earlier daemon that continue.
 
-        `pairs_fd` is the pair table in which those were shown.
+        `pairs_fd` is the pair table in which they had slots.
         """
         if self.is_left:
             self.found = take_over(self.flows_fd, self.sessions_fd, self.entries, pairs_fd)
@@ -71,16 +71,16 @@ class SessionMaps:
 
 
 def room_for(most_sessions: int, workers: int) -> int:
-    """How many entries there are where so many sessions may be (0: as many as like).
+    """The number of entries for so many sessions (0: any number).
 
-    Clients are dealt out to workers by their addresses, not evenly, and each worker has its share.
+    Clients are distributed to workers by their addresses, unevenly, and each worker has its share.
     """
     most = min(most_sessions or _MOST, _MOST)
     return workers * max(_LEAST, 2 * most // workers)
 
 
 def make(entries: int) -> tuple[int, int]:
-    """Descriptors of new maps, of the flows and of the sessions; the caller closes them.
+    """Create the maps of flows and of sessions; the caller closes the descriptors.
 
     Raises:
         OSError: the kernel refuses.
@@ -109,9 +109,10 @@ def make(entries: int) -> tuple[int, int]:
 
 
 def open_left(pins: Path) -> tuple[int, int, int] | None:
-    """The maps that an earlier daemon has pinned there, and how many entries they have.
+    """The maps that an earlier daemon has pinned, and their number of entries; the caller closes
+    them.
 
-    None if there are none, or of another version. The caller closes them.
+    None if there are none, or of another version.
     """
     opened: list[int] = []
     try:
@@ -132,9 +133,9 @@ def open_left(pins: Path) -> tuple[int, int, int] | None:
 def take_over(
     flows_fd: int, sessions_fd: int, entries: int, pairs_fd: int
 ) -> tuple[FoundSession, ...]:
-    """The sessions that go on, of which none has a slot any more; the others are forgotten.
+    """The sessions that continue, without slots; the others are forgotten.
 
-    `pairs_fd` is the pair table in which those were shown.
+    `pairs_fd` is the pair table in which they had slots.
     """
     slots = bpf.map_sizes(pairs_fd).entries
     table = bpf.map_memory(pairs_fd, slots * PAIR_BYTES, write=False)
@@ -150,7 +151,7 @@ def take_over(
                 store(memory, index, "state", SessionState.FREE)
                 continue
             said = b""
-            # Where it was, or where it was before a daemon that did not get far.
+            # Its slot, or the one that it had before a daemon that ended while it started.
             for slot in (record.slot, record.last_slot):
                 at = slot * PAIR_BYTES
                 if slot < slots and id_of(table, at) == record.id:
@@ -171,19 +172,19 @@ def record_of(memory: mmap.mmap, index: int) -> SessionRecord:
 
 
 def store(memory: mmap.mmap, index: int, name: str, number: int) -> None:
-    """Change one 32-bit number of a record, with one store."""
+    """Write a 32-bit field of a record, with one store."""
     at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
     store32(memory, at, number)
 
 
 def store_wide(memory: mmap.mmap, index: int, name: str, number: int) -> None:
-    """The same with one of 64 bits."""
+    """Write a 64-bit field of a record, with one store."""
     at = index * SESSION_BYTES + int(getattr(SessionRecord, name).offset)
     store64(memory, at, number)
 
 
 def is_over(record: SessionRecord, now_ns: int) -> bool:
-    """Whether nobody has spoken for so long that the programs take it for ended (is_over there).
+    """Whether the programs regard a session as expired (`has_expired` in splice_udp.h).
 
     `now_ns` is of the monotonic clock.
     """

@@ -1,4 +1,4 @@
-"""The addresses and sockets of a UDP session: what its record says of them, and what they are."""
+"""The addresses and sockets of a UDP session, and its record."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def describe(
     client: tuple[End, End],
     server: tuple[End, End],
 ) -> None:
-    """Write into a record what is done to the datagrams of these two: (peer, own) of each side."""
+    """Fill in how datagrams of these two are rewritten: (peer, own) of each side."""
     sides = (client, server)
     record.family = client[0][0].version
     for direction in Direction:
@@ -47,7 +47,7 @@ def describe(
 
 
 def route_of(record: SessionRecord, way: SessionDirection) -> Route:
-    """What our socket sends to the peer whose datagrams `way` is about."""
+    """The route of our socket's datagrams to the peer from which the direction's datagrams come."""
     return Route(
         record.family,
         bytes(way.from_.target),
@@ -61,14 +61,14 @@ def route_of(record: SessionRecord, way: SessionDirection) -> Route:
 
 
 def revive(record: SessionRecord) -> socket.socket:
-    """A socket to the server in the place of one that is gone; the caller closes it.
+    """A socket to the server in place of one that is gone; the caller closes it.
 
     Raises:
-        OSError: the address or the port is another's now.
+        OSError: another socket has the address and port now.
     """
     way = record.way[Direction.DOWN]
     family = socket.AF_INET6 if record.family == 6 else socket.AF_INET
-    # Rules of this host may go by whose a socket is: it is the worker's, as the one before.
+    # Rules of this host may depend on the owner of a socket: it is the worker's, as before.
     with acting_as(record.owner, record.group):
         sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
@@ -82,7 +82,7 @@ def revive(record: SessionRecord) -> socket.socket:
 
 
 def is_udp(sock: socket.socket) -> bool:
-    """A datagram socket may also be one for pings, or of UDP-Lite."""
+    """Whether a datagram socket is of UDP: there are also those for pings, and of UDP-Lite."""
     return (
         sock.family in (socket.AF_INET, socket.AF_INET6)
         and sock.type == socket.SOCK_DGRAM
@@ -91,7 +91,7 @@ def is_udp(sock: socket.socket) -> bool:
 
 
 def has_peer(sock: socket.socket) -> bool:
-    """Whether it is connected, and so is no listener's.
+    """Whether a socket is connected, and so is not a listener's.
 
     Raises:
         OSError: the kernel does not say.
@@ -111,7 +111,7 @@ def end_of(name: Sequence[Any]) -> End:
 
 
 def is_of_one_host(ip: _Ip) -> bool:
-    """A unicast address: no group's, not unspecified, no IPv4-mapped one of IPv6."""
+    """Whether an address is unicast: not multicast, unspecified, or an IPv4-mapped one of IPv6."""
     if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
         return False
     is_broadcast = ip == ipaddress.IPv4Address("255.255.255.255")
@@ -119,7 +119,7 @@ def is_of_one_host(ip: _Ip) -> bool:
 
 
 def _mapped(ip: _Ip) -> bytes:
-    """16 bytes, as in a key."""
+    """An address as 16 bytes, as in a key."""
     return ip.packed if ip.version == 6 else bytes(10) + b"\xff\xff" + ip.packed
 
 

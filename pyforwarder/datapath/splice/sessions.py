@@ -1,9 +1,9 @@
-"""UDP sessions of the splice datapath, the worker's half: begun, looked after, ended.
+"""UDP sessions of the splice datapath, the worker's part: begun, watched, ended.
 
-bpf/splice_udp.h sends the datagrams on, session_keeper.py begins and ends it. Until a direction is
-*latched* its datagrams still come to our sockets, and are copied. The program latches it as soon as
-it sees that all of them have been: how many came it counts itself, how many were copied stands in
-the pair's record.
+bpf/splice_udp.h forwards the datagrams, session_keeper.py begins and ends sessions. Until a
+direction is *latched*, its datagrams come to our sockets, and are copied. The program latches it as
+soon as all of them were copied: it counts itself how many have come, and the pair's record has how
+many were copied.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.session_maps import SessionMaps
     from pyforwarder.runtime.loop import Loop
 
-# What has become of it: its place, or why it has none.
+# Called with the outcome: the session's place, or why it has none.
 Opened: TypeAlias = "Callable[[Place | PairReason], None]"
 Counted: TypeAlias = "Callable[[list[Carried]], None]"
-# Nothing is known of what was copied: no count of the program's is like it.
+# How many were copied is unknown: the program's count never has this value.
 _UNKNOWN: Final = (1 << 64) - 1
 _WAY: Final = [SessionRecord.way.offset + d * SessionRecord.way.size // 2 for d in Direction]
 _LATCHED: Final = [at + SessionDirection.latched.offset for at in _WAY]
@@ -53,16 +53,16 @@ _CARRIED: Final = [at + SessionDirection.bytes.offset for at in _WAY]
 _U32: Final = struct.Struct("=I")
 _U64: Final = struct.Struct("=Q")
 _TWO_U64: Final = struct.Struct("=QQ")
-# After a keeper that did not answer, none is asked to begin one for so long.
+# After a request without an answer, no session is requested for so long.
 _KEEPER_PAUSE_S: Final = 1.0
-# What a session has carried in the end is waited for so long.
+# How long the keeper's final counts of a session are awaited.
 _COUNT_S: Final = 1.0
 # Bytes and datagrams, up and down.
 Carried = tuple[tuple[int, int], tuple[int, int]]
 
 
 class Place:
-    """One session's place among those of the kernel."""
+    """A session's place among those of the kernel."""
 
     __slots__ = ("behind_s", "copied", "id", "index", "slot")
 
@@ -70,24 +70,24 @@ class Place:
         self.index = index
         self.id = session_id
         self.slot = slot  # within the worker's window
-        self.copied = [0, 0]  # datagrams that our sockets got since, and that went on
-        # Since when the program waits to know that what it passed was copied; 0: it does not.
+        self.copied = [0, 0]  # datagrams that our sockets have received since, and that were copied
+        # Since when the program has been waiting for the copied datagrams; 0: it is not.
         self.behind_s = [0.0, 0.0]
 
 
 class Opening:
-    """A session that the keeper is asked to begin."""
+    """A session while the keeper is asked to begin it."""
 
     __slots__ = ("id", "slot", "then")
 
     def __init__(self, session_id: int, slot: int, then: Opened) -> None:
         self.id = session_id
         self.slot = slot
-        self.then: Opened | None = then  # None: it has ended meanwhile
+        self.then: Opened | None = then  # None: the session has ended meanwhile
 
 
 class _Ending(Timed):
-    """Sessions that the keeper is asked to end, until it is known what they have carried."""
+    """Sessions that the keeper is asked to end, until their final counts are known."""
 
     __slots__ = ("_overdue", "carried", "places", "then")
 
@@ -101,31 +101,32 @@ class _Ending(Timed):
         Timed.__init__(self)
         self._overdue = overdue
         self.places = places
-        self.carried = carried  # when they ended here
-        self.then: Counted | None = then  # None: it has been told
+        self.carried = carried  # counts when they ended here
+        self.then: Counted | None = then  # None: it was called
 
     def expired(self) -> None:
-        """The keeper has not said it."""
+        """The keeper has not answered in time."""
         self._overdue(self)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOrphan:
-    """A session whose worker is gone: a socket to its server, and what is known of it."""
+    """A session whose worker is gone: a socket to its server, and its record."""
 
     index: int  # in the kernel; -1: it was copied
     id: int
     server: socket.socket
     client: tuple[str, int]
-    local: tuple[str, int]  # the address of ours to which the client speaks
-    record: PairRecord | None  # what `show` said of it
+    local: tuple[str, int]  # the local address that the client uses
+    record: PairRecord | None  # what `show` printed for it
 
 
 def _orphan_of(answer: dict[str, Any], fds: list[int]) -> SessionOrphan:
-    """The session that the keeper gives, with the socket that it has sent, which is taken.
+    """The session in an answer of the keeper, with the socket that came with it, which is removed
+    from `fds`.
 
     Raises:
-        DatapathError: there was no descriptor left for it.
+        DatapathError: the process had no descriptor left for it.
     """
     if len(fds) != 1:
         raise DatapathError("take in a session", errno.EMFILE)
@@ -140,19 +141,19 @@ def _orphan_of(answer: dict[str, Any], fds: list[int]) -> SessionOrphan:
 
 
 class SpliceSessions:
-    """The kernel's sessions of one worker."""
+    """The sessions of one worker in the kernel."""
 
     def __init__(
         self, maps: SessionMaps, keeper: KeeperAsker, loop: Loop, *, window: PairWindow
     ) -> None:
-        """Work on inherited maps, and on what the keeper does for us."""
+        """Use the inherited maps, and the keeper."""
         self._keeper = keeper
         self._loop = loop
         self._window = window
         self._memory = bpf.map_memory(maps.sessions_fd, maps.entries * SESSION_BYTES, write=False)
-        self._keeper_from_s = 0.0  # not asked before
-        self._abandoned = 0  # have ended before it was known whether they had begun
-        self._uncounted: dict[_Ending, None] = {}  # the oldest first
+        self._keeper_from_s = 0.0  # no session is requested before
+        self._abandoned = 0  # sessions that ended before the keeper had answered
+        self._uncounted: dict[_Ending, None] = {}  # oldest first
 
     def open(
         self,
@@ -167,17 +168,18 @@ class SpliceSessions:
         now_s: float,
         then: Opened,
     ) -> Opening | PairReason:
-        """Have the keeper begin it, and `then` called with its place, or why it has none.
+        """Ask the keeper to begin a session; `then` is called with its place, or why it has none.
 
-        Or why that is not even asked. After `idle_s` of silence it is over; if nobody ends it, it
-        ends by itself. `local` is the address of ours to which the client speaks; `sockets` are the
-        listener's and the one to the server. They stay the caller's, and must be read as before.
+        Returns why it is not even asked, or None. After `idle_s` of silence the session is over; if
+        no process ends it, it expires by itself. `local` is the local address that the client uses;
+        `sockets` are the listener's and the one to the server. The caller keeps them, and must read
+        them as before.
         """
-        # Of one that has ended the kernel may still have the addresses.
+        # The kernel may still have the addresses of one that has ended.
         if now_s < self._keeper_from_s or self._abandoned:
             return PairReason.NO_KEEPER
         at = slot * self._window.WORDS
-        # The program compares with these as soon as it begins.
+        # The program compares with these from the beginning.
         self._window.words[at + table.ID] = session_id
         for direction in Direction:
             self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
@@ -201,7 +203,7 @@ class SpliceSessions:
         return opening
 
     def abandon(self, opening: Opening) -> None:
-        """The session has ended: if it is begun all the same, it is ended there, too."""
+        """The session has ended: if the keeper has begun it, it is ended there, too."""
         if opening.then is not None:
             opening.then = None
             self._abandoned += 1
@@ -224,7 +226,9 @@ class SpliceSessions:
             then(PairReason(answer.get("refused", PairReason.REFUSED_BY_KERNEL)))
 
     def _look_up(self, opening: Opening) -> int:
-        """Its place if a keeper has begun it before that died; else -1, and none will."""
+        """Its index if a keeper has begun it, and died after that; else -1: no keeper will begin
+        it.
+        """
         slot = self._window.first_slot + opening.slot
         for index in used_indexes(self._memory):
             found = record_of(self._memory, index)
@@ -232,42 +236,44 @@ class SpliceSessions:
                 return index if found.state == SessionState.ACTIVE else -1
         return -1
 
-    # What the programs say of it
+    # What the programs have stored
 
     def is_latched(self, place: Place, direction: int) -> bool:
-        """Whether the kernel sends this direction on by itself."""
+        """Whether the kernel forwards this direction by itself."""
         at = place.index * SESSION_BYTES + _LATCHED[direction]
         return bool(_U32.unpack_from(self._memory, at)[0])
 
     def passed(self, place: Place, direction: int) -> int:
-        """How many datagrams our socket was to get before the direction was latched."""
+        """How many datagrams were passed to our socket before the direction was latched."""
         at = place.index * SESSION_BYTES + _PASSED[direction]
         return int(_U64.unpack_from(self._memory, at)[0])
 
     def carried(self, place: Place, direction: int) -> tuple[int, int]:
-        """Bytes and datagrams that the kernel has sent on."""
+        """Bytes and datagrams that the kernel has forwarded."""
         at = place.index * SESSION_BYTES + _CARRIED[direction]
         carried_bytes, packets = _TWO_U64.unpack_from(self._memory, at)
         return carried_bytes, packets
 
     def last_s(self, place: Place, direction: int) -> float:
-        """When the kernel last sent a datagram on, a second late at most (monotonic clock)."""
+        """When the kernel forwarded the last datagram, up to a second late (monotonic clock)."""
         at = place.index * SESSION_BYTES + _LAST_NS[direction]
         return float(_U64.unpack_from(self._memory, at)[0]) / 1e9
 
-    # What the programs are told
+    # What the worker stores for the programs
 
     def caught_up(self, place: Place, direction: int, passed: int) -> None:
-        """All datagrams that our socket was to get when `passed` said so many have gone on."""
+        """All datagrams that were passed to our socket by the time of `passed` were copied."""
         at = place.slot * self._window.WORDS
         self._window.words[at + table.CONSUMED[direction]] = passed
-        # The keeper has the direction begin again where the way has changed.
+        # The keeper unlatches the direction when its route changes.
         self._window.halves[place.slot * self._window.HALVES + table.ARMED[direction]] = 0
         place.copied[direction] = max(place.copied[direction], passed)
         place.behind_s[direction] = 0.0
 
     def latch_now(self, place: Place) -> None:
-        """There is no quiet moment: what is still with our sockets will be overtaken."""
+        """The queue is never empty: let the program latch; datagrams in our sockets may be
+        overtaken.
+        """
         at = place.slot * self._window.HALVES
         for direction in Direction:
             self._window.halves[at + table.ARMED[direction]] = NOW
@@ -275,10 +281,10 @@ class SpliceSessions:
     # The end
 
     def close(self, places: Sequence[Place], then: Counted) -> None:
-        """End them; `then` is called, once, with what the kernel has sent on of each.
+        """End sessions; `then` is called, once, with what the kernel has forwarded of each.
 
-        There are MOST_CLOSED_AT_ONCE of them at most. What they have carried in the end the keeper
-        says; a second later it is what the records say.
+        There are MOST_CLOSED_AT_ONCE of them at most. The counts are the keeper's; after a second
+        without its answer, those of the records.
         """
         ending = _Ending(places, [self._carried(place) for place in places], then, self._count)
         self._uncounted[ending] = None
@@ -291,9 +297,9 @@ class SpliceSessions:
     def _end(self, ending: _Ending) -> None:
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:
-                self._end(ending)  # it may be there still
+                self._end(ending)  # it may still exist
                 return
-            # Its last word: none is under way any more.
+            # The final counts: no datagram is being forwarded any more.
             for number, said in enumerate(answer.get("carried", ())):
                 if said is not None:
                     up, down = said
@@ -304,7 +310,9 @@ class SpliceSessions:
         self._keeper.ask("close_sessions", answered, places=places)
 
     def _count(self, ending: _Ending) -> None:
-        """The keeper does not say what they have carried: their records do, if they have them."""
+        """The keeper has not answered: take the counts of the records, if they are still the
+        sessions'.
+        """
         for number, place in enumerate(ending.places):
             if record_of(self._memory, place.index).id == place.id:
                 ending.carried[number] = self._carried(place)
@@ -325,17 +333,19 @@ class SpliceSessions:
         return self.carried(place, Direction.UP), self.carried(place, Direction.DOWN)
 
     def count_now(self) -> None:
-        """Nothing is waited for any more: what ended sessions have carried, their records say."""
+        """Wait for no final counts any more: take those of the records."""
         while self._uncounted:
             self._count(next(iter(self._uncounted)))
 
-    # Going on
+    # Adoption
 
     def adopt(self, take: Callable[[SessionOrphan], None], done: Callable[[], None]) -> None:
-        """Have `take` called with each session that has lost its worker and is ours now.
+        """Adopt sessions: `take` is called with each that has lost its worker and is this worker's
+        now.
 
-        Then `done`, once; both by the loop, or while the keeper's answers are waited for. Each must
-        be given to `resume` or `forget`; its socket is the callee's.
+        Then `done` is called, once. Both are called by the loop, or while the keeper's answers are
+        awaited. Each session must be given to `resume` or `forget`; its socket belongs to the
+        callee.
         """
 
         def answered(answer: dict[str, Any] | None, fds: list[int]) -> None:
@@ -347,7 +357,7 @@ class SpliceSessions:
                     take(_orphan_of(answer, fds))
                 except Exception as error:
                     self._loop.on_error(take, error)
-                    self.forget(answer["index"], answer["id"])  # it costs this session alone
+                    self.forget(answer["index"], answer["id"])  # only this session is lost
             ask()
 
         def ask() -> None:
@@ -359,7 +369,7 @@ class SpliceSessions:
     def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
     ) -> Place:
-        """The session, with a slot that bears its id, is the orphan from here on.
+        """Continue an orphan as this session, whose slot has its id.
 
         After `idle_s` of silence it is over, as in `open`. `lost` is called if the keeper does not
         know it any more.
@@ -375,13 +385,13 @@ class SpliceSessions:
     def _confirm_adoption(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if self._window.words[place.slot * self._window.WORDS + table.ID] != place.id:
-                return  # it has ended, and the slot is another's
+                return  # it has ended, and another session has the slot
             if answer is None:
                 self._confirm_adoption(place, idle_s, lost)
             elif "error" in answer:
                 lost()
             else:
-                # From here on the program stores the same here, with every datagram.
+                # From here on the program stores these counts with every datagram.
                 self._show(place)
 
         self._keeper.ask(
@@ -405,7 +415,7 @@ class SpliceSessions:
             )
 
     def forget(self, index: int, session_id: int) -> None:
-        """Release one that nobody here can speak for."""
+        """Release a session that this worker cannot continue."""
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:

@@ -1,11 +1,12 @@
-"""Pairs that were another machine's a moment ago: until their peers are heard, and go on.
+"""Pairs that were taken over from another machine, until their peers have answered and continue.
 
-Both are asked until they have said something, so that the numbers are those of now
-(`replicas.narrow`); a peer that says nothing has no such connection any more, and is given up.
+Both peers are probed until a packet of each has come, so that the record has present numbers
+(`replicas.narrow`). A peer that never answers has no such connection any more, and the pair is
+reset.
 
-One that has sent into the void has waited longer from time to time before it did so again. When all
-it lacks is an acknowledgement, it is told of that as by a router that had no way for a moment: then
-it sends at once what it would send in a second or in a minute (RFC 6069).
+A peer that has sent into the void has doubled its retransmission timeout each time. If all it lacks
+is an acknowledgement, it gets an ICMP error, as from a router that had no route for a moment: then
+it retransmits at once, instead of in a second or a minute (RFC 6069).
 """
 
 from __future__ import annotations
@@ -35,32 +36,32 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keepalive import Keepalives
 
 _MASK: Final = 0xFFFFFFFF
-# The neighbours may learn only now where the addresses are: so it is asked again soon.
+# The neighbours may only now be learning where the addresses are: so the second probe follows soon.
 _FIRST_PAUSE_S: Final = 0.1
 _MOST_PAUSE_S: Final = 4.0
-# A pair that was not looked at for so long has answered meanwhile, perhaps.
+# How often a pair is checked for an answer.
 _LOOK_S: Final = 0.03
 _LATE_S: Final = 1.0
 _LOOK_LATE_S: Final = 0.2
-# A peer that has been silent for so long after its pair was taken over has none any more.
+# A peer that has not answered for so long after the takeover has no such connection any more.
 _GIVE_UP_S: Final = 30.0
-# How often a peer is told that what it has sent was lost, and how many doublings each time.
+# How many such errors a peer gets, and how many doublings each takes back.
 _TELLS: Final = 8
 _TOLD_AT_ONCE: Final = 2
 _AT_ONCE: Final = 64
-# What has not moved for so long before has not since its numbers were written.
+# A pair without new segments for so long has had none since its numbers were reported.
 _MOVED_S: Final = 30.0
-_IN_DOUBT: Final = 2  # questions without an answer, and then we do not know that
-# They are written once a second, and told on.
+_IN_DOUBT: Final = 2  # after so many probes without an answer that is uncertain
+# The numbers are reported once a second, with a delay.
 _TOLD_LATE_S: Final = 2.0
-_TICKS_PER_S: Final = 1000  # of nearly all clocks (RFC 7323, 5.4)
+_TICKS_PER_S: Final = 1000  # of nearly all timestamp clocks (RFC 7323, 5.4)
 _WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
 _GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
 
 
 @dataclass(slots=True, order=True)
 class _Unsettled:
-    """A pair that was taken over, and whose numbers are still those of before."""
+    """A pair that was taken over, and whose numbers are still those of the report."""
 
     next_s: float
     index: int
@@ -71,12 +72,12 @@ class _Unsettled:
     asked: int = field(default=0, compare=False)
     is_narrow: bool = field(default=False, compare=False)
     tells: int = field(default=0, compare=False)
-    # By direction, what its peer lacked the acknowledgement of when both were heard.
+    # By direction: what its peer had no acknowledgement for when both had answered.
     lacked: dict[Direction, int] = field(default_factory=dict, compare=False)
 
 
 class Settling:
-    """Of one keeper."""
+    """The pairs of one keeper that were just taken over."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Settling:
         clock: Callable[[], float] = time.monotonic,
         tell: Callable[..., None] = splice_sockets.send_was_unreachable,
     ) -> None:
-        """`memory` are the records; `end` has a pair reset; `tell` sends a router's error."""
+        """`memory` has the records; `end` resets a pair; `tell` sends an ICMP error."""
         self._memory = memory
         self._keepalives = keepalives
         self._end = end
@@ -96,12 +97,12 @@ class Settling:
         self._due: list[_Unsettled] = []  # a heap
 
     def begin(self, index: int, pair_id: int) -> None:
-        """The pair is ours from now on."""
+        """A pair was taken over."""
         now_s = self._clock()
         heapq.heappush(self._due, _Unsettled(now_s, index, pair_id, now_s, now_s))
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called."""
+        """Seconds until `run_due` is due."""
         if not self._due:
             return most_s
         return min(most_s, max(0.0, self._due[0].next_s - self._clock()))
@@ -125,7 +126,7 @@ class Settling:
                 heapq.heappush(self._due, one)
 
     def _ask(self, one: _Unsettled, record: Splice, now_s: float) -> bool:
-        """Those that are silent; whether they have been for too long."""
+        """Probe the silent peers; returns whether the pair was reset for their silence."""
         silent = [n for n in Direction if not record.way[n].heard_s]
         if now_s - one.since_s >= _GIVE_UP_S:
             self._end(one.index, _GIVEN_UP[silent[0]])
@@ -142,16 +143,17 @@ class Settling:
     def _advance_clock(
         self, one: _Unsettled, record: Splice, direction: Direction, now_s: float
     ) -> None:
-        """Have the question be no older than what its peer has got last from the other end.
+        """Give a probe a timestamp that is not older than the last one that the peer has got from
+        the other end.
 
-        Linux since 6.14 leaves one unanswered that looks old (PAWS, RFC 7323). The other end's
-        stamps are not less than this one from here on, until its clock is there, too (`stamp` in
-        splice_options.h).
+        Linux since 6.14 does not answer a probe that looks old (PAWS, RFC 7323). From here on the
+        other end's timestamps are not less than this one, until its clock has caught up
+        (`monotonic_tsval` in splice_options.h).
         """
         other = record.way[1 - direction]
         for_s = now_s - other.recent_s
         if not other.recent or (for_s > _MOVED_S and one.asked < _IN_DOUBT):
-            return  # it is exact, and a clock may be slower than most
+            return  # the number is exact, while a clock may be slower than most
         late = int((for_s + _TOLD_LATE_S) * _TICKS_PER_S) & _MASK
         at = one.index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
         stamp = (other.recent + other.tsval_delta + late) & _MASK
@@ -159,7 +161,7 @@ class Settling:
         store32(self._memory, at + SpliceDirection.stamped.offset, 1)
 
     def _has_gone_on(self, one: _Unsettled, record: Splice) -> bool:
-        """Whether all that was sent before has been acknowledged, or nothing more can be said."""
+        """Whether all bytes from before are acknowledged, or no more errors are sent about them."""
         if not one.is_narrow:
             one.is_narrow = True
             narrow(self._memory, one.index)
@@ -175,7 +177,9 @@ class Settling:
 
 
 def _lacking(record: Splice, direction: Direction) -> int | None:
-    """What this peer has to send again first, in its own numbers; None: all has come."""
+    """The first byte that this peer must retransmit, in its own numbers; None: all are
+    acknowledged.
+    """
     way, back = record.way[direction], record.way[1 - direction]
     acked = (int(back.last_ack) + back.ack_delta) & _MASK
     return acked if acked != int(way.last_end) & _MASK else None

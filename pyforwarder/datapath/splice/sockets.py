@@ -1,7 +1,7 @@
-"""What splice wants to know of two sockets, and what it makes of them: keeper's side, as root.
+"""The two sockets of a pair, on the keeper's side, as root.
 
-Which connections can be one, and the record that says how; sockets that say nothing any more, and
-such sockets made anew for a pair that goes on without them.
+Whether their connections can be joined, and the record of that; making sockets mute, and creating
+such sockets again for a pair that continues without its old ones.
 
 Source: tcp(7), Documentation of TCP_REPAIR in criu.org/TCP_connection, net/ipv4/tcp.c.
 """
@@ -34,15 +34,16 @@ _NUMBER: Final = struct.Struct("=Q")
 _IPV6_TRANSPARENT: Final = 75  # linux/in6.h
 _MOST_DEVICE_BYTES: Final = 16  # IFNAMSIZ
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
-# linux/filter.h: struct sock_filter {code, jt, jf, k}. Packets are seen from their TCP header on.
+# linux/filter.h: struct sock_filter {code, jt, jf, k}. The filter sees packets from the TCP header
+# on.
 _ONLY_SYNS: Final = b"".join(
     struct.pack("=HBBI", *step)
     for step in (
         (0x30, 0, 0, 13),  # ldb [13]: the flags
         (0x54, 0, 0, 0x06),  # and SYN | RST
         (0x15, 0, 1, 0x02),  # jeq SYN
-        (0x06, 0, 0, 0x40000),  # ret: all of it
-        (0x06, 0, 0, 0),  # ret: nothing, which drops it
+        (0x06, 0, 0, 0x40000),  # ret: accept
+        (0x06, 0, 0, 0),  # ret 0: drop
     )
 )
 _LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
@@ -57,7 +58,9 @@ _LINK_LOCAL: Final = ipaddress.ip_network("fe80::/10")
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One of the two sockets: its addresses (16 bytes, wire order), and what its TCP agreed on."""
+    """One of the two sockets: its addresses (16 bytes, wire order), and what its TCP has
+    negotiated.
+    """
 
     family: int  # 4 or 6
     local: bytes
@@ -66,7 +69,7 @@ class End:
     peer_port: int
     timestamps: bool
     ecn: bool
-    peer_scale: int  # of the windows that come from the peer
+    peer_scale: int  # window scale of the peer
     own_scale: int
     path_bytes: int
     own_mss: int
@@ -77,7 +80,7 @@ class End:
 
     @classmethod
     def of(cls, sock: socket.socket) -> End:
-        """What the kernel says of a connected socket.
+        """Read these from a connected socket.
 
         Raises:
             OSError: it is not connected any more.
@@ -110,7 +113,7 @@ class End:
 
 
 def _routing(sock: socket.socket) -> Routing:
-    """What decides by which interface its packets go, beside addresses, mark and owner."""
+    """What chooses the route of a socket's packets, besides addresses, mark and owner."""
     if sock.family == socket.AF_INET6:
         level, option = socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
     else:
@@ -131,7 +134,7 @@ def _packed(host: str) -> tuple[int, bytes, bool]:
 
 
 def obstacle(client: End, server: End) -> PairReason | None:
-    """Why these two connections cannot be one, or None."""
+    """Why these two connections cannot be joined, or None."""
     if client.family != server.family:
         return PairReason.TWO_FAMILIES
     if client.is_link_local or server.is_link_local:
@@ -140,20 +143,20 @@ def obstacle(client: End, server: End) -> PairReason | None:
         return PairReason.ONE_HAS_TIMESTAMPS
     headers = HEADERS_BYTES[client.family]
     for one, other in ((client, server), (server, client)):
-        # What the one connection's peer may send must go through the other's path.
+        # The segments that one connection's peer may send must fit the other's path MTU.
         if one.own_mss + headers > other.path_bytes:
             return PairReason.PATHS_DIFFER
     return None
 
 
 def describe(record: Splice, client: End, server: End) -> None:
-    """Write into a record what is done to the packets of these two connections."""
+    """Fill in how packets of these two connections are rewritten."""
     ends = (client, server)
     record.family, record.owner = client.family, client.owner
     for direction in Direction:
         way: SpliceDirection = record.way[direction]
         here, there = ends[direction], ends[1 - direction]
-        # A packet comes from the peer of one socket, and goes on as if the other had sent it.
+        # A packet from the peer of one socket is forwarded as if the other socket had sent it.
         old, new = here.peer + here.local, there.local + there.peer
         way.from_.source[:], way.from_.target[:] = _words(here.peer), _words(here.local)
         way.from_.sport = socket.htons(here.peer_port)
@@ -172,7 +175,7 @@ def _words(address: bytes) -> tuple[int, ...]:
 
 
 def difference(old: bytes, new: bytes) -> int:
-    """What a ones' complement sum of 16-bit words grows by if `new` stands where `old` stood."""
+    """What a ones' complement sum of 16-bit words grows by if `new` replaces `old`."""
     total: int = sum(struct.unpack(f"={len(new) // 2}H", new))
     total += sum(0xFFFF - word for word in struct.unpack(f"={len(old) // 2}H", old))
     while total >> 16:
@@ -181,7 +184,7 @@ def difference(old: bytes, new: bytes) -> int:
 
 
 def pseudo_sum(addresses: bytes, family: int, protocol: int) -> int:
-    """What the pseudo-header adds to a checksum, but for the length (RFC 9293, 3.1; RFC 768)."""
+    """The sum over a pseudo-header, without the length (RFC 9293, 3.1; RFC 768)."""
     if family == 4:
         addresses = addresses[12:16] + addresses[28:32]
     total: int = sum(struct.unpack(f"={len(addresses) // 2}H", addresses))
@@ -189,19 +192,19 @@ def pseudo_sum(addresses: bytes, family: int, protocol: int) -> int:
 
 
 def clock(sock: socket.socket) -> int:
-    """What the socket's timestamps say now."""
+    """The present value of the socket's timestamp clock."""
     return int(sock.getsockopt(socket.IPPROTO_TCP, _TCP_TIMESTAMP)) & 0xFFFFFFFF
 
 
 def cookie(sock: socket.socket) -> int:
-    """The kernel's number of the socket, which no other one gets (socket(7))."""
+    """The kernel's number of the socket, which is never reused (SO_COOKIE, socket(7))."""
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
 
 
 def is_of_our_network(sock: socket.socket) -> bool:
-    """Whether it is of this process's network namespace.
+    """Whether a socket is in this process's network namespace.
 
-    Linux before 5.14 does not say (no SO_NETNS_COOKIE).
+    Linux before 5.14 cannot say (no SO_NETNS_COOKIE).
     """
     try:
         theirs = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _NUMBER.size)
@@ -212,26 +215,29 @@ def is_of_our_network(sock: socket.socket) -> bool:
 
 
 def mark(sock: socket.socket) -> None:
-    """Show a forwarder on this host that has this socket for a peer that it is (to be) spliced.
+    """Mark a socket as spliced, or about to be, for another forwarder on this host whose peer it
+    is.
 
-    Nothing is sent with this priority but a last RST.
+    No packet is sent with this priority but a final RST.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, PRIORITY)
 
 
 def unmark(sock: socket.socket) -> None:
-    """It is not spliced after all."""
+    """Remove the mark: the socket is not spliced after all."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, 0)
 
 
 def mute(sock: socket.socket) -> bool:
-    """Closing it is silent from here on; it has no more to send, and receives SYNs alone.
+    """Make a socket mute: from here on it sends nothing, also when it is closed, and receives only
+    SYNs.
 
-    Those it answers with a challenge acknowledgement (RFC 5961). A segment that gets past the
-    programs (behind IP options, in fragments) was for the other end, and must not end this socket.
+    It answers SYNs by a challenge acknowledgement (RFC 5961). A segment that gets past the programs
+    (behind IP options, in fragments) was for the other end, and must not end this socket.
 
-    False: the last of its bytes are not acknowledged yet, so it receives everything; mute
-    it again later. Deaf it would send them until it gives up, and then its port is free.
+    False: the last of its bytes are not acknowledged yet, so it still receives everything; call
+    this again later. If it received nothing, it would retransmit until it gives up, and its port
+    would be free.
     """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
@@ -248,15 +254,15 @@ def _receive_only_syns(sock: socket.socket) -> None:
 
 
 def unmute(sock: socket.socket) -> None:
-    """Closing it sends a RST."""
+    """Undo `mute`: closing the socket sends a RST."""
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_WITHOUT_PROBE)
 
 
 def send_too_long(way: SpliceDirection, family: int) -> None:
-    """Tell the peer whose packets `way` is about how long they may be (ICMP), as a router does.
+    """Send an ICMP error to the peer of a direction: its packets are too long, as a router would.
 
-    Never raises: where that cannot be said the peer sends again, and it is said again.
-    Source: RFC 792 and RFC 1191, 4; RFC 4443, 3.2; the quotation is RFC 5927's.
+    Never raises: if it cannot be sent, the peer retransmits, and it is sent again. Source: RFC 792
+    and RFC 1191, 4; RFC 4443, 3.2; the quotation is RFC 5927's.
     """
     if family == 6:
         head = struct.pack("!BBHI", 2, 0, 0, way.narrow_mtu)
@@ -266,25 +272,29 @@ def send_too_long(way: SpliceDirection, family: int) -> None:
 
 
 def send_was_unreachable(way: SpliceDirection, family: int, seq: int, times: int) -> None:
-    """Tell the peer whose packets `way` is about that the one numbered `seq` found no way.
+    """Send an ICMP error to the peer of a direction: there was no route for its packet numbered
+    `seq`.
 
-    It sends that again at once, or 0.2 s after it did last, although it has waited longer and
-    longer: each of `times` takes back one doubling (RFC 6069). To a connection that stands it means
-    nothing else (RFC 1122, 4.2.3.9). Never raises: without it the peer sends again all the same.
+    The peer retransmits at once, or 0.2 s after its last retransmission, even if its timeout has
+    grown: each of `times` takes back one doubling (RFC 6069). An established connection is not
+    affected otherwise (RFC 1122, 4.2.3.9). Never raises: without the error the peer retransmits
+    later.
     """
     head = struct.pack("!BBHI", *((1, 0) if family == 6 else (3, 1)), 0, 0)
     _send_error(way, family, head, seq, times)
 
 
 def _send_error(way: SpliceDirection, family: int, head: bytes, seq: int, times: int) -> None:
-    """An ICMP message that quotes the peer's packet as it came: so it finds its connection."""
+    """Send an ICMP message that quotes the peer's packet as it was sent, so that it finds the
+    connection.
+    """
     peer, own = bytes(way.from_.source), bytes(way.from_.target)
     quoted = struct.pack("=HH", way.from_.sport, way.from_.dport)
     quoted += struct.pack("!I", seq)
     if family == 6:
         ip = struct.pack("!IHBB", 6 << 28, 20, socket.IPPROTO_TCP, 64) + peer + own
         message = head + ip + quoted + bytes(12)
-        kind, protocol = socket.AF_INET6, socket.IPPROTO_ICMPV6  # the kernel sums it up
+        kind, protocol = socket.AF_INET6, socket.IPPROTO_ICMPV6  # the kernel computes its checksum
     else:
         peer, own = peer[12:], own[12:]
         ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, 64, socket.IPPROTO_TCP, 0)
@@ -301,12 +311,12 @@ def _send_error(way: SpliceDirection, family: int, head: bytes, seq: int, times:
 
 
 def revive(way: SpliceDirection, family: int) -> socket.socket:
-    """A mute socket in the place of one that is gone: it keeps the ports, and can send the RST.
+    """A mute socket in place of one that is gone: it keeps the ports, and can send the RST.
 
-    `way` is the direction whose packets it would get. The caller closes it.
+    `way` is the direction whose packets it would receive. The caller closes it.
 
     Raises:
-        OSError: the addresses or the ports are another's now.
+        OSError: another socket has the addresses or the ports now.
     """
     if family == 6:
         kind, level, option = socket.AF_INET6, socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
@@ -314,9 +324,9 @@ def revive(way: SpliceDirection, family: int) -> socket.socket:
         kind, level, option = socket.AF_INET, socket.IPPROTO_IP, socket.IP_TRANSPARENT
     sock = socket.socket(kind, socket.SOCK_STREAM)
     try:
-        # The old one may have had another's address (`transparent`).
+        # The old one may have had a foreign address (`transparent`).
         sock.setsockopt(level, option, 1)
-        # In repair, bind() and connect() succeed beside a listener, and send nothing.
+        # In repair mode bind() and connect() succeed beside a listener, and send nothing.
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
         mark(sock)

@@ -1,8 +1,8 @@
-"""Pairs that are spliced: what their worker does for them until they end.
+"""Spliced pairs: the worker's part until they end.
 
-The programs (bpf/splice.c) translate their packets. The worker copies the last bytes that had come
-before they began, follows what the programs say of their ends, and tells the keeper when one has
-ended.
+The programs (bpf/splice.c) translate their packets. The worker copies the last bytes that had
+arrived before a pair began, follows what the programs record of its end, and tells the keeper when
+it has ended.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
 
-# An acknowledgement that came at the very moment at which a pair began has told nobody that its
-# tail has come; so it is looked after such pairs so long afterwards, then twice as long, and so on.
+# The acknowledgement of a tail may arrive at the very moment at which a pair begins, and no event
+# reports it. So such pairs are checked after so long, then after twice as long, and so on.
 _POLL_S: Final = 1.0
 _RESET_BY: Final = {
     ResetBy.CLIENT: CloseReason.CLIENT_RESET,
@@ -53,12 +53,12 @@ _RESET_BY: Final = {
     ResetBy.SERVER_TIMEOUT: CloseReason.SERVER_TIMEOUT,
     ResetBy.MOVED: CloseReason.MOVED,
 }
-# A peer whose packets are too long for the interface in front of them, and that has been told so
-# again and again meanwhile, does not listen: its pair is reset, or it would hang.
+# A peer whose packets stay longer than the next interface's MTU, although it was told repeatedly,
+# ignores that: its pair is reset, or it would hang.
 _NARROW_S: Final = 15.0
-# It is told at most so often: each time is a packet of ours, and a question to the keeper.
+# It is told no more often than this: each time costs a packet, and a request to the keeper.
 _NARROW_PAUSE_S: Final = 1.0
-# Of the pairs whose end the keeper had no room to be told of, so many are told at once.
+# Of the pairs whose end could not be reported to the keeper, so many are reported at once.
 _ENDS_IN_A_TURN: Final = 8
 # A worker that is about to end waits so long without an answer of the keeper, and so long at most.
 _SILENT_S: Final = 1.0
@@ -66,7 +66,7 @@ _LAST_ENDS_S: Final = 3.0
 
 
 class Spliced:
-    """A pair's place among the splices."""
+    """The state of a spliced pair."""
 
     __slots__ = (
         "asks_mute",
@@ -83,20 +83,21 @@ class Spliced:
 
     def __init__(self, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
         self.index = index
-        self.left_bytes = left_bytes  # to read, for each direction: they came before it began
-        self.is_mute = is_mute  # closing its sockets says nothing to anybody
-        self.asks_mute = False  # the keeper is asked for that
-        self.end_reported = False  # the keeper is told that the pair has ended
-        self.reports_narrow = False  # the keeper is asked to tell its peers
+        # To be read, for each direction: they arrived before the pair began.
+        self.left_bytes = left_bytes
+        self.is_mute = is_mute  # closing its sockets sends nothing
+        self.asks_mute = False  # the keeper is asked to make them mute
+        self.end_reported = False  # the keeper was told that the pair has ended
+        self.reports_narrow = False  # the keeper is asked to send an ICMP error to a peer
         self.pause_s = _POLL_S
         self.poll_s = time.monotonic() + _POLL_S
-        # For each direction whose packets were too long: the bytes that had passed, and since when.
+        # By direction whose packets were too long: the bytes that had passed, and since when.
         self.narrow: dict[Direction, tuple[int, float]] = {}
         self.narrow_told_s = -_NARROW_PAUSE_S  # when their sender was told last
 
 
 class SplicedPairs(ABC):
-    """The spliced pairs of one worker. How they begin is `SpliceDatapath`'s."""
+    """The spliced pairs of one worker. `SpliceDatapath` begins them."""
 
     kind = DatapathKind.SPLICE
 
@@ -109,7 +110,7 @@ class SplicedPairs(ABC):
         window: PairWindow,
         worker: int,
     ) -> None:
-        """Work on inherited maps, and on what the keeper does for us."""
+        """Use the inherited maps, and the keeper."""
         self._host = host
         self._loop = host.loop
         self._keeper = keeper
@@ -118,19 +119,21 @@ class SplicedPairs(ABC):
         self._memory = splice_memory(maps)
         self._ring = RingBuffer(maps.ring_fds[worker], ring_bytes(maps.slots))
         self._by_index: dict[int, Pair] = {}
-        self._with_tail: dict[int, Pair] = {}  # of these: not mute when last looked at
+        # Of these, those that were not mute at the last check.
+        self._with_tail: dict[int, Pair] = {}
         self._is_polling = False  # a timer is set
-        # Pairs whose end the keeper has still to be told of, the oldest first, and what follows.
+        # Pairs whose end must still be reported to the keeper, oldest first, and what is called
+        # then.
         self._ends: dict[Pair, Callable[[Pair], None]] = {}
         self._loop.watch(self._ring.fd, EPOLLIN, self._rung, None)
 
     @abstractmethod
     def join(self, pair: Pair) -> PairReason | None:
-        """Have a pair begin."""
+        """Splice a pair."""
 
     @property
     def unsettled(self) -> int:
-        """How many requests the keeper has still to get, or to answer."""
+        """How many requests to the keeper are not sent, or not answered."""
         return self._keeper.unsettled + len(self._ends)
 
     def _take(self, pair: Pair, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
@@ -150,7 +153,9 @@ class SplicedPairs(ABC):
             flow.blocked = False
 
     def _copy_rest(self, pair: Pair, flow: Flow) -> bool:
-        """Copy what had come before the pair began, and no byte more; False: the pair has ended."""
+        """Copy the bytes that had arrived before the pair began, and no byte more; False: the pair
+        has ended.
+        """
         state = pair.state
         assert isinstance(state, Spliced)
         while flow.pending is not None or state.left_bytes[flow.direction]:
@@ -162,7 +167,7 @@ class SplicedPairs(ABC):
                 except OSError as raised:
                     flow.pending, error = b"", raised.errno or 0
                 if not flow.pending:
-                    # A reset has emptied its queue.
+                    # A reset has emptied its receive queue.
                     return self._fail(pair, flow.source_fd, error)
                 flow.read_bytes += len(flow.pending)
                 flow.carried_packets += 1
@@ -176,14 +181,14 @@ class SplicedPairs(ABC):
         return False
 
     def ready(self, pair: Pair, fd: int, mask: int) -> None:
-        """Our sockets are told nothing any more, but of room for what is left, and of errors."""
+        """Handle an event of our sockets: room for the last bytes, or an error."""
         outward = pair.down if fd == pair.client_fd else pair.up
         if mask & EPOLLERR:
             error = error_of(pair, fd)
             state = pair.state
             assert isinstance(state, Spliced)
-            # A reset right before the pair began; or nobody has taken the tail, or has ever told
-            # our socket so. It is gone, and its port would be another's.
+            # A reset right before the pair began; or the tail was not acknowledged, or our socket
+            # missed the acknowledgement, and has given up. Its port would be free.
             way = self._record(pair).way[1 - outward.direction]
             if error == errno.ECONNRESET or (error and (way.tail_open or not state.is_mute)):
                 self._fail(pair, fd, error)
@@ -193,9 +198,9 @@ class SplicedPairs(ABC):
             self._copy_rest(pair, outward)
 
     def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
-        """What was copied before, and what the two ends have said since.
+        """The counts of what was copied before, and of what the two ends have sent since.
 
-        Nothing waits here for long: at first, what had come before the pair began.
+        Nothing waits here for long: only, at first, what had arrived before the pair began.
         """
         state = pair.state
         if isinstance(state, Spliced) and not state.end_reported:
@@ -208,11 +213,11 @@ class SplicedPairs(ABC):
         return flow.carried_bytes + spliced, flow.carried_packets + packets, left_bytes
 
     def _catch_up(self, pair: Pair) -> None:
-        """Show what the pair's record has counted, and its slot lacks.
+        """Update the pair's slot from the counts of its record.
 
         The programs count in the record, and store the sum in the slot that the record names. While
-        a pair is being adopted that is another slot for a moment, and no packet may follow by which
-        the sum would come to this one. Nor do two processors store their sums in order.
+        a pair is being adopted, that is another slot for a moment, and no later packet may come
+        that stores the sum in this one. Nor do two processors store their sums in order.
         """
         record = self._record(pair)
         if record.id != pair.id:
@@ -229,37 +234,36 @@ class SplicedPairs(ABC):
                     words[place] = counted
 
     def trips(self, pair: Pair) -> int:
-        """Never: nothing waits here."""
+        """Never: there is no backlog."""
         return 0
 
     def active_s(self, pair: Pair) -> float:
-        """When a byte last went through; packets without one (keepalives) do not count."""
+        """When the last byte passed; packets without payload (keepalives) do not count."""
         at = pair.slot * self._window.WORDS
         seen_ns = max(self._window.words[at + table.LAST_NS[d]] for d in Direction)
         return max(pair.active_s, seen_ns / 1e9)
 
     def leave(self, pair: Pair) -> None:
-        """Release the pair: silently if its ends have ended it, else our sockets reset it.
+        """Release the pair: silently if its ends have closed it, else our sockets reset it.
 
-        Also after a peer's own reset: whether the other end has believed that nobody knows, and
-        what we do not count any more must not go on.
+        Also after a peer's own reset: it is not known whether the other end has accepted that, and
+        a pair that is no longer counted must not continue.
         """
         state = pair.state
         assert isinstance(state, Spliced)
         self._ends.pop(pair, None)
         if not state.end_reported and not self._report_end(pair, state):
-            # Nobody has waited for room: from that moment on a peer that still speaks gets the
-            # kernel's RST.
+            # The end was not reported: from now on a peer that still sends gets the kernel's RST.
             self.forget(state.index, pair.id)
         del self._by_index[state.index]
         pair.state = None
 
     def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
-        """Tell the keeper that the pair ends, with our sockets; `leave` is to follow at once.
+        """Report the pair's end to the keeper, with our sockets; the caller calls `leave` at once.
 
-        Only they can tell a peer that listens in silence. False: too many such wait to be told.
-        The pair stays as it is, and keeps its sockets, until it is its turn; `then` is called with
-        it, for `leave`.
+        Only these sockets can reset a peer that only listens. False: too many such reports are
+        waiting. Then the pair stays as it is, with its sockets, until its turn; `then` is called
+        with it, to call `leave`.
         """
         state = pair.state
         assert isinstance(state, Spliced)
@@ -270,11 +274,11 @@ class SplicedPairs(ABC):
         return False
 
     def _may_go(self, pair: Pair, state: Spliced) -> bool:
-        """The keeper is told of the end; or it cannot be, however long the pair waits."""
+        """Whether the end is reported to the keeper, or can never be."""
         return self._report_end(pair, state) or not self._keeper.lacks_room
 
     def _end_some(self) -> bool:
-        """There may be room for the ends that wait; whether any is left."""
+        """Report some of the waiting ends; returns whether any is left."""
         told = 0
         while self._ends and (told < _ENDS_IN_A_TURN or self._keeper.is_over):
             pair = next(iter(self._ends))
@@ -291,16 +295,17 @@ class SplicedPairs(ABC):
         return bool(self._ends)
 
     def finish_ends(self) -> bool:
-        """Wait until the keeper knows of all that has ended, as long as it answers at all.
+        """Wait until all ends are reported, as long as the keeper answers at all; returns whether
+        they are.
 
-        For a worker that is about to end, or to give its pairs away. Whether it has.
+        For a worker that is about to end, or to hand its pairs over.
         """
         return self._keeper.finish_while_heard(scaled_s(_SILENT_S), scaled_s(_LAST_ENDS_S))
 
     def _report_end(self, pair: Pair, state: Spliced) -> bool:
         ended = all(way.fin_acked for way in self._record(pair).way)
         index, pair_id = state.index, pair.id
-        self._catch_up(pair)  # the record is the keeper's from then on
+        self._catch_up(pair)  # from then on the keeper may reuse the record
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:
@@ -308,12 +313,12 @@ class SplicedPairs(ABC):
 
         fds = [pair.client_fd, pair.server_fd]
         do = "leave" if ended else "reset"
-        # Our sockets may be closed from then on: the message has them, wherever it is.
+        # Our sockets may be closed from then on: the message holds them, wherever it is.
         state.end_reported = self._keeper.ask(do, answered, fds, index=index, id=pair_id)
         return state.end_reported
 
     def forget(self, index: int, pair_id: int) -> None:
-        """Release one that nobody here can speak for: its peers' next packets get a RST."""
+        """Release a pair that this worker cannot continue: its peers' next packets get a RST."""
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             if answer is None:
@@ -333,11 +338,11 @@ class SplicedPairs(ABC):
                 try:
                     self._check_record(pair)
                 except Exception as error:
-                    # The ring is everybody's: a fault costs the pair it happened to.
+                    # All pairs share the ring: an error ends only the pair that it concerns.
                     self._loop.on_error(pair, error)
 
     def _check_record(self, pair: Pair) -> None:
-        """Do what is due after the tail's end, a FIN, its acknowledgement or a reset."""
+        """Act on the end of a tail, a FIN, its acknowledgement or a reset."""
         record = self._record(pair)
         state = pair.state
         assert isinstance(state, Spliced)
@@ -355,17 +360,19 @@ class SplicedPairs(ABC):
             self._host.broken(pair, _RESET_BY[ResetBy(record.reset)])
             return
         if record.state == SpliceState.RESET:
-            # This host has reset one end in the name of our socket: a rule of its firewall.
+            # A firewall rule of this host has reset one end in the name of our socket.
             self._host.broken(pair, CloseReason.INTERNAL)
             return
         if any(way.narrow_mtu for way in record.way):
             self._report_narrow_interface(pair, state, record)
 
     def _report_narrow_interface(self, pair: Pair, state: Spliced, record: Splice) -> None:
-        """A peer's packet was too long for our own interface, and is lost: say so, as a router."""
+        """A peer's packet was longer than our interface's MTU, and is lost: have the keeper tell
+        the peer, as a router would.
+        """
         now_s = time.monotonic()
         if now_s - state.narrow_told_s < _NARROW_PAUSE_S:
-            # Until then the program does not ring again, however many such packets come.
+            # Until then the program sends no event, however many such packets come.
             self._loop.after(_NARROW_PAUSE_S, lambda: self._check_again(pair, state))
             return
         state.narrow_told_s = now_s
@@ -384,7 +391,7 @@ class SplicedPairs(ABC):
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
             state.reports_narrow = False
-            if answer is None:  # the next such packet would not ring
+            if answer is None:  # the next such packet would send no event
                 self._check_again(pair, state)
 
         state.reports_narrow = self._keeper.ask("narrow", answered, index=state.index, id=pair.id)
@@ -394,10 +401,10 @@ class SplicedPairs(ABC):
             self._check_record(pair)
 
     def _mute(self, pair: Pair, state: Spliced) -> bool:
-        """If no tail is left, closing our sockets says nothing, so that the pair outlives us.
+        """Have our sockets made mute if no tail is left, so that the pair outlives this worker.
 
-        Without an answer it goes on all the same, as long as we live. False: the keeper cannot be
-        asked just now.
+        Without an answer the pair continues all the same, as long as this worker lives. False: the
+        keeper cannot be asked at the moment.
         """
         if state.asks_mute:
             return True
@@ -414,7 +421,7 @@ class SplicedPairs(ABC):
         return state.asks_mute
 
     def _poll_tails(self) -> None:
-        """Once a second, as long as there is a pair whose sockets are not mute."""
+        """Check pairs whose sockets are not mute, as long as there are any."""
         now_s = time.monotonic()
         self._is_polling = False
         for index, pair in list(self._with_tail.items()):
@@ -432,12 +439,14 @@ class SplicedPairs(ABC):
             self._loop.after(_POLL_S, self._poll_tails)
 
     def close(self) -> None:
-        """Unmap the records and the ring; nothing is asked any more."""
+        """Unmap the records and the ring; no more requests are sent."""
         self._keeper.close()
         self._ring.close()
         self._memory.close()
 
 
 def shown_bytes(way: SpliceDirection) -> int:
-    """What a direction has carried, as the programs say it (`shown_bytes` in splice_valid.h)."""
+    """The bytes that a direction has carried, as the programs count them (`visible_bytes` in
+    splice_valid.h).
+    """
     return max(int(way.bytes), int(way.again) - MOST_AGAIN)

@@ -1,4 +1,4 @@
-"""Splice as the supervisor has it and its workers inherit it: the kernel's part, and the keeper."""
+"""Splice in the supervisor, which the workers inherit: maps, programs, and the keeper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Splicing:
-    """The kernel's part and the keeper, as the supervisor has them and its workers inherit them."""
+    """Maps, programs and keeper, as the supervisor has them and its workers inherit them."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class Splicing:
         close_in_child: Callable[[], None] = lambda: None,
         express: Express | None = None,
     ) -> None:
-        """The maps are ours to close from here on; where programs are attached the keeper starts.
+        """`close` closes the maps. If programs are attached, the keeper starts here.
 
-        Otherwise it does with `begin`. What workers need they can inherit before.
+        Otherwise it starts with `begin`. Workers can inherit what they need before.
         """
         self.maps = maps
         self.express = express
@@ -41,7 +41,8 @@ class Splicing:
             self.keeper.start()
 
     def begin(self, programs: Programs) -> None:
-        """Attach the programs, which are ours from here on, and start the keeper.
+        """Attach the programs, whose descriptors belong to this object from here on, and start the
+        keeper.
 
         Raises:
             LoadError: they cannot be attached.
@@ -51,26 +52,28 @@ class Splicing:
         self.has_begun = True
 
     def asker(self, worker: int, loop: Loop, *, is_patient: bool = False) -> KeeperAsker:
-        """Where this worker asks; `is_patient`: where no other request waits meanwhile."""
+        """A worker's requests to the keeper; `is_patient`: no other request waits meanwhile."""
         return KeeperAsker(loop, self.keeper.clients[worker], is_patient=is_patient)
 
     def client(self, worker: int) -> KeeperClient:
-        """Where is asked in the name of a worker that is not there."""
+        """Requests to the keeper in the name of a worker that does not run."""
         return KeeperClient(self.keeper.clients[worker])
 
     def patient_client(self, worker: int) -> KeeperClient:
-        """The same for where nobody else waits meanwhile."""
+        """The same, where no other request waits meanwhile."""
         return KeeperClient(self.keeper.clients[worker], is_patient=True)
 
     def keep_only(self, worker: int) -> None:
-        """In a worker, which has its datapath: close what could be used against other pairs."""
+        """In a worker, which has its datapath: close everything that could be used against other
+        pairs.
+        """
         self.keeper.keep_only(worker)
         self.maps.keep_only(worker)
         if self.express is not None:
             self.express.keep_only(worker)
 
     def clear(self, worker: int) -> None:
-        """Forget what a worker has spliced, as if it had never been.
+        """Forget all pairs that a worker has spliced.
 
         Raises:
             KeeperError: the keeper does not answer.
@@ -78,7 +81,8 @@ class Splicing:
         self.patient_client(worker).ask("clear")
 
     def worker_died(self, worker: int) -> None:
-        """A worker died: its pairs wait for the next; call it while its table is as it left it.
+        """A worker has died: its pairs wait for its successor. Call it before the worker's slots
+        are changed.
 
         Raises:
             KeeperError: the keeper does not answer.
@@ -91,14 +95,14 @@ class Splicing:
         self.keeper.renewed(worker)
 
     def hand_over(self) -> None:
-        """End the keeper, and leave everything else to the daemon that takes our place."""
+        """End the keeper, and leave everything else to the next daemon."""
         self.keeper.close()
         self.maps.close()
         if self.express is not None:
             self.express.close()
 
     def close(self) -> None:
-        """End the keeper; the programs leave the interfaces, and pairs that are left get a RST."""
+        """End the keeper, and detach the programs; the remaining pairs get a RST."""
         self.keeper.close()
         if (
             self.maps.is_attached

@@ -1,19 +1,19 @@
-"""Spliced pairs of other machines that this one could go on with: the keeper's part.
+"""Spliced pairs of other machines that this machine could continue: the keeper's part.
 
-They are in the programs' map from the start, with mute sockets that keep their ports, so nothing
-has to be done in a hurry, nor in any order: whose packets come here, those the programs forward.
-That a pair is here is harmless, as long as its packets go elsewhere.
+They are in the programs' map from the start, with mute sockets that keep their ports. So a takeover
+needs no haste and no order: the programs forward the packets that arrive here. A pair that is in
+the map does no harm while its packets go to another machine.
 
-Once its addresses are this host's, it is taken over: a worker gets it, it counts and has timeouts.
-Its peers are asked until both have said something (`settling.py`). The machine that had the pair
-releases it in silence when it learns of that.
+Once its addresses are this host's, the pair is taken over: a worker gets it, and it has counts and
+timeouts. Its peers are probed until both have answered (`settling.py`). The machine that had the
+pair releases it silently when it learns of that.
 
-Connections that nobody can go on with it is told of as well (`fleet/failover/stays.py`): once their
-address is here, their peers are reset (`challenging.py`).
+This part also gets the connections that no machine can continue (`fleet/failover/stays.py`): once
+their address is here, their peers are reset (`challenging.py`).
 
-Requests come from a process without privileges that reads a fleet's store. It is believed
-no more than a worker: a request is in the table or costs that process its life, and pairs are taken
-in only if both of our addresses are among the configured ones.
+Requests come from a process without privileges that reads a fleet's store. It is trusted no more
+than a worker: a request is in the table, or that process is killed; and pairs are accepted only if
+both local addresses are among the configured ones.
 """
 
 from __future__ import annotations
@@ -66,38 +66,40 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.keepalive import Keepalives
 
 _TAKEN_AT_ONCE: Final = 64
-# Beside what the kernel tells of: an address may have come before we listened.
+# In addition to notifications: an address may have come before we listened for them.
 _LOOK_S: Final = 1.0
-# Above those that a daemon gives, and exact in everybody's JSON.
+# Above the ids that a daemon assigns, and exact in every JSON parser.
 _FIRST_ID: Final = 1 << 51
 
 
 class Owner(Protocol):
-    """The keeper, as this part needs it."""
+    """What this module needs of the keeper."""
 
     def allocate(self) -> int:
         """A free record's index, or -1."""
 
     def take_in(self, index: int, said: bytes) -> int:
-        """A pair is a worker's from now on, which is given it; which worker's."""
+        """Give a pair to a worker; returns which one."""
 
     def owns(self, index: int) -> bool:
-        """Whether it is a worker's."""
+        """Whether a worker has the pair."""
 
     def release(self, index: int) -> None:
-        """A worker's pair goes through another machine: end it without a word to its ends."""
+        """A worker's pair goes through another machine now: release it, without a packet to its
+        ends.
+        """
 
     def show(self, index: int, record: Splice) -> None:
-        """Let the programs find it."""
+        """Make the flows of a pair."""
 
     def forget(self, index: int) -> None:
-        """Take it out of the kernel's sight."""
+        """Delete the flows of a pair."""
 
     def end(self, index: int, why: ResetBy) -> None:
-        """Have it reset."""
+        """Reset a pair."""
 
     def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
-        """These sockets are the pair's."""
+        """Record that these sockets belong to the pair."""
 
 
 @dataclass(slots=True)
@@ -105,11 +107,11 @@ class _Held:
     index: int
     pair: Pair
     sockets: tuple[socket.socket, socket.socket]
-    routes: int  # how often they had changed when the kernel was asked for its ways
+    routes: int  # count of route changes when its routes were looked up
 
 
 class Standby:
-    """Of one keeper."""
+    """The pairs of other machines, in one keeper."""
 
     def __init__(
         self,
@@ -131,30 +133,32 @@ class Standby:
         self._flows = flows
         self._links = links
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
-        # What workers ask comes with descriptors, too: half of them is for that.
+        # Half of the descriptors are for requests of workers.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = min(most, files // 4)
         self._routes = Routes() if self._addresses else None
         self._held: dict[str, _Held] = {}
-        self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}  # of those taken over
-        self._left: deque[str] = deque()  # to be taken over
-        self._stays: dict[str, str] = {}  # connections of others that end with their machine
-        # The same of pairs that could not be held, by their keys; the newest last.
+        # Of pairs that were taken over.
+        self._sockets: dict[int, tuple[socket.socket, socket.socket]] = {}
+        self._left: deque[str] = deque()  # keys of pairs to be taken over
+        # Connections of other machines that end with their machine.
+        self._stays: dict[str, str] = {}
+        # Likewise of pairs that could not be held, by key; the newest last.
         self._unheld: dict[str, tuple[Connection, ...]] = {}
         self._challenges = Challenges(self._goes_on)
         self._settling = Settling(memory, keepalives, owner.end)
         self._taken = 0
-        self._waiting: set[int] = set()  # workers that are to be told
+        self._waiting: set[int] = set()  # workers that must be told
         self._is_changed = True
         self._changes = 0  # of routes
         self._look_s = 0.0
-        # Addresses that were away since we released a pair of theirs, or have begun: only these
-        # are a reason to take pairs over when they come.
+        # Addresses that were absent since the start, or since a pair of theirs was released: only
+        # when these come, pairs are taken over.
         self._absent: set[bytes] = set()
-        self._present: frozenset[bytes] = self._addresses  # since they were looked at last
+        self._present: frozenset[bytes] = self._addresses  # at the last check
         self._boot_unix_s = boot_unix_s()
 
-    # What it is told
+    # Reports
 
     @property
     def is_wanted(self) -> bool:
@@ -162,23 +166,23 @@ class Standby:
         return bool(self._addresses)
 
     def ways_changed(self) -> None:
-        """Addresses or routes have."""
+        """Addresses or routes have changed."""
         self._is_changed = True
         self._changes += 1
 
     def unsettled(self, index: int, record: Splice) -> None:
-        """A keeper before us has taken it over, and was not done with it."""
+        """An earlier keeper has taken a pair over, and its peers have not answered yet."""
         if self.is_wanted and is_wide(record):
             self._settling.begin(index, record.id)
 
     def sockets_of(self, index: int) -> tuple[socket.socket, socket.socket] | None:
-        """The mute sockets of a pair that was taken over; they are the caller's from here on."""
+        """The mute sockets of a pair that was taken over; the caller closes them."""
         return self._sockets.pop(index, None)
 
     def is_away(self, index: int) -> bool:
-        """Whether another machine has this pair's addresses, and may go on with it.
+        """Whether another machine has this pair's addresses, and may continue it.
 
-        Then its ends get no word from here: a packet of ours could end it there.
+        Then no packet is sent to its ends from here: it could end the pair there.
         """
         if not self._addresses:
             return False
@@ -189,12 +193,12 @@ class Standby:
         return own <= self._addresses and not own <= self._present and is_replicable(record)
 
     def forgotten(self, index: int) -> None:
-        """A pair is no more."""
+        """A pair has ended."""
         for sock in self._sockets.pop(index, ()):
             sock.close()
 
     def answer(self, data: bytes) -> dict[str, object]:
-        """Obey a request.
+        """Handle a request.
 
         Raises:
             FaultyStandbyError: it is not in the table.
@@ -228,7 +232,7 @@ class Standby:
         return answer
 
     def _stay(self, key: str, text: str) -> None:
-        """Connections of a group, all of them; those that it had are no more."""
+        """Replace the connections of a group by these."""
         try:
             stays.decode(text or f"{stays.SCHEMA} ")
         except RecordFault as error:
@@ -236,10 +240,12 @@ class Standby:
         self._stays.pop(key, None)
         if text and len(self._stays) < stays.MOST_GROUPS:
             self._stays[key] = text
-            self._is_changed = True  # it may be for us to reset them already
+            self._is_changed = True  # they may have to be reset by this machine already
 
     def _goes_on(self, one: Connection) -> bool:
-        """Whether one is a spliced pair's here, which another machine called otherwise before."""
+        """Whether a connection belongs to a spliced pair here, which another machine had reported
+        under another key.
+        """
         return self._index_of(_packets_from(one.peer, one.own)) is not None
 
     def _hold_or_note(self, key: str, text: str) -> bool:
@@ -259,10 +265,10 @@ class Standby:
 
     def _hold(self, key: str, entry: Entry, pair: Pair) -> bool:
         if {pair.ends.listener.ip, pair.ends.source.ip} - self._addresses:
-            return False  # of a machine that is configured otherwise
+            return False  # of a machine with another configuration
         held = self._held.get(key)
         if held is not None and held.pair.deltas != pair.deltas:
-            self._release(key)  # another connection at the same ports
+            self._release(key)  # another connection with the same ports
             held = None
         before = held.pair if held is not None else None
         slack = slack_for(before, pair)
@@ -273,7 +279,7 @@ class Standby:
             with contextlib.suppress(OSError):
                 ways = self._ways(pair)
         if ways is None:
-            # If there was one, a route that is there again leads as before.
+            # Without a route now: when one exists again, it leads as before.
             return held is not None
         if held is not None:
             record = self._record(held.index)
@@ -292,7 +298,7 @@ class Standby:
         )
         keys = [bytes(way.from_) for way in record.way]
         if any(self._index_of(one) is not None for one in keys):
-            return False  # a pair of our own has these ports, or had them a moment ago
+            return False  # a pair of this machine has these ports, or had them a moment ago
         index = self._owner.allocate()
         if index < 0:
             return False
@@ -310,9 +316,9 @@ class Standby:
         return True
 
     def _ways(self, pair: Pair) -> Ways | None:
-        """By which interfaces the peers are reached; None: by none that is for the programs.
+        """The interfaces by which the peers are reached; None: none that suits the programs.
 
-        Our addresses may not be this host's yet, so the kernel is not asked for routes from them.
+        The local addresses may not be this host's yet, so routes are looked up without them.
         """
         assert self._routes is not None
         found = []
@@ -335,8 +341,8 @@ class Standby:
     def _release_moved(self, pair: Pair) -> None:
         for end in (pair.ends.listener, pair.ends.source):
             self._absent.discard(end.ip)
-        self._is_changed = True  # it may be away already
-        # Any ways will do: the key is what is looked for.
+        self._is_changed = True  # it may be absent already
+        # Only the keys of this record are used, so its interfaces do not matter.
         record = splice_of(pair, 1, Ways(0, 0), claim=0, slack=0)
         found = {self._index_of(bytes(way.from_)) for way in record.way}
         index = found.pop()
@@ -346,10 +352,10 @@ class Standby:
         if [way.seq_delta for way in there.way] == [way.seq_delta for way in record.way]:
             self._owner.release(index)
 
-    # What it does by itself
+    # Takeover
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called."""
+        """Seconds until `run_due` is due."""
         if not self._addresses:
             return most_s
         if self._left or self._is_changed:
@@ -376,7 +382,7 @@ class Standby:
 
     def _look_at_addresses(self) -> None:
         self._present = present = self._addresses & _addresses_here()
-        # The families of a fleet's addresses move together or apart, as their pairs need them.
+        # IPv4 and IPv6 addresses of a fleet move together or apart, as their pairs need them.
         ready = present & self._absent
         for key, held in self._held.items():
             both = {held.pair.ends.listener.ip, held.pair.ends.source.ip}
@@ -389,10 +395,10 @@ class Standby:
         self._absent |= self._addresses - present
 
     def _lost(self, ready: Collection[bytes]) -> list[Connection]:
-        """Those at these addresses that nobody can go on with, once each.
+        """The connections at these addresses that no machine can continue, once each.
 
-        Addresses come one after the other: of a group, and of a pair's two connections, those at
-        addresses that are still to come are kept until these are here.
+        Addresses come one after the other: connections of a group, and the two connections of a
+        pair, are kept until their own addresses have come.
         """
         lost: list[Connection] = []
         for key, text in list(self._stays.items()):
@@ -412,10 +418,11 @@ class Standby:
         return lost
 
     def _announce(self, ready: Collection[bytes]) -> None:
-        """Before their neighbours are asked anything: what they answer must get here.
+        """Announce addresses to their neighbours, before peers are probed: the answers must get
+        here.
 
-        What moves the addresses announces them as well, but perhaps later; and a peer that has
-        answered another packet says nothing more for half a second (tcp_invalid_ratelimit).
+        The software that moves the addresses announces them, too, but perhaps later; and a peer
+        that has answered another packet is silent for half a second (tcp_invalid_ratelimit).
         """
         for packed in ready:
             with contextlib.suppress(OSError, ControlError):
@@ -450,9 +457,9 @@ class Standby:
 
 
 def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
-    """It keeps the ports, also while their address is another machine's."""
+    """A mute socket, which keeps the ports even while their address is another machine's."""
     sock = splice_sockets.revive(record.way[direction], record.family)
-    # Without this it could speak in the name of an address that has gone again.
+    # Otherwise it could send from an address that has gone again.
     if record.family == 6:
         level, option = socket.IPPROTO_IPV6, 75  # IPV6_TRANSPARENT, linux/in6.h
     else:
@@ -464,7 +471,7 @@ def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
 def _divided(
     connections: Iterable[Connection], ips: Collection[bytes]
 ) -> tuple[list[Connection], list[Connection]]:
-    """Those at these addresses of ours, and the others."""
+    """The connections at these local addresses, and the others."""
     some: list[Connection] = []
     others: list[Connection] = []
     for one in connections:
@@ -473,18 +480,18 @@ def _divided(
 
 
 def _packets_from(peer: Endpoint, own: Endpoint) -> bytes:
-    """The key of its packets (struct splice_key)."""
+    """The key of a peer's packets (struct splice_key)."""
     ips = (ip if len(ip) == 16 else b"\0" * 10 + b"\xff\xff" + ip for ip, _ in (peer, own))
     return b"".join(ips) + struct.pack("!HH", peer.port, own.port)
 
 
 def _ip_of(packed: bytes, family: int) -> bytes:
-    """As addresses are configured: 4 or 16 bytes."""
+    """An address as 4 or 16 bytes, as configured addresses are stored."""
     return packed if family == 6 else packed[12:]
 
 
 def _addresses_here() -> set[bytes]:
-    """Of this host's interfaces, 4 or 16 bytes each."""
+    """The addresses of this host's interfaces, 4 or 16 bytes each."""
     found = set()
     for addresses in psutil.net_if_addrs().values():
         for one in addresses:

@@ -1,6 +1,6 @@
-"""What the keeper may be asked about other machines' pairs: one table, and nothing else.
+"""The requests to the keeper about other machines' pairs: one table, and nothing else.
 
-Requests come from a process without privileges that reads a fleet's store.
+They come from a process without privileges that reads a fleet's store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from pyforwarder.fleet.failover import stays
 
-# Of one request, which comes as one message.
+# Entries in one request, which is one message.
 MOST_AT_ONCE: Final = 16
 _KEY_BYTES: Final = 20
 
@@ -32,10 +32,10 @@ _TABLE: Final[dict[str, str]] = {
 
 
 def understand(data: bytes) -> dict[str, Any]:
-    """A request that is in the table.
+    """Parse a request, and check it against the table.
 
     Raises:
-        FaultyStandbyError: it is not.
+        FaultyStandbyError: it is not in the table.
     """
     try:
         request = json.loads(data)

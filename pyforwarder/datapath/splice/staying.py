@@ -1,7 +1,7 @@
-"""Which connections another machine could not go on with, from the pair table, which is only read.
+"""The connections that no other machine could continue, from the pair table, which is only read.
 
-All but spliced pairs that others know of: copied ones, those in a sockmap, those whose server is
-not connected yet.
+All but spliced pairs that other machines know: copied ones, those in a sockmap, those whose server
+is not connected yet.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ _STATE_AT: Final = PairRecord.state.offset
 
 
 class Staying:
-    """Looks at all records of the pair table."""
+    """The records of the pair table."""
 
     def __init__(self, maps: SpliceMaps, addresses: Collection[str]) -> None:
-        """Map it for reading; no descriptor is kept. `addresses` are those that move."""
+        """Map the table for reading; no descriptor is kept. `addresses` are those that move between
+        machines.
+        """
         self._slots = maps.workers * maps.slots
         self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
 
     def scan(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
-        """By group, those of all pairs but for those of these ids."""
+        """The connections of all pairs except those with these ids, by group."""
         found: dict[int, list[Connection]] = {}
         view = memoryview(self._table)
         try:
@@ -58,7 +60,7 @@ class Staying:
     def _connections(self, slot: int, replicated: Collection[int]) -> list[Connection]:
         record = PairRecord.from_buffer_copy(self._table, slot * PAIR_BYTES)
         if (
-            record.sequence & 1  # it changes hands just now
+            record.sequence & 1  # it is being written at this moment
             or record.protocol
             or record.id in replicated
         ):
@@ -76,7 +78,7 @@ class Staying:
         return found
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the table."""
         self._table.close()
 
 

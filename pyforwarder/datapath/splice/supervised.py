@@ -1,4 +1,4 @@
-"""The splice datapath as the supervisor has it."""
+"""The splice datapath in the supervisor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SupervisedSplice(supervised.KernelDatapath):
-    """Maps, keeper, and the programs at the interfaces."""
+    """Maps, keeper, and the programs on the interfaces."""
 
     def __init__(
         self,
@@ -42,7 +42,9 @@ class SupervisedSplice(supervised.KernelDatapath):
 
     @classmethod
     def make(cls, given: supervised.Given) -> SupervisedSplice | None:
-        """Also where it is not wanted, if an earlier daemon's pairs go on."""
+        """Created even if the configuration does not use it, if pairs of an earlier daemon
+        continue.
+        """
         pins = pins_of(given.pins)
         takes_over = has_pins(pins)
         if "splice" not in given.choices and not takes_over:
@@ -95,15 +97,15 @@ class SupervisedSplice(supervised.KernelDatapath):
 
     @property
     def wants_express(self) -> bool:
-        """Whether a listener wants express, and `load` says whether it works."""
+        """Whether a listener uses express, and `load` has to prove that it works."""
         return self.splicing.express is not None or bool(self._no_express)
 
     def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
-        """With UDP, where that is asked for."""
+        """Load the programs, with those for UDP if the configuration needs them."""
         proof = prove("splice")
         sessions: dict[str, str] = {}
         if self._splices_sessions:
-            # Without it UDP is copied; that is no reason to do without for TCP.
+            # If that fails, UDP is copied; TCP is spliced all the same.
             try:
                 prove("splice_udp")
             except LoadError as error:
@@ -126,7 +128,7 @@ class SupervisedSplice(supervised.KernelDatapath):
         return supervised.LoadedPrograms(maps.load_programs(), proof, sessions)
 
     def attach(self, descriptors: Sequence[int]) -> None:
-        """To all interfaces that take them; of the others the log tells."""
+        """Attach the programs to all interfaces that accept them; the log names the others."""
         most = len(Programs._fields)
         programs, own = descriptors[:most], descriptors[most:]
         express = self.splicing.express
@@ -139,19 +141,19 @@ class SupervisedSplice(supervised.KernelDatapath):
 
     @property
     def can_pin(self) -> bool:
-        """Whether it has programs."""
+        """Whether programs are loaded."""
         return self.splicing.has_begun
 
     def pin(self) -> None:
-        """Maps, programs and links."""
+        """Pin maps, programs and links."""
         self.splicing.maps.pin()
 
     def release(self) -> None:
-        """End the keeper, and leave the pairs."""
+        """End the keeper; the pairs continue."""
         self.splicing.hand_over()
 
     def worker_died(self, worker: int) -> None:
-        """Its spliced pairs go on, and wait for the next worker."""
+        """A worker has died: its spliced pairs continue, and wait for its successor."""
         self.splicing.worker_died(worker)
 
     def close(self) -> None:
@@ -160,7 +162,7 @@ class SupervisedSplice(supervised.KernelDatapath):
 
 
 def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
-    """With so many ports, or what the maps of an earlier daemon have room for.
+    """Create express with `ports` ports, or as many as the maps of an earlier daemon have room for.
 
     Raises:
         OSError: the kernel refuses, or there are no such ports.
@@ -174,9 +176,9 @@ def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
         is_open=False,
     )
     if maps.owns_counters:
-        return Express(connecting, workers=workers)  # nobody reads them
+        return Express(connecting, workers=workers)  # no process reads them
     try:
-        # The first worker's: a whole number of pages.
+        # The first worker's block, a whole number of pages.
         counters = bpf.map_memory(maps.counters_fd, BLOCK_BYTES, write=True)
     except OSError:
         connecting.close()
@@ -185,7 +187,7 @@ def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
 
 
 def splices_sessions(config: Config) -> bool:
-    """Whether there is a listener of UDP whose sessions the kernel may get."""
+    """Whether there is a UDP listener whose sessions may be spliced."""
     return any(
         not {"auto", "express", "splice"}.isdisjoint(
             rule.datapath or listener.datapath or config.datapath for rule in listener.rules

@@ -1,13 +1,13 @@
-"""Spliced pairs follow what becomes of interfaces and routes: the keeper's part.
+"""Spliced pairs follow changes of interfaces and routes: the keeper's part.
 
-A record says by which interface a peer's packets go and come. When something changes, the kernel is
-asked for each of our sockets' routes again, and where that is another the record is changed: so the
-pair goes on as one of a plain TCP proxy's would. Where no way leads to a peer, one waits as long as
-TCP itself would try (`tcp_retries2`), and where the way is none for our programs, a moment; then
-the pair is reset, so that its other end knows.
+A record has the interfaces by which a peer's packets leave and arrive. When something changes, the
+routes of all pairs' sockets are looked up again, and a record is changed if its route is: so the
+pair continues as one of a TCP proxy would. A pair without any route to a peer waits as long as TCP
+itself would retry (`tcp_retries2`). If the route does not suit the programs, it waits for a moment.
+Then the pair is reset, so that its other end learns of it.
 
-Nobody can make this expensive: one look at all pairs takes as long as it takes, in small pieces
-between two requests of the workers, and the next one waits for a multiple of that.
+No one can make this expensive: a scan of all pairs is done in small pieces between requests of the
+workers, and the next one waits for a multiple of the time that it took.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from pyforwarder.runtime.one_store import store32
 if TYPE_CHECKING:
     from pyforwarder.datapath.netlink import Link
 
-# What changes at once, changes in many steps: an address goes, another comes, routes follow.
+# A change usually comes in many steps: an address goes, another comes, routes follow.
 _SETTLE_S: Final = 0.1
-# But a host that changes something all the time has to be followed, too.
+# But a host on which something changes all the time must be followed, too.
 _MOST_SETTLE_S: Final = 1.0
-# At most this share of a processor goes into looking.
+# The most that scans take of a processor.
 _SHARE: Final = 0.05
 _PAIRS_AT_ONCE: Final = 64
-# A way that is none for us may be one in the midst of a change.
+# A route that does not suit the programs may be an intermediate step of a change.
 _NO_WAY_FOR_US_S: Final = 1.0
 
 # net/ipv4/tcp_timer.c, tcp_model_timeout(): TCP_RTO_MIN doubled, up to TCP_RTO_MAX.
@@ -60,7 +60,7 @@ _WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
 def gives_up_after_s(retries: int) -> float:
-    """How long TCP sends again what nobody acknowledges, with `retries` of tcp_retries2."""
+    """How long TCP retransmits without an acknowledgement, with `retries` of tcp_retries2."""
     total_s, rto_s = 0.0, _LEAST_RTO_S
     for _ in range(retries + 1):
         total_s += rto_s
@@ -76,7 +76,7 @@ def _patience_s() -> float:
 
 
 class _NoWayError(Exception):
-    """A pair's packets cannot go, or come, as it is now; it may be waited for that long."""
+    """A pair's packets have no usable route now; `patience_s` is how long to wait for one."""
 
     def __init__(self, patience_s: float) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _NoWayError(Exception):
 
 
 class Ways:
-    """Of all pairs of one keeper."""
+    """The routes of all pairs of one keeper."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class Ways:
         indexes: Callable[[], Iterable[int]],
         end: Callable[[int, ResetBy], None],
     ) -> None:
-        """`indexes` are the records that may be of pairs, `end` has a pair reset.
+        """`indexes` are the records that may be of pairs, `end` resets a pair.
 
-        All of it is looked at at first: an earlier keeper may have died in the midst of it.
+        The first scan is of all pairs: an earlier keeper may have died in the middle of one.
         """
         self._links = links
         self._memory = memory
@@ -104,12 +104,13 @@ class Ways:
         self._watch = RouteWatch()
         self._routes = Routes()
         self._there: dict[int, Link] = {}
-        self._since_s: float | None = time.monotonic()  # when something changed, first
-        self._last_s = 0.0  # and last
-        self._left: deque[int] = deque()  # to be looked at
-        self._took_s = 0.0  # the look that is under way, or was last
+        # When the first change came since the last scan.
+        self._since_s: float | None = time.monotonic()
+        self._last_s = 0.0  # and the last one
+        self._left: deque[int] = deque()  # to be checked
+        self._took_s = 0.0  # the time that the present scan has taken, or the last one
         self._not_before_s = 0.0
-        # Pairs without a way: index -> (pair, since when, until when).
+        # Pairs without a route: index -> (pair, since when, until when).
         self._without: dict[int, tuple[int, float, float]] = {}
 
     def fileno(self) -> int:
@@ -117,21 +118,21 @@ class Ways:
         return self._watch.fileno()
 
     def changed(self) -> None:
-        """Interfaces, addresses, routes or rules have."""
+        """Interfaces, addresses, routes or rules have changed."""
         self._watch.drain()
         self.scan_again()
 
     def scan_again(self) -> None:
-        """There are pairs whose ways may have changed before they were ours.
+        """Scan all pairs: the routes of some may have changed before they were this keeper's.
 
-        What is to be read of changes is left to `changed`, as others are to know of them, too.
+        Notifications are left for `changed` to read, as other parts must learn of them, too.
         """
         self._last_s = time.monotonic()
         if self._since_s is None:
             self._since_s = self._last_s
 
     def wait_s(self, most_s: float) -> float:
-        """How long `run_due` need not be called, if nothing changes."""
+        """Seconds until `run_due` is due, if nothing changes."""
         if self._left:
             return 0.0
         if self._since_s is None:
@@ -144,7 +145,7 @@ class Ways:
         return max(settled_s, self._not_before_s)
 
     def run_due(self) -> None:
-        """Do some of what is to be done. Never raises: what was not possible is tried again."""
+        """Do some of what is due. Never raises: what has failed is tried again."""
         started_s = time.monotonic()
         is_looking = bool(self._left)
         try:
@@ -166,7 +167,9 @@ class Ways:
             self._not_before_s = ended_s + self._took_s / _SHARE
 
     def _check_interfaces(self) -> None:
-        """Programs leave what has become a port, and are where they must be."""
+        """Detach the programs from interfaces that have become ports, and attach them where they
+        are missing.
+        """
         before, self._there = self._there, self._routes.links()
         lost = self._links.verify()
         for interface in self._links.attacher.interfaces() | lost:
@@ -209,23 +212,24 @@ class Ways:
             self._end(index, ResetBy.NO_ROUTE)
 
     def _retry_those_without(self) -> None:
-        """Whether it has been long enough; then they are looked at once more."""
+        """Check again the pairs whose wait for a route is over."""
         now_s = time.monotonic()
         due = (index for index, (_, _, until_s) in self._without.items() if until_s <= now_s)
         for index in list(itertools.islice(due, _PAIRS_AT_ONCE)):
             self._check(index)
 
     def _check_way(self, index: int, record: Splice, direction: Direction) -> None:
-        """To one peer and from it, in the numbers of interfaces that are right now.
+        """Write the present interfaces to and from one peer into a record.
 
         Raises:
-            _NoWayError: there is none, or none that is for our programs.
+            _NoWayError: there is no route, or none that suits the programs.
         """
         way, was = record.way[direction], record.out[direction]
         now = self._out(record, direction)
         link = self._there.get(now)
         if now != was and LOOPBACK in (now, was):
-            raise _NoWayError(_NO_WAY_FOR_US_S)  # an address has moved onto this host, or off it
+            # An address has moved to this host, or away from it.
+            raise _NoWayError(_NO_WAY_FOR_US_S)
         came_by = self._came_by(tuple(way.by), now) if any(way.by) else now
         for interface in {came_by, now}:
             there = self._there.get(interface)
@@ -234,21 +238,25 @@ class Ways:
         at = index * SPLICE_BYTES + Splice.way.offset
         if any(way.by) and (came_by, now) != tuple(way.by):
             by_at = at + direction * _WAY_BYTES + SpliceDirection.by.offset
-            # One after the other, and never 0 in between: that would be anywhere.
+            # One after the other, and never 0 in between: two zeros mean any interface.
             store32(self._memory, by_at, came_by)
             store32(self._memory, by_at + 4, now)
         if now != was:
-            # `lo` to `lo` is 0, and never changes.
+            # From `lo` to `lo` it is 0, and never changes.
             goes_at = at + (1 - direction) * _WAY_BYTES + SpliceDirection.interface.offset
             store32(self._memory, goes_at, now)
             out_at = index * SPLICE_BYTES + Splice.out.offset + direction * 4
             store32(self._memory, out_at, now)
         if link is None or link.port_of:
-            # At a port we cannot see what our own sockets say.
+            # On a port the programs do not see packets of our own sockets.
             raise _NoWayError(_patience_s())
 
     def _out(self, record: Splice, direction: Direction) -> int:
-        """By which interface our packets go to a peer; what it was, if there is none."""
+        """The interface by which our packets reach a peer now.
+
+        Raises:
+            _NoWayError: there is no route.
+        """
         way, was = record.way[direction], int(record.out[direction])
         if way.routing & Routing.BOUND:
             return was
@@ -269,10 +277,10 @@ class Ways:
         return now
 
     def _came_by(self, before: tuple[int, ...], now: int) -> int:
-        """By which interface a peer's packets may come, beside that of our route to it.
+        """The interface by which a peer's packets may arrive, besides that of our route to it.
 
-        One by which they came so far, as long as it is there: the peer may not know of a change.
-        What comes in at a port comes by the other interface.
+        One by which they arrived so far, as long as it exists: the peer may not know of a change.
+        Packets that arrive at a port come by its master.
         """
         for interface in before:
             link = self._there.get(interface)
