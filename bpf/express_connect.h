@@ -78,8 +78,7 @@ struct express_listener {
 	__u16 told_mss; /* largest MSS that our kernel advertises to clients */
 	__u16 padding;
 	__u32 target[PF_EXPRESS_RULES];	   /* of each rule: index of a target, or of a choice */
-	__u16 answer_ms[PF_EXPRESS_RULES]; /* within which the rule's server must answer; 0: the
-					      keeper's default */
+	__u16 answer_ms[PF_EXPRESS_RULES]; /* time for its server to answer; 0: the keeper's */
 };
 
 /* A server, and how it is reached. */

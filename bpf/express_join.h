@@ -130,8 +130,7 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	int is_with_worker;
 
 	if (!packet || parsed->bytes)
-		return DROP; /* it carries data; unless the server repeats it without any, the
-				keeper gives up */
+		return DROP; /* it carries data; the keeper gives up later */
 	if (options && load_options(skb, packet, options, v6))
 		return DROP;
 	read_options(packet, parsed->header, v6);

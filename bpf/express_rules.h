@@ -457,8 +457,7 @@ inlined int decide(struct __sk_buff *skb, __u32 index, struct express_network_ke
 		if ((clause->holds & scratch->fails) | (clause->fails & scratch->holds))
 			continue;
 		if ((clause->holds & ~scratch->holds) | (clause->fails & ~scratch->fails))
-			return -1; /* this rule may match, and no later rule may take the connection
-				      before that is known */
+			return -1; /* it may match: no later rule may win now */
 		if (clause->rule > 63 || !(table->targets >> clause->rule & 1))
 			return -1;
 		return (int)clause->rule;

@@ -13,8 +13,7 @@
 
 enum pf_session_state {
 	PF_SESSION_FREE = 0,
-	PF_SESSION_PREPARED, /* the keeper is writing it; the programs leave its datagrams to the
-				stack */
+	PF_SESSION_PREPARED, /* the keeper is writing it; datagrams pass to the stack */
 	PF_SESSION_ACTIVE,   /* datagrams are forwarded, in each direction once it is `latched` */
 };
 

@@ -128,8 +128,7 @@ struct splice_direction {
 	__u32 interface; /* by which they leave; 0: both ends are on `lo`, they go up the stack */
 	__u32 by[2];	 /* by which they may arrive; both 0: by any */
 	__u32 seq_delta, ack_delta, tsval_delta, tsecr_delta;
-	__u64 last_ack; /* the highest that this peer has sent, in the numbers of what it
-			   acknowledges */
+	__u64 last_ack; /* the highest from this peer, in the numbers of what it acknowledges */
 	__u64 last_end; /* end of what this peer has sent, in its own numbers */
 	__u64 next;	/* end of what was received without a gap, or is acknowledged; likewise */
 	__u64 limit;	/* the furthest right edge of a window that it was told; likewise */
@@ -157,8 +156,7 @@ struct splice_direction {
 	__u32 stamped; /* not 0: it is valid, and the other end's timestamps may be older */
 	__u32 narrow_mtu; /* not 0: a packet was longer than this MTU of `interface` */
 	__u32 narrow_seq; /* the sequence number of that packet, in this peer's own numbers */
-	__u8 shift_left, shift_right; /* window scales: of this peer, and of our socket of the other
-					 connection */
+	__u8 shift_left, shift_right; /* window scales: its own, and of our other socket */
 	__u8 no_ecn;	   /* not 0: the two connections have not negotiated the same kind of ECN */
 	__u8 routing;	   /* PF_ROUTING... */
 	__u32 address_sum; /* what the changed addresses add to a checksum */
@@ -167,8 +165,7 @@ struct splice_direction {
 	__u32 heard_s;	  /* when the last valid packet of this peer came, in seconds since boot */
 	__u32 mark;	  /* SO_MARK of our socket: rules may choose its route by that */
 	__u32 heard_tick; /* the same in units of jiffies, which cost less to read */
-	__u32 claim; /* number of the claim under which a pair of another machine was taken over; 0:
-			our own */
+	__u32 claim; /* number of our claim to a pair of another machine; 0: our own pair */
 	__u64 again; /* payload of packets that had no new byte */
 	__u64 bytes, packets;
 };

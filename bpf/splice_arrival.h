@@ -34,16 +34,15 @@ static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FU
 
 /* A packet, as one step hands it to the next. Sequence numbers are those of its sender. */
 struct packet {
-	void *ip,
-		*data_end; /* these and `tcp` are invalid after a helper that changes the packet */
+	void *ip, *data_end; /* these and `tcp` are invalid after helpers that change the packet */
 	struct tcp *tcp;
 	struct splice *splice;
-	struct splice_direction *from_peer,
-		*to_peer; /* the direction from its sender, and the direction to its sender */
-	__u32 index, direction, state; /* of the pair's record */
-	__u32 total;		       /* bytes of the IP packet, header included */
-	__u32 header;		       /* bytes of the TCP header, options included */
-	__u32 bytes;		       /* bytes of payload */
+	struct splice_direction *from_peer; /* the direction of its sender's packets */
+	struct splice_direction *to_peer;   /* the other one */
+	__u32 index, direction, state;	    /* of the pair's record */
+	__u32 total;			    /* bytes of the IP packet, header included */
+	__u32 header;			    /* bytes of the TCP header, options included */
+	__u32 bytes;			    /* bytes of payload */
 	__u32 seq, ack;
 	__u32 acknowledged; /* what the other end gets as `ack`, in the sender's numbers */
 	__u8 flags, hops;
@@ -94,8 +93,7 @@ inlined int read_headers(struct __sk_buff *skb, struct packet *packet, struct sp
 		packet->total = bpf_ntohs(ip6h->payload_bytes) + IP_BYTES(1);
 	} else {
 		if (iph->version != 0x45 || (iph->fragment & bpf_htons(0x1fff)))
-			return NEXT; /* IP options, or a fragment that is not the first: for the
-					stack */
+			return NEXT; /* IP options, or a later fragment: for the stack */
 		packet->is_first_fragment = !!(iph->fragment & bpf_htons(0x2000));
 		if (iph->protocol == PROTOCOL_ICMP)
 			return packet->is_first_fragment ? NEXT : ICMP_ERROR;
@@ -104,8 +102,7 @@ inlined int read_headers(struct __sk_buff *skb, struct packet *packet, struct sp
 		packet->total = bpf_ntohs(iph->total_bytes);
 	}
 	if (skb->gso_size)
-		packet->total = skb->len - ETHERNET_BYTES; /* an aggregate may be longer than the
-							      16-bit field can say */
+		packet->total = skb->len - ETHERNET_BYTES; /* it may exceed the 16-bit field */
 	packet->ip = data + ETHERNET_BYTES;
 	packet->hops = v6 ? ip6h->hops : iph->ttl;
 	packet->is_copy = is_copy(skb, packet->hops);

@@ -56,8 +56,7 @@ inlined __u32 monotonic_tsval(struct splice_direction *peer, __u32 tsval, const 
 		peer->stamp = tsval;
 		peer->stamped = 1;
 	} else if (!ours && peer->stamped) {
-		peer->stamped = 0; /* the other end's clock has caught up, and no other is used from
-				      here on */
+		peer->stamped = 0; /* the other end's clock is ahead from here on */
 	}
 	return tsval;
 }

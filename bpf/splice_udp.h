@@ -605,8 +605,7 @@ inlined int handle_udp(struct __sk_buff *skb, const int v6)
 		if (iph->version == 0x45 && !(iph->fragment & bpf_htons(0x3fff)))
 			return forward_datagram(skb, 0);
 		if (iph->fragment & bpf_htons(0x1fff))
-			return NEXT; /* not the first fragment: it has no ports, so its session is
-					unknown */
+			return NEXT; /* a later fragment, which has no ports */
 		return pass_fragment_or_options(skb, ETHERNET_BYTES + (iph->version & 15) * 4, 0);
 	}
 	if (iph->protocol == PROTOCOL_ICMP && iph->version == 0x45 &&
