@@ -47,10 +47,10 @@ inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct expres
 	if (!packet)
 		return DROP; /* never */
 	address_to_server(packet, splice);
-	packet->seq = ask->i0;
+	packet->seq = ask->own_isn;
 	packet->flags = SYN;
 	packet->option_words = 5;
-	packet->window = ask->window > 65535 ? 65535 : ask->window;
+	packet->window = ask->client_window > 65535 ? 65535 : ask->client_window;
 	packet->option[0] = bpf_htonl(0x02040000 | ask->mss);
 	packet->option[1] = bpf_htonl(ask->has_sack ? 0x04020101 : NO_OP_WORD);
 	packet->option[2] = packet->option[3] = bpf_htonl(NO_OP_WORD);
@@ -122,7 +122,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	 */
 	if (!out || READ_ONCE(target->not_before_ns) > now_ns ||
 	    (skb->ifindex == LOOPBACK && out != LOOPBACK) || context->mss < MIN_MSS ||
-	    listener->told_mss > target->mss) {
+	    listener->advertised_mss > target->mss) {
 		count_event(PF_COUNT_NO_TARGET);
 		return NEXT;
 	}
@@ -141,23 +141,23 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
 	WRITE_ONCE(ask->word, word | PF_EXPRESS_FILLING);
 	ask->begun_ns = now_ns;
-	ask->c0 = parsed.seq - 1;
-	ask->k0 = parsed.ack - 1;
+	ask->client_isn = parsed.seq - 1;
+	ask->kernel_isn = parsed.ack - 1;
 	secret = siphash_addresses(target->source, target->server,
 				   bpf_htons((__u16)(FIRST_PORT + place)), target->port);
-	ask->i0 = (__u32)(now_ns >> 6) + (__u32)secret;
-	ask->tc = ask->first_tc = parsed.tsval;
-	ask->tk = parsed.tsecr;
+	ask->own_isn = (__u32)(now_ns >> 6) + (__u32)secret;
+	ask->client_tsval = ask->first_client_tsval = parsed.tsval;
+	ask->client_tsecr = parsed.tsecr;
 	ask->has_scale = !!(options & 0x400);
 	ask->has_sack = !!(options & 0x200);
 	ask->has_timestamps = parsed.has_timestamp;
 	ask->client_scale = ask->has_scale ? options & 15 : 0;
 	ask->kernel_scale = ask->has_scale ? options >> 4 & 15 : 0;
 	ask->window_field = parsed.window;
-	ask->window = parsed.window << (ask->client_scale & 15);
-	ask->room = context->room;
+	ask->client_window = parsed.window << (ask->client_scale & 15);
+	ask->kernel_window = context->room;
 	ask->mss = context->mss < target->mss ? context->mss : target->mss;
-	ask->told_mss = listener->told_mss;
+	ask->advertised_mss = listener->advertised_mss;
 	ask->answer_ms = listener->answer_ms[rule];
 	ask->client_interface = skb->ifindex;
 	ask->target = number;
@@ -167,7 +167,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	bpf_skb_load_bytes(skb, 0, ask->macs, 12);
 
 	/* Zero the rest of the last word, so that csum_saved() can sum whole words. */
-	ask->saved = parsed.bytes;
+	ask->saved_bytes = parsed.bytes;
 	{
 		__u32 last = (parsed.bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
 
@@ -177,12 +177,12 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	}
 	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed.header, ask->bytes,
 				    bound_from_one(parsed.bytes, PF_EXPRESS_SAVED));
-	ask->sum = ask->segment_sum = csum_saved(ask, parsed.bytes);
-	ask->segment = segment;
-	if (ask->segment < parsed.bytes)
-		ask->segment_sum = csum_saved(ask, ask->segment);
+	ask->saved_sum = ask->first_segment_sum = csum_saved(ask, parsed.bytes);
+	ask->first_segment_bytes = segment;
+	if (ask->first_segment_bytes < parsed.bytes)
+		ask->first_segment_sum = csum_saved(ask, ask->first_segment_bytes);
 	else
-		ask->segment = parsed.bytes;
+		ask->first_segment_bytes = parsed.bytes;
 
 	__builtin_memset(splice->way, 0, sizeof(splice->way));
 	up = &splice->way[PF_UP];
@@ -201,9 +201,9 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	down->dport = key.sport;
 	up->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
 	down->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
-	up->by[0] = up->by[1] = skb->ifindex;
-	down->by[0] = target->by[0];
-	down->by[1] = target->by[1];
+	up->from_interfaces[0] = up->from_interfaces[1] = skb->ifindex;
+	down->from_interfaces[0] = target->from_interfaces[0];
+	down->from_interfaces[1] = target->from_interfaces[1];
 	up->pseudo_sum = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6) +
 				   bpf_htons(PROTOCOL_TCP));
 	down->pseudo_sum =
@@ -214,7 +214,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	number = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6));
 	up->address_sum = csum_fold((__u64)(__u16)~number + i);
 	down->address_sum = csum_fold((__u64)(__u16)~i + number);
-	up->seq_delta = ask->i0 - ask->c0;
+	up->seq_delta = ask->own_isn - ask->client_isn;
 	up->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - parsed.tsval;
 	splice->tries = 0;
 	splice->worker = PF_EXPRESS_NO_WORKER;
@@ -223,7 +223,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->family = v6 ? 6 : 4;
 	splice->out[PF_UP] = skb->ifindex;
 	splice->out[PF_DOWN] = out;
-	splice->isn[PF_UP] = ask->c0;
+	splice->isn[PF_UP] = ask->client_isn;
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;
 	/*

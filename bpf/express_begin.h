@@ -55,7 +55,7 @@ inlined struct request_context *get_context(void)
  */
 inlined __u32 max_saved_segment(const struct express_listener *listener)
 {
-	return listener->told_mss < MIN_MSS ? 0 : (listener->told_mss - 12) & ~3;
+	return listener->advertised_mss < MIN_MSS ? 0 : (listener->advertised_mss - 12) & ~3;
 }
 
 /*

@@ -152,17 +152,17 @@ inlined int handle_while_asked(struct __sk_buff *skb, const int v6)
 	if (direction == PF_UP)
 		return handle_client_while_asked(skb, splice, ask, place, word, &parsed, v6);
 	if (parsed.flags & RST) {
-		if (!(parsed.flags & ACK) || parsed.ack != ask->i0 + 1)
+		if (!(parsed.flags & ACK) || parsed.ack != ask->own_isn + 1)
 			return DROP;
 		return give_to_worker(skb, splice, ask, place, word, parsed.sum, 0, 1, v6);
 	}
-	if ((parsed.flags & (SYN | ACK)) == (SYN | ACK) && parsed.ack == ask->i0 + 1)
+	if ((parsed.flags & (SYN | ACK)) == (SYN | ACK) && parsed.ack == ask->own_isn + 1)
 		return join_pair(skb, splice, ask, place, word, &parsed, v6);
 	/*
 	 * The server still has an old connection of this port. Reset it, so that the next SYN
 	 * begins a new one. Not if the packet acknowledges what we have sent (RFC 9293, 3.10.7.3).
 	 */
-	if (!(parsed.flags & ACK) || parsed.bytes || parsed.ack == ask->i0 + 1)
+	if (!(parsed.flags & ACK) || parsed.bytes || parsed.ack == ask->own_isn + 1)
 		return DROP;
 	packet = new_packet(parsed.sum);
 	if (!packet)

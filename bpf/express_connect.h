@@ -73,9 +73,9 @@ struct express_listener_key {
 };
 
 struct express_listener {
-	__u32 table;	/* number of its table of rules */
-	__u32 owner;	/* see struct splice */
-	__u16 told_mss; /* largest MSS that our kernel advertises to clients */
+	__u32 table;	      /* number of its table of rules */
+	__u32 owner;	      /* see struct splice */
+	__u16 advertised_mss; /* largest MSS that our kernel advertises to clients */
 	__u16 padding;
 	__u32 target[PF_EXPRESS_RULES];	   /* of each rule: index of a target, or of a choice */
 	__u16 answer_ms[PF_EXPRESS_RULES]; /* time for its server to answer; 0: the keeper's */
@@ -87,7 +87,7 @@ struct express_target {
 	__u16 port; /* wire order */
 	__u16 mss;  /* what fits the MTU of our interfaces */
 	__u32 out;  /* the interface; 0: the entry is unused */
-	__u32 by[2];
+	__u32 from_interfaces[2];
 	__u32 padding;
 	__u64 not_before_ns; /* after a refusal, or no answer, it is not asked until then */
 };
@@ -96,25 +96,27 @@ struct express_target {
 struct express_ask {
 	__u64 word;
 	__u64 begun_ns;
-	__u64 rests_ns;	  /* since when it is RESTING or LEAVING */
-	__u32 c0, k0, i0; /* ISNs: the client's, our kernel's to the client, ours to the server */
-	__u32 tc, tk;	  /* TSval and TSecr of the client's packet */
-	__u32 sum;	  /* checksum of the saved bytes, folded */
-	__u32 saved;
+	__u64 resting_since_ns; /* since when it is RESTING or LEAVING */
+	__u32 client_isn, kernel_isn,
+		own_isn; /* ISNs: the client's, our kernel's to the client, ours to the server */
+	__u32 client_tsval, client_tsecr; /* TSval and TSecr of the client's packet */
+	__u32 saved_sum;		  /* checksum of the saved bytes, folded */
+	__u32 saved_bytes;
 	/*
 	 * Number of the last connection of this place whose end a worker has counted, or was told
 	 * of by itself. Written by the keeper.
 	 */
-	__u32 counted;
-	__u32 window; /* window of the client, in bytes */
-	__u32 room;   /* window that our kernel has advertised to the client */
+	__u32 counted_number;
+	__u32 client_window; /* window of the client, in bytes */
+	__u32 kernel_window; /* window that our kernel has advertised to the client */
 	__u32 client_interface;
 	__u32 target, listener_table, rule;
-	__u32 segment; /* how many of the saved bytes go into the first of two packets; or all */
-	__u32 segment_sum; /* checksum of these */
-	__u32 first_tc;	   /* `tc` when the server was asked for the first time */
-	__u32 port_lost;   /* not 0: another program may have the port; written by the keeper */
-	__u16 window_field, mss, told_mss, answer_ms;
+	__u32 first_segment_bytes; /* how many of the saved bytes go into the first of two packets;
+				      or all */
+	__u32 first_segment_sum;   /* checksum of these */
+	__u32 first_client_tsval;  /* `client_tsval` when the server was asked for the first time */
+	__u32 port_lost; /* not 0: another program may have the port; written by the keeper */
+	__u16 window_field, mss, advertised_mss, answer_ms;
 	__u8 client_scale, kernel_scale, has_timestamps, has_sack, has_scale, has_fin;
 	__u8 macs[12]; /* addresses in the Ethernet header of the client's packet */
 	__u8 padding[6];

@@ -76,15 +76,16 @@ inlined void init_direction(struct splice_direction *direction, __u32 next_seq, 
 			    __u32 window, __u32 room, __u32 tsval, __u32 now_s)
 {
 	direction->last_ack = acked;
-	direction->last_end = direction->next = direction->begin = direction->ours = next_seq;
-	direction->edge = acked + window;
-	direction->limit = next_seq + room;
-	direction->reach = room > MIN_LARGEST_WINDOW ? room : MIN_LARGEST_WINDOW;
-	direction->tail = acked;
-	direction->sent = acked;
-	direction->recent = tsval;
-	direction->recent_s = direction->heard_s = now_s;
-	direction->heard_tick = (__u32)(bpf_jiffies64() >> 6);
+	direction->last_end = direction->contiguous_end = direction->begin_seq =
+		direction->socket_expected_seq = next_seq;
+	direction->window_edge = acked + window;
+	direction->max_edge = next_seq + room;
+	direction->max_window = room > MIN_LARGEST_WINDOW ? room : MIN_LARGEST_WINDOW;
+	direction->tail_end = acked;
+	direction->socket_sent_end = acked;
+	direction->ts_recent = tsval;
+	direction->ts_recent_s = direction->last_received_s = now_s;
+	direction->last_received_tick = (__u32)(bpf_jiffies64() >> 6);
 }
 
 /* Swap the Ethernet addresses, for a packet that goes back by the interface by which it came. */
@@ -142,14 +143,14 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	 * kernel's scale: see is_window_coarse().
 	 */
 	if (is_with_worker || packet->has_timestamps != ask->has_timestamps ||
-	    packet->server_mss < ask->told_mss || packet->scale > 14 ||
+	    packet->server_mss < ask->advertised_mss || packet->scale > 14 ||
 	    parsed->window >> (ask->kernel_scale & 15) < 2) {
 		/*
 		 * The two handshakes do not fit, or a worker has the client, and may have sent
 		 * something to it: reset the server's connection.
 		 */
 		address_to_server(packet, splice);
-		packet->seq = ask->i0 + 1;
+		packet->seq = ask->own_isn + 1;
 		packet->flags = RST;
 		if (build_packet(skb, packet, v6))
 			return DROP; /* the server repeats the SYN-ACK */
@@ -166,30 +167,31 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	if (!change_state(ask, word, PF_EXPRESS_FILLING))
 		return DROP;
 
-	up->ack_delta = parsed->seq - ask->k0;
-	down->seq_delta = ask->k0 - parsed->seq;
-	down->ack_delta = ask->c0 - ask->i0;
+	up->ack_delta = parsed->seq - ask->kernel_isn;
+	down->seq_delta = ask->kernel_isn - parsed->seq;
+	down->ack_delta = ask->client_isn - ask->own_isn;
 	/* So that the client's echo of our kernel's timestamp becomes an echo of the server's. */
-	down->tsval_delta = ask->tk - tsval;
+	down->tsval_delta = ask->client_tsecr - tsval;
 	down->tsecr_delta = -up->tsval_delta;
 	up->tsecr_delta = -down->tsval_delta;
-	up->shift_left = ask->client_scale;
-	up->shift_right = has_scale ? ask->client_scale : 0;
-	down->shift_left = has_scale && ask->has_scale ? packet->scale : 0;
-	down->shift_right = ask->kernel_scale;
+	up->peer_scale = ask->client_scale;
+	up->other_scale = has_scale ? ask->client_scale : 0;
+	down->peer_scale = has_scale && ask->has_scale ? packet->scale : 0;
+	down->other_scale = ask->kernel_scale;
 	splice->isn[PF_DOWN] = parsed->seq;
-	room = ask->room > parsed->window ? ask->room : parsed->window;
+	room = ask->kernel_window > parsed->window ? ask->kernel_window : parsed->window;
 	now_s = bpf_ktime_get_ns() / NS_PER_S;
-	init_direction(up, ask->c0 + 1, ask->k0 + 1, ask->window, room, ask->tc, now_s);
-	init_direction(down, parsed->seq + 1, ask->i0 + 1, parsed->window, ask->window, tsval,
-		       now_s);
+	init_direction(up, ask->client_isn + 1, ask->kernel_isn + 1, ask->client_window, room,
+		       ask->client_tsval, now_s);
+	init_direction(down, parsed->seq + 1, ask->own_isn + 1, parsed->window, ask->client_window,
+		       tsval, now_s);
 	/* The saved bytes are counted as received, since this packet takes them along. */
-	up->last_end = up->next = ask->c0 + 1 + ask->saved;
-	up->bytes = ask->saved;
-	up->packets = ask->segment < ask->saved ? 2 : 1;
+	up->last_end = up->contiguous_end = ask->client_isn + 1 + ask->saved_bytes;
+	up->bytes = ask->saved_bytes;
+	up->packets = ask->first_segment_bytes < ask->saved_bytes ? 2 : 1;
 	if (ask->has_fin) {
-		up->last_end = up->next + 1;
-		up->fin_seq = (__u32)up->next + 1;
+		up->last_end = up->contiguous_end + 1;
+		up->fin_seq = (__u32)up->contiguous_end + 1;
 		up->fin_due = up->fin = 1;
 	}
 	__sync_fetch_and_add(&splice->tries, 1); /* a barrier: all of the above before the state */
@@ -232,14 +234,14 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 
 	address_to_server(packet, splice);
 	packet->urgent = 0;
-	packet->seq = ask->i0 + 1;
+	packet->seq = ask->own_isn + 1;
 	packet->ack = parsed->seq + 1;
-	room = ask->window >> (up->shift_right & 15);
+	room = ask->client_window >> (up->other_scale & 15);
 	packet->window = room > 65535 ? 65535 : room;
-	rest = ask->saved - ask->segment;
+	rest = ask->saved_bytes - ask->first_segment_bytes;
 	packet->flags = ACK | (rest ? 0 : PSH | (ask->has_fin ? FIN : 0));
-	packet->bytes = ask->segment;
-	packet->sum = ask->segment_sum;
+	packet->bytes = ask->first_segment_bytes;
+	packet->sum = ask->first_segment_sum;
 	if (ask->has_timestamps) {
 		packet->option_words = 3;
 		packet->option[0] = bpf_htonl(TIMESTAMP_WORD);
@@ -247,7 +249,7 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		 * The timestamp of the last SYN, or a later one: the server discards older ones
 		 * (PAWS).
 		 */
-		packet->option[1] = bpf_htonl(ask->tc + up->tsval_delta);
+		packet->option[1] = bpf_htonl(ask->client_tsval + up->tsval_delta);
 		packet->option[2] = bpf_htonl(tsval);
 	}
 	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6)) {
@@ -263,10 +265,10 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	if (up->interface)
 		swap_macs(skb);
 	bpf_clone_redirect(skb, skb->ifindex, 0);
-	packet->seq += ask->segment;
+	packet->seq += ask->first_segment_bytes;
 	packet->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	packet->bytes = rest;
-	packet->sum = csum_fold((__u64)ask->sum + (__u16)~ask->segment_sum);
+	packet->sum = csum_fold((__u64)ask->saved_sum + (__u16)~ask->first_segment_sum);
 	if (build_packet(skb, packet, v6) || store_rest(skb, ask, packet, v6)) {
 		count_event(PF_COUNT_FAILED);
 		return DROP; /* likewise */

@@ -91,8 +91,8 @@ inlined void address_from_client(struct new_packet *packet, const struct splice 
 	}
 	packet->sport = splice->way[PF_UP].from.sport;
 	packet->dport = splice->way[PF_UP].from.dport;
-	packet->seq = ask->c0 + 1;
-	packet->ack = ask->k0 + 1;
+	packet->seq = ask->client_isn + 1;
+	packet->ack = ask->kernel_isn + 1;
 }
 
 /*
@@ -213,7 +213,7 @@ inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask,
 inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask,
 		       const struct new_packet *packet, const int v6)
 {
-	__u32 from = ask->segment;
+	__u32 from = ask->first_segment_bytes;
 
 	barrier_var(from);
 	from &= PF_EXPRESS_SAVED / 2 - 1;

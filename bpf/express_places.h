@@ -99,7 +99,7 @@ inlined void delete_flows_of_place(struct splice *splice, __u32 place)
 inlined void start_leaving(struct express_ask *ask, struct splice *splice, __u64 word, __u64 now_ns)
 {
 	WRITE_ONCE(splice->state, PF_SPLICE_FREE);
-	ask->rests_ns = now_ns;
+	ask->resting_since_ns = now_ns;
 	change_state(ask, word, PF_EXPRESS_LEAVING); /* also a barrier */
 }
 

@@ -21,7 +21,7 @@ inlined __u64 carried_bytes(const struct splice_direction *up)
 {
 	__u64 bytes = up->bytes;
 
-	return bytes + (__u64)(__s64)(__s32)(up->fin_seq - 1 - up->begin - (__u32)bytes);
+	return bytes + (__u64)(__s64)(__s32)(up->fin_seq - 1 - up->begin_seq - (__u32)bytes);
 }
 
 /*
@@ -33,7 +33,7 @@ inlined int may_reuse_port_early(const struct express_ask *ask, const struct spl
 				 __u64 now_ns)
 {
 	__u64 age_ns = now_ns - ask->begun_ns;
-	__u32 ahead_ms = up->recent - ask->first_tc;
+	__u32 ahead_ms = up->ts_recent - ask->first_client_tsval;
 
 	return (__u64)ahead_ms * NS_PER_MS <= age_ns && up->bytes < age_ns / 65;
 }
@@ -42,7 +42,7 @@ inlined int may_reuse_port_early(const struct express_ask *ask, const struct spl
 inlined __u64 end_time_ns(const struct express_round *round, const struct express_ask *ask,
 			  const struct splice *splice)
 {
-	__u64 ends_ns = ask->rests_ns, told_ns;
+	__u64 ends_ns = ask->resting_since_ns, told_ns;
 
 	/*
 	 * The notification of the end (notify_worker()) may have come a moment after the end was
@@ -81,11 +81,12 @@ inlined void free_after_leaving(struct express_round *round, struct express_ask 
 {
 	round->leaving++;
 	/*
-	 * Exchanged with the same state as a barrier: `rests_ns` must not be the value from before
-	 * start_leaving() has stored that state.
+	 * Exchanged with the same state as a barrier: `resting_since_ns` must not be the value from
+	 * before start_leaving() has stored that state.
 	 */
 	if (READ_ONCE(ask->port_lost) || !change_state(ask, word, PF_EXPRESS_LEAVING) ||
-	    ask->rests_ns > round->passed_ns || !change_state(ask, word, PF_EXPRESS_FILLING))
+	    ask->resting_since_ns > round->passed_ns ||
+	    !change_state(ask, word, PF_EXPRESS_FILLING))
 		return;
 	free_place(ask, splice, place);
 	round->leaving--;
@@ -105,8 +106,9 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	__u64 ends_ns;
 
 	if (splice->worker != PF_EXPRESS_NO_WORKER || !splice->id ||
-	    ask->counted == (__u32)(word >> 3) || READ_ONCE(splice->state) != PF_SPLICE_ACTIVE ||
-	    !splice->way[PF_UP].fin_acked || !splice->way[PF_DOWN].fin_acked)
+	    ask->counted_number == (__u32)(word >> 3) ||
+	    READ_ONCE(splice->state) != PF_SPLICE_ACTIVE || !splice->way[PF_UP].fin_acked ||
+	    !splice->way[PF_DOWN].fin_acked)
 		return;
 	key.table = ask->listener_table;
 	key.rule = ask->rule;
@@ -124,7 +126,7 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	splice->id = 0;
 	/* Resting counts from the end, however late this round is. See end_time_ns(), too. */
 	ends_ns = *(volatile __u64 *)&splice->client_clock;
-	ask->rests_ns =
+	ask->resting_since_ns =
 		ends_ns > ask->begun_ns && ends_ns < round->now_ns ? ends_ns : round->now_ns;
 	change_state(ask, word, PF_EXPRESS_RESTING);
 	round->counted++;

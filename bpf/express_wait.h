@@ -47,17 +47,19 @@ inlined int handle_client_while_asked(struct __sk_buff *skb, struct splice *spli
 		 * request or does not. If such a reset was the client's end after all, the client
 		 * sends another one when it hears from the server.
 		 */
-		__u32 ahead = parsed->seq - ask->c0 - 1;
+		__u32 ahead = parsed->seq - ask->client_isn - 1;
 
-		if ((ahead && ahead != ask->saved && ahead != ask->saved + !!ask->has_fin) ||
+		if ((ahead && ahead != ask->saved_bytes &&
+		     ahead != ask->saved_bytes + !!ask->has_fin) ||
 		    !change_state(ask, word, PF_EXPRESS_FILLING))
 			return NEXT;
 		abandon_place(ask, splice, place, word);
 		count_event(PF_COUNT_ENDED);
 		return NEXT;
 	}
-	if (parsed->bytes && parsed->seq == ask->c0 + 1 && parsed->bytes <= PF_EXPRESS_SAVED &&
-	    parsed->has_timestamp == ask->has_timestamps && parsed->ack == ask->k0 + 1) {
+	if (parsed->bytes && parsed->seq == ask->client_isn + 1 &&
+	    parsed->bytes <= PF_EXPRESS_SAVED && parsed->has_timestamp == ask->has_timestamps &&
+	    parsed->ack == ask->kernel_isn + 1) {
 		/*
 		 * The client retransmits: the SYN may have been lost, too.
 		 *
@@ -65,11 +67,12 @@ inlined int handle_client_while_asked(struct __sk_buff *skb, struct splice *spli
 		 * packet arrives late. The newest packet echoes the timestamp that the client has
 		 * received last: the client accepts no older one, and echoes no other.
 		 */
-		if (!before(parsed->tsval, ask->tc)) {
-			ask->tc = parsed->tsval;
-			ask->tk = parsed->tsecr;
+		if (!before(parsed->tsval, ask->client_tsval)) {
+			ask->client_tsval = parsed->tsval;
+			ask->client_tsecr = parsed->tsecr;
 		}
-		if (parsed->bytes != ask->saved && parsed->bytes != ask->segment) {
+		if (parsed->bytes != ask->saved_bytes &&
+		    parsed->bytes != ask->first_segment_bytes) {
 			/*
 			 * The retransmission has more bytes: pass it to our stack, and so to a
 			 * worker.
@@ -81,7 +84,7 @@ inlined int handle_client_while_asked(struct __sk_buff *skb, struct splice *spli
 			return NEXT;
 		}
 		count_event(PF_COUNT_ASKED_AGAIN);
-		return send_syn(skb, splice, ask, ask->tc, parsed->sum, v6);
+		return send_syn(skb, splice, ask, ask->client_tsval, parsed->sum, v6);
 	}
 	return DROP; /* a lost packet: the client repeats it */
 }
@@ -131,13 +134,13 @@ inlined int give_to_worker(struct __sk_buff *skb, struct splice *splice, struct 
 	address_from_client(packet, splice, ask);
 	packet->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	packet->window = ask->window_field;
-	packet->bytes = ask->saved;
-	packet->sum = ask->sum;
+	packet->bytes = ask->saved_bytes;
+	packet->sum = ask->saved_sum;
 	if (ask->has_timestamps) {
 		packet->option_words = 3;
 		packet->option[0] = bpf_htonl(TIMESTAMP_WORD);
-		packet->option[1] = bpf_htonl(ask->tc);
-		packet->option[2] = bpf_htonl(ask->tk);
+		packet->option[1] = bpf_htonl(ask->client_tsval);
+		packet->option[2] = bpf_htonl(ask->client_tsecr);
 	}
 	verdict = DROP; /* the client repeats it, and this target is not asked then */
 	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6))

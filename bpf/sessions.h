@@ -25,12 +25,12 @@ struct session_direction {
 	struct splice_key from;
 	__u32 source[4], target[4]; /* the addresses that datagrams get, as in a key */
 	__u16 sport, dport;
-	__u32 interface;   /* by which they leave; 0: both ends are on `lo`, they go up the stack */
-	__u32 by;	   /* by which they must arrive; 0: by any */
-	__u32 address_sum; /* what the changed addresses add to a checksum */
-	__u32 pseudo_sum;  /* sum of the old addresses and the protocol number */
-	__u32 latched;	   /* not 0: they are forwarded; until then they pass to our socket */
-	__u32 has_left;	   /* not 0: a datagram of our socket has left with these addresses */
+	__u32 interface; /* by which they leave; 0: both ends are on `lo`, they go up the stack */
+	__u32 from_interface; /* by which they must arrive; 0: by any */
+	__u32 address_sum;    /* what the changed addresses add to a checksum */
+	__u32 pseudo_sum;     /* sum of the old addresses and the protocol number */
+	__u32 latched;	      /* not 0: they are forwarded; until then they pass to our socket */
+	__u32 has_left;	      /* not 0: a datagram of our socket has left with these addresses */
 	__u64 passed;  /* datagrams that passed to our socket before the direction was latched */
 	__u64 last_ns; /* time of the sender's last datagram; up to a second old */
 	__u64 bytes, packets; /* forwarded */

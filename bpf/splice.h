@@ -126,47 +126,47 @@ struct splice_direction {
 	__u32 source[4], target[4]; /* the addresses that packets get, as in a key */
 	__u16 sport, dport;
 	__u32 interface; /* by which they leave; 0: both ends are on `lo`, they go up the stack */
-	__u32 by[2];	 /* by which they may arrive; both 0: by any */
+	__u32 from_interfaces[2]; /* by which they may arrive; both 0: by any */
 	__u32 seq_delta, ack_delta, tsval_delta, tsecr_delta;
 	__u64 last_ack; /* the highest from this peer, in the numbers of what it acknowledges */
 	__u64 last_end; /* end of what this peer has sent, in its own numbers */
-	__u64 next;	/* end of what was received without a gap, or is acknowledged; likewise */
-	__u64 limit;	/* the furthest right edge of a window that it was told; likewise */
-	__u32 reach;	/* bytes of the largest such window: an older packet is invalid */
-	__u32 fin_seq;	/* the sequence number behind its FIN */
-	__u32 fin_due;	/* not 0: a FIN was received; bytes in front of it may be missing */
-	__u32 fin;	/* not 0: all bytes in front of the FIN were received, too */
+	__u64 contiguous_end; /* end of what came without a gap, or is acknowledged; likewise */
+	__u64 max_edge;	      /* the furthest right edge of a window that it was told; likewise */
+	__u32 max_window;     /* bytes of the largest such window: an older packet is invalid */
+	__u32 fin_seq;	      /* the sequence number behind its FIN */
+	__u32 fin_due;	      /* not 0: a FIN was received; bytes in front of it may be missing */
+	__u32 fin;	      /* not 0: all bytes in front of the FIN were received, too */
 	__u32 fin_acked;
-	__u32 recent;	/* the latest timestamp in order (RFC 7323: TS.Recent) */
-	__u32 recent_s; /* when it was received, in seconds since boot */
+	__u32 ts_recent;   /* the latest timestamp in order (RFC 7323: TS.Recent) */
+	__u32 ts_recent_s; /* when it was received, in seconds since boot */
 	/*
 	 * The tail: what our socket still sends to this peer once the pair has begun, and
 	 * retransmits. In the numbers of what this peer acknowledges.
 	 */
-	__u32 tail;	 /* end of the tail */
-	__u32 tail_open; /* not 0: this peer has not acknowledged the whole tail yet */
-	__u64 sent;	 /* end of what our socket has sent to this peer, likewise */
-	__u32 begin;	 /* the first byte that passes end to end, in this peer's own numbers */
-	__u32 ours;	 /* the number that our socket expects next of this peer, likewise */
-	__u32 edge;   /* right edge of this peer's window, in the numbers of what it acknowledges */
-	__u32 unread; /* bytes before the beginning that userspace has still to read */
+	__u32 tail_end;	       /* end of the tail */
+	__u32 tail_open;       /* not 0: this peer has not acknowledged the whole tail yet */
+	__u64 socket_sent_end; /* end of what our socket has sent to this peer, likewise */
+	__u32 begin_seq; /* the first byte that passes end to end, in this peer's own numbers */
+	__u32 socket_expected_seq; /* what our socket expects next of this peer, likewise */
+	__u32 window_edge; /* right edge of its window, in the numbers of what it acknowledges */
+	__u32 unread;	   /* bytes before the beginning that userspace has still to read */
 	__u32 pending; /* bytes that userspace had read, but not written, when it asked to splice */
 	__u32 answer;  /* PF_ANSWER...: our socket may send one acknowledgement */
-	__u32 stamp;   /* the latest timestamp that was sent to this peer while the tail was open */
-	__u32 stamped; /* not 0: it is valid, and the other end's timestamps may be older */
-	__u32 narrow_mtu; /* not 0: a packet was longer than this MTU of `interface` */
-	__u32 narrow_seq; /* the sequence number of that packet, in this peer's own numbers */
-	__u8 shift_left, shift_right; /* window scales: its own, and of our other socket */
+	__u32 last_tsval;     /* latest timestamp sent to this peer while the tail was open */
+	__u32 has_last_tsval; /* not 0: it is valid, the other end's clock may be behind it */
+	__u32 narrow_mtu;     /* not 0: a packet was longer than this MTU of `interface` */
+	__u32 narrow_seq;     /* the sequence number of that packet, in this peer's own numbers */
+	__u8 peer_scale, other_scale; /* window scales: its own, and of our other socket */
 	__u8 no_ecn;	   /* not 0: the two connections have not negotiated the same kind of ECN */
 	__u8 routing;	   /* PF_ROUTING... */
 	__u32 address_sum; /* what the changed addresses add to a checksum */
 	__u32 pseudo_sum;  /* sum of the old addresses and the protocol number */
-	__u32 deaf; /* not 0: our socket missed the acknowledgement of the tail, and retransmits */
-	__u32 heard_s;	  /* when the last valid packet of this peer came, in seconds since boot */
-	__u32 mark;	  /* SO_MARK of our socket: rules may choose its route by that */
-	__u32 heard_tick; /* the same in units of jiffies, which cost less to read */
+	__u32 missed_ack; /* not 0: our socket missed the tail's acknowledgement, and retransmits */
+	__u32 last_received_s;	  /* when its last valid packet came, in seconds since boot */
+	__u32 mark;		  /* SO_MARK of our socket: rules may choose its route by that */
+	__u32 last_received_tick; /* the same in units of jiffies, which cost less to read */
 	__u32 claim; /* number of our claim to a pair of another machine; 0: our own pair */
-	__u64 again; /* payload of packets that had no new byte */
+	__u64 repeated_bytes; /* payload of packets that had no new byte */
 	__u64 bytes, packets;
 };
 

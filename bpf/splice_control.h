@@ -109,7 +109,7 @@ inlined void note_tail_acknowledged(struct splice *splice, struct splice_directi
 				    const struct splice_look *seen)
 {
 	if (splice->state == PF_SPLICE_ACTIVE && from_peer->tail_open &&
-	    seen->snd_una == from_peer->tail) {
+	    seen->snd_una == from_peer->tail_end) {
 		advance(&from_peer->last_ack, seen->snd_una);
 		from_peer->tail_open = 0;
 	}
@@ -123,7 +123,7 @@ inlined void note_tail_acknowledged(struct splice *splice, struct splice_directi
 inlined int is_window_coarse(const struct splice_direction *from_peer,
 			     const struct splice_look *seen)
 {
-	return seen->most_window >> (from_peer->shift_right & 15) < 2;
+	return seen->most_window >> (from_peer->other_scale & 15) < 2;
 }
 
 /*
@@ -133,12 +133,12 @@ inlined int is_window_coarse(const struct splice_direction *from_peer,
 inlined void set_bounds_before_beginning(struct splice_direction *from_peer,
 					 const struct splice_look *seen)
 {
-	from_peer->begin = seen->rcv_nxt;
-	from_peer->sent = seen->snd_nxt;
-	from_peer->limit = seen->promised;
-	from_peer->reach = seen->promised - seen->rcv_nxt;
-	if (from_peer->reach < MIN_LARGEST_WINDOW)
-		from_peer->reach = MIN_LARGEST_WINDOW;
+	from_peer->begin_seq = seen->rcv_nxt;
+	from_peer->socket_sent_end = seen->snd_nxt;
+	from_peer->max_edge = seen->promised;
+	from_peer->max_window = seen->promised - seen->rcv_nxt;
+	if (from_peer->max_window < MIN_LARGEST_WINDOW)
+		from_peer->max_window = MIN_LARGEST_WINDOW;
 }
 
 /*
@@ -150,20 +150,22 @@ inlined void init_direction(struct splice_direction *from_peer, const struct spl
 			    const struct splice_look *beyond, __u32 tail)
 {
 	from_peer->last_ack = seen->snd_una;
-	from_peer->last_end = from_peer->next = from_peer->begin = from_peer->ours = seen->rcv_nxt;
-	advance(&from_peer->sent, seen->snd_nxt);
-	advance(&from_peer->limit, seen->promised);
+	from_peer->last_end = from_peer->contiguous_end = from_peer->begin_seq =
+		from_peer->socket_expected_seq = seen->rcv_nxt;
+	advance(&from_peer->socket_sent_end, seen->snd_nxt);
+	advance(&from_peer->max_edge, seen->promised);
 	/* The other end's window, in this peer's numbers: our bytes for that end come before it. */
-	advance(&from_peer->limit, beyond->edge - from_peer->seq_delta);
-	if (from_peer->reach < beyond->most_window)
-		from_peer->reach = beyond->most_window;
-	from_peer->recent = seen->ts_recent;
-	from_peer->recent_s = from_peer->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
-	from_peer->edge = seen->edge;
+	advance(&from_peer->max_edge, beyond->edge - from_peer->seq_delta);
+	if (from_peer->max_window < beyond->most_window)
+		from_peer->max_window = beyond->most_window;
+	from_peer->ts_recent = seen->ts_recent;
+	from_peer->ts_recent_s = from_peer->last_received_s =
+		(__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	from_peer->window_edge = seen->edge;
 	from_peer->unread = seen->unread;
-	from_peer->tail = tail;
+	from_peer->tail_end = tail;
 	from_peer->tail_open = seen->snd_una != tail;
 	from_peer->answer = 0;
-	from_peer->stamped = 0;
-	from_peer->deaf = 0;
+	from_peer->has_last_tsval = 0;
+	from_peer->missed_ack = 0;
 }

@@ -137,18 +137,18 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 	header = (__u32)(tcp->offset >> 4) * 4;
 	is_empty = skb->len == TCP_OFFSET(v6) + header;
 	if (!is_empty)
-		advance(&from_peer->sent, seq + skb->len - TCP_OFFSET(v6) - header);
+		advance(&from_peer->socket_sent_end, seq + skb->len - TCP_OFFSET(v6) - header);
 	if (state == PF_SPLICE_BEGINNING) {
-		if (after(ack, from_peer->begin))
-			ack = from_peer->begin;
+		if (after(ack, from_peer->begin_seq))
+			ack = from_peer->begin_seq;
 		/* This acknowledgement may advertise a window that is larger than any before. */
-		window = (__u32)bpf_ntohs(tcp->window) << (to_peer->shift_right & 15);
-		advance(&from_peer->limit, ack + window);
-		if (window > from_peer->reach)
-			from_peer->reach = window;
+		window = (__u32)bpf_ntohs(tcp->window) << (to_peer->other_scale & 15);
+		advance(&from_peer->max_edge, ack + window);
+		if (window > from_peer->max_window)
+			from_peer->max_window = window;
 	} else {
-		if (after(ack, from_peer->ours))
-			from_peer->ours = ack;
+		if (after(ack, from_peer->socket_expected_seq))
+			from_peer->socket_expected_seq = ack;
 		if (is_empty) {
 			/*
 			 * Empty segments of our socket pass in three cases: as an answer that is
@@ -157,7 +157,8 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 			 * acknowledgement of what came before (the last packet of a handshake is
 			 * such a segment).
 			 */
-			if (!from_peer->answer && (__u32)from_peer->last_end != from_peer->begin &&
+			if (!from_peer->answer &&
+			    (__u32)from_peer->last_end != from_peer->begin_seq &&
 			    !(from_peer->tail_open && before(seq, (__u32)from_peer->last_ack)))
 				return DROP;
 			answer = READ_ONCE(from_peer->answer);
@@ -177,7 +178,7 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 					  bpf_htonl((__u32)READ_ONCE(to_peer->last_end) +
 						    to_peer->seq_delta),
 					  &sum);
-		} else if (!before(seq, from_peer->tail)) {
+		} else if (!before(seq, from_peer->tail_end)) {
 			return DROP; /* never: our socket has sent nothing behind the tail */
 		} else if (!from_peer->tail_open) {
 			/*
@@ -186,7 +187,7 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 			 * would be free. Let it send: the peer answers with an acknowledgement, of
 			 * which `ingress` gives our socket a copy.
 			 */
-			from_peer->deaf = 1;
+			from_peer->missed_ack = 1;
 		}
 		/*
 		 * Do not acknowledge what our socket alone has received since the beginning, or its
@@ -194,11 +195,11 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 		 * window is the other end's, too.
 		 */
 		ack = expected_seq(from_peer, to_peer);
-		edge = to_peer->edge + to_peer->ack_delta;
+		edge = to_peer->window_edge + to_peer->ack_delta;
 		edge = after(edge, ack) ? edge - ack : 0;
 		set_field(&word[3],
 			  (word[3] & ~bpf_htonl(0xffff)) |
-				  bpf_htonl(window_field(edge, to_peer->shift_right)),
+				  bpf_htonl(window_field(edge, to_peer->other_scale)),
 			  &sum);
 	}
 	set_field(&word[2], bpf_htonl(ack), &sum);

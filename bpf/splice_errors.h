@@ -61,7 +61,7 @@ inlined int translate_icmp_error(struct __sk_buff *skb, const int v6)
 	from_peer = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
 	to_peer = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
 	seq = bpf_ntohl(ports[1]);
-	if (READ_ONCE(from_peer->tail_open) && before(seq, from_peer->tail))
+	if (READ_ONCE(from_peer->tail_open) && before(seq, from_peer->tail_end))
 		return NEXT; /* our own socket has sent the quoted bytes: the error is for it */
 	if (skb->pkt_type != HOST_PACKET) {
 		count_invalid(splice, PF_INVALID_NOT_FOR_US);

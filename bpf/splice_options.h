@@ -50,13 +50,13 @@ inlined int translate_sack(__be32 *option, void *data_end, __u32 bytes, __u32 de
  */
 inlined __u32 monotonic_tsval(struct splice_direction *peer, __u32 tsval, const int ours)
 {
-	if (READ_ONCE(peer->stamped) && before(tsval, peer->stamp))
-		return peer->stamp;
+	if (READ_ONCE(peer->has_last_tsval) && before(tsval, peer->last_tsval))
+		return peer->last_tsval;
 	if (READ_ONCE(peer->tail_open)) {
-		peer->stamp = tsval;
-		peer->stamped = 1;
-	} else if (!ours && peer->stamped) {
-		peer->stamped = 0; /* the other end's clock is ahead from here on */
+		peer->last_tsval = tsval;
+		peer->has_last_tsval = 1;
+	} else if (!ours && peer->has_last_tsval) {
+		peer->has_last_tsval = 0; /* the other end's clock is ahead from here on */
 	}
 	return tsval;
 }
@@ -69,8 +69,8 @@ inlined __u32 monotonic_tsval(struct splice_direction *peer, __u32 tsval, const 
 inlined __u32 own_tsval(struct splice_direction *peer, const struct splice_direction *other,
 			__u32 tsval)
 {
-	if (!READ_ONCE(peer->tail_open) && other->recent)
-		tsval = other->recent + other->tsval_delta;
+	if (!READ_ONCE(peer->tail_open) && other->ts_recent)
+		tsval = other->ts_recent + other->tsval_delta;
 	return monotonic_tsval(peer, tsval, 1);
 }
 

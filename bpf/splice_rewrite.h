@@ -47,8 +47,9 @@ inlined void rewrite_tcp(const struct packet *packet, struct tcp *tcp, __u64 *su
 	 * The other end accepts an acknowledgement only at a number within its window, of which the
 	 * tail may take a part.
 	 */
-	if (packet->is_pure_ack && READ_ONCE(to_peer->tail_open) && after(number, to_peer->edge))
-		number = to_peer->edge;
+	if (packet->is_pure_ack && READ_ONCE(to_peer->tail_open) &&
+	    after(number, to_peer->window_edge))
+		number = to_peer->window_edge;
 	set_field(&word[1], bpf_htonl(number), sum);
 	if (packet->flags & ACK)
 		set_field(&word[2], bpf_htonl(packet->acknowledged + from_peer->ack_delta), sum);
@@ -61,10 +62,10 @@ inlined void rewrite_tcp(const struct packet *packet, struct tcp *tcp, __u64 *su
 	if (from_peer->no_ecn)
 		change &= ~ECN_OF_TCP;
 	/* The part of the window that the tail does not take. */
-	window = (was & 0xffff) << (from_peer->shift_left & 15);
+	window = (was & 0xffff) << (from_peer->peer_scale & 15);
 	hidden = packet->acknowledged - packet->ack;
 	window = hidden < window ? window - hidden : 0;
-	change = (change & 0xffff0000) | window_field(window, from_peer->shift_right);
+	change = (change & 0xffff0000) | window_field(window, from_peer->other_scale);
 	set_field(&word[3], bpf_htonl(change), sum);
 	*sum += (__u16)~tcp->urgent;
 	tcp->urgent = 0;

@@ -69,8 +69,8 @@ inlined int handle_syn(struct __sk_buff *skb, const struct packet *packet, struc
 inlined int may_accept_later(const struct splice *splice, const struct splice_direction *from_peer)
 {
 	return splice->id >> PF_EXPRESS_ID_BIT &&
-	       (__u32)READ_ONCE(from_peer->last_ack) == from_peer->tail &&
-	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->heard_s <
+	       (__u32)READ_ONCE(from_peer->last_ack) == from_peer->tail_end &&
+	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->last_received_s <
 		       FIRST_BYTES_RESENT_FOR_S;
 }
 #endif
@@ -95,8 +95,8 @@ inlined int handle_reset(struct __sk_buff *skb, struct packet *packet,
 		return DROP; /* this pair is reset already */
 	if (!is_reset_seq_exact(packet->seq, from_peer, to_peer)) {
 		count_invalid(splice, PF_INVALID_RESET);
-		if (after(packet->seq, (__u32)READ_ONCE(from_peer->limit)) ||
-		    before(packet->seq, expected_seq(from_peer, to_peer) - from_peer->reach))
+		if (after(packet->seq, (__u32)READ_ONCE(from_peer->max_edge)) ||
+		    before(packet->seq, expected_seq(from_peer, to_peer) - from_peer->max_window))
 			return DROP;
 		return challenge(skb, from_peer, packet->direction, from, v6);
 	}
@@ -145,9 +145,9 @@ inlined void note_last_received(struct splice_direction *from_peer)
 {
 	__u32 tick = (__u32)(bpf_jiffies64() >> LAST_RECEIVED_TICK_BITS);
 
-	if (from_peer->heard_tick != tick) {
-		from_peer->heard_tick = tick;
-		from_peer->heard_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
+	if (from_peer->last_received_tick != tick) {
+		from_peer->last_received_tick = tick;
+		from_peer->last_received_s = (__u32)(bpf_ktime_get_ns() / NS_PER_S);
 	}
 }
 
@@ -159,7 +159,7 @@ inlined int count_repeated(const struct packet *packet)
 {
 	struct splice_direction *from_peer = packet->from_peer;
 
-	__sync_fetch_and_add(&from_peer->again, packet->bytes);
+	__sync_fetch_and_add(&from_peer->repeated_bytes, packet->bytes);
 	if (has_excess_repeats(from_peer)) {
 		if (from_peer->fin_acked && packet->to_peer->fin_acked) {
 			count_invalid(packet->splice, PF_INVALID_SEQUENCE);
@@ -182,14 +182,14 @@ inlined int split_acknowledgement(struct packet *packet, __u32 edge, int verdict
 	__u32 ack = packet->ack;
 
 	packet->acknowledged = ack;
-	if (from_peer->tail_open && before(ack, from_peer->tail)) {
+	if (from_peer->tail_open && before(ack, from_peer->tail_end)) {
 		/*
 		 * The bytes up to the tail's end were acknowledged to the other end by our socket.
 		 */
-		packet->acknowledged = from_peer->tail;
+		packet->acknowledged = from_peer->tail_end;
 		/* No copy of a duplicate: our socket would take it for a sign of loss. */
 		return verdict == SEGMENT_VALID &&
-		       (edge != from_peer->edge || after(ack, (__u32)from_peer->last_ack) ||
+		       (edge != from_peer->window_edge || after(ack, (__u32)from_peer->last_ack) ||
 			packet->header > 32);
 	}
 	if (from_peer->tail_open && verdict == SEGMENT_VALID) {
@@ -197,9 +197,9 @@ inlined int split_acknowledgement(struct packet *packet, __u32 edge, int verdict
 		*ring = 1;
 		return 1;
 	}
-	if (READ_ONCE(from_peer->deaf) && verdict == SEGMENT_VALID) {
+	if (READ_ONCE(from_peer->missed_ack) && verdict == SEGMENT_VALID) {
 		/* Our socket retransmits the tail: the acknowledgement for it was lost. */
-		from_peer->deaf = 0;
+		from_peer->missed_ack = 0;
 		return 1;
 	}
 	return 0;
@@ -268,19 +268,19 @@ inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const i
 	    count_repeated(packet) == DROP)
 		return DROP;
 	packet->is_pure_ack = unknown_to_verifier(!packet->bytes && !(packet->flags & FIN));
-	window = (__u32)bpf_ntohs(packet->tcp->window) << (from_peer->shift_left & 15);
+	window = (__u32)bpf_ntohs(packet->tcp->window) << (from_peer->peer_scale & 15);
 	edge = packet->ack + window;
 	copy_to_own = split_acknowledgement(packet, edge, verdict, &ring);
 	copy_to_own = unknown_to_verifier(copy_to_own);
 	ring = unknown_to_verifier(ring);
 	if (verdict == SEGMENT_VALID &&
 	    !before(packet->ack, (__u32)READ_ONCE(from_peer->last_ack))) {
-		from_peer->edge = edge;
-		advance(&to_peer->limit, edge + from_peer->ack_delta);
-		if (window > to_peer->reach)
-			to_peer->reach = window;
+		from_peer->window_edge = edge;
+		advance(&to_peer->max_edge, edge + from_peer->ack_delta);
+		if (window > to_peer->max_window)
+			to_peer->max_window = window;
 	}
-	if (READ_ONCE(to_peer->tail_open) && before(packet->seq, from_peer->begin)) {
+	if (READ_ONCE(to_peer->tail_open) && before(packet->seq, from_peer->begin_seq)) {
 		/*
 		 * Bytes from before the beginning that are repeated, or a window probe: our socket
 		 * has these bytes, and acknowledges them. The other end may not have received them

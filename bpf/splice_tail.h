@@ -22,7 +22,7 @@ inlined int pass_to_own_socket(struct __sk_buff *skb, struct splice_direction *f
 {
 	void *data = (void *)(long)skb->data, *data_end = (void *)(long)skb->data_end;
 	__u32 *word = data + TCP_OFFSET(v6);
-	__u32 known = (__u32)READ_ONCE(from_peer->sent);
+	__u32 known = (__u32)READ_ONCE(from_peer->socket_sent_end);
 	__u64 sum = 0;
 
 	if (data + HEADERS_BYTES(v6) > data_end)
@@ -32,12 +32,13 @@ inlined int pass_to_own_socket(struct __sk_buff *skb, struct splice_direction *f
 	 * bytes that it has not seen (nf_conntrack_proto_tcp.c, tcp_in_window): with `ct state
 	 * invalid drop` our socket would receive no acknowledgement any more.
 	 */
-	if (after(known, from_peer->tail))
-		known = from_peer->tail;
+	if (after(known, from_peer->tail_end))
+		known = from_peer->tail_end;
 	if (!again)
-		set_field(&word[1], bpf_htonl(READ_ONCE(from_peer->ours) - bytes), &sum);
-	if (after(bpf_ntohl(word[2]), from_peer->tail))
-		set_field(&word[2], bpf_htonl(from_peer->tail), &sum);
+		set_field(&word[1], bpf_htonl(READ_ONCE(from_peer->socket_expected_seq) - bytes),
+			  &sum);
+	if (after(bpf_ntohl(word[2]), from_peer->tail_end))
+		set_field(&word[2], bpf_htonl(from_peer->tail_end), &sum);
 	set_field(&word[3], word[3] & ~bpf_htonl(FIN_OF_TCP | SYN_OF_TCP | RST_OF_TCP | URG_OF_TCP),
 		  &sum);
 	if (header > 32 && (void *)(word + 6) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD))

@@ -284,7 +284,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 		count_invalid_datagram(session, PF_INVALID_NOT_FOR_US);
 		return NEXT; /* the stack discards it, too */
 	}
-	if (from_peer->by && from_peer->by != skb->ifindex) {
+	if (from_peer->from_interface && from_peer->from_interface != skb->ifindex) {
 		count_invalid_datagram(session, PF_INVALID_INTERFACE);
 		return pass_to_udp_socket(skb, &key,
 					  v6); /* the stack decides whether it accepts it */
@@ -479,7 +479,7 @@ inlined int translate_udp_icmp_error(struct __sk_buff *skb, const int v6)
 		count_invalid_datagram(session, PF_INVALID_NOT_FOR_US);
 		return NEXT; /* the stack discards it, too */
 	}
-	if (from_peer->by && from_peer->by != skb->ifindex) {
+	if (from_peer->from_interface && from_peer->from_interface != skb->ifindex) {
 		count_invalid_datagram(session, PF_INVALID_INTERFACE);
 		return NEXT; /* our own socket may get the error */
 	}

@@ -89,8 +89,9 @@ inlined void advance(__u64 *number, __u32 to)
 /* Whether packets of this peer may arrive by this interface. */
 inlined int may_arrive_by(const struct splice_direction *from_peer, __u32 interface)
 {
-	return from_peer->by[0] == interface || from_peer->by[1] == interface ||
-	       !(from_peer->by[0] | from_peer->by[1]);
+	return from_peer->from_interfaces[0] == interface ||
+	       from_peer->from_interfaces[1] == interface ||
+	       !(from_peer->from_interfaces[0] | from_peer->from_interfaces[1]);
 }
 
 /* Whether the checksum of an IPv4 header of 20 bytes is right. */
@@ -289,8 +290,8 @@ inlined __u32 expected_seq(const struct splice_direction *from_peer,
 	 * Bytes from before the beginning were acknowledged by our own socket, perhaps gigabytes
 	 * ago.
 	 */
-	if (READ_ONCE(to_peer->tail_open) && before(expected, from_peer->begin))
-		return from_peer->begin;
+	if (READ_ONCE(to_peer->tail_open) && before(expected, from_peer->begin_seq))
+		return from_peer->begin_seq;
 	return expected;
 }
 
@@ -298,9 +299,9 @@ inlined __u32 expected_seq(const struct splice_direction *from_peer,
 inlined __u32 sent_end(const struct splice_direction *from_peer,
 		       const struct splice_direction *to_peer)
 {
-	__u32 sent = (__u32)READ_ONCE(from_peer->sent);
+	__u32 sent = (__u32)READ_ONCE(from_peer->socket_sent_end);
 
-	return before(sent, from_peer->tail)
+	return before(sent, from_peer->tail_end)
 		       ? sent
 		       : (__u32)READ_ONCE(to_peer->last_end) + to_peer->seq_delta;
 }
@@ -322,9 +323,9 @@ inlined int is_reset_seq_exact(__u32 seq, const struct splice_direction *from_pe
 inlined int fails_paws(const struct segment *segment, const struct splice_direction *from_peer)
 {
 	/* Reordering by one tick is accepted, as in Linux. */
-	return segment->has_timestamp && from_peer->recent &&
-	       before(segment->tsval + 1, from_peer->recent) &&
-	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->recent_s < TS_RECENT_VALID_S;
+	return segment->has_timestamp && from_peer->ts_recent &&
+	       before(segment->tsval + 1, from_peer->ts_recent) &&
+	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->ts_recent_s < TS_RECENT_VALID_S;
 }
 
 /*
@@ -337,12 +338,12 @@ inlined int check_segment(const struct segment *segment, const struct splice_dir
 	__u32 expected = expected_seq(from_peer, to_peer);
 
 	/* A zero-window probe begins at the edge of the window, or right in front of it. */
-	if (after(segment->seq, (__u32)READ_ONCE(from_peer->limit)) ||
-	    before(segment->end, expected - from_peer->reach) ||
+	if (after(segment->seq, (__u32)READ_ONCE(from_peer->max_edge)) ||
+	    before(segment->end, expected - from_peer->max_window) ||
 	    (READ_ONCE(from_peer->fin) && after(segment->end, from_peer->fin_seq)))
 		return SEGMENT_INVALID + PF_INVALID_SEQUENCE;
 	if (after(segment->ack, sent_end(from_peer, to_peer)) ||
-	    before(segment->ack, (__u32)READ_ONCE(from_peer->last_ack) - to_peer->reach))
+	    before(segment->ack, (__u32)READ_ONCE(from_peer->last_ack) - to_peer->max_window))
 		return SEGMENT_INVALID + PF_INVALID_ACKNOWLEDGEMENT;
 	if (fails_paws(segment, from_peer))
 		return SEGMENT_INVALID + PF_INVALID_TIMESTAMP;
@@ -357,12 +358,12 @@ inlined int update_fin(struct splice_direction *from_peer)
 {
 	if (!READ_ONCE(from_peer->fin_due) || READ_ONCE(from_peer->fin))
 		return 0;
-	if ((__u32)READ_ONCE(from_peer->next) == from_peer->fin_seq - 1) {
+	if ((__u32)READ_ONCE(from_peer->contiguous_end) == from_peer->fin_seq - 1) {
 		__sync_fetch_and_add(&from_peer->fin, 1);
 		return 1;
 	}
 	/* There are bytes behind the supposed FIN: it was not sent by this peer. */
-	if (after((__u32)READ_ONCE(from_peer->next), from_peer->fin_seq - 1))
+	if (after((__u32)READ_ONCE(from_peer->contiguous_end), from_peer->fin_seq - 1))
 		from_peer->fin_due = 0;
 	return 0;
 }
@@ -376,27 +377,27 @@ inlined int update_fin(struct splice_direction *from_peer)
 inlined int record_segment(const struct segment *segment, struct splice_direction *from_peer,
 			   const struct splice_direction *to_peer)
 {
-	__u32 limit = (__u32)READ_ONCE(from_peer->limit),
+	__u32 limit = (__u32)READ_ONCE(from_peer->max_edge),
 	      expected = expected_seq(from_peer, to_peer);
 	__u32 end = segment->end - (segment->flags & FIN);
 
 	if (segment->has_timestamp && !after(segment->seq, expected) &&
-	    !before(segment->tsval, from_peer->recent)) {
-		from_peer->recent = segment->tsval;
-		from_peer->recent_s =
-			from_peer->heard_s; /* set by note_last_received() a moment ago */
+	    !before(segment->tsval, from_peer->ts_recent)) {
+		from_peer->ts_recent = segment->tsval;
+		from_peer->ts_recent_s =
+			from_peer->last_received_s; /* set by note_last_received() a moment ago */
 	}
 	advance(&from_peer->last_end, segment->end);
 	if ((segment->flags & FIN) && !READ_ONCE(from_peer->fin) &&
-	    !before(end, (__u32)READ_ONCE(from_peer->next))) {
+	    !before(end, (__u32)READ_ONCE(from_peer->contiguous_end))) {
 		from_peer->fin_seq = segment->end;
 		from_peer->fin_due = 1;
 	}
 	/* The other end may discard bytes behind its window. */
 	if (after(end, limit))
 		end = limit;
-	if (!after(segment->seq, (__u32)READ_ONCE(from_peer->next)))
-		advance(&from_peer->next, end);
+	if (!after(segment->seq, (__u32)READ_ONCE(from_peer->contiguous_end)))
+		advance(&from_peer->contiguous_end, end);
 	return update_fin(from_peer);
 }
 
@@ -409,7 +410,7 @@ inlined int record_acknowledgement(struct splice_direction *from_peer, __u32 ack
 	int tell_worker = 0;
 
 	if (READ_ONCE(from_peer->fin_due) && acked == from_peer->fin_seq) {
-		advance(&from_peer->next, acked - 1);
+		advance(&from_peer->contiguous_end, acked - 1);
 		tell_worker = update_fin(from_peer);
 		if (READ_ONCE(from_peer->fin) && !from_peer->fin_acked) {
 			from_peer->fin_acked = 1;
@@ -417,20 +418,20 @@ inlined int record_acknowledgement(struct splice_direction *from_peer, __u32 ack
 		}
 		return tell_worker;
 	}
-	advance(&from_peer->next, acked);
+	advance(&from_peer->contiguous_end, acked);
 	return update_fin(from_peer);
 }
 
 /* Whether more bytes were repeated than can have been lost. */
 inlined int has_excess_repeats(const struct splice_direction *from_peer)
 {
-	return READ_ONCE(from_peer->again) > from_peer->bytes + MAX_REPEATED_BYTES;
+	return READ_ONCE(from_peer->repeated_bytes) > from_peer->bytes + MAX_REPEATED_BYTES;
 }
 
 /* The bytes that a direction has carried, as `show` prints them. The number never decreases. */
 inlined __u64 visible_bytes(const struct splice_direction *from_peer)
 {
-	return has_excess_repeats(from_peer) ? from_peer->again - MAX_REPEATED_BYTES
+	return has_excess_repeats(from_peer) ? from_peer->repeated_bytes - MAX_REPEATED_BYTES
 					     : from_peer->bytes;
 }
 
@@ -442,8 +443,8 @@ inlined int count_bytes(struct splice_direction *from_peer)
 {
 	__u64 seen = READ_ONCE(from_peer->bytes), counted = seen;
 
-	counted += (__s64)(__s32)((__u32)READ_ONCE(from_peer->next) -
-				  (from_peer->begin + (__u32)seen));
+	counted += (__s64)(__s32)((__u32)READ_ONCE(from_peer->contiguous_end) -
+				  (from_peer->begin_seq + (__u32)seen));
 	if ((__s64)(counted - seen) <= 0)
 		return 0;
 	/*

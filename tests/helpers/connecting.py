@@ -95,7 +95,7 @@ class Kernel:
         self.connecting.tables.write(number, found.table)
         address, port = listener.getsockname()[:2]
         told_mss = told_mss or MSS[6 if ":" in address else 4]
-        told = abi.Listener(table=number, told_mss=told_mss)
+        told = abi.Listener(table=number, advertised_mss=told_mss)
         numbers = [number * abi.MOST_RULES + place for place in range(len(targets))]
         for place, (at, target) in enumerate(zip(numbers, targets, strict=True)):
             self.connecting.aim(at, target)
@@ -113,7 +113,7 @@ class Kernel:
         version = 6 if ":" in address[0] else 4
         target = abi.Target(port=socket.htons(address[1]), mss=MSS[version], out=out)
         target.source[:], target.server[:] = words(source), words(address[0])
-        target.by[:] = out, out
+        target.from_interfaces[:] = out, out
         return target
 
     def counts(self) -> dict[str, int]:
@@ -135,8 +135,8 @@ class Kernel:
         """A place's client seems to have a clock that was so fast, and to have sent so much."""
         at = (self.connecting.first_splice + place) * SPLICE_BYTES
         record = Splice.from_buffer(self._memory, at)
-        first_tc = self.connecting.ask(place).first_tc
-        record.way[0].recent = (first_tc + ahead_ms) & 0xFFFFFFFF
+        first_tc = self.connecting.ask(place).first_client_tsval
+        record.way[0].ts_recent = (first_tc + ahead_ms) & 0xFFFFFFFF
         record.way[0].bytes = sent_bytes
         del record
 

@@ -79,7 +79,7 @@ class Connecting:
     def rest(self, place: int, word: int, now_s: float) -> None:
         ask = self.asks[place]
         assert ask.word == word
-        ask.rests_ns = int(now_s * 1e9)
+        ask.resting_since_ns = int(now_s * 1e9)
         ask.word = word & ~abi.STATE_MASK | abi.AskState.RESTING
 
     def set_port_lost(self, place: int, *, is_lost: bool) -> None:
@@ -99,7 +99,7 @@ class Connecting:
             if state == abi.AskState.RESTING:
                 self._leave_rested(place, now_s, is_short=is_short)
             elif state == abi.AskState.LEAVING:
-                if not ask.port_lost and ask.rests_ns <= passed_ns:
+                if not ask.port_lost and ask.resting_since_ns <= passed_ns:
                     self.end(place)
                     freed += 1
             elif state == abi.AskState.JOINED and self._is_counted(place):
@@ -112,9 +112,9 @@ class Connecting:
 
     def _leave_rested(self, place: int, now_s: float, *, is_short: bool) -> None:
         ask, record = self.asks[place], self.record(place)
-        rested_s = now_s - ask.rests_ns / 1e9
+        rested_s = now_s - ask.resting_since_ns / 1e9
         age_ns = now_s * 1e9 - ask.begun_ns
-        ahead_ms = (record.way[0].recent - ask.first_tc) & 0xFFFFFFFF
+        ahead_ms = (record.way[0].ts_recent - ask.first_client_tsval) & 0xFFFFFFFF
         was_slow = ahead_ms * 1e6 <= age_ns and record.way[0].bytes < age_ns // 65
         is_soon = is_short or record.state == SpliceState.FREE
         is_here = not any(way.interface for way in record.way)
@@ -129,7 +129,7 @@ class Connecting:
         """As the programs do it."""
         ask = self.asks[place]
         self.store(place, state=SpliceState.FREE)
-        ask.rests_ns = int(now_s * 1e9)
+        ask.resting_since_ns = int(now_s * 1e9)
         ask.word = ask.word & ~abi.STATE_MASK | abi.AskState.LEAVING
 
     def _is_counted(self, place: int) -> bool:
@@ -176,10 +176,10 @@ class Connecting:
         return dict.fromkeys(abi.Count, 0)
 
     def mark_counted(self, place: int) -> None:
-        self.asks[place].counted = self.asks[place].word >> abi.STATE_BITS
+        self.asks[place].counted_number = self.asks[place].word >> abi.STATE_BITS
 
     def is_counted(self, ask: abi.Ask) -> bool:
-        return bool(ask.counted == ask.word >> abi.STATE_BITS)
+        return bool(ask.counted_number == ask.word >> abi.STATE_BITS)
 
     # What becomes of a connection
 

@@ -101,7 +101,7 @@ def end(
     way.target[:] = memoryview(SERVER).cast("I").tolist()
     way.dport = stage.connecting.targets[target].port
     for one, carried in zip(record.way, (up, down), strict=True):
-        one.bytes, one.begin, one.fin_seq = carried, 0, carried + 1
+        one.bytes, one.begin_seq, one.fin_seq = carried, 0, carried + 1
 
 
 def go_on(stage: Stage) -> None:

@@ -358,9 +358,9 @@ def test_only_what_was_slower_than_our_numbers_is_followed_soon(
         crowd.connecting.join(place, has_ended=True)
         # It was asked twice: what counts is what the server has been told first.
         ask = crowd.connecting.asks[place]
-        ask.first_tc, ask.tc = 0xFFFFFF00, (0xFFFFFF00 + ahead_ms) & 0xFFFFFFFF
+        ask.first_client_tsval, ask.client_tsval = 0xFFFFFF00, (0xFFFFFF00 + ahead_ms) & 0xFFFFFFFF
         way = crowd.connecting.record(place).way[0]
-        way.recent, way.bytes = ask.tc, sent_bytes
+        way.ts_recent, way.bytes = ask.client_tsval, sent_bytes
     for _ in range(100):
         go_on(crowd)
         heard(crowd, 0), heard(crowd, 1)
@@ -421,14 +421,14 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
     made.memory[at : at + 8] = word.to_bytes(8, "little")
 
     def store64(memory: bytearray, offset: int, number: int) -> None:
-        assert offset - at == abi.Ask.rests_ns.offset
+        assert offset - at == abi.Ask.resting_since_ns.offset
         assert made.word(1) == word
         one_store.store64(memory, offset, number)
 
     monkeypatch.setattr(connecting, "store64", store64)
     made.rest(1, word, 5.0)
     assert made.word(1) == word & ~abi.STATE_MASK | abi.AskState.RESTING
-    assert made.head(1).rests_ns == 5_000_000_000
+    assert made.head(1).resting_since_ns == 5_000_000_000
     assert made.word(0) == 0
 
 
@@ -444,9 +444,9 @@ def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPa
     made.mark_counted(1)
     made.set_port_lost(1, is_lost=True)
     assert made.is_counted(made.head(1))
-    assert (made.head(1).counted, made.head(1).port_lost) == (0x3456789A, 1)
+    assert (made.head(1).counted_number, made.head(1).port_lost) == (0x3456789A, 1)
     made.set_port_lost(1, is_lost=False)
-    assert (made.head(1).counted, made.head(1).port_lost) == (0x3456789A, 0)
+    assert (made.head(1).counted_number, made.head(1).port_lost) == (0x3456789A, 0)
     assert made.memory[:at] == bytes(at)
 
 
@@ -534,7 +534,7 @@ def test_a_worker_that_reads_nothing_keeps_no_other_waiting(
         assert not unreported[1]
         for _ in range(20):
             for ask in crowd.connecting.asks:
-                ask.rests_ns = 0  # its time has passed, in each of the two rounds
+                ask.resting_since_ns = 0  # its time has passed, in each of the two rounds
             go_on(crowd)
     assert told == 3000
 

@@ -62,10 +62,10 @@ class FakeConnecting:
 
     def saved(self, place: int, word: int) -> bytes:
         ask = self.asks[place]
-        return bytes(ask.bytes[: ask.saved]) if ask.word == word else b""
+        return bytes(ask.bytes[: ask.saved_bytes]) if ask.word == word else b""
 
     def mark_counted(self, place: int) -> None:
-        self.asks[place].counted = self.asks[place].word >> abi.STATE_BITS
+        self.asks[place].counted_number = self.asks[place].word >> abi.STATE_BITS
 
     def counts(self) -> dict[abi.Count, int]:
         return dict.fromkeys(abi.Count, 0)
@@ -186,7 +186,7 @@ def test_a_worker_gets_first_packets_before_it_is_to_adopt_their_pairs(
     for place in range(PLACES):
         keeper.begin(place, has_ended=place >= PLACES // 2)
         ask = keeper.express.connecting.asks[place]
-        ask.saved = len(first)
+        ask.saved_bytes = len(first)
         ask.bytes[:] = first
     keeper.look()
     for worker in range(WORKERS):
@@ -204,7 +204,7 @@ def test_a_worker_gets_first_packets_before_it_is_to_adopt_their_pairs(
 
 def test_no_first_packet_is_told_that_the_log_does_not_want(keeper: Keeper) -> None:
     keeper.begin(0, has_ended=True)
-    keeper.express.connecting.asks[0].saved = 5
+    keeper.express.connecting.asks[0].saved_bytes = 5
     keeper.look()
     (message,) = keeper.express.told(0)
     (ended,) = cast("list[list[object]]", message["ended"])

@@ -67,26 +67,26 @@ def test_what_may_have_passed_since_is_believed_until_both_were_heard() -> None:
     record = Splice.from_buffer(memory)
     assert is_wide(record)
     up, down = record.way
-    assert (up.limit - pair.up.limit) % WORD == up.reach == slack
+    assert (up.max_edge - pair.up.limit) % WORD == up.max_window == slack
     # As the programs store what the peers have said.
-    up.last_ack, up.edge = 1000, 51_000
-    down.last_ack, down.edge = 2000, 302_000
+    up.last_ack, up.window_edge = 1000, 51_000
+    down.last_ack, down.window_edge = 2000, 302_000
     narrow(memory, 0)
     assert not is_wide(record)
-    assert up.reach == 600_000
-    assert down.reach == 100_000
+    assert up.max_window == 600_000
+    assert down.max_window == 100_000
     sent = (pair.down.last_end + pair.deltas.down_seq + slack) % WORD
-    assert (up.sent, up.tail) == (sent, sent)
+    assert (up.socket_sent_end, up.tail_end) == (sent, sent)
 
 
 def test_a_limit_is_never_moved_forward() -> None:
     pair = a_pair()
     memory = bytearray(bytes(record_of(pair)))
     record = Splice.from_buffer(memory)
-    record.way[1].edge = (int(record.way[0].limit) - record.way[1].ack_delta) % WORD
-    before = record.way[0].limit
+    record.way[1].window_edge = (int(record.way[0].max_edge) - record.way[1].ack_delta) % WORD
+    before = record.way[0].max_edge
     narrow(memory, 0)
-    assert record.way[0].limit == before
+    assert record.way[0].max_edge == before
 
 
 def test_how_much_is_believed_follows_how_much_has_passed() -> None:

@@ -60,7 +60,7 @@ class World:
         self.memory[INDEX * SPLICE_BYTES : (INDEX + 1) * SPLICE_BYTES] = bytes(made)
         for direction in Direction:
             self.acknowledges(direction)
-            self.record.way[direction].recent_s = int(self.now_s)
+            self.record.way[direction].ts_recent_s = int(self.now_s)
         self.settling.begin(INDEX, ID)
 
     def acknowledges(self, direction: Direction, missing: int = 0) -> None:
@@ -96,7 +96,7 @@ def test_both_ends_are_asked_at_once_and_more_and_more_seldom_until_one_is_given
     assert len(pauses) > 8
     assert len(world.asked) == 2 * len(at_s)
     assert world.ended == []
-    world.record.way[Direction.UP].heard_s = 1
+    world.record.way[Direction.UP].last_received_s = 1
     world.run(2)
     assert world.ended == [ResetBy.SERVER_TIMEOUT]
     assert (world.watched, world.told) == ([], [])
@@ -104,7 +104,7 @@ def test_both_ends_are_asked_at_once_and_more_and_more_seldom_until_one_is_given
 
 def test_an_end_that_lacks_nothing_is_told_nothing(world: World) -> None:
     for direction in Direction:
-        world.record.way[direction].heard_s = 1
+        world.record.way[direction].last_received_s = 1
     world.run(1)
     assert (world.asked, world.told, world.watched) == ([], [], [INDEX])
     assert world.settling.wait_s(5.0) == 5.0
@@ -114,7 +114,7 @@ def test_an_end_whose_bytes_were_lost_is_told_where_they_begin_until_they_have_c
     world: World,
 ) -> None:
     for direction in Direction:
-        world.record.way[direction].heard_s = 1
+        world.record.way[direction].last_received_s = 1
     world.acknowledges(Direction.DOWN, missing=700)  # of what the client has sent
     world.run(0.01)
     up = world.record.way[Direction.UP]
@@ -131,7 +131,7 @@ def test_an_end_whose_bytes_were_lost_is_told_where_they_begin_until_they_have_c
 
 def test_one_that_does_not_care_is_not_told_for_ever(world: World) -> None:
     for direction in Direction:
-        world.record.way[direction].heard_s = 1
+        world.record.way[direction].last_received_s = 1
         world.acknowledges(direction, missing=1)
     world.run(60)
     assert 2 < len(world.told) <= 20
@@ -140,22 +140,22 @@ def test_one_that_does_not_care_is_not_told_for_ever(world: World) -> None:
 
 def test_a_question_is_newer_than_what_its_peer_can_have_heard(world: World) -> None:
     up, down = world.record.way
-    up.recent, down.recent = 0xFFFFFF00, 0
+    up.ts_recent, down.ts_recent = 0xFFFFFF00, 0
     world.now_s += 4
     world.run(0.01)
     clock = (0xFFFFFF00 + up.tsval_delta + 4000) & 0xFFFFFFFF
-    assert down.stamped == 1
-    assert 0 <= (down.stamp - clock) & 0xFFFFFFFF < 10_000
-    assert up.stamped == 0  # the server has none
+    assert down.has_last_tsval == 1
+    assert 0 <= (down.last_tsval - clock) & 0xFFFFFFFF < 10_000
+    assert up.has_last_tsval == 0  # the server has none
 
 
 def test_what_was_idle_for_long_is_asked_with_the_stamp_that_it_knows_first(world: World) -> None:
-    world.record.way[Direction.UP].recent = 5
-    world.record.way[Direction.UP].recent_s = 400
+    world.record.way[Direction.UP].ts_recent = 5
+    world.record.way[Direction.UP].ts_recent_s = 400
     world.run(0.05)
-    assert world.record.way[Direction.DOWN].stamped == 0
+    assert world.record.way[Direction.DOWN].has_last_tsval == 0
     world.run(2)
-    assert world.record.way[Direction.DOWN].stamped == 1
+    assert world.record.way[Direction.DOWN].has_last_tsval == 1
 
 
 def test_a_pair_that_has_ended_is_left_alone(world: World) -> None:

@@ -50,7 +50,7 @@ class Stage:
         self.later: list[Callable[[], None]] = []
         self.broken: list[CloseReason] = []
         self.faults: list[Exception] = []
-        counts = {"bytes": 0, "again": 0, "packets": 0}
+        counts = {"bytes": 0, "repeated_bytes": 0, "packets": 0}
         ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, **counts) for _ in range(2)]
         self.record = SimpleNamespace(way=ways, reset=0, state=0, id=42)
         splice: Any = object.__new__(SpliceDatapath)

@@ -326,7 +326,7 @@ class Connecting:
         the place.
         """
         at = place * _stride()
-        store64(self.memory, at + abi.Ask.rests_ns.offset, int(now_s * 1e9))
+        store64(self.memory, at + abi.Ask.resting_since_ns.offset, int(now_s * 1e9))
         resting = word & ~abi.STATE_MASK | abi.AskState.RESTING
         # After `rests_ns`. No one else changes the word of a place that is JOINED. Only its lowest
         # byte, with the state, is stored: `struct.pack_into` would write zeros first, which mean
@@ -374,7 +374,7 @@ class Connecting:
         ask = abi.Ask.from_buffer_copy(self.memory, at)
         if self.word(place) != word:
             return b""
-        return bytes(ask.bytes[: min(ask.saved, abi.SAVED_BYTES)])
+        return bytes(ask.bytes[: min(ask.saved_bytes, abi.SAVED_BYTES)])
 
     def head(self, place: int) -> abi.AskHead:
         """A place as it is now, without the saved bytes."""
@@ -382,12 +382,12 @@ class Connecting:
 
     def mark_counted(self, place: int) -> None:
         """Mark the place's connection as counted by a worker, or as reported to one by itself."""
-        at = place * _stride() + abi.Ask.counted.offset
+        at = place * _stride() + abi.Ask.counted_number.offset
         store32(self.memory, at, _number_of(self.word(place)))
 
     def is_counted(self, ask: abi.Ask | abi.AskHead) -> bool:
         """Whether `mark_counted` was called for this connection, by any keeper."""
-        return bool(ask.counted == _number_of(ask.word))
+        return bool(ask.counted_number == _number_of(ask.word))
 
     def close(self) -> None:
         """Close the maps: from then on no connection begins."""

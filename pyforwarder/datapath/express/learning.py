@@ -45,5 +45,5 @@ def shown_way(
     headers = splice_sockets.HEADERS_BYTES[there.family]
     target = abi.Target(port=way.dport, mss=min(mtu_of(out), 0xFFFF) - headers, out=out)
     target.source[:], target.server[:] = way.source, way.target
-    target.by[:] = record.way[Direction.DOWN].by
+    target.from_interfaces[:] = record.way[Direction.DOWN].from_interfaces
     return Server(there.peer, way.dport, there.family), target

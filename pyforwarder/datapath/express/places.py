@@ -53,7 +53,7 @@ class Ended(NamedTuple):
         """
         way = self.record.way[direction]
         counted = int(way.bytes)
-        rest = (int(way.fin_seq) - 1 - (int(way.begin) + counted)) & 0xFFFFFFFF
+        rest = (int(way.fin_seq) - 1 - (int(way.begin_seq) + counted)) & 0xFFFFFFFF
         return counted + (rest - (1 << 32) if rest >= 1 << 31 else rest)
 
 

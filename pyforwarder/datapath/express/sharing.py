@@ -181,7 +181,7 @@ class Express:
                         choices.add(to)
                         told.target[rule] = chosen
             for address, mss in one.addresses.items():
-                told.told_mss = mss
+                told.advertised_mss = mss
                 wanted[bytes(_key_of(address))] = bytes(told)
         # Key by key: so the keys in the kernel are known here even if it refuses the next one.
         for key in self._listening.keys() - wanted.keys():

@@ -1,10 +1,10 @@
 """Keepalives to silent peers of spliced pairs: the keeper's part.
 
 A mute socket sends no keepalives of its own, and would not receive the answers. So the programs
-record when the last packet of each peer came (`heard_s`), and the keeper probes in our socket's
-name: with an empty segment at an old sequence number (RFC 9293, 3.8.4), which any TCP answers.
-`egress` writes its numbers. Keepalives of the two ends pass from one to the other; where they are
-frequent enough, no peer is probed.
+record when the last packet of each peer came (`last_received_s`), and the keeper probes in our
+socket's name: with an empty segment at an old sequence number (RFC 9293, 3.8.4), which any TCP
+answers. `egress` writes its numbers. Keepalives of the two ends pass from one to the other; where
+they are frequent enough, no peer is probed.
 
 If a peer does not answer, the pair is reset, so that the other end learns of it.
 """
@@ -50,7 +50,7 @@ class Keepalives:
         self._memory = memory
         self._end = end
         self._due: list[tuple[float, int, int]] = []  # a heap: when, record, pair
-        # (record, direction) -> (`heard_s`, probes since then).
+        # (record, direction) -> (`last_received_s`, probes since then).
         self._asked: dict[tuple[int, Direction], tuple[int, int]] = {}
         self._raw = raw_sockets()
 
@@ -92,10 +92,10 @@ class Keepalives:
             if way.tail_open:
                 continue  # our own socket still sends to it, and times out by itself
             # The packet came at some time in that second.
-            due_s: float = int(way.heard_s) + 1 + int(record.keep_idle_s)
+            due_s: float = int(way.last_received_s) + 1 + int(record.keep_idle_s)
             if now_s >= due_s:
-                heard_s, times = self._asked.get((index, direction), (way.heard_s, 0))
-                if heard_s != way.heard_s:
+                received_s, times = self._asked.get((index, direction), (way.last_received_s, 0))
+                if received_s != way.last_received_s:
                     times = 0
                 # Probes are counted, not computed from the time: a host that was suspended has sent
                 # none.
@@ -104,7 +104,7 @@ class Keepalives:
                     return None
                 # A probe that could not be sent does not count.
                 times += self._ask(index, record, direction)
-                self._asked[index, direction] = way.heard_s, times
+                self._asked[index, direction] = way.last_received_s, times
                 due_s = now_s + int(record.keep_interval_s)
             next_s = min(next_s, due_s)
         return next_s
@@ -132,11 +132,11 @@ class Keepalives:
         own, peer = bytes(way.from_.target), bytes(way.from_.source)
         # `egress` writes the current numbers; these are our socket's own, as a firewall has seen
         # them.
-        options = struct.pack("!III", _TIMESTAMP, 0, way.recent) if way.recent else b""
+        options = struct.pack("!III", _TIMESTAMP, 0, way.ts_recent) if way.ts_recent else b""
         segment = struct.pack("=HH", way.from_.dport, way.from_.sport) + struct.pack(
             "!IIBBHHH",
-            (way.tail - 1) & 0xFFFFFFFF,
-            way.ours,
+            (way.tail_end - 1) & 0xFFFFFFFF,
+            way.socket_expected_seq,
             (20 + len(options)) // 4 << 4,
             _ACK,
             0,

@@ -171,7 +171,7 @@ class Joining:
             record.way[direction].interface = 0 if stays else out[1 - direction]
             record.out[direction] = out[direction]
             if not any_interface:
-                record.way[direction].by[:] = came_by[direction], out[direction]
+                record.way[direction].from_interfaces[:] = came_by[direction], out[direction]
         return None
 
     def _switch(

@@ -113,9 +113,9 @@ def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> P
             _endpoint(up.target, up.dport, record.family),
         ),
         Deltas(up.seq_delta, down.seq_delta, up.tsval_delta, down.tsval_delta),
-        scales=(up.shift_left, up.shift_right, down.shift_left, down.shift_right),
+        scales=(up.peer_scale, up.other_scale, down.peer_scale, down.other_scale),
         no_ecn=bool(up.no_ecn),
-        any_interface=not any(up.by),
+        any_interface=not any(up.from_interfaces),
         marks=(up.mark, down.mark),
         keepalive=(record.keep_idle_s, record.keep_interval_s, record.keep_count),
         started_s=max(0, int(boot_unix_s + started_s)) & _MASK,
@@ -154,8 +154,8 @@ def _half(way: SpliceDirection, carried_bytes: int) -> Half:
     return Half(
         int(way.last_ack) & _MASK,
         int(way.last_end) & _MASK,
-        int(way.limit) & _MASK,
-        way.recent,
+        int(way.max_edge) & _MASK,
+        way.ts_recent,
         way.fin_seq if fin else 0,
         Fin(fin),
         min(carried_bytes, 1 << 62),
@@ -190,32 +190,34 @@ def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -
     up.ack_delta, down.ack_delta = -pair.deltas.down_seq & _MASK, -pair.deltas.up_seq & _MASK
     up.tsval_delta, down.tsval_delta = pair.deltas.up_time, pair.deltas.down_time
     up.tsecr_delta, down.tsecr_delta = -pair.deltas.down_time & _MASK, -pair.deltas.up_time & _MASK
-    up.shift_left, up.shift_right, down.shift_left, down.shift_right = pair.scales
+    up.peer_scale, up.other_scale, down.peer_scale, down.other_scale = pair.scales
     for n, (way, half, other, other_delta) in enumerate(
         ((up, pair.up, pair.down, down.ack_delta), (down, pair.down, pair.up, up.ack_delta))
     ):
         way.claim = claim
         way.no_ecn, way.mark = pair.no_ecn, pair.marks[n]
         if not pair.any_interface:
-            way.by[:] = ways[n], ways[n]
+            way.from_interfaces[:] = ways[n], ways[n]
         way.last_ack, way.last_end = half.last_ack, half.last_end
-        way.ours = half.last_end
+        way.socket_expected_seq = half.last_end
         # What the other end has acknowledged was received.
-        way.next = way.begin = (other.last_ack + other_delta - bool(half.fin & Fin.ACKED)) & _MASK
+        way.contiguous_end = way.begin_seq = (
+            other.last_ack + other_delta - bool(half.fin & Fin.ACKED)
+        ) & _MASK
         way.fin_seq = half.fin_seq
         way.fin_due = int(bool(half.fin & Fin.DUE))
         way.fin = int(bool(half.fin & Fin.SEEN))
         way.fin_acked = int(bool(half.fin & Fin.ACKED))
-        way.recent, way.recent_s = half.recent, int(time.monotonic())
+        way.ts_recent, way.ts_recent_s = half.recent, int(time.monotonic())
         # The same right edge of the window, in the numbers of the other end.
-        way.edge = (other.limit - way.ack_delta) & _MASK
-        way.limit = (half.limit + slack) & _MASK
-        way.reach = slack
+        way.window_edge = (other.limit - way.ack_delta) & _MASK
+        way.max_edge = (half.limit + slack) & _MASK
+        way.max_window = slack
         # As long as it is before the tail's end, this is the highest number that this peer may
         # acknowledge.
         sent = other.last_end + (down if way is up else up).seq_delta + slack
-        way.sent = sent & _MASK
-        way.tail = (sent + 1) & _MASK
+        way.socket_sent_end = sent & _MASK
+        way.tail_end = (sent + 1) & _MASK
     return record
 
 
@@ -273,12 +275,15 @@ def slack_for(before: Pair | None, now: Pair) -> int:
 
 def is_wide(record: Splice) -> bool:
     """Whether the record still accepts a wider range of numbers than that of any other pair."""
-    return any(not way.tail_open and (int(way.sent) + 1) & _MASK == way.tail for way in record.way)
+    return any(
+        not way.tail_open and (int(way.socket_sent_end) + 1) & _MASK == way.tail_end
+        for way in record.way
+    )
 
 
 def heard(record: Splice) -> bool:
     """Whether packets of both peers have come since the record was made."""
-    return all(way.heard_s for way in record.way)
+    return all(way.last_received_s for way in record.way)
 
 
 def narrow(memory: object, index: int) -> None:
@@ -290,11 +295,11 @@ def narrow(memory: object, index: int) -> None:
     for direction in Direction:
         way, back = record.way[direction], record.way[1 - direction]
         at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
-        edge = (back.edge + back.ack_delta) & _MASK
-        window = (back.edge - int(back.last_ack)) & _MASK
+        edge = (back.window_edge + back.ack_delta) & _MASK
+        window = (back.window_edge - int(back.last_ack)) & _MASK
         reach = max(_LEAST_REACH, min(2 * window, _MOST_SLACK))
         limit = (edge + _MARGIN) & _MASK
-        if (limit - int(way.limit)) & _MASK >= 1 << 31:  # before it
-            store64(memory, at + SpliceDirection.limit.offset, limit)
-        store32(memory, at + SpliceDirection.reach.offset, reach)
-        store32(memory, at + SpliceDirection.tail.offset, int(way.sent) & _MASK)
+        if (limit - int(way.max_edge)) & _MASK >= 1 << 31:  # before it
+            store64(memory, at + SpliceDirection.max_edge.offset, limit)
+        store32(memory, at + SpliceDirection.max_window.offset, reach)
+        store32(memory, at + SpliceDirection.tail_end.offset, int(way.socket_sent_end) & _MASK)

@@ -35,7 +35,7 @@ class SessionDirection(ctypes.Structure):
         ("sport", ctypes.c_uint16),
         ("dport", ctypes.c_uint16),
         ("interface", ctypes.c_uint32),
-        ("by", ctypes.c_uint32),
+        ("from_interface", ctypes.c_uint32),
         ("address_sum", ctypes.c_uint32),
         ("pseudo_sum", ctypes.c_uint32),
         ("latched", ctypes.c_uint32),

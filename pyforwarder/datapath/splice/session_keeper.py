@@ -256,7 +256,7 @@ class SessionKeeper:
         for direction in Direction:
             way = record.way[direction]
             way.interface = 0 if stays else out[1 - direction]
-            way.by = 0 if any_interface else out[direction]
+            way.from_interface = 0 if any_interface else out[direction]
         return None
 
     def _is_taken(self, key: bytes) -> bool:
@@ -304,7 +304,7 @@ class SessionKeeper:
             if index not in self._owner:
                 continue
             record = record_of(self._memory, index)
-            before = [(way.interface, way.by) for way in record.way]
+            before = [(way.interface, way.from_interface) for way in record.way]
             # 0 means `any`, and stays.
             is_any = not any(by for _, by in before)
             try:
@@ -319,7 +319,7 @@ class SessionKeeper:
                 continue
             for direction in Direction:
                 way = record.way[direction]
-                store_way(self._memory, index, direction, "by", way.by)
+                store_way(self._memory, index, direction, "from_interface", way.from_interface)
                 is_new = way.interface != before[direction][0]
                 if is_new or index in self._without_way:
                     self._unlatch(index, direction)

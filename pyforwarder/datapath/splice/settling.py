@@ -127,7 +127,7 @@ class Settling:
 
     def _ask(self, one: _Unsettled, record: Splice, now_s: float) -> bool:
         """Probe the silent peers; returns whether the pair was reset for their silence."""
-        silent = [n for n in Direction if not record.way[n].heard_s]
+        silent = [n for n in Direction if not record.way[n].last_received_s]
         if now_s - one.since_s >= _GIVE_UP_S:
             self._end(one.index, _GIVEN_UP[silent[0]])
             return True
@@ -151,14 +151,14 @@ class Settling:
         (`monotonic_tsval` in splice_options.h).
         """
         other = record.way[1 - direction]
-        for_s = now_s - other.recent_s
-        if not other.recent or (for_s > _MOVED_S and one.asked < _IN_DOUBT):
+        for_s = now_s - other.ts_recent_s
+        if not other.ts_recent or (for_s > _MOVED_S and one.asked < _IN_DOUBT):
             return  # the number is exact, while a clock may be slower than most
         late = int((for_s + _TOLD_LATE_S) * _TICKS_PER_S) & _MASK
         at = one.index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
-        stamp = (other.recent + other.tsval_delta + late) & _MASK
-        store32(self._memory, at + SpliceDirection.stamp.offset, stamp)
-        store32(self._memory, at + SpliceDirection.stamped.offset, 1)
+        stamp = (other.ts_recent + other.tsval_delta + late) & _MASK
+        store32(self._memory, at + SpliceDirection.last_tsval.offset, stamp)
+        store32(self._memory, at + SpliceDirection.has_last_tsval.offset, 1)
 
     def _has_gone_on(self, one: _Unsettled, record: Splice) -> bool:
         """Whether all bytes from before are acknowledged, or no more errors are sent about them."""

@@ -165,7 +165,7 @@ def describe(record: Splice, client: End, server: End) -> None:
         way.sport, way.dport = socket.htons(there.local_port), socket.htons(there.peer_port)
         way.address_sum = difference(old, new)
         way.pseudo_sum = pseudo_sum(old, client.family, socket.IPPROTO_TCP)
-        way.shift_left, way.shift_right = here.peer_scale, there.own_scale
+        way.peer_scale, way.other_scale = here.peer_scale, there.own_scale
         way.no_ecn = client.ecn != server.ecn
         way.mark, way.routing = here.mark, here.routing
 

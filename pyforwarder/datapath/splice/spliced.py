@@ -449,4 +449,4 @@ def shown_bytes(way: SpliceDirection) -> int:
     """The bytes that a direction has carried, as the programs count them (`visible_bytes` in
     splice_valid.h).
     """
-    return max(int(way.bytes), int(way.again) - MOST_AGAIN)
+    return max(int(way.bytes), int(way.repeated_bytes) - MOST_AGAIN)

@@ -283,7 +283,7 @@ class Standby:
             return held is not None
         if held is not None:
             record = self._record(held.index)
-            if not any(way.heard_s for way in record.way):
+            if not any(way.last_received_s for way in record.way):
                 new = splice_of(pair, record.id, ways, claim=entry.claim + 1, slack=slack)
                 self._write(held.index, new)
             held.pair, held.routes = pair, self._changes

@@ -230,14 +230,16 @@ class Ways:
         if now != was and LOOPBACK in (now, was):
             # An address has moved to this host, or away from it.
             raise _NoWayError(_NO_WAY_FOR_US_S)
-        came_by = self._came_by(tuple(way.by), now) if any(way.by) else now
+        came_by = (
+            self._came_by(tuple(way.from_interfaces), now) if any(way.from_interfaces) else now
+        )
         for interface in {came_by, now}:
             there = self._there.get(interface)
             if there and not there.port_of and not self._has_programs(interface):
                 raise _NoWayError(_NO_WAY_FOR_US_S)
         at = index * SPLICE_BYTES + Splice.way.offset
-        if any(way.by) and (came_by, now) != tuple(way.by):
-            by_at = at + direction * _WAY_BYTES + SpliceDirection.by.offset
+        if any(way.from_interfaces) and (came_by, now) != tuple(way.from_interfaces):
+            by_at = at + direction * _WAY_BYTES + SpliceDirection.from_interfaces.offset
             # One after the other, and never 0 in between: two zeros mean any interface.
             store32(self._memory, by_at, came_by)
             store32(self._memory, by_at + 4, now)

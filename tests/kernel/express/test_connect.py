@@ -137,7 +137,9 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
     assert connecting.ends(key).pairs == 0
     # Of its successor nothing was said.
     one_store.store32(
-        connecting.memory, place * abi.ASK_BYTES + abi.Ask.counted.offset, ask.counted - 1
+        connecting.memory,
+        place * abi.ASK_BYTES + abi.Ask.counted_number.offset,
+        ask.counted_number - 1,
     )
     assert connecting.go_round(time.monotonic(), is_short=False).counted == 1
     assert connecting.ends(key).pairs == 1
@@ -679,21 +681,21 @@ def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
                 source=here.waiting.address,
                 target=(here.source, FIRST_PORT + place),
                 seq=1,
-                ack=ask.i0 + 1,
+                ack=ask.own_isn + 1,
             )
             at_client = Segment(
                 version=version,
                 source=client.getsockname()[:2],
                 target=client.getpeername()[:2],
-                seq=ask.c0 + 1,
-                ack=ask.k0 + 1,
+                seq=ask.client_isn + 1,
+                ack=ask.kernel_isn + 1,
                 data=b"other",
             )
             for off in (-1, 1, 2, 1 << 20):
                 for flags in (SYN | ACK, RST | ACK, RST, ACK, SYN, FIN | ACK, 0):
-                    changed = replace(at_server, ack=ask.i0 + 1 + off, flags=flags)
+                    changed = replace(at_server, ack=ask.own_isn + 1 + off, flags=flags)
                     by_server.send(changed)
-                    far = ask.c0 + 1 + (1 << 30) + off
+                    far = ask.client_isn + 1 + (1 << 30) + off
                     by_client.send(replace(at_client, seq=far, flags=flags))
             # With the right numbers, but spoiled; and by the wrong interface.
             for flags in (SYN | ACK, RST | ACK):
@@ -703,7 +705,11 @@ def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
             by_client.send(replace(at_client, spoil_checksum=1))
             # They have all been seen once this one has: it has the right numbers.
             again = here.counted().get("ASKED_AGAIN", 0)
-            by_client.send(replace(at_client, data=b"hello", options=timestamp(ask.tc, ask.tk)))
+            by_client.send(
+                replace(
+                    at_client, data=b"hello", options=timestamp(ask.client_tsval, ask.client_tsecr)
+                )
+            )
             wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > again, "seen")
             assert here.kernel.connecting.words()[place] == ask.word
             assert here.kernel.record(place).state == abi.ASKED_SPLICE
@@ -733,7 +739,7 @@ def test_a_server_that_says_why_it_refuses(site: Open, version: int, why: bytes)
                 source=here.waiting.address,
                 target=(here.source, FIRST_PORT + asked_place(here)),
                 seq=0,
-                ack=asked(here).i0 + 1,
+                ack=asked(here).own_isn + 1,
                 flags=RST | ACK,
                 data=why,
             )
@@ -842,7 +848,7 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
     assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
     connecting.set_port_lost(place, is_lost=False)
     least_s = LEAST_REST_HERE_S if all(ways) else LEAST_REST_S
-    rests_s = connecting.ask(place).rests_ns / 1e9
+    rests_s = connecting.ask(place).resting_since_ns / 1e9
     gone = connecting.go_round(rests_s + least_s - 0.01, is_short=True)
     assert (gone.freed, gone.unused) == (0, PLACES - 2)
     gone = connecting.go_round(rests_s + least_s + 0.01, is_short=False)
@@ -913,7 +919,7 @@ def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) ->
     ended_ns = int(record.client_clock) | int(record.server_clock) << 32
     late_s = ended_ns / 1e9 + 0.9 * LEAST_REST_HERE_S
     assert connecting.go_round(late_s, is_short=True).counted == 1
-    assert connecting.ask(place).rests_ns == ended_ns
+    assert connecting.ask(place).resting_since_ns == ended_ns
     late_s = ended_ns / 1e9 + 1.1 * LEAST_REST_HERE_S
     assert connecting.go_round(late_s, is_short=True).leaving == 1
     connecting.count_ends_no_more(key)

@@ -303,8 +303,8 @@ def unanswered(here: Site) -> Iterator[tuple[socket.socket, Segment, Forger]]:
                     version=6 if client.family == socket.AF_INET6 else 4,
                     source=client.getsockname()[:2],
                     target=client.getpeername()[:2],
-                    seq=ask.c0 + 1,
-                    ack=ask.k0 + 1,
+                    seq=ask.client_isn + 1,
+                    ack=ask.kernel_isn + 1,
                     flags=ACK | PSH,
                     data=b"hello",
                 ),
@@ -320,14 +320,14 @@ def test_an_old_packet_does_not_take_the_clocks_back(site: Open, version: int) -
         ask = asked(here)
         seen = here.counted().get("ASKED_AGAIN", 0)
         for later in (5, -3, 7, 2, -(1 << 20)):
-            again.options = timestamp(ask.tc + later, ask.tk + later)
+            again.options = timestamp(ask.client_tsval + later, ask.client_tsecr + later)
             forger.send(again)
         wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) >= seen + 5, "seen")
         now = asked(here)
         # The client itself sends again, too, with a clock of its own.
-        assert (now.tc - ask.tc) % (1 << 32) >= 7
-        assert (now.tk - ask.tk) % (1 << 32) in (0, 7)
-        assert (now.tc, now.tk) != (ask.tc, ask.tk)
+        assert (now.client_tsval - ask.client_tsval) % (1 << 32) >= 7
+        assert (now.client_tsecr - ask.client_tsecr) % (1 << 32) in (0, 7)
+        assert (now.client_tsval, now.client_tsecr) != (ask.client_tsval, ask.client_tsecr)
 
 
 @pytest.mark.parametrize("version", [4, 6])
@@ -416,11 +416,11 @@ def test_only_what_no_syn_of_ours_could_cause_is_reset(site: Open, version: int)
             source=here.waiting.address,
             target=(here.source, here.kernel.connecting.first_port + place),
             seq=1,
-            ack=asked(here).i0 + 1,
+            ack=asked(here).own_isn + 1,
         )
         forger.send(says)
         for off in (1, -1, 1 << 30):
-            says.ack = asked(here).i0 + 1 + off
+            says.ack = asked(here).own_isn + 1 + off
             forger.send(says)
         wait_for(lambda: resets.counts()["matched"] >= 3, "three resets")
         assert resets.counts()["matched"] == 3
@@ -502,7 +502,7 @@ def test_odd_flags_while_a_server_is_asked_end_nothing(site: Open, version: int)
             forger.send(again)
         seen = here.counted().get("ASKED_AGAIN", 0)
         again.flags = ACK | PSH
-        again.options = timestamp(asked(here).tc, asked(here).tk)
+        again.options = timestamp(asked(here).client_tsval, asked(here).client_tsecr)
         forger.send(again)
         wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > seen, "seen")
         assert asked_place(here) == place
@@ -532,9 +532,9 @@ def test_a_socket_that_has_come_up_meanwhile_keeps_the_client(site: Open, versio
                     version=version,
                     source=client.getsockname()[:2],
                     target=client.getpeername()[:2],
-                    seq=ask.c0 + 1,
-                    ack=ask.k0 + 1,
-                    options=timestamp(ask.tc, ask.tk),
+                    seq=ask.client_isn + 1,
+                    ack=ask.kernel_isn + 1,
+                    options=timestamp(ask.client_tsval, ask.client_tsecr),
                 )
             )
             worker, _ = here.listener.accept()

@@ -42,8 +42,8 @@ def offsets(here: Site) -> tuple[int, int]:
     ask, way = connecting.ask(0), here.kernel.record(0).way[Direction.UP]
     ends = bytes(way.source) + bytes(way.target) + struct.pack("=HH", way.sport, way.dport)
     secret = siphash(struct.pack("=4I", *connecting.secret), ends)
-    number = (ask.i0 - (ask.begun_ns >> 6)) % (1 << 32)
-    stamp = (way.tsval_delta + ask.tc - ask.begun_ns // 1_000_000) % (1 << 32)
+    number = (ask.own_isn - (ask.begun_ns >> 6)) % (1 << 32)
+    stamp = (way.tsval_delta + ask.client_tsval - ask.begun_ns // 1_000_000) % (1 << 32)
     assert (number, stamp) == (secret & 0xFFFFFFFF, secret >> 32)
     return number, stamp
 
@@ -66,7 +66,7 @@ def test_no_server_can_tell_what_another_one_is_told(site: Open, version: int) -
             here.kernel.decide(here.listener, ANY, [here.target(waiting.address)])
             with here.dial(b"hello"), waiting.accept():
                 found.setdefault(waiting.listener, []).append(offsets(here))
-                i0 = int(here.kernel.connecting.ask(0).i0)
+                i0 = int(here.kernel.connecting.ask(0).own_isn)
                 numbers.setdefault(waiting.listener, []).append(i0)
             here.kernel.free_all()
     (one, again), (another, once_more) = found.values()

@@ -454,7 +454,7 @@ def test_bytes_that_overtake_an_unsent_tail_do_not_upset_a_stateful_filter(
             record = record_of(own, pair_id)
             assert record is not None
             client_s = record.way[Direction.UP]
-            assert 0 < (client_s.tail - client_s.sent) % (1 << 32) <= 20_000
+            assert 0 < (client_s.tail_end - client_s.socket_sent_end) % (1 << 32) <= 20_000
             server.sendall(pattern(5003, start=20_000))
             wait_for(lambda: came_out_of_order(client) > 0, "some have come past the tail")
         assert read_exactly(client, 25_003) == pattern(25_003)
