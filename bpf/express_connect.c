@@ -3,13 +3,13 @@
  * splice.c tail-call these (BPF_MAP_TYPE_PROG_ARRAY) with packets of no known pair, and with those
  * of pairs whose server was asked and has not answered.
  *
- * begin4 begin6  the first bytes of a client: do they follow a handshake?
- * by_rules       which rule takes the connection
- * by_choice      which of an upstream's servers is next, if there are several
- * ask4 ask6      a SYN to that server
- * asked4 asked6  packets of client and server until the server has answered
- * go_round       run by the keeper: counts connections that have ended, frees their places
- * let_go         run by the keeper as well: ends a connection whose server has not answered
+ * begin4 begin6   the first bytes of a client: do they follow a handshake?
+ * by_rules        which rule takes the connection
+ * by_choice       which of an upstream's servers is next, if there are several
+ * ask4 ask6       a SYN to that server
+ * asked4 asked6   packets of client and server until the server has answered
+ * go_round        run by the keeper: counts connections that have ended, frees their places
+ * end_connection  run by the keeper as well: ends a connection whose server has not answered
  *
  * The listener is an ordinary one, and the kernel does the handshake with the client. It has only a
  * request (request_sock) for the client as long as nothing but the handshake has arrived: the last
@@ -218,7 +218,7 @@ int asked6(struct __sk_buff *skb)
  *
  * Returns 1; 0 if the place has another connection, or the state has changed meanwhile.
  */
-int let_go(struct __sk_buff *skb)
+int end_connection(struct __sk_buff *skb)
 {
 	struct {
 		__u32 place, padding;

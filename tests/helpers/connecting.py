@@ -98,11 +98,11 @@ class Kernel:
         told = abi.Listener(table=number, advertised_mss=told_mss)
         numbers = [number * abi.MOST_RULES + place for place in range(len(targets))]
         for place, (at, target) in enumerate(zip(numbers, targets, strict=True)):
-            self.connecting.aim(at, target)
+            self.connecting.write_target(at, target)
             told.target[place] = at
         key = abi.ListenerKey(port=socket.htons(port))
         key.address[:] = words(address)
-        self.connecting.listen(key, told)
+        self.connecting.add_listener(key, told)
         self._keys.append(key)
         return numbers
 
@@ -147,13 +147,13 @@ class Kernel:
     def free(self) -> None:
         """All listeners and places, those with connections as well."""
         while self._keys:
-            self.connecting.listen_no_more(self._keys.pop())
+            self.connecting.remove_listener(self._keys.pop())
         self.free_all()
 
     def free_all(self) -> None:
         """All places alone; no program runs any more that knew their connections."""
         for place, word in enumerate(self.connecting.words()):
-            self.connecting.let_go(place, word)
+            self.connecting.end_connection(place, word)
         now_s = time.monotonic()
         self.connecting.wait_for_programs()
         self.connecting.go_round(now_s, is_short=False, passed_ns=int(now_s * 1e9))

@@ -46,7 +46,7 @@ class Connecting:
         self.asks = [abi.Ask() for _ in range(places)]
         self.queue: deque[int] = deque()
         self.memory = mmap.mmap(-1, (FIRST_SPLICE + places) * SPLICE_BYTES)
-        self.let_gos = 0
+        self.ended_connections = 0
         self.begun = 0
         self.targets: dict[int, abi.Target] = {}
         self.sums: dict[bytes, abi.Ends] = {}
@@ -64,13 +64,13 @@ class Connecting:
         assert place not in self.queue, "it would be two connections'"
         self.queue.append(place)
 
-    def take_back(self) -> Iterator[int]:
+    def take_free_places(self) -> Iterator[int]:
         while self.queue:
             yield self.queue.popleft()
 
-    def let_go(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
+    def end_connection(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
         del not_before_ns
-        self.let_gos += 1
+        self.ended_connections += 1
         if self.word(place) != word:
             return False
         self.leave(place, time.monotonic())
@@ -154,10 +154,10 @@ class Connecting:
     def ends(self, key: bytes) -> abi.Ends:
         return abi.Ends.from_buffer_copy(self.sums[key])
 
-    def count_ends(self, key: bytes, ends: abi.Ends) -> None:
+    def write_ends(self, key: bytes, ends: abi.Ends) -> None:
         self.sums[key] = abi.Ends.from_buffer_copy(ends)
 
-    def count_ends_no_more(self, key: bytes) -> None:
+    def delete_ends(self, key: bytes) -> None:
         del self.sums[key]
 
     def end(self, place: int) -> None:
@@ -166,10 +166,10 @@ class Connecting:
         self.asks[place].word &= ~abi.STATE_MASK
         self.offer(place)
 
-    def aim(self, number: int, target: abi.Target) -> None:
+    def write_target(self, number: int, target: abi.Target) -> None:
         self.targets[number] = abi.Target.from_buffer_copy(target)
 
-    def aimed(self, number: int) -> abi.Target:
+    def target(self, number: int) -> abi.Target:
         return self.targets.get(number, abi.Target())
 
     def counts(self) -> dict[abi.Count, int]:

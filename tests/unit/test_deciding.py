@@ -116,13 +116,13 @@ class FakeConnecting:
         self.listeners: dict[bytes, bytes] = {}
         self.takes = 1 << 32  # so many more, then it refuses
 
-    def listen(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
+    def add_listener(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
         if not self.takes:
             raise OSError(errno.ENOMEM, "no memory")
         self.takes -= 1
         self.listeners[bytes(key)] = bytes(listener)
 
-    def listen_no_more(self, key: abi.ListenerKey) -> None:
+    def remove_listener(self, key: abi.ListenerKey) -> None:
         self.listeners.pop(bytes(key), None)
 
     def close(self) -> None:

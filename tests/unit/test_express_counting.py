@@ -198,13 +198,13 @@ def test_a_keeper_that_dies_between_counting_and_telling_loses_and_doubles_nothi
     with monkeypatch.context() as patched:
         if is_told:
             # It dies right behind the message.
-            kept = stage.connecting.count_ends
+            kept = stage.connecting.write_ends
 
-            def count_ends(key: bytes, ends: abi.Ends) -> None:
+            def write_ends(key: bytes, ends: abi.Ends) -> None:
                 if not stage.connecting.sums.get(key, abi.Ends()).pairs:
                     kept(key, ends)
 
-            patched.setattr(stage.connecting, "count_ends", count_ends)
+            patched.setattr(stage.connecting, "write_ends", write_ends)
         else:
             patched.setattr(stage.keeper._counting, "_tell", lambda *_: False)
         go_on(stage)
@@ -314,7 +314,7 @@ def test_no_more_sums_than_there_is_room_for(stage: Stage, hearing: Hearing) -> 
     def refuse(_key: bytes, _ends: abi.Ends) -> None:
         raise OSError(7, "made up")
 
-    stage.connecting.count_ends = refuse  # type: ignore[method-assign, assignment]
+    stage.connecting.write_ends = refuse  # type: ignore[method-assign, assignment]
     end(stage, 0)
     go_on(stage)
     hearing.hear()
@@ -370,7 +370,7 @@ def test_an_end_that_waits_for_a_busy_worker_is_told_of_or_counted_and_not_both(
     with monkeypatch.context() as busy:
         busy.setattr(telling, "go_on", lambda: False)
         with monkeypatch.context() as full:
-            full.setattr(stage.connecting, "count_ends", refuse)
+            full.setattr(stage.connecting, "write_ends", refuse)
             for place in (1, 3, 5):
                 end(stage, place)
                 stage.connecting.asks[place].begun_ns += place
@@ -395,7 +395,7 @@ def test_an_end_that_a_dying_keeper_has_told_of_alone_is_not_counted_again(
         raise OSError(7, "made up")
 
     with monkeypatch.context() as dying:
-        dying.setattr(stage.connecting, "count_ends", refuse)
+        dying.setattr(stage.connecting, "write_ends", refuse)
         # It dies right behind the message.
         dying.setattr(stage.keeper._telling, "_told", lambda *_: None)
         end(stage, 1)

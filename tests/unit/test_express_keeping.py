@@ -686,7 +686,7 @@ def test_the_keeper_looks_more_often_while_places_are_short(
     crowd.connecting.join(1024)
     assert pause_s() == pytest.approx(0.1)
     for place in range(1025):
-        crowd.connecting.let_go(place, crowd.connecting.word(place))
+        crowd.connecting.end_connection(place, crowd.connecting.word(place))
     assert pause_s() == pytest.approx(0.1)  # programs may know of their connections
     assert pause_s() == pytest.approx(0.5)
 

@@ -70,8 +70,8 @@ class Supervisor:
             places=1,
             tables=self.tables,
             choices=nothing,
-            listen=lambda *_: None,
-            listen_no_more=lambda *_: None,
+            add_listener=lambda *_: None,
+            remove_listener=lambda *_: None,
             close=lambda: None,
         )
         self.express = Express(connecting, workers=1)

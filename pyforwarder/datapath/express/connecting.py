@@ -57,7 +57,7 @@ _MADE_BYTES: Final = 208 + 32 + 8 + 8 + 20 + 12 + 12 + 8
 _NUMBER: Final = struct.Struct("=I")
 # Behind an Ethernet header: place, word, until when its target is not asked; and padding, as the
 # kernel runs a program only with a packet that is at least as long as an IP header.
-_LET_GO: Final = struct.Struct("=14xI4xQQ28x")
+_END_CONNECTION: Final = struct.Struct("=14xI4xQQ28x")
 _NO_PACKET: Final = bytes(14 + 40)
 # Places in one run of `go_round` (bpf/express_connect.c).
 _PLACES_AT_ONCE: Final = 16
@@ -66,7 +66,7 @@ _PLACES_AT_ONCE: Final = 16
 class OwnPrograms(NamedTuple):
     """Descriptors of the programs that the keeper runs itself."""
 
-    let_go: int
+    end_connection: int
     go_round: int
 
 
@@ -176,7 +176,7 @@ class Connecting:
         for field in _LATER_FIELDS:
             with contextlib.suppress(LoadError):
                 offsets |= btf.field_offsets({"tcp_request_sock": (field,)})
-        *descriptors, let_go_fd, go_round_fd = load_programs(
+        *descriptors, end_connection_fd, go_round_fd = load_programs(
             "express_connect.c",
             [(name, "sched_cls") for name in (*PROGRAMS, *OwnPrograms._fields)],
             defines={**btf.defines(offsets), **splice.defines},
@@ -211,13 +211,13 @@ class Connecting:
             for place, fd in enumerate(descriptors):
                 programs.update(_NUMBER.pack(place), _NUMBER.pack(fd))
         except OSError as error:
-            os.close(let_go_fd)
+            os.close(end_connection_fd)
             os.close(go_round_fd)
             raise LoadError(f"put the programs of express in place: {error.strerror}") from error
         finally:
             for fd in descriptors:
                 os.close(fd)
-        return OwnPrograms(let_go_fd, go_round_fd)
+        return OwnPrograms(end_connection_fd, go_round_fd)
 
     def begin(self, own: Sequence[int]) -> None:
         """Use the loaded programs from here on; `close` closes the descriptors."""
@@ -229,25 +229,25 @@ class Connecting:
         """Put a place into the queue of free places; no connection may have it."""
         bpf.push(self.places_fd, _NUMBER.pack(place))
 
-    def take_back(self) -> Iterator[int]:
+    def take_free_places(self) -> Iterator[int]:
         """Take all places out of the queue of free places, one by one."""
         while (value := bpf.pop(self.places_fd, _NUMBER.size)) is not None:
             yield _NUMBER.unpack(value)[0]
 
-    def listen(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
+    def add_listener(self, key: abi.ListenerKey, listener: abi.Listener) -> None:
         """From here on the kernel decides the connections to an address."""
         self._listeners.update(bytes(key), bytes(listener))
 
-    def listen_no_more(self, key: abi.ListenerKey) -> None:
+    def remove_listener(self, key: abi.ListenerKey) -> None:
         """From here on workers get all connections to an address; no error if they did before."""
         with contextlib.suppress(FileNotFoundError):
             self._listeners.delete(bytes(key))
 
-    def aim(self, number: int, target: abi.Target) -> None:
+    def write_target(self, number: int, target: abi.Target) -> None:
         """Write a target: a server, and how it is reached."""
         self._targets.update(_NUMBER.pack(number), bytes(target))
 
-    def aimed(self, number: int) -> abi.Target:
+    def target(self, number: int) -> abi.Target:
         """A target as it is now, with what the programs have written."""
         return abi.Target.from_buffer_copy(self._targets.lookup(_NUMBER.pack(number)))
 
@@ -266,7 +266,7 @@ class Connecting:
         at = place * _stride() + abi.Ask.word.offset
         return int.from_bytes(self.memory[at : at + 8], "little")
 
-    def let_go(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
+    def end_connection(self, place: int, word: int, *, not_before_ns: int = 0) -> bool:
         """End the connection with this word: no packet finds it any more.
 
         Returns False if the place has another connection, or its state has changed. Else the place
@@ -274,8 +274,8 @@ class Connecting:
         connection. A target that has not answered is not asked again until `not_before_ns`
         (CLOCK_MONOTONIC).
         """
-        request = _LET_GO.pack(place, word, not_before_ns)
-        return bool(bpf.run_program(self._own.let_go, request))
+        request = _END_CONNECTION.pack(place, word, not_before_ns)
+        return bool(bpf.run_program(self._own.end_connection, request))
 
     def wait_for_programs(self) -> None:
         """Wait until all programs have returned that are running now.
@@ -345,7 +345,7 @@ class Connecting:
         """The sums of a key so far."""
         return abi.Ends.from_buffer_copy(self._ends.lookup(key))
 
-    def count_ends(self, key: bytes, ends: abi.Ends) -> None:
+    def write_ends(self, key: bytes, ends: abi.Ends) -> None:
         """Write the sums of a key. Not while `go_round` runs.
 
         Raises:
@@ -353,7 +353,7 @@ class Connecting:
         """
         self._ends.update(key, bytes(ends))
 
-    def count_ends_no_more(self, key: bytes) -> None:
+    def delete_ends(self, key: bytes) -> None:
         """Delete a key and its sums."""
         self._ends.delete(key)
 

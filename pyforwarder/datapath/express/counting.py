@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 # Sums in one message, which is sent whole or not at all; and its size, of which a worker receives
 # 64 KiB.
-_MOST_TOLD: Final = 24
+_MOST_REPORTED: Final = 24
 _MOST_BYTES: Final = 1 << 15
 # Set in `since_ns` of a key that is closed: no connection begins so late.
-_GOES: Final = 1 << 63
+_CLOSED: Final = 1 << 63
 
 
 class _Kind(NamedTuple):
@@ -41,7 +41,7 @@ class _Kind(NamedTuple):
     target: int
     since_ns: int
     label_since_ns: int  # of its table's
-    said: str  # listener, rule, port and server, as JSON
+    text: str  # listener, rule, port and server, as JSON
 
 
 class Counting:
@@ -53,19 +53,19 @@ class Counting:
         self._connecting = express.connecting
         self._workers = workers
         self._kinds: dict[bytes, _Kind] = {}
-        self._going: set[bytes] = set()  # closed keys, to which nothing is added any more
-        self._is_told = True
-        self._told_of = 0  # how many ends were counted when everything was reported last
+        self._closed: set[bytes] = set()  # closed keys, to which nothing is added any more
+        self._is_reported = True
+        self._reported_ends = 0  # how many ends were counted when everything was reported last
 
     def begin(self) -> None:
         """Take over the sums that an earlier keeper has not reported."""
         for key in self._connecting.end_keys():
             ends = self._connecting.ends(key)
             parts = abi.EndKey.from_buffer_copy(key)
-            self._kinds[key] = self._kind(parts, int(ends.since_ns) & ~_GOES)
+            self._kinds[key] = self._kind(parts, int(ends.since_ns) & ~_CLOSED)
             # Its table or server may have changed meanwhile: the next connection that ends makes a
             # new key.
-            self._go(key)
+            self._close(key)
 
     @property
     def kinds(self) -> int:
@@ -74,8 +74,8 @@ class Counting:
 
     @property
     def is_done(self) -> bool:
-        """Whether everything that was counted at the last call of `tell` is reported."""
-        return self._is_told
+        """Whether everything that was counted at the last call of `report` is reported."""
+        return self._is_reported
 
     def covers(self, ended: Ended) -> bool:
         """Whether the programs add this end to a sum, in the next round at the latest."""
@@ -93,7 +93,7 @@ class Counting:
         key = bytes(parts)
         known = self._kinds.get(key)
         if known is not None:
-            return key not in self._going and ended.ask.begun_ns >= known.since_ns
+            return key not in self._closed and ended.ask.begun_ns >= known.since_ns
         server = Server(bytes(up.target), int(up.dport), int(ended.record.family))
         is_known = self._express.number_of(server) == ended.ask.target
         if not is_known or not self._express.is_in_use(ended.ask.listener_table):
@@ -101,7 +101,7 @@ class Counting:
         kind = self._kind(parts, int(ended.ask.begun_ns))
         ends = abi.Ends(since_ns=kind.since_ns, round=time.monotonic_ns())
         try:
-            self._connecting.count_ends(key, ends)
+            self._connecting.write_ends(key, ends)
         except OSError:
             return False  # the map is full
         self._kinds[key] = kind
@@ -110,16 +110,16 @@ class Counting:
     def _kind(self, parts: abi.EndKey, since_ns: int) -> _Kind:
         label = self._express.label(parts.table, since_ns)
         rule = label.rules[parts.rule] if parts.rule < len(label.rules) else "-"
-        aimed = self._connecting.aimed(parts.target)
-        server = [bytes(aimed.server).hex(), socket.ntohs(aimed.port)]
-        said = json.dumps([label.listener, rule, socket.ntohs(parts.port), server])
+        target = self._connecting.target(parts.target)
+        server = [bytes(target.server).hex(), socket.ntohs(target.port)]
+        text = json.dumps([label.listener, rule, socket.ntohs(parts.port), server])
         return _Kind(
             int(parts.table),
             int(parts.rule),
             int(parts.target),
             since_ns,
             self._express.label_since_ns(parts.table),
-            said[1:-1],
+            text[1:-1],
         )
 
     def look(self) -> None:
@@ -135,7 +135,7 @@ class Counting:
             if not self._express.is_in_use(table) or self._express.label_since_ns(table) != since_ns
         }
         if old:
-            self._go_where(lambda kind: kind.table in old)
+            self._close_where(lambda kind: kind.table in old)
 
     def forget(self, targets: Iterable[int]) -> set[int]:
         """Close the keys of these servers; returns those with sums that are not reported yet.
@@ -144,50 +144,52 @@ class Counting:
             OSError: the kernel refuses.
         """
         asked = set(targets)
-        self._go_where(lambda kind: kind.target in asked)
+        self._close_where(lambda kind: kind.target in asked)
         return asked & {kind.target for kind in self._kinds.values()}
 
-    def _go_where(self, is_old: Callable[[_Kind], bool]) -> None:
+    def _close_where(self, is_old: Callable[[_Kind], bool]) -> None:
         for key, kind in self._kinds.items():
-            if key not in self._going and is_old(kind):
-                self._go(key)
+            if key not in self._closed and is_old(kind):
+                self._close(key)
 
-    def _go(self, key: bytes) -> None:
+    def _close(self, key: bytes) -> None:
         ends = self._connecting.ends(key)
-        ends.since_ns |= _GOES
-        self._connecting.count_ends(key, ends)
-        self._going.add(key)
+        ends.since_ns |= _CLOSED
+        self._connecting.write_ends(key, ends)
+        self._closed.add(key)
 
-    def tell(self, counted: int) -> None:
+    def report(self, counted: int) -> None:
         """Report to the workers what was added to the sums; to a busy worker at the next call.
 
         `counted` is the number of ends that were counted so far: if it has not changed, there is
         nothing to report.
         """
-        if self._is_told and counted == self._told_of and not self._going:
+        if self._is_reported and counted == self._reported_ends and not self._closed:
             return
-        self._is_told = False
+        self._is_reported = False
         unreported: list[list[tuple[bytes, abi.Ends, str]]] = [[] for _ in range(self._workers)]
         for key, kind in list(self._kinds.items()):
             ends = self._connecting.ends(key)
             if ends.pairs:
                 text = (
-                    f'["{key.hex()}", {ends.round}, {kind.said}'
+                    f'["{key.hex()}", {ends.round}, {kind.text}'
                     f", [{ends.pairs}, {ends.bytes[0]}, {ends.bytes[1]}]]"
                 )
                 worker = (kind.table + kind.rule + kind.target) % self._workers
                 unreported[worker].append((key, ends, text))
-            elif key in self._going:
-                self._connecting.count_ends_no_more(key)
-                self._going.discard(key)
+            elif key in self._closed:
+                self._connecting.delete_ends(key)
+                self._closed.discard(key)
                 del self._kinds[key]
-        is_told = [self._tell(worker, ends) for worker, ends in enumerate(unreported)]
-        self._is_told, self._told_of = all(is_told), counted
+        is_reported = [self._report(worker, ends) for worker, ends in enumerate(unreported)]
+        self._is_reported, self._reported_ends = all(is_reported), counted
 
-    def _tell(self, worker: int, unreported: list[tuple[bytes, abi.Ends, str]]) -> bool:
+    def _report(self, worker: int, unreported: list[tuple[bytes, abi.Ends, str]]) -> bool:
         while unreported:
             taken, room = 1, _MOST_BYTES - len(unreported[0][2])
-            while taken < min(len(unreported), _MOST_TOLD) and len(unreported[taken][2]) <= room:
+            while (
+                taken < min(len(unreported), _MOST_REPORTED) and len(unreported[taken][2]) <= room
+            ):
                 room -= len(unreported[taken][2])
                 taken += 1
             texts = ", ".join(text for _, _, text in unreported[:taken])
@@ -197,7 +199,7 @@ class Counting:
             for key, ends, _ in unreported[:taken]:
                 # If the keeper dies before this, the next one reports it again, and the worker
                 # recognizes it by its round.
-                self._connecting.count_ends(
+                self._connecting.write_ends(
                     key, abi.Ends(since_ns=ends.since_ns, round=ends.round + 1)
                 )
             del unreported[:taken]

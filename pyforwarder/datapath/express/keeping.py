@@ -104,7 +104,7 @@ class ExpressKeeper:
         anew. Everything else in the targets stays as it is, since a program may be reading it.
         """
         for number in range(1, self._express.targets() + 1):
-            self._connecting.aim(number, _without_way(self._connecting.aimed(number)))
+            self._connecting.write_target(number, _without_way(self._connecting.target(number)))
         self._counting.begin()
         indexes = range(self.first, self.first + self._connecting.places)
         self._ports.begin([is_used(index) for index in indexes])
@@ -226,11 +226,11 @@ class ExpressKeeper:
     def _forget_way(self, number: int) -> None:
         known = self._known.pop(number)
         # Everything else stays as it is: a program may be reading it.
-        self._connecting.aim(number, _without_way(known.target))
+        self._connecting.write_target(number, _without_way(known.target))
 
     def _aim(self, number: int, target: abi.Target) -> None:
-        self._connecting.aim(number, _without_way(target))
-        self._connecting.aim(number, target)
+        self._connecting.write_target(number, _without_way(target))
+        self._connecting.write_target(number, target)
 
     # Looking
 
@@ -299,7 +299,7 @@ class ExpressKeeper:
         if self._places.is_short:
             self._next_s = min(self._next_s, now_s + _LOOK_WHEN_SHORT_S)
         is_asking, self._is_asking = self._is_asking, False
-        self._counting.tell(self._places.counted)
+        self._counting.report(self._places.counted)
         self._ports.go_on(now_s)
         for number, known in list(self._known.items()):
             if known.until_s < now_s:

@@ -212,7 +212,7 @@ class Places:
             until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
             # If the kernel cannot run the program now, the next look tries again.
             with contextlib.suppress(OSError):
-                self._connecting.let_go(place, word, not_before_ns=until_ns)
+                self._connecting.end_connection(place, word, not_before_ns=until_ns)
 
     def _look_at(
         self,

@@ -131,7 +131,7 @@ class Ports:
     def _take_back(self) -> set[int]:
         """Take all places out of the queue of free places."""
         taken = set()
-        for place in self._connecting.take_back():
+        for place in self._connecting.take_free_places():
             # One by one: a place that is marked as offered, but in no queue, would be lost if the
             # keeper dies.
             self._express.set_offered(place, offered=False)

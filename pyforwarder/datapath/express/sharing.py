@@ -185,11 +185,11 @@ class Express:
                 wanted[bytes(_key_of(address))] = bytes(told)
         # Key by key: so the keys in the kernel are known here even if it refuses the next one.
         for key in self._listening.keys() - wanted.keys():
-            self.connecting.listen_no_more(abi.ListenerKey.from_buffer_copy(key))
+            self.connecting.remove_listener(abi.ListenerKey.from_buffer_copy(key))
             del self._listening[key]
         for key, told_bytes in wanted.items():
             if self._listening.get(key) != told_bytes:
-                self.connecting.listen(
+                self.connecting.add_listener(
                     abi.ListenerKey.from_buffer_copy(key),
                     abi.Listener.from_buffer_copy(told_bytes),
                 )

@@ -131,7 +131,7 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
             has_ended(here, place)
     ask, record = connecting.head(place), here.kernel.record(place)
     key = bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, record.way[0].from_.dport))
-    connecting.count_ends(key, abi.Ends())
+    connecting.write_ends(key, abi.Ends())
     connecting.mark_counted(place)
     assert connecting.go_round(time.monotonic(), is_short=False).counted == 0
     assert connecting.ends(key).pairs == 0
@@ -143,7 +143,7 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
     )
     assert connecting.go_round(time.monotonic(), is_short=False).counted == 1
     assert connecting.ends(key).pairs == 1
-    connecting.count_ends_no_more(key)
+    connecting.delete_ends(key)
 
 
 @every_way
@@ -217,7 +217,7 @@ def test_a_server_whose_window_is_smaller_than_our_steps(site: Open, version: in
         with here.dial(b"hello") as client:
             here.falls_back(client, b"hello")
         (number,) = here.numbers
-        left_s = here.kernel.connecting.aimed(number).not_before_ns / 1e9 - time.monotonic()
+        left_s = here.kernel.connecting.target(number).not_before_ns / 1e9 - time.monotonic()
         assert 5 < left_s <= 10
     finally:
         here.way.server.set(ipv4__tcp_window_scaling=1)
@@ -821,7 +821,7 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
     places = looked_after(here)
     with here.pair() as (_, _, first), here.pair() as (client, server, place):
         key = end_key(here, place)
-        connecting.count_ends(key, abi.Ends(since_ns=connecting.ask(place).begun_ns, round=3))
+        connecting.write_ends(key, abi.Ends(since_ns=connecting.ask(place).begun_ns, round=3))
         server.sendall(b"bye")
         half_close(server)
         assert read_to_end(client) == b"bye"
@@ -870,7 +870,7 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
     gone = connecting.go_round(leaves_s + 62, is_short=True, passed_ns=leaves_ns)
     assert gone == (0, 1, PLACES - 1, True, 0)
     assert connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE
-    connecting.count_ends_no_more(key)
+    connecting.delete_ends(key)
 
 
 @pytest.mark.parametrize(("ahead_ms", "sent_bytes"), [(1 << 30, 0), (0, 1 << 30)])
@@ -912,7 +912,7 @@ def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) ->
     connecting = here.kernel.connecting
     with here.pair() as (_, _, place):
         key = end_key(here, place)
-        connecting.count_ends(key, abi.Ends(since_ns=0))
+        connecting.write_ends(key, abi.Ends(since_ns=0))
     has_ended(here, place)
     connecting.wait_for_programs()  # it says a moment later when that was
     record = here.kernel.record(place)
@@ -922,7 +922,7 @@ def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) ->
     assert connecting.ask(place).resting_since_ns == ended_ns
     late_s = ended_ns / 1e9 + 1.1 * LEAST_REST_HERE_S
     assert connecting.go_round(late_s, is_short=True).leaving == 1
-    connecting.count_ends_no_more(key)
+    connecting.delete_ends(key)
 
 
 def test_a_reset_is_handed_over_at_once(site: Open) -> None:
@@ -966,11 +966,11 @@ def test_a_free_place_is_nobody_elses(site: Open) -> None:
         connecting = here.kernel.connecting
         word = connecting.words()[place]
         for wrong in (word - 1, word + 1, word + 8, word - 8, word & ~7, 0, (1 << 64) - 1):
-            assert not connecting.let_go(place, wrong)
-        assert not connecting.let_go(PLACES, word)
+            assert not connecting.end_connection(place, wrong)
+        assert not connecting.end_connection(PLACES, word)
         assert connecting.words()[place] == word
-        assert connecting.let_go(place, word)
-        assert not connecting.let_go(place, word)
+        assert connecting.end_connection(place, word)
+        assert not connecting.end_connection(place, word)
         assert leaves(here) == 1
 
 

@@ -97,7 +97,7 @@ def keeper(here: Site) -> Iterator[Places]:
                 has_ended = record.reset or all(way.fin_acked for way in record.way)
                 if has_ended and now_s - since_s > 2 * LEAST_REST_S:
                     connecting = here.kernel.connecting
-                    connecting.let_go(place, connecting.word(place))
+                    connecting.end_connection(place, connecting.word(place))
                     del lasting[place]
 
     thread = threading.Thread(target=look)
