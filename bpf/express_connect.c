@@ -21,7 +21,7 @@
  *
  * By then no byte has been acknowledged. So all this can be undone until the server has answered:
  * the saved bytes go up the stack as if they had just arrived, and a worker gets the connection.
- * Whatever is uncertain takes that path from the beginning.
+ * Every uncertain connection takes that path from the beginning.
  */
 #include <uapi/linux/bpf.h>
 

@@ -45,7 +45,7 @@ inlined int handle_client_while_asked(struct __sk_buff *skb, struct splice *spli
 		 * Accepted at the number that comes next, or would come next if all that was sent
 		 * had arrived. Resets at other numbers are left to our kernel, which drops the
 		 * request or does not. If such a reset was the client's end after all, the client
-		 * sends another one when it hears from the server.
+		 * sends another one when it gets a segment of the server.
 		 */
 		__u32 ahead = parsed->seq - ask->client_isn - 1;
 

@@ -1,7 +1,7 @@
 /*
  * Arrival of a packet at `ingress`: read its headers, look up the pair that has its addresses, and
  * make the checks that the IP layer of a host makes before TCP gets a packet. Each step returns a
- * verdict (NEXT, DROP), or CONTINUE: the next step goes on with the packet.
+ * verdict (NEXT, DROP), or CONTINUE: the next step continues with the packet.
  */
 #pragma once
 
@@ -17,7 +17,7 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define CONTINUE   -3 /* no verdict yet: the next step goes on with the packet */
+#define CONTINUE   -3 /* no verdict yet: the next step continues with the packet */
 #define ICMP_ERROR -4 /* the packet is ICMP: an error that a router or a host reports */
 
 #ifdef MAP_EXPRESS_PROGRAMS_FD

@@ -11,8 +11,8 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define NOWHERE \
-	0 /* no such interface: the packet is dropped, but the sender is told that it was sent */
+/* No such interface: the packet is dropped, but the sender gets no error. */
+#define NOWHERE 0
 
 /*
  * Handle a segment that a socket of this host sends.
@@ -203,7 +203,8 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 			  &sum);
 	}
 	set_field(&word[2], bpf_htonl(ack), &sum);
-	/* Options behind the timestamps (SACK) may speak of what our socket alone has received. */
+	/* Options behind the timestamps (SACK) may acknowledge what our socket alone has received.
+	 */
 	at = 0;
 	if (header > 20 && (void *)(word + 7) <= data_end && word[5] == bpf_htonl(TIMESTAMP_WORD)) {
 		at = 3;

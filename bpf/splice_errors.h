@@ -134,7 +134,7 @@ inlined int exceeds_mtu(struct __sk_buff *skb, struct splice *splice, __u32 inde
 	if (!from_peer->interface)
 		return 0;
 	/*
-	 * For an aggregate the return value speaks of the whole, so it is ignored: only the MTU
+	 * For an aggregate the return value is about the whole, so it is ignored: only the MTU
 	 * that the helper writes is used.
 	 */
 	bpf_check_mtu(skb, from_peer->interface, &mtu, 0, 0);

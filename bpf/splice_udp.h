@@ -320,7 +320,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 		return pass_to_udp_socket(skb, &key, v6); /* its hop limit is used up */
 	if (from_peer->interface) {
 		/*
-		 * The return value speaks of the whole aggregate; only the MTU that is written is
+		 * The return value is about the whole aggregate; only the MTU that is written is
 		 * used.
 		 */
 		bpf_check_mtu(skb, from_peer->interface, &mtu, 0, 0);

@@ -1,8 +1,8 @@
 """Connections that the kernel has opened by itself: a worker adopts those that last, counts the
 others.
 
-Short connections begin and end without a socket of ours. The keeper reports them afterwards, so
-that counters and the log treat them like all others.
+Short connections begin and end without a socket in userspace. The keeper reports them afterwards,
+so that counters and the log treat them like all others.
 """
 
 from __future__ import annotations

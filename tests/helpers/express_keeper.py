@@ -161,7 +161,7 @@ class Connecting:
         del self.sums[key]
 
     def end(self, place: int) -> None:
-        """As the program does it (`give_back`)."""
+        """As the program does it (`free_place`)."""
         self.store(place, state=SpliceState.FREE)
         self.asks[place].word &= ~abi.STATE_MASK
         self.offer(place)

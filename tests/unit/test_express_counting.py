@@ -178,7 +178,7 @@ def test_a_server_s_number_is_kept_until_its_worker_knows_all(
 ) -> None:
     end(stage, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(stage.keeper._counting, "_tell", lambda *_: False)
+        patched.setattr(stage.keeper._counting, "_report", lambda *_: False)
         go_on(stage)
         stage.express.back.append(1)
         go_on(stage)
@@ -206,7 +206,7 @@ def test_a_keeper_that_dies_between_counting_and_telling_loses_and_doubles_nothi
 
             patched.setattr(stage.connecting, "write_ends", write_ends)
         else:
-            patched.setattr(stage.keeper._counting, "_tell", lambda *_: False)
+            patched.setattr(stage.keeper._counting, "_report", lambda *_: False)
         go_on(stage)
         hearing.hear()
         assert hearing.pairs() == 4 * is_told
@@ -460,7 +460,7 @@ def test_sums_are_looked_at_where_something_may_have_come_to_them_alone(
     go_on(stage)
     assert not looked
     with monkeypatch.context() as patched:
-        patched.setattr(stage.keeper._counting, "_tell", lambda *_: False)  # its worker is busy
+        patched.setattr(stage.keeper._counting, "_report", lambda *_: False)  # its worker is busy
         end(stage, 1)
         go_on(stage)
     looked.clear()

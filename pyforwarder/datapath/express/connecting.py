@@ -328,9 +328,9 @@ class Connecting:
         at = place * _stride()
         store64(self.memory, at + abi.Ask.resting_since_ns.offset, int(now_s * 1e9))
         resting = word & ~abi.STATE_MASK | abi.AskState.RESTING
-        # After `rests_ns`. No one else changes the word of a place that is JOINED. Only its lowest
-        # byte, with the state, is stored: `struct.pack_into` would write zeros first, which mean
-        # FREE if the keeper is killed at that moment.
+        # After `resting_since_ns`. No one else changes the word of a place that is JOINED. Only its
+        # lowest byte, with the state, is stored: `struct.pack_into` would write zeros first, which
+        # mean FREE if the keeper is killed at that moment.
         self.memory[at + abi.Ask.word.offset] = resting & 0xFF
 
     def set_port_lost(self, place: int, *, is_lost: bool) -> None:

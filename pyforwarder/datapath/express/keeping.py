@@ -110,7 +110,7 @@ class ExpressKeeper:
         self._ports.begin([is_used(index) for index in indexes])
 
     def owns(self, index: int, record: Splice) -> bool:
-        """Whether a record is of a connection that no worker was told of."""
+        """Whether a record is of a connection that was not reported to a worker."""
         if index < self.first:
             return False
         place = index - self.first

@@ -148,7 +148,7 @@ class Keeper:
         for index in sorted(self._pairs.found):
             record = self._pairs.record(index)
             if self._express is not None and self._express.owns(index, record):
-                continue  # no worker was told of it yet
+                continue  # it was not reported to a worker yet
             if record.worker == HELD:
                 self._pairs.forget(index)  # it will be reported again
             elif record.state == SpliceState.RESET:
@@ -296,7 +296,7 @@ class Keeper:
         """Have the supervisor replace a worker that has sent a request that is not allowed."""
         if not isinstance(error, FaultyRequestError):
             traceback.print_exc(file=sys.stderr)
-        # If the pipe is full, the supervisor has been told often enough.
+        # If the pipe is full, there are unread complaints enough.
         with contextlib.suppress(OSError):
             os.write(self._complaints_fd, bytes([worker]))
 

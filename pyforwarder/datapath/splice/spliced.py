@@ -56,7 +56,7 @@ _RESET_BY: Final = {
 # A peer whose packets stay longer than the next interface's MTU, although it was told repeatedly,
 # ignores that: its pair is reset, or it would hang.
 _NARROW_S: Final = 15.0
-# It is told no more often than this: each time costs a packet, and a request to the keeper.
+# The peer is told no more often than this: each time costs a packet, and a request to the keeper.
 _NARROW_PAUSE_S: Final = 1.0
 # Of the pairs whose end could not be reported to the keeper, so many are reported at once.
 _ENDS_IN_A_TURN: Final = 8
