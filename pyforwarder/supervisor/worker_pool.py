@@ -172,7 +172,7 @@ class WorkerPool:
                 try:
                     worker.ask("retire", fds)
                 except ControlError as error:
-                    if not worker.has_ended():
+                    if not worker.is_ending():
                         self._log.write("error", "worker_stuck", error=str(error))
                         worker.kill()
 
@@ -222,7 +222,7 @@ class WorkerPool:
         except ControlError as error:
             # In a drain it may have ended just now, with its last pair.
             self._replacements.has_not_heard(index)
-            if not worker.has_ended():
+            if not worker.is_ending():
                 self._log.write("error", "worker_adopt", error=str(error))
                 worker.kill()
 
@@ -323,7 +323,7 @@ class WorkerPool:
         try:
             worker.ask(do, (), **fields)
         except ControlError as error:
-            if not worker.has_ended():
+            if not worker.is_ending():
                 self._log.write("error", "worker_stuck", error=str(error))
                 worker.kill()
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 # A worker answers between two turns of its loop; one that does not for so long is stuck.
 ANSWER_TIMEOUT_S: Final = 10.0
+# The kernel takes back all of its memory between the last words of a process and its end.
+_ENDS_WITHIN_S: Final = 2.0
 # How much it may ask before it answers, and how many of our answers it may leave unread.
 _MOST_BEFORE_ANSWER: Final = 20_000
 _MOST_UNSENT: Final = 1024
@@ -252,6 +254,20 @@ class WorkerProcess:
             self.exit_code = os.waitstatus_to_exitcode(status)
         return True
 
+    def is_ending(self) -> bool:
+        """Whether the process is gone, or ends by itself; then it is waited for, and reaped.
+
+        For one that gives no answer. A process closes what it has open a moment before it can be
+        reaped; one that is there for longer after that is stuck.
+        """
+        if not self.has_ended() and _is_closed(self.channel):
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                _poll(pidfd, select.POLLIN, timeout_s=scaled_s(_ENDS_WITHIN_S))
+            finally:
+                os.close(pidfd)
+        return self.has_ended()
+
     def kill(self) -> None:
         """End it at once; its peers see resets."""
         if not self.has_ended():
@@ -295,9 +311,21 @@ def ask_all(workers: Sequence[WorkerProcess], do: str, **fields: object) -> list
         try:
             answers.append(worker.ask(do, (), **fields))
         except ControlError:
-            if not worker.has_ended():
+            if not worker.is_ending():
                 raise
     return answers
+
+
+def _is_closed(channel: Channel) -> bool:
+    """Whether the other end is."""
+    return bool(_poll(channel.fileno(), 0, timeout_s=0) & select.POLLHUP)
+
+
+def _poll(fd: int, events: int, *, timeout_s: float) -> int:
+    """Which of the events there are, and POLLHUP, which is always looked for; 0: none in time."""
+    poll = select.poll()
+    poll.register(fd, events)
+    return next((mask for _, mask in poll.poll(timeout_s * 1000)), 0)
 
 
 def check_user(user: str) -> None:

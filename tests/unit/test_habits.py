@@ -57,6 +57,7 @@ SLEEPS: Final = {
     "unit/test_child.py _prepare": "a child that lives until it is killed",
     "unit/test_keeper_client.py slow": "the answer comes so late",
     "unit/test_preparing.py hangs": "a child that hangs until it is killed",
+    "unit/test_worker_ending.py closes_and_ends": "an end that takes a moment",
 }
 # A mode of the tests, or a machine, that has no such thing: `needs` knows capabilities of kernels.
 SKIPS: Final = {

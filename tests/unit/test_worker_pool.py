@@ -91,7 +91,7 @@ def test_beside_a_daemon_that_accepts_no_more_listeners_of_named_datapaths_are_s
 def worker(exit_code: int | None = None) -> mock.Mock:
     """One that lives, or has ended so, a while after its start."""
     one = mock.Mock(exit_code=exit_code, started_s=-1e9)
-    one.has_ended.side_effect = lambda: one.exit_code is not None
+    one.has_ended.side_effect = one.is_ending.side_effect = lambda: one.exit_code is not None
     return one
 
 
