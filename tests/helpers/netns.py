@@ -114,6 +114,15 @@ def private_network() -> Iterator[Network]:
         yield network
 
 
+def usual_buffers() -> None:
+    """Give the current namespace socket buffers as large as the kernel itself has them at most.
+
+    A new namespace has what its host was tuned to, which may be many times that.
+    """
+    Path("/proc/sys/net/ipv4/tcp_rmem").write_text("4096 131072 6291456")
+    Path("/proc/sys/net/ipv4/tcp_wmem").write_text("4096 16384 4194304")
+
+
 def narrow_the_network() -> None:
     """Make the current namespace a tight one: Ethernet's segments, small socket buffers.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.netns import Network, narrow_the_network
+from tests.helpers.netns import Network, narrow_the_network, usual_buffers
 from tests.helpers.peers import (
     digest,
     pair_through,
@@ -78,6 +78,7 @@ class OnDatapath(NamedTuple):
 def wide(network: None, request: pytest.FixtureRequest) -> Iterator[OnDatapath]:
     """One with the buffers of loopback, for all tests of a datapath."""
     del network
+    usual_buffers()
     with temporary_place() as place, forwarders_at(place) as start:
         yield OnDatapath(start(config(request.param)), request.param)
 
@@ -160,19 +161,31 @@ def test_the_sender_is_blocked_until_the_reader_reads(narrow: OnDatapath, direct
         sender, reader = (client, server) if direction == "up" else (server, client)
         total = 0
         for _ in range(2):  # stalled, read empty, stalled again: each time the same bound
-            sent = push_until_blocked(sender, most=64 * MIB, start=total)
+            sent, used_s = push_until_all_is_quiet(sender, forwarder, start=total)
             total += sent
+            assert used_s < 0.3, "a worker spins"
             assert sent < most_accepted(datapath)
             assert forwarder.pairs()[0]["backlog_bytes"] <= LIMIT + 65536
-            before_s = workers_cpu_s(forwarder)
-            more = push_until_blocked(sender, most=MIB, start=total)
-            total += more
-            assert workers_cpu_s(forwarder) - before_s < 0.3, "a worker spins"
-            assert sent + more < most_accepted(datapath)
-            expected = pattern(total)[total - sent - more :]
-            assert hash_of(reader, sent + more) == hashlib.sha256(expected).hexdigest()
+            expected = pattern(total)[total - sent :]
+            assert hash_of(reader, sent) == hashlib.sha256(expected).hexdigest()
         sender.shutdown(socket.SHUT_WR)
         assert reader.recv(1) == b""
+
+
+def push_until_all_is_quiet(
+    sender: socket.socket, forwarder: Daemon, *, start: int
+) -> tuple[int, float]:
+    """How many bytes were taken, and the workers' time in a whole second in which none was.
+
+    A worker that does not get a processor for a second is not one that takes nothing more.
+    """
+    sent = push_until_blocked(sender, most=64 * MIB, start=start)
+    while True:
+        before_s = workers_cpu_s(forwarder)
+        more = push_until_blocked(sender, most=64 * MIB, start=start + sent)
+        sent += more
+        if not more:
+            return sent, workers_cpu_s(forwarder) - before_s
 
 
 def test_both_directions_stall_and_both_go_on(wide: OnDatapath) -> None:
@@ -215,7 +228,19 @@ def test_a_stalled_direction_does_not_stall_the_other(wide: OnDatapath, stalled:
 @pytest.mark.parametrize("narrow_forwarder", ["sockmap", "auto"], indirect=True)
 def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(narrow: OnDatapath) -> None:
     """The limit counts bytes, but a queued segment of one byte costs the kernel some 860."""
-    with joined(narrow) as (client, server):
+    # Other programs on the host have the kernel take memory too, but not each time. Without care
+    # for such segments it was 300 MB here each time, 1.1 GB for a megabyte of them.
+    found: list[int] = []
+    while len(found) < 4:
+        found.append(memory_of_tiny_segments(narrow))
+        if found[-1] < 32 * MIB:
+            return
+    raise AssertionError(found)
+
+
+def memory_of_tiny_segments(on: OnDatapath) -> int:
+    """How much more the kernel has while nobody reads them; then all of them are read."""
+    with joined(on) as (client, server):
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.settimeout(1)
         before = memory()["SUnreclaim"]
@@ -223,9 +248,9 @@ def test_a_flood_of_tiny_segments_takes_no_more_memory_than_large_ones(narrow: O
         with contextlib.suppress(TimeoutError):
             while tiny < 300_000:
                 tiny += client.send(b"x")
-        # Without care for them it was 300 MB here, 1.1 GB for a megabyte of such segments.
-        assert memory()["SUnreclaim"] - before < 32 * MIB
+        taken = memory()["SUnreclaim"] - before
         assert read_exactly(server, tiny) == b"x" * tiny
+    return taken
 
 
 @pytest.mark.alone
