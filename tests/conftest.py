@@ -4,7 +4,7 @@
     --attach clsact    splice as on kernels before 6.6, on any kernel
     --soak       also run the tests marked `soak`, for minutes; --soak-for SECONDS says how long
 
-    --smoke      only the first test of each module in tests/kernel, and all contract commands
+    --smoke      only the first test of each folder in tests/kernel, and all of some modules
     --failures-to FILE   write the ids of the tests that failed there, one a line
 
 HYPOTHESIS_PROFILE=deep in the environment tries many more examples per property than `fast` does.
@@ -96,7 +96,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--smoke",
         action="store_true",
-        help="only the first test of each module in tests/kernel, and those of whole modules that "
+        help="only the first test of each folder in tests/kernel, and those of whole modules that "
         "_SMOKE_WHOLE names",
     )
     parser.addoption(
@@ -167,12 +167,12 @@ def _module(item: pytest.Item) -> str:
 
 
 def _is_smoke(item: pytest.Item, seen: set[Path]) -> bool:
-    """Whether the test is of the small set; `seen` are the modules of which one was taken."""
+    """Whether the test is of the small set; `seen` are the folders of which one was taken."""
     module = _module(item)
     if not module:
         return False
-    is_first = item.path not in seen
-    seen.add(item.path)
+    is_first = item.path.parent not in seen
+    seen.add(item.path.parent)
     return is_first or module in _SMOKE_WHOLE
 
 

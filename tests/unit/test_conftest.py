@@ -177,18 +177,23 @@ def test_on_a_slow_host_every_test_has_more_time(
     suite.runpytest_subprocess().assert_outcomes(passed=2)
 
 
-def test_smoke_is_the_first_test_of_each_kernel_module_and_all_of_some(
+def test_smoke_is_the_first_test_of_each_folder_of_kernel_tests_and_all_of_some_modules(
     suite: pytest.Pytester,
 ) -> None:
     two = "def test_one(): pass\ndef test_two(): pass\n"
-    for folder, name in (("view", "test_view.py"), ("contract", "test_commands.py")):
-        (suite.path / "kernel" / folder).mkdir(parents=True)
+    for folder, name in (
+        ("view", "test_daemon.py"),
+        ("view", "test_view.py"),
+        ("contract", "test_commands.py"),
+    ):
+        (suite.path / "kernel" / folder).mkdir(parents=True, exist_ok=True)
         (suite.path / "kernel" / folder / name).write_text(two)
     result = suite.runpytest_subprocess("--smoke", "-v")
     # test_suite.py is no kernel test, and left out with its four
-    result.assert_outcomes(passed=3, deselected=5)
+    result.assert_outcomes(passed=3, deselected=7)
     result.stdout.fnmatch_lines(["*test_commands.py::test_two PASSED*"])
-    result.stdout.no_fnmatch_line("*test_view.py::test_two*")
+    result.stdout.no_fnmatch_line("*test_daemon.py::test_two*")
+    result.stdout.no_fnmatch_line("*test_view.py*")
 
 
 def test_failures_are_written_where_they_are_wanted(suite: pytest.Pytester, tmp_path: Path) -> None:
