@@ -8,6 +8,7 @@ same once more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -201,7 +202,7 @@ def test_what_happens_while_the_keeper_is_asked(eager: Site, turn: int) -> None:
                 end.shutdown(socket.SHUT_WR)
             reset(is_reset[0])
             reset(resets[1])
-            row = eager.row(flushed[0])
+            row = wait_for(functools.partial(eager.row, flushed[0]), "it is shown")
             assert row is not None
             eager.forwarder.control().flush([row["id"]])
             time.sleep(STOPS_S[turn])
