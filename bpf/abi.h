@@ -45,9 +45,17 @@ struct endpoint {
 };
 
 /*
- * One direction, as the verdict program counts it. Only the program writes it. Its runs are
- * serialised by the lock of the source socket, so plain adds suffice; passed_bytes is written
- * atomically because of the barrier that redirect.c explains.
+ * What the kernel does with one direction.
+ *
+ * In a sockmap the verdict program writes it, while the pair is there. The lock of the source
+ * socket serialises its runs, so plain adds suffice; passed_bytes is written atomically because of
+ * the barrier that redirect.c explains. A worker writes zeros when it gives the record to a
+ * connection, and `latched` when it has a direction redirected to another socket, as its pair
+ * leaves the map (datapath/sockmap_exit.py).
+ *
+ * Of a spliced pair or session the programs of splice store redirected_bytes, redirected_packets
+ * and last_ns, as copies of what its own record counts (splice_pair.h, splice_udp.h), and its
+ * worker does so where it has just read that record. Nothing else is used.
  */
 struct verdict_direction {
 	__u64 passed_bytes;	/* given to userspace since the sockets entered the map */
@@ -65,13 +73,20 @@ struct verdict_direction {
 	__u32 trimmed_bytes; /* old bytes in retransmissions, which were cut off */
 };
 
-/* One direction, as the worker counts it. Only the worker writes it, except asleep. */
+/*
+ * One direction, as the worker counts it, and what it tells the programs. Only the worker writes
+ * it; the verdict program also clears `asleep`.
+ */
 struct worker_direction {
-	__u64 consumed_bytes; /* of passed_bytes, those read and written to the other socket */
-	__u64 carried_bytes;  /* copied by userspace, before and after the handover */
+	/*
+	 * Of passed_bytes, those read and written to the other socket. Of a session of UDP: of the
+	 * datagrams that were passed to our socket (`passed` in sessions.h), those copied.
+	 */
+	__u64 consumed_bytes;
+	__u64 carried_bytes; /* copied by userspace, before and after the handover */
 	__u64 carried_packets;
 	__u64 peer_cookie; /* key of the target socket in the sockhash */
-	__u32 armed;	   /* 0: pass every packet to userspace */
+	__u32 armed;	   /* 0: pass every packet to userspace; PF_SESSION_NOW: sessions.h */
 	__u32 asleep; /* 1: send a wake-up when a packet is passed; the program clears it then */
 	__u32 limit_bytes; /* the backlog limit */
 	__u32 padding[5];

@@ -10,6 +10,8 @@
  *          the peers, and whether the peers have acknowledged the whole tail by now; has the
  *          worker look at the pair on request
  * control  run by the keeper as well: lets a pair begin, at any moment
+ * find_session
+ *          likewise: tells which sockets of this host would receive a session's datagrams
  *
  * A forwarder copies bytes one to one. So one constant for each direction translates the sequence
  * numbers of one connection into those of the other, for its whole life: the difference between the

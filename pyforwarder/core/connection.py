@@ -1,13 +1,16 @@
 """The life of a connection as tables: states, events, and the commands each event calls for.
 
-Nothing here knows sockets, clocks or buffers. The worker feeds events and obeys commands; what is
-not in a table cannot happen, and raises. Two tables, because two things go on at once:
+Nothing here knows sockets, clocks or buffers. The worker feeds events and obeys commands; an event
+that the table does not have for a state raises. Some code of the worker does what a row says
+without asking for it, and sets the new state itself: what nothing holds up (worker/plain.py), and
+connections that begin in the middle of the table, as they come from another worker or daemon. Two
+tables, because two things go on at once:
 
 - the *life* of the connection, from accept to close, and
 - the *phase* of each direction, which follows a FIN from one side through to the other.
 
-What users see as STATE is a function of both (`shown_state`). README's picture is printed from
-these tables, and a test compares the two.
+What users see as STATE is a function of both (`shown_state`). The table of the life in
+docs/architecture.md is printed from here, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 To add a datapath: a row here, its name in `DatapathName` if the configuration may ask for it, and
 a folder or file of its own below `datapath/`. Where it has pairs in the table that `show` prints,
 it needs a number there (`enum pf_datapath` in bpf/abi.h, its word in bpf/view.c, `DatapathKind`)
-and a counter `JOINED_...` (`runtime/counters.py`).
+and a counter `JOINED_...` (`runtime/counters.py`). Its class for workers is made in
+worker/parts.py, from what worker/inheritance.py has of it; worker/handover.py decides which pairs
+it gets. Where its pairs move to another daemon, or their ends differ from those of others, worker/
+and supervisor/ name it as they do splice and sockmap.
 
 Functions and classes are named as entry points are, `module:name`, and imported where they are used
 (`pkgutil.resolve_name`): this file itself imports nothing.

@@ -48,8 +48,9 @@ class LoadedPrograms(NamedTuple):
 
     descriptors: Sequence[int]
     proof: str  # how it was proven, for the log
-    # Rows of `core.datapaths.SESSIONS` that come with it: empty, or why they do not work.
-    sessions: Mapping[str, str]
+    # Rows of `core.datapaths.SESSIONS` and `OPENING` that come with it, by their names: empty, or
+    # why they do not work.
+    extras: Mapping[str, str]
 
 
 class KernelDatapath(ABC):

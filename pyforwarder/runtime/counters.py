@@ -110,7 +110,7 @@ LIMITED_INDEX: Final = {
 REASONS: Final = tuple(CloseReason)
 CLOSED_FIRST: Final = 64
 CLOSED_INDEX: Final = {reason: CLOSED_FIRST + n for n, reason in enumerate(REASONS)}
-# Packets that splice did not believe, by `datapath.splice_abi.Invalid`; written by its programs.
+# Packets that splice did not believe, by `datapath.splice.abi.Invalid`; written by its programs.
 INVALID_FIRST: Final = 112
 # Times, as `observe` counts them. The bounds are a few per decade, where networks differ.
 DECISION_FIRST: Final = 128

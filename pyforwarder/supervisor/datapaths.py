@@ -181,8 +181,8 @@ class Datapaths:
         def load(datapath: KernelDatapath) -> Loaded:
             if attach is not None:
                 os.environ[attaching.FORCED] = attach
-            descriptors, proof, sessions = datapath.load(self._prove)
-            return Loaded(descriptors, {"proof": proof, "sessions": sessions})
+            descriptors, proof, extras = datapath.load(self._prove)
+            return Loaded(descriptors, {"proof": proof, "extras": extras})
 
         return {name: partial(load, self._there[name]) for name in self.in_preparation}
 
@@ -208,10 +208,10 @@ class Datapaths:
             return
         self.states[name] = _AVAILABLE
         self._log.write("info", "datapath", datapath=name, proof=loaded.said["proof"])
-        for sessions, reason in loaded.said["sessions"].items():
-            self.states[sessions] = reason or _AVAILABLE
+        for extra, reason in loaded.said["extras"].items():
+            self.states[extra] = reason or _AVAILABLE
             if reason:
-                self._log.write("warning", f"no_{sessions}", reason=reason)
+                self._log.write("warning", f"no_{extra}", reason=reason)
 
     def parts_of_sessions(self, config: Config) -> dict[str, Part]:
         """The proof of UDP sessions, if the configuration may use them and nobody has tried.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -107,17 +109,50 @@ def _arguments(command: click.Command) -> Iterator[str]:
             yield f"[{words}]" if is_optional else words
 
 
-def files(package: str) -> str:
-    """A line for each file of a package: the first of the text at its top."""
-    directory = _PACKAGE / package
-    if not directory.is_dir():
-        raise KeyError(package)
+def files(directory: str) -> str:
+    """A line for each file of a directory, of the package or of the tree: the first paragraph of
+    the text at its top. `.` is the package's own directory.
+
+    Raises:
+        KeyError: there is no such directory.
+    """
+    paths = [top / directory for top in (_PACKAGE, _PACKAGE.parent) if (top / directory).is_dir()]
+    if not paths:
+        raise KeyError(directory)
     rows = []
-    for path in sorted(directory.glob("*.py")):
-        about = ast.get_docstring(ast.parse(path.read_text())) or ""
-        if path.name != "__init__.py":
-            rows.append((code(path.name), " ".join(about.split("\n\n")[0].split())))
-    return table((f"`{package}/`", ""), rows)
+    for path in sorted(paths[0].iterdir()):
+        about = first_paragraph(path) if path.is_file() else ""
+        if about and path.name not in ("__init__.py", "__main__.py"):
+            rows.append((code(path.name), about))
+    name = "pyforwarder" if directory == "." else directory
+    return table((f"`{name}/`", ""), rows)
+
+
+def first_paragraph(path: Path) -> str:
+    """What a file of source says about itself at its top, in one line; "" if it is none.
+
+    Knows Python's docstrings and the comments of C, of JavaScript, and of shell scripts (which have
+    no suffix here).
+    """
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    elif path.suffix == ".c":
+        found = re.search(r"/\*\n(.*?)\*/", path.read_text(), re.DOTALL)
+        text = re.sub(r"^ \* ?", "", found[1], flags=re.MULTILINE) if found else ""
+    elif path.suffix == ".js":
+        text = _comment(path.read_text(), "//")
+    elif not path.suffix:
+        _, _, rest = path.read_text().partition("\n")
+        text = _comment(rest, "#") if path.read_text().startswith("#!") else ""
+    else:
+        text = ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def _comment(text: str, mark: str) -> str:
+    """The comment that a text begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith(mark), text.splitlines())
+    return "\n".join(line.removeprefix(mark).removeprefix(" ") for line in lines)
 
 
 def _name(metric: Metric) -> str:

@@ -1,4 +1,7 @@
-"""The rows of core/datapaths.py, and that a row is all that the supervisor needs of a datapath."""
+"""The rows of core/datapaths.py, and that the supervisor makes, loads and ends each by its row.
+
+What workers inherit of splice and sockmap it knows by their classes.
+"""
 
 from __future__ import annotations
 
@@ -167,6 +170,6 @@ def test_a_row_that_cannot_be_attached_is_closed_and_done_without(
 ) -> None:
     (toy,) = Toy.made
     toy.told.attach.side_effect = LoadError("not at that interface")
-    made.take("toy", Loaded([3], {"proof": "", "sessions": {}}))
+    made.take("toy", Loaded([3], {"proof": "", "extras": {}}))
     assert made.states["toy"] == "not at that interface"
     assert toy.told.mock_calls == [call.attach([3]), call.close()]

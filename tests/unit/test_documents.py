@@ -9,7 +9,7 @@ import pytest
 from documents.__main__ import ROOT, wanted
 from documents.pages import PageError, made, missing
 from documents.parts import PARTS
-from documents.program import collected
+from documents.program import collected, first_paragraph
 from pyforwarder.config import reference
 
 DOCS = ROOT / "docs"
@@ -34,7 +34,38 @@ def test_the_page_of_the_architecture_has_the_files_of_each_package() -> None:
     page = (ROOT / "docs/architecture.md").read_text()
     sources = ROOT / "pyforwarder"
     packages = {str(path.parent.relative_to(sources)) for path in sources.rglob("*.py")} - {"."}
+    assert "<!-- made: files . -->" in page
     assert {one for one in packages if f"<!-- made: files {one} -->" not in page} == set()
+
+
+def test_it_has_the_helpers_of_the_tests_and_the_scripts_too() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    scripts = [path for path in (ROOT / "scripts").rglob("*") if path.is_file()]
+    named = {str(path.parent.relative_to(ROOT)) for path in scripts if first_paragraph(path)}
+    assert {
+        one
+        for one in named | {"tests/helpers", "status/page"}
+        if f"<!-- made: files {one} -->" not in page
+    } == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.py", '"""One\nline.\n\nMore."""\n', "One line."),
+        ("a.c", "/*\n * One\n * line.\n *\n * More.\n */\nint a;\n", "One line."),
+        ("a.c", "// SPDX-License-Identifier: MIT\n/*\n * Text.\n */\n", "Text."),
+        ("a.js", "// One\n// line.\n\n// Not this.\n", "One line."),
+        ("run", "#!/usr/bin/env bash\n# One\n# line.\n#\n# More.\n", "One line."),
+        ("words", "# No script.\n", ""),
+        ("a.json", "{}\n", ""),
+    ],
+)
+def test_a_file_is_described_by_the_first_paragraph_at_its_top(
+    tmp_path: Path, name: str, text: str, said: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert first_paragraph(tmp_path / name) == said
 
 
 def test_a_part_replaces_the_one_before_it_and_nothing_else() -> None:

@@ -77,7 +77,7 @@ class Endpoint(ctypes.Structure):
 
 
 class VerdictDirection(ctypes.Structure):
-    """struct verdict_direction: written by the verdict program alone."""
+    """struct verdict_direction: written by programs, at some moments by the worker, see abi.h."""
 
     _fields_ = (
         ("passed_bytes", ctypes.c_uint64),

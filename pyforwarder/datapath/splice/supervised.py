@@ -101,31 +101,31 @@ class SupervisedSplice(supervised.KernelDatapath):
         return self.splicing.express is not None or bool(self._no_express)
 
     def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
-        """Load the programs, with those for UDP if the configuration needs them."""
+        """Load the programs, with those of express and of UDP if the configuration needs them."""
         proof = prove("splice")
-        sessions: dict[str, str] = {}
+        extras: dict[str, str] = {}
         if self._splices_sessions:
             # If that fails, UDP is copied; TCP is spliced all the same.
             try:
                 prove("splice_udp")
             except LoadError as error:
-                sessions["splice_udp"] = str(error)
+                extras["splice_udp"] = str(error)
             else:
-                sessions["splice_udp"] = ""
+                extras["splice_udp"] = ""
         maps, express = self.splicing.maps, self.splicing.express
         if self._no_express:
-            sessions["express"] = self._no_express
+            extras["express"] = self._no_express
         if express is not None:
             try:
                 prove("express")
                 programs = maps.load_programs(express.connecting)
                 own = express.connecting.load(maps)
             except LoadError as error:
-                sessions["express"] = str(error)
+                extras["express"] = str(error)
             else:
-                sessions["express"] = ""
-                return supervised.LoadedPrograms([*programs, *own], proof, sessions)
-        return supervised.LoadedPrograms(maps.load_programs(), proof, sessions)
+                extras["express"] = ""
+                return supervised.LoadedPrograms([*programs, *own], proof, extras)
+        return supervised.LoadedPrograms(maps.load_programs(), proof, extras)
 
     def attach(self, descriptors: Sequence[int]) -> None:
         """Attach the programs to all interfaces that accept them; the log names the others."""
