@@ -41,6 +41,8 @@ struct request_context {
 	__u32 choice, target;
 };
 
+_Static_assert(sizeof(struct request_context) == PF_EXPRESS_CONTEXT_BYTES, "the map's value");
+
 /* The processor's context of a chain of tail calls. */
 inlined struct request_context *get_context(void)
 {

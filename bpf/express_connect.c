@@ -43,8 +43,6 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define PLACES_AT_ONCE 16 /* in one run of `go_round` */
-
 /*
  * Decide which rule takes the connection, and tail-call the program that asks the rule's server.
  * Returns NEXT if the rules cannot be decided here: a worker gets the connection.
@@ -254,8 +252,8 @@ int end_connection(struct __sk_buff *skb)
 }
 
 /*
- * Run by the keeper (BPF_PROG_TEST_RUN with `repeat`): handle the next PLACES_AT_ONCE places. A
- * place is never left half changed, whenever the keeper is killed.
+ * Run by the keeper (BPF_PROG_TEST_RUN with `repeat`): handle the next PF_EXPRESS_PLACES_AT_ONCE
+ * places. A place is never left half changed, whenever the keeper is killed.
  */
 int go_round(struct __sk_buff *skb)
 {
@@ -269,7 +267,7 @@ int go_round(struct __sk_buff *skb)
 	if (!round)
 		return 0; /* never */
 #pragma clang loop unroll(disable)
-	for (i = 0; i < PLACES_AT_ONCE; i++) {
+	for (i = 0; i < PF_EXPRESS_PLACES_AT_ONCE; i++) {
 		place = round->next;
 		index = place + FIRST_SPLICE;
 		ask = map_lookup(MAP_EXPRESS_ASKS_FD, &place);

@@ -8,8 +8,15 @@
 #define PF_EXPRESS_RULES 64   /* of a listener */
 #define PF_EXPRESS_SAVED 4096 /* bytes of a client's first packet that can be saved */
 
-/* Another state besides enum pf_splice_state: the server was asked (SYN), and has not answered. */
-#define PF_SPLICE_ASKED 5
+/* Places that one run of `go_round` handles. */
+#define PF_EXPRESS_PLACES_AT_ONCE 16
+
+/*
+ * Sizes of two records that programs hand on to each other, and the keeper never reads: struct
+ * request_context (express_begin.h) and struct new_packet (express_make.h). It makes the maps.
+ */
+#define PF_EXPRESS_CONTEXT_BYTES    128
+#define PF_EXPRESS_NEW_PACKET_BYTES 308
 
 /* `worker` of a pair that no worker knows of yet: no ring and no counters have that number. */
 #define PF_EXPRESS_NO_WORKER 0xfffffffe
@@ -26,7 +33,6 @@
 #define PF_EXPRESS_ASK4	     5
 #define PF_EXPRESS_ASK6	     6
 #define PF_EXPRESS_BY_CHOICE 7
-#define PF_EXPRESS_PROGRAMS  8
 
 /*
  * State of a place: the lower bits of `word`. The bits above count the connections that the place

@@ -35,6 +35,8 @@ struct new_packet {
 	__u16 urgent, more_padding;
 };
 
+_Static_assert(sizeof(struct new_packet) == PF_EXPRESS_NEW_PACKET_BYTES, "the map's value");
+
 /*
  * Bound `bytes` to 1..most for the verifier; `most` is a power of two. The caller has checked it.
  */

@@ -15,6 +15,8 @@ enum pf_splice_state {
 	PF_SPLICE_BEGINNING, /* while `control` runs: our sockets acknowledge nothing new */
 	PF_SPLICE_ACTIVE,    /* segments pass end to end */
 	PF_SPLICE_RESET,     /* segments are dropped, but our sockets may send a RST */
+	PF_SPLICE_ASKED, /* express: the server was asked (SYN), and has not answered (express_*.h)
+			  */
 };
 
 /* Why a packet with the addresses of a pair was invalid; counted by these kinds. */
@@ -61,6 +63,13 @@ enum pf_reset {
 #define PF_BUSY_COARSE \
 	8		/* a peer's largest window is below two units of the other's window scale */
 #define PF_BUSY_LATE 16 /* the worker no longer waits for it */
+
+/*
+ * So many repeated bytes, beyond as many as were new, are taken for retransmissions of lost
+ * packets. More than that are counted like new bytes: the two ends may have agreed to communicate
+ * in old numbers.
+ */
+#define PF_MAX_REPEATED_BYTES (1 << 20)
 
 /* SO_PRIORITY of a spliced socket, by which another forwarder on this host knows it. */
 #define PF_SPLICE_PRIORITY 0x50465350

@@ -40,13 +40,6 @@
 
 #define NS_PER_S 1000000000
 
-/*
- * So many repeated bytes, beyond as many as were new, are taken for retransmissions of lost
- * packets. More than that are counted like new bytes: the two ends may have agreed to communicate
- * in old numbers.
- */
-#define MAX_REPEATED_BYTES (1 << 20)
-
 /* The parts of a segment that are checked. Numbers are those of its sender. */
 struct segment {
 	__u32 seq, end, ack; /* `end` counts the FIN, too */
@@ -425,13 +418,13 @@ inlined int record_acknowledgement(struct splice_direction *from_peer, __u32 ack
 /* Whether more bytes were repeated than can have been lost. */
 inlined int has_excess_repeats(const struct splice_direction *from_peer)
 {
-	return READ_ONCE(from_peer->repeated_bytes) > from_peer->bytes + MAX_REPEATED_BYTES;
+	return READ_ONCE(from_peer->repeated_bytes) > from_peer->bytes + PF_MAX_REPEATED_BYTES;
 }
 
 /* The bytes that a direction has carried, as `show` prints them. The number never decreases. */
 inlined __u64 visible_bytes(const struct splice_direction *from_peer)
 {
-	return has_excess_repeats(from_peer) ? from_peer->repeated_bytes - MAX_REPEATED_BYTES
+	return has_excess_repeats(from_peer) ? from_peer->repeated_bytes - PF_MAX_REPEATED_BYTES
 					     : from_peer->bytes;
 }
 

@@ -77,15 +77,14 @@ CONNECT_STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
 }
 CONNECT_NUMBERS: Final = {
     "PF_EXPRESS_SAVED": connect_abi.SAVED_BYTES,
-    "PF_SPLICE_ASKED": connect_abi.ASKED_SPLICE,
+    "PF_EXPRESS_PLACES_AT_ONCE": connect_abi.PLACES_AT_ONCE,
+    "PF_EXPRESS_CONTEXT_BYTES": connect_abi.CONTEXT_BYTES,
+    "PF_EXPRESS_NEW_PACKET_BYTES": connect_abi.NEW_PACKET_BYTES,
     "PF_EXPRESS_NO_WORKER": connect_abi.NO_WORKER,
     "PF_EXPRESS_ID_BIT": connect_abi.ID_BIT,
     "PF_EXPRESS_RULES": connect_abi.MOST_RULES,
     "PF_EXPRESS_STATE_MASK": connect_abi.STATE_MASK,
-    **{
-        f"PF_EXPRESS_{name.upper()}": place
-        for place, name in enumerate((*connecting.PROGRAMS, "programs"))
-    },
+    **{f"PF_EXPRESS_{name.upper()}": place for place, name in enumerate(connecting.PROGRAMS)},
     **{f"PF_EXPRESS_{state.name}": state for state in connect_abi.AskState},
     **{f"PF_COUNT_{kind.name}": kind for kind in connect_abi.Count},
     "PF_COUNTS": len(connect_abi.Count),

@@ -10,8 +10,11 @@ import enum
 from typing import Final
 
 SAVED_BYTES: Final = 4096
-# Another state besides those of `SpliceState`: the server was asked (SYN), and has not answered.
-ASKED_SPLICE: Final = 5
+# Places that one run of `go_round` handles.
+PLACES_AT_ONCE: Final = 16
+# Sizes of struct request_context and struct new_packet, which the programs alone read and write.
+CONTEXT_BYTES: Final = 128
+NEW_PACKET_BYTES: Final = 308
 # `worker` of a pair that no worker knows of yet.
 NO_WORKER: Final = 0xFFFFFFFE
 # Set in the id of a pair that the kernel has opened.

@@ -49,18 +49,11 @@ _FIELDS: Final = {
 }
 # Only on newer kernels: Linux 6.7 and 6.18.
 _LATER_FIELDS: Final = ("req_usec_ts", "accecn_ok")
-# struct request_context: a key, the parsed fields of the packet, a listener's key, and some
-# numbers.
-_ASKING_BYTES: Final = 36 + 36 + 20 + 9 * 4
-# struct new_packet: two headers of IP and TCP, and some numbers.
-_MADE_BYTES: Final = 208 + 32 + 8 + 8 + 20 + 12 + 12 + 8
 _NUMBER: Final = struct.Struct("=I")
 # Behind an Ethernet header: place, word, until when its target is not asked; and padding, as the
 # kernel runs a program only with a packet that is at least as long as an IP header.
 _END_CONNECTION: Final = struct.Struct("=14xI4xQQ28x")
 _NO_PACKET: Final = bytes(14 + 40)
-# Places in one run of `go_round` (bpf/express_connect.c).
-_PLACES_AT_ONCE: Final = 16
 
 
 class OwnPrograms(NamedTuple):
@@ -129,8 +122,8 @@ class Connecting:
             self.asks_fd = make("asks", kinds.ARRAY, 4, abi.ASK_BYTES, places, bpf.F_MMAPABLE)
             self.places_fd = make("places", kinds.QUEUE, 0, 4, places)
             self.counts_fd = make("counts", kinds.ARRAY, 4, 8, len(abi.Count))
-            self.made_fd = make("made", kinds.PERCPU_ARRAY, 4, _MADE_BYTES, 1)
-            self.asking_fd = make("asking", kinds.PERCPU_ARRAY, 4, _ASKING_BYTES, 1)
+            self.made_fd = make("made", kinds.PERCPU_ARRAY, 4, abi.NEW_PACKET_BYTES, 1)
+            self.asking_fd = make("asking", kinds.PERCPU_ARRAY, 4, abi.CONTEXT_BYTES, 1)
             ends, round_bytes = ctypes.sizeof(abi.Ends), ctypes.sizeof(abi.Round)
             self.ends_fd = make("ends", kinds.HASH, ctypes.sizeof(abi.EndKey), ends, MOST_ENDS)
             self.round_fd = make("round", kinds.ARRAY, 4, round_bytes, 1, bpf.F_MMAPABLE)
@@ -315,7 +308,7 @@ class Connecting:
         )
         self._round[: ctypes.sizeof(order)] = bytes(order)
         with contextlib.suppress(InterruptedError):
-            times = -(-self.places // _PLACES_AT_ONCE)
+            times = -(-self.places // abi.PLACES_AT_ONCE)
             bpf.run_program(self._own.go_round, _NO_PACKET, times=times)
         done = abi.Round.from_buffer_copy(self._round)
         is_whole = bool(done.next >= self.places)

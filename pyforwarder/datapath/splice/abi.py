@@ -14,7 +14,7 @@ VERSION: Final = 10
 # SO_PRIORITY of a spliced socket, by which another forwarder on this host knows it.
 PRIORITY: Final = 0x50465350
 # Repeated bytes, beyond as many as were new, that are taken for retransmissions, and not counted.
-MOST_AGAIN: Final = 1 << 20
+MAX_REPEATED_BYTES: Final = 1 << 20
 # Value of `answer` while the keeper probes a peer.
 PROBE: Final = 2
 # `worker` of a pair that another machine forwards: no ring and no counters have that number.
@@ -37,6 +37,7 @@ class SpliceState(enum.IntEnum):
     BEGINNING = 2
     ACTIVE = 3
     RESET = 4
+    ASKED = 5
 
 
 class ResetBy(enum.IntEnum):

@@ -21,7 +21,7 @@ from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
 from pyforwarder.datapath.splice.abi import (
-    MOST_AGAIN,
+    MAX_REPEATED_BYTES,
     SPLICE_BYTES,
     ResetBy,
     Splice,
@@ -449,4 +449,4 @@ def shown_bytes(way: SpliceDirection) -> int:
     """The bytes that a direction has carried, as the programs count them (`visible_bytes` in
     splice_valid.h).
     """
-    return max(int(way.bytes), int(way.repeated_bytes) - MOST_AGAIN)
+    return max(int(way.bytes), int(way.repeated_bytes) - MAX_REPEATED_BYTES)

@@ -712,7 +712,7 @@ def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
             )
             wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > again, "seen")
             assert here.kernel.connecting.words()[place] == ask.word
-            assert here.kernel.record(place).state == abi.ASKED_SPLICE
+            assert here.kernel.record(place).state == SpliceState.ASKED
             lossy.set(lose=0.0)
             server, _ = here.accept(b"hello")
             with server:

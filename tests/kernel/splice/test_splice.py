@@ -5,7 +5,6 @@ What it has in common with them is in test_conformance.py and test_differential.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -24,12 +23,10 @@ from pyforwarder.datapath.proof.scenarios import (
     half_closed_goes_on,
     joined_in_mid_stream,
 )
-from pyforwarder.datapath.splice import abi as splice_abi
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import daemon as daemons
-from tests.helpers import mirrors
 from tests.helpers.faults import faults
 from tests.helpers.netns import narrow_the_network, private_network
 from tests.helpers.peers import (
@@ -49,18 +46,6 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.proof.rig import Rig
     from tests.helpers.daemon import Daemon, Place
     from tests.kernel.conftest import StartForwarder
-
-STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
-    "splice_key": splice_abi.SpliceKey,
-    "splice_flow": splice_abi.SpliceFlow,
-    "splice_handshake": splice_abi.SpliceHandshake,
-    "splice_handshakes": splice_abi.SpliceHandshakes,
-    "splice_port": splice_abi.SplicePort,
-    "splice_ports": splice_abi.SplicePorts,
-    "splice_direction": splice_abi.SpliceDirection,
-    "splice": splice_abi.Splice,
-    "splice_event": splice_abi.SpliceEvent,
-}
 
 
 @pytest.fixture
@@ -279,10 +264,3 @@ def test_lost_packets_cost_no_byte_and_no_ending(
 
 def was_spliced(rig: Rig) -> bool:
     return all(pair.kind is DatapathKind.SPLICE for pair in rig._pairs)
-
-
-def test_structures_are_laid_out_as_the_compiler_does(tmp_path: Path) -> None:
-    declared = mirrors.structures_of("splice.h")
-    assert declared == {*STRUCTURES, "splice_look"}  # that one never leaves the program
-    expected = mirrors.layout(STRUCTURES)
-    assert mirrors.compiled("splice.h", expected, tmp_path) == expected
