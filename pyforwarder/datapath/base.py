@@ -38,7 +38,7 @@ class PairReason(enum.IntEnum):
     NOT_PLAIN_TCP = 8
     REFUSED_BY_KERNEL = 9
     UNREAD_BYTES = 10
-    DRAINING = 11
+    # 11 was a reason that no pair ever had.
     NOT_ELIGIBLE = 12
     DATAGRAMS = 13
     TWO_FAMILIES = 14
@@ -75,7 +75,6 @@ _REASON_TEXT: Final = {
     PairReason.NOT_PLAIN_TCP: "one end is not plain TCP (MPTCP or kTLS)",
     PairReason.REFUSED_BY_KERNEL: "the kernel refused to take the sockets",
     PairReason.UNREAD_BYTES: "bytes kept coming while the sockets changed hands",
-    PairReason.DRAINING: "the pair is about to end",
     PairReason.DATAGRAMS: "datagrams are copied",
     PairReason.SMALL_WINDOW: "not spliced: one end's window is less than two steps of the other's",
     PairReason.NOT_ELIGIBLE: "splice was asked for, and this host cannot, see pyforwarder doctor",

@@ -182,13 +182,6 @@ class Pressure:
 
     # Measuring
 
-    def measure(self) -> None:
-        """Look at every pair now, tell the others, and do what follows from what all hold."""
-        found = _Found()
-        for client in self._host.clients.values():
-            self._measure_pair(client, found)
-        self._finish(found)
-
     def _measure_pair(self, client: Client, found: _Found) -> None:
         if client.life is not Life.JOINED or client.kind is DatapathKind.SPLICE:
             return

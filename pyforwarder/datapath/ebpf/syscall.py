@@ -55,7 +55,6 @@ class AttachType(enum.IntEnum):
     SK_SKB_STREAM_VERDICT = 5
     TRACE_FENTRY = 24
     TRACE_ITER = 28
-    SK_SKB_VERDICT = 38
     TCX_INGRESS = 46
     TCX_EGRESS = 47
 
@@ -86,7 +85,6 @@ class _Command(enum.IntEnum):
     OBJ_PIN = 6
     OBJ_GET = 7
     PROG_ATTACH = 8
-    PROG_DETACH = 9
     PROG_TEST_RUN = 10
     PROG_QUERY = 16
     MAP_LOOKUP_AND_DELETE_ELEM = 21

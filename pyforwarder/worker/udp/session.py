@@ -56,7 +56,6 @@ class Session(Timed):
         "answered_s",
         "asking",
         "assurance",
-        "candidates",
         "client_keys",
         "destination",
         "down_bytes",
