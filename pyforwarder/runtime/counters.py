@@ -44,13 +44,13 @@ class Counter(enum.IntEnum):
     BACKLOG_TRIPS = 13  # of connections that have ended
     DATAGRAMS_LOST = 14  # a queue was full, or the name of a server not resolved yet
     NAMES_REFUSED = 15  # as many of that client, of its network or in all were being resolved
-    DATAGRAMS_HELD_BACK = 24  # answers that `amplification` does not let go out
-    HELD_BYTES = 25  # a gauge: what pairs hold in memory, as last measured
-    PAIRS_SLOWED = 26  # got buffers of a fixed size because memory was tight
-    SESSIONS_UNSPLICED = 27  # of UDP: there was no room for another in the kernel
-    DATAGRAMS_OVERTAKEN = 28  # by the first ones that the kernel sent on
-    ERRORS_DOUBTED = 29  # of ICMP about a session, which did not end it
-    JOINED_EXPRESS = 30
+    DATAGRAMS_HELD_BACK = 16  # answers that `amplification` does not let go out
+    HELD_BYTES = 17  # a gauge: what pairs hold in memory, as last measured
+    PAIRS_SLOWED = 18  # got buffers of a fixed size because memory was tight
+    SESSIONS_UNSPLICED = 19  # of UDP: there was no room for another in the kernel
+    DATAGRAMS_OVERTAKEN = 20  # by the first ones that the kernel sent on
+    ERRORS_DOUBTED = 21  # of ICMP about a session, which did not end it
+    JOINED_EXPRESS = 22
 
 
 class ListenerCounter(enum.IntEnum):
@@ -102,33 +102,41 @@ FAILURE_BY_REASON: Final = {
 }
 
 
+# The words of a block, one range behind the other; a test compares their ends.
+REASONS: Final = tuple(CloseReason)
+# Words that `observe` needs besides one for each bound: beyond the last of them, and the sum.
+_TIME_WORDS: Final = 2
+# Times, as `observe` counts them. The bounds are a few per decade, where networks differ.
+DECISION_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+CONNECT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_CONNECT_WORDS: Final = len(CONNECT_BOUNDS_S) + _TIME_WORDS
+# How many kinds `datapath.splice.abi.Invalid` and `datapath.express.connect_abi.Count` have at
+# most: this package does not import them.
+INVALID_WORDS: Final = 16
+EXPRESS_WORDS: Final = 24
 # How often each limit has said no.
-LIMITED_FIRST: Final = 32
+LIMITED_FIRST: Final = max(Counter) + 1
 LIMITED_INDEX: Final = {
     limit: LIMITED_FIRST + n for n, limit in enumerate(Limit) if limit.counted_as is limit
 }
-REASONS: Final = tuple(CloseReason)
-CLOSED_FIRST: Final = 64
+CLOSED_FIRST: Final = LIMITED_FIRST + len(Limit)
 CLOSED_INDEX: Final = {reason: CLOSED_FIRST + n for n, reason in enumerate(REASONS)}
-# Packets that splice did not believe, by `datapath.splice.abi.Invalid`; written by its programs.
-INVALID_FIRST: Final = 112
-# Times, as `observe` counts them. The bounds are a few per decade, where networks differ.
-DECISION_FIRST: Final = 128
-DECISION_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-CONNECT_FIRST: Final = 144  # to servers that belong to no upstream
-CONNECT_BOUNDS_S: Final = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-_CONNECT_WORDS: Final = len(CONNECT_BOUNDS_S) + 2
+# Packets that splice did not believe; written by its programs.
+INVALID_FIRST: Final = CLOSED_FIRST + len(REASONS)
+DECISION_FIRST: Final = INVALID_FIRST + INVALID_WORDS
+# To servers that belong to no upstream.
+CONNECT_FIRST: Final = DECISION_FIRST + len(DECISION_BOUNDS_S) + _TIME_WORDS
 # Plain numbers for the path of every connection, which adding a member of an enum would slow down.
 _SERVER_CONNECTS: Final = int(ServerCounter.CONNECTS)
 _SERVER_PAIRS: Final = int(ServerCounter.PAIRS)
-# Of the whole daemon, written by its keeper into the first worker's block: ports of express, and
-# what its programs have counted (`datapath.express.connect_abi.Count`).
-EXPRESS_PORTS: Final = 160  # a gauge, as the two behind it
-EXPRESS_PORTS_USED: Final = 161
-EXPRESS_PORTS_MOST: Final = 162  # used at once, as seen at least twice a second
-EXPRESS_CONNECT_FAILED: Final = 163  # to any server
-EXPRESS_FIRST: Final = 164
-NAMED_FIRST: Final = 192  # from here on: what a Directory hands out
+# The keeper writes these for the whole daemon, into the first worker's block: ports of express, and
+# what its programs have counted.
+EXPRESS_PORTS: Final = CONNECT_FIRST + _CONNECT_WORDS  # a gauge, as the two behind it
+EXPRESS_PORTS_USED: Final = EXPRESS_PORTS + 1
+EXPRESS_PORTS_MOST: Final = EXPRESS_PORTS + 2  # used at once, as seen at least twice a second
+EXPRESS_CONNECT_FAILED: Final = EXPRESS_PORTS + 3  # to any server
+EXPRESS_FIRST: Final = EXPRESS_PORTS + 4
+NAMED_FIRST: Final = EXPRESS_FIRST + EXPRESS_WORDS  # from here on: what a Directory hands out
 
 
 class Directory:

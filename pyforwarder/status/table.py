@@ -3,7 +3,8 @@
 A row says where the number stands in a worker's block, what Prometheus calls it and what it means.
 Labels come from enums and from the configuration, never from clients, so there are as many series
 as the configuration has listeners, rules and servers; those for which a block has no words left
-have none.
+have none. Families that Prometheus alone has, and that are no sum of words (whether a server is up,
+what a fleet's machines report), are named here beside the rows; status/metrics.py fills them.
 
 To add a number: its word in `runtime.counters`, and a row here.
 """

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterator
+
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.express.connect_abi import Count
+from pyforwarder.datapath.splice.abi import Invalid
 from pyforwarder.runtime.counters import (
     BLOCK_BYTES,
     BLOCK_WORDS,
-    CLOSED_FIRST,
     CLOSED_INDEX,
+    CONNECT_BOUNDS_S,
+    CONNECT_FIRST,
+    DECISION_BOUNDS_S,
+    DECISION_FIRST,
+    EXPRESS_CONNECT_FAILED,
+    EXPRESS_FIRST,
+    EXPRESS_PORTS,
+    EXPRESS_PORTS_MOST,
+    EXPRESS_PORTS_USED,
+    INVALID_FIRST,
+    LIMITED_INDEX,
     NAMED_FIRST,
     REASONS,
     SERVER_WORDS,
@@ -20,14 +35,44 @@ from pyforwarder.runtime.counters import (
     SharedHeld,
     change,
     count_disconnect,
+    observe,
 )
+from pyforwarder.runtime.limits import Limit
 from tests.helpers.forks import in_processes
 
 
+def words_in_use() -> Iterator[int]:
+    """Every word that has a meaning before those of names, once for each meaning."""
+    yield from Counter
+    yield from LIMITED_INDEX.values()
+    yield from CLOSED_INDEX.values()
+    yield from (INVALID_FIRST + kind for kind in Invalid)
+    yield from range(DECISION_FIRST, DECISION_FIRST + len(DECISION_BOUNDS_S) + 2)
+    yield from range(CONNECT_FIRST, CONNECT_FIRST + len(CONNECT_BOUNDS_S) + 2)
+    yield from (EXPRESS_PORTS, EXPRESS_PORTS_USED, EXPRESS_PORTS_MOST, EXPRESS_CONNECT_FAILED)
+    yield from (EXPRESS_FIRST + kind for kind in Count)
+
+
 def test_words_of_different_things_do_not_overlap() -> None:
-    assert len(Counter) <= CLOSED_FIRST
-    assert max(CLOSED_INDEX.values()) < NAMED_FIRST
-    assert len(set(CLOSED_INDEX.values())) == len(REASONS) == len(CloseReason)
+    words = list(words_in_use())
+    assert [word for word, times in collections.Counter(words).items() if times > 1] == []
+    assert max(words) < NAMED_FIRST
+    assert len(CLOSED_INDEX) == len(REASONS) == len(CloseReason)
+    assert len(LIMITED_INDEX) == len({limit.counted_as for limit in Limit})
+
+
+def test_a_counter_has_no_gap_in_front_of_it() -> None:
+    """The next one gets the number behind the last, and everything behind it moves."""
+    assert sorted(Counter) == list(range(len(Counter)))
+
+
+def test_an_observed_time_stays_within_its_words() -> None:
+    memory = Counters.memory(1)
+    block = Counters(memory).block(0)
+    for took_s in (0.0, *CONNECT_BOUNDS_S, 3600.0):
+        observe(block, CONNECT_FIRST, CONNECT_BOUNDS_S, took_s)
+    used = {word for word in range(BLOCK_WORDS) if block[word]}
+    assert used == set(range(CONNECT_FIRST, CONNECT_FIRST + len(CONNECT_BOUNDS_S) + 2))
 
 
 def test_total_is_exact_though_processes_add_at_the_same_time() -> None:
