@@ -52,7 +52,7 @@ class Activation:
         self._sockets.setdefault(name, []).append(sock)
 
     def take(self, name: str) -> list[socket.socket]:
-        """Those of a name, which are the caller's from here on."""
+        """Return the sockets of a name, and forget them: the caller closes them."""
         return self._sockets.pop(name, [])
 
     def all(self) -> list[tuple[str, socket.socket]]:
@@ -60,7 +60,7 @@ class Activation:
         return [(name, sock) for name, sockets in self._sockets.items() for sock in sockets]
 
     def sockets(self, wanted: SystemdSockets, protocol: str) -> list[BoundSocket]:
-        """Those of a name, to listen on; each is a descriptor of its own.
+        """Return the sockets of a name, to listen on; each is a descriptor of its own.
 
         Raises:
             ForwarderError: there is none of that name, or one that cannot be used.

@@ -42,7 +42,7 @@ _MOST_AT_ONCE: Final = 1000
 
 
 class KernelBalancers:
-    """Those of one daemon."""
+    """Keeps a balancer for each upstream to which the kernel connects by itself."""
 
     def __init__(
         self,
@@ -70,7 +70,8 @@ class KernelBalancers:
         drained: Collection[tuple[str, str]],
         now_s: float,
     ) -> None:
-        """These upstreams and no others; with the servers, by upstream and name, that get nothing.
+        """Balance these upstreams and no others. Servers in `down` and `drained`, named by upstream
+        and server, get no connections.
 
         What `leads_to` has said before is void.
         """
@@ -106,11 +107,11 @@ class KernelBalancers:
 
     @property
     def servers(self) -> Collection[Address]:
-        """Those of which it is asked what became of their connections."""
+        """The servers whose outcomes `update` reads."""
         return self._led.keys()
 
     def update(self, now_s: float) -> bool:
-        """Learn what became of connections; whether another server is chosen by that.
+        """Read what became of connections; returns whether other servers are fit now.
 
         A server that fails does so for all upstreams that have it.
         """
@@ -154,7 +155,9 @@ class KernelBalancers:
         return bool(self._led)
 
     def report(self, now_s: float) -> dict[str, dict[str, dict[str, object]]]:
-        """As workers say it (`Server.upstreams`), but for the pairs, which are the workers' own."""
+        """What workers report of their balancers (`Server.upstreams`), for the kernel's: with 0
+        pairs, as those are counted by workers.
+        """
         return {
             name: {
                 server.name: {
@@ -176,7 +179,9 @@ def _seen_of(outcome: Outcome) -> _Seen:
 def _report_outcomes(
     balancer: Balancer, name: str, now_s: float, *, before: int, has_opened: bool, after: int
 ) -> None:
-    """Failures, a connection that was opened, if there was one, and failures after it."""
+    """Tell the balancer of failures, then of a connection that was opened, if there was one, then
+    of failures after it.
+    """
     server = next((one for one in balancer.servers if one.name == name), None)
     if server is None:
         return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Changes:
-    """Of one daemon."""
+    """Puts another configuration in force, for one daemon."""
 
     def __init__(
         self,
@@ -56,7 +56,8 @@ class Changes:
         self._changed = changed
 
     def own(self, text: str, config: Config) -> None:
-        """Put one in force whose own part is new, so that the rest may fit it now.
+        """Put a configuration in force after this machine's own part of it has changed. Then the
+        part that a fleet shares is tried again, which may fit now.
 
         Raises:
             ForwarderError: it cannot be; what was in force still is.
@@ -68,7 +69,8 @@ class Changes:
         self._loop.defer(lambda _: self._helpers().fleet.try_again(), None)
 
     def shared(self, shared: Shared) -> None:
-        """What a fleet's store has: listeners, upstreams and servers, beside this machine's own.
+        """Put in force what a fleet's store has: listeners, upstreams and servers, beside this
+        machine's own.
 
         Raises:
             ForwarderError: it cannot be; what was in force still is.

@@ -43,7 +43,7 @@ def report_rounds(channel: Channel) -> Callable[[], None]:
 
 
 class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
-    """Tells of each server once, and again when it goes up or down."""
+    """Tells of each server once, and again when the server goes up or down."""
 
     name = "health_checks"
     may_say = FROM_CHECKER
@@ -71,7 +71,7 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
         self._known: dict[Server, bool] = {}
 
     def change_to(self, upstreams: Mapping[str, Upstream], only: Collection[Server]) -> None:
-        """Check `only` these of their servers from now on.
+        """Start a process that checks the servers in `only`, of these upstreams.
 
         What is known of those that stay holds.
         """
@@ -81,7 +81,7 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
         self.start()
 
     def check_only(self, only: Collection[Server]) -> None:
-        """As `change_to` with the same upstreams; the process that runs goes on."""
+        """Have the running process check the servers in `only`, and no others."""
         self._keep(only)
         if self._channel is None:
             self.start()

@@ -55,7 +55,9 @@ class Serving(NamedTuple):
 
 
 class ChildProcess(ABC, Generic[Said]):
-    """One process after the other: after a change, and after a death."""
+    """Keeps one process running: another one is started after a change, and after the death of the
+    last.
+    """
 
     name: str  # in the log: NAME_fault
     may_say: Messages  # the only messages that are taken from it: those of `Said`
@@ -64,7 +66,7 @@ class ChildProcess(ABC, Generic[Said]):
     def __init__(
         self, loop: Loop, log: Log, *, user: str | None, close_in_child: Callable[[], None]
     ) -> None:
-        """No process runs yet. `close_in_child` closes in it what is the supervisor's alone."""
+        """Start no process yet. `close_in_child` closes in it what is the supervisor's alone."""
         self._loop = loop
         self._log = log
         self._user = user
@@ -83,7 +85,8 @@ class ChildProcess(ABC, Generic[Said]):
 
     @abstractmethod
     def _prepare(self, channel: Channel) -> Serving:
-        """In the process, as the supervisor's user: read files and import what it will need.
+        """Read files and import modules that the process will need; called in the process, as the
+        supervisor's user.
 
         The supervisor's own descriptors are closed by then.
         """
@@ -140,7 +143,7 @@ class ChildProcess(ABC, Generic[Said]):
         return min(_LONGEST_PAUSE_S, _PAUSE_S * 2.0 ** max(0, min(self._failures, 16) - 1))
 
     def close_channel(self) -> None:
-        """In another child: this end is the supervisor's."""
+        """Close this end of the channel, in another child of the supervisor."""
         if self._channel is not None:
             self._channel.close()
 

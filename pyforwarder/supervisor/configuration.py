@@ -156,7 +156,7 @@ class ConfigInForce:
         mtu: Callable[[], int],
         activation: Activation,
     ) -> None:
-        """Nothing is in force before the first `take`.
+        """Put nothing in force yet: `take` does.
 
         `mtu` says what packets may have where pairs can be spliced between interfaces; 0: any.
         """
@@ -189,7 +189,7 @@ class ConfigInForce:
         self.listeners.abandon(change.following)
 
     def take(self, change: Change) -> None:
-        """This is what workers are to be told from here on, the new listeners included."""
+        """Make a change what workers are told from now on, with its new listeners."""
         self.config, self.settings = change.config, change.settings
         self.changes += 1
         self.drained &= servers_of(change.config)
@@ -221,7 +221,7 @@ class ConfigInForce:
         return next(one.weight for one in servers if str(one.address) == address)
 
     def commit(self, change: Change) -> None:
-        """Now that all know of the change: close the listeners that are no more."""
+        """Close the listeners that are obsolete, once all workers know of the change."""
         self.listeners.commit(change.config, change.following, change.obsolete)
         self.listeners.limit_packets(change.settings.mtus)
         self.listeners.keep_alive(change.config.keepalive.terms)
@@ -260,7 +260,7 @@ def servers_of(config: Config) -> set[tuple[str, str]]:
 
 
 def _mtus(config: Config, bound: Mapping[str, Bound], mtu: int) -> dict[str, int]:
-    """By listener, where its pairs can be spliced between interfaces."""
+    """The `mtu` for each listener, by name, whose pairs can be spliced between interfaces."""
     return {
         listener.name: mtu
         for listener in config.listeners

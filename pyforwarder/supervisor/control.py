@@ -151,7 +151,7 @@ class ControlServer:
         client.fds = []
 
     def _ready(self, client: _ControlClient, _fd: int, mask: int) -> None:
-        """It has sent something, reads what we have sent, or has another request waiting here."""
+        """Send what is left to send, or read, and take the next request that is complete."""
         if client.outgoing:
             if mask:
                 self._send(client)

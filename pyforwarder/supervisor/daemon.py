@@ -191,7 +191,7 @@ class Daemon:
         return ""
 
     def _bind(self, text: str, config: Config) -> None:
-        """From here on connections wait in the kernel."""
+        """Bind the listeners of a configuration: from here on connections wait in the kernel."""
         if self._predecessor is not None:
             self._takeover.inherit_listeners(
                 self._predecessor, self._in_force, self._activation, self._helpers.web
@@ -332,7 +332,7 @@ class Daemon:
         self._helpers.start(config)
 
     def _close_in_child(self, *, is_web: bool = False) -> None:
-        """In a new child: close what is the supervisor's alone."""
+        """Close what is the supervisor's alone, in a new child."""
         # With `--detach` the command's own output is inherited too, and its reader (a shell's
         # `$(...)`, an installer) waits for an end of file that only the last holder brings.
         null = os.open(os.devnull, os.O_RDWR)

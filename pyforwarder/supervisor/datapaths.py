@@ -133,7 +133,7 @@ class Datapaths:
 
     @property
     def in_preparation(self) -> list[str]:
-        """Those that are loaded and proven just now, the best first."""
+        """The datapaths that are being loaded and proven, the best first."""
         return [row.name for row in IN_KERNEL if self.states[row.name] == _IN_PREPARATION]
 
     @property
@@ -168,7 +168,7 @@ class Datapaths:
         return self.splicing.maps.handshakes_fd
 
     def release(self) -> None:
-        """Another daemon goes on with what outlives us: leave that as it is."""
+        """Leave what is pinned to another daemon, which continues with it."""
         for name in [name for name, datapath in self._there.items() if datapath.can_pin]:
             self._there.pop(name).release()
             self.states[name] = _NOT_WANTED
@@ -195,7 +195,7 @@ class Datapaths:
         return f"{len(proof.scenarios)} scenarios in {proof.took_s:.2f} s"
 
     def take(self, name: str, loaded: Loaded | LoadError) -> None:
-        """A part has come: attach it, or do without it."""
+        """Attach the programs of a part that was loaded, or do without that datapath."""
         try:
             if isinstance(loaded, LoadError):
                 raise loaded
@@ -232,7 +232,9 @@ class Datapaths:
         return {name: partial(prove, name) for name in untried}
 
     def take_sessions(self, name: str, proof: Loaded | LoadError) -> None:
-        """It is known whether they work; workers have all that they need for them."""
+        """Note whether sessions work, as their proof came out; workers have all that they need for
+        them.
+        """
         if isinstance(proof, LoadError):
             self._fail(name, proof)
             return
@@ -241,7 +243,7 @@ class Datapaths:
 
     @property
     def available(self) -> list[str]:
-        """Those to which workers may give pairs or sessions."""
+        """The datapaths to which workers may give pairs or sessions."""
         return [name for name, state in self.states.items() if state == _AVAILABLE]
 
     @property
@@ -263,7 +265,7 @@ class Datapaths:
         )
 
     def pin(self) -> None:
-        """From here on spliced pairs outlive us.
+        """Pin spliced pairs, so that they outlive this daemon.
 
         Not before we serve: if we cannot, what an earlier daemon left must stay as it was.
         """
@@ -278,7 +280,9 @@ class Datapaths:
                 self._log.write("warning", f"{name}_not_pinned", reason=str(error))
 
     def watch_keeper(self) -> None:
-        """Kill it if it hangs, and look again in a while; `keeper_has_died` tells of it."""
+        """Kill the keeper if it hangs, and look again every few seconds; `keeper_has_died` tells of
+        its death.
+        """
         if self.splicing is not None:
             if self.splicing.keeper.hangs():
                 self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
@@ -298,7 +302,7 @@ class Datapaths:
         return self.splicing is not None and self.splicing.keeper.has_died()
 
     def restart_keeper(self) -> None:
-        """Put another in the place of one that died."""
+        """Start another keeper in place of one that died."""
         if self.splicing is not None:
             self.splicing.keeper.restart()
 

@@ -79,7 +79,7 @@ class _Compiler:
         self._tables: dict[tuple[str, int, bool], Compiled] = {}
 
     def rules(self, listener: Listener) -> Ruleset:
-        """Those of a listener."""
+        """Return the compiled rules of a listener."""
         found = self._rulesets.get(listener.name)
         if found is None:
             found = self._rulesets[listener.name] = compile_rules(
@@ -88,7 +88,9 @@ class _Compiler:
         return found
 
     def table(self, listener: Listener, bind: Address) -> Compiled:
-        """For connections to this address: the same for all of one port and version of IP."""
+        """Return the table for connections to this address. Addresses of one port and IP version
+        share it.
+        """
         key = listener.name, bind.port, bind.is_ipv6
         found = self._tables.get(key)
         if found is None:
@@ -142,7 +144,7 @@ class Decisions:
         return splicing.express
 
     def refresh_soon(self) -> None:
-        """The same, but not more often than every `_NEWS_S`."""
+        """Call `refresh`, but not more often than every `_NEWS_S`."""
         if self._news:
             return
         wait_s = self._refreshed_s + _NEWS_S - time.monotonic()
@@ -365,7 +367,8 @@ class Decisions:
         return {Address(host, bind.port): mss for host, known in here.items() if known == version}
 
     def stop(self, wait_s: float = 0.0) -> bool:
-        """Nothing begins any more, and what goes on is the workers'; whether anything did begin.
+        """Let the kernel decide nothing any more, and give its connections to workers; returns
+        whether it decided anything.
 
         Within `wait_s` they are told of it, unless the keeper hangs.
         """
@@ -386,7 +389,7 @@ class Decisions:
 
     @property
     def has_stopped(self) -> bool:
-        """After `stop`: whether workers have been told of all that has begun."""
+        """Whether workers have been told, after `stop`, of all connections that have begun."""
         express = self._express()
         return express is None or express.has_stopped
 
@@ -398,7 +401,7 @@ def _said_of(error: Exception) -> str:
 
 
 def _upstreams_of(listeners: Iterable[Listener], config: Config) -> dict[str, Upstream]:
-    """Those to which rules of listeners lead."""
+    """Return the upstreams to which rules of the listeners lead, by name."""
     return {
         rule.to: config.upstreams[rule.to]
         for listener in listeners
@@ -424,7 +427,7 @@ def _asks(rule: Rule | RuleConfig, listener: Listener, config: Config) -> bool:
 
 
 def _addresses_here() -> dict[str, int]:
-    """Of this host, with their version; none that means something on one interface only."""
+    """Return the addresses of this host with their IP version; leaves out link-local IPv6."""
     found: dict[str, int] = {}
     for addresses in psutil.net_if_addrs().values():
         for one in addresses:

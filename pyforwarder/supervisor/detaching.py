@@ -109,7 +109,7 @@ def _background(
 
 
 def _leave_terminal() -> None:
-    """Nothing more on the terminal; standard error has gone to the instance's log by now."""
+    """Let go of the terminal; standard error goes to the instance's log by now."""
     sys.stdout.flush()
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)

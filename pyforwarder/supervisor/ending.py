@@ -31,7 +31,7 @@ _LOOK_S: Final = 1.0
 
 
 class Ending:
-    """Of one daemon. Each step happens once, however often it is asked for."""
+    """Ends one daemon. Each step happens once, however often it is asked for."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Ending:
 
     @property
     def state(self) -> DaemonState:
-        """How far it has come."""
+        """How far the daemon has come to its end."""
         if self.stops or self._retirement().is_retired:
             return DaemonState.ENDING
         if self._drains:
@@ -81,12 +81,12 @@ class Ending:
         return DaemonState.STOPPING if self.has_begun else DaemonState.SERVING
 
     def retired(self) -> None:
-        """A successor has its place."""
+        """Note that a successor has this daemon's place."""
         self.has_begun = True
         self._preparations.stop()
 
     def down(self) -> None:
-        """The same as `begin` when no daemon is to follow: systemd closes its sockets, too."""
+        """Do what `begin` does, when no daemon is to follow: systemd closes its sockets, too."""
         self._retirement().refuse()
         if not self.has_begun and stored_sockets.is_kept(self._env.environ):
             with contextlib.suppress(OSError):

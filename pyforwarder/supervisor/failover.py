@@ -132,7 +132,7 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
         }
 
     def take(self) -> list[str]:
-        """The addresses that move are this machine's from now on, and its neighbours are told.
+        """Take the addresses that move for this machine, and tell its neighbours.
 
         Returns those that it did not have.
 
@@ -149,7 +149,7 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
         return missing
 
     def give(self) -> list[str]:
-        """They are not from now on. Returns those that it had.
+        """Remove the addresses that move from this machine. Returns those that it had.
 
         Raises:
             ControlError: that cannot be.

@@ -51,7 +51,7 @@ class Files:
         unix_time_s: Callable[[], float],
         ways: Sequence[Way] = WAYS,
     ) -> None:
-        """There are no files yet; the view comes from another process (`parts`, `take`).
+        """Make no files yet: the view comes from another process (`parts`, `take`).
 
         It is made by the first of the `ways` that works.
         """
@@ -164,7 +164,7 @@ class Files:
         return report.Backlogs({}, is_complete=self._datapaths.sockmap is None)
 
     def close_in_child(self) -> None:
-        """In another process: close the descriptors; the files stay."""
+        """Close the descriptors, in another process; the files stay."""
         for fd in self._proc.fds() if self._proc is not None else ():
             os.close(fd)
         if self._view is not None:

@@ -124,7 +124,9 @@ class FleetProcess(
         self._loop.after(_REPORT_S, self._report_again)
 
     def try_again(self) -> None:
-        """After the machine's own configuration has changed: the newest edition may fit it now."""
+        """Try the newest edition again, if it was refused: the machine's own configuration has
+        changed, and it may fit now.
+        """
         if self._newest is not None and self._refused:
             self._use(self._newest)
 
@@ -234,7 +236,7 @@ class _LeaveError(BaseException):
 
 
 def _run(member: Member) -> None:
-    """Until the supervisor says that it ends, or is gone.
+    """Run the member until the supervisor ends it, or is gone.
 
     Raises:
         EOFError, OSError: it is gone.

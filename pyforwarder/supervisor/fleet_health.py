@@ -85,7 +85,8 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         return list(self._down.values())
 
     def checkers(self) -> dict[Server, str]:
-        """Who checks each server: `here`, another machine by its name, or `all`, and we among them.
+        """Who checks each server: `here`, another machine by its name, or `all`, which includes
+        this one.
 
         Those that nobody checks are left out.
         """
@@ -100,7 +101,9 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         return found
 
     def inherit(self, down: Sequence[Verdict]) -> None:
-        """Begin with what another daemon has found; the first look at each may say otherwise."""
+        """Begin with the servers that another daemon has found down; the first check of each may
+        find it up.
+        """
         self._down = {(one.upstream, one.server): one for one in down}
 
     def change_to(self, config: Config) -> None:
@@ -178,7 +181,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         return {"rounds": self._rounds, "within_s": max(within_s, _LEAST_S)}
 
     def _found(self, verdict: Verdict) -> None:
-        """By our own process, whether that is new to others or not."""
+        """Take a verdict of this machine's own checks, whether it is new to others or not."""
         server = (verdict.upstream, verdict.server)
         if server not in self._mine:
             return  # it is checked here no more
@@ -188,7 +191,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
             self._put(verdict)
 
     def _put(self, verdict: Verdict) -> None:
-        """This is how a server is."""
+        """Note whether a server is up, and notify if that has changed."""
         server = (verdict.upstream, verdict.server)
         was_down = server in self._down
         if verdict.up:
@@ -281,7 +284,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         self._go_alone()
 
     def _go_alone(self) -> None:
-        """No other machine's checks are known: this machine's count, of all servers."""
+        """Check all servers here, as no other machine's checks are known."""
         self._waiting = None
         if self._is_shared:
             self._is_shared = False

@@ -31,7 +31,9 @@ _MOST_WAITING: Final = 4096
 
 
 class TokenProcess(StoreProcess["TokensClaimed | FleetStore | StoreAnswered"]):
-    """Asks the store; the worker is answered, with None if it is not known."""
+    """Has tokens used up in the store; answers the worker None where it is not known whether that
+    worked.
+    """
 
     name = "fleet_tokens"
     part = "tokens"
@@ -47,7 +49,9 @@ class TokenProcess(StoreProcess["TokensClaimed | FleetStore | StoreAnswered"]):
         self._waiting: OrderedDict[int, Callable[[bool | None], None]] = OrderedDict()
 
     def change_to(self, config: Config) -> None:
-        """Ask this store from now on, if tokens are good once in the whole fleet."""
+        """Use the store of this configuration from now on, if tokens are good once in the whole
+        fleet.
+        """
         fleet = config.fleet if config.claims_tokens else None
         if fleet == self._fleet and not self._is_lost:
             self.start()
@@ -133,7 +137,7 @@ class TokenProcess(StoreProcess["TokensClaimed | FleetStore | StoreAnswered"]):
 
 
 class _ClaimsAbove(Above):
-    """Which asks for tokens to be used up."""
+    """The supervisor, which asks for tokens to be used up."""
 
     def receive(self, timeout_s: float) -> Claim | None:
         from pyforwarder.fleet.claims import Claim

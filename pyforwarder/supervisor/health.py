@@ -58,7 +58,7 @@ class Checker:
         known: Mapping[tuple[str, str], bool] | None = None,
         finished: Callable[[], None] = lambda: None,
     ) -> None:
-        """Of these upstreams' servers `only` some are checked (None: all); see `check_only`.
+        """Check the servers in `only` of these upstreams (None: all); see `check_only`.
 
         `known`: those that were up, or not, before this process. `finished` is called each time
         when all servers that are checked have been once more.
@@ -83,7 +83,9 @@ class Checker:
         self._begin_due()
 
     def check_only(self, only: Collection[tuple[str, str]]) -> None:
-        """Of the servers these alone from now on: upstream and address. Those that stay go on."""
+        """Check the servers in `only`, by upstream and address, and no others. Servers that are
+        checked already go on with their checks.
+        """
         for upstream in self._checked:
             for server in upstream.servers.values():
                 is_wanted = (upstream.name, server.name) in only
@@ -116,7 +118,7 @@ class Checker:
         self._loop.after(max(0.0, next_s - now_s), self._begin_due)
 
     def ended(self, upstream: _Upstream, server: _Server, *, passed: bool, why: str) -> None:
-        """One check's result."""
+        """Count the result of one check, and report it if the server is up or down by it now."""
         if not server.is_wanted:
             return
         self._count(upstream.name, server.name)
@@ -151,7 +153,7 @@ class _Server:
         self.begin()
 
     def begin(self) -> None:
-        """Nothing was found here yet."""
+        """Forget what earlier checks have found of the server."""
         self.health = self._make_health(was_up=self.was_up)
         self.was_told = False
 
@@ -227,7 +229,7 @@ class _Check(Timed):
                 self._approach = wait
 
     def _connect(self, addresses: list[Address]) -> None:
-        """To all of them, a moment apart: the server is up if any answers."""
+        """Connect to all of the addresses, a moment apart: the server is up if any answers."""
         if not addresses:
             self._end(passed=False, why="no address")
             return
@@ -242,7 +244,7 @@ class _Check(Timed):
         race.begin()
 
     def dial(self, address: Address) -> tuple[_socket.socket, int]:
-        """For the race, see `Racer`."""
+        """Begin to connect to an address; called by the race, see `Racer`."""
         family = socket.AF_INET6 if address.is_ipv6 else socket.AF_INET
         sock = _socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -259,19 +261,21 @@ class _Check(Timed):
             raise
 
     def connected(self, sock: _socket.socket, address: Address) -> None:
-        """For the race, see `Racer`."""
+        """Go on with the socket that was connected first; called by the race, see `Racer`."""
         del address
         self._approach = None
         self._sock = sock
         self._accepted()
 
     def lost(self, code: int) -> None:
-        """For the race, see `Racer`."""
+        """End the check, as no address has answered; called by the race, see `Racer`."""
         self._approach = None
         self._failed(code, "TCP: ")
 
     def _failed(self, code: int, by: str = "") -> None:
-        """No connection; if it is for want of something here, nothing is known of the server."""
+        """End the check without a connection. If this host lacks something (descriptors, ports),
+        nothing is known of the server.
+        """
         self._end(passed=None if code in SHORTAGES else False, why=f"{by}{os.strerror(code)}")
 
     def _connect_to_path(self, path: str) -> None:

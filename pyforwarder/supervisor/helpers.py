@@ -39,14 +39,16 @@ _IN_A_DRAIN: Final = (_KEEPER, "failover")
 
 
 class CloseInChild(Protocol):
-    """In a new child: closes what is the supervisor's alone."""
+    """Closes what is the supervisor's alone, in a new child."""
 
     def __call__(self, *, is_web: bool = False) -> None:
         """`is_web`: the listeners of metrics and page stay open."""
 
 
 class Helpers:
-    """Those of one daemon; none runs before `start`."""
+    """Starts, watches and replaces the processes that help the supervisor, for one daemon; none
+    runs before `start`.
+    """
 
     def __init__(
         self,
@@ -235,7 +237,9 @@ class Helpers:
         self.failover.renew()
 
     def close_in_child(self, *, is_web: bool) -> None:
-        """In a new child: close their channels, and the listeners unless it is the web's."""
+        """Close their channels, in a new child, and the listeners of the web unless that is the
+        child's task.
+        """
         if not is_web:
             self.web.close_listeners()
         for helper in self._all.values():
@@ -259,7 +263,9 @@ class Helpers:
     # What they are told and ask
 
     def _web_sources(self) -> tuple[Source, PageSource | None]:
-        """In the process that answers HTTP: what it may tell, from memory that it cannot write."""
+        """What the process that answers HTTP may tell, from memory that it cannot write; called in
+        that process.
+        """
         source = source_in_child(
             self._in_force,
             self._memory,

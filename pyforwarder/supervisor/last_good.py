@@ -21,7 +21,9 @@ _MOST_CACHED: Final = 16 << 20
 
 
 class LastGood:
-    """That file of an instance."""
+    """Reads and writes the file with the last edition of a fleet that was in force, for one
+    instance.
+    """
 
     def __init__(self, path: Path) -> None:
         """`path` need not exist, nor its directory."""

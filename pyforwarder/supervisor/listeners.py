@@ -274,7 +274,7 @@ class Listeners:
             each.is_shared = shared
 
     def sockets(self) -> list[BoundSocket]:
-        """Those of all listeners."""
+        """The sockets of all listeners."""
         return [each for bound in self.bound.values() for each in bound]
 
     def change_to(self, config: Config) -> tuple[dict[str, Bound], list[BoundSocket]]:
@@ -399,7 +399,7 @@ class Listeners:
         following: Mapping[str, Bound],
         obsolete: Sequence[BoundSocket],
     ) -> None:
-        """These are in force now, as `config` wants them; the obsolete ones are closed."""
+        """Put these listeners in force as `config` wants them, and close the obsolete ones."""
         self.bound = dict(following)
         self.restored = []
         for listener in config.listeners:
@@ -428,7 +428,7 @@ class Listeners:
             each.keep_alive(keepalive)
 
     def close_in_child(self) -> None:
-        """In another process: close the sockets, which are not its own; their paths stay."""
+        """Close the sockets, in another process: they are not its own. Their paths stay."""
         for each in self.sockets():
             for sock in each.sockets:
                 sock.close()

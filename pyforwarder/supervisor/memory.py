@@ -44,7 +44,7 @@ class SharedMemory:
     def __init__(
         self, *, workers: int, slots: int, used_tokens: SharedBlocks | None = None, share: int = 0
     ) -> None:
-        """For that many workers, each with that many slots for pairs.
+        """Make the memory for that many workers, each with that many slots for pairs.
 
         `used_tokens` are those of a daemon before us with as many workers, ours from here on, and
         `share` is the part of them that our workers write.
@@ -114,21 +114,24 @@ class SharedMemory:
         window[:] = bytes(len(window))
 
     def give_up_writing(self) -> tuple[Counters, Sequence[mmap.mmap]]:
-        """In a process that only reads: counters and table, in memory that it cannot write.
+        """Return counters and table in memory that this process cannot write; for a process that
+        only reads.
 
         The caller keeps none of what it has inherited (`keep_memory`).
         """
         return Counters(self.counter_blocks.map(writable=())), self.table.read_only()
 
     def share_limits(self) -> tuple[Sequence[mmap.mmap], mmap.mmap]:
-        """In the process that shares limits with a fleet: workers' columns, which it cannot write.
+        """Return the columns of the workers' limits, which the calling process cannot write, and
+        what workers read of other machines, which it can.
 
         And what workers read of other machines, which it can: it keeps that (`keep_memory`).
         """
         return self.limits.map(writable=()), self.other_machines.map_all()[0]
 
     def of_worker(self, worker: int, *also: mmap.mmap) -> WorkerMemory:
-        """In a worker: what it shares with others, its own part of each for writing.
+        """Return what a worker shares with others, with its own part of each for writing; called in
+        the worker.
 
         It keeps `also` what it shares with its supervisor alone. All other memory that it has
         inherited becomes its own, and zero; the descriptors are closed.

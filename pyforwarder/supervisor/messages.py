@@ -29,7 +29,9 @@ class FaultyMessageError(Exception):
 
 
 class _Message(BaseModel):
-    """No conversion of types (1 is no True, "1" no number), and no field too many."""
+    """A record without conversion of types (1 is no True, "1" no number) and with no field too
+    many.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -81,7 +83,9 @@ class Health(_Message):
 
 
 class ChecksDone(_Message):
-    """Each server that is to be checked has been, once more; counted from the process's start."""
+    """All servers that are to be checked have been checked once more; counted from the process's
+    start.
+    """
 
     rounds: Number
 

@@ -69,7 +69,7 @@ class Basis:
 
 
 class Parts:
-    """Those of one daemon; making them starts no process."""
+    """Makes the parts of one daemon, and connects them; starts no process."""
 
     def __init__(self, basis: Basis, config: Config, *, workers: int, user: str | None) -> None:
         """`user`: whose processes are without privileges; None: nobody else's."""

@@ -55,7 +55,7 @@ class Preparations:
                 self._watch(one)
 
     def watch_more(self, parts: Mapping[str, Part]) -> None:
-        """The same with parts of which it turns out only now that they are wanted."""
+        """Start parts of which it turns out only now that they are wanted, and watch them."""
         self.start(parts)
         self._watch(self._all[-1])
 
@@ -87,7 +87,7 @@ class Preparations:
             one.close()
 
     def close_in_child(self) -> None:
-        """In another child: close their sockets."""
+        """Close the sockets to these processes, in another child."""
         for one in self._all:
             one.close_in_child()
 

@@ -86,7 +86,7 @@ class Preparation:
 
     @property
     def time_left_s(self) -> float:
-        """Until it is given up: then call `give_up`."""
+        """How long until the preparation has to be given up (`give_up`)."""
         return max(0.0, self._deadline_s - time.monotonic())
 
     def next(self) -> Iterator[tuple[str, Loaded | LoadError]]:
@@ -115,7 +115,7 @@ class Preparation:
         yield from self._fail("the process that loads it has died")
 
     def give_up(self) -> Iterator[tuple[str, LoadError]]:
-        """It takes too long."""
+        """Fail the parts that have not come, as they take too long; yields each with the error."""
         yield from self._fail(
             f"not loaded within {scaled_s(TIMEOUT_S):.0f} s; {slowness.advice()}", Refusal.TIMEOUT
         )
@@ -153,7 +153,7 @@ class Preparation:
             os.close(fd)
 
     def close_in_child(self) -> None:
-        """In another process: close the socket."""
+        """Close the socket, in another process."""
         self._ours.close()
 
 

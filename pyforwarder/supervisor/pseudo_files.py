@@ -112,12 +112,12 @@ class PseudoFiles:
         self._writers = {}
 
     def changed(self, name: str) -> None:
-        """What the file says has changed: also for those who read it after our death."""
+        """Write the file's new text, also for those who read it after this process's death."""
         entry = self._present[name]
         _fill(entry, _said(entry.file))
 
     def asked(self) -> None:
-        """Somebody may be waiting in open(2): SIGIO, or a writer is done."""
+        """Let in whoever waits in open(2); called on SIGIO, and when a writer is done."""
         for entry in list(self._present.values()):
             # Asked anew for each file: a writer whom we have just let in may be done with it, and
             # its next command at another file, before we get there.
@@ -216,7 +216,9 @@ class PseudoFiles:
         self._done(entry)
 
     def _done(self, entry: _Opened, retry_s: float = _RETRY_S) -> None:
-        """Its command is obeyed; if nobody else has the file open, we need it no more."""
+        """Give up the file that a writer had, once its command is obeyed and nobody else has it
+        open.
+        """
         if not self._is_present(entry):
             try:
                 fcntl.fcntl(entry.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -244,7 +246,9 @@ class PseudoFiles:
         os.close(entry.fd)
 
     def _refresh_later(self, file: PseudoFile, after_s: float = _REFRESH_S) -> None:
-        """Without a lease nobody tells when the file is read: make its text anew now and then."""
+        """Make the text of a file without a lease anew every now and then: nobody tells when it is
+        read.
+        """
 
         def refresh() -> None:
             entry = self._present[file.name]

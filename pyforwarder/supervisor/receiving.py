@@ -27,11 +27,11 @@ class Receiver:
         self._loop = loop
 
     def watch(self, worker: WorkerProcess) -> None:
-        """Read from it from here on; the loop forgets the channel when that is closed."""
+        """Read from this worker from now on; the loop forgets the channel when that is closed."""
         self._loop.watch(worker.channel.fileno(), EPOLLIN, self._receive, worker)
 
     def _receive(self, worker: WorkerProcess, fd: int, _mask: int) -> None:
-        """One message of a worker; any error over it is the worker's fault."""
+        """Handle one message of a worker; any error over it is the worker's fault."""
         was_deaf = worker.is_deaf
         try:
             if not worker.receive():

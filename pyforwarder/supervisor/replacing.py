@@ -45,7 +45,7 @@ class Phase(Enum):
 
 
 class Replacements:
-    """Has a worker that lives in every place that needs one."""
+    """Keeps a living worker in every place that needs one."""
 
     def __init__(
         self,
@@ -78,25 +78,26 @@ class Replacements:
 
     @property
     def phase(self) -> Phase:
-        """In which all workers are; one that comes now is told by `tell_phase`."""
+        """The phase in which all workers are; `tell_phase` tells it to a worker that comes now."""
         return self._phase
 
     @property
     def are_over(self) -> bool:
-        """Whether all have died, and none is to be replaced; one that `reap` has not seen may be.
+        """Whether all workers have died, and none is to be replaced. One that `reap` has not seen
+        may be dead, too: it may die while it is told the phase, right after its start.
 
         As one may die right after it has come, while it is told what the others were.
         """
         return len(self._dead) == len(self._workers) and not self._due
 
     def begin(self, phase: Phase) -> None:
-        """The workers are in this phase from here on."""
+        """Note the phase in which the workers are from now on."""
         self._phase = phase
         if phase is Phase.RETIRED:
             self._due.clear()
 
     def reap(self) -> None:
-        """Clean up after those that have died, and replace them; call it on SIGCHLD."""
+        """Clean up after workers that have died, and replace them; call it on SIGCHLD."""
         for index, worker in enumerate(self._workers):
             # A process that asked one in vain may have found out before us that it is dead.
             if index in self._dead or not worker.has_ended():
@@ -118,16 +119,21 @@ class Replacements:
             self._clean_up_after(index, is_soon=time.monotonic() - worker.started_s < _SOON_S)
 
     def replace_now(self) -> None:
-        """Those that have died, without a pause: what outlived them is to be reset."""
+        """Replace workers that have died, without a pause: pairs that have outlived them are to be
+        reset.
+        """
         for index in sorted(self._due):
             self._clean_up_after(index)
 
     def has_not_heard(self, index: int) -> None:
-        """A worker was to take in pairs of the keeper's; if it ends, another does that."""
+        """Note that a worker was to take in pairs of the keeper's, and has not read it; if it ends,
+        its successor takes them in.
+        """
         self._unheard.add(index)
 
     def replace_for_pairs(self, index: int) -> None:
-        """There are pairs for a worker that has ended: another goes on with these, or resets them.
+        """Replace a worker that has ended, as there are pairs for it: the other one goes on with
+        these, or resets them.
 
         One that is away otherwise gets them when it begins.
         """

@@ -92,7 +92,7 @@ def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:
 
 
 def pair_rows(windows: Sequence[mmap.mmap], backlogs: Backlogs) -> list[Row]:
-    """Every connection that is old enough to be in the table, by id."""
+    """A row for every connection that is old enough to be in the table, by id."""
     now_ns = time.monotonic_ns()
     rows = []
     first_slot = 0
@@ -112,7 +112,7 @@ def listener_rows(
     counters: Counters,
     directory: Directory,
 ) -> list[Row]:
-    """Every listener of the configuration in force."""
+    """A row for every listener of the configuration in force."""
     rows = []
     for listener in config.listeners:
         base = directory.index(listener.name)
@@ -135,7 +135,7 @@ def rule_rows(
     directory: Directory,
     deciders: Mapping[RuleName, RuleDecider] = MappingProxyType({}),
 ) -> list[Row]:
-    """Every rule, in the order in which they are tried.
+    """A row for every rule, in the order in which they are tried.
 
     By rules that are not in `deciders` userspace decides.
     """
@@ -169,7 +169,8 @@ def upstream_rows(
     in_kernel: Mapping[str, Any],
     checkers: Mapping[tuple[str, str], str] = MappingProxyType({}),
 ) -> list[Row]:
-    """Every server of every upstream; `reports` is what each worker said about its balancers.
+    """A row for every server of every upstream; `reports` is what each worker said about its
+    balancers.
 
     `checkers` says who checks a server, by upstream and address.
 

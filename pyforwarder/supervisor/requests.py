@@ -324,5 +324,7 @@ class Requests:
 
 
 def _is_number(value: object) -> TypeGuard[int]:
-    """Of a process or a descriptor; True and False are instances of int, too."""
+    """Whether this can be the number of a process or a descriptor; True and False are instances of
+    int, too.
+    """
     return type(value) is int and 0 <= value < 2**31

@@ -23,7 +23,7 @@ class RuleDecider:
 
     @property
     def decided(self) -> str:
-        """In the word of `show rules`."""
+        """Who decides, in the word of `show rules`."""
         if not self.is_in_kernel:
             return "user"
         return "partly" if self.why_not else "kernel"
@@ -39,7 +39,9 @@ class RuleDeciders:
         self.of: dict[RuleName, RuleDecider] = {}
 
     def add(self, listener: str, reasons: Mapping[str, str]) -> None:
-        """At another address: for each rule why userspace decides; empty: the kernel does."""
+        """Add what was found at another address: for each rule why userspace decides; empty: the
+        kernel does.
+        """
         for rule, why in reasons.items():
             before = self.of.get((listener, rule))
             self.of[listener, rule] = RuleDecider(
@@ -48,5 +50,5 @@ class RuleDeciders:
             )
 
     def add_all(self, listener: Listener, why: str) -> None:
-        """The same reason for all of its rules."""
+        """Add the same reason for all rules of a listener."""
         self.add(listener.name, {rule.name: why for rule in listener.rules})

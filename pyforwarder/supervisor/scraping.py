@@ -166,7 +166,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self.listening = following
 
     def close_listeners(self) -> None:
-        """In another child, which does not listen here."""
+        """Close the listeners, in another child, which does not serve them."""
         for listener in self.listening.values():
             listener.close()
 
@@ -244,7 +244,9 @@ def source_in_child(
     fleet: Sequence[Mapping[str, Any]],
     exchanges: Sequence[Mapping[str, Any]],
 ) -> Source:
-    """In the metrics process: what it tells, from memory that it cannot write."""
+    """Return what metrics tell, from memory that this process cannot write; called in the metrics
+    process.
+    """
     from pyforwarder.status.metrics import Source
 
     counters, windows = memory.give_up_writing()
@@ -289,7 +291,9 @@ def page_source_in_child(
     down: Iterable[Verdict],
     unix_time_s: Callable[[], float],
 ) -> PageSource | None:
-    """In that process: what the page shows, from what metrics tell; None: no page is wanted."""
+    """Return what the page shows, from what metrics tell; None: no page is wanted. Called in the
+    same process.
+    """
     from pyforwarder.status.page_data import About, HealthChange
     from pyforwarder.status.plan import ListenerPlan, Plan, RulePlan, ServerPlan
     from pyforwarder.status.process import PageSource

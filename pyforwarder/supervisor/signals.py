@@ -19,7 +19,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD,
 
 
 class Signals:
-    """From its making on, each of these signals calls `on_signal` with its number."""
+    """Calls `on_signal` with the number of each of these signals, from its making on."""
 
     def __init__(self, loop: Loop, on_signal: Callable[[int], None]) -> None:
         self._on_signal = on_signal
@@ -42,13 +42,15 @@ class Signals:
 
     @staticmethod
     def restore() -> None:
-        """They do to this process what they do to any."""
+        """Give the signals back their default effect, in this process."""
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
     def close_in_child(self) -> None:
-        """In a child, which ignores what `children.fork` says: the rest, and the descriptors."""
+        """Restore the signals that `children.fork` has not set, and close the descriptors; called
+        in a child.
+        """
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             if number not in TOLD_TO_GROUPS:

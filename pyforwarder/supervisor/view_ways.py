@@ -34,7 +34,7 @@ FILES: Final = ("show", "stats", "listeners")
 
 
 class Way(NamedTuple):
-    """One way to walk the tables."""
+    """How the tables are walked, by one kind of iterator."""
 
     name: str  # in PYFORWARDER_VIEW
     title: str  # for people

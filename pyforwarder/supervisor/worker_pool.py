@@ -46,7 +46,7 @@ _MOST_ACCEPTED: Final = 1 << 42  # by a worker
 
 
 class WorkerPool:
-    """As many as the shared memory is for, from `start` to `close`."""
+    """Starts, tells and ends the workers: as many as the shared memory is for."""
 
     def __init__(
         self,
@@ -61,7 +61,8 @@ class WorkerPool:
         down: Callable[[], Iterable[Verdict]],
         claim: Callable[[TokenClaim, Callable[[bool | None], None]], None] | None = None,
     ) -> None:
-        """Each worker runs as `user`, calls `close_in_child`, and is told of the servers `down`.
+        """Start no worker yet. Each runs as `user`, calls `close_in_child`, and is told of the
+        servers `down`.
 
         `claim` is asked by those that want a token used up in a fleet.
         """
@@ -103,7 +104,7 @@ class WorkerPool:
 
     @property
     def living(self) -> list[WorkerProcess]:
-        """Those that have not ended, as far as we know."""
+        """The workers that have not ended, as far as we know."""
         return [worker for worker in self._workers if worker.exit_code is None]
 
     @property
@@ -181,7 +182,7 @@ class WorkerPool:
         return sum(ask_all(self.living, "spliced_left"))
 
     def last_id(self) -> int:
-        """As high as any number that a pair of ours has by now."""
+        """A number at least as high as that of any pair of ours by now."""
         most = max(
             self._memory.counters.block(index)[Counter.ACCEPTED]
             for index in range(self._memory.workers)
@@ -260,7 +261,7 @@ class WorkerPool:
         return self._decisions.stop(wait_s)
 
     def send_health(self, verdict: Verdict) -> None:
-        """Every worker learns that a server went up or down."""
+        """Tell every worker that a server went up or down."""
         self._log.write(
             "info" if verdict.up else "warning",
             "server_up" if verdict.up else "server_down",
@@ -277,7 +278,9 @@ class WorkerPool:
         self._replacements.reap()
 
     def drain(self) -> None:
-        """They accept no more, and each ends with its last pair; who dies before is replaced."""
+        """Have the workers accept no more, and end with their last pairs; one that dies before is
+        replaced.
+        """
         self._replacements.begin(Phase.DRAINING)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         self._gets_more = not self._decisions.has_stopped
@@ -286,7 +289,9 @@ class WorkerPool:
         self._wait_for_more(time.monotonic() + scaled_s(_GIVEN_S))
 
     def _wait_for_more(self, until_s: float) -> None:
-        """Once the keeper has given them all that it had, let those end that have nothing left."""
+        """Let workers end that have nothing left, once the keeper has given them all pairs that it
+        had.
+        """
         if not self._gets_more or self._replacements.phase is not Phase.DRAINING:
             return
         if not self._decisions.has_stopped and time.monotonic() < until_s:
@@ -297,11 +302,13 @@ class WorkerPool:
             self._tell(worker, "drain", more=False)
 
     def replace_now(self) -> None:
-        """Those that have died, without a pause: what outlived them is to be reset."""
+        """Replace workers that have died, without a pause: pairs that have outlived them are to be
+        reset.
+        """
         self._replacements.replace_now()
 
     def stop(self) -> None:
-        """They reset what is left, and end."""
+        """Have the workers reset the pairs that are left, and end."""
         if self._replacements.phase is not Phase.RETIRED:
             self._replacements.begin(Phase.STOPPING)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
@@ -309,7 +316,7 @@ class WorkerPool:
             self._tell(worker, "stop")
 
     def _tell_phase(self, worker: WorkerProcess) -> None:
-        """One that has come in another's place is told what the others were."""
+        """Tell a worker that has come in another's place what the others were told."""
         match self._replacements.phase:
             case Phase.DRAINING:
                 self._tell(worker, "drain", more=self._gets_more)
@@ -328,7 +335,7 @@ class WorkerPool:
                 worker.kill()
 
     def close_in_child(self) -> None:
-        """In another process: close the channels."""
+        """Close the channels to the workers, in another process."""
         for worker in self._workers:
             worker.close()
 

@@ -170,7 +170,9 @@ class Acceptor:
         self._settle(client, self._server.limits.admit(host, state.scopes, self._loop.now_s))
 
     def count_client(self, client: Client) -> None:
-        """Ask the limits on clients, now that a PROXY header has said who it is."""
+        """Count the client against the limits on clients, now that a PROXY header has said who it
+        is.
+        """
         if client.peer is not None:
             scopes = client.listener.scopes
             answer = self._server.limits.admit_host(client.peer.host, scopes, self._loop.now_s)
@@ -194,11 +196,11 @@ class Acceptor:
         return self._busy_clients <= BUSY_CLIENTS
 
     def forget_busy(self) -> None:
-        """One of those over a limit has been told, or has gone."""
+        """Count one client less that is over a limit: it was told so, or has gone."""
         self._busy_clients -= 1
 
     def _turn_away(self, client: Client) -> None:
-        """No room even to listen: a reset, at once."""
+        """Reset the client at once: there is no room even to hear it."""
         client.life = Life.CLOSED
         client.refusal = client.refusal or "limit of descriptors"
         client.reason = CloseReason.BUSY

@@ -74,7 +74,8 @@ class Adoption:
         self.adopt_pairs(lambda: sessions.adopt(lambda one: self._orphans.append(one), done))
 
     def adopt_pairs(self, then: Callable[[], None], *, level: str = "info") -> None:
-        """The same of pairs alone; `then` is called when there are no more.
+        """Adopt pairs that have lost their worker, without sessions; `then` is called when there
+        are no more.
 
         `level` is the log line's: those that the kernel has opened, and that last, are nothing new.
         """
@@ -91,7 +92,7 @@ class Adoption:
         adopt_orphans(server, splice, done, self.facts_of, level=level)
 
     def wait(self) -> None:
-        """No client is served yet: our orphans are known before, if the keeper answers soon.
+        """Wait until our orphans are known, before a client is served, if the keeper answers soon.
 
         Their ports are theirs from then on: no connection of ours gets one, which the kernel would
         take for the pair's. A keeper that hangs is not waited for: the supervisor waits for us, and
@@ -121,7 +122,7 @@ class Adoption:
         self._end_sessions()
 
     def end_all_sessions(self, datagrams: DatagramServer) -> None:
-        """The same, at once."""
+        """End all orphaned sessions before this returns."""
         self._datagrams = datagrams
         self._ends_sessions = True
         while self._orphans:

@@ -65,7 +65,7 @@ class KeeperWait(Timed):
         return self._queue is not None
 
     def expired(self) -> None:
-        """It is due."""
+        """Ask the keeper for the pair again."""
         self._is_due(self.pair)
 
 

@@ -1,4 +1,4 @@
-"""From an address to a connected server: sockets and their options, deadlines, what came of it."""
+"""Connects to a server's address: sockets and their options, deadlines, and what came of it."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class Connector:
         return sock.connect_ex(name) if code == errno.EINPROGRESS else outcome_of(code, address)
 
     def dial(self, client: Client, address: Address) -> tuple[_socket.socket, int]:
-        """For one of several connections that are made at once; see `Racer`."""
+        """Begin one of several connections that are made at once; see `Racer`."""
         sock = self._socket_to(address)
         try:
             self._set_up(client, sock, address)
@@ -190,7 +190,7 @@ class Connector:
             raise error from None
 
     def connected(self, client: Client, sock: _socket.socket, address: Address) -> None:
-        """One of several connections stands."""
+        """Take the first of several connections that is established."""
         fd = sock.fileno()
         client.approach = None
         client.destination = address
@@ -201,7 +201,7 @@ class Connector:
         self._connected(client)
 
     def lost(self, client: Client, code: int) -> None:
-        """None of several connections can be made."""
+        """Fail, as none of several connections can be made."""
         client.approach = None
         self.refused(client, code)
 
@@ -344,7 +344,7 @@ class Connector:
     def failed(
         self, client: Client, reason: CloseReason, cause: str = "", *, is_ours: bool = False
     ) -> None:
-        """This address will not do; the next one may.
+        """Give up this address; the next one may do.
 
         What is ours (a shortage, no privilege) is not held against the server: else a client that
         uses up descriptors or ports could have all of them ejected.

@@ -1,4 +1,4 @@
-"""From a route to the addresses of a server: choice of one, names, policy, the next try."""
+"""Finds the addresses of a server for a route: choice of a server, names, policy, the next try."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Answered:
 
 
 class _Dialing:
-    """One client's race between the addresses of its server."""
+    """Receives for one client what its race between the addresses of its server comes to."""
 
     __slots__ = ("_client", "_connector")
 

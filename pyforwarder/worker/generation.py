@@ -87,7 +87,7 @@ class HandoverTerms:
 
 
 class ListenerState:
-    """One address of a listener of one generation, with what the accept path needs at hand."""
+    """An address of a listener of one generation, with what the accept path needs at hand."""
 
     __slots__ = (
         "amplification",
@@ -246,7 +246,7 @@ def fleet_scopes(config: Config, indexes: Mapping[str, int]) -> list[FleetScope]
 
 
 class UpstreamState:
-    """One upstream of one generation: who chooses a server, and how it is connected to."""
+    """An upstream of one generation: who chooses a server, and how it is connected to."""
 
     __slots__ = (
         "balancer",
@@ -392,7 +392,8 @@ class Generation:
     def listener_and_rule(
         self, listener: str, local_port: int, rule: str
     ) -> tuple[ListenerState, RoutedRule]:
-        """Those by which an older pair came, as far as the configuration still has them.
+        """The listener and the rule by which an older pair came, as far as the configuration still
+        has them.
 
         Else the listener is that of joined sockets, its address the first, and the rule its first.
         """

@@ -65,7 +65,7 @@ class Handover:
         sockmap: SockmapDatapath | None,
         splice: SpliceDatapath | None = None,
     ) -> None:
-        """Each is None where this host cannot run it, or it is not configured.
+        """Take the kernel's datapaths; None: this host cannot run it, or it is not configured.
 
         Whether they work is not known before `settle`: until then pairs are copied, and those that
         would be handed over wait for it.
@@ -81,7 +81,7 @@ class Handover:
         self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
     def settle(self, *, sockmap: bool, splice: bool, express: bool = False) -> None:
-        """It is known which of them work: hand over the pairs that waited for it."""
+        """Note which datapaths work, and hand over the pairs that waited for that."""
         self._is_express = express and splice
         if not sockmap:
             self._sockmap = None
@@ -99,7 +99,9 @@ class Handover:
         self._is_settled = False
 
     def finish(self) -> None:
-        """The same, and wait until it is known of every pair where it is; a second at most."""
+        """Do what `stop` does, and wait until it is known for every pair which datapath has it; a
+        second at most.
+        """
         self.stop()
         if self._splice is not None:
             self._splice.finish_questions()
@@ -155,7 +157,7 @@ class Handover:
         )
 
     def _begin(self, client: Client, choice: str) -> None:
-        """Ask for a pair that need not earn it."""
+        """Hand over a pair that need not earn it."""
         if self._is_settled and self._splice is not None and choice != "sockmap":
             # Before the client can have read its answer: no moment is quieter.
             self._attempt(client)
@@ -239,7 +241,9 @@ class Handover:
             self._ask(client)
 
     def _try_splice(self, client: Client) -> PairReason | None:
-        """None: the keeper is asked, or will be before long, and `_answered` goes on."""
+        """Ask the keeper for the pair, or queue it if the keeper has too many requests; `_answered`
+        goes on. Returns what forbids it; None: nothing.
+        """
         if not client.listener.config.splice:
             return PairReason.SPLICE_OFF
         splice = self._splice
@@ -294,7 +298,7 @@ class Handover:
         self._host.loop.defer(self._attempt, client)
 
     def _wait_for_keeper(self, client: Client) -> bool:
-        """Ask for the pair again later; False: that was done often enough."""
+        """Have the pair asked for again later; False: that was done often enough."""
         wait = client.keeper_wait
         if wait is None:
             wait = client.keeper_wait = KeeperWait(self.is_due, client)
@@ -374,7 +378,9 @@ class Handover:
             )
 
     def _ask_again_soon(self, client: Client) -> None:
-        """Nothing tells when TCP has sent the last byte, and then the pair may rest for hours."""
+        """Have the pair asked for again soon: nothing tells when TCP has sent the last byte, and
+        then the pair may rest for hours.
+        """
         if not self._again:
             self._host.loop.after(_AGAIN_S, self._ask_all_again)
         self._again.add(client)

@@ -44,5 +44,5 @@ class Host(Protocol):
         ...
 
     def ask_supervisor(self, what: str, fds: list[int], number: int, /) -> None:
-        """Ask for what needs a privilege, without waiting for it."""
+        """Send a request for what needs a privilege, without waiting for it."""
         ...

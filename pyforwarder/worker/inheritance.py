@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class WorkerMemory(NamedTuple):
-    """A block of each worker, of which its own is writable.
+    """Memory that this worker shares: a block of each worker, of which its own is writable.
 
-    Of used tokens there are more (used_tokens.py), of which this worker has the one of a number.
+    Each worker writes one of several token tables (used_tokens.py); `own_used_tokens` is its
+    number.
     """
 
     counters: Sequence[mmap.mmap]
@@ -32,7 +33,7 @@ class WorkerMemory(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """All of it but the listeners, which come as messages."""
+    """What a worker has from its supervisor at its start; the listeners come later, as messages."""
 
     worker: int
     workers: int

@@ -102,7 +102,7 @@ class Joining:
         return client.id
 
     def _admit(self, *sockets: _socket.socket) -> tuple[int, ...]:
-        """Their cookies, if they may be joined here.
+        """Return the cookies of the sockets, if they may be joined here.
 
         Raises:
             ControlError: a pair has one of them, or there is no room.

@@ -117,7 +117,7 @@ class Log:
         return LEVELS[level] >= self._lowest
 
     def write(self, level: str, event: str, **fields: object) -> None:
-        """One line; what the reader cannot take at once is lost rather than waited for."""
+        """Write a line; one that the reader cannot take at once is lost, nobody waits."""
         if not self.wants(level):
             return
         line = self._line(level, event, fields)
@@ -309,7 +309,7 @@ class ConnectionLog:
         self.tells_steps = self.log.wants("debug")
 
     def step(self, client: Client, event: str, **fields: object) -> None:
-        """At level debug: something has happened to a connection. Ask `tells_steps` before."""
+        """Write a line of level debug about a connection. Ask `tells_steps` before."""
         if self._admit(client.owner.loop.now_s):
             self.log.write(
                 "debug",

@@ -39,7 +39,7 @@ _Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class FlowMessage(Message):
-    """One direction."""
+    """What is known of one direction of a pair."""
 
     is_closed: bool  # its FIN has been sent on
     pending: Annotated[str, Field(max_length=2 * BULK_READ_BYTES)]  # read, not written; base64

@@ -24,7 +24,7 @@ Audit = Annotated[
 
 
 class Message(BaseModel):
-    """No conversion of types; a field that another version adds is not for us."""
+    """A record without conversion of types; fields of other versions are left out."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -40,7 +40,7 @@ def audit_message(client: Client | Session) -> dict[str, str]:
 
 
 def facts_of(audit: dict[str, str]) -> Facts:
-    """The same as facts; another version may have more to say, which the log has no field for."""
+    """Return the facts in a message; more than the log has fields for is left out."""
     return tuple(
         (name, value[:_MOST_CHARACTERS]) for name, value in audit.items() if name in AUDIT_FIELDS
     )

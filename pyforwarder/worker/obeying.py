@@ -59,7 +59,7 @@ class Worker:
             self.loop.after(PULSE_S, self._beat)
 
     def finish(self) -> None:
-        """No client is served any more; the keeper should know of all that has ended."""
+        """Tell the keeper of all that has ended, once no client is served any more."""
         if self._parts is not None:
             self._parts.server.handover.finish_ends()
             self._parts.datagrams.handover.finish()

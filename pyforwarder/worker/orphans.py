@@ -114,7 +114,9 @@ def resume_spliced(
 
 
 def _client_of(server: Server, orphan: Orphan) -> Client:
-    """As it would be had it come by its listener and its rule, as far as they still exist."""
+    """Make the orphan's client as if it had come by its listener and its rule, as far as these
+    still exist.
+    """
     record = orphan.record
     state, rule = server.generation.listener_and_rule(
         record.listener_name.decode(errors="replace") if record else "",

@@ -264,7 +264,7 @@ class PairReceiver:
         self._read_all(then, most)
 
     def _ask_keeper(self) -> None:
-        """Ask the keeper for some of those that are left."""
+        """Ask the keeper for some of the pairs that are left."""
         loop = self._server.loop
         if self._spliced and not self._deadline:
             self._deadline = loop.after(scaled_s(_KEEPER_S), self._reset_all)
@@ -423,7 +423,7 @@ def _is_known_kind(sock: _socket.socket) -> bool:
 
 
 def _known(sock: _socket.socket) -> socket.socket:
-    """The same socket, with the methods that the keeper's questions need."""
+    """Return the socket as one that has the methods which requests to the keeper need."""
     return socket.socket(fileno=sock.detach())
 
 

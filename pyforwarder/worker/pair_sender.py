@@ -128,7 +128,7 @@ class PairSender:
                 self._datagrams.release(session)
 
     def _send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Without waiting.
+        """Send a message, without waiting.
 
         Raises:
             _QueueFullError: the receiver has to read first; nothing was sent.

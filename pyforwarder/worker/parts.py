@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Parts:
-    """There from the first configuration to the end of the process."""
+    """Has the parts of a worker, from the first configuration to the end of the process."""
 
     def __init__(
         self,
@@ -121,7 +121,8 @@ class Parts:
 
 
 def _drop_kernel_objects(given: Inheritance) -> None:
-    """Of maps, programs and links, which are everybody's, keep what is written by descriptor.
+    """Close the descriptors of maps, programs and links, but for those that are written by
+    descriptor: the others are everybody's.
 
     All else is memory by now, and that has none.
     """

@@ -291,7 +291,7 @@ class Pressure:
             self._host.broken(max(slow)[2], CloseReason.BACKLOG)
 
     def _release(self) -> None:
-        """There is room again: the kernel may choose the sizes of buffers as before."""
+        """Let the kernel choose the sizes of buffers again, as there is room."""
         for client in self._clamped:
             if client.life is Life.JOINED and client.server is not None:
                 for sock in (client.client, client.server):

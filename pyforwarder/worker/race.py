@@ -63,11 +63,13 @@ class Racer(Protocol):
         ...
 
     def connected(self, sock: _socket.socket, address: Address) -> None:
-        """This connection stands; the socket is the caller's, and not watched by the loop."""
+        """Take the connection that was established first; the socket is the callee's, and not
+        watched by the loop.
+        """
         ...
 
     def lost(self, code: int) -> None:
-        """None of the addresses answers; the errno of the last one that failed.
+        """Learn that none of the addresses answers; `code` is the errno of the last that failed.
 
         One of `SHORTAGES` if there was any: then not all of them have been asked.
         """
@@ -75,7 +77,7 @@ class Racer(Protocol):
 
 
 class _Attempt:
-    """One connection that is being made."""
+    """A connection that is being made."""
 
     __slots__ = ("address", "fd", "pair", "race", "sock")
 

@@ -28,7 +28,7 @@ _SHOWN: Final = {state.label: state for state in PairState}
 
 
 def _pack_end(address: Address | None) -> bytes:
-    """One end of a connection that stands: without an address it is a unix socket."""
+    """Pack one end of an established connection; without an address it is a unix socket."""
     return _UNIX_ENDPOINT if address is None else pack_endpoint(address)
 
 

@@ -64,7 +64,7 @@ _DELIVERED: Final = Step.DELIVERED
 
 
 def _in_turn(actions: list[Callable[[Client], None]]) -> Callable[[Client], None]:
-    """One call for all of them; most are alone."""
+    """Return one function that calls all of them."""
     if len(actions) == 1:
         return actions[0]
 
@@ -219,7 +219,7 @@ class Server:
         return self._first_id + number * self._workers
 
     def pass_ids(self, count: int) -> None:
-        """The same of so many clients, which need no names."""
+        """Count so many more clients without naming them."""
         self.counters[_ACCEPTED] += count
 
     # Handing over
@@ -249,7 +249,7 @@ class Server:
             self.records.show_state(pair)
 
     def delivered(self, pair: Pair, flow: Flow) -> None:
-        """Every byte is with the target's TCP: its FIN goes out."""
+        """Send the FIN of a direction on: every byte is with the target's TCP."""
         if TYPE_CHECKING:
             assert isinstance(pair, Client)
         flow.phase = PHASES[flow.phase][_DELIVERED]
@@ -333,7 +333,7 @@ class Server:
             self.handover.moved(pair, flow)
 
     def enlarge(self, pair: Pair | None, sock: _socket.socket, by_bytes: int) -> None:
-        """Ask the supervisor, who may."""
+        """Ask the supervisor, which has the privilege, to enlarge a socket's send buffer."""
         if pair is not None:
             pair.is_shared = True
         self.ask_supervisor("enlarge", [sock.fileno()], by_bytes)

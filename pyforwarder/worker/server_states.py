@@ -21,7 +21,7 @@ class Balancing(Protocol):
 
 
 class ServerStates:
-    """Of one worker."""
+    """Knows the states of servers, for one worker."""
 
     def __init__(self, worker: Balancing) -> None:
         self._worker = worker

@@ -33,7 +33,7 @@ class Settings:
     drained: tuple[tuple[str, str], ...] = ()  # upstream and server, of the command `server`
 
     def to_json(self) -> str:
-        """For a pipe to another process."""
+        """Return the settings as text, for a pipe to another process."""
         return json.dumps(
             {
                 "config_text": self.config_text,

@@ -23,7 +23,7 @@ _LOST_S: Final = 30.0
 
 
 class Claiming:
-    """One token that is being asked for; `stop` it when the answer is not needed any more."""
+    """A token that is being asked for; `stop` it when the answer is not needed any more."""
 
     __slots__ = ("_claims", "_number")
     late = "the fleet's store has not said in time whether the token was used"
@@ -33,12 +33,12 @@ class Claiming:
         self._number = number
 
     def stop(self) -> None:
-        """There will be no answer."""
+        """Forget the request: its answer is not needed any more."""
         self._claims.forget(self._number)
 
 
 class TokenClaims:
-    """Those of one worker."""
+    """Has tokens used up in a fleet, for one worker."""
 
     def __init__(self, loop: Loop, send: Callable[[dict[str, object]], None] | None) -> None:
         """`send` says something to the supervisor, without waiting, or raises OSError."""

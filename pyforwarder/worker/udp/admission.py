@@ -29,7 +29,8 @@ class Admission:
         self._loop = server.loop
 
     def admit(self, session: Session) -> Limit | None:
-        """The limit that the session is one too many for, once others have made room; None: none.
+        """The limit that forbids the session; None if it is admitted (others may have ended for
+        it).
 
         What it counts for from here on is given back by `end`.
         """

@@ -37,7 +37,8 @@ class ClientAddresses:
         self._tokens_s = 0.0
 
     def ask_for(self, sock: socket.socket, granted: Granted, *, now_s: float) -> int:
-        """Ask for the socket, which is ours until `granted` is called with it; a number from 1.
+        """Ask the supervisor to make the socket transparent: it is ours until `granted` is called
+        with it. Returns the request's number, from 1.
 
         0: so many are asked for that it cannot be now, and the socket stays the caller's.
         """

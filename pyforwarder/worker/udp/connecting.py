@@ -1,4 +1,6 @@
-"""From a route to a session's socket, connected to its server: choice, names, policy, addresses."""
+"""Makes a session's socket from its route, connected to the server: choice, names, policy,
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -217,7 +219,7 @@ class Connecting:
         self._established(session)
 
     def _not_connected(self, session: Session, code: int) -> None:
-        """This host has no way to the session's server."""
+        """Refuse the session, as this host has no way to its server."""
         reason = CONNECT_ERRORS.get(code, CloseReason.UNREACHABLE)
         if session.upstream is not None and session.server_state is not None:
             session.upstream.balancer.failed(session.server_state, self._loop.now_s)

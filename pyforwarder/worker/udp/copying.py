@@ -164,7 +164,7 @@ class Copying:
                 self._take_one(session.listener, session.key, datagram)
 
     def _heard(self, session: Session) -> None:
-        """Its client has sent something."""
+        """Note that the session's client has sent something."""
         if session.assurance is not _STEADY:
             self._server.eviction.confirm(session, self._loop.now_s)
             if session.slot < 0:
@@ -255,7 +255,7 @@ class Copying:
             self._counters[Counter.DATAGRAMS_LOST] += 1
 
     def send_waiting(self, session: Session) -> None:
-        """Its server is known: send what has waited for that, in its order."""
+        """Send the datagrams that have waited until the session's server is known, in order."""
         waiting = self.forget_waiting(session)
         for datagram in waiting:
             if session.life_ended:
@@ -400,7 +400,7 @@ class Copying:
     # Both
 
     def _failed(self, session: Session, error: OSError) -> None:
-        """This host cannot send it: a full queue loses a datagram, the rest end the session."""
+        """Handle an error of sending: a full queue loses a datagram, others end the session."""
         if error.errno in (errno.EAGAIN, errno.ENOBUFS, errno.EMSGSIZE, errno.EPERM):
             self._counters[Counter.DATAGRAMS_LOST] += 1
             return

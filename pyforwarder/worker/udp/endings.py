@@ -40,7 +40,7 @@ class Endings:
         return session in self._due
 
     def add(self, sessions: Iterable[Session], reason: CloseReason) -> None:
-        """They end in one of the next turns.
+        """Have the sessions end in one of the next turns of the loop.
 
         Who is to end already does so for the first reason; but silence may be over by then.
         """

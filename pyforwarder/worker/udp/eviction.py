@@ -62,7 +62,7 @@ class EvictionQueues(Generic[M]):
             self._groups.setdefault(group, ({}, {}))[member.assurance][member] = None
 
     def confirm(self, member: M, now_s: float) -> None:
-        """Its client has sent another datagram."""
+        """Note that the member's client has sent another datagram."""
         if now_s - member.accepted_s >= STEADY_AFTER_S:
             self.leave(member)
             member.assurance = Assurance.STEADY
@@ -74,7 +74,7 @@ class EvictionQueues(Generic[M]):
             member.assurance = Assurance.BRIEF
 
     def leave(self, member: M) -> None:
-        """It has ended, or makes room for nobody from here on."""
+        """Take the member out of the queues: it has ended, or makes room for nobody any more."""
         if member.assurance is _STEADY:
             return
         for group in member.groups:

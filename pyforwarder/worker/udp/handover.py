@@ -54,7 +54,7 @@ class SessionHandover:
         self._tokens_s = 0.0
 
     def settle(self, *, splice: bool) -> None:
-        """It is known whether the kernel may be given sessions; it keeps those that it has.
+        """Note whether the kernel may be given sessions from now on; it keeps those that it has.
 
         After a reload that may become so later: then also those that there are.
         """
@@ -376,5 +376,5 @@ class SessionHandover:
 
 
 def _not_here(session: Session) -> PairReason:
-    """This host cannot."""
+    """The reason of a session that this host cannot give to the kernel."""
     return PairReason.NOT_ELIGIBLE if session.is_spliced_by_name else PairReason.DATAGRAMS

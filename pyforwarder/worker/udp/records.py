@@ -51,7 +51,7 @@ class SessionRecords:
         )
 
     def show_again(self, session: Session) -> None:
-        """There was no room in the table for the session when it was new."""
+        """Show a session for which the table had no room when it was new."""
         self.show(session, PairState.JOINED if session.sock is not None else PairState.CONNECTING)
 
     def show_datapath(self, session: Session) -> None:

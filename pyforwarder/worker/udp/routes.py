@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def route_of(
     state: ListenerState, orphan: SessionOrphan, now_s: float
 ) -> Route | tuple[CloseReason, str]:
-    """As it would be had it come by its rule now; or why no rule leads there any more.
+    """Return the route that the session would get by its rule now; or why no rule leads there any
+    more.
 
     The worker that opened it may have been taken over, and the configuration may be another.
     """

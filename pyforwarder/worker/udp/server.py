@@ -300,7 +300,9 @@ class DatagramServer:
         )
 
     def _forget(self, session: Session) -> None:
-        """It is in no table of ours from here on, has no timer, and nothing waits for it."""
+        """Remove the session from all tables of ours, with its timer and the datagrams that wait
+        for it.
+        """
         session.life_ended = True
         session.listener.forget(session)
         del self.by_id[session.id]

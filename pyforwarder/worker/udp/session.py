@@ -47,7 +47,7 @@ class SessionOwner(Protocol):
 
 
 class Session(Timed):
-    """One client's datagrams to one server, and back."""
+    """The datagrams of one client to one server, and back."""
 
     __slots__ = (
         "accepted_s",
@@ -242,11 +242,11 @@ class Refused:
         self.refusal = ""
 
     def source_address(self) -> None:
-        """Nothing has been sent from anywhere."""
+        """The address from which datagrams are sent: none, as nothing was sent."""
 
 
 class DatagramPort:
-    """One UDP listener: its socket, and the configuration in force for new sessions."""
+    """A UDP listener: its socket, and the configuration in force for new sessions."""
 
     def __init__(self, sock: socket.socket, state: ListenerState) -> None:
         self.sessions: dict[Key, Session] = {}

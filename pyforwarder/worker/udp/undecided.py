@@ -26,7 +26,7 @@ MOST_BYTES: Final = 4 * 1024 * 1024
 
 
 class Undecided(Timed):
-    """One client's datagrams that no rule has taken yet."""
+    """The datagrams of one client that no rule has taken yet."""
 
     __slots__ = ("claim", "datagrams", "key", "owner", "port", "size_bytes")
 
@@ -40,7 +40,7 @@ class Undecided(Timed):
         self.claim: Claim | None = None  # what the decision waits for, if it is not for more
 
     def expired(self) -> None:
-        """No more is waited for."""
+        """Decide by what has come: no more datagrams are waited for."""
         self.owner.decide(self)
 
 
@@ -76,13 +76,15 @@ class UndecidedClients:
             self.decide(next(iter(self._clients.values())))
 
     def forget(self, client: Undecided) -> None:
-        """It is decided, or its listener is gone."""
+        """Forget a client that is decided, or whose listener is gone."""
         del self._clients[client.port, client.key]
         self._loop.deadlines.stop(client)
         self._size_bytes -= client.size_bytes
 
     def forget_all(self, port: DatagramPort) -> int:
-        """Those of a listener that is gone; how many datagrams are lost with them."""
+        """Forget the clients of a listener that is gone; returns how many datagrams are lost with
+        them.
+        """
         clients = [client for client in self._clients.values() if client.port is port]
         for client in clients:
             self.forget(client)
