@@ -13,7 +13,7 @@
  *		From now on so many new connections in a second, each with one question and answer.
  *	report	What was seen since the last report, as JSON. Times are in ms: `turn` of the answers
  *		that were waited for, `longest` of the longest wait of each client, one that has not
- *		ended yet among them.
+ *		ended yet among them. `buckets`: the most that falls into each, and how many have.
  *	stop	Nobody says anything new; the clients of TCP end in order, and the servers with
  * them.
  *
@@ -140,6 +140,14 @@ static void add_sample(struct histogram *to, uint64_t ns)
 		to->most_ns = ns;
 }
 
+/* The largest value that falls into a bucket. */
+static double bucket_ms(uint64_t bucket)
+{
+	uint64_t power = bucket < 2 * STEPS ? 0 : bucket / STEPS - 1;
+
+	return (double)(((bucket - STEPS * power) + 1) << power) / 1e3;
+}
+
 /* The largest value that is in the bucket of this percentile. */
 static double percentile_ms(const struct histogram *of, double percent)
 {
@@ -149,9 +157,7 @@ static double percentile_ms(const struct histogram *of, double percent)
 		seen += of->buckets[bucket];
 		if (seen <= wanted)
 			continue;
-		uint64_t power = bucket < 2 * STEPS ? 0 : bucket / STEPS - 1;
-		uint64_t value = ((bucket - STEPS * power) + 1) << power;
-		double ms = (double)value / 1e3, most_ms = (double)of->most_ns / 1e6;
+		double ms = bucket_ms(bucket), most_ms = (double)of->most_ns / 1e6;
 
 		return ms < most_ms ? ms : most_ms;
 	}
@@ -160,11 +166,21 @@ static double percentile_ms(const struct histogram *of, double percent)
 
 static void print_histogram(const char *name, const struct histogram *of)
 {
+	const char *separator = "";
+
 	printf("\"%s\": {\"count\": %llu, \"p50\": %.3f, \"p90\": %.3f, \"p99\": %.3f, \"p99.9\": "
 	       "%.3f, "
-	       "\"most\": %.3f}",
+	       "\"most\": %.3f, \"buckets\": [",
 	       name, (unsigned long long)of->count, percentile_ms(of, 50), percentile_ms(of, 90),
 	       percentile_ms(of, 99), percentile_ms(of, 99.9), (double)of->most_ns / 1e6);
+	for (uint64_t bucket = 0; bucket < BUCKETS; bucket++) {
+		if (!of->buckets[bucket])
+			continue;
+		printf("%s[%.3f, %llu]", separator, bucket_ms(bucket),
+		       (unsigned long long)of->buckets[bucket]);
+		separator = ", ";
+	}
+	printf("]}");
 }
 
 static void watch(int operation, int fd, uint32_t events, void *owner)

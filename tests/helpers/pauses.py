@@ -6,7 +6,8 @@ import contextlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,15 @@ class Report:
     kinds: dict[str, int]
     groups: dict[str, dict[str, Any]]
 
-    def longest_ms(self, group: str) -> float:
-        """The longest wait of each client of a group, or of each new connection: its p99."""
+    def waits(self, group: str) -> dict[str, Any]:
+        """The longest wait of each client of a group, or the wait of each new connection."""
         found = self.groups[group]
-        value: float = found["longest" if found["clients"] else "turn"]["p99"]
+        waits: dict[str, Any] = found["longest" if found["clients"] else "turn"]
+        return waits
+
+    def longest_ms(self, group: str) -> float:
+        """The p99 of `waits`."""
+        value: float = self.waits(group)["p99"]
         return value
 
     def lines(self) -> Iterator[str]:
@@ -46,6 +52,20 @@ class Report:
             else:
                 yield f"{name:14} {group['done']:5} new connections, {turn}"
         yield f"{self.faults} faults {self.kinds or ''}"
+
+
+def p99_of_all_ms(reports: Sequence[Report], group: str) -> float:
+    """The p99 of all `waits` in all reports: a client is counted in each, with its longest."""
+    counts: Counter[float] = Counter()
+    for report in reports:
+        for most_ms, count in report.waits(group)["buckets"]:
+            counts[most_ms] += count
+    left = counts.total() * 0.99
+    for most_ms in sorted(counts):
+        left -= counts[most_ms]
+        if left < 0:
+            return most_ms
+    return 0.0
 
 
 class Clients:

@@ -150,10 +150,14 @@ def play(begin: Any, load: Load, *, upgrades: int, within_s: float) -> None:
             wait_for(lambda: go_on(lineage, before), "all are known", deadline_s=5 * PATIENCE_S)
         last = clients.stop()
         assert not last.faults, last.kinds
-        print(f"the longest wait of each, p99, in {len(reports)} upgrades:")
+        print(f"the longest wait of each, p99, in {len(reports)} upgrades; and of all together:")
         for name in reports[0].groups:
             p99s = [one.longest_ms(name) for one in reports]
-            print(f"  {name:14} median {statistics.median(p99s):6.1f}, worst {max(p99s):6.1f} ms")
+            of_all = pauses.p99_of_all_ms(reports, name)
+            print(
+                f"  {name:14} median {statistics.median(p99s):6.1f}, worst {max(p99s):6.1f}, "
+                f"all {of_all:6.1f} ms"
+            )
 
 
 @pytest.mark.timeout(scaled_s(240))
