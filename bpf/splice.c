@@ -105,12 +105,10 @@ int ingress(struct __sk_buff *skb)
 	 */
 	if (skb->vlan_present && (skb->vlan_tci & VLAN_NUMBER))
 		return NEXT;
-#ifdef MAP_EXPRESS_PROGRAMS_FD
-	if (skb->mark == FOR_OUR_STACK) {
+	if (HAS_EXPRESS && skb->mark == FOR_OUR_STACK) {
 		skb->mark = 0;
 		return NEXT;
 	}
-#endif
 	if (skb->protocol == bpf_htons(ETHERTYPE_IPV4)) {
 		verdict = handle_udp(skb, 0);
 		return verdict == NOT_UDP_SESSION ? forward_tcp(skb, 0) : verdict;

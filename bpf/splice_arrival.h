@@ -20,17 +20,18 @@
 #define CONTINUE   -3 /* no verdict yet: the next step continues with the packet */
 #define ICMP_ERROR -4 /* the packet is ICMP: an error that a router or a host reports */
 
-#ifdef MAP_EXPRESS_PROGRAMS_FD
 static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
 
 /*
  * Tail call: another program (express_connect.c) continues with this packet. Returns only if no
- * program is loaded there.
+ * program is loaded there. HAS_EXPRESS differs from load to load: where it is 0, the verifier
+ * removes what depends on it.
  */
-#define tail_call_express(skb, place) tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), place)
-#else
-#define tail_call_express(skb, place) ((void)(skb), (void)(place))
-#endif
+inlined void tail_call_express(struct __sk_buff *skb, __u32 place)
+{
+	if (HAS_EXPRESS)
+		tail_call(skb, map_pointer(MAP_EXPRESS_PROGRAMS_FD), place);
+}
 
 /* A packet, as one step hands it to the next. Sequence numbers are those of its sender. */
 struct packet {

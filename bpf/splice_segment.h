@@ -59,7 +59,6 @@ inlined int handle_syn(struct __sk_buff *skb, const struct packet *packet, struc
 	return NEXT;
 }
 
-#ifdef MAP_EXPRESS_PROGRAMS_FD
 /*
  * Whether a server that answers a packet with a reset without ACK (no such connection) may still
  * get this connection from the client's first bytes. With SYN cookies a server has no connection
@@ -73,7 +72,6 @@ inlined int may_accept_later(const struct splice *splice, const struct splice_di
 	       (__u32)(bpf_ktime_get_ns() / NS_PER_S) - from_peer->last_received_s <
 		       FIRST_BYTES_RESENT_FOR_S;
 }
-#endif
 
 /*
  * Handle a reset. Returns CONTINUE: it is valid, and forwarded. NEXT: our socket challenges its
@@ -85,12 +83,10 @@ inlined int handle_reset(struct __sk_buff *skb, struct packet *packet,
 	struct splice_direction *from_peer = packet->from_peer, *to_peer = packet->to_peer;
 	struct splice *splice = packet->splice;
 
-#ifdef MAP_EXPRESS_PROGRAMS_FD
 	/* Our own reset for the stack (express_join.h), which has lost its mark. */
-	if (bpf_ntohs(packet->tcp->window) == FOR_OUR_STACK >> 16 &&
+	if (HAS_EXPRESS && bpf_ntohs(packet->tcp->window) == FOR_OUR_STACK >> 16 &&
 	    bpf_ntohs(packet->tcp->urgent) == (FOR_OUR_STACK & 0xffff))
 		return NEXT;
-#endif
 	if (packet->state == PF_SPLICE_RESET)
 		return DROP; /* this pair is reset already */
 	if (!is_reset_seq_exact(packet->seq, from_peer, to_peer)) {
@@ -100,13 +96,11 @@ inlined int handle_reset(struct __sk_buff *skb, struct packet *packet,
 			return DROP;
 		return challenge(skb, from_peer, packet->direction, from, v6);
 	}
-#ifdef MAP_EXPRESS_PROGRAMS_FD
-	if (packet->direction == PF_DOWN && !(packet->flags & ACK) &&
+	if (HAS_EXPRESS && packet->direction == PF_DOWN && !(packet->flags & ACK) &&
 	    may_accept_later(splice, from_peer)) {
 		count_invalid(splice, PF_INVALID_RESET);
 		return DROP;
 	}
-#endif
 	if (!splice->reset) {
 		splice->reset = 1 + packet->direction;
 		notify_worker(splice, packet->index);

@@ -70,6 +70,13 @@ def make_scratch() -> int:
     )
 
 
+def make_no_programs() -> int:
+    """An empty map of programs to tail-call, for programs that never do."""
+    return bpf.create_map(
+        bpf.MapType.PROG_ARRAY, key_bytes=4, value_bytes=4, entries=1, name="pf_no_programs"
+    )
+
+
 def ring_bytes(slots: int) -> int:
     """Bytes of the ring of a worker with `slots` slots: all its pairs may end at once."""
     size = _LEAST_RING_BYTES

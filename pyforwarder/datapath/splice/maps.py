@@ -29,6 +29,7 @@ from pyforwarder.datapath.splice.making import (
     SUM_BYTES,
     make_counters,
     make_flows,
+    make_no_programs,
     make_ring,
     make_rings,
     make_scratch,
@@ -263,14 +264,27 @@ class SpliceMaps:
         Raises:
             LoadError: as `load`.
         """
-        express = {"MAP_EXPRESS_PROGRAMS_FD": connecting.programs_fd} if connecting else {}
+        with contextlib.ExitStack() as opened:
+            if connecting is None:
+                # Named by instructions that the verifier removes, as they are never reached: so
+                # one compilation serves with express and without.
+                try:
+                    express_fd, mark = make_no_programs(), 0
+                except OSError as error:
+                    raise _refused(error) from error
+                opened.callback(os.close, express_fd)
+            else:
+                express_fd, mark = connecting.programs_fd, connecting.mark
+            return self._load(express_fd, mark, has_express=connecting is not None)
+
+    def _load(self, express_fd: int, mark: int, *, has_express: bool) -> Programs:
         return Programs(
             *load_programs(
                 "splice.c",
                 [(name, "sched_cls") for name in Programs._fields],
                 defines={**btf.defines(btf.field_offsets(FIELDS)), **self.defines},
                 maps={
-                    **express,
+                    "MAP_EXPRESS_PROGRAMS_FD": express_fd,
                     "MAP_FLOWS_FD": self.flows_fd,
                     "MAP_SPLICES_FD": self.splices_fd,
                     "MAP_RINGS_FD": self.rings_fd,
@@ -286,7 +300,8 @@ class SpliceMaps:
                 values={
                     "FOR_OUR_SOCKET": secrets.randbits(32) | 1,
                     "ALSO_FOR_OUR_SOCKET": secrets.randbits(32) | 1,
-                    **({"FOR_OUR_STACK": connecting.mark} if connecting else {}),
+                    "FOR_OUR_STACK": mark,
+                    "HAS_EXPRESS": has_express,
                 },
             )
         )
