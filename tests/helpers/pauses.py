@@ -64,7 +64,8 @@ def p99_of_all_ms(reports: Sequence[Report], group: str) -> float:
     for most_ms in sorted(counts):
         left -= counts[most_ms]
         if left < 0:
-            return min(most_ms, max(report.waits(group)["most"] for report in reports))
+            longest_ms: float = max(report.waits(group)["most"] for report in reports)
+            return min(most_ms, longest_ms)
     return 0.0
 
 
