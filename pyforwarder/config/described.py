@@ -23,7 +23,7 @@ _NO_OPTION: Final = "?"
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One word of `match`."""
+    """A word of `match`."""
 
     name: str
     described_as: str  # the word whose file describes this one; mostly itself
@@ -61,7 +61,7 @@ def words() -> tuple[Word, ...]:
 
 
 def _texts() -> dict[str, str]:
-    """By word, the text at the top of the file that begins with it: "`ssh`: SSH of ..."."""
+    """Return, by word, the text at the top of the file that begins with it: "`ssh`: SSH of ..."."""
     found = {}
     for info in pkgutil.iter_modules(first_packet.__path__):
         module = importlib.import_module(f"{first_packet.__name__}.{info.name}")

@@ -53,7 +53,9 @@ def _plain_section(section: Section) -> dict[str, Plain]:
 
 
 def _plain(value: object, written: object) -> Plain:
-    """One value: sections key by key, everything else as its type writes it."""
+    """Return a value as it is written: sections key by key, everything else as its type writes
+    it.
+    """
     if isinstance(value, Section):
         return _plain_section(value)
     if isinstance(value, tuple | list) and isinstance(written, tuple | list):
@@ -66,7 +68,9 @@ def _plain(value: object, written: object) -> Plain:
 def _without_errors(
     kind: type[Section], plain: dict[str, Plain], optional: set[str]
 ) -> dict[str, Plain]:
-    """The same without those of the `optional` keys that are an error when they are written."""
+    """Return `plain` without those of the `optional` keys that are an error when they are
+    written.
+    """
     while True:
         try:
             kind.model_validate(plain)

@@ -52,7 +52,8 @@ class InKernel:
     asked: tuple[bool, ...] = ()
 
     def shares(self, names: Sequence[str]) -> tuple[tuple[str, ...], str, str] | None:
-        """Of rules with these names those of the kernel, the first other one, and why it is not.
+        """Return the rules by which the kernel decides, of rules with these names; the first other
+        rule; and why the kernel does not decide by it.
 
         None: it is asked to decide by no rule.
         """

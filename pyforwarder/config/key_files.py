@@ -70,7 +70,7 @@ def _unread(path: Path, error: OSError, make: str) -> str:
 
 
 def placed(error: ConfigError, document: Node, *, source: str) -> ConfigError:
-    """The same error with the file and the line where its key stands."""
+    """Return the error with the file and the line where its key stands."""
     section, _, name = error.path.partition(".")
     # What an operator has named stands whole: a user's name may have a dot.
     at = (section, *name.split(".", 1)) if section in ("tokens", "fleet") else (section, name)

@@ -242,7 +242,7 @@ class Listener(Section):
 
     @property
     def addresses(self) -> tuple[Bind, ...]:
-        """Every socket's address, with ranges and `dual_stack` written out."""
+        """The address of every socket, with ranges and `dual_stack` written out."""
         found: list[Bind] = []
         for entry in self.bind:
             each = entry.addresses() if isinstance(entry, PortRange) else (entry,)

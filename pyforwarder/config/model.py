@@ -110,7 +110,7 @@ class Keepalive(Section):
 
     @property
     def terms(self) -> KeepaliveTerms:
-        """In the kernel's own numbers."""
+        """The terms in the kernel's own numbers."""
         if not self.idle_s:
             return OFF
         return KeepaliveTerms(int(self.idle_s), int(self.interval_s), self.count)
@@ -368,7 +368,9 @@ class Config(Section):
         self._check_users(rule.users, (*at, "users"))
 
     def _check_has_port(self, rule: Rule, at: tuple[str | int, ...]) -> None:
-        """Of clients of a unix socket: there is no port for `same`."""
+        """Refuse `same` in a server's address where clients come by a unix socket: they have no
+        port.
+        """
         upstream = self.upstreams.get(rule.to) if isinstance(rule.to, str) else None
         servers = [server.address for server in upstream.servers] if upstream else [rule.to]
         for server in servers:
@@ -416,7 +418,7 @@ class Config(Section):
                             )
 
     def listening_on(self, bind: str) -> Config:
-        """This configuration with the first TCP listener moved to another address.
+        """Return this configuration with the first TCP listener moved to another address.
 
         Raises:
             ConfigError: not an address to bind, there is no TCP listener, or the new address
@@ -432,7 +434,8 @@ class Config(Section):
         raise ConfigError("there is no TCP listener to move", path="--listen")
 
     def with_port(self, name: str, port: int) -> Config:
-        """This configuration with the listener of that name at another port, if there is one.
+        """Return this configuration with the listener of that name at another port, if there is
+        one.
 
         Raises:
             ConfigError: the port makes the configuration wrong, as above.

@@ -1,4 +1,4 @@
-"""From a validator's complaint to a `ConfigError` that names the line and the key."""
+"""Makes of a validator's complaint a `ConfigError` that names the line and the key."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class UndocumentedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a block."""
+    """A key of a block."""
 
     name: str
     values: str  # kinds of `KINDS` and words that are written as they stand, with commas
@@ -67,7 +67,7 @@ class Key:
     block: str  # the path of the block that stands under it; empty: a value
 
     def kinds(self) -> Iterator[tuple[str, bool]]:
-        """Each way to write a value, and whether it is a kind (not a word as it stands)."""
+        """Yield each way to write a value, and whether it is a kind (not a word as it stands)."""
         for part in filter(None, self.values.split(", ")):
             yield part, _is_kind(part)
 
@@ -84,7 +84,7 @@ class Block:
 
 @functools.cache
 def blocks() -> tuple[Block, ...]:
-    """Every block, the top level first, each one before those inside of it.
+    """Return every block, the top level first, each one before those inside of it.
 
     Raises:
         UndocumentedError: a key without a text below its field, or a type without `Written`.

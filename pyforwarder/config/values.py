@@ -319,7 +319,7 @@ def parse_file(value: object) -> Path:
 
 
 def parse_directories(value: object) -> tuple[str, ...]:
-    """One directory, or several in a list.
+    """Return the directories: one, or several in a list.
 
     Raises:
         ValueError: one of them is not text.
@@ -367,7 +367,9 @@ def parse_audience(value: object) -> str:
 
 
 def format_duration(seconds: float) -> str | int:
-    """As `parse_duration` takes it, in the largest unit in which it is a whole number."""
+    """Write seconds as `parse_duration` takes them, in the largest unit in which they are a whole
+    number.
+    """
     if seconds == 0:
         return 0
     for unit, length_s in sorted(_DURATION_UNITS_S.items(), key=lambda item: -item[1]):
@@ -380,12 +382,12 @@ def format_duration(seconds: float) -> str | int:
 
 
 def format_timeout_or_off(seconds: float | Literal["off"]) -> str | int:
-    """As `parse_timeout_or_off` takes it."""
+    """Write a timeout as `parse_timeout_or_off` takes it."""
     return seconds if seconds == "off" else format_duration(seconds)
 
 
 def format_size(size: int) -> str | int:
-    """As `parse_size` takes it, in the largest unit in which it is a whole number."""
+    """Write a size as `parse_size` takes it, in the largest unit in which it is a whole number."""
     for unit, length in sorted(_SIZE_UNITS.items(), key=lambda item: -item[1]):
         if size and size % length == 0:
             return f"{size // length}{unit}"
@@ -398,12 +400,12 @@ def format_entries(entries: policy.AllowList | policy.Networks) -> list[str]:
 
 
 def format_binds(binds: tuple[address.BindEntry, ...]) -> str | list[str]:
-    """As `parse_binds` takes them."""
+    """Write addresses as `parse_binds` takes them."""
     return str(binds[0]) if len(binds) == 1 else list(map(str, binds))
 
 
 def format_to(to: address.ServerAddress | address.NameIn | str) -> str:
-    """As `parse_to` takes it; the port of a name is a key of its own."""
+    """Write a destination as `parse_to` takes it; the port of a name is a key of its own."""
     return to.where if isinstance(to, address.NameIn) else str(to)
 
 

@@ -34,7 +34,7 @@ _Warning = tuple[tuple[str | int, ...], str]
 
 
 def config_warnings(config: Config, document: Node | str, *, source: str) -> list[str]:
-    """One sentence for each doubt, with the line and the key.
+    """Return a sentence for each doubt, with the line and the key.
 
     `document` is what `config` was read from, or its text.  Asks the host for the user and for the
     modes of the files with keys and passwords.

@@ -100,7 +100,7 @@ class Claims:
         self._failed_looks = 0  # in a row
 
     def run(self) -> None:
-        """Until the supervisor is gone.
+        """Use up tokens as the supervisor asks, until it is gone.
 
         Raises:
             EOFError, OSError: it is.

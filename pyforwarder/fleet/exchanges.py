@@ -20,7 +20,7 @@ class Supervisor(Protocol):
 
 
 class Exchanges:
-    """Of one process that speaks to a store."""
+    """Tells the supervisor when the store has answered, for a process that speaks to a store."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor

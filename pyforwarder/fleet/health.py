@@ -64,7 +64,9 @@ class State(NamedTuple):
 
     @classmethod
     def decode(cls, text: str) -> State | None:
-        """None: nothing is."""
+        """Return the state that was written as this text; None: the text is empty, nothing is
+        known.
+        """
         if not text:
             return None
         word, _, why = text.partition(" ")
@@ -104,7 +106,7 @@ class Board:
             self.saw(machine, value)
 
     def saw(self, machine: str, value: bytes | None) -> None:
-        """One has changed, or has gone (None)."""
+        """Note that a machine's report has changed, or has gone (None)."""
         self._said.pop(machine, None)
         self._kept_bytes -= len(self._values.pop(machine, b""))
         if value is None or machine == self._machine:
@@ -144,7 +146,7 @@ class Board:
                 self._said[machine] = self._known(_parse(machine, value))
 
     def give_up(self, mine: Collection[Server], turn: int) -> None:
-        """From this turn on these alone are checked: what was known of others is past."""
+        """Check only the servers in `mine` from this turn on: what was known of others is past."""
         for server in self._own.keys() - mine:
             self._own[server] = None
             self._from[server] = turn
@@ -170,7 +172,7 @@ class Board:
         return {server: name for server, name in found.items() if name != self._machine}
 
     def states(self) -> dict[Server, State]:
-        """Of the servers that this machine has, those of which something is known."""
+        """Return the states of this machine's servers of which something is known."""
         found = {}
         for server in self._own:
             state = self._elected(server) if self._checks == "one" else self._voted(server)
@@ -254,7 +256,7 @@ class HealthSharing:
         self._told: dict[str, Any] | None = None
 
     def run(self) -> None:
-        """Until the supervisor is gone.
+        """Share the results of checks until the supervisor is gone.
 
         Raises:
             EOFError, OSError: it is.

@@ -61,7 +61,9 @@ def check_machine(name: str) -> None:
 
 
 class Value(BaseModel):
-    """One value: no conversion of types; fields of later versions are passed over."""
+    """A value in the store, without conversion of types; fields of later versions are passed
+    over.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     schema_: Annotated[int, Field(alias="schema", ge=1, le=SCHEMA)] = SCHEMA
@@ -86,7 +88,7 @@ class Value(BaseModel):
 
 
 class Edition(Value):
-    """One configuration of the fleet: its text, and who has put it there when and why."""
+    """A configuration of the fleet: its text, and who has put it there when and why."""
 
     serial: Annotated[int, Field(ge=1, lt=100_000_000)]
     text: Annotated[str, Field(max_length=MOST_TEXT)]

@@ -151,7 +151,7 @@ class Board:
             self.saw(machine, value)
 
     def saw(self, machine: str, value: bytes | None) -> None:
-        """One has changed, or has gone (None)."""
+        """Note that a machine's report has changed, or has gone (None)."""
         if machine == self._machine:
             return
         self.has_changed |= self._reported.pop(machine, None) is not None
@@ -180,7 +180,7 @@ class Board:
 
     @property
     def least(self) -> int:
-        """No client is reported that has no more than this."""
+        """A number of connections: clients that have no more are not reported."""
         machines = self.machines
         shares = (share_of(one.bounds.per_client, machines) for one in self._scopes.values())
         return min(shares, default=_MOST_COUNT)
@@ -229,7 +229,7 @@ def _text(network: ClientNetwork) -> str:
 
 @functools.lru_cache(maxsize=1 << 15)
 def _network(text: str) -> ClientNetwork | None:
-    """None: it is not written as we would write it."""
+    """Return the network in this text; None: it is not written as we would write it."""
     try:
         return ClientNetwork.parse(text)
     except ValueError:
@@ -274,7 +274,7 @@ class LimitsSharing:
         self._faults_s = 0.0  # not before
 
     def run(self) -> None:
-        """Until the supervisor is gone.
+        """Share the counts of clients until the supervisor is gone.
 
         Raises:
             EOFError, OSError: it is.

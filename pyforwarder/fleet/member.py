@@ -1,4 +1,4 @@
-"""One machine of a fleet: learns what is to be in force, and reports how it fares.
+"""Learns what a fleet has in force, for one machine, and reports how the machine fares.
 
 Runs in a process of its own, which has no privileges: what the store says is a stranger's word
 until the supervisor has checked it.
@@ -113,7 +113,7 @@ class Member:
         self._warn_at_s = 0.0  # not before
 
     def run(self) -> None:
-        """Until the supervisor is gone.
+        """Follow the store until the supervisor is gone.
 
         Raises:
             EOFError, OSError: it is.
@@ -189,7 +189,7 @@ class Member:
                 self._tell_s = end_s + min(max(_LEAST_REST_S, _REST * took_s), _LONGEST_REST_S)
 
     def _stay(self, revision: int) -> None:
-        """Until something changes, or it is time to look whether the store is still there."""
+        """Wait until something changes, or it is time to look whether the store is still there."""
         self._receive(0)
         if self._reported is not None:
             self._list_machines()  # else one that wrote in our place is not seen

@@ -17,7 +17,7 @@ _RENEWALS = 3
 
 
 class Registration:
-    """One key with a lease; it goes with us."""
+    """A key with a lease, which goes with this process."""
 
     def __init__(
         self, store: Store, key: str, value: str, *, ttl_s: int, say: Callable[[str], None]

@@ -40,7 +40,7 @@ class Reports(Protocol):
         ...
 
     def saw(self, machine: str, value: bytes | None) -> None:
-        """One has changed, or has gone (None)."""
+        """Note that a machine's report has changed, or has gone (None)."""
         ...
 
 

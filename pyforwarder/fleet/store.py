@@ -84,12 +84,14 @@ class Change(NamedTuple):
 
 
 class Store:
-    """One member of the store's cluster at a time; the next one when that fails."""
+    """Speaks to one member of the store's cluster at a time, and to the next one when that
+    fails.
+    """
 
     def __init__(
         self, fleet: Fleet, files: StoreFiles, *, timeout_s: float = REQUEST_TIMEOUT_S
     ) -> None:
-        """No connection is made yet; `timeout_s` is how long each member is waited for."""
+        """Open no connection yet; `timeout_s` is how long each member is waited for."""
         self._credentials = files.credentials
         self.timeout_s: Final = timeout_s
         self._clients = [
@@ -288,7 +290,7 @@ class Store:
             yield change.revision
 
     def events(self, prefix: str, *, after: int, until_s: float) -> Iterator[Change]:
-        """Each change below a prefix after a revision, as they come.
+        """Yield each change below a prefix after a revision, as it comes.
 
         Raises CompactedError where the store has dropped some of them.
 
@@ -372,7 +374,7 @@ class Store:
         return client
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask each member once."""
+        """Send a request to one member after the other, until one answers; to each once at most."""
         error: StoreError | None = None
         for _ in self._clients:
             now_s = time.monotonic()

@@ -32,7 +32,7 @@ UNHEARD: Final = "the watch does not tell what was written"
 
 
 class Pause:
-    """Before a store that did not answer is asked again: each is longer than the one before."""
+    """Says how long to wait before a store that did not answer is asked again: each time longer."""
 
     def __init__(self) -> None:
         self._pause_s = _FIRST_PAUSE_S
@@ -43,12 +43,12 @@ class Pause:
         return self._pause_s == _FIRST_PAUSE_S
 
     def next_s(self) -> float:
-        """It did not answer: how long to wait, which is not the same for all machines."""
+        """How long to wait, after the store did not answer: not the same time on all machines."""
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return pause_s * random.uniform(0.5, 1.0)
 
     def end(self) -> None:
-        """It has answered."""
+        """Note that the store has answered: the next pause is short again."""
         self._pause_s = _FIRST_PAUSE_S
 
 

@@ -36,5 +36,7 @@ def acting_as(user: int, group: int) -> Iterator[None]:
 
 
 def _current(change: Callable[[ctypes.c_uint], int]) -> int:
-    """These calls answer what was in force before, whether they succeed or not."""
+    """Return the id that is in force, without changing it: these calls answer with it whether they
+    succeed or not.
+    """
     return change(_NOBODYS) & 0xFFFFFFFF

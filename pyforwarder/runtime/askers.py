@@ -67,7 +67,9 @@ class Mailbox:
         loop.watch(self._event_fd, EPOLLIN, self._arrived, self)
 
     def put(self, name: str, hosts: list[str] | None) -> None:
-        """From any thread: the name's addresses; [] if it has none, None if that is not known."""
+        """Store a name's addresses, from any thread: [] if it has none, None if that is not
+        known.
+        """
         with self._lock:  # the descriptor's number may be another's once it is closed
             if self._event_fd >= 0:
                 self._answers.put((name, hosts))
@@ -99,7 +101,7 @@ class Asker(Protocol):
         ...
 
     def close(self) -> None:
-        """Ask no more."""
+        """Drop what was asked, and ask for no more names."""
         ...
 
 
@@ -286,7 +288,7 @@ def lookup(name: str) -> list[str] | None:
 
 
 def _without_duplicates(hosts: Iterable[str]) -> list[str]:
-    """In their order, one more than `MOST_ADDRESSES` at most."""
+    """Return the addresses in their order, each once; one more than `MOST_ADDRESSES` at most."""
     found: dict[str, None] = {}
     for host in hosts:
         found[host] = None

@@ -38,7 +38,7 @@ _FD: Final = struct.Struct("@i")
 
 
 class Channel:
-    """One end. Sending waits at most `SEND_TIMEOUT_S`; receiving never waits."""
+    """An end of a channel. Sending waits at most `SEND_TIMEOUT_S`; receiving never waits."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -57,7 +57,7 @@ class Channel:
         return cls(ours), cls(theirs)
 
     def fileno(self) -> int:
-        """For epoll."""
+        """The descriptor, for epoll."""
         return self._sock.fileno()
 
     def send(

@@ -39,7 +39,7 @@ _BOOT: Final = (
 
 
 def python_path() -> list[str]:
-    """From where a child imports: from where we do, except the working directory.
+    """Return the directories from which a child imports: ours, except the working directory.
 
     `python -m` puts that first, and an empty element of PYTHONPATH means it. Only where our own
     package lies in it is it needed.
@@ -144,7 +144,7 @@ def fork(child: Callable[[], int]) -> int:
 
 
 def leave_caller() -> None:
-    """In a forked child: leave the caller's directory, environment and umask behind."""
+    """Leave the caller's directory, environment and umask behind; called in a forked child."""
     os.chdir("/")
     os.umask(_UMASK)
     environment = _environment()
@@ -166,7 +166,7 @@ def _environment() -> dict[str, str]:
 
 
 def keep_only(fds: Iterable[int]) -> None:
-    """In a forked child: close every descriptor but the standard ones and these.
+    """Close every descriptor but the standard ones and `fds`; called in a forked child.
 
     A stranger that takes it over can use no descriptor that the caller has forgotten to close.
     """

@@ -52,7 +52,9 @@ def network_of(host: str, *, ipv4_bits: int, ipv6_bits: int) -> bytes:
 
 
 def fleet_network_of(host: str, *, ipv4_bits: int, ipv6_bits: int) -> ClientNetwork | None:
-    """The same for other machines; None where the address means somebody else there."""
+    """Return the network of an address for other machines; None where the address means somebody
+    else there.
+    """
     address = _counted_address(host)
     if address.is_link_local or address.is_loopback or address.is_unspecified:
         return None

@@ -15,12 +15,13 @@ _USUAL: Final = gc.get_threshold()
 
 
 def seldom() -> None:
-    """For a command, and for a daemon until it has started."""
+    """Collect garbage seldom: for a command, and for a daemon until it has started."""
     gc.set_threshold(_MANY, *_USUAL[1:])
 
 
 def settle(threshold: tuple[int, int, int] = _USUAL) -> None:
-    """For a process that stays: how often from now on. What there is by now is never gone through.
+    """Collect garbage this often from now on, and never look at what there is by now; for a process
+    that stays.
 
     Children share its memory as long as nobody writes to it, and a collection would: megabytes for
     each.

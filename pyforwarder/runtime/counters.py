@@ -196,7 +196,7 @@ class Counters:
         return [mmap.mmap(-1, BLOCK_BYTES) for _ in range(workers)]
 
     def block(self, worker: int) -> memoryview:
-        """One worker's words, for that worker to add to."""
+        """Return a worker's words, for that worker to add to."""
         return self._blocks[worker]
 
     def total(self, index: int) -> int:
@@ -237,20 +237,22 @@ def observe(block: memoryview, first: int, bounds_s: tuple[float, ...], took_s: 
 
 
 def count_connect(block: memoryview, server: int) -> None:
-    """A connection to the server whose words begin there stands; 0: it has none."""
+    """Count an established connection to the server whose words begin there; 0: no server of an
+    upstream.
+    """
     if server:
         block[server + _SERVER_CONNECTS] += 1
         block[server + _SERVER_PAIRS] += 1
 
 
 def count_passed(block: memoryview, server: int, count: int) -> None:
-    """So many connections to it have begun and ended."""
+    """Count so many connections to the server that have begun and ended."""
     if server:
         block[server + ServerCounter.CONNECTS] += count
 
 
 def count_disconnect(block: memoryview, server: int) -> None:
-    """That connection has ended."""
+    """Count a connection to the server that has ended."""
     if server:
         change(block, server + ServerCounter.PAIRS, -1)
 
@@ -258,7 +260,7 @@ def count_disconnect(block: memoryview, server: int) -> None:
 def count_failure(
     block: memoryview, server: int, reason: CloseReason, *, is_ours: bool = False
 ) -> None:
-    """A connection to the server could not be made."""
+    """Count a connection to the server that could not be made."""
     if server:
         cause = FAILURE_BY_REASON.get(reason, ServerFailure.UNREACHABLE)
         if is_ours or reason is CloseReason.BUSY:

@@ -67,7 +67,9 @@ class ClientCounts:
         self._known: dict[int, tuple[int, ClientNetwork]] = {}
 
     def more_than(self, least: int) -> list[ClientCount]:
-        """Those that have more than `least` connections, and that are known by their networks."""
+        """Return the clients that have more than `least` connections, if their networks are
+        known.
+        """
         totals: dict[int, int] = {}
         places: dict[int, tuple[memoryview, int]] = {}
         for column in self._columns:
@@ -119,7 +121,8 @@ class OtherMachines:
         self._words[UNTIL_AT] = int(until_s * SECOND_US)
 
     def write(self, counts: Mapping[int, int], machines: int) -> None:
-        """Of each client by its key (`fleet_key`): those of all other machines together.
+        """Write how many connections each client has at all other machines together; clients by
+        their keys (`fleet_key`).
 
         `machines` is how many there are, with this one. Of more than MOST_OTHERS clients those that
         have most are written.

@@ -39,7 +39,7 @@ class Lockdown(enum.StrEnum):
 
 
 class Capability(enum.IntEnum):
-    """Those that BPF asks for (include/uapi/linux/capability.h)."""
+    """The capabilities that BPF asks for (include/uapi/linux/capability.h)."""
 
     CAP_NET_ADMIN = 12
     CAP_SYS_ADMIN = 21
@@ -121,7 +121,7 @@ def missing_capabilities(
     *,
     for_bpf: bool = False,
 ) -> tuple[Capability, ...]:
-    """Those of `needed` that this process has not.
+    """Return the capabilities of `needed` that this process has not.
 
     CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7)), and `for_bpf` for
     CAP_NET_ADMIN, too: so bpf(2) takes it, and nothing else does (kernel/bpf/syscall.c,

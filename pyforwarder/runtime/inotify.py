@@ -34,7 +34,7 @@ class Inotify:
         return int(self._kernel.add_watch(path, flags.CLOSE_WRITE))
 
     def forget(self, watch: int) -> None:
-        """No more events of this watch but those that wait already."""
+        """End a watch: only events that wait already still come."""
         with contextlib.suppress(OSError):  # it has ended with its file
             self._kernel.rm_watch(watch)
 

@@ -124,7 +124,7 @@ def shared_memory(workers: int) -> list[mmap.mmap]:
 
 
 class SharedLimits:
-    """One worker's view of the limits."""
+    """The limits, as one worker asks them and counts for them."""
 
     def __init__(
         self,
@@ -189,12 +189,12 @@ class SharedLimits:
         return True
 
     def add_pair(self, listener: int) -> None:
-        """This worker has one more TCP pair, of that listener."""
+        """Count one more TCP pair of this worker, of that listener."""
         self._own[TCP] += 1
         self._own[listener] += 1
 
     def remove_pair(self, listener: int) -> None:
-        """This worker has one TCP pair less."""
+        """Count one TCP pair of this worker less."""
         own = self._own
         pairs, here = own[TCP], own[listener]
         if pairs and here:
@@ -204,7 +204,7 @@ class SharedLimits:
             self._lower(TCP, listener)
 
     def _lower(self, *scopes: int) -> None:
-        """One less; a number that is wrong by one must not end the worker."""
+        """Take one off each count; a number that is wrong by one must not end the worker."""
         own = self._own
         for scope in scopes:
             count = own[scope]
@@ -212,12 +212,12 @@ class SharedLimits:
                 own[scope] = count - 1
 
     def add_session(self, listener: int) -> None:
-        """This worker has one more UDP session, of that listener."""
+        """Count one more UDP session of this worker, of that listener."""
         self._own[UDP] += 1
         self._own[listener] += 1
 
     def remove_session(self, listener: int) -> None:
-        """This worker has one UDP session less."""
+        """Count one UDP session of this worker less."""
         self._lower(UDP, listener)
 
     # Memory
@@ -320,7 +320,7 @@ class SharedLimits:
         return at
 
     def remove_client(self, key: int) -> None:
-        """One connection of this client less."""
+        """Count one connection of this client less."""
         at = self._find(self._own, key)
         if at is not None and self._own[at + 1]:
             self._own[at + 1] -= 1

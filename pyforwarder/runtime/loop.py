@@ -196,7 +196,7 @@ class Loop:
         self._to_close.append(fd)
 
     def close_socket(self, fd: int, sock: _socket.socket) -> None:
-        """The same for a descriptor that a socket object owns."""
+        """Close a socket object as `close` does a descriptor."""
         if fd < len(self._callbacks):
             self._callbacks[fd] = self._owners[fd] = None
         self._sockets_to_close.append(sock)
@@ -263,7 +263,7 @@ class Loop:
             self.run_once(self._timeout_s())
 
     def run_once(self, timeout_s: float) -> None:
-        """One batch of events, then what is due and what was put off."""
+        """Handle one batch of events, then what is due and what was put off."""
         try:
             events = self._epoll.poll(timeout_s, self.most_events)
         except InterruptedError:

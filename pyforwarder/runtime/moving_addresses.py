@@ -41,7 +41,7 @@ IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def here(wanted: Sequence[str]) -> list[str]:
-    """Those of them that this host has, in their order."""
+    """Return those of the addresses that this host has, in their order."""
     own = {one.address for one in _own()}
     return [text for text in wanted if ipaddress.ip_address(text) in own]
 
@@ -63,7 +63,7 @@ def interface_of(text: str) -> str:
 
 
 def add(wanted: Sequence[str]) -> None:
-    """This host has them from now on; nobody is told.
+    """Give this host the addresses; nobody is told.
 
     Raises:
         ControlError: it cannot have them. Then it has none of them.
@@ -83,7 +83,7 @@ def add(wanted: Sequence[str]) -> None:
 
 
 def remove(wanted: Sequence[str]) -> None:
-    """This host has none of them any more, with any length of prefix.
+    """Take the addresses from this host, with any length of prefix.
 
     Raises:
         ControlError: one is left.
@@ -117,7 +117,8 @@ def announce(wanted: Sequence[str]) -> None:
 
 
 def in_use(wanted: Sequence[str], *, wait_s: float) -> dict[str, str]:
-    """By address, the Ethernet address of another host that says it has it; waits so long.
+    """Return, by address, the Ethernet address of another host that says it has it; waits `wait_s`
+    for answers.
 
     This host must have none of them.
 

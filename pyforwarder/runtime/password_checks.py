@@ -31,7 +31,7 @@ KNOWN_S: Final = 300.0
 
 
 class Check:
-    """One password that is being verified; `stop` it when the answer is not needed any more."""
+    """A password that is being verified; `stop` it when the answer is not needed any more."""
 
     __slots__ = ("answer", "client", "digest", "is_stopped", "password", "stored")
     late = "the password was not verified in time"
@@ -52,12 +52,12 @@ class Check:
         self.is_stopped = False
 
     def stop(self) -> None:
-        """There will be no answer."""
+        """Have `answer` not called: the result is not needed any more."""
         self.is_stopped = True
 
 
 class PasswordChecks:
-    """Those of one worker; its thread and descriptor come with the first."""
+    """Verifies passwords for one worker; its thread and descriptor come with the first."""
 
     def __init__(self, loop: Loop, *, verify: Callable[[bytes, bytes], bool] = verify) -> None:
         self._loop = loop

@@ -43,7 +43,7 @@ class Pulse:
         blocks.close()
 
     def beat(self) -> None:
-        """In the process: it works."""
+        """Show that this process works; called in the process."""
         (count,) = _COUNT.unpack_from(self.memory)
         _COUNT.pack_into(self.memory, 0, (count + 1) % (1 << 64))
 
@@ -66,7 +66,7 @@ class Activity(NamedTuple):
 
 
 def activity(pid: int) -> Activity | None:
-    """Of this process; None: there is none."""
+    """Return the state and the processor time of a process; None: there is none."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         # The name, in parentheses, may have any characters in it.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

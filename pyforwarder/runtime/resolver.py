@@ -39,7 +39,7 @@ Answer = Callable[[list[str]], None]  # addresses in getaddrinfo's order (RFC 67
 
 
 class TooManyNamesError(ForwarderError):
-    """As many names are being asked for as may be; says for whom."""
+    """Raised when as many names are being asked for as may be; says for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,7 @@ class Resolver:
         return hosts
 
     def close(self) -> None:
-        """Ask and answer no more."""
+        """Drop what was asked: there are no more answers."""
         for question in list(self._open.values()):
             self._close(question)
         self._asker.close()
@@ -275,7 +275,9 @@ class Resolver:
 
 
 def configured_names(loop: Loop, *, stale_wait_s: float = STALE_WAIT_S) -> Resolver:
-    """For names that the configuration has, as this host's C library resolves them."""
+    """Return a resolver for names that the configuration has, as this host's C library resolves
+    them.
+    """
     return Resolver(
         loop,
         lambda mailbox: ThreadAsker(mailbox, threads=_CONFIGURED_THREADS),
@@ -285,7 +287,7 @@ def configured_names(loop: Loop, *, stale_wait_s: float = STALE_WAIT_S) -> Resol
 
 
 def client_names(loop: Loop) -> Resolver:
-    """For names that clients give."""
+    """Return a resolver for names that clients give."""
     if cares_knows_all_sources():
         return Resolver(loop, CaresAsker, _CLIENTS)
     return Resolver(
@@ -309,7 +311,7 @@ class Names:
         return self._senders if by_datagram else self._clients
 
     def close(self) -> None:
-        """Ask and answer no more."""
+        """Close all resolvers: there are no more answers."""
         for resolver in (self._configured, self._clients, self._senders):
             resolver.close()
 

@@ -264,7 +264,8 @@ def program(machine: str, pid: int) -> list[Instruction]:
 
 
 def confine() -> str:
-    """From here on this process, and its threads to come, make no other calls; or why they can.
+    """Allow this process, and its threads to come, no other system calls from now on; returns why
+    not, or "".
 
     For good. PR_SET_NO_NEW_PRIVS must have been set.
     """

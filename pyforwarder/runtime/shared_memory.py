@@ -35,7 +35,7 @@ class _Place(NamedTuple):
 
 
 class SharedBlocks:
-    """One block of memory for each worker: a worker writes its own, and reads those of all."""
+    """Blocks of memory, one for each worker: a worker writes its own, and reads those of all."""
 
     def __init__(self, block_bytes: int, places: Sequence[_Place], owned: Collection[int]) -> None:
         self.block_bytes = block_bytes
@@ -135,7 +135,8 @@ def map_pages(fd: int, length_bytes: int, access: int, *, offset_bytes: int = 0)
 
 
 def keep_memory(kept: Iterable[mmap.mmap]) -> None:
-    """In a forked child: of the memory that it shares with others for writing keep only this.
+    """Keep only this of the memory that the process shares with others for writing; called in a
+    forked child.
 
     The rest becomes its own, and zero: what of our objects still refers to it does no harm.
     """

@@ -65,7 +65,7 @@ class Store:
 
     @classmethod
     def usual(cls) -> Store:
-        """That of this user."""
+        """Return the store of this user."""
         return cls(usual_directory())
 
     def get(self, key: str) -> bytes | None:
@@ -92,7 +92,7 @@ class Store:
 
     @contextlib.contextmanager
     def making(self, key: str, *, within_s: float) -> Iterator[None]:
-        """Of the processes that make the value of this key, one at a time goes on.
+        """Let one process at a time make the value of this key.
 
         The others wait until it has ended (look again at `get` then), `within_s` at most; where
         there is no lock to be had, none waits. Not among threads of one process.

@@ -62,7 +62,9 @@ def render(what: str, rows: Iterable[Mapping[str, object]]) -> str:
 
 
 def stats_rows(stats: Mapping[str, object], prefix: str = "") -> Iterator[dict[str, object]]:
-    """One row per number of `show stats`, nested names joined by a dot: `closed.denied 3`."""
+    """Yield a row for each number of `show stats`, nested names joined by a dot: `closed.denied
+    3`.
+    """
     for name, value in stats.items():
         if isinstance(value, dict):
             yield from stats_rows(value, f"{prefix}{name}.")
@@ -103,7 +105,7 @@ def table(
 
 
 def cell(value: object) -> str:
-    """One value as a table shows it: never empty, never with a blank in it.
+    """Return a value as a table shows it: never empty, never with a blank in it.
 
     Seconds are whole ones, rounded down.  What is not printable ASCII becomes `\\ooo` per UTF-8
     byte as in /proc/mounts: names come from clients, and a terminal must not obey them.
@@ -151,7 +153,9 @@ def single_line(text: str, *, most: int = 500) -> str:
 
 
 def one_line(text: str, *, most: int = 500) -> str:
-    """The same where a terminal may read it: printable ASCII, the rest escaped as in `cell`."""
+    """Return a text as one line that a terminal may read: printable ASCII, the rest escaped as in
+    `cell`.
+    """
     return printable(single_line(text, most=most))
 
 

@@ -24,7 +24,7 @@ MOST_CLIENTS: Final = 4096
 
 
 class Budget:
-    """So many at once, one more every `refill_s`."""
+    """Allows so many at once, and one more every `refill_s`."""
 
     __slots__ = ("_at_s", "_left", "_most", "_refill_s")
 
@@ -49,7 +49,7 @@ class Budget:
         return True
 
     def give_back(self, cost: float = 1.0) -> None:
-        """They were not used."""
+        """Give back what was taken and not used."""
         self._left = min(self._most, self._left + cost)
 
 
@@ -65,7 +65,7 @@ class PerClient(Generic[Kept]):
         return len(self._kept)
 
     def of(self, client: str) -> Kept:
-        """This client's."""
+        """Return what is kept for this client; it is made if there is nothing."""
         kept = self._kept.get(client)
         if kept is None:
             if len(self._kept) >= self._most:
@@ -77,13 +77,13 @@ class PerClient(Generic[Kept]):
 
 
 class Rate(NamedTuple):
-    """So much at once, and so much a second after that."""
+    """A rate: so much at once, and so much a second after that."""
 
     at_once: float
     per_s: float
 
     def budget(self) -> Budget:
-        """A full one."""
+        """Return a full budget."""
         return Budget(self.at_once, 1.0 / self.per_s)
 
 
@@ -106,7 +106,7 @@ class Allowance:
     def refuses(
         self, client: str, now_s: float, *, cost: float = 1.0, is_viewer: bool = False
     ) -> Refused | None:
-        """None: it may, and that is taken off."""
+        """Take the cost off the client's budget; returns why not, or None."""
         own = self._clients.of(client)
         wait_s = own.wait_s(now_s, cost)
         if wait_s:

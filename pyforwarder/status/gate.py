@@ -110,7 +110,9 @@ class Gate:
         return Answer.words(HTTPStatus.FORBIDDEN, "Another page must not ask here.")
 
     def refuses_order(self, request: Request) -> Answer | None:
-        """The same for what does something or takes long: it must come from our own page."""
+        """Return the answer to a request that does something or takes long, if it does not come
+        from our own page; else None.
+        """
         origin, host = request.header("Origin").lower(), request.header("Host").lower()
         if origin and origin not in (f"http://{host}", f"https://{host}"):
             return Answer.words(HTTPStatus.FORBIDDEN, "Another page must not ask here.")

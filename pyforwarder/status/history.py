@@ -93,5 +93,5 @@ class History:
 
 
 def _short(value: float) -> float:
-    """As few characters as will do in JSON."""
+    """Round a number to as few characters as will do in JSON."""
     return round(value) if value == round(value) or value >= 1000 else round(value, 1)

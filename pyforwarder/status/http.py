@@ -44,7 +44,7 @@ class Answer:
 
     @classmethod
     def words(cls, status: HTTPStatus, words: str, *headers: tuple[str, str]) -> Answer:
-        """One sentence for people."""
+        """Return an answer of one sentence for people."""
         return cls(
             status, (("Content-Type", "text/plain; charset=utf-8"), *headers), f"{words}\n".encode()
         )
@@ -85,7 +85,7 @@ class _Head(BaseHTTPRequestHandler):
         super().__init__(None, ("", 0), None)  # type: ignore[arg-type]
 
     def setup(self) -> None:
-        """In place of a socket's two files."""
+        """Make two files in memory, in place of a socket's."""
         self.rfile = io.BufferedReader(io.BytesIO(self._head))
         self.wfile = io.BytesIO()
 
@@ -95,7 +95,7 @@ class _Head(BaseHTTPRequestHandler):
         self.is_understood = bool(self.raw_requestline.strip()) and self.parse_request()
 
     def finish(self) -> None:
-        """There is nothing to close."""
+        """Close nothing: the files are memory."""
 
     def handle_expect_100(self) -> bool:
         """The client may send on: the body has its deadline."""

@@ -36,7 +36,7 @@ class _Waiting(NamedTuple):
 
 
 class LoginQueue:
-    """Those that wait for their comparison."""
+    """Keeps the logins that wait for the comparison of their password."""
 
     def __init__(self, loop: Loop, is_right: Callable[[bytes, bytes], bool]) -> None:
         """`is_right` compares, in a thread of its own."""
@@ -99,7 +99,7 @@ class LoginQueue:
         return True
 
     def _push_out(self, number: int) -> None:
-        """Its password is not compared, which is not its client's fault."""
+        """Drop a login whose password was not compared, which is not its client's fault."""
         waiting = self._waiting.pop(number)
         self._loop.cancel(waiting.timer)
         waiting.check.stop()
@@ -107,7 +107,9 @@ class LoginQueue:
         waiting.pushed_out()
 
     def _compare(self, stored: bytes, password: bytes) -> bool:
-        """In the thread: the next one only after a pause as long as this one takes."""
+        """Compare, in the thread, and let the next comparison begin only after a pause as long as
+        this one took.
+        """
         before_s = time.perf_counter()
         if before_s < self._next_s:
             time.sleep(self._next_s - before_s)

@@ -251,7 +251,9 @@ def _keyed(names: Mapping[str, int]) -> dict[tuple[str, ...], int]:
 
 
 def _is_usual(state: PairState, kind: DatapathKind) -> bool:
-    """No datapath moves bytes before the join, and one does after it: half of the series less."""
+    """Whether a pair can be in this state on this datapath: bytes have a datapath once the pair is
+    joined. The others are left out, half of the series.
+    """
     joined = (PairState.JOINED, PairState.HALF_CLOSED)
     if state is PairState.DRAINING:  # a refused client drains without a datapath
         return True

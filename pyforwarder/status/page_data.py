@@ -23,7 +23,7 @@ class HealthChange(NamedTuple):
     why: str
 
     def as_json(self) -> dict[str, object]:
-        """For the page."""
+        """Return the change as the page reads it."""
         return {
             "at": round(self.at_unix_s),
             "upstream": self.upstream,

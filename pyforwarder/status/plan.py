@@ -48,5 +48,5 @@ class Plan:
 
     @property
     def upstreams(self) -> tuple[str, ...]:
-        """Their names."""
+        """The names of the upstreams."""
         return tuple(dict.fromkeys(server.upstream for server in self.servers))

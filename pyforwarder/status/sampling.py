@@ -99,7 +99,7 @@ class Sample:
 
 
 class Pair:
-    """One connection, as the last sample has it."""
+    """A connection as the last sample has it."""
 
     __slots__ = (
         "_text",
@@ -203,7 +203,7 @@ class Sampler:
         self._carried: dict[tuple[str, int], int] = {}
 
     def forget(self) -> None:
-        """No viewer was there for long: the next sample is the first."""
+        """Forget the pairs: no viewer was there for long, and the next sample is the first."""
         self._at_s = None
         self._pairs = [{} for _ in self._views]
         self._by_id = None
@@ -376,7 +376,8 @@ class Sampler:
     def page(
         self, *, sort: str, rising: bool, filter: str, first: int, count: int, now_ns: int
     ) -> dict[str, Any]:
-        """At most `MOST_ROWS` rows of the last sample, from place `first` on in this order.
+        """Return at most `MOST_ROWS` rows of the last sample, from place `first` on in this
+        order.
 
         Raises:
             KeyError: there is no such order.

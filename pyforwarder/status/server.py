@@ -42,7 +42,7 @@ class Site(Protocol):
 
     @property
     def most_body_bytes(self) -> int:
-        """Of a request; 0: no request has a body."""
+        """How long the body of a request may be; 0: no request has a body."""
         ...
 
     def answer(self, request: Request, visitor: Visitor) -> Answer | None:
@@ -51,7 +51,7 @@ class Site(Protocol):
 
 
 class Visitor(Protocol):
-    """One connection as a site sees it that keeps it."""
+    """A connection as a site sees it that keeps it."""
 
     @property
     def host(self) -> str:
@@ -59,7 +59,9 @@ class Visitor(Protocol):
         ...
 
     def wait(self, gone: Callable[[], None]) -> None:
-        """There will be an answer; `gone` is called once if the connection ends before it."""
+        """Keep the connection open for an answer to come; `gone` is called once if it ends
+        before.
+        """
         ...
 
     def finish(self, answer: Answer) -> None:
@@ -88,7 +90,7 @@ class Visitor(Protocol):
 
 
 class _Connection(Timed):
-    """One client, from accept to close."""
+    """A client's connection, from accept to close."""
 
     __slots__ = (
         "body_length",

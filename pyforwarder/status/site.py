@@ -113,11 +113,13 @@ class Steering(Protocol):
     """What the supervisor does for viewers."""
 
     def set_server(self, user: str, server: str, state: str, answer: Done) -> bool:
-        """Ask it to `drain` a server, UPSTREAM/ADDRESS, or to have it `ready`; see `flush`."""
+        """Ask the supervisor to `drain` a server, UPSTREAM/ADDRESS, or to have it `ready`; see
+        `flush`.
+        """
         ...
 
     def flush(self, user: str, ids: Sequence[int], answer: Done) -> bool:
-        """Ask it to reset these pairs; False if it takes no question just now."""
+        """Ask the supervisor to reset these pairs; False if it takes no request just now."""
         ...
 
 
@@ -133,7 +135,7 @@ def read_files() -> dict[str, Answer]:
 
 
 class PageSite:
-    """One daemon's page."""
+    """Serves the page of one daemon."""
 
     most_body_bytes = MOST_BODY_BYTES
 
@@ -151,7 +153,7 @@ class PageSite:
         down: Collection[tuple[str, str]] = (),
         unix_time_s: Callable[[], float],
     ) -> None:
-        """Without `steering` viewers can only read.
+        """Serve nobody yet. Without `steering` viewers can only read.
 
         `health` is what has changed so far, oldest first, `down` which servers (upstream, server)
         are down now.
@@ -289,7 +291,9 @@ class PageSite:
         self._timer = self._loop.after(delay_s, self._again)
 
     def _again(self) -> None:
-        """Once a second while there are viewers; what is known of pairs goes with the last."""
+        """Take a sample once a second while there are viewers; some time after the last has gone,
+        forget the pairs.
+        """
         if self._viewers:
             self._take_sample()
             self._come_again(TICK_S)

@@ -48,7 +48,7 @@ class Family(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One number: its word in a block, from its beginning or from that of a name's words."""
+    """A number: its word in a block, from the block's beginning or from that of a name's words."""
 
     word: int
     family: Family | None  # None: Prometheus is told of it otherwise, or as a sum

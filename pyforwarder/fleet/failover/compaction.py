@@ -16,7 +16,7 @@ PERIOD_S: Final = 300.0
 
 
 class Compaction:
-    """One machine's part."""
+    """Has the store drop its history, when it is this machine's turn."""
 
     def __init__(self, store: Store, key: str, name: str) -> None:
         """`key` is the fleet's, `name` this machine's."""

@@ -53,7 +53,7 @@ class _Done(NamedTuple):
 
 
 class Ledger:
-    """Of one machine."""
+    """Knows the pairs in the store, and decides what this machine does about each."""
 
     def __init__(self, tag: str) -> None:
         """`tag` is what this machine is called in entries."""
@@ -85,7 +85,7 @@ class Ledger:
             self._read(key, value)
 
     def saw(self, key: str, value: bytes | None) -> None:
-        """One key has changed, or has gone (None)."""
+        """Note that a key of the store has changed, or has gone (None)."""
         if value is None:
             self._stored.pop(key, None)
             return

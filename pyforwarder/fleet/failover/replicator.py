@@ -48,7 +48,7 @@ class Kernel(Protocol):
         """The pairs that go through this machine, by their keys."""
 
     def addresses(self) -> Collection[bytes]:
-        """Those that this host has, of those that move."""
+        """Return the addresses that move and that this host has."""
 
     def staying(self, known: Collection[str]) -> dict[int, list[Connection]]:
         """Connections that nobody could go on with, in groups; call it behind `scan`.
@@ -111,7 +111,7 @@ class Replicator:
         self._answer: str | None = None  # that is still to be written into the store
 
     def run(self) -> None:
-        """Until the supervisor is gone.
+        """Write and read pairs until the supervisor is gone.
 
         Raises:
             EOFError, OSError: it is.
@@ -195,7 +195,7 @@ class Replicator:
                     self._error = error
 
     def _speak_of_moves(self) -> None:
-        """Once all that came before is with the keeper.
+        """Tell of planned moves, once the keeper knows all that came before.
 
         Raises:
             StoreError: what we wrote has not come; it is written again.
@@ -210,7 +210,7 @@ class Replicator:
             self._answer = None
 
     def _update_keeper(self, turn: Turn, now_s: float) -> None:
-        """Of others' pairs, and of those that are others' by now."""
+        """Tell the keeper of others' pairs, and of those of ours that are others' by now."""
         for keys in _pieces(turn.release, _AT_ONCE):
             self._kernel.ask("release", keys=keys)
         for pairs in _pieces(list(turn.moved.values()), _AT_ONCE):

@@ -35,7 +35,7 @@ _ENDS: Final = {4: struct.Struct("!B4sH4sH"), 16: struct.Struct("!B16sH16sH")}
 
 
 class Connection(NamedTuple):
-    """One of a pair's two."""
+    """One of the two connections of a pair."""
 
     own: Endpoint  # an address that moves
     peer: Endpoint
@@ -108,7 +108,7 @@ class Turn:
 
 
 class Stays:
-    """Of one machine."""
+    """Knows the connections in the store that stay with their machine, for one machine."""
 
     def __init__(self, tag: str) -> None:
         """`tag` is what this machine is called in keys."""
@@ -127,7 +127,7 @@ class Stays:
             self.saw(key, value)
 
     def saw(self, key: str, value: bytes | None) -> None:
-        """One has changed, or has gone (None)."""
+        """Note that a key of the store has changed, or has gone (None)."""
         is_own = key.startswith(self._prefix)
         known = self._own if is_own else self._others
         if value is None:
