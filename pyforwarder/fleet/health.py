@@ -125,7 +125,7 @@ class Board:
             self._kept_bytes += len(value)
 
     def _known(self, report: HealthReport) -> dict[Server, State | None]:
-        """What it says of servers that this machine has, too."""
+        """What the report says of servers that this machine has, too."""
         return {
             (upstream, server): State.decode(text)
             for upstream, servers in report.servers.items()
@@ -152,7 +152,7 @@ class Board:
             self._from[server] = turn
 
     def report(self) -> HealthReport:
-        """What it tells the others."""
+        """What this machine tells the others."""
         servers: dict[str, dict[str, str]] = defaultdict(dict)
         for (upstream, server), state in list(self._own.items())[:MOST_SERVERS]:
             servers[upstream][server] = state.encode() if state is not None else ""

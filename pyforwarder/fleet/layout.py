@@ -83,7 +83,7 @@ class Value(BaseModel):
             raise ValueFault(f"{where}: {first['msg']}" if where else first["msg"]) from None
 
     def encode(self) -> str:
-        """What is to stand at the key."""
+        """The text that stands at the key."""
         return self.model_dump_json(by_alias=True)
 
 
@@ -121,7 +121,7 @@ class InstanceReport(Value):
 
     @property
     def complaint(self) -> str:
-        """What is to be mended there; empty: nothing."""
+        """What is to be mended on the machine; empty: nothing."""
         return "; ".join(words for words in (_SHARED if self.is_shared else "", self.why) if words)
 
 

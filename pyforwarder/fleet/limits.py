@@ -314,7 +314,7 @@ class LimitsSharing:
             self._supervisor.send({"faults": new})
 
     def _scan(self, now_s: float) -> None:
-        """What is to be in the report now."""
+        """Make the report anew, if it is time for that."""
         if now_s < max(self._scan_s, self._change_s):
             return
         began_s = self._clock()

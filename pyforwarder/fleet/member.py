@@ -57,14 +57,14 @@ class Supervisor(Protocol):
     """The process above us."""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send it a message.
+        """Send the supervisor a message.
 
         Raises:
             OSError: it is gone.
         """
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """What it says within that time.
+        """Return what the supervisor says within that time; None: nothing.
 
         Raises:
             EOFError: it is gone.
@@ -169,7 +169,7 @@ class Member:
         return found.revision
 
     def _tell(self, said: dict[str, Any]) -> None:
-        """Have it put in force, now or when there is time for it again."""
+        """Have what the store says put in force, now or when there is time for it again."""
         now_s = self._clock()
         edition = ("serial", "text")
         is_new = self._told is None or any(said[key] != self._told[key] for key in edition)

@@ -56,7 +56,7 @@ class Supervisor(Protocol):
     """The process above us."""
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send it a message.
+        """Send the supervisor a message.
 
         Raises:
             OSError: it is gone.
@@ -176,7 +176,8 @@ class Watcher:
             self._expected = revision, now_s
 
     def is_lost(self, now_s: float) -> bool:
-        """Whether that did not come in time; another member is asked then. Call it in each turn.
+        """Whether what was expected did not come in time; another member is asked then. Call it in
+        each turn.
 
         Not as long as there is something in `received`: then we are late, not the store.
         """

@@ -109,7 +109,9 @@ class ClientCounts:
 
 
 class OtherMachines:
-    """What other machines of the fleet have of clients: one process writes, all workers read."""
+    """The counts of clients at other machines of the fleet: one process writes them, all workers
+    read.
+    """
 
     def __init__(self, memory: mmap.mmap) -> None:
         """`memory` has OTHERS_BYTES; what a process before us has left there is replaced."""
@@ -117,7 +119,7 @@ class OtherMachines:
         self._words[UNTIL_AT] = 0
 
     def hold_until(self, until_s: float) -> None:
-        """What was written is good until then (time.monotonic())."""
+        """Let what was written count until then (time.monotonic())."""
         self._words[UNTIL_AT] = int(until_s * SECOND_US)
 
     def write(self, counts: Mapping[int, int], machines: int) -> None:

@@ -83,7 +83,7 @@ class Limit(enum.Enum):
 
     @property
     def counted_as(self) -> Limit:
-        """The one by which it is counted: that of the configuration, wherever the others are."""
+        """The limit under whose name this one is counted: the one of the configuration."""
         return _COUNTED_AS.get(self, self)
 
 
@@ -114,7 +114,7 @@ class Bounds:
         return bool(self.per_client or self.per_second or self.per_second_per_client)
 
     def fits(self, network: ClientNetwork) -> bool:
-        """Whether that is one client here."""
+        """Whether a network is what counts as one client here."""
         return network.bits == (self.ipv4_bits if network.version == 4 else self.ipv6_bits)
 
 

@@ -56,7 +56,7 @@ class Activation:
         return self._sockets.pop(name, [])
 
     def all(self) -> list[tuple[str, socket.socket]]:
-        """All that there are, by name; they stay ours."""
+        """Return all sockets that there are, by name; they stay ours."""
         return [(name, sock) for name, sockets in self._sockets.items() for sock in sockets]
 
     def sockets(self, wanted: SystemdSockets, protocol: str) -> list[BoundSocket]:
@@ -83,7 +83,7 @@ class Activation:
         ]
 
     def close(self) -> None:
-        """Release them; systemd has its own."""
+        """Close all sockets that nobody took; systemd has its own."""
         for sockets in self._sockets.values():
             for sock in sockets:
                 sock.close()
@@ -93,7 +93,7 @@ class Activation:
 def usable_address(
     wanted: SystemdSockets, protocol: str, sock: socket.socket
 ) -> Address | UnixAddress:
-    """Where it listens.
+    """Return the address at which the socket listens.
 
     Raises:
         ForwarderError: it does not, or not so that we could serve it.

@@ -124,7 +124,7 @@ class ChildProcess(ABC, Generic[Said]):
         self.start()
 
     def has_died(self) -> bool:
-        """Whether it has ended by itself since the last call; reaps it."""
+        """Whether the process has ended by itself since the last call; reaps it."""
         if not self._pid:
             return False
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -152,7 +152,7 @@ class ChildProcess(ABC, Generic[Said]):
         self._kill()
 
     def _send(self, message: Mapping[str, object]) -> None:
-        """Tell it something; one that does not read just now misses it."""
+        """Send the process a message; one that does not read just now misses it."""
         if self._channel is not None:
             with contextlib.suppress(OSError):
                 self._channel.send(message, wait=False)

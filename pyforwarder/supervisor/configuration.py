@@ -112,7 +112,7 @@ class ConfigSource:
         return with_overrides(parse_config(text, source=self.name), self.overrides)
 
     def warnings(self, text: str, config: Config) -> list[str]:
-        """What is hardly meant in a configuration from here."""
+        """Return what a configuration from here has that is hardly meant."""
         loaded = self._loaded
         is_its = loaded is not None and loaded.text == text
         return config_warnings(

@@ -92,7 +92,7 @@ class ControlServer:
 
     @property
     def listener(self) -> socket.socket:
-        """Where it listens; ours."""
+        """The socket at which the server listens; ours."""
         return self._listener
 
     def release(self) -> None:

@@ -174,7 +174,7 @@ class Datapaths:
             self.states[name] = _NOT_WANTED
 
     def parts(self) -> dict[str, Part]:
-        """What is to be done in another process, which has inherited the maps."""
+        """What another process has to load, which has inherited the maps, by name."""
         # A child does not see who has forced it.
         attach = os.environ.get(attaching.FORCED)
 
@@ -187,7 +187,7 @@ class Datapaths:
         return {name: partial(load, self._there[name]) for name in self.in_preparation}
 
     def _prove(self, name: str) -> str:
-        """How it was proven, for the log."""
+        """Run the self-test, unless it has passed before; returns how that went, for the log."""
         prove = pkgutil.resolve_name(row_of(name).proof)
         proof = proven(name, self._user, prove, anew=self._prove_anew)
         if proof is None:
@@ -298,7 +298,9 @@ class Datapaths:
         return self.splicing.keeper.complaints_fd if self.splicing is not None else None
 
     def keeper_has_died(self) -> bool:
-        """Whether it has ended by itself since the last call; pairs that are spliced go on."""
+        """Whether the keeper has ended by itself since the last call; pairs that are spliced go
+        on.
+        """
         return self.splicing is not None and self.splicing.keeper.has_died()
 
     def restart_keeper(self) -> None:

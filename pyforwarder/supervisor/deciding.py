@@ -245,7 +245,9 @@ class Decisions:
         return is_anywhere, trouble
 
     def _compiler_for(self, here: Mapping[str, int]) -> _Compiler:
-        """The one that there was, unless something has changed that tables are made of."""
+        """Return the compiler that there was, unless something has changed that tables are made
+        of.
+        """
         config, settings = self._in_force.config, self._in_force.settings
         binds = tuple(
             each.bind
@@ -259,7 +261,7 @@ class Decisions:
         return self._compiler[1]
 
     def _without_express(self) -> Mapping[RuleName, RuleDecider]:
-        """What is said where it does not work, or not yet."""
+        """Return what is shown of rules where express does not work, or not yet."""
         state = self._datapaths.states.get("express")
         return self._all_for(state or "express has to be there from the start of the daemon")
 

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def log_drain(log: Log, counters: Counters, *, until_unix_s: float) -> None:
-    """A drain begins; nothing is said where there is nobody to wait for."""
+    """Log that a drain begins, if there are pairs to wait for."""
     pairs = counters.total(Counter.PAIRS_OPEN)
     if pairs:
         log.write("info", "draining", pairs=pairs, until=rfc3339(until_unix_s))
 
 
 def log_resets(log: Log, counters: Counters, lock: InstanceLock) -> None:
-    """What is left is reset now: for the log, and for the command `down`, which looks there."""
+    """Note how many pairs are reset now: in the log, and for the command `down`, which looks
+    there.
+    """
     pairs = counters.total(Counter.PAIRS_OPEN)
     lock.write_reset(pairs)
     if pairs:

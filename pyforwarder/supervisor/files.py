@@ -67,7 +67,7 @@ class Files:
         self._view: View | None = None
 
     def parts(self) -> dict[str, Part]:
-        """What is to be done in another process, which has inherited the maps."""
+        """What another process has to load, which has inherited the maps, by name."""
         maps = self._datapaths.sockmap
 
         def load_view() -> Loaded:

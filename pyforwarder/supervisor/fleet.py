@@ -203,7 +203,7 @@ class FleetProcess(
             self._notify(instances)
 
     def _use(self, shared: Shared) -> None:
-        """Put it in force if that can be; what was in force stays otherwise."""
+        """Put the edition in force if that can be; what was in force stays otherwise."""
         self._newest = shared
         try:
             self._put_in_force(shared)

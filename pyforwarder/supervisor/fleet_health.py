@@ -147,7 +147,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         self._send_own_soon()
 
     def _check(self, mine: set[Server], *, anew: bool = False) -> None:
-        """Have these checked here, and no others."""
+        """Have the servers in `mine` checked here, and no others."""
         if mine == self._mine and not anew:
             return
         self._mine = mine

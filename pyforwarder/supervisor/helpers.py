@@ -161,7 +161,7 @@ class Helpers:
         }
 
     def start(self, config: Config) -> None:
-        """Fork those that the configuration wants."""
+        """Fork the processes that the configuration wants."""
         self.health.change_to(config)
         self.change_fleet(config)
         self.web.start()
@@ -214,7 +214,7 @@ class Helpers:
         self._loop.after(pause_s, restart)
 
     def _comes_again(self, name: str) -> bool:
-        """Whether one of this name is replaced if it has died."""
+        """Whether the process of this name is replaced if it has died."""
         return not (self._is_over() if name in _IN_A_DRAIN else self._is_ending())
 
     def _restart(self, name: str, start: Callable[[], None]) -> None:
@@ -225,7 +225,7 @@ class Helpers:
             self._restart_later(name, start)
 
     def replace_keeper(self) -> None:
-        """If it has died: without a pause, as pairs are about to be reset."""
+        """Replace the keeper without a pause, if it has died: pairs are about to be reset."""
         if self._datapaths.keeper_has_died() or self._lacks_keeper:
             self._restart(_KEEPER, self._datapaths.restart_keeper)
         self._lacks_keeper = False

@@ -30,7 +30,7 @@ class LastGood:
         self._path = path
 
     def read(self, fleet: str) -> Shared:
-        """What is there for this fleet; nothing if that cannot be used.
+        """Return what the file has for this fleet; nothing if that cannot be used.
 
         Root's configuration comes out of it: a file that others could have written is not read.
         """

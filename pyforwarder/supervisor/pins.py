@@ -116,7 +116,7 @@ def write_stamp(directory: Path, stamp: Stamp) -> None:
 
 
 def survey(directory: Path, names: Collection[str], is_ours: Callable[[Path], bool]) -> Found:
-    """What is there; nothing is changed.
+    """Return what is in a directory of pins; nothing is changed.
 
     `names` are those that this version would make, and `is_ours` tells whether what stands under
     one of them is a pin of the kind. Sets in subdirectories are not looked into.

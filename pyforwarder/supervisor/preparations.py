@@ -1,4 +1,4 @@
-"""What is loaded and proven beside the daemon: which of it has come, and who is told."""
+"""Processes that load and prove beside the daemon: what has come of them, and who is told."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Preparations:
                 self._take(name, error)
 
     def stop(self) -> None:
-        """End them, while the loop goes on: nothing of them is taken any more."""
+        """End all processes, while the loop goes on: nothing that they send is taken any more."""
         for one in self._all:
             if not one.is_over:
                 self._loop.forget(one.fileno())
@@ -92,6 +92,6 @@ class Preparations:
             one.close_in_child()
 
     def close(self) -> None:
-        """End them, when the loop is not needed any more."""
+        """End all processes, when the loop is not needed any more."""
         for one in self._all:
             one.close()

@@ -52,7 +52,7 @@ class Preparation:
         close_in_child: Callable[[], None],
         is_in_no_hurry: bool = False,
     ) -> None:
-        """Fork it; it works on the parts in their order, after `close_in_child`.
+        """Fork the process, which works on the parts in their order, after `close_in_child`.
 
         `is_in_no_hurry`: a daemon serves meanwhile, and needs the processors more.
         """
@@ -90,7 +90,7 @@ class Preparation:
         return max(0.0, self._deadline_s - time.monotonic())
 
     def next(self) -> Iterator[tuple[str, Loaded | LoadError]]:
-        """What has come, by the part's name; the descriptors are the caller's.
+        """Yield what has come, by the part's name; the descriptors are the caller's.
 
         Waits for nothing if `fileno` is readable. When the child has ended early, all parts that
         are left have failed.
@@ -127,7 +127,7 @@ class Preparation:
             yield name, LoadError(reason, cause=cause)
 
     def wait(self) -> Iterator[tuple[str, Loaded | LoadError]]:
-        """All that comes, until it is over."""
+        """Yield all that comes, until the process is done."""
         while not self.is_over:
             poll = select.poll()
             poll.register(self._ours, select.POLLIN)
@@ -137,7 +137,7 @@ class Preparation:
                 yield from self.give_up()
 
     def close(self) -> None:
-        """End it; nothing happens if it has ended."""
+        """End the process; nothing happens if it has ended."""
         self._left = []
         self._close_come()
         self._ours.close()

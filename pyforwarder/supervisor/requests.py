@@ -1,4 +1,4 @@
-"""What may be asked of a running daemon: over its control socket, by its files, by a signal."""
+"""Obeys what is asked of a running daemon: over its control socket, by its files, by a signal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FIXED: Final = ("workers", "user")
 
 
 class Requests:
-    """Obeys them, one after the other."""
+    """Obeys requests, one after the other."""
 
     def __init__(
         self,

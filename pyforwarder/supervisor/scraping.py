@@ -81,7 +81,7 @@ class WebListener:
         return listener
 
     def close(self) -> None:
-        """Close it."""
+        """Close the socket."""
         self.sock.close()
 
 
@@ -216,7 +216,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self._send({"n": said.n, **self._carry_out(said)})
 
     def _carry_out(self, order: Flush | SetServer) -> dict[str, object]:
-        """Do it; the log has the name of the person who asked, as the process gave it."""
+        """Do what a viewer orders; the log has the viewer's name, as the process gave it."""
         user = order.user or "-"
         try:
             if isinstance(order, SetServer):

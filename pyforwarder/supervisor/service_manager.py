@@ -70,7 +70,9 @@ class ServiceManager:
             self._tries = 0
 
     def _send(self, state: str, *, within_s: float = 0.0) -> bool:
-        """Whether it is done with: said, or never to be said. Not: there is no room for it."""
+        """Send a state to the service manager; returns False if there is no room for it now. True
+        also if it can never be sent.
+        """
         path = self._environ["NOTIFY_SOCKET"]
         address = "\0" + path[1:] if path.startswith("@") else path
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -84,7 +86,9 @@ class ServiceManager:
         return True
 
     def keep_watchdog_away(self) -> None:
-        """Say that this loop goes round, as often as it asked for (WatchdogSec=), from now on."""
+        """Tell the service manager that this loop goes round, as often as it wants that
+        (WatchdogSec=), from now on.
+        """
         if self._environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
             return
         with contextlib.suppress(ValueError):
@@ -95,7 +99,9 @@ class ServiceManager:
                 self._loop.after(interval_s / 4, self.keep_watchdog_away)
 
     def keep_sockets(self, sockets: Iterable[BoundSocket]) -> None:
-        """Have it keep these listening sockets, and no others of ours, if it keeps any."""
+        """Have the service manager keep these listening sockets, and no others of ours, if it keeps
+        any.
+        """
         if stored_sockets.is_kept(self._environ):
             try:
                 stored_sockets.store(self._environ["NOTIFY_SOCKET"], sockets)

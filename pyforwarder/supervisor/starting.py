@@ -124,7 +124,7 @@ class WorkerStarter:
         return worker
 
     def send_datapaths(self, worker: WorkerProcess) -> None:
-        """Tell it which datapaths it has by now.
+        """Tell the worker which datapaths it has by now.
 
         Raises:
             ControlError: it does not take that in.
@@ -132,7 +132,7 @@ class WorkerStarter:
         worker.ask("datapaths", available=self._datapaths.available)
 
     def configure(self, worker: WorkerProcess, index: int, *, listening: bool = True) -> None:
-        """Tell it what is in force; `listening`: with its listeners.
+        """Tell the worker what is in force; `listening`: with its listeners.
 
         Raises:
             ControlError: it does not take that in.
@@ -176,7 +176,7 @@ class WorkerStarter:
         return {name: sockets for name, sockets in bound.items() if name not in waiting}
 
     def send_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
-        """Tell it that a server went up or down."""
+        """Tell the worker that a server went up or down."""
         try:
             worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
         except ControlError as error:

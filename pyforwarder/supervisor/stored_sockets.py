@@ -55,7 +55,7 @@ def store(path: str, sockets: Iterable[BoundSocket]) -> None:
 
 
 def restored(sockets: Sequence[socket.socket], workers: int) -> list[BoundSocket]:
-    """What was kept, by address, as listeners have it; ours from here on.
+    """Return the sockets that were kept, by address, as listeners have them; ours from here on.
 
     What a daemon with so many workers has no use for is closed: a socket from which nobody accepts
     would leave its share of the clients waiting.

@@ -70,7 +70,7 @@ class View:
 
     @property
     def way(self) -> Way:
-        """How it is made."""
+        """The kind of iterators by which the view is made."""
         return self._links.way
 
     def why_no_other(self) -> str:

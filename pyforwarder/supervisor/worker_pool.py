@@ -113,7 +113,8 @@ class WorkerPool:
         return self._replacements.are_over
 
     def start(self) -> None:
-        """Fork them; they accept once all have taken over what an earlier daemon has left.
+        """Fork the workers; they accept once all have taken over what an earlier daemon has
+        left.
 
         Raises:
             ForwarderError: one does not start; those that have end with `close`.
@@ -192,7 +193,7 @@ class WorkerPool:
         return self._starter.last_id + (most + 1) * self._memory.workers
 
     def datapaths_are_settled(self) -> None:
-        """Tell them which datapaths they have; from here on every listener is served."""
+        """Tell the workers which datapaths they have; from here on every listener is served."""
         self._starter.is_settled = True
         self.send_datapaths()
         if self._starter.is_beside:
@@ -201,7 +202,7 @@ class WorkerPool:
             self.configure()
 
     def send_datapaths(self) -> None:
-        """Tell them which datapaths they have by now."""
+        """Tell the workers which datapaths they have by now."""
         for worker in self.living:
             try:
                 self._starter.send_datapaths(worker)
@@ -228,13 +229,13 @@ class WorkerPool:
                 worker.kill()
 
     def watch_pulses(self) -> None:
-        """End those that hang, and look again in a while."""
+        """End workers that hang, and look again every few seconds."""
         for worker in self.living:
             worker.end_if_stuck()
         self._loop.after(PULSE_S, self.watch_pulses)
 
     def configure(self) -> None:
-        """Tell them what is in force now."""
+        """Tell the workers what is in force now."""
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
                 try:
@@ -253,7 +254,7 @@ class WorkerPool:
 
     @property
     def kernels_report(self) -> Mapping[str, Mapping[str, Mapping[str, object]]]:
-        """What is known of servers to which the kernel connects, as workers say it of theirs."""
+        """What the kernel's balancers report of their servers, as workers report of theirs."""
         return self._decisions.report()
 
     def stop_deciding(self, wait_s: float = 0.0) -> bool:

@@ -134,7 +134,8 @@ class WorkerProcess:
         raise FaultyMessageError("it asks without end")
 
     def receive(self) -> bool:
-        """Serve one thing that the worker asks of its own accord; False once it has gone.
+        """Serve one request that the worker makes of its own accord; False once the worker has
+        gone.
 
         Raises:
             Exception: it said what it may not say.
@@ -151,7 +152,9 @@ class WorkerProcess:
             return False
 
     def has_said_much(self, now_s: float) -> bool:
-        """Whether it has asked for more than is good since it was last read from."""
+        """Count a request; returns whether the worker has made more than is good since it was last
+        read from.
+        """
         if now_s - self._heard_since_s >= _WHILE_S:
             self._heard_since_s, self._received = now_s, 0
         self._received += 1
@@ -210,7 +213,7 @@ class WorkerProcess:
 
     @property
     def is_deaf(self) -> bool:
-        """Whether it has to read what it was sent before it is read from again."""
+        """Whether the worker has to read what it was sent before it is read from again."""
         return bool(self._unsent)
 
     def _send_grants(self) -> None:
@@ -226,7 +229,7 @@ class WorkerProcess:
             self._unsent.clear()
 
     def fault(self, error: Exception) -> None:
-        """End it for what it said; SIGCHLD does the rest."""
+        """End the worker for what it said; SIGCHLD does the rest."""
         if isinstance(error, FaultyMessageError | ValueError):
             self._log.write("error", "worker_fault", pid=self.pid, error=str(error)[:_MOST_SHOWN])
         else:
@@ -234,7 +237,8 @@ class WorkerProcess:
         self.kill()
 
     def end_if_stuck(self) -> bool:
-        """Whether it does nothing any more: then it is ended, and SIGCHLD does the rest.
+        """End the worker if it does nothing any more, and return whether that is so; SIGCHLD does
+        the rest.
 
         Nobody waits for its end: it may be in the middle of a system call.
         """
@@ -269,7 +273,7 @@ class WorkerProcess:
         return self.has_ended()
 
     def kill(self) -> None:
-        """End it at once; its peers see resets."""
+        """End the worker at once; its peers see resets."""
         if not self.has_ended():
             os.kill(self.pid, signal.SIGKILL)
             _, status = os.waitpid(self.pid, 0)

@@ -49,7 +49,7 @@ def cookie_of(sock: _socket.socket) -> int:
 
 
 def set_up(sock: _socket.socket) -> None:
-    """Make it as ours are; other processes that have it see that too."""
+    """Set the socket's options as ours are; other processes that have the socket see that, too."""
     os.set_blocking(sock.fileno(), False)
     if sock.family != _socket.AF_UNIX:
         # As at the listeners: a crash is a reset, and no byte is taken out of the stream.

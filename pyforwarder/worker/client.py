@@ -61,7 +61,7 @@ class KeeperWait(Timed):
 
     @property
     def goes_on(self) -> bool:
-        """Whether it is not yet due."""
+        """Whether the wait is not over yet."""
         return self._queue is not None
 
     def expired(self) -> None:
@@ -183,7 +183,9 @@ class Client(Pair):
 
     @property
     def peer(self) -> Address | None:
-        """Where it comes from; None on a unix socket. As text only when it is asked for."""
+        """The client's address; None on a unix socket. Made of its bytes only when it is asked
+        for.
+        """
         peer = self._peer
         if isinstance(peer, bytes):
             self._peer = peer = address_in(peer)
@@ -220,14 +222,14 @@ class Client(Pair):
 
     @property
     def is_unix(self) -> bool:
-        """Whether it came by a unix socket."""
+        """Whether the client came by a unix socket."""
         if self._client is None:
             return self.listener.is_unix
         return self._client.family == _socket.AF_UNIX
 
     @property
     def has_sent_nothing(self) -> bool:
-        """Whether it was connected, and not one byte came."""
+        """Whether the client was connected, and not one byte came."""
         return not self.up.read_bytes and self.route is None
 
     @property

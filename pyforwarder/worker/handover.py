@@ -260,7 +260,9 @@ class Handover:
         return splice.ask(client, self._keeper_answered)
 
     def _keeper_answered(self, pair: Pair, reason: PairReason | None) -> None:
-        """What has become of a pair that the keeper was asked for."""
+        """Note what has become of a pair that the keeper was asked for, and ask for the next
+        ones.
+        """
         if TYPE_CHECKING:
             assert isinstance(pair, Client)
         if pair.life is Life.JOINED:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Host(Protocol):
-    """What they share, and the events that they report; `Server` is one."""
+    """What the parts of a worker share, and the events that they report; `Server` is one."""
 
     loop: Loop
     generation: Generation  # the one in force

@@ -208,7 +208,7 @@ class Log:
         return f"{when}pyforwarder {level}: {event}{words}\n".encode()
 
     def _put(self, line: bytes) -> bool:
-        """Whether it is where it belongs (or nobody reads there at all)."""
+        """Write a line; returns whether it is where it belongs (or nobody reads there at all)."""
         try:
             if self._socket is not None:
                 self._socket.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -60,7 +60,7 @@ class SplicedMessage(Message):
 
 
 class AddressMessage(Message):
-    """Where one end is."""
+    """The address of one end."""
 
     host: Annotated[str, Field(max_length=64)]
     port: _Port

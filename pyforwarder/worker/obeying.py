@@ -302,7 +302,7 @@ class Worker:
             self.loop.after(0.05, self._stop_when_empty)
 
     def _is_empty(self) -> bool:
-        """Whether it has nothing any more, and nothing is on its way to it."""
+        """Whether the worker has nothing any more, and nothing is on its way to it."""
         # The keeper may have pairs for us still, or ends to tell to their peers.
         keeper = self._made.keeper
         if self._gets_more or (keeper is not None and keeper.unsettled):

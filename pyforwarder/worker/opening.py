@@ -27,7 +27,7 @@ _FLUSHED: Final = Event.FLUSHED
 
 
 class Opening:
-    """What is between connected and joined."""
+    """Writes what comes before a pair's bytes flow."""
 
     def __init__(self, host: Host) -> None:
         self._host = host

@@ -50,7 +50,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """The other end of `to_json`."""
+        """Return the settings that `to_json` has written."""
         fields: dict[str, Any] = json.loads(text)
         for secrets in ("keys", "passwords"):
             fields[secrets] = {n: base64.b64decode(text) for n, text in fields[secrets].items()}

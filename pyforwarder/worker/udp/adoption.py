@@ -210,7 +210,7 @@ class SessionAdoption:
         self._server.handover.end_orphan(orphan, then)
 
     def _port_of(self, orphan: SessionOrphan) -> DatagramPort | None:
-        """Where its client speaks to; under any name."""
+        """The listener's socket to which the orphan's client sends; under any name."""
         host, number = orphan.local
         is_ipv6 = ":" in host
         for port in self._server.ports.values():

@@ -25,7 +25,7 @@ Granted = Callable[[socket.socket, bool], None]
 
 
 class ClientAddresses:
-    """What one worker has asked for."""
+    """Has the supervisor make sockets transparent, for one worker."""
 
     def __init__(self, ask: Callable[[str, list[int], int], None]) -> None:
         """`ask` sends a request with its descriptors and number, and does not wait."""
