@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pyforwarder.core.first_packet.http import (
+    _head_or_outcome,
+    _line_or_outcome,
+    _read_plain_request,
+)
 from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Refuse, Route
 from pyforwarder.core.reasons import CloseReason, RefusalCode
-from tests.helpers.first_packets import decided_after, said
+from tests.helpers.first_packets import CLIENTS, decided_after, mutated_clients, said
 from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
@@ -95,6 +102,42 @@ def test_the_path_is_compared_as_it_is_sent_and_without_the_query() -> None:
     assert said(match, request(line="GET http://h/v1/x HTTP/1.1")) is MATCH
     for target in ("/%76%31/x", "/V1/x", "/?/v1/x", "v1/x", "//v1/x", "*"):
         assert said(match, request(line=f"GET {target} HTTP/1.1")) is NO_MATCH
+
+
+# The short way of reading, for a head that is as usual.
+
+HTTP_CLIENTS = ("http-curl", "http-curl-post")
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> bytes:
+    """Heads of requests, well made or nearly."""
+    line = draw(st.sampled_from(["GET", "M-SEARCH", "CONNECT", "get"]))
+    line += " " + draw(st.sampled_from(["/", "/a?b", "/\xe4", "*", "http://b/", "a.example:1"]))
+    line += " " + draw(st.sampled_from(["HTTP/1.1", "HTTP/1.0", "HTTP/2.0"]))
+    values = st.text("aB.:/[ \t\0\x7f\xe4", max_size=6)
+    name = st.sampled_from(["Host", "hOST", "X-Host", "Host ", "", "a"])
+    fields = st.builds(lambda name, value: f"{name}:{value}", name, values)
+    data = bytearray(request(*draw(st.lists(fields, max_size=4)), line=line))
+    data += draw(st.binary(max_size=3))
+    if draw(st.booleans()):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.sampled_from(b" \t\r\n:aH\0"))
+    return bytes(data)
+
+
+@given(st.one_of(heads(), mutated_clients(HTTP_CLIENTS)))
+def test_the_short_way_reads_what_the_long_one_does(data: bytes) -> None:
+    plain = _read_plain_request(data)
+    if plain is not None:
+        assert _line_or_outcome(data) == (plain.method, plain.path)
+        read = _head_or_outcome(data)
+        assert isinstance(read, tuple)
+        assert read[1] == plain.host
+
+
+@pytest.mark.parametrize("name", HTTP_CLIENTS)
+def test_the_short_way_is_that_of_real_clients(name: str) -> None:
+    assert _read_plain_request(CLIENTS[name]) is not None
 
 
 # CONNECT: the client names the destination.

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pyforwarder.core.first_packet.client_hello import ClientHello
 from pyforwarder.core.first_packet.cursor import ParseError, Truncated
 from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, Outcome
-from pyforwarder.core.first_packet.tls import read_client_hello
-from tests.helpers.first_packets import CLIENTS, decided_after, matcher, said
+from pyforwarder.core.first_packet.tls import _read_plain_hello, read_client_hello
+from tests.helpers.first_packets import CLIENTS, decided_after, matcher, mutated_clients, said
 
 NAMED = matcher({"tls": {"sni": "a.example"}})
 
@@ -160,3 +160,51 @@ def test_one_changed_byte_never_makes_two_answers(data: st.DataObject) -> None:
     hello = bytearray(records(HELLO))
     hello[data.draw(st.integers(0, len(hello) - 1))] = data.draw(st.integers(0, 255))
     assert isinstance(decided_after(NAMED, bytes(hello))[0], Outcome)
+
+
+# The short way of reading, for a hello that is as usual.
+
+TLS_CLIENTS = tuple(name for name in CLIENTS if name.startswith("tls-"))
+
+
+@st.composite
+def hellos(draw: st.DrawFn) -> bytes:
+    """Hellos in one record, with what the reader looks at, well made or not, and a byte changed."""
+    extensions = [
+        draw(
+            st.one_of(
+                st.builds(server_name, st.sampled_from([b"", b"a", b"A.b.", b"a b", b"\xe4"])),
+                st.builds(lambda names: alpn(*names), st.lists(st.binary(max_size=3), max_size=3)),
+                st.builds(
+                    lambda numbers: versions(*numbers),
+                    st.lists(st.sampled_from([0x0300, 0x0302, 0x0303, 0x0304, 0x7A7A])),
+                ),
+                st.builds(
+                    extension, st.sampled_from([0, 10, 16, 43, 0xFE0D]), st.binary(max_size=9)
+                ),
+            )
+        )
+        for _ in range(draw(st.integers(0, 4)))
+    ]
+    session = draw(st.binary(max_size=3)) * draw(st.sampled_from([1, 1, 11]))
+    data = bytearray(records(message(*extensions, session=session)) + draw(st.binary(max_size=3)))
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(data) - 1))
+        data[at] = draw(st.one_of(st.integers(0, 255), st.just((data[at] + 1) & 0xFF)))
+    return bytes(data)
+
+
+@given(st.one_of(hellos(), mutated_clients(TLS_CLIENTS)))
+def test_the_short_way_reads_what_the_long_one_does(data: bytes) -> None:
+    plain = _read_plain_hello(data)
+    assert plain is None or plain == read_client_hello(data)
+
+
+@pytest.mark.parametrize("name", TLS_CLIENTS)
+def test_the_short_way_is_that_of_real_clients(name: str) -> None:
+    assert _read_plain_hello(CLIENTS[name]) == read_client_hello(CLIENTS[name])
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_short_way_leaves_what_is_broken_to_the_long_one(name: str) -> None:
+    assert _read_plain_hello(BROKEN[name]) is None

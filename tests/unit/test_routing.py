@@ -398,7 +398,8 @@ def test_a_decision_is_cheap() -> None:
     ("condition", "data", "read"),
     [
         ({"tls": {"sni": "*.example.net"}}, CLIENTS["tls-chrome"], tls._hello_or_outcome),
-        ({"http": {"host": "*.example.net"}}, CLIENTS["http-curl"], http._head_or_outcome),
+        ({"http": {"host": "*.example.net"}}, CLIENTS["http-curl"], http._read_plain_request),
+        ({"http": {"header": {"x": "a"}}}, CLIENTS["http-curl"], http._head_or_outcome),
         ({"http": {"path": "/x*"}}, CLIENTS["http-curl"], http._line_or_outcome),
     ],
 )

@@ -9,6 +9,8 @@ Source: RFC 8446 section 4.1.2, RFC 6066 section 3 (SNI), RFC 7301 (ALPN), RFC 8
 from __future__ import annotations
 
 import functools
+import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -33,6 +35,10 @@ _ALPN: Final = 16
 _SUPPORTED_VERSIONS: Final = 43
 _ENCRYPTED_CLIENT_HELLO: Final = 0xFE0D
 _HOST_NAME: Final = 0
+
+_TWO_NUMBERS: Final = struct.Struct(">HH").unpack_from
+_ONE_HOST_NAME: Final = struct.Struct(">HBH").pack
+_HOST_NAME_LETTERS: Final = re.compile(rb"[!-~]+")
 
 VERSIONS: Final = {"1.0": 0x0301, "1.1": 0x0302, "1.2": 0x0303, "1.3": 0x0304}
 VERSION_NAMES: Final = {number: name for name, number in VERSIONS.items()} | {0x0300: "SSLv3"}
@@ -184,6 +190,68 @@ def read_body(cursor: Cursor, *, has_cookie: bool = False) -> ClientHello:
     )
 
 
+def read_plain_body(data: bytes, at: int, end: int) -> ClientHello | None:
+    """What `read_body` returns for all of `data[at:end]`, without a cursor: for most hellos.
+
+    None: it is not as usual, or broken, and `read_body` says which.  The lengths are only added up:
+    if one of them were too long, the sum would not end where the message does.
+    """
+    try:
+        version = data[at] << 8 | data[at + 1]
+        at += 34  # version and random
+        session_id_length = data[at]
+        at += 1 + session_id_length
+        at += 2 + (data[at] << 8 | data[at + 1])  # cipher suites
+        at += 1 + data[at]  # compression methods
+        at += 2
+        if session_id_length > 32 or at + (data[at - 2] << 8 | data[at - 1]) != end:
+            return None
+        server_name: str | None = None
+        alpn: tuple[bytes, ...] = ()
+        seen = []
+        while at < end:
+            kind, length = _TWO_NUMBERS(data, at)
+            start = at + 4
+            at = start + length
+            seen.append(kind)
+            if kind == _SERVER_NAME:
+                if length < 6 or data[start : start + 5] != _ONE_HOST_NAME(
+                    length - 2, _HOST_NAME, length - 5
+                ):
+                    return None
+                name = data[start + 5 : at]
+                if not _HOST_NAME_LETTERS.fullmatch(name):
+                    return None
+                server_name = name.decode("ascii").lower().removesuffix(".")
+            elif kind == _SUPPORTED_VERSIONS:
+                if not length & 1 or data[start] != length - 1:
+                    return None
+                known = [
+                    number
+                    for i in range(start + 1, at, 2)
+                    if (number := data[i] << 8 | data[i + 1]) in VERSION_NAMES
+                ]
+                if known:
+                    version = max(known)
+            elif kind == _ALPN:
+                if length < 2 or data[start] << 8 | data[start + 1] != length - 2:
+                    return None
+                names = []
+                start += 2
+                while start < at:
+                    stop = start + 1 + data[start]
+                    names.append(data[start + 1 : stop])
+                    start = stop
+                if start != at or not all(names):
+                    return None
+                alpn = tuple(names)
+    except (IndexError, struct.error):
+        return None
+    if at != end or len(set(seen)) != len(seen):
+        return None
+    return ClientHello(server_name, alpn, version, _ENCRYPTED_CLIENT_HELLO in seen)
+
+
 def _read_server_name(cursor: Cursor) -> str:
     name = None
     with cursor.restrict_to(cursor.get_uint16()):
@@ -195,7 +263,7 @@ def _read_server_name(cursor: Cursor) -> str:
             name = value
     if not name:
         raise ParseError("an empty server name")
-    if not all(0x21 <= byte <= 0x7E for byte in name):
+    if not _HOST_NAME_LETTERS.fullmatch(name):
         raise ParseError("a server name that is not ASCII")
     return name.decode("ascii").lower().removesuffix(".")
 

@@ -63,6 +63,13 @@ _REQUEST_LINE_BEGINS: Final = re.compile(
     % (_METHOD, _any_beginning(b"HTTP/1."))
 )
 _HEADER: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+# A whole head of a request as nearly all are: for a path, and each line a header.  No character can
+# be two things, so nothing backtracks for long.
+_PLAIN_HEAD: Final = re.compile(
+    rb"(%b) (/[!-~\x80-\xff]*) HTTP/1\.[0-9](?=\r\n)"
+    rb"((?:\r\n[!#$%%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*)*)\r\n\r\n" % _METHOD
+)
+_HOST_HEADER: Final = re.compile(rb"\r\n[Hh][Oo][Ss][Tt]:([^\r]*)")
 _HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[!$&'()*+,;=%0-9A-Za-z._~-]*)(?::[0-9]*)?")
 _ABSOLUTE: Final = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)(.*)", re.DOTALL)
 
@@ -192,8 +199,42 @@ def _head_or_outcome(data: bytes) -> tuple[RequestHead, str | None] | Outcome:
         return head, None
 
 
+class PlainRequest(NamedTuple):
+    """What rules ask for most of a whole head that is as usual."""
+
+    method: str
+    path: str
+    host: str
+
+
+@functools.lru_cache(maxsize=1)
+def _read_plain_request(data: bytes) -> PlainRequest | None:
+    """What `_line_or_outcome` and `_head_or_outcome` say, found in two looks: of most requests.
+
+    None: it is not as usual (not whole, not for a path, without one host), and they say what it is.
+    """
+    head = _PLAIN_HEAD.match(data)
+    if head is None:
+        return None
+    method, target, headers = head.groups()
+    hosts = _HOST_HEADER.findall(headers)
+    if len(hosts) != 1 or method == b"CONNECT":
+        return None
+    host = _HOST.fullmatch(hosts[0].strip(b" \t"))
+    if host is None:
+        return None
+    return PlainRequest(
+        method.decode("ascii"),
+        target.partition(b"?")[0].decode("latin-1"),
+        host[1].decode("ascii").lower().removesuffix("."),
+    )
+
+
 def host_in(data: bytes) -> str | Outcome:
     """The host that a request is for; NEED_MORE while it may come, NO_MATCH if there is none."""
+    plain = _read_plain_request(data)
+    if plain is not None:
+        return plain.host or NO_MATCH
     read = _head_or_outcome(data)
     if isinstance(read, Outcome):
         return read
@@ -261,7 +302,8 @@ class Http(Matcher):
         )
 
     def match(self, data: bytes, end: End, client: Address | None, local_port: int) -> Outcome:
-        line = _line_or_outcome(data)
+        plain = _read_plain_request(data) if self._hosts is not None else None
+        line = _line_or_outcome(data) if plain is None else (plain.method, plain.path)
         if isinstance(line, Outcome):
             return line
         method, path = line
@@ -271,15 +313,17 @@ class Http(Matcher):
             return NO_MATCH
         if self._hosts is None and not self._headers:
             return MATCH
-        read = _head_or_outcome(data)
-        if isinstance(read, Outcome):
-            return read
-        head, host = read
+        host = plain.host if plain is not None else None
+        if plain is None or self._headers:
+            read = _head_or_outcome(data)
+            if isinstance(read, Outcome):
+                return read
+            head, host = read
+            for name, values in self._headers.items():
+                if not values.include(head.values(name)):
+                    return NO_MATCH
         if self._hosts is not None and (host is None or not self._hosts.include(host)):
             return NO_MATCH
-        for name, values in self._headers.items():
-            if not values.include(head.values(name)):
-                return NO_MATCH
         return MATCH
 
     def in_kernel(self, local_port: int) -> Condition:

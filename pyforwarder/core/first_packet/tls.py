@@ -14,6 +14,7 @@ Source: RFC 8446 section 5.1; client_hello.py has the rest.
 from __future__ import annotations
 
 import functools
+import struct
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.express.conditions import (
@@ -34,6 +35,7 @@ from pyforwarder.core.first_packet.client_hello import (
     message_length,
     name_or_outcome,
     read_body,
+    read_plain_body,
 )
 from pyforwarder.core.first_packet.cursor import Cursor, ParseError, Truncated
 from pyforwarder.core.first_packet.matcher import Matcher
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 _HANDSHAKE: Final = 22
 _RECORD_HEADER: Final = 5
+# Type, version and length of a record; type and length of the message in it.
+_HEADERS: Final = struct.Struct(">BBBHBBH").unpack_from
 _MAX_FRAGMENT: Final = 1 << 14  # RFC 8446 section 5.1
 # A hello cut into one-byte records would cost a millisecond to join, again for every segment.
 # Clients that fragment on purpose, to hide the name from a censor, use a handful.
@@ -145,11 +149,37 @@ def read_client_hello(data: bytes) -> ClientHello:
     return read_body(Cursor(*_join_records(data)))
 
 
+def _read_plain_hello(data: bytes) -> ClientHello | None:
+    """What `read_client_hello` returns for a hello that is there, in one record: nearly always.
+
+    None: it is not as usual, and `read_client_hello` says what it is.
+    """
+    if len(data) < _RECORD_HEADER + MESSAGE_HEADER:
+        return None
+    kind, major, minor, length, message, high, low = _HEADERS(data)
+    start = _RECORD_HEADER + MESSAGE_HEADER
+    end = start + (high << 16 | low)
+    if (
+        kind != _HANDSHAKE
+        or major != 3
+        or minor > 4
+        or length > _MAX_FRAGMENT
+        or message != CLIENT_HELLO
+        or end > _RECORD_HEADER + length
+        or end > len(data)
+    ):
+        return None
+    return read_plain_body(data, start, end)
+
+
 # One: the rules of a listener are asked in turn about the same bytes.  With a hundred server names
 # a decision took 1.4 ms, and 150 ms for a hello of 16 KiB full of extensions.
 @functools.lru_cache(maxsize=1)
 def _hello_or_outcome(data: bytes) -> ClientHello | Outcome:
     """What `read_client_hello` returns, and its errors as the outcomes they mean."""
+    hello = _read_plain_hello(data)
+    if hello is not None:
+        return hello
     begins = _begins(data)
     if begins is not MATCH:
         return begins
