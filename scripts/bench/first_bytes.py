@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ssl
+from typing import Final
 
 from bench.targets import SERVER_NAME
+
+# Where the bytes begin that are others in each connection: behind the headers of record and message
+# and the version, and behind the slash of the path.
+RANDOM_AT: Final = 5 + 4 + 2
+PATH_AT: Final = len(b"GET /")
 
 
 def client_hello() -> bytes:
@@ -22,5 +28,6 @@ def client_hello() -> bytes:
 def http_head() -> bytes:
     """The head of a request, as curl writes it."""
     return (
-        f"GET / HTTP/1.1\r\nHost: {SERVER_NAME}\r\nUser-Agent: curl/7.88.1\r\nAccept: */*\r\n\r\n"
+        f"GET /00000000 HTTP/1.1\r\nHost: {SERVER_NAME}\r\n"
+        "User-Agent: curl/7.88.1\r\nAccept: */*\r\n\r\n"
     ).encode()

@@ -44,6 +44,7 @@
 #define HEADER_BYTES	  16	       /* what a client sends first, and the server echoes */
 #define MESSAGE_BYTES	  64	       /* a request of the connection modes */
 #define MOST_REQUEST	  2048	       /* one that is read from a file */
+#define VARIED_BYTES	  8	       /* of it: no two clients say the same */
 #define CHUNK_BYTES	  (128 * 1024) /* one send or recv of a bulk stream */
 #define PACE_CHUNK_BYTES  (64 * 1024)  /* one burst of a paced stream */
 #define DELAY_CHUNK_BYTES (16 * 1024)  /* what gets one time stamp in mode `delay` */
@@ -66,6 +67,7 @@ struct options {
 	bool waits; /* sessions talk until the caller has seen enough */
 	const char *soak_file;
 	const char *request_file; /* what a client of mode connect says; 64 bytes of no meaning */
+	size_t vary_at; /* where VARIED_BYTES of it are others in each connection; 0: nowhere */
 };
 
 struct pair {
@@ -910,7 +912,31 @@ static void read_request(void)
 	if (got <= 0 || (size_t)got == sizeof(request_text))
 		die("%s: a request has 1 to %zu bytes", opt.request_file, sizeof(request_text) - 1);
 	request_bytes = (size_t)got;
+	if (opt.vary_at && opt.vary_at + VARIED_BYTES > request_bytes)
+		die("vary_at: the request ends before");
 	close(fd);
+}
+
+/* The bytes that differ, in a request that begins there: the connection's number. */
+static void vary(char *request, uint64_t n)
+{
+	if (!opt.vary_at)
+		return;
+	for (int i = 0; i < VARIED_BYTES; i++)
+		request[opt.vary_at + (size_t)i] = "0123456789abcdef"[n >> 4 * i & 15];
+}
+
+/* Whether these bytes of a request, `at` of which came before, are what a client may say. */
+static bool is_said(const char *bytes, size_t at, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		size_t place = at + i;
+
+		if (bytes[i] != request_text[place] &&
+		    !(opt.vary_at && place >= opt.vary_at && place < opt.vary_at + VARIED_BYTES))
+			return false;
+	}
+	return true;
 }
 
 static void wait_for(int epoll, int fd, struct served *served, uint32_t events)
@@ -935,7 +961,7 @@ static void serve_event(int epoll, int fd, struct served *served)
 			return;
 		}
 		/* A client that gave up: its own side counts it. Other bytes: it gets no answer. */
-		if (got <= 0 || memcmp(request, request_text + served->got, (size_t)got)) {
+		if (got <= 0 || !is_said(request, served->got, (size_t)got)) {
 			close(fd);
 			return;
 		}
@@ -1163,6 +1189,7 @@ static void begin_asking(void)
 		asking->request_bytes =
 			write_instruction(asking->request, sizeof(asking->request), n);
 	memcpy(asking->request + asking->request_bytes, request_text, request_bytes);
+	vary(asking->request + asking->request_bytes, n);
 	asking->request_bytes += request_bytes;
 	if (connect(asking->fd, (struct sockaddr *)&to, sizeof(to)) && errno != EINPROGRESS) {
 		fail_asking(asking, NOT_CONNECTED);
@@ -1505,6 +1532,8 @@ static void parse_option(const char *argument)
 		opt.soak_file = value;
 	else if (!strcmp(key, "request_file"))
 		opt.request_file = value;
+	else if (!strcmp(key, "vary_at"))
+		opt.vary_at = (size_t)number(value);
 	else
 		die("unknown key: %s", key);
 }

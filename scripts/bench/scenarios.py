@@ -325,10 +325,13 @@ def _connect_first(stage: Stage, order: str) -> Values:
     return _connect_at_most(stage, f"connect_{order}_first", server_closes=order == "server")
 
 
-def _connect_named(stage: Stage, what: str, port: int, first: Callable[[], bytes]) -> Values:
+def _connect_named(
+    stage: Stage, what: str, port: int, first: Callable[[], bytes], vary_at: int
+) -> Values:
     file = stage.directory / what
     file.write_bytes(first())
-    return _connect_at_most(stage, f"connect_{what}", port=port, request_file=file)
+    # No two clients say the same: a reader that remembers the last one would not read.
+    return _connect_at_most(stage, f"connect_{what}", port=port, request_file=file, vary_at=vary_at)
 
 
 def _connect_instruction(stage: Stage) -> Values:
@@ -441,10 +444,18 @@ RUNS: Final[Mapping[str, Callable[[Stage], Values]]] = {
     "connect_paced": _connect_paced,
     "connect_cpu": _connect_cpu,
     "connect_sni": partial(
-        _connect_named, what="sni", port=SNI_PORT, first=first_bytes.client_hello
+        _connect_named,
+        what="sni",
+        port=SNI_PORT,
+        first=first_bytes.client_hello,
+        vary_at=first_bytes.RANDOM_AT,
     ),
     "connect_host": partial(
-        _connect_named, what="host", port=HOST_PORT, first=first_bytes.http_head
+        _connect_named,
+        what="host",
+        port=HOST_PORT,
+        first=first_bytes.http_head,
+        vary_at=first_bytes.PATH_AT,
     ),
     **{f"connect_{order}_first": partial(_connect_first, order=order) for order in _ORDERS},
     "connect_instruction": _connect_instruction,

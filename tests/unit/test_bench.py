@@ -468,11 +468,13 @@ def test_express_has_another_goal_in_each_topology(topology: str, bounds: set[fl
 
 
 def test_the_first_bytes_are_what_clients_say() -> None:
-    for rule, first in (
-        ({"tls": {"sni": targets.SERVER_NAME}}, first_bytes.client_hello()),
-        ({"http": {"host": targets.SERVER_NAME}}, first_bytes.http_head()),
+    for rule, first, at in (
+        ({"tls": {"sni": targets.SERVER_NAME}}, first_bytes.client_hello(), first_bytes.RANDOM_AT),
+        ({"http": {"host": targets.SERVER_NAME}}, first_bytes.http_head(), first_bytes.PATH_AT),
     ):
         assert said(rule, first) is MATCH
+        other = first[:at] + b"89abcdef" + first[at + 8 :]  # load.c, vary
+        assert (said(rule, other), len(other)) == (MATCH, len(first))
     assert 200 < len(first_bytes.client_hello()) <= 2000
 
 
