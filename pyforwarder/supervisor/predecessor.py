@@ -130,15 +130,15 @@ class Predecessor:
             raise ControlError("the running daemon does not say its last pair")
         return number
 
-    def take(self, heirs: Sequence[int]) -> None:
-        """Have it accept no more; `heirs` are where its workers send their pairs, by worker.
+    def take(self, to_successors: Sequence[int]) -> None:
+        """Have it accept no more; its workers send their pairs by `to_successors`, by worker.
 
         Raises:
             NoAnswerError: it may have done so, or has ended: then no daemon serves.
             ControlError: it goes on as before.
         """
         answer, fds = self._ask(
-            "take", heirs, timeout_s=4 * ANSWER_TIMEOUT_S, serial=self.offer.serial
+            "take", to_successors, timeout_s=4 * ANSWER_TIMEOUT_S, serial=self.offer.serial
         )
         close_given(fds)
         self._know_keeper(answer.get("keeper"))

@@ -241,7 +241,7 @@ class Retirement:
         fds += [sock.fileno() for _, each in bound for sock in each.sockets]
         return offer, fds
 
-    def _retire(self, serial: int, heirs: Sequence[int]) -> None:
+    def _retire(self, serial: int, to_successors: Sequence[int]) -> None:
         """Accept no new client from here on.
 
         Raises:
@@ -253,7 +253,7 @@ class Retirement:
             raise ControlError(reason)
         if serial != daemon.in_force.changes:
             raise ControlError("its configuration has changed meanwhile")
-        if len(heirs) != daemon.memory.workers:
+        if len(to_successors) != daemon.memory.workers:
             raise ControlError("there must be as many workers as it has")
         if successor.has_ended():
             raise ControlError("its successor has ended since it asked")
@@ -265,7 +265,7 @@ class Retirement:
         # Before its workers release any pair: these have ended with us, and will not be ours.
         daemon.in_force.listeners.share(shared=True)
         daemon.in_force.listeners.close()
-        daemon.workers.retire(heirs)
+        daemon.workers.retire(to_successors)
         daemon.end_helpers()
         daemon.files.close_proc()
         daemon.files.release()

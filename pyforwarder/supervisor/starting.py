@@ -57,30 +57,30 @@ class WorkerStarter:
         self.is_beside = False  # another daemon accepts no more once we do
         # Where each worker's predecessor, of the daemon before, sends its pairs; once it has been
         # given to the worker there is none.
-        self._heirs: dict[int, socket.socket] = {}
+        self._from_predecessors: dict[int, socket.socket] = {}
         self._not_theirs: Sequence[socket.socket] = ()
 
     def begin_beside(
         self,
         last_id: int,
-        heirs: Mapping[int, socket.socket],
+        from_predecessors: Mapping[int, socket.socket],
         not_theirs: Sequence[socket.socket],
     ) -> None:
         """Those that are started now are beside another daemon's: see `WorkerPool.start_beside`.
 
-        `heirs` are closed by `close_heirs`, once all have started.
+        `from_predecessors` are closed by `close_from_predecessors`, once all have started.
         """
         self.last_id = last_id
         self.is_beside = True
-        self._heirs = dict(heirs)
+        self._from_predecessors = dict(from_predecessors)
         self._not_theirs = not_theirs
 
-    def close_heirs(self) -> None:
+    def close_from_predecessors(self) -> None:
         """Each worker has its own by now."""
         self._not_theirs = ()
-        for sock in self._heirs.values():
+        for sock in self._from_predecessors.values():
             sock.close()
-        self._heirs = {}
+        self._from_predecessors = {}
 
     def start(self, index: int, *, listening: bool = True) -> WorkerProcess:
         """One that has been told all; `listening`: also that it accepts.
@@ -90,8 +90,8 @@ class WorkerStarter:
         """
 
         def make(channel: Channel, pulse: Pulse) -> Inheritance:
-            heir = self._heirs.pop(index, None)
-            for sock in (*self._heirs.values(), *self._not_theirs):
+            from_predecessor = self._from_predecessors.pop(index, None)
+            for sock in (*self._from_predecessors.values(), *self._not_theirs):
                 sock.close()
             return Inheritance(
                 worker=index,
@@ -106,7 +106,9 @@ class WorkerStarter:
                 splicing=self._datapaths.splicing,
                 log=self._log,
                 last_id=self.last_id,
-                heir=Channel(heir) if heir is not None else None,
+                from_predecessor=Channel(from_predecessor)
+                if from_predecessor is not None
+                else None,
             )
 
         worker = WorkerProcess(make, self._close_in_child, self._log, self._claim)

@@ -136,20 +136,20 @@ class WorkerPool:
     def start_beside(
         self,
         last_id: int,
-        heirs: Mapping[int, socket.socket],
+        from_predecessors: Mapping[int, socket.socket],
         not_theirs: Sequence[socket.socket],
     ) -> None:
         """As `start`, beside another daemon that still serves, and whose pairs have lower numbers.
 
-        `heirs` are where its workers send their pairs, by worker; ours to close. No worker of ours
-        keeps one of another, or of `not_theirs`.
+        Its workers send their pairs by `from_predecessors`, by worker; ours to close. No worker of
+        ours keeps one of another, or of `not_theirs`.
 
         Raises:
             ForwarderError: as `start`.
         """
-        self._starter.begin_beside(last_id, heirs, not_theirs)
+        self._starter.begin_beside(last_id, from_predecessors, not_theirs)
         self.start()
-        self._starter.close_heirs()
+        self._starter.close_from_predecessors()
 
     def take_over_spliced(self) -> None:
         """What the daemon before had spliced is in our keeper's hands: the workers may ask it."""
@@ -160,7 +160,7 @@ class WorkerPool:
                 self._log.write("error", "worker_takes_over", error=str(error))
                 worker.kill()
 
-    def retire(self, heirs: Sequence[int]) -> None:
+    def retire(self, to_successors: Sequence[int]) -> None:
         """They accept no more, and send their pairs to another daemon's; none is replaced.
 
         Nor is one that has died before: it would be forked with the channels to the other daemon's
@@ -170,7 +170,7 @@ class WorkerPool:
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
-                fds = [heirs[index]] if index < len(heirs) else []
+                fds = [to_successors[index]] if index < len(to_successors) else []
                 try:
                     worker.ask("retire", fds)
                 except ControlError as error:

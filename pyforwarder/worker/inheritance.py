@@ -47,4 +47,4 @@ class Inheritance:
     splicing: Splicing | None = None
     pulse: Pulse | None = None  # where it shows that it works
     last_id: int = 0  # the highest of the pairs that go on from an earlier daemon
-    heir: Channel | None = None  # where a worker of the daemon before sends its pairs
+    from_predecessor: Channel | None = None  # where a worker of the daemon before sends its pairs

@@ -247,9 +247,9 @@ class Worker:
         self._sockets = []
         self._made.datagrams.listen_no_more()
         if fds:
-            heir = Channel(socket.socket(fileno=fds[0]))
+            to_successor = Channel(socket.socket(fileno=fds[0]))
             self._pair_sender = PairSender(
-                heir, server, self._made.datagrams, self._made.splice, self._made.sockmap
+                to_successor, server, self._made.datagrams, self._made.splice, self._made.sockmap
             )
         if not self._draining:
             self._draining = True

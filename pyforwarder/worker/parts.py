@@ -116,8 +116,10 @@ class Parts:
             claims=server.claims,
         )
         self.pair_receiver: PairReceiver | None = None
-        if given.heir is not None:
-            self.pair_receiver = PairReceiver(given.heir, server, self.datagrams, splice)
+        if given.from_predecessor is not None:
+            self.pair_receiver = PairReceiver(
+                given.from_predecessor, server, self.datagrams, splice
+            )
 
 
 def _drop_kernel_objects(given: Inheritance) -> None:

@@ -65,13 +65,13 @@ class Succession:
                 message = {"session": {k: v for k, v in said.items() if v is not None}}
             theirs.send(message, fds)
 
-        heir: Any = SimpleNamespace(send=send)
+        to_successor: Any = SimpleNamespace(send=send)
         worker: Any = SimpleNamespace(
             handover=SimpleNamespace(stop=lambda: None),
             loop=SimpleNamespace(defer=lambda *_: None),
             clients={},
         )
-        sender = PairSender(heir, worker, self.old.server, None, None)
+        sender = PairSender(to_successor, worker, self.old.server, None, None)
         gets: Any = SimpleNamespace(loop=self.new.loop, log=self.new.server.log)
         PairReceiver(ours, gets, self.new.server, None)
         for port in self.new.server.ports.values():  # as those that begin to listen from here on
@@ -192,13 +192,13 @@ def test_a_session_of_the_kernel_is_told_of_before_it_is_let_go(succession: Succ
     session.place = object()  # type: ignore[assignment]
     wanted = session_facts(session)
     sent: list[dict[str, Any]] = []
-    heir: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
+    to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
     worker: Any = SimpleNamespace(
         handover=SimpleNamespace(stop=lambda: None),
         loop=SimpleNamespace(defer=lambda *_: None),
         clients={},
     )
-    PairSender(heir, worker, succession.old.server, None, None)._send_some()
+    PairSender(to_successor, worker, succession.old.server, None, None)._send_some()
     assert sent == [{"known": [wanted]}, {"sessions": "all"}]
     assert not succession.old.server.sessions()
     # Its record stays for the other daemon.

@@ -386,8 +386,10 @@ def test_pair_that_moves_to_another_daemon_has_the_options_of_a_lasting_connecti
             seen.append(options(play))
 
     datagrams = SimpleNamespace(handover=SimpleNamespace(settle=lambda **_: None), sessions=list)
-    heir = SimpleNamespace(send=send, close=lambda: None, unread_bytes=lambda: 0)
-    PairSender(cast("Channel", heir), play.server, cast("DatagramServer", datagrams), None, None)
+    to_successor = SimpleNamespace(send=send, close=lambda: None, unread_bytes=lambda: 0)
+    PairSender(
+        cast("Channel", to_successor), play.server, cast("DatagramServer", datagrams), None, None
+    )
     play.run_until(lambda: seen, "pair")
     assert seen == [[True, True]]
 

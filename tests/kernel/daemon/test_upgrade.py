@@ -478,12 +478,12 @@ def test_a_successor_that_is_killed_at_any_step_changes_nothing(begin: Any) -> N
         pairs_go_on_and_clients_are_served(lineage, seen)
         # What it has asked is heard after its end.
         with lineage.offered() as last, contextlib.ExitStack() as stack:
-            heirs = [stack.enter_context(end) for _ in range(last.offer.workers) for end in pair()]
+            ends = [stack.enter_context(end) for _ in range(last.offer.workers) for end in pair()]
             with suspended(before):
                 with pytest.raises(NoAnswerError):
                     last._ask(
                         "take",
-                        [heir.fileno() for heir in heirs[::2]],
+                        [end.fileno() for end in ends[::2]],
                         timeout_s=0.1,
                         serial=last.offer.serial,
                     )
