@@ -160,6 +160,7 @@ class Pair(Timed):
         "client_fd",
         "client_mask",
         "datapath",
+        "datapath_record",
         "down",
         "id",
         "is_adopted",
@@ -170,7 +171,6 @@ class Pair(Timed):
         "server_fd",
         "server_mask",
         "slot",
-        "state",
         "up",
     )
 
@@ -191,7 +191,7 @@ class Pair(Timed):
         self.datapath: Datapath | None = None
         self.kind = _NONE
         self.pair_reason = _UNDECIDED
-        self.state: object | None = None  # the datapath's own record of this pair
+        self.datapath_record: object | None = None  # the datapath's own record of this pair
         self.slot = -1  # in the pair table; -1 while it has none
         self.id = 0
         self.is_adopted = False  # another program connected these sockets, and may still have them

@@ -143,7 +143,7 @@ class SockmapDatapath(SockmapDirections):
             # it stays, disarmed, and the client's is read as always.
             up.is_native = True
             self._halves[slot * self._window.HALVES + table.ARMED[Direction.DOWN]] = 0
-        pair.state = Halves(up, down)
+        pair.datapath_record = Halves(up, down)
         pair.kind = DatapathKind.SOCKMAP
         pair.datapath = self
         self._by_slot[slot] = pair
@@ -182,7 +182,7 @@ class SockmapDatapath(SockmapDirections):
 
     def leave(self, pair: Pair) -> None:
         """Forget the pair; its sockets leave the sockhash when they are closed, right after."""
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, Halves)
         self._loop.deadlines.stop(halves.up)
         self._loop.deadlines.stop(halves.down)
@@ -193,7 +193,7 @@ class SockmapDatapath(SockmapDirections):
                 with contextlib.suppress(OSError):
                     self._sockets.delete(cookie)
         del self._by_slot[pair.slot]
-        pair.state = None
+        pair.datapath_record = None
 
     def exit(self) -> SockmapExit:
         """By which pairs leave, and go on; the caller closes it."""
@@ -201,7 +201,7 @@ class SockmapDatapath(SockmapDirections):
 
     def halves_of(self, pair: Pair) -> tuple[Half, Half]:
         """Both directions of a pair that is ours."""
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, Halves)
         return halves.up, halves.down
 
@@ -237,7 +237,7 @@ class SockmapDatapath(SockmapDirections):
             pair = self._by_slot.get(slot)
             if pair is None or pair.id != pair_id:
                 continue  # the pair has ended since; its slot may already be another's
-            halves = pair.state
+            halves = pair.datapath_record
             assert isinstance(halves, Halves)
             half = halves.up if direction == Direction.UP else halves.down
             try:
@@ -249,7 +249,7 @@ class SockmapDatapath(SockmapDirections):
 
     def ready(self, pair: Pair, fd: int, mask: int) -> None:
         """An edge on one of the pair's sockets, or (mask 0) another turn of a busy direction."""
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, Halves)
         if fd == pair.client_fd:
             inward, outward = halves.up, halves.down

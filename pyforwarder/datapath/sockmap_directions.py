@@ -226,7 +226,7 @@ class SockmapDirections:
         whose window then never closes. So help is not waited for once more than the limit has been
         passed, and a pair that goes on growing all the same is reset.
         """
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, Halves)
         other = halves.down if half is halves.up else halves.up
         source = pair.client if half is halves.up else pair.server
@@ -338,7 +338,7 @@ class SockmapDirections:
 
     def _watch(self, pair: Pair) -> None:
         """Watch both sockets for just what is waited for: every packet wakes a watch of EPOLLIN."""
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, Halves)
         for fd, inward, outward in (
             (pair.client_fd, halves.up, halves.down),

@@ -71,11 +71,11 @@ class Acceptor:
         self._listeners: dict[int, tuple[_socket.socket, ListenerState]] = {}
         self._busy_clients = 0
 
-    def listen(self, sock: _socket.socket, state: ListenerState) -> None:
+    def listen(self, sock: _socket.socket, listener: ListenerState) -> None:
         """Accept from this socket, which stays the caller's to close after `unlisten`."""
         fd = sock.fileno()
-        self._listeners[fd] = (sock, state)
-        self._loop.watch(fd, EPOLLIN, self._accept, state)
+        self._listeners[fd] = (sock, listener)
+        self._loop.watch(fd, EPOLLIN, self._accept, listener)
 
     def unlisten(self, sock: _socket.socket) -> None:
         """Accept no more from this socket."""
@@ -92,7 +92,7 @@ class Acceptor:
             self._accept(self._listeners[fd][1], fd, 0, most=BACKLOG)
 
     def _accept(
-        self, state: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
+        self, listener: ListenerState, fd: int, _mask: int, *, most: int = ACCEPT_BATCH
     ) -> None:
         server = self._server
         for _ in range(most):
@@ -108,13 +108,13 @@ class Acceptor:
                     continue
                 raise OSError(code, os.strerror(code))
             if (
-                state.is_plain
+                listener.is_plain
                 and not server.log.tells_steps
                 and len(self._clients) < server.most_clients
             ):
-                self._plain.serve(state, client_fd, peer_name(), server.next_id())
+                self._plain.serve(listener, client_fd, peer_name(), server.next_id())
             else:
-                self._admit(state, client_fd, peer_name())
+                self._admit(listener, client_fd, peer_name())
 
     def _pause(self, listener: _socket.socket) -> None:
         """Let the backlog wait until some connections have ended."""
@@ -128,12 +128,12 @@ class Acceptor:
 
         self._loop.after(ACCEPT_PAUSE_S, resume)
 
-    def _admit(self, state: ListenerState, fd: int, peer: bytes) -> None:
+    def _admit(self, listener: ListenerState, fd: int, peer: bytes) -> None:
         counters = self._counters
-        counters[state.counter + _LISTENER_ACCEPTED] += 1
-        client = Client(self._server, state, None, fd, peer, self._loop.now_s)
+        counters[listener.counter + _LISTENER_ACCEPTED] += 1
+        client = Client(self._server, listener, None, fd, peer, self._loop.now_s)
         client.id = self._server.next_id()
-        if state.asks_limits:
+        if listener.asks_limits:
             self._ask_limits(client)
         if client.over_limit is not None and not self.has_room_to_refuse(client):
             self._turn_away(client)
@@ -143,31 +143,31 @@ class Acceptor:
             self._turn_away(client)
             return
         counters[_OPEN] += 1
-        counters[state.counter + _LISTENER_OPEN] += 1
+        counters[listener.counter + _LISTENER_OPEN] += 1
         self._clients[fd] = client
         client.client_mask = WATCHED
         self._loop.watch(fd, WATCHED, self._sniffer.sniffed, client)
-        if state.converses:
-            client.conversation = state.ruleset.begin()
+        if listener.converses:
+            client.conversation = listener.ruleset.begin()
         self._server.records.show_later(client)
         try:
-            if state.starts_specially:
+            if listener.starts_specially:
                 self._sniffer.begin_specially(client)
             else:
                 # Most of those that speak first have spoken by now: that saves an event.
                 self._sniffer.sniffed(client, fd, EPOLLIN)
             if client.life is _SNIFFING:
-                self._loop.deadlines.start(client, state.timeout_s, self._loop.now_s)
+                self._loop.deadlines.start(client, listener.timeout_s, self._loop.now_s)
         except Exception as error:
             # To the loop the listener would be its owner, whose faults end the process.
             self._server.failed(client, error)
 
     def _ask_limits(self, client: Client) -> None:
         """Whether the connection is one too many, in this second or of this client."""
-        state = client.listener
-        is_known = client.peer is not None and state.trusted_proxies is None
+        listener = client.listener
+        is_known = client.peer is not None and listener.trusted_proxies is None
         host = client.peer.host if client.peer is not None and is_known else None
-        self._settle(client, self._server.limits.admit(host, state.scopes, self._loop.now_s))
+        self._settle(client, self._server.limits.admit(host, listener.scopes, self._loop.now_s))
 
     def count_client(self, client: Client) -> None:
         """Count the client against the limits on clients, now that a PROXY header has said who it

@@ -216,14 +216,14 @@ class Opened:
             count_passed(server.counters, chosen.counter, pairs)
 
     def _count_finished(
-        self, state: ListenerState, pairs: int, up_bytes: int, down_bytes: int
+        self, listener: ListenerState, pairs: int, up_bytes: int, down_bytes: int
     ) -> None:
         counters = self._server.counters
         counters[CLOSED_INDEX[CloseReason.FINISHED]] += pairs
         counters[Counter.UP_BYTES] += up_bytes
         counters[Counter.DOWN_BYTES] += down_bytes
-        counters[state.counter + ListenerCounter.UP_BYTES] += up_bytes
-        counters[state.counter + ListenerCounter.DOWN_BYTES] += down_bytes
+        counters[listener.counter + ListenerCounter.UP_BYTES] += up_bytes
+        counters[listener.counter + ListenerCounter.DOWN_BYTES] += down_bytes
 
     def _look_up(
         self, listener: str, local: list[object], rule: str, destination: list[object]
@@ -240,14 +240,14 @@ class Opened:
         return entry
 
 
-def count_opened(server: Server, state: ListenerState, rule: RoutedRule, count: int = 1) -> None:
+def count_opened(server: Server, listener: ListenerState, rule: RoutedRule, count: int = 1) -> None:
     """Count connections that the kernel has opened, and that no worker has counted yet.
 
     `next_id` or `pass_ids` counts them as accepted.
     """
     counters = server.counters
-    counters[state.counter + ListenerCounter.ACCEPTED] += count
-    counters[state.rule_counters[rule.index] + RuleCounter.TAKEN] += count
+    counters[listener.counter + ListenerCounter.ACCEPTED] += count
+    counters[listener.rule_counters[rule.index] + RuleCounter.TAKEN] += count
     counters[Counter.PAIRS_OPENED] += count
     counters[Counter.JOINED_EXPRESS] += count
 

@@ -226,7 +226,7 @@ class Handover:
         after_bytes = when.after_bytes
         if client.expects_splice:
             after_bytes = when.splice_after_bytes
-            if client.state is None and carried_bytes * _LIKELY >= after_bytes:
+            if client.datapath_record is None and carried_bytes * _LIKELY >= after_bytes:
                 assert self._splice is not None
                 self._splice.expect(client)
         # A round trip: the speaker has changed twice.

@@ -226,12 +226,14 @@ class Worker:
         if places:
             self._made.adoption.take_in_sessions(self._made.datagrams)
 
-    def _listen_for_datagrams(self, fd: int, state: ListenerState) -> str:
+    def _listen_for_datagrams(self, fd: int, listener: ListenerState) -> str:
         """Serve a UDP socket; what the server knows it by."""
-        assert isinstance(state.bind, Address)
-        sock = adopt_datagram_socket(fd, ipv6=state.bind.is_ipv6, wildcard=state.endpoint is None)
-        name = f"{state.config.name} {state.bind}"
-        self._made.datagrams.listen(name, sock, state)
+        assert isinstance(listener.bind, Address)
+        sock = adopt_datagram_socket(
+            fd, ipv6=listener.bind.is_ipv6, wildcard=listener.endpoint is None
+        )
+        name = f"{listener.config.name} {listener.bind}"
+        self._made.datagrams.listen(name, sock, listener)
         return name
 
     def _retire(self, fds: list[int]) -> None:

@@ -118,13 +118,15 @@ def _client_of(server: Server, orphan: Orphan) -> Client:
     still exist.
     """
     record = orphan.record
-    state, rule = server.generation.listener_and_rule(
+    listener, rule = server.generation.listener_and_rule(
         record.listener_name.decode(errors="replace") if record else "",
         orphan.client.getsockname()[1],
         record.rule.decode(errors="replace") if record else "",
     )
     peer = address_of(orphan.client.getpeername())
-    client = Client(server, state, orphan.client, orphan.client.fileno(), peer, server.loop.now_s)
+    client = Client(
+        server, listener, orphan.client, orphan.client.fileno(), peer, server.loop.now_s
+    )
     client.id = orphan.id
     client.attach_server(orphan.server, orphan.server.fileno())
     client.destination = address_of(orphan.server.getpeername())

@@ -325,10 +325,10 @@ class PairReceiver:
     ) -> Client:
         """The pair as a client of ours, counted and watched for nothing yet."""
         server = self._server
-        state, rule = server.generation.listener_and_rule(said.listener, said.port, said.rule)
+        listener, rule = server.generation.listener_and_rule(said.listener, said.port, said.rule)
         peer = _address_of(said.peer)
         client = Client(
-            server, state, client_socket, client_socket.fileno(), peer, server.loop.now_s
+            server, listener, client_socket, client_socket.fileno(), peer, server.loop.now_s
         )
         client.id = said.id
         client.is_shared = True  # its worker may still have it in its hands, and closes it later
@@ -343,8 +343,8 @@ class PairReceiver:
             cookies = tuple(map(cookie_of, (client_socket, server_socket)))
             if server.joining.pair_with(cookies) is None:
                 server.joining.know(client, cookies)
-        if peer is not None and state.scopes:
-            scopes = state.scopes
+        if peer is not None and listener.scopes:
+            scopes = listener.scopes
             answer = server.limits.admit(peer.host, scopes, server.loop.now_s, is_new=False)
             if not isinstance(answer, Limit):  # it is no new one: it may be one too many
                 client.client_keys = answer

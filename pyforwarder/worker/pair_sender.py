@@ -259,12 +259,12 @@ class PairSender:
             spliced = {"index": index, "left_bytes": left_bytes, "is_mute": is_mute}
         if client.is_bare:
             client.settle()  # the receiver takes its sockets as they are
-        state = client.listener
+        listener = client.listener
         assert client.route is not None
         message: dict[str, Any] = {
             "id": client.id,
-            "listener": state.config.name,
-            "port": state.local_port,
+            "listener": listener.config.name,
+            "port": listener.local_port,
             "rule": client.route.rule.name,
             "upstream": _upstream_of(client),
             "server": client.server_state.name if client.server_state is not None else "",

@@ -74,7 +74,7 @@ class FakeDatapath:
             if half.flow.pending is not None:
                 half.waiting = bytes(half.flow.pending)
                 half.flow.pending = None
-        pair.state = halves
+        pair.datapath_record = halves
         pair.kind = self.kind
         pair.datapath = self
         self._pairs.append(pair)
@@ -119,11 +119,11 @@ class FakeDatapath:
         """Forget the pair."""
         self._pairs.remove(pair)
         self.left += 1
-        pair.state = None
+        pair.datapath_record = None
 
     @staticmethod
     def _half(pair: Pair, flow: Flow) -> _Half:
-        halves = pair.state
+        halves = pair.datapath_record
         assert isinstance(halves, _Halves)
         return halves.up if flow is pair.up else halves.down
 

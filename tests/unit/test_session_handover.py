@@ -212,7 +212,7 @@ def test_a_datagram_that_is_only_just_coming_is_not_taken_for_copied(played: Pla
     """The program counts it, and then it comes to our socket: between the two we look."""
     handed_over(played)
     played.kernel.told.clear()
-    port = played.session.listener
+    port = played.session.port
     port.behind[played.session] = None
     handover = played.play.server.handover
     assert not handover.is_quiet(port)  # what is counted is read now
@@ -642,7 +642,7 @@ def test_an_error_costs_none_of_the_datagrams_that_meet_it(played: Played) -> No
     played.sock.close()
     played.client.send(b"nobody hears that")
     # The loop has no part in it: the error waits for the datagram that comes next.
-    played.play.server.copying.readable(played.session.listener, -1, 0)
+    played.play.server.copying.readable(played.session.port, -1, 0)
     played.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     played.sock.bind(address)
     played.sock.setblocking(False)

@@ -33,7 +33,7 @@ class OtherPair:
 
     def __init__(self, datapath: object, state: object, number: int) -> None:
         self.datapath = datapath
-        self.state = state
+        self.datapath_record = state
         self.id = number
         self.client_fd, self.server_fd = 5, 6
 
@@ -69,7 +69,7 @@ class Stage:
         self.state = Spliced(7, [0, 0], is_mute=False)
         self.pair: Any = SimpleNamespace(
             datapath=splice,
-            state=self.state,
+            datapath_record=self.state,
             slot=3,
             id=42,
             client_fd=5,
@@ -284,7 +284,7 @@ def test_a_pair_that_the_keeper_does_not_know_is_reset(stage: Stage) -> None:
 
 def test_one_that_has_ended_meanwhile_is_not_asked_about(stage: Stage) -> None:
     confirm_adoption(stage)
-    stage.pair.state = None  # and its slot another's
+    stage.pair.datapath_record = None  # and its slot another's
     stage.asker.lose()
     stage.pass_time()
     assert not stage.broken

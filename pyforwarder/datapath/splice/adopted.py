@@ -133,17 +133,17 @@ class AdoptedPairs(SplicedPairs):
 
         With the pair's `pending` that is all that another daemon needs.
         """
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         return state.index, state.left_bytes, state.is_mute
 
     def release(self, pair: Pair) -> None:
         """Release the pair to another daemon; it continues meanwhile."""
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         self._ends.pop(pair, None)
         del self._by_index[state.index]
-        pair.state = None
+        pair.datapath_record = None
 
     def take_over(
         self,
@@ -192,7 +192,7 @@ class AdoptedPairs(SplicedPairs):
             words[at + table.REDIRECTED[direction]] = shown_bytes(record.way[direction])
             words[at + table.REDIRECTED_PACKETS[direction]] = record.way[direction].packets
         self._take(pair, orphan.index, list(left_bytes), is_mute=is_mute)
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         adoption = _Adoption(pair, state, self._check_adopted)
         self._loop.deadlines.start(adoption, scaled_s(_ADOPTED_S), time.monotonic())
@@ -207,7 +207,7 @@ class AdoptedPairs(SplicedPairs):
         pair, state = adoption.pair, adoption.state
 
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
-            is_there = pair.datapath is self and pair.state is state
+            is_there = pair.datapath is self and pair.datapath_record is state
             if is_there and answer is None:
                 self._confirm_adoption(adoption)
                 return
@@ -224,6 +224,6 @@ class AdoptedPairs(SplicedPairs):
         self._keeper.ask("adopted", answered, index=state.index, id=pair.id, slot=slot)
 
     def _check_adopted(self, pair: Pair, state: Spliced) -> None:
-        if pair.datapath is self and pair.state is state:
+        if pair.datapath is self and pair.datapath_record is state:
             # Its idle time would not be noticed.
             self._host.broken(pair, CloseReason.INTERNAL)

@@ -92,15 +92,15 @@ class SpliceDatapath(AdoptedPairs):
         locks = [(sock, sock.getsockopt(*option)) for sock in (pair.client, pair.server)]
         for sock, lock in locks:
             sock.setsockopt(*option, lock | _SOCK_RCVBUF_LOCK)
-        pair.state = _Expected(locks)
+        pair.datapath_record = _Expected(locks)
 
     @staticmethod
     def _expect_no_more(pair: Pair) -> None:
         """Undo `expect`, for another datapath."""
-        if isinstance(pair.state, _Expected):
-            for sock, lock in pair.state.locks:
+        if isinstance(pair.datapath_record, _Expected):
+            for sock, lock in pair.datapath_record.locks:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, lock)
-        pair.state = None
+        pair.datapath_record = None
 
     def join(self, pair: Pair) -> PairReason | None:
         """Splice the pair, and wait until that is done: for a caller that serves no other pairs.

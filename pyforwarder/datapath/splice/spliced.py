@@ -137,7 +137,7 @@ class SplicedPairs(ABC):
         return self._keeper.unsettled + len(self._ends)
 
     def _take(self, pair: Pair, index: int, left_bytes: list[int], *, is_mute: bool) -> None:
-        pair.state = Spliced(index, left_bytes, is_mute=is_mute)
+        pair.datapath_record = Spliced(index, left_bytes, is_mute=is_mute)
         if not is_mute:
             self._with_tail[index] = pair
             self._poll_tails_later()
@@ -156,7 +156,7 @@ class SplicedPairs(ABC):
         """Copy the bytes that had arrived before the pair began, and no byte more; False: the pair
         has ended.
         """
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         while flow.pending is not None or state.left_bytes[flow.direction]:
             if flow.pending is None:
@@ -185,7 +185,7 @@ class SplicedPairs(ABC):
         outward = pair.down if fd == pair.client_fd else pair.up
         if mask & EPOLLERR:
             error = error_of(pair, fd)
-            state = pair.state
+            state = pair.datapath_record
             assert isinstance(state, Spliced)
             # A reset right before the pair began; or the tail was not acknowledged, or our socket
             # missed the acknowledgement, and has given up. Its port would be free.
@@ -202,7 +202,7 @@ class SplicedPairs(ABC):
 
         Nothing waits here for long: only, at first, what had arrived before the pair began.
         """
-        state = pair.state
+        state = pair.datapath_record
         if isinstance(state, Spliced) and not state.end_reported:
             self._catch_up(pair)
         at = pair.slot * self._window.WORDS
@@ -249,14 +249,14 @@ class SplicedPairs(ABC):
         Also after a peer's own reset: it is not known whether the other end has accepted that, and
         a pair that is no longer counted must not continue.
         """
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         self._ends.pop(pair, None)
         if not state.end_reported and not self._report_end(pair, state):
             # The end was not reported: from now on a peer that still sends gets the kernel's RST.
             self.forget(state.index, pair.id)
         del self._by_index[state.index]
-        pair.state = None
+        pair.datapath_record = None
 
     def end(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
         """Report the pair's end to the keeper, with our sockets; the caller calls `leave` at once.
@@ -265,7 +265,7 @@ class SplicedPairs(ABC):
         waiting. Then the pair stays as it is, with its sockets, until its turn; `then` is called
         with it, to call `leave`.
         """
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         if not self._ends and self._may_go(pair, state):
             return True
@@ -282,7 +282,7 @@ class SplicedPairs(ABC):
         told = 0
         while self._ends and (told < _ENDS_IN_A_TURN or self._keeper.is_over):
             pair = next(iter(self._ends))
-            state = pair.state
+            state = pair.datapath_record
             assert isinstance(state, Spliced)
             if not self._may_go(pair, state):
                 break
@@ -327,8 +327,8 @@ class SplicedPairs(ABC):
         self._keeper.ask("abort", answered, index=index, id=pair_id)
 
     def _record(self, pair: Pair) -> Splice:
-        assert isinstance(pair.state, Spliced)
-        return Splice.from_buffer_copy(self._memory, pair.state.index * SPLICE_BYTES)
+        assert isinstance(pair.datapath_record, Spliced)
+        return Splice.from_buffer_copy(self._memory, pair.datapath_record.index * SPLICE_BYTES)
 
     def _rung(self, _owner: object, _fd: int, _mask: int) -> None:
         for data in self._ring.records():
@@ -344,7 +344,7 @@ class SplicedPairs(ABC):
     def _check_record(self, pair: Pair) -> None:
         """Act on the end of a tail, a FIN, its acknowledgement or a reset."""
         record = self._record(pair)
-        state = pair.state
+        state = pair.datapath_record
         assert isinstance(state, Spliced)
         if not state.is_mute and not any(way.tail_open for way in record.way):
             self._mute(pair, state)
@@ -397,7 +397,7 @@ class SplicedPairs(ABC):
         state.reports_narrow = self._keeper.ask("narrow", answered, index=state.index, id=pair.id)
 
     def _check_again(self, pair: Pair, state: Spliced) -> None:
-        if pair.datapath is self and pair.state is state:
+        if pair.datapath is self and pair.datapath_record is state:
             self._check_record(pair)
 
     def _mute(self, pair: Pair, state: Spliced) -> bool:
@@ -425,7 +425,7 @@ class SplicedPairs(ABC):
         now_s = time.monotonic()
         self._is_polling = False
         for index, pair in list(self._with_tail.items()):
-            state = pair.state
+            state = pair.datapath_record
             if not isinstance(state, Spliced) or state.index != index or state.is_mute:
                 del self._with_tail[index]
             elif now_s >= state.poll_s and self._mute(pair, state):

@@ -34,18 +34,18 @@ class Admission:
 
         What it counts for from here on is given back by `end`.
         """
-        state, now_s = session.state, self._loop.now_s
+        listener, now_s = session.listener, self._loop.now_s
         host = session.peer.host
-        answer = self._server.limits.admit(host, state.scopes, now_s)
+        answer = self._server.limits.admit(host, listener.scopes, now_s)
         # Somebody else may have used the client's address: its own unconfirmed ones go first.
-        if answer in _OF_CLIENT and self._make_room_of_client(host, state):
-            answer = self._server.limits.admit(host, state.scopes, now_s)
+        if answer in _OF_CLIENT and self._make_room_of_client(host, listener):
+            answer = self._server.limits.admit(host, listener.scopes, now_s)
         if isinstance(answer, Limit):
             return answer
         limit = None
-        if state.most_here and self._server.limits.count(state.counter) >= state.most_here:
-            limit = None if self._make_room(session.listener) else Limit.SESSIONS
-        elif self._server.limits.sessions >= state.generation.most_sessions:
+        if listener.most_here and self._server.limits.count(listener.counter) >= listener.most_here:
+            limit = None if self._make_room(session.port) else Limit.SESSIONS
+        elif self._server.limits.sessions >= listener.generation.most_sessions:
             limit = None if self._make_room(None) else Limit.SESSIONS
         elif len(self._server.by_id) >= self._server.most_sessions:
             limit = None if self._make_room(None) else Limit.DESCRIPTORS
@@ -55,7 +55,7 @@ class Admission:
             session.client_keys = answer
         return limit
 
-    def _make_room_of_client(self, host: str, state: ListenerState) -> bool:
+    def _make_room_of_client(self, host: str, listener: ListenerState) -> bool:
         """End sessions of the client wherever it has as many as it may; whether all have room now.
 
         The listener's scope comes first: a session that ends there makes room in the shared one.
@@ -63,7 +63,7 @@ class Admission:
         limits, now_s = self._server.limits, self._loop.now_s
         full = {
             key: bounds
-            for bounds in state.scopes
+            for bounds in listener.scopes
             if bounds.per_client
             and not limits.has_room(key := limits.key(host, bounds), bounds, now_s)
         }

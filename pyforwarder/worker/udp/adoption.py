@@ -86,12 +86,12 @@ class SessionAdoption:
         for orphan in orphans:
             try:
                 record = orphan.record
-                state, _ = generation.listener_and_rule(
+                listener, _ = generation.listener_and_rule(
                     record.listener_name.decode(errors="replace") if record is not None else "",
                     orphan.local[1],
                     record.rule.decode(errors="replace") if record is not None else "",
                 )
-                self._end_orphan(state, orphan, reason)
+                self._end_orphan(listener, orphan, reason)
             except Exception as error:
                 self._log.internal_error(error)
                 self._server.handover.end_orphan(orphan)
@@ -114,11 +114,11 @@ class SessionAdoption:
         host, number = orphan.client
         local = ipaddress.ip_address(orphan.local[0]).packed if port.is_wildcard else b""
         key = (host, number, local, 0)
-        route = route_of(port.state, orphan, self._loop.now_s)
+        route = route_of(port.listener, orphan, self._loop.now_s)
         if key in port.sessions or orphan.id in self._server.by_id:
             route = CloseReason.INTERNAL, "there is another session of that client or number"
         if not isinstance(route, Route):
-            self._end_orphan(port.state, orphan, *route)
+            self._end_orphan(port.listener, orphan, *route)
             return None
         session = Session(self._server, port, key, route, 0)
         session.id = orphan.id
@@ -137,7 +137,7 @@ class SessionAdoption:
             session.down_bytes, session.down_packets = down.carried_bytes, down.carried_packets
         told = self._told.pop(orphan.id, None)
         self._know_client(session, told)
-        scopes = port.state.scopes
+        scopes = port.listener.scopes
         answer = self._server.limits.admit(host, scopes, self._loop.now_s, is_new=False)
         if not isinstance(answer, Limit):  # it is no new one: it may be one too many
             session.client_keys = answer
@@ -180,10 +180,12 @@ class SessionAdoption:
             session.assurance = Assurance.BRIEF  # who has sent less is never given to the kernel
 
     def _end_orphan(
-        self, state: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str = ""
+        self, listener: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str = ""
     ) -> None:
         """Nobody goes on with a session: say why, and count and say what it has carried."""
-        refused = Refused(self._server, state, Address(*orphan.client), None, session_id=orphan.id)
+        refused = Refused(
+            self._server, listener, Address(*orphan.client), None, session_id=orphan.id
+        )
         refused.reason, refused.refusal = reason, cause
         up, down = (0, 0), (0, 0)
         record = orphan.record
@@ -200,13 +202,13 @@ class SessionAdoption:
             for index, by in (
                 (Counter.UP_BYTES, all_up[0]),
                 (Counter.DOWN_BYTES, all_down[0]),
-                (state.counter + ListenerCounter.UP_BYTES, all_up[0]),
-                (state.counter + ListenerCounter.DOWN_BYTES, all_down[0]),
+                (listener.counter + ListenerCounter.UP_BYTES, all_up[0]),
+                (listener.counter + ListenerCounter.DOWN_BYTES, all_down[0]),
             ):
                 change(self._counters, index, by)
             self._log.closed(refused, all_up, all_down)
 
-        self._server.count_end(state, None, reason, is_served=True)
+        self._server.count_end(listener, None, reason, is_served=True)
         self._server.handover.end_orphan(orphan, then)
 
     def _port_of(self, orphan: SessionOrphan) -> DatagramPort | None:
@@ -214,7 +216,7 @@ class SessionAdoption:
         host, number = orphan.local
         is_ipv6 = ":" in host
         for port in self._server.ports.values():
-            bind = port.state.bind
+            bind = port.listener.bind
             if (
                 isinstance(bind, Address)
                 and (bind.port, bind.is_ipv6) == (number, is_ipv6)
@@ -229,8 +231,8 @@ class SessionAdoption:
         if not isinstance(to, str):
             return
         assert isinstance(session.destination, Address)
-        upstream = session.state.generation.upstreams[to]
-        server = server_of(upstream, session.destination, session.state.local_port)
+        upstream = session.listener.generation.upstreams[to]
+        server = server_of(upstream, session.destination, session.listener.local_port)
         if server is not None:
             session.upstream, session.server_state = upstream, server
             upstream.balancer.hold(server)

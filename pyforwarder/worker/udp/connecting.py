@@ -48,7 +48,7 @@ class Connecting:
     def choose(self, session: Session) -> None:
         """Find the server of a new session and connect to it, or refuse the session."""
         to = session.route.to
-        generation = session.state.generation
+        generation = session.listener.generation
         timeout_s = generation.connect_s
         if isinstance(to, str):
             session.upstream = upstream = generation.upstreams[to]
@@ -67,7 +67,7 @@ class Connecting:
             upstream.balancer.hold(chosen)
             to = chosen.address
         if isinstance(to, SamePort):
-            to = to.at(session.state.local_port)
+            to = to.at(session.listener.local_port)
         session.destination = to
         self._loop.deadlines.start(session, timeout_s, self._loop.now_s)
         if isinstance(to, UnixAddress):
@@ -121,7 +121,7 @@ class Connecting:
         self._server.refuse(session, CloseReason.DENIED, cause or f"{address} is this forwarder")
 
     def _connect(self, session: Session, addresses: Sequence[Address]) -> None:
-        generation, rule = session.state.generation, session.route.rule
+        generation, rule = session.listener.generation, session.route.rule
         for address in addresses:
             if not generation.permits(rule, address, self._loop.now_s, protocol="udp"):
                 self._deny(session, address)
@@ -237,7 +237,7 @@ class Connecting:
         self._server.handover.established(session)
         self._server.records.show(session, PairState.JOINED)
         self._counters[Counter.JOINED_COPY] += 1
-        if session.route.rule.index in session.state.ruleset.followed:
+        if session.route.rule.index in session.listener.ruleset.followed:
             session.learning = LEARN_FROM
         negotiation = session.route.negotiation
         if negotiation is not None:
@@ -245,13 +245,13 @@ class Connecting:
             answer = negotiation.granted(session.source)
             if answer:
                 self._server.copying.send_to_client(session, answer)
-        if session.state.send_proxy is not None:
+        if session.listener.send_proxy is not None:
             session.proxy_header = _proxy_header(session)
         self._server.copying.send_waiting(session)
 
 
 def _proxy_header(session: Session) -> bytes:
-    forms = session.state.send_proxy
+    forms = session.listener.send_proxy
     if forms is None or forms[session.route.rule.index] == "off":
         return b""
     # The id that `show` and the log know the session by, as for TCP.

@@ -157,11 +157,11 @@ class Copying:
             try:
                 sent = self._send_many(session, datagrams) if not session.life_ended else 0
             except Exception as error:
-                self._server.blame(session.listener, session.key, error)
+                self._server.blame(session.port, session.key, error)
                 continue
             # Its server is lost: what came behind that is for another.
             for datagram in datagrams[sent:]:
-                self._take_one(session.listener, session.key, datagram)
+                self._take_one(session.port, session.key, datagram)
 
     def _heard(self, session: Session) -> None:
         """Note that the session's client has sent something."""
@@ -333,7 +333,7 @@ class Copying:
         """False: these have to be sent one by one."""
         key = session.key
         try:
-            send_segments(session.listener.sock, datagrams, from_address(key[2]), name_of(key))
+            send_segments(session.port.sock, datagrams, from_address(key[2]), name_of(key))
         except OSError as error:
             if error.errno in UNSEGMENTED:
                 session.most_segment = len(datagrams[0]) - 1
@@ -354,7 +354,7 @@ class Copying:
         connection_id = id_of_server(answer)
         if not connection_id or connection_id in session.ids:
             return
-        state, rule = session.state, session.route.rule
+        listener, rule = session.listener, session.route.rule
         number = -1
         if session.upstream is not None and session.server_state is not None:
             servers = session.upstream.balancer.servers
@@ -364,7 +364,7 @@ class Copying:
         assert isinstance(session.destination, Address)
         if "%" in session.destination.host:
             return  # a zone has no room in the table
-        way = Way(session.destination, state.counter, state.rule_counters[rule.index], number)
+        way = Way(session.destination, listener.counter, listener.rule_counters[rule.index], number)
         self._server.ids.learn(connection_id, way, self._loop.now_s)
         session.ids = (*session.ids, connection_id)
 
@@ -377,13 +377,13 @@ class Copying:
         bound that real clients can live with holds against a sender who repeats himself.
         """
         if session.assurance is _NEW:
-            amplification = session.state.amplification
+            amplification = session.listener.amplification
             most = amplification * session.heard_bytes
             if amplification and session.told_bytes + len(data) > most:
                 self._counters[Counter.DATAGRAMS_HELD_BACK] += 1
                 return False
             session.told_bytes += len(data)
-        return self.send_down(session.listener, session.key, data)
+        return self.send_down(session.port, session.key, data)
 
     def send_down(self, port: DatagramPort, key: Key, data: bytes | memoryview) -> bool:
         """Whether the datagram went out; one that does not is lost, as on any path."""
@@ -419,6 +419,6 @@ class Copying:
 
     def watch_both(self, session: Session) -> None:
         """Copy what has come for a session, from whichever side, before the next event."""
-        self.readable(session.listener, -1, 0)
+        self.readable(session.port, -1, 0)
         if session.sock is not None:
             self.answered(session, -1, 0)

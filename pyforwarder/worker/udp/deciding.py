@@ -50,7 +50,7 @@ class Deciding:
         """A client without a session has sent a datagram."""
         if self._is_ours(port, key):
             return
-        if port.state.ruleset.followed and self._follow(port, key, datagram):
+        if port.listener.ruleset.followed and self._follow(port, key, datagram):
             return
         undecided = self._undecided.get(port, key)
         if undecided is not None and undecided.claim is not None:
@@ -65,7 +65,7 @@ class Deciding:
         else:
             data = Datagrams((*undecided.datagrams, datagram))
             count, size_bytes = len(data.all), undecided.size_bytes + len(datagram)
-        ruleset = port.state.ruleset
+        ruleset = port.listener.ruleset
         may_wait = ruleset.spans_datagrams and self._undecided.may_wait(port, count, size_bytes)
         decision = self._decide(port, key, data, End.OPEN if may_wait else End.FULL)
         if decision is NEED_MORE:
@@ -85,15 +85,15 @@ class Deciding:
         takes such packets from the wire where they are IPv6 (ip6_rcv_core asks for loopback's
         addresses alone).
         """
-        state, client = port.state, Address(key[0], key[1])
+        listener, client = port.listener, Address(key[0], key[1])
         # Whose a link-local address is, its link alone tells.
         named = Address(f"{key[0]}%{key[3]}", key[1]) if key[3] else client
-        if not state.generation.own["udp"].includes(named, is_local=is_local):
+        if not listener.generation.own["udp"].includes(named, is_local=is_local):
             return False
-        refused = Refused(self._server, state, client, None)
+        refused = Refused(self._server, listener, client, None)
         refused.refusal = "its sender would be this forwarder"
-        self._counters[state.counter + ListenerCounter.ACCEPTED] += 1
-        self._turn_away(refused, state, None, CloseReason.DENIED)
+        self._counters[listener.counter + ListenerCounter.ACCEPTED] += 1
+        self._turn_away(refused, listener, None, CloseReason.DENIED)
         return True
 
     def _claim(self, port: DatagramPort, key: Key, datagram: bytes, claim: Claim) -> None:
@@ -137,14 +137,14 @@ class Deciding:
             self._server.blame(port, key, error)
 
     def _decide(self, port: DatagramPort, key: Key, data: bytes, end: End) -> Decision:
-        state = port.state
-        return state.ruleset.decide(
+        listener = port.listener
+        return listener.ruleset.decide(
             data,
             client=Address(key[0], key[1]),
-            local_port=state.local_port,
+            local_port=listener.local_port,
             end=end,
-            now_unix_s=time.time() if state.ruleset.needs_clock else None,  # noqa: TID251 - expiry
-            state=state.ruleset.begin(),
+            now_unix_s=time.time() if listener.ruleset.needs_clock else None,  # noqa: TID251 - expiry
+            state=listener.ruleset.begin(),
         )
 
     def _follow(self, port: DatagramPort, key: Key, datagram: bytes) -> bool:
@@ -154,12 +154,12 @@ class Deciding:
         changed, and has the client prove it (RFC 9000 section 9); a stranger that has only seen the
         id turns nobody's answers away.
         """
-        state = port.state
-        found = self._server.ids.find(datagram, listener=state.counter, now_s=self._loop.now_s)
+        listener = port.listener
+        found = self._server.ids.find(datagram, listener=listener.counter, now_s=self._loop.now_s)
         if found is None:
             return False
         connection_id, way = found
-        route = followed_route(state, way)
+        route = followed_route(listener, way)
         if route is None:
             return False
         self._act(port, key, datagram, route, way)
@@ -178,27 +178,27 @@ class Deciding:
         way: Way | None = None,
     ) -> None:
         """Do with a client's first datagrams what has been decided."""
-        state = port.state
+        listener = port.listener
         counters = self._counters
         client = Address(key[0], key[1])
         first, *later = datagrams_in(data)
         if isinstance(decision, Route):
-            counters[state.counter + ListenerCounter.ACCEPTED] += 1
+            counters[listener.counter + ListenerCounter.ACCEPTED] += 1
             heard_bytes = len(first) + sum(map(len, later))
             session = Session(self._server, port, key, decision, heard_bytes)
             session.way = way
-            session.facts = (*decision.facts, *state.ruleset.facts(decision.rule, data))
+            session.facts = (*decision.facts, *listener.ruleset.facts(decision.rule, data))
             limit = self._server.admission.admit(session)
             if limit is not None:
                 counters[LIMITED_INDEX[limit.counted_as]] += 1
                 self._server.send_refusal(session, CloseReason.BUSY)
-                refused = Refused(self._server, state, client, decision.rule)
+                refused = Refused(self._server, listener, client, decision.rule)
                 refused.route, refused.facts = decision, session.facts
                 refused.over_limit = limit
-                self._turn_away(refused, state, decision.rule, CloseReason.BUSY)
+                self._turn_away(refused, listener, decision.rule, CloseReason.BUSY)
                 return
             session.id = self._server.next_id()
-            rule_counter = state.rule_counters[decision.rule.index]
+            rule_counter = listener.rule_counters[decision.rule.index]
             counters[rule_counter + RuleCounter.TAKEN] += 1
             counters[Counter.PAIRS_OPENED] += 1
             self._server.enter(session)
@@ -212,25 +212,25 @@ class Deciding:
             return
         # Not ours to serve: one word if the protocol has one, never more than was sent.
         rule = decision.rule if isinstance(decision, Refuse) else None
-        refused = Refused(self._server, state, client, rule)
+        refused = Refused(self._server, listener, client, rule)
         if isinstance(decision, Refuse):
             reason = decision.reason
             refused.refusal = decision.cause
-            refused.facts = (*state.ruleset.read(data), *decision.facts)
+            refused.facts = (*listener.ruleset.read(data), *decision.facts)
             if decision.reply and len(decision.reply) <= len(first):
                 self._server.copying.send_down(port, key, decision.reply)
         else:
             reason = CloseReason.MALFORMED
             refused.refusal = "the protocol is a dialogue, which needs a stream"
-        counters[state.counter + ListenerCounter.ACCEPTED] += 1
-        self._turn_away(refused, state, rule, reason)
+        counters[listener.counter + ListenerCounter.ACCEPTED] += 1
+        self._turn_away(refused, listener, rule, reason)
 
     def _turn_away(
-        self, refused: Refused, state: ListenerState, rule: Rule | None, reason: CloseReason
+        self, refused: Refused, listener: ListenerState, rule: Rule | None, reason: CloseReason
     ) -> None:
         """Count and log a first datagram that gets no session."""
         refused.reason = reason
-        self._server.count_end(state, rule, reason, is_served=False)
+        self._server.count_end(listener, rule, reason, is_served=False)
         self._log.closed(refused, (0, 0), (0, 0))
 
     def forget_all(self, port: DatagramPort) -> int:

@@ -68,7 +68,7 @@ class SessionHandover:
 
     def established(self, session: Session) -> None:
         """A session begins to flow: settle whether it may be handed over."""
-        listener = session.state
+        listener = session.listener
         choice = listener.datapaths[session.route.rule.index]
         if choice not in ("auto", "splice"):
             return
@@ -115,7 +115,7 @@ class SessionHandover:
         """
         return (
             session.assurance is Assurance.STEADY
-            and session.up_bytes >= session.state.generation.handover.after_bytes
+            and session.up_bytes >= session.listener.generation.handover.after_bytes
         )
 
     def _pays(self, session: Session) -> bool:
@@ -123,7 +123,7 @@ class SessionHandover:
 
         A datagram each way is a round trip here: nobody counts whose turn it is.
         """
-        when = session.state.generation.handover
+        when = session.listener.generation.handover
         return (
             min(session.up_packets, session.down_packets) >= when.after_round_trips
             or session.up_bytes + session.down_bytes >= when.after_bytes
@@ -170,7 +170,7 @@ class SessionHandover:
         session.pair_reason = reason
         self._server.records.show_datapath(session)
         if session.place is not None:
-            session.listener.behind[session] = None
+            session.port.behind[session] = None
             self._server.copying.watch_both(session)
 
     def _open(self, session: Session) -> Opening | PairReason:
@@ -196,9 +196,9 @@ class SessionHandover:
             slot=session.slot,
             client=session.key[:2],
             local=session.asked_address().host,
-            sockets=(session.listener.sock, session.sock),
-            any_interface=session.state.generation.config.splice_interfaces == "any",
-            idle_s=session.state.session_idle_s,
+            sockets=(session.port.sock, session.sock),
+            any_interface=session.listener.generation.config.splice_interfaces == "any",
+            idle_s=session.listener.session_idle_s,
             now_s=self._server.loop.now_s,
             then=then,
         )
@@ -212,7 +212,7 @@ class SessionHandover:
         session.place = self._kernel.resume(
             orphan,
             session.slot,
-            session.state.session_idle_s,
+            session.listener.session_idle_s,
             lambda: self._server.end(session, CloseReason.INTERNAL),
         )
         return True
@@ -253,7 +253,7 @@ class SessionHandover:
             return
         place.copied[direction] += 1
         if direction == _UP:
-            session.listener.behind[session] = None
+            session.port.behind[session] = None
         now_s = self._server.loop.now_s
         if not place.behind_s[direction]:
             place.behind_s[direction] = now_s
@@ -335,7 +335,7 @@ class SessionHandover:
             session.earns = False
             self.release(session)
             if session.place is not None:
-                session.listener.behind.pop(session, None)
+                session.port.behind.pop(session, None)
                 left.append((session, session.place))
                 session.place = None
         if not left or self._kernel is None:

@@ -31,7 +31,7 @@ class SessionRecords:
             if session.slot < 0:
                 return
             self._shown += 1
-        listener = session.state
+        listener = session.listener
         own = listener.endpoint or pack_endpoint(session.asked_address())
         to = session.destination
         self.window.describe(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def route_of(
-    state: ListenerState, orphan: SessionOrphan, now_s: float
+    listener: ListenerState, orphan: SessionOrphan, now_s: float
 ) -> Route | tuple[CloseReason, str]:
     """Return the route that the session would get by its rule now; or why no rule leads there any
     more.
@@ -27,21 +27,21 @@ def route_of(
     """
     # `show` has as much of the name as there is room for.
     name = orphan.record.rule if orphan.record is not None else b""
-    names = [each[: NAME_BYTES - 1] for each in state.rule_names]
+    names = [each[: NAME_BYTES - 1] for each in listener.rule_names]
     if name not in names:
         return CloseReason.NO_MATCH, "its rule is not there any more"
-    rule = state.ruleset.rules[names.index(name)]
+    rule = listener.ruleset.rules[names.index(name)]
     if rule.reject is not None:
         return CloseReason.REJECTED, "its rule rejects"
     server = Address(*orphan.server.getpeername()[:2])
-    to, generation = rule.to, state.generation
+    to, generation = rule.to, listener.generation
     if isinstance(to, str):
-        if server_of(generation.upstreams[to], server, state.local_port) is None:
+        if server_of(generation.upstreams[to], server, listener.local_port) is None:
             return CloseReason.UNREACHABLE, f"{server} is not in its upstream any more"
         by_client = False
     elif to is None or isinstance(to, NameIn):
         by_client = True  # under `allow`
-    elif _may_be(to, server, state.local_port):
+    elif _may_be(to, server, listener.local_port):
         by_client = False
     else:
         return CloseReason.UNREACHABLE, f"its rule does not lead to {server} any more"
@@ -51,28 +51,28 @@ def route_of(
     return Route(rule, server, 0, None, by_client)
 
 
-def followed_route(state: ListenerState, way: Way) -> Route | None:
+def followed_route(listener: ListenerState, way: Way) -> Route | None:
     """Where a connection id leads under this configuration; None: no rule has it go there.
 
     Another worker may have written what `way` says.
     """
-    if way.rule not in state.rule_counters:
+    if way.rule not in listener.rule_counters:
         return None
-    rule = state.ruleset.rules[state.rule_counters.index(way.rule)]
+    rule = listener.ruleset.rules[listener.rule_counters.index(way.rule)]
     to = rule.to
-    if rule.index not in state.ruleset.followed or rule.reject is not None:
+    if rule.index not in listener.ruleset.followed or rule.reject is not None:
         return None
     if to is None or isinstance(to, NameIn):
         # Under `allow`, as every destination that a client has named.
         return Route(rule, way.server, 0, None, named_by_client=True)
     wanted: ServerAddress = to if not isinstance(to, str) else way.server
     if isinstance(to, str):
-        servers = state.generation.upstreams[to].balancer.servers
+        servers = listener.generation.upstreams[to].balancer.servers
         if not 0 <= way.number < len(servers):
             return None
         wanted = servers[way.number].address
     if isinstance(wanted, SamePort):
-        wanted = wanted.at(state.local_port)
+        wanted = wanted.at(listener.local_port)
     if isinstance(wanted, Address) and wanted != way.server:
         return None
     return Route(rule, to, 0, None, named_by_client=False)

@@ -112,18 +112,18 @@ class DatagramServer:
 
     # Listeners
 
-    def listen(self, name: str, sock: socket.socket, state: ListenerState) -> None:
+    def listen(self, name: str, sock: socket.socket, listener: ListenerState) -> None:
         """Serve this socket under this configuration; sessions of the name go on.
 
         The socket is ours from here on. A socket of the same name is replaced.
         """
         port = self.ports.get(name)
         if port is None:
-            self.ports[name] = port = DatagramPort(sock, state)
+            self.ports[name] = port = DatagramPort(sock, listener)
         else:
             self.loop.forget(port.sock.fileno())
             port.sock.close()
-            port.take(sock, state)
+            port.take(sock, listener)
         self.loop.watch(
             sock.fileno(), 0 if self.waits_for_sessions else EPOLLIN, self.copying.readable, port
         )
@@ -155,14 +155,14 @@ class DatagramServer:
 
     def enter(self, session: Session) -> None:
         """Count a session that has its id among those that are open; `end` takes it out."""
-        counters, state = self.counters, session.state
-        counters[state.counter + ListenerCounter.OPEN] += 1
+        counters, listener = self.counters, session.listener
+        counters[listener.counter + ListenerCounter.OPEN] += 1
         counters[Counter.OPEN] += 1
         counters[Counter.PAIRS_OPEN] += 1
-        self.limits.add_session(state.counter)
-        session.groups = (None, session.listener, *session.client_keys)
+        self.limits.add_session(listener.counter)
+        session.groups = (None, session.port, *session.client_keys)
         self.eviction.add(session)
-        session.listener.sessions[session.key] = session
+        session.port.sessions[session.key] = session
         self.by_id[session.id] = session
 
     def sessions(self) -> list[Session]:
@@ -205,7 +205,7 @@ class DatagramServer:
 
     @staticmethod
     def _idle_s(session: Session) -> float:
-        idle_s = session.state.session_idle_s
+        idle_s = session.listener.session_idle_s
         return min(UNCONFIRMED_IDLE_S, idle_s) if session.assurance is _NEW else idle_s
 
     def check_idle(self, session: Session) -> None:
@@ -282,15 +282,15 @@ class DatagramServer:
 
     def count_ended(self, session: Session) -> None:
         """Count and log a session that has ended, once it is known what it has carried."""
-        state, reason = session.state, session.reason
+        listener, reason = session.listener, session.reason
         assert reason is not None
         is_served = session.down_packets > 0
-        self.count_end(state, session.route.rule, reason, is_served=is_served)
+        self.count_end(listener, session.route.rule, reason, is_served=is_served)
         for index, by in (
             (Counter.UP_BYTES, session.up_bytes),
             (Counter.DOWN_BYTES, session.down_bytes),
-            (state.counter + ListenerCounter.UP_BYTES, session.up_bytes),
-            (state.counter + ListenerCounter.DOWN_BYTES, session.down_bytes),
+            (listener.counter + ListenerCounter.UP_BYTES, session.up_bytes),
+            (listener.counter + ListenerCounter.DOWN_BYTES, session.down_bytes),
         ):
             change(self.counters, index, by)
         self.log.closed(
@@ -304,7 +304,7 @@ class DatagramServer:
         for it.
         """
         session.life_ended = True
-        session.listener.forget(session)
+        session.port.forget(session)
         del self.by_id[session.id]
         self.eviction.leave(session)
         self.loop.deadlines.stop(session)
@@ -314,7 +314,7 @@ class DatagramServer:
 
     def _give_back(self, session: Session) -> None:
         """What limits, gauges and the balancer count for the session."""
-        counter = session.state.counter
+        counter = session.listener.counter
         self.limits.remove_session(counter)
         self.limits.give_back(session.client_keys)
         for index in (Counter.OPEN, Counter.PAIRS_OPEN, counter + ListenerCounter.OPEN):
@@ -326,7 +326,7 @@ class DatagramServer:
             session.upstream.balancer.release(session.server_state)
 
     def count_end(
-        self, state: ListenerState, rule: Rule | None, reason: CloseReason, *, is_served: bool
+        self, listener: ListenerState, rule: Rule | None, reason: CloseReason, *, is_served: bool
     ) -> None:
         """Count why a session has ended, or a first datagram got none."""
         self.counters[CLOSED_INDEX[reason]] += 1
@@ -334,8 +334,8 @@ class DatagramServer:
             count_refusal(
                 self.counters,
                 reason,
-                listener=state.counter,
-                rule=state.rule_counters[rule.index] if rule is not None else None,
+                listener=listener.counter,
+                rule=listener.rule_counters[rule.index] if rule is not None else None,
             )
 
     def flush_ids(self, ids: list[int] | None) -> list[int]:
@@ -367,7 +367,7 @@ class DatagramServer:
         """The session is another daemon's from here on, with its socket: forget it."""
         self._forget(session)
         self.handover.release(session)
-        session.listener.behind.pop(session, None)
+        session.port.behind.pop(session, None)
         if session.sock is not None:
             self.loop.forget(session.sock.fileno())
             self.loop.close(session.sock.detach())

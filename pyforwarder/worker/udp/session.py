@@ -82,6 +82,7 @@ class Session(Timed):
         "pair_reason",
         "peer",
         "place",
+        "port",
         "proxy_header",
         "reason",
         "refusal",
@@ -92,7 +93,6 @@ class Session(Timed):
         "slot",
         "sock",
         "source",
-        "state",
         "told_bytes",
         "up_bytes",
         "up_packets",
@@ -110,9 +110,9 @@ class Session(Timed):
         """`heard_bytes`: of the client's first datagram."""
         super().__init__()
         self.owner = owner
-        self.listener = port
+        self.port = port
         # The port may have another by the time the session ends.
-        self.state = port.state
+        self.listener = port.listener
         self.key = key
         self.name = b""  # the same as the kernel says it, once it has
         self.route = route
@@ -178,23 +178,23 @@ class Session(Timed):
 
     def asked_address(self) -> Address:
         """The address of ours that the client has sent to."""
-        bind = self.state.bind
-        if self.state.endpoint is not None:
+        bind = self.listener.bind
+        if self.listener.endpoint is not None:
             assert isinstance(bind, Address)
             return bind
         local = self.key[2]
         host = socket.inet_ntop(socket.AF_INET6 if len(local) == 16 else socket.AF_INET, local)
-        return Address(host, self.state.local_port)
+        return Address(host, self.listener.local_port)
 
     @property
     def listener_name(self) -> str:
         """The listener that received it, for the log."""
-        return self.state.config.name
+        return self.listener.config.name
 
     @property
     def rule_name(self) -> bytes:
         """The rule that took it, for the table and the log."""
-        return self.state.rule_names[self.route.rule.index]
+        return self.listener.rule_names[self.route.rule.index]
 
 
 class Refused:
@@ -222,7 +222,7 @@ class Refused:
     def __init__(
         self,
         owner: SessionOwner,
-        state: ListenerState,
+        listener: ListenerState,
         peer: Address,
         rule: Rule | None,
         *,
@@ -232,8 +232,8 @@ class Refused:
         self.owner = owner
         self.accepted_s = owner.loop.now_s
         self.id = owner.next_id() if session_id is None else session_id
-        self.listener_name = state.config.name
-        self.rule_name = state.rule_names[rule.index] if rule is not None else b"-"
+        self.listener_name = listener.config.name
+        self.rule_name = listener.rule_names[rule.index] if rule is not None else b"-"
         self.route: Route | None = None
         self.peer = peer
         self.over_limit: Limit | None = None
@@ -248,22 +248,22 @@ class Refused:
 class DatagramPort:
     """A UDP listener: its socket, and the configuration in force for new sessions."""
 
-    def __init__(self, sock: socket.socket, state: ListenerState) -> None:
+    def __init__(self, sock: socket.socket, listener: ListenerState) -> None:
         self.sessions: dict[Key, Session] = {}
         self.by_name: dict[bytes, Session] = {}  # those that have a name (sockets.py)
         # Those of which something was copied since the kernel was last told that all was; and what
         # it had counted then (handover.py).
         self.behind: dict[Session, None] = {}
         self.counted: list[tuple[Session, int]] | None = None
-        self.take(sock, state)
+        self.take(sock, listener)
 
-    def take(self, sock: socket.socket, state: ListenerState) -> None:
+    def take(self, sock: socket.socket, listener: ListenerState) -> None:
         """Go on with this socket and this configuration."""
         self.sock = sock
-        self.state = state
+        self.listener = listener
         # A wildcard socket must answer from the address that was asked, or the client will not
         # know the answer.
-        self.is_wildcard = state.endpoint is None
+        self.is_wildcard = listener.endpoint is None
 
     def find(self, name: bytes) -> Session | None:
         """The session of the client with this sockaddr, which is kept in `by_name`; None: none."""

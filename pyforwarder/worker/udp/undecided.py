@@ -61,14 +61,14 @@ class UndecidedClients:
     @staticmethod
     def may_wait(port: DatagramPort, count: int, size_bytes: int) -> bool:
         """Whether a client with so many datagrams of so many bytes may send another."""
-        return count < MOST_DATAGRAMS and size_bytes < port.state.max_bytes
+        return count < MOST_DATAGRAMS and size_bytes < port.listener.max_bytes
 
     def hold(self, port: DatagramPort, key: Key, datagram: bytes) -> None:
         """Keep a datagram until others have come, or `first_packet.timeout` is over."""
         client = self.get(port, key)
         if client is None:
             client = self._clients[port, key] = Undecided(self, port, key)
-            self._loop.deadlines.start(client, port.state.timeout_s, self._loop.now_s)
+            self._loop.deadlines.start(client, port.listener.timeout_s, self._loop.now_s)
         client.datagrams.append(datagram)
         client.size_bytes += len(datagram)
         self._size_bytes += len(datagram)

@@ -54,7 +54,7 @@ def take_out(rig: Rig, leaving: SockmapExit, pair: RigPair) -> None:
 
     rig.run_until(is_out, "exit")
     assert not pair.ended, pair.reason
-    assert pair.state is None
+    assert pair.datapath_record is None
     rig.copying.take_back(pair)
 
 
