@@ -119,7 +119,7 @@ class SockmapDatapath(SockmapDirections):
         server_cookie = server.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         slot = pair.slot
         # The program puts it into its wakeups; a record that was never described has none yet.
-        self._words[slot * self._window.WORDS + table.ID] = pair.id
+        self._words64[slot * self._window.WORDS64 + table.ID] = pair.id
         self._prepare(slot, Direction.UP, server_cookie)
         self._prepare(slot, Direction.DOWN, client_cookie)
         try:
@@ -142,7 +142,7 @@ class SockmapDatapath(SockmapDirections):
             # socket cannot be taken out again without risk for what it was passed meanwhile, so
             # it stays, disarmed, and the client's is read as always.
             up.is_native = True
-            self._halves[slot * self._window.HALVES + table.ARMED[Direction.DOWN]] = 0
+            self._words32[slot * self._window.WORDS32 + table.ARMED[Direction.DOWN]] = 0
         pair.datapath_record = Halves(up, down)
         pair.kind = DatapathKind.SOCKMAP
         pair.datapath = self
@@ -160,13 +160,13 @@ class SockmapDatapath(SockmapDirections):
         return None
 
     def _prepare(self, slot: int, direction: Direction, peer_cookie: bytes) -> None:
-        words = slot * self._window.WORDS
-        halves = slot * self._window.HALVES
-        self._words[words + table.PEER_COOKIE[direction]] = _COOKIE.unpack(peer_cookie)[0]
-        self._words[words + table.CONSUMED[direction]] = 0
-        self._halves[halves + table.LIMIT[direction]] = self.limit_bytes
-        self._halves[halves + table.ASLEEP[direction]] = 0
-        self._halves[halves + table.ARMED[direction]] = 1
+        at64 = slot * self._window.WORDS64
+        at32 = slot * self._window.WORDS32
+        self._words64[at64 + table.PEER_COOKIE[direction]] = _COOKIE.unpack(peer_cookie)[0]
+        self._words64[at64 + table.CONSUMED[direction]] = 0
+        self._words32[at32 + table.LIMIT[direction]] = self.limit_bytes
+        self._words32[at32 + table.ASLEEP[direction]] = 0
+        self._words32[at32 + table.ARMED[direction]] = 1
 
     def _forget(self, *cookies: bytes) -> None:
         for cookie in cookies:
@@ -209,9 +209,9 @@ class SockmapDatapath(SockmapDirections):
 
     def carried(self, pair: Pair, flow: Flow) -> tuple[int, int, int]:
         """Bytes and packets moved by both hands, and the bytes that wait in the kernel."""
-        at = pair.slot * self._window.WORDS
-        redirected = self._words[at + table.REDIRECTED[flow.direction]]
-        packets = self._words[at + table.REDIRECTED_PACKETS[flow.direction]]
+        at = pair.slot * self._window.WORDS64
+        redirected = self._words64[at + table.REDIRECTED[flow.direction]]
+        packets = self._words64[at + table.REDIRECTED_PACKETS[flow.direction]]
         backlog = 0
         target = pair.server if flow.direction is Direction.UP else pair.client
         if target is not None and redirected:
@@ -220,13 +220,13 @@ class SockmapDatapath(SockmapDirections):
 
     def trips(self, pair: Pair) -> int:
         """How often either direction reached the backlog limit."""
-        at = pair.slot * self._window.HALVES
-        return sum(self._halves[at + table.TRIPS[direction]] for direction in Direction)
+        at = pair.slot * self._window.WORDS32
+        return sum(self._words32[at + table.TRIPS[direction]] for direction in Direction)
 
     def active_s(self, pair: Pair) -> float:
         """When a packet was last seen by the program, or copied by us."""
-        at = pair.slot * self._window.WORDS
-        seen_ns = max(self._words[at + table.LAST_NS[d]] for d in Direction)
+        at = pair.slot * self._window.WORDS64
+        seen_ns = max(self._words64[at + table.LAST_NS[d]] for d in Direction)
         return max(pair.active_s, seen_ns / 1e9)
 
     # Events

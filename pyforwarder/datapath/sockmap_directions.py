@@ -104,8 +104,8 @@ class SockmapDirections:
         self._host = host
         self._loop = host.loop
         self._window = window
-        self._words = window.words
-        self._halves = window.halves
+        self._words64 = window.words64
+        self._words32 = window.words32
         self.limit_bytes = limit_bytes
         self._copying = CopyDatapath(host)
         self._buffer = bytearray(BULK_READ_BYTES)
@@ -121,11 +121,11 @@ class SockmapDirections:
             return
         if flow.phase is Phase.CLOSED or half.sleeping:
             return
-        at = pair.slot * self._window.WORDS
+        at = pair.slot * self._window.WORDS64
         passed_at = at + table.PASSED[flow.direction]
         moved = 0
         while True:
-            passed = self._words[passed_at]
+            passed = self._words64[passed_at]
             if flow.pending is not None or passed != half.consumed_bytes:
                 if self._has_lost(pair, flow):
                     self._host.broken(pair, CloseReason.INTERNAL)
@@ -155,8 +155,8 @@ class SockmapDirections:
 
     def _has_lost(self, pair: Pair, flow: Flow) -> bool:
         """Whether the program had to drop bytes (see trim() in redirect.c)."""
-        halves = pair.slot * self._window.HALVES
-        return self._halves[halves + table.LATCHED[flow.direction]] > 0xFFFF
+        at = pair.slot * self._window.WORDS32
+        return self._words32[at + table.LATCHED[flow.direction]] > 0xFFFF
 
     def _copy(self, pair: Pair, half: Half) -> int:
         """Read what was passed and write it; 0 or less: no more for now, or the pair is broken."""
@@ -206,7 +206,7 @@ class SockmapDirections:
         flow.pending = None
         # Published only now, with every byte written: from this store on the program may redirect
         # the next packet, and it will come out behind these.
-        self._words[pair.slot * self._window.WORDS + table.CONSUMED[flow.direction]] = (
+        self._words64[pair.slot * self._window.WORDS64 + table.CONSUMED[flow.direction]] = (
             half.consumed_bytes
         )
         return count
@@ -232,14 +232,14 @@ class SockmapDirections:
         source = pair.client if half is halves.up else pair.server
         assert source is not None
         self._wait(pair, half)
-        at = pair.slot * self._window.WORDS
-        redirected = self._words[at + table.REDIRECTED[other.flow.direction]]
+        at = pair.slot * self._window.WORDS64
+        redirected = self._words64[at + table.REDIRECTED[other.flow.direction]]
         backlog = other.flow.written_bytes + redirected - queued_for(other.flow, source)
         if other.is_native or backlog <= 0:
             half.stuck_until_s = 0.0
             return
         now_s = self._loop.now_s
-        waiting = self._words[at + table.PASSED[half.flow.direction]] - half.consumed_bytes
+        waiting = self._words64[at + table.PASSED[half.flow.direction]] - half.consumed_bytes
         if not half.stuck_until_s:
             half.stuck_until_s = now_s + (_STUCK_S if waiting <= self.limit_bytes else 0.0)
         elif waiting > _MOST_PASSED_BYTES:
@@ -247,8 +247,8 @@ class SockmapDirections:
             return
         if now_s >= half.stuck_until_s:
             half.stuck_until_s = now_s + _STUCK_AGAIN_S
-            armed_at = pair.slot * self._window.HALVES + table.ARMED[other.flow.direction]
-            self._halves[armed_at] = 0
+            armed_at = pair.slot * self._window.WORDS32 + table.ARMED[other.flow.direction]
+            self._words32[armed_at] = 0
             self._host.enlarge(pair, source, backlog)
 
     def _is_delivered(self, pair: Pair, half: Half) -> bool:
@@ -256,8 +256,8 @@ class SockmapDirections:
 
         Holds once true: while passed > consumed the program redirects nothing.
         """
-        redirected = self._words[
-            pair.slot * self._window.WORDS + table.REDIRECTED[half.flow.direction]
+        redirected = self._words64[
+            pair.slot * self._window.WORDS64 + table.REDIRECTED[half.flow.direction]
         ]
         if redirected == half.delivered_redirected:
             return True
@@ -274,18 +274,18 @@ class SockmapDirections:
         flow = half.flow
         source = pair.client if flow.direction is Direction.UP else pair.server
         assert source is not None
-        at = pair.slot * self._window.WORDS
+        at = pair.slot * self._window.WORDS64
         # TCP_INFO first: the getsockopt waits for the lock under which the program is run for the
         # packet that carried the FIN (tcp_fin wakes us before tcp_data_ready).
         total = received(source).bytes_received - 1
         seen = (
             half.base_read_bytes
-            + self._words[at + table.PASSED[flow.direction]]
-            + self._words[at + table.REDIRECTED[flow.direction]]
+            + self._words64[at + table.PASSED[flow.direction]]
+            + self._words64[at + table.REDIRECTED[flow.direction]]
         )
         if total != seen:
             return False
-        if self._words[at + table.PASSED[flow.direction]] != half.consumed_bytes:
+        if self._words64[at + table.PASSED[flow.direction]] != half.consumed_bytes:
             return False
         return self._is_delivered(pair, half)
 
@@ -301,14 +301,14 @@ class SockmapDirections:
         the system call is the barrier between the two, and redirect.c has its mirror image.
         """
         flow = half.flow
-        asleep_at = pair.slot * self._window.HALVES + table.ASLEEP[flow.direction]
+        asleep_at = pair.slot * self._window.WORDS32 + table.ASLEEP[flow.direction]
         half.sleeping = True
         flow.blocked = False
-        self._halves[asleep_at] = 1
+        self._words32[asleep_at] = 1
         self._watch(pair)
         # ep_modify() has a full barrier, but _watch() may have found nothing to change.
         self._loop.change(flow.source_fd, self._mask_of(pair, flow.source_fd))
-        passed = self._words[pair.slot * self._window.WORDS + table.PASSED[flow.direction]]
+        passed = self._words64[pair.slot * self._window.WORDS64 + table.PASSED[flow.direction]]
         if passed == half.consumed_bytes and not flow.end_seen:
             return True
         self._wake(half)
@@ -317,8 +317,8 @@ class SockmapDirections:
     def _wake(self, half: Half) -> None:
         if half.sleeping:
             half.sleeping = False
-            asleep_at = half.pair.slot * self._window.HALVES + table.ASLEEP[half.flow.direction]
-            self._halves[asleep_at] = 0
+            asleep_at = half.pair.slot * self._window.WORDS32 + table.ASLEEP[half.flow.direction]
+            self._words32[asleep_at] = 0
 
     def _wait(self, pair: Pair, half: Half) -> None:
         """Look again when the target has room, and in any case a little later.

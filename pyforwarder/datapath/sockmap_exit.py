@@ -309,9 +309,9 @@ class SockmapExit:
         flow.written_bytes += delivered
         flow.carried_bytes += delivered
         flow.carried_packets += self._word(half, table.REDIRECTED_PACKETS)
-        at = pair.slot * self._window.WORDS
+        at = pair.slot * self._window.WORDS64
         for place in (table.PASSED, table.REDIRECTED, table.REDIRECTED_PACKETS):
-            self._window.words[at + place[flow.direction]] = 0
+            self._window.words64[at + place[flow.direction]] = 0
 
     # What a way needs
 
@@ -322,12 +322,12 @@ class SockmapExit:
         received(pair.server)
 
     def _word(self, half: Half, place: list[int]) -> int:
-        at = half.pair.slot * self._window.WORDS + place[half.flow.direction]
-        return int(self._window.words[at])
+        at = half.pair.slot * self._window.WORDS64 + place[half.flow.direction]
+        return int(self._window.words64[at])
 
     def _set(self, half: Half, place: list[int], value: int) -> None:
-        at = half.pair.slot * self._window.HALVES + place[half.flow.direction]
-        self._window.halves[at] = value
+        at = half.pair.slot * self._window.WORDS32 + place[half.flow.direction]
+        self._window.words32[at] = value
 
     def passed(self, half: Half) -> int:
         """How many bytes the program has passed."""
@@ -339,16 +339,16 @@ class SockmapExit:
 
     def publish(self, half: Half, consumed: int) -> bool:
         """Tell the program that so many have been read; False: it knew."""
-        at = half.pair.slot * self._window.WORDS + table.CONSUMED[half.flow.direction]
-        if self._window.words[at] == consumed:
+        at = half.pair.slot * self._window.WORDS64 + table.CONSUMED[half.flow.direction]
+        if self._window.words64[at] == consumed:
             return False
-        self._window.words[at] = consumed
+        self._window.words64[at] = consumed
         return True
 
     def divert(self, half: Half, cookie: int) -> None:
         """Redirect to that socket from here on, beginning anew."""
-        at = half.pair.slot * self._window.WORDS + table.PEER_COOKIE[half.flow.direction]
-        self._window.words[at] = cookie
+        at = half.pair.slot * self._window.WORDS64 + table.PEER_COOKIE[half.flow.direction]
+        self._window.words64[at] = cookie
         self._set(half, table.LATCHED, 0)
         self._set(half, table.LIMIT, _NO_LIMIT)
         self._set(half, table.ARMED, 1)

@@ -237,7 +237,7 @@ class Sampler:
         up_carried, down_carried = CARRIED
         up_redirected, down_redirected = REDIRECTED
         for slot in used_slots(view):
-            at = slot * PairWindow.WORDS
+            at = slot * PairWindow.WORDS64
             pair = known.get(slot)
             is_new = False
             if pair is None or pair.sequence != words[at + SEQUENCE]:
@@ -424,7 +424,7 @@ class Sampler:
         ]
 
     def _active_ns(self, pair: Pair) -> int:
-        words, at = self._words[pair.window], pair.slot * PairWindow.WORDS
+        words, at = self._words[pair.window], pair.slot * PairWindow.WORDS64
         return max(
             pair.started_ns,
             words[at + ACTIVE_NS],

@@ -40,7 +40,7 @@ class Stage:
         self.faults: list[Exception] = []
         self.memory = mmap.mmap(-1, ENTRIES * SESSION_BYTES)
         self.window = PairWindow(mmap.mmap(-1, 16 * PAIR_BYTES), first_slot=100, worker_index=0)
-        self.window.words[SLOT * self.window.WORDS + table.ID] = NUMBER
+        self.window.words64[SLOT * self.window.WORDS64 + table.ID] = NUMBER
         made: Any = object.__new__(SpliceSessions)
         made._keeper = self.asker
         self.deadlines = Deadlines()
@@ -92,7 +92,7 @@ class Stage:
         self.deadlines.run_expired(time.monotonic() + 3600.0, fails)
 
     def word(self, at: int) -> int:
-        return self.window.words[SLOT * self.window.WORDS + at]
+        return self.window.words64[SLOT * self.window.WORDS64 + at]
 
 
 @pytest.fixture
@@ -293,8 +293,8 @@ def test_one_that_the_keeper_does_not_know_is_lost(stage: Stage) -> None:
 def test_one_that_has_ended_meanwhile_is_not_shown(stage: Stage, *, is_lost: bool) -> None:
     """Its slot may be another's."""
     lost = go_on(stage)
-    stage.window.words[SLOT * stage.window.WORDS + table.ID] = NUMBER + 1
-    stage.window.words[SLOT * stage.window.WORDS + table.REDIRECTED[0]] = 7
+    stage.window.words64[SLOT * stage.window.WORDS64 + table.ID] = NUMBER + 1
+    stage.window.words64[SLOT * stage.window.WORDS64 + table.REDIRECTED[0]] = 7
     if is_lost:
         stage.asker.lose()
     else:

@@ -62,8 +62,8 @@ class Stage:
             on_error=lambda _owner, error: self.faults.append(error),
         )
         splice._host = SimpleNamespace(broken=lambda _pair, why: self.broken.append(why))
-        words = [0] * (4 * PairWindow.WORDS)
-        splice._window = SimpleNamespace(first_slot=100, words=words, WORDS=PairWindow.WORDS)
+        words = [0] * (4 * PairWindow.WORDS64)
+        splice._window = SimpleNamespace(first_slot=100, words64=words, WORDS64=PairWindow.WORDS64)
         splice._record = lambda _pair: self.record
         self.splice = splice
         self.state = Spliced(7, [0, 0], is_mute=False)
@@ -355,7 +355,7 @@ def carried(stage: Stage) -> list[tuple[int, int, int]]:
 def test_what_the_programs_counted_while_a_pair_was_adopted_is_counted(stage: Stage) -> None:
     """They stored the sum in a slot that was not this one yet, and no packet has followed."""
     stage.record.way[1].bytes, stage.record.way[1].packets = 23, 2
-    stage.splice._window.words[3 * PairWindow.WORDS + table.REDIRECTED[1]] = 18
+    stage.splice._window.words64[3 * PairWindow.WORDS64 + table.REDIRECTED[1]] = 18
     assert carried(stage) == [(0, 0, 0), (23, 2, 0)]
     # It is not less because a record is read that is older than what is shown.
     stage.record.way[1].bytes = 20

@@ -82,38 +82,38 @@ def test_slot_given_back_rests_while_others_are_free(window: PairWindow) -> None
 
 def test_counters_of_a_slot_begin_at_0_again(window: PairWindow) -> None:
     slot = window.allocate()
-    at = slot * window.WORDS
+    at = slot * window.WORDS64
     places = [
         *(table.PASSED, table.REDIRECTED, table.REDIRECTED_PACKETS, table.LAST_NS),
         *(table.CONSUMED, table.CARRIED, table.CARRIED_PACKETS, table.PEER_COOKIE),
     ]
     for place in places:
         for direction in Direction:
-            window.words[at + place[direction]] = 99
+            window.words64[at + place[direction]] = 99
     for place in (table.ARMED, table.ASLEEP, table.LIMIT, table.TRIPS):
         for direction in Direction:
-            window.halves[slot * window.HALVES + place[direction]] = 99
+            window.words32[slot * window.WORDS32 + place[direction]] = 99
     window.release(slot)
     while window.allocate() != slot:
         pass
-    assert all(window.words[at + place[d]] == 0 for place in places for d in Direction)
+    assert all(window.words64[at + place[d]] == 0 for place in places for d in Direction)
     for place in (table.ARMED, table.ASLEEP, table.LIMIT, table.TRIPS):
-        assert [window.halves[slot * window.HALVES + place[d]] for d in Direction] == [0, 0]
+        assert [window.words32[slot * window.WORDS32 + place[d]] for d in Direction] == [0, 0]
 
 
 def test_places_of_numbers_are_those_of_the_record(window: PairWindow) -> None:
     slot = window.allocate()
     describe(window, slot)
-    words, halves = slot * window.WORDS, slot * window.HALVES
+    words, halves = slot * window.WORDS64, slot * window.WORDS32
     for direction in Direction:
-        window.words[words + table.PASSED[direction]] = 11 + direction
-        window.words[words + table.REDIRECTED[direction]] = 21 + direction
-        window.words[words + table.CONSUMED[direction]] = 31 + direction
-        window.words[words + table.PEER_COOKIE[direction]] = 41 + direction
-        window.halves[halves + table.ARMED[direction]] = 51 + direction
-        window.halves[halves + table.ASLEEP[direction]] = 61 + direction
-        window.halves[halves + table.LIMIT[direction]] = 71 + direction
-        window.halves[halves + table.TRIPS[direction]] = 81 + direction
+        window.words64[words + table.PASSED[direction]] = 11 + direction
+        window.words64[words + table.REDIRECTED[direction]] = 21 + direction
+        window.words64[words + table.CONSUMED[direction]] = 31 + direction
+        window.words64[words + table.PEER_COOKIE[direction]] = 41 + direction
+        window.words32[halves + table.ARMED[direction]] = 51 + direction
+        window.words32[halves + table.ASLEEP[direction]] = 61 + direction
+        window.words32[halves + table.LIMIT[direction]] = 71 + direction
+        window.words32[halves + table.TRIPS[direction]] = 81 + direction
         window.count(slot, direction, 91 + direction, 101 + direction, 12345)
     (record,) = read_records(window._memory)
     for direction in Direction:
@@ -197,11 +197,11 @@ def test_allocated_slot_is_not_read_before_it_is_described(window: PairWindow) -
 def test_record_in_the_middle_of_a_change_is_not_read(window: PairWindow) -> None:
     slot = window.allocate()
     describe(window, slot)
-    sequence = slot * window.WORDS + table.SEQUENCE
-    assert window.words[sequence] == 2
-    window.words[sequence] += 1
+    sequence = slot * window.WORDS64 + table.SEQUENCE
+    assert window.words64[sequence] == 2
+    window.words64[sequence] += 1
     assert list(read_records(window._memory)) == []
-    window.words[sequence] += 1
+    window.words64[sequence] += 1
     assert len(list(read_records(window._memory))) == 1
 
 

@@ -68,19 +68,19 @@ _BODY: Final = struct.Struct(f"=BBBBI80s{NAME_BYTES}s{NAME_BYTES}s")
 class PairWindow:
     """One worker's part of the table, for writing.
 
-    `words` and `halves` are the window as 64-bit and 32-bit numbers, for those who count per
-    packet; index = slot * WORDS + one of the constants above (twice that for `halves`).
+    `words64` and `words32` are the window as 64-bit and 32-bit numbers, for those who count per
+    packet; index = slot * WORDS64 (WORDS32) + one of the constants above, by the member's size.
     """
 
-    WORDS: Final = _WORDS
-    HALVES: Final = _WORDS * 2
+    WORDS64: Final = _WORDS
+    WORDS32: Final = _WORDS * 2
 
     def __init__(self, memory: mmap.mmap, *, first_slot: int, worker_index: int) -> None:
         """Take the window over, and empty it; `first_slot` is its place in the whole table."""
         self._memory = memory
         self._bytes = memoryview(memory)
-        self.words = self._bytes.cast("Q")
-        self.halves = self._bytes.cast("I")
+        self.words64 = self._bytes.cast("Q")
+        self.words32 = self._bytes.cast("I")
         self.first_slot = first_slot
         self._worker_index = worker_index
         # First in, first out: a slot rests as long as possible, so that a reader who is in the
@@ -117,9 +117,9 @@ class PairWindow:
         """
         base = slot * PAIR_BYTES
         words = slot * _WORDS
-        self.words[words + SEQUENCE] += 1  # odd: readers look again
-        self.words[words + ID] = pair_id
-        self.words[words + PairRecord.started_ns.offset // 8] = started_ns
+        self.words64[words + SEQUENCE] += 1  # odd: readers look again
+        self.words64[words + ID] = pair_id
+        self.words64[words + PairRecord.started_ns.offset // 8] = started_ns
         _BODY.pack_into(
             self._bytes,
             base + STATE,
@@ -132,7 +132,7 @@ class PairWindow:
             rule[: NAME_BYTES - 1],
             listener[: NAME_BYTES - 1],
         )
-        self.words[words + SEQUENCE] += 1
+        self.words64[words + SEQUENCE] += 1
 
     def set_state(self, slot: int, state: PairState) -> None:
         """Only the state changes."""
@@ -148,9 +148,9 @@ class PairWindow:
     ) -> None:
         """What userspace has carried so far, and that it did so now."""
         at = slot * _WORDS
-        self.words[at + CARRIED[direction]] = carried_bytes
-        self.words[at + CARRIED_PACKETS[direction]] = packets
-        self.words[at + ACTIVE_NS] = now_ns
+        self.words64[at + CARRIED[direction]] = carried_bytes
+        self.words64[at + CARRIED_PACKETS[direction]] = packets
+        self.words64[at + ACTIVE_NS] = now_ns
 
     def record(self, slot: int) -> bytes:
         """A copy of what stands there."""
@@ -163,8 +163,8 @@ class PairWindow:
 
     def close(self) -> None:
         """Unmap the window."""
-        self.words.release()
-        self.halves.release()
+        self.words64.release()
+        self.words32.release()
         self._bytes.release()
         self._memory.close()
 

@@ -214,7 +214,7 @@ def _child(
 
 def _redirected(window: PairWindow) -> bool:
     """Whether the verdict program redirected anything for the scenario's pair (slot 0)."""
-    slots = range(len(window.words) // window.WORDS)
+    slots = range(len(window.words64) // window.WORDS64)
     return any(
-        window.words[slot * window.WORDS + at] for slot in list(slots)[:64] for at in REDIRECTED
+        window.words64[slot * window.WORDS64 + at] for slot in list(slots)[:64] for at in REDIRECTED
     )

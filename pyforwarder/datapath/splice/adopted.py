@@ -184,7 +184,7 @@ class AdoptedPairs(SplicedPairs):
         What the orphan has carried is added to the pair's counts. `left_bytes` are still to be
         read, and `pending` to be written; with sockets that are not mute, see `release`.
         """
-        words, at = self._window.words, pair.slot * self._window.WORDS
+        words, at = self._window.words64, pair.slot * self._window.WORDS64
         words[at + table.ID] = pair.id
         # From here on the program stores these counts with every packet.
         record = Splice.from_buffer_copy(self._memory, orphan.index * SPLICE_BYTES)

@@ -119,7 +119,7 @@ class SpliceDatapath(AdoptedPairs):
         pair.is_shared = True
         self._acknowledge(pair)
         # The program counts in the slot only while it has this id.
-        self._window.words[pair.slot * self._window.WORDS + table.ID] = pair.id
+        self._window.words64[pair.slot * self._window.WORDS64 + table.ID] = pair.id
         return [pair.client_fd, pair.server_fd], {
             "id": pair.id,
             "slot": self._window.first_slot + pair.slot,

@@ -178,12 +178,12 @@ class SpliceSessions:
         # The kernel may still have the addresses of one that has ended.
         if now_s < self._keeper_from_s or self._abandoned:
             return PairReason.NO_KEEPER
-        at = slot * self._window.WORDS
+        at = slot * self._window.WORDS64
         # The program compares with these from the beginning.
-        self._window.words[at + table.ID] = session_id
+        self._window.words64[at + table.ID] = session_id
         for direction in Direction:
-            self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
-            self._window.halves[2 * at + table.ARMED[direction]] = 0
+            self._window.words64[at + table.CONSUMED[direction]] = _UNKNOWN
+            self._window.words32[2 * at + table.ARMED[direction]] = 0
         asked = self._keeper.ask_now(
             "open_session",
             [sock.fileno() for sock in sockets],
@@ -263,10 +263,10 @@ class SpliceSessions:
 
     def caught_up(self, place: Place, direction: int, passed: int) -> None:
         """All datagrams that were passed to our socket by the time of `passed` were copied."""
-        at = place.slot * self._window.WORDS
-        self._window.words[at + table.CONSUMED[direction]] = passed
+        at = place.slot * self._window.WORDS64
+        self._window.words64[at + table.CONSUMED[direction]] = passed
         # The keeper unlatches the direction when its route changes.
-        self._window.halves[place.slot * self._window.HALVES + table.ARMED[direction]] = 0
+        self._window.words32[place.slot * self._window.WORDS32 + table.ARMED[direction]] = 0
         place.copied[direction] = max(place.copied[direction], passed)
         place.behind_s[direction] = 0.0
 
@@ -274,9 +274,9 @@ class SpliceSessions:
         """The queue is never empty: let the program latch; datagrams in our sockets may be
         overtaken.
         """
-        at = place.slot * self._window.HALVES
+        at = place.slot * self._window.WORDS32
         for direction in Direction:
-            self._window.halves[at + table.ARMED[direction]] = NOW
+            self._window.words32[at + table.ARMED[direction]] = NOW
 
     # The end
 
@@ -375,16 +375,16 @@ class SpliceSessions:
         know it any more.
         """
         place = Place(orphan.index, orphan.id, slot)
-        at = slot * self._window.WORDS
+        at = slot * self._window.WORDS64
         for direction in Direction:
-            self._window.words[at + table.CONSUMED[direction]] = _UNKNOWN
+            self._window.words64[at + table.CONSUMED[direction]] = _UNKNOWN
         self._show(place)
         self._confirm_adoption(place, idle_s, lost)
         return place
 
     def _confirm_adoption(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
-            if self._window.words[place.slot * self._window.WORDS + table.ID] != place.id:
+            if self._window.words64[place.slot * self._window.WORDS64 + table.ID] != place.id:
                 return  # it has ended, and another session has the slot
             if answer is None:
                 self._confirm_adoption(place, idle_s, lost)
@@ -405,12 +405,12 @@ class SpliceSessions:
 
     def _show(self, place: Place) -> None:
         """Write into its slot what the kernel has carried so far."""
-        at = place.slot * self._window.WORDS
+        at = place.slot * self._window.WORDS64
         for direction in Direction:
             carried_bytes, packets = self.carried(place, direction)
-            self._window.words[at + table.REDIRECTED[direction]] = carried_bytes
-            self._window.words[at + table.REDIRECTED_PACKETS[direction]] = packets
-            self._window.words[at + table.LAST_NS[direction]] = int(
+            self._window.words64[at + table.REDIRECTED[direction]] = carried_bytes
+            self._window.words64[at + table.REDIRECTED_PACKETS[direction]] = packets
+            self._window.words64[at + table.LAST_NS[direction]] = int(
                 self.last_s(place, direction) * 1e9
             )
 

@@ -205,9 +205,9 @@ class SplicedPairs(ABC):
         state = pair.datapath_record
         if isinstance(state, Spliced) and not state.end_reported:
             self._catch_up(pair)
-        at = pair.slot * self._window.WORDS
-        spliced = self._window.words[at + table.REDIRECTED[flow.direction]]
-        packets = self._window.words[at + table.REDIRECTED_PACKETS[flow.direction]]
+        at = pair.slot * self._window.WORDS64
+        spliced = self._window.words64[at + table.REDIRECTED[flow.direction]]
+        packets = self._window.words64[at + table.REDIRECTED_PACKETS[flow.direction]]
         left_bytes = state.left_bytes[flow.direction] if isinstance(state, Spliced) else 0
         left_bytes += len(flow.pending or b"")
         return flow.carried_bytes + spliced, flow.carried_packets + packets, left_bytes
@@ -222,7 +222,7 @@ class SplicedPairs(ABC):
         record = self._record(pair)
         if record.id != pair.id:
             return
-        words, at = self._window.words, pair.slot * self._window.WORDS
+        words, at = self._window.words64, pair.slot * self._window.WORDS64
         for direction in Direction:
             way = record.way[direction]
             for column, counted in (
@@ -239,8 +239,8 @@ class SplicedPairs(ABC):
 
     def active_s(self, pair: Pair) -> float:
         """When the last byte passed; packets without payload (keepalives) do not count."""
-        at = pair.slot * self._window.WORDS
-        seen_ns = max(self._window.words[at + table.LAST_NS[d]] for d in Direction)
+        at = pair.slot * self._window.WORDS64
+        seen_ns = max(self._window.words64[at + table.LAST_NS[d]] for d in Direction)
         return max(pair.active_s, seen_ns / 1e9)
 
     def leave(self, pair: Pair) -> None:

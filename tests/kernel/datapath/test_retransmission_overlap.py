@@ -43,7 +43,7 @@ def test_bytes_that_come_again_are_delivered_once(rig: Rig, size: int, armed: bo
     client, pair, server = rig.connect()
     rig.join(pair)
     if not armed:
-        rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[0]] = 0
+        rig.window.words32[pair.slot * rig.window.WORDS32 + table.ARMED[0]] = 0
     reader = Reader("server", server)
     first, old, new = os.urandom(500), os.urandom(size), os.urandom(100)
     client.sendall(first + old)
@@ -62,7 +62,7 @@ def test_bytes_that_come_again_with_a_fin_end_the_direction(
     client, pair, server = rig.connect()
     rig.join(pair)
     if not armed:
-        rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[0]] = 0
+        rig.window.words32[pair.slot * rig.window.WORDS32 + table.ARMED[0]] = 0
     reader = Reader("server", server)
     first, old = os.urandom(500), os.urandom(size)
     client.sendall(first + old)

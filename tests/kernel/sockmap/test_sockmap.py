@@ -53,12 +53,12 @@ def rig(maps: KernelMaps) -> Iterator[Rig]:
 
 def word(rig: Rig, pair: RigPair, place: list[int], direction: Direction) -> int:
     """One of the 64-bit numbers of the pair's record."""
-    return int(rig.window.words[pair.slot * rig.window.WORDS + place[direction]])
+    return int(rig.window.words64[pair.slot * rig.window.WORDS64 + place[direction]])
 
 
 def half(rig: Rig, pair: RigPair, place: list[int], direction: Direction) -> int:
     """One of the 32-bit numbers."""
-    return int(rig.window.halves[pair.slot * rig.window.HALVES + place[direction]])
+    return int(rig.window.words32[pair.slot * rig.window.WORDS32 + place[direction]])
 
 
 def talk_to_the_end(rig: Rig, client: socket.socket, pair: RigPair, server: socket.socket) -> None:
@@ -280,7 +280,7 @@ def test_passed_bytes_wait_for_the_redirected_ones_before_them(
     assert server.recv(100) == b"redirected, "
     # As if the kernel's worker had not run yet.
     monkeypatch.setattr(sockmap_directions, "queued_for", lambda *one: queued_for(*one) - 1)
-    rig.window.halves[pair.slot * rig.window.HALVES + table.ARMED[Direction.UP]] = 0
+    rig.window.words32[pair.slot * rig.window.WORDS32 + table.ARMED[Direction.UP]] = 0
     client.sendall(b"passed")
     rig.run_until(lambda: word(rig, pair, table.PASSED, Direction.UP) == 6, "passed bytes")
     for _ in range(5):
@@ -564,8 +564,8 @@ def test_pair_whose_bytes_the_program_had_to_drop_is_reset(rig: Rig) -> None:
     client, pair, server = rig.connect()
     rig.join(pair)
     # What trim() in redirect.c leaves behind: `lost` set beside `latched`, the bytes counted.
-    rig.window.halves[pair.slot * rig.window.HALVES + table.LATCHED[Direction.UP]] = 1 << 16
-    rig.window.words[pair.slot * rig.window.WORDS + table.PASSED[Direction.UP]] += 5
+    rig.window.words32[pair.slot * rig.window.WORDS32 + table.LATCHED[Direction.UP]] = 1 << 16
+    rig.window.words64[pair.slot * rig.window.WORDS64 + table.PASSED[Direction.UP]] += 5
     client.shutdown(socket.SHUT_WR)
     reader = Reader("server", server)
     rig.finish(pair, reader)

@@ -335,9 +335,9 @@ def test_a_record_that_changes_hands_is_not_shown(bench: Bench) -> None:
     bench.fill(2)
     window = bench.windows[0]
     sequence = PairRecord.sequence.offset // 8
-    window.words[sequence] += 1
+    window.words64[sequence] += 1
     assert [row["id"] for row in bench.rows()] == ["2"]
-    window.words[sequence] += 1
+    window.words64[sequence] += 1
     assert [row["id"] for row in bench.rows()] == ["1", "2"]
 
 
@@ -406,7 +406,7 @@ def be_described_as_fast_as_possible(window: PairWindow) -> None:
     """
     sequence, number_at = PairRecord.sequence.offset // 8, PairRecord.id.offset // 8
     begin, end = PairRecord.started_ns.offset, PAIR_BYTES
-    words, memory = window.words, window._bytes
+    words, memory = window.words64, window._bytes
     bodies = []
     for number in range(1, 64):
         Occupant(number).enter(window, 0)
@@ -501,7 +501,7 @@ def test_age_and_idle_count_whole_seconds(bench: Bench) -> None:
     window = bench.windows[0]
     now_ns = time.monotonic_ns()
     # Less than any host has been up that got this far: a time before its start has no number.
-    window.words[PairRecord.started_ns.offset // 8] = now_ns - int(23.2e9)
+    window.words64[PairRecord.started_ns.offset // 8] = now_ns - int(23.2e9)
     window.count(0, Direction.UP, 1, 1, now_ns - int(5.2e9))
     row = bench.rows()[0]
     late_s = (time.monotonic_ns() - now_ns) / 1e9
