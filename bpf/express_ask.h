@@ -58,14 +58,14 @@ inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct expres
 		bpf_htonl(ask->has_scale ? 0x01030300u | (ask->client_scale & 15) : NO_OP_WORD);
 	if (ask->has_timestamps) {
 		packet->option[1] = bpf_htonl(ask->has_sack ? 0x0402080a : TIMESTAMP_WORD);
-		packet->option[2] = bpf_htonl(tsval + splice->way[PF_UP].tsval_delta);
+		packet->option[2] = bpf_htonl(tsval + splice->direction[PF_UP].tsval_delta);
 		packet->option[3] = 0;
 	}
 	if (build_packet(skb, packet, v6)) {
 		count_event(PF_COUNT_FAILED);
 		return DROP; /* the client repeats its bytes, which become a SYN then */
 	}
-	return forward_by(splice->way[PF_UP].interface);
+	return forward_by(splice->direction[PF_UP].interface);
 }
 
 /*
@@ -184,9 +184,9 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	else
 		ask->first_segment_bytes = parsed.bytes;
 
-	__builtin_memset(splice->way, 0, sizeof(splice->way));
-	up = &splice->way[PF_UP];
-	down = &splice->way[PF_DOWN];
+	__builtin_memset(splice->direction, 0, sizeof(splice->direction));
+	up = &splice->direction[PF_UP];
+	down = &splice->direction[PF_DOWN];
 	up->from = key;
 #pragma unroll
 	for (i = 0; i < 4; i++) {

@@ -142,7 +142,7 @@ inlined int handle_while_asked(struct __sk_buff *skb, const int v6)
 	word = READ_ONCE(ask->word);
 	if (!has_state(word, PF_EXPRESS_ASKED))
 		return DROP; /* another processor is changing the state: the sender repeats it */
-	from_peer = direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
+	from_peer = direction == PF_UP ? &splice->direction[PF_UP] : &splice->direction[PF_DOWN];
 	if (skb->pkt_type != HOST_PACKET)
 		return NEXT; /* the stack discards it, too */
 	if (!may_arrive_by(from_peer, skb->ifindex) || parse_segment(skb, &key, &parsed, v6))
@@ -170,7 +170,7 @@ inlined int handle_while_asked(struct __sk_buff *skb, const int v6)
 	packet->flags = RST;
 	if (build_packet(skb, packet, v6))
 		return DROP;
-	return forward_by(splice->way[PF_UP].interface);
+	return forward_by(splice->direction[PF_UP].interface);
 }
 
 /*

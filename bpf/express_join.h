@@ -106,7 +106,7 @@ inlined void swap_macs(struct __sk_buff *skb)
  */
 inlined int has_become_socket(struct __sk_buff *skb, const struct splice *splice, const int v6)
 {
-	struct splice_key from = splice->way[PF_UP].from;
+	struct splice_key from = splice->direction[PF_UP].from;
 	__u32 state = socket_state(skb, &from, v6);
 
 	return state && state != BPF_TCP_NEW_SYN_RECV && state != BPF_TCP_LISTEN &&
@@ -125,7 +125,8 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		      __u32 place, __u64 word, const struct parsed_segment *parsed, const int v6)
 {
 	struct new_packet *packet = new_packet(parsed->sum);
-	struct splice_direction *up = &splice->way[PF_UP], *down = &splice->way[PF_DOWN];
+	struct splice_direction *up = &splice->direction[PF_UP],
+				*down = &splice->direction[PF_DOWN];
 	__u32 options = parsed->header - 20, room, tsval, rest, now_s;
 	__u8 macs[12], has_scale;
 	int is_with_worker;
@@ -154,9 +155,9 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		packet->flags = RST;
 		if (build_packet(skb, packet, v6))
 			return DROP; /* the server repeats the SYN-ACK */
-		if (splice->way[PF_UP].interface) {
+		if (splice->direction[PF_UP].interface) {
 			swap_macs(skb);
-			bpf_clone_redirect(skb, splice->way[PF_UP].interface, 0);
+			bpf_clone_redirect(skb, splice->direction[PF_UP].interface, 0);
 			swap_macs(skb);
 		} else {
 			bpf_clone_redirect(skb, LOOPBACK, 0);

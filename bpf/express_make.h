@@ -73,11 +73,11 @@ inlined void address_to_server(struct new_packet *packet, const struct splice *s
 
 #pragma unroll
 	for (i = 0; i < 4; i++) {
-		packet->source[i] = splice->way[PF_UP].source[i];
-		packet->target[i] = splice->way[PF_UP].target[i];
+		packet->source[i] = splice->direction[PF_UP].source[i];
+		packet->target[i] = splice->direction[PF_UP].target[i];
 	}
-	packet->sport = splice->way[PF_UP].sport;
-	packet->dport = splice->way[PF_UP].dport;
+	packet->sport = splice->direction[PF_UP].sport;
+	packet->dport = splice->direction[PF_UP].dport;
 }
 
 /* Give the new packet the client's addresses, ports and numbers, as of its first packet. */
@@ -88,11 +88,11 @@ inlined void address_from_client(struct new_packet *packet, const struct splice 
 
 #pragma unroll
 	for (i = 0; i < 4; i++) {
-		packet->source[i] = splice->way[PF_UP].from.source[i];
-		packet->target[i] = splice->way[PF_UP].from.target[i];
+		packet->source[i] = splice->direction[PF_UP].from.source[i];
+		packet->target[i] = splice->direction[PF_UP].from.target[i];
 	}
-	packet->sport = splice->way[PF_UP].from.sport;
-	packet->dport = splice->way[PF_UP].from.dport;
+	packet->sport = splice->direction[PF_UP].from.sport;
+	packet->dport = splice->direction[PF_UP].from.dport;
 	packet->seq = ask->client_isn + 1;
 	packet->ack = ask->kernel_isn + 1;
 }

@@ -83,10 +83,10 @@ inlined void delete_flow_of_place(struct splice_key *key, __u32 index)
 /* Delete both flows of a place. */
 inlined void delete_flows_of_place(struct splice *splice, __u32 place)
 {
-	struct splice_key key = splice->way[PF_UP].from;
+	struct splice_key key = splice->direction[PF_UP].from;
 
 	delete_flow_of_place(&key, place + FIRST_SPLICE);
-	key = splice->way[PF_DOWN].from;
+	key = splice->direction[PF_DOWN].from;
 	delete_flow_of_place(&key, place + FIRST_SPLICE);
 }
 

@@ -63,10 +63,10 @@ inlined void end_resting(struct express_round *round, struct express_ask *ask,
 	__s64 rested_ns = round->now_ns - end_time_ns(round, ask, splice);
 	/* A record that no packet finds any more has rested before. */
 	int is_soon = round->is_short || READ_ONCE(splice->state) == PF_SPLICE_FREE;
-	int is_here = !splice->way[PF_UP].interface && !splice->way[PF_DOWN].interface;
+	int is_here = !splice->direction[PF_UP].interface && !splice->direction[PF_DOWN].interface;
 	__u64 least_ns = is_here ? round->least_rest_here_ns : round->least_rest_ns;
 
-	if (!may_reuse_port_early(ask, &splice->way[PF_UP], round->now_ns))
+	if (!may_reuse_port_early(ask, &splice->direction[PF_UP], round->now_ns))
 		least_ns = round->rest_ns;
 	if (READ_ONCE(ask->port_lost) || rested_ns < (__s64)(is_soon ? least_ns : round->rest_ns))
 		return;
@@ -107,13 +107,13 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 
 	if (splice->worker != PF_EXPRESS_NO_WORKER || !splice->id ||
 	    ask->counted_number == (__u32)(word >> 3) ||
-	    READ_ONCE(splice->state) != PF_SPLICE_ACTIVE || !splice->way[PF_UP].fin_acked ||
-	    !splice->way[PF_DOWN].fin_acked)
+	    READ_ONCE(splice->state) != PF_SPLICE_ACTIVE || !splice->direction[PF_UP].fin_acked ||
+	    !splice->direction[PF_DOWN].fin_acked)
 		return;
 	key.table = ask->listener_table;
 	key.rule = ask->rule;
 	key.target = ask->target;
-	key.port = splice->way[PF_UP].from.dport;
+	key.port = splice->direction[PF_UP].from.dport;
 	ends = map_lookup(MAP_EXPRESS_ENDS_FD, &key);
 	if (!ends || ask->begun_ns < ends->since_ns)
 		return;
@@ -121,8 +121,8 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	 * Only the keeper, which runs this program, moves a connection from this state to another.
 	 */
 	ends->pairs++;
-	ends->bytes[PF_UP] += carried_bytes(&splice->way[PF_UP]);
-	ends->bytes[PF_DOWN] += carried_bytes(&splice->way[PF_DOWN]);
+	ends->bytes[PF_UP] += carried_bytes(&splice->direction[PF_UP]);
+	ends->bytes[PF_DOWN] += carried_bytes(&splice->direction[PF_DOWN]);
 	splice->id = 0;
 	/* Resting counts from the end, however late this round is. See end_time_ns(), too. */
 	ends_ns = *(volatile __u64 *)&splice->client_clock;

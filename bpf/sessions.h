@@ -37,9 +37,9 @@ struct session_direction {
 };
 
 struct session {
-	struct session_direction way[2]; /* index: PF_UP, PF_DOWN */
-	__u64 id;			 /* of the session, as of a pair */
-	__u32 state;			 /* enum pf_session_state */
+	struct session_direction direction[2]; /* index: PF_UP, PF_DOWN */
+	__u64 id;			       /* of the session, as of a pair */
+	__u32 state;			       /* enum pf_session_state */
 	__u32 worker;
 	__u32 slot;	 /* in the map `pairs`, where datagrams are counted, too */
 	__u32 last_slot; /* the last one that it had, in the pinned pair table */

@@ -157,12 +157,12 @@ int probe(struct __sk_buff *skb)
 	    bpf_skb_load_bytes(skb, ETHERNET_BYTES + 4, &ring, 4))
 		return PF_BUSY_GONE;
 	family = splice->family;
-	key = splice->way[PF_UP].from;
+	key = splice->direction[PF_UP].from;
 	if (!(read_socket(skb, &key, family, &client) & PF_BUSY_GONE))
-		note_tail_acknowledged(splice, &splice->way[PF_UP], &client);
-	key = splice->way[PF_DOWN].from;
+		note_tail_acknowledged(splice, &splice->direction[PF_UP], &client);
+	key = splice->direction[PF_DOWN].from;
 	if (!(read_socket(skb, &key, family, &server) & PF_BUSY_GONE))
-		note_tail_acknowledged(splice, &splice->way[PF_DOWN], &server);
+		note_tail_acknowledged(splice, &splice->direction[PF_DOWN], &server);
 	if (splice->state == PF_SPLICE_FREE) {
 		/*
 		 * Only before the pair begins: later our sockets do not look up their routes any
@@ -199,29 +199,29 @@ int control(struct __sk_buff *skb)
 	 * One socket after the other: read together, the verifier would walk all combinations of
 	 * their states.
 	 */
-	key = splice->way[PF_UP].from;
+	key = splice->direction[PF_UP].from;
 	busy = read_socket(skb, &key, family, &client);
 	if (!busy)
 		busy = check_peer_socket(skb, &key, family);
 	if (!busy) {
-		key = splice->way[PF_DOWN].from;
+		key = splice->direction[PF_DOWN].from;
 		busy = read_socket(skb, &key, family, &server);
 	}
 	if (!busy)
 		busy = check_peer_socket(skb, &key, family);
 	if (busy)
 		return (int)busy;
-	if (is_window_coarse(&splice->way[PF_UP], &client) ||
-	    is_window_coarse(&splice->way[PF_DOWN], &server))
+	if (is_window_coarse(&splice->direction[PF_UP], &client) ||
+	    is_window_coarse(&splice->direction[PF_DOWN], &server))
 		return PF_BUSY_COARSE;
 	/* With AccECN the same header bits mean something else than with RFC 3168. */
 	if ((client.ecn | server.ecn) & ACCURATE_ECN)
-		splice->way[PF_UP].no_ecn = splice->way[PF_DOWN].no_ecn = 1;
+		splice->direction[PF_UP].no_ecn = splice->direction[PF_DOWN].no_ecn = 1;
 	/*
 	 * From here on `egress` acknowledges no more than this, until both sockets have been read.
 	 */
-	set_bounds_before_beginning(&splice->way[PF_UP], &client);
-	set_bounds_before_beginning(&splice->way[PF_DOWN], &server);
+	set_bounds_before_beginning(&splice->direction[PF_UP], &client);
+	set_bounds_before_beginning(&splice->direction[PF_DOWN], &server);
 	WRITE_ONCE(splice->state, PF_SPLICE_BEGINNING);
 	/* A full barrier: the sockets must not be read before the state is stored. */
 	__sync_fetch_and_add(&splice->tries, 1);
@@ -230,11 +230,11 @@ int control(struct __sk_buff *skb)
 	 * ACTIVE once the moment has passed then knows that the pair will not begin.
 	 */
 	busy = bpf_ktime_get_ns() > until_ns ? PF_BUSY_LATE : 0;
-	key = splice->way[PF_UP].from;
+	key = splice->direction[PF_UP].from;
 	if (!busy)
 		busy = read_socket(skb, &key, family, &client);
 	if (!busy) {
-		key = splice->way[PF_DOWN].from;
+		key = splice->direction[PF_DOWN].from;
 		busy = read_socket(skb, &key, family, &server);
 	}
 	if (busy) {
@@ -245,23 +245,23 @@ int control(struct __sk_buff *skb)
 	 * The end of what userspace will have written to each socket once it has read and written
 	 * everything that had arrived.
 	 */
-	up_tail = server.write_seq + splice->way[PF_UP].pending + client.unread;
-	down_tail = client.write_seq + splice->way[PF_DOWN].pending + server.unread;
+	up_tail = server.write_seq + splice->direction[PF_UP].pending + client.unread;
+	down_tail = client.write_seq + splice->direction[PF_DOWN].pending + server.unread;
 	up = up_tail - client.rcv_nxt;
 	down = down_tail - server.rcv_nxt;
 	/* One tick more than the clock's last reading: the socket may have sent since then. */
 	server_time = splice->server_clock + 1 - client.ts_recent;
 	client_time = splice->client_clock + 1 - server.ts_recent;
-	splice->way[PF_UP].seq_delta = up;
-	splice->way[PF_UP].ack_delta = -down;
-	splice->way[PF_UP].tsval_delta = server_time;
-	splice->way[PF_UP].tsecr_delta = -client_time;
-	init_direction(&splice->way[PF_UP], &client, &server, down_tail);
-	splice->way[PF_DOWN].seq_delta = down;
-	splice->way[PF_DOWN].ack_delta = -up;
-	splice->way[PF_DOWN].tsval_delta = client_time;
-	splice->way[PF_DOWN].tsecr_delta = -server_time;
-	init_direction(&splice->way[PF_DOWN], &server, &client, up_tail);
+	splice->direction[PF_UP].seq_delta = up;
+	splice->direction[PF_UP].ack_delta = -down;
+	splice->direction[PF_UP].tsval_delta = server_time;
+	splice->direction[PF_UP].tsecr_delta = -client_time;
+	init_direction(&splice->direction[PF_UP], &client, &server, down_tail);
+	splice->direction[PF_DOWN].seq_delta = down;
+	splice->direction[PF_DOWN].ack_delta = -up;
+	splice->direction[PF_DOWN].tsval_delta = client_time;
+	splice->direction[PF_DOWN].tsecr_delta = -server_time;
+	init_direction(&splice->direction[PF_DOWN], &server, &client, up_tail);
 	__sync_fetch_and_add(&splice->tries, 1);
 	WRITE_ONCE(splice->state, PF_SPLICE_ACTIVE);
 	return 0;

@@ -97,15 +97,15 @@ struct splice_handshake {
 	__u64 began; /* lower half: ISN, upper half: interface; written and read at once */
 };
 
-#define PF_HANDSHAKE_WAYS 4
-#define PF_HANDSHAKE_SETS (1 << 14)
+#define PF_HANDSHAKES_PER_SET 4
+#define PF_HANDSHAKE_SETS     (1 << 14)
 
 /*
  * Element of the map `handshakes`. The marks of the first element are two secrets, the second of
  * which is odd.
  */
 struct splice_handshakes {
-	struct splice_handshake latest[PF_HANDSHAKE_WAYS];
+	struct splice_handshake latest[PF_HANDSHAKES_PER_SET];
 };
 
 /*
@@ -180,7 +180,7 @@ struct splice_direction {
 };
 
 struct splice {
-	struct splice_direction way[2]; /* index: PF_UP, PF_DOWN */
+	struct splice_direction direction[2]; /* index: PF_UP, PF_DOWN */
 	__u64 id; /* of the pair; 0: it has ended, and only its ports are kept */
 	__u64 tries;
 	__u32 state; /* enum pf_splice_state */

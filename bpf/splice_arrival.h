@@ -154,9 +154,10 @@ inlined int find_pair(struct __sk_buff *skb, struct packet *packet, const struct
 		return NEXT;
 	packet->index = index;
 	packet->splice = splice;
-	packet->from_peer =
-		packet->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
-	packet->to_peer = packet->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	packet->from_peer = packet->direction == PF_UP ? &splice->direction[PF_UP]
+						       : &splice->direction[PF_DOWN];
+	packet->to_peer = packet->direction == PF_UP ? &splice->direction[PF_DOWN]
+						     : &splice->direction[PF_UP];
 	if (packet->state != PF_SPLICE_ACTIVE &&
 	    (packet->state != PF_SPLICE_RESET || packet->is_copy)) {
 		if (packet->is_copy)

@@ -83,8 +83,10 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 			return DROP;
 		return NEXT;
 	}
-	from_peer = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
-	to_peer = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	from_peer =
+		flow->direction == PF_UP ? &splice->direction[PF_UP] : &splice->direction[PF_DOWN];
+	to_peer =
+		flow->direction == PF_UP ? &splice->direction[PF_DOWN] : &splice->direction[PF_UP];
 	if ((tcp->flags & RST) && state == PF_SPLICE_ACTIVE &&
 	    (from_peer->tail_open || to_peer->tail_open)) {
 		/*
@@ -120,7 +122,7 @@ inlined int filter_own_segment(struct __sk_buff *skb, const int v6)
 		return NEXT; /* sent by the kernel by itself: our worker is waiting for `control` */
 	if (tcp->flags & SYN) {
 		/* A new connection from a port whose previous pair has ended. */
-		if (splice->way[PF_UP].fin_acked && splice->way[PF_DOWN].fin_acked) {
+		if (splice->direction[PF_UP].fin_acked && splice->direction[PF_DOWN].fin_acked) {
 			delete_flows(splice);
 			return NEXT;
 		}

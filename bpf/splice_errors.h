@@ -58,8 +58,10 @@ inlined int translate_icmp_error(struct __sk_buff *skb, const int v6)
 	if (!splice || READ_ONCE(splice->state) != PF_SPLICE_ACTIVE)
 		return NEXT;
 	/* `to_peer` is the direction in which the quoted packet went: undo its translation. */
-	from_peer = flow->direction == PF_UP ? &splice->way[PF_UP] : &splice->way[PF_DOWN];
-	to_peer = flow->direction == PF_UP ? &splice->way[PF_DOWN] : &splice->way[PF_UP];
+	from_peer =
+		flow->direction == PF_UP ? &splice->direction[PF_UP] : &splice->direction[PF_DOWN];
+	to_peer =
+		flow->direction == PF_UP ? &splice->direction[PF_DOWN] : &splice->direction[PF_UP];
 	seq = bpf_ntohl(ports[1]);
 	if (READ_ONCE(from_peer->tail_open) && before(seq, from_peer->tail_end))
 		return NEXT; /* our own socket has sent the quoted bytes: the error is for it */

@@ -77,7 +77,7 @@ inlined void remember_handshake(struct __sk_buff *skb, const struct splice_key *
 	if (!set)
 		return; /* never */
 #pragma unroll
-	for (i = 0; i < PF_HANDSHAKE_WAYS; i++) {
+	for (i = 0; i < PF_HANDSHAKES_PER_SET; i++) {
 		if (set->latest[i].mark != mark)
 			continue;
 		if ((__u32)set->latest[i].began == isn)
@@ -91,7 +91,7 @@ inlined void remember_handshake(struct __sk_buff *skb, const struct splice_key *
 	if (is_known && has_connection(skb, key, v6))
 		return;
 #pragma unroll
-	for (i = PF_HANDSHAKE_WAYS - 1; i > 0; i--)
+	for (i = PF_HANDSHAKES_PER_SET - 1; i > 0; i--)
 		set->latest[i] = set->latest[i - 1];
 	set->latest[0].mark = mark;
 	set->latest[0].began = (__u64)skb->ifindex << 32 | isn;

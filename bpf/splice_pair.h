@@ -35,10 +35,10 @@ inlined void notify_worker(struct splice *splice, __u32 index)
 /* Delete both flows of a pair: later packets go to the stack. */
 inlined void delete_flows(struct splice *splice)
 {
-	struct splice_key key = splice->way[PF_UP].from;
+	struct splice_key key = splice->direction[PF_UP].from;
 
 	map_delete(MAP_FLOWS_FD, &key);
-	key = splice->way[PF_DOWN].from;
+	key = splice->direction[PF_DOWN].from;
 	map_delete(MAP_FLOWS_FD, &key);
 }
 

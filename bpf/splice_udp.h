@@ -94,8 +94,8 @@ inlined int pass_to_udp_socket(struct __sk_buff *skb, const struct splice_key *f
 inlined int has_expired(const struct session *session, __u64 now_ns)
 {
 	__u64 last_ns = READ_ONCE(session->began_ns);
-	__u64 up_ns = READ_ONCE(session->way[PF_UP].last_ns);
-	__u64 down_ns = READ_ONCE(session->way[PF_DOWN].last_ns);
+	__u64 up_ns = READ_ONCE(session->direction[PF_UP].last_ns);
+	__u64 down_ns = READ_ONCE(session->direction[PF_DOWN].last_ns);
 	__u32 slot;
 	struct pair *pair;
 
@@ -206,7 +206,8 @@ inlined void note_own_datagram(struct __sk_buff *skb, const int v6)
 	session = map_lookup(MAP_SESSIONS_FD, &index);
 	if (!session || READ_ONCE(session->state) != PF_SESSION_ACTIVE)
 		return;
-	from_peer = flow->direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
+	from_peer = flow->direction == PF_UP ? &session->direction[PF_DOWN]
+					     : &session->direction[PF_UP];
 	if (!from_peer->has_left &&
 	    skb->ifindex == (from_peer->interface ? from_peer->interface : LOOPBACK))
 		from_peer->has_left = 1;
@@ -279,7 +280,7 @@ inlined int forward_datagram(struct __sk_buff *skb, const int v6)
 	if (has_expired(session, now_ns))
 		return pass_to_udp_socket(skb, &key,
 					  v6); /* for the socket that has this port by now */
-	from_peer = direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
+	from_peer = direction == PF_UP ? &session->direction[PF_UP] : &session->direction[PF_DOWN];
 	if (skb->pkt_type != HOST_PACKET) {
 		count_invalid_datagram(session, PF_INVALID_NOT_FOR_US);
 		return NEXT; /* the stack discards it, too */
@@ -454,8 +455,10 @@ inlined int translate_udp_icmp_error(struct __sk_buff *skb, const int v6)
 	    has_expired(session, bpf_ktime_get_coarse_ns()))
 		return NOT_UDP_SESSION;
 	/* `to_peer` is the direction in which the quoted datagram went: undo its translation. */
-	from_peer = flow->direction == PF_UP ? &session->way[PF_UP] : &session->way[PF_DOWN];
-	to_peer = flow->direction == PF_UP ? &session->way[PF_DOWN] : &session->way[PF_UP];
+	from_peer = flow->direction == PF_UP ? &session->direction[PF_UP]
+					     : &session->direction[PF_DOWN];
+	to_peer = flow->direction == PF_UP ? &session->direction[PF_DOWN]
+					   : &session->direction[PF_UP];
 	ip6h = data + ETHERNET_BYTES;
 	iph = data + ETHERNET_BYTES;
 	hops = v6 ? ip6h->hops : iph->ttl;
@@ -659,11 +662,11 @@ inlined int find_session_sockets(struct __sk_buff *skb)
 		return 0;
 	mark = session->mark;
 	v6 = session->family == PF_IPV6;
-	key = session->way[PF_UP].from;
+	key = session->direction[PF_UP].from;
 	if (v6 ? has_marked_socket(skb, &key, mark, 0, 1)
 	       : has_marked_socket(skb, &key, mark, 0, 0))
 		found |= FOUND_CLIENT;
-	key = session->way[PF_DOWN].from;
+	key = session->direction[PF_DOWN].from;
 	if (v6 ? has_marked_socket(skb, &key, mark, key.sport, 1)
 	       : has_marked_socket(skb, &key, mark, key.sport, 0))
 		found |= FOUND_SERVER;

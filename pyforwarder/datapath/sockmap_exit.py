@@ -262,26 +262,28 @@ class SockmapExit:
             _LostError: bytes are missing.
         """
         live = [h for h in halves if not h.is_native and h.flow.phase is not Phase.CLOSED]
-        ways = [_Way(self, half, self._bypasses[half.flow.direction]) for half in live]
-        for way in ways:
-            way.begin()
-        for way in ways:
-            way.read_passed(pair)
-            self._delete(way.half)
+        leaving = [
+            _LeavingDirection(self, half, self._bypasses[half.flow.direction]) for half in live
+        ]
+        for direction in leaving:
+            direction.begin()
+        for direction in leaving:
+            direction.read_passed(pair)
+            self._delete(direction.half)
         for half in halves:
             if half not in live:
                 self._delete(half)
         self._poll_locks(pair)
-        for way in ways:
-            way.finish()
+        for direction in leaving:
+            direction.finish()
         for half in halves:
             self._settle(pair, half)
         self._datapath.leave(pair)
-        for way in ways:
-            flow = way.half.flow
-            flow.pending = memoryview(bytes(way.rest)) if way.rest else None
-            if len(way.rest) > BULK_READ_BYTES:
-                self._host.enlarge(pair, _target(pair, flow), len(way.rest))
+        for direction in leaving:
+            flow = direction.half.flow
+            flow.pending = memoryview(bytes(direction.rest)) if direction.rest else None
+            if len(direction.rest) > BULK_READ_BYTES:
+                self._host.enlarge(pair, _target(pair, flow), len(direction.rest))
         return True
 
     def _delete(self, half: Half) -> None:
@@ -313,7 +315,7 @@ class SockmapExit:
         for place in (table.PASSED, table.REDIRECTED, table.REDIRECTED_PACKETS):
             self._window.words64[at + place[flow.direction]] = 0
 
-    # What a way needs
+    # What a direction that leaves needs
 
     def _poll_locks(self, pair: Pair) -> None:
         """Wait for what runs under the sockets' locks just now."""
@@ -354,7 +356,7 @@ class SockmapExit:
         self._set(half, table.ARMED, 1)
 
 
-class _Way:
+class _LeavingDirection:
     """One direction while its pair leaves."""
 
     def __init__(self, leaving: SockmapExit, half: Half, bypass: _Bypass) -> None:

@@ -136,8 +136,8 @@ class Kernel:
         at = (self.connecting.first_splice + place) * SPLICE_BYTES
         record = Splice.from_buffer(self._memory, at)
         first_tc = self.connecting.ask(place).first_client_tsval
-        record.way[0].ts_recent = (first_tc + ahead_ms) & 0xFFFFFFFF
-        record.way[0].bytes = sent_bytes
+        record.direction[0].ts_recent = (first_tc + ahead_ms) & 0xFFFFFFFF
+        record.direction[0].bytes = sent_bytes
         del record
 
     def store_state(self, place: int, state: SpliceState) -> None:

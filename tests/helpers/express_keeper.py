@@ -114,10 +114,10 @@ class Connecting:
         ask, record = self.asks[place], self.record(place)
         rested_s = now_s - ask.resting_since_ns / 1e9
         age_ns = now_s * 1e9 - ask.begun_ns
-        ahead_ms = (record.way[0].ts_recent - ask.first_client_tsval) & 0xFFFFFFFF
-        was_slow = ahead_ms * 1e6 <= age_ns and record.way[0].bytes < age_ns // 65
+        ahead_ms = (record.direction[0].ts_recent - ask.first_client_tsval) & 0xFFFFFFFF
+        was_slow = ahead_ms * 1e6 <= age_ns and record.direction[0].bytes < age_ns // 65
         is_soon = is_short or record.state == SpliceState.FREE
-        is_here = not any(way.interface for way in record.way)
+        is_here = not any(direction.interface for direction in record.direction)
         least_s = LEAST_REST_HERE_S if is_here else LEAST_REST_S
         if not was_slow:
             least_s = REST_S
@@ -134,8 +134,11 @@ class Connecting:
 
     def _is_counted(self, place: int) -> bool:
         ask, record = self.asks[place], self.record(place)
-        has_ended = all(way.fin_acked for way in record.way) and record.state == SpliceState.ACTIVE
-        key = abi.EndKey(ask.listener_table, ask.rule, ask.target, record.way[0].from_.dport)
+        has_ended = (
+            all(from_peer.fin_acked for from_peer in record.direction)
+            and record.state == SpliceState.ACTIVE
+        )
+        key = abi.EndKey(ask.listener_table, ask.rule, ask.target, record.direction[0].from_.dport)
         ends = self.sums.get(bytes(key))
         if not has_ended or record.worker != abi.NO_WORKER or not record.id or ends is None:
             return False
@@ -144,8 +147,8 @@ class Connecting:
         if ask.begun_ns < ends.since_ns:
             return False
         ends.pairs += 1
-        for direction, way in enumerate(record.way):
-            ends.bytes[direction] += way.bytes
+        for direction, from_peer in enumerate(record.direction):
+            ends.bytes[direction] += from_peer.bytes
         return True
 
     def end_keys(self) -> list[bytes]:
@@ -203,9 +206,9 @@ class Connecting:
         self.store(
             place, state=SpliceState.ACTIVE, id=1 << 52 | place, worker=abi.NO_WORKER, reset=0
         )
-        for way in self.record(place).way:
-            way.fin_acked = int(has_ended)
-            way.interface = 2
+        for direction in self.record(place).direction:
+            direction.fin_acked = int(has_ended)
+            direction.interface = 2
         return int(ask.word)
 
     def ask(self, place: int, *, age_s: float = 0.0) -> int:

@@ -165,7 +165,7 @@ def has_ended(here: Site, place: int) -> None:
 
     def look() -> bool:
         record: Splice = here.kernel.record(place)
-        return record.state == SpliceState.ACTIVE and all(way.fin_acked for way in record.way)
+        return record.state == SpliceState.ACTIVE and all(way.fin_acked for way in record.direction)
 
     wait_for(look, "both ends known")
 

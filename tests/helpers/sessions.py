@@ -192,15 +192,19 @@ class SessionSite:
             if silent_ns:
                 # A host that has just booted has no such past: then less silence is enough.
                 wanted_ns = silent_ns
-                silent_ns = min(silent_ns, record.began_ns, *(way.last_ns for way in record.way))
+                silent_ns = min(
+                    silent_ns, record.began_ns, *(way.last_ns for way in record.direction)
+                )
                 rest_ns = max(1, record.idle_ns - (wanted_ns - silent_ns))
                 session_maps.store_wide(memory, index, "idle_ns", rest_ns)
                 session_maps.store_wide(memory, index, "began_ns", record.began_ns - silent_ns)
                 for direction in Direction:
-                    at = index * SESSION_BYTES + SessionRecord.way.offset
+                    at = index * SESSION_BYTES + SessionRecord.direction.offset
                     at += direction * ctypes.sizeof(SessionDirection)
                     at += SessionDirection.last_ns.offset
-                    struct.pack_into("=Q", memory, at, record.way[direction].last_ns - silent_ns)
+                    struct.pack_into(
+                        "=Q", memory, at, record.direction[direction].last_ns - silent_ns
+                    )
                 if record.slot != NO_SLOT:
                     _let_be_silent(pins / f"pairs_{ABI_VERSION}", record.slot, silent_ns)
             return session_maps.record_of(memory, index)

@@ -16,11 +16,11 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.first_packet.quic_ids import id_of_client, id_of_server
 from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.worker.udp import connection_ids
-from pyforwarder.worker.udp.connection_ids import KEEP_S, PART_BYTES, ConnectionIds, Way
+from pyforwarder.worker.udp.connection_ids import KEEP_S, PART_BYTES, ConnectionIds, SessionTarget
 from tests.helpers.quic import HANDSHAKE, INITIAL, RETRY, V1, V2, header
 
-WAY = Way(Address("192.0.2.1", 443), 3, 7, 1)
-WAY6 = Way(Address("2001:db8::1", 8443), 3, 8, -1)
+TARGET = SessionTarget(Address("192.0.2.1", 443), 3, 7, 1)
+TARGET6 = SessionTarget(Address("2001:db8::1", 8443), 3, 8, -1)
 
 
 def short(connection_id: bytes, more: bytes = b"\x55" * 30) -> bytes:
@@ -42,7 +42,7 @@ def two() -> Iterator[tuple[ConnectionIds, ConnectionIds]]:
         each.close()
 
 
-def found(ids: ConnectionIds, connection_id: bytes, now_s: float = 0.0) -> Way | None:
+def found(ids: ConnectionIds, connection_id: bytes, now_s: float = 0.0) -> SessionTarget | None:
     answer = ids.find(short(connection_id), listener=3, now_s=now_s)
     return answer[1] if answer is not None else None
 
@@ -90,15 +90,15 @@ def test_client_says_an_id_in_short_headers() -> None:
 
 
 def test_what_one_worker_learns_all_find(two: tuple[ConnectionIds, ConnectionIds]) -> None:
-    two[0].learn(b"first-id", WAY, 0.0)
-    two[1].learn(b"i" * 20, WAY6, 0.0)
+    two[0].learn(b"first-id", TARGET, 0.0)
+    two[1].learn(b"i" * 20, TARGET6, 0.0)
     for ids in two:
-        assert found(ids, b"first-id") == WAY
-        assert found(ids, b"i" * 20) == WAY6
+        assert found(ids, b"first-id") == TARGET
+        assert found(ids, b"i" * 20) == TARGET6
         assert found(ids, b"first-ie") is None
         assert ids.find(short(b"first-id"), listener=4, now_s=0.0) is None
         assert ids.find(b"", listener=3, now_s=0.0) is None
-    assert two[0].find(short(b"first-id"), listener=3, now_s=0.0) == (b"first-id", WAY)
+    assert two[0].find(short(b"first-id"), listener=3, now_s=0.0) == (b"first-id", TARGET)
 
 
 def test_part_of_another_worker_cannot_be_written(two: tuple[ConnectionIds, ConnectionIds]) -> None:
@@ -124,15 +124,15 @@ def test_id_is_known_for_a_while_after_its_last_session(
     two: tuple[ConnectionIds, ConnectionIds],
 ) -> None:
     ids = two[0]
-    ids.learn(b"first-id", WAY, 0.0)
-    ids.learn(b"first-id", WAY, 50.0)
+    ids.learn(b"first-id", TARGET, 0.0)
+    ids.learn(b"first-id", TARGET, 50.0)
     ids.forget(b"first-id", 100.0)
-    assert found(two[1], b"first-id", 1e9) == WAY
+    assert found(two[1], b"first-id", 1e9) == TARGET
     ids.forget(b"first-id", 200.0)
-    assert found(two[1], b"first-id", 200.0 + KEEP_S) == WAY
+    assert found(two[1], b"first-id", 200.0 + KEEP_S) == TARGET
     assert found(two[1], b"first-id", 200.1 + KEEP_S) is None
-    ids.learn(b"first-id", WAY, 500.0)
-    assert found(two[1], b"first-id", 1e9) == WAY
+    ids.learn(b"first-id", TARGET, 500.0)
+    assert found(two[1], b"first-id", 1e9) == TARGET
 
 
 def test_oldest_makes_room(
@@ -142,15 +142,15 @@ def test_oldest_makes_room(
     ids = two[0]
     names = [b"id-%05d" % number for number in range(connection_ids._WAYS)]
     for name in names:
-        ids.learn(name, WAY, 0.0)
+        ids.learn(name, TARGET, 0.0)
     ids.forget(names[5], 1.0)
     ids.forget(names[6], 0.5)
-    ids.learn(b"another-", WAY, 2.0)
+    ids.learn(b"another-", TARGET, 2.0)
     assert [name for name in names if found(ids, name, 2.0) is None] == [names[6]]
-    assert found(ids, b"another-", 2.0) == WAY
+    assert found(ids, b"another-", 2.0) == TARGET
     # Of one whose place is taken nothing is left to forget.
-    ids.learn(b"one-more", WAY, 2.0)
-    ids.learn(b"and-more", WAY, 2.0)
+    ids.learn(b"one-more", TARGET, 2.0)
+    ids.learn(b"and-more", TARGET, 2.0)
     for name in names:
         if name not in (names[5], names[6]):
             ids.forget(name, 3.0)
@@ -160,11 +160,11 @@ def test_oldest_makes_room(
 def test_worker_that_takes_a_part_empties_it() -> None:
     shared = SharedBlocks.make("ids", 2, PART_BYTES)
     first, other = take(shared, 0), take(shared, 1)
-    first.learn(b"first-id", WAY, 0.0)
-    other.learn(b"other-id", WAY, 0.0)
+    first.learn(b"first-id", TARGET, 0.0)
+    other.learn(b"other-id", TARGET, 0.0)
     again = take(shared, 0)
     assert found(again, b"first-id") is None
-    assert found(again, b"other-id") == WAY
+    assert found(again, b"other-id") == TARGET
     for each in (first, other, again):
         each.close()
     shared.close()
@@ -173,7 +173,7 @@ def test_worker_that_takes_a_part_empties_it() -> None:
 def test_ids_of_every_length_are_found(two: tuple[ConnectionIds, ConnectionIds]) -> None:
     names = [bytes(range(1, length + 1)) for length in range(4, 21)]
     for name in reversed(names):
-        two[0].learn(name, WAY._replace(number=len(name)), 0.0)
+        two[0].learn(name, TARGET._replace(number=len(name)), 0.0)
     for name in names:
         answer = found(two[1], name)
         assert answer is not None

@@ -96,11 +96,11 @@ def end(
     ask.listener_table, ask.rule, ask.target = 0, rule, target
     record = stage.connecting.record(place)
     record.family = 4
-    way = record.way[0]
-    way.from_.dport = socket.htons(443)
-    way.target[:] = memoryview(SERVER).cast("I").tolist()
-    way.dport = stage.connecting.targets[target].port
-    for one, carried in zip(record.way, (up, down), strict=True):
+    direction = record.direction[0]
+    direction.from_.dport = socket.htons(443)
+    direction.target[:] = memoryview(SERVER).cast("I").tolist()
+    direction.dport = stage.connecting.targets[target].port
+    for one, carried in zip(record.direction, (up, down), strict=True):
         one.bytes, one.begin_seq, one.fin_seq = carried, 0, carried + 1
 
 
@@ -263,8 +263,8 @@ def test_a_place_is_used_again_once_it_has_rested_and_no_program_knows_it(
         raise OSError(12, "made up")
 
     end(stage, 0)
-    for way in stage.connecting.record(0).way:
-        way.interface = interface
+    for direction in stage.connecting.record(0).direction:
+        direction.interface = interface
     go_on(stage)
     places, now_s = stage.keeper._places, time.monotonic()
     places.look(now_s + REST_S - 1)

@@ -28,7 +28,7 @@ from pyforwarder.datapath.splice.abi import NO_SLOT, SPLICE_BYTES, Splice, Splic
 from pyforwarder.datapath.splice.keeper_adoption import Adoption
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
 from pyforwarder.datapath.splice.records import set_state
-from pyforwarder.datapath.splice.ways import Ways
+from pyforwarder.datapath.splice.rerouting import Rerouting
 from pyforwarder.runtime import one_store
 from tests.helpers.express_keeper import FIRST_PORT, FIRST_SPLICE, AtOnce, Stage
 
@@ -359,8 +359,8 @@ def test_only_what_was_slower_than_our_numbers_is_followed_soon(
         # It was asked twice: what counts is what the server has been told first.
         ask = crowd.connecting.asks[place]
         ask.first_client_tsval, ask.client_tsval = 0xFFFFFF00, (0xFFFFFF00 + ahead_ms) & 0xFFFFFFFF
-        way = crowd.connecting.record(place).way[0]
-        way.ts_recent, way.bytes = ask.client_tsval, sent_bytes
+        direction = crowd.connecting.record(place).direction[0]
+        direction.ts_recent, direction.bytes = ask.client_tsval, sent_bytes
     for _ in range(100):
         go_on(crowd)
         heard(crowd, 0), heard(crowd, 1)
@@ -796,21 +796,21 @@ def test_a_table_s_number_rests_as_long_as_others_are_free() -> None:
     assert number(100.0, "another") not in used
 
 
-# ------------------------------------------------------------------------------ the ways
+# ------------------------------------------------------------------------------ routes that change
 
 
 def test_a_pair_that_is_taken_in_leaves_news_of_routes_to_others_that_wait_for_them() -> None:
-    ways: Any = object.__new__(Ways)
+    rerouting: Any = object.__new__(Rerouting)
     drained: list[int] = []
-    ways._watch = SimpleNamespace(drain=lambda: drained.append(1))
-    ways._since_s, ways._last_s = None, 0.0
+    rerouting._watch = SimpleNamespace(drain=lambda: drained.append(1))
+    rerouting._since_s, rerouting._last_s = None, 0.0
     pairs: Any = SimpleNamespace(owners={}, store=lambda *_: None, when_forgotten=[])
     unused: Any = None
-    adoption = Adoption(pairs, unused, ways, workers=2, sockets_of=lambda _index: None)
+    adoption = Adoption(pairs, unused, rerouting, workers=2, sockets_of=lambda _index: None)
     assert adoption.take_in(5, b"said", 1) == 1
-    assert ways._since_s is not None
+    assert rerouting._since_s is not None
     assert not drained
-    ways.changed()
+    rerouting.changed()
     assert drained
 
 

@@ -97,8 +97,8 @@ def test_places_come_back_between_looks_while_they_are_short(stage: Stage) -> No
     for place in range(40):
         word = stage.connecting.join(place)
         stage.connecting.rest(place, word, time.monotonic() - LEAST_REST_S)
-        for way in stage.connecting.record(place).way:
-            way.interface = 2
+        for direction in stage.connecting.record(place).direction:
+            direction.interface = 2
         stage.connecting.asks[place].begun_ns -= 10**9
     for _ in range(2):
         glance(stage)

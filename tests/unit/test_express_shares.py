@@ -145,8 +145,8 @@ class Keeper:
         ask.word = number << 3 | abi.AskState.JOINED
         ask.begun_ns = time.monotonic_ns() - 10_000_000_000
         record = Splice(id=place + 1, worker=abi.NO_WORKER, state=SpliceState.ACTIVE, family=4)
-        for way in record.way:
-            way.fin_acked = has_ended
+        for direction in record.direction:
+            direction.fin_acked = has_ended
         at = place * SPLICE_BYTES
         self.memory[at : at + SPLICE_BYTES] = bytes(record)
 

@@ -6,7 +6,7 @@ import random
 import socket
 from collections import Counter
 
-from pyforwarder.datapath.splice.abi import HANDSHAKE_SETS, HANDSHAKE_WAYS, SpliceKey
+from pyforwarder.datapath.splice.abi import HANDSHAKE_SETS, HANDSHAKES_PER_SET, SpliceKey
 from pyforwarder.datapath.splice.handshakes import mark_of, set_of
 
 
@@ -29,7 +29,7 @@ def test_connections_of_one_client_do_not_push_each_other_out() -> None:
         secret, factor = chance.getrandbits(64), chance.getrandbits(64) | 1
         sets = Counter(set_of(mark_of(key, secret, factor)) for key in keys(chance, 1500))
         assert all(1 <= number <= HANDSHAKE_SETS for number in sets)
-        pushed_out = sum(max(0, used - HANDSHAKE_WAYS) for used in sets.values())
+        pushed_out = sum(max(0, used - HANDSHAKES_PER_SET) for used in sets.values())
         assert pushed_out <= 2, seed
 
 

@@ -48,8 +48,8 @@ class Site:
     def _record(self, index: int) -> Splice:
         record = Splice()
         record.id = 100 + index
-        for way in record.way:
-            way.dport = index
+        for direction in record.direction:
+            direction.dport = index
         return record
 
     def _forget(self, index: int) -> None:
@@ -58,9 +58,9 @@ class Site:
             told(index)
         self.owners.pop(index, None)
 
-    def _revive(self, way: Any, _family: int) -> socket.socket:
-        self.tried.append(way.dport)
-        if way.dport in self.in_use:
+    def _revive(self, direction: Any, _family: int) -> socket.socket:
+        self.tried.append(direction.dport)
+        if direction.dport in self.in_use:
             raise OSError(self.error, "made up")
         made: Any = SimpleNamespace(close=lambda: None)
         return made  # type: ignore[no-any-return]
@@ -142,7 +142,7 @@ def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them
     monkeypatch.setattr(splice_sockets.End, "of", lambda sock: sock)
 
     def describe(record: Splice, *_: object) -> None:
-        record.way[0].from_.sport = 9
+        record.direction[0].from_.sport = 9
 
     monkeypatch.setattr(splice_sockets, "describe", describe)
     monkeypatch.setattr(splice_sockets, "is_of_our_network", lambda _sock: True)

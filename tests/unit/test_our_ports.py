@@ -37,9 +37,9 @@ class Memory:
     def record(self, index: int, *ports: int) -> Splice:
         """One with these ports of ours, the client's connection's and the server's."""
         record = Splice.from_buffer(self.splices, index * SPLICE_BYTES)
-        for way, port in zip(record.way, ports, strict=True):
-            way.from_.dport = socket.htons(port)
-            way.from_.sport = socket.htons(9)
+        for direction, port in zip(record.direction, ports, strict=True):
+            direction.from_.dport = socket.htons(port)
+            direction.from_.sport = socket.htons(9)
         return record
 
     def kept(self) -> list[int]:

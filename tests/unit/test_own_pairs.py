@@ -12,7 +12,7 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice
 from pyforwarder.datapath.splice.own_pairs import READ_AT_ONCE, OwnPairs
-from pyforwarder.datapath.splice.replicas import Ways, splice_of
+from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
 from pyforwarder.fleet.failover.ledger import MOVING_S
 from tests.helpers.failover_records import a_pair
 
@@ -36,7 +36,7 @@ class Table:
 
     def write(self, index: int, pair: Pair) -> str:
         """A pair of this machine's; its key."""
-        record = splice_of(pair, index + 1, Ways(3, 5), claim=0, slack=0)
+        record = splice_of(pair, index + 1, Interfaces(3, 5), claim=0, slack=0)
         record.worker = 0
         self._records[index * SPLICE_BYTES : (index + 1) * SPLICE_BYTES] = bytes(record)
         return pair.key
@@ -44,7 +44,7 @@ class Table:
     def move(self, index: int, last_end: int) -> None:
         """Bytes have passed."""
         record = Splice.from_buffer(self._records, index * SPLICE_BYTES)
-        record.way[0].last_end = last_end
+        record.direction[0].last_end = last_end
         del record  # the memory is free again
 
 

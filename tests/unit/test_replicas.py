@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyforwarder.datapath.ebpf.abi import PairRecord
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Routing, Splice, SpliceState
 from pyforwarder.datapath.splice.replicas import (
-    Ways,
+    Interfaces,
     boot_unix_s,
     is_replicable,
     is_wide,
@@ -27,12 +27,12 @@ from tests.helpers.failover_records import a_pair, pairs
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.record import Pair
 
-WAYS: Final = Ways(3, 5)
+INTERFACES: Final = Interfaces(3, 5)
 WORD: Final = 1 << 32
 
 
 def record_of(pair: Pair, *, slack: int = 0) -> Splice:
-    return splice_of(pair, 7, WAYS, claim=2, slack=slack)
+    return splice_of(pair, 7, INTERFACES, claim=2, slack=slack)
 
 
 @given(pairs())
@@ -49,14 +49,14 @@ def test_the_record_says_what_the_pair_said(pair: Pair) -> None:
 
 @given(pairs())
 def test_both_directions_fit_together(pair: Pair) -> None:
-    up, down = record_of(pair).way
-    for way, back in ((up, down), (down, up)):
-        assert (way.seq_delta + back.ack_delta) % WORD == 0
-        assert (way.tsval_delta + back.tsecr_delta) % WORD == 0
+    up, down = record_of(pair).direction
+    for direction, back in ((up, down), (down, up)):
+        assert (direction.seq_delta + back.ack_delta) % WORD == 0
+        assert (direction.tsval_delta + back.tsecr_delta) % WORD == 0
         # What goes on by the one direction answers what came by the other.
-        assert list(way.source) == list(back.from_.target)
-        assert list(way.target) == list(back.from_.source)
-        assert (way.sport, way.dport) == (back.from_.dport, back.from_.sport)
+        assert list(direction.source) == list(back.from_.target)
+        assert list(direction.target) == list(back.from_.source)
+        assert (direction.sport, direction.dport) == (back.from_.dport, back.from_.sport)
     assert (up.interface, down.interface) == (5, 3)
 
 
@@ -66,7 +66,7 @@ def test_what_may_have_passed_since_is_believed_until_both_were_heard() -> None:
     assert len(memory) == SPLICE_BYTES
     record = Splice.from_buffer(memory)
     assert is_wide(record)
-    up, down = record.way
+    up, down = record.direction
     assert (up.max_edge - pair.up.limit) % WORD == up.max_window == slack
     # As the programs store what the peers have said.
     up.last_ack, up.window_edge = 1000, 51_000
@@ -83,10 +83,12 @@ def test_a_limit_is_never_moved_forward() -> None:
     pair = a_pair()
     memory = bytearray(bytes(record_of(pair)))
     record = Splice.from_buffer(memory)
-    record.way[1].window_edge = (int(record.way[0].max_edge) - record.way[1].ack_delta) % WORD
-    before = record.way[0].max_edge
+    record.direction[1].window_edge = (
+        int(record.direction[0].max_edge) - record.direction[1].ack_delta
+    ) % WORD
+    before = record.direction[0].max_edge
     narrow(memory, 0)
-    assert record.way[0].max_edge == before
+    assert record.direction[0].max_edge == before
 
 
 def test_how_much_is_believed_follows_how_much_has_passed() -> None:
@@ -116,10 +118,10 @@ def test_what_cannot_go_on_elsewhere_is_not_replicated(field: str, value: int) -
 def test_a_pair_with_a_tail_or_a_way_of_its_own_is_not_replicated(direction: int) -> None:
     for routing in Routing:
         record = record_of(a_pair())
-        record.way[direction].routing = routing
+        record.direction[direction].routing = routing
         assert not is_replicable(record)
     record = record_of(a_pair())
-    record.way[direction].tail_open = 1
+    record.direction[direction].tail_open = 1
     assert not is_replicable(record)
 
 

@@ -62,8 +62,8 @@ class Stage:
     ) -> None:
         record = SessionRecord()
         record.id, record.slot, record.state = number, 100 + SLOT, state
-        for way in record.way:
-            way.bytes, way.packets = 100 * sent, sent
+        for direction in record.direction:
+            direction.bytes, direction.packets = 100 * sent, sent
         at = index * SESSION_BYTES
         self.memory[at : at + SESSION_BYTES] = bytes(record)
 

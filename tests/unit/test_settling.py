@@ -10,7 +10,7 @@ import pytest
 
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
-from pyforwarder.datapath.splice.replicas import Ways, splice_of
+from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
 from pyforwarder.datapath.splice.settling import Settling
 from tests.helpers.failover_records import a_pair
 
@@ -46,8 +46,8 @@ class World:
     def watch(self, indexes: list[int]) -> None:
         self.watched += indexes
 
-    def tell(self, way: SpliceDirection, _family: int, seq: int, _times: int) -> None:
-        self.told.append((self.now_s, bytes(way.from_), seq))
+    def tell(self, direction: SpliceDirection, _family: int, seq: int, _times: int) -> None:
+        self.told.append((self.now_s, bytes(direction.from_), seq))
 
     @property
     def record(self) -> Splice:
@@ -56,17 +56,17 @@ class World:
 
     def begin(self) -> None:
         """A pair of which both ends have heard of all that was sent."""
-        made = splice_of(a_pair(), ID, Ways(2, 3), claim=1, slack=1 << 20)
+        made = splice_of(a_pair(), ID, Interfaces(2, 3), claim=1, slack=1 << 20)
         self.memory[INDEX * SPLICE_BYTES : (INDEX + 1) * SPLICE_BYTES] = bytes(made)
         for direction in Direction:
             self.acknowledges(direction)
-            self.record.way[direction].ts_recent_s = int(self.now_s)
+            self.record.direction[direction].ts_recent_s = int(self.now_s)
         self.settling.begin(INDEX, ID)
 
     def acknowledges(self, direction: Direction, missing: int = 0) -> None:
         """This end, all that the other has sent but for so many bytes."""
-        way, back = self.record.way[direction], self.record.way[1 - direction]
-        way.last_ack = (int(back.last_end) - way.ack_delta - missing) & 0xFFFFFFFF
+        from_peer, back = self.record.direction[direction], self.record.direction[1 - direction]
+        from_peer.last_ack = (int(back.last_end) - from_peer.ack_delta - missing) & 0xFFFFFFFF
 
     def run(self, seconds: float) -> None:
         """So long, as the keeper does."""
@@ -96,7 +96,7 @@ def test_both_ends_are_asked_at_once_and_more_and_more_seldom_until_one_is_given
     assert len(pauses) > 8
     assert len(world.asked) == 2 * len(at_s)
     assert world.ended == []
-    world.record.way[Direction.UP].last_received_s = 1
+    world.record.direction[Direction.UP].last_received_s = 1
     world.run(2)
     assert world.ended == [ResetBy.SERVER_TIMEOUT]
     assert (world.watched, world.told) == ([], [])
@@ -104,7 +104,7 @@ def test_both_ends_are_asked_at_once_and_more_and_more_seldom_until_one_is_given
 
 def test_an_end_that_lacks_nothing_is_told_nothing(world: World) -> None:
     for direction in Direction:
-        world.record.way[direction].last_received_s = 1
+        world.record.direction[direction].last_received_s = 1
     world.run(1)
     assert (world.asked, world.told, world.watched) == ([], [], [INDEX])
     assert world.settling.wait_s(5.0) == 5.0
@@ -114,10 +114,10 @@ def test_an_end_whose_bytes_were_lost_is_told_where_they_begin_until_they_have_c
     world: World,
 ) -> None:
     for direction in Direction:
-        world.record.way[direction].last_received_s = 1
+        world.record.direction[direction].last_received_s = 1
     world.acknowledges(Direction.DOWN, missing=700)  # of what the client has sent
     world.run(0.01)
-    up = world.record.way[Direction.UP]
+    up = world.record.direction[Direction.UP]
     lost_at = (int(up.last_end) - 700) & 0xFFFFFFFF
     assert [said[1:] for said in world.told] == [(bytes(up.from_), lost_at)]
     world.run(0.1)
@@ -131,7 +131,7 @@ def test_an_end_whose_bytes_were_lost_is_told_where_they_begin_until_they_have_c
 
 def test_one_that_does_not_care_is_not_told_for_ever(world: World) -> None:
     for direction in Direction:
-        world.record.way[direction].last_received_s = 1
+        world.record.direction[direction].last_received_s = 1
         world.acknowledges(direction, missing=1)
     world.run(60)
     assert 2 < len(world.told) <= 20
@@ -139,7 +139,7 @@ def test_one_that_does_not_care_is_not_told_for_ever(world: World) -> None:
 
 
 def test_a_question_is_newer_than_what_its_peer_can_have_heard(world: World) -> None:
-    up, down = world.record.way
+    up, down = world.record.direction
     up.ts_recent, down.ts_recent = 0xFFFFFF00, 0
     world.now_s += 4
     world.run(0.01)
@@ -150,12 +150,12 @@ def test_a_question_is_newer_than_what_its_peer_can_have_heard(world: World) -> 
 
 
 def test_what_was_idle_for_long_is_asked_with_the_stamp_that_it_knows_first(world: World) -> None:
-    world.record.way[Direction.UP].ts_recent = 5
-    world.record.way[Direction.UP].ts_recent_s = 400
+    world.record.direction[Direction.UP].ts_recent = 5
+    world.record.direction[Direction.UP].ts_recent_s = 400
     world.run(0.05)
-    assert world.record.way[Direction.DOWN].has_last_tsval == 0
+    assert world.record.direction[Direction.DOWN].has_last_tsval == 0
     world.run(2)
-    assert world.record.way[Direction.DOWN].has_last_tsval == 1
+    assert world.record.direction[Direction.DOWN].has_last_tsval == 1
 
 
 def test_a_pair_that_has_ended_is_left_alone(world: World) -> None:

@@ -32,7 +32,7 @@ NUMBERS: Final = {
     "PF_MAX_REPEATED_BYTES": abi.MAX_REPEATED_BYTES,
     "PF_ANSWER_PROBE": abi.PROBE,
     "PF_NO_SLOT": abi.NO_SLOT,
-    "PF_HANDSHAKE_WAYS": abi.HANDSHAKE_WAYS,
+    "PF_HANDSHAKES_PER_SET": abi.HANDSHAKES_PER_SET,
     "PF_HANDSHAKE_SETS": abi.HANDSHAKE_SETS,
     **{f"PF_SPLICE_{state.name}": state for state in abi.SpliceState},
     **{f"PF_RESET_{one.name}": one for one in abi.ResetBy},

@@ -52,7 +52,7 @@ class Stage:
         self.faults: list[Exception] = []
         counts = {"bytes": 0, "repeated_bytes": 0, "packets": 0}
         ways = [SimpleNamespace(fin_acked=0, tail_open=0, narrow_mtu=0, **counts) for _ in range(2)]
-        self.record = SimpleNamespace(way=ways, reset=0, state=0, id=42)
+        self.record = SimpleNamespace(direction=ways, reset=0, state=0, id=42)
         splice: Any = object.__new__(SpliceDatapath)
         splice._keeper = self.asker
         self.deadlines = Deadlines()
@@ -110,8 +110,8 @@ def _raise(_owner: object, error: Exception) -> None:
 
 @pytest.mark.parametrize(("acked", "do"), [(1, "leave"), (0, "reset")])
 def test_an_end_takes_the_sockets_along_and_is_told_once(stage: Stage, acked: int, do: str) -> None:
-    for way in stage.record.way:
-        way.fin_acked = acked
+    for direction in stage.record.direction:
+        direction.fin_acked = acked
     stage.splice.leave(stage.pair)
     assert stage.splice._by_index == {}
     assert stage.asker.take() == (do, {**PLACE, "fds": [5, 6]})
@@ -232,8 +232,8 @@ def test_sockets_that_may_be_mute_are_asked_for_again(stage: Stage, *, has_room:
 
 
 def test_a_narrow_interface_is_told_of_once_and_again_if_that_is_lost(stage: Stage) -> None:
-    way = stage.record.way[0]
-    way.narrow_mtu = 1280
+    direction = stage.record.direction[0]
+    direction.narrow_mtu = 1280
     looks: list[object] = []
     stage.splice._check_record = lambda pair: looks.append(pair)
     stage.splice._report_narrow_interface(stage.pair, stage.state, stage.record)
@@ -243,7 +243,7 @@ def test_a_narrow_interface_is_told_of_once_and_again_if_that_is_lost(stage: Sta
     stage.asker.lose()
     assert looks == [stage.pair]
     stage.state.narrow_told_s -= 60.0
-    way.bytes = 1  # it goes on
+    direction.bytes = 1  # it goes on
     stage.splice._report_narrow_interface(stage.pair, stage.state, stage.record)
     stage.asker.answer()
     assert looks == [stage.pair]
@@ -354,19 +354,19 @@ def carried(stage: Stage) -> list[tuple[int, int, int]]:
 
 def test_what_the_programs_counted_while_a_pair_was_adopted_is_counted(stage: Stage) -> None:
     """They stored the sum in a slot that was not this one yet, and no packet has followed."""
-    stage.record.way[1].bytes, stage.record.way[1].packets = 23, 2
+    stage.record.direction[1].bytes, stage.record.direction[1].packets = 23, 2
     stage.splice._window.words64[3 * PairWindow.WORDS64 + table.REDIRECTED[1]] = 18
     assert carried(stage) == [(0, 0, 0), (23, 2, 0)]
     # It is not less because a record is read that is older than what is shown.
-    stage.record.way[1].bytes = 20
+    stage.record.direction[1].bytes = 20
     assert carried(stage) == [(0, 0, 0), (23, 2, 0)]
 
 
 def test_what_is_counted_of_a_pair_whose_end_is_told_is_that_of_before(stage: Stage) -> None:
     """Its record is the keeper's from then on, and may be another pair's."""
-    stage.record.way[0].bytes = 7
+    stage.record.direction[0].bytes = 7
     assert stage.splice.end(stage.pair, _never)
-    stage.record.way[0].bytes = 1000
+    stage.record.direction[0].bytes = 1000
     assert carried(stage)[0] == (7, 0, 0)
     stage.record.id = 43
     stage.state.end_reported = False

@@ -188,7 +188,7 @@ class Coming:
     def ask(self, **request: object) -> dict[str, object]:
         """What is answered; the addresses have been looked at afterwards."""
         answer = self._standby.answer(json.dumps({**FIELDS, **request}).encode())
-        self._standby.ways_changed()
+        self._standby.routes_changed()
         self._standby.run_due()
         return answer
 

@@ -86,7 +86,7 @@ class Counting:
             return False  # the programs leave it to the keeper
         if self._connecting.is_counted(ended.ask):
             return False  # an earlier keeper may have reported it by itself
-        up = ended.record.way[0]
+        up = ended.record.direction[0]
         parts = abi.EndKey(
             ended.ask.listener_table, ended.ask.rule, ended.ask.target, up.from_.dport
         )

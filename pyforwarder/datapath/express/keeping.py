@@ -24,7 +24,7 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairRecord, PairState
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.counting import Counting
-from pyforwarder.datapath.express.learning import shown_way
+from pyforwarder.datapath.express.learning import shown_route
 from pyforwarder.datapath.express.places import LASTS_AFTER_S, Ended, Places
 from pyforwarder.datapath.express.ports import Ports
 from pyforwarder.datapath.express.telling import Telling
@@ -104,7 +104,7 @@ class ExpressKeeper:
         anew. Everything else in the targets stays as it is, since a program may be reading it.
         """
         for number in range(1, self._express.targets() + 1):
-            self._connecting.write_target(number, _without_way(self._connecting.target(number)))
+            self._connecting.write_target(number, _without_route(self._connecting.target(number)))
         self._counting.begin()
         indexes = range(self.first, self.first + self._connecting.places)
         self._ports.begin([is_used(index) for index in indexes])
@@ -178,16 +178,16 @@ class ExpressKeeper:
         self,
         client: socket.socket,
         server: socket.socket,
-        find_ways: Callable[[Splice], PairReason | None],
+        find_interfaces: Callable[[Splice], PairReason | None],
     ) -> bool:
         """Learn from a connection how its server is reached; returns whether it is of use.
 
-        See `shown_way`.
+        See `shown_route`.
 
         Raises:
             OSError: a socket is no longer connected.
         """
-        shown = shown_way(client, server, find_ways)
+        shown = shown_route(client, server, find_interfaces)
         return shown is not None and self._learn(*shown, time.monotonic())
 
     def _learn(self, server: Server, target: abi.Target, now_s: float) -> bool:
@@ -196,16 +196,16 @@ class ExpressKeeper:
             return False
         known = self._known.get(number)
         if known is not None and bytes(known.target) != bytes(target):
-            self._forget_way(number)
+            self._forget_route(number)
         if number not in self._known:
             self._aim(number, target)
         self._known[number] = _Known(target, now_s + _KNOWN_FOR_S)
         return True
 
-    def ways_changed(self) -> None:
+    def routes_changed(self) -> None:
         """Interfaces, addresses, routes or rules have changed: all routes are learned anew."""
         for number in list(self._known):
-            self._forget_way(number)
+            self._forget_route(number)
 
     def _forget(self, numbers: Iterable[int], words: Iterable[int]) -> None:
         """Forget servers that no listener has, unless a connection to one is still being opened."""
@@ -219,17 +219,17 @@ class ExpressKeeper:
         asked |= self._counting.forget(numbers)
         for number in numbers:
             if number in self._known:
-                self._forget_way(number)
+                self._forget_route(number)
             if number not in asked:
                 self._express.mark_forgotten(number)
 
-    def _forget_way(self, number: int) -> None:
+    def _forget_route(self, number: int) -> None:
         known = self._known.pop(number)
         # Everything else stays as it is: a program may be reading it.
-        self._connecting.write_target(number, _without_way(known.target))
+        self._connecting.write_target(number, _without_route(known.target))
 
     def _aim(self, number: int, target: abi.Target) -> None:
-        self._connecting.write_target(number, _without_way(target))
+        self._connecting.write_target(number, _without_route(target))
         self._connecting.write_target(number, target)
 
     # Looking
@@ -303,7 +303,7 @@ class ExpressKeeper:
         self._ports.go_on(now_s)
         for number, known in list(self._known.items()):
             if known.until_s < now_s:
-                self._forget_way(number)
+                self._forget_route(number)
         if given_back := self._express.given_back():
             self._forget(given_back, self._connecting.words())
         self._express.store_counts(
@@ -376,7 +376,7 @@ class ExpressKeeper:
             return  # the pair is of an earlier daemon
         label = self._label(ask)
         if ask.rule in label.told:
-            port = socket.ntohs(record.way[Direction.UP].from_.dport)
+            port = socket.ntohs(record.direction[Direction.UP].from_.dport)
             said = [int(record.id), label.listener, _rule_of(label, ask), port]
             self._telling.name(worker, place, ask.word, said)
 
@@ -398,7 +398,7 @@ class ExpressKeeper:
         as there are many.
         """
         label = self._label(ended.ask)
-        up, down = ended.record.way
+        up, down = ended.record.direction
         came = up.from_
         return (
             f"[{_quoted(label.listener)}, {_quoted(_rule_of(label, ended.ask))}"
@@ -416,7 +416,7 @@ class ExpressKeeper:
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
 
 
-def _without_way(target: abi.Target) -> abi.Target:
+def _without_route(target: abi.Target) -> abi.Target:
     found = abi.Target.from_buffer_copy(bytes(target))
     found.out = 0
     return found
@@ -442,7 +442,7 @@ def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -
     said.started_ns = ask.begun_ns
     said.last_ns = time.monotonic_ns()
     said.state, said.datapath, said.reason = PairState.JOINED, kind, PairReason.DECIDED
-    up = record.way[Direction.UP]
+    up = record.direction[Direction.UP]
     for name, address, port_be in (
         ("client", up.from_.source, up.from_.sport),
         ("listener", up.from_.target, up.from_.dport),

@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import PairReason
 
 
-def shown_way(
+def shown_route(
     client: socket.socket,
     server: socket.socket,
-    find_ways: Callable[[Splice], PairReason | None],
+    find_interfaces: Callable[[Splice], PairReason | None],
 ) -> tuple[Server, abi.Target] | None:
     """A server and the route to it; None: the pair could not be spliced.
 
     The conditions are those of splicing a pair: the handshakes were seen, with the addresses of the
-    sockets. `find_ways` writes the interfaces into the record, or returns why there are none.
+    sockets. `find_interfaces` writes the interfaces into the record, or returns why there are none.
 
     Raises:
         OSError: a socket is no longer connected.
@@ -38,12 +38,12 @@ def shown_way(
         return None
     record = Splice()
     splice_sockets.describe(record, *ends)
-    if find_ways(record) is not None:
+    if find_interfaces(record) is not None:
         return None
-    way = record.way[Direction.UP]
+    direction = record.direction[Direction.UP]
     out = record.out[Direction.DOWN]
     headers = splice_sockets.HEADERS_BYTES[there.family]
-    target = abi.Target(port=way.dport, mss=min(mtu_of(out), 0xFFFF) - headers, out=out)
-    target.source[:], target.server[:] = way.source, way.target
-    target.from_interfaces[:] = record.way[Direction.DOWN].from_interfaces
-    return Server(there.peer, way.dport, there.family), target
+    target = abi.Target(port=direction.dport, mss=min(mtu_of(out), 0xFFFF) - headers, out=out)
+    target.source[:], target.server[:] = direction.source, direction.target
+    target.from_interfaces[:] = record.direction[Direction.DOWN].from_interfaces
+    return Server(there.peer, direction.dport, there.family), target

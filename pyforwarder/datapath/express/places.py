@@ -51,9 +51,9 @@ class Ended(NamedTuple):
 
         A program that was interrupted may have stored an older count over the last one.
         """
-        way = self.record.way[direction]
-        counted = int(way.bytes)
-        rest = (int(way.fin_seq) - 1 - (int(way.begin_seq) + counted)) & 0xFFFFFFFF
+        from_peer = self.record.direction[direction]
+        counted = int(from_peer.bytes)
+        rest = (int(from_peer.fin_seq) - 1 - (int(from_peer.begin_seq) + counted)) & 0xFFFFFFFF
         return counted + (rest - (1 << 32) if rest >= 1 << 31 else rest)
 
 
@@ -235,7 +235,7 @@ class Places:
             self._connecting.rest(place, word, now_s)  # an earlier keeper has reported its end
             return
         ask = self._connecting.head(place)
-        if all(way.fin_acked for way in record.way):
+        if all(direction.fin_acked for direction in record.direction):
             if has_room(place):
                 self._known[place] = word
                 seen.ended.append(Ended(place, ask, record))

@@ -22,7 +22,7 @@ HELD: Final = 0xFFFFFFFF
 # `slot` of a pair that is in no pair table at the moment.
 NO_SLOT: Final = 0xFFFFFFFF
 # Size of the table of the latest handshakes: a pair whose handshake was evicted is not spliced.
-HANDSHAKE_WAYS: Final = 4
+HANDSHAKES_PER_SET: Final = 4
 HANDSHAKE_SETS: Final = 1 << 14
 # Layout of that map: a new number whenever an earlier build could not read it, or would write
 # beyond its values.
@@ -113,7 +113,7 @@ class SpliceHandshake(ctypes.Structure):
 class SpliceHandshakes(ctypes.Structure):
     """struct splice_handshakes."""
 
-    _fields_ = (("latest", SpliceHandshake * HANDSHAKE_WAYS),)
+    _fields_ = (("latest", SpliceHandshake * HANDSHAKES_PER_SET),)
 
 
 class SplicePort(ctypes.Structure):
@@ -188,7 +188,7 @@ class Splice(ctypes.Structure):
     """struct splice."""
 
     _fields_ = (
-        ("way", SpliceDirection * 2),
+        ("direction", SpliceDirection * 2),
         ("id", ctypes.c_uint64),
         ("tries", ctypes.c_uint64),
         ("state", ctypes.c_uint32),

@@ -189,8 +189,8 @@ class AdoptedPairs(SplicedPairs):
         # From here on the program stores these counts with every packet.
         record = Splice.from_buffer_copy(self._memory, orphan.index * SPLICE_BYTES)
         for direction in Direction:
-            words[at + table.REDIRECTED[direction]] = shown_bytes(record.way[direction])
-            words[at + table.REDIRECTED_PACKETS[direction]] = record.way[direction].packets
+            words[at + table.REDIRECTED[direction]] = shown_bytes(record.direction[direction])
+            words[at + table.REDIRECTED_PACKETS[direction]] = record.direction[direction].packets
         self._take(pair, orphan.index, list(left_bytes), is_mute=is_mute)
         state = pair.datapath_record
         assert isinstance(state, Spliced)

@@ -163,7 +163,7 @@ class SpliceDatapath(AdoptedPairs):
         if record.state in (SpliceState.FREE, SpliceState.ARMED):
             return {"refused": int(PairReason.NO_KEEPER)}
         if record.state == SpliceState.ACTIVE:
-            unread = [int(way.unread) for way in record.way]
+            unread = [int(direction.unread) for direction in record.direction]
             return {"busy": 0, "index": index, "unread": unread, "mute": False}
         return None
 

@@ -33,7 +33,7 @@ from pyforwarder.runtime.one_store import store32
 
 _PAIRS_AT_ONCE: Final = 64
 _GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
-_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 _WORD: Final = struct.Struct("=I")
 _ACK: Final = 0x10
 _TIMESTAMP: Final = 0x0101080A  # no-op, no-op, kind 8, 10 bytes
@@ -88,14 +88,16 @@ class Keepalives:
             return None
         next_s: float = now_s + int(record.keep_idle_s)
         for direction in Direction:
-            way = record.way[direction]
-            if way.tail_open:
+            from_peer = record.direction[direction]
+            if from_peer.tail_open:
                 continue  # our own socket still sends to it, and times out by itself
             # The packet came at some time in that second.
-            due_s: float = int(way.last_received_s) + 1 + int(record.keep_idle_s)
+            due_s: float = int(from_peer.last_received_s) + 1 + int(record.keep_idle_s)
             if now_s >= due_s:
-                received_s, times = self._asked.get((index, direction), (way.last_received_s, 0))
-                if received_s != way.last_received_s:
+                received_s, times = self._asked.get(
+                    (index, direction), (from_peer.last_received_s, 0)
+                )
+                if received_s != from_peer.last_received_s:
                     times = 0
                 # Probes are counted, not computed from the time: a host that was suspended has sent
                 # none.
@@ -104,7 +106,7 @@ class Keepalives:
                     return None
                 # A probe that could not be sent does not count.
                 times += self._ask(index, record, direction)
-                self._asked[index, direction] = way.last_received_s, times
+                self._asked[index, direction] = from_peer.last_received_s, times
                 due_s = now_s + int(record.keep_interval_s)
             next_s = min(next_s, due_s)
         return next_s
@@ -115,28 +117,30 @@ class Keepalives:
 
     def _ask(self, index: int, record: Splice, direction: Direction) -> bool:
         """Send a probe; returns whether it was sent."""
-        at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
+        at = index * SPLICE_BYTES + Splice.direction.offset + direction * _DIRECTION_BYTES
         at += SpliceDirection.answer.offset
         store32(self._memory, at, PROBE)
         try:
             self._send(record, direction)
         except OSError:
-            return False  # no route, which `ways.py` handles; or this host's firewall
+            return False  # no route, which `rerouting.py` handles; or this host's firewall
         finally:
             # If it has not reached the programs, no other packet may pass in its place.
             store32(self._memory, at, 0)
         return True
 
     def _send(self, record: Splice, direction: Direction) -> None:
-        way, interface = record.way[direction], record.out[direction]
-        own, peer = bytes(way.from_.target), bytes(way.from_.source)
+        from_peer, interface = record.direction[direction], record.out[direction]
+        own, peer = bytes(from_peer.from_.target), bytes(from_peer.from_.source)
         # `egress` writes the current numbers; these are our socket's own, as a firewall has seen
         # them.
-        options = struct.pack("!III", _TIMESTAMP, 0, way.ts_recent) if way.ts_recent else b""
-        segment = struct.pack("=HH", way.from_.dport, way.from_.sport) + struct.pack(
+        options = (
+            struct.pack("!III", _TIMESTAMP, 0, from_peer.ts_recent) if from_peer.ts_recent else b""
+        )
+        segment = struct.pack("=HH", from_peer.from_.dport, from_peer.from_.sport) + struct.pack(
             "!IIBBHHH",
-            (way.tail_end - 1) & 0xFFFFFFFF,
-            way.socket_expected_seq,
+            (from_peer.tail_end - 1) & 0xFFFFFFFF,
+            from_peer.socket_expected_seq,
             (20 + len(options)) // 4 << 4,
             _ACK,
             0,
@@ -161,8 +165,8 @@ class Keepalives:
             target = socket.inet_ntop(socket.AF_INET6, peer)
             info = struct.pack("=16sI", bytes(16), interface)
             said.append((socket.IPPROTO_IPV6, _IPV6_PKTINFO, info))
-        if way.mark:
-            said.append((socket.SOL_SOCKET, socket.SO_MARK, _WORD.pack(way.mark)))
+        if from_peer.mark:
+            said.append((socket.SOL_SOCKET, socket.SO_MARK, _WORD.pack(from_peer.mark)))
         self._raw[record.family].sendmsg([head + own + peer + segment], said, 0, (target, 0))
 
     def _record(self, index: int) -> Splice:

@@ -46,10 +46,10 @@ from pyforwarder.datapath.splice.keeper_joining import Joining
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError, understand
 from pyforwarder.datapath.splice.records import WORKER_AT, forget_flows
+from pyforwarder.datapath.splice.rerouting import Rerouting
 from pyforwarder.datapath.splice.session_keeper import SessionKeeper
 from pyforwarder.datapath.splice.standby import Standby
 from pyforwarder.datapath.splice.standby_requests import FaultyStandbyError
-from pyforwarder.datapath.splice.ways import Ways
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ class Keeper:
             maps.sessions, maps.links, workers=maps.workers, slots=maps.slots, pairs=table
         )
         self._keepalives = Keepalives(memory, self._pairs.end)
-        self._ways = Ways(maps.links, memory, self._pairs.owned, self._pairs.end)
+        self._rerouting = Rerouting(maps.links, memory, self._pairs.owned, self._pairs.end)
         self._adoption = Adoption(
             self._pairs,
             table,
-            self._ways,
+            self._rerouting,
             workers=maps.workers,
             sockets_of=lambda index: self._standby.sockets_of(index),
         )
@@ -173,23 +173,23 @@ class Keeper:
     def serve(self) -> None:
         """Serve until every worker's end is closed."""
         poll = self._poll
-        poll.register(self._ways, select.POLLIN)
+        poll.register(self._rerouting, select.POLLIN)
         if self._standby_sock is not None and self._standby.is_wanted:
             poll.register(self._standby_sock, select.POLLIN)
         if self._express is not None:
             poll.register(self._express.wake_fd, select.POLLIN)
         while not self._channels.is_over:
-            wait_s = self._sessions.wait_s(self._keepalives.wait_s(self._ways.wait_s(PULSE_S)))
+            wait_s = self._sessions.wait_s(self._keepalives.wait_s(self._rerouting.wait_s(PULSE_S)))
             wait_s = self._standby.wait_s(self._pairs.ports.wait_s(wait_s))
             if self._express is not None:
                 wait_s = self._express.wait_s(wait_s)
             for fd, mask in poll.poll(math.ceil(wait_s * 1000)):
-                if fd == self._ways.fileno():
-                    self._ways.changed()
-                    self._sessions.ways_changed()
-                    self._standby.ways_changed()
+                if fd == self._rerouting.fileno():
+                    self._rerouting.changed()
+                    self._sessions.routes_changed()
+                    self._standby.routes_changed()
                     if self._express is not None:
-                        self._express.ways_changed()
+                        self._express.routes_changed()
                 elif self._express is not None and fd == self._express.wake_fd:
                     self._express.woken()
                 elif self._channels.is_renewals(fd):
@@ -203,7 +203,7 @@ class Keeper:
             self._pairs.forget_due(now_s)
             self._pairs.ports.run_due(now_s)
             self._sessions.run_due(now_s)
-            self._ways.run_due()
+            self._rerouting.run_due()
             self._standby.run_due()
             if self._express is not None:
                 self._express.go_on()

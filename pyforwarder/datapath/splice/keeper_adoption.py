@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.datapath.express.keeping import ExpressKeeper
     from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
-    from pyforwarder.datapath.splice.ways import Ways
+    from pyforwarder.datapath.splice.rerouting import Rerouting
 
 # Two sockets cannot have the same addresses. How long the old ones of a pair without a worker may
 # exist (a worker of the previous daemon closes them, or sends them), after what pause each is tried
@@ -46,7 +46,7 @@ class Adoption:
         self,
         pairs: KeeperPairs,
         table: mmap.mmap,
-        ways: Ways,
+        rerouting: Rerouting,
         *,
         workers: int,
         sockets_of: Callable[[int], _Sockets | None],
@@ -56,7 +56,7 @@ class Adoption:
         """
         self._pairs = pairs
         self._table = table
-        self._ways = ways
+        self._rerouting = rerouting
         self._workers = workers
         self._sockets_of = sockets_of
         self.express: ExpressKeeper | None = None  # gets the adoptions of its connections
@@ -86,7 +86,7 @@ class Adoption:
             worker = index % self._workers
         self._pairs.store(index, WORKER_AT, worker)
         self._pairs.owners[index], self._orphans[index] = worker, said
-        self._ways.scan_again()
+        self._rerouting.scan_again()
         return worker
 
     def worker_died(self, worker: int) -> None:
@@ -122,7 +122,10 @@ class Adoption:
             try:
                 given.extend(self._sockets_of(index) or ())
                 if not given:
-                    given.extend(splice_sockets.revive(way, record.family) for way in record.way)
+                    given.extend(
+                        splice_sockets.revive(direction, record.family)
+                        for direction in record.direction
+                    )
                 self._pairs.remember_joined(index, given)
             except OSError as error:
                 for sock in given:
@@ -181,7 +184,7 @@ class Adoption:
         splice_sockets.describe(seen, *map(splice_sockets.End.of, sockets))
         are_its = all(
             bytes(was.from_) == bytes(now.from_)
-            for was, now in zip(record.way, seen.way, strict=True)
+            for was, now in zip(record.direction, seen.direction, strict=True)
         )
         if not are_its or not all(map(splice_sockets.is_of_our_network, sockets)):
             # Not this worker's fault: it passes on what a worker of the previous daemon has sent.

@@ -140,11 +140,11 @@ class Answers:
     def _report_narrow_interface(self, index: int, record: Splice) -> None:
         """Send an ICMP error to peers whose packets are longer than our interface's MTU."""
         for direction in Direction:
-            way = record.way[direction]
-            if way.narrow_mtu:
-                at = Splice.way.offset + direction * ctypes.sizeof(SpliceDirection)
+            from_peer = record.direction[direction]
+            if from_peer.narrow_mtu:
+                at = Splice.direction.offset + direction * ctypes.sizeof(SpliceDirection)
                 self._pairs.store(index, at + SpliceDirection.narrow_mtu.offset, 0)
-                splice_sockets.send_too_long(way, record.family)
+                splice_sockets.send_too_long(from_peer, record.family)
 
     def _leave(self, index: int, sockets: Sequence[socket.socket]) -> None:
         """The pair has ended: both FINs are acknowledged, and only retransmissions may come."""

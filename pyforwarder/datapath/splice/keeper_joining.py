@@ -75,7 +75,7 @@ class Joining:
         splice_sockets.describe(record, *ends)
         try:
             try:
-                obstacle = self._find_ways(
+                obstacle = self._find_interfaces(
                     index, record, any_interface=bool(request["any_interface"])
                 )
             except OSError:  # no program can be attached there; nothing has begun
@@ -88,7 +88,7 @@ class Joining:
             for sock in (client, server):
                 splice_sockets.mark(sock)
             for direction in Direction:
-                record.way[direction].pending = request["pending"][direction]
+                record.direction[direction].pending = request["pending"][direction]
             record.state = SpliceState.ARMED
             self._pairs.write(index, record)
             self._pairs.owners[index] = worker
@@ -113,7 +113,7 @@ class Joining:
                 return {"refused": int(PairReason.SMALL_WINDOW)}
             return {"busy": busy}
         self._keepalives.watch([index])
-        unread = [way.unread for way in self._pairs.record(index).way]
+        unread = [from_peer.unread for from_peer in self._pairs.record(index).direction]
         mute = False
         # It has begun, even if this fails: muting is requested again.
         with contextlib.suppress(OSError):
@@ -126,23 +126,27 @@ class Joining:
         if index < 0:
             return False
 
-        def find_ways(record: Splice) -> PairReason | None:
-            return self._find_ways(index, record, any_interface=False)
+        def find_interfaces(record: Splice) -> PairReason | None:
+            return self._find_interfaces(index, record, any_interface=False)
 
         try:
-            return express.learn(client, server, find_ways)
+            return express.learn(client, server, find_interfaces)
         finally:
             self._pairs.write(index, Splice())
             self._pairs.give_back(index)
 
-    def _find_ways(self, index: int, record: Splice, *, any_interface: bool) -> PairReason | None:
+    def _find_interfaces(
+        self, index: int, record: Splice, *, any_interface: bool
+    ) -> PairReason | None:
         """Write the interfaces by which packets leave and may arrive; returns why the programs
         would not see them, or None.
 
         They may arrive by the interface of the handshake, and by that of our route to the peer.
         """
         self._pairs.write(index, record)  # FREE: for the program `probe` alone
-        handshakes = [self._handshakes.find(bytes(way.from_)) for way in record.way]
+        handshakes = [
+            self._handshakes.find(bytes(from_peer.from_)) for from_peer in record.direction
+        ]
         for _ in range(_LOOKS):
             self._pairs.probe(index)
             seen = self._pairs.record(index)
@@ -168,10 +172,10 @@ class Joining:
             return PairReason.HANDSHAKE_UNSEEN
         for direction in Direction:
             stays = came_by[direction] == LOOPBACK and out[1 - direction] == LOOPBACK
-            record.way[direction].interface = 0 if stays else out[1 - direction]
+            record.direction[direction].interface = 0 if stays else out[1 - direction]
             record.out[direction] = out[direction]
             if not any_interface:
-                record.way[direction].from_interfaces[:] = came_by[direction], out[direction]
+                record.direction[direction].from_interfaces[:] = came_by[direction], out[direction]
         return None
 
     def _switch(
@@ -195,9 +199,9 @@ class Joining:
         Until then closing them resets the pair, as long as a peer lacks some of the tail: this must
         happen if all our processes die.
         """
-        if any(way.tail_open for way in self._pairs.record(index).way):
+        if any(direction.tail_open for direction in self._pairs.record(index).direction):
             self._pairs.probe(index)
-            if any(way.tail_open for way in self._pairs.record(index).way):
+            if any(direction.tail_open for direction in self._pairs.record(index).direction):
                 return False
         # Also the second one, if the first one is not.
         said = [splice_sockets.mute(sock) for sock in sockets]

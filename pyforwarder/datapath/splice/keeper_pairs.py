@@ -152,7 +152,7 @@ class KeeperPairs:
         """
         self.ports.mark(record)
         for direction in Direction:
-            self.flows.update(bytes(record.way[direction].from_), FLOW.pack(index, direction))
+            self.flows.update(bytes(record.direction[direction].from_), FLOW.pack(index, direction))
 
     def forget(self, index: int) -> None:
         """Delete the flows of a record; later packets of its peers are answered with a RST."""

@@ -39,7 +39,7 @@ _ALL: Final = bytes(SplicePort(kept=1)) * _MOST
 # A port in a key is in wire order.
 _PORT: Final = struct.Struct("!H")
 _DPORTS_AT: Final = tuple(
-    Splice.way.offset
+    Splice.direction.offset
     + direction * ctypes.sizeof(SpliceDirection)
     + SpliceDirection.from_.offset
     + SpliceKey.dport.offset
@@ -89,8 +89,8 @@ class OurPorts:
 
     def mark(self, record: Splice) -> None:
         """Mark the ports of a pair, before its flows are made."""
-        for way in record.way:
-            port = socket.ntohs(way.from_.dport)
+        for direction in record.direction:
+            port = socket.ntohs(direction.from_.dport)
             # The tidying may have passed this record already, when it was free.
             self._kept[port] = 1
             self._memory[port * _STRIDE + _KEPT_AT] = 1

@@ -30,8 +30,8 @@ READ_AT_ONCE: Final = 256
 
 _NUMBER: Final = struct.Struct("=Q")
 _FINS: Final = struct.Struct("=IIII")  # fin_seq, fin_due, fin, fin_acked
-_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
-_FINS_AT: Final = [n * _WAY_BYTES + SpliceDirection.fin_seq.offset for n in (0, 1)]
+_DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_FINS_AT: Final = [n * _DIRECTION_BYTES + SpliceDirection.fin_seq.offset for n in (0, 1)]
 assert SpliceDirection.fin_acked.offset == SpliceDirection.fin_seq.offset + 12
 _STATE_TO_RESET: Final = struct.Struct("=IIII")  # state, worker, slot, reset
 assert Splice.reset.offset == Splice.state.offset + 12
@@ -118,7 +118,7 @@ class OwnPairs:
             if {pair.ends.listener.ip, pair.ends.source.ip} <= self._addresses:
                 is_same = known is not None and known.id == pair_id and known.own is not None
                 key = known.key if is_same and known is not None else pair.key
-                own = Own(record.way[0].claim, pair)
+                own = Own(record.direction[0].claim, pair)
         return _Seen(pair_id, ends, now_s + MOVING_S, key, own)
 
     def _pair_of(self, record: Splice) -> Pair:

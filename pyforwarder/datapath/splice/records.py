@@ -76,8 +76,8 @@ def forget_flows(flows: bpf.Map, index: int, record: Splice | SessionRecord) -> 
 
     Later packets of its peers go to the stack, and so to our sockets.
     """
-    for way in record.way:
-        key = bytes(way.from_)
+    for direction in record.direction:
+        key = bytes(direction.from_)
         # The addresses may belong to another pair by now.
         with contextlib.suppress(FileNotFoundError):
             if FLOW.unpack(flows.lookup(key))[0] == index:

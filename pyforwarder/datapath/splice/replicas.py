@@ -57,10 +57,10 @@ _MARGIN: Final = 1 << 22
 
 _MASK: Final = 0xFFFFFFFF
 _MAPPED: Final = b"\0" * 10 + b"\xff\xff"
-_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
-class Ways(NamedTuple):
+class Interfaces(NamedTuple):
     """The interfaces by which our sockets reach the client and the server."""
 
     client: int
@@ -85,7 +85,8 @@ def is_replicable(record: Splice) -> bool:
     if LOOPBACK in tuple(record.out):
         return False
     return not any(
-        way.tail_open or way.routing & (Routing.BOUND | Routing.FOREIGN) for way in record.way
+        direction.tail_open or direction.routing & (Routing.BOUND | Routing.FOREIGN)
+        for direction in record.direction
     )
 
 
@@ -94,10 +95,10 @@ def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> P
 
     `boot_unix_s` is when the monotonic clock was 0.
     """
-    up, down = record.way
+    up, down = record.direction
     rule = listener = b""
     started_s = time.monotonic()
-    carried = [int(way.bytes) for way in record.way]
+    carried = [int(direction.bytes) for direction in record.direction]
     if said is not None:
         rule, listener = (_name(name) for name in (said.rule, said.listener_name))
         started_s = said.started_ns / 1e9
@@ -145,24 +146,30 @@ def _endpoint(ip: ctypes.Array[ctypes.c_uint32], port_be: int, family: int) -> E
     return Endpoint(packed if family == 6 else packed[12:], socket.ntohs(port_be))
 
 
-def _half(way: SpliceDirection, carried_bytes: int) -> Half:
-    fin = Fin.DUE * bool(way.fin_due) | Fin.SEEN * bool(way.fin) | Fin.ACKED * bool(way.fin_acked)
+def _half(direction: SpliceDirection, carried_bytes: int) -> Half:
+    fin = (
+        Fin.DUE * bool(direction.fin_due)
+        | Fin.SEEN * bool(direction.fin)
+        | Fin.ACKED * bool(direction.fin_acked)
+    )
     if not fin & Fin.DUE:
         fin = Fin(0)
     elif not fin & Fin.SEEN:
         fin = Fin.DUE
     return Half(
-        int(way.last_ack) & _MASK,
-        int(way.last_end) & _MASK,
-        int(way.max_edge) & _MASK,
-        way.ts_recent,
-        way.fin_seq if fin else 0,
+        int(direction.last_ack) & _MASK,
+        int(direction.last_end) & _MASK,
+        int(direction.max_edge) & _MASK,
+        direction.ts_recent,
+        direction.fin_seq if fin else 0,
         Fin(fin),
         min(carried_bytes, 1 << 62),
     )
 
 
-def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -> Splice:
+def splice_of(
+    pair: Pair, pair_id: int, interfaces: Interfaces, *, claim: int, slack: int
+) -> Splice:
     """The record for a pair that another machine forwards.
 
     `claim` is the number under which this machine takes it over, `slack` how many bytes may have
@@ -173,10 +180,10 @@ def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -
     record.slot = record.last_slot = NO_SLOT
     record.family = pair.family
     record.keep_idle_s, record.keep_interval_s, record.keep_count = pair.keepalive
-    record.out[:] = ways
+    record.out[:] = interfaces
     client, listener, source, server = (_packed(end.ip) for end in pair.ends)
     ports = [socket.htons(end.port) for end in pair.ends]
-    up, down = record.way
+    up, down = record.direction
     _address(
         up,
         pair.family,
@@ -185,39 +192,39 @@ def splice_of(pair: Pair, pair_id: int, ways: Ways, *, claim: int, slack: int) -
     )
     back = (server, source, ports[3], ports[2])
     _address(down, pair.family, back, (listener, client, ports[1], ports[0]))
-    up.interface, down.interface = ways.server, ways.client
+    up.interface, down.interface = interfaces.server, interfaces.client
     up.seq_delta, down.seq_delta = pair.deltas.up_seq, pair.deltas.down_seq
     up.ack_delta, down.ack_delta = -pair.deltas.down_seq & _MASK, -pair.deltas.up_seq & _MASK
     up.tsval_delta, down.tsval_delta = pair.deltas.up_time, pair.deltas.down_time
     up.tsecr_delta, down.tsecr_delta = -pair.deltas.down_time & _MASK, -pair.deltas.up_time & _MASK
     up.peer_scale, up.other_scale, down.peer_scale, down.other_scale = pair.scales
-    for n, (way, half, other, other_delta) in enumerate(
+    for n, (direction, half, other, other_delta) in enumerate(
         ((up, pair.up, pair.down, down.ack_delta), (down, pair.down, pair.up, up.ack_delta))
     ):
-        way.claim = claim
-        way.no_ecn, way.mark = pair.no_ecn, pair.marks[n]
+        direction.claim = claim
+        direction.no_ecn, direction.mark = pair.no_ecn, pair.marks[n]
         if not pair.any_interface:
-            way.from_interfaces[:] = ways[n], ways[n]
-        way.last_ack, way.last_end = half.last_ack, half.last_end
-        way.socket_expected_seq = half.last_end
+            direction.from_interfaces[:] = interfaces[n], interfaces[n]
+        direction.last_ack, direction.last_end = half.last_ack, half.last_end
+        direction.socket_expected_seq = half.last_end
         # What the other end has acknowledged was received.
-        way.contiguous_end = way.begin_seq = (
+        direction.contiguous_end = direction.begin_seq = (
             other.last_ack + other_delta - bool(half.fin & Fin.ACKED)
         ) & _MASK
-        way.fin_seq = half.fin_seq
-        way.fin_due = int(bool(half.fin & Fin.DUE))
-        way.fin = int(bool(half.fin & Fin.SEEN))
-        way.fin_acked = int(bool(half.fin & Fin.ACKED))
-        way.ts_recent, way.ts_recent_s = half.recent, int(time.monotonic())
+        direction.fin_seq = half.fin_seq
+        direction.fin_due = int(bool(half.fin & Fin.DUE))
+        direction.fin = int(bool(half.fin & Fin.SEEN))
+        direction.fin_acked = int(bool(half.fin & Fin.ACKED))
+        direction.ts_recent, direction.ts_recent_s = half.recent, int(time.monotonic())
         # The same right edge of the window, in the numbers of the other end.
-        way.window_edge = (other.limit - way.ack_delta) & _MASK
-        way.max_edge = (half.limit + slack) & _MASK
-        way.max_window = slack
+        direction.window_edge = (other.limit - direction.ack_delta) & _MASK
+        direction.max_edge = (half.limit + slack) & _MASK
+        direction.max_window = slack
         # As long as it is before the tail's end, this is the highest number that this peer may
         # acknowledge.
-        sent = other.last_end + (down if way is up else up).seq_delta + slack
-        way.socket_sent_end = sent & _MASK
-        way.tail_end = (sent + 1) & _MASK
+        sent = other.last_end + (down if direction is up else up).seq_delta + slack
+        direction.socket_sent_end = sent & _MASK
+        direction.tail_end = (sent + 1) & _MASK
     return record
 
 
@@ -226,18 +233,18 @@ def _packed(ip: bytes) -> bytes:
 
 
 def _address(
-    way: SpliceDirection,
+    direction: SpliceDirection,
     family: int,
     old: tuple[bytes, bytes, int, int],
     new: tuple[bytes, bytes, int, int],
 ) -> None:
     """Packets with the first addresses and ports get the second ones."""
-    way.from_.source[:], way.from_.target[:] = _words(old[0]), _words(old[1])
-    way.from_.sport, way.from_.dport = old[2], old[3]
-    way.source[:], way.target[:] = _words(new[0]), _words(new[1])
-    way.sport, way.dport = new[2], new[3]
-    way.address_sum = difference(old[0] + old[1], new[0] + new[1])
-    way.pseudo_sum = pseudo_sum(old[0] + old[1], family, socket.IPPROTO_TCP)
+    direction.from_.source[:], direction.from_.target[:] = _words(old[0]), _words(old[1])
+    direction.from_.sport, direction.from_.dport = old[2], old[3]
+    direction.source[:], direction.target[:] = _words(new[0]), _words(new[1])
+    direction.sport, direction.dport = new[2], new[3]
+    direction.address_sum = difference(old[0] + old[1], new[0] + new[1])
+    direction.pseudo_sum = pseudo_sum(old[0] + old[1], family, socket.IPPROTO_TCP)
 
 
 def _words(address: bytes) -> tuple[int, ...]:
@@ -276,14 +283,15 @@ def slack_for(before: Pair | None, now: Pair) -> int:
 def is_wide(record: Splice) -> bool:
     """Whether the record still accepts a wider range of numbers than that of any other pair."""
     return any(
-        not way.tail_open and (int(way.socket_sent_end) + 1) & _MASK == way.tail_end
-        for way in record.way
+        not direction.tail_open
+        and (int(direction.socket_sent_end) + 1) & _MASK == direction.tail_end
+        for direction in record.direction
     )
 
 
 def heard(record: Splice) -> bool:
     """Whether packets of both peers have come since the record was made."""
-    return all(way.last_received_s for way in record.way)
+    return all(direction.last_received_s for direction in record.direction)
 
 
 def narrow(memory: object, index: int) -> None:
@@ -293,13 +301,15 @@ def narrow(memory: object, index: int) -> None:
     """
     record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)  # type: ignore[arg-type]
     for direction in Direction:
-        way, back = record.way[direction], record.way[1 - direction]
-        at = index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
+        from_peer, back = record.direction[direction], record.direction[1 - direction]
+        at = index * SPLICE_BYTES + Splice.direction.offset + direction * _DIRECTION_BYTES
         edge = (back.window_edge + back.ack_delta) & _MASK
         window = (back.window_edge - int(back.last_ack)) & _MASK
         reach = max(_LEAST_REACH, min(2 * window, _MOST_SLACK))
         limit = (edge + _MARGIN) & _MASK
-        if (limit - int(way.max_edge)) & _MASK >= 1 << 31:  # before it
+        if (limit - int(from_peer.max_edge)) & _MASK >= 1 << 31:  # before it
             store64(memory, at + SpliceDirection.max_edge.offset, limit)
         store32(memory, at + SpliceDirection.max_window.offset, reach)
-        store32(memory, at + SpliceDirection.tail_end.offset, int(way.socket_sent_end) & _MASK)
+        store32(
+            memory, at + SpliceDirection.tail_end.offset, int(from_peer.socket_sent_end) & _MASK
+        )

@@ -51,7 +51,7 @@ class SessionRecord(ctypes.Structure):
     """struct session."""
 
     _fields_ = (
-        ("way", SessionDirection * 2),
+        ("direction", SessionDirection * 2),
         ("id", ctypes.c_uint64),
         ("state", ctypes.c_uint32),
         ("worker", ctypes.c_uint32),

@@ -38,8 +38,8 @@ from pyforwarder.datapath.splice.session_maps import (
     SessionMaps,
     record_of,
     store,
-    store_way,
-    store_way_wide,
+    store_direction,
+    store_direction_wide,
     store_wide,
     used_indexes,
 )
@@ -101,7 +101,7 @@ class SessionKeeper:
         self._owner: dict[int, int] = {}  # index -> worker
         self._to_scan: deque[int] = deque()
         self._scan_from_s = self._scanned_s = 0.0
-        self._without_way: set[int] = set()
+        self._without_route: set[int] = set()
         self._count = [0] * workers
         # By worker: sessions of its predecessor that wait for it: index -> what `show` printed.
         self._orphans: list[dict[int, bytes]] = [{} for _ in range(workers)]
@@ -171,7 +171,7 @@ class SessionKeeper:
         index = self._allocate(worker)
         if index < 0:
             return {"refused": int(PairReason.MAP_FULL)}
-        keys = [bytes(way.from_) for way in record.way]
+        keys = [bytes(from_peer.from_) for from_peer in record.direction]
         try:
             record.state = SessionState.PREPARED
             self._write(index, record)
@@ -234,18 +234,20 @@ class SessionKeeper:
         record.owner, record.group = said.st_uid, said.st_gid
         is_any = bool(request["any_interface"])
         try:
-            return self._find_ways(record, any_interface=is_any)
+            return self._find_interfaces(record, any_interface=is_any)
         except OSError:
             return PairReason.REFUSED_BY_KERNEL
 
-    def _find_ways(self, record: SessionRecord, *, any_interface: bool) -> PairReason | None:
+    def _find_interfaces(self, record: SessionRecord, *, any_interface: bool) -> PairReason | None:
         """Write the interfaces by which datagrams leave, and must arrive; returns why there are
         none, or None.
 
         Raises:
             OSError: the kernel refuses.
         """
-        out = [self._routes.interface(route_of(record, way)) for way in record.way]
+        out = [
+            self._routes.interface(route_of(record, from_peer)) for from_peer in record.direction
+        ]
         for interface in out:
             if not interface:
                 return PairReason.REFUSED_BY_KERNEL  # no route
@@ -254,9 +256,9 @@ class SessionKeeper:
                 return PairReason.INTERFACE_TAKEN if is_taken else PairReason.NOT_ETHERNET
         stays = out[0] == out[1] == LOOPBACK
         for direction in Direction:
-            way = record.way[direction]
-            way.interface = 0 if stays else out[1 - direction]
-            way.from_interface = 0 if any_interface else out[direction]
+            from_peer = record.direction[direction]
+            from_peer.interface = 0 if stays else out[1 - direction]
+            from_peer.from_interface = 0 if any_interface else out[direction]
         return None
 
     def _is_taken(self, key: bytes) -> bool:
@@ -280,7 +282,7 @@ class SessionKeeper:
 
     # Changes of interfaces and routes
 
-    def ways_changed(self) -> None:
+    def routes_changed(self) -> None:
         """Interfaces, addresses, routes or rules have changed: each session is checked again."""
         self._scan_from_s = max(time.monotonic() + _SETTLE_S, self._scanned_s + _SCAN_PAUSE_S)
         self._to_scan = deque(self._owner)
@@ -291,7 +293,7 @@ class SessionKeeper:
             return most_s
         return min(most_s, max(0.0, self._scan_from_s - time.monotonic()))
 
-    def _scan_ways(self) -> None:
+    def _scan_routes(self) -> None:
         """Check some sessions.
 
         Datagrams of a session without a route that suits the programs pass to our sockets. A new
@@ -304,42 +306,48 @@ class SessionKeeper:
             if index not in self._owner:
                 continue
             record = record_of(self._memory, index)
-            before = [(way.interface, way.from_interface) for way in record.way]
+            before = [
+                (from_peer.interface, from_peer.from_interface) for from_peer in record.direction
+            ]
             # 0 means `any`, and stays.
             is_any = not any(by for _, by in before)
             try:
-                obstacle = self._find_ways(record, any_interface=is_any)
+                obstacle = self._find_interfaces(record, any_interface=is_any)
             except OSError:
                 obstacle = PairReason.REFUSED_BY_KERNEL
             if obstacle is not None:
                 store(self._memory, index, "state", SessionState.PREPARED)
-                self._without_way.add(index)
+                self._without_route.add(index)
                 for direction in Direction:
                     self._unlatch(index, direction)
                 continue
             for direction in Direction:
-                way = record.way[direction]
-                store_way(self._memory, index, direction, "from_interface", way.from_interface)
-                is_new = way.interface != before[direction][0]
-                if is_new or index in self._without_way:
+                from_peer = record.direction[direction]
+                store_direction(
+                    self._memory, index, direction, "from_interface", from_peer.from_interface
+                )
+                is_new = from_peer.interface != before[direction][0]
+                if is_new or index in self._without_route:
                     self._unlatch(index, direction)
                 if is_new:
-                    store_way(self._memory, index, direction, "interface", way.interface)
+                    store_direction(
+                        self._memory, index, direction, "interface", from_peer.interface
+                    )
                     # A program that was running may have seen a datagram take the old route.
                     self._unlatch(index, direction)
-            if index in self._without_way:
-                self._without_way.discard(index)
+            if index in self._without_route:
+                self._without_route.discard(index)
                 # Meanwhile its datagrams have passed to our sockets only.
                 store_wide(self._memory, index, "began_ns", time.monotonic_ns())
                 store(self._memory, index, "state", SessionState.ACTIVE)
 
     def _unlatch(self, index: int, direction: Direction) -> None:
         """Unlatch a direction: its datagrams pass to our socket again, until it may latch again."""
-        way = record_of(self._memory, index).way[direction]
-        store_way(self._memory, index, direction, "has_left", 0)
+        from_peer = record_of(self._memory, index).direction[direction]
+        store_direction(self._memory, index, direction, "has_left", 0)
         # More than the worker has reported as copied, so that it checks, and reports again.
-        store_way_wide(self._memory, index, direction, "passed", way.passed + 1)
-        store_way(self._memory, index, direction, "latched", 0)
+        store_direction_wide(self._memory, index, direction, "passed", from_peer.passed + 1)
+        store_direction(self._memory, index, direction, "latched", 0)
 
     # Ending
 
@@ -365,7 +373,7 @@ class SessionKeeper:
             store(self._memory, index, "state", SessionState.PREPARED)
             self._disown(index)
             self._lingering.append((time.monotonic() + _LINGER_S, index))
-            carried.append([[way.bytes, way.packets] for way in record.way])
+            carried.append([[direction.bytes, direction.packets] for direction in record.direction])
         return {"carried": carried}
 
     def clear(self, worker: int) -> None:
@@ -408,15 +416,15 @@ class SessionKeeper:
                 self._forget(index)
                 continue
             self._given[index] = said
-            way = record.way[Direction.UP]
+            direction = record.direction[Direction.UP]
             return {
                 "index": index,
                 "id": record.id,
                 "record": said.hex(),
-                "client": host_of(way.from_.source, record.family),
-                "client_port": socket.ntohs(way.from_.sport),
-                "local": host_of(way.from_.target, record.family),
-                "local_port": socket.ntohs(way.from_.dport),
+                "client": host_of(direction.from_.source, record.family),
+                "client_port": socket.ntohs(direction.from_.sport),
+                "local": host_of(direction.from_.target, record.family),
+                "local_port": socket.ntohs(direction.from_.dport),
             }
         return {}
 
@@ -467,7 +475,7 @@ class SessionKeeper:
             self._count[worker] -= 1
             self._orphans[worker].pop(index, None)
         self._given.pop(index, None)
-        self._without_way.discard(index)
+        self._without_route.discard(index)
 
     def _write(self, index: int, record: SessionRecord) -> None:
         base = index * SESSION_BYTES
@@ -491,7 +499,7 @@ class SessionKeeper:
     def run_due(self, now_s: float) -> None:
         """Free the records of sessions that ended a while ago, and check changed routes."""
         if self._to_scan and now_s >= self._scan_from_s:
-            self._scan_ways()
+            self._scan_routes()
         while self._lingering and self._lingering[0][0] <= now_s:
             self._forget(self._lingering.popleft()[1])
 

@@ -188,22 +188,24 @@ def is_over(record: SessionRecord, now_ns: int) -> bool:
 
     `now_ns` is of the monotonic clock.
     """
-    last_ns = max(record.began_ns, *(way.last_ns for way in record.way))
+    last_ns = max(record.began_ns, *(direction.last_ns for direction in record.direction))
     return bool(now_ns - last_ns > record.idle_ns)
 
 
-def store_way(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
+def store_direction(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
     """`store` of one direction."""
-    store32(memory, _at_way(index, direction, name), number)
+    store32(memory, _at_direction(index, direction, name), number)
 
 
-def store_way_wide(memory: mmap.mmap, index: int, direction: int, name: str, number: int) -> None:
+def store_direction_wide(
+    memory: mmap.mmap, index: int, direction: int, name: str, number: int
+) -> None:
     """`store_wide` of one direction."""
-    store64(memory, _at_way(index, direction, name), number)
+    store64(memory, _at_direction(index, direction, name), number)
 
 
-def _at_way(index: int, direction: int, name: str) -> int:
-    at = index * SESSION_BYTES + SessionRecord.way.offset
+def _at_direction(index: int, direction: int, name: str) -> int:
+    at = index * SESSION_BYTES + SessionRecord.direction.offset
     at += direction * ctypes.sizeof(SessionDirection)
     return at + int(getattr(SessionDirection, name).offset)
 

@@ -32,28 +32,28 @@ def describe(
     sides = (client, server)
     record.family = client[0][0].version
     for direction in Direction:
-        way: SessionDirection = record.way[direction]
+        from_peer: SessionDirection = record.direction[direction]
         (peer, own), (to, via) = sides[direction], sides[1 - direction]
         old = _mapped(peer[0]) + _mapped(own[0])
         new = _mapped(via[0]) + _mapped(to[0])
         words = struct.Struct("=4I")
-        way.from_.source[:] = words.unpack(old[:16])
-        way.from_.target[:] = words.unpack(old[16:])
-        way.from_.sport, way.from_.dport = socket.htons(peer[1]), socket.htons(own[1])
-        way.source[:], way.target[:] = words.unpack(new[:16]), words.unpack(new[16:])
-        way.sport, way.dport = socket.htons(via[1]), socket.htons(to[1])
-        way.address_sum = splice_sockets.difference(old, new)
-        way.pseudo_sum = splice_sockets.pseudo_sum(old, record.family, socket.IPPROTO_UDP)
+        from_peer.from_.source[:] = words.unpack(old[:16])
+        from_peer.from_.target[:] = words.unpack(old[16:])
+        from_peer.from_.sport, from_peer.from_.dport = socket.htons(peer[1]), socket.htons(own[1])
+        from_peer.source[:], from_peer.target[:] = words.unpack(new[:16]), words.unpack(new[16:])
+        from_peer.sport, from_peer.dport = socket.htons(via[1]), socket.htons(to[1])
+        from_peer.address_sum = splice_sockets.difference(old, new)
+        from_peer.pseudo_sum = splice_sockets.pseudo_sum(old, record.family, socket.IPPROTO_UDP)
 
 
-def route_of(record: SessionRecord, way: SessionDirection) -> Route:
+def route_of(record: SessionRecord, direction: SessionDirection) -> Route:
     """The route of our socket's datagrams to the peer from which the direction's datagrams come."""
     return Route(
         record.family,
-        bytes(way.from_.target),
-        bytes(way.from_.source),
-        socket.ntohs(way.from_.dport),
-        socket.ntohs(way.from_.sport),
+        bytes(direction.from_.target),
+        bytes(direction.from_.source),
+        socket.ntohs(direction.from_.dport),
+        socket.ntohs(direction.from_.sport),
         0,
         record.owner,
         socket.IPPROTO_UDP,
@@ -66,14 +66,18 @@ def revive(record: SessionRecord) -> socket.socket:
     Raises:
         OSError: another socket has the address and port now.
     """
-    way = record.way[Direction.DOWN]
+    direction = record.direction[Direction.DOWN]
     family = socket.AF_INET6 if record.family == 6 else socket.AF_INET
     # Rules of this host may depend on the owner of a socket: it is the worker's, as before.
     with acting_as(record.owner, record.group):
         sock = socket.socket(family, socket.SOCK_DGRAM)
     try:
-        sock.bind((host_of(way.from_.target, record.family), socket.ntohs(way.from_.dport)))
-        sock.connect((host_of(way.from_.source, record.family), socket.ntohs(way.from_.sport)))
+        sock.bind(
+            (host_of(direction.from_.target, record.family), socket.ntohs(direction.from_.dport))
+        )
+        sock.connect(
+            (host_of(direction.from_.source, record.family), socket.ntohs(direction.from_.sport))
+        )
         sock.setblocking(False)
     except OSError:
         sock.close()

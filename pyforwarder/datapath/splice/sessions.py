@@ -45,11 +45,13 @@ Opened: TypeAlias = "Callable[[Place | PairReason], None]"
 Counted: TypeAlias = "Callable[[list[Carried]], None]"
 # How many were copied is unknown: the program's count never has this value.
 _UNKNOWN: Final = (1 << 64) - 1
-_WAY: Final = [SessionRecord.way.offset + d * SessionRecord.way.size // 2 for d in Direction]
-_LATCHED: Final = [at + SessionDirection.latched.offset for at in _WAY]
-_PASSED: Final = [at + SessionDirection.passed.offset for at in _WAY]
-_LAST_NS: Final = [at + SessionDirection.last_ns.offset for at in _WAY]
-_CARRIED: Final = [at + SessionDirection.bytes.offset for at in _WAY]
+_DIRECTION: Final = [
+    SessionRecord.direction.offset + d * SessionRecord.direction.size // 2 for d in Direction
+]
+_LATCHED: Final = [at + SessionDirection.latched.offset for at in _DIRECTION]
+_PASSED: Final = [at + SessionDirection.passed.offset for at in _DIRECTION]
+_LAST_NS: Final = [at + SessionDirection.last_ns.offset for at in _DIRECTION]
+_CARRIED: Final = [at + SessionDirection.bytes.offset for at in _DIRECTION]
 _U32: Final = struct.Struct("=I")
 _U64: Final = struct.Struct("=Q")
 _TWO_U64: Final = struct.Struct("=QQ")

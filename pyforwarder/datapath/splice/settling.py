@@ -55,7 +55,7 @@ _IN_DOUBT: Final = 2  # after so many probes without an answer that is uncertain
 # The numbers are reported once a second, with a delay.
 _TOLD_LATE_S: Final = 2.0
 _TICKS_PER_S: Final = 1000  # of nearly all timestamp clocks (RFC 7323, 5.4)
-_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 _GIVEN_UP: Final = {Direction.UP: ResetBy.CLIENT_TIMEOUT, Direction.DOWN: ResetBy.SERVER_TIMEOUT}
 
 
@@ -127,7 +127,7 @@ class Settling:
 
     def _ask(self, one: _Unsettled, record: Splice, now_s: float) -> bool:
         """Probe the silent peers; returns whether the pair was reset for their silence."""
-        silent = [n for n in Direction if not record.way[n].last_received_s]
+        silent = [n for n in Direction if not record.direction[n].last_received_s]
         if now_s - one.since_s >= _GIVE_UP_S:
             self._end(one.index, _GIVEN_UP[silent[0]])
             return True
@@ -150,12 +150,12 @@ class Settling:
         other end's timestamps are not less than this one, until its clock has caught up
         (`monotonic_tsval` in splice_options.h).
         """
-        other = record.way[1 - direction]
+        other = record.direction[1 - direction]
         for_s = now_s - other.ts_recent_s
         if not other.ts_recent or (for_s > _MOVED_S and one.asked < _IN_DOUBT):
             return  # the number is exact, while a clock may be slower than most
         late = int((for_s + _TOLD_LATE_S) * _TICKS_PER_S) & _MASK
-        at = one.index * SPLICE_BYTES + Splice.way.offset + direction * _WAY_BYTES
+        at = one.index * SPLICE_BYTES + Splice.direction.offset + direction * _DIRECTION_BYTES
         stamp = (other.ts_recent + other.tsval_delta + late) & _MASK
         store32(self._memory, at + SpliceDirection.last_tsval.offset, stamp)
         store32(self._memory, at + SpliceDirection.has_last_tsval.offset, 1)
@@ -172,7 +172,7 @@ class Settling:
             return True
         one.tells += 1
         for direction, acked in one.lacked.items():
-            self._send_acks(record.way[direction], record.family, acked, _TOLD_AT_ONCE)
+            self._send_acks(record.direction[direction], record.family, acked, _TOLD_AT_ONCE)
         return False
 
 
@@ -180,6 +180,6 @@ def _lacking(record: Splice, direction: Direction) -> int | None:
     """The first byte that this peer must retransmit, in its own numbers; None: all are
     acknowledged.
     """
-    way, back = record.way[direction], record.way[1 - direction]
+    from_peer, back = record.direction[direction], record.direction[1 - direction]
     acked = (int(back.last_ack) + back.ack_delta) & _MASK
-    return acked if acked != int(way.last_end) & _MASK else None
+    return acked if acked != int(from_peer.last_end) & _MASK else None

@@ -154,20 +154,23 @@ def describe(record: Splice, client: End, server: End) -> None:
     ends = (client, server)
     record.family, record.owner = client.family, client.owner
     for direction in Direction:
-        way: SpliceDirection = record.way[direction]
+        from_peer: SpliceDirection = record.direction[direction]
         here, there = ends[direction], ends[1 - direction]
         # A packet from the peer of one socket is forwarded as if the other socket had sent it.
         old, new = here.peer + here.local, there.local + there.peer
-        way.from_.source[:], way.from_.target[:] = _words(here.peer), _words(here.local)
-        way.from_.sport = socket.htons(here.peer_port)
-        way.from_.dport = socket.htons(here.local_port)
-        way.source[:], way.target[:] = _words(there.local), _words(there.peer)
-        way.sport, way.dport = socket.htons(there.local_port), socket.htons(there.peer_port)
-        way.address_sum = difference(old, new)
-        way.pseudo_sum = pseudo_sum(old, client.family, socket.IPPROTO_TCP)
-        way.peer_scale, way.other_scale = here.peer_scale, there.own_scale
-        way.no_ecn = client.ecn != server.ecn
-        way.mark, way.routing = here.mark, here.routing
+        from_peer.from_.source[:], from_peer.from_.target[:] = _words(here.peer), _words(here.local)
+        from_peer.from_.sport = socket.htons(here.peer_port)
+        from_peer.from_.dport = socket.htons(here.local_port)
+        from_peer.source[:], from_peer.target[:] = _words(there.local), _words(there.peer)
+        from_peer.sport, from_peer.dport = (
+            socket.htons(there.local_port),
+            socket.htons(there.peer_port),
+        )
+        from_peer.address_sum = difference(old, new)
+        from_peer.pseudo_sum = pseudo_sum(old, client.family, socket.IPPROTO_TCP)
+        from_peer.peer_scale, from_peer.other_scale = here.peer_scale, there.own_scale
+        from_peer.no_ecn = client.ecn != server.ecn
+        from_peer.mark, from_peer.routing = here.mark, here.routing
 
 
 def _words(address: bytes) -> tuple[int, ...]:
@@ -258,20 +261,20 @@ def unmute(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_OFF_WITHOUT_PROBE)
 
 
-def send_too_long(way: SpliceDirection, family: int) -> None:
+def send_too_long(direction: SpliceDirection, family: int) -> None:
     """Send an ICMP error to the peer of a direction: its packets are too long, as a router would.
 
     Never raises: if it cannot be sent, the peer retransmits, and it is sent again. Source: RFC 792
     and RFC 1191, 4; RFC 4443, 3.2; the quotation is RFC 5927's.
     """
     if family == 6:
-        head = struct.pack("!BBHI", 2, 0, 0, way.narrow_mtu)
+        head = struct.pack("!BBHI", 2, 0, 0, direction.narrow_mtu)
     else:
-        head = struct.pack("!BBHHH", 3, 4, 0, 0, way.narrow_mtu)
-    _send_error(way, family, head, way.narrow_seq, 1)
+        head = struct.pack("!BBHHH", 3, 4, 0, 0, direction.narrow_mtu)
+    _send_error(direction, family, head, direction.narrow_seq, 1)
 
 
-def send_was_unreachable(way: SpliceDirection, family: int, seq: int, times: int) -> None:
+def send_was_unreachable(direction: SpliceDirection, family: int, seq: int, times: int) -> None:
     """Send an ICMP error to the peer of a direction: there was no route for its packet numbered
     `seq`.
 
@@ -281,15 +284,15 @@ def send_was_unreachable(way: SpliceDirection, family: int, seq: int, times: int
     later.
     """
     head = struct.pack("!BBHI", *((1, 0) if family == 6 else (3, 1)), 0, 0)
-    _send_error(way, family, head, seq, times)
+    _send_error(direction, family, head, seq, times)
 
 
-def _send_error(way: SpliceDirection, family: int, head: bytes, seq: int, times: int) -> None:
+def _send_error(direction: SpliceDirection, family: int, head: bytes, seq: int, times: int) -> None:
     """Send an ICMP message that quotes the peer's packet as it was sent, so that it finds the
     connection.
     """
-    peer, own = bytes(way.from_.source), bytes(way.from_.target)
-    quoted = struct.pack("=HH", way.from_.sport, way.from_.dport)
+    peer, own = bytes(direction.from_.source), bytes(direction.from_.target)
+    quoted = struct.pack("=HH", direction.from_.sport, direction.from_.dport)
     quoted += struct.pack("!I", seq)
     if family == 6:
         ip = struct.pack("!IHBB", 6 << 28, 20, socket.IPPROTO_TCP, 64) + peer + own
@@ -304,16 +307,16 @@ def _send_error(way: SpliceDirection, family: int, head: bytes, seq: int, times:
         message = message[:2] + struct.pack("!H", checksum(message)) + message[4:]
         kind, protocol = socket.AF_INET, socket.IPPROTO_ICMP
     with contextlib.suppress(OSError), socket.socket(kind, socket.SOCK_RAW, protocol) as raw:
-        if way.mark:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, way.mark)
+        if direction.mark:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, direction.mark)
         for _ in range(times):
-            raw.sendto(message, socket.MSG_DONTWAIT, (_host(way.from_.source, family), 0))
+            raw.sendto(message, socket.MSG_DONTWAIT, (_host(direction.from_.source, family), 0))
 
 
-def revive(way: SpliceDirection, family: int) -> socket.socket:
+def revive(direction: SpliceDirection, family: int) -> socket.socket:
     """A mute socket in place of one that is gone: it keeps the ports, and can send the RST.
 
-    `way` is the direction whose packets it would receive. The caller closes it.
+    `direction` is the direction whose packets it would receive. The caller closes it.
 
     Raises:
         OSError: another socket has the addresses or the ports now.
@@ -331,8 +334,8 @@ def revive(way: SpliceDirection, family: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
         mark(sock)
         _receive_only_syns(sock)
-        sock.bind((_host(way.from_.target, family), socket.ntohs(way.from_.dport)))
-        sock.connect((_host(way.from_.source, family), socket.ntohs(way.from_.sport)))
+        sock.bind((_host(direction.from_.target, family), socket.ntohs(direction.from_.dport)))
+        sock.connect((_host(direction.from_.source, family), socket.ntohs(direction.from_.sport)))
         sock.setblocking(False)
     except OSError:
         sock.close()

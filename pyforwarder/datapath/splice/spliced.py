@@ -189,8 +189,8 @@ class SplicedPairs(ABC):
             assert isinstance(state, Spliced)
             # A reset right before the pair began; or the tail was not acknowledged, or our socket
             # missed the acknowledgement, and has given up. Its port would be free.
-            way = self._record(pair).way[1 - outward.direction]
-            if error == errno.ECONNRESET or (error and (way.tail_open or not state.is_mute)):
+            direction = self._record(pair).direction[1 - outward.direction]
+            if error == errno.ECONNRESET or (error and (direction.tail_open or not state.is_mute)):
                 self._fail(pair, fd, error)
                 return
         if mask & EPOLLOUT and outward.blocked:
@@ -224,10 +224,10 @@ class SplicedPairs(ABC):
             return
         words, at = self._window.words64, pair.slot * self._window.WORDS64
         for direction in Direction:
-            way = record.way[direction]
+            from_peer = record.direction[direction]
             for column, counted in (
-                (table.REDIRECTED, shown_bytes(way)),
-                (table.REDIRECTED_PACKETS, int(way.packets)),
+                (table.REDIRECTED, shown_bytes(from_peer)),
+                (table.REDIRECTED_PACKETS, int(from_peer.packets)),
             ):
                 place = at + column[direction]
                 if words[place] < counted:
@@ -303,7 +303,7 @@ class SplicedPairs(ABC):
         return self._keeper.finish_while_heard(scaled_s(_SILENT_S), scaled_s(_LAST_ENDS_S))
 
     def _report_end(self, pair: Pair, state: Spliced) -> bool:
-        ended = all(way.fin_acked for way in self._record(pair).way)
+        ended = all(direction.fin_acked for direction in self._record(pair).direction)
         index, pair_id = state.index, pair.id
         self._catch_up(pair)  # from then on the keeper may reuse the record
 
@@ -346,13 +346,13 @@ class SplicedPairs(ABC):
         record = self._record(pair)
         state = pair.datapath_record
         assert isinstance(state, Spliced)
-        if not state.is_mute and not any(way.tail_open for way in record.way):
+        if not state.is_mute and not any(direction.tail_open for direction in record.direction):
             self._mute(pair, state)
         for flow in (pair.up, pair.down):
-            way = record.way[flow.direction]
-            if way.fin and flow.phase is Phase.OPEN:
+            direction = record.direction[flow.direction]
+            if direction.fin and flow.phase is Phase.OPEN:
                 self._host.fin_seen(pair, flow)
-            if way.fin_acked and flow.phase is Phase.DRAINING:
+            if direction.fin_acked and flow.phase is Phase.DRAINING:
                 self._host.delivered(pair, flow)
                 if pair.datapath is not self:
                     return
@@ -363,7 +363,7 @@ class SplicedPairs(ABC):
             # A firewall rule of this host has reset one end in the name of our socket.
             self._host.broken(pair, CloseReason.INTERNAL)
             return
-        if any(way.narrow_mtu for way in record.way):
+        if any(direction.narrow_mtu for direction in record.direction):
             self._report_narrow_interface(pair, state, record)
 
     def _report_narrow_interface(self, pair: Pair, state: Spliced, record: Splice) -> None:
@@ -377,12 +377,12 @@ class SplicedPairs(ABC):
             return
         state.narrow_told_s = now_s
         for direction in Direction:
-            way = record.way[direction]
-            if not way.narrow_mtu:
+            from_peer = record.direction[direction]
+            if not from_peer.narrow_mtu:
                 continue
             passed_bytes, since_s = state.narrow.get(direction, (-1, now_s))
-            if way.bytes != passed_bytes:
-                state.narrow[direction] = way.bytes, now_s
+            if from_peer.bytes != passed_bytes:
+                state.narrow[direction] = from_peer.bytes, now_s
             elif now_s - since_s >= _NARROW_S:
                 self._host.broken(pair, CloseReason.INTERNAL)
                 return
@@ -445,8 +445,8 @@ class SplicedPairs(ABC):
         self._memory.close()
 
 
-def shown_bytes(way: SpliceDirection) -> int:
+def shown_bytes(direction: SpliceDirection) -> int:
     """The bytes that a direction has carried, as the programs count them (`visible_bytes` in
     splice_valid.h).
     """
-    return max(int(way.bytes), int(way.repeated_bytes) - MAX_REPEATED_BYTES)
+    return max(int(direction.bytes), int(direction.repeated_bytes) - MAX_REPEATED_BYTES)

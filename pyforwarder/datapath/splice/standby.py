@@ -41,7 +41,7 @@ from pyforwarder.datapath.splice.challenging import Challenges
 from pyforwarder.datapath.splice.interfaces import LOOPBACK
 from pyforwarder.datapath.splice.records import FLOW
 from pyforwarder.datapath.splice.replicas import (
-    Ways,
+    Interfaces,
     boot_unix_s,
     is_replicable,
     is_wide,
@@ -165,7 +165,7 @@ class Standby:
         """Whether there is anything to do."""
         return bool(self._addresses)
 
-    def ways_changed(self) -> None:
+    def routes_changed(self) -> None:
         """Addresses or routes have changed."""
         self._is_changed = True
         self._changes += 1
@@ -189,7 +189,9 @@ class Standby:
         if self._is_changed:
             self._present = self._addresses & _addresses_here()
         record = self._record(index)
-        own = {_ip_of(bytes(way.from_.target), record.family) for way in record.way}
+        own = {
+            _ip_of(bytes(direction.from_.target), record.family) for direction in record.direction
+        }
         return own <= self._addresses and not own <= self._present and is_replicable(record)
 
     def forgotten(self, index: int) -> None:
@@ -272,31 +274,33 @@ class Standby:
             held = None
         before = held.pair if held is not None else None
         slack = slack_for(before, pair)
-        ways: Ways | None = None
+        interfaces: Interfaces | None = None
         if held is not None and held.routes == self._changes:
-            ways = Ways(*self._record(held.index).out)
+            interfaces = Interfaces(*self._record(held.index).out)
         else:
             with contextlib.suppress(OSError):
-                ways = self._ways(pair)
-        if ways is None:
+                interfaces = self._interfaces_of(pair)
+        if interfaces is None:
             # Without a route now: when one exists again, it leads as before.
             return held is not None
         if held is not None:
             record = self._record(held.index)
-            if not any(way.last_received_s for way in record.way):
-                new = splice_of(pair, record.id, ways, claim=entry.claim + 1, slack=slack)
+            if not any(direction.last_received_s for direction in record.direction):
+                new = splice_of(pair, record.id, interfaces, claim=entry.claim + 1, slack=slack)
                 self._write(held.index, new)
             held.pair, held.routes = pair, self._changes
             return True
-        return self._begin(key, entry, pair, ways, slack)
+        return self._begin(key, entry, pair, interfaces, slack)
 
-    def _begin(self, key: str, entry: Entry, pair: Pair, ways: Ways, slack: int) -> bool:
+    def _begin(
+        self, key: str, entry: Entry, pair: Pair, interfaces: Interfaces, slack: int
+    ) -> bool:
         if len(self._held) >= self._most:
             return False
         record = splice_of(
-            pair, _FIRST_ID + secrets.randbits(50), ways, claim=entry.claim + 1, slack=slack
+            pair, _FIRST_ID + secrets.randbits(50), interfaces, claim=entry.claim + 1, slack=slack
         )
-        keys = [bytes(way.from_) for way in record.way]
+        keys = [bytes(from_peer.from_) for from_peer in record.direction]
         if any(self._index_of(one) is not None for one in keys):
             return False  # a pair of this machine has these ports, or had them a moment ago
         index = self._owner.allocate()
@@ -315,7 +319,7 @@ class Standby:
         self._held[key] = _Held(index, pair, (made[0], made[1]), self._changes)
         return True
 
-    def _ways(self, pair: Pair) -> Ways | None:
+    def _interfaces_of(self, pair: Pair) -> Interfaces | None:
         """The interfaces by which the peers are reached; None: none that suits the programs.
 
         The local addresses may not be this host's yet, so routes are looked up without them.
@@ -328,7 +332,7 @@ class Standby:
             if not out or out == LOOPBACK or not self._links.add(out):
                 return None
             found.append(out)
-        return Ways(*found)
+        return Interfaces(*found)
 
     def _release(self, key: str) -> None:
         self._unheld.pop(key, None)
@@ -343,13 +347,15 @@ class Standby:
             self._absent.discard(end.ip)
         self._is_changed = True  # it may be absent already
         # Only the keys of this record are used, so its interfaces do not matter.
-        record = splice_of(pair, 1, Ways(0, 0), claim=0, slack=0)
-        found = {self._index_of(bytes(way.from_)) for way in record.way}
+        record = splice_of(pair, 1, Interfaces(0, 0), claim=0, slack=0)
+        found = {self._index_of(bytes(direction.from_)) for direction in record.direction}
         index = found.pop()
         if found or index is None or not self._owner.owns(index):
             return
         there = self._record(index)
-        if [way.seq_delta for way in there.way] == [way.seq_delta for way in record.way]:
+        if [direction.seq_delta for direction in there.direction] == [
+            direction.seq_delta for direction in record.direction
+        ]:
             self._owner.release(index)
 
     # Takeover
@@ -458,7 +464,7 @@ class Standby:
 
 def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
     """A mute socket, which keeps the ports even while their address is another machine's."""
-    sock = splice_sockets.revive(record.way[direction], record.family)
+    sock = splice_sockets.revive(record.direction[direction], record.family)
     # Otherwise it could send from an address that has gone again.
     if record.family == 6:
         level, option = socket.IPPROTO_IPV6, 75  # IPV6_TRANSPARENT, linux/in6.h

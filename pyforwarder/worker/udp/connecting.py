@@ -54,8 +54,8 @@ class Connecting:
             session.upstream = upstream = generation.upstreams[to]
             timeout_s = upstream.timeout_s
             chosen = (
-                upstream.balancer.servers[session.way.number]
-                if session.way is not None
+                upstream.balancer.servers[session.target.number]
+                if session.target is not None
                 else upstream.balancer.choose(session.peer.host, self._loop.now_s)
             )
             if chosen is None:
@@ -107,8 +107,8 @@ class Connecting:
             self._server.refuse(session, CloseReason.UNRESOLVED, "the name has too many addresses")
             return
         addresses = addresses_of(hosts, to.port)
-        if session.way is not None and session.way.server in addresses:
-            addresses = [session.way.server]
+        if session.target is not None and session.target.server in addresses:
+            addresses = [session.target.server]
         if addresses:
             self._connect(session, addresses)
         else:

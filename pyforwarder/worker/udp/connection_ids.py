@@ -36,7 +36,7 @@ _FIRST_BUCKET: Final = mmap.PAGESIZE
 PART_BYTES: Final = _FIRST_BUCKET + _BUCKETS * _BUCKET_BYTES
 
 
-class Way(NamedTuple):
+class SessionTarget(NamedTuple):
     """Where an id leads: what a session was opened by, in numbers that reloads do not change."""
 
     server: Address
@@ -56,7 +56,7 @@ class ConnectionIds:
         if _LENGTHS.unpack_from(self._own)[0]:  # a worker before this one has left something
             self._own[:] = bytes(PART_BYTES)
 
-    def learn(self, connection_id: bytes, way: Way, now_s: float) -> None:
+    def learn(self, connection_id: bytes, target: SessionTarget, now_s: float) -> None:
         """The id leads there, until `forget` has been called as often."""
         length = len(connection_id)
         assert SHORTEST <= length <= LONGEST
@@ -65,12 +65,12 @@ class ConnectionIds:
         entry = _ENTRY.pack(
             length,
             connection_id,
-            way.server.is_ipv6,
-            ipaddress.ip_address(way.server.host).packed,
-            way.server.port,
-            way.listener,
-            way.rule,
-            way.number,
+            target.server.is_ipv6,
+            ipaddress.ip_address(target.server.host).packed,
+            target.server.port,
+            target.listener,
+            target.rule,
+            target.number,
             math.inf,
         )
         # Its head last: others look for that, and must not find it in front of an old rest.
@@ -92,7 +92,9 @@ class ConnectionIds:
         if at is not None:
             _UNTIL.pack_into(self._own, at + _UNTIL_AT, now_s + KEEP_S)
 
-    def find(self, datagram: bytes, *, listener: int, now_s: float) -> tuple[bytes, Way] | None:
+    def find(
+        self, datagram: bytes, *, listener: int, now_s: float
+    ) -> tuple[bytes, SessionTarget] | None:
         """The id in a client's short header, and where it leads."""
         lengths = 0
         for part in self._parts:
@@ -107,9 +109,9 @@ class ConnectionIds:
                 at = _find(part, connection_id)
                 if at is None:
                     continue
-                way, until_s = _read(part, at)
-                if way.listener == listener and until_s >= now_s:
-                    return connection_id, way
+                target, until_s = _read(part, at)
+                if target.listener == listener and until_s >= now_s:
+                    return connection_id, target
         return None
 
     def _place(self, connection_id: bytes, now_s: float) -> int:
@@ -150,7 +152,7 @@ def _until(part: mmap.mmap, at: int) -> float:
     return float(_UNTIL.unpack_from(part, at + _UNTIL_AT)[0])
 
 
-def _read(part: mmap.mmap, at: int) -> tuple[Way, float]:
+def _read(part: mmap.mmap, at: int) -> tuple[SessionTarget, float]:
     _, _, is_ipv6, packed, port, listener, rule, number, until_s = _ENTRY.unpack_from(part, at)
     server = Address(ip_text(ipaddress.ip_address(packed if is_ipv6 else packed[:4])), port)
-    return Way(server, listener, rule, number), until_s
+    return SessionTarget(server, listener, rule, number), until_s

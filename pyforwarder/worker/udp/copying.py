@@ -15,7 +15,7 @@ from pyforwarder.core.first_packet.quic_ids import id_of_server
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import EPOLLERR
 from pyforwarder.runtime.recvmmsg import Receiver, Room
-from pyforwarder.worker.udp.connection_ids import Way
+from pyforwarder.worker.udp.connection_ids import SessionTarget
 from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.runs import (
     GRO_BYTES,
@@ -364,8 +364,10 @@ class Copying:
         assert isinstance(session.destination, Address)
         if "%" in session.destination.host:
             return  # a zone has no room in the table
-        way = Way(session.destination, listener.counter, listener.rule_counters[rule.index], number)
-        self._server.ids.learn(connection_id, way, self._loop.now_s)
+        target = SessionTarget(
+            session.destination, listener.counter, listener.rule_counters[rule.index], number
+        )
+        self._server.ids.learn(connection_id, target, self._loop.now_s)
         session.ids = (*session.ids, connection_id)
 
     def send_to_client(self, session: Session, data: bytes | memoryview) -> bool:

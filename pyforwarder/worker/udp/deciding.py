@@ -29,7 +29,7 @@ from pyforwarder.worker.udp.undecided import Undecided, UndecidedClients
 if TYPE_CHECKING:
     from pyforwarder.worker.generation import ListenerState
     from pyforwarder.worker.token_claims import TokenClaims
-    from pyforwarder.worker.udp.connection_ids import Way
+    from pyforwarder.worker.udp.connection_ids import SessionTarget
     from pyforwarder.worker.udp.server import DatagramServer
     from pyforwarder.worker.udp.session import DatagramPort
     from pyforwarder.worker.udp.sockets import Key
@@ -158,14 +158,14 @@ class Deciding:
         found = self._server.ids.find(datagram, listener=listener.counter, now_s=self._loop.now_s)
         if found is None:
             return False
-        connection_id, way = found
-        route = followed_route(listener, way)
+        connection_id, target = found
+        route = followed_route(listener, target)
         if route is None:
             return False
-        self._act(port, key, datagram, route, way)
+        self._act(port, key, datagram, route, target)
         session = port.sessions.get(key)
         if session is not None:
-            self._server.ids.learn(connection_id, way, self._loop.now_s)
+            self._server.ids.learn(connection_id, target, self._loop.now_s)
             session.ids = (connection_id,)
         return True
 
@@ -175,7 +175,7 @@ class Deciding:
         key: Key,
         data: bytes,
         decision: Decision,
-        way: Way | None = None,
+        target: SessionTarget | None = None,
     ) -> None:
         """Do with a client's first datagrams what has been decided."""
         listener = port.listener
@@ -186,7 +186,7 @@ class Deciding:
             counters[listener.counter + ListenerCounter.ACCEPTED] += 1
             heard_bytes = len(first) + sum(map(len, later))
             session = Session(self._server, port, key, decision, heard_bytes)
-            session.way = way
+            session.target = target
             session.facts = (*decision.facts, *listener.ruleset.facts(decision.rule, data))
             limit = self._server.admission.admit(session)
             if limit is not None:

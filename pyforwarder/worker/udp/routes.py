@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.upstreams import ServerState
     from pyforwarder.datapath.splice.sessions import SessionOrphan
     from pyforwarder.worker.generation import ListenerState, UpstreamState
-    from pyforwarder.worker.udp.connection_ids import Way
+    from pyforwarder.worker.udp.connection_ids import SessionTarget
 
 
 def route_of(
@@ -51,29 +51,29 @@ def route_of(
     return Route(rule, server, 0, None, by_client)
 
 
-def followed_route(listener: ListenerState, way: Way) -> Route | None:
+def followed_route(listener: ListenerState, target: SessionTarget) -> Route | None:
     """Where a connection id leads under this configuration; None: no rule has it go there.
 
-    Another worker may have written what `way` says.
+    Another worker may have written what `target` says.
     """
-    if way.rule not in listener.rule_counters:
+    if target.rule not in listener.rule_counters:
         return None
-    rule = listener.ruleset.rules[listener.rule_counters.index(way.rule)]
+    rule = listener.ruleset.rules[listener.rule_counters.index(target.rule)]
     to = rule.to
     if rule.index not in listener.ruleset.followed or rule.reject is not None:
         return None
     if to is None or isinstance(to, NameIn):
         # Under `allow`, as every destination that a client has named.
-        return Route(rule, way.server, 0, None, named_by_client=True)
-    wanted: ServerAddress = to if not isinstance(to, str) else way.server
+        return Route(rule, target.server, 0, None, named_by_client=True)
+    wanted: ServerAddress = to if not isinstance(to, str) else target.server
     if isinstance(to, str):
         servers = listener.generation.upstreams[to].balancer.servers
-        if not 0 <= way.number < len(servers):
+        if not 0 <= target.number < len(servers):
             return None
-        wanted = servers[way.number].address
+        wanted = servers[target.number].address
     if isinstance(wanted, SamePort):
         wanted = wanted.at(listener.local_port)
-    if isinstance(wanted, Address) and wanted != way.server:
+    if isinstance(wanted, Address) and wanted != target.server:
         return None
     return Route(rule, to, 0, None, named_by_client=False)
 

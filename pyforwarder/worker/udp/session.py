@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.resolver import Wait
     from pyforwarder.worker.generation import ListenerState, UpstreamState
-    from pyforwarder.worker.udp.connection_ids import Way
+    from pyforwarder.worker.udp.connection_ids import SessionTarget
     from pyforwarder.worker.udp.sockets import Key
 
 
@@ -93,13 +93,13 @@ class Session(Timed):
         "slot",
         "sock",
         "source",
+        "target",
         "told_bytes",
         "up_bytes",
         "up_packets",
         "upstream",
         "waiting",
         "waiting_bytes",
-        "way",
     )
 
     has_sent_nothing = False
@@ -160,7 +160,7 @@ class Session(Timed):
         self.most_of_message = 0
         # QUIC: where its connection id has led; those that its server has said, or its client did,
         # and how many answers are looked through for more.
-        self.way: Way | None = None
+        self.target: SessionTarget | None = None
         self.ids: tuple[bytes, ...] = ()
         self.learning = 0
         self.waiting: list[bytes] = []

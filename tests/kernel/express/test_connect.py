@@ -109,7 +109,7 @@ def test_bytes_and_ends_both_ways(
             has_ended(here, place)
             record = here.kernel.record(place)
             more = [(5, 10), (15, 0)][first_to_end]
-            assert [way.bytes - 2_000_000 for way in record.way] == list(more)
+            assert [way.bytes - 2_000_000 for way in record.direction] == list(more)
     counted = here.counted()
     assert (counted.pop("TAKEN"), counted.pop("COMMITTED")) == (2, 2)
     assert counted == {"DEFERRED": 2}
@@ -130,7 +130,9 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
             assert read_to_end(client) == b""
             has_ended(here, place)
     ask, record = connecting.head(place), here.kernel.record(place)
-    key = bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, record.way[0].from_.dport))
+    key = bytes(
+        abi.EndKey(ask.listener_table, ask.rule, ask.target, record.direction[0].from_.dport)
+    )
     connecting.write_ends(key, abi.Ends())
     connecting.mark_counted(place)
     assert connecting.go_round(time.monotonic(), is_short=False).counted == 0
@@ -287,7 +289,7 @@ def test_first_bytes_in_two_segments(
             half_close(server)
             assert read_to_end(client) == pattern(10_000)
             has_ended(here, place)
-            assert here.kernel.record(place).way[0].bytes == size
+            assert here.kernel.record(place).direction[0].bytes == size
     assert here.counted()["COMMITTED"] == len(LONG_ONES)
     assert hosts.checksum_errors() == 0
     # And whole to a worker, if there is no server.
@@ -786,7 +788,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
         seen = places.look(now_s)
         assert [one.place for one in seen.ended] == [place]
         word = seen.ended[0].ask.word
-        assert [way.bytes for way in seen.ended[0].record.way] == [5, 3]
+        assert [way.bytes for way in seen.ended[0].record.direction] == [5, 3]
         assert seen.ended[0].ask.begun_ns == here.kernel.connecting.ask(place).begun_ns
         seen = places.look(now_s + LASTS_AFTER_S + 1)
         assert seen == Seen([], [lasting_place], [])
@@ -807,7 +809,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
 
 def end_key(here: Site, place: int) -> bytes:
     """By which the end of a place's connection is counted."""
-    ask, up = here.kernel.connecting.ask(place), here.kernel.record(place).way[0]
+    ask, up = here.kernel.connecting.ask(place), here.kernel.record(place).direction[0]
     return bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, up.from_.dport))
 
 
@@ -944,7 +946,8 @@ def test_one_that_lasts_gets_sockets_as_an_adopted_pair(
         record = here.kernel.record(place)
         with here.kernel.network.entered():
             ours = [
-                stack.enter_context(splice_sockets.revive(way, record.family)) for way in record.way
+                stack.enter_context(splice_sockets.revive(way, record.family))
+                for way in record.direction
             ]
         for sender, receiver in ((client, server), (server, client)) * 2:
             thread = threading.Thread(target=sender.sendall, args=(pattern(300_000),))

@@ -94,7 +94,7 @@ def keeper(here: Site) -> Iterator[Places]:
             for place, since_s in list(lasting.items()):
                 record = here.kernel.record(place)
                 # A worker would have its sockets there, which reset both ends.
-                has_ended = record.reset or all(way.fin_acked for way in record.way)
+                has_ended = record.reset or all(way.fin_acked for way in record.direction)
                 if has_ended and now_s - since_s > 2 * LEAST_REST_S:
                     connecting = here.kernel.connecting
                     connecting.end_connection(place, connecting.word(place))

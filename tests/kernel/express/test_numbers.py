@@ -39,7 +39,7 @@ def site(hosts: Topology) -> Iterator[Open]:
 def offsets(here: Site) -> tuple[int, int]:
     """What the connection's first numbers are beside the clocks."""
     connecting = here.kernel.connecting
-    ask, way = connecting.ask(0), here.kernel.record(0).way[Direction.UP]
+    ask, way = connecting.ask(0), here.kernel.record(0).direction[Direction.UP]
     ends = bytes(way.source) + bytes(way.target) + struct.pack("=HH", way.sport, way.dport)
     secret = siphash(struct.pack("=4I", *connecting.secret), ends)
     number = (ask.own_isn - (ask.begun_ns >> 6)) % (1 << 32)

@@ -47,7 +47,7 @@ def test_a_session_is_spliced_in_the_middle_of_its_talk(
         row = site.row(talk.client)
         assert row is not None
         assert row["reason"] == "the best this host and this pair allow"
-        assert all(each.latched for each in site.record(talk).way)
+        assert all(each.latched for each in site.record(talk).direction)
         before = site.copies()
         for number in range(20):
             talk.exchange(numbered(number, 200))

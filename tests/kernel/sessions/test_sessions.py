@@ -284,7 +284,7 @@ def test_one_end_that_only_sends_fragments_does_not_keep_the_others_datagrams_co
             exchange()
         # The long ones only.
         assert site.copies() - before == 10
-        assert site.record(talk).way[Direction.UP if is_up else Direction.DOWN].latched
+        assert site.record(talk).direction[Direction.UP if is_up else Direction.DOWN].latched
 
 
 @ONLY_SPLICE
@@ -532,14 +532,15 @@ def test_the_kernel_sends_nothing_by_a_new_way_before_one_of_ours_has_gone_it(
     with two_ways(start_forwarder) as (site, way), site.spliced(way, 4) as talk:
         forwarder = site.topology.forwarder
         talk.exchange()
-        assert site.record(talk).way[Direction.UP].latched
+        assert site.record(talk).direction[Direction.UP].latched
         with forwarder.entered():
             interface = socket.if_nametoindex("f2")
         site.topology.server.run("nft", "-f", "-", stdin=DEAF)
         forwarder.run("nft", "-f", "-", stdin=SNAT)
         forwarder.ip(f"route replace 10.9.0.2 via {BY['f2']} dev f2 src 10.9.0.1")
         wait_for(
-            lambda: site.record(talk).way[Direction.UP].interface == interface, "it goes by f2"
+            lambda: site.record(talk).direction[Direction.UP].interface == interface,
+            "it goes by f2",
         )
         before, sent = site.copies(), site.counts(talk)["up_packets"]
         for _ in range(20):
@@ -548,9 +549,9 @@ def test_the_kernel_sends_nothing_by_a_new_way_before_one_of_ours_has_gone_it(
         # And have left our socket before anything lets them through.
         wait_for(lambda: site.counts(talk)["up_packets"] - sent == 20, "all are sent on")
         record = site.record(talk)
-        assert not record.way[Direction.UP].has_left
-        assert not record.way[Direction.UP].latched
-        assert record.way[Direction.DOWN].latched  # whose way is as it was
+        assert not record.direction[Direction.UP].has_left
+        assert not record.direction[Direction.UP].latched
+        assert record.direction[Direction.DOWN].latched  # whose way is as it was
         # And where nothing stands in its way, it is the kernel's again.
         forwarder.run("nft", "flush", "ruleset")
         forwarder.ip(f"route replace 10.9.0.2 via {BY['f1']} dev f1 src 10.9.0.1")

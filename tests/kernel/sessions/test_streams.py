@@ -87,8 +87,8 @@ def test_a_client_that_only_sends_is_spliced(site: SessionSite, version: int, lo
         # On `lo` the server's own socket is one of this host.
         assert got == (50 if local else 0)
         record = site.record(talk)
-        assert record.way[Direction.UP].latched
-        assert not record.way[Direction.DOWN].latched
+        assert record.direction[Direction.UP].latched
+        assert not record.direction[Direction.DOWN].latched
         talk.server.send(b"an answer after all")
         assert talk.client.recv(100) == b"an answer after all"
         talk.exchange()
@@ -145,7 +145,7 @@ def test_what_leaves_with_other_addresses_stays_copied(
 
             wait_for(is_handed_over, "the kernel has its addresses")
             record = site.record(talk)
-            source = socket.ntohs(record.way[Direction.DOWN].from_.dport)
+            source = socket.ntohs(record.direction[Direction.DOWN].from_.dport)
             assert talk.server.getpeername()[1] != source
             forged = datagram(talk.server, b"forged", to=(talk.server.getpeername()[0], source))
             for number in range(20):
@@ -153,9 +153,9 @@ def test_what_leaves_with_other_addresses_stays_copied(
                 talk.client.send(numbered(number, 100))
                 assert talk.server.recv(1000) == numbered(number, 100)
             record = site.record(talk)
-            assert record.way[Direction.DOWN].last_ns > record.began_ns  # it was heard
-            assert not record.way[Direction.UP].has_left
-            assert not record.way[Direction.UP].latched
+            assert record.direction[Direction.DOWN].last_ns > record.began_ns  # it was heard
+            assert not record.direction[Direction.UP].has_left
+            assert not record.direction[Direction.UP].latched
     finally:
         network.run("nft", "flush", "ruleset")
 
@@ -182,8 +182,11 @@ def test_a_piece_that_is_never_whole_is_no_sign_of_its_sender(
             neighbour.send_packet(piece, version)
             other.exchange(numbered(number, 100))  # behind it, by the same wire
         now = site.record(talk)
-        assert now.way[Direction.DOWN].last_ns == before.way[Direction.DOWN].last_ns
+        assert now.direction[Direction.DOWN].last_ns == before.direction[Direction.DOWN].last_ns
         # One that is whole is one.
         neighbour.send_packet(datagram(talk.server, b"whole"), version)
         assert talk.client.recv(100) == b"whole"
-        assert site.record(talk).way[Direction.DOWN].last_ns > now.way[Direction.DOWN].last_ns
+        assert (
+            site.record(talk).direction[Direction.DOWN].last_ns
+            > now.direction[Direction.DOWN].last_ns
+        )

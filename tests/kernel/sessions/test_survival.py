@@ -230,7 +230,9 @@ def test_what_is_copied_of_a_session_keeps_it_in_the_kernel(start: Any, version:
         talk.exchange(b"it is not")
         assert site.copies() == before + 3
         now = site.record(talk)
-        assert all(now.way[d].last_ns >= record.way[d].last_ns + int(100e9) for d in (0, 1))
+        assert all(
+            now.direction[d].last_ns >= record.direction[d].last_ns + int(100e9) for d in (0, 1)
+        )
 
 
 @pytest.mark.parametrize("version", VERSIONS)

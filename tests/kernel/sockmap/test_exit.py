@@ -450,7 +450,7 @@ def test_bytes_of_a_pair_whose_exit_fails_come_out_in_no_other(
     rig: Rig, leaving: SockmapExit, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """They are in its bypasses by then, and nobody reads them."""
-    divert, read_passed = leaving.divert, sockmap_exit._Way.read_passed
+    divert, read_passed = leaving.divert, sockmap_exit._LeavingDirection.read_passed
     said = {Direction.UP: b"", Direction.DOWN: b""}
     ends: dict[Direction, socket.socket] = {}
 
@@ -461,7 +461,7 @@ def test_bytes_of_a_pair_whose_exit_fails_come_out_in_no_other(
         ends[direction].sendall(said[direction])
         wait_for(lambda: leaving.redirected(half) == before + len(said[direction]), "bytes")
 
-    def fail(way: sockmap_exit._Way, pair: Pair) -> None:
+    def fail(way: sockmap_exit._LeavingDirection, pair: Pair) -> None:
         del way, pair
         raise error
 
@@ -470,10 +470,10 @@ def test_bytes_of_a_pair_whose_exit_fails_come_out_in_no_other(
     rig.join(pair)
     ends.update({Direction.UP: client, Direction.DOWN: server})
     said.update({Direction.UP: b"first pair up", Direction.DOWN: b"first pair down"})
-    monkeypatch.setattr(sockmap_exit._Way, "read_passed", fail)
+    monkeypatch.setattr(sockmap_exit._LeavingDirection, "read_passed", fail)
     rig.run_until(lambda: leaving.take_out(pair) or pair.ended, "end of the first")
     assert pair.reason is CloseReason.INTERNAL
-    monkeypatch.setattr(sockmap_exit._Way, "read_passed", read_passed)
+    monkeypatch.setattr(sockmap_exit._LeavingDirection, "read_passed", read_passed)
     client, pair, server = rig.connect()
     rig.join(pair)
     ends.update({Direction.UP: client, Direction.DOWN: server})

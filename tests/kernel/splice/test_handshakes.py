@@ -13,7 +13,7 @@ import pytest
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.splice.abi import HANDSHAKE_SETS, HANDSHAKE_WAYS
+from pyforwarder.datapath.splice.abi import HANDSHAKE_SETS, HANDSHAKES_PER_SET
 from pyforwarder.datapath.splice.handshakes import (
     Handshakes,
     is_handshakes,
@@ -99,7 +99,7 @@ def test_the_last_four_of_some_addresses_are_known(seen: Seen, version: int) -> 
 
 def test_the_last_thousands_are_known(seen: Seen) -> None:
     """Of half as many as there is room for hardly any is pushed out by others."""
-    count = HANDSHAKE_SETS * HANDSHAKE_WAYS // 2
+    count = HANDSHAKE_SETS * HANDSHAKES_PER_SET // 2
     for port in range(1, count + 1):
         seen.send(4, port, port)
     found = sum(seen.find(4, port) == {port: LOOPBACK} for port in range(1, count + 1))

@@ -74,7 +74,7 @@ class Host:
         key += struct.pack("!HH", PEERS_PORT, port)
         record = Splice.from_buffer(self._splices)
         record.state, record.id, record.family = SpliceState.ACTIVE, 1, version
-        ctypes.memmove(ctypes.addressof(record.way[0].from_), key, KEY_BYTES)
+        ctypes.memmove(ctypes.addressof(record.direction[0].from_), key, KEY_BYTES)
         self._flows.update(key, FLOW.pack(0, 0))
 
     def forget(self) -> None:

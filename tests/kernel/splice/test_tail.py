@@ -109,7 +109,7 @@ def record_of(site: Site, pair_id: int) -> Splice | None:
 def open_tails(site: Site, pair_id: int) -> int:
     """In how many directions our sockets have still to send, or to hear that it has come."""
     record = record_of(site, pair_id)
-    return sum(1 for way in record.way if way.tail_open) if record else 0
+    return sum(1 for way in record.direction if way.tail_open) if record else 0
 
 
 def left_to_send(site: Site) -> list[int]:
@@ -453,7 +453,7 @@ def test_bytes_that_overtake_an_unsent_tail_do_not_upset_a_stateful_filter(
             pair_id = wait_for(lambda: spliced_id(own, client), "switched")
             record = record_of(own, pair_id)
             assert record is not None
-            client_s = record.way[Direction.UP]
+            client_s = record.direction[Direction.UP]
             assert 0 < (client_s.tail_end - client_s.socket_sent_end) % (1 << 32) <= 20_000
             server.sendall(pattern(5003, start=20_000))
             wait_for(lambda: came_out_of_order(client) > 0, "some have come past the tail")

@@ -49,14 +49,14 @@ _MOST_SETTLE_S: Final = 1.0
 _SHARE: Final = 0.05
 _PAIRS_AT_ONCE: Final = 64
 # A route that does not suit the programs may be an intermediate step of a change.
-_NO_WAY_FOR_US_S: Final = 1.0
+_NO_ROUTE_FOR_US_S: Final = 1.0
 
 # net/ipv4/tcp_timer.c, tcp_model_timeout(): TCP_RTO_MIN doubled, up to TCP_RTO_MAX.
 _LEAST_RTO_S, _MOST_RTO_S = 0.2, 120.0
 _RETRIES: Final = Path("/proc/sys/net/ipv4/tcp_retries2")
 _DEFAULT_RETRIES: Final = 15
 
-_WAY_BYTES: Final = ctypes.sizeof(SpliceDirection)
+_DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
 def gives_up_after_s(retries: int) -> float:
@@ -75,7 +75,7 @@ def _patience_s() -> float:
         return gives_up_after_s(_DEFAULT_RETRIES)
 
 
-class _NoWayError(Exception):
+class _NoRouteError(Exception):
     """A pair's packets have no usable route now; `patience_s` is how long to wait for one."""
 
     def __init__(self, patience_s: float) -> None:
@@ -83,7 +83,7 @@ class _NoWayError(Exception):
         self.patience_s = patience_s
 
 
-class Ways:
+class Rerouting:
     """The routes of all pairs of one keeper."""
 
     def __init__(
@@ -195,8 +195,8 @@ class Ways:
         patience_s = -1.0
         for direction in Direction:
             try:
-                self._check_way(index, record, direction)
-            except _NoWayError as error:
+                self._check_route(index, record, direction)
+            except _NoRouteError as error:
                 known = patience_s < 0
                 patience_s = error.patience_s if known else min(patience_s, error.patience_s)
         if patience_s < 0:
@@ -218,62 +218,64 @@ class Ways:
         for index in list(itertools.islice(due, _PAIRS_AT_ONCE)):
             self._check(index)
 
-    def _check_way(self, index: int, record: Splice, direction: Direction) -> None:
+    def _check_route(self, index: int, record: Splice, direction: Direction) -> None:
         """Write the present interfaces to and from one peer into a record.
 
         Raises:
-            _NoWayError: there is no route, or none that suits the programs.
+            _NoRouteError: there is no route, or none that suits the programs.
         """
-        way, was = record.way[direction], record.out[direction]
+        from_peer, was = record.direction[direction], record.out[direction]
         now = self._out(record, direction)
         link = self._there.get(now)
         if now != was and LOOPBACK in (now, was):
             # An address has moved to this host, or away from it.
-            raise _NoWayError(_NO_WAY_FOR_US_S)
+            raise _NoRouteError(_NO_ROUTE_FOR_US_S)
         came_by = (
-            self._came_by(tuple(way.from_interfaces), now) if any(way.from_interfaces) else now
+            self._came_by(tuple(from_peer.from_interfaces), now)
+            if any(from_peer.from_interfaces)
+            else now
         )
         for interface in {came_by, now}:
             there = self._there.get(interface)
             if there and not there.port_of and not self._has_programs(interface):
-                raise _NoWayError(_NO_WAY_FOR_US_S)
-        at = index * SPLICE_BYTES + Splice.way.offset
-        if any(way.from_interfaces) and (came_by, now) != tuple(way.from_interfaces):
-            by_at = at + direction * _WAY_BYTES + SpliceDirection.from_interfaces.offset
+                raise _NoRouteError(_NO_ROUTE_FOR_US_S)
+        at = index * SPLICE_BYTES + Splice.direction.offset
+        if any(from_peer.from_interfaces) and (came_by, now) != tuple(from_peer.from_interfaces):
+            by_at = at + direction * _DIRECTION_BYTES + SpliceDirection.from_interfaces.offset
             # One after the other, and never 0 in between: two zeros mean any interface.
             store32(self._memory, by_at, came_by)
             store32(self._memory, by_at + 4, now)
         if now != was:
             # From `lo` to `lo` it is 0, and never changes.
-            goes_at = at + (1 - direction) * _WAY_BYTES + SpliceDirection.interface.offset
+            goes_at = at + (1 - direction) * _DIRECTION_BYTES + SpliceDirection.interface.offset
             store32(self._memory, goes_at, now)
             out_at = index * SPLICE_BYTES + Splice.out.offset + direction * 4
             store32(self._memory, out_at, now)
         if link is None or link.port_of:
             # On a port the programs do not see packets of our own sockets.
-            raise _NoWayError(_patience_s())
+            raise _NoRouteError(_patience_s())
 
     def _out(self, record: Splice, direction: Direction) -> int:
         """The interface by which our packets reach a peer now.
 
         Raises:
-            _NoWayError: there is no route.
+            _NoRouteError: there is no route.
         """
-        way, was = record.way[direction], int(record.out[direction])
-        if way.routing & Routing.BOUND:
+        from_peer, was = record.direction[direction], int(record.out[direction])
+        if from_peer.routing & Routing.BOUND:
             return was
         route = Route(
             record.family,
-            b"" if way.routing & Routing.FOREIGN else bytes(way.from_.target),
-            bytes(way.from_.source),
-            socket.ntohs(way.from_.dport),
-            socket.ntohs(way.from_.sport),
-            way.mark,
+            b"" if from_peer.routing & Routing.FOREIGN else bytes(from_peer.from_.target),
+            bytes(from_peer.from_.source),
+            socket.ntohs(from_peer.from_.dport),
+            socket.ntohs(from_peer.from_.sport),
+            from_peer.mark,
             record.owner,
         )
         now = self._routes.interface(route)
         if not now:
-            raise _NoWayError(_patience_s())
+            raise _NoRouteError(_patience_s())
         if now != was and was in self._there and self._routes.is_one_of_several(route, was):
             return was
         return now

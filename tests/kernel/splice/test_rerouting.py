@@ -17,8 +17,8 @@ from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.splice.maps import SpliceMaps
+from pyforwarder.datapath.splice.rerouting import gives_up_after_s
 from pyforwarder.datapath.splice.splicing import Splicing
-from pyforwarder.datapath.splice.ways import gives_up_after_s
 from tests.helpers.keepers import keeper_of
 from tests.helpers.netns import Network
 from tests.helpers.peers import Waiting, dial, ends_with_reset
