@@ -43,6 +43,7 @@ _BY_PACKAGE: Final = {
         "datapath.attach_clsact=clsact datapath.traffic_control datapath.unix_names"
     ),
     "datapath.proof": "datapath.selftest datapath.rig datapath.scenarios",
+    "worker": "worker.adopting=foreign_sockets",
     "worker.udp": "worker.datagrams=server",
 }
 
@@ -77,7 +78,11 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "runtime.resolver": {"runtime.askers": "lookup"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
-    "worker.generation": {"worker.settings": "Settings with_overrides"},
+    "worker.foreign_sockets": {"worker.foreign_sockets": "adoptable=foreign_socket"},
+    "worker.generation": {
+        "worker.generation": "JOINED=FOREIGN_LISTENER",
+        "worker.settings": "Settings with_overrides",
+    },
     "worker.log": {"worker.log": "impatient=not_blocking"},
     "worker.process": {"worker.inheritance": "Inheritance"},
     "worker.server": {
@@ -87,7 +92,10 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     "worker.udp.server": {
         "worker.udp.copying": "BATCH MOST_WAITING",
         "worker.udp.session": "Session",
-        "worker.udp.sockets": "Key adopt_datagram_socket",
+        "worker.udp.sockets": "Key adopt_datagram_socket=datagram_socket_from_fd",
+    },
+    "worker.udp.sockets": {
+        "worker.udp.sockets": "adopt_datagram_socket=datagram_socket_from_fd",
     },
 }
 

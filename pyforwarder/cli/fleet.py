@@ -160,12 +160,12 @@ def put(call: Call, file: Path, config_path: Path, comment: str) -> int:
     cannot use it keeps what it has: see `pyforwarder fleet instances`. Prints the serial number.
     """
     from pyforwarder.config import read_config_text
-    from pyforwarder.config.joining import check_shared, joined_text
+    from pyforwarder.config.merging import check_shared, merged_text
 
     with _opened(config_path) as opened:
         text = read_config_text(file)
         check_shared(text, opened.text, source=str(file))
-        joined_text(opened.text, text, {}, own_source=str(config_path), shared_source=str(file))
+        merged_text(opened.text, text, {}, own_source=str(config_path), shared_source=str(file))
         edition = opened.put(text, comment=comment, now=call.env.unix_time_s())
     call.write(f"{edition.serial}\n")
     return DONE

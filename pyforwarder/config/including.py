@@ -1,4 +1,4 @@
-"""`include:` of a configuration: the files of a directory, joined with the file that names it.
+"""`include:` of a configuration: the files of a directory, merged with the file that names it.
 
 An included file has listeners, upstreams and users, and nothing else: what concerns the whole
 daemon stands in one place. Names may not stand twice. Everything keeps its file and its line, so
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INCLUDE: Final = "include"
 # What may stand in an included file: a list, and mappings by name.
-JOINED: Final = ("listeners", "upstreams", "users")
+MERGED: Final = ("listeners", "upstreams", "users")
 SUFFIXES: Final = (".yaml", ".yml")
 # Of one configuration: a directory with more is not one of configuration files.
 MOST_FILES: Final = 1000
@@ -51,10 +51,10 @@ def load(text: str, *, source: str, path: Path | None, read: Callable[[Path], st
         return Loaded(text, document)
     directories = _directories(document, source=source, path=path)
     files = [file for directory in directories for file in _files(directory, document, source)]
-    for key in JOINED:
+    for key in MERGED:
         _mark(entries.get(key), source)
     for file in files:
-        _join(document, read_document(read(file), source=str(file)), source, str(file))
+        _merge(document, read_document(read(file), source=str(file)), source, str(file))
     del entries[INCLUDE]
     document.included = tuple(map(str, (*directories, *files)))
     return Loaded(json.dumps(document.plain()), document)
@@ -110,17 +110,17 @@ def _mark(node: Node | None, file: str) -> None:
         entry.file = file
 
 
-def _join(whole: Node, part: Node, main: str, file: str) -> None:
+def _merge(whole: Node, part: Node, main: str, file: str) -> None:
     """Add what an included file has."""
     if part.entries is None:
         if part.items is None and part.scalar is None:
             return  # empty, or all of it is a comment
-        raise ConfigError(f"must be keys and values ({', '.join(JOINED)})", line=1, source=file)
+        raise ConfigError(f"must be keys and values ({', '.join(MERGED)})", line=1, source=file)
     assert whole.entries is not None
     for key, node in part.entries.items():
         line = part.key_lines[key]
-        if key not in JOINED:
-            hint = suggestion(key, JOINED)
+        if key not in MERGED:
+            hint = suggestion(key, MERGED)
             reason = f"`{key}` cannot stand in an included file ({hint}): write it in {main}"
             raise ConfigError(reason, path=key, line=line, source=file)
         if node.items is None and node.entries is None and node.scalar is None:

@@ -163,7 +163,7 @@ class Pair(Timed):
         "datapath_record",
         "down",
         "id",
-        "is_adopted",
+        "is_foreign",
         "is_shared",
         "kind",
         "pair_reason",
@@ -194,7 +194,7 @@ class Pair(Timed):
         self.datapath_record: object | None = None  # the datapath's own record of this pair
         self.slot = -1  # in the pair table; -1 while it has none
         self.id = 0
-        self.is_adopted = False  # another program connected these sockets, and may still have them
+        self.is_foreign = False  # another program connected these sockets, and may still have them
         self.is_shared = False  # another process of ours may have descriptors of its sockets
         self.active_s = 0.0  # when userspace last moved a byte
 

@@ -131,7 +131,7 @@ class CopyDatapath:
             if not count:
                 self._host.ended(pair, inward)
                 return
-            if mask != EPOLLIN and count < READ_BYTES and not pair.is_adopted:
+            if mask != EPOLLIN and count < READ_BYTES and not pair.is_foreign:
                 self._carry_last(pair, inward, chunk)
                 return
             inward.read_bytes += count

@@ -187,7 +187,7 @@ class SockmapDatapath(SockmapDirections):
         self._loop.deadlines.stop(halves.up)
         self._loop.deadlines.stop(halves.down)
         self._forget(halves.up.cookie, halves.down.cookie)
-        if pair.is_adopted or pair.is_shared:
+        if pair.is_foreign or pair.is_shared:
             # Another process may keep a descriptor, and then closing ours changes nothing.
             for cookie in (halves.up.cookie, halves.down.cookie):
                 with contextlib.suppress(OSError):

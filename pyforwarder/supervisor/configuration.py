@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pyforwarder.config import Config, load_whole, parse_config, validated
-from pyforwarder.config.joining import check_shared, joined_text
 from pyforwarder.config.key_files import read_keys, read_passwords
+from pyforwarder.config.merging import check_shared, merged_text
 from pyforwarder.config.values import suggestion
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.core.address import Address
@@ -98,7 +98,7 @@ class ConfigSource:
         source = f"fleet {config.fleet.name}, edition {shared.serial}"
         if shared.text:
             check_shared(shared.text, own, source=source)
-        text = joined_text(
+        text = merged_text(
             own, shared.text, shared.servers, own_source=self.name, shared_source=source
         )
         return text, self.parse(text)

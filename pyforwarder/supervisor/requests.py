@@ -13,7 +13,7 @@ from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.workers import ask_all
-from pyforwarder.worker.adopting import cookie_of
+from pyforwarder.worker.foreign_sockets import cookie_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config

@@ -156,9 +156,9 @@ class Closing:
         self.give_back(client)
         client_fd = client.client_fd
         del self._clients[client_fd]
-        if client.is_adopted:
-            self._server.joining.forget(client)
-        if client.is_adopted or client.is_shared:
+        if client.is_foreign:
+            self._server.foreign_pairs.forget(client)
+        if client.is_foreign or client.is_shared:
             # Another process may keep its descriptor. Then close() does not take the socket out of
             # epoll, and its events would reach the next owner of that number.
             loop.forget(client_fd)
@@ -216,7 +216,7 @@ class Closing:
             self._loop.deadlines.stop(client.keeper_wait)
         self.give_back(client)
         del self._clients[client.client_fd]
-        self._server.joining.forget(client)
+        self._server.foreign_pairs.forget(client)
         # Closing does not take them out of epoll: the other daemon has the sockets.
         self._loop.forget(client.client_fd)
         self._loop.forget(client.server_fd)

@@ -48,7 +48,7 @@ _VERDICTS_S: Final = 1.0
 _MOST_VERDICTS: Final = 4096
 
 # Where pairs belong that another program hands over (`forward`): a listener that nobody binds.
-JOINED: Final = Listener.model_validate(
+FOREIGN_LISTENER: Final = Listener.model_validate(
     {
         "name": "forward",
         "bind": "unix:/",
@@ -60,7 +60,7 @@ JOINED: Final = Listener.model_validate(
 def counter_indexes(config: Config, directory: Directory) -> dict[str, int]:
     """Where each listener, rule and server of this configuration counts."""
     indexes = {}
-    for listener in (*config.listeners, JOINED):
+    for listener in (*config.listeners, FOREIGN_LISTENER):
         indexes[listener.name] = directory.index(listener.name)
         for rule in listener.rules:
             indexes[f"{listener.name} {rule.name}"] = directory.index(listener.name, rule.name)
@@ -141,7 +141,9 @@ class ListenerState:
         self.local_port = self.bind.port if isinstance(self.bind, Address) else 0
         # A wildcard listener learns the local address from each connection, when it is shown.
         wildcard = isinstance(self.bind, Address) and self.bind.host in ("0.0.0.0", "::")
-        self.endpoint = None if wildcard or listener is JOINED else pack_endpoint(self.bind)
+        self.endpoint = (
+            None if wildcard or listener is FOREIGN_LISTENER else pack_endpoint(self.bind)
+        )
         self.ruleset = ruleset
         self.max_bytes = listener.first_packet.max_bytes
         self.timeout_s = listener.first_packet.timeout_s
@@ -351,7 +353,7 @@ class Generation:
         }
         # Each listener's first.
         self.listeners = {name: states[0] for name, states in self.addresses.items()}
-        self.joined = self._states_of(JOINED, (str(UnixAddress("/")),))[0]
+        self.foreign_listener = self._states_of(FOREIGN_LISTENER, (str(UnixAddress("/")),))[0]
         self.own = {
             protocol: OwnListeners(
                 state.bind
@@ -397,7 +399,7 @@ class Generation:
 
         Else the listener is that of joined sockets, its address the first, and the rule its first.
         """
-        states = self.addresses.get(listener, (self.joined,))
+        states = self.addresses.get(listener, (self.foreign_listener,))
         state = next((state for state in states if state.local_port == local_port), states[0])
         rules = state.ruleset.rules
         return state, next((known for known in rules if known.name == rule), rules[0])

@@ -18,8 +18,8 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.splice.question import Question
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker.adopting import is_plain_tcp
 from pyforwarder.worker.client import KeeperWait
+from pyforwarder.worker.foreign_sockets import is_plain_tcp
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair
@@ -207,7 +207,7 @@ class Handover:
         assert client.server is not None
         if client.is_unix or client.server.family == _AF_UNIX:
             return PairReason.UNIX_SOCKET
-        if client.is_adopted and not (is_plain_tcp(client.client) and is_plain_tcp(client.server)):
+        if client.is_foreign and not (is_plain_tcp(client.client) and is_plain_tcp(client.server)):
             return PairReason.NOT_PLAIN_TCP
         return _SHORT
 

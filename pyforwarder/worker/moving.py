@@ -83,7 +83,8 @@ class PairMessage(Message):
     peer: AddressMessage | None  # the rest are unix sockets
     destination: AddressMessage | None
     source: AddressMessage | None
-    is_adopted: bool
+    # The word that daemons of earlier versions say, too.
+    is_foreign: bool = Field(alias="is_adopted")
     flows: Annotated[list[FlowMessage], Field(min_length=2, max_length=2)]
     spliced: SplicedMessage | None
     audit: Audit = Field(default_factory=dict)

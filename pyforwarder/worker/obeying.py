@@ -23,7 +23,7 @@ from pyforwarder.worker.parts import Parts
 from pyforwarder.worker.room import express_share, room_for
 from pyforwarder.worker.settings import Settings
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
-from pyforwarder.worker.udp.sockets import adopt_datagram_socket
+from pyforwarder.worker.udp.sockets import datagram_socket_from_fd
 from pyforwarder.worker.used_tokens import SharedUsedTokens
 
 if TYPE_CHECKING:
@@ -147,9 +147,9 @@ class Worker:
                 )
                 self._made.datagrams.handover.settle(splice="splice_udp" in available)
             case "pair_with":
-                return self._made.server.joining.pair_with(message["cookies"])
+                return self._made.server.foreign_pairs.pair_with(message["cookies"])
             case "join":
-                return self._made.server.joining.join_sockets(fds[0], fds[1])
+                return self._made.server.foreign_pairs.join_sockets(fds[0], fds[1])
             case unknown:
                 raise ForwarderError(f"unknown message {unknown!r}")
         return None
@@ -229,7 +229,7 @@ class Worker:
     def _listen_for_datagrams(self, fd: int, listener: ListenerState) -> str:
         """Serve a UDP socket; what the server knows it by."""
         assert isinstance(listener.bind, Address)
-        sock = adopt_datagram_socket(
+        sock = datagram_socket_from_fd(
             fd, ipv6=listener.bind.is_ipv6, wildcard=listener.endpoint is None
         )
         name = f"{listener.config.name} {listener.bind}"

@@ -25,8 +25,8 @@ from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN, MOST_EVENTS
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.worker.adopting import cookie_of, is_plain_tcp
 from pyforwarder.worker.client import Client
+from pyforwarder.worker.foreign_sockets import cookie_of, is_plain_tcp
 from pyforwarder.worker.moving import (
     MOST_MESSAGE_BYTES,
     AddressMessage,
@@ -177,7 +177,7 @@ class PairReceiver:
             if len(fds) != 2:
                 raise ValueError("a pair has two sockets")
             client, server = (_stream_socket(fds.pop(0)) for _ in range(2))
-            if not said.is_adopted and not all(map(_is_known_kind, (client, server))):
+            if not said.is_foreign and not all(map(_is_known_kind, (client, server))):
                 raise ValueError("sockets that no listener of ours accepts")
             if said.spliced is None:
                 self._resume_copied(said, client, server)
@@ -339,10 +339,10 @@ class PairReceiver:
         client.facts = facts_of(said.audit)
         client.accepted_s = min(said.started_s, server.loop.now_s)
         client.active_s = min(said.active_s, server.loop.now_s)
-        if said.is_adopted:
+        if said.is_foreign:
             cookies = tuple(map(cookie_of, (client_socket, server_socket)))
-            if server.joining.pair_with(cookies) is None:
-                server.joining.know(client, cookies)
+            if server.foreign_pairs.pair_with(cookies) is None:
+                server.foreign_pairs.know(client, cookies)
         if peer is not None and listener.scopes:
             scopes = listener.scopes
             answer = server.limits.admit(peer.host, scopes, server.loop.now_s, is_new=False)

@@ -273,7 +273,7 @@ class PairSender:
             "peer": _address_message(client.peer),
             "destination": _address_message(client.destination),
             "source": _address_message(client.source_address()),
-            "is_adopted": client.is_adopted,
+            "is_adopted": client.is_foreign,
             "flows": [_flow_message(flow) for flow in (client.up, client.down)],
             "spliced": spliced,
             "audit": audit_message(client),

@@ -29,7 +29,7 @@ from pyforwarder.worker.client import Client
 from pyforwarder.worker.closing import Closing
 from pyforwarder.worker.connector import Connector
 from pyforwarder.worker.destinations import Destinations
-from pyforwarder.worker.joining import Joining
+from pyforwarder.worker.foreign_pairs import ForeignPairs
 from pyforwarder.worker.log import audit_of
 from pyforwarder.worker.opening import Opening
 from pyforwarder.worker.plain import PlainPath
@@ -125,7 +125,7 @@ class Server:
         destinations = Destinations(self, self.names, self._connector)
         self.refusing = Refusing(self)
         self.opening = Opening(self)
-        self.joining = Joining(self)
+        self.foreign_pairs = ForeignPairs(self)
         self.servers = ServerStates(self)
         self.closing = Closing(self, self._sniffer, self._connector)
         plain = PlainPath(self, self._sniffer, destinations, self._connector)

@@ -26,7 +26,7 @@ from pyforwarder.worker.generation import Generation
 from pyforwarder.worker.log import ConnectionLog, Log
 from pyforwarder.worker.udp.connection_ids import PART_BYTES, ConnectionIds
 from pyforwarder.worker.udp.server import DatagramServer
-from pyforwarder.worker.udp.sockets import adopt_datagram_socket
+from pyforwarder.worker.udp.sockets import datagram_socket_from_fd
 from tests.helpers.generations import settings_of
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class DatagramPlay:
         )
         self.state = self.generation.listeners["main"]
         fd = listener.detach()
-        sock = adopt_datagram_socket(fd, ipv6=False, wildcard=False)
+        sock = datagram_socket_from_fd(fd, ipv6=False, wildcard=False)
         self.server.listen("main", sock, self.state)
 
     def reload(self, config: str, *, bind: str = "") -> None:
@@ -103,7 +103,7 @@ class DatagramPlay:
         listener.bind((state.bind.host, state.bind.port))
         address: tuple[str, int] = listener.getsockname()
         wildcard = state.endpoint is None
-        sock = adopt_datagram_socket(listener.detach(), ipv6=False, wildcard=wildcard)
+        sock = datagram_socket_from_fd(listener.detach(), ipv6=False, wildcard=wildcard)
         self.server.listen(name, sock, state)
         return address
 

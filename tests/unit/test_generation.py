@@ -16,7 +16,7 @@ from pyforwarder.datapath.ebpf.abi import pack_endpoint
 from pyforwarder.errors import ConfigError
 from pyforwarder.runtime.counters import Directory
 from pyforwarder.runtime.limits import SharedLimits, shared_memory
-from pyforwarder.worker.generation import JOINED, Generation, counter_indexes, is_local
+from pyforwarder.worker.generation import FOREIGN_LISTENER, Generation, counter_indexes, is_local
 from pyforwarder.worker.settings import Settings, with_overrides
 from tests.helpers.generations import generation_of, settings_of
 
@@ -166,14 +166,14 @@ def test_rules_of_a_listener_are_those_of_the_file() -> None:
     assert decision.rule.index == 1
 
 
-def test_listener_for_joined_sockets_refuses_every_client() -> None:
-    joined = generation_of("").joined
-    decision = joined.ruleset.decide(
+def test_listener_for_foreign_sockets_refuses_every_client() -> None:
+    foreign = generation_of("").foreign_listener
+    decision = foreign.ruleset.decide(
         b"", client=None, local_port=0, end=End.OPEN, now_unix_s=None, state=None
     )
     assert isinstance(decision, Refuse)
     assert (decision.reason, decision.reset) == (CloseReason.REJECTED, True)
-    assert joined.name == JOINED.name.encode()
+    assert foreign.name == FOREIGN_LISTENER.name.encode()
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])

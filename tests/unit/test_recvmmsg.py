@@ -16,7 +16,7 @@ from pyforwarder.runtime.recvmmsg import MOST_AT_ONCE, Receiver, Room
 from pyforwarder.worker.udp.sockets import (
     ANCILLARY_BYTES,
     NAME_BYTES,
-    adopt_datagram_socket,
+    datagram_socket_from_fd,
     key_of,
     local_address_in,
     name_of,
@@ -32,7 +32,7 @@ def bound(host: str) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     sock.bind((host, 0))
     wildcard = host in ("0.0.0.0", "::")
-    adopted = adopt_datagram_socket(sock.detach(), ipv6=ipv6, wildcard=wildcard)
+    adopted = datagram_socket_from_fd(sock.detach(), ipv6=ipv6, wildcard=wildcard)
     adopted.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
     return adopted
 

@@ -31,7 +31,7 @@ _SCOPE: Final = struct.Struct("=I")
 Key = tuple[str, int, bytes, int]
 
 
-def adopt_datagram_socket(fd: int, *, ipv6: bool, wildcard: bool) -> socket.socket:
+def datagram_socket_from_fd(fd: int, *, ipv6: bool, wildcard: bool) -> socket.socket:
     """A bound UDP socket from its descriptor, which is the socket's from here on."""
     sock = socket.socket(socket.AF_INET6 if ipv6 else socket.AF_INET, socket.SOCK_DGRAM, 0, fd)
     os.set_blocking(fd, False)

@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.proof.rig import loopback_pair
 from pyforwarder.errors import ControlError
-from pyforwarder.worker.adopting import cookie_of
+from pyforwarder.worker.foreign_sockets import cookie_of
 from tests.helpers.instruction import instruction
 from tests.helpers.peers import reset
 from tests.helpers.stream_play import (
@@ -35,7 +35,7 @@ def test_sockets_of_another_program_are_joined(start: StartPlay) -> None:
     play.own(client)
     play.own(server)
     client.sendall(b"queued")
-    pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    pair_id = play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     assert play.read(server, 6) == b"queued"
     server.sendall(b"answer")
     assert play.read(client, 6) == b"answer"
@@ -56,7 +56,7 @@ def test_sockets_that_cannot_be_joined_are_closed_and_refused(start: StartPlay) 
             )
             first, second = accepted.detach(), other.detach()
             with pytest.raises(ControlError, match="cannot join"):
-                play.server.joining.join_sockets(first, second)
+                play.server.foreign_pairs.join_sockets(first, second)
             for fd in (first, second):
                 with pytest.raises(OSError, match="Bad file descriptor"):
                     os.fstat(fd)
@@ -70,7 +70,7 @@ def test_sockets_that_are_refused_are_what_they_were(start: StartPlay) -> None:
     kept = play.own(accepted.dup())
     kept.setblocking(True)
     with client, server, outgoing, pytest.raises(ControlError, match="not connected"):
-        play.server.joining.join_sockets(
+        play.server.foreign_pairs.join_sockets(
             accepted.detach(), socket.socket(socket.AF_INET, socket.SOCK_STREAM).detach()
         )
     assert kept.getblocking()
@@ -83,22 +83,22 @@ def test_socket_that_a_pair_has_is_not_joined_again(start: StartPlay) -> None:
     play.own(client)
     play.own(server)
     again = [play.own(end.dup()) for end in (accepted, outgoing)]
-    pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    pair_id = play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     for end in again:
         other, ours = loopback_pair()
         play.own(other)
         for fds in ((end.dup(), ours.dup()), (ours.dup(), end.dup())):
             with pytest.raises(ControlError, match=f"pair {pair_id} has that socket already"):
-                play.server.joining.join_sockets(*(fd.detach() for fd in fds))
+                play.server.foreign_pairs.join_sockets(*(fd.detach() for fd in fds))
         play.own(ours)
     client.sendall(b"whole")
     assert play.read(server, 5) == b"whole"
     # Once that pair has ended, nobody has them.
     cookies = [cookie_of(end) for end in again]
-    assert play.server.joining.pair_with(cookies) == pair_id
+    assert play.server.foreign_pairs.pair_with(cookies) == pair_id
     play.server.reset_all(CloseReason.FLUSHED)
-    assert play.server.joining.pair_with(cookies) is None
-    assert play.server.joining._adopted == {}
+    assert play.server.foreign_pairs.pair_with(cookies) is None
+    assert play.server.foreign_pairs._by_cookie == {}
 
 
 def test_socket_is_not_joined_to_itself(start: StartPlay) -> None:
@@ -106,7 +106,7 @@ def test_socket_is_not_joined_to_itself(start: StartPlay) -> None:
     client, accepted = loopback_pair()
     play.own(client)
     with pytest.raises(ControlError, match="the two are the same socket"):
-        play.server.joining.join_sockets(accepted.dup().detach(), accepted.detach())
+        play.server.foreign_pairs.join_sockets(accepted.dup().detach(), accepted.detach())
     assert play.server.clients == {}
 
 
@@ -115,12 +115,12 @@ def test_no_more_sockets_are_joined_than_there_may_be_pairs(start: StartPlay) ->
     client, accepted, outgoing, server = adopted_ends()
     for end in (client, server):
         play.own(end)
-    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     client, accepted, outgoing, server = adopted_ends()
     for end in (client, server):
         play.own(end)
     with pytest.raises(ControlError, match=r"limits.pairs: 1"):
-        play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+        play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
 
 
 def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
@@ -135,7 +135,7 @@ def test_mptcp_socket_is_copied_and_says_why(start: StartPlay) -> None:
         accepted, _ = listener.accept()
     outgoing, server = loopback_pair()
     play.own(server)
-    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     assert play.only_client().pair_reason is PairReason.NOT_PLAIN_TCP
     client.sendall(b"over many paths")
     assert play.read(server, 15) == b"over many paths"
@@ -149,7 +149,7 @@ def test_unix_socket_is_copied_and_says_why(start: StartPlay) -> None:
     outgoing, server = loopback_pair()
     play.own(client)
     play.own(server)
-    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     assert play.only_client().pair_reason is PairReason.UNIX_SOCKET
     client.sendall(b"local")
     assert play.read(server, 5) == b"local"
@@ -167,7 +167,7 @@ def test_descriptor_that_another_program_keeps_disturbs_nobody_later(
     play.own(client)
     play.own(server)
     number = accepted.fileno()
-    play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+    play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
     play.loop.run_once(0)
     # The next client waits to be accepted while the number becomes free.
     play.server.accepting.unlisten(play.listener)
@@ -196,11 +196,11 @@ def test_no_end_waits_for_another_process_that_has_the_sockets(
         client, accepted, outgoing, server = adopted_ends()
         if by == "program":
             play.lent += [os.dup(end.fileno()) for end in (accepted, outgoing)]
-        pair_id = play.server.joining.join_sockets(accepted.detach(), outgoing.detach())
+        pair_id = play.server.foreign_pairs.join_sockets(accepted.detach(), outgoing.detach())
         (pair,) = [one for one in play.server.clients.values() if one.id == pair_id]
         play.run_until(lambda: play.fake.joined or not more, "handover")
         if by == "supervisor":
-            pair.is_adopted = False
+            pair.is_foreign = False
             assert pair.server is not None
             for sock in (pair.client, pair.server):
                 play.server.enlarge(pair, sock, 1)

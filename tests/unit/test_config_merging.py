@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pyforwarder.config import Config, parse_config
-from pyforwarder.config.joining import check_shared, joined_text
+from pyforwarder.config.merging import check_shared, merged_text
 from pyforwarder.errors import ConfigError
 
 FLEET = "fleet: {endpoints: ['http://127.0.0.1:2379'], name: edge}\n"
@@ -21,7 +21,7 @@ SHARED = (
 
 
 def joined(own: str, shared: str, servers: dict[str, dict[str, int]] | None = None) -> Config:
-    text = joined_text(own, shared, servers or {}, own_source="own", shared_source="shared")
+    text = merged_text(own, shared, servers or {}, own_source="own", shared_source="shared")
     return parse_config(text, source="whole")
 
 

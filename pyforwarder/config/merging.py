@@ -55,7 +55,7 @@ def as_mapping(document: Node) -> dict[str, Any]:
     return plain if isinstance(plain, dict) else {}
 
 
-def joined_text(
+def merged_text(
     own: str,
     shared: str,
     servers: Mapping[str, Mapping[str, int]],

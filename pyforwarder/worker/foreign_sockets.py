@@ -1,4 +1,4 @@
-"""Taking over sockets that another program has connected, and may have used before."""
+"""Sockets that another program has connected, and may have used before, become ours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SO_PROTOCOL: Final = 38
 _TCP_ULP: Final = 31  # linux/tcp.h
 
 
-def adoptable(fd: int) -> _socket.socket:
+def foreign_socket(fd: int) -> _socket.socket:
     """The connected stream socket behind a descriptor, as it is: nothing about it has changed.
 
     Raises:

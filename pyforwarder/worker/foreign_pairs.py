@@ -14,14 +14,14 @@ from pyforwarder.errors import ControlError
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
 from pyforwarder.runtime.keepalive import keep_alive
 from pyforwarder.runtime.limits import Limit
-from pyforwarder.worker.adopting import (
-    adoptable,
+from pyforwarder.worker.client import Client, address_of
+from pyforwarder.worker.foreign_sockets import (
     cookie_of,
+    foreign_socket,
     read_so_far,
     set_up,
     written_so_far,
 )
-from pyforwarder.worker.client import Client, address_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from pyforwarder.worker.server import Server
 
 
-class Joining:
+class ForeignPairs:
     """The pairs of a worker whose sockets came from another program."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._loop = server.loop
         self._counters = server.counters
-        self._adopted: dict[int, Client] = {}  # by the cookies of both its sockets
+        self._by_cookie: dict[int, Client] = {}  # by the cookies of both its sockets
 
     def join_sockets(self, client_fd: int, server_fd: int) -> int:
         """Join two connected stream sockets of another program; the pair's id.
@@ -50,12 +50,12 @@ class Joining:
                 are what they were.
         """
         try:
-            client_socket = adoptable(client_fd)
+            client_socket = foreign_socket(client_fd)
         except OSError as error:
             os.close(server_fd)
             raise ControlError(f"cannot join: {error.strerror}") from error
         try:
-            server_socket = adoptable(server_fd)
+            server_socket = foreign_socket(server_fd)
         except OSError as error:
             client_socket.close()
             raise ControlError(f"cannot join: {error.strerror}") from error
@@ -73,18 +73,18 @@ class Joining:
             server_socket.close()
             words = error.strerror if isinstance(error, OSError) else error
             raise ControlError(f"cannot join: {words}") from error
-        state = self._server.generation.joined
+        listener = self._server.generation.foreign_listener
         counters = self._counters
-        client = Client(self._server, state, client_socket, client_fd, peer, self._loop.now_s)
+        client = Client(self._server, listener, client_socket, client_fd, peer, self._loop.now_s)
         client.id = self._server.next_id()
         client.attach_server(server_socket, server_fd)
         client.destination = destination or UnixAddress("/")
-        client.route = Route(state.ruleset.rules[0], client.destination, 0, None, False)
-        client.is_adopted = True
+        client.route = Route(listener.ruleset.rules[0], client.destination, 0, None, False)
+        client.is_foreign = True
         client.cookies = cookies
-        self._adopted.update(dict.fromkeys(cookies, client))
+        self._by_cookie.update(dict.fromkeys(cookies, client))
         counters[Counter.PAIRS_OPENED] += 1
-        counters[state.counter + ListenerCounter.ACCEPTED] += 1
+        counters[listener.counter + ListenerCounter.ACCEPTED] += 1
         self._server.take_in(client)
         for flow, source, target in (
             (client.up, client_socket, server_socket),
@@ -124,17 +124,17 @@ class Joining:
     def pair_with(self, cookies: Iterable[int]) -> int | None:
         """The id of the pair that was given one of these sockets by another program."""
         for cookie in cookies:
-            if (client := self._adopted.get(cookie)) is not None:
+            if (client := self._by_cookie.get(cookie)) is not None:
                 return client.id
         return None
 
     def know(self, client: Client, cookies: tuple[int, ...]) -> None:
         """Another program may have its sockets, which have these cookies."""
-        client.is_adopted = True
+        client.is_foreign = True
         client.cookies = cookies
-        self._adopted.update(dict.fromkeys(cookies, client))
+        self._by_cookie.update(dict.fromkeys(cookies, client))
 
     def forget(self, client: Client) -> None:
         """The pair has ended, or is another daemon's."""
         for cookie in client.cookies:
-            del self._adopted[cookie]
+            del self._by_cookie[cookie]
