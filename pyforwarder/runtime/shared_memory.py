@@ -26,7 +26,7 @@ _libc.mmap.argtypes = (
 )
 
 
-class _Place(NamedTuple):
+class _Block(NamedTuple):
     """Where a block is."""
 
     fd: int
@@ -37,9 +37,9 @@ class _Place(NamedTuple):
 class SharedBlocks:
     """Blocks of memory, one for each worker: a worker writes its own, and reads those of all."""
 
-    def __init__(self, block_bytes: int, places: Sequence[_Place], owned: Collection[int]) -> None:
+    def __init__(self, block_bytes: int, blocks: Sequence[_Block], owned: Collection[int]) -> None:
         self.block_bytes = block_bytes
-        self._places = places
+        self._blocks = blocks
         self._owned = owned
 
     @classmethod
@@ -67,10 +67,10 @@ class SharedBlocks:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size != block_bytes:
                 raise ValueError(f"no shared memory of {block_bytes} bytes")
-        places = [
-            _Place(fd, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), 0) for fd in fds
+        blocks = [
+            _Block(fd, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), 0) for fd in fds
         ]
-        return cls(block_bytes, places, [fd for place in places for fd in place[:2]])
+        return cls(block_bytes, blocks, [fd for block in blocks for fd in block[:2]])
 
     @classmethod
     def over(cls, fd: int, count: int, block_bytes: int) -> SharedBlocks:
@@ -79,28 +79,28 @@ class SharedBlocks:
         `block_bytes` are whole pages. What is mapped of it for reading stays so, and no mapping
         gets longer (bpf_map_mmap() in kernel/bpf/syscall.c, remap_vmalloc_range()).
         """
-        return cls(block_bytes, [_Place(fd, fd, n * block_bytes) for n in range(count)], ())
+        return cls(block_bytes, [_Block(fd, fd, n * block_bytes) for n in range(count)], ())
 
     @property
     def fds(self) -> list[int]:
         """Descriptors by which another process may have the same blocks; they stay ours."""
-        return [place.fd for place in self._places]
+        return [block.fd for block in self._blocks]
 
     def map(self, *, writable: Collection[int]) -> list[mmap.mmap]:
         """All blocks, those of these workers for writing; the caller closes them."""
         return [
             map_pages(
-                place.fd if worker in writable else place.read_fd,
+                block.fd if worker in writable else block.read_fd,
                 self.block_bytes,
                 mmap.PROT_READ | (mmap.PROT_WRITE if worker in writable else 0),
-                offset_bytes=place.offset_bytes,
+                offset_bytes=block.offset_bytes,
             )
-            for worker, place in enumerate(self._places)
+            for worker, block in enumerate(self._blocks)
         ]
 
     def map_all(self) -> list[mmap.mmap]:
         """All blocks, for writing."""
-        return self.map(writable=range(len(self._places)))
+        return self.map(writable=range(len(self._blocks)))
 
     def close(self) -> None:
         """Close the descriptors; what is mapped stays."""

@@ -141,13 +141,13 @@ class WorkerStarter:
             OSError: descriptors are short.
         """
         bound = self.served() if listening else {}
-        places: list[tuple[str, int]] = []
+        positions: list[tuple[str, int]] = []
         fds: list[int] = []
         for name, sockets in bound.items():
             for position, each in enumerate(sockets):
                 sock = each.socket_of(index)
                 if sock is not None:
-                    places.append((name, position))
+                    positions.append((name, position))
                     fds.append(sock.fileno())
         upstreams = self._in_force.config.upstreams.values()
         worker.may_be_transparent = any(upstream.transparent for upstream in upstreams)
@@ -157,7 +157,7 @@ class WorkerStarter:
             rest = max(0, len(fds) - MOST_SOCKETS)
             for first in range(0, rest, MOST_SOCKETS):
                 worker.ask("sockets", fds[first : min(first + MOST_SOCKETS, rest)])
-            worker.ask("settings", [text_fd, *fds[rest:]], listeners=places)
+            worker.ask("settings", [text_fd, *fds[rest:]], listeners=positions)
         finally:
             os.close(text_fd)
 

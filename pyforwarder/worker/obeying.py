@@ -159,10 +159,10 @@ class Worker:
         assert self._parts is not None  # settings are always the first message
         return self._parts
 
-    def _take_settings(self, places: list[tuple[str, int]], fds: list[int]) -> None:
+    def _take_settings(self, positions: list[tuple[str, int]], fds: list[int]) -> None:
         """A new configuration: the text in the first descriptor, then the listening sockets.
 
-        `places` says of each which listener's it is, and which one of that listener's.
+        `positions` says of each which listener's it is, and which one of that listener's.
         """
         text_fd = fds[0]
         listener_fds = [*self._given, *fds[1:]]
@@ -209,21 +209,21 @@ class Worker:
             sock.close()
         self._sockets = []
         udp = []
-        for (name, position), fd in zip(places, listener_fds, strict=True):
-            state = generation.addresses[name][position]
-            if state.config.protocol == "udp":
-                udp.append(self._listen_for_datagrams(fd, state))
+        for (name, position), fd in zip(positions, listener_fds, strict=True):
+            listener = generation.addresses[name][position]
+            if listener.config.protocol == "udp":
+                udp.append(self._listen_for_datagrams(fd, listener))
                 continue
             family = socket.AF_UNIX
-            if isinstance(state.bind, Address):
-                family = socket.AF_INET6 if state.bind.is_ipv6 else socket.AF_INET
+            if isinstance(listener.bind, Address):
+                family = socket.AF_INET6 if listener.bind.is_ipv6 else socket.AF_INET
             sock = _socket.socket(family, _socket.SOCK_STREAM, 0, fd)
             sock.setblocking(False)
             self._sockets.append(sock)
-            server.accepting.listen(sock, state)
+            server.accepting.listen(sock, listener)
         self._made.datagrams.listen_only_at(udp)
         self._made.datagrams.losses.servers_changed(generation.balancers)
-        if places:
+        if positions:
             self._made.adoption.take_in_sessions(self._made.datagrams)
 
     def _listen_for_datagrams(self, fd: int, listener: ListenerState) -> str:

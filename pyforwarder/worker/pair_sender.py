@@ -123,7 +123,7 @@ class PairSender:
                 self._splice.release(client)
                 self._server.closing.release(client)
         for session in self._datagrams.sessions():
-            if session.place is not None:
+            if session.in_kernel is not None:
                 # As long as we have its socket, no other of its addresses can be made.
                 self._datagrams.release(session)
 
@@ -152,7 +152,7 @@ class PairSender:
         """
         if not self._sessions_told:
             sessions = self._datagrams.sessions()[:BATCH]
-            self._send_facts([one for one in sessions if one.place is not None])
+            self._send_facts([one for one in sessions if one.in_kernel is not None])
             for session in sessions:
                 try:
                     self._send_session(session)
@@ -294,7 +294,7 @@ class PairSender:
             # It has no server yet, or does not fit: its client's next datagram begins another.
             server.end(session, CloseReason.SHUTDOWN)
             return
-        if session.place is not None:
+        if session.in_kernel is not None:
             # It goes on in the kernel, and the receiver gets it from its keeper.
             server.release(session)
             return

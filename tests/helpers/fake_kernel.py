@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.splice.sessions import Carried, Opening, Place
+from pyforwarder.datapath.splice.sessions import Carried, KernelSession, PendingSession
 
 
 class FakeKernel:
@@ -24,65 +24,67 @@ class FakeKernel:
         self.closed: list[int] = []  # how many at a time
         self.defer: Callable[[Callable[[Any], None], Any], None] = lambda act, of: act(of)
         self.is_slow = False  # it says nothing of itself
-        self.asked: list[Opening] = []  # and of these nothing was said yet
+        self.asked: list[PendingSession] = []  # and of these nothing was said yet
         self.abandoned = 0
         self.uncounted: list[Callable[[], None]] = []
 
-    def open(self, **words: Any) -> Opening | PairReason:
-        """A session is to have a place."""
+    def open(self, **words: Any) -> PendingSession | PairReason:
+        """A session is to be carried by the kernel."""
         then = words.pop("then")
         self.opened.append(words)
         if self.answer is PairReason.NO_KEEPER:
             return self.answer
-        opening = Opening(words["session_id"], words["slot"], then)
+        pending = PendingSession(words["session_id"], words["slot"], then)
         if self.is_slow:
-            self.asked.append(opening)
+            self.asked.append(pending)
         else:
-            self.defer(self.say, opening)
-        return opening
+            self.defer(self.say, pending)
+        return pending
 
-    def say(self, opening: Opening) -> None:
+    def say(self, pending: PendingSession) -> None:
         """The keeper has done what it was asked."""
-        place = Place(0, opening.id, opening.slot)
-        if opening.then is not None:
-            opening.then(self.answer if self.answer is not None else place)
+        session = KernelSession(0, pending.id, pending.slot)
+        if pending.then is not None:
+            pending.then(self.answer if self.answer is not None else session)
 
-    def abandon(self, opening: Opening) -> None:
+    def abandon(self, pending: PendingSession) -> None:
         """Nobody waits for it any more."""
-        opening.then = None
+        pending.then = None
         self.abandoned += 1
 
-    def is_latched(self, _place: Place, direction: int) -> bool:
+    def is_latched(self, _session: KernelSession, direction: int) -> bool:
         """Whether the direction is the kernel's."""
         return self.latched[direction]
 
-    def passed(self, _place: Place, direction: int) -> int:
+    def passed(self, _session: KernelSession, direction: int) -> int:
         """How many datagrams went to our sockets."""
         return self.counted[direction]
 
-    def caught_up(self, place: Place, direction: int, passed: int) -> None:
+    def caught_up(self, session: KernelSession, direction: int, passed: int) -> None:
         """So many of them were copied."""
         self.told.append((direction, passed))
-        place.behind_s[direction] = 0.0
+        session.behind_s[direction] = 0.0
 
-    def latch_now(self, _place: Place) -> None:
+    def latch_now(self, _session: KernelSession) -> None:
         """At once."""
         self.is_told_now = True
 
-    def last_s(self, _place: Place, direction: int) -> float:
+    def last_s(self, _session: KernelSession, direction: int) -> float:
         """When a datagram last moved."""
         return self.last[direction]
 
-    def carried(self, _place: Place, direction: int) -> tuple[int, int]:
+    def carried(self, _session: KernelSession, direction: int) -> tuple[int, int]:
         """Bytes and datagrams that were sent on."""
         return self.sent_on[direction]
 
-    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
+    def close(
+        self, sessions: Sequence[KernelSession], then: Callable[[list[Carried]], None]
+    ) -> None:
         """What they have carried is told."""
-        self.closed.append(len(places))
+        self.closed.append(len(sessions))
 
         def say() -> None:
-            then([(self.sent_on[0], self.sent_on[1]) for _ in places])
+            then([(self.sent_on[0], self.sent_on[1]) for _ in sessions])
 
         if self.is_slow:
             self.uncounted.append(say)

@@ -136,7 +136,7 @@ def test_sessions_of_the_kernel_are_free_to_be_adopted_once_the_other_is_gone(
     """As long as their old sockets are there nobody can make such as they were."""
     listening, address = servers()
     old = start(to(address))
-    copied, spliced = SimpleNamespace(place=None), SimpleNamespace(place=object())
+    copied, spliced = SimpleNamespace(in_kernel=None), SimpleNamespace(in_kernel=object())
     datagrams: Any = Datagrams(copied, spliced)
     theirs, ours = Channel.pair()
     ours.close()

@@ -189,7 +189,7 @@ def test_the_line_of_a_session_that_was_taken_over_says_its_upstream(
 def test_a_session_of_the_kernel_is_told_of_before_it_is_let_go(succession: Succession) -> None:
     succession.client(times=2)
     (session,) = succession.old.server.sessions()
-    session.place = object()  # type: ignore[assignment]
+    session.in_kernel = object()  # type: ignore[assignment]
     wanted = session_facts(session)
     sent: list[dict[str, Any]] = []
     to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))

@@ -10,7 +10,12 @@ import pytest
 
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import PairRecord
-from pyforwarder.datapath.splice.sessions import Carried, Place, SessionOrphan, SpliceSessions
+from pyforwarder.datapath.splice.sessions import (
+    Carried,
+    KernelSession,
+    SessionOrphan,
+    SpliceSessions,
+)
 from pyforwarder.runtime.counters import Counter, ListenerCounter, ServerCounter
 from pyforwarder.worker.moving_facts import SessionFacts
 from pyforwarder.worker.udp.eviction import Assurance
@@ -25,25 +30,27 @@ class Keeping(FakeKernel):
     def __init__(self) -> None:
         super().__init__()
         self.taken: list[int] = []
-        self.closed_places: list[int] = []
+        self.closed_sessions: list[int] = []
         self.lose: Callable[[], None] = lambda: None
         self.carried_in_the_end: Carried = (0, 0), (0, 0)
 
     def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
-    ) -> Place:
+    ) -> KernelSession:
         assert idle_s == 120.0
         self.taken.append(orphan.index)
         self.lose = lost
-        return Place(orphan.index, orphan.id, slot)
+        return KernelSession(orphan.index, orphan.id, slot)
 
-    def close(self, places: Sequence[Place], then: Callable[[list[Carried]], None]) -> None:
-        self.closed_places += [place.index for place in places]
-        then([self.carried_in_the_end for _ in places])
+    def close(
+        self, sessions: Sequence[KernelSession], then: Callable[[list[Carried]], None]
+    ) -> None:
+        self.closed_sessions += [session.index for session in sessions]
+        then([self.carried_in_the_end for _ in sessions])
 
     def forget(self, index: int, session_id: int) -> None:
         assert session_id == 100 + index
-        self.closed_places.append(index)
+        self.closed_sessions.append(index)
 
 
 class Adopting:
@@ -100,7 +107,7 @@ def test_a_session_of_an_upstream_is_counted_for_its_server_until_it_ends(
     assert (server.pairs, server.held.total(), play.counters[at]) == (1, 1, 1)
     assert play.server.flush_ids(None) == [101]
     assert (server.pairs, server.held.total(), play.counters[at]) == (0, 0, 0)
-    assert adopting.kernel.closed_places == [1]
+    assert adopting.kernel.closed_sessions == [1]
 
 
 def test_a_session_that_the_keeper_does_not_know_any_more_ends(adopting: Adopting) -> None:
@@ -108,7 +115,7 @@ def test_a_session_that_the_keeper_does_not_know_any_more_ends(adopting: Adoptin
     assert play.server.adoption.take_in([adopting.orphan(play.client())]) == 1
     adopting.kernel.lose()
     assert play.closed(CloseReason.INTERNAL) == 1
-    assert adopting.kernel.closed_places == [1]
+    assert adopting.kernel.closed_sessions == [1]
 
 
 def test_datagrams_that_wait_are_looked_at_once_every_session_is_taken_in(
@@ -137,7 +144,7 @@ def test_a_session_that_is_there_already_is_not_taken_in_again(
     orphans = [adopting.orphan(client, 1), adopting.orphan(other, 2 if again == "client" else 1)]
     assert play.server.adoption.take_in(orphans) == 1
     assert adopting.kernel.taken == [1]
-    assert len(adopting.kernel.closed_places) == 1
+    assert len(adopting.kernel.closed_sessions) == 1
     assert play.server.flush_ids(None) == [101]
 
 
@@ -156,7 +163,7 @@ def test_a_session_that_its_rule_would_not_lead_there_any_more_ends(
     adopting = Adopting(rules)
     play = adopting.play
     assert play.server.adoption.take_in([adopting.orphan(play.client())]) == 0
-    assert (adopting.kernel.taken, adopting.kernel.closed_places) == ([], [1])
+    assert (adopting.kernel.taken, adopting.kernel.closed_sessions) == ([], [1])
     assert play.closed(reason) == 1
     (line,) = play.said()
     assert (line["id"], line["reason"]) == (101, reason.value)
@@ -176,7 +183,7 @@ def test_a_session_whose_server_has_left_its_upstream_ends(adopting: Adopting) -
     orphan = adopting.orphan(play.client(), server=("127.0.0.1", 9))
     assert play.server.adoption.take_in([orphan]) == 0
     assert play.closed(CloseReason.UNREACHABLE) == 1
-    assert adopting.kernel.closed_places == [1]
+    assert adopting.kernel.closed_sessions == [1]
 
 
 def test_a_session_that_nobody_goes_on_with_is_counted_and_logged_without_a_listener(
@@ -192,7 +199,7 @@ def test_a_session_that_nobody_goes_on_with_is_counted_and_logged_without_a_list
     adopting.kernel.carried_in_the_end = ((100, 3), (1000, 4))
     play.server.listen_only_at(())
     play.server.adoption.end([orphan], play.generation, CloseReason.SHUTDOWN)
-    assert (adopting.kernel.taken, adopting.kernel.closed_places) == ([], [1])
+    assert (adopting.kernel.taken, adopting.kernel.closed_sessions) == ([], [1])
     assert orphan.server.fileno() == -1
     assert play.closed(CloseReason.SHUTDOWN) == 1
     assert play.counters[Counter.OPEN] == 0

@@ -190,7 +190,7 @@ def handed_over(played: Played) -> tuple[str, int]:
     played.down(source)
     played.up()
     played.play.settle()
-    assert played.session.place is not None
+    assert played.session.in_kernel is not None
     return source
 
 
@@ -233,9 +233,9 @@ def test_what_was_overtaken_is_counted(played: Played) -> None:
 
 def test_without_a_quiet_moment_the_kernel_need_not_wait(played: Played) -> None:
     source = handed_over(played)
-    place = played.session.place
-    assert place is not None
-    place.behind_s[0] = played.play.loop.now_s
+    session = played.session.in_kernel
+    assert session is not None
+    session.behind_s[0] = played.play.loop.now_s
     played.play.pass_time(0.05)
     played.play.server.handover.copied(played.session, 0)
     assert not played.kernel.is_told_now
@@ -288,14 +288,14 @@ def test_a_session_is_copied_while_the_keeper_is_asked_and_it_is_asked_once(
         played.up()
         played.down(source)
     assert len(played.kernel.opened) == 1
-    assert played.session.place is None
+    assert played.session.in_kernel is None
     played.kernel.counted = [2, 50]
-    (opening,) = played.kernel.asked
-    played.kernel.say(opening)
-    place = played.session.place
-    assert place is not None
+    (pending,) = played.kernel.asked
+    played.kernel.say(pending)
+    session = played.session.in_kernel
+    assert session is not None
     # Of what it has passed to us, so many have gone on already.
-    assert place.copied == [2, 3]
+    assert session.copied == [2, 3]
     assert played.play.counters[Counter.JOINED_SPLICE] == 1
 
 
@@ -368,7 +368,7 @@ def test_many_sessions_do_not_end_in_one_turn_and_others_are_served_meanwhile(
         played.down(source, client)
         played.up(client)
     play.settle()
-    spliced = sum(session.place is not None for session in server.by_id.values())
+    spliced = sum(session.in_kernel is not None for session in server.by_id.values())
     assert spliced > 2 * ENDS_AT_ONCE  # the others have no slot
     found = server.flush_ids(None)
     assert len(found) == len(clients)

@@ -18,8 +18,8 @@ from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.splice.session_abi import SESSION_BYTES, SessionRecord, SessionState
 from pyforwarder.datapath.splice.sessions import (
     Carried,
-    Opening,
-    Place,
+    KernelSession,
+    PendingSession,
     SessionOrphan,
     SpliceSessions,
 )
@@ -53,7 +53,7 @@ class Stage:
         made._abandoned = 0
         made._uncounted = {}
         self.sessions: SpliceSessions = made
-        self.heard: list[Place | PairReason] = []
+        self.heard: list[KernelSession | PairReason] = []
         self.counted: list[list[Carried]] = []
         self.now_s = 1e6
 
@@ -67,7 +67,7 @@ class Stage:
         at = index * SESSION_BYTES
         self.memory[at : at + SESSION_BYTES] = bytes(record)
 
-    def open(self) -> Opening | PairReason:
+    def open(self) -> PendingSession | PairReason:
         sock: Any = SimpleNamespace(fileno=lambda: 9)
         self.now_s += 1e9
         return self.sessions.open(
@@ -82,7 +82,7 @@ class Stage:
             then=self.heard.append,
         )
 
-    def close(self, *places: Place) -> None:
+    def close(self, *places: KernelSession) -> None:
         self.sessions.close(places, self.counted.append)
 
     def pass_time(self) -> None:
@@ -111,14 +111,14 @@ PLACE: Final = {"places": [[INDEX, NUMBER]]}
 
 
 def test_a_session_has_a_place_when_the_keeper_says_so(stage: Stage) -> None:
-    assert isinstance(stage.open(), Opening)
+    assert isinstance(stage.open(), PendingSession)
     do, fields = stage.asker.take()
     assert (do, fields["id"], fields["slot"]) == ("open_session", NUMBER, 100 + SLOT)
     assert stage.heard == []
     stage.asker.answer(index=INDEX)
-    (place,) = stage.heard
-    assert isinstance(place, Place)
-    assert (place.index, place.id, place.slot) == (INDEX, NUMBER, SLOT)
+    (session,) = stage.heard
+    assert isinstance(session, KernelSession)
+    assert (session.index, session.id, session.slot) == (INDEX, NUMBER, SLOT)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,9 @@ def test_the_record_says_whether_a_keeper_that_died_has_begun_it(stage: Stage) -
     stage.open()
     stage.write(INDEX, SessionState.ACTIVE)
     stage.asker.lose()
-    (place,) = stage.heard
-    assert isinstance(place, Place)
-    assert place.index == INDEX
+    (session,) = stage.heard
+    assert isinstance(session, KernelSession)
+    assert session.index == INDEX
 
 
 @pytest.mark.parametrize("state", [SessionState.PREPARED, SessionState.FREE])
@@ -166,7 +166,7 @@ def test_one_that_ends_before_it_is_known_to_have_begun_ends_there_too(
 ) -> None:
     """And as long as the kernel may have its addresses, no other session is begun."""
     opening = stage.open()
-    assert isinstance(opening, Opening)
+    assert isinstance(opening, PendingSession)
     for _ in range(2):
         stage.sessions.abandon(opening)
     assert stage.open() is PairReason.NO_KEEPER
@@ -179,7 +179,7 @@ def test_one_that_ends_before_it_is_known_to_have_begun_ends_there_too(
     assert stage.asker.take() == ("close_sessions", PLACE)
     stage.asker.lose()
     assert stage.asker.take() == ("close_sessions", PLACE)
-    assert isinstance(stage.open(), Opening)  # behind it
+    assert isinstance(stage.open(), PendingSession)  # behind it
     stage.asker.answer()
     stage.asker.answer(index=INDEX)
     assert len(stage.heard) == 1
@@ -191,7 +191,7 @@ def test_one_that_ends_before_it_is_known_to_have_begun_ends_there_too(
 def test_the_keeper_has_the_last_word_of_what_was_carried(stage: Stage) -> None:
     stage.write(INDEX, SessionState.ACTIVE, sent=1)
     stage.write(INDEX + 1, SessionState.ACTIVE, number=NUMBER + 1, sent=2)
-    stage.close(Place(INDEX, NUMBER, SLOT), Place(INDEX + 1, NUMBER + 1, SLOT))
+    stage.close(KernelSession(INDEX, NUMBER, SLOT), KernelSession(INDEX + 1, NUMBER + 1, SLOT))
     assert stage.counted == []
     stage.asker.answer(carried=[[[700, 7], [800, 8]], None])
     assert stage.counted == [[((700, 7), (800, 8)), ((200, 2), (200, 2))]]
@@ -201,7 +201,7 @@ def test_the_keeper_has_the_last_word_of_what_was_carried(stage: Stage) -> None:
 
 def test_records_say_what_was_carried_if_the_keeper_does_not_in_time(stage: Stage) -> None:
     stage.write(INDEX, SessionState.ACTIVE, sent=1)
-    stage.close(Place(INDEX, NUMBER, SLOT))
+    stage.close(KernelSession(INDEX, NUMBER, SLOT))
     stage.write(INDEX, SessionState.ACTIVE, sent=3)  # it is still there
     stage.pass_time()
     assert stage.counted == [[((300, 3), (300, 3))]]
@@ -213,7 +213,7 @@ def test_an_end_that_is_lost_is_asked_for_again_and_another_s_record_is_not_coun
     stage: Stage,
 ) -> None:
     stage.write(INDEX, SessionState.ACTIVE, sent=1)
-    stage.close(Place(INDEX, NUMBER, SLOT))
+    stage.close(KernelSession(INDEX, NUMBER, SLOT))
     for _ in range(2):
         stage.asker.lose()
         assert stage.asker.take() == ("close_sessions", PLACE)
@@ -226,7 +226,7 @@ def test_an_end_that_is_lost_is_asked_for_again_and_another_s_record_is_not_coun
 def test_a_worker_that_ends_counts_what_it_knows(stage: Stage) -> None:
     stage.write(INDEX, SessionState.ACTIVE, sent=2)
     for _ in range(3):
-        stage.close(Place(INDEX, NUMBER, SLOT))
+        stage.close(KernelSession(INDEX, NUMBER, SLOT))
     stage.sessions.count_now()
     assert stage.counted == 3 * [[((200, 2), (200, 2))]]
     for _ in range(3):
@@ -239,8 +239,8 @@ def test_a_fault_over_a_count_costs_no_other(stage: Stage) -> None:
         raise RuntimeError("ours")
 
     for _ in range(2):
-        stage.sessions.close([Place(INDEX, NUMBER, SLOT)], fails)
-    stage.close(Place(INDEX, NUMBER, SLOT))
+        stage.sessions.close([KernelSession(INDEX, NUMBER, SLOT)], fails)
+    stage.close(KernelSession(INDEX, NUMBER, SLOT))
     stage.asker.answer(carried=[None])
     stage.pass_time()
     assert len(stage.counted) == 1
@@ -252,7 +252,7 @@ def test_a_fault_over_a_count_costs_no_other(stage: Stage) -> None:
 
 def test_without_a_keeper_for_ever_nobody_waits_for_a_count(stage: Stage) -> None:
     stage.asker.is_over = True
-    stage.close(Place(INDEX, NUMBER, SLOT))
+    stage.close(KernelSession(INDEX, NUMBER, SLOT))
     assert stage.counted == [[((0, 0), (0, 0))]]
     stage.asker.asked.clear()
 
@@ -265,8 +265,8 @@ def go_on(stage: Stage) -> list[int]:
     sock: Any = None
     orphan = SessionOrphan(INDEX, NUMBER, sock, ("192.0.2.1", 5), ("192.0.2.2", 6), None)
     stage.write(INDEX, SessionState.ACTIVE, sent=1)
-    place = stage.sessions.resume(orphan, SLOT, 60.0, lambda: lost.append(1))
-    assert (place.index, place.id, place.slot) == (INDEX, NUMBER, SLOT)
+    session = stage.sessions.resume(orphan, SLOT, 60.0, lambda: lost.append(1))
+    assert (session.index, session.id, session.slot) == (INDEX, NUMBER, SLOT)
     assert stage.word(table.REDIRECTED[0]) == 100
     return lost
 
@@ -315,9 +315,9 @@ def test_a_session_that_cannot_be_taken_in_is_let_go_of_and_the_next_one_adopted
 
     stage.sessions.adopt(take, lambda: done.append(True))
     fds = [os.open(os.devnull, os.O_RDONLY)] if comes else []
-    place = {"index": INDEX, "id": NUMBER, "record": ""}
+    session = {"index": INDEX, "id": NUMBER, "record": ""}
     ends = {"client": "192.0.2.1", "client_port": 5, "local": "192.0.2.2", "local_port": 6}
-    stage.asker.asked.pop(0)[2].then({"n": 1, **place, **ends}, fds)
+    stage.asker.asked.pop(0)[2].then({"n": 1, **session, **ends}, fds)
     for fd in fds:
         os.close(fd)
     assert [(do, fields) for do, fields, _ in stage.asker.asked] == [

@@ -17,7 +17,7 @@ from pyforwarder.runtime.slowness import scaled_s
 if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
-    from pyforwarder.datapath.splice.sessions import Carried, Place, SpliceSessions
+    from pyforwarder.datapath.splice.sessions import Carried, KernelSession, SpliceSessions
 
 HOSTS: Final = {"IPv4": "127.0.0.1", "IPv6": "::1"}
 # What a datagram may have at least, at most, and around a packet of Ethernet. One that is longer
@@ -113,7 +113,7 @@ class SessionRig:
         """Copied first, handed over, and then all by the kernel; the counts are exact."""
         self.up(b"first")
         self.down(b"answer")
-        opened: list[Place | PairReason] = []
+        opened: list[KernelSession | PairReason] = []
         opening = self._kernel.open(
             session_id=1 << 32 | self._slot,
             slot=self._slot,
@@ -128,18 +128,18 @@ class SessionRig:
         if isinstance(opening, PairReason):
             raise RigError(opening.text)
         self._keeper.finish(scaled_s(_TIMEOUT_S))
-        place = opened[0] if opened else PairReason.NO_KEEPER
-        if isinstance(place, PairReason):
-            raise RigError(place.text)
+        session = opened[0] if opened else PairReason.NO_KEEPER
+        if isinstance(session, PairReason):
+            raise RigError(session.text)
         for _ in range(2):
             for direction in Direction:
                 # Nothing is left in our queues: `_expect` has seen to it.
-                passed = self._kernel.passed(place, direction)
-                self._kernel.caught_up(place, direction, passed)
+                passed = self._kernel.passed(session, direction)
+                self._kernel.caught_up(session, direction, passed)
             self.up(b"second")
             self.down(b"another")
         self.copied = self.copied_bytes = 0
-        before = [self._kernel.carried(place, direction) for direction in Direction]
+        before = [self._kernel.carried(session, direction) for direction in Direction]
         total = 0
         for size in SIZES:
             data = bytes(n * 7 & 0xFF for n in range(256)) * (size // 256 + 1)
@@ -157,7 +157,7 @@ class SessionRig:
             total, sent = total + 2 * len(b"no checksum"), sent + 2
         counted = [self.copied_bytes, self.copied]
         ended: list[Carried] = []
-        self._kernel.close([place], ended.extend)
+        self._kernel.close([session], ended.extend)
         self._keeper.finish(scaled_s(_TIMEOUT_S))
         if not ended:
             raise RigError(PairReason.NO_KEEPER.text)

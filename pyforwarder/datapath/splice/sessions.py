@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.session_maps import SessionMaps
     from pyforwarder.runtime.loop import Loop
 
-# Called with the outcome: the session's place, or why it has none.
-Opened: TypeAlias = "Callable[[Place | PairReason], None]"
+# Called with the outcome: the session in the kernel, or why there is none.
+Opened: TypeAlias = "Callable[[KernelSession | PairReason], None]"
 Counted: TypeAlias = "Callable[[list[Carried]], None]"
 # How many were copied is unknown: the program's count never has this value.
 _UNKNOWN: Final = (1 << 64) - 1
@@ -63,8 +63,8 @@ _COUNT_S: Final = 1.0
 Carried = tuple[tuple[int, int], tuple[int, int]]
 
 
-class Place:
-    """A session's place among those of the kernel."""
+class KernelSession:
+    """A session that the kernel's programs carry."""
 
     __slots__ = ("behind_s", "copied", "id", "index", "slot")
 
@@ -77,7 +77,7 @@ class Place:
         self.behind_s = [0.0, 0.0]
 
 
-class Opening:
+class PendingSession:
     """A session while the keeper is asked to begin it."""
 
     __slots__ = ("id", "slot", "then")
@@ -91,18 +91,18 @@ class Opening:
 class _Ending(Timed):
     """Sessions that the keeper is asked to end, until their final counts are known."""
 
-    __slots__ = ("_overdue", "carried", "places", "then")
+    __slots__ = ("_overdue", "carried", "sessions", "then")
 
     def __init__(
         self,
-        places: Sequence[Place],
+        sessions: Sequence[KernelSession],
         carried: list[Carried],
         then: Counted,
         overdue: Callable[[_Ending], None],
     ) -> None:
         Timed.__init__(self)
         self._overdue = overdue
-        self.places = places
+        self.sessions = sessions
         self.carried = carried  # counts when they ended here
         self.then: Counted | None = then  # None: it was called
 
@@ -169,8 +169,8 @@ class SpliceSessions:
         idle_s: float,
         now_s: float,
         then: Opened,
-    ) -> Opening | PairReason:
-        """Ask the keeper to begin a session; `then` is called with its place, or why it has none.
+    ) -> PendingSession | PairReason:
+        """Ask the keeper to begin a session; `then` is called with it, or why there is none.
 
         Returns why it is not even asked, or None. After `idle_s` of silence the session is over; if
         no process ends it, it expires by itself. `local` is the local address that the client uses;
@@ -200,95 +200,99 @@ class SpliceSessions:
         if asked is None:
             self._keeper_from_s = now_s + _KEEPER_PAUSE_S
             return PairReason.NO_KEEPER
-        opening = Opening(session_id, slot, then)
-        asked.then = partial(self._opened, opening)
-        return opening
+        pending = PendingSession(session_id, slot, then)
+        asked.then = partial(self._opened, pending)
+        return pending
 
-    def abandon(self, opening: Opening) -> None:
+    def abandon(self, pending: PendingSession) -> None:
         """The session has ended: if the keeper has begun it, it is ended there, too."""
-        if opening.then is not None:
-            opening.then = None
+        if pending.then is not None:
+            pending.then = None
             self._abandoned += 1
 
-    def _opened(self, opening: Opening, answer: dict[str, Any] | None, _fds: list[int]) -> None:
-        index = self._look_up(opening) if answer is None else answer.get("index", -1)
-        then = opening.then
+    def _opened(
+        self, pending: PendingSession, answer: dict[str, Any] | None, _fds: list[int]
+    ) -> None:
+        index = self._look_up(pending) if answer is None else answer.get("index", -1)
+        then = pending.then
         if then is None:
             self._abandoned -= 1
             if index >= 0:
-                self.forget(index, opening.id)
+                self.forget(index, pending.id)
             return
-        opening.then = None
+        pending.then = None
         if index >= 0:
-            then(Place(index, opening.id, opening.slot))
+            then(KernelSession(index, pending.id, pending.slot))
         elif answer is None or "late" in answer:
             self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
             then(PairReason.NO_KEEPER)
         else:
             then(PairReason(answer.get("refused", PairReason.REFUSED_BY_KERNEL)))
 
-    def _look_up(self, opening: Opening) -> int:
+    def _look_up(self, pending: PendingSession) -> int:
         """Its index if a keeper has begun it, and died after that; else -1: no keeper will begin
         it.
         """
-        slot = self._window.first_slot + opening.slot
+        slot = self._window.first_slot + pending.slot
         for index in used_indexes(self._memory):
             found = record_of(self._memory, index)
-            if (found.id, found.slot) == (opening.id, slot):
+            if (found.id, found.slot) == (pending.id, slot):
                 return index if found.state == SessionState.ACTIVE else -1
         return -1
 
     # What the programs have stored
 
-    def is_latched(self, place: Place, direction: int) -> bool:
+    def is_latched(self, session: KernelSession, direction: int) -> bool:
         """Whether the kernel forwards this direction by itself."""
-        at = place.index * SESSION_BYTES + _LATCHED[direction]
+        at = session.index * SESSION_BYTES + _LATCHED[direction]
         return bool(_U32.unpack_from(self._memory, at)[0])
 
-    def passed(self, place: Place, direction: int) -> int:
+    def passed(self, session: KernelSession, direction: int) -> int:
         """How many datagrams were passed to our socket before the direction was latched."""
-        at = place.index * SESSION_BYTES + _PASSED[direction]
+        at = session.index * SESSION_BYTES + _PASSED[direction]
         return int(_U64.unpack_from(self._memory, at)[0])
 
-    def carried(self, place: Place, direction: int) -> tuple[int, int]:
+    def carried(self, session: KernelSession, direction: int) -> tuple[int, int]:
         """Bytes and datagrams that the kernel has forwarded."""
-        at = place.index * SESSION_BYTES + _CARRIED[direction]
+        at = session.index * SESSION_BYTES + _CARRIED[direction]
         carried_bytes, packets = _TWO_U64.unpack_from(self._memory, at)
         return carried_bytes, packets
 
-    def last_s(self, place: Place, direction: int) -> float:
+    def last_s(self, session: KernelSession, direction: int) -> float:
         """When the kernel forwarded the last datagram, up to a second late (monotonic clock)."""
-        at = place.index * SESSION_BYTES + _LAST_NS[direction]
+        at = session.index * SESSION_BYTES + _LAST_NS[direction]
         return float(_U64.unpack_from(self._memory, at)[0]) / 1e9
 
     # What the worker stores for the programs
 
-    def caught_up(self, place: Place, direction: int, passed: int) -> None:
+    def caught_up(self, session: KernelSession, direction: int, passed: int) -> None:
         """All datagrams that were passed to our socket by the time of `passed` were copied."""
-        at = place.slot * self._window.WORDS64
+        at = session.slot * self._window.WORDS64
         self._window.words64[at + table.CONSUMED[direction]] = passed
         # The keeper unlatches the direction when its route changes.
-        self._window.words32[place.slot * self._window.WORDS32 + table.ARMED[direction]] = 0
-        place.copied[direction] = max(place.copied[direction], passed)
-        place.behind_s[direction] = 0.0
+        self._window.words32[session.slot * self._window.WORDS32 + table.ARMED[direction]] = 0
+        session.copied[direction] = max(session.copied[direction], passed)
+        session.behind_s[direction] = 0.0
 
-    def latch_now(self, place: Place) -> None:
+    def latch_now(self, session: KernelSession) -> None:
         """The queue is never empty: let the program latch; datagrams in our sockets may be
         overtaken.
         """
-        at = place.slot * self._window.WORDS32
+        at = session.slot * self._window.WORDS32
         for direction in Direction:
             self._window.words32[at + table.ARMED[direction]] = NOW
 
     # The end
 
-    def close(self, places: Sequence[Place], then: Counted) -> None:
+    def close(self, sessions: Sequence[KernelSession], then: Counted) -> None:
         """End sessions; `then` is called, once, with what the kernel has forwarded of each.
 
         There are MOST_CLOSED_AT_ONCE of them at most. The counts are the keeper's; after a second
         without its answer, those of the records.
         """
-        ending = _Ending(places, [self._carried(place) for place in places], then, self._count)
+        ending = _Ending(
+            sessions, [self._carried(session) for session in sessions], then, self._count
+        )
         self._uncounted[ending] = None
         self._end(ending)
         if self._keeper.is_over:
@@ -308,16 +312,16 @@ class SpliceSessions:
                     ending.carried[number] = (up[0], up[1]), (down[0], down[1])
             self._report_end(ending)
 
-        places = [[place.index, place.id] for place in ending.places]
+        places = [[session.index, session.id] for session in ending.sessions]
         self._keeper.ask("close_sessions", answered, places=places)
 
     def _count(self, ending: _Ending) -> None:
         """The keeper has not answered: take the counts of the records, if they are still the
         sessions'.
         """
-        for number, place in enumerate(ending.places):
-            if record_of(self._memory, place.index).id == place.id:
-                ending.carried[number] = self._carried(place)
+        for number, session in enumerate(ending.sessions):
+            if record_of(self._memory, session.index).id == session.id:
+                ending.carried[number] = self._carried(session)
         self._report_end(ending)
 
     def _report_end(self, ending: _Ending) -> None:
@@ -331,8 +335,8 @@ class SpliceSessions:
         except Exception as error:
             self._loop.on_error(then, error)
 
-    def _carried(self, place: Place) -> Carried:
-        return self.carried(place, Direction.UP), self.carried(place, Direction.DOWN)
+    def _carried(self, session: KernelSession) -> Carried:
+        return self.carried(session, Direction.UP), self.carried(session, Direction.DOWN)
 
     def count_now(self) -> None:
         """Wait for no final counts any more: take those of the records."""
@@ -370,50 +374,52 @@ class SpliceSessions:
 
     def resume(
         self, orphan: SessionOrphan, slot: int, idle_s: float, lost: Callable[[], None]
-    ) -> Place:
+    ) -> KernelSession:
         """Continue an orphan as this session, whose slot has its id.
 
         After `idle_s` of silence it is over, as in `open`. `lost` is called if the keeper does not
         know it any more.
         """
-        place = Place(orphan.index, orphan.id, slot)
+        session = KernelSession(orphan.index, orphan.id, slot)
         at = slot * self._window.WORDS64
         for direction in Direction:
             self._window.words64[at + table.CONSUMED[direction]] = _UNKNOWN
-        self._show(place)
-        self._confirm_adoption(place, idle_s, lost)
-        return place
+        self._show(session)
+        self._confirm_adoption(session, idle_s, lost)
+        return session
 
-    def _confirm_adoption(self, place: Place, idle_s: float, lost: Callable[[], None]) -> None:
+    def _confirm_adoption(
+        self, session: KernelSession, idle_s: float, lost: Callable[[], None]
+    ) -> None:
         def answered(answer: dict[str, Any] | None, _fds: list[int]) -> None:
-            if self._window.words64[place.slot * self._window.WORDS64 + table.ID] != place.id:
+            if self._window.words64[session.slot * self._window.WORDS64 + table.ID] != session.id:
                 return  # it has ended, and another session has the slot
             if answer is None:
-                self._confirm_adoption(place, idle_s, lost)
+                self._confirm_adoption(session, idle_s, lost)
             elif "error" in answer:
                 lost()
             else:
                 # From here on the program stores these counts with every datagram.
-                self._show(place)
+                self._show(session)
 
         self._keeper.ask(
             "session_adopted",
             answered,
-            index=place.index,
-            id=place.id,
-            slot=self._window.first_slot + place.slot,
+            index=session.index,
+            id=session.id,
+            slot=self._window.first_slot + session.slot,
             idle_s=idle_s,
         )
 
-    def _show(self, place: Place) -> None:
+    def _show(self, session: KernelSession) -> None:
         """Write into its slot what the kernel has carried so far."""
-        at = place.slot * self._window.WORDS64
+        at = session.slot * self._window.WORDS64
         for direction in Direction:
-            carried_bytes, packets = self.carried(place, direction)
+            carried_bytes, packets = self.carried(session, direction)
             self._window.words64[at + table.REDIRECTED[direction]] = carried_bytes
             self._window.words64[at + table.REDIRECTED_PACKETS[direction]] = packets
             self._window.words64[at + table.LAST_NS[direction]] = int(
-                self.last_s(place, direction) * 1e9
+                self.last_s(session, direction) * 1e9
             )
 
     def forget(self, index: int, session_id: int) -> None:

@@ -195,7 +195,7 @@ class Copying:
     def _may_run(session: Session) -> bool:
         """Whether its datagrams may go together."""
         # Not of one that the kernel has as well: of those each is counted.
-        return session.sock is not None and session.place is None and not session.proxy_header
+        return session.sock is not None and session.in_kernel is None and not session.proxy_header
 
     def _send_segments(self, session: Session, datagrams: Sequence[memoryview]) -> bool:
         """False: these have to be sent one by one."""
@@ -279,7 +279,7 @@ class Copying:
         fd, handover = session.sock.fileno(), self._server.handover
         left = BATCH
         while left > 0:
-            passed = handover.passed_down(session) if session.place is not None else None
+            passed = handover.passed_down(session) if session.in_kernel is not None else None
             asked = self._messages_at_once(session, left)
             try:
                 datagrams = self._from_servers.receive(fd, asked)
@@ -304,7 +304,7 @@ class Copying:
                 for datagram in datagrams[: session.learning]:
                     self._learn(session, datagram)
             self._send_all_to_client(session, datagrams)
-            if were_all and session.place is None:
+            if were_all and session.in_kernel is None:
                 break
 
     def _messages_at_once(self, session: Session, left: int) -> int:
@@ -416,7 +416,7 @@ class Copying:
             self._window.count(session.slot, direction, count, packets, now_ns)
         if session.earns:
             self._server.handover.moved(session)
-        elif session.place is not None:
+        elif session.in_kernel is not None:
             self._server.handover.copied(session, direction)
 
     def watch_both(self, session: Session) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.splice.sessions import Opening, Place
+from pyforwarder.datapath.splice.sessions import KernelSession, PendingSession
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.udp.eviction import Assurance
 
@@ -62,7 +62,7 @@ class SessionHandover:
         self._works = splice
         if is_late:
             for session in self._server.by_id.values():
-                if session.sock is not None and session.place is None:
+                if session.sock is not None and session.in_kernel is None:
                     self.established(session)
                     self._server.records.show_datapath(session)
 
@@ -109,7 +109,7 @@ class SessionHandover:
 
     @staticmethod
     def _is_stream(session: Session) -> bool:
-        """Whether an unanswered client is worth a place all the same.
+        """Whether an unanswered client is worth being carried by the kernel all the same.
 
         Made-up addresses cost their sender seconds and bytes then, for each of them.
         """
@@ -140,24 +140,24 @@ class SessionHandover:
         return True
 
     def _attempt(self, session: Session) -> None:
-        if session.life_ended or session.place is not None or session.sock is None:
+        if session.life_ended or session.in_kernel is not None or session.sock is None:
             return
-        if session.opening is not None:
+        if session.pending is not None:
             return  # it is asked for
         if self._server.is_ending(session):
             return  # its listener may be gone already
         answer = self._open(session)
-        if isinstance(answer, Opening):
-            session.opening = answer  # it is copied meanwhile
+        if isinstance(answer, PendingSession):
+            session.pending = answer  # it is copied meanwhile
         else:
             self._opened(session, answer)
 
-    def _opened(self, session: Session, answer: Place | PairReason) -> None:
-        """The session has a place in the kernel, or has not, and why."""
-        session.opening = None
+    def _opened(self, session: Session, answer: KernelSession | PairReason) -> None:
+        """The kernel carries the session, or why it does not."""
+        session.pending = None
         reason: PairReason
-        if isinstance(answer, Place):
-            session.place = answer
+        if isinstance(answer, KernelSession):
+            session.in_kernel = answer
             reason = PairReason.FORCED if session.is_spliced_by_name else PairReason.BEST
             session.kind = DatapathKind.SPLICE
             self._server.counters[Counter.JOINED_SPLICE] += 1
@@ -169,11 +169,11 @@ class SessionHandover:
                 self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
         session.pair_reason = reason
         self._server.records.show_datapath(session)
-        if session.place is not None:
+        if session.in_kernel is not None:
             session.port.behind[session] = None
             self._server.copying.watch_both(session)
 
-    def _open(self, session: Session) -> Opening | PairReason:
+    def _open(self, session: Session) -> PendingSession | PairReason:
         if self._kernel is None or session.slot < 0:
             return PairReason.MAP_FULL
         if session.key[3]:
@@ -181,8 +181,8 @@ class SessionHandover:
         assert session.sock is not None
         copied = session.up_packets, session.down_packets
 
-        def then(answer: Place | PairReason) -> None:
-            if isinstance(answer, Place):
+        def then(answer: KernelSession | PairReason) -> None:
+            if isinstance(answer, KernelSession):
                 # Of what it has passed to us we have copied some already.
                 for direction, before in enumerate(copied):
                     now = (session.up_packets, session.down_packets)[direction]
@@ -209,7 +209,7 @@ class SessionHandover:
         if session.slot < 0:
             self._kernel.forget(orphan.index, orphan.id)
             return False
-        session.place = self._kernel.resume(
+        session.in_kernel = self._kernel.resume(
             orphan,
             session.slot,
             session.listener.session_idle_s,
@@ -231,8 +231,8 @@ class SessionHandover:
                 then(((0, 0), (0, 0)))
             return
         assert self._kernel is not None
-        place = Place(orphan.index, orphan.id, -1)
-        self._kernel.close([place], lambda carried: then and then(carried[0]))
+        in_kernel = KernelSession(orphan.index, orphan.id, -1)
+        self._kernel.close([in_kernel], lambda carried: then and then(carried[0]))
 
     # Order
 
@@ -243,22 +243,22 @@ class SessionHandover:
         not understand.
         """
         assert self._kernel is not None
-        place = session.place
-        assert place is not None
-        if self._kernel.is_latched(place, direction):
-            if place.copied[direction] < self._kernel.passed(place, direction):
+        in_kernel = session.in_kernel
+        assert in_kernel is not None
+        if self._kernel.is_latched(in_kernel, direction):
+            if in_kernel.copied[direction] < self._kernel.passed(in_kernel, direction):
                 # It came before the ones that have gone by it meanwhile.
-                place.copied[direction] += 1
+                in_kernel.copied[direction] += 1
                 self._server.counters[Counter.DATAGRAMS_OVERTAKEN] += 1
             return
-        place.copied[direction] += 1
+        in_kernel.copied[direction] += 1
         if direction == _UP:
             session.port.behind[session] = None
         now_s = self._server.loop.now_s
-        if not place.behind_s[direction]:
-            place.behind_s[direction] = now_s
-        elif now_s - place.behind_s[direction] > _OVERTAKE_AFTER_S:
-            self._kernel.latch_now(place)
+        if not in_kernel.behind_s[direction]:
+            in_kernel.behind_s[direction] = now_s
+        elif now_s - in_kernel.behind_s[direction] > _OVERTAKE_AFTER_S:
+            self._kernel.latch_now(in_kernel)
 
     def is_quiet(self, port: DatagramPort) -> bool:
         """The listener's queue is empty: tell the programs; False: look once more before that.
@@ -271,73 +271,73 @@ class SessionHandover:
         assert self._kernel is not None
         if port.counted is None:
             port.counted = [
-                (session, self._kernel.passed(session.place, _UP))
+                (session, self._kernel.passed(session.in_kernel, _UP))
                 for session in port.behind
-                if session.place is not None
+                if session.in_kernel is not None
             ]
             return False
         for session, passed in port.counted:
-            if session.place is not None:
-                self._kernel.caught_up(session.place, _UP, passed)
+            if session.in_kernel is not None:
+                self._kernel.caught_up(session.in_kernel, _UP, passed)
         port.behind.clear()
         port.counted = None
         return True
 
     def passed_down(self, session: Session) -> int | None:
         """What the program has counted, if it waits to know that all of that was copied."""
-        place = session.place
-        if place is None or self._kernel is None or self._kernel.is_latched(place, _DOWN):
+        in_kernel = session.in_kernel
+        if in_kernel is None or self._kernel is None or self._kernel.is_latched(in_kernel, _DOWN):
             return None
-        return self._kernel.passed(place, _DOWN)
+        return self._kernel.passed(in_kernel, _DOWN)
 
     def caught_up_down(self, session: Session, passed: int) -> None:
         """The queue of the socket to the server is empty, since after `passed` was read."""
-        if session.place is not None and self._kernel is not None:
-            self._kernel.caught_up(session.place, _DOWN, passed)
+        if session.in_kernel is not None and self._kernel is not None:
+            self._kernel.caught_up(session.in_kernel, _DOWN, passed)
 
     # Life
 
     def active_s(self, session: Session) -> float:
         """When a datagram last moved."""
-        if session.place is None or self._kernel is None:
+        if session.in_kernel is None or self._kernel is None:
             return session.active_s
-        last_s = (self._kernel.last_s(session.place, direction) for direction in Direction)
+        last_s = (self._kernel.last_s(session.in_kernel, direction) for direction in Direction)
         return max(session.active_s, *last_s)
 
     def heard_s(self, session: Session) -> float:
         """When the kernel last had a datagram of the client; 0: never."""
-        if session.place is None or self._kernel is None:
+        if session.in_kernel is None or self._kernel is None:
             return 0.0
-        return self._kernel.last_s(session.place, _UP)
+        return self._kernel.last_s(session.in_kernel, _UP)
 
     def answered_s(self, session: Session) -> float:
         """When the server last answered; -inf: never."""
-        if session.place is None or self._kernel is None:
+        if session.in_kernel is None or self._kernel is None:
             return session.answered_s
-        return max(session.answered_s, self._kernel.last_s(session.place, _DOWN) or -math.inf)
+        return max(session.answered_s, self._kernel.last_s(session.in_kernel, _DOWN) or -math.inf)
 
     def packets(self, session: Session) -> tuple[int, int]:
         """How many datagrams have gone up and down so far, copied and by the kernel."""
         up, down = session.up_packets, session.down_packets
-        if session.place is not None and self._kernel is not None:
-            up += self._kernel.carried(session.place, _UP)[1]
-            down += self._kernel.carried(session.place, _DOWN)[1]
+        if session.in_kernel is not None and self._kernel is not None:
+            up += self._kernel.carried(session.in_kernel, _UP)[1]
+            down += self._kernel.carried(session.in_kernel, _DOWN)[1]
         return up, down
 
     def leave(self, sessions: Sequence[Session]) -> None:
         """The sessions end: take them from the kernel, and add up what that has carried.
 
-        That is known in a second at most, and then `count_ended` of those that had a place. There
+        That is known in a second at most, and then `count_ended` of those that it carried. There
         are ENDS_AT_ONCE of them at most.
         """
         left = []
         for session in sessions:
             session.earns = False
             self.release(session)
-            if session.place is not None:
+            if session.in_kernel is not None:
                 session.port.behind.pop(session, None)
-                left.append((session, session.place))
-                session.place = None
+                left.append((session, session.in_kernel))
+                session.in_kernel = None
         if not left or self._kernel is None:
             return
 
@@ -356,7 +356,7 @@ class SessionHandover:
         for session, _ in left:
             session.is_counted = False
         try:
-            self._kernel.close([place for _, place in left], then)
+            self._kernel.close([in_kernel for _, in_kernel in left], then)
         except Exception:
             for session, _ in left:
                 session.is_counted = True
@@ -365,9 +365,9 @@ class SessionHandover:
 
     def release(self, session: Session) -> None:
         """The session is not given to the kernel any more; one that is there, stays there."""
-        if session.opening is not None and self._kernel is not None:
-            self._kernel.abandon(session.opening)
-            session.opening = None
+        if session.pending is not None and self._kernel is not None:
+            self._kernel.abandon(session.pending)
+            session.pending = None
 
     def finish(self) -> None:
         """The worker is about to end: nothing is waited for any more."""

@@ -372,9 +372,9 @@ class DatagramServer:
             self.loop.forget(session.sock.fileno())
             self.loop.close(session.sock.detach())
             session.sock = None
-        if session.place is None:
+        if session.in_kernel is None:
             self.records.release(session)
         else:
             self.records.forget(session)  # it tells the other daemon what `show` said
-        session.place = None
+        session.in_kernel = None
         self._give_back(session)

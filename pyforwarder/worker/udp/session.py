@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyforwarder.core.reasons import CloseReason
     from pyforwarder.core.routing import Route, Rule
     from pyforwarder.core.upstreams import ServerState
-    from pyforwarder.datapath.splice.sessions import Opening, Place
+    from pyforwarder.datapath.splice.sessions import KernelSession, PendingSession
     from pyforwarder.runtime.limits import Limit
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.runtime.resolver import Wait
@@ -66,6 +66,7 @@ class Session(Timed):
         "heard_bytes",
         "id",
         "ids",
+        "in_kernel",
         "is_counted",
         "is_spliced_by_name",
         "key",
@@ -76,12 +77,11 @@ class Session(Timed):
         "most_of_message",
         "most_segment",
         "name",
-        "opening",
         "over_limit",
         "owner",
         "pair_reason",
         "peer",
-        "place",
+        "pending",
         "port",
         "proxy_header",
         "reason",
@@ -124,8 +124,8 @@ class Session(Timed):
         self.pair_reason = PairReason.DATAGRAMS
         self.earns = False  # it may be handed over to the kernel
         self.is_spliced_by_name = False  # the configuration says `splice`, not `auto`
-        self.place: Place | None = None  # there
-        self.opening: Opening | None = None  # the keeper is asked for a place
+        self.in_kernel: KernelSession | None = None  # there
+        self.pending: PendingSession | None = None  # the keeper is asked to begin it
         self.is_counted = True  # what the kernel has carried; else the keeper is asked
         self.accepted_s = self.active_s = owner.loop.now_s
         self.answered_s = -math.inf  # when our socket last got something of the server
@@ -208,6 +208,7 @@ class Refused:
         "over_limit",
         "owner",
         "peer",
+        "pending",
         "reason",
         "refusal",
         "route",
