@@ -57,7 +57,7 @@ struct endpoint {
  * and last_ns, as copies of what its own record counts (splice_pair.h, splice_udp.h), and its
  * worker does so where it has just read that record. Nothing else is used.
  */
-struct verdict_direction {
+struct kernel_direction {
 	__u64 passed_bytes;	/* given to userspace since the sockets entered the map */
 	__u64 redirected_bytes; /* queued to the other socket by the kernel */
 	__u64 redirected_packets;
@@ -93,7 +93,7 @@ struct worker_direction {
 };
 
 struct pair {
-	struct verdict_direction verdict[2]; /* index: PF_UP, PF_DOWN */
+	struct kernel_direction kernel[2]; /* index: PF_UP, PF_DOWN */
 	struct worker_direction worker[2];
 	__u64 id;
 	__u64 sequence;	  /* odd while the description below is being written */

@@ -40,7 +40,7 @@
  * Negative: the old bytes could not be cut off.
  */
 static inline __attribute__((always_inline)) __s32 trim(struct __sk_buff *skb,
-							struct verdict_direction *seen)
+							struct kernel_direction *seen)
 {
 	struct bpf_sock *source = skb->sk;
 	struct tcp_sock *tcp;
@@ -116,7 +116,7 @@ int verdict(struct __sk_buff *skb)
 	__u64 cookie = bpf_get_socket_cookie(skb);
 	struct end *end;
 	struct pair *pair;
-	struct verdict_direction *seen;
+	struct kernel_direction *seen;
 	struct worker_direction *told;
 	struct bpf_sock *target;
 	struct tcp_sock *tcp;
@@ -151,7 +151,7 @@ int verdict(struct __sk_buff *skb)
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
 	if (!pair)
 		return SK_PASS;
-	seen = end->direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	seen = end->direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
 	told = end->direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
 	seen->last_ns = bpf_ktime_get_ns();
 

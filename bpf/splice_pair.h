@@ -48,14 +48,14 @@ inlined void publish_bytes(struct splice *splice, struct splice_direction *from_
 {
 	__u32 slot = splice->slot;
 	struct pair *pair;
-	struct verdict_direction *seen;
+	struct kernel_direction *seen;
 	int is_more = count_bytes(from_peer);
 
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
 	/* The slot may serve another pair by now, if the worker has released this one. */
 	if (!pair || pair->id != splice->id)
 		return;
-	seen = direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	seen = direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
 	seen->redirected_bytes = visible_bytes(from_peer);
 	seen->redirected_packets = from_peer->packets;
 	/* As on every datapath, only new bytes end idleness: segments without any do not. */

@@ -170,7 +170,7 @@ inlined int count_repeated(const struct packet *packet)
  *
  * Returns 1 if our socket gets a copy of the packet.
  */
-inlined int split_acknowledgement(struct packet *packet, __u32 edge, int verdict, int *ring)
+inlined int split_acknowledgement(struct packet *packet, __u32 edge, int checked, int *ring)
 {
 	struct splice_direction *from_peer = packet->from_peer;
 	__u32 ack = packet->ack;
@@ -182,16 +182,16 @@ inlined int split_acknowledgement(struct packet *packet, __u32 edge, int verdict
 		 */
 		packet->acknowledged = from_peer->tail_end;
 		/* No copy of a duplicate: our socket would take it for a sign of loss. */
-		return verdict == SEGMENT_VALID &&
+		return checked == SEGMENT_VALID &&
 		       (edge != from_peer->window_edge || after(ack, (__u32)from_peer->last_ack) ||
 			packet->header > 32);
 	}
-	if (from_peer->tail_open && verdict == SEGMENT_VALID) {
+	if (from_peer->tail_open && checked == SEGMENT_VALID) {
 		from_peer->tail_open = 0;
 		*ring = 1;
 		return 1;
 	}
-	if (READ_ONCE(from_peer->missed_ack) && verdict == SEGMENT_VALID) {
+	if (READ_ONCE(from_peer->missed_ack) && checked == SEGMENT_VALID) {
 		/* Our socket retransmits the tail: the acknowledgement for it was lost. */
 		from_peer->missed_ack = 0;
 		return 1;
@@ -227,16 +227,16 @@ inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const i
 	struct splice *splice = packet->splice;
 	struct segment segment = {};
 	__u32 window, edge;
-	int verdict, ring = 0, copy_to_own;
+	int checked, ring = 0, copy_to_own;
 
 	if (!(packet->flags & ACK)) {
 		count_invalid(splice, PF_INVALID_FLAGS);
 		return DROP;
 	}
 	read_segment(packet, &segment);
-	verdict = check_segment(&segment, from_peer, to_peer);
-	if (verdict >= SEGMENT_INVALID) {
-		count_invalid(splice, verdict - SEGMENT_INVALID);
+	checked = check_segment(&segment, from_peer, to_peer);
+	if (checked >= SEGMENT_INVALID) {
+		count_invalid(splice, checked - SEGMENT_INVALID);
 		return DROP;
 	}
 	if (packet->state == PF_SPLICE_RESET) {
@@ -245,7 +245,7 @@ inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const i
 		 * their RST must have the number that the peer expects, since it ignores an older
 		 * one.
 		 */
-		if (verdict == SEGMENT_VALID)
+		if (checked == SEGMENT_VALID)
 			advance(&from_peer->last_ack, packet->ack);
 		return DROP;
 	}
@@ -254,20 +254,20 @@ inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const i
 		return DROP; /* the keeper reports it to this peer (ICMP) */
 
 	/* The segment is valid from here on. */
-	verdict = unknown_to_verifier(verdict);
+	checked = unknown_to_verifier(checked);
 	note_last_received(from_peer);
 	if (packet->bytes &&
-	    (verdict == SEGMENT_OLD ||
+	    (checked == SEGMENT_OLD ||
 	     !after(segment.end, (__u32)READ_ONCE(from_peer->last_end))) &&
 	    count_repeated(packet) == DROP)
 		return DROP;
 	packet->is_pure_ack = unknown_to_verifier(!packet->bytes && !(packet->flags & FIN));
 	window = (__u32)bpf_ntohs(packet->tcp->window) << (from_peer->peer_scale & 15);
 	edge = packet->ack + window;
-	copy_to_own = split_acknowledgement(packet, edge, verdict, &ring);
+	copy_to_own = split_acknowledgement(packet, edge, checked, &ring);
 	copy_to_own = unknown_to_verifier(copy_to_own);
 	ring = unknown_to_verifier(ring);
-	if (verdict == SEGMENT_VALID &&
+	if (checked == SEGMENT_VALID &&
 	    !before(packet->ack, (__u32)READ_ONCE(from_peer->last_ack))) {
 		from_peer->window_edge = edge;
 		advance(&to_peer->max_edge, edge + from_peer->ack_delta);
@@ -303,7 +303,7 @@ inlined int handle_segment(struct __sk_buff *skb, struct packet *packet, const i
 	 */
 	if (copy_to_own)
 		copy_to_own_socket(skb, packet->hops, v6);
-	if (verdict == SEGMENT_VALID) {
+	if (checked == SEGMENT_VALID) {
 		if (!packet->is_pure_ack)
 			__sync_fetch_and_add(&from_peer->packets, 1);
 		ring = unknown_to_verifier(ring | record_segment(&segment, from_peer, to_peer));

@@ -220,14 +220,14 @@ inlined void count_datagrams(struct session *session, struct session_direction *
 {
 	__u32 slot = session->slot;
 	struct pair *pair = map_lookup(MAP_PAIRS_FD, &slot);
-	struct verdict_direction *seen;
+	struct kernel_direction *seen;
 
 	__sync_fetch_and_add(&from_peer->bytes, bytes);
 	__sync_fetch_and_add(&from_peer->packets, datagrams);
 	/* The slot may serve another session by now, if the worker has released this one. */
 	if (!pair || pair->id != session->id)
 		return;
-	seen = direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	seen = direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
 	seen->redirected_bytes = READ_ONCE(from_peer->bytes);
 	seen->redirected_packets = READ_ONCE(from_peer->packets);
 	if (is_due)

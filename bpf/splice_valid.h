@@ -47,7 +47,7 @@ struct segment {
 	__u8 flags, has_timestamp;
 };
 
-enum verdict {
+enum segment_check {
 	SEGMENT_VALID,
 	SEGMENT_OLD,	 /* it has nothing new (a keepalive): the other end answers it */
 	SEGMENT_INVALID, /* and above: SEGMENT_INVALID plus enum pf_invalid */
@@ -322,8 +322,8 @@ inlined int fails_paws(const struct segment *segment, const struct splice_direct
 }
 
 /*
- * Check a segment that is neither SYN nor RST. Returns enum verdict, or SEGMENT_INVALID plus the
- * kind.
+ * Check a segment that is neither SYN nor RST. Returns enum segment_check, or SEGMENT_INVALID plus
+ * the kind.
  */
 inlined int check_segment(const struct segment *segment, const struct splice_direction *from_peer,
 			  const struct splice_direction *to_peer)

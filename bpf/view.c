@@ -311,15 +311,14 @@ static inline int look_at(const struct pair *pair, struct look *look)
 		look->state = *state;
 		look->datapath = *(const volatile __u8 *)&pair->datapath;
 		look->reason = *(const volatile __u8 *)&pair->reason;
-		look->bytes[PF_UP] =
-			*(const volatile __u64 *)&pair->worker[PF_UP].carried_bytes +
-			*(const volatile __u64 *)&pair->verdict[PF_UP].redirected_bytes;
+		look->bytes[PF_UP] = *(const volatile __u64 *)&pair->worker[PF_UP].carried_bytes +
+				     *(const volatile __u64 *)&pair->kernel[PF_UP].redirected_bytes;
 		look->bytes[PF_DOWN] =
 			*(const volatile __u64 *)&pair->worker[PF_DOWN].carried_bytes +
-			*(const volatile __u64 *)&pair->verdict[PF_DOWN].redirected_bytes;
+			*(const volatile __u64 *)&pair->kernel[PF_DOWN].redirected_bytes;
 		look->active_ns =
 			later(later(pair->last_ns, pair->started_ns),
-			      later(pair->verdict[PF_UP].last_ns, pair->verdict[PF_DOWN].last_ns));
+			      later(pair->kernel[PF_UP].last_ns, pair->kernel[PF_DOWN].last_ns));
 		barrier();
 		if (*sequence == before && *state != PF_FREE && look->state != PF_FREE)
 			return 1;
@@ -655,7 +654,7 @@ static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 coo
 				   struct tcp_sock *tcp, __u64 least)
 {
 	struct backlog found = {};
-	struct verdict_direction *seen;
+	struct kernel_direction *seen;
 	struct pair *pair;
 	struct end *end;
 	void *ends;
@@ -673,7 +672,7 @@ static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 coo
 		return;
 	/* The source of one direction is the target of the other. */
 	found.direction = end->direction == PF_UP ? PF_DOWN : PF_UP;
-	seen = found.direction == PF_UP ? &pair->verdict[PF_UP] : &pair->verdict[PF_DOWN];
+	seen = found.direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
 	if (!seen->redirected_bytes)
 		return;
 	waiting = (__u32)seen->redirected_bytes - seen->latch_redirected -

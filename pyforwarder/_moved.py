@@ -57,6 +57,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "core.routing": {"core.explaining": "Explanation RuleReport explain"},
     "core.upstreams": {"core.health": "CheckSchedule Health"},
+    "datapath.ebpf.abi": {"datapath.ebpf.abi": "VerdictDirection=KernelDirection"},
     "datapath.splice": {
         "datapath.splice.adopted": "Orphan",
         "datapath.splice.datapath": "SpliceDatapath",

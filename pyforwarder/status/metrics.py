@@ -207,7 +207,7 @@ class ForwarderCollector(Collector):
                 for direction in Direction:
                     count = (
                         record.worker[direction].carried_bytes
-                        + record.verdict[direction].redirected_bytes
+                        + record.kernel[direction].redirected_bytes
                     )
                     carried["", direction] += count
                     if (listener, direction) in carried:

@@ -59,7 +59,7 @@ class Backlogs:
 
 
 def _is_redirected(record: PairRecord, direction: Direction) -> bool:
-    redirected_bytes: int = record.verdict[direction].redirected_bytes
+    redirected_bytes: int = record.kernel[direction].redirected_bytes
     return record.datapath == DatapathKind.SOCKMAP and redirected_bytes > 0
 
 
@@ -76,7 +76,7 @@ def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:
     }
     active_ns = max(record.last_ns, record.started_ns)
     for direction, name in ((Direction.UP, "up"), (Direction.DOWN, "down")):
-        seen, told = record.verdict[direction], record.worker[direction]
+        seen, told = record.kernel[direction], record.worker[direction]
         row[f"{name}_bytes"] = told.carried_bytes + seen.redirected_bytes
         active_ns = max(active_ns, seen.last_ns)
     row["age_s"] = round(max(0, now_ns - record.started_ns) / 1e9, 3)
@@ -85,7 +85,7 @@ def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:
     row["decided"] = "kernel" if record.reason in OPENED_BY_KERNEL else "user"
     row["reason"] = PairReason(record.reason).text
     for direction, name in ((Direction.UP, "up"), (Direction.DOWN, "down")):
-        seen, told = record.verdict[direction], record.worker[direction]
+        seen, told = record.kernel[direction], record.worker[direction]
         row[f"{name}_packets"] = told.carried_packets + seen.redirected_packets
     row["backlog_bytes"] = backlog_bytes
     return row
@@ -236,7 +236,7 @@ def open_bytes(windows: Sequence[mmap.mmap]) -> tuple[int, int]:
             for direction in Direction:
                 carried[direction] += (
                     record.worker[direction].carried_bytes
-                    + record.verdict[direction].redirected_bytes
+                    + record.kernel[direction].redirected_bytes
                 )
     return carried[0], carried[1]
 

@@ -21,7 +21,7 @@ from tests.helpers import mirrors
 
 STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "endpoint": abi.Endpoint,
-    "verdict_direction": abi.VerdictDirection,
+    "kernel_direction": abi.KernelDirection,
     "worker_direction": abi.WorkerDirection,
     "pair": abi.PairRecord,
     "end": abi.End,
@@ -120,10 +120,10 @@ def test_pair_fills_whole_slots_of_a_page() -> None:
 
 def test_what_the_program_counts_shares_no_cache_line_with_what_the_worker_writes() -> None:
     line = 64
-    verdict = abi.PairRecord.verdict
+    kernel = abi.PairRecord.kernel
     worker = abi.PairRecord.worker
-    assert verdict.offset % line == worker.offset % line == 0
-    assert ctypes.sizeof(abi.VerdictDirection) % line == 0
+    assert kernel.offset % line == worker.offset % line == 0
+    assert ctypes.sizeof(abi.KernelDirection) % line == 0
     assert ctypes.sizeof(abi.WorkerDirection) % line == 0
 
 

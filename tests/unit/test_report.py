@@ -77,7 +77,7 @@ def test_what_is_not_told_of_is_unknown_only_where_the_kernel_has_carried_bytes(
     record.datapath = DatapathKind.SOCKMAP
     unknown = report.Backlogs({}, is_complete=False)
     assert unknown.of(0, record) == 0
-    record.verdict[Direction.DOWN].redirected_bytes = 1
+    record.kernel[Direction.DOWN].redirected_bytes = 1
     assert unknown.of(0, record) is None
     assert report.Backlogs({}).of(0, record) == 0
     assert report.Backlogs({(0, Direction.DOWN): 5}, is_complete=False).of(0, record) == 5

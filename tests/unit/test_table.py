@@ -117,15 +117,15 @@ def test_places_of_numbers_are_those_of_the_record(window: PairWindow) -> None:
         window.count(slot, direction, 91 + direction, 101 + direction, 12345)
     (record,) = read_records(window._memory)
     for direction in Direction:
-        verdict, worker = record.verdict[direction], record.worker[direction]
-        assert (verdict.passed_bytes, verdict.redirected_bytes) == (11 + direction, 21 + direction)
+        kernel, worker = record.kernel[direction], record.worker[direction]
+        assert (kernel.passed_bytes, kernel.redirected_bytes) == (11 + direction, 21 + direction)
         assert (worker.consumed_bytes, worker.peer_cookie) == (31 + direction, 41 + direction)
         assert (worker.armed, worker.asleep, worker.limit_bytes) == (
             51 + direction,
             61 + direction,
             71 + direction,
         )
-        assert verdict.trips == 81 + direction
+        assert kernel.trips == 81 + direction
         assert (worker.carried_bytes, worker.carried_packets) == (91 + direction, 101 + direction)
     assert record.last_ns == 12345
 

@@ -76,8 +76,8 @@ class Endpoint(ctypes.Structure):
     )
 
 
-class VerdictDirection(ctypes.Structure):
-    """struct verdict_direction: written by programs, at some moments by the worker, see abi.h."""
+class KernelDirection(ctypes.Structure):
+    """struct kernel_direction: written by programs, at some moments by the worker, see abi.h."""
 
     _fields_ = (
         ("passed_bytes", ctypes.c_uint64),
@@ -115,7 +115,7 @@ class PairRecord(ctypes.Structure):
     """struct pair."""
 
     _fields_ = (
-        ("verdict", VerdictDirection * 2),
+        ("kernel", KernelDirection * 2),
         ("worker", WorkerDirection * 2),
         ("id", ctypes.c_uint64),
         ("sequence", ctypes.c_uint64),

@@ -21,9 +21,9 @@ from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
     Direction,
+    KernelDirection,
     PairRecord,
     PairState,
-    VerdictDirection,
     WorkerDirection,
 )
 
@@ -31,20 +31,18 @@ from pyforwarder.datapath.ebpf.abi import (
 SLOTS_PER_PAGE: Final = mmap.PAGESIZE // PAIR_BYTES
 
 _WORDS: Final = PAIR_BYTES // 8
-_VERDICT: Final = [
-    PairRecord.verdict.offset + d * ctypes.sizeof(VerdictDirection) for d in Direction
-]
+_KERNEL: Final = [PairRecord.kernel.offset + d * ctypes.sizeof(KernelDirection) for d in Direction]
 _WORKER: Final = [PairRecord.worker.offset + d * ctypes.sizeof(WorkerDirection) for d in Direction]
 
-PASSED: Final = [(at + VerdictDirection.passed_bytes.offset) // 8 for at in _VERDICT]
-REDIRECTED: Final = [(at + VerdictDirection.redirected_bytes.offset) // 8 for at in _VERDICT]
+PASSED: Final = [(at + KernelDirection.passed_bytes.offset) // 8 for at in _KERNEL]
+REDIRECTED: Final = [(at + KernelDirection.redirected_bytes.offset) // 8 for at in _KERNEL]
 REDIRECTED_PACKETS: Final = [
-    (at + VerdictDirection.redirected_packets.offset) // 8 for at in _VERDICT
+    (at + KernelDirection.redirected_packets.offset) // 8 for at in _KERNEL
 ]
-LAST_NS: Final = [(at + VerdictDirection.last_ns.offset) // 8 for at in _VERDICT]
+LAST_NS: Final = [(at + KernelDirection.last_ns.offset) // 8 for at in _KERNEL]
 # `latched` in the lower half, `lost` in the upper one.
-LATCHED: Final = [(at + VerdictDirection.latched.offset) // 4 for at in _VERDICT]
-TRIPS: Final = [(at + VerdictDirection.trips.offset) // 4 for at in _VERDICT]
+LATCHED: Final = [(at + KernelDirection.latched.offset) // 4 for at in _KERNEL]
+TRIPS: Final = [(at + KernelDirection.trips.offset) // 4 for at in _KERNEL]
 CONSUMED: Final = [(at + WorkerDirection.consumed_bytes.offset) // 8 for at in _WORKER]
 CARRIED: Final = [(at + WorkerDirection.carried_bytes.offset) // 8 for at in _WORKER]
 CARRIED_PACKETS: Final = [(at + WorkerDirection.carried_packets.offset) // 8 for at in _WORKER]

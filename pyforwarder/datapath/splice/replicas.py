@@ -103,7 +103,7 @@ def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> P
         rule, listener = (_name(name) for name in (said.rule, said.listener_name))
         started_s = said.started_ns / 1e9
         carried = [
-            int(said.worker[n].carried_bytes) + int(said.verdict[n].redirected_bytes)
+            int(said.worker[n].carried_bytes) + int(said.kernel[n].redirected_bytes)
             for n in Direction
         ]
     return Pair(

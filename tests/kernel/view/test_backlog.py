@@ -61,7 +61,7 @@ class Asked:
 
     def redirect(self, redirected: int, taken: int) -> None:
         """As if the kernel had queued that many bytes to the server, and TCP had taken some."""
-        seen = self.record.verdict[Direction.UP]
+        seen = self.record.kernel[Direction.UP]
         seen.latch_redirected = 0
         write_seq, _ = sequence_numbers(self.server)
         seen.latch_write_seq = (write_seq - taken) & 0xFFFFFFFF
