@@ -78,6 +78,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
         ),
     },
     "runtime.resolver": {"runtime.askers": "lookup"},
+    "supervisor.health": {"supervisor.health": "Verdict=HealthResult"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
     "worker.foreign_sockets": {"worker.foreign_sockets": "adoptable=foreign_socket"},
     "worker.generation": {

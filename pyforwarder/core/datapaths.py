@@ -20,7 +20,7 @@ DatapathName = Literal["auto", "express", "sockmap", "splice", "copy"]
 NAMES: Final[tuple[str, ...]] = get_args(DatapathName)
 
 
-class Datapath(NamedTuple):
+class DatapathRow(NamedTuple):
     """A row."""
 
     name: str  # in the configuration, in `show`, `doctor`, metrics and the log
@@ -33,31 +33,31 @@ class Datapath(NamedTuple):
 
 # The best first: `auto` takes the first that host and pair allow.
 DATAPATHS: Final = (
-    Datapath(
+    DatapathRow(
         "splice",
         proof="pyforwarder.datapath.proof.apart:prove_splice_apart",
         supervised="pyforwarder.datapath.splice.supervised:SupervisedSplice",
         outlives_worker=True,
     ),
-    Datapath(
+    DatapathRow(
         "sockmap",
         proof="pyforwarder.datapath.proof.apart:prove_sockmap_apart",
         supervised="pyforwarder.datapath.kernel:SupervisedSockmap",
     ),
-    Datapath("copy", proof="pyforwarder.datapath.proof.apart:prove_copy"),
+    DatapathRow("copy", proof="pyforwarder.datapath.proof.apart:prove_copy"),
 )
 # Of UDP, loaded together with one above.
 SESSIONS: Final = (
-    Datapath("splice_udp", proof="pyforwarder.datapath.proof.apart:prove_sessions_apart"),
+    DatapathRow("splice_udp", proof="pyforwarder.datapath.proof.apart:prove_sessions_apart"),
 )
 # Of TCP, loaded together with one above: what this does not take goes by `auto`.
 OPENING: Final = (
-    Datapath("express", proof="pyforwarder.datapath.proof.apart:prove_express_apart"),
+    DatapathRow("express", proof="pyforwarder.datapath.proof.apart:prove_express_apart"),
 )
 IN_KERNEL: Final = tuple(row for row in DATAPATHS if row.supervised)
 
 
-def row_of(name: str) -> Datapath:
+def row_of(name: str) -> DatapathRow:
     """The row of that name.
 
     Raises:

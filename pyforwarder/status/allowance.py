@@ -87,7 +87,7 @@ class Rate(NamedTuple):
         return Budget(self.at_once, 1.0 / self.per_s)
 
 
-class Refused(NamedTuple):
+class RefusedRequest(NamedTuple):
     """Too much was asked: by this client (429), or by all together (503)."""
 
     status: HTTPStatus
@@ -105,16 +105,16 @@ class Allowance:
 
     def refuses(
         self, client: str, now_s: float, *, cost: float = 1.0, is_viewer: bool = False
-    ) -> Refused | None:
+    ) -> RefusedRequest | None:
         """Take the cost off the client's budget; returns why not, or None."""
         own = self._clients.of(client)
         wait_s = own.wait_s(now_s, cost)
         if wait_s:
-            return Refused(HTTPStatus.TOO_MANY_REQUESTS, math.ceil(wait_s))
+            return RefusedRequest(HTTPStatus.TOO_MANY_REQUESTS, math.ceil(wait_s))
         if not (is_viewer and self._viewers.of(client).take(now_s, cost)):
             wait_s = self._in_all.wait_s(now_s, cost)
             if wait_s:
-                return Refused(HTTPStatus.SERVICE_UNAVAILABLE, math.ceil(wait_s))
+                return RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, math.ceil(wait_s))
             self._in_all.take(now_s, cost)
         own.take(now_s, cost)
         return None

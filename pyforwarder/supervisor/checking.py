@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.supervisor.child import ChildProcess, Serving
-from pyforwarder.supervisor.health import Checker, Verdict
+from pyforwarder.supervisor.health import Checker, HealthResult
 from pyforwarder.supervisor.messages import (
     FROM_CHECKER,
     ChecksDone,
     FaultyMessageError,
-    Health,
+    HealthMessage,
     understand,
 )
 
@@ -42,7 +42,7 @@ def report_rounds(channel: Channel) -> Callable[[], None]:
     return report
 
 
-class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
+class CheckerProcess(ChildProcess["HealthResult | ChecksDone"]):
     """Tells of each server once, and again when the server goes up or down."""
 
     name = "health_checks"
@@ -55,10 +55,10 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
         *,
         user: str | None,
         close_in_child: Callable[[], None],
-        notify: Callable[[Verdict], None],
+        notify: Callable[[HealthResult], None],
         finished: Callable[[], None],
     ) -> None:
-        """`notify` is called in this process with each verdict.
+        """`notify` is called in this process with each result.
 
         `finished`: each time when all servers that are to be checked have been once more.
         """
@@ -105,7 +105,7 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
             checker = Checker(
                 loop,
                 self._upstreams,
-                lambda verdict: channel.send(verdict._asdict()),
+                lambda result: channel.send(result._asdict()),
                 only=self._only,
                 known=self._known,
                 finished=report_rounds(channel),
@@ -124,18 +124,18 @@ class CheckerProcess(ChildProcess["Verdict | ChecksDone"]):
 
         return Serving(run)
 
-    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Verdict | ChecksDone:
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> HealthResult | ChecksDone:
         said = understand(message, fds, FROM_CHECKER)
         if isinstance(said, ChecksDone):
             return said
-        assert isinstance(said, Health)
+        assert isinstance(said, HealthMessage)
         upstream = self._upstreams.get(said.upstream)
         servers = () if upstream is None or upstream.health is None else upstream.servers
         if said.server not in {str(server.address) for server in servers}:
-            raise FaultyMessageError("a verdict on what it does not check")
-        return Verdict(said.upstream, said.server, up=said.up, why=said.why[:_MOST_SHOWN])
+            raise FaultyMessageError("a result of what it does not check")
+        return HealthResult(said.upstream, said.server, up=said.up, why=said.why[:_MOST_SHOWN])
 
-    def _handle(self, said: Verdict | ChecksDone) -> None:
+    def _handle(self, said: HealthResult | ChecksDone) -> None:
         if isinstance(said, ChecksDone):
             self._finished()
             return

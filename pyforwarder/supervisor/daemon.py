@@ -30,7 +30,7 @@ from pyforwarder.supervisor.files import remove_stale_pins
 from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.last_good import LastGood, read_first
 from pyforwarder.supervisor.log_file import begin_log
-from pyforwarder.supervisor.parts import Basis, Parts
+from pyforwarder.supervisor.parts import Basis, DaemonParts
 from pyforwarder.supervisor.preparations import Preparations
 from pyforwarder.supervisor.scraping import wanted_of
 from pyforwarder.supervisor.service_manager import ServiceManager
@@ -144,7 +144,7 @@ class Daemon:
         self._memory = self._takeover.make_memory(
             slots=slots_for(slots_of(config, workers)), workers=workers
         )
-        parts = Parts(self._basis(), config, workers=workers, user=user)
+        parts = DaemonParts(self._basis(), config, workers=workers, user=user)
         self._datapaths, self._in_force = parts.datapaths, parts.in_force
         self._workers, self._helpers = parts.workers, parts.helpers
         self._files, self._requests = parts.files, parts.requests

@@ -30,7 +30,7 @@ from pyforwarder.worker.room import places_for
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Listener
-    from pyforwarder.core.datapaths import Datapath
+    from pyforwarder.core.datapaths import DatapathRow
     from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.splice.pins import Found
     from pyforwarder.datapath.splice.session_maps import FoundSession
@@ -103,7 +103,7 @@ class Datapaths:
         for row in IN_KERNEL:
             self._make(row, given)
 
-    def _make(self, row: Datapath, given: Given) -> None:
+    def _make(self, row: DatapathRow, given: Given) -> None:
         try:
             made = pkgutil.resolve_name(row.supervised).make(given)
         except LoadError as error:

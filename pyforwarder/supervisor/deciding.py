@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.rule_deciders import RuleName
     from pyforwarder.worker.log import Log
     from pyforwarder.worker.settings import Settings
@@ -110,7 +110,7 @@ class Decisions:
         *,
         loop: Loop,
         user: str | None,
-        down: Callable[[], Iterable[Verdict]],
+        down: Callable[[], Iterable[HealthResult]],
         log: Log,
         failed: Callable[[str, str, int], object] = lambda _upstream, _server, _times: None,
     ) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.address import is_this_host
 from pyforwarder.runtime.tables import one_line
 from pyforwarder.supervisor.child import Above, Serving
-from pyforwarder.supervisor.health import Verdict
+from pyforwarder.supervisor.health import HealthResult
 from pyforwarder.supervisor.messages import (
     FROM_HEALTH,
     FleetStates,
@@ -54,8 +54,8 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         *,
         user: str | None,
         close_in_child: Callable[[], None],
-        make_checks: Callable[[Callable[[Verdict], None], Callable[[], None]], CheckerProcess],
-        notify: Callable[[Verdict], None],
+        make_checks: Callable[[Callable[[HealthResult], None], Callable[[], None]], CheckerProcess],
+        notify: Callable[[HealthResult], None],
     ) -> None:
         """`make_checks` makes the process that checks, with what is to be told by it, and when.
 
@@ -69,8 +69,8 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         self._servers: set[Server] = set()  # that are to be checked, here or at another machine
         self._local: set[Server] = set()  # of these, those that are others at other machines
         self._mine: set[Server] = set()  # that are checked here
-        self._own: dict[Server, Verdict] = {}  # what was found here
-        self._down: dict[Server, Verdict] = {}
+        self._own: dict[Server, HealthResult] = {}  # what was found here
+        self._down: dict[Server, HealthResult] = {}
         self._others: dict[Server, str] = {}  # machines that check for us
         self._is_shared = False
         self._timer = 0
@@ -80,7 +80,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         self._rounds = 0  # of checks, that were finished
 
     @property
-    def down(self) -> list[Verdict]:
+    def down(self) -> list[HealthResult]:
         """The servers that must get no pair just now."""
         return list(self._down.values())
 
@@ -100,7 +100,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
                     found[server] = self._others[server]
         return found
 
-    def inherit(self, down: Sequence[Verdict]) -> None:
+    def inherit(self, down: Sequence[HealthResult]) -> None:
         """Begin with the servers that another daemon has found down; the first check of each may
         find it up.
         """
@@ -127,7 +127,7 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         }
         for server in [server for server in self._down if server not in self._servers]:
             del self._down[server]
-            self._notify(Verdict(*server, up=True, why="checked no more"))
+            self._notify(HealthResult(*server, up=True, why="checked no more"))
         if fleet != self._fleet:
             self._fleet, self._is_shared = fleet, False
             self.renew()
@@ -180,29 +180,29 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         within_s = max((_ROUNDS * one.interval_s + one.timeout_s for one in checks), default=0.0)
         return {"rounds": self._rounds, "within_s": max(within_s, _LEAST_S)}
 
-    def _found(self, verdict: Verdict) -> None:
-        """Take a verdict of this machine's own checks, whether it is new to others or not."""
-        server = (verdict.upstream, verdict.server)
+    def _found(self, result: HealthResult) -> None:
+        """Take a result of this machine's own checks, whether it is new to others or not."""
+        server = (result.upstream, result.server)
         if server not in self._mine:
             return  # it is checked here no more
-        self._own[server] = verdict
+        self._own[server] = result
         self._send_own_soon()
         if not self._is_shared or server in self._local:
-            self._put(verdict)
+            self._put(result)
 
-    def _put(self, verdict: Verdict) -> None:
+    def _put(self, result: HealthResult) -> None:
         """Note whether a server is up, and notify if that has changed."""
-        server = (verdict.upstream, verdict.server)
+        server = (result.upstream, result.server)
         was_down = server in self._down
-        if verdict.up:
+        if result.up:
             self._down.pop(server, None)
         else:
-            self._down[server] = verdict
-        if was_down == verdict.up:
-            self._notify(verdict)
+            self._down[server] = result
+        if was_down == result.up:
+            self._notify(result)
 
     def _send_own_soon(self) -> None:
-        """Soon, and then all of it: verdicts come in groups."""
+        """Soon, and then all of it: results come in groups."""
         if self._fleet is not None and not self._timer:
             self._timer = self._loop.after(_GATHER_S, self._send_own)
 
@@ -270,7 +270,9 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
             for server, text in states.items():
                 if (upstream, server) in self._servers - self._local:
                     word, _, why = text.partition(" ")
-                    self._put(Verdict(upstream, server, up=word == "up", why=why[:_MOST_SHOWN]))
+                    self._put(
+                        HealthResult(upstream, server, up=word == "up", why=why[:_MOST_SHOWN])
+                    )
 
     def close(self) -> None:
         """End both processes."""
@@ -289,5 +291,5 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         if self._is_shared:
             self._is_shared = False
             self._check(self._servers)
-            for verdict in self._own.values():
-                self._put(verdict)
+            for result in self._own.values():
+                self._put(result)

@@ -36,7 +36,7 @@ _LOCAL: Final = {
 }
 
 
-class Verdict(NamedTuple):
+class HealthResult(NamedTuple):
     """A server went up or down, or was looked at for the first time."""
 
     upstream: str
@@ -52,7 +52,7 @@ class Checker:
         self,
         loop: Loop,
         upstreams: Mapping[str, Upstream],
-        report: Callable[[Verdict], None],
+        report: Callable[[HealthResult], None],
         *,
         only: Collection[tuple[str, str]] | None = None,
         known: Mapping[tuple[str, str], bool] | None = None,
@@ -126,7 +126,7 @@ class Checker:
         # The first is told in any case: workers may know of a time before this process.
         if changed or not server.was_told:
             server.was_told = True
-            self._report(Verdict(upstream.name, server.name, server.health.is_up, why))
+            self._report(HealthResult(upstream.name, server.name, server.health.is_up, why))
 
     def _count(self, upstream: str, server: str) -> None:
         """A round is over when each has had a result in it."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.child import ChildProcess
     from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource, Shared
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.store_process import StoreProcess
     from pyforwarder.supervisor.worker_pool import WorkerPool
@@ -69,7 +69,7 @@ class Helpers:
         is_ending: Callable[[], bool],
         is_over: Callable[[], bool],
         resets: Callable[[], bool],
-        down: Sequence[Verdict] = (),
+        down: Sequence[HealthResult] = (),
     ) -> None:
         """`obey` does what viewers order, `put_in_force` what a fleet shares.
 
@@ -279,7 +279,7 @@ class Helpers:
             source,
             self._memory,
             instance=self._instance,
-            verdicts=self.web.verdicts,
+            results=self.web.results,
             down=self.health.down,
             unix_time_s=self._unix_time_s,
         )
@@ -297,6 +297,6 @@ class Helpers:
         status = self._in_force.config.status
         return status is not None and status.control
 
-    def _send_health(self, verdict: Verdict) -> None:
-        self._workers.send_health(verdict)
-        self.web.send_health(verdict)
+    def _send_health(self, result: HealthResult) -> None:
+        self._workers.send_health(result)
+        self.web.send_health(result)

@@ -50,7 +50,7 @@ class Answer(_Message):
     result: Any
 
 
-class Refusal(_Message):
+class RefusalMessage(_Message):
     """Why a worker did not do what request `n` said."""
 
     n: Number
@@ -73,8 +73,8 @@ class TokensClaimed(_Message):
     unknown: Annotated[list[Number], Field(max_length=_MOST_CLAIMED)]
 
 
-class Health(_Message):
-    """A server went up or down (`health.Verdict`)."""
+class HealthMessage(_Message):
+    """A server went up or down (`health.HealthResult`)."""
 
     upstream: Name
     server: Name
@@ -213,7 +213,7 @@ Messages = dict[str, tuple[type[_Message], int]]
 FROM_WORKER: Final[Messages] = {
     "ask": (Ask, 1),
     "result": (Answer, 0),
-    "error": (Refusal, 0),
+    "error": (RefusalMessage, 0),
     "claim": (TokenClaim, 0),
 }
 FROM_PAGE: Final[Messages] = {
@@ -221,7 +221,7 @@ FROM_PAGE: Final[Messages] = {
     "state": (SetServer, 0),
 }
 FROM_CHECKER: Final[Messages] = {
-    "why": (Health, 0),
+    "why": (HealthMessage, 0),
     "rounds": (ChecksDone, 0),
 }
 FROM_FLEET: Final[Messages] = {

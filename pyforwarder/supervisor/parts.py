@@ -68,7 +68,7 @@ class Basis:
     why_no_successor: Callable[[], str]  # why none can take our place now; empty: one can
 
 
-class Parts:
+class DaemonParts:
     """Makes the parts of one daemon, and connects them; starts no process."""
 
     def __init__(self, basis: Basis, config: Config, *, workers: int, user: str | None) -> None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.control import ControlServer
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.files import Files
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.predecessor import Predecessor
     from pyforwarder.supervisor.scraping import WebProcess
@@ -73,7 +73,7 @@ class RetiringDaemon:
         [], Predecessor | None
     ]  # whose place it has taken, as long as that has pairs
     tokens_free_at_s: Callable[[], list[float]]  # as `TokensSaid` has it
-    down: Callable[[], Sequence[Verdict]]  # servers that must get no pair just now
+    down: Callable[[], Sequence[HealthResult]]  # servers that must get no pair just now
     lock: InstanceLock
     control: Callable[[], ControlServer]
     loop: Loop

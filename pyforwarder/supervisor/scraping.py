@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyforwarder.status.metrics import Source
     from pyforwarder.status.process import PageSource
     from pyforwarder.supervisor.configuration import ConfigInForce
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import FleetInstance
     from pyforwarder.worker.log import Log
@@ -39,7 +39,7 @@ _BACKLOG: Final = 128
 
 
 # Of servers that went up or down the page is told so many when it starts.
-_MOST_VERDICTS: Final = 50
+_MOST_RESULTS: Final = 50
 
 # What is served where, by the key of the configuration.
 Wanted = Mapping[str, Address]
@@ -117,7 +117,7 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
         self._may_order = may_order
         self._unix_time_s = unix_time_s
         self.listening: Listening = {}
-        self.verdicts: deque[tuple[float, Verdict]] = deque(maxlen=_MOST_VERDICTS)
+        self.results: deque[tuple[float, HealthResult]] = deque(maxlen=_MOST_RESULTS)
         # Machines, and exchanges with the fleet's store, for processes to come.
         self.fleet: list[dict[str, Any]] = []
         self.exchanges: list[dict[str, Any]] = []
@@ -177,11 +177,11 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
             listener.close()
         self.listening = {}
 
-    def send_health(self, verdict: Verdict) -> None:
+    def send_health(self, result: HealthResult) -> None:
         """A server went up or down: viewers may want to know."""
         now_unix_s = self._unix_time_s()
-        self.verdicts.append((now_unix_s, verdict))
-        self._send({"at": now_unix_s, **verdict._asdict()})
+        self.results.append((now_unix_s, result))
+        self._send({"at": now_unix_s, **result._asdict()})
 
     def send_fleet(self, instances: Sequence[FleetInstance]) -> None:
         """The machines of the fleet have changed: that is told at `/metrics`."""
@@ -287,8 +287,8 @@ def page_source_in_child(
     memory: SharedMemory,
     *,
     instance: str,
-    verdicts: Iterable[tuple[float, Verdict]],
-    down: Iterable[Verdict],
+    results: Iterable[tuple[float, HealthResult]],
+    down: Iterable[HealthResult],
     unix_time_s: Callable[[], float],
 ) -> PageSource | None:
     """Return what the page shows, from what metrics tell; None: no page is wanted. Called in the
@@ -350,7 +350,7 @@ def page_source_in_child(
         counters=source.counters,
         windows=source.windows,
         passwords=in_force.settings.passwords,
-        health=tuple(HealthChange(at_s, *verdict) for at_s, verdict in verdicts),
+        health=tuple(HealthChange(at_s, *result) for at_s, result in results),
         down=frozenset((one.upstream, one.server) for one in down),
         unix_time_s=unix_time_s,
     )

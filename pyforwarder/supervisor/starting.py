@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.pulse import Pulse
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.listeners import Bound
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import TokenClaim
@@ -38,7 +38,7 @@ class WorkerStarter:
         user: str | None,
         log: Log,
         close_in_child: Callable[[], None],
-        down: Callable[[], Iterable[Verdict]],
+        down: Callable[[], Iterable[HealthResult]],
         watch: Callable[[WorkerProcess], None],
         claim: Callable[[TokenClaim, Callable[[bool | None], None]], None] | None = None,
     ) -> None:
@@ -120,8 +120,8 @@ class WorkerStarter:
             worker.kill()
             worker.close()
             raise
-        for verdict in self._down():
-            self.send_health(worker, verdict)
+        for result in self._down():
+            self.send_health(worker, result)
         self._watch(worker)
         return worker
 
@@ -177,10 +177,10 @@ class WorkerStarter:
         bound = self._in_force.listeners.bound
         return {name: sockets for name, sockets in bound.items() if name not in waiting}
 
-    def send_health(self, worker: WorkerProcess, verdict: Verdict) -> None:
+    def send_health(self, worker: WorkerProcess, result: HealthResult) -> None:
         """Tell the worker that a server went up or down."""
         try:
-            worker.ask("health", upstream=verdict.upstream, server=verdict.server, up=verdict.up)
+            worker.ask("health", upstream=result.upstream, server=result.server, up=result.up)
         except ControlError as error:
             # It dies or is stuck; its successor is told at the start.
             self._log.write("error", "worker_health", error=str(error))

@@ -19,7 +19,7 @@ from pyforwarder.errors import ControlError, LoadError
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.health import Verdict
+from pyforwarder.supervisor.health import HealthResult
 from pyforwarder.supervisor.listeners import BoundSocket
 from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.predecessor import NoAnswerError, Predecessor
@@ -88,12 +88,12 @@ class Takeover:
         return self._spliced is not None
 
     @property
-    def down(self) -> list[Verdict]:
+    def down(self) -> list[HealthResult]:
         """The servers that are down, as it has found."""
         if self.predecessor is None:
             return []
         return [
-            Verdict(one.upstream, one.server, up=False, why=one.why)
+            HealthResult(one.upstream, one.server, up=False, why=one.why)
             for one in self.predecessor.offer.down
         ]
 

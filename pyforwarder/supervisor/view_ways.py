@@ -23,7 +23,7 @@ from pyforwarder.datapath.base import OPENED_BY_KERNEL
 from pyforwarder.datapath.ebpf import btf, refusal
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.arrays import LISTENER_LINES, STAT_LINES, Arrays
-from pyforwarder.datapath.ebpf.loading import ProgramKind, Refused, load_first
+from pyforwarder.datapath.ebpf.loading import ProgramKind, RefusedProgram, load_first
 from pyforwarder.errors import LoadError, UsageError
 from pyforwarder.runtime.counters import BLOCK_WORDS
 
@@ -89,7 +89,7 @@ class Links:
     """The linked programs of a view; the owner closes the descriptors."""
 
     way: Way
-    refused: list[Refused]  # programs of the ways that were tried before
+    refused: list[RefusedProgram]  # programs of the ways that were tried before
     files: dict[str, int]  # the link of each of FILES
     backlogs: tuple[int, ...]  # links; none: nothing tells of the backlogs
     tells_all_backlogs: bool  # of sockets in every network namespace
@@ -203,10 +203,10 @@ def link(
     )
 
 
-def _refused_link(way: Way, error: OSError) -> Refused:
+def _refused_link(way: Way, error: OSError) -> RefusedProgram:
     # No errno: it would be taken for the verifier's.
     said = {"program": FILES[0] + way.suffix, "kind": way.kind, "errno": 0}
-    return Refused("view.c", {**said, "reason": f"its link: {error.strerror}"}, "")
+    return RefusedProgram("view.c", {**said, "reason": f"its link: {error.strerror}"}, "")
 
 
 def _maps_of(arrays: Arrays, maps: KernelMaps | None, opened: list[int]) -> dict[str, int]:

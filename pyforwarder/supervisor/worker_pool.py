@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import TokenClaim
     from pyforwarder.supervisor.rule_deciders import RuleDecider, RuleName
@@ -58,7 +58,7 @@ class WorkerPool:
         loop: Loop,
         log: Log,
         close_in_child: Callable[[], None],
-        down: Callable[[], Iterable[Verdict]],
+        down: Callable[[], Iterable[HealthResult]],
         claim: Callable[[TokenClaim, Callable[[bool | None], None]], None] | None = None,
     ) -> None:
         """Start no worker yet. Each runs as `user`, calls `close_in_child`, and is told of the
@@ -261,17 +261,17 @@ class WorkerPool:
         """See `Decisions.stop`; what goes on is the workers' from here on."""
         return self._decisions.stop(wait_s)
 
-    def send_health(self, verdict: Verdict) -> None:
+    def send_health(self, result: HealthResult) -> None:
         """Tell every worker that a server went up or down."""
         self._log.write(
-            "info" if verdict.up else "warning",
-            "server_up" if verdict.up else "server_down",
-            upstream=verdict.upstream,
-            server=verdict.server,
-            why=verdict.why,
+            "info" if result.up else "warning",
+            "server_up" if result.up else "server_down",
+            upstream=result.upstream,
+            server=result.server,
+            why=result.why,
         )
         for worker in self.living:
-            self._starter.send_health(worker, verdict)
+            self._starter.send_health(worker, result)
         self._decisions.refresh_soon()
 
     def reap(self) -> None:

@@ -25,7 +25,7 @@ from pyforwarder.supervisor.messages import (
     Answer,
     Ask,
     FaultyMessageError,
-    Refusal,
+    RefusalMessage,
     TokenClaim,
     understand,
     understand_result,
@@ -127,7 +127,7 @@ class WorkerProcess:
             match message:
                 case None:
                     raise ControlError(f"worker {self.pid} has died")
-                case Refusal(n=n, error=error) if n == number:
+                case RefusalMessage(n=n, error=error) if n == number:
                     raise ControlError(error)
                 case Answer(n=n, result=result) if n == number:
                     return understand_result(do, result)
@@ -160,7 +160,7 @@ class WorkerProcess:
         self._received += 1
         return self._received > _MOST_IN_A_WHILE
 
-    def _receive(self) -> Answer | Refusal | Ask | TokenClaim | None:
+    def _receive(self) -> Answer | RefusalMessage | Ask | TokenClaim | None:
         """The next message, granted if it asks for something; None at the end.
 
         Raises:
@@ -182,7 +182,7 @@ class WorkerProcess:
             if isinstance(understood, TokenClaim):
                 self._have_claimed(understood)
                 return understood
-            assert isinstance(understood, Answer | Refusal)
+            assert isinstance(understood, Answer | RefusalMessage)
             if understood.n > self._number:
                 raise FaultyMessageError("an answer to what was not asked")
             return understood

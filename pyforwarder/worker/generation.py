@@ -44,8 +44,8 @@ MEMORY_SHARE: Final = 4
 # A handover that bytes stand in the way of is tried again as they move, and by this clock.
 HANDOVER_RETRY_S: Final = 0.1
 
-_VERDICTS_S: Final = 1.0
-_MOST_VERDICTS: Final = 4096
+_PERMITTED_S: Final = 1.0
+_MOST_PERMITTED: Final = 4096
 
 # Where pairs belong that another program hands over (`forward`): a listener that nobody binds.
 FOREIGN_LISTENER: Final = Listener.model_validate(
@@ -327,8 +327,8 @@ class Generation:
         # The same for a pair that waits for its handover, which may be a matter of age.
         self.young_check_s = min(self.idle_check_s, max(self.handover.after_s, HANDOVER_RETRY_S))
         self.backlog_limit_bytes = self.config.backlog_limit_bytes
-        self._verdicts: dict[tuple[object, str, Address | UnixAddress], bool] = {}
-        self._verdicts_until_s = 0.0
+        self._permitted: dict[tuple[object, str, Address | UnixAddress], bool] = {}
+        self._permitted_until_s = 0.0
         tokens = self.config.tokens
         self.keys = (
             TokenKeys(
@@ -440,14 +440,14 @@ class Generation:
 
         Remembered for a moment, not for long: this host's addresses may change.
         """
-        verdicts = self._verdicts
-        if now_s > self._verdicts_until_s or len(verdicts) >= _MOST_VERDICTS:
-            verdicts.clear()
-            self._verdicts_until_s = now_s + _VERDICTS_S
+        permitted = self._permitted
+        if now_s > self._permitted_until_s or len(permitted) >= _MOST_PERMITTED:
+            permitted.clear()
+            self._permitted_until_s = now_s + _PERMITTED_S
         key = (rule, protocol, address)
-        known = verdicts.get(key)
+        known = permitted.get(key)
         if known is None:
-            known = verdicts[key] = self._judge(rule, address, protocol)
+            known = permitted[key] = self._judge(rule, address, protocol)
         return known
 
     def _judge(self, rule: RoutedRule, address: Address | UnixAddress, protocol: str) -> bool:

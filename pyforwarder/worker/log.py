@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pyforwarder.worker.client import Client
-    from pyforwarder.worker.udp.session import Refused, Session
+    from pyforwarder.worker.udp.session import RefusedClient, Session
 
 MOST_PER_SECOND: Final = 200
 LEVELS: Final = {"debug": 0, "info": 1, "warning": 2, "error": 3}
@@ -247,7 +247,7 @@ def _unlogged_by(log: Log) -> frozenset[CloseReason]:
     return frozenset(reason for reason in CloseReason if not log.wants(_level_of(reason)))
 
 
-def audit_of(client: Client | Session | Refused) -> dict[str, str]:
+def audit_of(client: Client | Session | RefusedClient) -> dict[str, str]:
     """What the connection's decision was made on, as far as it applies.
 
     Of one that another daemon has begun this is what that has said.
@@ -337,7 +337,7 @@ class ConnectionLog:
 
     def closed(
         self,
-        client: Client | Session | Refused,
+        client: Client | Session | RefusedClient,
         up: tuple[int, int],
         down: tuple[int, int],
         *,

@@ -19,7 +19,7 @@ from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.adoption import ADOPTION_S
 from pyforwarder.worker.generation import Generation, ListenerState
 from pyforwarder.worker.pair_sender import PairSender
-from pyforwarder.worker.parts import Parts
+from pyforwarder.worker.parts import WorkerParts
 from pyforwarder.worker.room import express_share, room_for
 from pyforwarder.worker.settings import Settings
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
@@ -40,7 +40,7 @@ class Worker:
         self._counters = Counters(self._memory.counters)
         self._used_tokens = SharedUsedTokens(self._memory.used_tokens, self._memory.own_used_tokens)
         self.loop = Loop()
-        self._parts: Parts | None = None
+        self._parts: WorkerParts | None = None
         self._sockets: list[_socket.socket] = []
         self._given: list[int] = []  # listening sockets that came before their settings
         self._draining = False
@@ -155,7 +155,7 @@ class Worker:
         return None
 
     @property
-    def _made(self) -> Parts:
+    def _made(self) -> WorkerParts:
         assert self._parts is not None  # settings are always the first message
         return self._parts
 
@@ -177,7 +177,7 @@ class Worker:
             counters=self._counters,
         )
         if self._parts is None:
-            self._parts = Parts(
+            self._parts = WorkerParts(
                 self._inheritance,
                 self._memory,
                 self._counters,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyforwarder.worker.inheritance import Inheritance, WorkerMemory
 
 
-class Parts:
+class WorkerParts:
     """Has the parts of a worker, from the first configuration to the end of the process."""
 
     def __init__(

@@ -22,7 +22,7 @@ from pyforwarder.core.datapaths import (
     NAMES,
     OPENING,
     SESSIONS,
-    Datapath,
+    DatapathRow,
     row_of,
 )
 from pyforwarder.datapath.ebpf.abi import DatapathKind
@@ -43,7 +43,7 @@ def test_the_configuration_may_name_every_datapath_and_auto() -> None:
 
 
 @EACH
-def test_a_datapath_has_its_number_its_word_and_its_counter(row: Datapath) -> None:
+def test_a_datapath_has_its_number_its_word_and_its_counter(row: DatapathRow) -> None:
     kind = DatapathKind[row.name.upper()]
     assert kind.label == row.name
     said = re.findall(
@@ -55,13 +55,13 @@ def test_a_datapath_has_its_number_its_word_and_its_counter(row: Datapath) -> No
 
 
 @pytest.mark.parametrize("row", [*DATAPATHS, *SESSIONS, *OPENING], ids=lambda row: row.name)
-def test_a_datapath_is_proven_as_a_user(row: Datapath) -> None:
+def test_a_datapath_is_proven_as_a_user(row: DatapathRow) -> None:
     assert row_of(row.name) is row
     assert len(inspect.signature(pkgutil.resolve_name(row.proof)).parameters) == 1
 
 
 @pytest.mark.parametrize("row", IN_KERNEL, ids=lambda row: row.name)
-def test_a_datapath_of_the_kernel_is_the_supervisors_to_make(row: Datapath) -> None:
+def test_a_datapath_of_the_kernel_is_the_supervisors_to_make(row: DatapathRow) -> None:
     assert issubclass(pkgutil.resolve_name(row.supervised), KernelDatapath)
 
 
@@ -107,7 +107,7 @@ class Toy(KernelDatapath):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> supervised.Datapaths:
     """Those of a supervisor whose one datapath of the kernel is the toy."""
-    row = Datapath("toy", proof=f"{__name__}:prove", supervised=f"{__name__}:Toy")
+    row = DatapathRow("toy", proof=f"{__name__}:prove", supervised=f"{__name__}:Toy")
     monkeypatch.setattr(supervised, "IN_KERNEL", (row,))
     monkeypatch.setattr(bpffs, "enter", Mock())
     monkeypatch.setattr(supervised, "proven", Mock(return_value=None))

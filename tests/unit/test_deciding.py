@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import Verdict
+    from pyforwarder.supervisor.health import HealthResult
     from pyforwarder.worker.log import Log
     from pyforwarder.worker.settings import Settings
 
@@ -202,7 +202,7 @@ class Site:
         self.express.has_begun = True
         self.clock, self.log = Clock(), Lines()
         self.has = Has(Splicing(self.express))
-        self.down: list[Verdict] = []
+        self.down: list[HealthResult] = []
         config = parse_config(text, source="x")
         self.in_force = InForce(config, settings_of(text), Listeners({}))
         self.put(text)

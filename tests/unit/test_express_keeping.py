@@ -25,7 +25,7 @@ from pyforwarder.datapath.express.keeping import _Known
 from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, Places
 from pyforwarder.datapath.express.sharing import _LABELS_AT, Express, Label, _Written
 from pyforwarder.datapath.splice.abi import NO_SLOT, SPLICE_BYTES, Splice, SpliceState
-from pyforwarder.datapath.splice.keeper_adoption import Adoption
+from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
 from pyforwarder.datapath.splice.records import set_state
 from pyforwarder.datapath.splice.rerouting import Rerouting
@@ -732,7 +732,7 @@ def test_a_worker_that_dies_before_it_adopts_a_pair_loses_nothing_of_it() -> Non
     )
     table: Any = bytes(2 * PAIR_BYTES) + b"t" * PAIR_BYTES
     unused: Any = None
-    adoption: Any = Adoption(pairs, table, unused, workers=1, sockets_of=lambda _index: None)
+    adoption: Any = KeeperAdoption(pairs, table, unused, workers=1, sockets_of=lambda _index: None)
     adoption._orphans, adoption._given = {1: b"waits"}, {2: b"given"}
     for _ in range(2):
         adoption.worker_died(0)
@@ -806,7 +806,7 @@ def test_a_pair_that_is_taken_in_leaves_news_of_routes_to_others_that_wait_for_t
     rerouting._since_s, rerouting._last_s = None, 0.0
     pairs: Any = SimpleNamespace(owners={}, store=lambda *_: None, when_forgotten=[])
     unused: Any = None
-    adoption = Adoption(pairs, unused, rerouting, workers=2, sockets_of=lambda _index: None)
+    adoption = KeeperAdoption(pairs, unused, rerouting, workers=2, sockets_of=lambda _index: None)
     assert adoption.take_in(5, b"said", 1) == 1
     assert rerouting._since_s is not None
     assert not drained

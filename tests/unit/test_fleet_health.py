@@ -22,7 +22,7 @@ from pyforwarder.fleet.watching import All, Lost, Watcher
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.supervisor.checking import report_rounds
 from pyforwarder.supervisor.fleet_health import FleetHealth
-from pyforwarder.supervisor.health import Verdict
+from pyforwarder.supervisor.health import HealthResult
 from pyforwarder.supervisor.messages import FROM_HEALTH, FleetStates, FleetStore, understand
 
 KEYS: Final = Keys("edge")
@@ -586,7 +586,7 @@ class Played(FleetHealth):
         self.change_to(parse_config(text.replace("CHECKS", checks), source="test"))
 
     def down_at(self, server: tuple[str, str], *, up: bool = False) -> None:
-        self.found(Verdict(*server, up=up, why="refused"))
+        self.found(HealthResult(*server, up=up, why="refused"))
 
     def hear(
         self,

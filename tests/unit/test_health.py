@@ -19,7 +19,7 @@ from pyforwarder.core.address import UnixAddress
 from pyforwarder.runtime.loop import EPOLLOUT, Loop
 from pyforwarder.runtime.resolver import Bounds, Resolver
 from pyforwarder.supervisor import health
-from pyforwarder.supervisor.health import Checker, Verdict
+from pyforwarder.supervisor.health import Checker, HealthResult
 
 if TYPE_CHECKING:
     from pyforwarder.core.address import Address
@@ -62,7 +62,7 @@ class Play:
         self.now_s = 1000.0
         self.code = errno.EINPROGRESS  # what connect says: nobody answers
         self.sockets: list[_socket.socket] = []
-        self.verdicts: list[Verdict] = []
+        self.verdicts: list[HealthResult] = []
         self.rounds = 0
         self.asker: FakeAsker
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)

@@ -13,7 +13,7 @@ import pytest
 from pyforwarder.datapath.splice import keeper_adoption as module
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import Splice
-from pyforwarder.datapath.splice.keeper_adoption import Adoption
+from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
 from pyforwarder.worker.orphans import adopt_orphans
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class Site:
             remember_joined=lambda _index, _sockets: None,
         )
         unused: Any = None
-        self.adoption = Adoption(pairs, unused, unused, workers=2, sockets_of=lambda _index: None)
+        self.adoption = KeeperAdoption(
+            pairs, unused, unused, workers=2, sockets_of=lambda _index: None
+        )
         for index in range(orphans):
             self.adoption.orphan(index, b"")
         self.in_use: set[int] = set()

@@ -36,8 +36,8 @@ from pyforwarder.supervisor.messages import (
     Ask,
     FaultyMessageError,
     Flush,
-    Health,
-    Refusal,
+    HealthMessage,
+    RefusalMessage,
     SetServer,
     TokenClaim,
     understand,
@@ -76,9 +76,9 @@ def test_every_kind_of_message_is_understood() -> None:
     assert understand({"n": 3, "result": [1]}, [], FROM_WORKER) == Answer(n=3, result=[1])
     claim = TokenClaim(claim="64" * 16, until=1, number=2)
     assert understand(claim.model_dump(), [], FROM_WORKER) == claim
-    assert understand({"n": 3, "error": "no"}, [], FROM_WORKER) == Refusal(n=3, error="no")
+    assert understand({"n": 3, "error": "no"}, [], FROM_WORKER) == RefusalMessage(n=3, error="no")
     verdict = {"upstream": "web", "server": "10.0.0.1:80", "up": False, "why": "timeout"}
-    assert understand(verdict, [], FROM_CHECKER) == Health.model_validate(verdict)
+    assert understand(verdict, [], FROM_CHECKER) == HealthMessage.model_validate(verdict)
     flush = {"flush": [1, 2], "n": 1, "user": "ann"}
     assert understand(flush, [], FROM_PAGE) == Flush(flush=[1, 2], n=1, user="ann")
     drain = {"server": "web/10.0.0.1:80", "state": "drain", "n": 1, "user": ""}

@@ -17,7 +17,7 @@ from pyforwarder.worker.udp import server_losses
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
 from pyforwarder.worker.udp.eviction import STEADY_AFTER_S
 from pyforwarder.worker.udp.handover import MOST_PER_S, SessionHandover
-from pyforwarder.worker.udp.icmp_errors import Refusal, refusal_in
+from pyforwarder.worker.udp.icmp_errors import Unreachable, refusal_in
 from tests.helpers.datagram_play import DatagramPlay
 from tests.helpers.fake_kernel import FakeKernel
 
@@ -553,8 +553,8 @@ def test_where_it_does_not_work_sessions_are_copied_and_say_so(played: Played) -
 # What ICMP says
 
 
-SERVER: Final = Refusal(errno.ECONNREFUSED, "127.0.0.1")
-STRANGER: Final = Refusal(errno.ECONNREFUSED, "127.0.0.66")
+SERVER: Final = Unreachable(errno.ECONNREFUSED, "127.0.0.1")
+STRANGER: Final = Unreachable(errno.ECONNREFUSED, "127.0.0.66")
 
 
 @pytest.fixture
@@ -565,7 +565,7 @@ def failures(played: Played, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
-def say(played: Played, monkeypatch: pytest.MonkeyPatch, *said: Refusal) -> bool:
+def say(played: Played, monkeypatch: pytest.MonkeyPatch, *said: Unreachable) -> bool:
     """Whether the session goes on that was opened last."""
     *_, session = played.play.server.by_id.values()
     monkeypatch.setattr(server_losses, "refusals", lambda _sock: iter(said))
@@ -673,5 +673,5 @@ def test_errors_that_pass_are_no_refusals(
     origin = {socket.AF_INET: 2, socket.AF_INET6: 3}[family]
     data = struct.pack("=IBBBBII", errno.ECONNREFUSED, origin, kind, code, 0, 0, 0) + behind
     found = refusal_in(data, family)
-    assert found == (Refusal(errno.ECONNREFUSED, host) if expected else None)
+    assert found == (Unreachable(errno.ECONNREFUSED, host) if expected else None)
     assert refusal_in(data[:20], family) is None

@@ -9,7 +9,7 @@ from pyforwarder.status.allowance import (
     Budget,
     PerClient,
     Rate,
-    Refused,
+    RefusedRequest,
     most_crowded,
     network_of,
 )
@@ -46,8 +46,8 @@ def test_of_those_that_have_not_asked_for_longest_nothing_is_known() -> None:
 
 def test_a_client_is_refused_for_itself_and_the_rest_for_all() -> None:
     one = Allowance(client=Rate(3, 1), in_all=Rate(5, 1), viewer=Rate(2, 0.5))
-    too_many = Refused(HTTPStatus.TOO_MANY_REQUESTS, 1)
-    busy = Refused(HTTPStatus.SERVICE_UNAVAILABLE, 1)
+    too_many = RefusedRequest(HTTPStatus.TOO_MANY_REQUESTS, 1)
+    busy = RefusedRequest(HTTPStatus.SERVICE_UNAVAILABLE, 1)
     assert [one.refuses("a", 0.0) for _ in range(4)] == [None, None, None, too_many]
     assert [one.refuses("b", 0.0) for _ in range(3)] == [None, None, busy]
     # A viewer has an allowance of its own, which nobody else can use up.

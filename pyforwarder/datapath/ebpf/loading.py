@@ -56,7 +56,7 @@ _OF_A_PROGRAM: Final = frozenset(
 )
 
 
-class Refused(NamedTuple):
+class RefusedProgram(NamedTuple):
     """A program that the kernel did not take, where another way went on."""
 
     source: str
@@ -79,7 +79,7 @@ class Loaded(NamedTuple):
 
     way: int  # index
     descriptors: list[int]  # in the order of the way; the caller closes them
-    refused: list[Refused]  # of the ways that come before
+    refused: list[RefusedProgram]  # of the ways that come before
 
 
 def load_programs(
@@ -153,7 +153,7 @@ def load_first(
     maps, values = maps or {}, values or {}
     functions = list(dict.fromkeys(name for way in ways for name, _ in way))
     compiled = compile_programs(source, functions, defines=defines, maps=maps, values=values)
-    refused: dict[str, Refused] = {}
+    refused: dict[str, RefusedProgram] = {}
     taken: dict[tuple[str, ProgramKind], int] = {}  # for this way or another
     try:
         for index, way in enumerate(ways):
@@ -320,7 +320,7 @@ def _load(name: str, kind: ProgramKind, code: bytes, licence: str) -> int:
     )
 
 
-def _refused(source: str, name: str, kind: str, error: Exception) -> Refused:
+def _refused(source: str, name: str, kind: str, error: Exception) -> RefusedProgram:
     said: dict[str, Any] = {"program": name, "kind": kind, "errno": 0, "reason": str(error)}
     log = ""
     if isinstance(error, bpf.VerifierError):
@@ -329,10 +329,10 @@ def _refused(source: str, name: str, kind: str, error: Exception) -> Refused:
         said["errno"] = error.errno or 0
     if isinstance(error, LoadError):  # as the kernel says it of what its BTF has not
         said["errno"] = errno.ENOENT
-    return Refused(source, said, log)
+    return RefusedProgram(source, said, log)
 
 
-def _none_of(refused: Sequence[Refused]) -> LoadError:
+def _none_of(refused: Sequence[RefusedProgram]) -> LoadError:
     """The error of several ways of which the kernel takes none."""
     errors = []
     for one in refused:

@@ -38,7 +38,7 @@ from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.express.keeping import ExpressKeeper
 from pyforwarder.datapath.splice.abi import HELD, NO_SLOT, ResetBy, SpliceState
 from pyforwarder.datapath.splice.keepalive import Keepalives
-from pyforwarder.datapath.splice.keeper_adoption import Adoption
+from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
 from pyforwarder.datapath.splice.keeper_answers import Answers
 from pyforwarder.datapath.splice.keeper_channels import Channels
 from pyforwarder.datapath.splice.keeper_client import MOST_MESSAGE_BYTES
@@ -102,7 +102,7 @@ class Keeper:
         )
         self._keepalives = Keepalives(memory, self._pairs.end)
         self._rerouting = Rerouting(maps.links, memory, self._pairs.owned, self._pairs.end)
-        self._adoption = Adoption(
+        self._adoption = KeeperAdoption(
             self._pairs,
             table,
             self._rerouting,
@@ -304,7 +304,7 @@ class Keeper:
 class _StandbyOwner:
     """The parts of the keeper that `Standby` may use."""
 
-    def __init__(self, pairs: KeeperPairs, adoption: Adoption) -> None:
+    def __init__(self, pairs: KeeperPairs, adoption: KeeperAdoption) -> None:
         self._pairs = pairs
         self._adoption = adoption
         self.allocate = pairs.allocate
@@ -330,7 +330,7 @@ class _StandbyOwner:
 class _ExpressOwner:
     """The parts of the keeper that `ExpressKeeper` may use."""
 
-    def __init__(self, adoption: Adoption, keepalives: Keepalives) -> None:
+    def __init__(self, adoption: KeeperAdoption, keepalives: Keepalives) -> None:
         self._keepalives = keepalives
         self.take_in = adoption.take_in
 

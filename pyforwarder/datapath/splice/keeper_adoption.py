@@ -39,7 +39,7 @@ _TRIED_AT_ONCE: Final = 16
 _Sockets = tuple["socket.socket", "socket.socket"]
 
 
-class Adoption:
+class KeeperAdoption:
     """The orphans of one keeper."""
 
     def __init__(

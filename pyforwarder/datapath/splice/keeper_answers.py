@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyforwarder.datapath.express.keeping import ExpressKeeper
-    from pyforwarder.datapath.splice.keeper_adoption import Adoption
+    from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
     from pyforwarder.datapath.splice.keeper_joining import Joining
     from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
     from pyforwarder.datapath.splice.session_keeper import SessionKeeper
@@ -40,7 +40,7 @@ class Answers:
         self,
         pairs: KeeperPairs,
         joining: Joining,
-        adoption: Adoption,
+        adoption: KeeperAdoption,
         sessions: SessionKeeper,
         express: ExpressKeeper | None,
         *,

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
 
 # Called with the outcome: the session in the kernel, or why there is none.
-Opened: TypeAlias = "Callable[[KernelSession | PairReason], None]"
+WhenOpened: TypeAlias = "Callable[[KernelSession | PairReason], None]"
 Counted: TypeAlias = "Callable[[list[Carried]], None]"
 # How many were copied is unknown: the program's count never has this value.
 _UNKNOWN: Final = (1 << 64) - 1
@@ -82,10 +82,10 @@ class PendingSession:
 
     __slots__ = ("id", "slot", "then")
 
-    def __init__(self, session_id: int, slot: int, then: Opened) -> None:
+    def __init__(self, session_id: int, slot: int, then: WhenOpened) -> None:
         self.id = session_id
         self.slot = slot
-        self.then: Opened | None = then  # None: the session has ended meanwhile
+        self.then: WhenOpened | None = then  # None: the session has ended meanwhile
 
 
 class _Ending(Timed):
@@ -168,7 +168,7 @@ class SpliceSessions:
         any_interface: bool,
         idle_s: float,
         now_s: float,
-        then: Opened,
+        then: WhenOpened,
     ) -> PendingSession | PairReason:
         """Ask the keeper to begin a session; `then` is called with it, or why there is none.
 

@@ -19,7 +19,7 @@ from pyforwarder.worker.udp.eviction import Assurance
 from pyforwarder.worker.udp.icmp_errors import want_errors
 from pyforwarder.worker.udp.routes import route_of, server_of
 from pyforwarder.worker.udp.runs import want_runs
-from pyforwarder.worker.udp.session import Refused, Session
+from pyforwarder.worker.udp.session import RefusedClient, Session
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.sessions import Carried, SessionOrphan
@@ -183,7 +183,7 @@ class SessionAdoption:
         self, listener: ListenerState, orphan: SessionOrphan, reason: CloseReason, cause: str = ""
     ) -> None:
         """Nobody goes on with a session: say why, and count and say what it has carried."""
-        refused = Refused(
+        refused = RefusedClient(
             self._server, listener, Address(*orphan.client), None, session_id=orphan.id
         )
         refused.reason, refused.refusal = reason, cause

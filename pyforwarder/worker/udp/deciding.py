@@ -23,7 +23,7 @@ from pyforwarder.runtime.counters import (
 )
 from pyforwarder.worker.generation import is_local
 from pyforwarder.worker.udp.routes import followed_route
-from pyforwarder.worker.udp.session import Refused, Session
+from pyforwarder.worker.udp.session import RefusedClient, Session
 from pyforwarder.worker.udp.undecided import Undecided, UndecidedClients
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Deciding:
         named = Address(f"{key[0]}%{key[3]}", key[1]) if key[3] else client
         if not listener.generation.own["udp"].includes(named, is_local=is_local):
             return False
-        refused = Refused(self._server, listener, client, None)
+        refused = RefusedClient(self._server, listener, client, None)
         refused.refusal = "its sender would be this forwarder"
         self._counters[listener.counter + ListenerCounter.ACCEPTED] += 1
         self._turn_away(refused, listener, None, CloseReason.DENIED)
@@ -192,7 +192,7 @@ class Deciding:
             if limit is not None:
                 counters[LIMITED_INDEX[limit.counted_as]] += 1
                 self._server.send_refusal(session, CloseReason.BUSY)
-                refused = Refused(self._server, listener, client, decision.rule)
+                refused = RefusedClient(self._server, listener, client, decision.rule)
                 refused.route, refused.facts = decision, session.facts
                 refused.over_limit = limit
                 self._turn_away(refused, listener, decision.rule, CloseReason.BUSY)
@@ -212,7 +212,7 @@ class Deciding:
             return
         # Not ours to serve: one word if the protocol has one, never more than was sent.
         rule = decision.rule if isinstance(decision, Refuse) else None
-        refused = Refused(self._server, listener, client, rule)
+        refused = RefusedClient(self._server, listener, client, rule)
         if isinstance(decision, Refuse):
             reason = decision.reason
             refused.refusal = decision.cause
@@ -226,7 +226,11 @@ class Deciding:
         self._turn_away(refused, listener, rule, reason)
 
     def _turn_away(
-        self, refused: Refused, listener: ListenerState, rule: Rule | None, reason: CloseReason
+        self,
+        refused: RefusedClient,
+        listener: ListenerState,
+        rule: Rule | None,
+        reason: CloseReason,
     ) -> None:
         """Count and log a first datagram that gets no session."""
         refused.reason = reason

@@ -30,7 +30,7 @@ _PASSING: Final = {
 }
 
 
-class Refusal(NamedTuple):
+class Unreachable(NamedTuple):
     """The datagrams do not reach the server, and will not."""
 
     errno: int
@@ -45,7 +45,7 @@ def want_errors(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_RECVERR, 1)
 
 
-def refusals(sock: socket.socket) -> Iterator[Refusal]:
+def refusals(sock: socket.socket) -> Iterator[Unreachable]:
     """Take what is queued, oldest first; errors that pass are left out."""
     for _ in range(_MOST_AT_ONCE):
         try:
@@ -62,7 +62,7 @@ def refusals(sock: socket.socket) -> Iterator[Refusal]:
                     yield found
 
 
-def refusal_in(data: bytes, family: int) -> Refusal | None:
+def refusal_in(data: bytes, family: int) -> Unreachable | None:
     """What a `struct sock_extended_err` and the address behind it say."""
     family = socket.AddressFamily(family)
     source = _SOURCE6 if family == socket.AF_INET6 else _SOURCE4
@@ -72,4 +72,4 @@ def refusal_in(data: bytes, family: int) -> Refusal | None:
     if origin != _BY_ICMP[family] or kind != _UNREACHABLE[family] or code in _PASSING[family]:
         return None
     (packed,) = source.unpack_from(data, _ERROR.size)
-    return Refusal(code_of_errno, socket.inet_ntop(family, packed))
+    return Unreachable(code_of_errno, socket.inet_ntop(family, packed))

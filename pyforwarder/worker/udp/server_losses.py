@@ -11,7 +11,7 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker.connector import CONNECT_ERRORS
-from pyforwarder.worker.udp.icmp_errors import Refusal, refusals
+from pyforwarder.worker.udp.icmp_errors import Unreachable, refusals
 
 if TYPE_CHECKING:
     from pyforwarder.core.upstreams import Balancer, ServerState
@@ -45,7 +45,7 @@ class ServerLosses:
             self._counters[Counter.ERRORS_DOUBTED] += 1
         return True
 
-    def _is_believed(self, session: Session, refusal: Refusal) -> bool:
+    def _is_believed(self, session: Session, refusal: Unreachable) -> bool:
         """Whether the session ends.
 
         A server that has never answered is not missed: the client's next datagram finds another.
@@ -118,6 +118,6 @@ class ServerLosses:
         )
 
 
-def _is_of_server(session: Session, refusal: Refusal) -> bool:
+def _is_of_server(session: Session, refusal: Unreachable) -> bool:
     to = session.destination
     return isinstance(to, Address) and to.host.partition("%")[0] == refusal.host

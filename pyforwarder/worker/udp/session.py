@@ -197,7 +197,7 @@ class Session(Timed):
         return self.listener.rule_names[self.route.rule.index]
 
 
-class Refused:
+class RefusedClient:
     """A first datagram that gets no session, or a session that cannot go on, for the log."""
 
     __slots__ = (
