@@ -37,6 +37,7 @@ from pyforwarder.runtime.loop import (
     EPOLLPRI,
     EPOLLRDHUP,
 )
+from pyforwarder.runtime.socket_options import SO_COOKIE
 
 if TYPE_CHECKING:
     import _socket
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
     from pyforwarder.datapath.ebpf.syscall import Map
 
-SO_COOKIE: Final = 57  # asm-generic/socket.h; Python has no name for it
 _COOKIE: Final = struct.Struct("=Q")
 _END: Final = struct.Struct("=II")
 _SOCKET_VALUE: Final = struct.Struct("=Q")  # 8 bytes: a descriptor to write, a cookie to read

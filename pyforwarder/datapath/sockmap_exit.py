@@ -56,6 +56,7 @@ from pyforwarder.datapath.tcp_info import (
 )
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import SO_COOKIE
 
 if TYPE_CHECKING:
     import _socket
@@ -112,7 +113,7 @@ class _Bypass:
         self._sockets = sockets
         try:
             self.cookie = int.from_bytes(
-                self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), "little"
+                self._in.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "little"
             )
             self._in.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sockets.update(
@@ -142,13 +143,10 @@ class _Bypass:
     def close(self) -> None:
         # The supervisor may have it still, and then closing it changes nothing.
         with contextlib.suppress(OSError):
-            cookie = self._in.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+            cookie = self._in.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
             self._sockets.delete(cookie)
         self._in.close()
         self._out.close()
-
-
-_SO_COOKIE: Final = 57  # asm-generic/socket.h; Python has no name for it
 
 
 class SockmapExit:

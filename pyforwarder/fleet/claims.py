@@ -14,11 +14,12 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import Keys, UsedToken
 from pyforwarder.fleet.store import NoSuchLeaseError, StoreError
+from pyforwarder.fleet.supervisor import Listening
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.store import Store
@@ -51,21 +52,14 @@ class Claim(NamedTuple):
     until_unix_s: int
 
 
-class Supervisor(Protocol):
-    """The process above us."""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send it a message.
-
-        Raises:
-            OSError: it is gone.
-        """
+class ClaimingSupervisor(Listening, Protocol):
+    """The supervisor, which asks for tokens to be used up, and is told what came of it."""
 
     def receive(self, timeout_s: float) -> Claim | None:
         """The next claim; None if there is none within that time.
 
         Raises:
-            EOFError: it is gone.
+            EOFError: the supervisor is gone.
         """
 
 
@@ -82,7 +76,7 @@ class Claims:
         store: Store,
         keys: Keys,
         name: str,
-        supervisor: Supervisor,
+        supervisor: ClaimingSupervisor,
         *,
         clock: Callable[[], float] = time.monotonic,
         unix_time_s: Callable[[], float],

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from pyforwarder.fleet.supervisor import Listening
 
 # Somebody who is to be told of a silent store waits for a minute or so.
 EVERY_S: Final = 5.0
 
 
-class Supervisor(Protocol):
-    """The process above us."""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send it a message.
-
-        Raises:
-            OSError: it is gone.
-        """
-
-
 class Exchanges:
     """Tells the supervisor when the store has answered, for a process that speaks to a store."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Listening) -> None:
         self._supervisor = supervisor
         self._answered_s = 0.0  # as was told
         self._due_s = 0.0

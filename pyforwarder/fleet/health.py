@@ -36,7 +36,8 @@ from pyforwarder.fleet.reporting import Reporter
 if TYPE_CHECKING:
     from pyforwarder.fleet.layout import Keys
     from pyforwarder.fleet.store import Store
-    from pyforwarder.fleet.watching import Supervisor, Watcher
+    from pyforwarder.fleet.supervisor import Supervisor
+    from pyforwarder.fleet.watching import Watcher
 
 _TURN_S: Final = 0.1
 _MOST_WHY: Final = 200

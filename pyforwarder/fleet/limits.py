@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from pyforwarder.fleet.failover.compaction import Compaction
     from pyforwarder.fleet.layout import Keys
     from pyforwarder.fleet.store import Store
-    from pyforwarder.fleet.watching import Supervisor, Watcher
+    from pyforwarder.fleet.supervisor import Supervisor
+    from pyforwarder.fleet.watching import Watcher
     from pyforwarder.runtime.fleet_counts import (
         ClientCount,
         ClientCounts,

@@ -21,6 +21,7 @@ from pyforwarder.fleet.layout import (
     registered_servers,
 )
 from pyforwarder.fleet.store import StoreError
+from pyforwarder.fleet.supervisor import Listening
 from pyforwarder.fleet.watching import Pause
 
 if TYPE_CHECKING:
@@ -53,21 +54,14 @@ _OFTEN_S: Final = 60.0
 LEAVE_S: Final = 0.8
 
 
-class Supervisor(Protocol):
-    """The process above us."""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send the supervisor a message.
-
-        Raises:
-            OSError: it is gone.
-        """
+class MachineSupervisor(Listening, Protocol):
+    """The supervisor, which says what this machine reports."""
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
         """Return what the supervisor says within that time; None: nothing.
 
         Raises:
-            EOFError: it is gone.
+            EOFError: the supervisor is gone.
         """
 
 
@@ -86,7 +80,7 @@ class Member:
         store: Store,
         keys: Keys,
         name: str,
-        supervisor: Supervisor,
+        supervisor: MachineSupervisor,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

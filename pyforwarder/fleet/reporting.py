@@ -17,7 +17,8 @@ from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.layout import Value
-    from pyforwarder.fleet.watching import Supervisor, Watcher
+    from pyforwarder.fleet.supervisor import Supervisor
+    from pyforwarder.fleet.watching import Watcher
 
 # What a machine has said is gone so long after its death.
 LEASE_S: Final = 8

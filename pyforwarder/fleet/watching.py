@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.fleet.store import Change, CompactedError, StoreError
 
@@ -50,24 +50,6 @@ class Pause:
     def end(self) -> None:
         """Note that the store has answered: the next pause is short again."""
         self._pause_s = _FIRST_PAUSE_S
-
-
-class Supervisor(Protocol):
-    """The process above us."""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send the supervisor a message.
-
-        Raises:
-            OSError: it is gone.
-        """
-
-    def wait(self, timeout_s: float) -> dict[str, Any] | None:
-        """Wait so long, or until it says something, which is returned.
-
-        Raises:
-            EOFError: it is gone.
-        """
 
 
 class All(NamedTuple):

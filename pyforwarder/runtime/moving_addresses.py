@@ -14,12 +14,11 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-import psutil
-
 from pyforwarder.errors import ControlError
+from pyforwarder.runtime.interface_addresses import interface_addresses
 
 _MESSAGE: Final = struct.Struct("=IHHII")  # linux/netlink.h: struct nlmsghdr
 _ADDRESS: Final = struct.Struct("=BBBBI")  # linux/if_addr.h: struct ifaddrmsg
@@ -37,12 +36,10 @@ _SOLICITATION, _ADVERTISEMENT = 135, 136
 _OVERRIDE: Final = 0x20
 _ALL_NODES: Final = "ff02::1"
 
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 
 def here(wanted: Sequence[str]) -> list[str]:
     """Return those of the addresses that this host has, in their order."""
-    own = {one.address for one in _own()}
+    own = {one.address for one in interface_addresses()}
     return [text for text in wanted if ipaddress.ip_address(text) in own]
 
 
@@ -53,7 +50,7 @@ def interface_of(text: str) -> str:
         ControlError: there is none.
     """
     address = ipaddress.ip_address(text)
-    for own in _own():
+    for own in interface_addresses():
         if own.address != address and address in own.network:
             return own.interface
     raise ControlError(
@@ -89,7 +86,7 @@ def remove(wanted: Sequence[str]) -> None:
         ControlError: one is left.
     """
     addresses = {ipaddress.ip_address(text) for text in wanted}
-    for own in list(_own()):
+    for own in list(interface_addresses()):
         if own.address in addresses:
             _change(_DELETE_ADDRESS, str(own.address), own.network.prefixlen, own.interface)
 
@@ -101,7 +98,7 @@ def announce(wanted: Sequence[str]) -> None:
         ControlError: this host has not one of them.
         OSError: that cannot be sent.
     """
-    places = {str(own.address): own.interface for own in _own()}
+    places = {str(own.address): own.interface for own in interface_addresses()}
     for text in wanted:
         interface = places.get(str(ipaddress.ip_address(text)))
         if interface is None:
@@ -168,24 +165,6 @@ def said_by(data: bytes, text: str) -> str:
         return ""
     _, _, _, _, _, mac, sender, _, _ = _ARP.unpack_from(data, 14)
     return mac.hex(":") if sender == socket.inet_aton(text) else ""
-
-
-class _Own:
-    """An address of an interface of this host."""
-
-    def __init__(self, interface: str, address: IpAddress, mask: str) -> None:
-        self.interface, self.address = interface, address
-        bits = int(ipaddress.ip_address(mask)).bit_count() if mask else address.max_prefixlen
-        self.network = ipaddress.ip_network(f"{address}/{bits}", strict=False)
-
-
-def _own() -> Iterator[_Own]:
-    for name, addresses in psutil.net_if_addrs().items():
-        for one in addresses:
-            if one.family in (socket.AF_INET, socket.AF_INET6):
-                with contextlib.suppress(ValueError):
-                    address = ipaddress.ip_address(one.address.partition("%")[0])
-                    yield _Own(name, address, one.netmask or "")
 
 
 def _change(kind: int, text: str, prefix_bits: int, interface: str) -> None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
 from pyforwarder.errors import ForwarderError
+from pyforwarder.runtime.socket_options import protocol_of
 
 if TYPE_CHECKING:
     from pyforwarder.supervisor.listeners import BoundSocket
 
 _FIRST: Final = 3  # SD_LISTEN_FDS_START
 _SO_ACCEPTCONN: Final = 30  # asm-generic/socket.h; Python has a name for it from 3.13 on
-_SO_PROTOCOL: Final = 38
 _IPPROTO_MPTCP: Final = 262
 
 
@@ -103,7 +103,7 @@ def usable_address(
     if sock.type != kind or sock.family not in families[: 3 if protocol == "tcp" else 2]:
         option = "ListenStream" if protocol == "tcp" else "ListenDatagram"
         raise ForwarderError(f"{wanted}: `protocol: {protocol}` wants a socket of {option}=")
-    if sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == _IPPROTO_MPTCP:
+    if protocol_of(sock) == _IPPROTO_MPTCP:
         raise ForwarderError(f"{wanted}: the socket is MPTCP: leave SocketProtocol= out")
     if protocol == "tcp" and not sock.getsockopt(socket.SOL_SOCKET, _SO_ACCEPTCONN):
         raise ForwarderError(f"{wanted}: the socket does not listen: write Accept=no")

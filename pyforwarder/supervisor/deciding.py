@@ -16,8 +16,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import psutil
-
 from pyforwarder.core.address import Address, SamePort, UnixAddress
 from pyforwarder.core.express.compiling import compile_table
 from pyforwarder.core.policy import OwnListeners
@@ -25,6 +23,7 @@ from pyforwarder.core.routing import compile_rules
 from pyforwarder.datapath.express.connecting import MOST_LISTENERS
 from pyforwarder.datapath.express.sharing import Decided, Label
 from pyforwarder.datapath.splice.interfaces import LOOPBACK, mtu_of
+from pyforwarder.runtime.interface_addresses import interface_addresses
 from pyforwarder.supervisor.balancing import KernelBalancers
 from pyforwarder.supervisor.listeners import TCP4_HEADERS_BYTES, TCP6_HEADERS_BYTES
 from pyforwarder.supervisor.rule_deciders import RuleDecider, RuleDeciders
@@ -430,13 +429,8 @@ def _asks(rule: Rule | RuleConfig, listener: Listener, config: Config) -> bool:
 
 def _addresses_here() -> dict[str, int]:
     """Return the addresses of this host with their IP version; leaves out link-local IPv6."""
-    found: dict[str, int] = {}
-    for addresses in psutil.net_if_addrs().values():
-        for one in addresses:
-            try:
-                ip = ipaddress.ip_address(one.address)
-            except ValueError:
-                continue  # of an interface's hardware, or with a scope
-            if not ip.is_link_local or ip.version == 4:
-                found[one.address] = ip.version
-    return found
+    return {
+        str(one.address): one.address.version
+        for one in interface_addresses()
+        if not one.address.is_link_local or one.address.version == 4
+    }

@@ -17,6 +17,7 @@ from pyforwarder.core.address import ANY_IPV4, ANY_IPV6, Address, SystemdSockets
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.channel import BACKLOG
 from pyforwarder.runtime.keepalive import keep_alive
+from pyforwarder.runtime.linger import reset_at_close
 from pyforwarder.runtime.sockaddr import sockaddr
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 TCP4_HEADERS_BYTES: Final = 40
 TCP6_HEADERS_BYTES: Final = 60
-_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 _IPV6_FREEBIND: Final = 78  # linux/in6.h
 _IP_FREEBIND: Final = 15  # linux/in.h
 # How often a port that the kernel chose for IPv6 may turn out to be taken for IPv4.
@@ -187,7 +187,7 @@ def _set_up(sock: socket.socket) -> None:
     Linger 0: a process that dies leaves resets behind, not clean EOFs. Urgent data in line: a byte
     that MSG_OOB marks is not lost.
     """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    reset_at_close(sock.fileno())
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

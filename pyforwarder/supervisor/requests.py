@@ -10,10 +10,10 @@ from pyforwarder import __version__
 from pyforwarder.core.address import Address, AddressError, bind_text, parse_port
 from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
 from pyforwarder.runtime.descriptors import duplicate_socket
+from pyforwarder.runtime.socket_options import cookie_of
 from pyforwarder.supervisor import report
 from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.workers import ask_all
-from pyforwarder.worker.foreign_sockets import cookie_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config

@@ -19,6 +19,7 @@ from pyforwarder.runtime.children import fork
 from pyforwarder.runtime.descriptors import close_given, duplicate_socket
 from pyforwarder.runtime.pulse import PULSE_S, Pulse, PulseWatch
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import TRANSPARENT
 from pyforwarder.supervisor.messages import (
     FROM_WORKER,
     MOST_BYTES,
@@ -50,11 +51,6 @@ _MOST_CLAIMS: Final = 64
 # What a worker may ask in that time: it asks once for a connection, if at all.
 _WHILE_S: Final = 0.1
 _MOST_IN_A_WHILE: Final = 2000
-# Level and option with which a socket may be bound to an address that is not this host's (ip(7)).
-TRANSPARENT: Final = {
-    socket.AF_INET: (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
-    socket.AF_INET6: (socket.IPPROTO_IPV6, 75),  # IPV6_TRANSPARENT, linux/in6.h
-}
 
 
 class WorkerProcess:

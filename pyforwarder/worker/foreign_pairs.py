@@ -14,9 +14,9 @@ from pyforwarder.errors import ControlError
 from pyforwarder.runtime.counters import LIMITED_INDEX, Counter, ListenerCounter
 from pyforwarder.runtime.keepalive import keep_alive
 from pyforwarder.runtime.limits import Limit
+from pyforwarder.runtime.socket_options import cookie_of
 from pyforwarder.worker.client import Client, address_of
 from pyforwarder.worker.foreign_sockets import (
-    cookie_of,
     foreign_socket,
     read_so_far,
     set_up,

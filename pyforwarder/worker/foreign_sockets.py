@@ -11,13 +11,12 @@ import termios
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_for, received
+from pyforwarder.runtime.linger import reset_at_close
+from pyforwarder.runtime.socket_options import protocol_of
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow
 
-_SO_COOKIE: Final = 57
-_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
-_SO_PROTOCOL: Final = 38
 _TCP_ULP: Final = 31  # linux/tcp.h
 
 
@@ -43,17 +42,12 @@ def foreign_socket(fd: int) -> _socket.socket:
     return sock
 
 
-def cookie_of(sock: _socket.socket) -> int:
-    """The socket's cookie, the same by all descriptors that lead to it, in every process."""
-    return int.from_bytes(sock.getsockopt(_socket.SOL_SOCKET, _SO_COOKIE, 8), "little")
-
-
 def set_up(sock: _socket.socket) -> None:
     """Set the socket's options as ours are; other processes that have the socket see that, too."""
     os.set_blocking(sock.fileno(), False)
     if sock.family != _socket.AF_UNIX:
         # As at the listeners: a crash is a reset, and no byte is taken out of the stream.
-        sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_LINGER, _LINGER_RESET)
+        reset_at_close(sock.fileno())
         if is_plain_tcp(sock):  # MPTCP knows no urgent data: EOPNOTSUPP
             sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_OOBINLINE, 1)
         sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
@@ -63,7 +57,7 @@ def is_plain_tcp(sock: _socket.socket) -> bool:
     """Whether a sockmap may have it: an MPTCP subflow can crash a 6.1 kernel, kTLS corrupts."""
     if sock.family == _socket.AF_UNIX:
         return False
-    if sock.getsockopt(_socket.SOL_SOCKET, _SO_PROTOCOL) != _socket.IPPROTO_TCP:
+    if protocol_of(sock) != _socket.IPPROTO_TCP:
         return False
     return not sock.getsockopt(_socket.IPPROTO_TCP, _TCP_ULP, 16).rstrip(b"\0")
 

@@ -25,8 +25,9 @@ from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN, MOST_EVENTS
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import cookie_of
 from pyforwarder.worker.client import Client
-from pyforwarder.worker.foreign_sockets import cookie_of, is_plain_tcp
+from pyforwarder.worker.foreign_sockets import is_plain_tcp
 from pyforwarder.worker.moving import (
     MOST_MESSAGE_BYTES,
     AddressMessage,

@@ -32,6 +32,7 @@ from pyforwarder.runtime.client_network import network_of
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.host_memory import tcp_pages
 from pyforwarder.runtime.limits import TCP
+from pyforwarder.runtime.socket_options import SO_BUF_LOCK
 
 if TYPE_CHECKING:
     import _socket
@@ -60,7 +61,6 @@ SLOW_S: Final = 10.0
 SMALLEST_BUFFER_BYTES: Final = 32 * 1024
 
 _SO_MEMINFO: Final = 55  # asm-generic/socket.h
-_SO_BUF_LOCK: Final = 72  # Linux 5.14
 # enum sk_meminfo: RMEM_ALLOC, RCVBUF, WMEM_ALLOC, SNDBUF, FWD_ALLOC, WMEM_QUEUED, OPTMEM, BACKLOG
 _MEMINFO: Final = struct.Struct("=8I")
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
@@ -296,7 +296,7 @@ class Pressure:
             if client.life is Life.JOINED and client.server is not None:
                 for sock in (client.client, client.server):
                     try:
-                        sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, 0)
+                        sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, 0)
                     except OSError:
                         break  # before Linux 5.14: they stay as they are
         self._clamped.clear()

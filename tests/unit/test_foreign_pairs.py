@@ -12,7 +12,7 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.proof.rig import loopback_pair
 from pyforwarder.errors import ControlError
-from pyforwarder.worker.foreign_sockets import cookie_of
+from pyforwarder.runtime.socket_options import cookie_of
 from tests.helpers.instruction import instruction
 from tests.helpers.peers import reset
 from tests.helpers.stream_play import (

@@ -191,7 +191,8 @@ class Backlog(ctypes.Structure):
 
 PAIR_BYTES: Final = ctypes.sizeof(PairRecord)
 _ENDPOINT: Final = struct.Struct("=16sHBx")
-_MAPPED: Final = b"\0" * 10 + b"\xff\xff"
+# In front of an IPv4 address in 16 bytes (RFC 4291, 2.5.5.2).
+MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
 
 def pack_endpoint(address: Address | UnixAddress | None) -> bytes:
@@ -208,7 +209,7 @@ def pack_endpoint(address: Address | UnixAddress | None) -> bytes:
 def _pack_host(host: str) -> tuple[bytes, Family]:
     packed = ipaddress.ip_address(host).packed
     if len(packed) == 4:
-        return _MAPPED + packed, Family.IPV4
+        return MAPPED + packed, Family.IPV4
     return packed, Family.IPV6
 
 

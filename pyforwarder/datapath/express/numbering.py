@@ -16,6 +16,7 @@ import struct
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pyforwarder.datapath.ebpf.abi import MAPPED
 from pyforwarder.datapath.express.connecting import MOST_TARGETS
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ _TURN_S: Final = 1.0
 _RECORD: Final = struct.Struct("=16sHH")  # address, port in wire order, IP version
 _RECORD_BYTES: Final = 32
 NUMBERS_BYTES: Final = MOST_TARGETS * (1 + _RECORD_BYTES)
-_MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 
 
 class Server(NamedTuple):
@@ -49,7 +49,7 @@ class Server(NamedTuple):
 def packed(host: str) -> bytes:
     """An address as 16 bytes in wire order; IPv4 as ::ffff:a.b.c.d."""
     found = ipaddress.ip_address(host).packed
-    return found if len(found) == 16 else _MAPPED + found
+    return found if len(found) == 16 else MAPPED + found
 
 
 @lru_cache(2 * MOST_TARGETS)

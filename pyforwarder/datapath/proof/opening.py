@@ -22,6 +22,7 @@ from pyforwarder.datapath.express.sharing import Decided, Label
 from pyforwarder.datapath.proof.rig import DEADLINE_S, Peer, Reader, RigError, send_all
 from pyforwarder.datapath.splice.interfaces import LOOPBACK, mtu_of
 from pyforwarder.datapath.splice.sockets import HEADERS_BYTES
+from pyforwarder.runtime.linger import reset_at_close
 from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _LABEL: Final = Label("self-test", ("any",), (0, 0, 0))
 # more than one.
 _TRIES: Final = 10
 _BULK_BYTES: Final = 1 << 20
-_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 _HELLO: Final = b"hello"
 _CARRIED: Final = 6  # where the keeper says that of an end
 
@@ -161,7 +161,7 @@ def _reset(stage: Stage) -> None:
     for who in (0, 1):
         ends = stage.taken()
         with ends[0], ends[1]:
-            ends[who].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+            reset_at_close(ends[who].fileno())
             ends[who].close()
             try:
                 found = ends[1 - who].recv(1)

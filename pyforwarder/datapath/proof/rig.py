@@ -21,8 +21,10 @@ from pyforwarder.datapath.base import Flow, Pair, PairReason
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.send_buffer import enlarge_send_buffer
+from pyforwarder.runtime.linger import reset_at_close
 from pyforwarder.runtime.loop import EPOLLPRI, EPOLLRDHUP, Loop
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import protocol_of
 
 if TYPE_CHECKING:
     import _socket
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 DEADLINE_S: Final = 15.0
 SMALL_BUFFER_BYTES: Final = 128 << 10  # the kernel takes twice that, for its own records
-_SO_PROTOCOL: Final = 38  # asm-generic/socket.h; accept() does not tell a Python socket
-_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 
 
 class RigError(AssertionError):
@@ -148,8 +148,8 @@ class Rig:
             sock.setblocking(False)
             if sock.family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
-            if sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_TCP:
+                reset_at_close(sock.fileno())
+            if protocol_of(sock) == socket.IPPROTO_TCP:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         pair = RigPair(accepted, outgoing)
         pair.id = self._next_id

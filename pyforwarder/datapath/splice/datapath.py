@@ -27,6 +27,7 @@ from pyforwarder.datapath.splice.question import Question
 from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import SO_BUF_LOCK
 
 if TYPE_CHECKING:
     import _socket
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.question import Then
 
 # Not in socket(7) yet: the kernel does not resize the locked buffers, since Linux 5.14.
-_SO_BUF_LOCK: Final = 72
 _SOCK_RCVBUF_LOCK: Final = 2
 # The program that lets a pair begin takes microseconds, unless it is interrupted.
 _BEGINNING_S: Final = 0.5
@@ -88,7 +88,7 @@ class SpliceDatapath(AdoptedPairs):
         and the kernel enlarges these as long as we copy.
         """
         assert pair.server is not None
-        option = socket.SOL_SOCKET, _SO_BUF_LOCK
+        option = socket.SOL_SOCKET, SO_BUF_LOCK
         locks = [(sock, sock.getsockopt(*option)) for sock in (pair.client, pair.server)]
         for sock, lock in locks:
             sock.setsockopt(*option, lock | _SOCK_RCVBUF_LOCK)
@@ -99,7 +99,7 @@ class SpliceDatapath(AdoptedPairs):
         """Undo `expect`, for another datapath."""
         if isinstance(pair.datapath_record, _Expected):
             for sock, lock in pair.datapath_record.locks:
-                sock.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, lock)
+                sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, lock)
         pair.datapath_record = None
 
     def join(self, pair: Pair) -> PairReason | None:

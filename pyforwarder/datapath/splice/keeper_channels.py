@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from pyforwarder.datapath.splice import sockets as splice_sockets
+from pyforwarder.runtime.socket_options import cookie_of
 
 RENEWAL: Final = struct.Struct("=I")  # number of the worker
 
@@ -81,8 +81,8 @@ class Channels:
                 self._also(worker, socks.pop())
             for one in socks[1:]:
                 one.close()
-            known = map(splice_sockets.cookie, self._socks[worker])
-            if splice_sockets.cookie(sock) in known:
+            known = map(cookie_of, self._socks[worker])
+            if cookie_of(sock) in known:
                 sock.close()  # sent to the previous keeper, and this one was started with it
             else:
                 self._socks[worker].append(sock)

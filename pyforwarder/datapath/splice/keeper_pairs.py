@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import Direction
-from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice, SpliceState
 from pyforwarder.datapath.splice.our_ports import OurPorts
 from pyforwarder.datapath.splice.records import (
@@ -20,6 +19,7 @@ from pyforwarder.datapath.splice.records import (
     store,
     used_indexes,
 )
+from pyforwarder.runtime.socket_options import cookie_of
 
 if TYPE_CHECKING:
     import mmap
@@ -104,13 +104,13 @@ class KeeperPairs:
 
     def remember_joined(self, index: int, sockets: Sequence[socket.socket]) -> None:
         """Record that these sockets belong to the pair, client's and server's."""
-        cookies = [splice_sockets.cookie(sock) for sock in sockets]
+        cookies = [cookie_of(sock) for sock in sockets]
         COOKIES.pack_into(self._cookies, index * COOKIES.size, *cookies)
 
     def are_joined(self, index: int, sockets: Sequence[socket.socket]) -> bool:
         """Whether these are the sockets of the pair, client's and server's."""
         joined = COOKIES.unpack_from(self._cookies, index * COOKIES.size)
-        return joined == tuple(map(splice_sockets.cookie, sockets))
+        return joined == tuple(map(cookie_of, sockets))
 
     # From free to free
 

@@ -16,6 +16,7 @@ import time
 from typing import Final, NamedTuple
 
 from pyforwarder.datapath.ebpf.abi import (
+    MAPPED,
     PAIR_BYTES,
     DatapathKind,
     Direction,
@@ -56,7 +57,6 @@ _TIMES_MOVED: Final = 8
 _MARGIN: Final = 1 << 22
 
 _MASK: Final = 0xFFFFFFFF
-_MAPPED: Final = b"\0" * 10 + b"\xff\xff"
 _DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
@@ -229,7 +229,7 @@ def splice_of(
 
 
 def _packed(ip: bytes) -> bytes:
-    return ip if len(ip) == 16 else _MAPPED + ip
+    return ip if len(ip) == 16 else MAPPED + ip
 
 
 def _address(

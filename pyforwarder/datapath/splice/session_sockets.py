@@ -7,18 +7,18 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from pyforwarder.core.address import ip_text
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.routes import Route
 from pyforwarder.runtime.acting import acting_as
+from pyforwarder.runtime.socket_options import protocol_of
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.session_abi import SessionDirection, SessionRecord
 
-_SO_PROTOCOL: Final = 38
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 End = tuple[_Ip, int]
 
@@ -90,7 +90,7 @@ def is_udp(sock: socket.socket) -> bool:
     return (
         sock.family in (socket.AF_INET, socket.AF_INET6)
         and sock.type == socket.SOCK_DGRAM
-        and sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL) == socket.IPPROTO_UDP
+        and protocol_of(sock) == socket.IPPROTO_UDP
     )
 
 

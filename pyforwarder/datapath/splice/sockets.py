@@ -15,7 +15,6 @@ import ipaddress
 import os
 import socket
 import struct
-import sys
 import termios
 from dataclasses import dataclass
 from typing import Final
@@ -25,13 +24,13 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice.abi import PRIORITY, Routing, Splice, SpliceDirection
 from pyforwarder.datapath.splice.keepalive import checksum
+from pyforwarder.runtime.linger import reset_at_close
+from pyforwarder.runtime.socket_options import SO_NETNS_COOKIE, TRANSPARENT
 
 _TCP_REPAIR: Final = 19  # linux/tcp.h; Python has no names for these
 _TCP_TIMESTAMP: Final = 24
 _REPAIR_ON, _REPAIR_OFF_WITHOUT_PROBE = 1, -1
-_SO_COOKIE, _SO_NETNS_COOKIE = 57, 71  # asm-generic/socket.h
 _NUMBER: Final = struct.Struct("=Q")
-_IPV6_TRANSPARENT: Final = 75  # linux/in6.h
 _MOST_DEVICE_BYTES: Final = 16  # IFNAMSIZ
 _SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 # linux/filter.h: struct sock_filter {code, jt, jf, k}. The filter sees packets from the TCP header
@@ -46,7 +45,6 @@ _ONLY_SYNS: Final = b"".join(
         (0x06, 0, 0, 0),  # ret 0: drop
     )
 )
-_LINGER_RESET: Final = b"\1\0\0\0\0\0\0\0"
 
 # struct tcp_info: options and both window scales at 5, the path's MTU at 60, our MSS at 84.
 _INFO: Final = struct.Struct("=5xBB53xI20xI")
@@ -114,14 +112,10 @@ class End:
 
 def _routing(sock: socket.socket) -> Routing:
     """What chooses the route of a socket's packets, besides addresses, mark and owner."""
-    if sock.family == socket.AF_INET6:
-        level, option = socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
-    else:
-        level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
     found = Routing(0)
     if sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _MOST_DEVICE_BYTES).rstrip(b"\0"):
         found |= Routing.BOUND
-    if sock.getsockopt(level, option):
+    if sock.getsockopt(*TRANSPARENT[sock.family]):
         found |= Routing.FOREIGN
     return found
 
@@ -199,22 +193,17 @@ def clock(sock: socket.socket) -> int:
     return int(sock.getsockopt(socket.IPPROTO_TCP, _TCP_TIMESTAMP)) & 0xFFFFFFFF
 
 
-def cookie(sock: socket.socket) -> int:
-    """The kernel's number of the socket, which is never reused (SO_COOKIE, socket(7))."""
-    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
-
-
 def is_of_our_network(sock: socket.socket) -> bool:
     """Whether a socket is in this process's network namespace.
 
     Linux before 5.14 cannot say (no SO_NETNS_COOKIE).
     """
     try:
-        theirs = sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _NUMBER.size)
+        theirs = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, _NUMBER.size)
     except OSError:
         return False
     with socket.socket(socket.AF_UNIX) as ours:
-        return theirs == ours.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _NUMBER.size)
+        return theirs == ours.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, _NUMBER.size)
 
 
 def mark(sock: socket.socket) -> None:
@@ -321,17 +310,14 @@ def revive(direction: SpliceDirection, family: int) -> socket.socket:
     Raises:
         OSError: another socket has the addresses or the ports now.
     """
-    if family == 6:
-        kind, level, option = socket.AF_INET6, socket.IPPROTO_IPV6, _IPV6_TRANSPARENT
-    else:
-        kind, level, option = socket.AF_INET, socket.IPPROTO_IP, socket.IP_TRANSPARENT
+    kind = socket.AF_INET6 if family == 6 else socket.AF_INET
     sock = socket.socket(kind, socket.SOCK_STREAM)
     try:
         # The old one may have had a foreign address (`transparent`).
-        sock.setsockopt(level, option, 1)
+        sock.setsockopt(*TRANSPARENT[kind], 1)
         # In repair mode bind() and connect() succeed beside a listener, and send nothing.
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, _REPAIR_ON)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        reset_at_close(sock.fileno())
         mark(sock)
         _receive_only_syns(sock)
         sock.bind((_host(direction.from_.target, family), socket.ntohs(direction.from_.dport)))

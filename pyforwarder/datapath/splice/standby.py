@@ -32,8 +32,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-import psutil
-
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, ResetBy, Splice
@@ -57,6 +55,8 @@ from pyforwarder.fleet.failover import stays
 from pyforwarder.fleet.failover.record import Endpoint, Entry, Pair, RecordFault
 from pyforwarder.fleet.failover.stays import Connection
 from pyforwarder.runtime import moving_addresses
+from pyforwarder.runtime.interface_addresses import interface_addresses
+from pyforwarder.runtime.socket_options import TRANSPARENT
 
 if TYPE_CHECKING:
     import mmap
@@ -466,11 +466,7 @@ def _mute_socket(record: Splice, direction: Direction) -> socket.socket:
     """A mute socket, which keeps the ports even while their address is another machine's."""
     sock = splice_sockets.revive(record.direction[direction], record.family)
     # Otherwise it could send from an address that has gone again.
-    if record.family == 6:
-        level, option = socket.IPPROTO_IPV6, 75  # IPV6_TRANSPARENT, linux/in6.h
-    else:
-        level, option = socket.IPPROTO_IP, socket.IP_TRANSPARENT
-    sock.setsockopt(level, option, 0)
+    sock.setsockopt(*TRANSPARENT[sock.family], 0)
     return sock
 
 
@@ -498,13 +494,7 @@ def _ip_of(packed: bytes, family: int) -> bytes:
 
 def _addresses_here() -> set[bytes]:
     """The addresses of this host's interfaces, 4 or 16 bytes each."""
-    found = set()
-    for addresses in psutil.net_if_addrs().values():
-        for one in addresses:
-            if one.family in (socket.AF_INET, socket.AF_INET6):
-                with contextlib.suppress(ValueError):
-                    found.add(ipaddress.ip_address(one.address.partition("%")[0]).packed)
-    return found
+    return {one.address.packed for one in interface_addresses()}
 
 
 def _decode(text: str) -> Pair:

@@ -18,11 +18,12 @@ from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
 from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
 from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
-from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause, Supervisor, Watcher
+from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause, Watcher
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover import stays
     from pyforwarder.fleet.layout import Keys
+    from pyforwarder.fleet.supervisor import Supervisor
 
 # The records outlive their machine, so that another can go on with them also if it comes late.
 LEASE_S: Final = 600

@@ -29,10 +29,10 @@ from pyforwarder.datapath.ebpf.btf import VMLINUX, field_offsets
 from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.datapath.kernel import FIELDS
 from pyforwarder.datapath.proof.rig import loopback_pair
-from pyforwarder.datapath.sockmap import SO_COOKIE
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.runtime.socket_options import SO_COOKIE
 from tests.helpers.waiting import stays, wait_for
 
 PASS_EMPTY, DROP_EMPTY, REDIRECT_EMPTY = range(3)

@@ -27,8 +27,8 @@ from pyforwarder.datapath.proof.scenarios import (
     push_until_blocked,
     send_rest,
 )
-from pyforwarder.datapath.sockmap import SO_COOKIE
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_for, received
+from pyforwarder.runtime.socket_options import SO_COOKIE
 from tests.helpers.netns import private_network
 from tests.helpers.peers import ends_with_reset
 from tests.helpers.plays import ALL

@@ -14,7 +14,7 @@ from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Rig, loopback_pair
 from pyforwarder.datapath.proof.scenarios import bytes_of
-from pyforwarder.datapath.sockmap import SO_COOKIE
+from pyforwarder.runtime.socket_options import SO_COOKIE
 from tests.helpers.peers import read_exactly
 from tests.helpers.stage import SLOTS
 from tests.helpers.waiting import wait_for

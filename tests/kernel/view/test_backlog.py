@@ -13,6 +13,7 @@ from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairRecord, P
 from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import read_slots
 from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
+from pyforwarder.runtime.socket_options import SO_COOKIE
 from pyforwarder.supervisor import view_ways
 from pyforwarder.supervisor.view_ways import KSYM, MAP, Way
 from pyforwarder.supervisor.views import View
@@ -51,7 +52,7 @@ class Asked:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server = stack.enter_context(socket.create_connection(listener.getsockname()))
         stack.enter_context(listener.accept()[0])
-        cookie = server.getsockopt(socket.SOL_SOCKET, 57, 8)  # SO_COOKIE
+        cookie = server.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
         ends = bpf.Map(self.maps.of[SLOT // SLOTS].ends_fd, key_bytes=8, value_bytes=8)
         end = (SLOT % SLOTS).to_bytes(4, "little") + int(Direction.DOWN).to_bytes(4, "little")
         ends.update(cookie, end)
