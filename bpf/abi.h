@@ -110,8 +110,8 @@ struct pair {
 	__u64 reserved;
 };
 
-/* Which pair a socket belongs to. Key of the map `ends`: the socket's cookie. */
-struct end {
+/* Which pair a socket belongs to. Key of the map `owners`: the socket's cookie. */
+struct socket_owner {
 	__u32 slot;	 /* in the window of the worker whose map this is */
 	__u32 direction; /* PF_UP for the client's socket, PF_DOWN for the server's */
 };

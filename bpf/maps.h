@@ -5,7 +5,7 @@
  * Each worker has these for itself, for its copy of the verdict program; no other worker can reach
  * them:
  * sockets  SOCKHASH   cookie -> socket                  written: worker         read: verdict
- * ends     HASH       cookie -> struct end              written: worker         read: verdict
+ * owners   HASH       cookie -> struct socket_owner     written: worker         read: verdict
  * ring     RINGBUF of struct wakeup                     written: verdict        read: worker
  *
  * For all workers:
@@ -45,7 +45,7 @@
  * counters ARRAY      worker * BLOCK_WORDS + word -> __u64        written: worker      read: view
  * stats    ARRAY      line -> struct view_line                    written: supervisor  read: view
  * listeners ARRAY     line -> struct view_line                    written: supervisor  read: view
- * all_ends ARRAY_OF_MAPS worker -> its `ends`                     never written
+ * all_owners ARRAY_OF_MAPS worker -> its `owners`                 never written
  * sums     HASH       session -> struct sums                      view alone
  * zero     ARRAY      0 -> struct sums of zeros                   never written
  */

@@ -114,7 +114,7 @@ static inline __attribute__((always_inline)) int has_room(__u32 queued, __u32 se
 int verdict(struct __sk_buff *skb)
 {
 	__u64 cookie = bpf_get_socket_cookie(skb);
-	struct end *end;
+	struct socket_owner *owner;
 	struct pair *pair;
 	struct kernel_direction *seen;
 	struct worker_direction *told;
@@ -138,21 +138,21 @@ int verdict(struct __sk_buff *skb)
 		return SK_DROP;
 
 	/* A socket that belongs to no pair, or no longer: its owner reads the packet. */
-	end = map_lookup(MAP_ENDS_FD, &cookie);
-	if (!end)
+	owner = map_lookup(MAP_OWNERS_FD, &cookie);
+	if (!owner)
 		return SK_PASS;
 	/*
 	 * A slot of another worker: nothing is counted there, and the socket's owner reads the
 	 * packet.
 	 */
-	if (end->slot >= SLOTS)
+	if (owner->slot >= SLOTS)
 		return SK_PASS;
-	slot = FIRST_SLOT + end->slot;
+	slot = FIRST_SLOT + owner->slot;
 	pair = map_lookup(MAP_PAIRS_FD, &slot);
 	if (!pair)
 		return SK_PASS;
-	seen = end->direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
-	told = end->direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
+	seen = owner->direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
+	told = owner->direction == PF_UP ? &pair->worker[PF_UP] : &pair->worker[PF_DOWN];
 	seen->last_ns = bpf_ktime_get_ns();
 
 	/*
@@ -232,8 +232,8 @@ pass:
 	before = __sync_lock_test_and_set(&seen->passed_bytes, seen->passed_bytes + length);
 	asm volatile("" : : "r"(before));
 	if (*(volatile __u32 *)&told->asleep) {
-		struct wakeup wakeup = { .slot = end->slot,
-					 .direction = end->direction,
+		struct wakeup wakeup = { .slot = owner->slot,
+					 .direction = owner->direction,
 					 .id = pair->id };
 
 		*(volatile __u32 *)&told->asleep = 0;

@@ -643,7 +643,7 @@ int listeners_by_visits(struct visit *visit)
 	return 0;
 }
 
-#ifdef MAP_ALL_ENDS_FD
+#ifdef MAP_ALL_OWNERS_FD
 /*
  * Write how many redirected bytes wait in the kernel for one socket of the sockmap datapath. The
  * verdict program knows that only as of its last packet; here the target's own count of what it has
@@ -656,22 +656,22 @@ static inline void tell_backlog_of(struct seq_file *seq, __u32 worker, __u64 coo
 	struct backlog found = {};
 	struct kernel_direction *seen;
 	struct pair *pair;
-	struct end *end;
-	void *ends;
+	struct socket_owner *owner;
+	void *owners;
 	__s32 waiting;
 
-	ends = map_lookup(MAP_ALL_ENDS_FD, &worker);
-	if (!ends)
+	owners = map_lookup(MAP_ALL_OWNERS_FD, &worker);
+	if (!owners)
 		return;
-	end = bpf_map_lookup_elem_((uintptr_t)ends, &cookie);
-	if (!end || end->slot >= SLOTS)
+	owner = bpf_map_lookup_elem_((uintptr_t)owners, &cookie);
+	if (!owner || owner->slot >= SLOTS)
 		return;
-	found.slot = worker * SLOTS + end->slot;
+	found.slot = worker * SLOTS + owner->slot;
 	pair = map_lookup(MAP_PAIRS_FD, &found.slot);
 	if (!pair)
 		return;
 	/* The source of one direction is the target of the other. */
-	found.direction = end->direction == PF_UP ? PF_DOWN : PF_UP;
+	found.direction = owner->direction == PF_UP ? PF_DOWN : PF_UP;
 	seen = found.direction == PF_UP ? &pair->kernel[PF_UP] : &pair->kernel[PF_DOWN];
 	if (!seen->redirected_bytes)
 		return;

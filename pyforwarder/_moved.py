@@ -57,7 +57,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "core.routing": {"core.explaining": "Explanation RuleReport explain"},
     "core.upstreams": {"core.health": "CheckSchedule Health"},
-    "datapath.ebpf.abi": {"datapath.ebpf.abi": "VerdictDirection=KernelDirection"},
+    "datapath.ebpf.abi": {"datapath.ebpf.abi": "End=SocketOwner VerdictDirection=KernelDirection"},
     "datapath.splice": {
         "datapath.splice.adopted": "Orphan",
         "datapath.splice.datapath": "SpliceDatapath",
@@ -77,6 +77,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
             "used_indexes"
         ),
     },
+    "datapath.splice.sockets": {"datapath.splice.sockets": "End=SocketEnd"},
     "runtime.resolver": {"runtime.askers": "lookup"},
     "supervisor.health": {"supervisor.health": "Verdict=HealthResult"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},

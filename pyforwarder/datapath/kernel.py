@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.datapath import supervised
 from pyforwarder.datapath.ebpf import btf, refusal
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, End, Wakeup
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, SocketOwner, Wakeup
 from pyforwarder.datapath.ebpf.loading import Copy, load_copies
 from pyforwarder.datapath.ebpf.pair_table import SLOTS_PER_PAGE, PairWindow
 from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
@@ -32,7 +32,7 @@ _RING_RECORD_BYTES: Final = 8 + 16
 assert Wakeup.id.offset + Wakeup.id.size + 8 == _RING_RECORD_BYTES
 
 # Of a worker, in the order of `WorkerMaps`.
-_MAP_NAMES: Final = ("MAP_SOCKETS_FD", "MAP_ENDS_FD", "MAP_RING_FD")
+_MAP_NAMES: Final = ("MAP_SOCKETS_FD", "MAP_OWNERS_FD", "MAP_RING_FD")
 
 # Kernel structure fields that the programs read.
 FIELDS: Final = {
@@ -85,13 +85,13 @@ class WorkerMaps:
     """
 
     sockets_fd: int
-    ends_fd: int
+    owners_fd: int
     ring_fd: int
 
     @property
     def fds(self) -> tuple[int, ...]:
         """All of them."""
-        return (self.sockets_fd, self.ends_fd, self.ring_fd)
+        return (self.sockets_fd, self.owners_fd, self.ring_fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class KernelMaps:
         ring_bytes = mmap.PAGESIZE
         while ring_bytes < 2 * slots * _RING_RECORD_BYTES:
             ring_bytes *= 2
-        ends_sizes = {"key_bytes": 8, "value_bytes": _size(End), "entries": 2 * slots}
+        owners_sizes = {"key_bytes": 8, "value_bytes": _size(SocketOwner), "entries": 2 * slots}
         try:
             pairs = pairs_fd
             if pairs < 0:
@@ -168,7 +168,7 @@ class KernelMaps:
                         value_bytes=8,
                         entries=2 * slots,
                     ),
-                    create(bpf.MapType.HASH, "pf_ends", **ends_sizes, flags=bpf.F_NO_PREALLOC),
+                    create(bpf.MapType.HASH, "pf_owners", **owners_sizes, flags=bpf.F_NO_PREALLOC),
                     create(
                         bpf.MapType.RINGBUF,
                         "pf_ring",
@@ -232,25 +232,25 @@ class KernelMaps:
             host,
             window=window,
             sockets=bpf.Map(own.sockets_fd, key_bytes=8, value_bytes=8),
-            ends=bpf.Map(own.ends_fd, key_bytes=8, value_bytes=_size(End)),
+            owners=bpf.Map(own.owners_fd, key_bytes=8, value_bytes=_size(SocketOwner)),
             ring=RingBuffer(own.ring_fd, self.ring_bytes),
             limit_bytes=1 << 20,
         )
 
     def forget_worker(self, worker: int) -> None:
-        """A worker died: its sockets left its sockhash by themselves, its `ends` are cleaned here.
+        """A worker died: its sockets left its sockhash, its `owners` are cleaned here.
 
         Raises:
             DatapathError: the kernel refuses.
         """
-        ends = bpf.Map(self.of[worker].ends_fd, key_bytes=8, value_bytes=_size(End))
-        for cookie in ends.all_keys():
+        owners = bpf.Map(self.of[worker].owners_fd, key_bytes=8, value_bytes=_size(SocketOwner))
+        for cookie in owners.all_keys():
             try:
-                ends.delete(cookie)
+                owners.delete(cookie)
             except FileNotFoundError:
                 continue  # it was listed twice
             except OSError as error:
-                raise DatapathError("clean the map pf_ends", error.errno or 0) from error
+                raise DatapathError("clean the map pf_owners", error.errno or 0) from error
 
     def close(self) -> None:
         """Close the descriptors."""
@@ -261,7 +261,7 @@ class KernelMaps:
             os.close(self.pairs_fd)
 
 
-def _size(structure: type[End]) -> int:
+def _size(structure: type[SocketOwner]) -> int:
     return ctypes.sizeof(structure)
 
 

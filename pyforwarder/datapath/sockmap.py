@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.syscall import Map
 
 _COOKIE: Final = struct.Struct("=Q")
-_END: Final = struct.Struct("=II")
+_OWNER: Final = struct.Struct("=II")
 _SOCKET_VALUE: Final = struct.Struct("=Q")  # 8 bytes: a descriptor to write, a cookie to read
 _WAKEUP: Final = struct.Struct("=IIQ")
 
@@ -64,14 +64,14 @@ class SockmapDatapath(SockmapDirections):
         *,
         window: PairWindow,
         sockets: Map,
-        ends: Map,
+        owners: Map,
         ring: RingBuffer,
         limit_bytes: int,
     ) -> None:
         """Work on inherited maps; no privilege is needed for any of it."""
         super().__init__(host, window=window, limit_bytes=limit_bytes)
         self._sockets = sockets
-        self._ends = ends
+        self._owners = owners
         self._ring = ring
         self._by_slot: dict[int, Pair] = {}
         self._loop.watch(ring.fd, EPOLLIN, self._rung, None)
@@ -110,7 +110,7 @@ class SockmapDatapath(SockmapDirections):
         """Put both sockets into the maps. The order of the steps is what keeps the bytes in order.
 
         1. The record: counters at 0, both directions armed (all earlier bytes are with TCP).
-        2. `ends`, so that the program knows the sockets from their first packet on.
+        2. `owners`, so that the program knows the sockets from their first packet on.
         3. The server's socket, then the client's: until both are there, a packet finds no target
            and is passed, which is correct at any time.
         4. The kick: what is queued since the last read goes through the program.
@@ -123,11 +123,11 @@ class SockmapDatapath(SockmapDirections):
         self._prepare(slot, Direction.UP, server_cookie)
         self._prepare(slot, Direction.DOWN, client_cookie)
         try:
-            self._ends.update(server_cookie, _END.pack(slot, Direction.DOWN))
+            self._owners.update(server_cookie, _OWNER.pack(slot, Direction.DOWN))
         except OSError:
             return PairReason.MAP_FULL
         try:
-            self._ends.update(client_cookie, _END.pack(slot, Direction.UP))
+            self._owners.update(client_cookie, _OWNER.pack(slot, Direction.UP))
             self._sockets.update(server_cookie, _SOCKET_VALUE.pack(pair.server_fd))
         except OSError as error:
             self._forget(client_cookie, server_cookie)
@@ -171,7 +171,7 @@ class SockmapDatapath(SockmapDirections):
     def _forget(self, *cookies: bytes) -> None:
         for cookie in cookies:
             try:
-                self._ends.delete(cookie)
+                self._owners.delete(cookie)
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     raise

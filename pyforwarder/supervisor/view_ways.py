@@ -233,18 +233,20 @@ def _maps_of(arrays: Arrays, maps: KernelMaps | None, opened: list[int]) -> dict
         "MAP_ZERO_FD": zero,
     }
     if maps is not None:
-        fds["MAP_ALL_ENDS_FD"] = all_ends = bpf.create_map(
+        fds["MAP_ALL_OWNERS_FD"] = all_owners = bpf.create_map(
             bpf.MapType.ARRAY_OF_MAPS,
-            name="pf_all_ends",
+            name="pf_all_owners",
             key_bytes=4,
             value_bytes=4,
             entries=len(maps.of),
-            inner_map_fd=maps.of[0].ends_fd,
+            inner_map_fd=maps.of[0].owners_fd,
         )
-        opened.append(all_ends)
-        table = bpf.Map(all_ends, key_bytes=4, value_bytes=4)
+        opened.append(all_owners)
+        table = bpf.Map(all_owners, key_bytes=4, value_bytes=4)
         for worker, own in enumerate(maps.of):
-            table.update(worker.to_bytes(4, sys.byteorder), own.ends_fd.to_bytes(4, sys.byteorder))
+            table.update(
+                worker.to_bytes(4, sys.byteorder), own.owners_fd.to_bytes(4, sys.byteorder)
+            )
     return fds
 
 

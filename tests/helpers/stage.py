@@ -74,7 +74,7 @@ def stage(name: str, maps: KernelMaps, splicing: Splicing | None = None) -> Iter
         # What a pair took it has given back by itself, when it ended.
         rig.loop.run_once(0)
         assert splice is None or splice._keeper.finish(DEADLINE_S)
-        assert keys_in(maps.of[0].ends_fd) == 0
+        assert keys_in(maps.of[0].owners_fd) == 0
         assert keys_in(maps.of[0].sockets_fd) == 0
         assert len(window._free) == SLOTS
         assert rig.loop.deadlines.next_s() is None

@@ -24,7 +24,7 @@ STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
     "kernel_direction": abi.KernelDirection,
     "worker_direction": abi.WorkerDirection,
     "pair": abi.PairRecord,
-    "end": abi.End,
+    "socket_owner": abi.SocketOwner,
     "wakeup": abi.Wakeup,
     "view_line": abi.ViewLine,
     "backlog": abi.Backlog,

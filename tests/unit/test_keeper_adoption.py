@@ -141,7 +141,7 @@ def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them
 ) -> None:
     """A worker of the daemon before may have been taken over: it sent them, not this one."""
     site = Site(monkeypatch, 1)
-    monkeypatch.setattr(splice_sockets.End, "of", lambda sock: sock)
+    monkeypatch.setattr(splice_sockets.SocketEnd, "of", lambda sock: sock)
 
     def describe(record: Splice, *_: object) -> None:
         record.direction[0].from_.sport = 9

@@ -136,8 +136,8 @@ class PairRecord(ctypes.Structure):
     )
 
 
-class End(ctypes.Structure):
-    """struct end."""
+class SocketOwner(ctypes.Structure):
+    """struct socket_owner."""
 
     _fields_ = (("slot", ctypes.c_uint32), ("direction", ctypes.c_uint32))
 

@@ -32,7 +32,7 @@ def shown_route(
     """
     if not all(map(splice_sockets.is_of_our_network, (client, server))):
         return None
-    ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
+    ends = splice_sockets.SocketEnd.of(client), splice_sockets.SocketEnd.of(server)
     there = ends[1]
     if splice_sockets.obstacle(*ends) is not None or there.mark or there.routing:
         return None

@@ -181,7 +181,7 @@ class KeeperAdoption:
         if not is_due or self._pairs.owners[index] != worker:
             return {}
         record, seen = self._pairs.record(index), Splice()
-        splice_sockets.describe(seen, *map(splice_sockets.End.of, sockets))
+        splice_sockets.describe(seen, *map(splice_sockets.SocketEnd.of, sockets))
         are_its = all(
             bytes(was.from_) == bytes(now.from_)
             for was, now in zip(record.direction, seen.direction, strict=True)

@@ -56,7 +56,7 @@ class Joining:
             OSError: a step failed. The pair has not begun, unless the step came after `control`.
         """
         try:
-            ends = splice_sockets.End.of(client), splice_sockets.End.of(server)
+            ends = splice_sockets.SocketEnd.of(client), splice_sockets.SocketEnd.of(server)
         except OSError:
             # A peer has reset it; the worker will learn of that.
             return {"refused": int(PairReason.REFUSED_BY_KERNEL)}

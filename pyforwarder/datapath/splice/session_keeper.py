@@ -45,13 +45,13 @@ from pyforwarder.datapath.splice.session_maps import (
 )
 from pyforwarder.datapath.splice.session_sockets import (
     describe,
-    end_of,
     has_peer,
     host_of,
     is_of_one_host,
     is_udp,
     revive,
     route_of,
+    socket_name,
 )
 from pyforwarder.runtime.own_addresses import this_host_has
 
@@ -208,10 +208,10 @@ class SessionKeeper:
                 # datagrams, even where it is another worker's client, which the session would take
                 # away from that worker.
                 return PairReason.OTHER_SOCKET
-            own = end_of(listener.getsockname())
+            own = socket_name(listener.getsockname())
             ends = (
-                (end_of((request["client"], request["client_port"])), own),
-                (end_of(server.getpeername()), end_of(server.getsockname())),
+                (socket_name((request["client"], request["client_port"])), own),
+                (socket_name(server.getpeername()), socket_name(server.getsockname())),
             )
         except (OSError, ValueError):
             return PairReason.REFUSED_BY_KERNEL

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.session_abi import SessionDirection, SessionRecord
 
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
-End = tuple[_Ip, int]
+SocketName = tuple[_Ip, int]
 
 
 def describe(
     record: SessionRecord,
-    client: tuple[End, End],
-    server: tuple[End, End],
+    client: tuple[SocketName, SocketName],
+    server: tuple[SocketName, SocketName],
 ) -> None:
     """Fill in how datagrams of these two are rewritten: (peer, own) of each side."""
     sides = (client, server)
@@ -109,7 +109,7 @@ def has_peer(sock: socket.socket) -> bool:
     return True
 
 
-def end_of(name: Sequence[Any]) -> End:
+def socket_name(name: Sequence[Any]) -> SocketName:
     ip = ipaddress.ip_address(str(name[0]).partition("%")[0])
     return ip, int(name[1])
 

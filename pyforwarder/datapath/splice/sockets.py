@@ -55,7 +55,7 @@ _LINK_LOCAL: Final = ipaddress.ip_network("fe80::/10")
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class SocketEnd:
     """One of the two sockets: its addresses (16 bytes, wire order), and what its TCP has
     negotiated.
     """
@@ -77,7 +77,7 @@ class End:
     routing: Routing
 
     @classmethod
-    def of(cls, sock: socket.socket) -> End:
+    def of(cls, sock: socket.socket) -> SocketEnd:
         """Read these from a connected socket.
 
         Raises:
@@ -127,7 +127,7 @@ def _packed(host: str) -> tuple[int, bytes, bool]:
     return 4 if address in _MAPPED else 6, address.packed, address in _LINK_LOCAL
 
 
-def obstacle(client: End, server: End) -> PairReason | None:
+def obstacle(client: SocketEnd, server: SocketEnd) -> PairReason | None:
     """Why these two connections cannot be joined, or None."""
     if client.family != server.family:
         return PairReason.TWO_FAMILIES
@@ -143,7 +143,7 @@ def obstacle(client: End, server: End) -> PairReason | None:
     return None
 
 
-def describe(record: Splice, client: End, server: End) -> None:
+def describe(record: Splice, client: SocketEnd, server: SocketEnd) -> None:
     """Fill in how packets of these two connections are rewritten."""
     ends = (client, server)
     record.family, record.owner = client.family, client.owner

@@ -333,7 +333,7 @@ OF_A_WORKER: Final = {
     "anon_inode:[eventpoll]": 1,
     "/proc/net/sockstat": 1,  # how much memory TCP has
     "bpf-map sockhash": 1,
-    "bpf-map hash": 1,  # pf_ends
+    "bpf-map hash": 1,  # pf_owners
     "bpf-map ringbuf": 2,  # its own, of sockmap and of splice
 }
 OF_ANY_NUMBER: Final = {"/dev/null", "anon_inode:[eventfd]", "output", "socket"}

@@ -40,7 +40,7 @@ def prove(maps: KernelMaps) -> selftest.Proof:
     before = open_fds()
     proof = selftest.prove_sockmap(maps, slots=SLOTS, user="nobody")
     assert open_fds() == before
-    assert keys_in(maps.of[0].ends_fd) == keys_in(maps.of[0].sockets_fd) == 0
+    assert keys_in(maps.of[0].owners_fd) == keys_in(maps.of[0].sockets_fd) == 0
     with bpf.map_memory(maps.pairs_fd, SLOTS * 512, write=False) as memory:
         assert memory[:] == bytes(SLOTS * 512)
     with pytest.raises(ChildProcessError):

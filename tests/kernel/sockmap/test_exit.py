@@ -107,7 +107,7 @@ def test_quiet_pair_leaves_and_is_copied(rig: Rig, leaving: SockmapExit, maps: K
     take_out(rig, leaving, pair)
     assert pair.kind is DatapathKind.COPY
     # The sockets of the two bypasses stay.
-    assert (keys_in(maps.of[0].sockets_fd), keys_in(maps.of[0].ends_fd)) == (2, 0)
+    assert (keys_in(maps.of[0].sockets_fd), keys_in(maps.of[0].owners_fd)) == (2, 0)
     assert [flow.read_bytes for flow in (pair.up, pair.down)] == [13, 13]
     assert [flow.written_bytes for flow in (pair.up, pair.down)] == [13, 13]
     assert [flow.carried_bytes for flow in (pair.up, pair.down)] == [13, 13]

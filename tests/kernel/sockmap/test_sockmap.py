@@ -335,7 +335,7 @@ def test_pair_without_a_slot_stays_with_copy(rig: Rig) -> None:
 
 
 def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) -> None:
-    ends = bpf.Map(maps.of[0].ends_fd, key_bytes=8, value_bytes=8)
+    ends = bpf.Map(maps.of[0].owners_fd, key_bytes=8, value_bytes=8)
     fillers = [n.to_bytes(8, "little") for n in range(1 << 60, (1 << 60) + 2 * SLOTS)]
     # One place is left: the second end of the pair does not fit.
     for filler in fillers[1:]:
@@ -343,7 +343,7 @@ def test_full_map_of_ends_leaves_the_pair_with_copy(rig: Rig, maps: KernelMaps) 
     client, pair, server = rig.connect()
     rig.copy(pair)
     assert rig.hand_over(pair) is PairReason.MAP_FULL
-    assert keys_in(maps.of[0].ends_fd) == len(fillers) - 1
+    assert keys_in(maps.of[0].owners_fd) == len(fillers) - 1
     ends.update(fillers[0], bytes(8))
     assert rig.hand_over(pair) is PairReason.MAP_FULL
     for filler in fillers:
@@ -437,7 +437,7 @@ def test_server_that_closes_before_its_insertion_leaves_the_pair_with_copy(
 
     update_that(rig, monkeypatch, close_first)
     assert sockmap_of(rig).join(pair) is PairReason.REFUSED_BY_KERNEL
-    assert keys_in(maps.of[0].ends_fd) == 0
+    assert keys_in(maps.of[0].owners_fd) == 0
     reader_c, reader_s = Reader("client", client), Reader("server", server)
     client.sendall(b"request")
     client.shutdown(socket.SHUT_WR)

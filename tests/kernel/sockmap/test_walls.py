@@ -49,7 +49,7 @@ class Workers:
         return self.memory[worker][:WINDOW_BYTES]
 
     def ends_of(self, worker: int) -> bpf.Map:
-        return bpf.Map(self.maps.of[worker].ends_fd, key_bytes=8, value_bytes=8)
+        return bpf.Map(self.maps.of[worker].owners_fd, key_bytes=8, value_bytes=8)
 
     def sockets_of(self, worker: int) -> bpf.Map:
         return bpf.Map(self.maps.of[worker].sockets_fd, key_bytes=8, value_bytes=8)

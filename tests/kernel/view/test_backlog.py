@@ -53,9 +53,9 @@ class Asked:
         server = stack.enter_context(socket.create_connection(listener.getsockname()))
         stack.enter_context(listener.accept()[0])
         cookie = server.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
-        ends = bpf.Map(self.maps.of[SLOT // SLOTS].ends_fd, key_bytes=8, value_bytes=8)
+        owners = bpf.Map(self.maps.of[SLOT // SLOTS].owners_fd, key_bytes=8, value_bytes=8)
         end = (SLOT % SLOTS).to_bytes(4, "little") + int(Direction.DOWN).to_bytes(4, "little")
-        ends.update(cookie, end)
+        owners.update(cookie, end)
         sockets = bpf.Map(self.maps.of[SLOT // SLOTS].sockets_fd, key_bytes=8, value_bytes=8)
         sockets.update(cookie, server.fileno().to_bytes(8, "little"))
         return server
