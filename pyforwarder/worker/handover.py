@@ -15,7 +15,7 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.worker.client import KeeperWait
@@ -46,8 +46,8 @@ _AGAIN_S: Final = 0.05
 # copied meanwhile: a keeper that hangs is replaced within some seconds.
 _KEEPER_PAUSES_S: Final = (1.0, 2.0, 4.0, 8.0)
 # A server is shown to the keeper so often, as long as connections to it come by us.
-_TEACH_S: Final = 1.0
-_MOST_TAUGHT: Final = 4096
+_SHOW_AGAIN_S: Final = 1.0
+_MOST_SHOWN: Final = 4096
 # All that waited for a keeper, or for what is known of datapaths, may be due at once. So many are
 # asked for in one turn of the loop.
 _MOST_IN_A_TURN: Final = 8
@@ -77,7 +77,7 @@ class Handover:
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
         self._queue: dict[Client, None] = {}  # the keeper is asked for them when it has answered
-        self._taught: dict[Address, float] = {}  # servers that were shown to the keeper: until when
+        self._shown: dict[Address, float] = {}  # servers that were shown to the keeper: until when
         self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
     def settle(self, *, sockmap: bool, splice: bool, express: bool = False) -> None:
@@ -104,7 +104,7 @@ class Handover:
         """
         self.stop()
         if self._splice is not None:
-            self._splice.finish_questions()
+            self._splice.finish_paused()
             self.finish_ends()
 
     def finish_ends(self) -> None:
@@ -123,9 +123,9 @@ class Handover:
         if (
             client.listener.is_express
             and self._splice is not None
-            and self._teach(client, self._splice)
+            and self._show_route_to_keeper(client, self._splice)
         ):
-            return  # `_was_taught` goes on
+            return  # `_route_was_shown` goes on
         if client.pair_reason is _SHORT and client.is_eager:
             self._begin(client, choice)
 
@@ -164,7 +164,7 @@ class Handover:
         else:
             self._ask(client)
 
-    def _teach(self, client: Client, splice: SpliceDatapath) -> bool:
+    def _show_route_to_keeper(self, client: Client, splice: SpliceDatapath) -> bool:
         """Let the keeper see how the server is reached, so that the kernel may connect there.
 
         Whether it does, and the pair stands still meanwhile.
@@ -181,16 +181,16 @@ class Handover:
         now_s = self._host.loop.now_s
         # If there is no room for it, the next connection to that server shows it: of a burst to
         # many servers that is a moment later.
-        if self._taught.get(server, 0.0) > now_s or not splice.can_teach:
+        if self._shown.get(server, 0.0) > now_s or not splice.can_show_route:
             return False
-        if len(self._taught) >= _MOST_TAUGHT:
-            self._taught.clear()
-        self._taught[server] = now_s + _TEACH_S
+        if len(self._shown) >= _MOST_SHOWN:
+            self._shown.clear()
+        self._shown[server] = now_s + _SHOW_AGAIN_S
         if client.is_bare:
             client.settle()
-        return splice.teach(client, self._was_taught)
+        return splice.show_route(client, self._route_was_shown)
 
-    def _was_taught(self, pair: Pair) -> None:
+    def _route_was_shown(self, pair: Pair) -> None:
         """The keeper has looked at the pair's server: the pair goes on as any other does."""
         if TYPE_CHECKING:
             assert isinstance(pair, Client)
@@ -332,7 +332,7 @@ class Handover:
     def _attempt(self, client: Client) -> None:
         if client.life is not Life.JOINED or not client.waits_for_handover:
             return
-        if client in self._queue or isinstance(client.datapath, Question):
+        if client in self._queue or isinstance(client.datapath, PausedPair):
             return
         if client.keeper_wait is not None and client.keeper_wait.goes_on:
             return

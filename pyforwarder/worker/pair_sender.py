@@ -87,7 +87,7 @@ class PairSender:
         left = sum(1 for client in self._server.clients.values() if self._is_spliced(client))
         if self._splice is not None:
             # They may be spliced in a moment; and those that are to be reset must be before that.
-            left += self._splice.questions + self._splice.unsettled
+            left += self._splice.paused + self._splice.unsettled
         return left + (0 if self._sessions_told else 1)
 
     def _is_spliced(self, client: Client) -> bool:

@@ -19,7 +19,7 @@ from pyforwarder.core.connection import (
 from pyforwarder.core.reasons import CloseReason, refusal_code
 from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.runtime.counters import Counter, ListenerCounter
 from pyforwarder.runtime.password_checks import PasswordChecks
 from pyforwarder.runtime.raw_sockets import end_writing
@@ -295,7 +295,7 @@ class Server:
         """The pair cannot be continued correctly."""
         assert isinstance(pair, Client)
         if pair.life is not _CLOSED and pair.life is not _ENDING:
-            if isinstance(pair.datapath, Question):
+            if isinstance(pair.datapath, PausedPair):
                 # Where it is will be known in a moment; that ends it then.
                 pair.datapath.ends_with = pair.datapath.ends_with or reason
                 return

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pyforwarder.datapath.splice.keeper_asker import Answered, Asked
+from pyforwarder.datapath.splice.keeper_asker import Answered, PendingRequest
 
 
 class FakeAsker:
     """Keeps what is asked; `answer` and `lose` say what becomes of the oldest."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, dict[str, object], Asked]] = []
+        self.asked: list[tuple[str, dict[str, object], PendingRequest]] = []
         self.has_room = True
         self.lacks_room = False
         self.for_room: Callable[[], bool] | None = None
@@ -23,7 +23,9 @@ class FakeAsker:
         self.lacks_room = bool(fds) and not self.has_room and not self.is_over
         if self.lacks_room or self.is_over:
             return False
-        self.asked.append((do, {**fields, **({"fds": list(fds)} if fds else {})}, Asked(then)))
+        self.asked.append(
+            (do, {**fields, **({"fds": list(fds)} if fds else {})}, PendingRequest(then))
+        )
         return True
 
     @property
@@ -38,7 +40,7 @@ class FakeAsker:
         assert self.for_room is not None
         return self.for_room()
 
-    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
+    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> PendingRequest | None:
         if not self.has_room:
             return None
         self.ask(do, lambda *_: None, fds, **fields)

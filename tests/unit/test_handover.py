@@ -21,8 +21,8 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.ebpf.pair_table import read_records
-from pyforwarder.datapath.splice.keeper_asker import Asked
-from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.keeper_asker import PendingRequest
+from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.runtime import loop as loop_module
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.worker import handover
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair, PairHost
     from pyforwarder.datapath.sockmap import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
-    from pyforwarder.datapath.splice.question import Then
+    from pyforwarder.datapath.splice.paused_pair import Then
 
 
 def test_handed_over_pair_goes_on_where_copy_left_off(start: StartPlay, servers: Servers) -> None:
@@ -217,8 +217,8 @@ class FakeSplice(FakeDatapath):
         super().__init__(host)
         self.asked: list[Pair] = []
         self.is_silent = False
-        self.open: dict[Pair, Question] = {}
-        self.lesson: Question | None = None
+        self.open: dict[Pair, PausedPair] = {}
+        self.showing: PausedPair | None = None
         self.takes_any_interface = False
         self.keepalive = OFF
 
@@ -236,56 +236,56 @@ class FakeSplice(FakeDatapath):
         if self.refuse_with is not None and not self.is_silent:
             return self.refuse_with
         assert isinstance(pair.datapath, CopyDatapath)
-        question = Question(
-            self._loop, pair, pair.datapath, Asked(lambda *_: None), then, self.answer_one
+        paused = PausedPair(
+            self._loop, pair, pair.datapath, PendingRequest(lambda *_: None), then, self.answer_one
         )
-        self.open[pair] = question
+        self.open[pair] = paused
         if not self.is_silent:
-            self._loop.defer(self.answer_one, question)
+            self._loop.defer(self.answer_one, paused)
         return None
 
     @property
-    def can_teach(self) -> bool:
+    def can_show_route(self) -> bool:
         """One at a time is enough."""
-        return self.lesson is None
+        return self.showing is None
 
-    def teach(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+    def show_route(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
         """Have the keeper look at the pair's server, until `look`."""
-        if not self.can_teach:
+        if not self.can_show_route:
             return False
         assert isinstance(pair.datapath, CopyDatapath)
-        asked = Asked(lambda *_: None)
-        self.lesson = Question(
+        asked = PendingRequest(lambda *_: None)
+        self.showing = PausedPair(
             self._loop, pair, pair.datapath, asked, lambda pair, _: then(pair), lambda _: None
         )
         return True
 
     def look(self) -> None:
         """As SpliceDatapath does when the keeper has."""
-        lesson, self.lesson = self.lesson, None
-        assert lesson is not None
-        assert lesson.pair is not None
-        lesson.release(lesson.pair)
-        lesson.resume_copy(lesson.pair)
-        if lesson.ends_with is not None:
-            self._host.broken(lesson.pair, lesson.ends_with)
-        lesson.then(lesson.pair, None)
+        showing, self.showing = self.showing, None
+        assert showing is not None
+        assert showing.pair is not None
+        showing.release(showing.pair)
+        showing.resume_copy(showing.pair)
+        if showing.ends_with is not None:
+            self._host.broken(showing.pair, showing.ends_with)
+        showing.then(showing.pair, None)
 
-    def answer_one(self, question: Question) -> None:
+    def answer_one(self, paused: PausedPair) -> None:
         """As SpliceDatapath does."""
-        pair = question.pair
+        pair = paused.pair
         if pair is None:
             return
         del self.open[pair]
-        question.release(pair)
+        paused.release(pair)
         reason = self.join(pair)
         if reason is not None:
-            question.resume_copy(pair)
-        if question.ends_with is not None:
-            self._host.broken(pair, question.ends_with)
-        question.then(pair, reason)
+            paused.resume_copy(pair)
+        if paused.ends_with is not None:
+            self._host.broken(pair, paused.ends_with)
+        paused.then(pair, reason)
 
-    def finish_questions(self) -> None:
+    def finish_paused(self) -> None:
         """Answer all that are open."""
         while self.open:
             self.answer_one(next(iter(self.open.values())))
@@ -379,7 +379,7 @@ def test_pairs_that_waited_for_the_keeper_are_asked_for_a_few_at_a_time(
     listening, address = servers()
     for _ in range(7):
         play.joined(listening, address)
-    play.run_until(lambda: len(splice.asked) >= 7, "questions")
+    play.run_until(lambda: len(splice.asked) >= 7, "question")
     turns = [len(splice.asked)]
     while len(splice.asked) < 14:
         play.loop.run_once(0.002)
@@ -417,7 +417,7 @@ def test_what_comes_while_the_keeper_is_asked_waits_for_its_answer(
     pair = play.only_client()
     assert pair.kind is DatapathKind.COPY
     assert (pair.up.carried_bytes, pair.down.carried_bytes) == (0, 0)
-    splice.finish_questions()
+    splice.finish_paused()
     splice.refuse_with = refusal and PairReason.MAP_FULL
     splice.is_silent = False
     if refusal is None:
@@ -432,7 +432,7 @@ def test_what_comes_while_the_keeper_is_asked_waits_for_its_answer(
 EXPRESS: Final = "datapath: express"
 
 
-def taught(play: Play) -> FakeSplice:
+def shown_route(play: Play) -> FakeSplice:
     """The play's kernel may open connections, and its keeper looks at each server once."""
     splice = silent(play)
     play.server.handover.settle(sockmap=False, splice=True, express=True)
@@ -444,10 +444,10 @@ def test_a_pair_stands_still_while_the_keeper_looks_how_its_server_is_reached(
 ) -> None:
     """Were it over by then, nobody could see how: a service of short connections never would be."""
     play = start(named(EXPRESS))
-    splice = taught(play)
+    splice = shown_route(play)
     listening, address = servers()
     client, server = play.joined(listening, address)
-    assert splice.lesson is not None
+    assert splice.showing is not None
     client.sendall(b"up")
     server.sendall(b"down")
     client.shutdown(socket.SHUT_WR)
@@ -461,7 +461,7 @@ def test_a_pair_stands_still_while_the_keeper_looks_how_its_server_is_reached(
     play.wait_for_end(CloseReason.FINISHED)
     # A second later at the earliest it is looked at again.
     client, server = play.joined(listening, address)
-    assert splice.lesson is None
+    assert splice.showing is None
     client.sendall(b"again")
     assert play.read(server, 5) == b"again"
 
@@ -471,27 +471,27 @@ def test_a_server_for_which_the_keeper_had_no_time_is_looked_at_with_its_next_co
 ) -> None:
     """Of a burst to many servers the others would be a worker's for a second."""
     play = start(named(EXPRESS))
-    splice = taught(play)
+    splice = shown_route(play)
     play.joined(*servers())
-    first = splice.lesson
+    first = splice.showing
     listening, address = servers()
     client, server = play.joined(listening, address)
-    assert splice.lesson is first
+    assert splice.showing is first
     client.sendall(b"meanwhile")
     assert play.read(server, 9) == b"meanwhile"
     splice.look()
     play.joined(listening, address)
-    assert splice.lesson is not None
+    assert splice.showing is not None
     splice.look()
     play.joined(listening, address)
-    assert splice.lesson is None
+    assert splice.showing is None
 
 
 def test_a_pair_whose_server_is_looked_at_earns_its_handover_afterwards(
     start: StartPlay, servers: Servers
 ) -> None:
     play = start(named(f"{EXPRESS}\nhandover: {{after_bytes: 0}}"))
-    splice = taught(play)
+    splice = shown_route(play)
     play.joined(*servers())
     pair = play.only_client()
     play.server.handover.aged(pair)
@@ -499,7 +499,7 @@ def test_a_pair_whose_server_is_looked_at_earns_its_handover_afterwards(
     assert splice.asked == []
     splice.look()
     play.run_until(lambda: splice.open, "question")
-    splice.finish_questions()
+    splice.finish_paused()
     assert splice.joined == 1
 
 
@@ -508,7 +508,7 @@ def test_a_pair_that_ends_while_its_server_is_looked_at_ends_once(
     start: StartPlay, servers: Servers, how: str
 ) -> None:
     play = start(named(EXPRESS))
-    splice = taught(play)
+    splice = shown_route(play)
     client, server = play.joined(*servers())
     if how == "reset":
         reset(client)
@@ -516,8 +516,8 @@ def test_a_pair_that_ends_while_its_server_is_looked_at_ends_once(
         play.server.flush_ids(None)
     else:
         play.server.failed(play.only_client(), ValueError("made up"))
-        assert splice.lesson is not None
-        assert splice.lesson.pair is None
+        assert splice.showing is not None
+        assert splice.showing.pair is None
         assert play.read_end(server) == (b"", "reset")
         return
     for _ in range(5):
@@ -546,7 +546,7 @@ def test_nothing_of_a_pair_moves_while_the_keeper_is_asked_for_it(
         play.loop.run_once(0.01)
     assert (pair.up.carried_bytes, pair.down.carried_bytes) == (100, 0)
     splice.refuse_with = PairReason.MAP_FULL
-    splice.finish_questions()
+    splice.finish_paused()
     assert play.read(server, 100) == b"y" * 100
     assert play.read(client, 100) == b"z" * 100
 
@@ -566,7 +566,7 @@ def test_a_turn_that_was_due_as_the_keeper_was_asked_is_taken_after_its_answer(
     play.run_until(lambda: splice.open, "question")
     play.loop.run_once(0.002)  # that turn comes
     splice.refuse_with = PairReason.MAP_FULL
-    splice.finish_questions()
+    splice.finish_paused()
     assert play.read(server, len(data)) == data
 
 
@@ -583,7 +583,7 @@ def test_a_reset_while_the_keeper_is_asked_is_carried_on_after_its_answer(
     for _ in range(5):
         play.loop.run_once(0.01)
     assert play.closed(CloseReason.CLIENT_RESET) == 0
-    splice.finish_questions()
+    splice.finish_paused()
     assert play.read_end(server) == (b"", "reset")
     play.wait_for_end(CloseReason.CLIENT_RESET)
 
@@ -601,7 +601,7 @@ def test_a_pair_that_is_flushed_while_the_keeper_is_asked_ends_after_its_answer(
     assert play.server.flush_ids(None) == [play.only_client().id]
     play.loop.run_once(0.01)
     assert play.closed(CloseReason.FLUSHED) == 0
-    splice.finish_questions()
+    splice.finish_paused()
     assert play.closed(CloseReason.FLUSHED) == 1
     for end in (client, server):
         assert play.read_end(end) == (b"", "reset")
@@ -618,8 +618,8 @@ def test_a_fault_of_ours_while_the_keeper_is_asked_ends_the_pair_at_once(
     play.server.failed(play.only_client(), ValueError("made up"))
     for end in (client, server):
         assert play.read_end(end) == (b"", "reset")
-    ((_, question),) = splice.open.items()
-    assert question.pair is None
+    ((_, paused),) = splice.open.items()
+    assert paused.pair is None
     splice.open.clear()
 
 
@@ -638,7 +638,7 @@ def test_pairs_wait_copied_while_the_keeper_is_asked_for_others(
     reset(gone)
     play.wait_for_end(CloseReason.CLIENT_RESET)
     splice.is_silent = False
-    splice.finish_questions()
+    splice.finish_paused()
     play.run_until(lambda: splice.joined == 4, "all that are left")
     assert play.counters[Counter.JOINED_SPLICE] == 4
 
@@ -750,7 +750,7 @@ def played_with_late_answers(
     for step in steps:
         if step in answers:
             splice.refuse_with = answers[step]
-            splice.finish_questions()
+            splice.finish_paused()
         elif step == "turn":
             play.loop.run_once(0.002)
         else:
@@ -764,9 +764,9 @@ def played_with_late_answers(
         reset(client)
     splice.refuse_with = None
     splice.is_silent = False
-    splice.finish_questions()
+    splice.finish_paused()
     pair = next(iter(play.server.clients.values()), None)
-    assert pair is None or not isinstance(pair.datapath, Question)
+    assert pair is None or not isinstance(pair.datapath, PausedPair)
     if end == "close":
         for sock, size in ((server, sent["up"]), (client, sent["down"])):
             assert not size or play.read(sock, size) == pattern(size)

@@ -19,8 +19,8 @@ from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.splice.adopted import _Adoption
-from pyforwarder.datapath.splice.datapath import MOST_QUESTIONS, SpliceDatapath
-from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.datapath import MOST_PAUSED, SpliceDatapath
+from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.datapath.splice.spliced import Spliced
 from pyforwarder.runtime.loop import Deadlines
 from tests.helpers.fake_asker import FakeAsker
@@ -384,18 +384,20 @@ class Copied:
         self.stage = stage
         self.told: list[object] = []
         self.went_on: list[object] = []
-        stage.splice._lessons = {}
-        stage.splice._questions = {}
+        stage.splice._showing_routes = {}
+        stage.splice._paused = {}
         stage.splice._loop.redirect = lambda _fd, _to: None
         self.copying: Any = object.__new__(CopyDatapath)
         self.pair = self.another()
-        monkeypatch.setattr(Question, "resume_copy", lambda _self, pair: self.went_on.append(pair))
+        monkeypatch.setattr(
+            PausedPair, "resume_copy", lambda _self, pair: self.went_on.append(pair)
+        )
 
     def another(self) -> Any:
         return SimpleNamespace(datapath=self.copying, id=42, client_fd=5, server_fd=6)
 
-    def teach(self, pair: Any) -> bool:
-        return bool(self.stage.splice.teach(pair, self.told.append))
+    def show_route(self, pair: Any) -> bool:
+        return bool(self.stage.splice.show_route(pair, self.told.append))
 
 
 @pytest.fixture
@@ -407,8 +409,8 @@ def copied(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> Copied:
 def test_a_copied_pair_goes_on_once_when_the_keeper_has_looked_or_is_late(
     stage: Stage, copied: Copied, how: str
 ) -> None:
-    assert copied.teach(copied.pair)
-    assert isinstance(copied.pair.datapath, Question)
+    assert copied.show_route(copied.pair)
+    assert isinstance(copied.pair.datapath, PausedPair)
     match how:
         case "answered":
             stage.asker.answer(learned=1)
@@ -417,7 +419,7 @@ def test_a_copied_pair_goes_on_once_when_the_keeper_has_looked_or_is_late(
         case "late":
             stage.pass_time()
         case "stopping":
-            stage.splice.finish_questions()
+            stage.splice.finish_paused()
     assert copied.pair.datapath is copied.copying
     assert copied.told == copied.went_on == [copied.pair]
     if stage.asker.asked:  # an answer that nobody waits for any more
@@ -429,27 +431,27 @@ def test_a_copied_pair_goes_on_once_when_the_keeper_has_looked_or_is_late(
 def test_a_pair_that_ends_while_the_keeper_looks_ends_afterwards(
     stage: Stage, copied: Copied
 ) -> None:
-    copied.teach(copied.pair)
+    copied.show_route(copied.pair)
     copied.pair.datapath.ends_with = CloseReason.CLIENT_RESET
     stage.asker.answer(learned=0)
     assert stage.broken == [CloseReason.CLIENT_RESET]
 
 
 def test_a_pair_that_is_gone_is_told_of_to_nobody(stage: Stage, copied: Copied) -> None:
-    copied.teach(copied.pair)
+    copied.show_route(copied.pair)
     copied.pair.datapath.leave(copied.pair)
     stage.asker.answer(learned=1)
     assert copied.told == []
 
 
 def test_a_keeper_that_is_busy_keeps_no_more_pairs_waiting(stage: Stage, copied: Copied) -> None:
-    pairs = [copied.another() for _ in range(MOST_QUESTIONS + 1)]
-    assert [copied.teach(pair) for pair in pairs] == [True] * MOST_QUESTIONS + [False]
+    pairs = [copied.another() for _ in range(MOST_PAUSED + 1)]
+    assert [copied.show_route(pair) for pair in pairs] == [True] * MOST_PAUSED + [False]
     assert pairs[-1].datapath is copied.copying
     stage.pass_time()
     assert copied.told == pairs[:-1]
     while stage.asker.asked:
         stage.asker.answer(learned=1)
     stage.asker.has_room = False
-    assert not copied.teach(pairs[-1])
+    assert not copied.show_route(pairs[-1])
     assert pairs[-1].datapath is copied.copying

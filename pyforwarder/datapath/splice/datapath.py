@@ -23,7 +23,7 @@ from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.adopted import AdoptedPairs
-from pyforwarder.datapath.splice.question import Question
+from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.datapath.splice.keeper_asker import KeeperAsker
     from pyforwarder.datapath.splice.maps import SpliceMaps
-    from pyforwarder.datapath.splice.question import Then
+    from pyforwarder.datapath.splice.paused_pair import Then
 
 # Not in socket(7) yet: the kernel does not resize the locked buffers, since Linux 5.14.
 _SOCK_RCVBUF_LOCK: Final = 2
@@ -45,9 +45,9 @@ _BEGINNING_S: Final = 0.5
 _BEGINNING_POLL_S: Final = 0.001
 # Pairs that are requested of the keeper at the same time. It handles one after the other, and they
 # are paused meanwhile; with fewer requests it would wait for a turn of our loop in between.
-MOST_QUESTIONS: Final = 8
+MOST_PAUSED: Final = 8
 # The longest pause of a pair while the keeper reads how its server is reached.
-_LESSON_S: Final = 0.05
+_SHOW_ROUTE_S: Final = 0.05
 
 
 class _Expected:
@@ -73,8 +73,10 @@ class SpliceDatapath(AdoptedPairs):
     ) -> None:
         """Use the inherited maps, and the keeper."""
         super().__init__(host, maps, keeper, window=window, worker=worker)
-        self._questions: dict[Question, None] = {}  # oldest first
-        self._lessons: dict[Question, None] = {}  # pairs whose servers the keeper is reading
+        self._paused: dict[PausedPair, None] = {}  # oldest first
+        self._showing_routes: dict[
+            PausedPair, None
+        ] = {}  # pairs whose servers the keeper is reading
         # Packets of pairs that begin from now on may arrive by any interface.
         self.takes_any_interface = False
         self.keepalive = OFF  # of pairs that begin from now on
@@ -111,7 +113,7 @@ class SpliceDatapath(AdoptedPairs):
         reason = self.ask(pair, lambda _, reason: reasons.append(reason))
         if reason is not None:
             return reason
-        self.finish_questions()
+        self.finish_paused()
         return reasons[0]
 
     def _request(self, pair: Pair) -> tuple[list[int], dict[str, object]]:
@@ -179,11 +181,11 @@ class SpliceDatapath(AdoptedPairs):
     # Requests without waiting
 
     @property
-    def can_teach(self) -> bool:
+    def can_show_route(self) -> bool:
         """Whether another server can be shown to the keeper now; otherwise soon."""
-        return len(self._lessons) < MOST_QUESTIONS
+        return len(self._showing_routes) < MOST_PAUSED
 
-    def teach(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+    def show_route(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
         """Let the keeper read how the server of a pair that is copied is reached.
 
         The pair is paused until the keeper has looked: a connection that ends at once would be over
@@ -191,7 +193,7 @@ class SpliceDatapath(AdoptedPairs):
         of a second later at most; the pair may have ended by then. False: the keeper cannot be
         asked at the moment, and nothing has changed.
         """
-        if not self.can_teach:
+        if not self.can_show_route:
             return False
         before = pair.datapath
         assert isinstance(before, CopyDatapath)
@@ -199,41 +201,41 @@ class SpliceDatapath(AdoptedPairs):
         asked = self._keeper.ask_now("learn", [pair.client_fd, pair.server_fd])
         if asked is None:
             return False
-        lesson = Question(
-            self._loop, pair, before, asked, lambda pair, _: then(pair), self._end_lesson
+        paused = PausedPair(
+            self._loop, pair, before, asked, lambda pair, _: then(pair), self._end_showing_route
         )
-        asked.then = lambda _answer, _fds: self._end_lesson(lesson)
-        self._lessons[lesson] = None
-        self._loop.deadlines.start(lesson, scaled_s(_LESSON_S), time.monotonic())
+        asked.then = lambda _answer, _fds: self._end_showing_route(paused)
+        self._showing_routes[paused] = None
+        self._loop.deadlines.start(paused, scaled_s(_SHOW_ROUTE_S), time.monotonic())
         return True
 
-    def _end_lesson(self, lesson: Question) -> None:
+    def _end_showing_route(self, paused: PausedPair) -> None:
         """The keeper has looked, or is late: it only reads, so the pair continues either way."""
-        if lesson not in self._lessons:
+        if paused not in self._showing_routes:
             return
-        del self._lessons[lesson]
-        self._loop.deadlines.stop(lesson)
-        pair = lesson.pair
+        del self._showing_routes[paused]
+        self._loop.deadlines.stop(paused)
+        pair = paused.pair
         if pair is None:
             return
         try:
-            lesson.release(pair)
-            lesson.resume_copy(pair)
-            if lesson.ends_with is not None:
-                self._host.broken(pair, lesson.ends_with)
+            paused.release(pair)
+            paused.resume_copy(pair)
+            if paused.ends_with is not None:
+                self._host.broken(pair, paused.ends_with)
         except Exception as error:
             self._loop.on_error(pair, error)
-        lesson.then(pair, None)
+        paused.then(pair, None)
 
     @property
     def is_busy(self) -> bool:
         """Whether as many pairs are requested of the keeper as are allowed at once."""
-        return len(self._questions) >= MOST_QUESTIONS
+        return len(self._paused) >= MOST_PAUSED
 
     @property
-    def questions(self) -> int:
+    def paused(self) -> int:
         """How many pairs are requested of the keeper; each may be spliced soon."""
-        return len(self._questions)
+        return len(self._paused)
 
     def ask(self, pair: Pair, then: Then) -> PairReason | None:
         """`join` of a pair that is copied, without waiting for the keeper.
@@ -249,90 +251,90 @@ class SpliceDatapath(AdoptedPairs):
             fds, fields = self._request(pair)
             asked = self._keeper.ask_now("join", fds, **fields)
             if asked is not None:
-                question = Question(self._loop, pair, before, asked, then, self._overdue)
-                asked.then = partial(self._answered, question)
-                self._questions[question] = None
+                paused = PausedPair(self._loop, pair, before, asked, then, self._overdue)
+                asked.then = partial(self._answered, paused)
+                self._paused[paused] = None
                 # By a clock that is read after the request; the loop's is that of its turn.
                 now_s = time.monotonic()
-                self._loop.deadlines.start(question, self._keeper.longest_s, now_s)
+                self._loop.deadlines.start(paused, self._keeper.longest_s, now_s)
                 return None
             obstacle = PairReason.NO_KEEPER
         if obstacle is not PairReason.UNREAD_BYTES:
             self._expect_no_more(pair)
         return obstacle
 
-    def _answered(self, question: Question, answer: dict[str, Any] | None, _fds: list[int]) -> None:
+    def _answered(self, paused: PausedPair, answer: dict[str, Any] | None, _fds: list[int]) -> None:
         if answer is None:
             # A keeper has died during the request: the records say how far it came.
-            self._check_begun(question)
+            self._check_begun(paused)
         else:
             if "late" in answer:
                 answer = {"refused": int(PairReason.NO_KEEPER)}
-            self._end_question(question, answer)
+            self._end_pause(paused, answer)
 
-    def _overdue(self, question: Question) -> None:
+    def _overdue(self, paused: PausedPair) -> None:
         """The keeper has not answered: the pair's record says how far it came."""
         self._keeper.receive()  # the answer may be here, if this worker is late itself
-        if question in self._questions:
-            self._keeper.give_up(question.asked)
-            self._check_begun(question)
+        if paused in self._paused:
+            self._keeper.give_up(paused.asked)
+            self._check_begun(paused)
 
-    def _check_begun(self, question: Question) -> None:
+    def _check_begun(self, paused: PausedPair) -> None:
         """Neither a keeper nor a program will begin the pair any more: check whether one has done
         so.
         """
-        pair = question.pair
+        pair = paused.pair
         answer = self._read_begun(pair) if pair is not None else {"error": "none"}
         if answer is None:
             now_s = time.monotonic()
-            question.polls += 1
-            if question.polls * _BEGINNING_POLL_S < scaled_s(_BEGINNING_S):
-                self._loop.deadlines.start(question, _BEGINNING_POLL_S, now_s)
+            paused.polls += 1
+            if paused.polls * _BEGINNING_POLL_S < scaled_s(_BEGINNING_S):
+                self._loop.deadlines.start(paused, _BEGINNING_POLL_S, now_s)
                 return
             answer = {"error": "none"}
-        self._end_question(question, answer)
+        self._end_pause(paused, answer)
 
-    def _end_question(self, question: Question, answer: dict[str, Any]) -> None:
-        del self._questions[question]
-        self._loop.deadlines.stop(question)
-        pair = question.pair
+    def _end_pause(self, paused: PausedPair, answer: dict[str, Any]) -> None:
+        del self._paused[paused]
+        self._loop.deadlines.stop(paused)
+        pair = paused.pair
         if pair is None:
             if "index" in answer:
-                self.forget(answer["index"], question.id)
+                self.forget(answer["index"], paused.id)
             return
         reason: PairReason | None = PairReason.NO_KEEPER
         try:
-            question.release(pair)
+            paused.release(pair)
             reason = self._conclude(pair, answer)
             if pair.datapath is self:
                 self._check_record(pair)  # the programs' events meanwhile were for no pair
             elif pair.datapath is not None:
-                question.resume_copy(pair)
+                paused.resume_copy(pair)
                 if reason is not PairReason.UNREAD_BYTES:
                     self._expect_no_more(pair)
-            if question.ends_with is not None and pair.datapath is not None:
-                self._host.broken(pair, question.ends_with)
+            if paused.ends_with is not None and pair.datapath is not None:
+                self._host.broken(pair, paused.ends_with)
         except Exception as error:
             self._loop.on_error(pair, error)
-        question.then(pair, reason)
+        paused.then(pair, reason)
 
-    def finish_questions(self) -> None:
+    def finish_paused(self) -> None:
         """Wait until no request is open: the worker is about to end, or to hand its pairs over."""
-        for lesson in list(self._lessons):
-            self._end_lesson(lesson)
-        while self._questions:
-            question = next(iter(self._questions))
-            wait_s = question.due_s - time.monotonic()
+        for paused in list(self._showing_routes):
+            self._end_showing_route(paused)
+        while self._paused:
+            paused = next(iter(self._paused))
+            wait_s = paused.due_s - time.monotonic()
             if wait_s <= 0:
-                self._overdue(question)
+                self._overdue(paused)
                 time.sleep(_BEGINNING_POLL_S)
             elif self._keeper.is_over:
                 time.sleep(min(wait_s, _BEGINNING_POLL_S))
             else:
-                self._keeper.wait_until(partial(self._is_known, question), wait_s)
+                self._keeper.wait_until(partial(self._is_known, paused), wait_s)
 
-    def _is_known(self, question: Question) -> bool:
-        return question not in self._questions
+    def _is_known(self, paused: PausedPair) -> bool:
+        return paused not in self._paused
 
     @staticmethod
     def _acknowledge(pair: Pair) -> None:

@@ -80,7 +80,7 @@ def _nothing(_answer: dict[str, Any] | None, _fds: list[int]) -> None:
     """Ignore the answer."""
 
 
-class Asked:
+class PendingRequest:
     """A request that was sent and not answered."""
 
     __slots__ = ("sent_s", "then")
@@ -113,7 +113,9 @@ class KeeperAsker:
         self._loop = loop
         self._sock = sock
         self._is_patient = is_patient
-        self._under_way: dict[int, Asked] = {}  # by number, in the order in which they were sent
+        self._under_way: dict[
+            int, PendingRequest
+        ] = {}  # by number, in the order in which they were sent
         self._waiting: deque[_Waiting] = deque()
         self._held = 0  # of these, those with descriptors
         self._received = 0  # answers
@@ -136,7 +138,7 @@ class KeeperAsker:
         """How many requests were neither answered nor lost."""
         return len(self._under_way) + len(self._waiting)
 
-    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> Asked | None:
+    def ask_now(self, do: str, fds: Sequence[int] = (), **fields: object) -> PendingRequest | None:
         """Send a request at once; the caller sets its `then`. None: no keeper would read it.
 
         It may overtake requests that wait. The caller may close the descriptors afterwards.
@@ -150,7 +152,7 @@ class KeeperAsker:
         except OSError:
             return None
 
-    def give_up(self, asked: Asked) -> None:
+    def give_up(self, asked: PendingRequest) -> None:
         """The request was not answered in time; its answer is not needed any more."""
         asked.then = _nothing
         self._is_silent = True
@@ -272,7 +274,7 @@ class KeeperAsker:
 
     def _send(
         self, do: str, then: Answered, fds: Sequence[int], fields: dict[str, object]
-    ) -> Asked:
+    ) -> PendingRequest:
         number = next_number()
         until_s = _ALWAYS_S
         if do in _HASTY:
@@ -280,7 +282,7 @@ class KeeperAsker:
         request = {"do": do, "n": number, "until": until_s, **fields}
         self._sock.setblocking(False)
         socket.send_fds(self._sock, [json.dumps(request).encode()], list(fds))
-        asked = self._under_way[number] = Asked(then)
+        asked = self._under_way[number] = PendingRequest(then)
         self._listen()
         self._poll_later()
         return asked

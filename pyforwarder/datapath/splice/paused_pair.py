@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from pyforwarder.core.reasons import CloseReason
     from pyforwarder.datapath.base import Flow, Pair, PairReason
     from pyforwarder.datapath.copying import CopyDatapath
-    from pyforwarder.datapath.splice.keeper_asker import Asked
+    from pyforwarder.datapath.splice.keeper_asker import PendingRequest
     from pyforwarder.runtime.loop import Loop
 
     Then = Callable[[Pair, PairReason | None], None]
 
 
-class Question(Timed):
+class PausedPair(Timed):
     """The datapath of a pair while the keeper is asked."""
 
     __slots__ = (
@@ -52,9 +52,9 @@ class Question(Timed):
         loop: Loop,
         pair: Pair,
         before: CopyDatapath,
-        asked: Asked,
+        asked: PendingRequest,
         then: Then,
-        on_overdue: Callable[[Question], None],
+        on_overdue: Callable[[PausedPair], None],
     ) -> None:
         """`before` is its datapath so far. `then` gets what `join` would return.
 
