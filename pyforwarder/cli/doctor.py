@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
-from pyforwarder.core.datapaths import DATAPATHS, OPENING, SESSIONS
+from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, SESSIONS
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.attach import clsact as attach_clsact
 from pyforwarder.datapath.attach import tcx as attach_tcx
@@ -115,7 +115,7 @@ def run(stats: Mapping[str, Any] | None) -> Report:
         # Last those that `auto` does not take for TCP.
         proofs={
             row.name: pkgutil.resolve_name(row.proof)(user)
-            for row in (*DATAPATHS, *SESSIONS, *OPENING)
+            for row in (*DATAPATHS, *SESSIONS, *EXPRESS)
         },
     )
 

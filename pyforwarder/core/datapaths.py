@@ -51,7 +51,7 @@ SESSIONS: Final = (
     DatapathRow("splice_udp", proof="pyforwarder.datapath.proof.apart:prove_sessions_apart"),
 )
 # Of TCP, loaded together with one above: what this does not take goes by `auto`.
-OPENING: Final = (
+EXPRESS: Final = (
     DatapathRow("express", proof="pyforwarder.datapath.proof.apart:prove_express_apart"),
 )
 IN_KERNEL: Final = tuple(row for row in DATAPATHS if row.supervised)
@@ -66,4 +66,4 @@ def row_of(name: str) -> DatapathRow:
     return _BY_NAME[name]
 
 
-_BY_NAME: Final = {row.name: row for row in (*DATAPATHS, *SESSIONS, *OPENING)}
+_BY_NAME: Final = {row.name: row for row in (*DATAPATHS, *SESSIONS, *EXPRESS)}

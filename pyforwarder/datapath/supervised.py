@@ -48,7 +48,7 @@ class LoadedPrograms(NamedTuple):
 
     descriptors: Sequence[int]
     proof: str  # how it was proven, for the log
-    # Rows of `core.datapaths.SESSIONS` and `OPENING` that come with it, by their names: empty, or
+    # Rows of `core.datapaths.SESSIONS` and `EXPRESS` that come with it, by their names: empty, or
     # why they do not work.
     extras: Mapping[str, str]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from pyforwarder.status.plan import Plan
-    from pyforwarder.status.sampling import Flow, Sample
+    from pyforwarder.status.sampling import Sample, Traffic
 
 KEPT_S: Final = 900.0
 STEP_S: Final = 5.0
@@ -48,10 +48,10 @@ class History:
         self._span_s += sample.span_s
         sums = self._sums
         at = 0
-        for flow in self._flows(sample):
-            sums[at] += flow.up_bytes
-            sums[at + 1] += flow.down_bytes
-            sums[at + 2] += flow.new
+        for traffic in self._flows(sample):
+            sums[at] += traffic.up_bytes
+            sums[at + 1] += traffic.down_bytes
+            sums[at + 2] += traffic.new
             at += _RATES
         # A sample comes a moment early or late.
         if self._span_s < STEP_S - 0.5:
@@ -64,11 +64,11 @@ class History:
         self._span_s = 0.0
         return {"at": _short(now_unix_s), "span": _short(span_s), "series": self._by_name(point)}
 
-    def _flows(self, sample: Sample) -> Iterator[Flow]:
+    def _flows(self, sample: Sample) -> Iterator[Traffic]:
         yield sample.total
         kinds = (sample.listeners, sample.rules, sample.upstreams, sample.servers)
-        for (_, count), flows in zip(self._counts, kinds, strict=True):
-            yield from flows[:count]
+        for (_, count), traffic in zip(self._counts, kinds, strict=True):
+            yield from traffic[:count]
 
     def _by_name(self, point: array[float]) -> dict[str, list[float]]:
         return {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from pyforwarder.status.sampling import LANES, Flow, Sample, ServerNow
+from pyforwarder.status.sampling import LANES, Sample, ServerNow, Traffic
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
@@ -100,8 +100,8 @@ def tick(
     def per_s(count: int) -> float:
         return round(count / span_s, 1) if span_s else 0.0
 
-    def rates(flow: Flow) -> tuple[float, float]:
-        return per_s(flow.up_bytes), per_s(flow.down_bytes)
+    def rates(traffic: Traffic) -> tuple[float, float]:
+        return per_s(traffic.up_bytes), per_s(traffic.down_bytes)
 
     counts = sample.counts
     return {
@@ -115,21 +115,25 @@ def tick(
             "up_bytes": sample.up_bytes,
             "down_bytes": sample.down_bytes,
         },
-        "lanes": [[flow.pairs, *rates(flow)] for flow in sample.lanes],
+        "lanes": [[traffic.pairs, *rates(traffic)] for traffic in sample.lanes],
         "listeners": [
-            [open_now, per_s(flow.new), *rates(flow), accepted, refused]
-            for flow, (open_now, accepted, refused) in zip(
+            [open_now, per_s(traffic.new), *rates(traffic), accepted, refused]
+            for traffic, (open_now, accepted, refused) in zip(
                 sample.listeners, counts["listeners"], strict=True
             )
         ],
         "rules": [
-            [flow.pairs, per_s(flow.new), *rates(flow), taken, refused]
-            for flow, (taken, refused) in zip(sample.rules, counts["rules"], strict=True)
+            [traffic.pairs, per_s(traffic.new), *rates(traffic), taken, refused]
+            for traffic, (taken, refused) in zip(sample.rules, counts["rules"], strict=True)
         ],
-        "upstreams": [[flow.pairs, per_s(flow.new), *rates(flow)] for flow in sample.upstreams],
+        "upstreams": [
+            [traffic.pairs, per_s(traffic.new), *rates(traffic)] for traffic in sample.upstreams
+        ],
         "servers": [
-            [now.held, *rates(flow), _state_of(one, now, down), now.connects, now.failures]
-            for flow, now, one in zip(sample.servers, counts["servers"], plan.servers, strict=True)
+            [now.held, *rates(traffic), _state_of(one, now, down), now.connects, now.failures]
+            for traffic, now, one in zip(
+                sample.servers, counts["servers"], plan.servers, strict=True
+            )
         ],
         "ends": [[reason, count, per_s(more)] for reason, count, more in counts["ends"]],
     }

@@ -60,7 +60,7 @@ _UP, _DOWN = Direction.UP, Direction.DOWN
 
 
 @dataclass(slots=True)
-class Flow:
+class Traffic:
     """What went by between two samples, and how many pairs there are at the second."""
 
     pairs: int = 0
@@ -86,12 +86,12 @@ class Sample:
     """The state at one moment, and what happened since the sample before."""
 
     span_s: float  # since then; 0: there was none
-    total: Flow
-    lanes: list[Flow]
-    listeners: list[Flow]
-    rules: list[Flow]
-    upstreams: list[Flow]
-    servers: list[Flow]
+    total: Traffic
+    lanes: list[Traffic]
+    listeners: list[Traffic]
+    rules: list[Traffic]
+    upstreams: list[Traffic]
+    servers: list[Traffic]
     up_bytes: int = 0  # since the daemon's start
     down_bytes: int = 0
     refused: int = 0  # between the two samples
@@ -194,7 +194,7 @@ class Sampler:
         self._counters = counters
         self._views = [memoryview(window) for window in windows]
         self._words = [view.cast("Q") for view in self._views]
-        self._places = _Places(plan)
+        self._indexes = _PlanIndexes(plan)
         self._at_s: float | None = None
         self._pairs: list[dict[int, Pair]] = [{} for _ in windows]
         self._by_id: list[Pair] | None = None
@@ -215,12 +215,12 @@ class Sampler:
         plan = self.plan
         sample = Sample(
             span_s,
-            Flow(),
-            [Flow() for _ in LANES],
-            [Flow() for _ in plan.listeners],
-            [Flow() for _ in plan.rules],
-            [Flow() for _ in plan.upstreams],
-            [Flow() for _ in plan.servers],
+            Traffic(),
+            [Traffic() for _ in LANES],
+            [Traffic() for _ in plan.listeners],
+            [Traffic() for _ in plan.rules],
+            [Traffic() for _ in plan.upstreams],
+            [Traffic() for _ in plan.servers],
         )
         for window in range(len(self._views)):
             self._sample_window(window, span_s, sample)
@@ -263,19 +263,19 @@ class Sampler:
             pair.up_per_s = up / span_s if up else 0.0
             pair.down_per_s = down / span_s if down else 0.0
             found[slot] = pair
-            for flow in self._flows(pair, sample):
-                flow.pairs += 1
-                flow.up_bytes += up
-                flow.down_bytes += down
-                flow.new += is_new and span_s > 0
-                flow.up_carried += up_bytes
-                flow.down_carried += down_bytes
+            for traffic in self._traffic(pair, sample):
+                traffic.pairs += 1
+                traffic.up_bytes += up
+                traffic.down_bytes += down
+                traffic.new += is_new and span_s > 0
+                traffic.up_carried += up_bytes
+                traffic.down_carried += down_bytes
             sample.up_bytes += up_bytes
             sample.down_bytes += down_bytes
         self._pairs[window] = found
 
     @staticmethod
-    def _flows(pair: Pair, sample: Sample) -> Iterable[Flow]:
+    def _traffic(pair: Pair, sample: Sample) -> Iterable[Traffic]:
         yield sample.total
         if pair.datapath:
             yield sample.lanes[pair.datapath - 1]
@@ -298,7 +298,7 @@ class Sampler:
             pair = Pair(window, slot, record.sequence, record)
         except ValueError:
             return None
-        self._places.find(pair)
+        self._indexes.find(pair)
         return pair
 
     def _sample_counters(self, sample: Sample, *, is_first: bool) -> None:
@@ -327,31 +327,33 @@ class Sampler:
 
         plan = self.plan
         listeners, rules, servers = [], [], []
-        for listener, flow in zip(plan.listeners, sample.listeners, strict=True):
-            accepted, flow.new = since(listener.counter + ListenerCounter.ACCEPTED)
+        for listener, traffic in zip(plan.listeners, sample.listeners, strict=True):
+            accepted, traffic.new = since(listener.counter + ListenerCounter.ACCEPTED)
             refused, more = since(listener.counter + ListenerCounter.REFUSED)
             sample.refused += more
             open_now = total(listener.counter + ListenerCounter.OPEN)
             # Those of pairs that have ended, too, which no rule and no server is told of.
-            flow.up_bytes = carried(
-                (listener.name, _UP), flow.up_carried, listener.counter + ListenerCounter.UP_BYTES
+            traffic.up_bytes = carried(
+                (listener.name, _UP),
+                traffic.up_carried,
+                listener.counter + ListenerCounter.UP_BYTES,
             )[1]
-            flow.down_bytes = carried(
+            traffic.down_bytes = carried(
                 (listener.name, _DOWN),
-                flow.down_carried,
+                traffic.down_carried,
                 listener.counter + ListenerCounter.DOWN_BYTES,
             )[1]
             listeners.append((open_now, accepted, refused))
-        for rule, flow in zip(plan.rules, sample.rules, strict=True):
-            taken, flow.new = since(rule.counter + RuleCounter.TAKEN)
+        for rule, traffic in zip(plan.rules, sample.rules, strict=True):
+            taken, traffic.new = since(rule.counter + RuleCounter.TAKEN)
             refused, _ = since(rule.counter + RuleCounter.REFUSED)
             rules.append((taken, refused))
-        for server, flow in zip(plan.servers, sample.servers, strict=True):
+        for server, traffic in zip(plan.servers, sample.servers, strict=True):
             if server.counter is None:
-                servers.append(ServerNow(flow.pairs))
+                servers.append(ServerNow(traffic.pairs))
                 continue
             words = {name: total(server.counter + name) for name in ServerCounter}
-            connects, flow.new = since(server.counter + ServerCounter.CONNECTS)
+            connects, traffic.new = since(server.counter + ServerCounter.CONNECTS)
             first = server.counter + ServerCounter.FAILURES
             servers.append(
                 ServerNow(
@@ -464,7 +466,7 @@ def _order_key(sort: str, rising: bool, filter: str) -> tuple[str, bool, str]:
     return sort, rising, " ".join(filter.lower().split())
 
 
-class _Places:
+class _PlanIndexes:
     """Finds a pair's listener, rule and server in the plan, by names and addresses."""
 
     def __init__(self, plan: Plan) -> None:
@@ -483,7 +485,7 @@ class _Places:
         self._named = {key: places[0] for key, places in named.items() if len(places) == 1}
 
     def find(self, pair: Pair) -> None:
-        """Set the pair's places."""
+        """Set the pair's indexes in the plan."""
         pair.listener_at = self._listeners.get(pair.listener_name)
         pair.rule_at = self._rules.get((pair.listener_name, pair.rule))
         if pair.rule_at is None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pyforwarder.core.datapaths import DATAPATHS, IN_KERNEL, OPENING, SESSIONS, row_of
+from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, IN_KERNEL, SESSIONS, row_of
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf.syscall import map_id
 from pyforwarder.datapath.kernel import SupervisedSockmap
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _WATCH_KEEPER_S: Final = 2.0
 _KERNEL_NAMES: Final = {row.name for row in IN_KERNEL}
-_OPENING_NAMES: Final = {row.name for row in OPENING}
+_EXPRESS_NAMES: Final = {row.name for row in EXPRESS}
 _AVAILABLE: Final = "available"
 _NOT_WANTED: Final = "not wanted by the configuration"
 _IN_PREPARATION: Final = "being loaded and proven"
@@ -348,4 +348,4 @@ def kernel_choices(config: Config) -> set[str]:
         }
     if not choices.isdisjoint({"auto", "express"}):
         choices |= _KERNEL_NAMES
-    return choices & {*_KERNEL_NAMES, *_OPENING_NAMES}
+    return choices & {*_KERNEL_NAMES, *_EXPRESS_NAMES}

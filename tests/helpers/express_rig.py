@@ -20,7 +20,7 @@ import pytest
 from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.express import keeping
 from pyforwarder.datapath.kernel import PairTable
-from pyforwarder.datapath.proof.opening import Stage
+from pyforwarder.datapath.proof.express import Stage
 from pyforwarder.datapath.proof.rig import SMALL_BUFFER_BYTES, Rig, RigError, RigPair
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from pyforwarder.datapath.splice.maps import SpliceMaps
@@ -44,7 +44,7 @@ class Expressing(NamedTuple):
     """What the rigs of a module share."""
 
     splicing: Splicing
-    opening: Stage
+    stage: Stage
     pairs_fd: int
     lasts: bool
 
@@ -69,13 +69,13 @@ class ExpressRig(Rig):
     """The worker of a host whose connections the kernel opens."""
 
     def __init__(
-        self, window: PairWindow, splicing: Splicing, opening: Stage, *, lasts: bool
+        self, window: PairWindow, splicing: Splicing, stage: Stage, *, lasts: bool
     ) -> None:
         """`lasts`: where a play hands a pair over, it waits until the pair is adopted."""
         super().__init__(window)
         self._lasts = lasts
         assert splicing.express is not None
-        self._express, self._opening = splicing.express, opening
+        self._express, self._stage = splicing.express, stage
         self.splice = SpliceDatapath(
             self, splicing.maps, splicing.asker(0, self.loop), window=window, worker=0
         )
@@ -100,10 +100,10 @@ class ExpressRig(Rig):
 
     def _opened(self) -> tuple[socket.socket, socket.socket]:
         try:
-            return self._opening.taken()
+            return self._stage.taken()
         except RigError:  # what is known of the way to a server is forgotten after a minute
-            self._opening.left_alone()
-            return self._opening.taken()
+            self._stage.left_alone()
+            return self._stage.taken()
 
     def copy(self, pair: RigPair) -> None:
         """It is the kernel's from the beginning."""
@@ -196,7 +196,7 @@ def express_stage(made: Expressing) -> Iterator[ExpressRig]:
     gc.collect()
     fds_before = open_fds()
     window = PairTable(workers=1, slots=SLOTS, fd=made.pairs_fd).take_window(0)
-    rig = ExpressRig(window, made.splicing, made.opening, lasts=made.lasts)
+    rig = ExpressRig(window, made.splicing, made.stage, lasts=made.lasts)
     try:
         yield rig
         rig.loop.run_once(0)

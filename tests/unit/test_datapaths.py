@@ -18,9 +18,9 @@ import pytest
 from pyforwarder.config import parse_config
 from pyforwarder.core.datapaths import (
     DATAPATHS,
+    EXPRESS,
     IN_KERNEL,
     NAMES,
-    OPENING,
     SESSIONS,
     DatapathRow,
     row_of,
@@ -39,7 +39,7 @@ EACH = pytest.mark.parametrize("row", DATAPATHS, ids=lambda row: row.name)
 
 
 def test_the_configuration_may_name_every_datapath_and_auto() -> None:
-    assert sorted(NAMES) == sorted(["auto", *(row.name for row in (*DATAPATHS, *OPENING))])
+    assert sorted(NAMES) == sorted(["auto", *(row.name for row in (*DATAPATHS, *EXPRESS))])
 
 
 @EACH
@@ -54,7 +54,7 @@ def test_a_datapath_has_its_number_its_word_and_its_counter(row: DatapathRow) ->
     assert [each.word for each in rows] == [Counter[f"JOINED_{row.name.upper()}"]]
 
 
-@pytest.mark.parametrize("row", [*DATAPATHS, *SESSIONS, *OPENING], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*DATAPATHS, *SESSIONS, *EXPRESS], ids=lambda row: row.name)
 def test_a_datapath_is_proven_as_a_user(row: DatapathRow) -> None:
     assert row_of(row.name) is row
     assert len(inspect.signature(pkgutil.resolve_name(row.proof)).parameters) == 1

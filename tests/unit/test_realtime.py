@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyforwarder.core.datapaths import DATAPATHS, OPENING, SESSIONS
+from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, SESSIONS
 from pyforwarder.errors import Refusal
 from pyforwarder.runtime import host
 
@@ -40,7 +40,7 @@ def test_programs_on_packets_are_not_tried_on_a_realtime_kernel(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(host, "is_realtime", lambda: True)
-    proofs = {row.name: row.proof for row in (*DATAPATHS, *SESSIONS, *OPENING)}
+    proofs = {row.name: row.proof for row in (*DATAPATHS, *SESSIONS, *EXPRESS)}
     proof = pkgutil.resolve_name(proofs[name])(None)
     assert (proof.passed, proof.cause, proof.scenarios) == (False, Refusal.REALTIME, {})
     assert str(proof.error()) == (

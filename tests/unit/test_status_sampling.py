@@ -22,7 +22,7 @@ from pyforwarder.runtime.counters import (
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.status.history import KEPT_S, STEP_S, History
 from pyforwarder.status.plan import ServerPlan
-from pyforwarder.status.sampling import LANES, MOST_ROWS, SORTS, Flow, Sampler, ServerNow
+from pyforwarder.status.sampling import LANES, MOST_ROWS, SORTS, Sampler, ServerNow, Traffic
 from tests.helpers.status import Memory
 
 
@@ -50,7 +50,7 @@ def test_a_look_says_what_went_by_since_the_one_before(memory: Memory, sampler: 
     memory.carry(old, 1000, 5000)
     first = sampler.sample(100.0)
     # Nobody knows since when those bytes came.
-    assert (first.span_s, first.total) == (0.0, Flow(1, 0, 0, 0, 1000, 5000))
+    assert (first.span_s, first.total) == (0.0, Traffic(1, 0, 0, 0, 1000, 5000))
     memory.carry(old, 1300, 5000)
     new = memory.pair(2, worker=1, rule="rest", datapath=DatapathKind.COPY)
     memory.carry(new, 70, 9, worker=1)
@@ -62,9 +62,13 @@ def test_a_look_says_what_went_by_since_the_one_before(memory: Memory, sampler: 
     lanes = dict(zip((kind.label for kind in LANES), second.lanes, strict=True))
     assert (lanes["sockmap"].pairs, lanes["sockmap"].up_bytes) == (1, 300)
     assert (lanes["copy"].pairs, lanes["copy"].up_bytes, lanes["copy"].down_bytes) == (1, 70, 9)
-    assert second.listeners == [Flow(2, 370, 9, 3, 1370, 5009), Flow()]
-    assert second.rules == [Flow(1, 300, 0, 0, 1300, 5000), Flow(1, 70, 9, 1, 70, 9), Flow()]
-    assert [flow.up_bytes for flow in second.servers] == [300, 0, 0]
+    assert second.listeners == [Traffic(2, 370, 9, 3, 1370, 5009), Traffic()]
+    assert second.rules == [
+        Traffic(1, 300, 0, 0, 1300, 5000),
+        Traffic(1, 70, 9, 1, 70, 9),
+        Traffic(),
+    ]
+    assert [traffic.up_bytes for traffic in second.servers] == [300, 0, 0]
     rows = {row["id"]: row for row in page(sampler)["rows"]}
     assert (rows[1]["up_per_s"], rows[1]["down_per_s"]) == (150, 0)
     assert (rows[2]["up_per_s"], rows[2]["up_bytes"], rows[2]["rule"]) == (35, 70, "rest")
@@ -161,9 +165,9 @@ def test_a_pair_belongs_to_its_server_by_address_and_by_the_port_of_a_name(
     memory.pair(9, rule="rest", server=Address("10.0.0.1", 443))  # not by this upstream
     memory.pair(10, listener="forward", rule="x")
     sample = sampler.sample(1.0)
-    assert [flow.pairs for flow in sample.servers] == [0, 1, 1]
-    assert [flow.pairs for flow in sample.upstreams] == [3]
-    assert [flow.pairs for flow in sample.listeners] == [4, 0]
+    assert [traffic.pairs for traffic in sample.servers] == [0, 1, 1]
+    assert [traffic.pairs for traffic in sample.upstreams] == [3]
+    assert [traffic.pairs for traffic in sample.listeners] == [4, 0]
     assert sample.total.pairs == 5
 
 
@@ -172,7 +176,7 @@ def test_a_server_with_the_port_of_the_client_is_known_by_its_address(memory: Me
     sampler = Sampler(replace(memory.plan, servers=servers), memory.counters, memory.windows)
     for port in (9200, 9201):
         memory.pair(port, server=Address("10.0.0.7", port))
-    assert [flow.pairs for flow in sampler.sample(1.0).servers] == [2, 0, 0, 0]
+    assert [traffic.pairs for traffic in sampler.sample(1.0).servers] == [2, 0, 0, 0]
 
 
 def test_a_page_is_filtered_ordered_and_cut(memory: Memory, sampler: Sampler) -> None:

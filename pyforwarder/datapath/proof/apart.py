@@ -13,7 +13,7 @@ from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
 from pyforwarder.datapath.kernel import KernelMaps
-from pyforwarder.datapath.proof import opening
+from pyforwarder.datapath.proof.express import play as play_express
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST
 from pyforwarder.datapath.proof.selftest import (
@@ -107,7 +107,7 @@ def prove_express_apart(_user: str | None) -> Proof:
             why = refusal.explain("make ready", error.errno or 0, needs=refusal.NETWORK)
             return Proof.refused(why, took_s())
         try:
-            passed = opening.play(splicing)
+            passed = play_express(splicing)
         except (RigError, OSError, DatapathError) as error:
             return Proof(False, str(error), {}, took_s(), cause=Refusal.SELF_TEST)
         return Proof(True, "", passed, took_s())

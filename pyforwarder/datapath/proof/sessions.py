@@ -114,7 +114,7 @@ class SessionRig:
         self.up(b"first")
         self.down(b"answer")
         opened: list[KernelSession | PairReason] = []
-        opening = self._kernel.open(
+        pending = self._kernel.open(
             session_id=1 << 32 | self._slot,
             slot=self._slot,
             client=self.client.getsockname()[:2],
@@ -125,8 +125,8 @@ class SessionRig:
             now_s=time.monotonic(),
             then=opened.append,
         )
-        if isinstance(opening, PairReason):
-            raise RigError(opening.text)
+        if isinstance(pending, PairReason):
+            raise RigError(pending.text)
         self._keeper.finish(scaled_s(_TIMEOUT_S))
         session = opened[0] if opened else PairReason.NO_KEEPER
         if isinstance(session, PairReason):
