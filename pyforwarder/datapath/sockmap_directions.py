@@ -130,7 +130,7 @@ class SockmapDirections:
                 if self._has_lost(pair, flow):
                     self._host.broken(pair, CloseReason.INTERNAL)
                     return
-                if not self._is_delivered(pair, half):
+                if not self._check_delivered(pair, half):
                     self._poll_again(pair, half)
                     return
                 count = self._copy(pair, half)
@@ -251,8 +251,8 @@ class SockmapDirections:
             self._words32[armed_at] = 0
             self._host.enlarge(pair, source, backlog)
 
-    def _is_delivered(self, pair: Pair, half: Half) -> bool:
-        """Whether all that was redirected is with the target's TCP, so that we may write.
+    def _check_delivered(self, pair: Pair, half: Half) -> bool:
+        """Note whether all that was redirected is with the target's TCP, so that we may write.
 
         Holds once true: while passed > consumed the program redirects nothing.
         """
@@ -287,7 +287,7 @@ class SockmapDirections:
             return False
         if self._words64[at + table.PASSED[flow.direction]] != half.consumed_bytes:
             return False
-        return self._is_delivered(pair, half)
+        return self._check_delivered(pair, half)
 
     def _fail(self, pair: Pair, fd: int, error: int | None) -> None:
         self._host.broken(pair, failure(pair, fd, error or 0))

@@ -209,7 +209,7 @@ class SockmapExit:
             self._datapath.advance(pair, half)
             if pair.datapath is not self._datapath:
                 return False
-        if not all(self._is_quiet(pair, half) for half in halves):
+        if not all(self._check_quiet(pair, half) for half in halves):
             return False
         for half in halves:
             self._helped_s.pop(half.flow, None)
@@ -226,7 +226,7 @@ class SockmapExit:
 
     # Step 1
 
-    def _is_quiet(self, pair: Pair, half: Half) -> bool:
+    def _check_quiet(self, pair: Pair, half: Half) -> bool:
         """Whether nothing of the direction is in the kernel's hands; else it is helped."""
         flow = half.flow
         if half.is_native:

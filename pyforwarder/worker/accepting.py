@@ -135,7 +135,7 @@ class Acceptor:
         client.id = self._server.next_id()
         if listener.asks_limits:
             self._ask_limits(client)
-        if client.over_limit is not None and not self.has_room_to_refuse(client):
+        if client.over_limit is not None and not self.count_busy(client):
             self._turn_away(client)
             return
         if len(self._clients) >= self._server.most_clients:
@@ -189,8 +189,8 @@ class Acceptor:
         client.over_limit = limit
         self._counters[LIMITED_INDEX[limit.counted_as]] += 1
 
-    def has_room_to_refuse(self, client: Client) -> bool:
-        """Count one more client over a limit; whether we may keep it until it is told so."""
+    def count_busy(self, client: Client) -> bool:
+        """Count one more client over a limit; False: we may not keep it until it is told so."""
         client.counts_busy = True
         self._busy_clients += 1
         return self._busy_clients <= BUSY_CLIENTS

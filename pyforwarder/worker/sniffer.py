@@ -150,7 +150,7 @@ class Sniffer:
         if client.listener.asks_limits and client.over_limit is None:
             accepting = self._server.accepting
             accepting.count_client(client)
-            if client.over_limit is not None and not accepting.has_room_to_refuse(client):
+            if client.over_limit is not None and not accepting.count_busy(client):
                 self._refuse_header(client, CloseReason.BUSY, "")
                 return False
         return True
@@ -268,14 +268,15 @@ class Sniffer:
 
     def _decide_again(self, client: Client) -> None:
         """Another piece has come: look at all of it again, now or a little later."""
-        if self.put_off or not self._has_time_again():
+        if self.put_off or not self._refill_budget():
             if not self.put_off:
                 self._loop.after(_AGAIN_PAUSE_S, self._decide_put_off)
             self.put_off[client] = None
             return
         self._sniff_again(client)
 
-    def _has_time_again(self) -> bool:
+    def _refill_budget(self) -> bool:
+        """Add what has come with time; returns whether there is any."""
         now_s = self._loop.now_s
         self._again_s += (now_s - self._again_from_s) * AGAIN_SHARE
         self._again_s = min(self._again_s, AGAIN_BURST_S)
@@ -283,7 +284,7 @@ class Sniffer:
         return self._again_s > 0
 
     def _decide_put_off(self) -> None:
-        while self.put_off and self._has_time_again():
+        while self.put_off and self._refill_budget():
             client = next(iter(self.put_off))
             del self.put_off[client]
             if client.life is _SNIFFING:

@@ -215,9 +215,9 @@ def test_a_datagram_that_is_only_just_coming_is_not_taken_for_copied(played: Pla
     port = played.session.port
     port.behind[played.session] = None
     handover = played.play.server.handover
-    assert not handover.is_quiet(port)  # what is counted is read now
+    assert not handover.report_queue_empty(port)  # what is counted is read now
     played.kernel.counted[0] = 1  # and one more comes
-    assert handover.is_quiet(port)  # the queue was empty once more
+    assert handover.report_queue_empty(port)  # the queue was empty once more
     assert played.kernel.told == [(0, 0)]
 
 
@@ -352,10 +352,10 @@ def test_the_keeper_is_not_asked_for_more_sessions_than_it_can_begin(played: Pla
     """The same process begins the pairs of TCP."""
     handover = played.play.server.handover
     now_s = played.play.loop.now_s
-    allowed = sum(handover._may_ask() for _ in range(10_000))
+    allowed = sum(handover._take_token() for _ in range(10_000))
     assert allowed <= MOST_PER_S
     played.play.loop.now_s = now_s + 0.05
-    assert 0 < sum(handover._may_ask() for _ in range(10_000)) <= MOST_PER_S * 0.05 + 1
+    assert 0 < sum(handover._take_token() for _ in range(10_000)) <= MOST_PER_S * 0.05 + 1
 
 
 def test_many_sessions_do_not_end_in_one_turn_and_others_are_served_meanwhile(

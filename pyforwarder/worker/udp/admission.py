@@ -83,6 +83,6 @@ class Admission:
             if session is None:
                 return False
             # One whose datagrams only the kernel has had of late may be better known than that.
-            if not self._server.is_steady_in_kernel(session):
+            if not self._server.confirm_if_steady(session):
                 self._server.end(session, CloseReason.EVICTED)
                 return True

@@ -159,7 +159,7 @@ class SessionAdoption:
         elif not self._server.handover.resume(session, orphan):
             self._server.end(session, CloseReason.INTERNAL)
             return None
-        self._server.is_steady_in_kernel(session)
+        self._server.confirm_if_steady(session)
         return session
 
     def _know_client(self, session: Session, told: SessionFacts | None) -> None:

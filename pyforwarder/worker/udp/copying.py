@@ -90,7 +90,7 @@ class Copying:
                 left -= 1
                 continue  # an ICMP error about an earlier answer: nobody is there to send to
             if not datagrams:
-                if self._server.handover.is_quiet(port):
+                if self._server.handover.report_queue_empty(port):
                     break
                 left -= 1
                 continue

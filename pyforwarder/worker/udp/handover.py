@@ -102,7 +102,7 @@ class SessionHandover:
             return  # what the server says next may be a connection id
         if not session.is_spliced_by_name and not self._pays(session):
             return
-        if self._may_ask():
+        if self._take_token():
             session.earns = False
             # Not now: the server is in the middle of a socket's datagrams.
             self._server.loop.defer(self._attempt, session)
@@ -130,7 +130,8 @@ class SessionHandover:
             or self._server.loop.now_s - session.accepted_s >= when.after_s
         )
 
-    def _may_ask(self) -> bool:
+    def _take_token(self) -> bool:
+        """Take one of the tokens, which come with time; False: there is none."""
         now_s = self._server.loop.now_s
         grown = self._tokens + (now_s - self._tokens_s) * MOST_PER_S
         self._tokens, self._tokens_s = min(grown, _MOST_AT_ONCE), now_s
@@ -260,8 +261,8 @@ class SessionHandover:
         elif now_s - in_kernel.behind_s[direction] > _OVERTAKE_AFTER_S:
             self._kernel.latch_now(in_kernel)
 
-    def is_quiet(self, port: DatagramPort) -> bool:
-        """The listener's queue is empty: tell the programs; False: look once more before that.
+    def report_queue_empty(self, port: DatagramPort) -> bool:
+        """Tell the programs that the listener's queue is empty; False: look once more before that.
 
         What the programs have counted is read first, and only what comes in front of the next look
         is known to be ours: else one that is just coming would be taken for copied.

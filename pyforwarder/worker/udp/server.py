@@ -214,7 +214,7 @@ class DatagramServer:
             self.refuse(session, CloseReason.TIMEOUT, "no answer in time")
             return
         if session.assurance is not _STEADY:
-            self.is_steady_in_kernel(session)
+            self.confirm_if_steady(session)
         # Those that have begun together fall silent together: not all of them end in one turn.
         if self._is_idle(session):
             self._endings.add([session], CloseReason.IDLE)
@@ -226,8 +226,8 @@ class DatagramServer:
     def _is_idle(self, session: Session) -> bool:
         return self.loop.now_s - self.handover.active_s(session) >= self._idle_s(session)
 
-    def is_steady_in_kernel(self, session: Session) -> bool:
-        """Whether the client has gone on speaking, as the kernel has seen."""
+    def confirm_if_steady(self, session: Session) -> bool:
+        """Confirm a session if its client has gone on speaking, as the kernel has seen."""
         if self.handover.heard_s(session) - session.accepted_s < STEADY_AFTER_S:
             return False
         self.eviction.confirm(session, self.loop.now_s)
