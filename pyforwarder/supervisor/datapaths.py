@@ -7,12 +7,13 @@ UDP come with programs that may be there already, and are proven when a listener
 
 from __future__ import annotations
 
+import enum
 import os
 import pkgutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, IN_KERNEL, SESSIONS, row_of
 from pyforwarder.datapath.attach import choice as attaching
@@ -43,9 +44,37 @@ if TYPE_CHECKING:
 _WATCH_KEEPER_S: Final = 2.0
 _KERNEL_NAMES: Final = {row.name for row in IN_KERNEL}
 _EXPRESS_NAMES: Final = {row.name for row in EXPRESS}
-_AVAILABLE: Final = "available"
-_NOT_WANTED: Final = "not wanted by the configuration"
-_IN_PREPARATION: Final = "being loaded and proven"
+
+
+class Availability(enum.Enum):
+    """Whether workers may use a datapath; the value is what users read."""
+
+    AVAILABLE = "available"
+    NOT_WANTED = "not wanted by the configuration"
+    IN_PREPARATION = "being loaded and proven"
+    FAILED = "failed"  # users read the reason
+
+
+class DatapathState(NamedTuple):
+    """Whether a datapath is available, and why it has failed."""
+
+    availability: Availability
+    reason: str = ""  # of FAILED
+
+    @property
+    def text(self) -> str:
+        """What users read: `available`, or why not."""
+        return self.reason or self.availability.value
+
+    @classmethod
+    def failed(cls, reason: str) -> DatapathState:
+        """The state of a datapath that has failed for this reason."""
+        return cls(Availability.FAILED, reason)
+
+
+_AVAILABLE: Final = DatapathState(Availability.AVAILABLE)
+_NOT_WANTED: Final = DatapathState(Availability.NOT_WANTED)
+_IN_PREPARATION: Final = DatapathState(Availability.IN_PREPARATION)
 
 
 class Datapaths:
@@ -85,7 +114,7 @@ class Datapaths:
         self._prove_anew = prove_anew
         self._is_successor = is_successor
         # In the order in which they are shown.
-        self.states = {row.name: _AVAILABLE for row in DATAPATHS if not row.supervised}
+        self._states = {row.name: _AVAILABLE for row in DATAPATHS if not row.supervised}
         self._there: dict[str, KernelDatapath] = {}
         given = Given(
             config=config,
@@ -109,15 +138,20 @@ class Datapaths:
         except LoadError as error:
             self._fail(row.name, error)
             return
-        self.states[row.name] = _NOT_WANTED if made is None else _IN_PREPARATION
+        self._states[row.name] = _NOT_WANTED if made is None else _IN_PREPARATION
         if isinstance(made, SupervisedSplice) and made.wants_express:
-            self.states["express"] = _IN_PREPARATION
+            self._states["express"] = _IN_PREPARATION
         if made is not None:
             self._there[row.name] = made
 
     def _fail(self, name: str, error: LoadError) -> None:
-        self.states[name] = str(error)
+        self._states[name] = DatapathState.failed(str(error))
         self._log.load_error(f"no_{name}", error)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """What users read of each datapath: `available`, or why not; in the order of rows."""
+        return {name: state.text for name, state in self._states.items()}
 
     @property
     def sockmap(self) -> KernelMaps | None:
@@ -134,7 +168,7 @@ class Datapaths:
     @property
     def in_preparation(self) -> list[str]:
         """The datapaths that are being loaded and proven, the best first."""
-        return [row.name for row in IN_KERNEL if self.states[row.name] == _IN_PREPARATION]
+        return [row.name for row in IN_KERNEL if self._states[row.name] == _IN_PREPARATION]
 
     @property
     def must_come_first(self) -> bool:
@@ -171,7 +205,7 @@ class Datapaths:
         """Leave what is pinned to another daemon, which continues with it."""
         for name in [name for name, datapath in self._there.items() if datapath.can_pin]:
             self._there.pop(name).release()
-            self.states[name] = _NOT_WANTED
+            self._states[name] = _NOT_WANTED
 
     def parts(self) -> dict[str, Part]:
         """What another process has to load, which has inherited the maps, by name."""
@@ -202,14 +236,14 @@ class Datapaths:
             self._there[name].attach(loaded.descriptors)
         except LoadError as error:
             self._fail(name, error)
-            if name == "splice" and "express" in self.states:
-                self.states["express"] = f"it needs splice: {error}"
+            if name == "splice" and "express" in self._states:
+                self._states["express"] = DatapathState.failed(f"it needs splice: {error}")
             self._there.pop(name).close()
             return
-        self.states[name] = _AVAILABLE
+        self._states[name] = _AVAILABLE
         self._log.write("info", "datapath", datapath=name, proof=loaded.said["proof"])
         for extra, reason in loaded.said["extras"].items():
-            self.states[extra] = reason or _AVAILABLE
+            self._states[extra] = DatapathState.failed(reason) if reason else _AVAILABLE
             if reason:
                 self._log.write("warning", f"no_{extra}", reason=reason)
 
@@ -218,10 +252,10 @@ class Datapaths:
 
         From here on it counts as tried. `take_sessions` gets what it comes to.
         """
-        if self.states.get("splice") != _AVAILABLE or not splices_sessions(config):
+        if self._states.get("splice") != _AVAILABLE or not splices_sessions(config):
             return {}
-        untried = [row.name for row in SESSIONS if row.name not in self.states]
-        self.states |= dict.fromkeys(untried, _IN_PREPARATION)
+        untried = [row.name for row in SESSIONS if row.name not in self._states]
+        self._states |= dict.fromkeys(untried, _IN_PREPARATION)
         attach = os.environ.get(attaching.FORCED)
 
         def prove(name: str) -> Loaded:
@@ -238,13 +272,13 @@ class Datapaths:
         if isinstance(proof, LoadError):
             self._fail(name, proof)
             return
-        self.states[name] = _AVAILABLE
+        self._states[name] = _AVAILABLE
         self._log.write("info", "datapath", datapath=name, proof=proof.said["proof"])
 
     @property
     def available(self) -> list[str]:
         """The datapaths to which workers may give pairs or sessions."""
-        return [name for name, state in self.states.items() if state == _AVAILABLE]
+        return [name for name, state in self._states.items() if state == _AVAILABLE]
 
     @property
     def found(self) -> tuple[Found | FoundSession, ...]:
@@ -261,7 +295,8 @@ class Datapaths:
     def lacks(self, config: Config) -> bool:
         """Whether `config` names one that was not wanted at the start."""
         return any(
-            self.states.get(choice, _NOT_WANTED) == _NOT_WANTED for choice in kernel_choices(config)
+            self._states.get(choice, _NOT_WANTED) == _NOT_WANTED
+            for choice in kernel_choices(config)
         )
 
     def pin(self) -> None:

@@ -165,6 +165,13 @@ def test_a_row_that_cannot_be_loaded_is_closed_and_done_without(made: supervised
     assert toy.told.mock_calls == [call.close()]
 
 
+def test_a_reason_that_reads_like_a_state_is_none(made: supervised.Datapaths) -> None:
+    """The kernel, or a file of the host, may say anything."""
+    made.take("toy", LoadError("available"))
+    assert made.states["toy"] == "available"
+    assert made.available == ["copy"]
+
+
 def test_a_row_that_cannot_be_attached_is_closed_and_done_without(
     made: supervised.Datapaths,
 ) -> None:
