@@ -216,7 +216,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	down->address_sum = csum_fold((__u64)(__u16)~i + number);
 	up->seq_delta = ask->own_isn - ask->client_isn;
 	up->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - parsed.tsval;
-	splice->tries = 0;
+	splice->barrier = 0;
 	splice->worker = PF_EXPRESS_NO_WORKER;
 	splice->slot = splice->last_slot = PF_NO_SLOT;
 	splice->reset = 0;
@@ -258,7 +258,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	 * A barrier: the record is complete before the place is ASKED. From here on packets of
 	 * client and server are handled; earlier ones are dropped.
 	 */
-	__sync_fetch_and_add(&splice->tries, 1);
+	__sync_fetch_and_add(&splice->barrier, 1);
 	WRITE_ONCE(ask->word, word | PF_EXPRESS_ASKED);
 	count_event(PF_COUNT_TAKEN);
 	return send_syn(skb, splice, ask, parsed.tsval, parsed.sum, v6);

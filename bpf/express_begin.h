@@ -11,6 +11,7 @@
 #include "express_read.h"
 #include "maps.h"
 #include "splice_packet.h"
+#include "splice_socket.h"
 #include "splice_verdicts.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -18,12 +19,6 @@
 #endif
 
 #define MIN_MSS 536 /* RFC 9293, 3.7.1 */
-
-static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
-
-#define read8(structure, offset)  (*(volatile __u8 *)((void *)(structure) + (offset)))
-#define read16(structure, offset) (*(volatile __u16 *)((void *)(structure) + (offset)))
-#define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
 
 /*
  * What one program has read, for the next one in the chain of tail calls: as one program they would
@@ -81,10 +76,7 @@ inlined int check_first_bytes(struct __sk_buff *skb, const int v6)
 {
 	struct splice_key key = {};
 	struct parsed_segment parsed = {};
-	union {
-		struct express_listener_key listener;
-		struct bpf_sock_tuple tuple;
-	} asked = {};
+	struct express_listener_key asked = {};
 	struct express_listener *listener;
 	struct request_context *context = get_context();
 	struct bpf_sock *sk;
@@ -97,18 +89,18 @@ inlined int check_first_bytes(struct __sk_buff *skb, const int v6)
 		return NEXT;
 #pragma unroll
 	for (i = 0; i < 4; i++)
-		asked.listener.address[i] = key.target[i];
-	asked.listener.port = key.dport;
-	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asked.listener);
+		asked.address[i] = key.target[i];
+	asked.port = key.dport;
+	listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asked);
 	if (!listener) {
 #pragma unroll
 		for (i = 0; i < 4; i++)
-			asked.listener.address[i] = 0;
-		listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asked.listener);
+			asked.address[i] = 0;
+		listener = map_lookup(MAP_EXPRESS_LISTENERS_FD, &asked);
 		if (!listener)
 			return NEXT;
 	}
-	context->listener = asked.listener;
+	context->listener = asked;
 	if (parse_segment(skb, &key, &parsed, v6))
 		return NEXT; /* the stack handles it */
 	if ((parsed.flags & (SYN | RST | ACK)) != ACK)
@@ -120,25 +112,7 @@ inlined int check_first_bytes(struct __sk_buff *skb, const int v6)
 	if (v6 && (key.source[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000))
 		return NEXT;
 
-	__builtin_memset(&asked, 0, sizeof(asked));
-	if (v6) {
-#pragma unroll
-		for (i = 0; i < 4; i++) {
-			asked.tuple.ipv6.saddr[i] = key.source[i];
-			asked.tuple.ipv6.daddr[i] = key.target[i];
-		}
-		asked.tuple.ipv6.sport = key.sport;
-		asked.tuple.ipv6.dport = key.dport;
-		sk = (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &asked.tuple,
-							   sizeof(asked.tuple.ipv6), -1, 0);
-	} else {
-		asked.tuple.ipv4.saddr = key.source[3];
-		asked.tuple.ipv4.daddr = key.target[3];
-		asked.tuple.ipv4.sport = key.sport;
-		asked.tuple.ipv4.dport = key.dport;
-		sk = (struct bpf_sock *)bpf_skc_lookup_tcp(skb, &asked.tuple,
-							   sizeof(asked.tuple.ipv4), -1, 0);
-	}
+	sk = find_socket(skb, &key, v6 ? PF_IPV6 : PF_IPV4);
 	if (!sk)
 		return NEXT;
 	request = (void *)bpf_skc_to_tcp_request_sock(sk);

@@ -72,8 +72,8 @@ inlined void read_options(struct new_packet *packet, __u32 header, const int v6)
  * Set the state of a direction that becomes ACTIVE: the next number that its peer sends, the number
  * that it has acknowledged, its window, the window that it was told, its timestamp.
  */
-inlined void init_direction(struct splice_direction *direction, __u32 next_seq, __u32 acked,
-			    __u32 window, __u32 room, __u32 tsval, __u32 now_s)
+inlined void init_joined_direction(struct splice_direction *direction, __u32 next_seq, __u32 acked,
+				   __u32 window, __u32 room, __u32 tsval, __u32 now_s)
 {
 	direction->last_ack = acked;
 	direction->last_end = direction->contiguous_end = direction->begin_seq =
@@ -85,7 +85,7 @@ inlined void init_direction(struct splice_direction *direction, __u32 next_seq, 
 	direction->socket_sent_end = acked;
 	direction->ts_recent = tsval;
 	direction->ts_recent_s = direction->last_received_s = now_s;
-	direction->last_received_tick = (__u32)(bpf_jiffies64() >> 6);
+	direction->last_received_tick = current_tick();
 }
 
 /* Swap the Ethernet addresses, for a packet that goes back by the interface by which it came. */
@@ -182,10 +182,10 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	splice->isn[PF_DOWN] = parsed->seq;
 	room = ask->kernel_window > parsed->window ? ask->kernel_window : parsed->window;
 	now_s = bpf_ktime_get_ns() / NS_PER_S;
-	init_direction(up, ask->client_isn + 1, ask->kernel_isn + 1, ask->client_window, room,
-		       ask->client_tsval, now_s);
-	init_direction(down, parsed->seq + 1, ask->own_isn + 1, parsed->window, ask->client_window,
-		       tsval, now_s);
+	init_joined_direction(up, ask->client_isn + 1, ask->kernel_isn + 1, ask->client_window,
+			      room, ask->client_tsval, now_s);
+	init_joined_direction(down, parsed->seq + 1, ask->own_isn + 1, parsed->window,
+			      ask->client_window, tsval, now_s);
 	/* The saved bytes are counted as received, since this packet takes them along. */
 	up->last_end = up->contiguous_end = ask->client_isn + 1 + ask->saved_bytes;
 	up->bytes = ask->saved_bytes;
@@ -195,7 +195,7 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		up->fin_seq = (__u32)up->contiguous_end + 1;
 		up->fin_due = up->fin = 1;
 	}
-	__sync_fetch_and_add(&splice->tries, 1); /* a barrier: all of the above before the state */
+	__sync_fetch_and_add(&splice->barrier, 1); /* all of the above before the state */
 	WRITE_ONCE(splice->state, PF_SPLICE_ACTIVE);
 	WRITE_ONCE(ask->word, (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_JOINED);
 	count_event(PF_COUNT_COMMITTED);

@@ -17,11 +17,12 @@
  * The bytes that a direction has carried, computed from its FIN: programs that ran at the same time
  * may have stored an older count.
  */
-inlined __u64 carried_bytes(const struct splice_direction *up)
+inlined __u64 carried_bytes(const struct splice_direction *from_peer)
 {
-	__u64 bytes = up->bytes;
+	__u64 bytes = from_peer->bytes;
 
-	return bytes + (__u64)(__s64)(__s32)(up->fin_seq - 1 - up->begin_seq - (__u32)bytes);
+	return bytes +
+	       (__u64)(__s64)(__s32)(from_peer->fin_seq - 1 - from_peer->begin_seq - (__u32)bytes);
 }
 
 /*
@@ -49,7 +50,7 @@ inlined __u64 end_time_ns(const struct express_round *round, const struct expres
 	 * counted.
 	 */
 	if (splice->worker == PF_EXPRESS_NO_WORKER) {
-		told_ns = *(volatile __u64 *)&splice->client_clock;
+		told_ns = READ_ONCE(splice->clocks.end_noticed_ns);
 		if (told_ns > ends_ns && told_ns < round->now_ns)
 			ends_ns = told_ns;
 	}
@@ -125,7 +126,7 @@ inlined void count_ended(struct express_round *round, struct express_ask *ask,
 	ends->bytes[PF_DOWN] += carried_bytes(&splice->direction[PF_DOWN]);
 	splice->id = 0;
 	/* Resting counts from the end, however late this round is. See end_time_ns(), too. */
-	ends_ns = *(volatile __u64 *)&splice->client_clock;
+	ends_ns = READ_ONCE(splice->clocks.end_noticed_ns);
 	ask->resting_since_ns =
 		ends_ns > ask->begun_ns && ends_ns < round->now_ns ? ends_ns : round->now_ns;
 	change_state(ask, word, PF_EXPRESS_RESTING);

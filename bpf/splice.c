@@ -224,7 +224,7 @@ int control(struct __sk_buff *skb)
 	set_bounds_before_beginning(&splice->direction[PF_DOWN], &server);
 	WRITE_ONCE(splice->state, PF_SPLICE_BEGINNING);
 	/* A full barrier: the sockets must not be read before the state is stored. */
-	__sync_fetch_and_add(&splice->tries, 1);
+	__sync_fetch_and_add(&splice->barrier, 1);
 	/*
 	 * The clock is read after that, too: a worker that finds the record neither BEGINNING nor
 	 * ACTIVE once the moment has passed then knows that the pair will not begin.
@@ -250,8 +250,8 @@ int control(struct __sk_buff *skb)
 	up = up_tail - client.rcv_nxt;
 	down = down_tail - server.rcv_nxt;
 	/* One tick more than the clock's last reading: the socket may have sent since then. */
-	server_time = splice->server_clock + 1 - client.ts_recent;
-	client_time = splice->client_clock + 1 - server.ts_recent;
+	server_time = splice->clocks.server + 1 - client.ts_recent;
+	client_time = splice->clocks.client + 1 - server.ts_recent;
 	splice->direction[PF_UP].seq_delta = up;
 	splice->direction[PF_UP].ack_delta = -down;
 	splice->direction[PF_UP].tsval_delta = server_time;
@@ -262,7 +262,7 @@ int control(struct __sk_buff *skb)
 	splice->direction[PF_DOWN].tsval_delta = client_time;
 	splice->direction[PF_DOWN].tsecr_delta = -server_time;
 	init_direction(&splice->direction[PF_DOWN], &server, &client, up_tail);
-	__sync_fetch_and_add(&splice->tries, 1);
+	__sync_fetch_and_add(&splice->barrier, 1);
 	WRITE_ONCE(splice->state, PF_SPLICE_ACTIVE);
 	return 0;
 }

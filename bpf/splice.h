@@ -179,19 +179,23 @@ struct splice_direction {
 	__u64 bytes, packets;
 };
 
+/* Two times, which no pair has at once. */
+union splice_clocks {
+	struct {
+		__u32 client, server; /* timestamp clocks of our sockets, right before `control` */
+	};
+	__u64 end_noticed_ns; /* last notice of the end of a pair that no worker knows of yet */
+};
+
 struct splice {
 	struct splice_direction direction[2]; /* index: PF_UP, PF_DOWN */
-	__u64 id; /* of the pair; 0: it has ended, and only its ports are kept */
-	__u64 tries;
-	__u32 state; /* enum pf_splice_state */
+	__u64 id;      /* of the pair; 0: it has ended, and only its ports are kept */
+	__u64 barrier; /* target of atomic additions that are full barriers; its value is unused */
+	__u32 state;   /* enum pf_splice_state */
 	__u32 worker;
 	__u32 slot;  /* in the map `pairs`, where the bytes are counted, too */
 	__u32 reset; /* enum pf_reset */
-	/*
-	 * The timestamp clocks of our sockets, right before `control`. For a pair that no worker
-	 * knows of yet both words together are a time: when its end was last noticed.
-	 */
-	__u32 client_clock, server_clock;
+	union splice_clocks clocks;
 	__u32 family;	 /* 4 or 6 */
 	__u32 last_slot; /* the last one that it had, in the pinned pair table */
 	__u32 out[2];	 /* interfaces by which our sockets reach the client and the server */

@@ -20,8 +20,6 @@
 #define CONTINUE   -3 /* no verdict yet: the next step continues with the packet */
 #define ICMP_ERROR -4 /* the packet is ICMP: an error that a router or a host reports */
 
-static long (*tail_call)(void *context, void *map, __u32 index) = (void *)BPF_FUNC_tail_call;
-
 /*
  * Tail call: another program (express_connect.c) continues with this packet. Returns only if no
  * program is loaded there. HAS_EXPRESS differs from load to load: where it is 0, the verifier

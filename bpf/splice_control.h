@@ -8,9 +8,6 @@
 #include "splice_pair.h"
 #include "splice_valid.h"
 
-#define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
-#define read64(structure, offset) (*(volatile __u64 *)((void *)(structure) + (offset)))
-
 /*
  * Read the state of the socket that receives from `from` into `seen`.
  *

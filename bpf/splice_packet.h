@@ -83,6 +83,21 @@ struct icmp {
 #define WRITE_ONCE(field, value) (*(volatile typeof(field) *)&(field) = (value))
 #define inlined			 static inline __attribute__((always_inline))
 
+/* Fields of the kernel's structures, at an offset that Python reads from its BTF. */
+#define read8(structure, offset)  (*(volatile __u8 *)((void *)(structure) + (offset)))
+#define read16(structure, offset) (*(volatile __u16 *)((void *)(structure) + (offset)))
+#define read32(structure, offset) (*(volatile __u32 *)((void *)(structure) + (offset)))
+#define read64(structure, offset) (*(volatile __u64 *)((void *)(structure) + (offset)))
+
+/* Another program of the PROG_ARRAY continues. Returns only if no program is at this index. */
+inlined void tail_call(struct __sk_buff *skb, void *programs, __u32 index)
+{
+	static long (*const helper)(void *context, void *map, __u32 index) =
+		(void *)BPF_FUNC_tail_call;
+
+	helper(skb, programs, index);
+}
+
 /*
  * Hide the value of a variable from the compiler. Otherwise it replaces the comparison of a loop
  * bound by one from which the verifier learns no bound: for instance it merges two bounds into one

@@ -24,7 +24,7 @@ inlined void notify_worker(struct splice *splice, __u32 index)
 		 * No worker has a ring for it. The keeper looks at such records regularly; store
 		 * when this was.
 		 */
-		*(volatile __u64 *)&splice->client_clock = bpf_ktime_get_ns();
+		WRITE_ONCE(splice->clocks.end_noticed_ns, bpf_ktime_get_ns());
 		return;
 	}
 	ring = map_lookup(MAP_RINGS_FD, &worker);

@@ -16,8 +16,6 @@
 #include "splice_valid.h"
 #include "splice_verdicts.h"
 
-#define LAST_RECEIVED_TICK_BITS 6 /* 64 jiffies: 0.6 s with HZ=100 */
-
 /* For so long a client may still be retransmitting its first bytes. */
 #define FIRST_BYTES_RESENT_FOR_S 4
 
@@ -137,7 +135,7 @@ inlined void read_segment(const struct packet *packet, struct segment *segment)
 /* Record when the last valid packet of this peer has come. */
 inlined void note_last_received(struct splice_direction *from_peer)
 {
-	__u32 tick = (__u32)(bpf_jiffies64() >> LAST_RECEIVED_TICK_BITS);
+	__u32 tick = current_tick();
 
 	if (from_peer->last_received_tick != tick) {
 		from_peer->last_received_tick = tick;

@@ -40,6 +40,15 @@
 
 #define NS_PER_S 1000000000
 
+/* The unit of last_received_tick: 64 jiffies, 0.6 s with HZ=100. */
+#define TICK_BITS 6
+
+/* The time as last_received_tick has it. */
+inlined __u32 current_tick(void)
+{
+	return (__u32)(bpf_jiffies64() >> TICK_BITS);
+}
+
 /* The parts of a segment that are checked. Numbers are those of its sender. */
 struct segment {
 	__u32 seq, end, ack; /* `end` counts the FIN, too */

@@ -52,7 +52,14 @@ def test_the_mirror_is_as_the_compiler_has_it(tmp_path: Path) -> None:
     assert declared == {*STRUCTURES, "splice_look"}  # that one never leaves the program
     named = set(re.findall(r"\bPF_\w+", mirrors.without_comments("splice.h")))
     assert named - ONLY_IN_C - {"PF_UP", "PF_DOWN"} == NUMBERS.keys()
+    clocks = abi.SpliceClocks
     expected = mirrors.layout(STRUCTURES) | NUMBERS
+    expected |= {
+        "sizeof(union splice_clocks)": ctypes.sizeof(clocks),
+        "offsetof(union splice_clocks, client)": clocks.client.offset,
+        "offsetof(union splice_clocks, server)": clocks.server.offset,
+        "offsetof(union splice_clocks, end_noticed_ns)": clocks.end_noticed_ns.offset,
+    }
     assert mirrors.compiled("splice.h", expected, tmp_path) == expected
 
 

@@ -44,7 +44,7 @@ class Ended(NamedTuple):
     @property
     def ended_ns(self) -> int:
         """When the second FIN was acknowledged, by CLOCK_MONOTONIC."""
-        return int(self.record.client_clock) | int(self.record.server_clock) << 32
+        return int(self.record.clocks.end_noticed_ns)
 
     def carried_bytes(self, direction: Direction) -> int:
         """The bytes that a direction has carried, from the number of its FIN.

@@ -184,19 +184,29 @@ class SpliceDirection(ctypes.Structure):
     )
 
 
+class _Clocks(ctypes.Structure):
+    _fields_ = (("client", ctypes.c_uint32), ("server", ctypes.c_uint32))
+
+
+class SpliceClocks(ctypes.Union):
+    """union splice_clocks."""
+
+    _anonymous_ = ("each",)
+    _fields_ = (("each", _Clocks), ("end_noticed_ns", ctypes.c_uint64))
+
+
 class Splice(ctypes.Structure):
     """struct splice."""
 
     _fields_ = (
         ("direction", SpliceDirection * 2),
         ("id", ctypes.c_uint64),
-        ("tries", ctypes.c_uint64),
+        ("barrier", ctypes.c_uint64),
         ("state", ctypes.c_uint32),
         ("worker", ctypes.c_uint32),
         ("slot", ctypes.c_uint32),
         ("reset", ctypes.c_uint32),
-        ("client_clock", ctypes.c_uint32),
-        ("server_clock", ctypes.c_uint32),
+        ("clocks", SpliceClocks),
         ("family", ctypes.c_uint32),
         ("last_slot", ctypes.c_uint32),
         ("out", ctypes.c_uint32 * 2),

@@ -33,7 +33,7 @@ _LOOKS: Final = 4
 # The packet that the program `control` reads: the pair, and until when it may begin.
 _BEGINNING: Final = struct.Struct("=14xIIQ34x")
 _NEVER_NS: Final = 1 << 63  # some centuries after the start of the host
-_CLOCKS_AT: Final = Splice.client_clock.offset
+_CLOCKS_AT: Final = Splice.clocks.offset
 
 
 class Joining:

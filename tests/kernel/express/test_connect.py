@@ -918,7 +918,7 @@ def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) ->
     has_ended(here, place)
     connecting.wait_for_programs()  # it says a moment later when that was
     record = here.kernel.record(place)
-    ended_ns = int(record.client_clock) | int(record.server_clock) << 32
+    ended_ns = int(record.clocks.end_noticed_ns)
     late_s = ended_ns / 1e9 + 0.9 * LEAST_REST_HERE_S
     assert connecting.go_round(late_s, is_short=True).counted == 1
     assert connecting.ask(place).resting_since_ns == ended_ns
