@@ -81,7 +81,10 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     "runtime.resolver": {"runtime.askers": "lookup"},
     "supervisor.health": {"supervisor.health": "Verdict=HealthResult"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
-    "worker.foreign_sockets": {"worker.foreign_sockets": "adoptable=foreign_socket"},
+    "worker.foreign_sockets": {
+        "runtime.socket_options": "cookie_of",
+        "worker.foreign_sockets": "adoptable=foreign_socket",
+    },
     "worker.generation": {
         "worker.generation": "JOINED=FOREIGN_LISTENER",
         "worker.settings": "Settings with_overrides",

@@ -24,6 +24,7 @@ class Life(enum.IntEnum):
 
     SNIFFING = 0  # reading the first packet until a rule decides
     CONNECTING = 1  # resolving a name, connecting to a server
+    # Not the handover to a datapath of the kernel, which comes later: the word is STATE's.
     HANDOVER = 2  # flushing what came before: ack, PROXY header, first bytes
     JOINED = 3  # bytes flow both ways
     ENDING = 4  # it is to end, and its datapath has to do something for that before
@@ -98,7 +99,7 @@ class Phase(enum.IntEnum):
     """How far one direction has come to its end."""
 
     OPEN = 0
-    DRAINING = 1  # its source has sent FIN; bytes are still on their way to the target
+    FIN_SEEN = 1  # its source has sent FIN; bytes are still on their way to the target
     CLOSED = 2  # the last byte is with the target's TCP, and the FIN behind it
 
 
@@ -110,8 +111,8 @@ class Step(enum.IntEnum):
 
 
 PHASES: Final[dict[Phase, dict[Step, Phase]]] = {
-    Phase.OPEN: {Step.FIN: Phase.DRAINING},
-    Phase.DRAINING: {Step.DELIVERED: Phase.CLOSED},
+    Phase.OPEN: {Step.FIN: Phase.FIN_SEEN},
+    Phase.FIN_SEEN: {Step.DELIVERED: Phase.CLOSED},
     Phase.CLOSED: {},
 }
 
@@ -146,7 +147,7 @@ def shown_state(life: Life, up: Phase, down: Phase) -> str:
     """The word for STATE: a joined pair is `draining` or `half-closed` once a FIN has come."""
     if life is not Life.JOINED:
         return _SHOWN[life]
-    if Phase.DRAINING in (up, down):
+    if Phase.FIN_SEEN in (up, down):
         return "draining"
     return "half-closed" if Phase.CLOSED in (up, down) else "joined"
 

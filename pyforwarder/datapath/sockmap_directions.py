@@ -141,7 +141,7 @@ class SockmapDirections:
                     self._loop.soon(pair, flow.source_fd)
                     return
                 continue
-            if flow.phase is Phase.DRAINING:
+            if flow.phase is Phase.FIN_SEEN:
                 if self._is_complete(pair, half):
                     self._loop.deadlines.stop(half)
                     self._host.delivered(pair, flow)

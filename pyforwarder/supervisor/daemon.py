@@ -184,7 +184,7 @@ class Daemon:
 
     def _why_no_successor(self) -> str:
         """Why no successor can take our place now; empty: one can."""
-        if self._ending.state in (DaemonState.STOPPING, DaemonState.ENDING):
+        if self._ending.state in (DaemonState.CLOSING, DaemonState.ENDING):
             return "the daemon is ending"
         if not self._is_settled or self._control is None:
             return "the daemon is still starting"

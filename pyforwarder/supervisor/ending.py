@@ -78,7 +78,7 @@ class Ending:
             return DaemonState.ENDING
         if self._drains:
             return DaemonState.DRAINING
-        return DaemonState.STOPPING if self.has_begun else DaemonState.SERVING
+        return DaemonState.CLOSING if self.has_begun else DaemonState.SERVING
 
     def retired(self) -> None:
         """Note that a successor has this daemon's place."""

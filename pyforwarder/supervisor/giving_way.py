@@ -39,7 +39,7 @@ class DaemonState(StrEnum):
     """How far a daemon has come towards its end; `ping` is answered with it."""
 
     SERVING = "serving"
-    STOPPING = "stopping"  # it is to drain, and its listeners are still its own
+    CLOSING = "stopping"  # it is to drain, and its listeners are still its own
     DRAINING = "draining"  # it accepts no more
     ENDING = "ending"  # it resets what is left, or another one has its place
 

@@ -35,12 +35,12 @@ _CLEAN_UP_TRIES: Final = 15
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 
 
-class Phase(Enum):
+class WorkersPhase(Enum):
     """What the workers of an instance are there for, which says who is replaced."""
 
     SERVING = "serving"
     DRAINING = "draining"  # they accept no more, and end with their pairs
-    STOPPING = "stopping"  # they reset what is left
+    RESETTING = "resetting"  # they reset what is left
     RETIRED = "retired"  # what they have is another daemon's: none is replaced
 
 
@@ -74,10 +74,10 @@ class Replacements:
         self._replaced_in_the_end: set[int] = set()
         # Those that were to take in pairs, and have not heard of it: their successors do that.
         self._unheard: set[int] = set()
-        self._phase = Phase.SERVING
+        self._phase = WorkersPhase.SERVING
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> WorkersPhase:
         """The phase in which all workers are; `tell_phase` tells it to a worker that comes now."""
         return self._phase
 
@@ -90,10 +90,10 @@ class Replacements:
         """
         return len(self._dead) == len(self._workers) and not self._due
 
-    def begin(self, phase: Phase) -> None:
+    def begin(self, phase: WorkersPhase) -> None:
         """Note the phase in which the workers are from now on."""
         self._phase = phase
-        if phase is Phase.RETIRED:
+        if phase is WorkersPhase.RETIRED:
             self._due.clear()
 
     def reap(self) -> None:
@@ -145,9 +145,9 @@ class Replacements:
     def _takes_in(self, index: int) -> bool:
         """Whether pairs that have come while the daemon ends are ours, and can have a worker."""
         match self._phase:
-            case Phase.DRAINING:
+            case WorkersPhase.DRAINING:
                 return True
-            case Phase.STOPPING:
+            case WorkersPhase.RESETTING:
                 return index not in self._replaced_in_the_end
             case _:
                 return False
@@ -162,18 +162,18 @@ class Replacements:
     def _has_failed(self, index: int, worker: WorkerProcess) -> bool:
         """Whether another is to come in the place of a worker that has ended."""
         match self._phase:
-            case Phase.SERVING:
+            case WorkersPhase.SERVING:
                 return True
-            case Phase.DRAINING:
+            case WorkersPhase.DRAINING:
                 # It says that it has nothing left, and may have been taken over.
                 is_empty = not self._memory.counters.block(index)[Counter.OPEN]
                 return worker.exit_code != 0 or not is_empty or index in self._unheard
-            case Phase.STOPPING:
+            case WorkersPhase.RESETTING:
                 # What outlives it has still to be reset. That is tried once more.
                 is_first = index not in self._replaced_in_the_end
                 has_left = worker.exit_code != 0 or index in self._unheard
                 return has_left and is_first and self._datapaths.splicing is not None
-            case Phase.RETIRED:
+            case WorkersPhase.RETIRED:
                 return False
 
     def _clean_up_after(
@@ -184,7 +184,7 @@ class Replacements:
         Then put another in its place, a while later if this one lived too short.
         """
         self._loop.cancel(self._timers.pop(index, 0))
-        if self._phase is Phase.RETIRED:
+        if self._phase is WorkersPhase.RETIRED:
             # The kernel compares with its records until the other daemon's programs are there,
             # which reads in them what `show` has said.
             return
@@ -230,6 +230,6 @@ class Replacements:
         self._workers[index] = worker
         for some in (self._dead, self._due, self._unheard):
             some.discard(index)
-        if self._phase is Phase.STOPPING:
+        if self._phase is WorkersPhase.RESETTING:
             self._replaced_in_the_end.add(index)
         self._tell_phase(worker)

@@ -16,7 +16,7 @@ from pyforwarder.runtime.pulse import PULSE_S
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor.deciding import Decisions
 from pyforwarder.supervisor.receiving import Receiver
-from pyforwarder.supervisor.replacing import Phase, Replacements
+from pyforwarder.supervisor.replacing import Replacements, WorkersPhase
 from pyforwarder.supervisor.starting import WorkerStarter
 from pyforwarder.supervisor.workers import ask_all
 
@@ -166,7 +166,7 @@ class WorkerPool:
         Nor is one that has died before: it would be forked with the channels to the other daemon's
         workers. Its spliced pairs are the keeper's to give to that daemon.
         """
-        self._replacements.begin(Phase.RETIRED)
+        self._replacements.begin(WorkersPhase.RETIRED)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
@@ -282,7 +282,7 @@ class WorkerPool:
         """Have the workers accept no more, and end with their last pairs; one that dies before is
         replaced.
         """
-        self._replacements.begin(Phase.DRAINING)
+        self._replacements.begin(WorkersPhase.DRAINING)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         self._gets_more = not self._decisions.has_stopped
         for worker in self.living:
@@ -293,7 +293,7 @@ class WorkerPool:
         """Let workers end that have nothing left, once the keeper has given them all pairs that it
         had.
         """
-        if not self._gets_more or self._replacements.phase is not Phase.DRAINING:
+        if not self._gets_more or self._replacements.phase is not WorkersPhase.DRAINING:
             return
         if not self._decisions.has_stopped and time.monotonic() < until_s:
             self._loop.after(_LOOK_S, lambda: self._wait_for_more(until_s))
@@ -310,8 +310,8 @@ class WorkerPool:
 
     def stop(self) -> None:
         """Have the workers reset the pairs that are left, and end."""
-        if self._replacements.phase is not Phase.RETIRED:
-            self._replacements.begin(Phase.STOPPING)
+        if self._replacements.phase is not WorkersPhase.RETIRED:
+            self._replacements.begin(WorkersPhase.RESETTING)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
         for worker in self.living:
             self._tell(worker, "stop")
@@ -319,11 +319,11 @@ class WorkerPool:
     def _tell_phase(self, worker: WorkerProcess) -> None:
         """Tell a worker that has come in another's place what the others were told."""
         match self._replacements.phase:
-            case Phase.DRAINING:
+            case WorkersPhase.DRAINING:
                 self._tell(worker, "drain", more=self._gets_more)
-            case Phase.STOPPING:
+            case WorkersPhase.RESETTING:
                 self._tell(worker, "stop")
-            case Phase.SERVING | Phase.RETIRED:
+            case WorkersPhase.SERVING | WorkersPhase.RETIRED:
                 pass
 
     def _tell(self, worker: WorkerProcess, do: str, **fields: object) -> None:

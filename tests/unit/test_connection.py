@@ -94,8 +94,8 @@ def test_every_phase_has_a_row() -> None:
 
 
 def test_phases_go_from_open_to_closed_by_way_of_draining() -> None:
-    assert next_phase(Phase.OPEN, Step.FIN) is Phase.DRAINING
-    assert next_phase(Phase.DRAINING, Step.DELIVERED) is Phase.CLOSED
+    assert next_phase(Phase.OPEN, Step.FIN) is Phase.FIN_SEEN
+    assert next_phase(Phase.FIN_SEEN, Step.DELIVERED) is Phase.CLOSED
     assert PHASES[Phase.CLOSED] == {}
 
 
@@ -112,13 +112,13 @@ def test_step_without_an_entry_raises(phase: Phase, step: Step) -> None:
     ("up", "down", "shown"),
     [
         (Phase.OPEN, Phase.OPEN, "joined"),
-        (Phase.DRAINING, Phase.OPEN, "draining"),
-        (Phase.OPEN, Phase.DRAINING, "draining"),
+        (Phase.FIN_SEEN, Phase.OPEN, "draining"),
+        (Phase.OPEN, Phase.FIN_SEEN, "draining"),
         (Phase.CLOSED, Phase.OPEN, "half-closed"),
         (Phase.OPEN, Phase.CLOSED, "half-closed"),
-        (Phase.CLOSED, Phase.DRAINING, "draining"),
-        (Phase.DRAINING, Phase.CLOSED, "draining"),
-        (Phase.DRAINING, Phase.DRAINING, "draining"),
+        (Phase.CLOSED, Phase.FIN_SEEN, "draining"),
+        (Phase.FIN_SEEN, Phase.CLOSED, "draining"),
+        (Phase.FIN_SEEN, Phase.FIN_SEEN, "draining"),
         (Phase.CLOSED, Phase.CLOSED, "half-closed"),
     ],
 )

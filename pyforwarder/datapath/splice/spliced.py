@@ -352,7 +352,7 @@ class SplicedPairs(ABC):
             direction = record.direction[flow.direction]
             if direction.fin and flow.phase is Phase.OPEN:
                 self._host.fin_seen(pair, flow)
-            if direction.fin_acked and flow.phase is Phase.DRAINING:
+            if direction.fin_acked and flow.phase is Phase.FIN_SEEN:
                 self._host.delivered(pair, flow)
                 if pair.datapath is not self:
                     return

@@ -555,7 +555,7 @@ def test_fin_is_not_carried_on_before_the_program_has_seen_the_last_byte(
     client.shutdown(socket.SHUT_WR)
     rig.run_until(lambda: pair.up.phase is Phase.CLOSED, "FIN carried on")
     assert len(looks) >= 3
-    assert set(looks) == {Phase.DRAINING}
+    assert set(looks) == {Phase.FIN_SEEN}
     monkeypatch.undo()
     talk_from_server(rig, client, pair, server, heard=b"last words")
 
