@@ -69,6 +69,132 @@ inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct expres
 }
 
 /*
+ * Save the client's first bytes, and their sums. `segment` of them fit into the first packet to the
+ * server. Returns 0, or an error of the helper.
+ */
+inlined int save_first_bytes(struct __sk_buff *skb, struct express_ask *ask,
+			     const struct parsed_segment *parsed, __u32 segment, const int v6)
+{
+	__u32 last = (parsed->bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
+	int result;
+
+	/* Zero the rest of the last word, so that csum_saved() can sum whole words. */
+	ask->saved_bytes = parsed->bytes;
+	barrier_var(last);
+	last &= PF_EXPRESS_SAVED - 4;
+	*(__u32 *)(ask->bytes + last) = 0;
+	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed->header, ask->bytes,
+				    bound_from_one(parsed->bytes, PF_EXPRESS_SAVED));
+	ask->saved_sum = ask->first_segment_sum = csum_saved(ask, parsed->bytes);
+	ask->first_segment_bytes = segment;
+	if (ask->first_segment_bytes < parsed->bytes)
+		ask->first_segment_sum = csum_saved(ask, ask->first_segment_bytes);
+	else
+		ask->first_segment_bytes = parsed->bytes;
+	return result;
+}
+
+/* Keep what the client's handshake and its first packet say, but for the bytes. */
+inlined void save_handshake(struct __sk_buff *skb, struct express_ask *ask,
+			    const struct request_context *context,
+			    const struct parsed_segment *parsed,
+			    const struct express_listener *listener,
+			    const struct express_target *target)
+{
+	__u32 options = context->options;
+
+	ask->client_isn = parsed->seq - 1;
+	ask->kernel_isn = parsed->ack - 1;
+	ask->client_tsval = ask->first_client_tsval = parsed->tsval;
+	ask->client_tsecr = parsed->tsecr;
+	ask->has_scale = !!(options & 0x400);
+	ask->has_sack = !!(options & 0x200);
+	ask->has_timestamps = parsed->has_timestamp;
+	ask->client_scale = ask->has_scale ? options & 15 : 0;
+	ask->kernel_scale = ask->has_scale ? options >> 4 & 15 : 0;
+	ask->window_field = parsed->window;
+	ask->client_window = parsed->window << (ask->client_scale & 15);
+	ask->kernel_window = context->room;
+	ask->mss = context->mss < target->mss ? context->mss : target->mss;
+	ask->advertised_mss = listener->advertised_mss;
+	ask->client_interface = skb->ifindex;
+	ask->has_fin = parsed->flags & FIN;
+	bpf_skb_load_bytes(skb, 0, ask->macs, 12);
+}
+
+/*
+ * Fill in the addresses and the interfaces of both directions. `client` are the addresses of the
+ * client's packets, `port_be` is our port towards the server, `out` is the interface towards it.
+ */
+inlined void init_addresses(struct __sk_buff *skb, struct splice *splice,
+			    const struct splice_key *client, const struct express_target *target,
+			    __be16 port_be, __u32 out, const int v6)
+{
+	struct splice_direction *up = &splice->direction[PF_UP],
+				*down = &splice->direction[PF_DOWN];
+	__u32 i, before, after;
+
+	up->from = *client;
+#pragma unroll
+	for (i = 0; i < 4; i++) {
+		up->source[i] = down->from.target[i] = target->source[i];
+		up->target[i] = down->from.source[i] = target->server[i];
+		down->source[i] = client->target[i];
+		down->target[i] = client->source[i];
+	}
+	up->sport = down->from.dport = port_be;
+	up->dport = down->from.sport = target->port;
+	down->sport = client->dport;
+	down->dport = client->sport;
+	up->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
+	down->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
+	up->from_interfaces[0] = up->from_interfaces[1] = skb->ifindex;
+	down->from_interfaces[0] = target->from_interfaces[0];
+	down->from_interfaces[1] = target->from_interfaces[1];
+	up->pseudo_sum = csum_fold(address_sum_of(client->source, v6) +
+				   address_sum_of(client->target, v6) + bpf_htons(PROTOCOL_TCP));
+	down->pseudo_sum =
+		csum_fold(address_sum_of(down->from.source, v6) +
+			  address_sum_of(down->from.target, v6) + bpf_htons(PROTOCOL_TCP));
+	/* The change of addresses, for each direction the reverse of the other. */
+	after = csum_fold(address_sum_of(target->source, v6) + address_sum_of(target->server, v6));
+	before = csum_fold(address_sum_of(client->source, v6) + address_sum_of(client->target, v6));
+	up->address_sum = csum_fold((__u64)(__u16)~before + after);
+	down->address_sum = csum_fold((__u64)(__u16)~after + before);
+	splice->family = v6 ? 6 : 4;
+	splice->out[PF_UP] = skb->ifindex;
+	splice->out[PF_DOWN] = out;
+}
+
+/*
+ * Let the packets of server and client find the place.
+ *
+ * Returns 0. Or, if that is impossible, the verdict for the client's packet: DROP if another
+ * processor has made the same flow, and opens this connection; else NEXT. The place is given up
+ * then.
+ */
+inlined int enter_flows(struct splice *splice, struct express_ask *ask, __u32 place, __u64 word)
+{
+	struct splice_flow flow = { .index = place + FIRST_SPLICE, .direction = PF_DOWN };
+	struct splice_key key = splice->direction[PF_DOWN].from;
+	int error;
+
+	mark_port(splice->direction[PF_DOWN].from.dport);
+	mark_port(splice->direction[PF_UP].sport);
+	if (update_new(MAP_FLOWS_FD, &key, &flow)) {
+		free_place(ask, splice, place);
+		return NEXT;
+	}
+	flow.direction = PF_UP;
+	key = splice->direction[PF_UP].from;
+	error = update_new(MAP_FLOWS_FD, &key, &flow);
+	if (!error)
+		return 0;
+	abandon_place(ask, splice, place, word);
+	return error == -EEXIST ? DROP : NEXT; /* otherwise the map is full */
+}
+
+/*
  * Open a connection to the server that the rules have chosen.
  *
  * Returns the verdict of the SYN's redirect. NEXT if that is impossible: the client's bytes go up
@@ -80,15 +206,13 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	struct request_context *context = get_context();
 	struct splice_key key;
 	struct parsed_segment parsed;
-	struct splice_flow flow = {};
 	struct express_listener *listener;
 	struct express_target *target;
 	struct express_ask *ask;
 	struct splice *splice;
-	struct splice_direction *up, *down;
-	__u32 place = 0, index, number, i, rule, options, out, segment;
+	__u32 place = 0, index, number, rule, out, segment;
 	__u64 now_ns, word, secret;
-	int result;
+	int verdict;
 
 	if (!context)
 		return NEXT; /* never */
@@ -97,7 +221,6 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 		return NEXT; /* its rules have just been replaced */
 	key = context->key;
 	parsed = context->parsed;
-	options = context->options;
 	rule = context->rule;
 	barrier_var(rule);
 	rule &= PF_EXPRESS_RULES - 1;
@@ -141,88 +264,24 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
 	WRITE_ONCE(ask->word, word | PF_EXPRESS_FILLING);
 	ask->begun_ns = now_ns;
-	ask->client_isn = parsed.seq - 1;
-	ask->kernel_isn = parsed.ack - 1;
+	ask->target = number;
+	ask->rule = rule;
+	ask->answer_ms = listener->answer_ms[rule];
+	ask->listener_table = listener->table;
 	secret = siphash_addresses(target->source, target->server,
 				   bpf_htons((__u16)(FIRST_PORT + place)), target->port);
 	ask->own_isn = (__u32)(now_ns >> 6) + (__u32)secret;
-	ask->client_tsval = ask->first_client_tsval = parsed.tsval;
-	ask->client_tsecr = parsed.tsecr;
-	ask->has_scale = !!(options & 0x400);
-	ask->has_sack = !!(options & 0x200);
-	ask->has_timestamps = parsed.has_timestamp;
-	ask->client_scale = ask->has_scale ? options & 15 : 0;
-	ask->kernel_scale = ask->has_scale ? options >> 4 & 15 : 0;
-	ask->window_field = parsed.window;
-	ask->client_window = parsed.window << (ask->client_scale & 15);
-	ask->kernel_window = context->room;
-	ask->mss = context->mss < target->mss ? context->mss : target->mss;
-	ask->advertised_mss = listener->advertised_mss;
-	ask->answer_ms = listener->answer_ms[rule];
-	ask->client_interface = skb->ifindex;
-	ask->target = number;
-	ask->rule = rule;
-	ask->listener_table = listener->table;
-	ask->has_fin = parsed.flags & FIN;
-	bpf_skb_load_bytes(skb, 0, ask->macs, 12);
-
-	/* Zero the rest of the last word, so that csum_saved() can sum whole words. */
-	ask->saved_bytes = parsed.bytes;
-	{
-		__u32 last = (parsed.bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
-
-		barrier_var(last);
-		last &= PF_EXPRESS_SAVED - 4;
-		*(__u32 *)(ask->bytes + last) = 0;
-	}
-	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed.header, ask->bytes,
-				    bound_from_one(parsed.bytes, PF_EXPRESS_SAVED));
-	ask->saved_sum = ask->first_segment_sum = csum_saved(ask, parsed.bytes);
-	ask->first_segment_bytes = segment;
-	if (ask->first_segment_bytes < parsed.bytes)
-		ask->first_segment_sum = csum_saved(ask, ask->first_segment_bytes);
-	else
-		ask->first_segment_bytes = parsed.bytes;
+	save_handshake(skb, ask, context, &parsed, listener, target);
 
 	__builtin_memset(splice->direction, 0, sizeof(splice->direction));
-	up = &splice->direction[PF_UP];
-	down = &splice->direction[PF_DOWN];
-	up->from = key;
-#pragma unroll
-	for (i = 0; i < 4; i++) {
-		up->source[i] = down->from.target[i] = target->source[i];
-		up->target[i] = down->from.source[i] = target->server[i];
-		down->source[i] = key.target[i];
-		down->target[i] = key.source[i];
-	}
-	up->sport = down->from.dport = bpf_htons((__u16)(FIRST_PORT + place));
-	up->dport = down->from.sport = target->port;
-	down->sport = key.dport;
-	down->dport = key.sport;
-	up->interface = skb->ifindex == LOOPBACK && out == LOOPBACK ? 0 : out;
-	down->interface = skb->ifindex == LOOPBACK ? 0 : skb->ifindex;
-	up->from_interfaces[0] = up->from_interfaces[1] = skb->ifindex;
-	down->from_interfaces[0] = target->from_interfaces[0];
-	down->from_interfaces[1] = target->from_interfaces[1];
-	up->pseudo_sum = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6) +
-				   bpf_htons(PROTOCOL_TCP));
-	down->pseudo_sum =
-		csum_fold(address_sum_of(down->from.source, v6) +
-			  address_sum_of(down->from.target, v6) + bpf_htons(PROTOCOL_TCP));
-	/* The change of addresses, for each direction the reverse of the other. */
-	i = csum_fold(address_sum_of(target->source, v6) + address_sum_of(target->server, v6));
-	number = csum_fold(address_sum_of(key.source, v6) + address_sum_of(key.target, v6));
-	up->address_sum = csum_fold((__u64)(__u16)~number + i);
-	down->address_sum = csum_fold((__u64)(__u16)~i + number);
-	up->seq_delta = ask->own_isn - ask->client_isn;
-	up->tsval_delta = (__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - parsed.tsval;
+	init_addresses(skb, splice, &key, target, bpf_htons((__u16)(FIRST_PORT + place)), out, v6);
+	splice->direction[PF_UP].seq_delta = ask->own_isn - ask->client_isn;
+	splice->direction[PF_UP].tsval_delta =
+		(__u32)(now_ns / NS_PER_MS) + (__u32)(secret >> 32) - parsed.tsval;
 	splice->barrier = 0;
 	splice->worker = PF_EXPRESS_NO_WORKER;
 	splice->slot = splice->last_slot = PF_NO_SLOT;
 	splice->reset = 0;
-	splice->family = v6 ? 6 : 4;
-	splice->out[PF_UP] = skb->ifindex;
-	splice->out[PF_DOWN] = out;
 	splice->isn[PF_UP] = ask->client_isn;
 	splice->owner = listener->owner;
 	splice->keep_idle_s = splice->keep_interval_s = splice->keep_count = 0;
@@ -232,27 +291,15 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->id = 1ull << PF_EXPRESS_ID_BIT | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
 	WRITE_ONCE(splice->state, PF_SPLICE_ASKED);
 
-	mark_port(up->from.dport);
-	mark_port(up->sport);
-	flow.index = index;
-	flow.direction = PF_DOWN;
-	key = down->from;
-	if (result || update_new(MAP_FLOWS_FD, &key, &flow)) {
+	if (save_first_bytes(skb, ask, &parsed, segment, v6)) {
 		free_place(ask, splice, place);
-		count_event(PF_COUNT_TAKEN_PORT);
-		return NEXT;
+		verdict = NEXT;
+	} else {
+		verdict = enter_flows(splice, ask, place, word);
 	}
-	flow.direction = PF_UP;
-	key = up->from;
-	result = update_new(MAP_FLOWS_FD, &key, &flow);
-	if (result) {
-		abandon_place(ask, splice, place, word);
+	if (verdict) {
 		count_event(PF_COUNT_TAKEN_PORT);
-		/*
-		 * EEXIST: another processor has made the same flow, and opens this connection.
-		 * Otherwise the map is full.
-		 */
-		return result == -EEXIST ? DROP : NEXT;
+		return verdict;
 	}
 	/*
 	 * A barrier: the record is complete before the place is ASKED. From here on packets of

@@ -114,59 +114,38 @@ inlined int has_become_socket(struct __sk_buff *skb, const struct splice *splice
 }
 
 /*
- * Handle the server's SYN-ACK: make the pair ACTIVE, reset the request of our own stack, and send
- * the saved bytes to the server.
+ * Reset the server's connection, which has answered with the packet at hand.
  *
- * If the server's options do not fit those that the client was told, or a worker has the client,
- * the server is reset, and give_to_worker() undoes the connection. Returns the verdict of the
- * redirect; DROP if memory is short: the SYN-ACK or the client's bytes are repeated.
+ * Returns 0; or DROP if memory is short: the server repeats its SYN-ACK.
  */
-inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
-		      __u32 place, __u64 word, const struct parsed_segment *parsed, const int v6)
+inlined int reset_server(struct __sk_buff *skb, struct new_packet *packet,
+			 const struct splice *splice, const struct express_ask *ask, const int v6)
 {
-	struct new_packet *packet = new_packet(parsed->sum);
+	address_to_server(packet, splice);
+	packet->seq = ask->own_isn + 1;
+	packet->flags = RST;
+	if (build_packet(skb, packet, v6))
+		return DROP;
+	if (splice->direction[PF_UP].interface) {
+		swap_macs(skb);
+		bpf_clone_redirect(skb, splice->direction[PF_UP].interface, 0);
+		swap_macs(skb);
+	} else {
+		bpf_clone_redirect(skb, LOOPBACK, 0);
+	}
+	return 0;
+}
+
+/*
+ * Fill in both directions from the client's first packet and the server's SYN-ACK (`parsed`,
+ * `packet`), and make the pair ACTIVE. `word` is that of the place.
+ */
+inlined void activate_pair(struct splice *splice, struct express_ask *ask, __u64 word,
+			   const struct new_packet *packet, const struct parsed_segment *parsed)
+{
 	struct splice_direction *up = &splice->direction[PF_UP],
 				*down = &splice->direction[PF_DOWN];
-	__u32 options = parsed->header - 20, room, tsval, rest, now_s;
-	__u8 macs[12], has_scale;
-	int is_with_worker;
-
-	if (!packet || parsed->bytes)
-		return DROP; /* it carries data; the keeper gives up later */
-	if (options && load_options(skb, packet, options, v6))
-		return DROP;
-	read_options(packet, parsed->header, v6);
-	has_scale = packet->has_scale;
-	tsval = packet->server_tsval;
-	is_with_worker = has_become_socket(skb, splice, v6);
-	/*
-	 * The window field of a SYN-ACK is never scaled, and the client gets it in units of our
-	 * kernel's scale: see is_window_coarse().
-	 */
-	if (is_with_worker || packet->has_timestamps != ask->has_timestamps ||
-	    packet->server_mss < ask->advertised_mss || packet->scale > 14 ||
-	    parsed->window >> (ask->kernel_scale & 15) < 2) {
-		/*
-		 * The two handshakes do not fit, or a worker has the client, and may have sent
-		 * something to it: reset the server's connection.
-		 */
-		address_to_server(packet, splice);
-		packet->seq = ask->own_isn + 1;
-		packet->flags = RST;
-		if (build_packet(skb, packet, v6))
-			return DROP; /* the server repeats the SYN-ACK */
-		if (splice->direction[PF_UP].interface) {
-			swap_macs(skb);
-			bpf_clone_redirect(skb, splice->direction[PF_UP].interface, 0);
-			swap_macs(skb);
-		} else {
-			bpf_clone_redirect(skb, LOOPBACK, 0);
-		}
-		return give_to_worker(skb, splice, ask, place, word, parsed->sum, is_with_worker, 0,
-				      v6);
-	}
-	if (!change_state(ask, word, PF_EXPRESS_FILLING))
-		return DROP;
+	__u32 tsval = packet->server_tsval, now_s = bpf_ktime_get_ns() / NS_PER_S, room;
 
 	up->ack_delta = parsed->seq - ask->kernel_isn;
 	down->seq_delta = ask->kernel_isn - parsed->seq;
@@ -176,12 +155,11 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	down->tsecr_delta = -up->tsval_delta;
 	up->tsecr_delta = -down->tsval_delta;
 	up->peer_scale = ask->client_scale;
-	up->other_scale = has_scale ? ask->client_scale : 0;
-	down->peer_scale = has_scale && ask->has_scale ? packet->scale : 0;
+	up->other_scale = packet->has_scale ? ask->client_scale : 0;
+	down->peer_scale = packet->has_scale && ask->has_scale ? packet->scale : 0;
 	down->other_scale = ask->kernel_scale;
 	splice->isn[PF_DOWN] = parsed->seq;
 	room = ask->kernel_window > parsed->window ? ask->kernel_window : parsed->window;
-	now_s = bpf_ktime_get_ns() / NS_PER_S;
 	init_joined_direction(up, ask->client_isn + 1, ask->kernel_isn + 1, ask->client_window,
 			      room, ask->client_tsval, now_s);
 	init_joined_direction(down, parsed->seq + 1, ask->own_isn + 1, parsed->window,
@@ -200,11 +178,19 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	WRITE_ONCE(ask->word, (word & ~(__u64)PF_EXPRESS_STATE_MASK) | PF_EXPRESS_JOINED);
 	count_event(PF_COUNT_COMMITTED);
 	count_opened(ask->target);
+}
 
-	/*
-	 * A reset for our own stack, which drops the request. It has no options: a timestamp could
-	 * be too old (PAWS).
-	 */
+/*
+ * Send a reset to our own stack, which drops the request of the client's handshake. It has no
+ * options: a timestamp could be too old (PAWS).
+ *
+ * Returns 0; or DROP if memory is short.
+ */
+inlined int reset_own_request(struct __sk_buff *skb, struct new_packet *packet,
+			      struct splice *splice, struct express_ask *ask, const int v6)
+{
+	__u8 macs[12];
+
 	address_from_client(packet, splice, ask);
 	packet->flags = RST | ACK;
 	/*
@@ -215,10 +201,8 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	 */
 	packet->window = FOR_OUR_STACK >> 16;
 	packet->urgent = FOR_OUR_STACK & 0xffff;
-	if (build_packet(skb, packet, v6)) {
-		count_event(PF_COUNT_FAILED);
-		return DROP; /* the client repeats its bytes, which pass to the server */
-	}
+	if (build_packet(skb, packet, v6))
+		return DROP;
 	skb->mark = FOR_OUR_STACK;
 	if (ask->client_interface == LOOPBACK) {
 		bpf_clone_redirect(skb, LOOPBACK, 0);
@@ -232,14 +216,27 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		bpf_skb_store_bytes(skb, 0, macs, 12, 0);
 	}
 	skb->mark = 0;
+	packet->urgent = 0;
+	return 0;
+}
+
+/*
+ * Send the saved bytes to the server, in two packets if they do not fit into one. `ack` is what
+ * they acknowledge.
+ *
+ * Returns the verdict of the redirect; DROP if memory is short.
+ */
+inlined int send_saved(struct __sk_buff *skb, struct new_packet *packet, struct splice *splice,
+		       struct express_ask *ask, __u32 ack, const int v6)
+{
+	struct splice_direction *up = &splice->direction[PF_UP];
+	__u32 room = ask->client_window >> (up->other_scale & 15);
+	__u32 rest = ask->saved_bytes - ask->first_segment_bytes;
 
 	address_to_server(packet, splice);
-	packet->urgent = 0;
 	packet->seq = ask->own_isn + 1;
-	packet->ack = parsed->seq + 1;
-	room = ask->client_window >> (up->other_scale & 15);
+	packet->ack = ack;
 	packet->window = room > 65535 ? 65535 : room;
-	rest = ask->saved_bytes - ask->first_segment_bytes;
 	packet->flags = ACK | (rest ? 0 : PSH | (ask->has_fin ? FIN : 0));
 	packet->bytes = ask->first_segment_bytes;
 	packet->sum = ask->first_segment_sum;
@@ -251,12 +248,10 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 		 * (PAWS).
 		 */
 		packet->option[1] = bpf_htonl(ask->client_tsval + up->tsval_delta);
-		packet->option[2] = bpf_htonl(tsval);
+		packet->option[2] = bpf_htonl(packet->server_tsval);
 	}
-	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6)) {
-		count_event(PF_COUNT_FAILED);
-		return DROP; /* likewise */
-	}
+	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6))
+		return DROP;
 	/*
 	 * The rest goes out on the interface by which the SYN-ACK came. If that is not the route to
 	 * the server, the client repeats the rest.
@@ -270,9 +265,55 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	packet->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	packet->bytes = rest;
 	packet->sum = csum_fold((__u64)ask->saved_sum + (__u16)~ask->first_segment_sum);
-	if (build_packet(skb, packet, v6) || store_rest(skb, ask, packet, v6)) {
-		count_event(PF_COUNT_FAILED);
-		return DROP; /* likewise */
-	}
+	if (build_packet(skb, packet, v6) || store_rest(skb, ask, packet, v6))
+		return DROP;
 	return forward_by(up->interface);
+}
+
+/*
+ * Handle the server's SYN-ACK: make the pair ACTIVE, reset the request of our own stack, and send
+ * the saved bytes to the server.
+ *
+ * If the server's options do not fit those that the client was told, or a worker has the client,
+ * the server is reset, and give_to_worker() undoes the connection. Returns the verdict of the
+ * redirect; DROP if memory is short: the SYN-ACK or the client's bytes are repeated.
+ */
+inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct express_ask *ask,
+		      __u32 place, __u64 word, const struct parsed_segment *parsed, const int v6)
+{
+	struct new_packet *packet = new_packet(parsed->sum);
+	__u32 options = parsed->header - 20;
+	int is_with_worker, verdict;
+
+	if (!packet || parsed->bytes)
+		return DROP; /* it carries data; the keeper gives up later */
+	if (options && load_options(skb, packet, options, v6))
+		return DROP;
+	read_options(packet, parsed->header, v6);
+	is_with_worker = has_become_socket(skb, splice, v6);
+	/*
+	 * The window field of a SYN-ACK is never scaled, and the client gets it in units of our
+	 * kernel's scale: see is_window_coarse().
+	 */
+	if (is_with_worker || packet->has_timestamps != ask->has_timestamps ||
+	    packet->server_mss < ask->advertised_mss || packet->scale > 14 ||
+	    parsed->window >> (ask->kernel_scale & 15) < 2) {
+		/*
+		 * The two handshakes do not fit, or a worker has the client, and may have sent
+		 * something to it.
+		 */
+		if (reset_server(skb, packet, splice, ask, v6))
+			return DROP;
+		return give_to_worker(skb, splice, ask, place, word, parsed->sum, is_with_worker, 0,
+				      v6);
+	}
+	if (!change_state(ask, word, PF_EXPRESS_FILLING))
+		return DROP; /* another processor has the place: the server repeats its SYN-ACK */
+	activate_pair(splice, ask, word, packet, parsed);
+	verdict = reset_own_request(skb, packet, splice, ask, v6);
+	if (!verdict)
+		verdict = send_saved(skb, packet, splice, ask, parsed->seq + 1, v6);
+	if (verdict == DROP)
+		count_event(PF_COUNT_FAILED); /* the client repeats its bytes, to the server then */
+	return verdict;
 }
