@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
+from pyforwarder.datapath.splice.keeper_replies import is_late
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime import moving_addresses as addresses
 from pyforwarder.supervisor.child import Above, Serving
@@ -245,7 +246,7 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
                     answer = client.ask(do, (), **fields)
                 except KeeperError as error:
                     raise KeeperFault(str(error)) from error
-                if "late" in answer or "fault" in answer:
+                if is_late(answer) or "fault" in answer:
                     raise KeeperFault(str(answer))
                 return answer
 

@@ -14,6 +14,7 @@ from pyforwarder.datapath.splice import keeper_adoption as module
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import Splice
 from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
+from pyforwarder.datapath.splice.keeper_replies import AdoptReply, AskAgain, Given, NoneLeft
 from pyforwarder.worker.orphans import adopt_orphans
 
 if TYPE_CHECKING:
@@ -67,17 +68,17 @@ class Site:
         made: Any = SimpleNamespace(close=lambda: None)
         return made  # type: ignore[no-any-return]
 
-    def adopt(self) -> dict[str, object]:
+    def adopt(self) -> AdoptReply:
         return self.adoption.adopt(0, [])
 
-    def adopt_all(self) -> tuple[list[object], dict[str, object]]:
+    def adopt_all(self) -> tuple[list[int], NoneLeft]:
         """All that can be had now, and the last answer."""
         found = []
         for _ in range(1000):
             answer = self.adopt()
-            if "index" in answer:
-                found.append(answer["index"])
-            elif "more" not in answer:
+            if isinstance(answer, Given):
+                found.append(answer.index)
+            elif not isinstance(answer, AskAgain):
                 return found, answer
         raise AssertionError("no end of it")
 
@@ -91,41 +92,41 @@ def test_pairs_whose_old_sockets_are_there_stay_and_are_had_later(
     site.in_use = set(range(0, 100, 2))
     found, answer = site.adopt_all()
     assert found == list(range(1, 100, 2))
-    assert answer == {"later": True}
+    assert answer == NoneLeft(later=True)
     assert site.forgotten == []
     # They are not tried without end.
     site.tried.clear()
-    assert site.adopt() == {"later": True}
+    assert site.adopt() == NoneLeft(later=True)
     assert site.tried == []
     site.in_use.clear()
     site.now_s += 5.0
     found, answer = site.adopt_all()
     assert found == list(range(0, 100, 2))
-    assert answer == {}
+    assert answer == NoneLeft()
 
 
 def test_one_request_tries_few(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, 1000)
     site.in_use = set(range(1000))
-    assert site.adopt() == {"more": True}
+    assert site.adopt() == AskAgain()
     assert len(site.tried) == module._TRIED_AT_ONCE
 
 
 def test_one_whose_addresses_are_another_s_for_good_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, 1)
     site.in_use = {0}
-    assert site.adopt() == {"later": True}
+    assert site.adopt() == NoneLeft(later=True)
     site.now_s += module._IN_USE_S - 1.0
-    assert site.adopt() == {"later": True}
+    assert site.adopt() == NoneLeft(later=True)
     site.now_s += 2.0
-    assert site.adopt() == {}
+    assert site.adopt() == NoneLeft()
     assert site.forgotten == [0]
 
 
 def test_one_that_cannot_be_had_at_all_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(monkeypatch, 2)
     site.in_use, site.error = {0}, errno.ENETUNREACH
-    assert site.adopt_all() == ([1], {})
+    assert site.adopt_all() == ([1], NoneLeft())
     assert site.forgotten == [0]
 
 
@@ -133,7 +134,7 @@ def test_other_workers_orphans_are_not_waited_for(monkeypatch: pytest.MonkeyPatc
     site = Site(monkeypatch, 4)
     site.owners.update({0: 1, 1: 1})
     site.in_use = {0, 1}
-    assert site.adopt_all() == ([2, 3], {})
+    assert site.adopt_all() == ([2, 3], NoneLeft())
 
 
 def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them_on(
@@ -149,7 +150,7 @@ def test_sockets_that_are_not_the_pair_s_cost_the_worker_nothing_that_hands_them
     monkeypatch.setattr(splice_sockets, "describe", describe)
     monkeypatch.setattr(splice_sockets, "is_of_our_network", lambda _sock: True)
     sockets: Any = [object(), object()]
-    assert site.adoption.take_over(0, 0, sockets) == {}
+    assert site.adoption.take_over(0, 0, sockets) == NoneLeft()
     assert site.adoption.is_orphan(0)
 
 

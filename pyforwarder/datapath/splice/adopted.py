@@ -12,6 +12,13 @@ from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import Direction
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice
+from pyforwarder.datapath.splice.keeper_replies import (
+    AskAgain,
+    Given,
+    NoneLeft,
+    adopt_reply,
+    has_failed,
+)
 from pyforwarder.datapath.splice.spliced import Spliced, SplicedPairs, shown_bytes
 from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.loop import Timed
@@ -41,7 +48,7 @@ class Orphan:
     record: PairRecord | None  # what `show` printed for it
 
 
-def _orphan_of(answer: dict[str, Any], fds: list[int]) -> Orphan:
+def _orphan_of(given: Given, fds: list[int]) -> Orphan:
     """The pair in an answer of the keeper, with the sockets that came with it, which are removed
     from `fds`.
 
@@ -50,9 +57,9 @@ def _orphan_of(answer: dict[str, Any], fds: list[int]) -> Orphan:
     """
     if len(fds) != 2:
         raise DatapathError("take in a spliced pair", errno.EMFILE)
-    said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
+    said = table.inherited(given.record, given.id)
     client, server = (socket.socket(fileno=fds.pop(0)) for _ in range(2))
-    return Orphan(answer["index"], answer["id"], client, server, said)
+    return Orphan(given.index, given.id, client, server, said)
 
 
 class _Adoption(Timed):
@@ -105,18 +112,19 @@ class AdoptedPairs(SplicedPairs):
         """
 
         def answered(answer: dict[str, Any] | None, fds: list[int]) -> None:
-            if answer is not None and "more" not in answer:
-                if "index" not in answer:
-                    if "later" in answer:
-                        later()
-                    done()
-                    return
+            reply = AskAgain() if answer is None else adopt_reply(answer)
+            if isinstance(reply, NoneLeft):
+                if reply.later:
+                    later()
+                done()
+                return
+            if isinstance(reply, Given):
                 try:
-                    take(_orphan_of(answer, fds))
+                    take(_orphan_of(reply, fds))
                 except Exception as error:
                     self._loop.on_error(take, error)
-                    if answer["index"] not in self._by_index:
-                        self.forget(answer["index"], answer["id"])  # only this pair is lost
+                    if reply.index not in self._by_index:
+                        self.forget(reply.index, reply.id)  # only this pair is lost
             ask()
 
         def ask() -> None:
@@ -162,11 +170,13 @@ class AdoptedPairs(SplicedPairs):
             if answer is None:
                 if not self.take_over(index, client, server, then):
                     then(None)
-            elif "index" not in answer:
-                then(None)
+                return
+            reply = adopt_reply(answer)
+            if isinstance(reply, Given):
+                said = table.inherited(reply.record, reply.id)
+                then(Orphan(index, reply.id, client, server, said))
             else:
-                said = table.inherited(bytes.fromhex(answer["record"]), answer["id"])
-                then(Orphan(index, answer["id"], client, server, said))
+                then(None)
 
         fds = [client.fileno(), server.fileno()]
         return self._keeper.ask("take_over", answered, fds, index=index)
@@ -214,7 +224,7 @@ class AdoptedPairs(SplicedPairs):
             self._loop.deadlines.stop(adoption)
             if not is_there or answer is None:
                 return
-            if "error" in answer:
+            if has_failed(answer):
                 # It is not this worker's, or no longer.
                 self._host.broken(pair, CloseReason.INTERNAL)
             else:

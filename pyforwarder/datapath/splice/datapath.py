@@ -23,6 +23,15 @@ from pyforwarder.datapath.copying import CopyDatapath
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.adopted import AdoptedPairs
+from pyforwarder.datapath.splice.keeper_replies import (
+    Begun,
+    Declined,
+    Failed,
+    JoinReply,
+    Late,
+    NotNow,
+    join_reply,
+)
 from pyforwarder.datapath.splice.paused_pair import PausedPair
 from pyforwarder.datapath.splice.records import used_indexes
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, received
@@ -130,29 +139,31 @@ class SpliceDatapath(AdoptedPairs):
             "keepalive": self.keepalive,
         }
 
-    def _conclude(self, pair: Pair, answer: dict[str, Any]) -> PairReason | None:
+    def _conclude(self, pair: Pair, reply: JoinReply) -> PairReason | None:
         """Act on the keeper's answer, or on what was read from the record instead."""
-        if "refused" in answer:
-            return PairReason(answer["refused"])
-        if "error" in answer:
+        if isinstance(reply, Declined):
+            return reply.reason
+        if isinstance(reply, Late):
+            return PairReason.NO_KEEPER
+        if isinstance(reply, NotNow):
+            return PairReason.UNREAD_BYTES
+        if isinstance(reply, Failed):
             # It is not known how far it came, so no datapath may use these sockets again. If the
             # pair has begun, only the keeper can have them reset their ends.
             index, begun = self._find(pair), self._read_begun(pair)
-            if begun is not None and "index" in begun:
-                self._take(pair, begun["index"], begun["unread"], is_mute=False)
+            if isinstance(begun, Begun):
+                self._take(pair, begun.index, begun.unread_bytes, is_mute=False)
             elif index is not None:
                 self.forget(index, pair.id)
             self._host.broken(pair, CloseReason.INTERNAL)
             return PairReason.REFUSED_BY_KERNEL
-        if answer["busy"]:
-            return PairReason.UNREAD_BYTES
-        self._take(pair, answer["index"], answer["unread"], is_mute=answer["mute"])
+        self._take(pair, reply.index, reply.unread_bytes, is_mute=reply.is_mute)
         for flow in (pair.up, pair.down):
             if not self._copy_rest(pair, flow):
                 break
         return None
 
-    def _read_begun(self, pair: Pair) -> dict[str, Any] | None:
+    def _read_begun(self, pair: Pair) -> JoinReply | None:
         """The answer that the keeper would have given: whether the pair has begun, or will not any
         more.
 
@@ -160,13 +171,13 @@ class SpliceDatapath(AdoptedPairs):
         """
         index = self._find(pair)
         if index is None:
-            return {"refused": int(PairReason.NO_KEEPER)}
+            return Declined(PairReason.NO_KEEPER)
         record = Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
         if record.state in (SpliceState.FREE, SpliceState.ARMED):
-            return {"refused": int(PairReason.NO_KEEPER)}
+            return Declined(PairReason.NO_KEEPER)
         if record.state == SpliceState.ACTIVE:
             unread = [int(direction.unread) for direction in record.direction]
-            return {"busy": 0, "index": index, "unread": unread, "mute": False}
+            return Begun(index, unread, is_mute=False)
         return None
 
     def _find(self, pair: Pair) -> int | None:
@@ -268,9 +279,7 @@ class SpliceDatapath(AdoptedPairs):
             # A keeper has died during the request: the records say how far it came.
             self._check_begun(paused)
         else:
-            if "late" in answer:
-                answer = {"refused": int(PairReason.NO_KEEPER)}
-            self._end_pause(paused, answer)
+            self._end_pause(paused, join_reply(answer))
 
     def _overdue(self, paused: PausedPair) -> None:
         """The keeper has not answered: the pair's record says how far it came."""
@@ -284,28 +293,28 @@ class SpliceDatapath(AdoptedPairs):
         so.
         """
         pair = paused.pair
-        answer = self._read_begun(pair) if pair is not None else {"error": "none"}
-        if answer is None:
+        reply = self._read_begun(pair) if pair is not None else Failed("the pair is gone")
+        if reply is None:
             now_s = time.monotonic()
             paused.polls += 1
             if paused.polls * _BEGINNING_POLL_S < scaled_s(_BEGINNING_S):
                 self._loop.deadlines.start(paused, _BEGINNING_POLL_S, now_s)
                 return
-            answer = {"error": "none"}
-        self._end_pause(paused, answer)
+            reply = Failed("the program that begins it does not end")
+        self._end_pause(paused, reply)
 
-    def _end_pause(self, paused: PausedPair, answer: dict[str, Any]) -> None:
+    def _end_pause(self, paused: PausedPair, reply: JoinReply) -> None:
         del self._paused[paused]
         self._loop.deadlines.stop(paused)
         pair = paused.pair
         if pair is None:
-            if "index" in answer:
-                self.forget(answer["index"], paused.id)
+            if isinstance(reply, Begun):
+                self.forget(reply.index, paused.id)
             return
         reason: PairReason | None = PairReason.NO_KEEPER
         try:
             paused.release(pair)
-            reason = self._conclude(pair, answer)
+            reason = self._conclude(pair, reply)
             if pair.datapath is self:
                 self._check_record(pair)  # the programs' events meanwhile were for no pair
             elif pair.datapath is not None:

@@ -44,6 +44,7 @@ from pyforwarder.datapath.splice.keeper_channels import Channels
 from pyforwarder.datapath.splice.keeper_client import MOST_MESSAGE_BYTES
 from pyforwarder.datapath.splice.keeper_joining import Joining
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
+from pyforwarder.datapath.splice.keeper_replies import Failed, Late, NotYoursError
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError, understand
 from pyforwarder.datapath.splice.records import WORKER_AT, forget_flows
 from pyforwarder.datapath.splice.rerouting import Rerouting
@@ -238,11 +239,11 @@ class Keeper:
                 # Checked only now, after it was read: a worker may give a request up that it finds
                 # unread.
                 if time.monotonic() > request["until"]:
-                    answer["late"] = True
+                    answer |= Late().words()
                 else:
                     answer.update(self._answers.answer(worker, request, sockets, given))
-            except (OSError, ValueError) as error:
-                answer["error"] = repr(error)
+            except (OSError, ValueError, NotYoursError) as error:
+                answer |= Failed.by(error).words()
             rights = array.array("i", [one.fileno() for one in given])
             said = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if given else []
             # A worker that reads no answers must not keep the others waiting.

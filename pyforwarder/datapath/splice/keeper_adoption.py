@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import NO_SLOT, Splice, SpliceState
+from pyforwarder.datapath.splice.keeper_replies import AdoptReply, AskAgain, Given, NoneLeft
 from pyforwarder.datapath.splice.records import SLOT_AT, WORKER_AT
 from pyforwarder.runtime.slowness import scaled_s
 
@@ -105,18 +106,18 @@ class KeeperAdoption:
             else:
                 self._pairs.forget(index)
 
-    def adopt(self, worker: int, given: list[socket.socket]) -> dict[str, object]:
-        """Give a worker one pair that waits for it, with two new sockets; {} if none is left.
+    def adopt(self, worker: int, given: list[socket.socket]) -> AdoptReply:
+        """Give a worker one pair that waits for it, with two new sockets.
 
-        `later`: there are pairs whose old sockets still exist, in a worker that will send or close
-        them. `more`: other pairs may be available now.
+        `NoneLeft.later`: there are pairs whose old sockets still exist, in a worker that will send
+        or close them.
         """
         now_s = time.monotonic()
         for _ in range(_TRIED_AT_ONCE):
             index = next((one for one in self._orphans if self._is_due(one, worker, now_s)), None)
             if index is None:
                 is_left = any(self._pairs.owners.get(one) == worker for one in self._orphans)
-                return {"later": True} if is_left else {}
+                return NoneLeft(later=is_left)
             said = self._orphans.pop(index)
             record = self._pairs.record(index)
             try:
@@ -141,8 +142,8 @@ class KeeperAdoption:
                 continue
             self._in_use.pop(index, None)
             self._given[index] = said
-            return {"index": index, "id": record.id, "record": said.hex()}
-        return {"more": True}
+            return Given(index, record.id, said)
+        return AskAgain()
 
     def _is_due(self, index: int, worker: int, now_s: float) -> bool:
         """Whether a pair is the worker's, and was not tried a moment ago."""
@@ -169,17 +170,15 @@ class KeeperAdoption:
         if self.express is not None:
             self.express.had(index)
 
-    def take_over(
-        self, worker: int, index: int, sockets: Sequence[socket.socket]
-    ) -> dict[str, object]:
-        """The same for a pair whose sockets its worker has got from the previous daemon.
+    def take_over(self, worker: int, index: int, sockets: Sequence[socket.socket]) -> AdoptReply:
+        """Give a worker a pair whose sockets it has got from the previous daemon.
 
-        {}: the pair is not the worker's, or these are not its sockets.
+        `NoneLeft`: the pair is not the worker's, or these are not its sockets.
         """
         # A worker that did not get the answer asks again.
         is_due = index in self._orphans or index in self._given
         if not is_due or self._pairs.owners[index] != worker:
-            return {}
+            return NoneLeft()
         record, seen = self._pairs.record(index), Splice()
         splice_sockets.describe(seen, *map(splice_sockets.SocketEnd.of, sockets))
         are_its = all(
@@ -188,11 +187,11 @@ class KeeperAdoption:
         )
         if not are_its or not all(map(splice_sockets.is_of_our_network, sockets)):
             # Not this worker's fault: it passes on what a worker of the previous daemon has sent.
-            return {}
+            return NoneLeft()
         self._in_use.pop(index, None)
         said = self._given[index] = self._orphans.pop(index, b"") or self._given.get(index, b"")
         self._pairs.remember_joined(index, sockets)
-        return {"index": index, "id": record.id, "record": said.hex()}
+        return Given(index, record.id, said)
 
     def _forgotten(self, index: int) -> None:
         for each in (self._orphans, self._given, self._in_use):

@@ -18,6 +18,7 @@ from pyforwarder.datapath.splice.abi import (
     SpliceDirection,
     SpliceState,
 )
+from pyforwarder.datapath.splice.keeper_replies import NotYoursError
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
 from pyforwarder.datapath.splice.records import ID_AT, SLOT_AT, WORKER_AT, set_state
 from pyforwarder.runtime.one_store import store64
@@ -67,7 +68,7 @@ class Answers:
 
         Raises:
             FaultyRequestError: no worker of this version sends such a request.
-            ValueError: the pair is not the worker's, or has ended meanwhile.
+            NotYoursError: the pair is not the worker's, or has ended meanwhile.
             OSError: a step failed.
         """
         if self._sessions.knows(request["do"]):
@@ -80,7 +81,7 @@ class Answers:
                 return {"learned": int(learned)}
             case "join":
                 self._check_slot(worker, request["slot"])
-                return self._joining.join(worker, request, *sockets)
+                return self._joining.join(worker, request, *sockets).words()
             case "clear":
                 for index in self._pairs.of(worker):
                     if not self._adoption.is_orphan(index):
@@ -92,21 +93,21 @@ class Answers:
                 self._sessions.worker_died(worker)
                 return {}
             case "adopt":
-                return self._adoption.adopt(worker, given)
+                return self._adoption.adopt(worker, given).words()
             case "take_over":
-                return self._adoption.take_over(worker, request["index"], sockets)
+                return self._adoption.take_over(worker, request["index"], sockets).words()
         return self._answer_of_pair(worker, request, sockets)
 
     def _answer_of_pair(
         self, worker: int, request: dict[str, Any], sockets: Sequence[socket.socket]
     ) -> dict[str, object]:
-        """The same for requests about a pair that the worker has."""
+        """Handle a request about a pair that the worker has."""
         index = request["index"]
         if self._pairs.owners.get(index) != worker:
-            raise ValueError("not yours")  # or no longer: it was reset meanwhile
+            raise NotYoursError  # or no longer: it was reset meanwhile
         record = self._pairs.record(index)
         if record.id != request["id"]:
-            raise ValueError("not yours")
+            raise NotYoursError
         if sockets and not self._pairs.are_joined(index, sockets):
             # Mute sockets have abilities that others lack (TCP_REPAIR): only sockets that were
             # joined may become mute.
@@ -130,7 +131,7 @@ class Answers:
             case "reset":
                 self._reset(index, sockets)
             case unknown:
-                raise ValueError(unknown)
+                raise FaultyRequestError(f"{unknown} is about no pair")
         return {}
 
     def _check_slot(self, worker: int, slot: int) -> None:

@@ -48,6 +48,7 @@ from pyforwarder.datapath.splice.keeper_client import (
     read_answer,
     read_timeout_s,
 )
+from pyforwarder.datapath.splice.keeper_replies import is_late
 from pyforwarder.runtime.loop import EPOLLIN, Loop
 
 # The answer, or None: the request is lost. And the descriptors that came with it: those that are
@@ -320,7 +321,7 @@ class KeeperAsker:
         if number not in self._under_way:
             _close(fds)  # an answer to a request of a worker that is dead by now
             return
-        self._is_silent = "late" in answer
+        self._is_silent = is_late(answer)
         self._received += 1
         lost = []
         while (first := next(iter(self._under_way))) != number:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from pyforwarder.datapath.splice.keeper_replies import Late, is_late
 from pyforwarder.errors import DatapathError
 from pyforwarder.runtime.slowness import scaled_s
 
@@ -103,7 +104,7 @@ class KeeperClient:
         try:
             if not (self._is_silent and is_unread(self._sock)):
                 answer, given = self._ask(do, fds, fields)
-                self._is_silent = "late" in answer
+                self._is_silent = is_late(answer)
                 if not self._is_silent:
                     return answer, given
         except OSError as error:
@@ -113,7 +114,7 @@ class KeeperClient:
     def _ask(
         self, do: str, fds: Sequence[int], fields: dict[str, object]
     ) -> tuple[dict[str, Any], list[int]]:
-        """The answer; {"late": ...} if the request was not handled, and will not be."""
+        """The answer; `Late` if the request was not handled, and will not be."""
         # Earlier requests that were given up, or were sent by a worker that is dead by now, may
         # still be answered.
         number = next_number()
@@ -125,7 +126,7 @@ class KeeperClient:
             return self._answer(number)
         except TimeoutError:
             if is_unread(self._sock):
-                return {"late": True}, []
+                return Late().words(), []
         self._sock.settimeout(scaled_s(_ANSWER_TIMEOUT_S))
         return self._answer(number)
 

@@ -18,6 +18,7 @@ from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Busy, Splice, SpliceSt
 from pyforwarder.datapath.splice.handshakes import Handshakes
 from pyforwarder.datapath.splice.interfaces import LOOPBACK
 from pyforwarder.datapath.splice.keeper_client import begins_until_s
+from pyforwarder.datapath.splice.keeper_replies import Begun, Declined, JoinReply, Late, NotNow
 
 if TYPE_CHECKING:
     import socket
@@ -47,10 +48,8 @@ class Joining:
 
     def join(
         self, worker: int, request: Mapping[str, Any], client: socket.socket, server: socket.socket
-    ) -> dict[str, object]:
+    ) -> JoinReply:
         """Splice a worker's pair of sockets; the answer says whether it has begun, or why not.
-
-        `busy`: not now, the kernel's sockets have something to finish first; `refused`: never.
 
         Raises:
             OSError: a step failed. The pair has not begun, unless the step came after `control`.
@@ -59,16 +58,16 @@ class Joining:
             ends = splice_sockets.SocketEnd.of(client), splice_sockets.SocketEnd.of(server)
         except OSError:
             # A peer has reset it; the worker will learn of that.
-            return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
+            return Declined(PairReason.REFUSED_BY_KERNEL)
         obstacle = splice_sockets.obstacle(*ends)
         if obstacle is not None:
-            return {"refused": int(obstacle)}
+            return Declined(obstacle)
         if not all(map(splice_sockets.is_of_our_network, (client, server))):
             # In a network namespace of its own a worker could give its sockets any addresses.
-            return {"refused": int(PairReason.NOT_ELIGIBLE)}
+            return Declined(PairReason.NOT_ELIGIBLE)
         index = self._pairs.allocate()
         if index < 0:
-            return {"refused": int(PairReason.MAP_FULL)}
+            return Declined(PairReason.MAP_FULL)
         record = Splice()
         record.id, record.worker, record.slot = request["id"], worker, request["slot"]
         record.keep_idle_s, record.keep_interval_s, record.keep_count = request["keepalive"]
@@ -82,7 +81,7 @@ class Joining:
                 obstacle = PairReason.REFUSED_BY_KERNEL
             if obstacle is not None:
                 self._pairs.give_back(index)
-                return {"refused": int(obstacle)}
+                return Declined(obstacle)
             # Before the peers are checked: of two forwarders, one behind the other, that join at
             # the same moment at least one sees the other's mark.
             for sock in (client, server):
@@ -106,19 +105,19 @@ class Joining:
             for sock in (client, server):
                 splice_sockets.unmark(sock)
             if busy & Busy.LATE:
-                return {"late": True}
+                return Late()
             if busy & Busy.FOREIGN:
-                return {"refused": int(PairReason.CHAINED)}
+                return Declined(PairReason.CHAINED)
             if busy & Busy.COARSE:
-                return {"refused": int(PairReason.SMALL_WINDOW)}
-            return {"busy": busy}
+                return Declined(PairReason.SMALL_WINDOW)
+            return NotNow(busy)
         self._keepalives.watch([index])
         unread = [from_peer.unread for from_peer in self._pairs.record(index).direction]
         mute = False
         # It has begun, even if this fails: muting is requested again.
         with contextlib.suppress(OSError):
             mute = self.mute(index, (client, server))
-        return {"busy": 0, "index": index, "unread": unread, "mute": mute}
+        return Begun(index, unread, mute)
 
     def learn(self, express: ExpressKeeper, client: socket.socket, server: socket.socket) -> bool:
         """Tell express how the server of a pair is reached; returns whether that is of use."""

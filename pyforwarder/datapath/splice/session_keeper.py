@@ -26,6 +26,14 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Direction
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import NO_SLOT
+from pyforwarder.datapath.splice.keeper_replies import (
+    Declined,
+    GivenSession,
+    NoneLeft,
+    NotYoursError,
+    Opened,
+    Words,
+)
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
 from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows
 from pyforwarder.datapath.splice.routes import Routes
@@ -143,7 +151,7 @@ class SessionKeeper:
 
         Raises:
             FaultyRequestError: the request is not allowed at all.
-            ValueError: the session is no longer the worker's.
+            NotYoursError: the session is not, or no longer, the worker's.
             OSError: the kernel refuses.
         """
         return self._obeys[request["do"]](worker, request, sockets, given)
@@ -156,7 +164,7 @@ class SessionKeeper:
         request: dict[str, Any],
         sockets: Sequence[socket.socket],
         _given: list[socket.socket],
-    ) -> dict[str, object]:
+    ) -> Words:
         slot = request["slot"]
         if slot // self._slots != worker:
             raise FaultyRequestError("a slot of another worker's")
@@ -167,10 +175,10 @@ class SessionKeeper:
         record.idle_ns, record.began_ns = _idle_ns(request["idle_s"]), time.monotonic_ns()
         obstacle = self._describe(record, request, listener, server)
         if obstacle is not None:
-            return {"refused": int(obstacle)}
+            return Declined(obstacle).words()
         index = self._allocate(worker)
         if index < 0:
-            return {"refused": int(PairReason.MAP_FULL)}
+            return Declined(PairReason.MAP_FULL).words()
         keys = [bytes(from_peer.from_) for from_peer in record.direction]
         try:
             record.state = SessionState.PREPARED
@@ -178,7 +186,7 @@ class SessionKeeper:
             is_taken = keys[0] == keys[1] or any(map(self._is_taken, keys))
             if is_taken or self._found(index, record, sockets) != _BOTH:
                 self._forget(index)
-                return {"refused": int(PairReason.OTHER_SOCKET)}
+                return Declined(PairReason.OTHER_SOCKET).words()
             self._own(index, worker)
             for direction in Direction:
                 self._flows.update(keys[direction], FLOW.pack(index, direction))
@@ -186,8 +194,8 @@ class SessionKeeper:
             store(self._memory, index, "state", SessionState.ACTIVE)
         except OSError:
             self._forget(index)
-            return {"refused": int(PairReason.REFUSED_BY_KERNEL)}
-        return {"index": index}
+            return Declined(PairReason.REFUSED_BY_KERNEL).words()
+        return Opened(index).words()
 
     def _describe(
         self,
@@ -402,9 +410,7 @@ class SessionKeeper:
         _sockets: Sequence[socket.socket],
         given: list[socket.socket],
     ) -> dict[str, object]:
-        """Give a worker one session that waits for it, with a new socket to its server; {} if none
-        is left.
-        """
+        """Give a worker one session that waits for it, with a new socket to its server."""
         waiting = self._orphans[worker]
         while waiting:
             index, said = waiting.popitem()
@@ -416,17 +422,15 @@ class SessionKeeper:
                 self._forget(index)
                 continue
             self._given[index] = said
-            direction = record.direction[Direction.UP]
-            return {
-                "index": index,
-                "id": record.id,
-                "record": said.hex(),
-                "client": host_of(direction.from_.source, record.family),
-                "client_port": socket.ntohs(direction.from_.sport),
-                "local": host_of(direction.from_.target, record.family),
-                "local_port": socket.ntohs(direction.from_.dport),
-            }
-        return {}
+            key = record.direction[Direction.UP].from_
+            return GivenSession(
+                index,
+                record.id,
+                said,
+                (host_of(key.source, record.family), socket.ntohs(key.sport)),
+                (host_of(key.target, record.family), socket.ntohs(key.dport)),
+            ).words()
+        return NoneLeft().words()
 
     def take_back(self, worker: int, index: int) -> None:
         """A session that was given to a worker did not reach it: it waits again."""
@@ -442,7 +446,7 @@ class SessionKeeper:
     ) -> dict[str, object]:
         index, slot = request["index"], request["slot"]
         if not self._is_owner(worker, index, request["id"]):
-            raise ValueError("not yours")
+            raise NotYoursError
         # An earlier keeper may have given it to the worker: until now it was an orphan to this one.
         self._orphans[worker].pop(index, None)
         if slot // self._slots != worker:

@@ -20,6 +20,16 @@ from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import Direction, PairRecord
+from pyforwarder.datapath.splice.keeper_replies import (
+    Declined,
+    GivenSession,
+    Late,
+    NoneLeft,
+    Opened,
+    adopt_session_reply,
+    has_failed,
+    open_reply,
+)
 from pyforwarder.datapath.splice.session_abi import (
     NOW,
     SESSION_BYTES,
@@ -123,7 +133,7 @@ class SessionOrphan:
     record: PairRecord | None  # what `show` printed for it
 
 
-def _orphan_of(answer: dict[str, Any], fds: list[int]) -> SessionOrphan:
+def _orphan_of(given: GivenSession, fds: list[int]) -> SessionOrphan:
     """The session in an answer of the keeper, with the socket that came with it, which is removed
     from `fds`.
 
@@ -133,12 +143,12 @@ def _orphan_of(answer: dict[str, Any], fds: list[int]) -> SessionOrphan:
     if len(fds) != 1:
         raise DatapathError("take in a session", errno.EMFILE)
     return SessionOrphan(
-        answer["index"],
-        answer["id"],
+        given.index,
+        given.id,
         socket.socket(fileno=fds.pop()),
-        (answer["client"], answer["client_port"]),
-        (answer["local"], answer["local_port"]),
-        table.inherited(bytes.fromhex(answer["record"]), answer["id"]),
+        given.client,
+        given.local,
+        table.inherited(given.record, given.id),
     )
 
 
@@ -213,7 +223,10 @@ class SpliceSessions:
     def _opened(
         self, pending: PendingSession, answer: dict[str, Any] | None, _fds: list[int]
     ) -> None:
-        index = self._look_up(pending) if answer is None else answer.get("index", -1)
+        reply = Late() if answer is None else open_reply(answer)
+        index = reply.index if isinstance(reply, Opened) else -1
+        if answer is None:
+            index = self._look_up(pending)
         then = pending.then
         if then is None:
             self._abandoned -= 1
@@ -223,11 +236,11 @@ class SpliceSessions:
         pending.then = None
         if index >= 0:
             then(KernelSession(index, pending.id, pending.slot))
-        elif answer is None or "late" in answer:
+        elif isinstance(reply, Late):
             self._keeper_from_s = time.monotonic() + _KEEPER_PAUSE_S
             then(PairReason.NO_KEEPER)
         else:
-            then(PairReason(answer.get("refused", PairReason.REFUSED_BY_KERNEL)))
+            then(reply.reason if isinstance(reply, Declined) else PairReason.REFUSED_BY_KERNEL)
 
     def _look_up(self, pending: PendingSession) -> int:
         """Its index if a keeper has begun it, and died after that; else -1: no keeper will begin
@@ -356,14 +369,15 @@ class SpliceSessions:
 
         def answered(answer: dict[str, Any] | None, fds: list[int]) -> None:
             if answer is not None:
-                if "index" not in answer:
+                reply = adopt_session_reply(answer)
+                if isinstance(reply, NoneLeft):
                     done()
                     return
                 try:
-                    take(_orphan_of(answer, fds))
+                    take(_orphan_of(reply, fds))
                 except Exception as error:
                     self._loop.on_error(take, error)
-                    self.forget(answer["index"], answer["id"])  # only this session is lost
+                    self.forget(reply.index, reply.id)  # only this session is lost
             ask()
 
         def ask() -> None:
@@ -396,7 +410,7 @@ class SpliceSessions:
                 return  # it has ended, and another session has the slot
             if answer is None:
                 self._confirm_adoption(session, idle_s, lost)
-            elif "error" in answer:
+            elif has_failed(answer):
                 lost()
             else:
                 # From here on the program stores these counts with every datagram.

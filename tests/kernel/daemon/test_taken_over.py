@@ -29,6 +29,7 @@ import pytest
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.splice.keeper_replies import NOT_YOURS
 from tests.helpers.keepers import keeper_of, stopped
 from tests.helpers.malformed_messages import MALFORMED
 from tests.helpers.peers import EchoServer, dial_through, read_exactly
@@ -251,7 +252,7 @@ def test_the_keeper_mutes_no_socket_but_those_that_were_joined(two: Two, do: str
             return found
 
     said = as_worker(two.taken, ask, two.daemon)
-    assert set(said) == {0, "none", "ValueError('not yours')"}
+    assert set(said) == {0, "none", NOT_YOURS}
     two.wait_until_replaced()
     two.nobody_noticed()
 
