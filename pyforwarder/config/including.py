@@ -23,7 +23,7 @@ INCLUDE: Final = "include"
 # What may stand in an included file: a list, and mappings by name.
 MERGED: Final = ("listeners", "upstreams", "users")
 SUFFIXES: Final = (".yaml", ".yml")
-# Of one configuration: a directory with more is not one of configuration files.
+# Files of one configuration: a directory with more is not one of configuration files.
 MOST_FILES: Final = 1000
 
 

@@ -195,7 +195,8 @@ class Rule(Section):
                     raise problem(f"`{key}` means nothing in a rule that rejects", key)
 
 
-# Of all listeners: each address is a descriptor of every worker, and one of the supervisor for each
+# Addresses of all listeners: each is a descriptor of every worker, and one of the supervisor for
+# each
 # of them.
 MOST_BINDS: Final = 16_384
 

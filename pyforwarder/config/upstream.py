@@ -108,7 +108,7 @@ class Upstream(Section):
 
     @model_validator(mode="after")
     def _has_servers(self) -> Self:
-        # Those that register come and go: there may be none just now.
+        # Servers that register come and go: there may be none just now.
         if not self.servers and not self.registered:
             raise problem("an upstream needs a server", "servers")
         return self

@@ -43,7 +43,7 @@ _TURN_S: Final = 0.1
 _MOST_WHY: Final = 200
 _MOST_NAME: Final = 64  # of a machine, as far as it is shown
 _MOST_VALUE_BYTES: Final = 1 << 20
-# Of all machines' reports, kept for servers that this one may get later.
+# All machines' reports together, kept for servers that this one may get later.
 _MOST_KEPT_BYTES: Final = 32 << 20
 
 Server = tuple[str, str]  # upstream and address
@@ -120,7 +120,8 @@ class Board:
             self.faults += 1
             return
         self._said[machine] = self._known(report)
-        # Of one that is not kept nothing is known of later servers until it reports again.
+        # If a report is not kept, nothing is known of later servers until its machine reports
+        # again.
         if self._kept_bytes + len(value) <= _MOST_KEPT_BYTES:
             self._values[machine] = value
             self._kept_bytes += len(value)

@@ -35,7 +35,7 @@ HISTORY_LENGTH: Final = 100
 MOST_SERVERS: Final = 4096
 MOST_INSTANCES: Final = 256
 
-# Of words about what is wrong with a value, which others have chosen.
+# So long may words be that say what is wrong with a value: others have chosen them.
 MOST_FAULT: Final = 200
 
 Number = Annotated[int, Field(ge=0, lt=1 << 53)]

@@ -38,7 +38,7 @@ REQUEST_TIMEOUT_S: Final = 3.0
 WATCH_TIMEOUT_S: Final = 5.0
 MOST_IN_ONE: Final = 128  # changes in one request: etcd's --max-txn-ops
 _MOST_LINE_BYTES: Final = 16 << 20
-# Of one answer, and of all answers of one list: who may write in the store may write more than we
+# One answer, and all answers of one list: who may write in the store may write more than we
 # have room for. One value has 1.5 MB at most (etcd's --max-request-bytes).
 MOST_ANSWER_BYTES: Final = 8 << 20
 MOST_LIST_BYTES: Final = 128 << 20

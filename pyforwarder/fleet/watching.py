@@ -24,7 +24,7 @@ _WATCH_S: Final = 60.0
 # What the watching thread may be ahead of the other, in bytes; each change counts as some at least.
 _MOST_WAITING_BYTES: Final = 16 << 20
 _LEAST_BYTES: Final = 512
-# Of one value, where nothing else is said.
+# So long may one value be, where nothing else is said.
 _MOST_BYTES: Final = 1 << 20
 # What is written comes by the process's own watch within this time, or that is of no use.
 _HEARD_AFTER_S: Final = 5.0

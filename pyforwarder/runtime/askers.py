@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # What getaddrinfo(3) says when there is no such name or it has no address; else it does not know.
 _NO_SUCH_NAME: Final = frozenset({socket.EAI_NONAME, socket.EAI_NODATA})
-# The same of ares_getaddrinfo(3).
+# Likewise for ares_getaddrinfo(3).
 _ARES_NO_SUCH_NAME: Final = frozenset(
     {
         pycares.errno.ARES_ENODATA,

@@ -37,7 +37,7 @@ class Pulse:
     """The number, for the process and its parent."""
 
     def __init__(self) -> None:
-        # Of a file: anonymous memory could be made longer, see `SharedBlocks.make`.
+        # Memory of a file: anonymous memory could be made longer, see `SharedBlocks.make`.
         blocks = SharedBlocks.make("pulse", 1, mmap.PAGESIZE)
         (self.memory,) = blocks.map(writable=[0])
         blocks.close()
@@ -54,7 +54,7 @@ class Pulse:
         return int(count)
 
     def close(self) -> None:
-        """Unmap it here."""
+        """Unmap the memory here."""
         self.memory.close()
 
 
@@ -86,7 +86,9 @@ class PulseWatch:
         self._checked_s = 0.0
 
     def why_stuck(self, now_s: float | None = None) -> str:
-        """Why it will not go on by itself; empty if it may. It looks once a second at most."""
+        """Why the process will not go on by itself; empty if it may. The process is looked at once
+        a second at most.
+        """
         now_s = time.monotonic() if now_s is None else now_s
         if now_s - self._checked_s < PULSE_S:
             return ""

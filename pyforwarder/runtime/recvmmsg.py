@@ -126,7 +126,7 @@ class Receiver:
         return [names[at : at + step] for at in range(0, len(names), step)]
 
     def has_controls(self) -> bool:
-        """Whether one of them has a control message."""
+        """Whether a datagram has a control message."""
         if self._count == 1:
             return bool(self._control_sizes[0])
         return any(self._control_sizes[: self._count].tolist())

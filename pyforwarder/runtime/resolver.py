@@ -186,7 +186,7 @@ class Resolver:
         return wait
 
     def _stale(self, kept: _Kept | None) -> list[str] | None:
-        """Addresses that are better than none."""
+        """Old addresses, if they are better than none."""
         if kept is None or not kept.hosts or self._loop.now_s - kept.answered_s >= STALE_S:
             return None
         return kept.hosts

@@ -184,7 +184,9 @@ _MODE_FILTER: Final = 2
 
 
 def _argument(number: int) -> Instruction:
-    """Load its lower half: all that are looked at are int or flags of 32 bits (little endian)."""
+    """Load the lower half of an argument: all that are looked at are int or flags of 32 bits
+    (little endian).
+    """
     return Instruction(_LOAD, 0, 0, _ARGUMENTS_AT + 8 * number)
 
 
@@ -252,7 +254,8 @@ def program(machine: str, pid: int) -> list[Instruction]:
         Instruction(_LOAD, 0, 0, _NUMBER_AT),
     ]
     guarded = conditions(pid)
-    # Those whose arguments are looked at come first: for the others the kernel does not run it.
+    # Calls whose arguments are looked at come first: for the others the kernel does not run the
+    # filter.
     for name in sorted(CALLS, key=lambda name: name not in guarded):
         numbers = CALLS[name]
         number = numbers[column]

@@ -150,7 +150,7 @@ class Store:
 
 
 def _lock(fd: int, offset: int, within_s: float) -> None:
-    """Lock one byte of the file, fcntl(2); it is left unlocked after `within_s`."""
+    """Lock a byte of the file, fcntl(2); it is left unlocked after `within_s`."""
     deadline_s = time.monotonic() + within_s
     while True:
         try:

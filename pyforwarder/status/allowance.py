@@ -19,7 +19,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 
 Kept = TypeVar("Kept")
 
-# Of which something is remembered; a host of the internet has one, a botnet as many as it likes.
+# Clients of which something is remembered; a host of the internet has one address, a botnet many.
 MOST_CLIENTS: Final = 4096
 
 

@@ -90,7 +90,7 @@ class _Head(BaseHTTPRequestHandler):
         self.wfile = io.BytesIO()
 
     def handle(self) -> None:
-        """Read it; nobody is answered from here."""
+        """Read the head; nobody is answered from here."""
         self.raw_requestline = self.rfile.readline()
         self.is_understood = bool(self.raw_requestline.strip()) and self.parse_request()
 

@@ -332,7 +332,7 @@ class Sampler:
             refused, more = since(listener.counter + ListenerCounter.REFUSED)
             sample.refused += more
             open_now = total(listener.counter + ListenerCounter.OPEN)
-            # Those of pairs that have ended, too, which no rule and no server is told of.
+            # With bytes of pairs that have ended, which no rule and no server is told of.
             traffic.up_bytes = carried(
                 (listener.name, _UP),
                 traffic.up_carried,

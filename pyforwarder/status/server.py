@@ -209,7 +209,7 @@ class Server:
                 _contain(connection, error)
 
     def _make_room(self) -> None:
-        """Close one of those that have most company of their own; see `most_crowded`.
+        """Close a connection of a host that has most of them; see `most_crowded`.
 
         Of them the one that loses least by it, and the oldest of these. What is streamed to is
         known to the site, which sees to it that those are few.
@@ -249,7 +249,7 @@ class Server:
                 self._take_request(connection, body[: connection.body_length])
 
     def _take_head(self, connection: _Connection) -> Answer | None:
-        """Read it, once it is whole; what to answer if it is wrong."""
+        """Read a request's head, once it is whole; returns what to answer if it is wrong."""
         end = connection.received.find(b"\r\n\r\n")
         if end < 0:
             if len(connection.received) < MOST_REQUEST_BYTES:
@@ -283,7 +283,7 @@ class Server:
             connection.finish(answer)
 
     def has(self, connection: _Connection) -> bool:
-        """Whether it is still there."""
+        """Whether the connection is still there."""
         return connection in self._connections
 
     def send(self, connection: _Connection, data: bytes) -> None:
@@ -330,7 +330,7 @@ class Server:
             self.close(connection)
 
     def close(self, connection: _Connection) -> None:
-        """End it, also in the middle of an answer."""
+        """End a connection, also in the middle of an answer."""
         if connection in self._connections:
             del self._connections[connection]
             self._loop.deadlines.stop(connection)

@@ -382,7 +382,7 @@ class PageSite:
             return _error(HTTPStatus.BAD_REQUEST, "there is no such listener")
         index = names.index(asked["listener"])
         text = asked.get("hex", "").replace(":", " ")
-        # Of UDP each line is a datagram.
+        # For UDP each line is a datagram.
         is_udp = config.listeners[index].protocol == "udp"
         lines = [line for line in text.split("\n") if line.strip()] if is_udp else [text]
         # What a person has mistyped is an answer, too, and no failure of the page's.

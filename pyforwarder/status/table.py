@@ -112,7 +112,7 @@ EXPRESS_LEFT: Final = {
     Count.FAILED: "failed",
 }
 
-# Of the whole daemon, in the order of `show stats`.
+# Numbers of the whole daemon, in the order of `show stats`.
 ROWS: Final[tuple[Row, ...]] = (
     Row(Counter.ACCEPTED, None, stats="accepted"),
     Row(Counter.OPEN, None, stats="open"),
@@ -139,7 +139,7 @@ ROWS: Final[tuple[Row, ...]] = (
         Row(word, _LIMITED, (limit.value,), f"limited.{limit.value}", LineKind.NONZERO)
         for limit, word in LIMITED_INDEX.items()
     ),
-    # Of closed pairs; those of open ones are added where they are shown.
+    # Bytes of closed pairs; those of open ones are added where they are shown.
     Row(Counter.UP_BYTES, None, stats="bytes_up", kind=LineKind.UP_BYTES),
     Row(Counter.DOWN_BYTES, None, stats="bytes_down", kind=LineKind.DOWN_BYTES),
     Row(Counter.FIRST_PACKET_FULL, _CUT, ("max_bytes",), "first_packet_full"),
@@ -290,7 +290,7 @@ LISTENER_ROWS: Final[tuple[Row, ...]] = (
         _gauge("connections_open", "Clients connected, from accept to close.", "listener"),
     ),
 )
-# Those of open pairs are added, so these are no rows.
+# Bytes of open pairs are added, so this is no row.
 LISTENER_BYTES: Final = _counter(
     "listener_bytes",
     "Bytes carried between clients of a listener and servers; up is from the client.",
@@ -336,7 +336,7 @@ SERVER_ROWS: Final[tuple[Row, ...]] = (
         _gauge("server_pairs", "Pairs that a server has now.", "upstream", "server"),
     ),
 )
-# Of the workers, each of which has its own opinion: 0 if any of them says no.
+# Each worker has its own opinion: 0 if any of them says no.
 SERVER_UP: Final = _gauge(
     "server_up", "1 unless health checks say that the server is down.", "upstream", "server"
 )
@@ -360,7 +360,7 @@ HISTOGRAMS: Final[tuple[Histogram, ...]] = (
 )
 CONNECT: Final = Histogram(CONNECT_FIRST, _CONNECT, CONNECT_BOUNDS_S)
 
-# Of a fleet, by machine: what each says of itself.
+# What each machine of a fleet says of itself.
 FLEET_PAIRS: Final = _gauge("fleet_pairs", "Open pairs of a machine of the fleet.", "instance")
 FLEET_SERIAL: Final = _gauge(
     "fleet_serial", "The fleet's edition that is in force at a machine; 0: none.", "instance"
@@ -368,7 +368,7 @@ FLEET_SERIAL: Final = _gauge(
 FLEET_REFUSED: Final = _gauge(
     "fleet_refused_serial", "The newest edition that a machine could not use; 0: none.", "instance"
 )
-# Of this machine, by what it asks the fleet's store for.
+# What this machine asks the fleet's store for, and when it was answered.
 FLEET_SILENT: Final = _gauge(
     "fleet_store_silent_seconds",
     "How long ago the fleet's store has answered last; from the start, if it never has.",

@@ -42,7 +42,7 @@ Said = TypeVar("Said")
 _PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
 _SOON_S: Final = 5.0
-# Of what it did wrong; it may have chosen these words.
+# How many characters are logged of what a process did wrong; it may have chosen them.
 _MOST_SHOWN: Final = 200
 
 

@@ -319,7 +319,7 @@ class Daemon:
         self._announce()
         self._datapaths.watch_keeper()
         self._helpers.failover.begin()
-        # Of a reload that came meanwhile.
+        # A reload that came meanwhile may have sessions to prove.
         self._prove_sessions()
 
     def _start(self, config: Config) -> None:

@@ -366,7 +366,9 @@ class Datapaths:
 
 
 def waits_for_datapath(listener: Listener, config: Config) -> bool:
-    """Whether one of its rules names a datapath of the kernel, so that nothing else will do."""
+    """Whether a rule of the listener names a datapath of the kernel, so that nothing else will
+    do.
+    """
     if listener.protocol == "udp" or listener.is_unix:
         return False
     choices = {rule.datapath or listener.datapath or config.datapath for rule in listener.rules}

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pyforwarder.worker.log import Log
     from pyforwarder.worker.settings import Settings
 
-# Of a listener on all addresses: those of this host, asked again so often.
+# How often this host's addresses are read again, for listeners on all addresses.
 _ADDRESSES_S: Final = 2.0
 # Servers often go down or come up several at once: the first is put in force at once, and all that
 # come within so long of it together.
@@ -123,7 +123,7 @@ class Decisions:
         self._loop = loop
         self._owner = pwd.getpwnam(user).pw_uid if user is not None else os.geteuid()
         self._down = down
-        # Of listeners that ask for express; of all others userspace decides.
+        # Rules of listeners that ask for express; for all others userspace decides.
         self.rules: Mapping[RuleName, RuleDecider] = {}
         self._compiler: tuple[object, _Compiler] | None = None  # and what it was made of
         self._said = ""  # the last trouble that was logged

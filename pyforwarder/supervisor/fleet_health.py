@@ -107,7 +107,9 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         self._down = {(one.upstream, one.server): one for one in down}
 
     def change_to(self, config: Config) -> None:
-        """Check these servers from now on; those that are checked no more count as up."""
+        """Check the servers of this configuration from now on; those that are checked no more count
+        as up.
+        """
         fleet = config.fleet if config.fleet and config.fleet.health.checks != "own" else None
         self._upstreams = {
             name: upstream

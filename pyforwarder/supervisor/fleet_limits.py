@@ -54,7 +54,7 @@ class LimitsProcess(StoreProcess["FleetStore | FleetFaults | Overwritten | Store
         self._is_lost = False  # the store, by the process's messages
 
     def change_to(self, config: Config, indexes: Mapping[str, int]) -> None:
-        """Share these limits from now on; `indexes` as `Settings` has them."""
+        """Share the limits of this configuration from now on; `indexes` as `Settings` has them."""
         scopes = fleet_scopes(config, indexes)
         fleet = config.fleet if scopes else None
         if fleet == self._fleet and scopes == self._scopes and not self._is_lost:

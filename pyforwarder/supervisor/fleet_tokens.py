@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.messages import TokenClaim
     from pyforwarder.worker.log import Log
 
-# Of all workers; beyond that the oldest ones are not answered any more.
+# Questions of all workers; beyond that the oldest ones are not answered any more.
 _MOST_WAITING: Final = 4096
 
 

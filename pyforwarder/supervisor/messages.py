@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-# Of one message. Answers are the longest: `flush --all` tells the ids of all pairs of a worker.
+# The longest message is the answer to `flush --all`: the ids of all pairs of a worker.
 MOST_BYTES: Final = 16 << 20
 _MOST_PAIRS: Final = 1 << 20
 _MOST_FLUSHED: Final = 10_000
@@ -142,7 +142,7 @@ class FleetStates(_Message):
 
     states: dict[Name, dict[Name, Annotated[str, Field(max_length=512, pattern=r"^(up|down) .*$")]]]
     check: dict[Name, list[Name]]
-    # Of what we do not check: by which machine it is.
+    # Servers that this machine does not check, with the machine that does.
     others: dict[Name, dict[Name, Annotated[str, Field(max_length=64)]]] = {}
     turn: Number  # comes back with what is found by these checks
 

@@ -21,13 +21,13 @@ from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import children, slowness
 from pyforwarder.runtime.slowness import scaled_s
 
-# Of all parts together: compiling 60 s, the self-test 30 s each, and some more.
+# All parts together: compiling 60 s, the self-test 30 s each, and some more.
 TIMEOUT_S: Final = 240.0
 _PR_SET_PDEATHSIG: Final = 1
 _NICE: Final = 5  # a third of what others get
 # The kernel takes 253 with a message (SCM_MAX_FD); there is one for each worker.
 _MOST_DESCRIPTORS: Final = 250
-# Of a message, which must fit into the socket's buffer whole.
+# A message must fit into the socket's buffer whole.
 _MOST_BYTES: Final = 96 * 1024
 _MOST_LOG_CHARACTERS: Final = 32 * 1024
 

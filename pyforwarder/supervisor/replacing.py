@@ -72,7 +72,7 @@ class Replacements:
         self._due: set[int] = set()
         self._timers: dict[int, int] = {}
         self._replaced_in_the_end: set[int] = set()
-        # Those that were to take in pairs, and have not heard of it: their successors do that.
+        # Workers that were to take in pairs, and have not read it: their successors do that.
         self._unheard: set[int] = set()
         self._phase = WorkersPhase.SERVING
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 128
 
 
-# Of servers that went up or down the page is told so many when it starts.
+# How many changes of servers, up or down, the page is told when it starts.
 _MOST_RESULTS: Final = 50
 
 # What is served where, by the key of the configuration.

@@ -66,7 +66,7 @@ class WorkerStarter:
         from_predecessors: Mapping[int, socket.socket],
         not_theirs: Sequence[socket.socket],
     ) -> None:
-        """Those that are started now are beside another daemon's: see `WorkerPool.start_beside`.
+        """Start workers beside another daemon's from now on: see `WorkerPool.start_beside`.
 
         `from_predecessors` are closed by `close_from_predecessors`, once all have started.
         """
@@ -76,14 +76,15 @@ class WorkerStarter:
         self._not_theirs = not_theirs
 
     def close_from_predecessors(self) -> None:
-        """Each worker has its own by now."""
+        """Close the channels, as each worker has its own by now."""
         self._not_theirs = ()
         for sock in self._from_predecessors.values():
             sock.close()
         self._from_predecessors = {}
 
     def start(self, index: int, *, listening: bool = True) -> WorkerProcess:
-        """One that has been told all; `listening`: also that it accepts.
+        """Start a worker, and tell it all that workers are told; `listening`: also that it
+        accepts.
 
         Raises:
             ForwarderError, OSError: it does not start, and has been ended.

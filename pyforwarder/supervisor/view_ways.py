@@ -103,7 +103,9 @@ class Links:
 
     @classmethod
     def of_another_process(cls, descriptors: Sequence[int], said: Mapping[str, Any]) -> Links:
-        """The other end of `for_another_process`; of the ways tried before nothing is known."""
+        """Return the links that `for_another_process` has sent; of the ways tried before nothing is
+        known.
+        """
         return cls(
             next(way for way in WAYS if way.name == said["way"]),
             [],

@@ -133,7 +133,7 @@ class View:
         return self._listeners.write(lines)
 
     def read(self, name: str) -> str:
-        """What one of the files says now, pinned or not. Raises OSError."""
+        """Return what a file says now, pinned or not. Raises OSError."""
         return bpf.read_link(self._links.files[name]).decode()
 
     def backlogs(self) -> Backlogs:

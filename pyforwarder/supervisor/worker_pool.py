@@ -139,7 +139,8 @@ class WorkerPool:
         from_predecessors: Mapping[int, socket.socket],
         not_theirs: Sequence[socket.socket],
     ) -> None:
-        """As `start`, beside another daemon that still serves, and whose pairs have lower numbers.
+        """Start the workers beside another daemon that still serves, and whose pairs have lower
+        numbers.
 
         Its workers send their pairs by `from_predecessors`, by worker; ours to close. No worker of
         ours keeps one of another, or of `not_theirs`.
@@ -161,7 +162,8 @@ class WorkerPool:
                 worker.kill()
 
     def retire(self, to_successors: Sequence[int]) -> None:
-        """They accept no more, and send their pairs to another daemon's; none is replaced.
+        """Have the workers accept no more, and send their pairs to another daemon's; none is
+        replaced.
 
         Nor is one that has died before: it would be forked with the channels to the other daemon's
         workers. Its spliced pairs are the keeper's to give to that daemon.

@@ -173,7 +173,7 @@ class Client(Pair):
         self.not_spliced: PairReason | None = None  # what splice said when it refused
         self.turns = 0
         self.turn_direction: Direction | None = None
-        # Of its sockets, if another program gave them to us.
+        # The cookies of both sockets, if another program gave them to us.
         self.cookies: tuple[int, ...] = ()
         # Which limits count this connection, to be given back exactly once.
         self.counts_pair = False

@@ -324,7 +324,7 @@ class Generation:
         timeouts = self.config.timeouts
         self.connect_s = timeouts.connect_s
         self.idle_check_s = min(timeouts.idle_s, timeouts.half_closed_s) / IDLE_CHECKS
-        # The same for a pair that waits for its handover, which may be a matter of age.
+        # How often a pair is checked that waits for its handover, which may be a matter of age.
         self.young_check_s = min(self.idle_check_s, max(self.handover.after_s, HANDOVER_RETRY_S))
         self.backlog_limit_bytes = self.config.backlog_limit_bytes
         self._permitted: dict[tuple[object, str, Address | UnixAddress], bool] = {}

@@ -34,7 +34,8 @@ _LOOK_S: Final = 0.02
 # read yet, and how often it is looked whether they were.
 _MOST_UNDER_WAY_BYTES: Final = 12 * 1024
 _PAUSE_S: Final = 0.002
-# Of messages; of descriptors under way; of memory, or descriptors for long messages.
+# What lacks room: the queue of messages, descriptors under way, memory, or descriptors for long
+# messages.
 _NO_ROOM: Final = (
     errno.EAGAIN,
     errno.ETOOMANYREFS,

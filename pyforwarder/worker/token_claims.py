@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Of one worker. A token is asked for when its signature is right, so that only who has a key gets
 # here.
 MOST_WAITING: Final = 1024
-# Of those the supervisor has so many at once: it takes no more of one worker, so that none keeps
+# The supervisor has so many of these at once: it takes no more of one worker, so that none keeps
 # others from asking. What it has not answered for so long it will not answer any more.
 MOST_SENT: Final = 32
 _LOST_S: Final = 30.0

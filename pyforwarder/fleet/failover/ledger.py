@@ -17,12 +17,12 @@ from pyforwarder.fleet.failover.record import SCHEMA, Entry, Half, Pair, RecordF
 
 # Numbers that move are written so often; a half-end is written at once.
 MOVING_S: Final = 1.0
-# Of those that only move, so many are written, or told to the keeper, in one turn: what begins or
+# So many pairs that only move are written, or told to the keeper, in one turn: what begins or
 # ends meanwhile waits for few of them.
 MOVED_AT_ONCE: Final = 256
 # What could not be held may be possible a moment later (the port was still our own).
 RETRY_S: Final = 5.0
-# Of all machines.
+# Entries of all machines, in the store.
 MOST_ENTRIES: Final = 100_000
 
 
@@ -79,7 +79,7 @@ class Ledger:
         return {key for key, (entry, _) in self._stored.items() if entry.owner == self._tag}
 
     def saw_all(self, found: Iterable[tuple[str, bytes]]) -> None:
-        """All that is in the store."""
+        """Note all that is in the store."""
         self._stored.clear()
         for key, value in found:
             self._read(key, value)
@@ -137,7 +137,7 @@ class Ledger:
         moved: dict[str, Entry] = {}
         for key, mine in own.items():
             self._judge_own(turn, moved, key, mine, now_s, addresses)
-        # Those that have waited longest; the others are due the next time.
+        # The pairs that have waited longest; the others are due the next time.
         for key in sorted(moved, key=lambda key: self._written_s.get(key, 0.0))[:MOVED_AT_ONCE]:
             turn.puts[key] = moved[key]
         for key in self._done.keys() - own.keys():
@@ -149,7 +149,7 @@ class Ledger:
                     turn.deletes.append(key)
             elif key not in own:
                 self._judge_other(turn, moved_of_others, key, stored, now_s)
-        # Those of which the keeper was told nothing for longest, however many move.
+        # The pairs of which the keeper was told nothing for longest, however many move.
         for key in heapq.nsmallest(MOVED_AT_ONCE, moved_of_others, key=self._told_s.__getitem__):
             self._hold(turn, key, self._stored[key], now_s)
         for key in self._held:

@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 SCHEMA: Final = "1"
 # In the store, key and all: what a pair may cost (fleet's names of up to 40 characters).
 MOST_STORED_BYTES: Final = 400
-# Of names, in UTF-8: `show` needs no more.
+# So much of a name, in UTF-8: `show` needs no more.
 MOST_NAME_BYTES: Final = 15
 
 _HEAD: Final = struct.Struct("!BBBBBB4H4I2I3HI")

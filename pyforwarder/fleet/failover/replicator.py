@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LEASE_S: Final = 600
 _RENEW_S: Final = 30.0
 _TURN_S: Final = 0.1
-# Of a processor, at most: where there are many pairs we scan more seldom.
+# The share of a processor that scans may take: where there are many pairs we scan more seldom.
 _SHARE: Final = 0.1
 _WRITES_AT_ONCE: Final = 8
 _AT_ONCE: Final = 16  # pairs in one request to the keeper
@@ -250,7 +250,7 @@ class Replicator:
             )
 
     def _keep_lease(self, now_s: float) -> None:
-        """Have one, and the name for ourselves.
+        """Keep a lease, and the name for this machine.
 
         Raises:
             StoreError: it cannot be had, or the name is another host's.

@@ -4,7 +4,7 @@ All that another machine must know for that is between whom they are. A machine 
 groups, each one key of the store, and a group a few times in a second: so connections that begin
 and end quickly cost no more than others.
 
-Pure: it is mark_known what there is and what the store has, and says what is to be done.
+Pure: it is told what there is and what the store has, and says what is to be done.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Stays:
             self.faults += 1
             known.pop(key, None)
             return
-        # Of ours it is enough to know that they are there, to remove or to write them.
+        # For our own keys it is enough to know that they are there, to remove or to write them.
         known[key] = "" if is_one_too_many else value.decode()
 
     def wrote(self, puts: Mapping[str, str], deletes: Iterable[str], now_s: float) -> None:

@@ -46,7 +46,7 @@ class SessionTarget(NamedTuple):
 
 
 class ConnectionIds:
-    """What one worker knows: its own ids, and those of others."""
+    """The connection ids that a worker knows: its own, and those of others."""
 
     def __init__(self, parts: Sequence[mmap.mmap], worker: int) -> None:
         """`parts` have PART_BYTES each; this worker's is writable, and is emptied."""
@@ -127,7 +127,7 @@ class ConnectionIds:
         return min(places, key=lambda place: _until(self._own, place))
 
     def close(self) -> None:
-        """Unmap it."""
+        """Unmap the memory."""
         for part in self._parts:
             part.close()
 

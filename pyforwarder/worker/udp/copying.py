@@ -171,7 +171,7 @@ class Copying:
                 self._server.records.show_again(session)
 
     def _send_many(self, session: Session, datagrams: Sequence[memoryview]) -> int:
-        """Send them to the server, together where they can be; how many it took.
+        """Send datagrams to the server, together where they can be; returns how many were sent.
 
         That is not all if the session ends.
         """
@@ -193,7 +193,7 @@ class Copying:
 
     @staticmethod
     def _may_run(session: Session) -> bool:
-        """Whether its datagrams may go together."""
+        """Whether the session's datagrams may go together."""
         # Not of one that the kernel has as well: of those each is counted.
         return session.sock is not None and session.in_kernel is None and not session.proxy_header
 

@@ -79,7 +79,8 @@ class Deciding:
         self._act(port, key, data, decision)
 
     def _is_ours(self, port: DatagramPort, key: Key) -> bool:
-        """Whether it names a listener of this forwarder as its sender: then there is no session.
+        """Whether the datagram names a listener of this forwarder as its sender: then there is no
+        session.
 
         What a server answered would come back as a client's next datagram, without an end. Linux
         takes such packets from the wire where they are IPv6 (ip6_rcv_core asks for loopback's

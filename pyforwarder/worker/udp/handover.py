@@ -184,7 +184,7 @@ class SessionHandover:
 
         def then(answer: KernelSession | PairReason) -> None:
             if isinstance(answer, KernelSession):
-                # Of what it has passed to us we have copied some already.
+                # Some of what the kernel has passed to us is copied already.
                 for direction, before in enumerate(copied):
                     now = (session.up_packets, session.down_packets)[direction]
                     assert self._kernel is not None

@@ -166,7 +166,7 @@ class DatagramServer:
         self.by_id[session.id] = session
 
     def sessions(self) -> list[Session]:
-        """All that are open."""
+        """All open sessions."""
         return list(self.by_id.values())
 
     def granted(self, number: int, *, done: bool) -> None:
@@ -215,7 +215,7 @@ class DatagramServer:
             return
         if session.assurance is not _STEADY:
             self.confirm_if_steady(session)
-        # Those that have begun together fall silent together: not all of them end in one turn.
+        # Sessions that have begun together fall silent together: not all of them end in one turn.
         if self._is_idle(session):
             self._endings.add([session], CloseReason.IDLE)
         elif self.losses.has_lost(session):  # by what happened to a connection of TCP
@@ -239,7 +239,7 @@ class DatagramServer:
         self._endings.begin()
 
     def is_ending(self, session: Session) -> bool:
-        """Whether one of the next turns ends it."""
+        """Whether the session ends in one of the next turns."""
         return session in self._endings
 
     def _end_some(self, due: Sequence[tuple[Session, CloseReason]]) -> None:

@@ -101,7 +101,7 @@ class ServerLosses:
         self._server.end_many(lost, CloseReason.UNREACHABLE)
 
     def has_lost(self, session: Session) -> bool:
-        """Whether its server is down, ejected, or no more in the configuration."""
+        """Whether the session's server is down, ejected, or no more in the configuration."""
         server, upstream = session.server_state, session.upstream
         if server is None or upstream is None:
             return False

@@ -252,7 +252,8 @@ class DatagramPort:
     def __init__(self, sock: socket.socket, listener: ListenerState) -> None:
         self.sessions: dict[Key, Session] = {}
         self.by_name: dict[bytes, Session] = {}  # those that have a name (sockets.py)
-        # Those of which something was copied since the kernel was last told that all was; and what
+        # Sessions of which something was copied since the kernel was last told that all was; and
+        # what
         # it had counted then (handover.py).
         self.behind: dict[Session, None] = {}
         self.counted: list[tuple[Session, int]] | None = None
