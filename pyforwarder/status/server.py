@@ -211,8 +211,8 @@ class Server:
     def _make_room(self) -> None:
         """Close a connection of a host that has most of them; see `most_crowded`.
 
-        Of them the one that loses least by it, and the oldest of these. What is streamed to is
-        known to the site, which sees to it that those are few.
+        Of that host's, the one that loses least by it, and the oldest of these. What is streamed to
+        is known to the site, which sees to it that those are few.
         """
         connections = list(self._connections)
         some = [one for one in connections if not one.is_streaming] or connections

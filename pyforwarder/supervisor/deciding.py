@@ -371,7 +371,7 @@ class Decisions:
         """Let the kernel decide nothing any more, and give its connections to workers; returns
         whether it decided anything.
 
-        Within `wait_s` they are told of it, unless the keeper hangs.
+        Workers are told of these connections within `wait_s`, unless the keeper hangs.
         """
         express = self._express()
         if express is None or self._is_over:

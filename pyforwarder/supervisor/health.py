@@ -60,8 +60,8 @@ class Checker:
     ) -> None:
         """Check the servers in `only` of these upstreams (None: all); see `check_only`.
 
-        `known`: those that were up, or not, before this process. `finished` is called each time
-        when all servers that are checked have been once more.
+        `known` has the servers that an earlier process has checked, and whether each was up.
+        `finished` is called each time when all servers that are checked have been once more.
         """
         self._loop = loop
         self._report = report

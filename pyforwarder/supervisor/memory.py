@@ -125,7 +125,7 @@ class SharedMemory:
         """Return the columns of the workers' limits, which the calling process cannot write, and
         what workers read of other machines, which it can.
 
-        And what workers read of other machines, which it can: it keeps that (`keep_memory`).
+        For the process that shares limits with a fleet; it keeps the latter (`keep_memory`).
         """
         return self.limits.map(writable=()), self.other_machines.map_all()[0]
 

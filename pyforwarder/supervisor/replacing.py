@@ -135,7 +135,7 @@ class Replacements:
         """Replace a worker that has ended, as there are pairs for it: the other one goes on with
         these, or resets them.
 
-        One that is away otherwise gets them when it begins.
+        A worker that is to be replaced anyway gets them when it begins.
         """
         if index in self._dead and index not in self._due and self._takes_in(index):
             # It ended with its last pair.

@@ -165,8 +165,9 @@ class WorkerPool:
         """Have the workers accept no more, and send their pairs to another daemon's; none is
         replaced.
 
-        Nor is one that has died before: it would be forked with the channels to the other daemon's
-        workers. Its spliced pairs are the keeper's to give to that daemon.
+        A worker that has died before is not replaced, either: the new one would be forked with the
+        channels to the other daemon's workers. Its spliced pairs are the keeper's to give to that
+        daemon.
         """
         self._replacements.begin(WorkersPhase.RETIRED)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))

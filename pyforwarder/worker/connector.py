@@ -346,8 +346,8 @@ class Connector:
     ) -> None:
         """Give up this address; the next one may do.
 
-        What is ours (a shortage, no privilege) is not held against the server: else a client that
-        uses up descriptors or ports could have all of them ejected.
+        A fault of this host (a shortage, no privilege) is not held against the server: else a
+        client that uses up descriptors or ports could have all of them ejected.
         """
         self._drop(client)
         self._host.counters[Counter.CONNECT_FAILED] += 1

@@ -42,7 +42,8 @@ class Endings:
     def add(self, sessions: Iterable[Session], reason: CloseReason) -> None:
         """Have the sessions end in one of the next turns of the loop.
 
-        Who is to end already does so for the first reason; but silence may be over by then.
+        A session that is to end already ends for the first reason, unless that was silence, which
+        may be over by then.
         """
         for session in sessions:
             if self._due.get(session, CloseReason.IDLE) is CloseReason.IDLE:

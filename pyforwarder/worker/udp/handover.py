@@ -56,7 +56,8 @@ class SessionHandover:
     def settle(self, *, splice: bool) -> None:
         """Note whether the kernel may be given sessions from now on; it keeps those that it has.
 
-        After a reload that may become so later: then also those that there are.
+        If that becomes so only after a reload, sessions that there are already are given to it,
+        too.
         """
         is_late = splice and self._works is False
         self._works = splice
