@@ -179,8 +179,8 @@ inlined int enter_flows(struct splice *splice, struct express_ask *ask, __u32 pl
 	struct splice_key key = splice->direction[PF_DOWN].from;
 	int error;
 
+	mark_port(splice->direction[PF_UP].from.dport);
 	mark_port(splice->direction[PF_DOWN].from.dport);
-	mark_port(splice->direction[PF_UP].sport);
 	if (update_new(MAP_FLOWS_FD, &key, &flow)) {
 		free_place(ask, splice, place);
 		return NEXT;
