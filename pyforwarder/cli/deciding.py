@@ -313,8 +313,10 @@ def _as_text(judged: Judged, source: str) -> str:
     shares = judged.in_kernel.shares([report.rule.name for report in explanation.rules])
     if shares is not None:
         kernel, other, why = shares
-        said = f"the kernel decides by {', '.join(kernel) or 'no rule'}"
-        lines.append(f"{said}, not by {other}: {printable(why)}" if other else f"{said}: all")
+        by_kernel = f"the kernel decides by {', '.join(kernel) or 'no rule'}"
+        lines.append(
+            f"{by_kernel}, not by {other}: {printable(why)}" if other else f"{by_kernel}: all"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -259,15 +259,15 @@ def instances(call: Call, config_path: Path, as_json: bool) -> int:
         prefix = opened.keys.instances
         for key, value in opened.store.list(prefix).entries:
             try:
-                said = InstanceReport.decode(value)
+                report = InstanceReport.decode(value)
             except ValueFault as error:
                 call.say(f"pyforwarder: {key}: {error}")
                 continue
             rows.append(
                 {
                     "instance": key.removeprefix(prefix),
-                    **said.model_dump(exclude={"schema_", "writer"}),
-                    "why": said.complaint,
+                    **report.model_dump(exclude={"schema_", "writer"}),
+                    "why": report.complaint,
                 }
             )
     _show(

@@ -111,10 +111,10 @@ def down(call: Call, now: bool) -> int:
     after = pid_of(call.instance)
     if after not in (None, before) and is_running(call.instance):
         ended = "the daemon before" if before is None else f"the daemon before (pid {before})"
-        said = f"{ended} has ended; instance {call.instance_name!r} runs as pid {after}"
+        summary = f"{ended} has ended; instance {call.instance_name!r} runs as pid {after}"
     else:
-        said = f"instance {call.instance_name!r} stopped"
-    call.say(said + _resets(reset))
+        summary = f"instance {call.instance_name!r} stopped"
+    call.say(summary + _resets(reset))
     return DONE
 
 
@@ -137,9 +137,9 @@ def server(call: Call, server: str, state: Literal["drain", "ready"]) -> int:
         raise UsageError(
             f"server {server!r}: write UPSTREAM/SERVER, as `pyforwarder show upstreams` has them"
         )
-    said = call.control().set_server(server, state)
+    answer = call.control().set_server(server, state)
     words = "no new pairs" if state == "drain" else "takes new pairs"
-    if state == "ready" and said.get("weight") == 0:
+    if state == "ready" and answer.get("weight") == 0:
         words = "no new pairs: its weight is 0 in the configuration"
     call.say(f"{server}: {words}")
     return DONE

@@ -76,12 +76,12 @@ def manual_page(root: click.Group) -> str:
             '.SH "OPTIONS OF EVERY COMMAND"',
             *entries(_records(root.get_params(context), context)),
         ]
-    for title, said in (
+    for title, paragraph in (
         ("EXIT STATUS", _EXIT_STATUS),
         ("FILES", _FILES),
         ("ENVIRONMENT", _ENVIRONMENT),
     ):
-        lines += [f'.SH "{title}"', *entries(said)]
+        lines += [f'.SH "{title}"', *entries(paragraph)]
     lines += ['.SH "SEE ALSO"', r"\fBpyforwarder.yaml\fR(5)"]
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ def entries(
     pairs: Sequence[tuple[str, str]], meaning: Callable[[str], str] = escape
 ) -> Iterator[str]:
     """A list of terms with what each one means; `meaning` turns that into roff."""
-    for term, said in pairs:
+    for term, paragraph in pairs:
         yield ".TP"
         yield rf"\fB{escape(term)}\fR"
-        yield meaning(" ".join(said.split()))
+        yield meaning(" ".join(paragraph.split()))

@@ -210,8 +210,8 @@ def _words(annotation: object, metadata: tuple[object, ...]) -> str:
 
 def _range(metadata: tuple[object, ...]) -> str:
     low = high = None
-    for said in metadata:
-        for bound in getattr(said, "metadata", None) or [said]:
+    for part in metadata:
+        for bound in getattr(part, "metadata", None) or [part]:
             if isinstance(bound, annotated_types.Ge):
                 low = bound.ge
             elif isinstance(bound, annotated_types.Le):
@@ -225,9 +225,9 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined or value is None or value == "":
         return ""
-    for said in field.metadata:
-        if isinstance(said, PlainSerializer):
-            value = said.func(value)  # type: ignore[call-arg]
+    for part in field.metadata:
+        if isinstance(part, PlainSerializer):
+            value = part.func(value)  # type: ignore[call-arg]
     if isinstance(value, str):
         return value
     if isinstance(value, tuple):

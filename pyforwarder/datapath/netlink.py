@@ -73,11 +73,11 @@ class Netlink:
     def links(self) -> dict[int, Link]:
         """All interfaces of this network namespace, by their index. Any process may ask."""
         found = {}
-        for head, said in self.dump(_RTM_GETLINK, _LINK.pack(0, 0, 0, 0, 0), _LINK.size):
+        for head, fields in self.dump(_RTM_GETLINK, _LINK.pack(0, 0, 0, 0, 0), _LINK.size):
             index = _LINK.unpack(head)[2]
-            about = dict(attributes(said.get(_IFLA_LINKINFO, b"")))
+            about = dict(attributes(fields.get(_IFLA_LINKINFO, b"")))
             is_port = text(about.get(_INFO_SLAVE_KIND, b"")) not in ("", "vrf")
-            master = unsigned(said.get(_IFLA_MASTER, b""))
+            master = unsigned(fields.get(_IFLA_MASTER, b""))
             found[index] = Link(index, master if is_port else 0)
         return found
 
@@ -132,12 +132,12 @@ def check(flags: int, payload: bytes) -> None:
     (negative,) = struct.unpack_from("=i", payload)
     if not negative:
         return
-    said = ""
+    reason = ""
     if flags & _HAS_ATTRIBUTES:
         (length,) = struct.unpack_from("=I", payload, 4)
         at = 4 + (_HEADER.size if flags & _CAPPED else aligned(length))
-        said = text(dict(attributes(payload[at:])).get(_ANSWER_ATTRIBUTE_MESSAGE, b""))
-    raise OSError(-negative, said or os.strerror(-negative))
+        reason = text(dict(attributes(payload[at:])).get(_ANSWER_ATTRIBUTE_MESSAGE, b""))
+    raise OSError(-negative, reason or os.strerror(-negative))
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -183,7 +183,7 @@ class Board:
         return found
 
     def _checker_of(self, server: Server, *, is_out: bool = False) -> str:
-        machines = [name for name, said in self._said.items() if server in said]
+        machines = [name for name, states in self._said.items() if server in states]
         if not is_out or not machines:
             machines.append(self._machine)
         return max(machines, key=lambda name: _weight(name, server))
@@ -193,7 +193,9 @@ class Board:
         return self._own[server] if checker == self._machine else self._said[checker][server]
 
     def _voted(self, server: Server) -> State | None:
-        votes = [state for said in self._said.values() if (state := said.get(server)) is not None]
+        votes = [
+            state for states in self._said.values() if (state := states.get(server)) is not None
+        ]
         own = self._own[server]
         if own is not None and not (votes and self.is_out):
             votes.insert(0, own)
@@ -265,24 +267,27 @@ class HealthSharing:
         """
         self._watcher.start()
         while True:
-            said = self._supervisor.wait(_TURN_S)
-            if said is not None:
-                self.receive(said)
+            message = self._supervisor.wait(_TURN_S)
+            if message is not None:
+                self.receive(message)
             self.turn()
 
-    def receive(self, said: Mapping[str, Any]) -> None:
+    def receive(self, message: Mapping[str, Any]) -> None:
         """The supervisor says what this machine knows: upstream, server and a state each.
 
         Also how many rounds of checks were finished: a machine whose checks stand still would keep
         all others from checking what it is to check.
         """
-        self._within_s = said["within_s"]
-        if said["rounds"] != self._rounds:
-            self._rounds, self._round_s = said["rounds"], self._clock()
-        if "own" in said:
+        self._within_s = message["within_s"]
+        if message["rounds"] != self._rounds:
+            self._rounds, self._round_s = message["rounds"], self._clock()
+        if "own" in message:
             self._board.know(
-                {(upstream, server): State.decode(text) for upstream, server, text in said["own"]},
-                said["turn"],
+                {
+                    (upstream, server): State.decode(text)
+                    for upstream, server, text in message["own"]
+                },
+                message["turn"],
             )
 
     def turn(self) -> None:
@@ -329,12 +334,12 @@ class HealthSharing:
         others: dict[str, dict[str, str]] = defaultdict(dict)
         for (upstream, server), machine in self._board.others().items():
             others[upstream][server] = machine[:_MOST_NAME]
-        said = {
+        message = {
             "states": dict(texts),
             "check": dict(check),
             "others": dict(others),
             "turn": self._turn,
         }
-        if said != self._told:
-            self._supervisor.send(said)
-            self._told = said
+        if message != self._told:
+            self._supervisor.send(message)
+            self._told = message

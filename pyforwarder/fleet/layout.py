@@ -216,25 +216,25 @@ def instances_in(keys: Keys, found: Iterable[tuple[str, bytes]]) -> list[dict[st
         name = key.removeprefix(keys.instances)
         try:
             check_machine(name)
-            said = InstanceReport.decode(value)
+            report = InstanceReport.decode(value)
         except ValueFault:
             continue
-        datapaths = {word[:32]: state for word, state in said.datapaths.items()}
+        datapaths = {word[:32]: state for word, state in report.datapaths.items()}
         available = [word for word, state in datapaths.items() if state == "available"]
         rows.append(
             {
                 "instance": name,
-                "version": said.version[:64],
-                "serial": said.serial,
-                "refused": said.refused,
-                "pairs": said.pairs,
-                "accepted": said.accepted,
+                "version": report.version[:64],
+                "serial": report.serial,
+                "refused": report.refused,
+                "pairs": report.pairs,
+                "accepted": report.accepted,
                 "datapaths": available,
                 "unavailable": {
                     word: state[:128] for word, state in datapaths.items() if word not in available
                 },
-                "started": said.started[:64],
-                "why": said.complaint[:256],
+                "started": report.started[:64],
+                "why": report.complaint[:256],
             }
         )
     return rows

@@ -149,7 +149,7 @@ class Member:
             [entry for entry in entries.items() if entry[0].startswith(self._keys.servers)],
         )
         faults += more
-        said = {
+        message = {
             "servers": servers,
             "serial": edition.serial if edition else 0,
             "text": edition.text if edition else "",
@@ -158,20 +158,20 @@ class Member:
         self._unusable += len(set(faults) - self._faults)
         self._faults = set(faults)
         self._is_waiting = False
-        if said != self._told:
-            self._tell(said)
+        if message != self._told:
+            self._tell(message)
         return found.revision
 
-    def _tell(self, said: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any]) -> None:
         """Have what the store says put in force, now or when there is time for it again."""
         now_s = self._clock()
         edition = ("serial", "text")
-        is_new = self._told is None or any(said[key] != self._told[key] for key in edition)
+        is_new = self._told is None or any(message[key] != self._told[key] for key in edition)
         self._is_waiting = not is_new and now_s < self._tell_s
         if self._is_waiting:
             return
-        self._supervisor.send(said)
-        self._told = said
+        self._supervisor.send(message)
+        self._told = message
         self._receive(_ANSWER_S, for_answer=True)
         if not is_new:
             end_s = self._clock()
@@ -203,12 +203,12 @@ class Member:
         """
         deadline_s = self._clock() + timeout_s
         while True:
-            said = self._supervisor.receive(max(0.0, deadline_s - self._clock()))
-            if said is None:
+            message = self._supervisor.receive(max(0.0, deadline_s - self._clock()))
+            if message is None:
                 return
-            report = InstanceReport.model_validate(said)
+            report = InstanceReport.model_validate(message)
             self._report = report.model_copy(update={"writer": self._writer})
-            if not for_answer or said.get("answers"):
+            if not for_answer or message.get("answers"):
                 deadline_s = 0.0
 
     def _list_machines(self) -> None:

@@ -208,7 +208,7 @@ class Reporter:
         is_lost = error is not None
         if is_lost != self.is_lost:
             self.is_lost = is_lost
-            said = {"store": "lost", "endpoint": (error or "")[:500]}
+            message = {"store": "lost", "endpoint": (error or "")[:500]}
             if not is_lost:
-                said = {"store": "connected", "endpoint": self._store.endpoint}
-            self._supervisor.send(said)
+                message = {"store": "connected", "endpoint": self._store.endpoint}
+            self._supervisor.send(message)

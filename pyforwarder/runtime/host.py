@@ -70,9 +70,9 @@ def lockdown() -> Lockdown:
         return Lockdown.UNKNOWN
 
 
-def lockdown_of(said: str) -> Lockdown:
+def lockdown_of(text: str) -> Lockdown:
     """The mode in brackets: `none [integrity] confidentiality`."""
-    found = re.search(r"\[(\w+)\]", said)
+    found = re.search(r"\[(\w+)\]", text)
     with contextlib.suppress(ValueError):
         return Lockdown(found[1]) if found else Lockdown.UNKNOWN
     return Lockdown.UNKNOWN

@@ -131,10 +131,10 @@ def in_use(wanted: Sequence[str], *, wait_s: float) -> dict[str, str]:
             if ":" in text:
                 sock = stack.enter_context(_icmp6(interface))
                 group = _solicited_node(text)
-                said = struct.pack("!BBHI", _SOLICITATION, 0, 0, 0)
-                said += socket.inet_pton(socket.AF_INET6, text)
-                said += b"\x01\x01" + _mac_of(interface)
-                sock.sendto(said, (group, 0, 0, socket.if_nametoindex(interface)))
+                packet = struct.pack("!BBHI", _SOLICITATION, 0, 0, 0)
+                packet += socket.inet_pton(socket.AF_INET6, text)
+                packet += b"\x01\x01" + _mac_of(interface)
+                sock.sendto(packet, (group, 0, 0, socket.if_nametoindex(interface)))
             else:
                 sock = stack.enter_context(_packets(interface))
                 # A probe (RFC 5227, 2.1.1): nobody learns anything from it.
@@ -236,9 +236,9 @@ def _icmp6(interface: str) -> socket.socket:
 def _advertise(interface: str, text: str) -> None:
     with _icmp6(interface) as sock:
         sock.bind((text, 0))
-        said = struct.pack("!BBHB3x", _ADVERTISEMENT, 0, 0, _OVERRIDE)
-        said += socket.inet_pton(socket.AF_INET6, text) + b"\x02\x01" + _mac_of(interface)
-        sock.sendto(said, (_ALL_NODES, 0, 0, socket.if_nametoindex(interface)))
+        packet = struct.pack("!BBHB3x", _ADVERTISEMENT, 0, 0, _OVERRIDE)
+        packet += socket.inet_pton(socket.AF_INET6, text) + b"\x02\x01" + _mac_of(interface)
+        sock.sendto(packet, (_ALL_NODES, 0, 0, socket.if_nametoindex(interface)))
 
 
 def _solicited_node(text: str) -> str:

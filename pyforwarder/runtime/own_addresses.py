@@ -39,9 +39,9 @@ def this_host_has(ip: IpAddress, scope: int = 0) -> bool:
             # (IPv4 does not: to 127.0.0.2 it speaks from 127.0.0.1.)
             asked = free if is_ipv6 else bound
             asked.connect((host, _ANY_PORT, *more))
-            said = socket.inet_pton(family, asked.getsockname()[0].partition("%")[0])
+            address = socket.inet_pton(family, asked.getsockname()[0].partition("%")[0])
         except OSError as error:
             if error.errno in _NOT_OURS:
                 return False
             raise
-    return said == ip.packed
+    return address == ip.packed

@@ -73,8 +73,8 @@ class Store:
         with contextlib.suppress(OSError), self._opened() as directory_fd:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             with os.fdopen(os.open(_name(key), flags, dir_fd=directory_fd), "rb") as file:
-                said = os.fstat(file.fileno())
-                if not stat.S_ISREG(said.st_mode) or not _is_ours_alone(said):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode) or not _is_ours_alone(status):
                     return None
                 return _unpacked(file.read(_MOST_BYTES + 1), key)
         return None
@@ -163,15 +163,15 @@ def _lock(fd: int, offset: int, within_s: float) -> None:
             return
 
 
-def _is_ours_alone(said: os.stat_result) -> bool:
-    return said.st_uid == os.geteuid() and not said.st_mode & _OTHERS_MAY_WRITE
+def _is_ours_alone(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & _OTHERS_MAY_WRITE
 
 
-def _is_safe_above(said: os.stat_result) -> bool:
+def _is_safe_above(status: os.stat_result) -> bool:
     """Whether nobody but root and us can put another in the place of what is below it."""
-    if said.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         return False
-    return not said.st_mode & _OTHERS_MAY_WRITE or bool(said.st_mode & stat.S_ISVTX)
+    return not status.st_mode & _OTHERS_MAY_WRITE or bool(status.st_mode & stat.S_ISVTX)
 
 
 def _name(key: str) -> str:
@@ -179,17 +179,19 @@ def _name(key: str) -> str:
 
 
 def _packed(key: str, value: bytes) -> bytes:
-    said = len(key.encode()).to_bytes(4, "big") + key.encode() + value
-    return _MAGIC + hashlib.sha256(said).digest() + said
+    content = len(key.encode()).to_bytes(4, "big") + key.encode() + value
+    return _MAGIC + hashlib.sha256(content).digest() + content
 
 
 def _unpacked(packed: bytes, key: str) -> bytes | None:
     start = len(_MAGIC) + _DIGEST_BYTES
-    said = packed[start:]
+    content = packed[start:]
     expected = len(key.encode()).to_bytes(4, "big") + key.encode()
-    if packed[:start] != _MAGIC + hashlib.sha256(said).digest() or not said.startswith(expected):
+    if packed[:start] != _MAGIC + hashlib.sha256(content).digest() or not content.startswith(
+        expected
+    ):
         return None
-    return said[len(expected) :]
+    return content[len(expected) :]
 
 
 def _remove_oldest(directory_fd: int) -> None:
@@ -199,8 +201,8 @@ def _remove_oldest(directory_fd: int) -> None:
     aged = []
     for name in names:
         with contextlib.suppress(OSError):  # another process has removed it
-            said = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
-            aged.append((said.st_mtime_ns, name))
+            status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+            aged.append((status.st_mtime_ns, name))
     for _, name in sorted(aged)[: len(aged) - _MOST_FILES]:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=directory_fd)

@@ -140,10 +140,10 @@ class Gate:
         """The user that asks, empty where no login is needed, or what to answer."""
         if not self._passwords:
             return ""
-        said = _credentials(request.header("Authorization"))
-        if said is None:
+        credentials = _credentials(request.header("Authorization"))
+        if credentials is None:
             return Answer.words(HTTPStatus.UNAUTHORIZED, "Who are you?", _CHALLENGE)
-        name, password = said
+        name, password = credentials
         # So that only the first request of a browser takes long. Not the password itself: nobody
         # has to find that in our memory.
         digest = hmac.digest(self._secret, b"%d:%b%b" % (len(name), name, password), "sha256")

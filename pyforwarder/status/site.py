@@ -449,11 +449,11 @@ class PageSite:
         return self._steering if self._about.control else None
 
     @staticmethod
-    def _then(visitor: Visitor, said: Callable[[int], object]) -> Done:
+    def _then(visitor: Visitor, answer_of: Callable[[int], object]) -> Done:
         """Answers the visitor once it is known what has become of an order."""
 
         def answer(count: int, error: str = "") -> None:
-            result = _error(HTTPStatus.CONFLICT, error) if error else _ok(said(count))
+            result = _error(HTTPStatus.CONFLICT, error) if error else _ok(answer_of(count))
             visitor.finish(_secured(result))
 
         return answer

@@ -125,21 +125,26 @@ class CheckerProcess(ChildProcess["HealthResult | ChecksDone"]):
         return Serving(run)
 
     def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> HealthResult | ChecksDone:
-        said = understand(message, fds, FROM_CHECKER)
-        if isinstance(said, ChecksDone):
-            return said
-        assert isinstance(said, HealthMessage)
-        upstream = self._upstreams.get(said.upstream)
+        understood = understand(message, fds, FROM_CHECKER)
+        if isinstance(understood, ChecksDone):
+            return understood
+        assert isinstance(understood, HealthMessage)
+        upstream = self._upstreams.get(understood.upstream)
         servers = () if upstream is None or upstream.health is None else upstream.servers
-        if said.server not in {str(server.address) for server in servers}:
+        if understood.server not in {str(server.address) for server in servers}:
             raise FaultyMessageError("a result of what it does not check")
-        return HealthResult(said.upstream, said.server, up=said.up, why=said.why[:_MOST_SHOWN])
+        return HealthResult(
+            understood.upstream,
+            understood.server,
+            up=understood.up,
+            why=understood.why[:_MOST_SHOWN],
+        )
 
-    def _handle(self, said: HealthResult | ChecksDone) -> None:
-        if isinstance(said, ChecksDone):
+    def _handle(self, message: HealthResult | ChecksDone) -> None:
+        if isinstance(message, ChecksDone):
             self._finished()
             return
-        server = (said.upstream, said.server)
+        server = (message.upstream, message.server)
         if server in self._only:
-            self._known[server] = said.up
-        self._notify(said)
+            self._known[server] = message.up
+        self._notify(message)

@@ -96,7 +96,7 @@ class ChildProcess(ABC, Generic[Said]):
         return cast("Said", understand(message, fds, self.may_say))
 
     @abstractmethod
-    def _handle(self, said: Said) -> None:
+    def _handle(self, message: Said) -> None:
         """Do what follows from it."""
 
     # What the supervisor does with it
@@ -165,7 +165,7 @@ class ChildProcess(ABC, Generic[Said]):
             if received is not None:
                 message, fds = received
                 close_given(fds)
-                said = self._understand(message, fds)
+                understood = self._understand(message, fds)
         except BlockingIOError:
             return
         except ConnectionResetError:
@@ -182,7 +182,7 @@ class ChildProcess(ABC, Generic[Said]):
         if self.pause_s:
             self._loop.forget(fd)
             self._loop.after(self.pause_s, lambda: self._receive_again(channel))
-        self._handle(said)
+        self._handle(understood)
 
     def _receive_again(self, channel: Channel) -> None:
         if channel is self._channel:

@@ -312,7 +312,7 @@ class Daemon:
             config=self._source.name,
             listeners=len(self._in_force.listeners.bound),
             workers=self._memory.workers,
-            **{f"datapath_{name}": said for name, said in self._datapaths.states.items()},
+            **{f"datapath_{name}": state for name, state in self._datapaths.states.items()},
         )
         # It has been told of datapaths that were in preparation.
         self._helpers.web.renew()

@@ -231,8 +231,8 @@ class Decisions:
                 count += len(addresses)
                 found.append(decided)
                 reasons_of.append(reasons)
-        said = express.put(found, self._balancers.servers)
-        for decided, reasons, left in zip(found, reasons_of, said, strict=True):
+        left_out = express.put(found, self._balancers.servers)
+        for decided, reasons, left in zip(found, reasons_of, left_out, strict=True):
             name = decided.label.listener
             for index, why_not in left.items():
                 rule = decided.label.rules[index]

@@ -61,10 +61,10 @@ def detached(
     with os.fdopen(read_fd, "rb") as report:
         # One line, not up to the end: the workers were forked with the other end open, and
         # there is no end before theirs.
-        said = report.readline(_MOST_REPORT_BYTES)
-    if not said:
+        line = report.readline(_MOST_REPORT_BYTES)
+    if not line:
         raise DetachedError("the daemon ended without a word", 1)
-    result = json.loads(said)
+    result = json.loads(line)
     if result["error"]:
         raise DetachedError(result["error"], result["exit_code"])
     return 0

@@ -263,22 +263,22 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
         )
         return Serving(replicator.run, [standby.fileno()])
 
-    def _handle(self, said: Taken | Replicas | MoveAsked | StoreAnswered) -> None:
-        if isinstance(said, StoreAnswered):
-            self._note(said)
+    def _handle(self, message: Taken | Replicas | MoveAsked | StoreAnswered) -> None:
+        if isinstance(message, StoreAnswered):
+            self._note(message)
             return
-        if isinstance(said, MoveAsked):
-            self._send({"moved": self._take_for(said.move_from)})
+        if isinstance(message, MoveAsked):
+            self._send({"moved": self._take_for(message.move_from)})
             return
-        if isinstance(said, Replicas):
-            self._has_heard |= said.replicas == "connected"
-            self._own, self._held = said.own, said.held
-            if said.replicas != self._state:
-                self._state = said.replicas
-                level = "info" if said.replicas == "connected" else "warning"
-                self._log.write(level, f"failover_store_{said.replicas}", error=said.error)
-            self._log.write("debug", "failover", own=said.own, held=said.held)
+        if isinstance(message, Replicas):
+            self._has_heard |= message.replicas == "connected"
+            self._own, self._held = message.own, message.held
+            if message.replicas != self._state:
+                self._state = message.replicas
+                level = "info" if message.replicas == "connected" else "warning"
+                self._log.write(level, f"failover_store_{message.replicas}", error=message.error)
+            self._log.write("debug", "failover", own=message.own, held=message.held)
             return
-        self._log.write("warning", "failover_taken", pairs=said.taken)
-        for worker in said.waiting:
+        self._log.write("warning", "failover_taken", pairs=message.taken)
+        for worker in message.waiting:
             self._adopt(worker)

@@ -166,34 +166,34 @@ class FleetProcess(
         self.close()
 
     def _handle(
-        self, said: FleetView | FleetStore | FleetInstances | Overwritten | StoreAnswered
+        self, message: FleetView | FleetStore | FleetInstances | Overwritten | StoreAnswered
     ) -> None:
-        if isinstance(said, StoreAnswered):
-            self._note(said)
+        if isinstance(message, StoreAnswered):
+            self._note(message)
             return
-        if isinstance(said, Overwritten):
+        if isinstance(message, Overwritten):
             self._log.write(
-                "warning", "fleet_instance_overwritten", key=said.overwritten[:_MOST_SHOWN]
+                "warning", "fleet_instance_overwritten", key=message.overwritten[:_MOST_SHOWN]
             )
             return
-        if isinstance(said, FleetInstances):
-            self._take_instances(said.instances)
+        if isinstance(message, FleetInstances):
+            self._take_instances(message.instances)
             return
-        if isinstance(said, FleetStore):
-            self._is_lost = said.store == "lost"
-            level = "info" if said.store == "connected" else "warning"
-            name = "endpoint" if said.store == "connected" else "error"
-            self._log.write(level, f"fleet_store_{said.store}", **{name: said.endpoint})
+        if isinstance(message, FleetStore):
+            self._is_lost = message.store == "lost"
+            level = "info" if message.store == "connected" else "warning"
+            name = "endpoint" if message.store == "connected" else "error"
+            self._log.write(level, f"fleet_store_{message.store}", **{name: message.endpoint})
             return
-        for fault in said.faults:
+        for fault in message.faults:
             self._log.write("warning", "fleet_value", error=fault)
         assert self._fleet is not None
-        shared = Shared(self._fleet.name, said.serial, said.text, said.servers)
+        shared = Shared(self._fleet.name, message.serial, message.text, message.servers)
         before = self._shared()
-        if not said.serial and before.serial and before.fleet == shared.fleet:
+        if not message.serial and before.serial and before.fleet == shared.fleet:
             # A store that was lost and made anew, or a slip: no reason to serve nobody any more.
             self._log.write("warning", "fleet_without_edition", kept=before.serial)
-            shared = replace(before, servers=said.servers)
+            shared = replace(before, servers=message.servers)
         self._use(shared)
 
     def _take_instances(self, instances: Sequence[FleetInstance]) -> None:
@@ -218,7 +218,7 @@ class FleetProcess(
 
     def _report(self, *, answers: bool = False) -> None:
         """Say how this machine fares; `answers`: now that what was told is in force, or refused."""
-        said = {
+        message = {
             "version": __version__,
             "serial": self._in_force,
             "refused": self._refused,
@@ -228,7 +228,7 @@ class FleetProcess(
             "answers": answers,
             **self._facts(),
         }
-        self._send({"report": said})
+        self._send({"report": message})
 
 
 class _LeaveError(BaseException):

@@ -220,8 +220,8 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
                 text = "up" if found.up else f"down {found.why}"[:_MOST_SHOWN].replace("\n", " ")
             own.append([*server, text])
         try:
-            said = {"own": own, "turn": self._turn, **self._progress()}
-            self._channel.send(said, wait=False)
+            message = {"own": own, "turn": self._turn, **self._progress()}
+            self._channel.send(message, wait=False)
         except OSError:  # it does not read just now
             self._send_own_soon()
 
@@ -243,32 +243,32 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         sharing = HealthSharing(stores[0], watcher, keys, machine, board, Above(channel))
         return Serving(sharing.run)
 
-    def _handle(self, said: FleetStates | FleetStore | Overwritten | StoreAnswered) -> None:
-        if isinstance(said, StoreAnswered):
-            self._note(said)
+    def _handle(self, message: FleetStates | FleetStore | Overwritten | StoreAnswered) -> None:
+        if isinstance(message, StoreAnswered):
+            self._note(message)
             return
-        if isinstance(said, Overwritten):
-            key = said.overwritten[:_MOST_SHOWN]
+        if isinstance(message, Overwritten):
+            key = message.overwritten[:_MOST_SHOWN]
             self._log.write("warning", "fleet_health_overwritten", key=key)
             return
-        if isinstance(said, FleetStore):
-            is_lost = said.store == "lost"
+        if isinstance(message, FleetStore):
+            is_lost = message.store == "lost"
             level, name = ("warning", "error") if is_lost else ("info", "endpoint")
-            self._log.write(level, f"fleet_health_{said.store}", **{name: said.endpoint})
+            self._log.write(level, f"fleet_health_{message.store}", **{name: message.endpoint})
             if is_lost:
                 self._go_alone()
             return
         self._is_shared = True
         self._others = {
             (upstream, server): one_line(machine)
-            for upstream, some in said.others.items()
+            for upstream, some in message.others.items()
             for server, machine in some.items()
         }
-        check = {(upstream, server) for upstream, some in said.check.items() for server in some}
-        self._waiting = check, said.turn
+        check = {(upstream, server) for upstream, some in message.check.items() for server in some}
+        self._waiting = check, message.turn
         if not self._rest:
             self._check_soon()
-        for upstream, states in said.states.items():
+        for upstream, states in message.states.items():
             for server, text in states.items():
                 if (upstream, server) in self._servers - self._local:
                     word, _, why = text.partition(" ")

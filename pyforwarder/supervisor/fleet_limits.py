@@ -97,18 +97,18 @@ class LimitsProcess(StoreProcess["FleetStore | FleetFaults | Overwritten | Store
         )
         return Serving(sharing.run, memory=[shown])
 
-    def _handle(self, said: FleetStore | FleetFaults | Overwritten | StoreAnswered) -> None:
-        if isinstance(said, StoreAnswered):
-            self._note(said)
+    def _handle(self, message: FleetStore | FleetFaults | Overwritten | StoreAnswered) -> None:
+        if isinstance(message, StoreAnswered):
+            self._note(message)
             return
-        if isinstance(said, FleetFaults):
-            for fault in said.faults:
+        if isinstance(message, FleetFaults):
+            for fault in message.faults:
                 self._log.write("warning", "fleet_value", error=fault[:_MOST_SHOWN])
             return
-        if isinstance(said, Overwritten):
-            key = said.overwritten[:_MOST_SHOWN]
+        if isinstance(message, Overwritten):
+            key = message.overwritten[:_MOST_SHOWN]
             self._log.write("warning", "fleet_limits_overwritten", key=key)
             return
-        self._is_lost = said.store == "lost"
+        self._is_lost = message.store == "lost"
         level, name = ("warning", "error") if self._is_lost else ("info", "endpoint")
-        self._log.write(level, f"fleet_limits_{said.store}", **{name: said.endpoint})
+        self._log.write(level, f"fleet_limits_{message.store}", **{name: message.endpoint})

@@ -102,27 +102,27 @@ class TokenProcess(StoreProcess["TokensClaimed | FleetStore | StoreAnswered"]):
     def _understand(
         self, message: dict[str, Any], fds: Sequence[int]
     ) -> TokensClaimed | FleetStore | StoreAnswered:
-        said = super()._understand(message, fds)
-        if isinstance(said, TokensClaimed):
-            numbers = [*said.claimed, *said.used, *said.unknown]
+        understood = super()._understand(message, fds)
+        if isinstance(understood, TokensClaimed):
+            numbers = [*understood.claimed, *understood.used, *understood.unknown]
             if any(number > self._number for number in numbers):
                 raise FaultyMessageError("an answer to what was not asked")
-        return said
+        return understood
 
-    def _handle(self, said: TokensClaimed | FleetStore | StoreAnswered) -> None:
-        if isinstance(said, StoreAnswered):
-            self._note(said)
+    def _handle(self, message: TokensClaimed | FleetStore | StoreAnswered) -> None:
+        if isinstance(message, StoreAnswered):
+            self._note(message)
             return
-        if isinstance(said, FleetStore):
-            self._is_lost = said.store == "lost"
+        if isinstance(message, FleetStore):
+            self._is_lost = message.store == "lost"
             level = "warning" if self._is_lost else "info"
             name = "error" if self._is_lost else "endpoint"
-            self._log.write(level, f"fleet_tokens_{said.store}", **{name: said.endpoint})
+            self._log.write(level, f"fleet_tokens_{message.store}", **{name: message.endpoint})
             return
         for numbers, is_first in (
-            (said.claimed, True),
-            (said.used, False),
-            (said.unknown, None),
+            (message.claimed, True),
+            (message.used, False),
+            (message.unknown, None),
         ):
             for number in numbers:
                 answer = self._waiting.pop(number, None)

@@ -84,11 +84,11 @@ def _state(ask: Ask) -> DaemonState | None:
         answer = ask("ping", ())
     except ForwarderError:
         return None
-    said = None
+    state = None
     if isinstance(answer, dict):
-        said = answer.get("state", answer.get("standing"))  # as some builds of 0.2 call it
+        state = answer.get("state", answer.get("standing"))  # as some builds of 0.2 call it
     try:
-        return DaemonState(str(said))
+        return DaemonState(str(state))
     except ValueError:
         return DaemonState.SERVING  # another version, which gives way to nobody
 

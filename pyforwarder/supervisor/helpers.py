@@ -290,7 +290,7 @@ class Helpers:
         return {
             "pairs": counters.total(Counter.PAIRS_OPEN),
             "accepted": counters.total(Counter.ACCEPTED),
-            "datapaths": {name: said[:256] for name, said in self._datapaths.states.items()},
+            "datapaths": {name: state[:256] for name, state in self._datapaths.states.items()},
         }
 
     def _may_viewers_order(self) -> bool:

@@ -39,11 +39,11 @@ class LastGood:
                 status = os.fstat(file.fileno())
                 if status.st_uid != os.geteuid() or status.st_mode & 0o022:
                     return Shared()
-                said = json.loads(file.read(_MOST_CACHED))
-            if said["fleet"] != fleet:
+                content = json.loads(file.read(_MOST_CACHED))
+            if content["fleet"] != fleet:
                 return Shared()
             view = FleetView.model_validate(
-                {key: said[key] for key in ("serial", "text", "servers")} | {"faults": []}
+                {key: content[key] for key in ("serial", "text", "servers")} | {"faults": []}
             )
         except (OSError, ValueError, KeyError, TypeError):
             return Shared()

@@ -179,7 +179,10 @@ def _send(sock: socket.socket, name: str, part: Part) -> None:
         os.close(fd)
 
 
-def _error(said: Mapping[str, Any]) -> LoadError:
+def _error(refusal: Mapping[str, Any]) -> LoadError:
     return LoadError(
-        said["operation"], cause=Refusal(said["cause"]), advice=said["advice"], log=said["log"]
+        refusal["operation"],
+        cause=Refusal(refusal["cause"]),
+        advice=refusal["advice"],
+        log=refusal["log"],
     )

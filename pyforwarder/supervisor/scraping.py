@@ -212,8 +212,8 @@ class WebProcess(ChildProcess["Flush | SetServer"]):
             raise FaultyMessageError("an order, and viewers may only look")
         return order
 
-    def _handle(self, said: Flush | SetServer) -> None:
-        self._send({"n": said.n, **self._carry_out(said)})
+    def _handle(self, message: Flush | SetServer) -> None:
+        self._send({"n": message.n, **self._carry_out(message)})
 
     def _carry_out(self, order: Flush | SetServer) -> dict[str, object]:
         """Do what a viewer orders; the log has the viewer's name, as the process gave it."""

@@ -41,10 +41,10 @@ class StoreProcess(ChildProcess[Said]):
             self._unusable = self._before = self._logged = 0
         return {"part": self.part, "answered_s": self._answered_s, "unusable": self._unusable}
 
-    def _note(self, said: StoreAnswered) -> None:
+    def _note(self, message: StoreAnswered) -> None:
         now_s = time.monotonic()
-        self._answered_s = now_s - said.answered_ago_ms / 1000
-        self._unusable = self._before + said.unusable
+        self._answered_s = now_s - message.answered_ago_ms / 1000
+        self._unusable = self._before + message.unusable
         more = self._unusable - self._logged
         if more > 0 and now_s >= self._log_at_s:
             self._log.write("warning", "fleet_values_unusable", part=self.part, values=more)

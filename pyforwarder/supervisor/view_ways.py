@@ -98,20 +98,20 @@ class Links:
     def for_another_process(self) -> tuple[list[int], dict[str, object]]:
         """The links, which are enough (each holds its program), and the words that go with them."""
         descriptors = [*(self.files[name] for name in FILES), *self.backlogs]
-        said = {"way": self.way.name, "tells_all_backlogs": self.tells_all_backlogs}
-        return descriptors, said
+        facts = {"way": self.way.name, "tells_all_backlogs": self.tells_all_backlogs}
+        return descriptors, facts
 
     @classmethod
-    def of_another_process(cls, descriptors: Sequence[int], said: Mapping[str, Any]) -> Links:
+    def of_another_process(cls, descriptors: Sequence[int], facts: Mapping[str, Any]) -> Links:
         """Return the links that `for_another_process` has sent; of the ways tried before nothing is
         known.
         """
         return cls(
-            next(way for way in WAYS if way.name == said["way"]),
+            next(way for way in WAYS if way.name == facts["way"]),
             [],
             dict(zip(FILES, descriptors, strict=False)),
             tuple(descriptors[len(FILES) :]),
-            tells_all_backlogs=said["tells_all_backlogs"],
+            tells_all_backlogs=facts["tells_all_backlogs"],
             opened=tuple(descriptors),
         )
 
@@ -207,8 +207,8 @@ def link(
 
 def _refused_link(way: Way, error: OSError) -> RefusedProgram:
     # No errno: it would be taken for the verifier's.
-    said = {"program": FILES[0] + way.suffix, "kind": way.kind, "errno": 0}
-    return RefusedProgram("view.c", {**said, "reason": f"its link: {error.strerror}"}, "")
+    facts = {"program": FILES[0] + way.suffix, "kind": way.kind, "errno": 0}
+    return RefusedProgram("view.c", {**facts, "reason": f"its link: {error.strerror}"}, "")
 
 
 def _maps_of(arrays: Arrays, maps: KernelMaps | None, opened: list[int]) -> dict[str, int]:

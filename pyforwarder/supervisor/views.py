@@ -143,11 +143,11 @@ class View:
             ControlError: the kernel could not be asked just now (ENOMEM).
         """
         try:
-            said = b"".join(map(bpf.read_link, self._links.backlogs))
+            data = b"".join(map(bpf.read_link, self._links.backlogs))
         except OSError as error:
             raise ControlError(f"read the backlogs: {error.strerror}") from error
         size = ctypes.sizeof(Backlog)
-        records = [Backlog.from_buffer_copy(said, at) for at in range(0, len(said), size)]
+        records = [Backlog.from_buffer_copy(data, at) for at in range(0, len(data), size)]
         return Backlogs(
             {(record.slot, record.direction): record.bytes for record in records},
             is_complete=self._links.tells_all_backlogs,

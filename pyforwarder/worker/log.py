@@ -198,8 +198,8 @@ class Log:
                 key: single_line(value, most=_VALUE_CHARACTERS) if isinstance(value, str) else value
                 for key, value in fields.items()
             }
-            said = {"time": rfc3339(now_s), "level": level, "event": event}
-            text = json.dumps({**said, **values, **self._instance}, default=str)
+            head = {"time": rfc3339(now_s), "level": level, "event": event}
+            text = json.dumps({**head, **values, **self._instance}, default=str)
             # DEL is the one control that JSON leaves as it is.
             return text.replace("\x7f", "\\u007f").encode() + b"\n"
         when = f"{rfc3339(now_s)} " if self._is_timed else ""

@@ -174,16 +174,16 @@ class PairReceiver:
     def _take_in(self, message: dict[str, Any], fds: list[int]) -> None:
         """The descriptors that are used are taken out of `fds`."""
         if "pair" in message:
-            said = PairMessage.model_validate(message["pair"])
+            pair_message = PairMessage.model_validate(message["pair"])
             if len(fds) != 2:
                 raise ValueError("a pair has two sockets")
             client, server = (_stream_socket(fds.pop(0)) for _ in range(2))
-            if not said.is_foreign and not all(map(_is_known_kind, (client, server))):
+            if not pair_message.is_foreign and not all(map(_is_known_kind, (client, server))):
                 raise ValueError("sockets that no listener of ours accepts")
-            if said.spliced is None:
-                self._resume_copied(said, client, server)
+            if pair_message.spliced is None:
+                self._resume_copied(pair_message, client, server)
             else:
-                self._spliced.append((said, _known(client), _known(server)))
+                self._spliced.append((pair_message, _known(client), _known(server)))
                 if self._may_splice:  # it has come late, as its worker had much to do
                     self._ask_keeper()
         elif "session" in message:
@@ -271,16 +271,16 @@ class PairReceiver:
             self._deadline = loop.after(scaled_s(_KEEPER_S), self._reset_all)
         while self._spliced and len(self._asked) < _ASKED_AT_ONCE:
             pair = self._spliced.popleft()
-            said, client, server = pair
-            assert said.spliced is not None
-            if said.id in self._asked or self._splice is None:
+            pair_message, client, server = pair
+            assert pair_message.spliced is not None
+            if pair_message.id in self._asked or self._splice is None:
                 _close(client, server)
                 continue
-            self._asked[said.id] = pair
+            self._asked[pair_message.id] = pair
             if not self._splice.take_over(
-                said.spliced.index, client, server, partial(self._answered, pair)
+                pair_message.spliced.index, client, server, partial(self._answered, pair)
             ):
-                del self._asked[said.id]
+                del self._asked[pair_message.id]
                 self._spliced.appendleft(pair)
                 loop.after(_AGAIN_S, self._ask_keeper)
                 return
@@ -293,15 +293,15 @@ class PairReceiver:
             then()
 
     def _answered(self, pair: _SplicedPair, orphan: Orphan | None) -> None:
-        said, client, server = pair
-        if self._asked.get(said.id) is not pair:
+        pair_message, client, server = pair
+        if self._asked.get(pair_message.id) is not pair:
             return  # it took too long
-        del self._asked[said.id]
+        del self._asked[pair_message.id]
         try:
-            if orphan is None or orphan.id != said.id:
+            if orphan is None or orphan.id != pair_message.id:
                 _close(client, server)  # it has ended meanwhile
             else:
-                self._resume_spliced(said, orphan)
+                self._resume_spliced(pair_message, orphan)
         except Exception as error:
             self._server.log.internal_error(error)
         self._ask_keeper()
@@ -315,32 +315,37 @@ class PairReceiver:
         lost = [*self._asked.values(), *self._spliced]
         self._asked.clear()
         self._spliced.clear()
-        for said, client, server in lost:
+        for pair_message, client, server in lost:
             _close(client, server)
-            if self._splice is not None and said.spliced is not None:
-                self._splice.forget(said.spliced.index, said.id)
+            if self._splice is not None and pair_message.spliced is not None:
+                self._splice.forget(pair_message.spliced.index, pair_message.id)
         self._ask_keeper()
 
     def _make(
-        self, said: PairMessage, client_socket: _socket.socket, server_socket: _socket.socket
+        self,
+        pair_message: PairMessage,
+        client_socket: _socket.socket,
+        server_socket: _socket.socket,
     ) -> Client:
         """The pair as a client of ours, counted and watched for nothing yet."""
         server = self._server
-        listener, rule = server.generation.listener_and_rule(said.listener, said.port, said.rule)
-        peer = _address_of(said.peer)
+        listener, rule = server.generation.listener_and_rule(
+            pair_message.listener, pair_message.port, pair_message.rule
+        )
+        peer = _address_of(pair_message.peer)
         client = Client(
             server, listener, client_socket, client_socket.fileno(), peer, server.loop.now_s
         )
-        client.id = said.id
+        client.id = pair_message.id
         client.is_shared = True  # its worker may still have it in its hands, and closes it later
         client.attach_server(server_socket, server_socket.fileno())
-        client.destination = _address_of(said.destination) or UnixAddress("/")
-        client.source = _address_of(said.source)
+        client.destination = _address_of(pair_message.destination) or UnixAddress("/")
+        client.source = _address_of(pair_message.source)
         client.route = Route(rule, client.destination, 0, None, False)
-        client.facts = facts_of(said.audit)
-        client.accepted_s = min(said.started_s, server.loop.now_s)
-        client.active_s = min(said.active_s, server.loop.now_s)
-        if said.is_foreign:
+        client.facts = facts_of(pair_message.audit)
+        client.accepted_s = min(pair_message.started_s, server.loop.now_s)
+        client.active_s = min(pair_message.active_s, server.loop.now_s)
+        if pair_message.is_foreign:
             cookies = tuple(map(cookie_of, (client_socket, server_socket)))
             if server.foreign_pairs.pair_with(cookies) is None:
                 server.foreign_pairs.know(client, cookies)
@@ -349,8 +354,8 @@ class PairReceiver:
             answer = server.limits.admit(peer.host, scopes, server.loop.now_s, is_new=False)
             if not isinstance(answer, Limit):  # it is no new one: it may be one too many
                 client.client_keys = answer
-        server.servers.hold(client, said.upstream, said.server)
-        for flow, one in zip((client.up, client.down), said.flows, strict=True):
+        server.servers.hold(client, pair_message.upstream, pair_message.server)
+        for flow, one in zip((client.up, client.down), pair_message.flows, strict=True):
             flow.read_bytes, flow.written_bytes = one.read_bytes, one.written_bytes
             flow.carried_bytes, flow.carried_packets = one.carried_bytes, one.carried_packets
             flow.pending = memoryview(base64.b64decode(one.pending)) if one.pending else None
@@ -360,12 +365,15 @@ class PairReceiver:
         return client
 
     def _resume_copied(
-        self, said: PairMessage, client_socket: _socket.socket, server_socket: _socket.socket
+        self,
+        pair_message: PairMessage,
+        client_socket: _socket.socket,
+        server_socket: _socket.socket,
     ) -> None:
         """A pair that is copied: here from now on, and handed over if that pays."""
         server = self._server
-        client = self._make(said, client_socket, server_socket)
-        for flow, one in zip((client.up, client.down), said.flows, strict=True):
+        client = self._make(pair_message, client_socket, server_socket)
+        for flow, one in zip((client.up, client.down), pair_message.flows, strict=True):
             flow.readable = not one.is_closed
             flow.blocked = flow.pending is not None
             if one.is_closed:
@@ -381,17 +389,17 @@ class PairReceiver:
         server.records.show_later(client)
         server.join(client)
 
-    def _resume_spliced(self, said: PairMessage, orphan: Orphan) -> None:
+    def _resume_spliced(self, pair_message: PairMessage, orphan: Orphan) -> None:
         assert self._splice is not None
-        assert said.spliced is not None
-        client = self._make(said, orphan.client, orphan.server)
+        assert pair_message.spliced is not None
+        client = self._make(pair_message, orphan.client, orphan.server)
         resume_spliced(
             self._server,
             self._splice,
             client,
             orphan,
-            left_bytes=said.spliced.left_bytes,
-            is_mute=said.spliced.is_mute,
+            left_bytes=pair_message.spliced.left_bytes,
+            is_mute=pair_message.spliced.is_mute,
         )
 
 
@@ -428,5 +436,5 @@ def _known(sock: _socket.socket) -> socket.socket:
     return socket.socket(fileno=sock.detach())
 
 
-def _address_of(said: AddressMessage | None) -> Address | None:
-    return None if said is None else Address(said.host, said.port)
+def _address_of(address: AddressMessage | None) -> Address | None:
+    return None if address is None else Address(address.host, address.port)

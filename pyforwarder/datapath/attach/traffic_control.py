@@ -67,10 +67,12 @@ class TrafficControl(Netlink):
         Any process may ask.
         """
         found = []
-        for traffic, said in self.dump(_RTM_GETQDISC, _TRAFFIC.pack(0, 0, 0, 0, 0), _TRAFFIC.size):
+        for traffic, fields in self.dump(
+            _RTM_GETQDISC, _TRAFFIC.pack(0, 0, 0, 0, 0), _TRAFFIC.size
+        ):
             _, interface, _, parent, _ = _TRAFFIC.unpack(traffic)
             if parent == ROOT:
-                found.append(Qdisc(interface, parent, text(said.get(_KIND, b""))))
+                found.append(Qdisc(interface, parent, text(fields.get(_KIND, b""))))
         return found
 
     def add_clsact(self, interface: int) -> None:
@@ -83,19 +85,19 @@ class TrafficControl(Netlink):
         """Those at one side of an interface with a clsact, in the order in which they are asked."""
         found = []
         request = _TRAFFIC.pack(0, interface, 0, parent, 0)
-        for traffic, said in self.dump(_RTM_GETTFILTER, request, _TRAFFIC.size):
+        for traffic, fields in self.dump(_RTM_GETTFILTER, request, _TRAFFIC.size):
             _, of, handle, _, info = _TRAFFIC.unpack(traffic)
             if not handle:
                 continue  # the kernel announces each priority so
-            options = dict(attributes(said.get(_OPTIONS, b"")))
-            kind = text(said.get(_KIND, b""))
+            options = dict(attributes(fields.get(_OPTIONS, b"")))
+            kind = text(fields.get(_KIND, b""))
             found.append(
                 Filter(
                     interface=of,
                     parent=parent,
                     priority=info >> 16,
                     protocol=socket.ntohs(info & 0xFFFF),
-                    chain=int.from_bytes(said.get(_CHAIN, b"\0"), "little"),
+                    chain=int.from_bytes(fields.get(_CHAIN, b"\0"), "little"),
                     kind=kind,
                     handle=handle,
                     name=text(options.get(_BPF_NAME, b"")) if kind == "bpf" else "",
@@ -124,13 +126,13 @@ class TrafficControl(Netlink):
             + attribute(_BPF_FLAGS, struct.pack("=I", _DIRECT_ACTION))
             + attribute(_BPF_HARDWARE, struct.pack("=I", _NOT_IN_HARDWARE))
         )
-        said = attribute(_KIND, b"bpf\0") + attribute(_OPTIONS, options)
-        self.change(_RTM_NEWTFILTER, flags, _traffic_of(place) + said)
+        attributes = attribute(_KIND, b"bpf\0") + attribute(_OPTIONS, options)
+        self.change(_RTM_NEWTFILTER, flags, _traffic_of(place) + attributes)
 
     def delete_filter(self, place: Filter) -> None:
         """Remove one filter, and nothing else; ENOENT if it is gone."""
-        said = attribute(_KIND, place.kind.encode() + b"\0")
-        self.change(_RTM_DELTFILTER, 0, _traffic_of(place) + said)
+        attributes = attribute(_KIND, place.kind.encode() + b"\0")
+        self.change(_RTM_DELTFILTER, 0, _traffic_of(place) + attributes)
 
 
 def _traffic_of(place: Filter) -> bytes:

@@ -147,11 +147,11 @@ def _names_and_users() -> set[tuple[bytes, int]]:
                 if kind == _ERROR or length < _HEADER.size:
                     (code,) = struct.unpack_from("=i", data, at + _HEADER.size)
                     raise OSError(-code, os.strerror(-code))
-                said = _attributes(data[at + _HEADER.size + _ANSWER_BYTES : at + length])
-                if _NAME in said and _USER not in said:
+                attributes = _attributes(data[at + _HEADER.size + _ANSWER_BYTES : at + length])
+                if _NAME in attributes and _USER not in attributes:
                     raise OSError("the kernel does not tell users (before Linux 5.3)")
-                if _NAME in said:
-                    found.add((said[_NAME], int.from_bytes(said[_USER], "little")))
+                if _NAME in attributes:
+                    found.add((attributes[_NAME], int.from_bytes(attributes[_USER], "little")))
                 at += (length + 3) & ~3
 
 

@@ -55,9 +55,9 @@ class Compiled:
             ImageError: it is something else.
         """
         try:
-            said = json.loads(data)
-            licence = said["licence"]
-            programs = {n: base64.b64decode(code) for n, code in said["programs"].items()}
+            content = json.loads(data)
+            licence = content["licence"]
+            programs = {n: base64.b64decode(code) for n, code in content["programs"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ImageError("not what a compiler has written") from error
         if type(licence) is not str or not all(programs.values()):

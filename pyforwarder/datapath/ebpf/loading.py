@@ -273,9 +273,9 @@ def _compiler() -> list[str | int] | None:
         found = importlib.util.find_spec("bcc")
         if found is not None and found.origin is not None:
             module = Path(found.origin)
-            said = module.stat()
+            status = module.stat()
             version = module.with_name("version.py").read_text()
-            return [str(module), version, said.st_size, said.st_mtime_ns]
+            return [str(module), version, status.st_size, status.st_mtime_ns]
     return None
 
 
@@ -321,15 +321,15 @@ def _load(name: str, kind: ProgramKind, code: bytes, licence: str) -> int:
 
 
 def _refused(source: str, name: str, kind: str, error: Exception) -> RefusedProgram:
-    said: dict[str, Any] = {"program": name, "kind": kind, "errno": 0, "reason": str(error)}
+    facts: dict[str, Any] = {"program": name, "kind": kind, "errno": 0, "reason": str(error)}
     log = ""
     if isinstance(error, bpf.VerifierError):
         log = error.log
     if isinstance(error, OSError):
-        said["errno"] = error.errno or 0
+        facts["errno"] = error.errno or 0
     if isinstance(error, LoadError):  # as the kernel says it of what its BTF has not
-        said["errno"] = errno.ENOENT
-    return RefusedProgram(source, said, log)
+        facts["errno"] = errno.ENOENT
+    return RefusedProgram(source, facts, log)
 
 
 def _none_of(refused: Sequence[RefusedProgram]) -> LoadError:
@@ -411,8 +411,8 @@ def _hides_the_host(settings: Path) -> bool:
     """Whether these are the settings of a virtual environment without the host's packages."""
     with contextlib.suppress(OSError):
         pairs = (line.partition("=") for line in settings.read_text().splitlines())
-        said = {key.strip().lower(): value.strip().lower() for key, _, value in pairs}
-        return said.get("include-system-site-packages") != "true"
+        found = {key.strip().lower(): value.strip().lower() for key, _, value in pairs}
+        return found.get("include-system-site-packages") != "true"
     return False
 
 

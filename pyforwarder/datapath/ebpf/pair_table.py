@@ -193,16 +193,16 @@ def inherited(record: bytes, pair_id: int) -> PairRecord | None:
     """
     if not record:
         return None
-    said = PairRecord.from_buffer_copy(record)
-    if said.id != pair_id:
+    shown = PairRecord.from_buffer_copy(record)
+    if shown.id != pair_id:
         return None  # the table's place was another's by then
     now_ns = time.monotonic_ns()
-    said.started_ns = min(said.started_ns, now_ns)
-    said.last_ns = min(said.last_ns, now_ns)
-    for flow in said.worker:
+    shown.started_ns = min(shown.started_ns, now_ns)
+    shown.last_ns = min(shown.last_ns, now_ns)
+    for flow in shown.worker:
         flow.carried_bytes = min(flow.carried_bytes, _MOST_CARRIED)
         flow.carried_packets = min(flow.carried_packets, _MOST_CARRIED)
-    return said
+    return shown
 
 
 def used_slots(view: memoryview) -> list[int]:

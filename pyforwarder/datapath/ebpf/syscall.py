@@ -284,8 +284,8 @@ def load_program(
     try:
         return load(log)
     except OSError as error:
-        said = log.value.decode(errors="replace")
-        raise VerifierError(error.errno or errno.EINVAL, said) from None
+        verifier_log = log.value.decode(errors="replace")
+        raise VerifierError(error.errno or errno.EINVAL, verifier_log) from None
 
 
 def attach(program_fd: int, target_fd: int, kind: AttachType) -> None:
@@ -343,8 +343,8 @@ def detach_link(link_fd: int) -> None:
 
 def map_sizes(fd: int) -> MapSizes:
     """What a map was made with, as the kernel tells it in /proc/self/fdinfo."""
-    said = _map_says(fd)
-    return MapSizes(said["key_size"], said["value_size"], said["max_entries"])
+    sizes = _map_says(fd)
+    return MapSizes(sizes["key_size"], sizes["value_size"], sizes["max_entries"])
 
 
 def map_id(fd: int) -> int:
@@ -353,14 +353,14 @@ def map_id(fd: int) -> int:
 
 
 def _map_says(fd: int) -> dict[str, int]:
-    said = {}
+    sizes = {}
     for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in ("key_size", "value_size", "max_entries", "map_id"):
-            said[name] = int(value)
-    if len(said) < 4:
+            sizes[name] = int(value)
+    if len(sizes) < 4:
         raise OSError(22, f"descriptor {fd} is no BPF map")
-    return said
+    return sizes
 
 
 def run_program(program_fd: int, packet: bytes, *, times: int = 1) -> int:
@@ -389,12 +389,12 @@ def run_program(program_fd: int, packet: bytes, *, times: int = 1) -> int:
 
 def read_link(link_fd: int) -> bytes:
     """Everything that an iterator's link has to say now: one walk."""
-    said = bytearray()
+    data = bytearray()
     fd = _call(_Command.ITER_CREATE, struct.pack("=II", link_fd, 0))
     with os.fdopen(fd, "rb", buffering=0) as walk:
         while chunk := walk.read(1 << 20):
-            said += chunk
-    return bytes(said)
+            data += chunk
+    return bytes(data)
 
 
 def pin(fd: int, path: Path) -> None:

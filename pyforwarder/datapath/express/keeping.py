@@ -58,7 +58,7 @@ _ID_AT: Final = Splice.id.offset
 class Owner(Protocol):
     """What this module needs of the keeper."""
 
-    def take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
+    def take_in(self, index: int, shown: bytes, worker: int | None = None) -> int:
         """Give a pair to a worker, which is to adopt it."""
 
     def keep_alive(self, index: int) -> None:
@@ -377,8 +377,8 @@ class ExpressKeeper:
         label = self._label(ask)
         if ask.rule in label.told:
             port = socket.ntohs(record.direction[Direction.UP].from_.dport)
-            said = [int(record.id), label.listener, _rule_of(label, ask), port]
-            self._telling.name(worker, place, ask.word, said)
+            label_parts = [int(record.id), label.listener, _rule_of(label, ask), port]
+            self._telling.name(worker, place, ask.word, label_parts)
 
     def _first_of(self, place: int, word: int) -> bytes:
         """The first packet of a connection; empty: it is not needed, or no longer there."""
@@ -437,11 +437,11 @@ def _end(address: Any, port_be: int) -> str:
 
 def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -> bytes:
     """What `show` prints for it: a struct pair. `NONE`: no worker has counted it yet."""
-    said = PairRecord()
-    said.id = record.id
-    said.started_ns = ask.begun_ns
-    said.last_ns = time.monotonic_ns()
-    said.state, said.datapath, said.reason = PairState.JOINED, kind, PairReason.DECIDED
+    shown = PairRecord()
+    shown.id = record.id
+    shown.started_ns = ask.begun_ns
+    shown.last_ns = time.monotonic_ns()
+    shown.state, shown.datapath, shown.reason = PairState.JOINED, kind, PairReason.DECIDED
     up = record.direction[Direction.UP]
     for name, address, port_be in (
         ("client", up.from_.source, up.from_.sport),
@@ -449,10 +449,10 @@ def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -
         ("source", up.source, up.sport),
         ("server", up.target, up.dport),
     ):
-        endpoint = getattr(said, name)
+        endpoint = getattr(shown, name)
         endpoint.ip[:] = bytes(address)
         endpoint.port, endpoint.family = socket.ntohs(port_be), record.family
     most = PairRecord.rule.size - 1
-    said.rule = _rule_of(label, ask).encode()[:most]
-    said.listener_name = label.listener.encode()[:most]
-    return bytes(said)
+    shown.rule = _rule_of(label, ask).encode()[:most]
+    shown.listener_name = label.listener.encode()[:most]
+    return bytes(shown)

@@ -147,19 +147,19 @@ class Express:
         used = set()
         choices = set()
         servers = set(known)
-        said: list[dict[int, str]] = []
+        refusals: list[dict[int, str]] = []
         for one in listeners:
             if len(wanted) + len(one.addresses) > MOST_LISTENERS:
                 why = f"the kernel has room for {MOST_LISTENERS} addresses of listeners"
-                said.append(dict.fromkeys(one.servers, why))
+                refusals.append(dict.fromkeys(one.servers, why))
                 continue
             number = self._number_of(one, now_s)
             if number is None:
                 why = "the kernel has no room for another table of rules"
-                said.append(dict.fromkeys(one.servers, why))
+                refusals.append(dict.fromkeys(one.servers, why))
                 continue
             left: dict[int, str] = {}
-            said.append(left)
+            refusals.append(left)
             used.add(number)
             told = abi.Listener(table=number, owner=one.owner)
             for rule, to in one.servers.items():
@@ -201,8 +201,8 @@ class Express:
             self._written.resting[number] = now_s + _REST_S
             self._memory[_IN_USE_AT + number] = 0
             self._written.left.add(number)
-        self.has_room_at_s = self._rests_until_s(now_s) if any(said) else math.inf
-        return said
+        self.has_room_at_s = self._rests_until_s(now_s) if any(refusals) else math.inf
+        return refusals
 
     def _forget_rested(self, now_s: float) -> None:
         """Delete tables that no program reads any more: others need the room."""

@@ -69,11 +69,11 @@ class Telling:
         """Have a worker told that there is a pair to adopt."""
         self._is_waking[worker] = True
 
-    def name(self, worker: int, place: int, word: int, said: list[object]) -> None:
+    def name(self, worker: int, place: int, word: int, facts: list[object]) -> None:
         """Queue a pair's description and first packet, which its worker gets before it is told to
         adopt the pair.
         """
-        self._named[worker].append(_Report(place, word, json.dumps(said)))
+        self._named[worker].append(_Report(place, word, json.dumps(facts)))
 
     @property
     def is_done(self) -> bool:

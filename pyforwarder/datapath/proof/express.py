@@ -85,9 +85,9 @@ class Stage:
                 with served:
                     _expect(accepted, _HELLO)
                     ask = self.splicing.patient_client(0)
-                    said = ask.ask("learn", [accepted.fileno(), outgoing.fileno()])
-                    if not said.get("learned"):
-                        raise RigError(f"the way to a server was not learned: {said}")
+                    answer = ask.ask("learn", [accepted.fileno(), outgoing.fileno()])
+                    if not answer.get("learned"):
+                        raise RigError(f"the way to a server was not learned: {answer}")
 
     def taken(self) -> tuple[socket.socket, socket.socket]:
         """Client and server of a connection that the kernel has opened."""

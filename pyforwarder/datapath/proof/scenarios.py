@@ -119,15 +119,15 @@ def half_closed_goes_on(rig: Rig, *, client_closes: bool = True) -> None:
     listener = Reader("closing side", closing)
     rig.run_until(lambda: heard.ended == "eof", "FIN at the other side")
     expect_bytes(heard.data, b"last words", "talking side")
-    said = b""
+    sent = b""
     for number in range(5):
         message = b"message %d;" % number
-        said += message
+        sent += message
         talking.sendall(message)
-        rig.run_until(lambda: len(listener.data) >= len(said), "message")  # noqa: B023 - run now
+        rig.run_until(lambda: len(listener.data) >= len(sent), "message")  # noqa: B023 - run now
     talking.shutdown(socket.SHUT_WR)
     rig.finish(pair, heard, listener)
-    expect_bytes(listener.data, said, "closing side")
+    expect_bytes(listener.data, sent, "closing side")
     expect(listener.ended == "eof", f"ended as {listener.ended}")
 
 

@@ -59,8 +59,8 @@ class Proof(NamedTuple):
     def error(self) -> LoadError:
         """Why the datapath is not used."""
         cause = self.cause or Refusal.SELF_TEST
-        said = "failed its self-test: " if cause is Refusal.SELF_TEST else ""
-        return LoadError(f"{said}{self.reason}", cause=cause, log=self.log)
+        prefix = "failed its self-test: " if cause is Refusal.SELF_TEST else ""
+        return LoadError(f"{prefix}{self.reason}", cause=cause, log=self.log)
 
 
 def prove_sockmap(maps: KernelMaps, *, slots: int, user: str | None) -> Proof:
@@ -154,18 +154,18 @@ def _run(
 
     pid = fork(child)
     os.close(write_fd)
-    said, reason = _read(read_fd, pid)
+    output, reason = _read(read_fd, pid)
     try:
         forget()
     except DatapathError as error:  # the keeper has died, or hangs
-        said, reason = b"", str(error)
+        output, reason = b"", str(error)
     window = table.windows[0]
     window[:] = bytes(len(window))
     window.close()
     took_s = round(time.monotonic() - started_s, 3)
-    if not said:
+    if not output:
         return Proof(False, reason, {}, took_s, cause=Refusal.SELF_TEST)
-    result = json.loads(said)
+    result = json.loads(output)
     reason = single_line(result["reason"])
     cause = Refusal.SELF_TEST if reason else None
     return Proof(not reason, reason, result["scenarios"], took_s, cause=cause)
@@ -178,22 +178,22 @@ def _read(fd: int, pid: int) -> tuple[bytes, str]:
     """
     timeout_s = scaled_s(TIMEOUT_S)
     deadline_s = time.monotonic() + timeout_s
-    said = b""
+    output = b""
     reason = "the self-test died"
     with os.fdopen(fd, "rb", buffering=0) as pipe:
         while True:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
                 os.kill(pid, signal.SIGKILL)
-                said = b""
+                output = b""
                 reason = f"the self-test did not end within {timeout_s:.0f} s; {slowness.advice()}"
                 break
             chunk = pipe.read(65536)
             if not chunk:
                 break
-            said += chunk
+            output += chunk
     os.waitpid(pid, 0)
-    return said, reason
+    return output, reason
 
 
 def _child(

@@ -57,9 +57,9 @@ def _orphan_of(given: Given, fds: list[int]) -> Orphan:
     """
     if len(fds) != 2:
         raise DatapathError("take in a spliced pair", errno.EMFILE)
-    said = table.inherited(given.record, given.id)
+    shown = table.inherited(given.record, given.id)
     client, server = (socket.socket(fileno=fds.pop(0)) for _ in range(2))
-    return Orphan(given.index, given.id, client, server, said)
+    return Orphan(given.index, given.id, client, server, shown)
 
 
 class _Adoption(Timed):
@@ -173,8 +173,8 @@ class AdoptedPairs(SplicedPairs):
                 return
             reply = adopt_reply(answer)
             if isinstance(reply, Given):
-                said = table.inherited(reply.record, reply.id)
-                then(Orphan(index, reply.id, client, server, said))
+                shown = table.inherited(reply.record, reply.id)
+                then(Orphan(index, reply.id, client, server, shown))
             else:
                 then(None)
 

@@ -152,22 +152,22 @@ class Keepalives:
             own, peer = own[12:], peer[12:]
         pseudo = own + peer + struct.pack("!II", len(segment), socket.IPPROTO_TCP)
         segment = segment[:16] + struct.pack("!H", checksum(pseudo + segment)) + segment[18:]
-        said: list[tuple[int, int, bytes]] = []
+        controls: list[tuple[int, int, bytes]] = []
         if record.family == 4:
             head = struct.pack(
                 "!BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0x4000, _HOPS, socket.IPPROTO_TCP, 0
             )
             target = socket.inet_ntop(socket.AF_INET, peer)
             info = struct.pack("=I4s4x", interface, own)
-            said.append((socket.IPPROTO_IP, _IP_PKTINFO, info))
+            controls.append((socket.IPPROTO_IP, _IP_PKTINFO, info))
         else:
             head = struct.pack("!IHBB", 6 << 28, len(segment), socket.IPPROTO_TCP, _HOPS)
             target = socket.inet_ntop(socket.AF_INET6, peer)
             info = struct.pack("=16sI", bytes(16), interface)
-            said.append((socket.IPPROTO_IPV6, _IPV6_PKTINFO, info))
+            controls.append((socket.IPPROTO_IPV6, _IPV6_PKTINFO, info))
         if from_peer.mark:
-            said.append((socket.SOL_SOCKET, socket.SO_MARK, _WORD.pack(from_peer.mark)))
-        self._raw[record.family].sendmsg([head + own + peer + segment], said, 0, (target, 0))
+            controls.append((socket.SOL_SOCKET, socket.SO_MARK, _WORD.pack(from_peer.mark)))
+        self._raw[record.family].sendmsg([head + own + peer + segment], controls, 0, (target, 0))
 
     def _record(self, index: int) -> Splice:
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)

@@ -166,8 +166,8 @@ class Keeper:
                 if index in said_of:
                     self._adoption.orphan(index, said_of[index])
                 elif record.slot == NO_SLOT:  # an earlier keeper had not given it to a worker yet
-                    said = self._express.said(index) if self._express else b""
-                    self._adoption.orphan(index, said)
+                    shown = self._express.said(index) if self._express else b""
+                    self._adoption.orphan(index, shown)
                 self._standby.unsettled(index, record)
         self._keepalives.watch(self._pairs.owned())
 
@@ -245,10 +245,10 @@ class Keeper:
             except (OSError, ValueError, NotYoursError) as error:
                 answer |= Failed.by(error).words()
             rights = array.array("i", [one.fileno() for one in given])
-            said = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if given else []
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if given else []
             # A worker that reads no answers must not keep the others waiting.
             try:
-                sock.sendmsg([json.dumps(answer).encode()], said, socket.MSG_DONTWAIT)
+                sock.sendmsg([json.dumps(answer).encode()], control, socket.MSG_DONTWAIT)
             except OSError:
                 self._take_back(worker, request["do"], answer.get("index"))
         except Exception as error:

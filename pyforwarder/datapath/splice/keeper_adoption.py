@@ -75,18 +75,18 @@ class KeeperAdoption:
         """Whether a pair waits for a worker to adopt it."""
         return index in self._orphans
 
-    def orphan(self, index: int, said: bytes) -> None:
-        """A pair waits for its owner to adopt it; `said` is what `show` printed for it."""
-        self._orphans[index] = said
+    def orphan(self, index: int, shown: bytes) -> None:
+        """A pair waits for its owner to adopt it; `shown` is what `show` printed for it."""
+        self._orphans[index] = shown
 
-    def take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
+    def take_in(self, index: int, shown: bytes, worker: int | None = None) -> int:
         """Give a pair of another machine, or of express, to a worker, which will adopt it; returns
         which one.
         """
         if worker is None:
             worker = index % self._workers
         self._pairs.store(index, WORKER_AT, worker)
-        self._pairs.owners[index], self._orphans[index] = worker, said
+        self._pairs.owners[index], self._orphans[index] = worker, shown
         self._rerouting.scan_again()
         return worker
 
@@ -96,10 +96,10 @@ class KeeperAdoption:
             record = self._pairs.record(index)
             if record.state == SpliceState.ACTIVE:
                 at = record.slot * PAIR_BYTES
-                said = self._table[at : at + PAIR_BYTES] if record.slot != NO_SLOT else b""
+                shown = self._table[at : at + PAIR_BYTES] if record.slot != NO_SLOT else b""
                 # Not adopted yet: it has no slot, and is as it was.
-                said = self._orphans.get(index, said)
-                self._orphans[index] = self._given.pop(index, said)
+                shown = self._orphans.get(index, shown)
+                self._orphans[index] = self._given.pop(index, shown)
                 self._pairs.store(index, SLOT_AT, NO_SLOT)
                 if self.express is not None:
                     self.express.adopted(index, worker, has_it=False)
@@ -118,7 +118,7 @@ class KeeperAdoption:
             if index is None:
                 is_left = any(self._pairs.owners.get(one) == worker for one in self._orphans)
                 return NoneLeft(later=is_left)
-            said = self._orphans.pop(index)
+            shown = self._orphans.pop(index)
             record = self._pairs.record(index)
             try:
                 given.extend(self._sockets_of(index) or ())
@@ -134,15 +134,15 @@ class KeeperAdoption:
                 given.clear()
                 first_s, _ = self._in_use.get(index, (now_s, now_s))
                 if error.errno in _IN_USE and now_s - first_s < scaled_s(_IN_USE_S):
-                    self._orphans[index] = said  # at the end of the queue
+                    self._orphans[index] = shown  # at the end of the queue
                     self._in_use[index] = first_s, now_s
                 else:
                     # No worker could end it any more: it ends now, by the kernel's RST.
                     self._pairs.forget(index)
                 continue
             self._in_use.pop(index, None)
-            self._given[index] = said
-            return Given(index, record.id, said)
+            self._given[index] = shown
+            return Given(index, record.id, shown)
         return AskAgain()
 
     def _is_due(self, index: int, worker: int, now_s: float) -> bool:
@@ -189,9 +189,9 @@ class KeeperAdoption:
             # Not this worker's fault: it passes on what a worker of the previous daemon has sent.
             return NoneLeft()
         self._in_use.pop(index, None)
-        said = self._given[index] = self._orphans.pop(index, b"") or self._given.get(index, b"")
+        shown = self._given[index] = self._orphans.pop(index, b"") or self._given.get(index, b"")
         self._pairs.remember_joined(index, sockets)
-        return Given(index, record.id, said)
+        return Given(index, record.id, shown)
 
     def _forgotten(self, index: int) -> None:
         for each in (self._orphans, self._given, self._in_use):

@@ -203,5 +203,5 @@ class Joining:
             if any(direction.tail_open for direction in self._pairs.record(index).direction):
                 return False
         # Also the second one, if the first one is not.
-        said = [splice_sockets.mute(sock) for sock in sockets]
-        return all(said)
+        are_mute = [splice_sockets.mute(sock) for sock in sockets]
+        return all(are_mute)

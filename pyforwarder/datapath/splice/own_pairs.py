@@ -122,8 +122,8 @@ class OwnPairs:
         return _Seen(pair_id, ends, now_s + MOVING_S, key, own)
 
     def _pair_of(self, record: Splice) -> Pair:
-        said = said_of(record, self._table, self._slots)
-        return pair_of(record, said, boot_unix_s=self._boot_unix_s)
+        shown = said_of(record, self._table, self._slots)
+        return pair_of(record, shown, boot_unix_s=self._boot_unix_s)
 
     def close(self) -> None:
         """Unmap the records."""

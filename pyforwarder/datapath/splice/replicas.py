@@ -90,8 +90,8 @@ def is_replicable(record: Splice) -> bool:
     )
 
 
-def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> Pair:
-    """The report of a pair for other machines; `said` is its record in the pair table.
+def pair_of(record: Splice, shown: PairRecord | None, *, boot_unix_s: float) -> Pair:
+    """The report of a pair for other machines; `shown` is its record in the pair table.
 
     `boot_unix_s` is when the monotonic clock was 0.
     """
@@ -99,11 +99,11 @@ def pair_of(record: Splice, said: PairRecord | None, *, boot_unix_s: float) -> P
     rule = listener = b""
     started_s = time.monotonic()
     carried = [int(direction.bytes) for direction in record.direction]
-    if said is not None:
-        rule, listener = (_name(name) for name in (said.rule, said.listener_name))
-        started_s = said.started_ns / 1e9
+    if shown is not None:
+        rule, listener = (_name(name) for name in (shown.rule, shown.listener_name))
+        started_s = shown.started_ns / 1e9
         carried = [
-            int(said.worker[n].carried_bytes) + int(said.kernel[n].redirected_bytes)
+            int(shown.worker[n].carried_bytes) + int(shown.kernel[n].redirected_bytes)
             for n in Direction
         ]
     return Pair(
@@ -253,20 +253,20 @@ def _words(address: bytes) -> tuple[int, ...]:
 
 def shown(pair: Pair, record: Splice, *, boot_unix_s: float) -> bytes:
     """What `show` prints for it: a struct pair."""
-    said = PairRecord()
-    said.id = record.id
+    shown = PairRecord()
+    shown.id = record.id
     now_ns = time.monotonic_ns()
-    said.started_ns = min(now_ns, max(0, int((pair.started_s - boot_unix_s) * 1e9)))
-    said.last_ns = now_ns
-    said.state, said.datapath = PairState.JOINED, DatapathKind.SPLICE
+    shown.started_ns = min(now_ns, max(0, int((pair.started_s - boot_unix_s) * 1e9)))
+    shown.last_ns = now_ns
+    shown.state, shown.datapath = PairState.JOINED, DatapathKind.SPLICE
     for name, end in zip(("client", "listener", "source", "server"), pair.ends, strict=True):
-        endpoint = getattr(said, name)
+        endpoint = getattr(shown, name)
         endpoint.ip[:] = _packed(end.ip)
         endpoint.port, endpoint.family = end.port, pair.family
-    said.rule, said.listener_name = pair.rule, pair.listener_name
+    shown.rule, shown.listener_name = pair.rule, pair.listener_name
     for direction, half in zip(Direction, (pair.up, pair.down), strict=True):
-        said.worker[direction].carried_bytes = half.carried_bytes
-    return bytes(said)
+        shown.worker[direction].carried_bytes = half.carried_bytes
+    return bytes(shown)
 
 
 def slack_for(before: Pair | None, now: Pair) -> int:

@@ -62,16 +62,16 @@ class Route:
             source, target = source[12:], target[12:]
         family = socket.AF_INET if self.family == 4 else socket.AF_INET6
         bits = 8 * len(target)
-        said = _ROUTE.pack(family, bits, 8 * len(source), 0, 0, 0, 0, 0, flags)
-        said += attribute(_DST, target)
+        request = _ROUTE.pack(family, bits, 8 * len(source), 0, 0, 0, 0, 0, flags)
+        request += attribute(_DST, target)
         if source:
-            said += attribute(_SRC, source)
+            request += attribute(_SRC, source)
         if self.mark:
-            said += attribute(_MARK, struct.pack("=I", self.mark))
-        said += attribute(_UID, struct.pack("=I", self.owner))
-        said += attribute(_IP_PROTO, bytes([self.protocol]))
-        said += attribute(_SPORT, struct.pack("!H", self.sport))
-        return said + attribute(_DPORT, struct.pack("!H", self.dport))
+            request += attribute(_MARK, struct.pack("=I", self.mark))
+        request += attribute(_UID, struct.pack("=I", self.owner))
+        request += attribute(_IP_PROTO, bytes([self.protocol]))
+        request += attribute(_SPORT, struct.pack("!H", self.sport))
+        return request + attribute(_DPORT, struct.pack("!H", self.dport))
 
 
 class Routes(Netlink):
@@ -83,10 +83,10 @@ class Routes(Netlink):
         Raises:
             OSError: it does not answer.
         """
-        kind, said = self._ask(route, 0)
+        kind, fields = self._ask(route, 0)
         if kind == _LOCAL:
             return _LOOPBACK
-        return unsigned(said.get(_OIF, b"")) if kind == _UNICAST else 0
+        return unsigned(fields.get(_OIF, b"")) if kind == _UNICAST else 0
 
     def is_one_of_several(self, route: Route, interface: int) -> bool:
         """Whether an interface is one of several next hops of a multipath route for such packets.
@@ -94,8 +94,8 @@ class Routes(Netlink):
         Raises:
             OSError: the kernel does not answer.
         """
-        kind, said = self._ask(route, _MATCHED_ROUTE)
-        return kind == _UNICAST and interface in _next_hops(said.get(_MULTIPATH, b""))
+        kind, fields = self._ask(route, _MATCHED_ROUTE)
+        return kind == _UNICAST and interface in _next_hops(fields.get(_MULTIPATH, b""))
 
     def _ask(self, route: Route, flags: int) -> tuple[int, dict[int, bytes]]:
         number = self.send(_RTM_GETROUTE, 0, route._message(flags))

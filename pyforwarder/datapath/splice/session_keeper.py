@@ -127,8 +127,8 @@ class SessionKeeper:
                 continue
             self._own(index, record.worker % workers)
             if record.slot == NO_SLOT:  # no worker has it
-                said = next((one.record for one in maps.found if one.id == record.id), b"")
-                self._orphans[record.worker % workers][index] = said
+                shown = next((one.record for one in maps.found if one.id == record.id), b"")
+                self._orphans[record.worker % workers][index] = shown
         self._obeys: Mapping[str, Callable[..., dict[str, object]]] = {
             "open_session": self._open,
             "close_sessions": self._close,
@@ -238,8 +238,8 @@ class SessionKeeper:
         if not all(this_host_has(local) for _, (local, _) in ends):
             return PairReason.NOT_ELIGIBLE
         describe(record, *ends)
-        said = os.fstat(server.fileno())
-        record.owner, record.group = said.st_uid, said.st_gid
+        status = os.fstat(server.fileno())
+        record.owner, record.group = status.st_uid, status.st_gid
         is_any = bool(request["any_interface"])
         try:
             return self._find_interfaces(record, any_interface=is_any)
@@ -399,8 +399,8 @@ class SessionKeeper:
                 continue
             slot = record_of(self._memory, index).slot
             at = slot * PAIR_BYTES
-            said = self._pairs[at : at + PAIR_BYTES] if slot != NO_SLOT else b""
-            self._orphans[worker][index] = self._given.pop(index, said)
+            shown = self._pairs[at : at + PAIR_BYTES] if slot != NO_SLOT else b""
+            self._orphans[worker][index] = self._given.pop(index, shown)
             store(self._memory, index, "slot", NO_SLOT)
 
     def _adopt(
@@ -413,7 +413,7 @@ class SessionKeeper:
         """Give a worker one session that waits for it, with a new socket to its server."""
         waiting = self._orphans[worker]
         while waiting:
-            index, said = waiting.popitem()
+            index, shown = waiting.popitem()
             record = record_of(self._memory, index)
             try:
                 given.append(revive(record))
@@ -421,12 +421,12 @@ class SessionKeeper:
                 # Another socket has the port by now.
                 self._forget(index)
                 continue
-            self._given[index] = said
+            self._given[index] = shown
             key = record.direction[Direction.UP].from_
             return GivenSession(
                 index,
                 record.id,
-                said,
+                shown,
                 (host_of(key.source, record.family), socket.ntohs(key.sport)),
                 (host_of(key.target, record.family), socket.ntohs(key.dport)),
             ).words()

@@ -150,16 +150,16 @@ def take_over(
                 forget_flows(flows, index, record)
                 store(memory, index, "state", SessionState.FREE)
                 continue
-            said = b""
+            shown = b""
             # Its slot, or the one that it had before a daemon that ended while it started.
             for slot in (record.slot, record.last_slot):
                 at = slot * PAIR_BYTES
                 if slot < slots and id_of(table, at) == record.id:
-                    said = table[at : at + PAIR_BYTES]
+                    shown = table[at : at + PAIR_BYTES]
                     store(memory, index, "last_slot", slot)
                     break
             store(memory, index, "slot", NO_SLOT)
-            found.append(FoundSession(index, record.id, said))
+            found.append(FoundSession(index, record.id, shown))
     finally:
         memory.close()
         table.close()

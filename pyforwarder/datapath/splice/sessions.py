@@ -319,9 +319,9 @@ class SpliceSessions:
                 self._end(ending)  # it may still exist
                 return
             # The final counts: no datagram is being forwarded any more.
-            for number, said in enumerate(answer.get("carried", ())):
-                if said is not None:
-                    up, down = said
+            for number, carried in enumerate(answer.get("carried", ())):
+                if carried is not None:
+                    up, down = carried
                     ending.carried[number] = (up[0], up[1]), (down[0], down[1])
             self._report_end(ending)
 

@@ -78,7 +78,7 @@ class Owner(Protocol):
     def allocate(self) -> int:
         """A free record's index, or -1."""
 
-    def take_in(self, index: int, said: bytes) -> int:
+    def take_in(self, index: int, shown: bytes) -> int:
         """Give a pair to a worker; returns which one."""
 
     def owns(self, index: int) -> bool:

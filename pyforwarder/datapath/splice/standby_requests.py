@@ -60,11 +60,11 @@ def understand(data: bytes) -> dict[str, Any]:
     return request
 
 
-def _check_list(do: str, said: object) -> None:
-    if type(said) is not list or len(said) > MOST_AT_ONCE:
+def _check_list(do: str, value: object) -> None:
+    if type(value) is not list or len(value) > MOST_AT_ONCE:
         raise FaultyStandbyError("a list")
     is_text: Callable[[object], bool] = lambda one: type(one) is str and one.isascii()  # noqa: E731
-    for one in said:
+    for one in value:
         if do == "hold":
             fits = type(one) is list and len(one) == 2 and all(map(is_text, one))
         elif do == "release":
@@ -75,9 +75,9 @@ def _check_list(do: str, said: object) -> None:
             raise FaultyStandbyError(do)
 
 
-def _check_group(said: object) -> None:
-    if type(said) is not list or len(said) != 2 or not all(type(one) is str for one in said):
+def _check_group(value: object) -> None:
+    if type(value) is not list or len(value) != 2 or not all(type(one) is str for one in value):
         raise FaultyStandbyError("a group")
-    key, text = said
+    key, text = value
     if not stays.is_key(key) or not text.isascii():
         raise FaultyStandbyError("a group")

@@ -82,10 +82,10 @@ class Staying:
         self._table.close()
 
 
-def _endpoint(said: abi.Endpoint) -> Endpoint | None:
-    if said.family == Family.IPV4:
-        return Endpoint(bytes(said.ip)[12:], said.port)
-    return Endpoint(bytes(said.ip), said.port) if said.family == Family.IPV6 else None
+def _endpoint(endpoint: abi.Endpoint) -> Endpoint | None:
+    if endpoint.family == Family.IPV4:
+        return Endpoint(bytes(endpoint.ip)[12:], endpoint.port)
+    return Endpoint(bytes(endpoint.ip), endpoint.port) if endpoint.family == Family.IPV6 else None
 
 
 assert ctypes.sizeof(PairRecord) == PAIR_BYTES

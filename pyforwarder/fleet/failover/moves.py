@@ -142,6 +142,6 @@ class Asked:
         if self._move is None:
             return
         state = "failed" if why else "done"
-        said = self._move.model_copy(update={"state": state, "why": why[:512]})
-        self._store.put(self._key, said.encode(), lease=self._lease())
+        answer = self._move.model_copy(update={"state": state, "why": why[:512]})
+        self._store.put(self._key, answer.encode(), lease=self._lease())
         self._move = None

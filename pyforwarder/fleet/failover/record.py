@@ -114,8 +114,8 @@ class Pair:
     @property
     def key(self) -> str:
         """What these addresses and ports are called in the store; 20 characters."""
-        said = b"".join(struct.pack("!16sH", ip, port) for ip, port in self.ends)
-        digest = hashlib.blake2b(said, digest_size=15).digest()
+        ends = b"".join(struct.pack("!16sH", ip, port) for ip, port in self.ends)
+        digest = hashlib.blake2b(ends, digest_size=15).digest()
         return base64.urlsafe_b64encode(digest).decode()
 
     def encode(self) -> str:

@@ -125,9 +125,9 @@ class Replicator:
             self._turn(started_s)
             took_s, used_s = self._clock() - started_s, time.process_time() - used_s
             # Waiting for the store, or for a processor, is no work.
-            said = self._supervisor.wait(max(_TURN_S - took_s, used_s / _SHARE - took_s, 0.01))
-            if said is not None:
-                self._answer = str(said["moved"])
+            message = self._supervisor.wait(max(_TURN_S - took_s, used_s / _SHARE - took_s, 0.01))
+            if message is not None:
+                self._answer = str(message["moved"])
 
     def _turn(self, now_s: float) -> None:
         self._take_changes()
@@ -277,10 +277,10 @@ class Replicator:
             return
         own, held = self._ledger.counts
         state = "lost" if self._error else "connected"
-        said = {"replicas": state, "error": self._error, "own": own, "held": held}
-        if said != self._said:
-            self._supervisor.send(said)
-            self._said, self._say_s = said, now_s + _TOLD_EVERY_S
+        message = {"replicas": state, "error": self._error, "own": own, "held": held}
+        if message != self._said:
+            self._supervisor.send(message)
+            self._said, self._say_s = message, now_s + _TOLD_EVERY_S
 
 
 def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -99,10 +99,10 @@ class Copying:
             left -= len(datagrams)
             names = receiver.names()
             if port.is_wildcard:
-                said = receiver.controls()
+                controls = receiver.controls()
                 names = [
                     name + local_address_in(control)
-                    for name, control in zip(names, said, strict=True)
+                    for name, control in zip(names, controls, strict=True)
                 ]
             self._take(port, names, datagrams)
             if were_all and not port.behind:
