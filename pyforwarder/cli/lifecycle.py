@@ -178,11 +178,13 @@ def upgrade(call: Call, config_path: Path | None) -> int:
 
     control = call.control(timeout_s=15.0)
     control.ping()  # where there is none that is said here
-    supervisor.upgrade(
+    remark = supervisor.upgrade(
         call.env,
         call.instance,
         config_path,
         lambda fd: control.request("succeed", fds_sent=[fd]),
     )
     call.say(f"instance {call.instance_name!r} is version {__version__} now")
+    if remark:
+        call.say(remark)
     return DONE

@@ -41,6 +41,7 @@ class Given(NamedTuple):
     is_successor: bool = False
     handshakes_fd: int = -1  # of that daemon, ours to close: see `SpliceMaps.create`
     places: int = 0  # of express, as many as there are descriptors for
+    splice_pins: Path | None = None  # the directory of splice's pins; None: the usual one
 
 
 class LoadedPrograms(NamedTuple):

@@ -48,7 +48,10 @@ def run(env: Environment, options: UpOptions, ask: Callable[[str, Sequence[int]]
         return Daemon(env, options, find_draining(instance, ask))
 
     if options.detach:
-        return detached(env, options, make)
+        remark = detached(env, options, make)
+        if remark:
+            env.stdout.write(f"{remark}\n")
+        return 0
     return make(env, options).run()
 
 
@@ -57,8 +60,10 @@ def upgrade(
     instance: Instance,
     config_path: Path | None,
     introduce: Callable[[int], object],
-) -> int:
+) -> str:
     """Have a daemon of this version take the running one's place; returns once it has.
+
+    The result is what an operator is to know of that one; empty: nothing.
 
     `config_path` is its configuration; None: that of the running one. `introduce` hands that a
     descriptor by its control socket, with the request `succeed`.

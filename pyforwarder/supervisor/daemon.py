@@ -73,8 +73,10 @@ class Daemon:
         self._activation = Activation(env.environ)
         self._last_good = LastGood(self._instance.fleet_file)
 
-    def run(self, on_ready: Callable[[], None] | None = None) -> int:
+    def run(self, on_ready: Callable[[str], None] | None = None) -> int:
         """Serve until told to end; `on_ready` is called once connections are accepted.
+
+        It gets what an operator is to know of the daemon before; empty: nothing.
 
         Raises:
             ForwarderError: it cannot start; nothing is left behind then.
@@ -108,7 +110,7 @@ class Daemon:
                 if not self._ending.has_begun:
                     self._settled()
                     if on_ready is not None:
-                        on_ready()
+                        on_ready(self._takeover.remark)
                 self._serve()
             finally:
                 self._clean_up()
@@ -145,6 +147,7 @@ class Daemon:
             slots=slots_for(slots_of(config, workers)), workers=workers
         )
         parts = DaemonParts(self._basis(), config, workers=workers, user=user)
+        unix_names.drop_inherited()
         self._datapaths, self._in_force = parts.datapaths, parts.in_force
         self._workers, self._helpers = parts.workers, parts.helpers
         self._files, self._requests = parts.files, parts.requests
@@ -317,7 +320,8 @@ class Daemon:
         # It has been told of datapaths that were in preparation.
         self._helpers.web.renew()
         self._announce()
-        self._datapaths.watch_keeper()
+        self._datapaths.watch()
+        self._datapaths.look_for_left(looks=True)
         self._helpers.failover.begin()
         # A reload that came meanwhile may have sessions to prove.
         self._prove_sessions()
@@ -442,4 +446,6 @@ class Daemon:
         self._datapaths.close()
         if is_ours:
             self._files.close_view()
+        elif self._retirement.is_retired:
+            self._files.leave()
         self._memory.close()

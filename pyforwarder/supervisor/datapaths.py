@@ -20,6 +20,7 @@ from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf.syscall import map_id
 from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
+from pyforwarder.datapath.splice import directories
 from pyforwarder.datapath.splice.interfaces import smallest_mtu
 from pyforwarder.datapath.splice.supervised import SupervisedSplice, splices_sessions
 from pyforwarder.datapath.supervised import Given, KernelDatapath
@@ -95,13 +96,13 @@ class Datapaths:
         log: Log,
         close_in_child: Callable[[], None],
         prove_anew: bool = False,
-        is_successor: bool = False,
+        before: directories.Before | None = None,
         handshakes_fd: int = -1,
     ) -> None:
         """Make the maps of what `config` may come to use; what fails is logged and left out.
 
-        `is_successor`: the daemon that has `pins` lives, and `handshakes_fd` is one of its maps, if
-        it splices; ours from here on.
+        `before`: a daemon lives whose place we take, and that has this of splice. `handshakes_fd`
+        is one of its maps, if it splices; ours from here on.
 
         `pins` is the instance's directory in bpffs; nothing is pinned before `pin`. The self-test
         runs as `user`, also (`prove_anew`) where it has passed since the host was booted; each
@@ -112,7 +113,11 @@ class Datapaths:
         self._loop = loop
         self._log = log
         self._prove_anew = prove_anew
-        self._is_successor = is_successor
+        self._is_successor = before is not None
+        self._looks_for_left = False  # whether pins may be there that nobody uses any more
+        self._splice_pins: Path | None = None
+        # The daemon before keeps its spliced pairs: their records are of another version.
+        self.predecessor_keeps = False
         # In the order in which they are shown.
         self._states = {row.name: _AVAILABLE for row in DATAPATHS if not row.supervised}
         self._there: dict[str, KernelDatapath] = {}
@@ -125,12 +130,38 @@ class Datapaths:
             pins=pins,
             warn=partial(log.write, "warning"),
             close_in_child=close_in_child,
-            is_successor=is_successor,
+            is_successor=before is not None,
             handshakes_fd=handshakes_fd,
             places=places_for(config, memory.workers),
         )
+        try:
+            given = given._replace(splice_pins=self._choose_splice_pins(before))
+        except LoadError as error:
+            if handshakes_fd >= 0:
+                os.close(handshakes_fd)
+            self._fail("splice", error)
         for row in IN_KERNEL:
-            self._make(row, given)
+            if row.name not in self._states:
+                self._make(row, given)
+
+    def _choose_splice_pins(self, before: directories.Before | None) -> Path:
+        """Where our pins of splice are.
+
+        Raises:
+            LoadError: spliced pairs of the daemon before can neither go on here nor stay with it.
+        """
+        if before is None:
+            self._splice_pins = directories.choose_alone(self._pins)
+            self._remove_left()
+        else:
+            chosen = directories.choose_beside(self._pins, before)
+            self._splice_pins, self.predecessor_keeps = chosen
+        return self._splice_pins
+
+    def _remove_left(self) -> None:
+        """Remove what daemons that were killed have left of splice, except what is ours now."""
+        for directory in directories.remove_left(self._pins, self._splice_pins):
+            self._log.write("warning", "splice_pins_removed", directory=directory)
 
     def _make(self, row: DatapathRow, given: Given) -> None:
         try:
@@ -188,6 +219,11 @@ class Datapaths:
     def splice_map_id(self) -> int | None:
         """The kernel's number of the map with the records of spliced pairs; None: there is none."""
         return None if self.splicing is None else map_id(self.splicing.maps.splices_fd)
+
+    @property
+    def splice_directory(self) -> str:
+        """The name of the directory that has, or will have, the pins of splice."""
+        return directories.NAMES[0] if self._splice_pins is None else self._splice_pins.name
 
     @property
     def keeper_pid(self) -> int:
@@ -314,15 +350,25 @@ class Datapaths:
                 # It works, and ends with us.
                 self._log.write("warning", f"{name}_not_pinned", reason=str(error))
 
-    def watch_keeper(self) -> None:
-        """Kill the keeper if it hangs, and look again every few seconds; `keeper_has_died` tells of
-        its death.
+    def watch(self) -> None:
+        """Kill the keeper if it hangs (`keeper_has_died` tells of it), and remove what other
+        daemons that were killed have left; do so again in a while.
         """
-        if self.splicing is not None:
-            if self.splicing.keeper.hangs():
-                self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
-                self.splicing.keeper.kill()
-            self._loop.after(scaled_s(_WATCH_KEEPER_S), self.watch_keeper)
+        if self.splicing is not None and self.splicing.keeper.hangs():
+            self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
+            self.splicing.keeper.kill()
+        if self._looks_for_left and directories.has_others(self._pins, self._splice_pins):
+            self._remove_left()
+        self._loop.after(scaled_s(_WATCH_KEEPER_S), self.watch)
+
+    def look_for_left(self, *, looks: bool) -> None:
+        """Remove what daemons that were killed have left of splice, now and from time to time.
+
+        Only the daemon that serves does that.
+        """
+        self._looks_for_left = looks
+        if looks:
+            self._remove_left()
 
     def accused(self) -> set[int]:
         """The workers that have asked the keeper for what they may not, since the last call."""

@@ -23,7 +23,7 @@ _MOST_REPORT_BYTES: Final = 65536
 class RunnableDaemon(Protocol):
     """What is started in the background."""
 
-    def run(self, on_ready: Callable[[], None] | None = None) -> int: ...
+    def run(self, on_ready: Callable[[str], None] | None = None) -> int: ...
 
 
 class DetachedError(ForwarderError):
@@ -40,8 +40,10 @@ def detached(
     make: Callable[[Environment, UpOptions], RunnableDaemon],
     *,
     has_output: bool = False,
-) -> int:
-    """Run the daemon in a session of its own; 0 once it accepts connections.
+) -> str:
+    """Run the daemon in a session of its own; returns once it accepts connections.
+
+    The result is what an operator is to know of the daemon before; empty: nothing.
 
     `has_output`: `make` has given it a standard output and error that are not the caller's.
 
@@ -67,7 +69,7 @@ def detached(
     result = json.loads(line)
     if result["error"]:
         raise DetachedError(result["error"], result["exit_code"])
-    return 0
+    return str(result["remark"])
 
 
 def _background(
@@ -78,21 +80,19 @@ def _background(
     *,
     has_output: bool,
 ) -> int:
-    def report(error: str, exit_code: int) -> None:
-        os.write(
-            report_fd,
-            json.dumps({"error": error[:8192], "exit_code": exit_code}).encode() + b"\n",
-        )
+    def report(error: str, exit_code: int, remark: str = "") -> None:
+        said = {"error": error[:8192], "exit_code": exit_code, "remark": remark}
+        os.write(report_fd, json.dumps(said).encode() + b"\n")
         os.close(report_fd)
 
     reported = False
 
-    def ready() -> None:
+    def ready(remark: str) -> None:
         nonlocal reported
         reported = True
         if not has_output:
             _leave_terminal()
-        report("", 0)
+        report("", 0, remark)
 
     try:
         return make(env, options if has_output else replace(options, detach=True)).run(ready)

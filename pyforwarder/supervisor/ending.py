@@ -134,7 +134,7 @@ class Ending:
         self._preparations.stop()
         self._end_predecessor()
         self._in_force.listeners.close()
-        if not self._retirement().is_retired:
+        if not self._retirement().has_given_spliced:
             # Only a worker can reset what has outlived one, and only with a keeper.
             self._replace_keeper()
             self._workers.replace_now()

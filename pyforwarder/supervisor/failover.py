@@ -87,6 +87,13 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
             with contextlib.suppress(KeeperError):
                 KeeperClient(splicing.keeper.standby).ask("begin")
 
+    def retire(self) -> None:
+        """Another daemon speaks to the store; our keeper, which stays, has only our own pairs."""
+        self._kill()
+        self._fleet = None
+        if self._in_force is not None:
+            self._release()
+
     def begin(self) -> None:
         """The datapaths are settled; or splice is, which came later from the daemon before."""
         self._has_begun = True

@@ -193,6 +193,14 @@ class Files:
             self._instance.bpffs_dir.rmdir()
         bpffs.leave(self._instance.bpffs_dir.parent)
 
+    def leave(self) -> None:
+        """Remove the directory of all pins if they were the last: ours of splice, which the daemon
+        after us has outlived or not.
+        """
+        with contextlib.suppress(OSError):
+            self._instance.bpffs_dir.rmdir()
+            bpffs.leave(self._instance.bpffs_dir.parent)
+
 
 def remove_stale_pins(instance: Instance, log: Log) -> None:
     """Clean up after a daemon that was killed, and tell of what is not simply our own."""

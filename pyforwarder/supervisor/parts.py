@@ -14,7 +14,6 @@ from pyforwarder.supervisor.configuration import ConfigInForce
 from pyforwarder.supervisor.datapaths import Datapaths
 from pyforwarder.supervisor.ending import Ending
 from pyforwarder.supervisor.files import Files
-from pyforwarder.supervisor.giving_way import DaemonState
 from pyforwarder.supervisor.helpers import Helpers
 from pyforwarder.supervisor.requests import Requests
 from pyforwarder.supervisor.retiring import Retirement, RetiringDaemon
@@ -90,7 +89,7 @@ class DaemonParts:
             log=basis.log,
             close_in_child=basis.close_in_child,
             prove_anew=basis.options.prove,
-            is_successor=predecessor is not None,
+            before=predecessor.splice if predecessor is not None else None,
             handshakes_fd=predecessor.handshakes_fd if predecessor is not None else -1,
         )
         self.in_force = ConfigInForce(
@@ -151,8 +150,8 @@ class DaemonParts:
             obey=lambda request, fds: self.requests.obey(request, fds),
             put_in_force=self.changes.shared,
             is_ending=lambda: self.ending.has_begun,
-            is_over=lambda: self.ending.state is DaemonState.ENDING,
-            resets=lambda: self.ending.stops and not self.retirement.is_retired,
+            is_over=lambda: self.ending.stops or self.retirement.has_given_spliced,
+            resets=lambda: self.ending.stops and not self.retirement.has_given_spliced,
             down=basis.takeover.down,
         )
 
@@ -185,6 +184,7 @@ class DaemonParts:
                 files=self.files,
                 web=self.helpers.web,
                 end_helpers=self.helpers.retire,
+                forget_held=self.helpers.failover.retire,
                 predecessor=lambda: basis.takeover.predecessor,
                 tokens_free_at_s=lambda: basis.takeover.tokens_free_at_s,
                 down=lambda: self.helpers.health.down,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
+from pyforwarder.datapath.splice.directories import Before
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.descriptors import close_given
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 # A process that is killed releases its descriptors some time before it has ended.
 _DYING_S: Final = 2.0
+# As long as it may take for the rows of tens of thousands of pairs.
+_ROWS_TIMEOUT_S: Final = 3.0
 
 
 class NoAnswerError(ControlError):
@@ -47,6 +50,7 @@ class Predecessor:
         self._channel = channel
         self._come: list[int] = []
         self.is_released = False
+        self.spliced_that_stay = 0  # pairs, known once it has released what does not
         self.is_gone = False
         self._is_ending = False
         offer, fds = self._ask("offer", timeout_s=ANSWER_TIMEOUT_S, handshakes=HANDSHAKES_FORM)
@@ -79,6 +83,15 @@ class Predecessor:
         self.places = [
             (place, [next(rest) for _ in range(place.sockets)]) for place in offered.places
         ]
+
+    @property
+    def splice(self) -> Before:
+        """What it has of splice."""
+        return Before(
+            directory=self.offer.splice_pins,
+            splices=self.offer.splice != "none",
+            can_keep=self.offer.keeps_spliced,
+        )
 
     def fileno(self) -> int:
         """Readable when it says something of its own accord."""
@@ -130,15 +143,21 @@ class Predecessor:
             raise ControlError("the running daemon does not say its last pair")
         return number
 
-    def take(self, to_successors: Sequence[int]) -> None:
+    def take(self, to_successors: Sequence[int], *, keeps_spliced: bool = False) -> None:
         """Have it accept no more; its workers send their pairs by `to_successors`, by worker.
+
+        `keeps_spliced`: its spliced pairs stay with it.
 
         Raises:
             NoAnswerError: it may have done so, or has ended: then no daemon serves.
             ControlError: it goes on as before.
         """
         answer, fds = self._ask(
-            "take", to_successors, timeout_s=4 * ANSWER_TIMEOUT_S, serial=self.offer.serial
+            "take",
+            to_successors,
+            timeout_s=4 * ANSWER_TIMEOUT_S,
+            serial=self.offer.serial,
+            keeps_spliced=keeps_spliced,
         )
         close_given(fds)
         self._know_keeper(answer.get("keeper"))
@@ -146,7 +165,7 @@ class Predecessor:
     def pairs(self) -> list[dict[str, Any]]:
         """The rows of the pairs that have stayed with it; none if it does not say."""
         try:
-            answer, fds = self._ask("pairs", timeout_s=1.0)
+            answer, fds = self._ask("pairs", timeout_s=_ROWS_TIMEOUT_S)
         except ControlError:
             return []
         close_given(fds)
@@ -187,9 +206,15 @@ class Predecessor:
         message, fds = received
         close_given(fds)
         if message.get("said") == "released":
-            self.is_released = True
+            self._has_released(message)
         if message.get("said") == "ending":
             self._is_ending = True
+
+    def _has_released(self, message: dict[str, Any]) -> None:
+        self.is_released = True
+        stay = message.get("stay")
+        if type(stay) is int and stay > 0:
+            self.spliced_that_stay = stay
 
     def _why_ending(self) -> ControlError | None:
         """It may have said so before it hung up: that is no death, and no successor is to go on."""
@@ -235,7 +260,7 @@ class Predecessor:
                 if len(come) > MOST_FDS:
                     raise ControlError("the running daemon sends descriptors without end")
                 if message.get("said") == "released":
-                    self.is_released = True
+                    self._has_released(message)
                 elif message.get("said") == "ending":
                     self._is_ending = True
                     raise ControlError("the running daemon was told to end meanwhile")

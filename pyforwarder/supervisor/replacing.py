@@ -40,6 +40,8 @@ class WorkersPhase(Enum):
 
     SERVING = "serving"
     DRAINING = "draining"  # they accept no more, and end with their pairs
+    # The same, but for pairs that are not spliced: those are another daemon's.
+    KEEPING = "keeping"
     RESETTING = "resetting"  # they reset what is left
     RETIRED = "retired"  # what they have is another daemon's: none is replaced
 
@@ -145,7 +147,7 @@ class Replacements:
     def _takes_in(self, index: int) -> bool:
         """Whether pairs that have come while the daemon ends are ours, and can have a worker."""
         match self._phase:
-            case WorkersPhase.DRAINING:
+            case WorkersPhase.DRAINING | WorkersPhase.KEEPING:
                 return True
             case WorkersPhase.RESETTING:
                 return index not in self._replaced_in_the_end
@@ -164,7 +166,7 @@ class Replacements:
         match self._phase:
             case WorkersPhase.SERVING:
                 return True
-            case WorkersPhase.DRAINING:
+            case WorkersPhase.DRAINING | WorkersPhase.KEEPING:
                 # It says that it has nothing left, and may have been taken over.
                 is_empty = not self._memory.counters.block(index)[Counter.OPEN]
                 return worker.exit_code != 0 or not is_empty or index in self._unheard

@@ -2,7 +2,8 @@
 
 Everything that can fail comes before the first change. From then on this one accepts no new client:
 it has given away its listeners, its files and its name, keeps the pairs that its workers could not
-hand over, and ends when they have ended, or at the drain's deadline.
+hand over, and ends when they have ended, or at the drain's deadline. Where its successor cannot
+read the records of spliced pairs, these stay, too, with their keeper, maps and programs.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
 # How long workers have to release what the kernel forwards, and how often they are asked.
 _RELEASE_S: Final = 3.0
+# The same where these stay: servers that were asked by the kernel have so long to answer. Before
+# the successor's programs see packets, as these could open the same connection.
+_SETTLE_S: Final = 6.0
 _POLL_S: Final = 0.02
 
 
@@ -69,6 +73,7 @@ class RetiringDaemon:
     files: Files
     web: WebProcess
     end_helpers: Callable[[], None]  # the processes that are of no use without the rest
+    forget_held: Callable[[], None]  # other machines' pairs, of which the successor knows
     predecessor: Callable[
         [], Predecessor | None
     ]  # whose place it has taken, as long as that has pairs
@@ -95,6 +100,7 @@ class Retirement:
         self._successor: Successor | None = None
         self._timer = 0
         self.is_retired = False
+        self._keeps_spliced = False
         self._is_released = False
 
     @property
@@ -102,6 +108,11 @@ class Retirement:
         """Whether a successor gets ready to take our place: until then we stay."""
         successor = self._successor
         return successor is not None and not successor.is_over and not self.is_retired
+
+    @property
+    def has_given_spliced(self) -> bool:
+        """Whether what is spliced is the successor's."""
+        return self.is_retired and not self._keeps_spliced
 
     def refuse(self) -> None:
         """We were told to end: who gets ready to take our place does not get it."""
@@ -159,7 +170,7 @@ class Retirement:
                     "keeper": self._daemon.datapaths.keeper_pid,
                 }, ()
             case "take":
-                self._retire(asked.serial, fds)
+                self._retire(asked.serial, fds, keeps_spliced=asked.keeps_spliced)
                 # From now on one that ends has no successor of ours.
                 return {"keeper": self._daemon.datapaths.keeper_pid}, ()
             case "pairs":
@@ -207,6 +218,8 @@ class Retirement:
             "environ": {key: daemon.environ[key] for key in ENVIRON if key in daemon.environ},
             "splice": daemon.datapaths.splice_state,
             "splice_map": daemon.datapaths.splice_map_id,
+            "splice_pins": daemon.datapaths.splice_directory,
+            "keeps_spliced": True,
             "keeper": daemon.datapaths.keeper_pid,
             "network": network_namespace(),
             "has_handshakes": handshakes_fd >= 0,
@@ -241,7 +254,7 @@ class Retirement:
         fds += [sock.fileno() for _, each in bound for sock in each.sockets]
         return offer, fds
 
-    def _retire(self, serial: int, to_successors: Sequence[int]) -> None:
+    def _retire(self, serial: int, to_successors: Sequence[int], *, keeps_spliced: bool) -> None:
         """Accept no new client from here on.
 
         Raises:
@@ -260,13 +273,17 @@ class Retirement:
         # From here on nothing stops it.
         has_own_lock = daemon.state() is DaemonState.DRAINING
         self.is_retired = True
+        self._keeps_spliced = keeps_spliced
         daemon.retired()
+        daemon.datapaths.look_for_left(looks=False)  # its successor does
         daemon.log.write("info", "retired", successor=successor.pid)
         # Before its workers release any pair: these have ended with us, and will not be ours.
         daemon.in_force.listeners.share(shared=True)
         daemon.in_force.listeners.close()
-        daemon.workers.retire(to_successors)
+        daemon.workers.retire(to_successors, keeps_spliced=keeps_spliced)
         daemon.end_helpers()
+        if keeps_spliced:
+            daemon.forget_held()
         daemon.files.close_proc()
         daemon.files.release()
         daemon.control().release()
@@ -274,7 +291,7 @@ class Retirement:
             daemon.lock.close()
         daemon.notify(f"MAINPID={successor.pid}")
         daemon.loop.after(daemon.in_force.config.timeouts.drain_s, daemon.stop)
-        until_s = time.monotonic() + scaled_s(_RELEASE_S)
+        until_s = time.monotonic() + scaled_s(_SETTLE_S if keeps_spliced else _RELEASE_S)
         daemon.loop.after(0.0, lambda: self._poll_release(until_s))
         daemon.loop.after(0.0, daemon.end_if_done)  # all pairs may have ended before
 
@@ -283,23 +300,37 @@ class Retirement:
             left = self._daemon.workers.spliced_left()
         except ControlError:
             left = 1
+        if self._keeps_spliced:
+            left += not self._daemon.workers.has_stopped_deciding
         if left and time.monotonic() < until_s:
             self._daemon.loop.after(_POLL_S, lambda: self._poll_release(until_s))
             return
         self._release()
 
     def _release(self) -> None:
-        """What is spliced is the successor's from here on; nothing happens the second time."""
-        if not self._is_released:
-            self._is_released = True
+        """What is spliced is the successor's from here on, or stays; only once."""
+        if self._is_released:
+            return
+        self._is_released = True
+        stay = 0
+        if self._keeps_spliced:
+            stay = len(self._spliced_rows())
+            if stay:
+                self._daemon.log.write("warning", "splice_stays", pairs=stay)
+        else:
             self._daemon.datapaths.release()
-            if self._successor is not None:
-                self._successor.send_released()
+        if self._successor is not None:
+            self._successor.send_released(stay=stay)
+
+    def _spliced_rows(self) -> list[report.Row]:
+        rows = report.pair_rows(self._daemon.memory.table.windows, report.Backlogs({}))
+        return [row for row in rows if row["datapath"] == "splice"]
 
     def _rows(self) -> list[report.Row]:
         """The pairs that have stayed here."""
         rows = report.pair_rows(self._daemon.memory.table.windows, report.Backlogs({}))
-        rows = [row for row in rows if row["datapath"] != "splice"]
+        if not self._keeps_spliced:
+            rows = [row for row in rows if row["datapath"] != "splice"]
         predecessor = self._daemon.predecessor()
         return rows if predecessor is None else rows + predecessor.pairs()
 

@@ -26,8 +26,10 @@ def succeed(
     instance: Instance,
     config_path: Path | None,
     introduce: Callable[[int], object],
-) -> int:
-    """Take the running daemon's place, in a process of its own; 0 once that serves.
+) -> str:
+    """Take the running daemon's place, in a process of its own; returns once that serves.
+
+    The result is what an operator is to know of the running one; empty: nothing.
 
     `introduce` hands the running daemon a descriptor by its control socket, with `succeed`.
 

@@ -6,14 +6,15 @@ and handed over by the control socket. The successor asks, the predecessor answe
     offer   what the predecessor has, with its descriptors; nothing changes
     last_id the highest number of a pair so far
     take    the successor's workers accept: the predecessor accepts no more, and hands its pairs
-            over, worker by worker, through the sockets that come with this
+            over, worker by worker, through the sockets that come with this; spliced ones stay with
+            it if their records are of another version than the successor's
     pairs   rows of the pairs that have stayed with it
     flush   reset some of these
     end     end with them; at once, or when they have ended
 
 and of its own accord the predecessor says `released`: it has released its spliced pairs, which
-wait for its successor's keeper; or, before `take`, `ending`: it was told to end, and nobody takes
-its place.
+wait for its successor's keeper, or all of them are known that stay; or, before `take`, `ending`: it
+was told to end, and nobody takes its place.
 
 Until `take` is answered a successor that fails in any way has changed nothing. Both listen on the
 very same sockets, so nobody who connects meanwhile is refused or lost.
@@ -45,7 +46,8 @@ MOST_FDS: Final = 64 * 1024
 MOST_DOWN: Final = 64 * 1024  # servers that are told of
 # The kernel takes 253 with a message (SCM_MAX_FD), of which one may be the message itself.
 _FDS_AT_ONCE: Final = 240
-MOST_BYTES: Final = 16 << 20
+# Of a message: rows of more than a hundred thousand pairs.
+MOST_BYTES: Final = 64 << 20
 ANSWER_TIMEOUT_S: Final = 15.0
 # As long as its successor loads and proves what it needs: one that takes longer has failed.
 SUCCESSOR_TIMEOUT_S: Final = 300.0
@@ -124,6 +126,9 @@ class Offer(_Said):
     # Whether spliced pairs can outlive their daemon; "passing": there are some, and they cannot.
     splice: Literal["none", "pinned", "passing"]
     splice_map: _Number | None = None  # the id of the map with their records
+    splice_pins: _Short = "splice"  # the directory of their pins (datapath/splice/directories.py)
+    # Whether they can stay with it, which an older build cannot say.
+    keeps_spliced: bool = False
     # The process that writes these; 0: there is none. `last_id` and `take` say it, too.
     keeper: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     # Where it listens, connects and splices: the inode of its network namespace.
@@ -150,6 +155,7 @@ class Ask(_Said):
     serial: _Number = 0  # take: of the offer
     ids: Annotated[list[_Number], Field(max_length=1 << 16)] | None = None  # flush; None: all
     now: bool = False  # end
+    keeps_spliced: bool = False  # take: spliced pairs stay
     # offer: the form of the map of handshakes that the successor reads and writes (`Offer`); 0: an
     # older build, whose map was another one, and which would take any for its own.
     handshakes: _Number = 0

@@ -104,19 +104,19 @@ class Successor:
             return {"error": str(error)}, ()
         return {"answer": asked.do, **answer}, given
 
-    def send_released(self) -> None:
-        """Our spliced pairs are the successor's from now on."""
-        self._send_state("released")
+    def send_released(self, *, stay: int = 0) -> None:
+        """Our spliced pairs are the successor's from now on, but for those that `stay`."""
+        self._send_state("released", stay=stay)
 
     def send_ending(self) -> None:
         """We were told to end: no successor is to take our place."""
         self._send_state("ending")
 
-    def _send_state(self, what: str) -> None:
+    def _send_state(self, what: str, **fields: int) -> None:
         if not self.is_over:
             # One that is gone is told by our end.
             with contextlib.suppress(OSError):
-                self._channel.send({"said": what}, wait=False)
+                self._channel.send({"said": what, **fields}, wait=False)
 
     def close(self) -> None:
         """Hang up; nothing happens if that was done."""

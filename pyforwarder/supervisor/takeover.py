@@ -79,13 +79,26 @@ class Takeover:
         self.has_taken = False  # its place
         self.tokens_free_at_s = [0.0] * SHARES  # until when an earlier daemon writes in each share
         self._spliced: Loaded | LoadError | None = None  # programs that wait for its pairs
+        self._waits_for_stay = False  # it is not known yet how many spliced pairs stay with it
         self._change: Change | None = None
         self._obsolete_paths: list[str] = []
 
     @property
     def waits_for_spliced(self) -> bool:
-        """Whether spliced pairs of its are to come."""
-        return self._spliced is not None
+        """Whether spliced pairs of its are to come, or it is not known how many stay with it."""
+        return self._spliced is not None or self._waits_for_stay
+
+    @property
+    def remark(self) -> str:
+        """What an operator is to know of it; empty: nothing."""
+        predecessor = self.predecessor
+        if predecessor is None or not predecessor.spliced_that_stay:
+            return ""
+        return (
+            f"{predecessor.spliced_that_stay} spliced pairs stay with the daemon before (pid "
+            f"{predecessor.offer.pid}) until they end, or its `timeouts.drain` does: their records "
+            "are of another version"
+        )
 
     @property
     def down(self) -> list[HealthResult]:
@@ -199,7 +212,8 @@ class Takeover:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         daemon.loop.watch(predecessor.fileno(), EPOLLIN, self._receive, daemon)
-        if self._spliced is not None:
+        self._waits_for_stay = daemon.datapaths.predecessor_keeps
+        if self.waits_for_spliced:
             if predecessor.is_released:
                 daemon.loop.defer(self._take_over_spliced, daemon)
             else:
@@ -213,12 +227,16 @@ class Takeover:
             )
         if predecessor.offer.splice != "pinned":
             return
-        if self._spliced is None:
+        keeps = daemon.datapaths.predecessor_keeps
+        if self._spliced is None and not keeps:
             why = daemon.datapaths.states["splice"]
             raise ControlError(f"spliced pairs could not go on: {why}")
         if isinstance(self._spliced, LoadError):
             raise ControlError(f"spliced pairs could not go on: {self._spliced}")
-        if predecessor.offer.splice_map not in (None, daemon.datapaths.splice_map_id):
+        if not keeps and predecessor.offer.splice_map not in (
+            None,
+            daemon.datapaths.splice_map_id,
+        ):
             raise ControlError(
                 "spliced pairs could not go on: what the running daemon has pinned in "
                 f"{daemon.pins} is not what this process finds there; "
@@ -240,7 +258,10 @@ class Takeover:
                 [theirs for _, theirs in ends],
             )
             try:
-                predecessor.take([theirs.fileno() for _, theirs in ends])
+                predecessor.take(
+                    [theirs.fileno() for _, theirs in ends],
+                    keeps_spliced=daemon.datapaths.predecessor_keeps,
+                )
             except NoAnswerError as error:
                 # It has ended, or has begun to retire: no daemon would serve if we did not.
                 daemon.log.write("error", "predecessor_silent", error=str(error))
@@ -266,17 +287,29 @@ class Takeover:
             predecessor.close()
             self.predecessor = None
             daemon.log.write("info", "predecessor_ended", pid=predecessor.offer.pid)
+            if not daemon.is_ending():
+                # It may have been killed while spliced pairs were left.
+                daemon.datapaths.look_for_left(looks=True)
             daemon.end_if_done()
 
     def _take_over_spliced(self, daemon: SucceedingDaemon) -> None:
-        """The daemon before has released what it has spliced: it is ours from here on."""
+        """The daemon before has released what it has spliced: it is ours from here on.
+
+        Or it keeps that, and what we splice is beside it.
+        """
+        if not self.waits_for_spliced:
+            return
         loaded, self._spliced = self._spliced, None
-        if loaded is None or daemon.is_ending():
+        keeps, self._waits_for_stay = self._waits_for_stay, False
+        if daemon.is_ending():
             return
         # Of two keepers each would give a new pair the place of a pair of the other's.
-        if self.predecessor is not None and not self.predecessor.end_keeper():
+        if not keeps and self.predecessor is not None and not self.predecessor.end_keeper():
             daemon.log.write("error", "predecessors_keeper_lives", pid=self.predecessor.offer.pid)
-        daemon.take_spliced(loaded)
+        if loaded is None:
+            daemon.loop.stop()  # it was waited for
+        else:
+            daemon.take_spliced(loaded)
 
     def end_predecessor(self) -> None:
         """We reset what is left: it is to do so, too."""

@@ -161,25 +161,34 @@ class WorkerPool:
                 self._log.write("error", "worker_takes_over", error=str(error))
                 worker.kill()
 
-    def retire(self, to_successors: Sequence[int]) -> None:
+    def retire(self, to_successors: Sequence[int], *, keeps_spliced: bool) -> None:
         """Have the workers accept no more, and send their pairs to another daemon's; none is
         replaced.
 
         A worker that has died before is not replaced, either: the new one would be forked with the
         channels to the other daemon's workers. Its spliced pairs are the keeper's to give to that
         daemon.
+
+        `keeps_spliced`: spliced pairs stay, and a worker that dies is replaced, once those channels
+        are closed here.
         """
-        self._replacements.begin(WorkersPhase.RETIRED)
+        self._replacements.begin(WorkersPhase.KEEPING if keeps_spliced else WorkersPhase.RETIRED)
         self.stop_deciding(scaled_s(_TAKEN_IN_S))
+        self._gets_more = keeps_spliced and not self._decisions.has_stopped
         for index, worker in enumerate(self._workers):
             if worker.exit_code is None:
-                fds = [to_successors[index]] if index < len(to_successors) else []
-                try:
-                    worker.ask("retire", fds)
-                except ControlError as error:
-                    if not worker.is_ending():
-                        self._log.write("error", "worker_stuck", error=str(error))
-                        worker.kill()
+                self._retire(worker, to_successors[index : index + 1])
+        self._wait_for_more(time.monotonic() + scaled_s(_GIVEN_S))
+
+    def _retire(self, worker: WorkerProcess, to_successors: Sequence[int] = ()) -> None:
+        """Have a worker send its pairs by this channel, or only let end what it has."""
+        keeps = self._replacements.phase is WorkersPhase.KEEPING
+        self._tell(worker, "retire", to_successors, keeps=keeps, more=self._gets_more)
+
+    @property
+    def has_stopped_deciding(self) -> bool:
+        """After `stop_deciding`: whether no connection is being opened by the kernel any more."""
+        return self._decisions.has_stopped
 
     def spliced_left(self) -> int:
         """How many pairs and sessions that the kernel has they have not released yet."""
@@ -293,17 +302,18 @@ class WorkerPool:
         self._wait_for_more(time.monotonic() + scaled_s(_GIVEN_S))
 
     def _wait_for_more(self, until_s: float) -> None:
-        """Let workers end that have nothing left, once the keeper has given them all pairs that it
-        had.
-        """
-        if not self._gets_more or self._replacements.phase is not WorkersPhase.DRAINING:
+        """Once the keeper has given them all that it had, let those end that have nothing left."""
+        if not self._gets_more or self._replacements.phase not in (
+            WorkersPhase.DRAINING,
+            WorkersPhase.KEEPING,
+        ):
             return
         if not self._decisions.has_stopped and time.monotonic() < until_s:
             self._loop.after(_LOOK_S, lambda: self._wait_for_more(until_s))
             return
         self._gets_more = False
         for worker in self.living:
-            self._tell(worker, "drain", more=False)
+            self._tell_phase(worker)
 
     def replace_now(self) -> None:
         """Replace workers that have died, without a pause: pairs that have outlived them are to be
@@ -324,15 +334,19 @@ class WorkerPool:
         match self._replacements.phase:
             case WorkersPhase.DRAINING:
                 self._tell(worker, "drain", more=self._gets_more)
+            case WorkersPhase.KEEPING:
+                self._retire(worker)
             case WorkersPhase.RESETTING:
                 self._tell(worker, "stop")
             case WorkersPhase.SERVING | WorkersPhase.RETIRED:
                 pass
 
-    def _tell(self, worker: WorkerProcess, do: str, **fields: object) -> None:
+    def _tell(
+        self, worker: WorkerProcess, do: str, fds: Sequence[int] = (), **fields: object
+    ) -> None:
         """Have a worker end; one that does not answer is ended."""
         try:
-            worker.ask(do, (), **fields)
+            worker.ask(do, fds, **fields)
         except ControlError as error:
             if not worker.is_ending():
                 self._log.write("error", "worker_stuck", error=str(error))

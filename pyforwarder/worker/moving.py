@@ -25,13 +25,15 @@ from typing import Annotated, Final
 from pydantic import Field
 
 from pyforwarder.datapath.copying import BULK_READ_BYTES
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.worker.moving_facts import Audit, Message, Number, SessionFacts
 
 # So many go in one turn of the loop: the pairs that stay have theirs in between.
 BATCH: Final = 32
 # Bytes of two directions, each at most one read, in base64, and some words.
 MOST_MESSAGE_BYTES: Final = 4 * BULK_READ_BYTES
+
+# Characters, two for a byte: more than a record has in any version.
+_MOST_RECORD: Final = 1 << 14
 
 _Name = Annotated[str, Field(max_length=1024)]
 _Carried = Annotated[int, Field(gt=-(1 << 20), lt=1 << 50)]
@@ -90,6 +92,19 @@ class PairMessage(Message):
     audit: Audit = Field(default_factory=dict)
 
 
+class ShownMessage(Message):
+    """What the pair table says of a UDP session, whatever its layout."""
+
+    listener: _Name
+    rule: _Name
+    started_s: Annotated[float, Field(ge=0, lt=1e12)]
+    # Bytes and datagrams, up and down.
+    carried: Annotated[
+        list[Annotated[list[Number], Field(min_length=2, max_length=2)]],
+        Field(min_length=2, max_length=2),
+    ]
+
+
 class SessionMessage(SessionFacts):
     """A UDP session that is copied; its socket to the server comes with it."""
 
@@ -97,7 +112,9 @@ class SessionMessage(SessionFacts):
     client_port: _Port
     local: Annotated[str, Field(max_length=64)]
     local_port: _Port
-    record: Annotated[str, Field(max_length=2 * PAIR_BYTES, pattern=r"^([0-9a-f][0-9a-f])*$")]
+    record: Annotated[str, Field(max_length=_MOST_RECORD, pattern=r"^([0-9a-f][0-9a-f])*$")]
+    layout: Number | None = None  # of that; None: an earlier version, which has ours
+    shown: ShownMessage | None = None  # the same in words
 
 
 class KernelSessionsMessage(Message):

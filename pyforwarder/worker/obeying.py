@@ -49,6 +49,7 @@ class Worker:
         express = inheritance.splicing.express if inheritance.splicing else None
         places = express.connecting.places if express else 0
         self._express_share = express_share(places, inheritance.workers)
+        self._has_retired = False
         self._pair_sender: PairSender | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._receive, self)
         self._beat()
@@ -123,7 +124,7 @@ class Worker:
             case "drain":
                 self._drain(gets_more=message["more"])
             case "retire":
-                self._retire(fds)
+                self._retire(fds, keeps_spliced=message["keeps"], gets_more=message["more"])
             case "spliced_left":
                 return self._pair_sender.spliced_left() if self._pair_sender is not None else 0
             case "stop":
@@ -236,10 +237,16 @@ class Worker:
         self._made.datagrams.listen(name, sock, listener)
         return name
 
-    def _retire(self, fds: list[int]) -> None:
-        """Accept no more: another daemon does, and gets the pairs; those that stay may end."""
+    def _retire(self, fds: list[int], *, keeps_spliced: bool, gets_more: bool) -> None:
+        """Accept no more: another daemon does, and gets the pairs; those that stay may end.
+
+        `keeps_spliced`: those that are spliced stay. `gets_more`: see `_drain`.
+        """
+        self._gets_more = gets_more
+        if self._has_retired:
+            return
+        self._has_retired = True
         self._used_tokens.retire()
-        self._gets_more = False
         server = self._made.server
         self._receive_opened()
         for sock in self._sockets:
@@ -251,8 +258,19 @@ class Worker:
         if fds:
             to_successor = Channel(socket.socket(fileno=fds[0]))
             self._pair_sender = PairSender(
-                to_successor, server, self._made.datagrams, self._made.splice, self._made.sockmap
+                to_successor,
+                server,
+                self._made.datagrams,
+                self._made.splice,
+                self._made.sockmap,
+                keeps_spliced=keeps_spliced,
             )
+        elif keeps_spliced:
+            # It has come in the place of one that died: pairs go on, and nobody has its sessions.
+            server.handover.stop()
+            self._made.datagrams.handover.settle(splice=False)
+            self._made.datagrams.drain(CloseReason.SHUTDOWN)
+            self._made.adoption.end_sessions(self._made.datagrams)
         if not self._draining:
             self._draining = True
             self._stop_when_empty()

@@ -21,6 +21,7 @@ from pyforwarder.core.connection import Life, Phase
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import BLOCKED, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION, NAME_BYTES, PairRecord
 from pyforwarder.datapath.splice.sessions import SessionOrphan
 from pyforwarder.runtime.limits import Limit
 from pyforwarder.runtime.loop import EPOLLIN, MOST_EVENTS
@@ -196,7 +197,7 @@ class PairReceiver:
                 raise ValueError("no UDP socket")
             sock.setblocking(False)
             self._datagrams.adoption.remember(one)
-            said_by_table = table.inherited(bytes.fromhex(one.record), one.id)
+            said_by_table = _shown(one)
             orphan = SessionOrphan(
                 -1,
                 one.id,
@@ -401,6 +402,21 @@ class PairReceiver:
             left_bytes=pair_message.spliced.left_bytes,
             is_mute=pair_message.spliced.is_mute,
         )
+
+
+def _shown(said: SessionMessage) -> PairRecord | None:
+    """What the pair table of the daemon before says of a session, in our layout."""
+    if said.layout in (None, ABI_VERSION) or said.shown is None:
+        return table.inherited(bytes.fromhex(said.record), said.id)
+    record = PairRecord(
+        id=said.id,
+        started_ns=int(said.shown.started_s * 1e9),
+        rule=said.shown.rule.encode()[: NAME_BYTES - 1],
+        listener_name=said.shown.listener.encode()[: NAME_BYTES - 1],
+    )
+    for flow, (carried_bytes, packets) in zip(record.worker, said.shown.carried, strict=True):
+        flow.carried_bytes, flow.carried_packets = carried_bytes, packets
+    return table.inherited(bytes(record), said.id)
 
 
 def _close(*sockets: socket.socket) -> None:

@@ -11,9 +11,11 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life, Phase
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.copying import BULK_READ_BYTES
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION
 from pyforwarder.datapath.sockmap_exit import ExitError
 from pyforwarder.worker.moving import BATCH
 from pyforwarder.worker.moving_facts import audit_message, session_facts
+from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 # How often it is looked for those that have got a server, or can leave their sockmap by now.
 _LOOK_S: Final = 0.02
+# How often it is looked whether UDP listeners are of no use any more.
+_LEAVE_S: Final = 0.1
 # A pair stands still while it is under way, so few are at a time: memory of messages that were not
 # read yet, and how often it is looked whether they were.
 _MOST_UNDER_WAY_BYTES: Final = 12 * 1024
@@ -65,9 +69,16 @@ class PairSender:
         datagrams: DatagramServer,
         splice: SpliceDatapath | None,
         sockmap: SockmapDatapath | None,
+        *,
+        keeps_spliced: bool = False,
     ) -> None:
-        """`channel` leads to the worker that receives them, and is ours to close."""
+        """`channel` leads to the worker that receives them, and is ours to close.
+
+        `keeps_spliced`: the receiver's daemon cannot read the kernel's records. Spliced pairs stay
+        here; UDP sessions, for which no numbers are translated, leave the kernel and are sent.
+        """
         self._channel = channel
+        self._keeps_spliced = keeps_spliced
         self._sockmap = sockmap
         self._exit: SockmapExit | None = None
         self._queue: deque[Client] = deque()
@@ -80,12 +91,24 @@ class PairSender:
         server.handover.stop()
         datagrams.handover.settle(splice=False)
         server.loop.defer(lambda _: self._send_more(), None)
+        self._leave_listeners()
+
+    def _leave_listeners(self) -> None:
+        """Close UDP listeners once no answer goes out by them.
+
+        Pairs of TCP may stay for long. Nobody else could bind these addresses meanwhile, after an
+        end of the other daemon, or once that has no such listeners any more.
+        """
+        if (self._sessions_told or self._is_over) and self._datagrams.is_idle:
+            self._datagrams.listen_only_at(())
+        else:
+            self._server.loop.after(_LEAVE_S, self._leave_listeners)
 
     def spliced_left(self) -> int:
-        """How many pairs and sessions in the kernel are not sent yet."""
+        """How many pairs and sessions in the kernel are not sent yet, and do not stay."""
         if self._is_over:
             return 0  # there is no receiver
-        left = sum(1 for client in self._server.clients.values() if self._is_spliced(client))
+        left = sum(1 for client in self._server.clients.values() if self._moves_spliced(client))
         if self._splice is not None:
             # They may be spliced in a moment; and those that are to be reset must be before that.
             left += self._splice.paused + self._splice.unsettled
@@ -93,6 +116,9 @@ class PairSender:
 
     def _is_spliced(self, client: Client) -> bool:
         return client.datapath is not None and client.datapath is self._splice
+
+    def _moves_spliced(self, client: Client) -> bool:
+        return not self._keeps_spliced and self._is_spliced(client)
 
     def _send_more(self) -> None:
         try:
@@ -112,12 +138,14 @@ class PairSender:
             self._server.loop.defer(lambda _: self._send_more(), None)
 
     def _stay(self) -> None:
-        """The receiver is gone: copied pairs end here, and spliced ones are adopted."""
+        """The receiver is gone: copied pairs end here, and spliced ones are adopted, or stay."""
         self._is_over = True
         self._channel.close()
         if self._exit is not None:
             self._exit.close()
         self._server.handover.finish()
+        if self._keeps_spliced:
+            return
         for client in list(self._server.clients.values()):
             if self._is_spliced(client):
                 assert self._splice is not None
@@ -152,6 +180,8 @@ class PairSender:
             _QueueFullError, _ReceiverGoneError: see `_send`.
         """
         if not self._sessions_told:
+            if self._keeps_spliced and not self._has_withdrawn():
+                return _PAUSE_S
             sessions = self._datagrams.sessions()[:BATCH]
             self._send_facts([one for one in sessions if one.in_kernel is not None])
             for session in sessions:
@@ -190,6 +220,16 @@ class PairSender:
             self._queue.popleft()
         return 0.0 if self._queue else _LOOK_S
 
+    def _has_withdrawn(self) -> bool:
+        """Whether no session is in the kernel, and it is known what each has carried there."""
+        sessions = self._datagrams.sessions()
+        there = [one for one in sessions if one.in_kernel is not None or one.pending is not None]
+        if there:
+            for first in range(0, BATCH, ENDS_AT_ONCE):
+                self._datagrams.handover.withdraw(there[first : first + ENDS_AT_ONCE])
+            return False
+        return all(one.is_counted for one in sessions)
+
     def _send_facts(self, sessions: Sequence[Session]) -> None:
         """Send what the kernel's records do not have of its sessions.
 
@@ -226,7 +266,7 @@ class PairSender:
             return True
         if self._sockmap is not None and datapath is self._sockmap:
             return True
-        return self._is_spliced(client)
+        return self._moves_spliced(client)
 
     def _is_portable(self, client: Client) -> bool:
         """Whether all that is known of the pair fits into a message; it may have ended instead."""
@@ -299,6 +339,8 @@ class PairSender:
             # It goes on in the kernel, and the receiver gets it from its keeper.
             server.release(session)
             return
+        server.records.count(session, now_ns=int(session.active_s * 1e9))
+        record = server.records.record_of(session)
         local = session.asked_address()
         message = {
             **session_facts(session),
@@ -307,6 +349,16 @@ class PairSender:
             "local": local.host,
             "local_port": local.port,
             "record": record.hex(),
+            "layout": ABI_VERSION,
+            "shown": {
+                "listener": session.listener_name,
+                "rule": session.route.rule.name,
+                "started_s": session.accepted_s,
+                "carried": [
+                    [session.up_bytes, session.up_packets],
+                    [session.down_bytes, session.down_packets],
+                ],
+            },
         }
         self._send({"session": message}, [session.sock.fileno()])
         server.release(session)

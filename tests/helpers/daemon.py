@@ -80,15 +80,19 @@ class Place:
 
 
 def run_command(
-    place: Place, *words: str, stdin: bytes | None = None, deadline_s: float = PATIENCE_S
+    place: Place,
+    *words: str,
+    stdin: bytes | None = None,
+    deadline_s: float = PATIENCE_S,
+    build: Sequence[str] = COMMAND,
 ) -> subprocess.CompletedProcess[str]:
-    """One `pyforwarder ...` command from start to end.
+    """One `pyforwarder ...` command from start to end; `build` runs another version of it.
 
     Raises:
         subprocess.TimeoutExpired: it did not end in time (and was killed).
     """
     done = subprocess.run(
-        [*COMMAND, *words],
+        [*build, *words],
         env=place.environ(),
         input=b"" if stdin is None else stdin,
         capture_output=True,
@@ -180,12 +184,23 @@ class Daemon:
     # ------------------------------------------------------------------ asking it
 
     def command(
-        self, *words: str, stdin: bytes | None = None, deadline_s: float = PATIENCE_S
+        self,
+        *words: str,
+        stdin: bytes | None = None,
+        deadline_s: float = PATIENCE_S,
+        build: Sequence[str] = COMMAND,
     ) -> subprocess.CompletedProcess[str]:
-        """A command for this instance, from start to end."""
+        """A command for this instance, from start to end; `build` runs another version of it."""
         verb, *rest = words
         return run_command(
-            self.place, verb, "--instance", self.instance, *rest, stdin=stdin, deadline_s=deadline_s
+            self.place,
+            verb,
+            "--instance",
+            self.instance,
+            *rest,
+            stdin=stdin,
+            deadline_s=deadline_s,
+            build=build,
         )
 
     def control(self) -> ControlClient:

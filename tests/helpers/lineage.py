@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pyforwarder.client import ControlClient
 from pyforwarder.runtime.instance import Instance
 from pyforwarder.supervisor.predecessor import Predecessor, find
-from tests.helpers.daemon import START_DEADLINE_S
+from tests.helpers.daemon import COMMAND, START_DEADLINE_S
 from tests.helpers.peers import dial, read_exactly
 from tests.helpers.waiting import wait_for
 
@@ -60,17 +60,18 @@ class Lineage:
         """Of the one that serves now."""
         return pid_of(self.first)
 
-    def upgrade(self, *words: str) -> None:
-        """Another takes its place."""
+    def upgrade(self, *words: str, build: Sequence[str] = COMMAND) -> str:
+        """Another takes its place, of another version where `build` runs that; what is said."""
         before = self.pid
-        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S)
+        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S, build=build)
         assert done.returncode == 0, done.stderr
         assert self.pid != before
+        return done.stderr
 
-    def fail_to_upgrade(self, *words: str) -> str:
+    def fail_to_upgrade(self, *words: str, build: Sequence[str] = COMMAND) -> str:
         """Another does not take its place; why not."""
         before = self.pid
-        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S)
+        done = self.first.command("upgrade", *words, deadline_s=START_DEADLINE_S, build=build)
         assert done.returncode != 0
         assert self.pid == before
         return done.stderr

@@ -27,10 +27,10 @@ def environment() -> Environment:
 class Daemon:
     """What `detached` starts; `life` is what it does in the background."""
 
-    def __init__(self, life: Callable[[Callable[[], None]], int]) -> None:
+    def __init__(self, life: Callable[[Callable[[str], None]], int]) -> None:
         self._life = life
 
-    def run(self, on_ready: Callable[[], None] | None = None) -> int:
+    def run(self, on_ready: Callable[[str], None] | None = None) -> int:
         assert on_ready is not None
         return self._life(on_ready)
 
@@ -40,15 +40,15 @@ def test_command_returns_while_the_daemon_and_its_workers_live() -> None:
     end_read, end_write = os.pipe()
     gone_read, gone_write = os.pipe()
 
-    def life(on_ready: Callable[[], None]) -> int:
+    def life(on_ready: Callable[[str], None]) -> int:
         os.close(end_write)
         os.close(gone_read)
         if os.fork():  # the other one is a worker
-            on_ready()
+            on_ready("two pairs stay")
         os.read(end_read, 1)  # both live until the test closes its end
         os._exit(0)
 
-    assert detached(environment(), OPTIONS, lambda *_: Daemon(life)) == 0
+    assert detached(environment(), OPTIONS, lambda *_: Daemon(life)) == "two pairs stay"
     os.close(gone_write)
     os.set_blocking(gone_read, False)
     with pytest.raises(BlockingIOError):  # somebody still holds the other end
@@ -61,7 +61,7 @@ def test_command_returns_while_the_daemon_and_its_workers_live() -> None:
 
 
 def test_daemon_that_cannot_start_gives_its_error_and_exit_code() -> None:
-    def life(_: Callable[[], None]) -> int:
+    def life(_: Callable[[str], None]) -> int:
         raise ConfigError("no such key", path="listenrs", line=3)
 
     with pytest.raises(DetachedError, match="line 3, listenrs: no such key") as caught:
@@ -72,7 +72,7 @@ def test_daemon_that_cannot_start_gives_its_error_and_exit_code() -> None:
 def test_unexpected_error_does_not_run_the_callers_code_twice(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def life(_: Callable[[], None]) -> int:
+    def life(_: Callable[[str], None]) -> int:
         raise ZeroDivisionError("by nothing")
 
     caller = os.getpid()
@@ -83,7 +83,7 @@ def test_unexpected_error_does_not_run_the_callers_code_twice(
 
 
 def test_daemon_that_dies_without_a_word_is_a_failure() -> None:
-    def life(_: Callable[[], None]) -> int:
+    def life(_: Callable[[str], None]) -> int:
         os._exit(9)
 
     with pytest.raises(DetachedError, match="without a word") as caught:
@@ -95,12 +95,12 @@ def test_daemon_is_told_that_it_is_detached(tmp_path: Path) -> None:
     seen = tmp_path / "seen"
 
     def make(_: Environment, options: UpOptions) -> Daemon:
-        def life(on_ready: Callable[[], None]) -> int:
+        def life(on_ready: Callable[[str], None]) -> int:
             seen.write_text(f"{options.detach} {os.getsid(0) != os.getpid()}")
-            on_ready()
+            on_ready("two pairs stay")
             return 0
 
         return Daemon(life)
 
-    assert detached(environment(), OPTIONS, make) == 0
+    assert detached(environment(), OPTIONS, make) == "two pairs stay"
     assert seen.read_text() == "True True"  # and it leads no session: it cannot get a terminal

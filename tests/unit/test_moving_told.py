@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.ebpf.abi import ABI_VERSION
+from pyforwarder.datapath.splice.sessions import KernelSession
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.slowness import scaled_s
@@ -68,7 +70,7 @@ class Succession:
         to_successor: Any = SimpleNamespace(send=send)
         worker: Any = SimpleNamespace(
             handover=SimpleNamespace(stop=lambda: None),
-            loop=SimpleNamespace(defer=lambda *_: None),
+            loop=SimpleNamespace(defer=lambda *_: None, after=lambda *_: 0),
             clients={},
         )
         sender = PairSender(to_successor, worker, self.old.server, None, None)
@@ -195,7 +197,7 @@ def test_a_session_of_the_kernel_is_told_of_before_it_is_let_go(succession: Succ
     to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
     worker: Any = SimpleNamespace(
         handover=SimpleNamespace(stop=lambda: None),
-        loop=SimpleNamespace(defer=lambda *_: None),
+        loop=SimpleNamespace(defer=lambda *_: None, after=lambda *_: 0),
         clients={},
     )
     PairSender(to_successor, worker, succession.old.server, None, None)._send_some()
@@ -203,6 +205,57 @@ def test_a_session_of_the_kernel_is_told_of_before_it_is_let_go(succession: Succ
     assert not succession.old.server.sessions()
     # Its record stays for the other daemon.
     succession.old.window.release(0)
+
+
+def test_a_session_leaves_the_kernel_where_its_records_cannot_be_read(
+    succession: Succession,
+) -> None:
+    """It is sent once it is known what the kernel has carried, as one that was copied."""
+    old = succession.old
+    kernel = FakeKernel()
+    kernel.is_slow = True
+    kernel.sent_on = [(30, 3), (200, 2)]
+    old.server.handover = SessionHandover(old.server, cast("SpliceSessions", kernel))
+    succession.client(times=2)
+    (session,) = old.server.sessions()
+    session.in_kernel = KernelSession(0, session.id, session.slot)
+    kernel.last = [old.loop.now_s + 1.0, 0.0]
+    sent: list[dict[str, Any]] = []
+    to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
+    worker: Any = SimpleNamespace(
+        handover=SimpleNamespace(stop=lambda: None),
+        loop=SimpleNamespace(defer=lambda *_: None, after=lambda *_: 0),
+        clients={},
+    )
+    sender = PairSender(to_successor, worker, old.server, None, None, keeps_spliced=True)
+    for _ in range(3):
+        assert sender._send_some()
+    assert sent == []
+    assert kernel.closed == [1]
+    assert sender.spliced_left() == 1
+    (said,) = kernel.uncounted
+    said()
+    for _ in range(2):
+        sender._send_some()
+    (one, last) = sent
+    assert one["session"]["shown"]["carried"] == [[20 + 30, 2 + 3], [200, 2]]
+    assert one["session"]["active_s"] == kernel.last[0]
+    assert last == {"sessions": "all"}
+    assert sender.spliced_left() == 0
+    assert not old.server.sessions()
+
+
+@pytest.mark.parametrize("layout", [ABI_VERSION, ABI_VERSION + 1])
+def test_what_was_shown_of_a_session_comes_from_any_layout(
+    succession: Succession, layout: int
+) -> None:
+    succession.client(times=3)
+    other: Any = {} if layout == ABI_VERSION else {"layout": layout, "record": "ff" * 600}
+    succession.move(**other)
+    (session,) = succession.new.server.sessions()
+    assert (session.up_bytes, session.up_packets) == (30, 3)
+    assert session.route.rule.name == "r"
+    assert not succession.new.said()
 
 
 def test_many_sessions_of_the_kernel_come_in_few_messages(succession: Succession) -> None:

@@ -216,7 +216,7 @@ def test_what_was_put_off_is_not_done_once_another_daemon_has_the_place(what: st
             lost.started_s = 1e12
         pool.reap()
         put_off = later(done)
-        pool.retire([])
+        pool.retire([], keeps_spliced=False)
         done.memory.reset_mock()
         put_off()
         assert done.memory.mock_calls == []
@@ -232,10 +232,33 @@ def test_a_worker_that_has_died_is_not_replaced_where_a_daemon_takes_the_place()
         lost.exit_code, lost.started_s = -9, 1e12
         pool.reap()
         put_off = later(done)
-        pool.retire([7, 8])
-        assert other.ask.call_args_list[-1] == mock.call("retire", [8])
+        pool.retire([7, 8], keeps_spliced=False)
+        assert other.ask.call_args_list[-1] == mock.call("retire", [8], keeps=False, more=False)
         put_off()
         assert not starts.called
+
+
+def test_a_worker_that_has_died_is_replaced_where_spliced_pairs_stay() -> None:
+    """It goes on with these, and has no heir: the channels are closed by then."""
+    lost, other, successor = worker(), worker(), worker()
+    with serving(lost, other, successors=(successor,)) as (_, pool, starts):
+        lost.exit_code = -9
+        pool.retire([7, 8], keeps_spliced=True)
+        assert other.ask.call_args_list[-1] == mock.call("retire", [8], keeps=True, more=False)
+        pool.reap()
+        assert starts.call_count == 1
+        assert successor.ask.call_args_list[-1] == mock.call("retire", (), keeps=True, more=False)
+        assert not pool.have_ended
+
+
+def test_workers_that_keep_spliced_pairs_wait_for_what_the_kernel_has_opened() -> None:
+    only = worker()
+    with serving(only, has_stopped=False) as (done, pool, _):
+        pool.retire([7], keeps_spliced=True)
+        assert only.ask.call_args_list[-1] == mock.call("retire", [7], keeps=True, more=True)
+        pool._decisions.has_stopped = True  # type: ignore[misc]
+        later(done)()
+        assert only.ask.call_args_list[-1] == mock.call("retire", (), keeps=True, more=False)
 
 
 def test_what_has_outlived_a_worker_is_reset_by_another_when_the_drain_is_over() -> None:
@@ -365,6 +388,6 @@ def test_pairs_that_come_from_another_machine_once_another_daemon_has_the_place_
         pool.drain()
         ended.exit_code = 0
         pool.reap()
-        pool.retire([])
+        pool.retire([], keeps_spliced=False)
         pool.adopt(0)
         assert not starts.called

@@ -61,6 +61,13 @@ def found_on(directory: Path) -> set[int]:
     return set()
 
 
+def names() -> set[str]:
+    """The names of all filters at our priority, others' too; none if the kernel does not say."""
+    with contextlib.suppress(OSError), TrafficControl() as tc:
+        return {one.name for one in _filters(tc)}
+    return set()
+
+
 def remove(directory: Path) -> None:
     """Remove the filters of that instance from all interfaces; nothing else. Never raises."""
     with contextlib.suppress(OSError), TrafficControl() as tc:

@@ -102,13 +102,18 @@ def inherit(name: str, fd: int) -> None:
     _inherited[name] = socket.socket(fileno=fd)
 
 
+def drop_inherited() -> None:
+    """Give up what was inherited, and no `NameInUse` has got: they are their first owner's."""
+    for sock in _inherited.values():
+        sock.close()
+    _inherited.clear()
+
+
 def _close_in_child() -> None:
     """A child must not hold a name when its parent has died."""
     for use in list(_in_use):
         use.close()
-    for sock in _inherited.values():
-        sock.close()
-    _inherited.clear()
+    drop_inherited()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

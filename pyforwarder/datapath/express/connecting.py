@@ -146,6 +146,7 @@ class Connecting:
                 self.ends_fd, key_bytes=ctypes.sizeof(abi.EndKey), value_bytes=ends
             )
             self.memory = bpf.map_memory(self.asks_fd, places * _stride(), write=True)
+            self._number_from(secrets.randbits(29))
             self._listeners = bpf.Map(self.listeners_fd, key_bytes=key, value_bytes=listener)
             self._targets = bpf.Map(self.targets_fd, key_bytes=4, value_bytes=target)
             self._counts = bpf.Map(self.counts_fd, key_bytes=4, value_bytes=8)
@@ -154,6 +155,16 @@ class Connecting:
                     bpf.push(self.places_fd, _NUMBER.pack(place))
             self._own = OwnPrograms(-1, -1)
             self._opened = opened.pop_all()
+
+    def _number_from(self, first: int) -> None:
+        """Let the connections of each place have numbers from this one on.
+
+        An earlier daemon may still have pairs of these places, in maps of its own: ids are made of
+        places and numbers.
+        """
+        word = struct.pack("=Q", first << abi.STATE_BITS | abi.AskState.FREE)
+        for at in range(abi.Ask.word.offset, len(self.memory), _stride()):
+            self.memory[at : at + len(word)] = word
 
     def load(self, splice: SpliceMaps) -> OwnPrograms:
         """Load the programs, and put them into the map from which those on the interfaces tail-call

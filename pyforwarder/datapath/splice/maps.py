@@ -23,6 +23,7 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.datapath.netlink import Netlink
 from pyforwarder.datapath.splice import session_maps
+from pyforwarder.datapath.splice.directories import Claim
 from pyforwarder.datapath.splice.handshakes import is_handshakes, make_handshakes
 from pyforwarder.datapath.splice.interfaces import Links, with_addresses
 from pyforwarder.datapath.splice.making import (
@@ -125,6 +126,7 @@ class SpliceMaps:
     probe_fd: int = -1
     control_fd: int = -1
     found: tuple[Found, ...] = ()  # what an earlier daemon has left
+    _claim: Claim | None = None  # on the directory of the pins
 
     @classmethod
     def load(
@@ -203,9 +205,13 @@ class SpliceMaps:
 
         with opened:
             left = open_left(pins) if pins is not None and has_pins(pins) else None
+            claim = None
             if left is not None:
                 opened.callback(left.close)
             try:
+                if left is not None and pins is not None:
+                    claim = Claim(pins)
+                    opened.callback(claim.close)
                 # More than pairs: one that has ended keeps its record for a while.
                 entries = left.entries if left else 2 * workers * slots + places
                 flows = keep(os.dup(left.flows_fd) if left else make_flows(entries))
@@ -254,6 +260,7 @@ class SpliceMaps:
             SessionMaps(
                 session_flows, session_array, session_entries, is_left=left_sessions is not None
             ),
+            _claim=claim,
         )
 
     def load_programs(self, connecting: Connecting | None = None) -> Programs:
@@ -380,6 +387,10 @@ class SpliceMaps:
         assert directory is not None
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Anew: the directory may have been removed, and made again.
+            claim, self._claim = self._claim, Claim(directory)
+            if claim is not None:
+                claim.close()
             fds = [self.flows_fd, self.splices_fd, self.pairs_fd]
             fds += [self.sessions.flows_fd, self.sessions.sessions_fd]
             names = (*MAPS, *session_maps.PINS)
@@ -404,7 +415,7 @@ class SpliceMaps:
         self._close(self.ring_fds)
 
     def _close(self, ring_fds: Iterable[int]) -> None:
-        for part in (self._links, self._attacher, self._left):
+        for part in (self._links, self._attacher, self._left, self._claim):
             if part is not None:
                 part.close()
         for fd in (

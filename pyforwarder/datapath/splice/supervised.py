@@ -45,7 +45,7 @@ class SupervisedSplice(supervised.KernelDatapath):
         """Created even if the configuration does not use it, if pairs of an earlier daemon
         continue.
         """
-        pins = pins_of(given.pins)
+        pins = given.splice_pins or pins_of(given.pins)
         takes_over = has_pins(pins)
         if "splice" not in given.choices and not takes_over:
             if not given.is_successor:

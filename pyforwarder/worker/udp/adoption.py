@@ -148,12 +148,7 @@ class SessionAdoption:
         self._loop.watch(session.sock.fileno(), EPOLLIN, self._server.copying.answered, session)
         self._server.watch_idle(session)
         self._server.records.show(session, PairState.JOINED)
-        for direction, count, packets in (
-            (0, session.up_bytes, session.up_packets),
-            (1, session.down_bytes, session.down_packets),
-        ):
-            if session.slot >= 0:
-                self._server.records.window.count(session.slot, direction, count, packets, 0)
+        self._server.records.count(session)
         if is_copied:
             self._server.handover.established(session)
         elif not self._server.handover.resume(session, orphan):

@@ -46,6 +46,11 @@ class Deciding:
         self._claims = claims
         self._undecided = UndecidedClients(server.loop, self._decide_now)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no client waits for a decision."""
+        return not len(self._undecided)
+
     def open(self, port: DatagramPort, key: Key, datagram: bytes) -> None:
         """A client without a session has sent a datagram."""
         if self._is_ours(port, key):

@@ -365,6 +365,22 @@ class SessionHandover:
             raise
         is_asked = True
 
+    def withdraw(self, sessions: Sequence[Session]) -> None:
+        """Take sessions back from the kernel, or from the way there: they are copied from now on.
+
+        What the kernel has carried of each is known in a second at most (`is_counted`). There are
+        ENDS_AT_ONCE of them at most.
+        """
+        for session in sessions:
+            if session.in_kernel is not None:
+                self._server.confirm_if_steady(session)
+                session.active_s = self.active_s(session)
+                session.answered_s = self.answered_s(session)
+            session.kind = DatapathKind.COPY
+        self.leave(sessions)
+        for session in sessions:
+            self._server.records.show_datapath(session)
+
     def release(self, session: Session) -> None:
         """The session is not given to the kernel any more; one that is there, stays there."""
         if session.pending is not None and self._kernel is not None:

@@ -59,6 +59,15 @@ class SessionRecords:
         if session.slot >= 0:
             self.window.set_datapath(session.slot, session.kind, session.pair_reason)
 
+    def count(self, session: Session, *, now_ns: int = 0) -> None:
+        """What was carried in all, by us and by those before us."""
+        if session.slot >= 0:
+            for direction, count, packets in (
+                (0, session.up_bytes, session.up_packets),
+                (1, session.down_bytes, session.down_packets),
+            ):
+                self.window.count(session.slot, direction, count, packets, now_ns)
+
     def record_of(self, session: Session) -> bytes:
         """What the table says of it; it has a slot."""
         return self.window.record(session.slot)

@@ -142,6 +142,11 @@ class DatagramServer:
         for port in self.ports.values():
             self.loop.forget(port.sock.fileno())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has neither a session nor a client that may get one."""
+        return not self.by_id and self.deciding.is_idle
+
     def listen_only_at(self, names: Sequence[str]) -> None:
         """Close the listeners that are not among `names`, and end their sessions."""
         for name in [name for name in self.ports if name not in names]:

@@ -54,6 +54,9 @@ class UndecidedClients:
         self._clients: dict[tuple[DatagramPort, Key], Undecided] = {}
         self._size_bytes = 0
 
+    def __len__(self) -> int:
+        return len(self._clients)
+
     def get(self, port: DatagramPort, key: Key) -> Undecided | None:
         """The client that sends from this address to this listener."""
         return self._clients.get((port, key))

@@ -169,15 +169,6 @@ def test_a_successor_that_fails_at_any_step_changes_nothing(begin: Any) -> None:
             with pytest.raises(ControlError, match="has changed meanwhile"):
                 successor.take([0] * successor.offer.workers)
         assert echoes(COPY)
-        # What has been spliced is of another version.
-        pins = lineage.instance.bpffs_dir / "splice"
-        if pins.is_dir():
-            pin = next(pins.glob("sessions_*"))
-            aside = pin.with_name("sessions_99")
-            os.rename(pin, aside)
-            assert "is not there" in lineage.fail_to_upgrade()
-            os.rename(aside, pin)
-        assert echoes(COPY)
 
 
 def answer(instruction: bytes) -> bytes:
