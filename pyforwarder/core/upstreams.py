@@ -301,7 +301,7 @@ class Balancer:
         for group in (fit, ejected):
             for backup in (False, True):
                 candidates = [
-                    (server, self._share(server, now_s))
+                    (server, self._present_weight(server, now_s))
                     for server in group
                     if server.backup is backup
                 ]
@@ -410,7 +410,7 @@ class Balancer:
             return Condition.DRAINED
         if server.is_ejected(now_s):
             return Condition.EJECTED
-        if self._share(server, now_s) < server.weight:
+        if self._present_weight(server, now_s) < server.weight:
             return Condition.SLOW_START
         return Condition.UP
 
@@ -423,7 +423,7 @@ class Balancer:
         """Whether its slow start still goes on."""
         return now_s - server._rising_since_s < self._slow_start_s
 
-    def _share(self, server: ServerState, now_s: float) -> float:
+    def _present_weight(self, server: ServerState, now_s: float) -> float:
         """The weight in force: it grows with time after a server came back."""
         if not self._slow_start_s:
             return server.weight

@@ -6,7 +6,7 @@ import os
 import resource
 from typing import TYPE_CHECKING
 
-from pyforwarder.worker.room import express_share, places_for, room_for
+from pyforwarder.worker.room import express_slots, places_for, room_for
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
@@ -33,7 +33,7 @@ def raise_limits(config: Config, workers: int, log: Log) -> None:
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     places = places_for(config, workers)
-    clients = room_for(config, express_share(places, workers)).clients
+    clients = room_for(config, express_slots(places, workers)).clients
     if clients * workers < config.limits.pairs:
         log.write(
             "warning",

@@ -51,8 +51,10 @@ class SessionFacts(Message):
 
     id: Annotated[int, Field(ge=1, lt=1 << 62)]
     # How well its client is known, and of one that has sent one datagram how many bytes it has sent
-    # and been sent; None: an earlier version does not say.
-    standing: Annotated[int, Field(ge=min(Assurance), le=max(Assurance))] | None = None
+    # and been sent; None: an earlier version does not say. It is called `standing` between daemons.
+    assurance: Annotated[int, Field(ge=min(Assurance), le=max(Assurance))] | None = Field(
+        default=None, alias="standing"
+    )
     heard_bytes: Number = 0
     told_bytes: Number = 0
     active_s: Annotated[float, Field(ge=0, lt=1e12)] | None = None

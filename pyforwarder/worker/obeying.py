@@ -20,7 +20,7 @@ from pyforwarder.worker.adoption import ADOPTION_S
 from pyforwarder.worker.generation import Generation, ListenerState
 from pyforwarder.worker.pair_sender import PairSender
 from pyforwarder.worker.parts import WorkerParts
-from pyforwarder.worker.room import express_share, room_for
+from pyforwarder.worker.room import express_slots, room_for
 from pyforwarder.worker.settings import Settings
 from pyforwarder.worker.udp.client_addresses import FIRST_NUMBER
 from pyforwarder.worker.udp.sockets import datagram_socket_from_fd
@@ -48,7 +48,7 @@ class Worker:
         # As many as there are since the start: a reload changes nothing about it.
         express = inheritance.splicing.express if inheritance.splicing else None
         places = express.connecting.places if express else 0
-        self._express_share = express_share(places, inheritance.workers)
+        self._express_slots = express_slots(places, inheritance.workers)
         self._has_retired = False
         self._pair_sender: PairSender | None = None
         self.loop.watch(self._channel.fileno(), EPOLLIN, self._receive, self)
@@ -184,13 +184,13 @@ class Worker:
                 self._counters,
                 self.loop,
                 generation,
-                express_share=self._express_share,
+                express_slots=self._express_slots,
                 ask_supervisor=self._ask_supervisor,
             )
         server = self._made.server
         server.generation = generation
         server.servers.write()
-        room = room_for(generation.config, self._express_share)
+        room = room_for(generation.config, self._express_slots)
         server.most_clients = room.clients
         server.pressure.memory_bytes = generation.memory_bytes
         self._made.datagrams.most_sessions = room.sessions

@@ -40,12 +40,12 @@ class WorkerParts:
         loop: Loop,
         generation: Generation,
         *,
-        express_share: int,
+        express_slots: int,
         ask_supervisor: Callable[[str, list[int], int], None],
     ) -> None:
         """What lives on of an earlier worker or daemon is taken in, if the keeper answers soon.
 
-        `express_share`: how many pairs of the kernel's this worker may get. `ask_supervisor`: see
+        `express_slots`: how many pairs of the kernel's this worker may get. `ask_supervisor`: see
         `Server`. Maps, programs and links that are not needed any more are closed.
         """
         limits = SharedLimits(
@@ -55,7 +55,7 @@ class WorkerParts:
             others=memory.other_machines,
         )
         limits.reset_own()
-        room = room_for(generation.config, express_share)
+        room = room_for(generation.config, express_slots)
         window = given.table.take_window(given.worker)
         server = self.server = Server(
             loop,
@@ -109,7 +109,7 @@ class WorkerParts:
             next_id=server.next_id,
             names=server.names,
             most_sessions=room.sessions,
-            most_shown=given.table.slots - room.clients - express_share,
+            most_shown=given.table.slots - room.clients - express_slots,
             ids=ConnectionIds(memory.connection_ids, given.worker),
             ask_supervisor=ask_supervisor,
             kernel=sessions,

@@ -28,7 +28,7 @@ def room_for(config: Config, opened: int) -> Room:
     """What the limit on open files leaves, TCP and UDP apart: neither can use up the other's.
 
     A few more than the configured limits, for those who are only told that there is no room. So
-    many of the pairs that the kernel has `opened` the worker may get besides (`express_share`).
+    many of the pairs that the kernel has `opened` the worker may get besides (`express_slots`).
     """
     files = max(_files_for(config) - 2 * opened, 4)
     sessions = 0
@@ -61,7 +61,7 @@ def slots_of(config: Config, workers: int) -> int:
 
     More listeners for UDP may come by a reload, which cannot make the table larger.
     """
-    share = express_share(places_for(config, workers), workers)
+    share = express_slots(places_for(config, workers), workers)
     room = room_for(config, share)
     sessions = config.limits.most_sessions
     return (
@@ -71,6 +71,6 @@ def slots_of(config: Config, workers: int) -> int:
     )
 
 
-def express_share(places: int, workers: int) -> int:
+def express_slots(places: int, workers: int) -> int:
     """How many of the pairs that the kernel has opened a worker may get: the keeper shares them."""
     return -(-places // workers)

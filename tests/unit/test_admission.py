@@ -14,7 +14,7 @@ from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.runtime.counters import LIMITED_INDEX, ListenerCounter
 from pyforwarder.runtime.limits import Limit
-from pyforwarder.worker.room import express_share, places_for, room_for, slots_of
+from pyforwarder.worker.room import express_slots, places_for, room_for, slots_of
 from tests.helpers.instruction import ACK, instruction, refusal
 from tests.helpers.stream_play import Play
 
@@ -173,7 +173,7 @@ def test_pairs_that_the_kernel_has_opened_have_descriptors_too(
     monkeypatch.setattr(resource, "getrlimit", lambda _what: (files, files))
     config = parse_config(EXPRESS, source="x")
     places = places_for(config, workers)
-    share = express_share(places, workers)
+    share = express_slots(places, workers)
     room = room_for(config, share)
     if files > 256:  # too few even without
         assert places > 0

@@ -166,8 +166,8 @@ class SessionAdoption:
             session.facts = facts_of(told.audit)
             if told.active_s is not None:
                 session.active_s = min(told.active_s, self._loop.now_s)
-        if told is not None and told.standing is not None:
-            session.assurance = Assurance(told.standing)
+        if told is not None and told.assurance is not None:
+            session.assurance = Assurance(told.assurance)
             session.heard_bytes, session.told_bytes = told.heard_bytes, told.told_bytes
         elif session.kind is DatapathKind.COPY and session.up_packets <= 1:
             session.heard_bytes, session.told_bytes = session.up_bytes, session.down_bytes
