@@ -27,7 +27,7 @@ _BY_PACKAGE: Final = {
     ),
     "config": "key_files",
     "status": "metrics metrics_server=server",
-    "supervisor": "health",
+    "supervisor": "health=health_checker supervisor.checking=health_process",
     "cli": "rates manual demo doctor",
     "datapath.ebpf": (
         "datapath.bpf=syscall datapath.btf datapath.loading datapath.ringbuf "
@@ -79,7 +79,7 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "datapath.splice.sockets": {"datapath.splice.sockets": "End=SocketEnd"},
     "runtime.resolver": {"runtime.askers": "lookup"},
-    "supervisor.health": {"supervisor.health": "Verdict=HealthResult"},
+    "supervisor.health_checker": {"supervisor.health_checker": "Verdict=HealthResult"},
     "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
     "worker.foreign_sockets": {
         "runtime.socket_options": "cookie_of",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.address import is_this_host
 from pyforwarder.runtime.tables import one_line
 from pyforwarder.supervisor.child import Above, Serving
-from pyforwarder.supervisor.health import HealthResult
+from pyforwarder.supervisor.health_checker import HealthResult
 from pyforwarder.supervisor.messages import (
     FROM_HEALTH,
     FleetStates,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyforwarder.config import Config, Fleet, Upstream
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.checking import CheckerProcess
+    from pyforwarder.supervisor.health_process import CheckerProcess
     from pyforwarder.worker.log import Log
 
     Server = tuple[str, str]  # upstream and address

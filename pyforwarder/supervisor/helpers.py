@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime.counters import Counter
-from pyforwarder.supervisor.checking import CheckerProcess
 from pyforwarder.supervisor.failover import FailoverProcess
 from pyforwarder.supervisor.fleet import FleetProcess
 from pyforwarder.supervisor.fleet_health import FleetHealth
 from pyforwarder.supervisor.fleet_limits import LimitsProcess
 from pyforwarder.supervisor.fleet_tokens import TokenProcess
+from pyforwarder.supervisor.health_process import CheckerProcess
 from pyforwarder.supervisor.scraping import WebProcess, page_source_in_child, source_in_child
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.child import ChildProcess
     from pyforwarder.supervisor.configuration import ConfigInForce, ConfigSource, Shared
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.store_process import StoreProcess
     from pyforwarder.supervisor.worker_pool import WorkerPool

@@ -74,7 +74,7 @@ class TokensClaimed(_Message):
 
 
 class HealthMessage(_Message):
-    """A server went up or down (`health.HealthResult`)."""
+    """A server went up or down (`health_checker.HealthResult`)."""
 
     upstream: Name
     server: Name

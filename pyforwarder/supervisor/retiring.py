@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.control import ControlServer
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.files import Files
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.predecessor import Predecessor
     from pyforwarder.supervisor.scraping import WebProcess

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyforwarder.status.metrics import Source
     from pyforwarder.status.process import PageSource
     from pyforwarder.supervisor.configuration import ConfigInForce
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import FleetInstance
     from pyforwarder.worker.log import Log

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.pulse import Pulse
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.supervisor.listeners import Bound
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import TokenClaim

@@ -19,7 +19,7 @@ from pyforwarder.errors import ControlError, LoadError
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.runtime.shared_memory import SharedBlocks
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.health import HealthResult
+from pyforwarder.supervisor.health_checker import HealthResult
 from pyforwarder.supervisor.listeners import BoundSocket
 from pyforwarder.supervisor.memory import SharedMemory
 from pyforwarder.supervisor.predecessor import NoAnswerError, Predecessor

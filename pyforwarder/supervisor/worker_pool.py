@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.messages import TokenClaim
     from pyforwarder.supervisor.rule_deciders import RuleDecider, RuleName

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
-    from pyforwarder.supervisor.health import HealthResult
+    from pyforwarder.supervisor.health_checker import HealthResult
     from pyforwarder.worker.log import Log
     from pyforwarder.worker.settings import Settings
 

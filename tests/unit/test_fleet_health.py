@@ -20,9 +20,9 @@ from pyforwarder.fleet.opening import open_store
 from pyforwarder.fleet.store import Change, Found, StoreError
 from pyforwarder.fleet.watching import All, Lost, Watcher
 from pyforwarder.runtime.channel import Channel
-from pyforwarder.supervisor.checking import report_rounds
 from pyforwarder.supervisor.fleet_health import FleetHealth
-from pyforwarder.supervisor.health import HealthResult
+from pyforwarder.supervisor.health_checker import HealthResult
+from pyforwarder.supervisor.health_process import report_rounds
 from pyforwarder.supervisor.messages import FROM_HEALTH, FleetStates, FleetStore, understand
 
 KEYS: Final = Keys("edge")

@@ -2,7 +2,7 @@
 
 A check is what a worker would do for a client, from the same user and source address, and nothing
 more: connect, say that it is a check where a PROXY header is due, close. It runs in a process of
-its own (supervisor/checking.py), so a server that answers slowly holds nobody up.
+its own (supervisor/health_process.py), so a server that answers slowly holds nobody up.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.runtime.loop import EPOLLIN, Loop
 from pyforwarder.supervisor.child import ChildProcess, Serving
-from pyforwarder.supervisor.health import Checker, HealthResult
+from pyforwarder.supervisor.health_checker import Checker, HealthResult
 from pyforwarder.supervisor.messages import (
     FROM_CHECKER,
     ChecksDone,

@@ -18,8 +18,8 @@ from pyforwarder.config import parse_config
 from pyforwarder.core.address import UnixAddress
 from pyforwarder.runtime.loop import EPOLLOUT, Loop
 from pyforwarder.runtime.resolver import Bounds, Resolver
-from pyforwarder.supervisor import health
-from pyforwarder.supervisor.health import Checker, HealthResult
+from pyforwarder.supervisor import health_checker
+from pyforwarder.supervisor.health_checker import Checker, HealthResult
 
 if TYPE_CHECKING:
     from pyforwarder.core.address import Address
@@ -70,9 +70,11 @@ class Play:
         self._silent = socket.create_server(("127.0.0.1", 0), backlog=0)
         self._fill = [self._connect() for _ in range(2)]
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
-        monkeypatch.setattr(health._Check, "dial", lambda _check, address: self._dial(address))
+        monkeypatch.setattr(
+            health_checker._Check, "dial", lambda _check, address: self._dial(address)
+        )
         self.loop = Loop()
-        monkeypatch.setattr(health, "configured_names", self._names)
+        monkeypatch.setattr(health_checker, "configured_names", self._names)
         self.begin()
 
     def begin(self, *, known: dict[tuple[str, str], bool] | None = None) -> None:
@@ -127,7 +129,7 @@ class Play:
         return [sock for sock in self.sockets if sock.fileno() >= 0]
 
     @property
-    def server(self) -> health._Server:
+    def server(self) -> health_checker._Server:
         return self.checker._checked[0].servers["web.example:80"]
 
     def pass_time(self, by_s: float) -> None:
@@ -197,7 +199,7 @@ def test_a_check_has_one_result(play: Play) -> None:
     play.checker.ended = (  # type: ignore[method-assign]
         lambda upstream, server, *, passed, why: observed.append(passed)
     )
-    check = health._Check(play.checker, play.loop, play.checker._checked[0], play.server)
+    check = health_checker._Check(play.checker, play.loop, play.checker._checked[0], play.server)
     check._end(passed=True, why="connected")
     check.lost(errno.ECONNREFUSED)
     check.expired()
