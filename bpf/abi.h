@@ -51,7 +51,7 @@ struct endpoint {
  * socket serialises its runs, so plain adds suffice; passed_bytes is written atomically because of
  * the barrier that redirect.c explains. A worker writes zeros when it gives the record to a
  * connection, and `latched` when it has a direction redirected to another socket, as its pair
- * leaves the map (datapath/sockmap_exit.py).
+ * leaves the map (datapath/sockmap/exit.py).
  *
  * Of a spliced pair or session the programs of splice store redirected_bytes, redirected_packets
  * and last_ns, as copies of what its own record counts (splice_pair.h, splice_udp.h), and its

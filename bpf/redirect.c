@@ -24,8 +24,8 @@
 
 /*
  * Each worker has a copy of this program, with maps of its own, and with FIRST_SLOT, where its
- * window of SLOTS pairs begins (datapath/kernel.py). So what a worker writes into its maps affects
- * no packet of another worker's pair.
+ * window of SLOTS pairs begins (datapath/sockmap/maps.py). So what a worker writes into its maps
+ * affects no packet of another worker's pair.
  */
 
 /* Bytes; see allowed_backlog(). */

@@ -42,6 +42,7 @@ _BY_PACKAGE: Final = {
         "datapath.attachment=base datapath.attaching=choice datapath.attach_tcx=tcx "
         "datapath.attach_clsact=clsact datapath.traffic_control datapath.unix_names"
     ),
+    "datapath.sockmap": "datapath.kernel=maps datapath.send_buffer",
     "datapath.proof": "datapath.selftest datapath.rig datapath.scenarios",
     "worker": "worker.adopting=foreign_sockets",
     "worker.udp": "worker.datagrams=server",
@@ -58,6 +59,11 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     "core.routing": {"core.explaining": "Explanation RuleReport explain"},
     "core.upstreams": {"core.health": "CheckSchedule Health"},
     "datapath.ebpf.abi": {"datapath.ebpf.abi": "End=SocketOwner VerdictDirection=KernelDirection"},
+    "datapath.sockmap": {
+        "datapath.sockmap.datapath": "SockmapDatapath",
+        "runtime.socket_options": "SO_COOKIE",
+    },
+    "datapath.sockmap.maps": {"datapath.ebpf.pair_table": "PairTable slots_for"},
     "datapath.splice": {
         "datapath.splice.adopted": "Orphan",
         "datapath.splice.datapath": "SpliceDatapath",

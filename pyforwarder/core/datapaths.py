@@ -42,7 +42,7 @@ DATAPATHS: Final = (
     DatapathRow(
         "sockmap",
         proof="pyforwarder.datapath.proof.apart:prove_sockmap_apart",
-        supervised="pyforwarder.datapath.kernel:SupervisedSockmap",
+        supervised="pyforwarder.datapath.sockmap.supervised:SupervisedSockmap",
     ),
     DatapathRow("copy", proof="pyforwarder.datapath.proof.apart:prove_copy"),
 )

@@ -17,7 +17,7 @@ from pyforwarder import __version__
 from pyforwarder.core.address import Address, UnixAddress, bind_entries
 from pyforwarder.core.datapaths import SESSIONS
 from pyforwarder.datapath.attach import unix_names
-from pyforwarder.datapath.kernel import slots_for
+from pyforwarder.datapath.ebpf.pair_table import slots_for
 from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime import collecting
 from pyforwarder.runtime.instance import Instance, InstanceLock, acquire

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, IN_KERNEL, SESSIONS, row_of
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf.syscall import map_id
-from pyforwarder.datapath.kernel import SupervisedSockmap
 from pyforwarder.datapath.proof.remembered import proven
+from pyforwarder.datapath.sockmap.supervised import SupervisedSockmap
 from pyforwarder.datapath.splice import directories
 from pyforwarder.datapath.splice.interfaces import smallest_mtu
 from pyforwarder.datapath.splice.supervised import SupervisedSplice, splices_sessions
@@ -33,7 +33,7 @@ from pyforwarder.worker.room import places_for
 if TYPE_CHECKING:
     from pyforwarder.config import Config, Listener
     from pyforwarder.core.datapaths import DatapathRow
-    from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
     from pyforwarder.datapath.splice.pins import Found
     from pyforwarder.datapath.splice.session_maps import FoundSession
     from pyforwarder.datapath.splice.splicing import Splicing

@@ -8,8 +8,7 @@ from pyforwarder.core.datapaths import DATAPATHS
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.ebpf.arrays import Arrays
-from pyforwarder.datapath.ebpf.pair_table import read_records
-from pyforwarder.datapath.kernel import PairTable
+from pyforwarder.datapath.ebpf.pair_table import PairTable, read_records
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime.counters import (
     BLOCK_BYTES,

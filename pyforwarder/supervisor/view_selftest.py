@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairState, pack_endpoint
 from pyforwarder.datapath.ebpf.arrays import Arrays
-from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.kernel import PairTable, slots_for
+from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow, slots_for
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime import tables
 from pyforwarder.supervisor.view_ways import WAYS, Way

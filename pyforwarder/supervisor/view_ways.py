@@ -28,7 +28,7 @@ from pyforwarder.errors import LoadError, UsageError
 from pyforwarder.runtime.counters import BLOCK_WORDS
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
 
 FILES: Final = ("show", "stats", "listeners")
 

@@ -28,7 +28,7 @@ from pyforwarder.supervisor.report import Backlogs
 from pyforwarder.supervisor.view_ways import FILES, WAYS, Links, Way, link
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
     from pyforwarder.supervisor.pins import Found
 
 _COLUMNS: Final = {

@@ -11,8 +11,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-from pyforwarder.datapath.send_buffer import MOST_BYTES as MOST_SEND_BUFFER
-from pyforwarder.datapath.send_buffer import enlarge_send_buffer
+from pyforwarder.datapath.sockmap.send_buffer import MOST_BYTES as MOST_SEND_BUFFER
+from pyforwarder.datapath.sockmap.send_buffer import enlarge_send_buffer
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.children import fork

@@ -23,7 +23,7 @@ from pyforwarder.worker.foreign_sockets import is_plain_tcp
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair
-    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.worker.client import Client
     from pyforwarder.worker.host import Host

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import mmap
     from collections.abc import Callable, Sequence
 
-    from pyforwarder.datapath.kernel import KernelMaps, PairTable
+    from pyforwarder.datapath.ebpf.pair_table import PairTable
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
     from pyforwarder.datapath.splice.splicing import Splicing
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.pulse import Pulse

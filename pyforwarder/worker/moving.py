@@ -12,7 +12,7 @@ kernel keeps the sockets meanwhile, and what arrives waits in their queues. A me
 received closes them, and their peers see resets.
 
 What moves is what is copied, what is spliced, and what is in a sockmap, out of which it is taken
-first (datapath/sockmap_exit.py). A pair that has no server yet follows as soon as it has.
+first (datapath/sockmap/exit.py). A pair that has no server yet follows as soon as it has.
 
 The receiver trusts the sender no more than a stranger: it may have been taken over. Each message is
 compared with a table, and a pair whose message does not make sense is reset.

@@ -12,7 +12,7 @@ from pyforwarder.core.connection import Life, Phase
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.copying import BULK_READ_BYTES
 from pyforwarder.datapath.ebpf.abi import ABI_VERSION
-from pyforwarder.datapath.sockmap_exit import ExitError
+from pyforwarder.datapath.sockmap.exit import ExitError
 from pyforwarder.worker.moving import BATCH
 from pyforwarder.worker.moving_facts import audit_message, session_facts
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyforwarder.datapath.base import Flow
-    from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.sockmap_exit import SockmapExit
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
+    from pyforwarder.datapath.sockmap.exit import SockmapExit
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.worker.client import Client

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import pytest
 
 from pyforwarder.datapath.ebpf.arrays import create_pairs
+from pyforwarder.datapath.ebpf.pair_table import PairTable
 from pyforwarder.datapath.express import keeping
-from pyforwarder.datapath.kernel import PairTable
 from pyforwarder.datapath.proof.express import Stage
 from pyforwarder.datapath.proof.rig import SMALL_BUFFER_BYTES, Rig, RigError, RigPair
 from pyforwarder.datapath.splice.datapath import SpliceDatapath

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.kernel import KernelMaps, PairTable
+from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow
 from pyforwarder.datapath.proof.rig import Rig
 from pyforwarder.datapath.proof.scenarios import SLOW_LIMIT_BYTES
-from pyforwarder.datapath.sockmap import SockmapDatapath
+from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
 from pyforwarder.datapath.splice.datapath import SpliceDatapath
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
@@ -24,6 +23,8 @@ from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
     import pytest
+
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
 
 SLOTS: Final = 16
 

@@ -42,7 +42,7 @@ from tests.helpers.instruction import ACK, instruction
 if TYPE_CHECKING:
     import pytest
 
-    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
     from pyforwarder.worker.client import Client
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from typing import Protocol
 import pytest
 
 from pyforwarder.datapath.attach import choice as attaching
-from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from tests.helpers import daemon as daemons
 from tests.helpers.daemon import Daemon, Place
 from tests.helpers.faults import Faults, faults

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from pyforwarder.datapath.ebpf.btf import defines, field_offsets
-from pyforwarder.datapath.kernel import FIELDS
+from pyforwarder.datapath.sockmap.maps import FIELDS
 from pyforwarder.errors import LoadError
 
 INT, PTR, ARRAY, STRUCT, UNION, ENUM, FWD, TYPEDEF = 1, 2, 3, 4, 5, 6, 7, 8

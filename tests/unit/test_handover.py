@@ -41,7 +41,7 @@ from tests.helpers.stream_play import (
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair, PairHost
-    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
     from pyforwarder.datapath.splice.datapath import SpliceDatapath
     from pyforwarder.datapath.splice.paused_pair import Then
 

@@ -36,7 +36,7 @@ from tests.helpers.stream_play import (
 )
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.sockmap import SockmapDatapath
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
 
 
 # Bytes before, between and after
@@ -393,7 +393,7 @@ def test_internal_error_after_a_name_was_found_costs_one_connection_only(
 def test_internal_error_of_a_datapaths_timer_costs_one_connection_only(
     start: StartPlay, servers: Servers
 ) -> None:
-    from pyforwarder.datapath.sockmap_directions import Half
+    from pyforwarder.datapath.sockmap.directions import Half
 
     play = start(named())
     listening, address = servers()

@@ -24,11 +24,12 @@ from pyforwarder.datapath.ebpf.abi import (
 )
 from pyforwarder.datapath.ebpf.pair_table import (
     SLOTS_PER_PAGE,
+    PairTable,
     PairWindow,
     read_records,
     read_slots,
+    slots_for,
 )
-from pyforwarder.datapath.kernel import PairTable, slots_for
 
 SLOTS = 16
 

@@ -26,6 +26,7 @@ from pyforwarder.datapath.ebpf.abi import (
     PairState,
     WorkerDirection,
 )
+from pyforwarder.runtime.shared_memory import SharedBlocks
 
 # A window begins on a page, so a worker can map its own alone: 8 records of 512 bytes.
 SLOTS_PER_PAGE: Final = mmap.PAGESIZE // PAIR_BYTES
@@ -224,3 +225,39 @@ def read_slot(view: memoryview, slot: int) -> PairRecord | None:
         if is_whole and bytes(sequence) == before:
             return record if record.state != PairState.FREE else None
     return None
+
+
+def slots_for(pairs: int) -> int:
+    """A window's size in slots for that many pairs: whole pages."""
+    return -(-pairs // SLOTS_PER_PAGE) * SLOTS_PER_PAGE
+
+
+class PairTable:
+    """The whole pair table, as the supervisor has it: one window per worker."""
+
+    def __init__(self, *, workers: int, slots: int, fd: int = -1) -> None:
+        """Over the mmapable array `fd`, or over anonymous shared memory."""
+        self.slots = slots
+        length = slots * PAIR_BYTES
+        if fd < 0:
+            self._blocks = SharedBlocks.make("pairs", workers, length)
+        else:
+            self._blocks = SharedBlocks.over(fd, workers, length)
+        self.windows = self._blocks.map_all()
+
+    def take_window(self, worker: int) -> PairWindow:
+        """In the worker: its own window, emptied; the others are unmapped."""
+        for other, memory in enumerate(self.windows):
+            if other != worker:
+                memory.close()
+        self.close()
+        return PairWindow(self.windows[worker], first_slot=worker * self.slots, worker_index=worker)
+
+    def read_only(self) -> list[mmap.mmap]:
+        """All windows, in memory that cannot be written."""
+        return self._blocks.map(writable=())
+
+    def close(self) -> None:
+        """Close the descriptors that are the table's own; what is mapped stays."""
+        self._blocks.close()
+        self._blocks = SharedBlocks(0, (), ())

@@ -12,7 +12,6 @@ from pyforwarder.datapath.ebpf import refusal
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.express import play as play_express
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST
@@ -22,6 +21,7 @@ from pyforwarder.datapath.proof.selftest import (
     prove_sockmap,
     prove_splice,
 )
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.datapath.splice.supervised import make_express

@@ -20,7 +20,7 @@ from pyforwarder.core.connection import Phase, Step, next_phase
 from pyforwarder.datapath.base import Flow, Pair, PairReason
 from pyforwarder.datapath.copying import WATCHED, CopyDatapath
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.send_buffer import enlarge_send_buffer
+from pyforwarder.datapath.sockmap.send_buffer import enlarge_send_buffer
 from pyforwarder.runtime.linger import reset_at_close
 from pyforwarder.runtime.loop import EPOLLPRI, EPOLLRDHUP, Loop
 from pyforwarder.runtime.slowness import scaled_s

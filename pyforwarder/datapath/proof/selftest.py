@@ -15,8 +15,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf import refusal
-from pyforwarder.datapath.ebpf.pair_table import REDIRECTED, PairWindow
-from pyforwarder.datapath.kernel import PairTable
+from pyforwarder.datapath.ebpf.pair_table import REDIRECTED, PairTable, PairWindow
 from pyforwarder.datapath.proof import sessions
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST, SLOW_LIMIT_BYTES
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pyforwarder.datapath.base import Datapath
-    from pyforwarder.datapath.kernel import KernelMaps
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
     from pyforwarder.datapath.splice.splicing import Splicing
 
 TIMEOUT_S: Final = 30.0

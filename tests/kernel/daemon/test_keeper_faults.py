@@ -38,8 +38,8 @@ from tests.helpers.stage import SLOTS, stage_with_keeper
 from tests.helpers.waiting import DEADLINE_S
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.proof.rig import Rig
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
 
 NUMBER = 42
 INDEX = 3

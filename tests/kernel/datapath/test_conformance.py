@@ -21,8 +21,8 @@ from tests.helpers.plays import ALL, at_random
 from tests.helpers.stage import SLOTS, stage
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.kernel import KernelMaps
     from pyforwarder.datapath.proof.rig import Rig
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
     from tests.helpers.express_rig import Expressing
 
 BY_CLSACT: Final = "splice by clsact"

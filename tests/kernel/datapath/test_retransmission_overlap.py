@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from pyforwarder.datapath.ebpf import pair_table as table
-from pyforwarder.datapath.kernel import KernelMaps, PairTable
+from pyforwarder.datapath.ebpf.pair_table import PairTable
 from pyforwarder.datapath.proof.rig import Reader, Rig
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from tests.helpers.segments import FIN, PSH
 from tests.helpers.sent_again import send_again
 

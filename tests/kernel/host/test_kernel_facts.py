@@ -1,7 +1,7 @@
 """What this kernel does with sockets in a sockhash: the facts that the design stands on.
 
 Each test is one trap, tried with the naive program of facts.c. Where one fails, the kernel has
-changed, and the line of bpf/redirect.c, datapath/sockmap.py or sockmap_directions.py that its
+changed, and the line of bpf/redirect.c, datapath/sockmap/datapath.py or directions.py that its
 comment names may have to.
 """
 
@@ -27,8 +27,8 @@ import pytest
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.btf import VMLINUX, field_offsets
 from pyforwarder.datapath.ebpf.loading import load_programs
-from pyforwarder.datapath.kernel import FIELDS
 from pyforwarder.datapath.proof.rig import loopback_pair
+from pyforwarder.datapath.sockmap.maps import FIELDS
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_bytes, received
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime.slowness import scaled_s

@@ -11,11 +11,11 @@ import pytest
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.express.connecting import Connecting, OwnPrograms
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof import selftest
 from pyforwarder.datapath.proof.apart import prove_express_apart
 from pyforwarder.datapath.proof.rig import Rig, RigError
 from pyforwarder.datapath.proof.scenarios import SELF_TEST
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import slowness
 from tests.helpers.plays import round_trips

@@ -19,7 +19,7 @@ import pytest
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice import session_keeper
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing

@@ -16,11 +16,11 @@ import pytest
 
 from pyforwarder.core.connection import Phase
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath import sockmap_exit
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.proof.rig import Peer, Reader, Rig, RigPair
 from pyforwarder.datapath.proof.scenarios import bytes_of, flood_bytes, push_until_blocked
-from pyforwarder.datapath.sockmap_exit import ExitError, _LostError
+from pyforwarder.datapath.sockmap import exit as sockmap_exit
+from pyforwarder.datapath.sockmap.exit import ExitError, _LostError
 from pyforwarder.datapath.tcp_info import TCP_CLOSE, TCP_ESTABLISHED, received
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers.stage import keys_in, sockmap_of, stage
@@ -28,9 +28,9 @@ from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.base import Pair
-    from pyforwarder.datapath.kernel import KernelMaps
-    from pyforwarder.datapath.sockmap_directions import Half
-    from pyforwarder.datapath.sockmap_exit import SockmapExit
+    from pyforwarder.datapath.sockmap.directions import Half
+    from pyforwarder.datapath.sockmap.exit import SockmapExit
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 
 from pyforwarder.core.connection import Phase
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath import sockmap_directions
 from pyforwarder.datapath.base import Pair, PairReason
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf import syscall as bpf
@@ -27,6 +26,7 @@ from pyforwarder.datapath.proof.scenarios import (
     push_until_blocked,
     send_rest,
 )
+from pyforwarder.datapath.sockmap import directions as sockmap_directions
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, Received, queued_for, received
 from pyforwarder.runtime.socket_options import SO_COOKIE
 from tests.helpers.netns import private_network
@@ -36,8 +36,8 @@ from tests.helpers.stage import SLOTS, keys_in, sockmap_of, stage
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from pyforwarder.datapath.kernel import KernelMaps
-    from pyforwarder.datapath.sockmap_directions import Half
+    from pyforwarder.datapath.sockmap.directions import Half
+    from pyforwarder.datapath.sockmap.maps import KernelMaps
 
 SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h; Python has no name for it
 # One packet more than the limit may be on its way when the fuse trips; loopback's are up to 64 KiB

@@ -11,9 +11,9 @@ import pytest
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, Direction
 from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Rig, loopback_pair
 from pyforwarder.datapath.proof.scenarios import bytes_of
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.runtime.socket_options import SO_COOKIE
 from tests.helpers.peers import read_exactly
 from tests.helpers.stage import SLOTS

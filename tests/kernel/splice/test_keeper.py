@@ -17,8 +17,8 @@ import pytest
 
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.rig import Reader, Rig, RigPair
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice import keeper_client
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.datapath import SpliceDatapath

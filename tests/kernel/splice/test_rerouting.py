@@ -15,7 +15,7 @@ import pytest
 
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.kernel import KernelMaps
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.rerouting import gives_up_after_s
 from pyforwarder.datapath.splice.splicing import Splicing

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.ebpf.abi import DatapathKind
-from pyforwarder.datapath.kernel import KernelMaps
 from pyforwarder.datapath.proof.scenarios import (
     both_ways_in_pieces,
     half_closed_by_the_server,
     half_closed_goes_on,
     joined_in_mid_stream,
 )
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.splicing import Splicing
 from pyforwarder.runtime.slowness import scaled_s

@@ -11,8 +11,8 @@ import pytest
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction, PairRecord, PairState
 from pyforwarder.datapath.ebpf.arrays import Arrays
-from pyforwarder.datapath.ebpf.pair_table import read_slots
-from pyforwarder.datapath.kernel import KernelMaps, PairTable, slots_for
+from pyforwarder.datapath.ebpf.pair_table import PairTable, read_slots, slots_for
+from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.runtime.socket_options import SO_COOKIE
 from pyforwarder.supervisor import view_ways
 from pyforwarder.supervisor.view_ways import KSYM, MAP, Way

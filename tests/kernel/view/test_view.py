@@ -29,8 +29,7 @@ from pyforwarder.datapath.ebpf.abi import (
     pack_endpoint,
 )
 from pyforwarder.datapath.ebpf.arrays import LISTENER_LINES, Arrays, Line
-from pyforwarder.datapath.ebpf.pair_table import PairWindow
-from pyforwarder.datapath.kernel import PairTable, slots_for
+from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow, slots_for
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.counters import BLOCK_BYTES, BLOCK_WORDS, Counter, Counters
 from pyforwarder.runtime.slowness import scaled_s

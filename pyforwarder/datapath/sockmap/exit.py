@@ -65,8 +65,8 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.base import Flow, Pair, PairHost
     from pyforwarder.datapath.ebpf.pair_table import PairWindow
     from pyforwarder.datapath.ebpf.syscall import Map
-    from pyforwarder.datapath.sockmap import SockmapDatapath
-    from pyforwarder.datapath.sockmap_directions import Half
+    from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
+    from pyforwarder.datapath.sockmap.directions import Half
 
 # What the kernel has counted it also delivers, within microseconds of a processor's time. One that
 # has not got any for so long is not waited for: all other pairs would stand still. But so often it
@@ -508,7 +508,7 @@ def _read_exactly(fd: int, count: int) -> bytes:
             got += some
             looks, since_s = 0, time.monotonic()
             continue
-        # Nothing, or an end that has overtaken them (see sockmap_directions.py).
+        # Nothing, or an end that has overtaken them (see directions.py).
         if looks >= _LEAST_LOOKS and time.monotonic() - since_s > scaled_s(_DELIVERY_S):
             raise _LostError
         looks += 1

@@ -13,7 +13,7 @@ So the order of bytes rests on two counts that must meet: `consumed` (what the w
 and `passed` (what the program gave it). `advance` is the one place that looks at them; it can be
 called at any time, for any reason, and does the next thing that is due.
 
-Rules that the kernel imposes, as in sockmap.py:
+Rules that the kernel imposes, as in datapath.py:
 
 - recv() would corrupt copied_seq (tcp_bpf_recvmsg_parser), so recv() is called only while
   passed > consumed, when the program redirects nothing.

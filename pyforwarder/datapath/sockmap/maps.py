@@ -11,21 +11,19 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.datapath import supervised
 from pyforwarder.datapath.ebpf import btf, refusal
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, SocketOwner, Wakeup
 from pyforwarder.datapath.ebpf.loading import Copy, load_copies
-from pyforwarder.datapath.ebpf.pair_table import SLOTS_PER_PAGE, PairWindow
 from pyforwarder.datapath.ebpf.ringbuf import RingBuffer
-from pyforwarder.datapath.sockmap import SockmapDatapath
+from pyforwarder.datapath.sockmap.datapath import SockmapDatapath
 from pyforwarder.errors import DatapathError, LoadError
-from pyforwarder.runtime.shared_memory import SharedBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from pyforwarder.datapath.base import PairHost
+    from pyforwarder.datapath.ebpf.pair_table import PairWindow
 
 # struct bpf_ringbuf_hdr is 8 bytes; each record is rounded up to 8.
 _RING_RECORD_BYTES: Final = 8 + 16
@@ -39,42 +37,6 @@ FIELDS: Final = {
     "tcp_sock": ("write_seq", "copied_seq"),
     "sock": ("sk_wmem_queued", "sk_sndbuf"),
 }
-
-
-def slots_for(pairs: int) -> int:
-    """A window's size in slots for that many pairs: whole pages."""
-    return -(-pairs // SLOTS_PER_PAGE) * SLOTS_PER_PAGE
-
-
-class PairTable:
-    """The whole pair table, as the supervisor has it: one window per worker."""
-
-    def __init__(self, *, workers: int, slots: int, fd: int = -1) -> None:
-        """Over the mmapable array `fd`, or over anonymous shared memory."""
-        self.slots = slots
-        length = slots * PAIR_BYTES
-        if fd < 0:
-            self._blocks = SharedBlocks.make("pairs", workers, length)
-        else:
-            self._blocks = SharedBlocks.over(fd, workers, length)
-        self.windows = self._blocks.map_all()
-
-    def take_window(self, worker: int) -> PairWindow:
-        """In the worker: its own window, emptied; the others are unmapped."""
-        for other, memory in enumerate(self.windows):
-            if other != worker:
-                memory.close()
-        self.close()
-        return PairWindow(self.windows[worker], first_slot=worker * self.slots, worker_index=worker)
-
-    def read_only(self) -> list[mmap.mmap]:
-        """All windows, in memory that cannot be written."""
-        return self._blocks.map(writable=())
-
-    def close(self) -> None:
-        """Close the descriptors that are the table's own; what is mapped stays."""
-        self._blocks.close()
-        self._blocks = SharedBlocks(0, (), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,37 +225,3 @@ class KernelMaps:
 
 def _size(structure: type[SocketOwner]) -> int:
     return ctypes.sizeof(structure)
-
-
-class SupervisedSockmap(supervised.KernelDatapath):
-    """The sockmap datapath as the supervisor has it."""
-
-    def __init__(self, maps: KernelMaps) -> None:
-        self.maps = maps
-
-    @classmethod
-    def make(cls, given: supervised.Given) -> SupervisedSockmap | None:
-        """Wherever pairs may leave userspace: for what is not spliced it is the next best."""
-        if not given.choices:
-            return None
-        maps = KernelMaps.create(
-            workers=given.workers, slots=given.slots, pairs_fd=given.arrays().pairs_fd
-        )
-        return cls(maps)
-
-    def load(self, prove: Callable[[str], str]) -> supervised.LoadedPrograms:
-        """A program for each worker."""
-        proof = prove("sockmap")
-        return supervised.LoadedPrograms(self.maps.load_programs(), proof, {})
-
-    def attach(self, descriptors: Sequence[int]) -> None:
-        """To each worker's sockhash."""
-        self.maps.attach(descriptors)
-
-    def forget_worker(self, worker: int) -> None:
-        """Its sockets left the map by themselves."""
-        self.maps.forget_worker(worker)
-
-    def close(self) -> None:
-        """Close the maps, which detaches the programs."""
-        self.maps.close()

@@ -1,7 +1,7 @@
 """The sockmap datapath: the kernel moves the bytes, userspace sleeps.
 
 bpf/redirect.c decides per packet; this is the worker's half: pairs enter and leave, and events
-reach the direction that they are about. What a direction does then is in sockmap_directions.py.
+reach the direction that they are about. What a direction does then is in directions.py.
 
 Rules that the kernel imposes, each with a test under tests/kernel (the numbers are commits or
 kernel functions):
@@ -26,8 +26,8 @@ from pyforwarder.core.connection import Phase
 from pyforwarder.datapath.base import Flow, Pair, PairHost, PairReason, error_of
 from pyforwarder.datapath.ebpf import pair_table as table
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
-from pyforwarder.datapath.sockmap_directions import Half, Halves, SockmapDirections
-from pyforwarder.datapath.sockmap_exit import SockmapExit
+from pyforwarder.datapath.sockmap.directions import Half, Halves, SockmapDirections
+from pyforwarder.datapath.sockmap.exit import SockmapExit
 from pyforwarder.datapath.tcp_info import TCP_ESTABLISHED, queued_for, received
 from pyforwarder.runtime.loop import (
     EPOLLERR,

@@ -1,4 +1,4 @@
-"""A send queue larger than the system's limit, for the case in sockmap_directions.py."""
+"""A send queue larger than the system's limit, for the case in directions.py."""
 
 from __future__ import annotations
 
