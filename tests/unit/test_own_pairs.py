@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice
+from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.own_pairs import READ_AT_ONCE, OwnPairs
 from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
 from pyforwarder.fleet.failover.ledger import MOVING_S
+from pyforwarder.fleet.failover.record import Fin
 from tests.helpers.failover_records import a_pair
 
 if TYPE_CHECKING:
@@ -30,21 +35,46 @@ class Table:
         self._records = mmap.mmap(-1, (COUNT + 1) * SPLICE_BYTES)
         pairs = mmap.mmap(-1, PAIR_BYTES)
         maps = SimpleNamespace(splices_fd=1, pairs_fd=2, entries=COUNT + 1, workers=1, slots=1)
-        both = {1: self._records, 2: pairs}
-        monkeypatch.setattr(bpf, "map_memory", lambda fd, *_, **__: both[fd])
-        self.own = OwnPairs(cast("Any", maps), ADDRESSES)
+        self._maps = maps
+        self._both = {1: self._records, 2: pairs}
+        self.own = self.another_reader(monkeypatch)
 
-    def write(self, index: int, pair: Pair) -> str:
+    def another_reader(self, monkeypatch: pytest.MonkeyPatch) -> OwnPairs:
+        """One that has seen nothing yet."""
+        monkeypatch.setattr(bpf, "map_memory", lambda fd, *_, **__: self._both[fd])
+        return OwnPairs(cast("Any", self._maps), ADDRESSES)
+
+    def write(self, index: int, pair: Pair, pair_id: int = 0) -> str:
         """A pair of this machine's; its key."""
-        record = splice_of(pair, index + 1, Interfaces(3, 5), claim=0, slack=0)
+        record = splice_of(pair, pair_id or index + 1, Interfaces(3, 5), claim=0, slack=0)
         record.worker = 0
         self._records[index * SPLICE_BYTES : (index + 1) * SPLICE_BYTES] = bytes(record)
         return pair.key
 
     def move(self, index: int, last_end: int) -> None:
         """Bytes have passed."""
+        with self._record(index) as record:
+            record.direction[0].last_end = last_end
+
+    def half_end(self, index: int) -> None:
+        """A FIN of the client has come."""
+        with self._record(index) as record:
+            record.direction[0].fin_due = 1
+
+    def open_tail(self, index: int, *, is_open: bool) -> None:
+        """Our socket has something to send, or not any more."""
+        with self._record(index) as record:
+            record.direction[1].tail_open = is_open
+
+    def end(self, index: int) -> None:
+        """The record is free."""
+        with self._record(index) as record:
+            record.state = SpliceState.FREE
+
+    @contextlib.contextmanager
+    def _record(self, index: int) -> Iterator[Splice]:
         record = Splice.from_buffer(self._records, index * SPLICE_BYTES)
-        record.direction[0].last_end = last_end
+        yield record
         del record  # the memory is free again
 
 
@@ -68,6 +98,70 @@ def test_one_that_begins_is_read_at_once_and_many_that_move_in_turn(table: Table
         assert len(now - read) <= READ_AT_ONCE
         read = now
     assert read == set(keys)
+
+
+def test_one_that_stands_still_is_the_same_object_and_costs_nobody_a_look(table: Table) -> None:
+    still, moves = (table.write(index, a_pair(port=1000 + 4 * index)) for index in range(2))
+    before = dict(table.own.scan(0.0))
+    table.move(1, 99)
+    now = table.own.scan(MOVING_S)
+    assert now[still] is before[still]
+    assert now[moves] is not before[moves]
+    assert now[moves].pair.up.last_end == 99
+    table.move(0, 77)
+    assert table.own.scan(MOVING_S + 0.1)[still] is before[still]  # a second has not passed
+    assert table.own.scan(MOVING_S + 0.2).keys() == {still, moves}
+    assert table.own.scan(2 * MOVING_S)[still].pair.up.last_end == 77
+
+
+def test_what_begins_and_ends_is_seen_in_the_next_scan(table: Table) -> None:
+    keys = [table.write(index, a_pair(port=1000 + 4 * index)) for index in range(3)]
+    table.open_tail(1, is_open=True)
+    assert table.own.scan(0.0).keys() == {keys[0], keys[2]}
+    table.open_tail(1, is_open=False)  # now another machine can go on with it
+    table.end(2)
+    assert table.own.scan(0.1).keys() == {keys[0], keys[1]}
+    table.half_end(0)
+    assert table.own.scan(0.2)[keys[0]].pair.up.fin == Fin.DUE
+    other = table.write(2, a_pair(port=50_000), pair_id=77)  # the record has another pair now
+    assert table.own.scan(0.3).keys() == {keys[0], keys[1], other}
+    other = table.write(2, a_pair(port=60_000), pair_id=78)
+    assert table.own.scan(0.4).keys() == {keys[0], keys[1], other}
+    # Two records with the same ports: the later one is the pair.
+    again = table.write(3, a_pair(port=60_000), pair_id=79)
+    assert table.own.scan(0.5).keys() == {keys[0], keys[1], again}
+    table.end(2)
+    assert table.own.scan(0.6).keys() == {keys[0], keys[1], again}
+    table.end(3)
+    assert table.own.scan(0.7).keys() == {keys[0], keys[1]}
+    for index in (0, 1):
+        table.end(index)
+    assert not table.own.scan(10.0)
+    assert not table.own.ids([*keys, again])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("wemht")), max_size=40))
+def test_a_scan_finds_what_a_scan_of_all_would_find(steps: list[tuple[int, str]]) -> None:
+    """Whatever happens between scans, one a second later has all that a new reader has."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        table = Table(monkeypatch)
+        for number, (index, step) in enumerate(steps):
+            match step:
+                case "w":
+                    table.write(index, a_pair(port=1000 + 8 * number), pair_id=number + 10)
+                case "e":
+                    table.end(index)
+                case "m":
+                    table.move(index, number)
+                case "h":
+                    table.half_end(index)
+                case _:
+                    table.open_tail(index, is_open=bool(number % 2))
+            if number % 3:
+                table.own.scan(float(number))
+        found = {key: own.pair.up for key, own in table.own.scan(1000.0).items()}
+        new = table.another_reader(monkeypatch).scan(1000.0)
+        assert found == {key: own.pair.up for key, own in new.items()}
 
 
 def test_only_what_others_know_of_is_theirs_to_go_on_with(table: Table) -> None:

@@ -57,6 +57,8 @@ _TIMES_MOVED: Final = 8
 _MARGIN: Final = 1 << 22
 
 _MASK: Final = 0xFFFFFFFF
+_OWN_ROUTING: Final = int(Routing.BOUND | Routing.FOREIGN)
+_NOT_ENDED: Final = Fin(0)
 _DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
 
 
@@ -84,10 +86,8 @@ def is_replicable(record: Splice) -> bool:
         return False
     if LOOPBACK in tuple(record.out):
         return False
-    return not any(
-        direction.tail_open or direction.routing & (Routing.BOUND | Routing.FOREIGN)
-        for direction in record.direction
-    )
+    up, down = record.direction
+    return not (up.tail_open or down.tail_open or (up.routing | down.routing) & _OWN_ROUTING)
 
 
 def pair_of(record: Splice, shown: PairRecord | None, *, boot_unix_s: float) -> Pair:
@@ -147,22 +147,18 @@ def _endpoint(ip: ctypes.Array[ctypes.c_uint32], port_be: int, family: int) -> E
 
 
 def _half(direction: SpliceDirection, carried_bytes: int) -> Half:
-    fin = (
-        Fin.DUE * bool(direction.fin_due)
-        | Fin.SEEN * bool(direction.fin)
-        | Fin.ACKED * bool(direction.fin_acked)
-    )
-    if not fin & Fin.DUE:
-        fin = Fin(0)
-    elif not fin & Fin.SEEN:
+    fin = _NOT_ENDED
+    if direction.fin_due:
         fin = Fin.DUE
+        if direction.fin:
+            fin = Fin.DUE | Fin.SEEN | (Fin.ACKED if direction.fin_acked else _NOT_ENDED)
     return Half(
         int(direction.last_ack) & _MASK,
         int(direction.last_end) & _MASK,
         int(direction.max_edge) & _MASK,
         direction.ts_recent,
-        direction.fin_seq if fin else 0,
-        Fin(fin),
+        direction.fin_seq if fin is not _NOT_ENDED else 0,
+        fin,
         min(carried_bytes, 1 << 62),
     )
 

@@ -52,6 +52,13 @@ class _Done(NamedTuple):
     until_s: float
 
 
+class _Put(NamedTuple):
+    """What a turn has said to write."""
+
+    mine: Own
+    stored: tuple[Entry, Pair]  # what the store has then
+
+
 class Ledger:
     """Knows the pairs in the store, and decides what this machine does about each."""
 
@@ -62,6 +69,7 @@ class Ledger:
         self._stored: dict[str, tuple[Entry, Pair]] = {}
         self._written_s: dict[str, float] = {}
         self._done: dict[str, _Done] = {}
+        self._puts: dict[str, _Put] = {}  # of the last turn
         self._held: dict[str, tuple[Entry, Pair]] = {}  # as the keeper was told
         self._told_s: dict[str, float] = {}  # when it was told of those that it holds
         self._refused: dict[str, float] = {}  # when it refused them
@@ -105,10 +113,14 @@ class Ledger:
             self.faults += 1
 
     def wrote(self, puts: Mapping[str, Entry], deletes: Iterable[str], now_s: float) -> None:
-        """The store has that now."""
+        """The store has that now; `puts` are entries of the last turn, as it has returned them."""
         for key, entry in puts.items():
-            self._stored[key] = entry, Pair.decode(entry.data)
+            put = self._puts[key]
+            assert put.stored[0] is entry
+            self._stored[key] = put.stored
             self._written_s[key] = now_s
+            # Until the pair or the store has something new.
+            self._done[key] = _Done(put.mine, put.stored, math.inf)
         for key in deletes:
             self._stored.pop(key, None)
             self._written_s.pop(key, None)
@@ -134,12 +146,20 @@ class Ledger:
         `addresses` says which ones this host has, of those that move; asked where machines differ.
         """
         turn = Turn()
-        moved: dict[str, Entry] = {}
+        moved: dict[str, _Put] = {}
+        self._puts = {}
         for key, mine in own.items():
-            self._judge_own(turn, moved, key, mine, now_s, addresses)
+            done = self._done.get(key)
+            if (
+                done is None
+                or done.mine is not mine
+                or done.stored is not self._stored.get(key)
+                or now_s >= done.until_s
+            ):
+                self._judge_own(turn, moved, key, mine, now_s, addresses)
         # The pairs that have waited longest; the others are due the next time.
         for key in sorted(moved, key=lambda key: self._written_s.get(key, 0.0))[:MOVED_AT_ONCE]:
-            turn.puts[key] = moved[key]
+            self._put(turn, key, moved[key])
         for key in self._done.keys() - own.keys():
             del self._done[key]
         moved_of_others: list[str] = []
@@ -167,21 +187,13 @@ class Ledger:
     def _judge_own(
         self,
         turn: Turn,
-        moved: dict[str, Entry],
+        moved: dict[str, _Put],
         key: str,
         mine: Own,
         now_s: float,
         addresses: Callable[[], Collection[bytes]],
     ) -> None:
         stored = self._stored.get(key)
-        done = self._done.get(key)
-        if (
-            done is not None
-            and done.mine is mine
-            and done.stored is stored
-            and now_s < done.until_s
-        ):
-            return
         read, claim = mine, max(1, mine.claim)
         if stored is not None and stored[0].owner != self._tag:
             entry, pair = stored
@@ -202,16 +214,21 @@ class Ledger:
         elif stored is not None:
             mine = mine._replace(pair=_with_names(mine.pair, stored[1]))
         entry = Entry(self._tag, claim, mine.pair.encode())
+        put = _Put(read, (entry, mine.pair))
         if stored is None or (stored[0].claim, _ends(stored[1])) != (claim, _ends(mine.pair)):
-            turn.puts[key] = entry
+            self._put(turn, key, put)
             return
         due_s = self._written_s.get(key, 0.0) + MOVING_S
         if entry == stored[0]:
             due_s = math.inf
         if now_s >= due_s:
-            moved[key] = entry
+            moved[key] = put
         else:
             self._done[key] = _Done(read, stored, due_s)
+
+    def _put(self, turn: Turn, key: str, put: _Put) -> None:
+        turn.puts[key] = put.stored[0]
+        self._puts[key] = put
 
     def _judge_other(
         self, turn: Turn, moved: list[str], key: str, stored: tuple[Entry, Pair], now_s: float

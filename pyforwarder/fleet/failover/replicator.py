@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pyforwarder.fleet.exchanges import Exchanges
@@ -45,8 +45,8 @@ class KeeperFault(Exception):
 class Kernel(Protocol):
     """What the keeper and the maps are to us."""
 
-    def scan(self, now_s: float) -> dict[str, Own]:
-        """The pairs that go through this machine, by their keys."""
+    def scan(self, now_s: float) -> Mapping[str, Own]:
+        """The pairs that go through this machine, by their keys; valid until the next scan."""
 
     def addresses(self) -> Collection[bytes]:
         """Return the addresses that move and that this host has."""
