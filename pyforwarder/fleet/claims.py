@@ -148,14 +148,14 @@ class Claims:
         Raises:
             StoreError: the store does not answer; some of them may be used up there all the same.
         """
-        # One of each: etcd takes no transaction that sets a key twice.
+        # Each token once: etcd takes no transaction that sets a key twice.
         once = {claim.digest: claim for claim in reversed(claims)}
         # Only we can have written it: if the answer to a first try was lost, it is ours.
         value = UsedToken(by=self._name, claim=secrets.token_hex(16)).encode()
         try:
             created = self._create(once, value)
         except NoSuchLeaseError:
-            # In a store that was put back to an earlier time, or by an operator's hand.
+            # The store was put back to an earlier time, or an operator has removed the lease.
             self._leases.clear()
             created = self._create(once, value)
         return [once[one.digest] is one and created[one.digest] for one in claims]

@@ -88,7 +88,7 @@ class Board:
         self._machine = machine
         self._checks = checks
         self._quorum = quorum
-        # By machine; of servers that this one has, too.
+        # What each machine says of servers that this one has, too.
         self._said: dict[str, dict[Server, State | None]] = {}
         self._values: dict[str, bytes] = {}  # the reports of these
         self._kept_bytes = 0

@@ -75,7 +75,7 @@ class Limit(enum.Enum):
     NEW_PER_SECOND_PER_CLIENT = "new_per_second_per_client"
     MEMORY = "memory"
     DESCRIPTORS = "descriptors"  # of this worker: open files
-    # By what other machines of the fleet have besides.
+    # With what other machines of the fleet have besides.
     PAIRS_PER_CLIENT_IN_FLEET = "pairs_per_client in the fleet"
     SESSIONS_PER_CLIENT_IN_FLEET = "sessions_per_client in the fleet"
 

@@ -256,7 +256,7 @@ class Daemon:
             if some:
                 self._preparations.start(
                     some,
-                    # It serves meanwhile, unless it drains.
+                    # The predecessor serves meanwhile, unless it drains.
                     is_in_no_hurry=predecessor is not None and not predecessor.offer.is_draining,
                 )
         if self._datapaths.must_come_first:
@@ -317,7 +317,7 @@ class Daemon:
             workers=self._memory.workers,
             **{f"datapath_{name}": state for name, state in self._datapaths.states.items()},
         )
-        # It has been told of datapaths that were in preparation.
+        # The web process was told of datapaths that were in preparation.
         self._helpers.web.renew()
         self._announce()
         self._datapaths.watch()

@@ -165,7 +165,8 @@ class FleetHealth(StoreProcess["FleetStates | FleetStore | Overwritten | StoreAn
         if self._waiting is None:
             return
         (check, self._turn), self._waiting = self._waiting, None
-        # It may know of servers that are none any more: the next word of it is about those of now.
+        # The fleet's process may name servers that are none any more: its next word is about those
+        # of now.
         mine = check & self._servers | self._local
         if mine != self._mine:
             self._rest = self._loop.after(_REST_S, self._check_soon)

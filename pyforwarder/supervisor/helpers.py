@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.worker_pool import WorkerPool
     from pyforwarder.worker.log import Log
 
-# One that has died is replaced after this long.
+# A process that has died is replaced after this long.
 _PAUSE_S: Final = 1.0
 _KEEPER: Final = "splice_keeper"  # in the log
 # Without these pairs that go on in a drain have no end, or no other machine.
@@ -233,7 +233,7 @@ class Helpers:
     def _restart_keeper(self) -> None:
         self._datapaths.restart_keeper()
         self._lacks_keeper = False
-        # It knows nothing of other machines' pairs.
+        # The new keeper knows nothing of other machines' pairs.
         self.failover.renew()
 
     def close_in_child(self, *, is_web: bool) -> None:
@@ -252,7 +252,8 @@ class Helpers:
         self.fleet.close()
         self.limits.close()
         self.failover.close()
-        # Not that of the tokens: a client without a server yet may have one to be claimed.
+        # The process of the tokens stays: a client without a server yet may have a token to be
+        # claimed.
 
     def close(self) -> None:
         """Leave the fleet, and end them all."""

@@ -90,7 +90,7 @@ class SharedMemory:
         outliving = sum(
             record.datapath in _OUTLIVING for record in read_records(self.table.windows[worker])
         )
-        # It may have been taken over, and have written anything.
+        # The worker may have been taken over, and have written anything.
         reset = int(min(max(0, block[Counter.OPEN] - outliving), 2 * self.slots))
         index = CLOSED_INDEX[CloseReason.INTERNAL]
         block[index] = (block[index] + reset) % (1 << 64)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.workers import WorkerProcess
 
-# One that asks for more than it can need is not read from for so long.
+# A worker that asks for more than it can need is not read from for so long.
 _BREATH_S: Final = 0.1
-# One that has closed its channel may not have ended; it is ended after so long.
+# A worker that has closed its channel may not have ended; it is ended after so long.
 _PAUSE_S: Final = 1.0
 
 

@@ -140,7 +140,7 @@ class Replacements:
         A worker that is to be replaced anyway gets them when it begins.
         """
         if index in self._dead and index not in self._due and self._takes_in(index):
-            # It ended with its last pair.
+            # The worker ended with its last pair.
             self._due.add(index)
             self._clean_up_after(index)
 
@@ -167,7 +167,7 @@ class Replacements:
             case WorkersPhase.SERVING:
                 return True
             case WorkersPhase.DRAINING | WorkersPhase.KEEPING:
-                # It says that it has nothing left, and may have been taken over.
+                # The worker says that it has nothing left, and may have been taken over.
                 is_empty = not self._memory.counters.block(index)[Counter.OPEN]
                 return worker.exit_code != 0 or not is_empty or index in self._unheard
             case WorkersPhase.RESETTING:

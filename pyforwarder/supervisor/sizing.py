@@ -20,8 +20,8 @@ def count_workers(config: Config, predecessor: Predecessor | None, log: Log) -> 
     workers = min(workers, 255)
     if predecessor is None:
         return workers
-    # As many as there are sockets, each of which needs a worker that accepts, and workers
-    # that give theirs their pairs.
+    # Each of the predecessor's sockets needs a worker that accepts, and each of its workers one
+    # that gets its pairs.
     if workers != predecessor.offer.workers:
         log.write("warning", "restart_needed", keys="workers")
     return predecessor.offer.workers

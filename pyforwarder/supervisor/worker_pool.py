@@ -219,7 +219,7 @@ class WorkerPool:
             try:
                 self._starter.send_datapaths(worker)
             except ControlError as error:
-                # It will be replaced by one that knows.
+                # The worker will be replaced by one that knows.
                 self._log.write("error", "worker_datapaths", error=str(error))
                 worker.kill()
 
@@ -253,7 +253,7 @@ class WorkerPool:
                 try:
                     self._starter.configure(worker, index)
                 except ControlError as error:
-                    # It will be replaced by one that begins with the new settings.
+                    # The worker will be replaced by one that begins with the new settings.
                     self._log.write("error", "worker_reload", error=str(error))
                     worker.kill()
 

@@ -196,7 +196,7 @@ class WorkerProcess:
     def _have_claimed(self, asked: TokenClaim) -> None:
         def answer(is_first: bool | None) -> None:
             self._claims -= 1
-            # One that does not read just now misses it: it has a deadline of its own.
+            # A worker that does not read just now misses the answer: it has a deadline of its own.
             with contextlib.suppress(OSError):
                 self.channel.send({"claimed": asked.number, "first": is_first}, wait=False)
 

@@ -326,7 +326,7 @@ class Connector:
     def refused(self, client: Client, code: int) -> None:
         """The connect has failed, with this errno."""
         if code in RESET_SINCE and not client.candidates and client.upstream is None:
-            # It is no refusal: a client that is connected directly would see this reset.
+            # This is no refusal: a client that is connected directly would see this reset.
             self._drop(client)
             self._host.broken(client, CloseReason.SERVER_RESET)
         else:

@@ -266,7 +266,8 @@ class Worker:
                 keeps_spliced=keeps_spliced,
             )
         elif keeps_spliced:
-            # It has come in the place of one that died: pairs go on, and nobody has its sessions.
+            # This worker is in the place of one that died: pairs go on, and nobody has its
+            # sessions.
             server.handover.stop()
             self._made.datagrams.handover.settle(splice=False)
             self._made.datagrams.drain(CloseReason.SHUTDOWN)

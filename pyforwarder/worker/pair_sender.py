@@ -212,7 +212,7 @@ class PairSender:
             except (_QueueFullError, _ReceiverGoneError):
                 raise
             except Exception as error:
-                # It costs this pair, and no other.
+                # The error costs this pair, and no other.
                 self._queue.popleft()
                 self._server.log.internal_error(error)
                 self._fail(client)
@@ -332,11 +332,12 @@ class PairSender:
         if session.slot >= 0:
             record = server.records.record_of(session)
         if session.sock is None or not record or session.key[3] or session.proxy_header:
-            # It has no server yet, or does not fit: its client's next datagram begins another.
+            # The session has no server yet, or does not fit: its client's next datagram begins
+            # another.
             server.end(session, CloseReason.SHUTDOWN)
             return
         if session.in_kernel is not None:
-            # It goes on in the kernel, and the receiver gets it from its keeper.
+            # The session goes on in the kernel, and the receiver gets it from its keeper.
             server.release(session)
             return
         server.records.count(session, now_ns=int(session.active_s * 1e9))

@@ -176,7 +176,7 @@ class Ledger:
             known = self._stored.get(key)
             if key in own or known is None or known[0].owner == self._tag:
                 turn.release.append(key)
-        # One that was taken over is in `own`: the keeper holds it no more in any case.
+        # A pair that was taken over is in `own`: the keeper holds it no more in any case.
         for key in turn.release:
             del self._held[key]
             del self._told_s[key]
@@ -199,7 +199,8 @@ class Ledger:
             entry, pair = stored
             is_won = _wins((claim, self._tag), mine.pair, (entry.claim, entry.owner), pair)
             if is_won and pair.deltas == mine.pair.deltas:
-                # It was taken over here, and the addresses have gone on before the store knew that,
+                # The pair was taken over here, and the addresses have gone on before the store knew
+                # that,
                 # as with a machine that died then: the pair is with them.
                 ends = mine.pair.ends
                 is_won = {ends.listener.ip, ends.source.ip} <= set(addresses())

@@ -82,7 +82,8 @@ class Admission:
             session = self._server.eviction.first(group)
             if session is None:
                 return False
-            # One whose datagrams only the kernel has had of late may be better known than that.
+            # A session whose datagrams only the kernel has had of late may be better known than
+            # that.
             if not self._server.confirm_if_steady(session):
                 self._server.end(session, CloseReason.EVICTED)
                 return True

@@ -194,7 +194,7 @@ class Copying:
     @staticmethod
     def _may_run(session: Session) -> bool:
         """Whether the session's datagrams may go together."""
-        # Not of one that the kernel has as well: of those each is counted.
+        # Not if the kernel has the session as well: each of its datagrams is counted.
         return session.sock is not None and session.in_kernel is None and not session.proxy_header
 
     def _send_segments(self, session: Session, datagrams: Sequence[memoryview]) -> bool:

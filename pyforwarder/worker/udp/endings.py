@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.udp.session import Session
 
-# They take two milliseconds, mostly of log lines and counters.
+# So many ends take two milliseconds, mostly for log lines and counters.
 ENDS_AT_ONCE: Final = 16
 assert ENDS_AT_ONCE <= MOST_CLOSED_AT_ONCE
 

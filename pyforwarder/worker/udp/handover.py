@@ -249,7 +249,7 @@ class SessionHandover:
         assert in_kernel is not None
         if self._kernel.is_latched(in_kernel, direction):
             if in_kernel.copied[direction] < self._kernel.passed(in_kernel, direction):
-                # It came before the ones that have gone by it meanwhile.
+                # This datagram came before those that have gone by it meanwhile.
                 in_kernel.copied[direction] += 1
                 self._server.counters[Counter.DATAGRAMS_OVERTAKEN] += 1
             return
