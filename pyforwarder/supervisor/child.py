@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.worker.log import Log
 
-Said = TypeVar("Said")
+Understood = TypeVar("Understood")
 
 # A process that has died is replaced after the first of these pauses. One that fails as soon as it
 # begins will do so again, because of a file for example: each time the pause doubles.
@@ -54,13 +54,13 @@ class Serving(NamedTuple):
     memory: Sequence[mmap.mmap] = ()  # that it may write
 
 
-class ChildProcess(ABC, Generic[Said]):
+class ChildProcess(ABC, Generic[Understood]):
     """Keeps one process running: another one is started after a change, and after the death of the
     last.
     """
 
     name: str  # in the log: NAME_fault
-    may_say: Messages  # the only messages that are taken from it: those of `Said`
+    may_say: Messages  # the only messages that are taken from it: those of `Understood`
     pause_s: float = 0.0  # after each message others come first, for so long
 
     def __init__(
@@ -91,12 +91,12 @@ class ChildProcess(ABC, Generic[Said]):
         The supervisor's own descriptors are closed by then.
         """
 
-    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Said:
+    def _understand(self, message: dict[str, Any], fds: Sequence[int]) -> Understood:
         """What a message says; what this raises is the process's fault, and it is replaced."""
-        return cast("Said", understand(message, fds, self.may_say))
+        return cast("Understood", understand(message, fds, self.may_say))
 
     @abstractmethod
-    def _handle(self, message: Said) -> None:
+    def _handle(self, message: Understood) -> None:
         """Do what follows from it."""
 
     # What the supervisor does with it

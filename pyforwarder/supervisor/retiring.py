@@ -77,7 +77,7 @@ class RetiringDaemon:
     predecessor: Callable[
         [], Predecessor | None
     ]  # whose place it has taken, as long as that has pairs
-    tokens_free_at_s: Callable[[], list[float]]  # as `TokensSaid` has it
+    tokens_free_at_s: Callable[[], list[float]]  # as `OfferedTokens` has it
     down: Callable[[], Sequence[HealthResult]]  # servers that must get no pair just now
     lock: InstanceLock
     control: Callable[[], ControlServer]

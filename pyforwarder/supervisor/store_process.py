@@ -11,13 +11,13 @@ from pyforwarder.supervisor.child import ChildProcess
 if TYPE_CHECKING:
     from pyforwarder.supervisor.messages import StoreAnswered
 
-Said = TypeVar("Said")
+Understood = TypeVar("Understood")
 
 # Who may write in the store may write what is of no use for as long as it likes.
 _LOG_EVERY_S: Final = 60.0
 
 
-class StoreProcess(ChildProcess[Said]):
+class StoreProcess(ChildProcess[Understood]):
     """Knows when its store has answered last, by what the process says."""
 
     part: str  # what the store is asked for, in metrics

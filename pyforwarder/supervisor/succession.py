@@ -61,13 +61,13 @@ _Number = Annotated[int, Field(ge=0, lt=1 << 63)]
 BindParts = Annotated[list[str | int], Field(min_length=2, max_length=3)]
 
 
-class _Said(BaseModel):
+class _Message(BaseModel):
     """No conversion of types; a field that another version adds is not for us."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class PlaceSaid(_Said):
+class OfferedAddress(_Message):
     """One address of a listener; `sockets` descriptors belong to it."""
 
     listener: _Short
@@ -80,14 +80,14 @@ class PlaceSaid(_Said):
     freebind: bool
 
 
-class WebSaid(_Said):
+class OfferedWeb(_Message):
     """Where metrics or the status page are served; one descriptor belongs to it."""
 
     key: _Short
     wanted: BindParts
 
 
-class TokensSaid(_Said):
+class OfferedTokens(_Message):
     """Whose the tables of used tokens are: see worker/used_tokens.py."""
 
     share: Annotated[int, Field(ge=0, lt=SHARES)]  # the predecessor's
@@ -95,7 +95,7 @@ class TokensSaid(_Said):
     free_at_s: Annotated[list[float], Field(min_length=SHARES, max_length=SHARES)]
 
 
-class DownSaid(_Said):
+class OfferedDown(_Message):
     """A server that health checks found down."""
 
     upstream: _Short
@@ -103,7 +103,7 @@ class DownSaid(_Said):
     why: _Short
 
 
-class Offer(_Said):
+class Offer(_Message):
     """What a predecessor has. Its descriptors come in the order of these fields:
 
     the control socket, the lock, standard output and standard error, then those of `handshakes`,
@@ -134,12 +134,14 @@ class Offer(_Said):
     # Where it listens, connects and splices: the inode of its network namespace.
     network: _Number | None = None
     has_handshakes: bool  # a map of what the programs of splice have seen, if asked in that form
-    used_tokens: TokensSaid | None = None  # SHARES tables for each worker
-    down: Annotated[list[DownSaid], Field(max_length=MOST_DOWN)] = []  # servers that get no pairs
+    used_tokens: OfferedTokens | None = None  # SHARES tables for each worker
+    down: Annotated[
+        list[OfferedDown], Field(max_length=MOST_DOWN)
+    ] = []  # servers that get no pairs
     marks: list[_Short]  # names that say that our filters are in use (attach/unix_names.py)
-    web: list[WebSaid]
+    web: list[OfferedWeb]
     activation: list[_Short]
-    places: list[PlaceSaid]
+    places: list[OfferedAddress]
 
     def descriptors(self) -> int:
         """How many come with it."""
@@ -148,7 +150,7 @@ class Offer(_Said):
         return 4 + self.has_handshakes + named + sum(place.sockets for place in self.places)
 
 
-class Ask(_Said):
+class Ask(_Message):
     """What a successor wants."""
 
     do: Literal["offer", "last_id", "take", "pairs", "flush", "end"]
