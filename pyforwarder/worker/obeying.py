@@ -47,7 +47,7 @@ class Worker:
         self._gets_more = False  # while it drains: the keeper has pairs for it still
         # As many as there are since the start: a reload changes nothing about it.
         express = inheritance.splicing.express if inheritance.splicing else None
-        places = express.connecting.places if express else 0
+        places = express.connections.places if express else 0
         self._express_slots = express_slots(places, inheritance.workers)
         self._has_retired = False
         self._pair_sender: PairSender | None = None

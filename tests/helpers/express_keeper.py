@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express.connecting import (
+from pyforwarder.datapath.express.connection_maps import (
     LEAST_REST_HERE_S,
     LEAST_REST_S,
     REST_S,
@@ -38,8 +38,8 @@ class AtOnce(Grace):
         self.pass_by(now_ns)
 
 
-class Connecting:
-    """As `connecting.Connecting`, in memory."""
+class ConnectionMaps:
+    """As `connections.ConnectionMaps`, in memory."""
 
     def __init__(self, places: int) -> None:
         self.places, self.first_splice, self.first_port = places, FIRST_SPLICE, FIRST_PORT
@@ -221,15 +221,15 @@ class Connecting:
 class Express:
     """As `sharing.Express`, of one process."""
 
-    def __init__(self, connecting: Connecting, workers: int) -> None:
-        self.connecting = connecting
+    def __init__(self, connections: ConnectionMaps, workers: int) -> None:
+        self.connections = connections
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(workers)]
         self.keepers = [one for one, _ in pairs]
         self.workers = [other for _, other in pairs]
         for end in (*self.keepers, *self.workers):
             end.setblocking(False)
         self.closed: set[int] = set()
-        self.offered = [False] * connecting.places
+        self.offered = [False] * connections.places
         self.is_to_stop = self.has_stopped = False
         self.back: list[int] = []  # numbers of servers that no listener has
         self.tables = {0}  # that listeners have
@@ -264,7 +264,7 @@ class Express:
         return next(
             (
                 number
-                for number, target in self.connecting.targets.items()
+                for number, target in self.connections.targets.items()
                 if (bytes(target.server), target.port) == (server.address, server.port_be)
                 and number not in self.back
             ),
@@ -272,7 +272,7 @@ class Express:
         )
 
     def targets(self) -> int:
-        return len(self.connecting.targets)
+        return len(self.connections.targets)
 
     def given_back(self) -> list[int]:
         return list(self.back)
@@ -282,8 +282,8 @@ class Express:
 
     def store_counts(self, counts: object, *, ports: int, used: int) -> None:
         del counts
-        assert 0 <= used <= self.connecting.places
-        assert 0 <= ports <= self.connecting.places
+        assert 0 <= used <= self.connections.places
+        assert 0 <= ports <= self.connections.places
 
     def mark_stopped(self) -> None:
         self.has_stopped = True
@@ -297,8 +297,8 @@ class Stage:
     """One keeper after the other, and what they have the rest of the keeper do."""
 
     def __init__(self, places: int = 8, workers: int = 2) -> None:
-        self.connecting = Connecting(places)
-        self.express = Express(self.connecting, workers)
+        self.connections = ConnectionMaps(places)
+        self.express = Express(self.connections, workers)
         self.workers = workers
         self.taken: list[tuple[int, int, bytes]] = []  # place, worker, what `show` says
         self.keeper: ExpressKeeper
@@ -308,18 +308,18 @@ class Stage:
         express: Any = self.express
         self.keeper = ExpressKeeper(
             express,
-            self.connecting.memory,
+            self.connections.memory,
             SimpleNamespace(take_in=self._take_in, keep_alive=lambda _index: None),
             self.workers,
         )
-        self.keeper._places._grace = AtOnce(self.connecting.wait_for_programs)
-        self.keeper.begin(lambda index: bool(self.connecting.record(index - FIRST_SPLICE).state))
+        self.keeper._places._grace = AtOnce(self.connections.wait_for_programs)
+        self.keeper.begin(lambda index: bool(self.connections.record(index - FIRST_SPLICE).state))
         return self.keeper
 
     def _take_in(self, index: int, said: bytes, worker: int | None = None) -> int:
         assert worker is not None
         place = index - FIRST_SPLICE
-        self.connecting.store(place, worker=worker)
+        self.connections.store(place, worker=worker)
         self.taken.append((place, worker, said))
         return worker
 

@@ -179,8 +179,8 @@ def expressing(*, lasts: bool) -> Iterator[Expressing]:
         opened.callback(os.close, pairs_fd)
         maps = SpliceMaps.create(workers=1, slots=SLOTS, pairs_fd=pairs_fd, places=2 * SLOTS)
         express = make_express(maps, SLOTS, workers=1)
-        programs = maps.load_programs(express.connecting)
-        express.connecting.begin(express.connecting.load(maps))
+        programs = maps.load_programs(express.connections)
+        express.connections.begin(express.connections.load(maps))
         express.has_begun = True
         splicing = Splicing(maps, workers=1, express=express)
         opened.callback(splicing.close)

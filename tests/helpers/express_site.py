@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.places import Places
 from pyforwarder.datapath.splice.abi import Splice, SpliceState
-from tests.helpers.connecting import FIRST_PORT, Kernel
+from tests.helpers.connections import FIRST_PORT, Kernel
 from tests.helpers.express_keeper import AtOnce
 from tests.helpers.peers import Waiting, bind_alone, half_close, read_exactly, read_to_end
 from tests.helpers.waiting import DEADLINE_S, wait_for
@@ -75,7 +75,7 @@ class Site:
         """The server's end with those bytes, and the place of the pair."""
         server = self.waiting.accept()
         place = server.getpeername()[1] - FIRST_PORT
-        assert place in range(self.kernel.connecting.places)
+        assert place in range(self.kernel.connections.places)
         assert read_exactly(server, len(first)) == first
         return server, place
 
@@ -144,18 +144,18 @@ def leaves(here: Site) -> int:
 
     No server is asked for.
     """
-    connecting, kernel = here.kernel.connecting, here.kernel
-    states = [word & abi.STATE_MASK for word in connecting.words()]
+    connections, kernel = here.kernel.connections, here.kernel
+    states = [word & abi.STATE_MASK for word in connections.words()]
     assert not {abi.AskState.FILLING, abi.AskState.ASKED} & set(states)
     leaving = [n for n, state in enumerate(states) if state == abi.AskState.LEAVING]
     assert [(kernel.flows_of(n), kernel.record(n).state) for n in leaving] == [(0, 0)] * len(
         leaving
     )
     now_s = time.monotonic()
-    gone = connecting.go_round(now_s, is_short=False)
+    gone = connections.go_round(now_s, is_short=False)
     assert (gone.freed, gone.leaving) == (0, len(leaving))
-    connecting.wait_for_programs()
-    gone = connecting.go_round(now_s + 0.001, is_short=False, passed_ns=int(now_s * 1e9))
+    connections.wait_for_programs()
+    gone = connections.go_round(now_s + 0.001, is_short=False, passed_ns=int(now_s * 1e9))
     assert (gone.freed, gone.leaving) == (len(leaving), 0)
     return len(leaving)
 
@@ -172,14 +172,14 @@ def has_ended(here: Site, place: int) -> None:
 
 def asked_place(here: Site) -> int:
     """Of the one connection whose server is asked for."""
-    words = here.kernel.connecting.words()
+    words = here.kernel.connections.words()
     (place,) = [n for n, word in enumerate(words) if word & abi.STATE_MASK == abi.AskState.ASKED]
     return place
 
 
 def asked(here: Site) -> abi.Ask:
     """That connection."""
-    return here.kernel.connecting.ask(asked_place(here))
+    return here.kernel.connections.ask(asked_place(here))
 
 
 def looked_after(here: Site) -> Places:
@@ -187,6 +187,6 @@ def looked_after(here: Site) -> Places:
     kernel = here.kernel
 
     def record(index: int) -> Splice:
-        return kernel.record(index - kernel.connecting.first_splice)
+        return kernel.record(index - kernel.connections.first_splice)
 
-    return Places(kernel.connecting, record, AtOnce(kernel.connecting.wait_for_programs))
+    return Places(kernel.connections, record, AtOnce(kernel.connections.wait_for_programs))

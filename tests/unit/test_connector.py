@@ -1,4 +1,4 @@
-"""Connecting: whose fault a failure is, and what is left of an attempt that has ended."""
+"""ConnectionMaps: whose fault a failure is, and what is left of an attempt that has ended."""
 
 from __future__ import annotations
 

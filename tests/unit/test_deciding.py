@@ -18,7 +18,7 @@ from pyforwarder.core.routing import compile_rules
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import numbering
 from pyforwarder.datapath.express.choice_abi import CHOICE, Outcome
-from pyforwarder.datapath.express.connecting import MOST_LISTENERS
+from pyforwarder.datapath.express.connection_maps import MOST_LISTENERS
 from pyforwarder.datapath.express.numbering import Server
 from pyforwarder.datapath.express.sharing import Express
 from pyforwarder.supervisor import deciding
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyforwarder.config import Config, Listener
     from pyforwarder.core.express.table import Table
     from pyforwarder.core.routing import Ruleset
-    from pyforwarder.datapath.express.connecting import Connecting
+    from pyforwarder.datapath.express.connection_maps import ConnectionMaps
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration import ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
@@ -198,7 +198,7 @@ class Site:
 
     def __init__(self, text: str) -> None:
         self.kernel = FakeConnecting()
-        self.express = Express(cast("Connecting", self.kernel), workers=1)
+        self.express = Express(cast("ConnectionMaps", self.kernel), workers=1)
         self.express.has_begun = True
         self.clock, self.log = Clock(), Lines()
         self.has = Has(Splicing(self.express))

@@ -25,7 +25,7 @@ from pyforwarder.core.express.conditions import (
 )
 from pyforwarder.core.express.request_grammar import State
 from pyforwarder.core.express.table import MOST_CLAUSES, MOST_METHODS, Clause, Table
-from pyforwarder.datapath.express import abi, choice_abi, connect_abi, connecting
+from pyforwarder.datapath.express import abi, choice_abi, connect_abi, connection_maps
 from pyforwarder.datapath.express.tables import encode, network_key
 from tests.helpers import mirrors
 
@@ -84,7 +84,7 @@ CONNECT_NUMBERS: Final = {
     "PF_EXPRESS_ID_BIT": connect_abi.ID_BIT,
     "PF_EXPRESS_RULES": connect_abi.MOST_RULES,
     "PF_EXPRESS_STATE_MASK": connect_abi.STATE_MASK,
-    **{f"PF_EXPRESS_{name.upper()}": place for place, name in enumerate(connecting.PROGRAMS)},
+    **{f"PF_EXPRESS_{name.upper()}": place for place, name in enumerate(connection_maps.PROGRAMS)},
     **{f"PF_EXPRESS_{state.name}": state for state in connect_abi.AskState},
     **{f"PF_COUNT_{kind.name}": kind for kind in connect_abi.Count},
     "PF_COUNTS": len(connect_abi.Count),

@@ -15,7 +15,7 @@ import pytest
 
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import keeping, ports
-from pyforwarder.datapath.express.connecting import (
+from pyforwarder.datapath.express.connection_maps import (
     LEAST_REST_HERE_S,
     LEAST_REST_S,
     REST_S,
@@ -77,7 +77,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
         for number in (1, 2):
             target = abi.Target(port=PORT_BE if number == 1 else socket.htons(9002), out=3)
             target.server[:] = memoryview(SERVER).cast("I").tolist()
-            made.connecting.targets[number] = target
+            made.connections.targets[number] = target
         made.start()
         yield made
 
@@ -91,15 +91,15 @@ def end(
     stage: Stage, place: int, *, target: int = 1, rule: int = 0, up: int = 5, down: int = 7
 ) -> None:
     """A connection begins and ends there."""
-    stage.connecting.join(place, has_ended=True)
-    ask = stage.connecting.asks[place]
+    stage.connections.join(place, has_ended=True)
+    ask = stage.connections.asks[place]
     ask.listener_table, ask.rule, ask.target = 0, rule, target
-    record = stage.connecting.record(place)
+    record = stage.connections.record(place)
     record.family = 4
     direction = record.direction[0]
     direction.from_.dport = socket.htons(443)
     direction.target[:] = memoryview(SERVER).cast("I").tolist()
-    direction.dport = stage.connecting.targets[target].port
+    direction.dport = stage.connections.targets[target].port
     for one, carried in zip(record.direction, (up, down), strict=True):
         one.bytes, one.begin_seq, one.fin_seq = carried, 0, carried + 1
 
@@ -122,7 +122,7 @@ def test_ends_are_counted_together(stage: Stage, hearing: Hearing) -> None:
     go_on(stage)
     hearing.hear()
     assert (hearing.pairs(), hearing.messages) == (10, 1)
-    words = stage.connecting.words()
+    words = stage.connections.words()
     assert [word & abi.STATE_MASK for word in words[:10]] == [abi.AskState.RESTING] * 10
 
 
@@ -170,7 +170,7 @@ def test_what_may_soon_be_another_s_is_counted_no_more(
     assert (hearing.told, hearing.pairs()) == (int(change != "server"), 2)
     assert not any(what[0] == "another" for what in hearing.counted)
     go_on(stage)
-    assert stage.connecting.sums == {}
+    assert stage.connections.sums == {}
 
 
 def test_a_server_s_number_is_kept_until_its_worker_knows_all(
@@ -198,13 +198,13 @@ def test_a_keeper_that_dies_between_counting_and_telling_loses_and_doubles_nothi
     with monkeypatch.context() as patched:
         if is_told:
             # It dies right behind the message.
-            kept = stage.connecting.write_ends
+            kept = stage.connections.write_ends
 
             def write_ends(key: bytes, ends: abi.Ends) -> None:
-                if not stage.connecting.sums.get(key, abi.Ends()).pairs:
+                if not stage.connections.sums.get(key, abi.Ends()).pairs:
                     kept(key, ends)
 
-            patched.setattr(stage.connecting, "write_ends", write_ends)
+            patched.setattr(stage.connections, "write_ends", write_ends)
         else:
             patched.setattr(stage.keeper._counting, "_report", lambda *_: False)
         go_on(stage)
@@ -230,18 +230,18 @@ def test_a_pair_that_ends_while_it_waits_for_a_worker_is_counted_and_given_to_no
     go_on(stage)
     with monkeypatch.context() as patched:
         patched.setattr(stage.keeper, "_take_in_some", lambda: False)
-        stage.connecting.join(1, age_s=5.0)
+        stage.connections.join(1, age_s=5.0)
         go_on(stage)
         assert list(stage.keeper._lasting[1]) == [1]
-        begun_ns = stage.connecting.asks[1].begun_ns
+        begun_ns = stage.connections.asks[1].begun_ns
         end(stage, 1)
-        stage.connecting.asks[1].word -= 8  # it is the same
-        stage.connecting.asks[1].begun_ns = begun_ns
+        stage.connections.asks[1].word -= 8  # it is the same
+        stage.connections.asks[1].begun_ns = begun_ns
         stage.keeper._counting._kinds.clear()
-        for ends in stage.connecting.sums.values():
+        for ends in stage.connections.sums.values():
             ends.since_ns = 0
         stage.keeper._counting.begin()
-        for ends in stage.connecting.sums.values():
+        for ends in stage.connections.sums.values():
             ends.since_ns = 0
         go_on(stage)
     go_on(stage)
@@ -263,30 +263,30 @@ def test_a_place_is_used_again_once_it_has_rested_and_no_program_knows_it(
         raise OSError(12, "made up")
 
     end(stage, 0)
-    for direction in stage.connecting.record(0).direction:
+    for direction in stage.connections.record(0).direction:
         direction.interface = interface
     go_on(stage)
     places, now_s = stage.keeper._places, time.monotonic()
     places.look(now_s + REST_S - 1)
-    assert 0 not in stage.connecting.queue
+    assert 0 not in stage.connections.queue
     # Where more than a quarter are taken, soon.
     for place in range(1, PLACES // 3):
-        stage.connecting.join(place)
+        stage.connections.join(place)
     for by_s in (0.0, least_s / 2):
         places.look(now_s + by_s)
-    assert 0 not in stage.connecting.queue
+    assert 0 not in stage.connections.queue
     with monkeypatch.context() as held_up:
         # No packet finds it any more; programs that have found it before may still run.
         held_up.setattr(places._grace, "_wait", refuse)
         for by_s in (0.1, 0.2, 60.0):
             places.look(now_s + least_s + by_s)
-            assert stage.connecting.record(0).state == SpliceState.FREE
-            assert stage.connecting.word(0) & abi.STATE_MASK == abi.AskState.LEAVING
-            assert 0 not in stage.connecting.queue
+            assert stage.connections.record(0).state == SpliceState.FREE
+            assert stage.connections.word(0) & abi.STATE_MASK == abi.AskState.LEAVING
+            assert 0 not in stage.connections.queue
         assert capsys.readouterr().err.count("waits for no program") == 1
     for by_s, is_free in ((61.0, False), (61.1, True)):
         places.look(now_s + least_s + by_s)
-        assert (0 in stage.connecting.queue) is is_free
+        assert (0 in stage.connections.queue) is is_free
 
 
 def test_down_waits_for_what_is_not_counted(stage: Stage, hearing: Hearing) -> None:
@@ -303,18 +303,18 @@ def test_down_waits_for_what_is_not_counted(stage: Stage, hearing: Hearing) -> N
 
 def test_what_the_programs_leave_is_told_of(stage: Stage, hearing: Hearing) -> None:
     end(stage, 0)
-    stage.connecting.store(0, state=SpliceState.RESET)
+    stage.connections.store(0, state=SpliceState.RESET)
     go_on(stage)
     hearing.hear()
     assert (hearing.told, hearing.pairs()) == (1, 1)
-    assert stage.connecting.word(0) & abi.STATE_MASK == abi.AskState.RESTING
+    assert stage.connections.word(0) & abi.STATE_MASK == abi.AskState.RESTING
 
 
 def test_no_more_sums_than_there_is_room_for(stage: Stage, hearing: Hearing) -> None:
     def refuse(_key: bytes, _ends: abi.Ends) -> None:
         raise OSError(7, "made up")
 
-    stage.connecting.write_ends = refuse  # type: ignore[method-assign, assignment]
+    stage.connections.write_ends = refuse  # type: ignore[method-assign, assignment]
     end(stage, 0)
     go_on(stage)
     hearing.hear()
@@ -327,13 +327,13 @@ def test_a_burst_of_a_new_kind_is_counted_once_a_few_of_it_were_looked_at(
     """In turns that are short, so that the others do not wait for that either."""
     monkeypatch.setattr(keeping, "_LOOKS_AT_ONCE", 4)
     looked: list[int] = []
-    head = stage.connecting.head
+    head = stage.connections.head
 
     def look(place: int) -> abi.Ask:
         looked.append(place)
         return head(place)
 
-    monkeypatch.setattr(stage.connecting, "head", look)
+    monkeypatch.setattr(stage.connections, "head", look)
     for place in range(PLACES):
         end(stage, place, target=1 + place % 2)
     turns = 0
@@ -350,12 +350,12 @@ def test_a_pair_of_a_worker_s_is_not_counted(stage: Stage, hearing: Hearing) -> 
     end(stage, 0)
     go_on(stage)
     end(stage, 1)
-    stage.connecting.store(1, worker=0)
+    stage.connections.store(1, worker=0)
     stage.keeper.adopted(FIRST_SPLICE + 1, 0, has_it=True)
     go_on(stage)
     hearing.hear()
     assert hearing.pairs() == 1
-    assert stage.connecting.record(1).state == SpliceState.ACTIVE
+    assert stage.connections.record(1).state == SpliceState.ACTIVE
 
 
 def test_an_end_that_waits_for_a_busy_worker_is_told_of_or_counted_and_not_both(
@@ -370,14 +370,14 @@ def test_an_end_that_waits_for_a_busy_worker_is_told_of_or_counted_and_not_both(
     with monkeypatch.context() as busy:
         busy.setattr(telling, "go_on", lambda: False)
         with monkeypatch.context() as full:
-            full.setattr(stage.connecting, "write_ends", refuse)
+            full.setattr(stage.connections, "write_ends", refuse)
             for place in (1, 3, 5):
                 end(stage, place)
-                stage.connecting.asks[place].begun_ns += place
+                stage.connections.asks[place].begun_ns += place
             go_on(stage)
         assert [one.place for one in telling._unreported[1]] == [1, 3, 5]
         end(stage, 0)
-        stage.connecting.asks[0].begun_ns = stage.connecting.asks[1].begun_ns + 1
+        stage.connections.asks[0].begun_ns = stage.connections.asks[1].begun_ns + 1
         go_on(stage)
     go_on(stage)
     hearing.hear()
@@ -395,7 +395,7 @@ def test_an_end_that_a_dying_keeper_has_told_of_alone_is_not_counted_again(
         raise OSError(7, "made up")
 
     with monkeypatch.context() as dying:
-        dying.setattr(stage.connecting, "write_ends", refuse)
+        dying.setattr(stage.connections, "write_ends", refuse)
         # It dies right behind the message.
         dying.setattr(stage.keeper._telling, "_told", lambda *_: None)
         end(stage, 1)
@@ -404,14 +404,14 @@ def test_an_end_that_a_dying_keeper_has_told_of_alone_is_not_counted_again(
         assert (hearing.told, hearing.pairs()) == (1, 1)
     if by == "another":  # whose sum it would be in
         end(stage, 0)
-        stage.connecting.asks[0].begun_ns = stage.connecting.asks[1].begun_ns - 1
+        stage.connections.asks[0].begun_ns = stage.connections.asks[1].begun_ns - 1
     stage.start()
     for _ in range(3):
         go_on(stage)
     hearing.hear()
     assert hearing.pairs() == (2 if by == "another" else 1)
     for place in (0, 1)[by == "itself" :]:
-        assert stage.connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
+        assert stage.connections.word(place) & abi.STATE_MASK == abi.AskState.RESTING
 
 
 def test_ends_are_told_of_one_by_one_while_the_kernel_cannot_count(
@@ -428,7 +428,7 @@ def test_ends_are_told_of_one_by_one_while_the_kernel_cannot_count(
     end(stage, 0)
     go_on(stage)
     with monkeypatch.context() as patched:
-        patched.setattr(stage.connecting, "go_round", fail)
+        patched.setattr(stage.connections, "go_round", fail)
         for place in range(1, 4):
             end(stage, place)
             go_on(stage)
@@ -447,13 +447,13 @@ def test_sums_are_looked_at_where_something_may_have_come_to_them_alone(
     stage: Stage, hearing: Hearing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[bytes] = []
-    ends = stage.connecting.ends
+    ends = stage.connections.ends
 
     def look(key: bytes) -> abi.Ends:
         looked.append(key)
         return ends(key)
 
-    monkeypatch.setattr(stage.connecting, "ends", look)
+    monkeypatch.setattr(stage.connections, "ends", look)
     end(stage, 0)
     go_on(stage)
     looked.clear()

@@ -19,8 +19,8 @@ import pytest
 from pyforwarder.datapath.ebpf import syscall
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, DatapathKind, PairRecord
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express import connecting, keeping, ports, telling
-from pyforwarder.datapath.express.connecting import LEAST_REST_S, REST_S, Gone
+from pyforwarder.datapath.express import connection_maps, keeping, ports, telling
+from pyforwarder.datapath.express.connection_maps import LEAST_REST_S, REST_S, Gone
 from pyforwarder.datapath.express.keeping import _Known
 from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, Places
 from pyforwarder.datapath.express.sharing import _LABELS_AT, Express, Label, _Written
@@ -76,7 +76,7 @@ def go_on_later(stage: Stage, by_s: float = LEAST_REST_S) -> None:
 
 def free(stage: Stage, place: int) -> None:
     """As `Keeper` does it."""
-    stage.connecting.store(place, state=SpliceState.FREE)
+    stage.connections.store(place, state=SpliceState.FREE)
     stage.keeper.freed(FIRST_SPLICE + place)
 
 
@@ -95,64 +95,64 @@ def heard(stage: Stage, worker: int) -> list[dict[str, Any]]:
 def test_a_place_whose_connection_ends_while_a_keeper_begins_is_offered_once(stage: Stage) -> None:
     """Its record was in use when that keeper looked, and is free when it comes to it."""
     stage.start()
-    connecting = stage.connecting
-    connecting.join(3)
-    record = Splice.from_buffer_copy(connecting.record(3))
-    connecting.end(3)
+    connections = stage.connections
+    connections.join(3)
+    record = Splice.from_buffer_copy(connections.record(3))
+    connections.end(3)
     keeper = stage.start()
     assert keeper.owns(FIRST_SPLICE + 3, record)
     keeper.freed(FIRST_SPLICE + 3)  # with any record
-    assert sorted(connecting.queue) == list(range(8))
+    assert sorted(connections.queue) == list(range(8))
 
 
 def test_an_earlier_daemon_s_pair_is_the_keeper_s_and_its_place_is_offered_behind_it(
     stage: Stage,
 ) -> None:
-    connecting = stage.connecting
-    connecting.store(3, state=SpliceState.ACTIVE, id=7, worker=0)
+    connections = stage.connections
+    connections.store(3, state=SpliceState.ACTIVE, id=7, worker=0)
     keeper = stage.start()
-    assert 3 not in connecting.queue
-    assert not keeper.owns(FIRST_SPLICE + 3, connecting.record(3))
-    connecting.store(3, state=SpliceState.FREE)
+    assert 3 not in connections.queue
+    assert not keeper.owns(FIRST_SPLICE + 3, connections.record(3))
+    connections.store(3, state=SpliceState.FREE)
     for _ in range(2):
         keeper.freed(FIRST_SPLICE + 3)
-    assert sorted(connecting.queue) == list(range(8))
+    assert sorted(connections.queue) == list(range(8))
 
 
 def test_an_adopted_pair_that_lingers_is_the_next_keeper_s_to_free(stage: Stage) -> None:
     stage.start()
-    stage.connecting.join(3)
-    stage.connecting.store(3, worker=1, id=0)
+    stage.connections.join(3)
+    stage.connections.store(3, worker=1, id=0)
     keeper = stage.start()
-    assert not keeper.owns(FIRST_SPLICE + 3, stage.connecting.record(3))
+    assert not keeper.owns(FIRST_SPLICE + 3, stage.connections.record(3))
     free(stage, 3)
     go_on_later(stage)
-    assert 3 in stage.connecting.queue
+    assert 3 in stage.connections.queue
 
 
 def test_one_that_is_told_of_and_lingers_is_freed_by_the_next_keeper(stage: Stage) -> None:
     stage.start()
-    stage.connecting.join(3)
-    stage.connecting.store(3, id=0)
+    stage.connections.join(3)
+    stage.connections.store(3, id=0)
     keeper = stage.start()
-    assert keeper.owns(FIRST_SPLICE + 3, stage.connecting.record(3))
+    assert keeper.owns(FIRST_SPLICE + 3, stage.connections.record(3))
     now_s = time.monotonic()
     keeper._places.look(now_s)
     for by_s in (1, 2):
         keeper._places.look(now_s + REST_S + by_s)
-    assert 3 in stage.connecting.queue
+    assert 3 in stage.connections.queue
 
 
 def test_a_place_that_a_dying_keeper_has_not_freed_yet_is_freed(stage: Stage) -> None:
     """Between the record and the place."""
     stage.start()
-    stage.connecting.join(3)
-    stage.connecting.store(3, worker=1, state=SpliceState.FREE)
+    stage.connections.join(3)
+    stage.connections.store(3, worker=1, state=SpliceState.FREE)
     stage.start()
     go_on(stage)
-    assert 3 not in stage.connecting.queue
+    assert 3 not in stage.connections.queue
     go_on_later(stage)
-    assert 3 in stage.connecting.queue
+    assert 3 in stage.connections.queue
 
 
 def test_a_keeper_that_begins_changes_nothing_of_a_server_but_that_there_is_a_way(
@@ -161,10 +161,10 @@ def test_a_keeper_that_begins_changes_nothing_of_a_server_but_that_there_is_a_wa
     """A program that reads it meanwhile would ask 0.0.0.0."""
     before = abi.Target(port=7, mss=1460, out=3, not_before_ns=99)
     before.source[:], before.server[:] = (1, 2, 3, 4), (5, 6, 7, 8)
-    stage.connecting.targets[1] = before
+    stage.connections.targets[1] = before
     stage.start()
     before.out = 0
-    assert bytes(stage.connecting.targets[1]) == bytes(before)
+    assert bytes(stage.connections.targets[1]) == bytes(before)
 
 
 @pytest.mark.parametrize("state", [abi.AskState.ASKED, abi.AskState.FILLING])
@@ -172,20 +172,20 @@ def test_a_number_that_is_given_back_has_no_way_and_is_not_another_s_while_a_ser
     stage: Stage, state: abi.AskState
 ) -> None:
     stage.start()
-    keeper, connecting = stage.keeper, stage.connecting
+    keeper, connections = stage.keeper, stage.connections
     for number in (1, 2):
-        connecting.targets[number] = abi.Target(out=3, mss=1460)
-        keeper._known[number] = _Known(connecting.targets[number], time.monotonic() + 60)
-    connecting.queue.remove(3)
-    connecting.asks[3].word = 1 << abi.STATE_BITS | state
-    connecting.asks[3].begun_ns = time.monotonic_ns()
-    connecting.asks[3].target = 2
+        connections.targets[number] = abi.Target(out=3, mss=1460)
+        keeper._known[number] = _Known(connections.targets[number], time.monotonic() + 60)
+    connections.queue.remove(3)
+    connections.asks[3].word = 1 << abi.STATE_BITS | state
+    connections.asks[3].begun_ns = time.monotonic_ns()
+    connections.asks[3].target = 2
     stage.express.back = [1, 2]
     go_on(stage)
     assert stage.express.back == [2]
-    assert not any(target.out for target in connecting.targets.values())
+    assert not any(target.out for target in connections.targets.values())
     assert not keeper._known
-    connecting.asks[3].word = 1 << abi.STATE_BITS | abi.AskState.JOINED
+    connections.asks[3].word = 1 << abi.STATE_BITS | abi.AskState.JOINED
     go_on(stage)
     assert stage.express.back == []
 
@@ -204,13 +204,13 @@ def test_a_place_whose_port_another_program_has_is_offered_when_that_has_let_go(
 ) -> None:
     taken_ports.add(FIRST_PORT + 2)
     stage.start()
-    assert sorted(stage.connecting.queue) == [0, 1, 3, 4, 5, 6, 7]
+    assert sorted(stage.connections.queue) == [0, 1, 3, 4, 5, 6, 7]
     later(stage)
-    assert 2 not in stage.connecting.queue
+    assert 2 not in stage.connections.queue
     taken_ports.clear()
     for _ in range(2):
         later(stage)
-    assert sorted(stage.connecting.queue) == list(range(8))
+    assert sorted(stage.connections.queue) == list(range(8))
 
 
 def test_what_was_offered_and_is_another_program_s_port_by_now_is_taken_back(
@@ -219,30 +219,30 @@ def test_what_was_offered_and_is_another_program_s_port_by_now_is_taken_back(
     stage.start()
     taken_ports.add(FIRST_PORT + 2)
     stage.start()
-    assert sorted(stage.connecting.queue) == [0, 1, 3, 4, 5, 6, 7]
+    assert sorted(stage.connections.queue) == [0, 1, 3, 4, 5, 6, 7]
     taken_ports.clear()
     later(stage)
-    assert sorted(stage.connecting.queue) == list(range(8))
+    assert sorted(stage.connections.queue) == list(range(8))
 
 
 def test_a_place_that_a_keeper_was_moving_when_it_died_is_not_lost(stage: Stage) -> None:
     """Between the queue and what is said of it; others are given back and taken meanwhile."""
     stage.start()
-    connecting = stage.connecting
+    connections = stage.connections
     for place in (2, 3, 4):
-        connecting.queue.remove(place)
+        connections.queue.remove(place)
     keeper = stage.start()
-    connecting.queue.append(3)  # a program has given it back in that moment
-    connecting.queue.append(4)
-    connecting.join(4)  # and has taken this one
+    connections.queue.append(3)  # a program has given it back in that moment
+    connections.queue.append(4)
+    connections.join(4)  # and has taken this one
     keeper._ports.go_on(time.monotonic())
-    assert 2 not in connecting.queue
+    assert 2 not in connections.queue
     later_s = time.monotonic() + 2
     keeper._ports.go_on(later_s)
-    assert sorted(connecting.queue) == [0, 1, 3, 5, 6, 7]  # a program may just have taken it
+    assert sorted(connections.queue) == [0, 1, 3, 5, 6, 7]  # a program may just have taken it
     for by_s in (2, 4):
         keeper._ports.go_on(later_s + by_s)
-        assert sorted(connecting.queue) == [0, 1, 2, 3, 5, 6, 7]
+        assert sorted(connections.queue) == [0, 1, 2, 3, 5, 6, 7]
 
 
 @pytest.mark.parametrize("how", ["ended", "refused", "given back"])
@@ -251,46 +251,46 @@ def test_one_in_use_whose_port_is_not_held_is_not_used_again(
 ) -> None:
     """The program that took the port meanwhile may speak to the same server."""
     stage.start()
-    word = stage.connecting.join(2)
+    word = stage.connections.join(2)
     taken_ports.add(FIRST_PORT + 2)
     keeper = stage.start()
-    assert keeper.owns(FIRST_SPLICE + 2, stage.connecting.record(2))
+    assert keeper.owns(FIRST_SPLICE + 2, stage.connections.record(2))
     if how == "ended":
         free(stage, 2)
         go_on_later(stage)
     elif how == "refused":
-        stage.connecting.leave(2, time.monotonic())
+        stage.connections.leave(2, time.monotonic())
         go_on_later(stage)
     else:
-        stage.connecting.end(2)  # no packet has found it
+        stage.connections.end(2)  # no packet has found it
         go_on(stage)
-    assert 2 not in stage.connecting.queue
+    assert 2 not in stage.connections.queue
     later(stage)
-    assert 2 not in stage.connecting.queue
+    assert 2 not in stage.connections.queue
     taken_ports.clear()
     for _ in range(3):
         later(stage)
         go_on_later(stage)
-    assert sorted(stage.connecting.queue) == list(range(8))
-    assert stage.connecting.word(2) == word & ~abi.STATE_MASK
+    assert sorted(stage.connections.queue) == list(range(8))
+    assert stage.connections.word(2) == word & ~abi.STATE_MASK
 
 
 def test_a_place_that_the_kernel_could_not_free_is_freed_later(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.start()
-    stage.connecting.join(2)
+    stage.connections.join(2)
 
     def fail(_now_s: float, **_: object) -> Any:
         raise OSError(errno.ENOMEM, "made up")
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage.connecting, "go_round", fail)
+        patched.setattr(stage.connections, "go_round", fail)
         free(stage, 2)
         go_on_later(stage)
-    assert 2 not in stage.connecting.queue
+    assert 2 not in stage.connections.queue
     go_on_later(stage)
-    assert 2 in stage.connecting.queue
+    assert 2 in stage.connections.queue
 
 
 # -------------------------------------------------------------------------------- lingering
@@ -302,24 +302,24 @@ def test_a_place_lingers_from_when_its_worker_knows_of_the_end(
     """Until then only we know of it, and the place: the next keeper reads it there."""
     keeper = crowd.start()
     for place in range(4096):
-        crowd.connecting.join(place, has_ended=True)
+        crowd.connections.join(place, has_ended=True)
     with monkeypatch.context() as patched:
         # Its worker reads nothing.
         patched.setattr(keeper._telling, "_tell", lambda _worker: False)
         go_on(crowd)
     for by_s in (LEAST_REST_S, REST_S, 2 * REST_S):
         go_on_later(crowd, by_s)
-    assert not crowd.connecting.queue
+    assert not crowd.connections.queue
     keeper._telling.go_on()
     go_on_later(crowd)
-    assert crowd.connecting.queue
+    assert crowd.connections.queue
 
 
 def test_a_place_whose_server_does_not_answer_is_another_s_when_no_program_knows_it(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = stage.start()._places
-    word = stage.connecting.ask(3, age_s=ANSWER_TIMEOUT_S + 1)
+    word = stage.connections.ask(3, age_s=ANSWER_TIMEOUT_S + 1)
     now_s = time.monotonic()
     assert places.look(now_s).asked == [3]
     with monkeypatch.context() as held_up:
@@ -327,22 +327,22 @@ def test_a_place_whose_server_does_not_answer_is_another_s_when_no_program_knows
         for by_s in (0.5, 1.0, 60.0):
             assert places.look(now_s + by_s).asked == []
             leaving = word & ~abi.STATE_MASK | abi.AskState.LEAVING
-            assert (stage.connecting.word(3), places.used) == (leaving, 1)
+            assert (stage.connections.word(3), places.used) == (leaving, 1)
     for by_s, used in ((60.5, 1), (61.0, 0)):
         places.look(now_s + by_s)
-        assert (places.used, 3 in stage.connecting.queue) == (used, not used)
+        assert (places.used, 3 in stage.connections.queue) == (used, not used)
 
 
 def test_what_the_kernel_does_not_see_any_more_keeps_its_place_a_little(stage: Stage) -> None:
     """Programs that have looked at it may run; also if its worker has broken it off just now."""
     stage.start()
-    stage.connecting.join(3)
+    stage.connections.join(3)
     go_on_later(stage, 5.0)
     free(stage, 3)
     go_on_later(stage, LEAST_REST_S / 2)
-    assert stage.connecting.word(3) & abi.STATE_MASK == abi.AskState.RESTING
+    assert stage.connections.word(3) & abi.STATE_MASK == abi.AskState.RESTING
     go_on_later(stage)
-    assert 3 in stage.connecting.queue
+    assert 3 in stage.connections.queue
 
 
 @pytest.mark.parametrize(
@@ -355,21 +355,21 @@ def test_only_what_was_slower_than_our_numbers_is_followed_soon(
     """The server would take the next connection of that port for the old one's packets."""
     crowd.start()
     for place in range(4096):
-        crowd.connecting.join(place, has_ended=True)
+        crowd.connections.join(place, has_ended=True)
         # It was asked twice: what counts is what the server has been told first.
-        ask = crowd.connecting.asks[place]
+        ask = crowd.connections.asks[place]
         ask.first_client_tsval, ask.client_tsval = 0xFFFFFF00, (0xFFFFFF00 + ahead_ms) & 0xFFFFFFFF
-        direction = crowd.connecting.record(place).direction[0]
+        direction = crowd.connections.record(place).direction[0]
         direction.ts_recent, direction.bytes = ask.client_tsval, sent_bytes
     for _ in range(100):
         go_on(crowd)
         heard(crowd, 0), heard(crowd, 1)
     for _ in range(100):
         go_on_later(crowd, 1.0)
-    assert bool(crowd.connecting.queue) is is_soon
+    assert bool(crowd.connections.queue) is is_soon
     for _ in range(100):
         go_on_later(crowd, REST_S + 1)
-    assert len(crowd.connecting.queue) == 4096
+    assert len(crowd.connections.queue) == 4096
 
 
 def test_places_are_never_used_again_for_want_of_other_records() -> None:
@@ -414,10 +414,10 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The time first; and the state is a byte."""
-    made: Any = object.__new__(connecting.Connecting)
-    made.memory = bytearray(2 * connecting._stride())
+    made: Any = object.__new__(connection_maps.ConnectionMaps)
+    made.memory = bytearray(2 * connection_maps._stride())
     word = 0x123456789A << abi.STATE_BITS | abi.AskState.JOINED
-    at = connecting._stride()
+    at = connection_maps._stride()
     made.memory[at : at + 8] = word.to_bytes(8, "little")
 
     def store64(memory: bytearray, offset: int, number: int) -> None:
@@ -425,7 +425,7 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
         assert made.word(1) == word
         one_store.store64(memory, offset, number)
 
-    monkeypatch.setattr(connecting, "store64", store64)
+    monkeypatch.setattr(connection_maps, "store64", store64)
     made.rest(1, word, 5.0)
     assert made.word(1) == word & ~abi.STATE_MASK | abi.AskState.RESTING
     assert made.head(1).resting_since_ns == 5_000_000_000
@@ -434,13 +434,13 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
 
 def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """`struct.pack_into` writes zeros first: not counted, or its port not lost, if killed there."""
-    made: Any = object.__new__(connecting.Connecting)
-    made.memory = bytearray(2 * connecting._stride())
-    at = connecting._stride()
+    made: Any = object.__new__(connection_maps.ConnectionMaps)
+    made.memory = bytearray(2 * connection_maps._stride())
+    at = connection_maps._stride()
     word = 0x123456789A << abi.STATE_BITS | abi.AskState.JOINED
     made.memory[at : at + 8] = word.to_bytes(8, "little")
-    monkeypatch.setattr(connecting, "struct", None)
-    monkeypatch.setattr(connecting, "_NUMBER", None)
+    monkeypatch.setattr(connection_maps, "struct", None)
+    monkeypatch.setattr(connection_maps, "_NUMBER", None)
     made.mark_counted(1)
     made.set_port_lost(1, is_lost=True)
     assert made.is_counted(made.head(1))
@@ -451,8 +451,8 @@ def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_round_that_a_signal_cuts_short_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: Any = object.__new__(connecting.Connecting)
-    made.places, made._own = 64, connecting.OwnPrograms(-1, -1)
+    made: Any = object.__new__(connection_maps.ConnectionMaps)
+    made.places, made._own = 64, connection_maps.OwnPrograms(-1, -1)
     made._round = bytearray(ctypes.sizeof(abi.Round))
     came_to = 64
 
@@ -472,12 +472,12 @@ def test_after_a_round_that_was_cut_short_places_are_as_many_as_before(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = stage.start()._places
-    stage.connecting.join(0)
+    stage.connections.join(0)
     go_on(stage)
     assert (places.used, places.is_short, places.is_counting) == (1, False, True)
     with monkeypatch.context() as patched:
         patched.setattr(
-            stage.connecting, "go_round", lambda *_, **__: Gone(0, 0, 2, is_whole=False)
+            stage.connections, "go_round", lambda *_, **__: Gone(0, 0, 2, is_whole=False)
         )
         go_on(stage)
         assert (places.used, places.is_short, places.is_counting) == (1, False, False)
@@ -490,7 +490,7 @@ def test_after_a_round_that_was_cut_short_places_are_as_many_as_before(
 
 def test_an_end_is_told_of_once_also_by_the_next_keeper(stage: Stage) -> None:
     stage.start()
-    stage.connecting.join(2, has_ended=True)
+    stage.connections.join(2, has_ended=True)
     go_on(stage)
     (message,) = heard(stage, 0)
     assert [one[:2] for one in message["ended"]] == [["main", "rest"]]
@@ -503,7 +503,7 @@ def test_a_keeper_that_dies_while_it_tells_has_the_next_one_say_of_which(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = stage.start()
-    words = [stage.connecting.join(place, has_ended=True) for place in (2, 4)]
+    words = [stage.connections.join(place, has_ended=True) for place in (2, 4)]
     with monkeypatch.context() as patched:
         patched.setattr(keeper._telling, "_told", lambda _place, _word: None)
         go_on(stage)
@@ -524,8 +524,8 @@ def test_a_worker_that_reads_nothing_keeps_no_other_waiting(
     told = 0
     for _ in range(3):
         for place in range(2000):
-            if place in crowd.connecting.queue:
-                crowd.connecting.join(place, has_ended=True)
+            if place in crowd.connections.queue:
+                crowd.connections.join(place, has_ended=True)
         for _ in range(40):
             go_on(crowd)
             told += sum(len(message["ended"]) for message in heard(crowd, 1))
@@ -533,7 +533,7 @@ def test_a_worker_that_reads_nothing_keeps_no_other_waiting(
         assert len(unreported[0]) <= 300 + keeping._LOOKS_AT_ONCE
         assert not unreported[1]
         for _ in range(20):
-            for ask in crowd.connecting.asks:
+            for ask in crowd.connections.asks:
                 ask.resting_since_ns = 0  # its time has passed, in each of the two rounds
             go_on(crowd)
     assert told == 3000
@@ -546,7 +546,7 @@ def test_a_message_is_no_longer_than_a_worker_reads(
     long = Label("m" * 5000, ("r" * 5000,), (0, 0, 0))
     monkeypatch.setattr(stage.express, "label", lambda *_: long)
     for place in (0, 2, 4, 6):
-        stage.connecting.join(place, has_ended=True)
+        stage.connections.join(place, has_ended=True)
     go_on(stage)
     messages = heard(stage, 0)
     assert [len(message["ended"]) for message in messages] == [3, 1]
@@ -562,7 +562,7 @@ def test_pairs_that_last_are_given_in_turns_and_no_more_than_a_worker_takes(
     monkeypatch.setattr(keeping, "MOST_WAITING", 500)
     keeper = crowd.start()
     for place in range(4096):
-        crowd.connecting.join(place, age_s=5.0)
+        crowd.connections.join(place, age_s=5.0)
     turns = 0
     while len(crowd.taken) < 1000:
         before = len(crowd.taken)
@@ -592,15 +592,15 @@ def test_a_place_that_comes_back_while_its_pair_waits_is_taken_in_once(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one that was to be given has ended, as have others there: the last one lasts."""
-    keeper, connecting = stage.start(), stage.connecting
+    keeper, connections = stage.start(), stage.connections
     with monkeypatch.context() as patched:
         patched.setattr(keeping, "MOST_WAITING", 0)  # its worker is behind
         for _ in range(5):
-            connecting.join(2, age_s=5.0)
+            connections.join(2, age_s=5.0)
             go_on(stage)
             assert len(keeper._lasting[0]) == 1
-            connecting.end(2)
-        word = connecting.join(2, age_s=5.0)
+            connections.end(2)
+        word = connections.join(2, age_s=5.0)
         go_on(stage)
         assert keeper._lasting[0] == {2: word}
     for _ in range(3):
@@ -615,13 +615,13 @@ def test_a_place_that_comes_back_while_its_pair_waits_is_taken_in_once(
 def test_a_connection_that_has_the_place_of_one_that_was_to_be_given_is_not(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper, connecting = stage.start(), stage.connecting
+    keeper, connections = stage.start(), stage.connections
     with monkeypatch.context() as patched:
         patched.setattr(keeping, "MOST_WAITING", 0)
-        connecting.join(2, age_s=5.0)
+        connections.join(2, age_s=5.0)
         go_on(stage)
-        connecting.end(2)
-        connecting.join(2)
+        connections.end(2)
+        connections.join(2)
     go_on(stage)
     assert (stage.taken, list(keeper._lasting[0])) == ([], [])
 
@@ -631,7 +631,7 @@ def test_what_fails_for_one_place_costs_no_other(
 ) -> None:
     keeper = stage.start()
     for place in range(4):
-        stage.connecting.join(place, age_s=5.0)
+        stage.connections.join(place, age_s=5.0)
     take_in = keeper._owner.take_in
 
     def fail(index: int, said: bytes, worker: int | None = None) -> int:
@@ -652,7 +652,7 @@ def test_what_fails_for_one_place_costs_no_other(
 def test_one_turn_looks_at_some_places_alone(crowd: Stage) -> None:
     crowd.start()
     for place in range(4096):
-        crowd.connecting.join(place)
+        crowd.connections.join(place)
     places = crowd.keeper._places
     now_s = time.monotonic()
     looks = 0
@@ -681,12 +681,12 @@ def test_the_keeper_looks_more_often_while_places_are_short(
         return found_s
 
     for place in range(1024):
-        crowd.connecting.join(place)
+        crowd.connections.join(place)
     assert pause_s() == pytest.approx(0.5)
-    crowd.connecting.join(1024)
+    crowd.connections.join(1024)
     assert pause_s() == pytest.approx(0.1)
     for place in range(1025):
-        crowd.connecting.end_connection(place, crowd.connecting.word(place))
+        crowd.connections.end_connection(place, crowd.connections.word(place))
     assert pause_s() == pytest.approx(0.1)  # programs may know of their connections
     assert pause_s() == pytest.approx(0.5)
 
@@ -696,7 +696,7 @@ def test_the_next_keeper_knows_whether_a_worker_has_counted_a_pair(
     stage: Stage, *, has_counted: bool
 ) -> None:
     keeper = stage.start()
-    stage.connecting.join(2, age_s=5.0)
+    stage.connections.join(2, age_s=5.0)
     go_on(stage)
     ((_, worker, said),) = stage.taken
     assert PairRecord.from_buffer_copy(said).datapath == DatapathKind.NONE
@@ -704,7 +704,7 @@ def test_the_next_keeper_knows_whether_a_worker_has_counted_a_pair(
         keeper.had(FIRST_SPLICE + 2)
     heard(stage, worker)
     keeper = stage.start()
-    assert not keeper.owns(FIRST_SPLICE + 2, stage.connecting.record(2))
+    assert not keeper.owns(FIRST_SPLICE + 2, stage.connections.record(2))
     keeper.adopted(FIRST_SPLICE + 2, worker, has_it=has_counted)
     found = PairRecord.from_buffer_copy(keeper.said(FIRST_SPLICE + 2))
     assert found.datapath == (DatapathKind.SPLICE if has_counted else DatapathKind.NONE)
@@ -714,7 +714,7 @@ def test_the_next_keeper_knows_whether_a_worker_has_counted_a_pair(
     assert [one["adopt"] for one in heard(stage, worker)] == ([] if has_counted else [1])
     # The next connection there is another.
     keeper.freed(FIRST_SPLICE + 2)
-    stage.connecting.join(2)
+    stage.connections.join(2)
     found = PairRecord.from_buffer_copy(keeper.said(FIRST_SPLICE + 2))
     assert found.datapath == DatapathKind.NONE
 
@@ -749,7 +749,7 @@ def an_express() -> Any:
     express._memory = bytearray(_LABELS_AT + (4 << 14))
     express._labels = {}
     express._written = _Written()
-    express.connecting = SimpleNamespace(
+    express.connections = SimpleNamespace(
         tables=SimpleNamespace(write=lambda *_: None, forget=lambda _: None)
     )
     return express
@@ -829,13 +829,13 @@ def test_places_alone_use_the_programs_to_free() -> None:
     """As tests without a keeper have it."""
     stage = Stage()
     with contextlib.closing(stage):
-        connecting: Any = stage.connecting
-        places = Places(connecting, lambda index: connecting.record(index - FIRST_SPLICE))
-        places._grace = AtOnce(connecting.wait_for_programs)
-        stage.connecting.join(1, has_ended=True)
+        connections: Any = stage.connections
+        places = Places(connections, lambda index: connections.record(index - FIRST_SPLICE))
+        places._grace = AtOnce(connections.wait_for_programs)
+        stage.connections.join(1, has_ended=True)
         now_s = time.monotonic()
         (ended,) = places.look(now_s).ended
         places.told(ended.place, ended.ask.word, now_s)
         for by_s in (1, 2):
             places.look(now_s + REST_S + by_s)
-        assert 1 in stage.connecting.queue
+        assert 1 in stage.connections.queue

@@ -6,7 +6,7 @@ import pytest
 
 from pyforwarder.core.address import Address
 from pyforwarder.datapath.express import numbering
-from pyforwarder.datapath.express.connecting import MOST_TARGETS
+from pyforwarder.datapath.express.connection_maps import MOST_TARGETS
 from pyforwarder.datapath.express.numbering import NUMBERS_BYTES, Numbers, Server
 
 REST_S = numbering._REST_S

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyforwarder.datapath.express import keeping
-from pyforwarder.datapath.express.connecting import LEAST_REST_S
+from pyforwarder.datapath.express.connection_maps import LEAST_REST_S
 from pyforwarder.datapath.express.grace import Grace
 from pyforwarder.datapath.express.pace import Pace
 from tests.helpers.express_keeper import Stage
@@ -95,14 +95,14 @@ def test_places_come_back_between_looks_while_they_are_short(stage: Stage) -> No
     stage.start()
     stage.keeper.go_on()
     for place in range(40):
-        word = stage.connecting.join(place)
-        stage.connecting.rest(place, word, time.monotonic() - LEAST_REST_S)
-        for direction in stage.connecting.record(place).direction:
+        word = stage.connections.join(place)
+        stage.connections.rest(place, word, time.monotonic() - LEAST_REST_S)
+        for direction in stage.connections.record(place).direction:
             direction.interface = 2
-        stage.connecting.asks[place].begun_ns -= 10**9
+        stage.connections.asks[place].begun_ns -= 10**9
     for _ in range(2):
         glance(stage)
-    assert len(stage.connecting.queue) == 64
+    assert len(stage.connections.queue) == 64
     assert stage.keeper._places.is_through
 
 
@@ -112,9 +112,9 @@ def test_places_that_are_not_short_rest_between_looks(
     stage.start()
     stage.keeper.go_on()
     rounds: list[object] = []
-    monkeypatch.setattr(stage.connecting, "go_round", rounds.append)
+    monkeypatch.setattr(stage.connections, "go_round", rounds.append)
     for place in range(16):
-        stage.connecting.join(place)
+        stage.connections.join(place)
     glance(stage)
     assert not rounds
     assert stage.keeper._next_s > time.monotonic() + 10
@@ -125,7 +125,7 @@ def test_a_look_comes_soon_where_a_glance_finds_them_short(stage: Stage) -> None
     stage.start()
     stage.keeper.go_on()
     for place in range(40):
-        stage.connecting.join(place)
+        stage.connections.join(place)
     glance(stage)
     assert stage.keeper._next_s <= time.monotonic() + keeping._LOOK_WHEN_SHORT_S
 
@@ -135,7 +135,7 @@ def test_an_idle_keeper_glances_five_times_a_second_at_most(
 ) -> None:
     stage.start()
     stage.keeper.go_on()
-    monkeypatch.setattr(stage.connecting, "words", lambda: pytest.fail("it has looked at all"))
+    monkeypatch.setattr(stage.connections, "words", lambda: pytest.fail("it has looked at all"))
     glance(stage)
     now_s = time.monotonic()
     assert stage.keeper._glance_s == pytest.approx(now_s + 0.2, abs=0.1)

@@ -15,7 +15,7 @@ import pytest
 
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import ports
-from pyforwarder.datapath.express.connecting import Gone
+from pyforwarder.datapath.express.connection_maps import Gone
 from pyforwarder.datapath.express.keeping import ExpressKeeper
 from pyforwarder.datapath.express.sharing import Label
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
@@ -78,7 +78,7 @@ class FakeExpress:
     named: tuple[int, ...] = ()
 
     def __init__(self) -> None:
-        self.connecting = FakeConnecting()
+        self.connections = FakeConnecting()
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(WORKERS)]
         self.keepers = [keepers for keepers, _ in pairs]
         self.workers = [workers for _, workers in pairs]
@@ -141,7 +141,7 @@ class Keeper:
 
     def begin(self, place: int, *, number: int = 1, has_ended: bool) -> None:
         """A connection that goes on, or has ended."""
-        ask = self.express.connecting.asks[place]
+        ask = self.express.connections.asks[place]
         ask.word = number << 3 | abi.AskState.JOINED
         ask.begun_ns = time.monotonic_ns() - 10_000_000_000
         record = Splice(id=place + 1, worker=abi.NO_WORKER, state=SpliceState.ACTIVE, family=4)
@@ -185,7 +185,7 @@ def test_a_worker_gets_first_packets_before_it_is_to_adopt_their_pairs(
     first = b"f" * abi.SAVED_BYTES
     for place in range(PLACES):
         keeper.begin(place, has_ended=place >= PLACES // 2)
-        ask = keeper.express.connecting.asks[place]
+        ask = keeper.express.connections.asks[place]
         ask.saved_bytes = len(first)
         ask.bytes[:] = first
     keeper.look()
@@ -204,7 +204,7 @@ def test_a_worker_gets_first_packets_before_it_is_to_adopt_their_pairs(
 
 def test_no_first_packet_is_told_that_the_log_does_not_want(keeper: Keeper) -> None:
     keeper.begin(0, has_ended=True)
-    keeper.express.connecting.asks[0].saved_bytes = 5
+    keeper.express.connections.asks[0].saved_bytes = 5
     keeper.look()
     (message,) = keeper.express.told(0)
     (ended,) = cast("list[list[object]]", message["ended"])

@@ -15,8 +15,8 @@ from pyforwarder.datapath.express.sharing import Express
 
 @pytest.fixture
 def express() -> Iterator[Express]:
-    connecting: Any = SimpleNamespace(places=4, close=lambda: None)
-    with contextlib.closing(Express(connecting, workers=2)) as made:
+    connections: Any = SimpleNamespace(places=4, close=lambda: None)
+    with contextlib.closing(Express(connections, workers=2)) as made:
         yield made
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pyforwarder.core.address import Address
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.express import maps, sharing
+from pyforwarder.datapath.express import rule_maps, sharing
 from pyforwarder.datapath.express.sharing import Decided, Express, Label
 from tests.helpers.express import Rules, compiled
 
@@ -49,10 +49,10 @@ class Map:
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[maps.Tables]:
+def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[rule_maps.Tables]:
     monkeypatch.setattr(bpf, "create_map", lambda *_, **__: os.open("/dev/null", os.O_RDONLY))
     monkeypatch.setattr(bpf, "Map", Map)
-    with contextlib.closing(maps.Tables(sharing.TABLES)) as made:
+    with contextlib.closing(rule_maps.Tables(sharing.TABLES)) as made:
         yield made
 
 
@@ -60,13 +60,13 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[maps.Tables]:
 class Supervisor:
     """What it puts, into a kernel that has only tables."""
 
-    tables: maps.Tables
+    tables: rule_maps.Tables
     clock: Clock
     express: Express = field(init=False)
 
     def __post_init__(self) -> None:
         nothing = SimpleNamespace(keep=lambda *_: None, rests_until_s=lambda _: math.inf)
-        connecting: Any = SimpleNamespace(
+        connections: Any = SimpleNamespace(
             places=1,
             tables=self.tables,
             choices=nothing,
@@ -74,7 +74,7 @@ class Supervisor:
             remove_listener=lambda *_: None,
             close=lambda: None,
         )
-        self.express = Express(connecting, workers=1)
+        self.express = Express(connections, workers=1)
 
     def put(self, names: int, start: int = 0) -> list[str]:
         """Rules of one listener with so many names."""
@@ -94,7 +94,7 @@ class Supervisor:
 
 
 @pytest.fixture
-def supervisor(tables: maps.Tables, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+def supervisor(tables: rule_maps.Tables, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
     clock = Clock()
     monkeypatch.setattr(sharing, "time", clock)
     made = Supervisor(tables, clock)
@@ -103,7 +103,7 @@ def supervisor(tables: maps.Tables, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def test_names_of_rules_that_are_not_in_force_any_more_leave_the_kernel(
-    supervisor: Supervisor, tables: maps.Tables
+    supervisor: Supervisor, tables: rule_maps.Tables
 ) -> None:
     """Or after some reloads there would be no room for others."""
     names: Any = tables._maps["names"]
@@ -120,9 +120,9 @@ def test_names_of_rules_that_are_not_in_force_any_more_leave_the_kernel(
 
 
 def test_rules_for_whose_names_there_is_no_room_cost_nothing(
-    supervisor: Supervisor, tables: maps.Tables, monkeypatch: pytest.MonkeyPatch
+    supervisor: Supervisor, tables: rule_maps.Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maps, "MOST_NAMES", 100)
+    monkeypatch.setattr(rule_maps, "MOST_NAMES", 100)
     assert supervisor.put(60) == [""]
     before = Map.changes
     for _ in range(3):

@@ -50,7 +50,7 @@ class Counting:
     def __init__(self, express: Express, workers: int) -> None:
         """`begin` takes over what an earlier keeper has counted."""
         self._express = express
-        self._connecting = express.connecting
+        self._connections = express.connections
         self._workers = workers
         self._kinds: dict[bytes, _Kind] = {}
         self._closed: set[bytes] = set()  # closed keys, to which nothing is added any more
@@ -59,8 +59,8 @@ class Counting:
 
     def begin(self) -> None:
         """Take over the sums that an earlier keeper has not reported."""
-        for key in self._connecting.end_keys():
-            ends = self._connecting.ends(key)
+        for key in self._connections.end_keys():
+            ends = self._connections.ends(key)
             parts = abi.EndKey.from_buffer_copy(key)
             self._kinds[key] = self._kind(parts, int(ends.since_ns) & ~_CLOSED)
             # Its table or server may have changed meanwhile: the next connection that ends makes a
@@ -84,7 +84,7 @@ class Counting:
             return False
         if ended.record.state != SpliceState.ACTIVE:
             return False  # the programs leave it to the keeper
-        if self._connecting.is_counted(ended.ask):
+        if self._connections.is_counted(ended.ask):
             return False  # an earlier keeper may have reported it by itself
         up = ended.record.direction[0]
         parts = abi.EndKey(
@@ -101,7 +101,7 @@ class Counting:
         kind = self._kind(parts, int(ended.ask.begun_ns))
         ends = abi.Ends(since_ns=kind.since_ns, round=time.monotonic_ns())
         try:
-            self._connecting.write_ends(key, ends)
+            self._connections.write_ends(key, ends)
         except OSError:
             return False  # the map is full
         self._kinds[key] = kind
@@ -110,7 +110,7 @@ class Counting:
     def _kind(self, parts: abi.EndKey, since_ns: int) -> _Kind:
         label = self._express.label(parts.table, since_ns)
         rule = label.rules[parts.rule] if parts.rule < len(label.rules) else "-"
-        target = self._connecting.target(parts.target)
+        target = self._connections.target(parts.target)
         server = [bytes(target.server).hex(), socket.ntohs(target.port)]
         text = json.dumps([label.listener, rule, socket.ntohs(parts.port), server])
         return _Kind(
@@ -153,9 +153,9 @@ class Counting:
                 self._close(key)
 
     def _close(self, key: bytes) -> None:
-        ends = self._connecting.ends(key)
+        ends = self._connections.ends(key)
         ends.since_ns |= _CLOSED
-        self._connecting.write_ends(key, ends)
+        self._connections.write_ends(key, ends)
         self._closed.add(key)
 
     def report(self, counted: int) -> None:
@@ -169,7 +169,7 @@ class Counting:
         self._is_reported = False
         unreported: list[list[tuple[bytes, abi.Ends, str]]] = [[] for _ in range(self._workers)]
         for key, kind in list(self._kinds.items()):
-            ends = self._connecting.ends(key)
+            ends = self._connections.ends(key)
             if ends.pairs:
                 text = (
                     f'["{key.hex()}", {ends.round}, {kind.text}'
@@ -178,7 +178,7 @@ class Counting:
                 worker = (kind.table + kind.rule + kind.target) % self._workers
                 unreported[worker].append((key, ends, text))
             elif key in self._closed:
-                self._connecting.delete_ends(key)
+                self._connections.delete_ends(key)
                 self._closed.discard(key)
                 del self._kinds[key]
         is_reported = [self._report(worker, ends) for worker, ends in enumerate(unreported)]
@@ -199,7 +199,7 @@ class Counting:
             for key, ends, _ in unreported[:taken]:
                 # If the keeper dies before this, the next one reports it again, and the worker
                 # recognizes it by its round.
-                self._connecting.write_ends(
+                self._connections.write_ends(
                     key, abi.Ends(since_ns=ends.since_ns, round=ends.round + 1)
                 )
             del unreported[:taken]

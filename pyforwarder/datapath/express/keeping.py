@@ -76,12 +76,12 @@ class ExpressKeeper:
     def __init__(self, express: Express, memory: mmap.mmap, owner: Owner, workers: int) -> None:
         """`memory` has the records of all splices, those of the places among them."""
         self._express = express
-        self._connecting = express.connecting
+        self._connections = express.connections
         self._memory = memory
         self._owner = owner
-        self.first = self._connecting.first_splice
+        self.first = self._connections.first_splice
         self._ports = Ports(express)
-        self._places = Places(self._connecting, self._record)
+        self._places = Places(self._connections, self._record)
         self._counting = Counting(express, workers)
         self._telling = Telling(express, workers, self._told, self._first_of)
         self._next_s = 0.0
@@ -104,9 +104,9 @@ class ExpressKeeper:
         anew. Everything else in the targets stays as it is, since a program may be reading it.
         """
         for number in range(1, self._express.targets() + 1):
-            self._connecting.write_target(number, _without_route(self._connecting.target(number)))
+            self._connections.write_target(number, _without_route(self._connections.target(number)))
         self._counting.begin()
-        indexes = range(self.first, self.first + self._connecting.places)
+        indexes = range(self.first, self.first + self._connections.places)
         self._ports.begin([is_used(index) for index in indexes])
 
     def owns(self, index: int, record: Splice) -> bool:
@@ -114,7 +114,7 @@ class ExpressKeeper:
         if index < self.first:
             return False
         place = index - self.first
-        if self._connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE:
+        if self._connections.word(place) & abi.STATE_MASK == abi.AskState.FREE:
             # It may have ended since it was found, and its place is in the queue by now.
             return self._express.is_offered(place)
         return bool(record.worker == abi.NO_WORKER)
@@ -137,23 +137,23 @@ class ExpressKeeper:
         worker = self._worker_of.get(index)
         if worker is not None:
             self._waiting[worker].discard(index)
-            self._connecting.mark_counted(index - self.first)
+            self._connections.mark_counted(index - self.first)
 
     def word_of(self, index: int) -> int:
         """The word of a record's place, which identifies its connection among all that have had the
         place.
         """
-        return self._connecting.word(index - self.first)
+        return self._connections.word(index - self.first)
 
     def said(self, index: int) -> bytes:
         """What `show` printed for a pair that a worker was to adopt, or had; empty: not known."""
         if index < self.first:
             return b""
-        ask = self._connecting.head(index - self.first)
+        ask = self._connections.head(index - self.first)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
             return b""  # the pair is of an earlier daemon
         label = self._label(ask)
-        is_counted = self._connecting.is_counted(ask)
+        is_counted = self._connections.is_counted(ask)
         kind = DatapathKind.SPLICE if is_counted else DatapathKind.NONE
         return _shown(self._record(index), label, ask, kind)
 
@@ -161,7 +161,7 @@ class ExpressKeeper:
         """A record at a place belongs to no pair any more."""
         self._freed(index)
         place = index - self.first
-        word = self._connecting.word(place)
+        word = self._connections.word(place)
         if word & abi.STATE_MASK == abi.AskState.JOINED:
             self._places.leave(place, word, time.monotonic())
         else:
@@ -211,7 +211,7 @@ class ExpressKeeper:
         """Forget servers that no listener has, unless a connection to one is still being opened."""
         asking = abi.AskState.FILLING, abi.AskState.ASKED
         asked = {
-            self._connecting.head(place).target
+            self._connections.head(place).target
             for place, word in enumerate(words)
             if word & abi.STATE_MASK in asking
         }
@@ -226,11 +226,11 @@ class ExpressKeeper:
     def _forget_route(self, number: int) -> None:
         known = self._known.pop(number)
         # Everything else stays as it is: a program may be reading it.
-        self._connecting.write_target(number, _without_route(known.target))
+        self._connections.write_target(number, _without_route(known.target))
 
     def _aim(self, number: int, target: abi.Target) -> None:
-        self._connecting.write_target(number, _without_route(target))
-        self._connecting.write_target(number, target)
+        self._connections.write_target(number, _without_route(target))
+        self._connections.write_target(number, target)
 
     # Looking
 
@@ -280,7 +280,7 @@ class ExpressKeeper:
             # would get them all. The word is still the one that was looked at: only the keeper
             # changes that of a place that is JOINED.
             lasting = self._lasting[place % len(self._lasting)]
-            lasting[place] = self._connecting.word(place)
+            lasting[place] = self._connections.word(place)
         for ended in seen.ended:
             if self._places.is_counting and self._counting.covers(ended):
                 self._places.forget(ended.place)
@@ -305,9 +305,9 @@ class ExpressKeeper:
             if known.until_s < now_s:
                 self._forget_route(number)
         if given_back := self._express.given_back():
-            self._forget(given_back, self._connecting.words())
+            self._forget(given_back, self._connections.words())
         self._express.store_counts(
-            self._connecting.counts(), ports=self._ports.held, used=self._places.used
+            self._connections.counts(), ports=self._ports.held, used=self._places.used
         )
         is_done = self._telling.is_done and self._counting.is_done
         is_behind = is_asking or self._is_counting or any(self._lasting)
@@ -343,7 +343,7 @@ class ExpressKeeper:
                     return True
                 left -= 1
                 place, word = lasting.popitem(last=False)
-                if self._connecting.word(place) != word:
+                if self._connections.word(place) != word:
                     continue  # it has ended while it waited, and was counted
                 if self.first + place in self._worker_of:
                     continue  # a worker has it
@@ -356,7 +356,7 @@ class ExpressKeeper:
 
     def _take_in(self, place: int, worker: int) -> None:
         index = self.first + place
-        ask, record = self._connecting.head(place), self._record(index)
+        ask, record = self._connections.head(place), self._record(index)
         label = self._label(ask)
         for at, number in zip(
             (Splice.keep_idle_s, Splice.keep_interval_s, Splice.keep_count),
@@ -371,7 +371,7 @@ class ExpressKeeper:
     def _name(self, index: int, worker: int) -> None:
         """Report the first packet of a pair to its worker, if the log needs it."""
         place, record = index - self.first, self._record(index)
-        ask = self._connecting.head(place)
+        ask = self._connections.head(place)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
             return  # the pair is of an earlier daemon
         label = self._label(ask)
@@ -382,13 +382,13 @@ class ExpressKeeper:
 
     def _first_of(self, place: int, word: int) -> bytes:
         """The first packet of a connection; empty: it is not needed, or no longer there."""
-        ask = self._connecting.head(place)
+        ask = self._connections.head(place)
         if ask.rule not in self._label(ask).told:
             return b""
-        return self._connecting.saved(place, word)
+        return self._connections.saved(place, word)
 
     def _told(self, place: int, word: int) -> None:
-        if self._connecting.word(place) == word:
+        if self._connections.word(place) == word:
             # So that a later keeper does not report it again.
             store64(self._memory, (self.first + place) * SPLICE_BYTES + _ID_AT, 0)
             self._places.told(place, word, time.monotonic())

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf.abi import MAPPED
-from pyforwarder.datapath.express.connecting import MOST_TARGETS
+from pyforwarder.datapath.express.connection_maps import MOST_TARGETS
 
 if TYPE_CHECKING:
     import mmap

@@ -20,7 +20,7 @@ from pyforwarder.datapath.splice.abi import Splice, SpliceState
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.ebpf.abi import Direction
-    from pyforwarder.datapath.express.connecting import Connecting
+    from pyforwarder.datapath.express.connection_maps import ConnectionMaps
 
 # A server that has not answered by then probably never will, or the client would give up: a worker
 # tries. The time is shorter if `connect_timeout` is.
@@ -70,21 +70,21 @@ class Places:
 
     def __init__(
         self,
-        connecting: Connecting,
+        connections: ConnectionMaps,
         record: Callable[[int], Splice],
         grace: Grace | None = None,
     ) -> None:
         """`record` reads the splice of an index; `grace` waits for programs."""
-        self._connecting = connecting
+        self._connections = connections
         self._record = record
-        self._grace = grace or Grace(connecting.wait_for_programs)
-        self._pace = Pace(connecting.places, connecting.taken())
+        self._grace = grace or Grace(connections.wait_for_programs)
+        self._pace = Pace(connections.places, connections.taken())
         self._round_s = 0.0  # when the last round began
         self._known: dict[int, int] = {}  # place -> word of connections that were reported
         self._next = 0  # where in `_busy` the next look continues
         # Places that were neither free nor resting when the round began, each with its word.
         self._busy: list[tuple[int, int]] = []
-        self._unused = connecting.places  # that were free at that time
+        self._unused = connections.places  # that were free at that time
         # Ends that the programs have counted in all rounds; increased, too, where that is not
         # known.
         self.counted = 0
@@ -105,7 +105,7 @@ class Places:
     @property
     def used(self) -> int:
         """How many places were taken when the last round was complete."""
-        return self._connecting.places - self._unused
+        return self._connections.places - self._unused
 
     def glance(self, now_s: float) -> float:
         """See how fast places are taken, and free some if they are short; returns the seconds to
@@ -113,7 +113,7 @@ class Places:
 
         It may be called at any time, also between two parts of a look. `now_s` is CLOCK_MONOTONIC.
         """
-        self._pace.glance(now_s, self._connecting.taken())
+        self._pace.glance(now_s, self._connections.taken())
         if self.is_short:
             self._go_round(now_s)
         return self._pace.pause_s
@@ -152,7 +152,7 @@ class Places:
                 self._next = at
                 break
             at_once -= 1
-            if self._connecting.word(place) != word:
+            if self._connections.word(place) != word:
                 continue  # it has changed since the round began: the next look handles it
             if state == AskState.ASKED:
                 seen.asked.append(place)
@@ -168,7 +168,7 @@ class Places:
             now_s = self._round_s + _APART_S
         self._round_s = now_s
         try:
-            gone = self._connecting.go_round(
+            gone = self._connections.go_round(
                 now_s, is_short=self.is_short, passed_ns=self._grace.passed_ns
             )
         except OSError as error:
@@ -188,16 +188,16 @@ class Places:
             self._pace.went_round(gone.unused)
 
     def _begin_look(self, now_s: float) -> None:
-        self._pace.glance(now_s, self._connecting.taken())
+        self._pace.glance(now_s, self._connections.taken())
         self._go_round(now_s)
-        if self.is_counting and self._unused == self._connecting.places:
+        if self.is_counting and self._unused == self._connections.places:
             self._busy = []  # the usual case on an idle host
             self._known = {}
             return
         rests = int(AskState.RESTING)
         self._busy = [
             (place, word)
-            for place, word in enumerate(self._connecting.words())
+            for place, word in enumerate(self._connections.words())
             if 0 < word & STATE_MASK < rests
         ]
         if len(self._known) > len(self._busy):
@@ -206,13 +206,13 @@ class Places:
             }
 
     def _give_up_late(self, place: int, word: int, now_s: float) -> None:
-        ask = self._connecting.head(place)
+        ask = self._connections.head(place)
         answer_s = ask.answer_ms / 1000 or ANSWER_TIMEOUT_S
         if now_s - ask.begun_ns / 1e9 > answer_s:
             until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
             # If the kernel cannot run the program now, the next look tries again.
             with contextlib.suppress(OSError):
-                self._connecting.end_connection(place, word, not_before_ns=until_ns)
+                self._connections.end_connection(place, word, not_before_ns=until_ns)
 
     def _look_at(
         self,
@@ -223,7 +223,7 @@ class Places:
         lasts_after_s: float,
         has_room: Callable[[int], bool],
     ) -> None:
-        record = self._record(self._connecting.first_splice + place)
+        record = self._record(self._connections.first_splice + place)
         if record.state == SpliceState.FREE:
             # An earlier keeper had ended the pair, and died before it freed the place.
             self.leave(place, word, now_s)
@@ -232,9 +232,9 @@ class Places:
             self._known[place] = word  # an earlier keeper has given it to that worker
             return
         if not record.id:
-            self._connecting.rest(place, word, now_s)  # an earlier keeper has reported its end
+            self._connections.rest(place, word, now_s)  # an earlier keeper has reported its end
             return
-        ask = self._connecting.head(place)
+        ask = self._connections.head(place)
         if all(direction.fin_acked for direction in record.direction):
             if has_room(place):
                 self._known[place] = word
@@ -252,8 +252,8 @@ class Places:
         """The end of a connection was reported to its worker: the place rests, and becomes free
         afterwards.
         """
-        self._connecting.rest(place, word, now_s)
+        self._connections.rest(place, word, now_s)
 
     def leave(self, place: int, word: int, now_s: float) -> None:
         """No packet finds the connection any more: its place becomes free a little later."""
-        self._connecting.rest(place, word, now_s)
+        self._connections.rest(place, word, now_s)

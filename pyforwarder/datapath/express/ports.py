@@ -31,7 +31,7 @@ class Ports:
     def __init__(self, express: Express) -> None:
         """No port is bound yet."""
         self._express = express
-        self._connecting = express.connecting
+        self._connections = express.connections
         self._held: dict[int, socket.socket] = {}
         # Places that wait to be offered, as their ports are not bound; oldest first.
         self._to_offer: OrderedDict[int, None] = OrderedDict()
@@ -59,7 +59,7 @@ class Ports:
         taken = self._take_back()
         self._missing = {
             place: word
-            for place, word in enumerate(self._connecting.words())
+            for place, word in enumerate(self._connections.words())
             if word & abi.STATE_MASK == abi.AskState.FREE
             and self._express.is_offered(place)
             and place not in taken
@@ -70,7 +70,7 @@ class Ports:
                 self.offer(place)
             elif not self._hold(place) and self._express.is_offered(place):
                 self._lost.add(place)
-            self._connecting.set_port_lost(place, is_lost=place not in self._held)
+            self._connections.set_port_lost(place, is_lost=place not in self._held)
 
     def offer(self, place: int) -> None:
         """Offer a place to the programs, once its port is bound; no effect if it is offered
@@ -85,7 +85,7 @@ class Ports:
         # In this order: if the keeper dies in between, the place must not get into the queue twice,
         # where two connections would take it.
         self._express.set_offered(place, offered=True)
-        self._connecting.offer(place)
+        self._connections.offer(place)
 
     def go_on(self, now_s: float) -> None:
         """Bind ports that could not be bound, and withdraw places without a bound port from the
@@ -114,7 +114,7 @@ class Ports:
         self._missing = {
             place: word
             for place, word in self._missing.items()
-            if place not in taken and self._connecting.word(place) == word
+            if place not in taken and self._connections.word(place) == word
         }
         if not self._is_really_missing:
             self._is_really_missing, self._missing_s = True, now_s + _LOST_AFTER_S
@@ -126,12 +126,12 @@ class Ports:
         return lost
 
     def _is_free(self, place: int) -> bool:
-        return self._connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE
+        return self._connections.word(place) & abi.STATE_MASK == abi.AskState.FREE
 
     def _take_back(self) -> set[int]:
         """Take all places out of the queue of free places."""
         taken = set()
-        for place in self._connecting.take_free_places():
+        for place in self._connections.take_free_places():
             # One by one: a place that is marked as offered, but in no queue, would be lost if the
             # keeper dies.
             self._express.set_offered(place, offered=False)
@@ -145,11 +145,11 @@ class Ports:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if len(self._held) >= files // 2:
             return False
-        sock = hold_port(self._connecting.first_port + place)
+        sock = hold_port(self._connections.first_port + place)
         if sock is not None:
             self._held[place] = sock
             self._lost.discard(place)
-            self._connecting.set_port_lost(place, is_lost=False)
+            self._connections.set_port_lost(place, is_lost=False)
         return sock is not None
 
 

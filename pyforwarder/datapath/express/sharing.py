@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.address import Address
 from pyforwarder.core.express.choosing import InTurn
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express.connecting import MOST_LISTENERS, Connecting
+from pyforwarder.datapath.express.connection_maps import MOST_LISTENERS, ConnectionMaps
 from pyforwarder.datapath.express.numbering import NUMBERS_BYTES, Numbers, Server, packed
 from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S
 from pyforwarder.runtime.counters import (
@@ -102,17 +102,17 @@ class Express:
     """Created before the processes are forked; closed by `close`."""
 
     def __init__(
-        self, connecting: Connecting, *, workers: int, counters: mmap.mmap | None = None
+        self, connections: ConnectionMaps, *, workers: int, counters: mmap.mmap | None = None
     ) -> None:
-        """`close` closes the maps of `connecting`, and the memory.
+        """`close` closes the maps of `connections`, and the memory.
 
         `counters` is a block of `runtime.counters` in which the keeper stores the programs'
         counters.
         """
-        self.connecting = connecting
+        self.connections = connections
         self._counters = counters
         self.has_begun = False
-        self._memory = mmap.mmap(-1, _OFFERED_AT + connecting.places)
+        self._memory = mmap.mmap(-1, _OFFERED_AT + connections.places)
         pairs = [_connected() for _ in range(workers)]
         # Kept for the next keeper, if one dies; see `renew` for workers.
         self.keepers = [keepers for keepers, _ in pairs]
@@ -174,7 +174,7 @@ class Express:
                 elif isinstance(to, Address):
                     told.target[rule] = self._target_of(to)
                 else:
-                    chosen = self.connecting.choices.number_of(to, self._target_of, now_s)
+                    chosen = self.connections.choices.number_of(to, self._target_of, now_s)
                     if chosen is None:
                         left[rule] = "the kernel has no room for another choice of servers"
                     else:
@@ -185,16 +185,16 @@ class Express:
                 wanted[bytes(_key_of(address))] = bytes(told)
         # Key by key: so the keys in the kernel are known here even if it refuses the next one.
         for key in self._listening.keys() - wanted.keys():
-            self.connecting.remove_listener(abi.ListenerKey.from_buffer_copy(key))
+            self.connections.remove_listener(abi.ListenerKey.from_buffer_copy(key))
             del self._listening[key]
         for key, told_bytes in wanted.items():
             if self._listening.get(key) != told_bytes:
-                self.connecting.add_listener(
+                self.connections.add_listener(
                     abi.ListenerKey.from_buffer_copy(key),
                     abi.Listener.from_buffer_copy(told_bytes),
                 )
                 self._listening[key] = told_bytes
-        self.connecting.choices.keep(choices, now_s)
+        self.connections.choices.keep(choices, now_s)
         self._numbers.keep(map(Server.of, servers), now_s)
         for number in self._written.numbers.keys() - used:
             del self._written.numbers[number]
@@ -208,13 +208,13 @@ class Express:
         """Delete tables that no program reads any more: others need the room."""
         written = self._written
         for number in [one for one in written.left if written.resting[one] <= now_s]:
-            self.connecting.tables.forget(number)
+            self.connections.tables.forget(number)
             written.left.discard(number)
 
     def _rests_until_s(self, now_s: float) -> float:
         """When the next number may be reused; infinity if none is waiting for that."""
         tables = (until_s for until_s in self._written.resting.values() if until_s > now_s)
-        choices = self.connecting.choices.rests_until_s(now_s)
+        choices = self.connections.choices.rests_until_s(now_s)
         return min(*tables, choices, self._numbers.rests_until_s(now_s))
 
     def _number_of(self, one: Decided, now_s: float) -> int | None:
@@ -244,9 +244,9 @@ class Express:
             return None
         at = _LABELS_AT + chosen * _LABEL_BYTES
         try:
-            self.connecting.tables.write(chosen, one.table)
+            self.connections.tables.write(chosen, one.table)
         except OSError:  # no room for all its names
-            self.connecting.tables.forget(chosen)  # no listener has used it
+            self.connections.tables.forget(chosen)  # no listener has used it
             return None
         # After the table: if there was no room for it, lasting connections keep their old label.
         head = _LABEL.pack(len(label), time.monotonic_ns())
@@ -261,7 +261,7 @@ class Express:
         return self._numbers.give(Server.of(address))
 
     def _forget_outcome(self, number: int) -> None:
-        choices = self.connecting.choices
+        choices = self.connections.choices
         failed = int(choices.outcome(number).failed)
         choices.forget_outcome(number)
         # After that, so that no reader gets more than there were: see `store_counts`.
@@ -270,7 +270,7 @@ class Express:
 
     def outcome(self, address: Address) -> Outcome:
         """The outcomes of the connections to a server so far."""
-        return self.connecting.choices.outcome(self._numbers.given(Server.of(address)))
+        return self.connections.choices.outcome(self._numbers.given(Server.of(address)))
 
     def renew(self, worker: int) -> socket.socket:
         """Create another socket for a worker's successor, with all messages that the worker has not
@@ -363,7 +363,7 @@ class Express:
             words[EXPRESS_PORTS_MOST] = max(words[EXPRESS_PORTS_MOST], used)
             # It never decreases, although a number may be passing to another server at this moment.
             (before,) = _FAILED_BEFORE.unpack_from(self._memory, _FAILED_BEFORE_AT)
-            failed = before + self.connecting.choices.failures(self._numbers.most())
+            failed = before + self.connections.choices.failures(self._numbers.most())
             words[EXPRESS_CONNECT_FAILED] = max(words[EXPRESS_CONNECT_FAILED], failed)
 
     def label(self, table: int, begun_ns: int) -> Label:
@@ -435,7 +435,7 @@ class Express:
         self._memory.close()
         if self._counters is not None:
             self._counters.close()
-        self.connecting.close()
+        self.connections.close()
 
     def close(self) -> None:
         """Close the maps and sockets."""
@@ -445,7 +445,7 @@ class Express:
         self._memory.close()
         if self._counters is not None:
             self._counters.close()
-        self.connecting.close()
+        self.connections.close()
 
 
 def _connected() -> tuple[socket.socket, socket.socket]:

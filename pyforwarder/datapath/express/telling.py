@@ -49,7 +49,7 @@ class Telling:
         `first_of` gives the first packet of such a connection, if its worker needs it.
         """
         self._express = express
-        self._connecting = express.connecting
+        self._connections = express.connections
         self._told = told
         self._first_of = first_of
         # Pairs to adopt whose first packets must be reported before.
@@ -98,7 +98,7 @@ class Telling:
             for one in itertools.islice(unreported, len(ended)):
                 # Before the report, as the keeper may die right after it: from here on the end is
                 # added to no sum.
-                self._connecting.mark_counted(one.place)
+                self._connections.mark_counted(one.place)
             is_waking = self._is_waking[worker] and len(first) == len(named)
             message = (
                 f'{{"adopt": {int(is_waking)}, "first": [{", ".join(first)}], '
@@ -123,7 +123,7 @@ class Telling:
         kept: list[_Report] = []
         while unreported and len(kept) < MOST_TOLD:
             one = unreported.popleft()
-            if self._connecting.word(one.place) == one.word:
+            if self._connections.word(one.place) == one.word:
                 kept.append(one)
         unreported.extendleft(reversed(kept))
 

@@ -132,10 +132,10 @@ def load_express_apart() -> Iterator[tuple[Splicing, Programs]]:
             unless_made.callback(maps.close)
             express = make_express(maps, SLOTS, workers=1)
             unless_made.callback(express.close)
-            programs = maps.load_programs(express.connecting)
+            programs = maps.load_programs(express.connections)
             for fd in programs:
                 unless_made.callback(os.close, fd)
-            express.connecting.begin(express.connecting.load(maps))
+            express.connections.begin(express.connections.load(maps))
             express.has_begun = True
             splicing = Splicing(maps, workers=1, express=express)
             unless_made.pop_all()

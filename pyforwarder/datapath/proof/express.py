@@ -98,8 +98,8 @@ class Stage:
             if self.server in ready:
                 served, peer = self.server.accept()
                 served.settimeout(scaled_s(DEADLINE_S))
-                first = self.express.connecting.first_port
-                if peer[1] not in range(first, first + self.express.connecting.places):
+                first = self.express.connections.first_port
+                if peer[1] not in range(first, first + self.express.connections.places):
                     raise RigError("the server was asked from a port that is not kept for it")
                 _expect(served, _HELLO)
                 return client, served

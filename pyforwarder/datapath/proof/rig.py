@@ -239,10 +239,10 @@ def loopback_pair() -> tuple[socket.socket, socket.socket]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(1)
-        connecting = socket.create_connection(listener.getsockname(), timeout=scaled_s(DEADLINE_S))
+        connections = socket.create_connection(listener.getsockname(), timeout=scaled_s(DEADLINE_S))
         accepted, _ = listener.accept()
     accepted.settimeout(scaled_s(DEADLINE_S))
-    return connecting, accepted
+    return connections, accepted
 
 
 class Peer(threading.Thread):

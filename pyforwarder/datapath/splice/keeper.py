@@ -94,7 +94,7 @@ class Keeper:
         self._pulse = pulse
         self._complaints_fd = complaints_fd
         self._standby_sock = standby_sock
-        first_place = express.connecting.first_splice if express else maps.entries
+        first_place = express.connections.first_splice if express else maps.entries
         self._pairs = KeeperPairs(maps, cookies, first_place=first_place)
         memory = self._pairs.memory
         table = bpf.map_memory(maps.pairs_fd, maps.workers * maps.slots * PAIR_BYTES, write=False)

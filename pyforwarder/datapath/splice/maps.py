@@ -53,7 +53,7 @@ from pyforwarder.runtime.counters import BLOCK_WORDS, INVALID_FIRST
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.attach.base import Attacher
-    from pyforwarder.datapath.express.connecting import Connecting
+    from pyforwarder.datapath.express.connection_maps import ConnectionMaps
 
 FIELDS: Final = {
     "tcp_sock": (
@@ -263,16 +263,16 @@ class SpliceMaps:
             _claim=claim,
         )
 
-    def load_programs(self, connecting: Connecting | None = None) -> Programs:
+    def load_programs(self, connections: ConnectionMaps | None = None) -> Programs:
         """Load the programs over these maps; the caller closes the descriptors, or attaches them.
 
-        With `connecting` the programs tail-call its programs with packets of no known pair.
+        With `connections` the programs tail-call its programs with packets of no known pair.
 
         Raises:
             LoadError: as `load`.
         """
         with contextlib.ExitStack() as opened:
-            if connecting is None:
+            if connections is None:
                 # Named by instructions that the verifier removes, as they are never reached: so
                 # one compilation serves with express and without.
                 try:
@@ -281,8 +281,8 @@ class SpliceMaps:
                     raise _refused(error) from error
                 opened.callback(os.close, express_fd)
             else:
-                express_fd, mark = connecting.programs_fd, connecting.mark
-            return self._load(express_fd, mark, has_express=connecting is not None)
+                express_fd, mark = connections.programs_fd, connections.mark
+            return self._load(express_fd, mark, has_express=connections is not None)
 
     def _load(self, express_fd: int, mark: int, *, has_express: bool) -> Programs:
         return Programs(

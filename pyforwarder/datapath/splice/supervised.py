@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pyforwarder.datapath import supervised
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.express.connecting import Connecting
+from pyforwarder.datapath.express.connection_maps import ConnectionMaps
 from pyforwarder.datapath.express.ports import free_ports
 from pyforwarder.datapath.express.sharing import TABLES, Express
 from pyforwarder.datapath.splice.maps import Programs, SpliceMaps
@@ -78,7 +78,7 @@ class SupervisedSplice(supervised.KernelDatapath):
             except OSError as error:
                 why_not = f"make ready for express: {error.strerror}"
             else:
-                ports = express.connecting.places
+                ports = express.connections.places
                 if ports < wanted:
                     given.warn("few_express_ports", ports=ports, configured=wanted)
         splicing = Splicing(
@@ -118,8 +118,8 @@ class SupervisedSplice(supervised.KernelDatapath):
         if express is not None:
             try:
                 prove("express")
-                programs = maps.load_programs(express.connecting)
-                own = express.connecting.load(maps)
+                programs = maps.load_programs(express.connections)
+                own = express.connections.load(maps)
             except LoadError as error:
                 extras["express"] = str(error)
             else:
@@ -133,7 +133,7 @@ class SupervisedSplice(supervised.KernelDatapath):
         programs, own = descriptors[:most], descriptors[most:]
         express = self.splicing.express
         if express is not None and own:
-            express.connecting.begin(own)
+            express.connections.begin(own)
             express.has_begun = True
         self.splicing.begin(Programs(*programs))
         for reason in self.splicing.maps.links.refusals.values():
@@ -168,7 +168,7 @@ def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
         OSError: the kernel refuses, or there are no such ports.
     """
     places = min(ports, maps.entries // 4)
-    connecting = Connecting(
+    connections = ConnectionMaps(
         tables=TABLES,
         places=places,
         first_splice=maps.entries - places,
@@ -176,14 +176,14 @@ def make_express(maps: SpliceMaps, ports: int, *, workers: int) -> Express:
         is_open=False,
     )
     if maps.owns_counters:
-        return Express(connecting, workers=workers)  # no process reads them
+        return Express(connections, workers=workers)  # no process reads them
     try:
         # The first worker's block, a whole number of pages.
         counters = bpf.map_memory(maps.counters_fd, BLOCK_BYTES, write=True)
     except OSError:
-        connecting.close()
+        connections.close()
         raise
-    return Express(connecting, workers=workers, counters=counters)
+    return Express(connections, workers=workers, counters=counters)
 
 
 def splices_sessions(config: Config) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 LEARN_FROM: Final = 16
 
 
-class Connecting:
+class ConnectionMaps:
     """Gives sessions their servers."""
 
     def __init__(self, server: DatagramServer, names: Names) -> None:

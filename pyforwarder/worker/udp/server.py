@@ -26,7 +26,7 @@ from pyforwarder.runtime.refusals import count_refusal
 from pyforwarder.worker.udp.admission import Admission
 from pyforwarder.worker.udp.adoption import SessionAdoption
 from pyforwarder.worker.udp.client_addresses import ClientAddresses
-from pyforwarder.worker.udp.connecting import Connecting
+from pyforwarder.worker.udp.connecting import ConnectionMaps
 from pyforwarder.worker.udp.copying import Copying
 from pyforwarder.worker.udp.deciding import Deciding
 from pyforwarder.worker.udp.endings import ENDS_AT_ONCE, Endings
@@ -106,7 +106,7 @@ class DatagramServer:
         self.losses = ServerLosses(self)
         self.admission = Admission(self)
         self.deciding = Deciding(self, claims)
-        self.connecting = Connecting(self, names)
+        self.connecting = ConnectionMaps(self, names)
         self.copying = Copying(self, self.losses, window)
         self.adoption = SessionAdoption(self)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express.connecting import (
+from pyforwarder.datapath.express.connection_maps import (
     LEAST_REST_HERE_S,
     LEAST_REST_S,
     REST_S,
@@ -25,7 +25,7 @@ from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, LASTS_AFTER_S,
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import SpliceState
 from pyforwarder.runtime import one_store
-from tests.helpers.connecting import FIRST_PORT, MSS, PLACES, Kernel
+from tests.helpers.connections import FIRST_PORT, MSS, PLACES, Kernel
 from tests.helpers.express_site import (
     ANY,
     Open,
@@ -120,7 +120,7 @@ def test_bytes_and_ends_both_ways(
 def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None:
     """Also if the keeper dies before it has said that it was told: see `go_round`."""
     here = site((True, True), 4)
-    connecting = here.kernel.connecting
+    connections = here.kernel.connections
     with here.dial(b"one question") as client:
         half_close(client)
         server, place = here.accept(b"one question")
@@ -129,23 +129,23 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
             half_close(server)
             assert read_to_end(client) == b""
             has_ended(here, place)
-    ask, record = connecting.head(place), here.kernel.record(place)
+    ask, record = connections.head(place), here.kernel.record(place)
     key = bytes(
         abi.EndKey(ask.listener_table, ask.rule, ask.target, record.direction[0].from_.dport)
     )
-    connecting.write_ends(key, abi.Ends())
-    connecting.mark_counted(place)
-    assert connecting.go_round(time.monotonic(), is_short=False).counted == 0
-    assert connecting.ends(key).pairs == 0
+    connections.write_ends(key, abi.Ends())
+    connections.mark_counted(place)
+    assert connections.go_round(time.monotonic(), is_short=False).counted == 0
+    assert connections.ends(key).pairs == 0
     # Of its successor nothing was said.
     one_store.store32(
-        connecting.memory,
+        connections.memory,
         place * abi.ASK_BYTES + abi.Ask.counted_number.offset,
         ask.counted_number - 1,
     )
-    assert connecting.go_round(time.monotonic(), is_short=False).counted == 1
-    assert connecting.ends(key).pairs == 1
-    connecting.delete_ends(key)
+    assert connections.go_round(time.monotonic(), is_short=False).counted == 1
+    assert connections.ends(key).pairs == 1
+    connections.delete_ends(key)
 
 
 @every_way
@@ -219,7 +219,7 @@ def test_a_server_whose_window_is_smaller_than_our_steps(site: Open, version: in
         with here.dial(b"hello") as client:
             here.falls_back(client, b"hello")
         (number,) = here.numbers
-        left_s = here.kernel.connecting.target(number).not_before_ns / 1e9 - time.monotonic()
+        left_s = here.kernel.connections.target(number).not_before_ns / 1e9 - time.monotonic()
         assert 5 < left_s <= 10
     finally:
         here.way.server.set(ipv4__tcp_window_scaling=1)
@@ -642,7 +642,7 @@ def test_a_server_that_has_forgotten_a_connection(site: Open, version: int) -> N
         lossy.set(least_bytes=1, lose=1.0)
         with here.dial(b"hello") as client:
             wait_for(lambda: here.counted().get("COMMITTED"), "joined")
-            words = here.kernel.connecting.words()
+            words = here.kernel.connections.words()
             (place,) = [n for n, word in enumerate(words) if word & abi.STATE_MASK]
             says = Segment(
                 version=version,
@@ -713,7 +713,7 @@ def test_what_others_make_up_changes_nothing(site: Open, version: int) -> None:
                 )
             )
             wait_for(lambda: here.counted().get("ASKED_AGAIN", 0) > again, "seen")
-            assert here.kernel.connecting.words()[place] == ask.word
+            assert here.kernel.connections.words()[place] == ask.word
             assert here.kernel.record(place).state == SpliceState.ASKED
             lossy.set(lose=0.0)
             server, _ = here.accept(b"hello")
@@ -776,7 +776,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
     here = site((False, False), 4)
     places = looked_after(here)
     with here.pair() as (lasting, _, lasting_place), here.pair() as (client, server, place):
-        now_s = here.kernel.connecting.ask(lasting_place).begun_ns / 1e9
+        now_s = here.kernel.connections.ask(lasting_place).begun_ns / 1e9
         seen = places.look(now_s)
         assert seen == Seen([], [], [])
         server.sendall(b"bye")
@@ -789,7 +789,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
         assert [one.place for one in seen.ended] == [place]
         word = seen.ended[0].ask.word
         assert [way.bytes for way in seen.ended[0].record.direction] == [5, 3]
-        assert seen.ended[0].ask.begun_ns == here.kernel.connecting.ask(place).begun_ns
+        assert seen.ended[0].ask.begun_ns == here.kernel.connections.ask(place).begun_ns
         seen = places.look(now_s + LASTS_AFTER_S + 1)
         assert seen == Seen([], [lasting_place], [])
         assert places.look(now_s + LASTS_AFTER_S + 2) == Seen([], [], [])
@@ -799,9 +799,9 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
         places.told(place, word, told_s)
         places.look(told_s + REST_S - 1)
         for by_s, state in ((1, abi.AskState.RESTING), (2, abi.AskState.LEAVING)):
-            assert here.kernel.connecting.words()[place] == word & ~abi.STATE_MASK | state
+            assert here.kernel.connections.words()[place] == word & ~abi.STATE_MASK | state
             places.look(told_s + REST_S + by_s)
-        assert here.kernel.connecting.words()[place] == word & ~abi.STATE_MASK
+        assert here.kernel.connections.words()[place] == word & ~abi.STATE_MASK
         # The other goes on.
         lasting.sendall(b"still")
         assert here.kernel.record(lasting_place).state == SpliceState.ACTIVE
@@ -809,7 +809,7 @@ def test_ended_and_lasting_connections_are_told_of_once(site: Open) -> None:
 
 def end_key(here: Site, place: int) -> bytes:
     """By which the end of a place's connection is counted."""
-    ask, up = here.kernel.connecting.ask(place), here.kernel.record(place).direction[0]
+    ask, up = here.kernel.connections.ask(place), here.kernel.record(place).direction[0]
     return bytes(abi.EndKey(ask.listener_table, ask.rule, ask.target, up.from_.dport))
 
 
@@ -819,11 +819,11 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
 ) -> None:
     """Once each, if it began late enough; and no sooner than they have rested."""
     here = site(ways, version)
-    connecting = here.kernel.connecting
+    connections = here.kernel.connections
     places = looked_after(here)
     with here.pair() as (_, _, first), here.pair() as (client, server, place):
         key = end_key(here, place)
-        connecting.write_ends(key, abi.Ends(since_ns=connecting.ask(place).begun_ns, round=3))
+        connections.write_ends(key, abi.Ends(since_ns=connections.ask(place).begun_ns, round=3))
         server.sendall(b"bye")
         half_close(server)
         assert read_to_end(client) == b"bye"
@@ -835,25 +835,25 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
         for _ in range(3):
             now_s = time.monotonic()
             assert places.look(now_s) == Seen([], [], [])
-        ends = connecting.ends(key)
+        ends = connections.ends(key)
         assert (ends.round, ends.pairs, list(ends.bytes)) == (3, 1, [5, 3])
-        assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
+        assert connections.word(place) & abi.STATE_MASK == abi.AskState.RESTING
         assert here.kernel.record(place).id == 0
-        assert connecting.word(first) & abi.STATE_MASK == abi.AskState.JOINED
+        assert connections.word(first) & abi.STATE_MASK == abi.AskState.JOINED
     # The other one began before, so that it is told of.
     has_ended(here, first)
     assert [one.place for one in places.look(now_s).ended] == [first]
-    assert connecting.ends(key).pairs == 1
+    assert connections.ends(key).pairs == 1
     # As long as another program may have its port it is nobody's.
-    connecting.set_port_lost(place, is_lost=True)
+    connections.set_port_lost(place, is_lost=True)
     places.look(now_s + REST_S + 1)
-    assert connecting.word(place) & abi.STATE_MASK == abi.AskState.RESTING
-    connecting.set_port_lost(place, is_lost=False)
+    assert connections.word(place) & abi.STATE_MASK == abi.AskState.RESTING
+    connections.set_port_lost(place, is_lost=False)
     least_s = LEAST_REST_HERE_S if all(ways) else LEAST_REST_S
-    rests_s = connecting.ask(place).resting_since_ns / 1e9
-    gone = connecting.go_round(rests_s + least_s - 0.01, is_short=True)
+    rests_s = connections.ask(place).resting_since_ns / 1e9
+    gone = connections.go_round(rests_s + least_s - 0.01, is_short=True)
     assert (gone.freed, gone.unused) == (0, PLACES - 2)
-    gone = connecting.go_round(rests_s + least_s + 0.01, is_short=False)
+    gone = connections.go_round(rests_s + least_s + 0.01, is_short=False)
     assert gone.freed == 0
     flows = here.kernel.flows_of(place)
     assert flows == 2
@@ -862,17 +862,17 @@ def test_ends_are_counted_by_the_programs_and_places_come_back(
     leaves_s = rests_s + least_s + 0.01
     leaves_ns = int(leaves_s * 1e9)
     for by_s, passed_ns in ((0.0, leaves_ns - 1), (1.0, 0), (60.0, leaves_ns - 1)):
-        gone = connecting.go_round(leaves_s + by_s, is_short=True, passed_ns=passed_ns)
+        gone = connections.go_round(leaves_s + by_s, is_short=True, passed_ns=passed_ns)
         assert (gone.freed, gone.unused, gone.leaving) == (0, PLACES - 2, 1)
         assert (here.kernel.flows_of(place), here.kernel.record(place).state) == (0, 0)
-        assert connecting.word(place) & abi.STATE_MASK == abi.AskState.LEAVING
-    connecting.set_port_lost(place, is_lost=True)
-    assert connecting.go_round(leaves_s + 61, is_short=True, passed_ns=leaves_ns).freed == 0
-    connecting.set_port_lost(place, is_lost=False)
-    gone = connecting.go_round(leaves_s + 62, is_short=True, passed_ns=leaves_ns)
+        assert connections.word(place) & abi.STATE_MASK == abi.AskState.LEAVING
+    connections.set_port_lost(place, is_lost=True)
+    assert connections.go_round(leaves_s + 61, is_short=True, passed_ns=leaves_ns).freed == 0
+    connections.set_port_lost(place, is_lost=False)
+    gone = connections.go_round(leaves_s + 62, is_short=True, passed_ns=leaves_ns)
     assert gone == (0, 1, PLACES - 1, True, 0)
-    assert connecting.word(place) & abi.STATE_MASK == abi.AskState.FREE
-    connecting.delete_ends(key)
+    assert connections.word(place) & abi.STATE_MASK == abi.AskState.FREE
+    connections.delete_ends(key)
 
 
 @pytest.mark.parametrize(("ahead_ms", "sent_bytes"), [(1 << 30, 0), (0, 1 << 30)])
@@ -880,16 +880,16 @@ def test_a_place_whose_numbers_ran_ahead_rests_for_a_minute(
     site: Open, ahead_ms: int, sent_bytes: int
 ) -> None:
     here = site((False, False), 4)
-    connecting = here.kernel.connecting
+    connections = here.kernel.connections
     with here.pair() as (_, _, place):
         pass
     has_ended(here, place)
     now_s = time.monotonic()
-    connecting.rest(place, connecting.word(place), now_s)
+    connections.rest(place, connections.word(place), now_s)
     here.kernel.run_ahead(place, ahead_ms=ahead_ms, sent_bytes=sent_bytes)
-    assert connecting.go_round(now_s + REST_S - 1, is_short=True).freed == 0
+    assert connections.go_round(now_s + REST_S - 1, is_short=True).freed == 0
     freed = [
-        connecting.go_round(
+        connections.go_round(
             now_s + REST_S + by_s, is_short=False, passed_ns=int((now_s + REST_S + 1) * 1e9)
         ).freed
         for by_s in (1, 2)
@@ -900,8 +900,8 @@ def test_a_place_whose_numbers_ran_ahead_rests_for_a_minute(
 def test_programs_are_waited_for_while_connections_go_on(site: Open) -> None:
     """By a thread: the keeper does not wait."""
     here = site((True, True), 4)
-    connecting = here.kernel.connecting
-    grace = Grace(connecting.wait_for_programs)
+    connections = here.kernel.connections
+    grace = Grace(connections.wait_for_programs)
     with here.pair():
         grace.want(5)
         wait_for(lambda: grace.passed_ns == 5, "the first wait is over")
@@ -911,20 +911,20 @@ def test_programs_are_waited_for_while_connections_go_on(site: Open) -> None:
 
 def test_a_place_rests_since_the_end_however_late_that_is_counted(site: Open) -> None:
     here = site((True, True), 4)
-    connecting = here.kernel.connecting
+    connections = here.kernel.connections
     with here.pair() as (_, _, place):
         key = end_key(here, place)
-        connecting.write_ends(key, abi.Ends(since_ns=0))
+        connections.write_ends(key, abi.Ends(since_ns=0))
     has_ended(here, place)
-    connecting.wait_for_programs()  # it says a moment later when that was
+    connections.wait_for_programs()  # it says a moment later when that was
     record = here.kernel.record(place)
     ended_ns = int(record.clocks.end_noticed_ns)
     late_s = ended_ns / 1e9 + 0.9 * LEAST_REST_HERE_S
-    assert connecting.go_round(late_s, is_short=True).counted == 1
-    assert connecting.ask(place).resting_since_ns == ended_ns
+    assert connections.go_round(late_s, is_short=True).counted == 1
+    assert connections.ask(place).resting_since_ns == ended_ns
     late_s = ended_ns / 1e9 + 1.1 * LEAST_REST_HERE_S
-    assert connecting.go_round(late_s, is_short=True).leaving == 1
-    connecting.delete_ends(key)
+    assert connections.go_round(late_s, is_short=True).leaving == 1
+    connections.delete_ends(key)
 
 
 def test_a_reset_is_handed_over_at_once(site: Open) -> None:
@@ -966,14 +966,14 @@ def test_a_free_place_is_nobody_elses(site: Open) -> None:
     """What frees a place must know its owner: its next connection is not ended by that."""
     here = site((False, False), 4)
     with here.pair() as (_, _, place):
-        connecting = here.kernel.connecting
-        word = connecting.words()[place]
+        connections = here.kernel.connections
+        word = connections.words()[place]
         for wrong in (word - 1, word + 1, word + 8, word - 8, word & ~7, 0, (1 << 64) - 1):
-            assert not connecting.end_connection(place, wrong)
-        assert not connecting.end_connection(PLACES, word)
-        assert connecting.words()[place] == word
-        assert connecting.end_connection(place, word)
-        assert not connecting.end_connection(place, word)
+            assert not connections.end_connection(place, wrong)
+        assert not connections.end_connection(PLACES, word)
+        assert connections.words()[place] == word
+        assert connections.end_connection(place, word)
+        assert not connections.end_connection(place, word)
         assert leaves(here) == 1
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
 
-from pyforwarder.datapath.express.connecting import LEAST_REST_S
+from pyforwarder.datapath.express.connection_maps import LEAST_REST_S
 from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, Places
 from tests.helpers import express_talks as talks
-from tests.helpers.connecting import Kernel
+from tests.helpers.connections import Kernel
 from tests.helpers.express_site import Site, asked, asked_place, looked_after, opener
 from tests.helpers.faults import Action, faults
 from tests.helpers.forged import ACK, FIN, PSH, RST, SYN, Forger, Segment, timestamp
@@ -96,8 +96,8 @@ def keeper(here: Site) -> Iterator[Places]:
                 # A worker would have its sockets there, which reset both ends.
                 has_ended = record.reset or all(way.fin_acked for way in record.direction)
                 if has_ended and now_s - since_s > 2 * LEAST_REST_S:
-                    connecting = here.kernel.connecting
-                    connecting.end_connection(place, connecting.word(place))
+                    connections = here.kernel.connections
+                    connections.end_connection(place, connections.word(place))
                     del lasting[place]
 
     thread = threading.Thread(target=look)
@@ -220,13 +220,13 @@ def test_the_reset_for_our_own_stack_never_reaches_the_server(
 def test_packets_to_ports_that_nobody_has(site: Open, version: int) -> None:
     """No packet of a server to a port of the range begins anything, or spoils the next."""
     here = site((False, False), version)
-    first_port, places = here.kernel.connecting.first_port, here.kernel.connecting.places
+    first_port, places = here.kernel.connections.first_port, here.kernel.connections.places
     with (
         contextlib.closing(Forger(here.way.server, "s0", here.kernel.network, "f1")) as forger,
         faults() as answers,
         answers.put_on((here.way.server, "s0")),
     ):
-        before, words = here.counted(), list(here.kernel.connecting.words())
+        before, words = here.counted(), list(here.kernel.connections.words())
         answers.set(flags=RST)
         kinds = (SYN, SYN | ACK, ACK, ACK | PSH, FIN | ACK, RST, RST | ACK, 0)
         for port in (first_port, first_port + 1, first_port + places - 1):
@@ -245,7 +245,7 @@ def test_packets_to_ports_that_nobody_has(site: Open, version: int) -> None:
         # The stack answers those that are no resets, as it does where nobody listens.
         wait_for(lambda: answers.counts()["matched"] >= 3 * 5, "answers")
         assert here.counted() == before
-        assert list(here.kernel.connecting.words()) == words
+        assert list(here.kernel.connections.words()) == words
     for _ in range(3):
         with here.pair() as (client, server, _):
             server.sendall(b"back")
@@ -414,7 +414,7 @@ def test_only_what_no_syn_of_ours_could_cause_is_reset(site: Open, version: int)
         says = Segment(
             version=version,
             source=here.waiting.address,
-            target=(here.source, here.kernel.connecting.first_port + place),
+            target=(here.source, here.kernel.connections.first_port + place),
             seq=1,
             ack=asked(here).own_isn + 1,
         )
@@ -522,7 +522,7 @@ def test_a_socket_that_has_come_up_meanwhile_keeps_the_client(site: Open, versio
         faults() as bad,
         bad.put_on((here.way.server, "s0")),
     ):
-        stack.mark(here.kernel.connecting.mark)
+        stack.mark(here.kernel.connections.mark)
         bad.set(lose=1.0)
         with here.dial(b"hello") as client:
             wait_for(lambda: here.counted().get("TAKEN"), "asked")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.datapath.ebpf.abi import Direction
-from tests.helpers.connecting import Kernel
+from tests.helpers.connections import Kernel
 from tests.helpers.express_site import ANY, Site, opener
 from tests.helpers.peers import Waiting
 from tests.helpers.siphash import siphash
@@ -38,10 +38,10 @@ def site(hosts: Topology) -> Iterator[Open]:
 
 def offsets(here: Site) -> tuple[int, int]:
     """What the connection's first numbers are beside the clocks."""
-    connecting = here.kernel.connecting
-    ask, way = connecting.ask(0), here.kernel.record(0).direction[Direction.UP]
+    connections = here.kernel.connections
+    ask, way = connections.ask(0), here.kernel.record(0).direction[Direction.UP]
     ends = bytes(way.source) + bytes(way.target) + struct.pack("=HH", way.sport, way.dport)
-    secret = siphash(struct.pack("=4I", *connecting.secret), ends)
+    secret = siphash(struct.pack("=4I", *connections.secret), ends)
     number = (ask.own_isn - (ask.begun_ns >> 6)) % (1 << 32)
     stamp = (way.tsval_delta + ask.client_tsval - ask.begun_ns // 1_000_000) % (1 << 32)
     assert (number, stamp) == (secret & 0xFFFFFFFF, secret >> 32)
@@ -56,7 +56,7 @@ def test_siphash_is_as_its_authors_have_it() -> None:
 def test_no_server_can_tell_what_another_one_is_told(site: Open, version: int) -> None:
     """From the same port of ours: each has its own, and of each it rises."""
     here = site((False, False), version)
-    assert len(set(here.kernel.connecting.secret)) > 1
+    assert len(set(here.kernel.connections.secret)) > 1
     with here.way.server.entered():
         other = Waiting(here.way.destination[version])
     with other:
@@ -66,7 +66,7 @@ def test_no_server_can_tell_what_another_one_is_told(site: Open, version: int) -
             here.kernel.decide(here.listener, ANY, [here.target(waiting.address)])
             with here.dial(b"hello"), waiting.accept():
                 found.setdefault(waiting.listener, []).append(offsets(here))
-                i0 = int(here.kernel.connecting.ask(0).own_isn)
+                i0 = int(here.kernel.connections.ask(0).own_isn)
                 numbers.setdefault(waiting.listener, []).append(i0)
             here.kernel.free_all()
     (one, again), (another, once_more) = found.values()

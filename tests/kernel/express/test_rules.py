@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.express.maps import Tables
+from pyforwarder.datapath.express.rule_maps import Tables
 from tests.helpers.express import (
     CLIENT,
     NAMES,

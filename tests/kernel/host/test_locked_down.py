@@ -18,7 +18,7 @@ import pytest
 
 from pyforwarder.datapath.ebpf import probing
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.express.connecting import PROGRAMS
+from pyforwarder.datapath.express.connection_maps import PROGRAMS
 from pyforwarder.datapath.proof.apart import (
     prove_express_apart,
     prove_sessions_apart,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.express.connecting import Connecting, OwnPrograms
+from pyforwarder.datapath.express.connection_maps import ConnectionMaps, OwnPrograms
 from pyforwarder.datapath.proof import selftest
 from pyforwarder.datapath.proof.apart import prove_express_apart
 from pyforwarder.datapath.proof.rig import Rig, RigError
@@ -121,10 +121,10 @@ def test_it_runs_without_privileges(maps: KernelMaps, monkeypatch: pytest.Monkey
 def test_express_that_cannot_be_loaded_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its programs are loaded last."""
 
-    def refuse(_connecting: Connecting, _maps: SpliceMaps) -> OwnPrograms:
+    def refuse(_connections: ConnectionMaps, _maps: SpliceMaps) -> OwnPrograms:
         raise LoadError("load by_rules() of express_connect.c: no", cause=Refusal.OTHER)
 
-    monkeypatch.setattr(Connecting, "load", refuse)
+    monkeypatch.setattr(ConnectionMaps, "load", refuse)
     before = open_fds()
     proof = prove_express_apart("nobody")
     assert (proof.passed, proof.cause) == (False, Refusal.OTHER)

@@ -17,7 +17,7 @@ import pytest
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.arrays import Arrays
-from pyforwarder.datapath.express.connecting import PROGRAMS, OwnPrograms
+from pyforwarder.datapath.express.connection_maps import PROGRAMS, OwnPrograms
 from pyforwarder.datapath.proof.apart import load_express_apart
 from pyforwarder.datapath.splice.maps import Programs
 from pyforwarder.errors import LoadError, Refusal

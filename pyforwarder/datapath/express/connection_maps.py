@@ -1,6 +1,6 @@
 """The maps and programs that open connections in the kernel (bpf/express_connect.c).
 
-`Connecting` is created first. `SpliceMaps.load_programs` gets it, so that the programs on the
+`ConnectionMaps` is created first. `SpliceMaps.load_programs` gets it, so that the programs on the
 interfaces can tail-call these; then `load` puts these into the map of programs. A place is a local
 port and a record among the splices: `place` has the port `first_port + place` and the record
 `first_splice + place`.
@@ -21,7 +21,7 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.choices import Choices
-from pyforwarder.datapath.express.maps import Tables
+from pyforwarder.datapath.express.rule_maps import Tables
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime.one_store import store32, store64
 
@@ -73,7 +73,7 @@ class Gone(NamedTuple):
     leaving: int = 0  # places that become free once all programs have returned that are running now
 
 
-class Connecting:
+class ConnectionMaps:
     """Maps and programs for rules, listeners, targets and places; closed by `close`."""
 
     def __init__(

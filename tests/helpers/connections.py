@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.arrays import create_pairs
 from pyforwarder.datapath.express import connect_abi as abi
-from pyforwarder.datapath.express.connecting import Connecting
+from pyforwarder.datapath.express.connection_maps import ConnectionMaps
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.maps import SpliceMaps
 from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, set_state
@@ -51,15 +51,15 @@ class Kernel:
             opened.callback(os.close, pairs_fd)
             self.maps = SpliceMaps.create(workers=1, slots=slots, pairs_fd=pairs_fd)
             opened.callback(self.maps.close)
-            self.connecting = Connecting(
+            self.connections = ConnectionMaps(
                 tables=TABLES,
                 places=places,
                 first_splice=self.maps.entries - places,
                 first_port=FIRST_PORT,
             )
-            opened.callback(self.connecting.close)
-            self.maps.attach(self.maps.load_programs(self.connecting))
-            self.connecting.begin(self.connecting.load(self.maps))
+            opened.callback(self.connections.close)
+            self.maps.attach(self.maps.load_programs(self.connections))
+            self.connections.begin(self.connections.load(self.maps))
             self._memory = bpf.map_memory(
                 self.maps.splices_fd, self.maps.entries * SPLICE_BYTES, write=True
             )
@@ -92,17 +92,17 @@ class Kernel:
         _, found = compiled(rules)
         assert found.table is not None
         number = next(self._numbers)
-        self.connecting.tables.write(number, found.table)
+        self.connections.tables.write(number, found.table)
         address, port = listener.getsockname()[:2]
         told_mss = told_mss or MSS[6 if ":" in address else 4]
         told = abi.Listener(table=number, advertised_mss=told_mss)
         numbers = [number * abi.MOST_RULES + place for place in range(len(targets))]
         for place, (at, target) in enumerate(zip(numbers, targets, strict=True)):
-            self.connecting.write_target(at, target)
+            self.connections.write_target(at, target)
             told.target[place] = at
         key = abi.ListenerKey(port=socket.htons(port))
         key.address[:] = words(address)
-        self.connecting.add_listener(key, told)
+        self.connections.add_listener(key, told)
         self._keys.append(key)
         return numbers
 
@@ -118,45 +118,45 @@ class Kernel:
 
     def counts(self) -> dict[str, int]:
         """What the programs have counted, by its names in `Count`."""
-        return {kind.name: n for kind, n in self.connecting.counts().items()}
+        return {kind.name: n for kind, n in self.connections.counts().items()}
 
     def record(self, place: int) -> Splice:
         """The pair of a place."""
-        index = self.connecting.first_splice + place
+        index = self.connections.first_splice + place
         return Splice.from_buffer_copy(self._memory, index * SPLICE_BYTES)
 
     def flows_of(self, place: int) -> int:
         """How many of its two flows packets find."""
         flows = bpf.Map(self.maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
-        index = self.connecting.first_splice + place
+        index = self.connections.first_splice + place
         return [FLOW.unpack(flows.lookup(key))[0] for key in flows.all_keys()].count(index)
 
     def run_ahead(self, place: int, *, ahead_ms: int, sent_bytes: int) -> None:
         """A place's client seems to have a clock that was so fast, and to have sent so much."""
-        at = (self.connecting.first_splice + place) * SPLICE_BYTES
+        at = (self.connections.first_splice + place) * SPLICE_BYTES
         record = Splice.from_buffer(self._memory, at)
-        first_tc = self.connecting.ask(place).first_client_tsval
+        first_tc = self.connections.ask(place).first_client_tsval
         record.direction[0].ts_recent = (first_tc + ahead_ms) & 0xFFFFFFFF
         record.direction[0].bytes = sent_bytes
         del record
 
     def store_state(self, place: int, state: SpliceState) -> None:
         """Change the state of a place's pair."""
-        set_state(self._memory, self.connecting.first_splice + place, state)
+        set_state(self._memory, self.connections.first_splice + place, state)
 
     def free(self) -> None:
         """All listeners and places, those with connections as well."""
         while self._keys:
-            self.connecting.remove_listener(self._keys.pop())
+            self.connections.remove_listener(self._keys.pop())
         self.free_all()
 
     def free_all(self) -> None:
         """All places alone; no program runs any more that knew their connections."""
-        for place, word in enumerate(self.connecting.words()):
-            self.connecting.end_connection(place, word)
+        for place, word in enumerate(self.connections.words()):
+            self.connections.end_connection(place, word)
         now_s = time.monotonic()
-        self.connecting.wait_for_programs()
-        self.connecting.go_round(now_s, is_short=False, passed_ns=int(now_s * 1e9))
+        self.connections.wait_for_programs()
+        self.connections.go_round(now_s, is_short=False, passed_ns=int(now_s * 1e9))
 
     def close(self) -> None:
         """Take the programs off."""
