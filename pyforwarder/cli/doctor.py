@@ -22,7 +22,7 @@ from pyforwarder.runtime.instance import BPFFS
 from pyforwarder.runtime.tables import one_line
 from pyforwarder.supervisor import bpffs
 from pyforwarder.supervisor.view_selftest import prove_view
-from pyforwarder.supervisor.view_ways import ways_of
+from pyforwarder.supervisor.view_walks import walks_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -203,8 +203,8 @@ def _kernel_memory(missing: tuple[host.Capability, ...]) -> Finding:
 
 
 def _view() -> Finding:
-    proof = prove_view(ways_of(os.environ))
-    return Finding("view", proof.way is not None, proof.detail)
+    proof = prove_view(walks_of(os.environ))
+    return Finding("view", proof.walk is not None, proof.detail)
 
 
 def _bpffs() -> Finding:

@@ -37,7 +37,7 @@ from pyforwarder.supervisor.service_manager import ServiceManager
 from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.sizing import count_workers, raise_limits
 from pyforwarder.supervisor.takeover import SucceedingDaemon, Takeover
-from pyforwarder.supervisor.view_ways import ways_of
+from pyforwarder.supervisor.view_walks import walks_of
 from pyforwarder.supervisor.workers import check_user
 from pyforwarder.worker.room import slots_of
 
@@ -69,7 +69,7 @@ class Daemon:
         self._control: ControlServer | None = None
         self._preparations = Preparations(self._loop, self._take, self._close_in_child)
         self._is_settled = False
-        self._ways = ways_of(env.environ)
+        self._walks = walks_of(env.environ)
         self._activation = Activation(env.environ)
         self._last_good = LastGood(self._instance.fleet_file)
 
@@ -162,7 +162,7 @@ class Daemon:
             takeover=self._takeover,
             last_good=self._last_good,
             activation=self._activation,
-            ways=self._ways,
+            walks=self._walks,
             preparations=self._preparations,
             lock=self._lock,
             memory=self._memory,

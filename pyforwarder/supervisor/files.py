@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime import tables
-from pyforwarder.supervisor import bpffs, report, view_ways
+from pyforwarder.supervisor import bpffs, report, view_walks
 from pyforwarder.supervisor.preparing import Loaded
 from pyforwarder.supervisor.proc import Obey, ProcDirectory
 from pyforwarder.supervisor.view_selftest import WITHOUT_VIEW
-from pyforwarder.supervisor.view_ways import WAYS, Links
+from pyforwarder.supervisor.view_walks import WALKS, Links
 from pyforwarder.supervisor.views import View, remove_stale
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.preparing import Part
-    from pyforwarder.supervisor.view_ways import Way
+    from pyforwarder.supervisor.view_walks import Walk
     from pyforwarder.worker.log import Log
 
 # The view's files and what `show` calls them.
@@ -49,11 +49,11 @@ class Files:
         loop: Loop,
         log: Log,
         unix_time_s: Callable[[], float],
-        ways: Sequence[Way] = WAYS,
+        walks: Sequence[Walk] = WALKS,
     ) -> None:
         """Make no files yet: the view comes from another process (`parts`, `take`).
 
-        It is made by the first of the `ways` that works.
+        It is made by the first of the `walks` that works.
         """
         self._instance = instance
         self._in_force = in_force
@@ -63,7 +63,7 @@ class Files:
         self._log = log
         self._unix_time_s = unix_time_s
         self._proc: ProcDirectory | None = None
-        self._ways = ways
+        self._walks = walks
         self._view: View | None = None
 
     def parts(self) -> dict[str, Part]:
@@ -71,10 +71,10 @@ class Files:
         maps = self._datapaths.sockmap
 
         def load_view() -> Loaded:
-            links = view_ways.link(
+            links = view_walks.link(
                 self._memory.arrays(),
                 maps,
-                self._ways,
+                self._walks,
                 workers=self._memory.workers,
                 slots=self._memory.slots,
             )

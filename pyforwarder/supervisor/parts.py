@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.preparations import Preparations
     from pyforwarder.supervisor.service_manager import ServiceManager
     from pyforwarder.supervisor.takeover import Takeover
-    from pyforwarder.supervisor.view_ways import Way
+    from pyforwarder.supervisor.view_walks import Walk
     from pyforwarder.worker.log import Log
 
 
@@ -52,7 +52,7 @@ class Basis:
     takeover: Takeover
     last_good: LastGood
     activation: Activation
-    ways: tuple[Way, ...]
+    walks: tuple[Walk, ...]
     preparations: Preparations
     lock: InstanceLock
     memory: SharedMemory
@@ -118,7 +118,7 @@ class DaemonParts:
             loop=basis.loop,
             log=basis.log,
             unix_time_s=basis.env.unix_time_s,
-            ways=basis.ways,
+            walks=basis.walks,
         )
 
     def _make_changeable(self, basis: Basis, user: str | None) -> None:

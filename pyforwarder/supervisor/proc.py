@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pyforwarder.errors import ForwarderError, UsageError
 from pyforwarder.runtime import tables
 from pyforwarder.supervisor.pseudo_files import MOST_WRITTEN_BYTES, PseudoFile, PseudoFiles
-from pyforwarder.supervisor.view_ways import FILES
+from pyforwarder.supervisor.view_walks import FILES
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop

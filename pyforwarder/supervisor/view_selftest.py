@@ -11,7 +11,7 @@ from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow, slots_for
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime import tables
-from pyforwarder.supervisor.view_ways import WAYS, Way
+from pyforwarder.supervisor.view_walks import WALKS, Walk
 from pyforwarder.supervisor.views import View
 
 if TYPE_CHECKING:
@@ -29,18 +29,18 @@ _BYTES: Final = 23
 class ViewProof:
     """What came of making a view and reading it."""
 
-    way: Way | None  # how the kernel prints it; None: it cannot
-    detail: str  # for people: the way and why no earlier one, or the cause and the consequence
+    walk: Walk | None  # how the kernel prints it; None: it cannot
+    detail: str  # for people: the walk and why no earlier one, or the cause and the consequence
     log: str = ""
 
 
-def prove_view(ways: Sequence[Way] = WAYS) -> ViewProof:
+def prove_view(walks: Sequence[Walk] = WALKS) -> ViewProof:
     """Make a view of a table with one pair, and read it; nothing is pinned, and nothing stays."""
     slots = slots_for(1)
     try:
         arrays = Arrays.create(workers=1, slots=slots)
         try:
-            view = View.load(arrays, None, workers=1, slots=slots, ways=ways)
+            view = View.load(arrays, None, workers=1, slots=slots, walks=walks)
             try:
                 return _proof_of(view, arrays, slots)
             finally:
@@ -76,9 +76,9 @@ def _proof_of(view: View, arrays: Arrays, slots: int) -> ViewProof:
     finally:
         window.close()
     if [(row["id"], row["up_bytes"]) for row in rows] != [(str(_ID), str(_BYTES))]:
-        return ViewProof(None, f"the {view.way.title} do not show what is there: {WITHOUT_VIEW}")
+        return ViewProof(None, f"the {view.walk.title} do not show what is there: {WITHOUT_VIEW}")
     because = view.why_no_other()
     return ViewProof(
-        view.way,
-        f"printed by the kernel, by {view.way.title}" + (f" ({because})" if because else ""),
+        view.walk,
+        f"printed by the kernel, by {view.walk.title}" + (f" ({because})" if because else ""),
     )

@@ -7,7 +7,7 @@
 
 Reading a pin runs its program in the kernel, on the tables as they are at that moment. The
 daemon has no part in it: the files are readable while it is busy, and after it was killed, when
-the header says so. bpf/view.c is the other half, and view_ways.py tells the two ways of making it.
+the header says so. bpf/view.c is the other half, and view_walks.py has the two walks that make it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.tables import COLUMNS
 from pyforwarder.supervisor import bpffs, pins
 from pyforwarder.supervisor.report import Backlogs
-from pyforwarder.supervisor.view_ways import FILES, WAYS, Links, Way, link
+from pyforwarder.supervisor.view_walks import FILES, WALKS, Links, Walk, link
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.sockmap.maps import KernelMaps
@@ -59,23 +59,23 @@ class View:
         *,
         workers: int,
         slots: int,
-        ways: Sequence[Way] = WAYS,
+        walks: Sequence[Walk] = WALKS,
     ) -> View:
         """Load the programs and link them; the caller pins and closes the view.
 
         Raises:
-            LoadError: this host cannot, by any of the ways.
+            LoadError: this host cannot, by any of the walks.
         """
-        return cls(arrays, link(arrays, maps, ways, workers=workers, slots=slots))
+        return cls(arrays, link(arrays, maps, walks, workers=workers, slots=slots))
 
     @property
-    def way(self) -> Way:
+    def walk(self) -> Walk:
         """The kind of iterators by which the view is made."""
-        return self._links.way
+        return self._links.walk
 
     def why_no_other(self) -> str:
-        """What the kernel said of the ways that come before; the kernel is asked again."""
-        kinds = {way.kind for way in WAYS}
+        """What the kernel said of the walks that come before; the kernel is asked again."""
+        kinds = {walk.kind for walk in WALKS}
         refused = [r for r in self._links.refused if r.kind in kinds]
         return "; ".join(str(r.error()) for r in refused)
 

@@ -102,7 +102,7 @@ def test_what_the_kernel_has_taken_for_one_way_is_not_loaded_again_for_the_next(
     before = sorted(os.listdir("/proc/self/fd"))
     loaded = loading.load_first("x.c", ways("a", "bcd", "bd", "cb"), defines={})
     assert verifier.asked == ["a", "b", "c", "d"]
-    assert (loaded.way, len(set(loaded.descriptors))) == (3, 2)
+    assert (loaded.alternative, len(set(loaded.descriptors))) == (3, 2)
     assert [refused.said["program"] for refused in loaded.refused] == ["a", "d"]
     for descriptor in loaded.descriptors:
         os.close(descriptor)

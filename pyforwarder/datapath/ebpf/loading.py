@@ -57,7 +57,7 @@ _OF_A_PROGRAM: Final = frozenset(
 
 
 class RefusedProgram(NamedTuple):
-    """A program that the kernel did not take, where another way went on."""
+    """A program that the kernel did not take, where another alternative went on."""
 
     source: str
     said: dict[str, Any]
@@ -77,9 +77,9 @@ class RefusedProgram(NamedTuple):
 class Loaded(NamedTuple):
     """What `load_first` could have."""
 
-    way: int  # index
-    descriptors: list[int]  # in the order of the way; the caller closes them
-    refused: list[RefusedProgram]  # of the ways that come before
+    alternative: int  # index
+    descriptors: list[int]  # in the order of the alternative; the caller closes them
+    refused: list[RefusedProgram]  # of the alternatives that come before
 
 
 def load_programs(
@@ -140,24 +140,24 @@ def load_copies(
 
 def load_first(
     source: str,
-    ways: Sequence[Sequence[tuple[str, ProgramKind]]],
+    alternatives: Sequence[Sequence[tuple[str, ProgramKind]]],
     *,
     defines: Mapping[str, str | int],
     maps: Mapping[str, int] | None = None,
     values: Mapping[str, int] | None = None,
 ) -> Loaded:
-    """The first of the ways of which the kernel takes every program; `source` is compiled once.
+    """The first alternative of which the kernel takes every program; `source` is compiled once.
 
     Otherwise as `load_programs`.
     """
     maps, values = maps or {}, values or {}
-    functions = list(dict.fromkeys(name for way in ways for name, _ in way))
+    functions = list(dict.fromkeys(name for alternative in alternatives for name, _ in alternative))
     compiled = compile_programs(source, functions, defines=defines, maps=maps, values=values)
     refused: dict[str, RefusedProgram] = {}
-    taken: dict[tuple[str, ProgramKind], int] = {}  # for this way or another
+    taken: dict[tuple[str, ProgramKind], int] = {}  # for this alternative or another
     try:
-        for index, way in enumerate(ways):
-            for name, kind in way:
+        for index, alternative in enumerate(alternatives):
+            for name, kind in alternative:
                 # Nothing is tried twice: the verifier may take a quarter of a second.
                 if name in refused:
                     break
@@ -170,7 +170,7 @@ def load_first(
                     refused[name] = _refused(source, name, kind, error)
                     break
             else:
-                descriptors = [taken.pop(program) for program in way]
+                descriptors = [taken.pop(program) for program in alternative]
                 return Loaded(index, descriptors, list(refused.values()))
     finally:
         for descriptor in taken.values():
@@ -333,7 +333,7 @@ def _refused(source: str, name: str, kind: str, error: Exception) -> RefusedProg
 
 
 def _none_of(refused: Sequence[RefusedProgram]) -> LoadError:
-    """The error of several ways of which the kernel takes none."""
+    """The error of several alternatives of which the kernel takes none."""
     errors = []
     for one in refused:
         errors.append(one.error())

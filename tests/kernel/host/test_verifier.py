@@ -23,7 +23,7 @@ from pyforwarder.datapath.splice.maps import Programs
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime.host import kernel_version
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.view_ways import FILES, WAYS, link
+from pyforwarder.supervisor.view_walks import FILES, WALKS, link
 
 OLD: Final = (6, 6)
 MOST: Final = 750_000 if kernel_version() < OLD else 220_000
@@ -68,9 +68,9 @@ def test_every_program_of_the_view_keeps_away_from_the_limit(took: dict[str, int
     with contextlib.ExitStack() as stack:
         arrays = Arrays.create(workers=2, slots=slots)
         stack.callback(arrays.close)
-        for way in WAYS:
+        for walk in WALKS:
             try:
-                links = link(arrays, None, [way], workers=2, slots=slots)
+                links = link(arrays, None, [walk], workers=2, slots=slots)
             except LoadError as error:
                 causes.add(error.cause)  # many hosts take but one way
                 continue

@@ -14,8 +14,8 @@ from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import PairTable, read_slots, slots_for
 from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.runtime.socket_options import SO_COOKIE
-from pyforwarder.supervisor import view_ways
-from pyforwarder.supervisor.view_ways import KSYM, MAP, Way
+from pyforwarder.supervisor import view_walks
+from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk
 from pyforwarder.supervisor.views import View
 from tests.helpers.netns import private_network
 from tests.helpers.segments import sequence_numbers
@@ -32,13 +32,13 @@ TCP_ONLY = (("backlog_of_tcp", "tcp_iterator"),)
 class Asked:
     """One pair in the maps of a daemon that is not there, and a view that can be asked."""
 
-    def __init__(self, way: Way, stack: ExitStack) -> None:
+    def __init__(self, walk: Walk, stack: ExitStack) -> None:
         self.arrays = Arrays.create(workers=2, slots=SLOTS)
         stack.callback(self.arrays.close)
         self.maps = KernelMaps.load(workers=2, slots=SLOTS, pairs_fd=self.arrays.pairs_fd)
         stack.callback(self.maps.close)
         self.windows = PairTable(workers=2, slots=SLOTS, fd=self.arrays.pairs_fd).windows
-        self.view = View.load(self.arrays, self.maps, workers=2, slots=SLOTS, ways=[way])
+        self.view = View.load(self.arrays, self.maps, workers=2, slots=SLOTS, walks=[walk])
         stack.callback(self.view.close)
         self.server = self._server(stack)
         self.memory = self.windows[SLOT // SLOTS]
@@ -76,14 +76,14 @@ class Asked:
 
 
 @pytest.fixture
-def asked(way: Way, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
-    if way is KSYM:
-        monkeypatch.setattr(view_ways, "_BACKLOGS", TCP_ONLY)
+def asked(walk: Walk, monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    if walk is KSYM:
+        monkeypatch.setattr(view_walks, "_BACKLOGS", TCP_ONLY)
     with ExitStack() as stack:
-        yield Asked(way, stack)
+        yield Asked(walk, stack)
 
 
-@pytest.mark.parametrize("way", EACH)
+@pytest.mark.parametrize("walk", EACH)
 def test_backlog_is_what_tcp_has_not_taken(asked: Asked) -> None:
     assert asked.answer() == 0
     for redirected, taken, waiting in ((4711, 0, 4711), (4711, 4700, 11), (4711, 4711, 0)):
@@ -97,7 +97,7 @@ def test_backlog_is_what_tcp_has_not_taken(asked: Asked) -> None:
     assert asked.answer() == 23
 
 
-@pytest.mark.parametrize("way", [KSYM])
+@pytest.mark.parametrize("walk", [KSYM])
 def test_socket_of_another_namespace_is_not_said_to_have_none(asked: Asked) -> None:
     asked.redirect(4711, 0)
     with private_network():
@@ -105,7 +105,7 @@ def test_socket_of_another_namespace_is_not_said_to_have_none(asked: Asked) -> N
 
 
 def test_view_without_a_backlog_says_that_it_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_ways, "_BACKLOGS", ())
+    monkeypatch.setattr(view_walks, "_BACKLOGS", ())
     with ExitStack() as stack:
         asked = Asked(KSYM, stack)
         asked.redirect(4711, 0)

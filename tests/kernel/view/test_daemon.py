@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 DATAPATHS: Final = ["copy", "sockmap"]
-# The ways in which the kernel prints the files (view_ways.py), whichever is the first choice here.
-EACH_WAY: Final = [
+# The ways in which the kernel prints the files (view_walks.py), whichever is the first choice here.
+EACH_WALK: Final = [
     pytest.param("map", marks=pytest.mark.needs("map iterators")),
     pytest.param("ksym", marks=pytest.mark.needs("ksym iterators")),
 ]
@@ -72,9 +72,9 @@ datapath: {datapath}
 """
 
 
-def only_by(way: str) -> tuple[str, ...]:
+def only_by(walk: str) -> tuple[str, ...]:
     """The words in front of a daemon's command that leave it this way, or `daemon`."""
-    return ("env", f"PYFORWARDER_VIEW={way}")
+    return ("env", f"PYFORWARDER_VIEW={walk}")
 
 
 def text_of(place: Place, name: str = "show", instance: str = "default") -> str:
@@ -289,11 +289,11 @@ def test_backlog_stays_small_before_a_stalled_reader_and_is_0_once_it_is_drained
 # ---------------------------------------------------------------------------- ends
 
 
-@pytest.mark.parametrize("way", EACH_WAY)
+@pytest.mark.parametrize("walk", EACH_WALK)
 def test_a_killed_daemon_leaves_files_that_say_so(
-    place: Place, start_forwarder: StartForwarder, way: str
+    place: Place, start_forwarder: StartForwarder, walk: str
 ) -> None:
-    forwarder = start_forwarder(config("sockmap"), prefix=only_by(way))
+    forwarder = start_forwarder(config("sockmap"), prefix=only_by(walk))
     with pair_through(forwarder.address) as (client, server):
         transfer(client, server, 5003)
         before = wait_for_datapath(place, "sockmap")[0]
@@ -307,7 +307,7 @@ def test_a_killed_daemon_leaves_files_that_say_so(
     assert header.split()[: len(HEADER)] == HEADER
     assert tables.parse(f"{header}\n{line}")[0]["up_bytes"] == "5003"
     assert rows_of(place)[0]["client"] == before["client"]
-    again = start_forwarder(config("sockmap"), prefix=only_by(way))
+    again = start_forwarder(config("sockmap"), prefix=only_by(walk))
     for name in FILES:
         assert GONE not in text_of(place, name)
     assert rows_of(place) == []

@@ -33,9 +33,9 @@ from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow, slots_fo
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.counters import BLOCK_BYTES, BLOCK_WORDS, Counter, Counters
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor import report, view_ways
+from pyforwarder.supervisor import report, view_walks
 from pyforwarder.supervisor.report import Backlogs
-from pyforwarder.supervisor.view_ways import KSYM, MAP, Way
+from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk
 from pyforwarder.supervisor.views import View
 from tests.helpers.waiting import DEADLINE_S
 from tests.kernel.conftest import temporary_place
@@ -47,7 +47,7 @@ WORKERS: Final = 2
 SLOTS: Final = 8192
 GONE: Final = "# the daemon is gone"
 # Each way of making a view does all of it, whether it is the first choice here or not.
-EACH_WAY: Final = [
+EACH_WALK: Final = [
     pytest.param(MAP, id="map", marks=pytest.mark.needs("map iterators")),
     pytest.param(KSYM, id="ksym", marks=pytest.mark.needs("ksym iterators")),
 ]
@@ -56,15 +56,15 @@ EACH_WAY: Final = [
 class Bench:
     """The arrays of a daemon that is not there, and its view."""
 
-    def __init__(self, directory: Path, way: Way, *, slots: int = SLOTS) -> None:
+    def __init__(self, directory: Path, walk: Walk, *, slots: int = SLOTS) -> None:
         self.directory = directory
         self.slots = slots
         self.arrays = Arrays.create(workers=WORKERS, slots=slots)
         self.table = PairTable(workers=WORKERS, slots=slots, fd=self.arrays.pairs_fd)
         self.memory = self.arrays.counters_memory(WORKERS).map_all()
         self.counters = Counters(self.memory)
-        self.way = way
-        self.view = View.load(self.arrays, None, workers=WORKERS, slots=slots, ways=[way])
+        self.walk = walk
+        self.view = View.load(self.arrays, None, workers=WORKERS, slots=slots, walks=[walk])
         self.view.pin(directory)
         self.empty()
 
@@ -188,22 +188,22 @@ def without_clocks(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def bench_at(place: Place, way: Way, *, slots: int = SLOTS) -> Iterator[Bench]:
-    bench = Bench(place.bpffs / "bench", way, slots=slots)
+def bench_at(place: Place, walk: Walk, *, slots: int = SLOTS) -> Iterator[Bench]:
+    bench = Bench(place.bpffs / "bench", walk, slots=slots)
     yield bench
     bench.close()
     assert place.pins() == []
 
 
-@pytest.fixture(scope="module", params=EACH_WAY)
-def way(request: pytest.FixtureRequest) -> Way:
-    made: Way = request.param
+@pytest.fixture(scope="module", params=EACH_WALK)
+def walk(request: pytest.FixtureRequest) -> Walk:
+    made: Walk = request.param
     return made
 
 
 @pytest.fixture(scope="module")
-def loaded_bench(way: Way) -> Iterator[Bench]:
-    with temporary_place() as place, bench_at(place, way) as bench:
+def loaded_bench(walk: Walk) -> Iterator[Bench]:
+    with temporary_place() as place, bench_at(place, walk) as bench:
         yield bench
 
 
@@ -215,9 +215,9 @@ def bench(loaded_bench: Bench) -> Bench:
 
 
 @pytest.fixture
-def own_bench(place: Place, way: Way) -> Iterator[Bench]:
+def own_bench(place: Place, walk: Walk) -> Iterator[Bench]:
     """One for a test that spoils it."""
-    with bench_at(place, way) as bench:
+    with bench_at(place, walk) as bench:
         yield bench
 
 
@@ -260,7 +260,7 @@ def test_several_pairs_at_a_visit_are_all_there_once_in_order(
     place: Place, monkeypatch: pytest.MonkeyPatch, per_visit: int
 ) -> None:
     # As where there are more slots than symbols; 16,384 slots are no multiple of 3.
-    monkeypatch.setattr(view_ways, "pairs_per_visit", lambda pairs: per_visit)
+    monkeypatch.setattr(view_walks, "pairs_per_visit", lambda pairs: per_visit)
     with bench_at(place, KSYM) as bench:
         expected = bench.fill(10_000)
         # The last slot of the table, too.
@@ -450,7 +450,7 @@ def test_no_line_mixes_two_connections_whose_slot_changes_hands(bench: Bench, sl
     assert len(seen) >= 500
 
 
-def test_no_line_mixes_two_descriptions(place: Place, way: Way) -> None:
+def test_no_line_mixes_two_descriptions(place: Place, walk: Walk) -> None:
     expected = {}
     for number in range(1, 64):
         columns = Occupant(number).columns()
@@ -460,7 +460,7 @@ def test_no_line_mixes_two_descriptions(place: Place, way: Way) -> None:
     wanted = round(10_000 / scaled_s(1.0))
     seen: set[int] = set()
     lines = 0
-    with bench_at(place, way, slots=slots_for(1)) as small:
+    with bench_at(place, walk, slots=slots_for(1)) as small:
         window = small.windows[0]
         # So that no walk goes on beyond this one when the other was under way.
         Occupant(99).enter(window, 1)
@@ -595,7 +595,7 @@ def test_pins_are_the_owners_and_cannot_be_written(bench: Bench) -> None:
 
 def test_pinning_replaces_what_is_there_and_leaves_others_pins(own_bench: Bench) -> None:
     own_bench.fill(1)
-    other = View.load(own_bench.arrays, None, workers=WORKERS, slots=SLOTS, ways=[own_bench.way])
+    other = View.load(own_bench.arrays, None, workers=WORKERS, slots=SLOTS, walks=[own_bench.walk])
     strange = own_bench.directory / "strange"
     os.link(own_bench.directory / "show", strange)
     other.pin(own_bench.directory)

@@ -8,20 +8,20 @@ import pytest
 
 from pyforwarder.datapath.ebpf.arrays import LISTENER_LINES
 from pyforwarder.errors import LoadError, UsageError
-from pyforwarder.supervisor.view_ways import KSYM, MAP, Way, pairs_per_visit, ways_of
+from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk, pairs_per_visit, walks_of
 
 
 @pytest.mark.parametrize(
-    ("said", "ways"),
+    ("said", "walks"),
     [(None, (MAP, KSYM)), ("", (MAP, KSYM)), ("map", (MAP,)), ("ksym", (KSYM,)), ("daemon", ())],
 )
-def test_environment_names_the_only_way(said: str | None, ways: tuple[Way, ...]) -> None:
-    assert ways_of({} if said is None else {"PYFORWARDER_VIEW": said}) == ways
+def test_environment_names_the_only_way(said: str | None, walks: tuple[Walk, ...]) -> None:
+    assert walks_of({} if said is None else {"PYFORWARDER_VIEW": said}) == walks
 
 
 def test_way_that_is_none_is_an_error() -> None:
     with pytest.raises(UsageError, match="PYFORWARDER_VIEW=maps: map, ksym or daemon wanted"):
-        ways_of({"PYFORWARDER_VIEW": "maps"})
+        walks_of({"PYFORWARDER_VIEW": "maps"})
 
 
 def symbols(directory: Path, *, kernel: int, modules: int = 0) -> Path:

@@ -1,11 +1,11 @@
-"""The ways in which the kernel can print the view's tables, and which of them this host takes.
+"""The walks by which the kernel can print the view's tables, and which of them this host takes.
 
     map     over the elements of the maps (bpf_map_elem); the first choice
     ksym    over the kernel's symbols, whose visits are only counted: the n-th prints slot n
             (bpf/view.c); for kernels that refuse to iterate over maps
 
 All are programs of bpf/view.c, and print the same. Where the kernel takes none of them there is no
-view, and the daemon itself fills the files (files.py). PYFORWARDER_VIEW names the only way that is
+view, and the daemon itself fills the files (files.py). PYFORWARDER_VIEW names the only walk that is
 tried, or is `daemon`: none (tests need that).
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FILES: Final = ("show", "stats", "listeners")
 
 
-class Way(NamedTuple):
+class Walk(NamedTuple):
     """How the tables are walked, by one kind of iterator."""
 
     name: str  # in PYFORWARDER_VIEW
@@ -43,10 +43,10 @@ class Way(NamedTuple):
     walks_maps: bool
 
 
-MAP: Final = Way("map", "map iterators", "map_iterator", "", walks_maps=True)
-KSYM: Final = Way("ksym", "the ksym iterator", "ksym_iterator", "_by_visits", walks_maps=False)
+MAP: Final = Walk("map", "map iterators", "map_iterator", "", walks_maps=True)
+KSYM: Final = Walk("ksym", "the ksym iterator", "ksym_iterator", "_by_visits", walks_maps=False)
 # In the order in which they are tried.
-WAYS: Final = (MAP, KSYM)
+WALKS: Final = (MAP, KSYM)
 
 # What tells of the backlogs, in the order in which it is tried; without any they are not known.
 _SOCKET_BACKLOG: Final[tuple[str, ProgramKind]] = ("backlog", "socket_iterator")
@@ -66,20 +66,20 @@ _SYMBOLS: Final = Path("/proc/kallsyms")
 _MOST_PAIRS_PER_VISIT: Final = 8
 
 
-def ways_of(environ: Mapping[str, str]) -> tuple[Way, ...]:
-    """The ways to try, in this order.
+def walks_of(environ: Mapping[str, str]) -> tuple[Walk, ...]:
+    """The walks to try, in this order.
 
     Raises:
         UsageError: PYFORWARDER_VIEW names none.
     """
     wanted = environ.get("PYFORWARDER_VIEW")
     if not wanted:
-        return WAYS
+        return WALKS
     if wanted == "daemon":
         return ()
-    named = tuple(way for way in WAYS if way.name == wanted)
+    named = tuple(walk for walk in WALKS if walk.name == wanted)
     if not named:
-        names = ", ".join(way.name for way in WAYS)
+        names = ", ".join(walk.name for walk in WALKS)
         raise UsageError(f"PYFORWARDER_VIEW={wanted}: {names} or daemon wanted")
     return named
 
@@ -88,8 +88,8 @@ def ways_of(environ: Mapping[str, str]) -> tuple[Way, ...]:
 class Links:
     """The linked programs of a view; the owner closes the descriptors."""
 
-    way: Way
-    refused: list[RefusedProgram]  # programs of the ways that were tried before
+    walk: Walk
+    refused: list[RefusedProgram]  # programs of the walks that were tried before
     files: dict[str, int]  # the link of each of FILES
     backlogs: tuple[int, ...]  # links; none: nothing tells of the backlogs
     tells_all_backlogs: bool  # of sockets in every network namespace
@@ -98,16 +98,16 @@ class Links:
     def for_another_process(self) -> tuple[list[int], dict[str, object]]:
         """The links, which are enough (each holds its program), and the words that go with them."""
         descriptors = [*(self.files[name] for name in FILES), *self.backlogs]
-        facts = {"way": self.way.name, "tells_all_backlogs": self.tells_all_backlogs}
+        facts = {"way": self.walk.name, "tells_all_backlogs": self.tells_all_backlogs}
         return descriptors, facts
 
     @classmethod
     def of_another_process(cls, descriptors: Sequence[int], facts: Mapping[str, Any]) -> Links:
-        """Return the links that `for_another_process` has sent; of the ways tried before nothing is
+        """Return the links that `for_another_process` has sent; of walks tried before nothing is
         known.
         """
         return cls(
-            next(way for way in WAYS if way.name == facts["way"]),
+            next(walk for walk in WALKS if walk.name == facts["way"]),
             [],
             dict(zip(FILES, descriptors, strict=False)),
             tuple(descriptors[len(FILES) :]),
@@ -117,38 +117,38 @@ class Links:
 
 
 def link(
-    arrays: Arrays, maps: KernelMaps | None, ways: Sequence[Way], *, workers: int, slots: int
+    arrays: Arrays, maps: KernelMaps | None, walks: Sequence[Walk], *, workers: int, slots: int
 ) -> Links:
-    """Load and link the programs of the first way that the kernel takes.
+    """Load and link the programs of the first walk that the kernel takes.
 
     Raises:
         LoadError: it takes none; says what it said of each.
     """
-    if not ways:
+    if not walks:
         raise LoadError("PYFORWARDER_VIEW=daemon")
     per_visit, few_symbols = 1, None
-    if KSYM in ways:
+    if KSYM in walks:
         try:
             per_visit = pairs_per_visit(workers * slots)
         except LoadError as error:
             few_symbols = error
-            ways = [way for way in ways if way != KSYM]
-            if not ways:
+            walks = [walk for walk in walks if walk != KSYM]
+            if not walks:
                 raise
     backlogs = (*_BACKLOGS, None) if maps is not None else (None,)
-    combined = [(way, backlog) for way in ways for backlog in backlogs]
+    combined = [(walk, backlog) for walk in walks for backlog in backlogs]
     opened: list[int] = []
-    way: Way | None = None
+    walk: Walk | None = None
     try:
         fds = _maps_of(arrays, maps, opened)
         loaded = load_first(
             "view.c",
             [
                 [
-                    *((name + way.suffix, way.kind) for name in FILES),
+                    *((name + walk.suffix, walk.kind) for name in FILES),
                     *([backlog] if backlog else []),
                 ]
-                for way, backlog in combined
+                for walk, backlog in combined
             ],
             defines={
                 **btf.defines(btf.field_offsets(_FIELDS)),
@@ -163,11 +163,11 @@ def link(
             maps=fds,
         )
         opened += loaded.descriptors
-        way, backlog = combined[loaded.way]
+        walk, backlog = combined[loaded.alternative]
         walked: list[tuple[int, int | None]] = []  # a program, and the map that it walks
         of_files = loaded.descriptors[: len(FILES)]
         targets = (arrays.pairs_fd, arrays.pairs_fd, arrays.listeners_fd)
-        walked += zip(of_files, targets if way.walks_maps else [None] * len(FILES), strict=True)
+        walked += zip(of_files, targets if walk.walks_maps else [None] * len(FILES), strict=True)
         if backlog is not None and maps is not None:
             program = loaded.descriptors[-1]
             if backlog is _SOCKET_BACKLOG:
@@ -183,20 +183,20 @@ def link(
             os.close(fd)
         if isinstance(error, OSError):
             # A kernel that takes a program may still refuse its link.
-            if way is None or way == ways[-1]:
+            if walk is None or walk == walks[-1]:
                 raise refusal.explain(
                     "make the view", error.errno or errno.EIO, needs=refusal.TRACING
                 ) from error
-            following = ways[ways.index(way) + 1 :]
+            following = walks[walks.index(walk) + 1 :]
             links_of_next = link(arrays, maps, following, workers=workers, slots=slots)
-            before = [*loaded.refused, _refused_link(way, error)]
+            before = [*loaded.refused, _refused_link(walk, error)]
             return replace(links_of_next, refused=[*before, *links_of_next.refused])
         if few_symbols is not None:
             text = f"{error.operation}; {few_symbols}"
             raise LoadError(text, cause=error.cause, advice=error.advice, log=error.log) from error
         raise
     return Links(
-        way,
+        walk,
         loaded.refused,
         dict(zip(FILES, links, strict=False)),
         tuple(links[len(FILES) :]),
@@ -205,9 +205,9 @@ def link(
     )
 
 
-def _refused_link(way: Way, error: OSError) -> RefusedProgram:
+def _refused_link(walk: Walk, error: OSError) -> RefusedProgram:
     # No errno: it would be taken for the verifier's.
-    facts = {"program": FILES[0] + way.suffix, "kind": way.kind, "errno": 0}
+    facts = {"program": FILES[0] + walk.suffix, "kind": walk.kind, "errno": 0}
     return RefusedProgram("view.c", {**facts, "reason": f"its link: {error.strerror}"}, "")
 
 
