@@ -32,6 +32,10 @@ SLEEPS: Final = {
     "test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may": (
         "the pace of a client that connects"
     ),
+    "kernel/fleet/test_replication_cost.py wait": "the pace of the replicator",
+    "kernel/fleet/test_replication_cost.py test_a_thousand_pairs_that_begin_each_second": (
+        "the pace at which pairs begin, and so long nothing begins or ends"
+    ),
     "kernel/sessions/test_floods.py flood": "the pace of a flood that a queue takes",
     "kernel/sessions/test_floods.py test_made_up_addresses_deny_nobody": (
         "so much later the client speaks again"
@@ -91,6 +95,9 @@ CLOCKS: Final = {
     ),
     "kernel/fleet/test_fleet.py test_editions_are_in_force_on_three_machines_in_a_moment": (
         "promised and measured; of many times the one in the middle"
+    ),
+    "kernel/fleet/test_replication_cost.py test_a_thousand_pairs_that_begin_each_second": (
+        "processor time for each second, measured; alone, and of many seconds the one in the middle"
     ),
     f"{_VRRP} test_pairs_go_on_when_keepalived_notices_a_death_and_when_it_is_stopped": (
         "promised and measured, with a keepalived that notices within 0.1 s"
