@@ -43,6 +43,7 @@ from pyforwarder.worker.race import outcome_of
 
 if TYPE_CHECKING:
     from pyforwarder.core.routing import Decision
+    from pyforwarder.runtime.loop import Callback
     from pyforwarder.worker.connector import Connector
     from pyforwarder.worker.destinations import Destinations
     from pyforwarder.worker.generation import ListenerState
@@ -119,15 +120,27 @@ class PlainPath:
             # To the loop the listener would be its owner, whose faults end the process.
             server.failed(client, error)
 
+    def came(self, client: Client, fd: int, mask: int) -> None:
+        """The first bytes of a client that had said nothing when it was accepted."""
+        if mask == EPOLLIN and not self._server.log.tells_steps:
+            self._go(client, client.listener, fd, self._loop.now_s)
+        else:
+            self._loop.redirect(fd, self._sniffer.sniffed)
+            self._sniffer.sniffed(client, fd, mask)
+
     def _go(self, client: Client, state: ListenerState, fd: int, now_s: float) -> None:
         counters = self._counters
+        is_watched = client.client_mask != 0
         up = client.up
         room = state.max_bytes
         try:
             data = _read(fd, room)
         except BlockingIOError:
             if not state.decides_at_once:
-                self._wait_for_first_bytes(client)
+                if not is_watched:
+                    client.client_mask = WATCHED
+                    self._loop.watch(fd, WATCHED, self.came, client)
+                    self._loop.deadlines.start(client, state.timeout_s, now_s)
                 return
             data = b""
         except OSError:
@@ -168,11 +181,11 @@ class PlainPath:
             client.received = data
             self._watch_sniffing(client)
             self._sniffer.follow(client, decision, end)
-            if client.life is _SNIFFING:
+            if client.life is _SNIFFING and not is_watched:
                 self._loop.deadlines.start(client, state.timeout_s, now_s)
             return
         decided_s = _monotonic()
-        took_s = decided_s - now_s
+        took_s = decided_s - client.accepted_s
         counters[DECISION_FIRST + bisect_left(DECISION_BOUNDS_S, took_s)] += 1  # as `observe` does
         counters[_DECISION_SUM] += int(took_s * 1e9)
         rule, to, skip, negotiation, _, _ = decision
@@ -280,13 +293,16 @@ class PlainPath:
         client.client_mask = client.server_mask = WATCHED
         if up.pending is not None or down.pending is not None:
             client.life = _HANDOVER
-            self._loop.watch_two(fd, server_fd, WATCHED, self._server.opening.flushing, client)
+            self._watch_both(client, self._server.opening.flushing, is_watched=is_watched, end=end)
             self._server.opening.flush_pending(client)
             return
         client.life = _JOINED
         client.datapath = copying = self._copying
         client.kind = _COPY
-        self._loop.watch_two(fd, server_fd, WATCHED, copying.ready, client)
+        if is_watched:
+            self._watch_both(client, copying.ready, is_watched=True, end=end)
+        else:
+            self._loop.watch_two(fd, server_fd, WATCHED, copying.ready, client)
         wait_s = generation.idle_check_s  # as Server.watch_idle does
         if state.datapaths[rule.index] == "copy":
             counters[_JOINED_COPY] += 1
@@ -302,27 +318,44 @@ class PlainPath:
 
     # What goes on by the tables
 
-    def _watch_sniffing(self, client: Client) -> None:
-        client.client_mask = WATCHED
-        self._loop.watch(client.client_fd, WATCHED, self._sniffer.sniffed, client)
+    def _watch_client(self, client: Client, callback: Callback) -> None:
+        """Send the client's events there, whether it was watched before or not."""
+        if client.client_mask:
+            self._loop.redirect(client.client_fd, callback)
+        else:
+            client.client_mask = WATCHED
+            self._loop.watch(client.client_fd, WATCHED, callback, client)
 
-    def _wait_for_first_bytes(self, client: Client) -> None:
-        self._watch_sniffing(client)
-        self._loop.deadlines.start(client, client.listener.timeout_s, self._loop.now_s)
+    def _watch_sniffing(self, client: Client) -> None:
+        self._watch_client(client, self._sniffer.sniffed)
+
+    def _watch_both(
+        self, client: Client, callback: Callback, *, is_watched: bool, end: End
+    ) -> None:
+        """Send the events of both sockets there; `is_watched`: those of the client come already."""
+        if not is_watched:
+            self._loop.watch_two(client.client_fd, client.server_fd, WATCHED, callback, client)
+            return
+        self._loop.redirect(client.client_fd, callback)
+        if end is _FULL:
+            # More may have been there, and only a new look tells of it.
+            self._loop.change(client.client_fd, WATCHED)
+        self._loop.watch(client.server_fd, WATCHED, callback, client)
 
     def _begin(self, client: Client) -> None:
         """Nothing has been read of it."""
+        was_watched = client.client_mask != 0
         self._watch_sniffing(client)
         if client.listener.starts_specially:
             self._sniffer.begin_specially(client)
         else:
             self._sniffer.sniffed(client, client.client_fd, EPOLLIN)
-        if client.life is _SNIFFING:
+        if client.life is _SNIFFING and not was_watched:
             self._loop.deadlines.start(client, client.listener.timeout_s, self._loop.now_s)
 
     def _watch_connecting(self, client: Client, data: bytes) -> None:
         """It is routed, and `data` is for its server."""
         client.received = data
         client.life = _CONNECTING
-        client.client_mask = WATCHED
-        self._loop.watch(client.client_fd, WATCHED, self._sniffer.waiting, client)
+        self._loop.deadlines.stop(client)
+        self._watch_client(client, self._sniffer.waiting)

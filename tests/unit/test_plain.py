@@ -26,6 +26,7 @@ from pyforwarder.runtime.counters import (
     NAMED_FIRST,
     Counter,
 )
+from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.runtime.raw_sockets import accept, address_in, end_writing, peer_name
 from pyforwarder.worker import plain
 from pyforwarder.worker.pair_sender import PairSender
@@ -178,13 +179,28 @@ def counted(play: Play) -> list[int]:
     return words
 
 
+def accept_before_it_speaks(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a client of the play is accepted before it says anything."""
+    dial = play.dial
+
+    def dial_and_wait() -> socket.socket:
+        client = dial()
+        play.run_until(lambda: play.server.clients, "client")
+        return client
+
+    monkeypatch.setattr(play, "dial", dial_and_wait)
+
+
 @pytest.mark.parametrize("act", PLAYS)
 @pytest.mark.parametrize("config", [anything, to], ids=["any", "bytes"])
+@pytest.mark.parametrize("speaks", ["at_once", "later"])
 def test_both_ways_carry_count_and_end_alike(
     start: StartPlay,
     servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
     act: Callable[[Play, socket.socket], CloseReason],
     config: Callable[[str], str],
+    speaks: str,
 ) -> None:
     found = []
     for is_plain in (True, False):
@@ -192,6 +208,8 @@ def test_both_ways_carry_count_and_end_alike(
         play = start(config(address))
         assert play.state.is_plain
         play.state.is_plain = is_plain
+        if speaks == "later":
+            accept_before_it_speaks(play, monkeypatch)
         play.wait_for_end(act(play, listening))
         found.append(counted(play))
         assert play.server.clients == {}
@@ -220,6 +238,37 @@ def test_client_that_has_spoken_is_joined_as_it_is_accepted(
     assert (joined.up.carried_bytes, joined.up.carried_packets) == (5, 1)
     assert joined.peer == client.getsockname()
     assert play.read(play.accept(listening), 5) == b"hello"
+
+
+def test_client_that_speaks_later_takes_the_straight_path_then(
+    start: StartPlay, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listening, address = servers()
+    play = start(to(address))
+    accept_before_it_speaks(play, monkeypatch)
+    client = play.dial()
+    waiting = play.only_client()
+    lives = [waiting.life]
+    monkeypatch.setattr(play.server, "happen", None)  # the tables
+    client.sendall(b"hello")
+    assert play.read(play.accept(listening), 5) == b"hello"
+    lives.append(waiting.life)
+    assert lives == [Life.SNIFFING, Life.JOINED]
+
+
+def test_client_that_says_nothing_has_its_time_once(start: StartPlay, servers: Servers) -> None:
+    _, address = servers()
+    play = start(to(address, timeout="5s"))
+    client = play.dial()
+    play.run_until(lambda: play.server.clients, "client")
+    waiting = play.only_client()
+    expires_s = waiting._expires_s
+    callback = play.loop._callbacks[waiting.client_fd]
+    assert callback is not None
+    callback(waiting, waiting.client_fd, EPOLLIN)  # there is nothing
+    assert (waiting.life, waiting._expires_s) == (Life.SNIFFING, expires_s)
+    play.pass_time(5.1)
+    assert play.read_end(client) == (b"", "reset")
 
 
 @pytest.mark.parametrize(
