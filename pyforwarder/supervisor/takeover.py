@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
+from pyforwarder.datapath.splice.directories import splice_maps
 from pyforwarder.errors import ControlError, LoadError
 from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.runtime.shared_memory import SharedBlocks
@@ -233,10 +234,12 @@ class Takeover:
             raise ControlError(f"spliced pairs could not go on: {why}")
         if isinstance(self._spliced, LoadError):
             raise ControlError(f"spliced pairs could not go on: {self._spliced}")
-        if not keeps and predecessor.offer.splice_map not in (
-            None,
-            daemon.datapaths.splice_map_id,
-        ):
+        there = (
+            splice_maps(daemon.pins / predecessor.offer.splice_pins)
+            if keeps
+            else {daemon.datapaths.splice_map_id}
+        )
+        if predecessor.offer.splice_map not in (None, *there):
             raise ControlError(
                 "spliced pairs could not go on: what the running daemon has pinned in "
                 f"{daemon.pins} is not what this process finds there; "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from pyforwarder.datapath.attach import clsact, unix_names
+from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.splice.pins import has_pins, must_fit, pins_in, unpin
 from pyforwarder.errors import LoadError
 
@@ -141,6 +142,23 @@ def remove_left(root: Path, own: Path | None) -> list[Path]:
         for one in others
         if (_is_empty(one) or pins_in(one) or clsact.name_of(one) in named) and _remove(one)
     ]
+
+
+def splice_maps(directory: Path) -> set[int]:
+    """The kernel's numbers of the maps with records of pairs that are pinned there, of any version.
+
+    None without permission to look.
+    """
+    found = set()
+    for pin in pins_in(directory):
+        if pin.name.startswith("splices_"):
+            with contextlib.suppress(OSError):
+                fd = bpf.open_pin(pin)
+                try:
+                    found.add(bpf.map_id(fd))
+                finally:
+                    os.close(fd)
+    return found
 
 
 def has_others(root: Path, own: Path | None) -> bool:

@@ -174,8 +174,14 @@ def must_fit(pins: Path) -> None:
                 f"spliced pairs of the running daemon: {pins / name} is not there",
                 advice="its version keeps them in another way than this one",
             ) from None
-        sizes[name] = bpf.map_sizes(fd)
-        os.close(fd)
+        try:
+            sizes[name] = bpf.map_sizes(fd)
+        except OSError:
+            raise LoadError(
+                f"spliced pairs of the running daemon: {pins / name} is no map"
+            ) from None
+        finally:
+            os.close(fd)
     flows, splices, pairs, session_flows, sessions = sizes.values()
     if (
         (flows[:2], session_flows[:2]) != ((KEY_BYTES, FLOW.size),) * 2

@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -367,6 +369,82 @@ def test_those_that_stay_are_reset_at_the_deadline_or_when_both_are_to_end(
         assert lineage.place.pins() == []
         if drain == "300s":
             assert [ends_with_reset(sock) for sock in old] == [b""] * 3
+
+
+@pytest.mark.timeout(scaled_s(400))
+@pytest.mark.each_attachment
+@pytest.mark.parametrize("after_s", [0.0, 0.3])
+@pytest.mark.parametrize("victim", ["old", "new"])
+def test_nothing_is_left_where_one_of_both_is_killed_in_the_midst_of_it(
+    start_forwarder: StartForwarder,
+    copies: Callable[..., tuple[str, ...]],
+    victim: str,
+    after_s: float,
+) -> None:
+    """Right after the old one has retired, or while the new one pins what it has."""
+    other = copies("other", OTHER_RECORDS)
+    with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
+        config = configured(server.tcp_port, server.udp_port)
+        lineage = Lineage(start_forwarder(config))
+        old = spliced(stack, lineage, 3)
+        before = lineage.pid
+        command = subprocess.Popen(
+            [*other, "upgrade"], env=lineage.place.environ(), stderr=subprocess.DEVNULL
+        )
+        line = lineage.first.wait_for_line(" retired ", deadline_s=START_DEADLINE_S)
+        after = int(line.partition("successor=")[2].split()[0])
+        time.sleep(after_s)
+        os.kill(before if victim == "old" else after, signal.SIGKILL)
+        code = command.wait(START_DEADLINE_S)
+        if victim == "old":
+            assert code == 0
+            lineage.first_ends_with = -signal.SIGKILL
+            wait_for(lambda: directories(lineage) == ["splice-2"], "its pins are gone")
+            for sock in old:
+                wait_for(partial(is_reset, sock), "a reset")
+            new = spliced(stack, lineage, 2)
+        else:
+            assert all(map(answers, old))
+            lineage = Lineage(start_forwarder(config))
+            new = spliced(stack, lineage, 2)
+            assert all(map(answers, [*old, *new]))
+            for sock in old:
+                sock.close()
+            wait_for(lambda: gone(before), "the daemon before has ended")
+            assert "splice" not in directories(lineage)
+        assert all(map(answers, new))
+        wait_for(lambda: programs_on_lo(lineage) == 1, "programs of one")
+        lineage.end()
+        assert lineage.place.pins() == []
+        assert not lineage.instance.bpffs_dir.exists()
+        assert lineage.first.filters() == []
+
+
+@pytest.mark.timeout(scaled_s(240))
+def test_pairs_stay_also_where_the_next_daemon_is_not_to_splice(
+    begin: Any, copies: Callable[..., tuple[str, ...]], tmp_path: Path
+) -> None:
+    other = copies("other", OTHER_RECORDS)
+    with steady_traffic() as (server, _traffic, _seen), contextlib.ExitStack() as stack:
+        lineage = begin(configured(server.tcp_port, server.udp_port))
+        old = spliced(stack, lineage, 3)
+        before = lineage.pid
+        only_copied = tmp_path / "copied.yaml"
+        only_copied.write_text(
+            "datapath: copy\nlisteners: [{bind: 127.0.0.1:9702, "
+            f"rules: [{{match: any, to: '127.0.0.1:{server.tcp_port}'}}]}}]\n"
+        )
+        said = lineage.upgrade("-c", str(only_copied), build=other)
+        assert "3 spliced pairs stay" in said
+        new = stack.enter_context(dial(AUTO))
+        assert all(map(answers, [*old, new]))
+        assert kinds(lineage, stays=True) == {"splice": 3}
+        wait_for(lambda: kinds(lineage, stays=False) == {"copy": 1}, "one that is copied")
+        for sock in old:
+            sock.close()
+        wait_for(lambda: gone(before), "the daemon before has ended")
+        assert directories(lineage) == []
+        assert answers(new)
 
 
 def _daemons(lineage: Lineage) -> list[int]:
