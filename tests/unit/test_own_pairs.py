@@ -132,8 +132,13 @@ def test_what_begins_and_ends_is_seen_in_the_next_scan(table: Table) -> None:
     assert table.own.scan(0.5).keys() == {keys[0], keys[1], again}
     table.end(2)
     assert table.own.scan(0.6).keys() == {keys[0], keys[1], again}
+    table.write(2, a_pair(port=60_000), pair_id=80)
+    assert table.own.scan(0.7)[again].pair.ends.client.port == 60_000
+    table.end(2)  # the record that stood still is the pair again, in a second at most
+    table.own.scan(0.8)
+    assert table.own.scan(0.8 + MOVING_S).keys() == {keys[0], keys[1], again}
     table.end(3)
-    assert table.own.scan(0.7).keys() == {keys[0], keys[1]}
+    assert table.own.scan(2.0).keys() == {keys[0], keys[1]}
     for index in (0, 1):
         table.end(index)
     assert not table.own.scan(10.0)

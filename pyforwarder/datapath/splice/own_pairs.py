@@ -42,7 +42,7 @@ assert Splice.reset.offset == Splice.state.offset + 12
 # an owner, is reset, or ends, or one direction of it does; and the lowest bytes of its id.
 _LOW: Final = 0 if sys.byteorder == "little" else 3
 _WATCHED: Final = (
-    *(Splice.id.offset + n for n in ((0, 1) if sys.byteorder == "little" else (7, 6))),
+    *(Splice.id.offset + n for n in ((0, 1, 2) if sys.byteorder == "little" else (7, 6, 5))),
     *(field.offset + _LOW for field in (Splice.state, Splice.worker, Splice.reset)),
     *(at + _LOW + 4 * n for at in _FINS_AT for n in range(4)),
     *(n * _DIRECTION_BYTES + SpliceDirection.tail_open.offset + _LOW for n in (0, 1)),
@@ -135,6 +135,9 @@ class OwnPairs:
             self._seen[index] = seen
             if seen.own is not None:
                 self._own[seen.key] = seen.own
+        elif seen.own is not None:
+            # If another record with these ports was the later one, and has ended, it is the pair.
+            self._own.setdefault(seen.key, seen.own)
         self._again_s[index] = now_s + MOVING_S
         self._due.append((now_s + MOVING_S, index))
 
