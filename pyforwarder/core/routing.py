@@ -463,7 +463,6 @@ def _compile_rule(
         name=config.name or f"rule-{index + 1}",
         index=index,
         allow=config.allow,
-        ack=config.ack,
         to=config.to,
         reject=config.reject,
         datapath=config.datapath,

@@ -256,7 +256,7 @@ def test_another_level_counts_for_connections_too(pipe: Pipe) -> None:
     assert pipe.lines() == []
 
 
-RULE = Rule("named", 0, None, True, None, None, None)
+RULE = Rule("named", 0, None, None, None, None)
 
 
 @pytest.mark.parametrize(

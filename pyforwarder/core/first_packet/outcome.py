@@ -64,7 +64,6 @@ class Rule:
     name: str
     index: int  # position in the listener, from 0
     allow: AllowList | None  # where the client may send us; None: the rule says where
-    ack: bool
     to: ServerAddress | NameIn | str | None  # str: an upstream's name
     reject: str | None  # "reset", "close" or None
     datapath: str | None  # None: as the listener says
