@@ -158,9 +158,13 @@ class Datapaths:
             self._splice_pins, self.predecessor_keeps = chosen
         return self._splice_pins
 
-    def _remove_left(self) -> None:
-        """Remove what daemons that were killed have left of splice, except what is ours now."""
-        for directory in directories.remove_left(self._pins, self._splice_pins):
+    def _remove_left(self, *, of_filters: bool = True) -> None:
+        """Remove what daemons that were killed have left of splice, except what is ours now.
+
+        `of_filters`: also filters without a directory.
+        """
+        own = self._splice_pins
+        for directory in directories.remove_left(self._pins, own, of_filters=of_filters):
             self._log.write("warning", "splice_pins_removed", directory=directory)
 
     def _make(self, row: DatapathRow, given: Given) -> None:
@@ -357,8 +361,8 @@ class Datapaths:
         if self.splicing is not None and self.splicing.keeper.hangs():
             self._log.write("error", "splice_keeper_hangs", pid=self.splicing.keeper.pid)
             self.splicing.keeper.kill()
-        if self._looks_for_left and directories.has_others(self._pins, self._splice_pins):
-            self._remove_left()
+        if self._looks_for_left:
+            self._remove_left(of_filters=False)
         self._loop.after(scaled_s(_WATCH_KEEPER_S), self.watch)
 
     def look_for_left(self, *, looks: bool) -> None:

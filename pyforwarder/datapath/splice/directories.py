@@ -130,12 +130,15 @@ def choose_beside(root: Path, before: Before) -> Chosen:
     return Chosen(its)
 
 
-def remove_left(root: Path, own: Path | None) -> list[Path]:
+def remove_left(root: Path, own: Path | None, *, of_filters: bool = True) -> list[Path]:
     """Remove what daemons that were killed have left, except in `own`; the directories.
 
     Peers of pairs that were spliced there get a RST. For the daemon that serves. Never raises.
+
+    `of_filters`: also filters of clsact without a directory, which takes long where there are many
+    interfaces.
     """
-    named = clsact.names()
+    named = clsact.names() if of_filters else set()
     others = [one for one in _all_of(root) if one != own]
     return [
         one
@@ -159,11 +162,6 @@ def splice_maps(directory: Path) -> set[int]:
                 finally:
                     os.close(fd)
     return found
-
-
-def has_others(root: Path, own: Path | None) -> bool:
-    """Whether there are pins of other daemons, living or not."""
-    return any(one != own and (_is_empty(one) or pins_in(one)) for one in _all_of(root))
 
 
 def _all_of(root: Path) -> list[Path]:
