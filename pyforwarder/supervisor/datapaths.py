@@ -151,8 +151,9 @@ class Datapaths:
             LoadError: spliced pairs of the daemon before can neither go on here nor stay with it.
         """
         if before is None:
+            # Others are removed by `look_for_left`: if this start fails, another version may still
+            # go on with what is there.
             self._splice_pins = directories.choose_alone(self._pins)
-            self._remove_left()
         else:
             chosen = directories.choose_beside(self._pins, before)
             self._splice_pins, self.predecessor_keeps = chosen

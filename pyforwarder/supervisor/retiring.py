@@ -282,8 +282,6 @@ class Retirement:
         daemon.in_force.listeners.close()
         daemon.workers.retire(to_successors, keeps_spliced=keeps_spliced)
         daemon.end_helpers()
-        if keeps_spliced:
-            daemon.forget_held()
         daemon.files.close_proc()
         daemon.files.release()
         daemon.control().release()
@@ -314,6 +312,9 @@ class Retirement:
         self._is_released = True
         stay = 0
         if self._keeps_spliced:
+            # Not before: until its own keeper begins, the successor knows none of them, and the
+            # kernel would reset those whose addresses come to this machine meanwhile.
+            self._daemon.forget_held()
             stay = len(self._spliced_rows())
             if stay:
                 self._daemon.log.write("warning", "splice_stays", pairs=stay)

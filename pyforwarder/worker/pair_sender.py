@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.core.address import Address
@@ -86,6 +87,10 @@ class PairSender:
         self._datagrams = datagrams
         self._splice = splice
         self._sessions_told = False
+        # Sessions in the kernel, where these cannot go on there; and those that have left it, until
+        # it is known what they have carried.
+        self._to_withdraw: deque[Session] | None = None
+        self._uncounted: list[Session] = []
         self._is_over = False
         # Nothing more is given to the kernel; what has been, moves or stays.
         server.handover.stop()
@@ -182,7 +187,7 @@ class PairSender:
         if not self._sessions_told:
             if self._keeps_spliced and not self._has_withdrawn():
                 return _PAUSE_S
-            sessions = self._datagrams.sessions()[:BATCH]
+            sessions = list(islice(self._datagrams.by_id.values(), BATCH))
             self._send_facts([one for one in sessions if one.in_kernel is not None])
             for session in sessions:
                 try:
@@ -192,7 +197,7 @@ class PairSender:
                 except Exception as error:
                     self._server.log.internal_error(error)
                     self._datagrams.end(session, CloseReason.INTERNAL)
-            if self._datagrams.sessions():
+            if self._datagrams.by_id:
                 return 0.0
             self._send({"sessions": "all"})
             self._sessions_told = True
@@ -221,14 +226,25 @@ class PairSender:
         return 0.0 if self._queue else _LOOK_S
 
     def _has_withdrawn(self) -> bool:
-        """Whether no session is in the kernel, and it is known what each has carried there."""
-        sessions = self._datagrams.sessions()
-        there = [one for one in sessions if one.in_kernel is not None or one.pending is not None]
-        if there:
-            for first in range(0, BATCH, ENDS_AT_ONCE):
-                self._datagrams.handover.withdraw(there[first : first + ENDS_AT_ONCE])
+        """Whether no session is in the kernel, and it is known what each has carried there.
+
+        Each call withdraws some of them. None comes to the kernel meanwhile.
+        """
+        if self._to_withdraw is None:
+            self._to_withdraw = deque(
+                one
+                for one in self._datagrams.sessions()
+                if one.in_kernel is not None or one.pending is not None
+            )
+        for _ in range(0, BATCH, ENDS_AT_ONCE):
+            count = min(ENDS_AT_ONCE, len(self._to_withdraw))
+            some = [self._to_withdraw.popleft() for _ in range(count)]
+            self._datagrams.handover.withdraw([one for one in some if not one.life_ended])
+            self._uncounted += some
+        if self._to_withdraw:
             return False
-        return all(one.is_counted for one in sessions)
+        self._uncounted = [one for one in self._uncounted if not one.is_counted]
+        return not self._uncounted
 
     def _send_facts(self, sessions: Sequence[Session]) -> None:
         """Send what the kernel's records do not have of its sessions.

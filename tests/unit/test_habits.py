@@ -21,6 +21,10 @@ _TESTS: Final = Path(__file__).parents[1]
 
 # What lasts so long is the play itself: nothing is waited for.
 SLEEPS: Final = {
+    "kernel/daemon/test_other_records.py "
+    "test_nothing_is_left_where_one_of_both_is_killed_in_the_midst_of_it": (
+        "so long after the old one has retired one is killed"
+    ),
     "kernel/sessions/test_datagrams.py test_limits_hold_for_sessions": (
         "so much later the client speaks again"
     ),

@@ -40,6 +40,10 @@ class Datagrams:
     def sessions(self) -> list[Any]:
         return list(self._sessions)
 
+    @property
+    def by_id(self) -> dict[int, Any]:
+        return dict(enumerate(self._sessions))
+
     def release(self, session: Any) -> None:
         self._sessions.remove(session)
         self.released.append(session)

@@ -24,12 +24,16 @@ from pyforwarder.datapath.attach import clsact, unix_names
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.splice.pins import has_pins, must_fit, pins_in, unpin
 from pyforwarder.errors import LoadError
+from pyforwarder.runtime.slowness import scaled_s
 
 # The first is the usual one. Each daemon that is still ending has one of the others.
 NAMES: Final = ("splice", *(f"splice-{number}" for number in range(2, 9)))
 # Another process has the lock for itself only while it looks, or removes what is there.
 _CLAIM_WITHIN_S: Final = 5.0
 _PAUSE_S: Final = 0.01
+# A process that is killed closes its descriptors one after the other; and one whose successor was
+# killed releases its spliced pairs in that time.
+_DYING_S: Final = 3.0
 
 
 class Before(NamedTuple):
@@ -94,16 +98,26 @@ def choose_alone(root: Path) -> Path:
     """For a daemon that takes nobody's place; `root` has the instance's pins.
 
     What a daemon that was killed has left is preferred, if this version can go on with it; of
-    several the one that was used last.
+    several the one that was used last. A daemon that has just been killed is waited for: it gives
+    up its directory some time after the lock of the instance.
 
     Raises:
         LoadError: daemons that live have all of them.
     """
-    free = [one for one in _all_of(root) if not _is_in_use(one)]
+    until_s = time.monotonic() + scaled_s(_DYING_S)
+    while True:
+        used = [one for one in _all_of(root) if _is_in_use(one)]
+        free = [one for one in _all_of(root) if one not in used]
+        left = [one for one in free if has_pins(one)]
+        best = max(left, key=lambda one: (_fits(one), _used_ns(one)), default=None)
+        if best is not None and _fits(best):
+            return best
+        if not any(map(_fits, used)) or time.monotonic() >= until_s:
+            break
+        time.sleep(_PAUSE_S)
     if not free:
         raise _too_many(root)
-    left = [one for one in free if has_pins(one)]
-    return max(left, key=lambda one: (_fits(one), _used_ns(one)), default=free[0])
+    return best or free[0]
 
 
 def choose_beside(root: Path, before: Before) -> Chosen:
