@@ -8,7 +8,7 @@ from pyforwarder.core.datapaths import DATAPATHS
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.ebpf.arrays import Arrays
-from pyforwarder.datapath.ebpf.pair_table import PairTable, read_records
+from pyforwarder.datapath.ebpf.pair_table import PairTable, empty_window, read_records
 from pyforwarder.errors import LoadError
 from pyforwarder.runtime.counters import (
     BLOCK_BYTES,
@@ -108,9 +108,12 @@ class SharedMemory:
         self.counters.forget_gauges(worker, self.directory)
 
     def clear_window(self, worker: int) -> None:
-        """Empty a dead worker's part of the pair table."""
-        window = self.table.windows[worker]
-        window[:] = bytes(len(window))
+        """A dead worker's part of the pair table has no pairs any more.
+
+        What `show` printed for its pairs stays there until another pair has the slot: of spliced
+        ones, which go on, a keeper that begins now knows nothing else.
+        """
+        empty_window(self.table.windows[worker])
 
     def give_up_writing(self) -> tuple[Counters, Sequence[mmap.mmap]]:
         """Return counters and table in memory that this process cannot write; for a process that

@@ -27,7 +27,7 @@ from pyforwarder.datapath.express.sharing import _LABELS_AT, Express, Label, _Wr
 from pyforwarder.datapath.splice.abi import NO_SLOT, SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.keeper_adoption import KeeperAdoption
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
-from pyforwarder.datapath.splice.records import set_state
+from pyforwarder.datapath.splice.records import LAST_SLOT_AT, set_state
 from pyforwarder.datapath.splice.rerouting import Rerouting
 from pyforwarder.runtime import one_store
 from tests.helpers.express_keeper import FIRST_PORT, FIRST_SPLICE, AtOnce, Stage
@@ -727,18 +727,23 @@ def test_a_worker_that_dies_before_it_adopts_a_pair_loses_nothing_of_it() -> Non
     pairs: Any = SimpleNamespace(
         of=lambda _worker: [1, 2, 3],
         record={1: record, 2: record, 3: had}.__getitem__,
-        store=lambda index, _at, number: told.append(index) if number == NO_SLOT else None,
+        store=lambda index, at, number: (
+            last.append((index, number)) if at == LAST_SLOT_AT else told.append(index)
+        ),
         when_forgotten=[],
     )
-    table: Any = bytes(2 * PAIR_BYTES) + b"t" * PAIR_BYTES
+    shown = bytes(PairRecord(id=8, started_ns=9))
+    table: Any = bytes(2 * PAIR_BYTES) + shown
+    last: list[tuple[int, int]] = []
     unused: Any = None
     adoption: Any = KeeperAdoption(pairs, table, unused, workers=1, sockets_of=lambda _index: None)
     adoption._orphans, adoption._given = {1: b"waits"}, {2: b"given"}
     for _ in range(2):
         adoption.worker_died(0)
         had.slot = NO_SLOT
-        assert adoption._orphans == {1: b"waits", 2: b"given", 3: b"t" * PAIR_BYTES}
+        assert adoption._orphans == {1: b"waits", 2: b"given", 3: shown}
     assert told == [1, 2, 3] * 2
+    assert last == [(3, 2)]  # for a keeper that has only the maps
 
 
 # ------------------------------------------------------------------ what is said of them

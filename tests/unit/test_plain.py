@@ -434,7 +434,7 @@ def test_pair_that_moves_to_another_daemon_has_the_options_of_a_lasting_connecti
         if "pair" in message:
             seen.append(options(play))
 
-    datagrams = SimpleNamespace(handover=SimpleNamespace(settle=lambda **_: None), sessions=list)
+    datagrams = SimpleNamespace(handover=SimpleNamespace(settle=lambda **_: None), by_id={})
     to_successor = SimpleNamespace(send=send, close=lambda: None, unread_bytes=lambda: 0)
     PairSender(
         cast("Channel", to_successor), play.server, cast("DatagramServer", datagrams), None, None

@@ -26,6 +26,7 @@ from pyforwarder.datapath.ebpf.pair_table import (
     SLOTS_PER_PAGE,
     PairTable,
     PairWindow,
+    empty_window,
     read_records,
     read_slots,
     slots_for,
@@ -247,6 +248,30 @@ def test_window_has_whole_pages(pairs: int, slots: int) -> None:
     assert slots_for(pairs) == slots
     assert slots % SLOTS_PER_PAGE == 0
     assert slots * PAIR_BYTES % mmap.PAGESIZE == 0
+
+
+def test_what_was_shown_of_a_pair_stays_until_another_has_its_slot() -> None:
+    """Its worker has died, and so has the next one; even one that was killed while it wrote."""
+    memory = mmap.mmap(-1, slots_for(8) * PAIR_BYTES)
+    window = PairWindow(memory, first_slot=16, worker_index=1)
+    slots = [window.allocate() for _ in range(2)]
+    for slot, pair_id in zip(slots, (23, 24), strict=True):
+        describe(window, slot, pair_id=pair_id)
+        window.count(slot, 0, 5, 1, 99)
+    window.words64[slots[1] * window.WORDS64 + table.SEQUENCE] += 1
+    empty_window(memory)
+    assert list(read_records(memory)) == []
+    again = PairWindow(memory, first_slot=16, worker_index=1)
+    assert list(read_records(memory)) == []
+    for slot, pair_id in zip(slots, (23, 24), strict=True):
+        shown = table.inherited(again.record(slot), pair_id)
+        assert shown is not None
+        assert shown.worker[0].carried_bytes == 5
+    assert [again.allocate() for _ in range(2)] == slots
+    for slot in slots:
+        describe(again, slot, pair_id=30 + slot)
+    assert [record.id for record in read_records(memory)] == [30 + slot for slot in slots]
+    assert [record.worker[0].carried_bytes for record in read_records(memory)] == [0, 0]
 
 
 def test_worker_takes_its_window_empty_and_loses_sight_of_the_others(

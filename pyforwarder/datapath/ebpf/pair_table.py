@@ -64,6 +64,12 @@ _ZERO_COUNTERS: Final = bytes(PairRecord.id.offset)
 _BODY: Final = struct.Struct(f"=BBBBI80s{NAME_BYTES}s{NAME_BYTES}s")
 
 
+def empty_window(window: mmap.mmap | memoryview) -> None:
+    """All slots of a window are free from here on; what stands in them stays."""
+    slots = len(window) // PAIR_BYTES
+    window[STATE::PAIR_BYTES] = bytes([PairState.FREE]) * slots
+
+
 class PairWindow:
     """One worker's part of the table, for writing.
 
@@ -85,7 +91,10 @@ class PairWindow:
         # First in, first out: a slot rests as long as possible, so that a reader who is in the
         # middle of its record does not see the next connection's.
         self._free = deque(range(len(memory) // PAIR_BYTES))
-        self._bytes[:] = bytes(len(memory))
+        empty_window(self._bytes)
+        for at in range(SEQUENCE, len(self.words64), _WORDS):
+            if self.words64[at] & 1:  # a worker was killed while it wrote
+                self.words64[at] = 0
 
     def allocate(self) -> int:
         """A free slot (counted within the window), its counters at 0; -1 if there is none."""

@@ -46,7 +46,7 @@ from pyforwarder.datapath.splice.keeper_joining import Joining
 from pyforwarder.datapath.splice.keeper_pairs import KeeperPairs
 from pyforwarder.datapath.splice.keeper_replies import Failed, Late, NotYoursError
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError, understand
-from pyforwarder.datapath.splice.records import WORKER_AT, forget_flows
+from pyforwarder.datapath.splice.records import WORKER_AT, forget_flows, shown_of
 from pyforwarder.datapath.splice.rerouting import Rerouting
 from pyforwarder.datapath.splice.session_keeper import SessionKeeper
 from pyforwarder.datapath.splice.standby import Standby
@@ -98,6 +98,7 @@ class Keeper:
         self._pairs = KeeperPairs(maps, cookies, first_place=first_place)
         memory = self._pairs.memory
         table = bpf.map_memory(maps.pairs_fd, maps.workers * maps.slots * PAIR_BYTES, write=False)
+        self._table = table
         self._sessions = SessionKeeper(
             maps.sessions, maps.links, workers=maps.workers, slots=maps.slots, pairs=table
         )
@@ -167,6 +168,7 @@ class Keeper:
                     self._adoption.orphan(index, said_of[index])
                 elif record.slot == NO_SLOT:  # an earlier keeper had not given it to a worker yet
                     shown = self._express.said(index) if self._express else b""
+                    shown = shown or shown_of(self._table, record, len(self._table) // PAIR_BYTES)
                     self._adoption.orphan(index, shown)
                 self._standby.unsettled(index, record)
         self._keepalives.watch(self._pairs.owned())

@@ -16,7 +16,7 @@ from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.splice import sockets as splice_sockets
 from pyforwarder.datapath.splice.abi import NO_SLOT, Splice, SpliceState
 from pyforwarder.datapath.splice.keeper_replies import AdoptReply, AskAgain, Given, NoneLeft
-from pyforwarder.datapath.splice.records import SLOT_AT, WORKER_AT
+from pyforwarder.datapath.splice.records import LAST_SLOT_AT, SLOT_AT, WORKER_AT, shown_of
 from pyforwarder.runtime.slowness import scaled_s
 
 if TYPE_CHECKING:
@@ -95,11 +95,13 @@ class KeeperAdoption:
         for index in self._pairs.of(worker):
             record = self._pairs.record(index)
             if record.state == SpliceState.ACTIVE:
-                at = record.slot * PAIR_BYTES
-                shown = self._table[at : at + PAIR_BYTES] if record.slot != NO_SLOT else b""
+                shown = shown_of(self._table, record, len(self._table) // PAIR_BYTES)
                 # Not adopted yet: it has no slot, and is as it was.
                 shown = self._orphans.get(index, shown)
                 self._orphans[index] = self._given.pop(index, shown)
+                if record.slot != NO_SLOT:
+                    # For another keeper, which has only the maps.
+                    self._pairs.store(index, LAST_SLOT_AT, record.slot)
                 self._pairs.store(index, SLOT_AT, NO_SLOT)
                 if self.express is not None:
                     self.express.adopted(index, worker, has_it=False)

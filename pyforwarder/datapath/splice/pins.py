@@ -30,10 +30,12 @@ from pyforwarder.datapath.splice.abi import (
 from pyforwarder.datapath.splice.records import (
     FLOW,
     KEY_BYTES,
+    LAST_SLOT_AT,
     SLOT_AT,
     forget_flows,
-    id_of,
     set_state,
+    shown_of,
+    shown_slot,
     store,
     used_indexes,
 )
@@ -110,15 +112,9 @@ class Left:
                 record = Splice.from_buffer_copy(memory, index * SPLICE_BYTES)
                 # Not those of other machines: this daemon gets them again from the fleet.
                 if record.state == SpliceState.ACTIVE and record.id and record.worker != HELD:
-                    # Its slot, or the one that it had before a daemon that ended while it started.
-                    said = b""
-                    for slot in (record.slot, record.last_slot):
-                        at = slot * PAIR_BYTES
-                        if slot < pairs and id_of(table, at) == record.id:
-                            said = table[at : at + PAIR_BYTES]
-                            break
+                    said = shown_of(table, record, pairs)
                     if said:
-                        self._store(memory, index, Splice.last_slot.offset, slot)
+                        self._store(memory, index, LAST_SLOT_AT, shown_slot(table, record, pairs))
                     # It has no slot in the new table yet.
                     self._store(memory, index, SLOT_AT, NO_SLOT)
                     found.append(Found(index, record.id, said))

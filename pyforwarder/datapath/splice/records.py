@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PairRecord
-from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceFlow, SpliceKey, SpliceState
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
+from pyforwarder.datapath.splice.abi import (
+    NO_SLOT,
+    SPLICE_BYTES,
+    Splice,
+    SpliceFlow,
+    SpliceKey,
+    SpliceState,
+)
 from pyforwarder.runtime.one_store import store32
 
 if TYPE_CHECKING:
@@ -27,6 +34,7 @@ STATE_AT: Final = Splice.state.offset
 ID_AT: Final = Splice.id.offset
 WORKER_AT: Final = Splice.worker.offset
 SLOT_AT: Final = Splice.slot.offset
+LAST_SLOT_AT: Final = Splice.last_slot.offset
 
 
 def splice_memory(maps: SpliceMaps) -> mmap.mmap:
@@ -38,6 +46,25 @@ def id_of(table: mmap.mmap, at: int) -> int:
     """The id of the pair that a record of the pair table describes."""
     (pair_id,) = struct.unpack_from("=Q", table, at + PairRecord.id.offset)
     return int(pair_id)
+
+
+def shown_slot(table: mmap.mmap, record: Splice | SessionRecord, slots: int) -> int:
+    """The slot of the pair table with what `show` has printed for a pair, or a session.
+
+    Its slot, or the last one that it had: before a worker that has died, or a daemon that ended
+    while it started. NO_SLOT: there is none, or it is another pair's by now. `slots` is the size of
+    the table.
+    """
+    for slot in (record.slot, record.last_slot):
+        if slot < slots and id_of(table, slot * PAIR_BYTES) == record.id:
+            return int(slot)
+    return NO_SLOT
+
+
+def shown_of(table: mmap.mmap, record: Splice | SessionRecord, slots: int) -> bytes:
+    """What stands in `shown_slot`; empty: nothing."""
+    slot = shown_slot(table, record, slots)
+    return b"" if slot == NO_SLOT else table[slot * PAIR_BYTES : (slot + 1) * PAIR_BYTES]
 
 
 def used_indexes(

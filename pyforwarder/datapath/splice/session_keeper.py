@@ -35,7 +35,7 @@ from pyforwarder.datapath.splice.keeper_replies import (
     Words,
 )
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
-from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows
+from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows, shown_of
 from pyforwarder.datapath.splice.routes import Routes
 from pyforwarder.datapath.splice.session_abi import (
     SESSION_BYTES,
@@ -128,6 +128,7 @@ class SessionKeeper:
             self._own(index, record.worker % workers)
             if record.slot == NO_SLOT:  # no worker has it
                 shown = next((one.record for one in maps.found if one.id == record.id), b"")
+                shown = shown or shown_of(pairs, record, len(pairs) // PAIR_BYTES)
                 self._orphans[record.worker % workers][index] = shown
         self._obeys: Mapping[str, Callable[..., dict[str, object]]] = {
             "open_session": self._open,
@@ -397,10 +398,11 @@ class SessionKeeper:
         for index in self._of(worker):
             if index in self._orphans[worker]:
                 continue
-            slot = record_of(self._memory, index).slot
-            at = slot * PAIR_BYTES
-            shown = self._pairs[at : at + PAIR_BYTES] if slot != NO_SLOT else b""
+            record = record_of(self._memory, index)
+            shown = shown_of(self._pairs, record, len(self._pairs) // PAIR_BYTES)
             self._orphans[worker][index] = self._given.pop(index, shown)
+            if record.slot != NO_SLOT:
+                store(self._memory, index, "last_slot", record.slot)  # for another keeper
             store(self._memory, index, "slot", NO_SLOT)
 
     def _adopt(

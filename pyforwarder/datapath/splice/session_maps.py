@@ -19,7 +19,13 @@ from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
 from pyforwarder.datapath.splice import records
 from pyforwarder.datapath.splice.abi import NO_SLOT
-from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows, id_of
+from pyforwarder.datapath.splice.records import (
+    FLOW,
+    KEY_BYTES,
+    forget_flows,
+    shown_of,
+    shown_slot,
+)
 from pyforwarder.datapath.splice.session_abi import (
     SESSION_BYTES,
     SESSION_VERSION,
@@ -150,14 +156,9 @@ def take_over(
                 forget_flows(flows, index, record)
                 store(memory, index, "state", SessionState.FREE)
                 continue
-            shown = b""
-            # Its slot, or the one that it had before a daemon that ended while it started.
-            for slot in (record.slot, record.last_slot):
-                at = slot * PAIR_BYTES
-                if slot < slots and id_of(table, at) == record.id:
-                    shown = table[at : at + PAIR_BYTES]
-                    store(memory, index, "last_slot", slot)
-                    break
+            shown = shown_of(table, record, slots)
+            if shown:
+                store(memory, index, "last_slot", shown_slot(table, record, slots))
             store(memory, index, "slot", NO_SLOT)
             found.append(FoundSession(index, record.id, shown))
     finally:
