@@ -18,7 +18,8 @@ from unittest.mock import ANY
 import pytest
 
 from pyforwarder.datapath.base import PairReason
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf import syscall as bpf
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
 from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.datapath.splice import session_keeper
 from pyforwarder.datapath.splice.maps import SpliceMaps
@@ -428,8 +429,9 @@ def refusal_of(
 class Asking:
     """Worker 0's end of a keeper, and what it would ask with."""
 
-    def __init__(self, client: KeeperClient, stack: contextlib.ExitStack) -> None:
+    def __init__(self, client: KeeperClient, stack: contextlib.ExitStack, maps: SpliceMaps) -> None:
         self.client = client
+        self._maps = maps
         self._stack = stack
         self._slot = 0
         self.numbers: dict[int, int] = {}  # of what is in each place
@@ -475,6 +477,15 @@ class Asking:
             self.numbers[answer["index"]] = self._slot
         return PairReason(answer["refused"]) if "refused" in answer else answer.get("index")
 
+    def show(self, index: int) -> bytes:
+        """Write the record of a session into the pair table, as its worker does; returns it."""
+        slot = number = self.numbers[index]
+        record = bytes(PairRecord(id=number, started_ns=1))
+        size = self._maps.workers * self._maps.slots * PAIR_BYTES
+        with contextlib.closing(bpf.map_memory(self._maps.pairs_fd, size, write=True)) as table:
+            table[slot * PAIR_BYTES : (slot + 1) * PAIR_BYTES] = record
+        return record
+
     def close(self, *indexes: int, number: int = 0) -> list[Any]:
         """What each has carried; None of what is not ours, or is not that number's."""
         places = [[index, number or self.numbers.get(index, 1)] for index in indexes]
@@ -492,12 +503,10 @@ def playing() -> Iterator[Asking]:
     with contextlib.ExitStack() as stack:
         maps = KernelMaps.load(workers=2, slots=SLOTS)
         stack.callback(maps.close)
-        splicing = Splicing(
-            SpliceMaps.load(workers=2, slots=SLOTS, pairs_fd=maps.pairs_fd, sessions=10),
-            workers=2,
-        )
+        splice = SpliceMaps.load(workers=2, slots=SLOTS, pairs_fd=maps.pairs_fd, sessions=10)
+        splicing = Splicing(splice, workers=2)
         stack.callback(splicing.close)
-        yield Asking(splicing.patient_client(0), stack)
+        yield Asking(splicing.patient_client(0), stack, splice)
 
 
 @pytest.fixture(scope="module")
@@ -562,16 +571,17 @@ def test_a_session_that_was_given_and_not_taken_in_is_given_again(asking: Asking
     """A worker that dies while it takes them in leaves them to the next, with all that is known."""
     upstream = asking.upstream()
     index = asking.open(asking.bound(), upstream, port=888)
+    assert type(index) is int
+    shown = asking.show(index)
     upstream.close()
     asking.client.ask("worker_died")
     first = asking.client.ask("adopt_session")
     assert first["index"] == index
-    assert len(first["record"]) == 2 * PAIR_BYTES
+    assert first["record"] == shown.hex()
     assert asking.client.ask("adopt_session") == {"n": ANY}
     asking.client.ask("worker_died")
     again = asking.client.ask("adopt_session")
     assert {**again, "n": ANY} == {**first, "n": ANY}
-    assert type(index) is int
     assert asking.take_in(index).keys() == {"n"}
     assert asking.close(index) != [None]
 
