@@ -142,7 +142,8 @@ def test_without_the_store_each_machine_counts_alone_and_together_again_with_it(
     here.wait_until_refused("two")
     etcd.stop()
     here.wait_until_admitted("two", deadline_s=2 * DEADLINE_S)
-    here.daemons["two"].wait_for_line("fleet_limits_lost")
+    for name in ("one", "two"):
+        here.daemons[name].wait_for_line("fleet_limits_lost")
     here.fill("two", 5)
     for name in ("one", "two"):  # never more than at each machine alone
         assert not here.admits(name)
