@@ -117,7 +117,7 @@ class PseudoFiles:
         _fill(entry, _said(entry.file))
 
     def asked(self) -> None:
-        """Let in whoever waits in open(2); called on SIGIO, and when a writer is done."""
+        """Let processes in that wait in open(2); called on SIGIO, and when a writer is done."""
         for entry in list(self._present.values()):
             # Asked anew for each file: a writer whom we have just let in may be done with it, and
             # its next command at another file, before we get there.
