@@ -27,7 +27,14 @@ _BY_PACKAGE: Final = {
     ),
     "config": "key_files",
     "status": "metrics metrics_server=server",
-    "supervisor": "health=health_checker supervisor.checking=health_process",
+    "supervisor.files": (
+        "supervisor.bpffs supervisor.pins supervisor.proc supervisor.pseudo_files supervisor.views"
+    ),
+    "supervisor.processes": (
+        "health=health_checker supervisor.checking=health_process supervisor.scraping=web_process"
+    ),
+    "supervisor.requests": "supervisor.control=control_socket supervisor.report",
+    "supervisor.workers": "supervisor.worker_pool=pool",
     "cli": "rates manual demo doctor",
     "datapath.ebpf": (
         "datapath.bpf=syscall datapath.btf datapath.loading datapath.ringbuf "
@@ -85,8 +92,22 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "datapath.splice.sockets": {"datapath.splice.sockets": "End=SocketEnd"},
     "runtime.resolver": {"runtime.askers": "lookup"},
-    "supervisor.health_checker": {"supervisor.health_checker": "Verdict=HealthResult"},
-    "supervisor.configuration": {"supervisor.configuration": "InForce=ConfigInForce"},
+    "supervisor.configuration": {
+        "supervisor.configuration.in_force": "Change ConfigSource InForce=ConfigInForce"
+    },
+    "supervisor.files": {"supervisor.files.view_and_proc": "Files remove_stale_pins"},
+    "supervisor.listeners": {
+        "supervisor.listeners.binding": "Listeners TCP4_HEADERS_BYTES TCP6_HEADERS_BYTES"
+    },
+    "supervisor.processes.health_checker": {
+        "supervisor.processes.health_checker": "Verdict=HealthResult"
+    },
+    "supervisor.requests": {"supervisor.requests.obeying": "Requests"},
+    "supervisor.workers": {
+        "supervisor.workers.process": (
+            "ANSWER_TIMEOUT_S TRANSPARENT WorkerProcess ask_all check_user grant"
+        )
+    },
     "worker.foreign_sockets": {
         "runtime.socket_options": "cookie_of",
         "worker.foreign_sockets": "adoptable=foreign_socket",

@@ -20,9 +20,9 @@ from pyforwarder.runtime import host
 from pyforwarder.runtime.host import Lockdown
 from pyforwarder.runtime.instance import BPFFS
 from pyforwarder.runtime.tables import one_line
-from pyforwarder.supervisor import bpffs
-from pyforwarder.supervisor.view_selftest import prove_view
-from pyforwarder.supervisor.view_walks import walks_of
+from pyforwarder.supervisor.files import bpffs
+from pyforwarder.supervisor.files.view_selftest import prove_view
+from pyforwarder.supervisor.files.view_walks import walks_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -41,7 +41,7 @@ def run(env: Environment, options: UpOptions, ask: Callable[[str, Sequence[int]]
     from pyforwarder.runtime.instance import Instance
     from pyforwarder.supervisor.daemon import Daemon
     from pyforwarder.supervisor.detaching import detached
-    from pyforwarder.supervisor.giving_way import find_draining
+    from pyforwarder.supervisor.takeover.draining_daemon import find_draining
 
     def make(env: Environment, options: UpOptions) -> Daemon:
         instance = Instance.named(options.instance, env.environ)
@@ -71,6 +71,6 @@ def upgrade(
     Raises:
         ForwarderError: it cannot; the one that is running goes on as before.
     """
-    from pyforwarder.supervisor.succeeding import succeed
+    from pyforwarder.supervisor.takeover.upgrade_command import succeed
 
     return succeed(env, instance, config_path, introduce)

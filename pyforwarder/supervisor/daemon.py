@@ -1,6 +1,6 @@
 """The daemon: starts everything in the right order, and ends it in the reverse order.
 
-What each part does is in a module of its own, and parts.py makes them; here is only what comes
+What each part does is in a module of its own, and wiring.py makes them; here is only what comes
 before what.
 """
 
@@ -22,31 +22,31 @@ from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime import collecting
 from pyforwarder.runtime.instance import Instance, InstanceLock, acquire
 from pyforwarder.runtime.loop import Loop
-from pyforwarder.supervisor import stored_sockets
-from pyforwarder.supervisor.activation import Activation
-from pyforwarder.supervisor.configuration import ConfigSource
-from pyforwarder.supervisor.control import ControlServer
-from pyforwarder.supervisor.files import remove_stale_pins
-from pyforwarder.supervisor.giving_way import DaemonState
-from pyforwarder.supervisor.last_good import LastGood, read_first
+from pyforwarder.supervisor.configuration.in_force import ConfigSource
+from pyforwarder.supervisor.files.view_and_proc import remove_stale_pins
+from pyforwarder.supervisor.files.view_walks import walks_of
+from pyforwarder.supervisor.fleet.last_good import LastGood, read_first
+from pyforwarder.supervisor.listeners import stored_sockets
+from pyforwarder.supervisor.listeners.activation import Activation
 from pyforwarder.supervisor.log_file import begin_log
-from pyforwarder.supervisor.parts import Basis, DaemonParts
-from pyforwarder.supervisor.preparations import Preparations
-from pyforwarder.supervisor.scraping import wanted_of
+from pyforwarder.supervisor.processes.loaders import Preparations
+from pyforwarder.supervisor.processes.web_process import wanted_of
+from pyforwarder.supervisor.requests.control_socket import ControlServer
 from pyforwarder.supervisor.service_manager import ServiceManager
 from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.sizing import count_workers, raise_limits
-from pyforwarder.supervisor.takeover import SucceedingDaemon, Takeover
-from pyforwarder.supervisor.view_walks import walks_of
-from pyforwarder.supervisor.workers import check_user
+from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
+from pyforwarder.supervisor.takeover.takeover import SucceedingDaemon, Takeover
+from pyforwarder.supervisor.wiring import Basis, DaemonParts
+from pyforwarder.supervisor.workers.process import check_user
 from pyforwarder.worker.room import slots_of
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
     from pyforwarder.runtime.environment import Environment
     from pyforwarder.supervisor import UpOptions
-    from pyforwarder.supervisor.predecessor import Predecessor
-    from pyforwarder.supervisor.preparing import Loaded
+    from pyforwarder.supervisor.processes.loader import Loaded
+    from pyforwarder.supervisor.takeover.predecessor import Predecessor
 
 _SESSIONS: Final = frozenset(row.name for row in SESSIONS)
 

@@ -26,8 +26,8 @@ from pyforwarder.datapath.splice.supervised import SupervisedSplice, splices_ses
 from pyforwarder.datapath.supervised import Given, KernelDatapath
 from pyforwarder.errors import ForwarderError, LoadError
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor import bpffs
-from pyforwarder.supervisor.preparing import Loaded
+from pyforwarder.supervisor.files import bpffs
+from pyforwarder.supervisor.processes.loader import Loaded
 from pyforwarder.worker.room import places_for
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.splicing import Splicing
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.memory import SharedMemory
-    from pyforwarder.supervisor.preparing import Part
+    from pyforwarder.supervisor.processes.loader import Part
     from pyforwarder.worker.log import Log
 
 _WATCH_KEEPER_S: Final = 2.0

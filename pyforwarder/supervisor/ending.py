@@ -6,10 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor import stored_sockets
-from pyforwarder.supervisor.deciding import SILENT_S
 from pyforwarder.supervisor.drain_report import log_drain, log_resets
-from pyforwarder.supervisor.giving_way import DaemonState
+from pyforwarder.supervisor.express.deciding import SILENT_S
+from pyforwarder.supervisor.listeners import stored_sockets
+from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.environment import Environment
     from pyforwarder.runtime.instance import InstanceLock
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.configuration import ConfigInForce
-    from pyforwarder.supervisor.preparations import Preparations
-    from pyforwarder.supervisor.retiring import Retirement
-    from pyforwarder.supervisor.worker_pool import WorkerPool
+    from pyforwarder.supervisor.configuration.in_force import ConfigInForce
+    from pyforwarder.supervisor.processes.loaders import Preparations
+    from pyforwarder.supervisor.takeover.retirement import Retirement
+    from pyforwarder.supervisor.workers.pool import WorkerPool
     from pyforwarder.worker.log import Log
 
 # How long workers have to reset and close what is left, once they are told to stop.

@@ -9,13 +9,13 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.supervisor import stored_sockets
+from pyforwarder.supervisor.listeners import stored_sockets
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.supervisor.listeners import BoundSocket
+    from pyforwarder.supervisor.listeners.binding import BoundSocket
     from pyforwarder.worker.log import Log
 
 

@@ -10,7 +10,7 @@ from pyforwarder.worker.room import express_slots, places_for, room_for
 
 if TYPE_CHECKING:
     from pyforwarder.config import Config
-    from pyforwarder.supervisor.predecessor import Predecessor
+    from pyforwarder.supervisor.takeover.predecessor import Predecessor
     from pyforwarder.worker.log import Log
 
 

@@ -146,7 +146,7 @@ class Connector:
     def _socket_to(address: Address | UnixAddress) -> _socket.socket:
         if isinstance(address, UnixAddress):
             return _socket.socket(_socket.AF_UNIX, _STREAM, 0)
-        # never MPTCP, see supervisor/listeners.py
+        # never MPTCP, see supervisor/listeners/binding.py
         return _socket.socket(_family_of(address), _STREAM, _socket.IPPROTO_TCP)
 
     @staticmethod

@@ -110,8 +110,8 @@ def _arguments(command: click.Command) -> Iterator[str]:
 
 
 def files(directory: str) -> str:
-    """A line for each file of a directory, of the package or of the tree: the first paragraph of
-    the text at its top. `.` is the package's own directory.
+    """A line for each package in a directory, of the package or of the tree, and one for each of
+    its files: the first paragraph of the text at its top. `.` is the package's own directory.
 
     Raises:
         KeyError: there is no such directory.
@@ -119,7 +119,11 @@ def files(directory: str) -> str:
     paths = [top / directory for top in (_PACKAGE, _PACKAGE.parent) if (top / directory).is_dir()]
     if not paths:
         raise KeyError(directory)
-    rows = []
+    rows = [
+        (code(f"{path.parent.name}/"), first_paragraph(path))
+        for path in sorted(paths[0].glob("*/__init__.py"))
+        if directory != "." and path.read_text()  # those of the package are layers, in a table
+    ]
     for path in sorted(paths[0].iterdir()):
         about = first_paragraph(path) if path.is_file() else ""
         if about and path.name not in ("__init__.py", "__main__.py"):

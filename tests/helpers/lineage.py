@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.client import ControlClient
 from pyforwarder.runtime.instance import Instance
-from pyforwarder.supervisor.predecessor import Predecessor, find
+from pyforwarder.supervisor.takeover.predecessor import Predecessor, find
 from tests.helpers.daemon import COMMAND, START_DEADLINE_S
 from tests.helpers.peers import dial, read_exactly
 from tests.helpers.waiting import wait_for

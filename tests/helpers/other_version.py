@@ -58,7 +58,7 @@ OTHER_RECORDS: Final = (
 )
 # As one that knows nothing of spliced pairs that stay.
 CANNOT_KEEP: Final = (
-    Change("pyforwarder/supervisor/retiring.py", r'\n *"keeps_spliced": True,', ""),
+    Change("pyforwarder/supervisor/takeover/retirement.py", r'\n *"keeps_spliced": True,', ""),
 )
 
 

@@ -838,7 +838,7 @@ def test_doctor_finds_no_fault_in_a_bpffs_that_up_will_mount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mark: str, is_own: bool
 ) -> None:
     from pyforwarder.cli import doctor
-    from pyforwarder.supervisor import bpffs
+    from pyforwarder.supervisor.files import bpffs
 
     point = tmp_path if is_own else Path("/sys/fs/bpf")
     root = tmp_path if is_own else point / "pyforwarder"

@@ -11,7 +11,7 @@ from pyforwarder.config.dump import dump_config
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.errors import ConfigError
 from pyforwarder.supervisor import UpOptions
-from pyforwarder.supervisor.configuration import ConfigSource
+from pyforwarder.supervisor.configuration.in_force import ConfigSource
 
 MAIN = """
 include: conf.d

@@ -20,10 +20,10 @@ from pyforwarder.fleet.opening import open_store
 from pyforwarder.fleet.store import Change, Found, StoreError
 from pyforwarder.fleet.watching import All, Lost, Watcher
 from pyforwarder.runtime.channel import Channel
-from pyforwarder.supervisor.fleet_health import FleetHealth
-from pyforwarder.supervisor.health_checker import HealthResult
-from pyforwarder.supervisor.health_process import report_rounds
+from pyforwarder.supervisor.fleet.shared_health import FleetHealth
 from pyforwarder.supervisor.messages import FROM_HEALTH, FleetStates, FleetStore, understand
+from pyforwarder.supervisor.processes.health_checker import HealthResult
+from pyforwarder.supervisor.processes.health_process import report_rounds
 
 KEYS: Final = Keys("edge")
 WEB: Final = ("web", "10.0.0.1:80")

@@ -40,8 +40,8 @@ from pyforwarder.runtime.fleet_counts import (
 )
 from pyforwarder.runtime.limits import TCP, UDP, Bounds, Limit, SharedLimits, shared_memory
 from pyforwarder.runtime.limits_memory import MOST_OTHERS, OTHERS_BYTES, share_of
-from pyforwarder.supervisor.failover import FailoverProcess
-from pyforwarder.supervisor.fleet_limits import LimitsProcess
+from pyforwarder.supervisor.fleet.failover_process import FailoverProcess
+from pyforwarder.supervisor.fleet.limits_process import LimitsProcess
 from pyforwarder.supervisor.messages import FROM_LIMITS, FaultyMessageError, understand
 from pyforwarder.worker.generation import fleet_scopes
 
@@ -743,7 +743,9 @@ def compacts(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Sent]:
     monkeypatch.setattr("pyforwarder.fleet.limits.LimitsSharing", sharing)
     for name in ("splice.own_pairs.OwnPairs", "splice.staying.Staying"):
         monkeypatch.setattr(f"pyforwarder.datapath.{name}", mock.MagicMock())
-    monkeypatch.setattr("pyforwarder.supervisor.failover.KeeperClient", mock.MagicMock())
+    monkeypatch.setattr(
+        "pyforwarder.supervisor.fleet.failover_process.KeeperClient", mock.MagicMock()
+    )
 
     def look(text: str) -> Sent:
         fleet = parse_config(f"{text}\n{LISTENERS}", source="x").fleet

@@ -62,10 +62,10 @@ SLEEPS: Final = {
     "kernel/daemon/test_upgrade_many.py play": (
         "so long it is measured what there is without an upgrade"
     ),
-    "unit/test_child.py _prepare": "a child that lives until it is killed",
+    "unit/supervisor/processes/test_child.py _prepare": "a child that lives until it is killed",
     "unit/test_keeper_client.py slow": "the answer comes so late",
-    "unit/test_preparing.py hangs": "a child that hangs until it is killed",
-    "unit/test_worker_ending.py closes_and_ends": "an end that takes a moment",
+    "unit/supervisor/processes/test_loader.py hangs": "a child that hangs until it is killed",
+    "unit/supervisor/workers/test_ending.py closes_and_ends": "an end that takes a moment",
 }
 # A mode of the tests, or a machine, that has no such thing: `needs` knows capabilities of kernels.
 SKIPS: Final = {
@@ -116,7 +116,7 @@ CLOCKS: Final = {
     "kernel/splice/test_keeper.py test_a_keeper_that_hangs_keeps_nobody_waiting_and_is_replaced": (
         "the same"
     ),
-    "unit/test_messages.py test_closing_what_was_sent_does_not_linger": (
+    "unit/supervisor/test_messages.py test_closing_what_was_sent_does_not_linger": (
         "a close(2) that would last a minute, and ends by a signal that ends a test's time as well"
     ),
 }

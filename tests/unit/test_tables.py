@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyforwarder.datapath.ebpf.abi import LineKind
 from pyforwarder.runtime import tables
-from pyforwarder.supervisor.report import TOTALS
+from pyforwarder.supervisor.requests.report import TOTALS
 from tests.helpers.fake_control import PAIR
 
 HEADER = (

@@ -3,8 +3,8 @@
 BPFFS/NAME/splice, splice-2, ... splice-8
 
 There is more than one while a daemon keeps its spliced pairs that its successor cannot take over,
-because their records are of another version (supervisor/succession.py): each removes its own pins
-by their paths at its end. A daemon has a shared lock (flock(2)) on its directory as long as it
+because their records are of another version (supervisor/takeover/messages.py): each removes its own
+pins by their paths at its end. A daemon has a shared lock (flock(2)) on its directory as long as it
 lives. So a directory without one was left by a daemon that was killed, and the one that serves
 removes it.
 """

@@ -18,7 +18,7 @@ import pytest
 
 from pyforwarder.runtime.socket_options import TRANSPARENT
 from pyforwarder.supervisor.messages import Ask
-from pyforwarder.supervisor.workers import grant
+from pyforwarder.supervisor.workers.process import grant
 from tests.helpers.netns import private_network
 from tests.helpers.peers import Waiting, address_text, read_exactly
 from tests.helpers.sessions import datagram_socket

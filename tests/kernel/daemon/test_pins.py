@@ -13,8 +13,8 @@ import pytest
 from pyforwarder import __version__
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.runtime import tables
-from pyforwarder.supervisor import pins
-from pyforwarder.supervisor.pins import Stamp
+from pyforwarder.supervisor.files import pins
+from pyforwarder.supervisor.files.pins import Stamp
 from tests.helpers.daemon import Place, leftovers
 from tests.helpers.peers import pair_through
 from tests.helpers.waiting import wait_for

@@ -23,7 +23,7 @@ from pyforwarder.core.address import Address
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.pidfd import fetch_descriptors
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.predecessor import NoAnswerError
+from pyforwarder.supervisor.takeover.predecessor import NoAnswerError
 from pyforwarder.worker.used_tokens import SHARES
 from tests.helpers.daemon import COMMAND, START_DEADLINE_S
 from tests.helpers.first_packets import client_hello

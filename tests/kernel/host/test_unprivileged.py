@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.splice.pins import has_pins, pins_in, pins_of, unpin
-from pyforwarder.supervisor import bpffs
-from pyforwarder.supervisor.views import remove_stale
+from pyforwarder.supervisor.files import bpffs
+from pyforwarder.supervisor.files.views import remove_stale
 
 if TYPE_CHECKING:
     from tests.helpers.daemon import Place

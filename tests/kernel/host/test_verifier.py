@@ -23,7 +23,7 @@ from pyforwarder.datapath.splice.maps import Programs
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime.host import kernel_version
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor.view_walks import FILES, WALKS, link
+from pyforwarder.supervisor.files.view_walks import FILES, WALKS, link
 
 OLD: Final = (6, 6)
 MOST: Final = 750_000 if kernel_version() < OLD else 220_000

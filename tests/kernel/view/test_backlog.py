@@ -14,9 +14,9 @@ from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import PairTable, read_slots, slots_for
 from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.runtime.socket_options import SO_COOKIE
-from pyforwarder.supervisor import view_walks
-from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk
-from pyforwarder.supervisor.views import View
+from pyforwarder.supervisor.files import view_walks
+from pyforwarder.supervisor.files.view_walks import KSYM, MAP, Walk
+from pyforwarder.supervisor.files.views import View
 from tests.helpers.netns import private_network
 from tests.helpers.segments import sequence_numbers
 

@@ -10,8 +10,8 @@ import pytest
 
 from pyforwarder.cli import doctor
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.supervisor.view_selftest import WITHOUT_VIEW, prove_view
-from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk, walks_of
+from pyforwarder.supervisor.files.view_selftest import WITHOUT_VIEW, prove_view
+from pyforwarder.supervisor.files.view_walks import KSYM, MAP, Walk, walks_of
 from tests.helpers.capabilities import State, this_host
 
 

@@ -33,10 +33,11 @@ from pyforwarder.datapath.ebpf.pair_table import PairTable, PairWindow, slots_fo
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.counters import BLOCK_BYTES, BLOCK_WORDS, Counter, Counters
 from pyforwarder.runtime.slowness import scaled_s
-from pyforwarder.supervisor import report, view_walks
-from pyforwarder.supervisor.report import Backlogs
-from pyforwarder.supervisor.view_walks import KSYM, MAP, Walk
-from pyforwarder.supervisor.views import View
+from pyforwarder.supervisor.files import view_walks
+from pyforwarder.supervisor.files.view_walks import KSYM, MAP, Walk
+from pyforwarder.supervisor.files.views import View
+from pyforwarder.supervisor.requests import report
+from pyforwarder.supervisor.requests.report import Backlogs
 from tests.helpers.waiting import DEADLINE_S
 from tests.kernel.conftest import temporary_place
 

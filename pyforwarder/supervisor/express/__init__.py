@@ -1,0 +1,1 @@
+"""What the kernel decides by itself (`datapath: express`): which listeners, which servers."""

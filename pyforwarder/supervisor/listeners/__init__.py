@@ -1,0 +1,1 @@
+"""The listening sockets of an instance: bound, or opened and kept by the service manager."""

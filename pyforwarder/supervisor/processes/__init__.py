@@ -1,0 +1,1 @@
+"""The processes beside the workers that the supervisor keeps, and the loaders of programs."""

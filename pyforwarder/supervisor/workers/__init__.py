@@ -1,0 +1,1 @@
+"""The workers, as their supervisor sees them: forked, told, asked, replaced, ended."""
