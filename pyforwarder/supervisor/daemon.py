@@ -23,19 +23,19 @@ from pyforwarder.runtime import collecting
 from pyforwarder.runtime.instance import Instance, InstanceLock, acquire
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.supervisor.configuration.in_force import ConfigSource
+from pyforwarder.supervisor.daemon_state import DaemonState
 from pyforwarder.supervisor.files.view_and_proc import remove_stale_pins
 from pyforwarder.supervisor.files.view_walks import walks_of
 from pyforwarder.supervisor.fleet.last_good import LastGood, read_first
 from pyforwarder.supervisor.listeners import stored_sockets
 from pyforwarder.supervisor.listeners.activation import Activation
 from pyforwarder.supervisor.log_file import begin_log
-from pyforwarder.supervisor.processes.loaders import Preparations
+from pyforwarder.supervisor.processes.loader import Loaders
 from pyforwarder.supervisor.processes.web_process import wanted_of
 from pyforwarder.supervisor.requests.control_socket import ControlServer
 from pyforwarder.supervisor.service_manager import ServiceManager
 from pyforwarder.supervisor.signals import Signals
 from pyforwarder.supervisor.sizing import count_workers, raise_limits
-from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
 from pyforwarder.supervisor.takeover.takeover import SucceedingDaemon, Takeover
 from pyforwarder.supervisor.wiring import Basis, DaemonParts
 from pyforwarder.supervisor.workers.process import check_user
@@ -67,7 +67,7 @@ class Daemon:
         self._instance = Instance.named(options.instance, env.environ)
         self._loop = Loop()
         self._control: ControlServer | None = None
-        self._preparations = Preparations(self._loop, self._take, self._close_in_child)
+        self._loaders = Loaders(self._loop, self._take, self._close_in_child)
         self._is_settled = False
         self._walks = walks_of(env.environ)
         self._activation = Activation(env.environ)
@@ -91,7 +91,7 @@ class Daemon:
             collecting.settle()
             try:
                 self._bind(text, config)
-                self._start_preparing()
+                self._start_loading()
                 if self._predecessor is not None:
                     self._takeover.take_place(self._predecessor, self._as_successor())
                 self._start(config)
@@ -163,7 +163,7 @@ class Daemon:
             last_good=self._last_good,
             activation=self._activation,
             walks=self._walks,
-            preparations=self._preparations,
+            loaders=self._loaders,
             lock=self._lock,
             memory=self._memory,
             loop=self._loop,
@@ -221,7 +221,7 @@ class Daemon:
             memory=self._memory,
             datapaths=self._datapaths,
             workers=self._workers,
-            preparations=self._preparations,
+            loaders=self._loaders,
             pins=self._instance.bpffs_dir,
             lock=self._lock,
             loop=self._loop,
@@ -244,7 +244,7 @@ class Daemon:
         self._prove_sessions()
         self._loop.stop()
 
-    def _start_preparing(self) -> None:
+    def _start_loading(self) -> None:
         """Have the kernel's programs loaded and proven beside us: that takes seconds.
 
         Where an earlier daemon's pairs go on, and their ports are not ours to use, before all else.
@@ -254,16 +254,16 @@ class Daemon:
         # One for each processor of a small machine: two compilers want memory enough.
         for some in (parts, self._files.parts()):
             if some:
-                self._preparations.start(
+                self._loaders.start(
                     some,
                     # The predecessor serves meanwhile, unless it drains.
                     is_in_no_hurry=predecessor is not None and not predecessor.offer.is_draining,
                 )
         if self._datapaths.must_come_first:
             self._log.write("info", "taking_over", datapaths=",".join(parts))
-            for name, loaded in self._preparations.wait_for_first():
+            for name, loaded in self._loaders.wait_for_first():
                 self._take(name, loaded)
-        self._preparations.watch()
+        self._loaders.watch()
 
     def _prove_sessions(self) -> None:
         """Have the kernel's sessions proven beside us, once a listener may use them."""
@@ -271,7 +271,7 @@ class Daemon:
             return
         parts = self._datapaths.parts_of_sessions(self._in_force.config)
         if parts:
-            self._preparations.watch_more(parts)
+            self._loaders.watch_more(parts)
 
     def _take(self, name: str, loaded: Loaded | LoadError) -> None:
         if name in _SESSIONS:
@@ -285,7 +285,7 @@ class Daemon:
             self._datapaths.take(name, loaded)
             if not self._datapaths.in_preparation and self._workers.living:
                 self._workers.datapaths_are_settled()
-        if self._preparations.is_over and not self._ending.has_begun and self._predecessor is None:
+        if self._loaders.is_over and not self._ending.has_begun and self._predecessor is None:
             self._loop.stop()
 
     def _serve_until_settled(self) -> None:
@@ -346,7 +346,7 @@ class Daemon:
         self._signals.close_in_child()
         self._lock.close()
         self._workers.close_in_child()
-        self._preparations.close_in_child()
+        self._loaders.close_in_child()
         self._in_force.listeners.close_in_child()
         self._helpers.close_in_child(is_web=is_web)
         for fd in self._control.fds() if self._control is not None else ():
@@ -429,7 +429,7 @@ class Daemon:
     def _clean_up(self) -> None:
         """End every process and leave nothing behind, however far the start has come."""
         self._service_manager.finish()
-        self._preparations.close()
+        self._loaders.close()
         self._helpers.close()
         self._workers.close()
         self._in_force.listeners.close()

@@ -6,10 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.supervisor.daemon_state import DaemonState
 from pyforwarder.supervisor.drain_report import log_drain, log_resets
 from pyforwarder.supervisor.express.deciding import SILENT_S
 from pyforwarder.supervisor.listeners import stored_sockets
-from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyforwarder.runtime.instance import InstanceLock
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.supervisor.configuration.in_force import ConfigInForce
-    from pyforwarder.supervisor.processes.loaders import Preparations
+    from pyforwarder.supervisor.processes.loader import Loaders
     from pyforwarder.supervisor.takeover.retirement import Retirement
     from pyforwarder.supervisor.workers.pool import WorkerPool
     from pyforwarder.worker.log import Log
@@ -38,7 +38,7 @@ class Ending:
         env: Environment,
         in_force: ConfigInForce,
         workers: WorkerPool,
-        preparations: Preparations,
+        loaders: Loaders,
         counters: Counters,
         *,
         lock: InstanceLock,
@@ -57,7 +57,7 @@ class Ending:
         self._env = env
         self._in_force = in_force
         self._workers = workers
-        self._preparations = preparations
+        self._loaders = loaders
         self._counters = counters
         self._lock = lock
         self._loop = loop
@@ -83,7 +83,7 @@ class Ending:
     def retired(self) -> None:
         """Note that a successor has this daemon's place."""
         self.has_begun = True
-        self._preparations.stop()
+        self._loaders.stop()
 
     def down(self) -> None:
         """Do what `begin` does, when no daemon is to follow: systemd closes its sockets, too."""
@@ -100,7 +100,7 @@ class Ending:
         self._retirement().refuse()
         self.has_begun = True
         self._notify("STOPPING=1")
-        self._preparations.stop()
+        self._loaders.stop()
         if self._workers.stop_deciding():
             # Clients that have not spoken yet are not the listener's before that.
             self._loop.after(scaled_s(SILENT_S), self._drain)
@@ -131,7 +131,7 @@ class Ending:
             return
         self._retirement().refuse()
         self.stops = self.has_begun = True
-        self._preparations.stop()
+        self._loaders.stop()
         self._end_predecessor()
         self._in_force.listeners.close()
         if not self._retirement().has_given_spliced:

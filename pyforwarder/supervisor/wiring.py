@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.listeners.activation import Activation
     from pyforwarder.supervisor.memory import SharedMemory
     from pyforwarder.supervisor.processes.helpers import CloseInChild
-    from pyforwarder.supervisor.processes.loaders import Preparations
+    from pyforwarder.supervisor.processes.loader import Loaders
     from pyforwarder.supervisor.requests.control_socket import ControlServer
     from pyforwarder.supervisor.service_manager import ServiceManager
     from pyforwarder.supervisor.takeover.takeover import Takeover
@@ -53,7 +53,7 @@ class Basis:
     last_good: LastGood
     activation: Activation
     walks: tuple[Walk, ...]
-    preparations: Preparations
+    loaders: Loaders
     lock: InstanceLock
     memory: SharedMemory
     loop: Loop
@@ -161,7 +161,7 @@ class DaemonParts:
             basis.env,
             self.in_force,
             self.workers,
-            basis.preparations,
+            basis.loaders,
             basis.memory.counters,
             lock=basis.lock,
             loop=basis.loop,

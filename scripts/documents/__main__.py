@@ -22,10 +22,10 @@ def wanted(root: Path) -> dict[Path, str]:
             a file that is not there.
         UndocumentedError: a key of the configuration has no meaning.
     """
-    for path in pages(root):
-        if names := missing(path.read_text(), root):
-            raise PageError(f"{path.relative_to(root)}: there is no {', '.join(names)}")
     texts = {path: made(path.read_text(), str(path.relative_to(root))) for path in pages(root)}
+    for path, text in texts.items():  # as made: a list of files may still have one that has moved
+        if names := missing(text, root):
+            raise PageError(f"{path.relative_to(root)}: there is no {', '.join(names)}")
     return texts | {root / "docs" / name: text for name, text in pictures().items()}
 
 

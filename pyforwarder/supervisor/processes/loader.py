@@ -1,7 +1,8 @@
-"""A child that loads programs while we serve: compiling and verifying take seconds.
+"""Children that load and prove programs while we serve: compiling and verifying take seconds.
 
-It has inherited the maps, and hands over each part as soon as it has it: descriptors of what it has
-loaded, and a few words. What it cannot load it says so of, like a `LoadError` raised here.
+Such a child has inherited the maps, and hands over each part as soon as it has loaded it:
+descriptors, and a few words. Of a part that it cannot load it says why, and that is raised here as
+the `LoadError` that it was there.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import children, slowness
+from pyforwarder.runtime.loop import EPOLLIN
 from pyforwarder.runtime.slowness import scaled_s
+
+if TYPE_CHECKING:
+    from pyforwarder.runtime.loop import Loop
 
 # All parts together: compiling 60 s, the self-test 30 s each, and some more.
 TIMEOUT_S: Final = 240.0
@@ -40,10 +45,11 @@ class Loaded(NamedTuple):
 
 
 Part = Callable[[], Loaded]  # raises LoadError
+Take = Callable[[str, Loaded | LoadError], None]
 
 
-class Preparation:
-    """The child, from fork to wait."""
+class LoaderProcess:
+    """One child, from fork to wait."""
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class Preparation:
 
     @property
     def time_left_s(self) -> float:
-        """How long until the preparation has to be given up (`give_up`)."""
+        """How long until the child has to be given up (`give_up`)."""
         return max(0.0, self._deadline_s - time.monotonic())
 
     def next(self) -> Iterator[tuple[str, Loaded | LoadError]]:
@@ -155,6 +161,87 @@ class Preparation:
     def close_in_child(self) -> None:
         """Close the socket, in another process."""
         self._ours.close()
+
+
+class Loaders:
+    """The children of one daemon; each ends when its parts have come, or take too long."""
+
+    def __init__(self, loop: Loop, take: Take, close_in_child: Callable[[], None]) -> None:
+        """`take` gets each part that comes by the loop, by its name, or why it does not come."""
+        self._loop = loop
+        self._take = take
+        self._close_in_child = close_in_child
+        self._all: list[LoaderProcess] = []
+
+    def start(self, parts: Mapping[str, Part], *, is_in_no_hurry: bool = False) -> None:
+        """Fork a child for these parts; not reported before `wait_for_first` or `watch`."""
+        self._all.append(
+            LoaderProcess(parts, close_in_child=self._close_in_child, is_in_no_hurry=is_in_no_hurry)
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to come any more."""
+        return all(one.is_over for one in self._all)
+
+    def wait_for_first(self) -> Iterator[tuple[str, Loaded | LoadError]]:
+        """What the first child has, to its end; nobody is served meanwhile."""
+        yield from self._all[0].wait()
+        self._all[0].close()
+
+    def wait(self) -> Iterator[tuple[str, Loaded | LoadError]]:
+        """What all of them have, likewise."""
+        for one in self._all:
+            yield from one.wait()
+            one.close()
+
+    def watch(self) -> None:
+        """Take by the loop what is still to come."""
+        for one in self._all:
+            if not one.is_over:
+                self._watch(one)
+
+    def watch_more(self, parts: Mapping[str, Part]) -> None:
+        """Start parts of which it turns out only now that they are wanted, and watch them."""
+        self.start(parts)
+        self._watch(self._all[-1])
+
+    def _watch(self, one: LoaderProcess) -> None:
+        self._loop.watch(one.fileno(), EPOLLIN, self._received, one)
+        self._loop.after(one.time_left_s, lambda: self._give_up(one))
+
+    def _received(self, one: LoaderProcess, fd: int, _mask: int) -> None:
+        found = list(one.next())
+        if one.is_over:
+            self._loop.forget(fd)
+            one.close()
+        for name, loaded in found:
+            self._take(name, loaded)
+
+    def _give_up(self, one: LoaderProcess) -> None:
+        if not one.is_over:
+            self._loop.forget(one.fileno())
+            found = list(one.give_up())
+            one.close()
+            for name, error in found:
+                self._take(name, error)
+
+    def stop(self) -> None:
+        """End all processes, while the loop goes on: nothing that they send is taken any more."""
+        for one in self._all:
+            if not one.is_over:
+                self._loop.forget(one.fileno())
+            one.close()
+
+    def close_in_child(self) -> None:
+        """Close the sockets to these processes, in another child."""
+        for one in self._all:
+            one.close_in_child()
+
+    def close(self) -> None:
+        """End all processes, when the loop is not needed any more."""
+        for one in self._all:
+            one.close()
 
 
 def _send(sock: socket.socket, name: str, part: Part) -> None:

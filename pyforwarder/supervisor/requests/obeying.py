@@ -11,8 +11,8 @@ from pyforwarder.core.address import Address, AddressError, bind_text, parse_por
 from pyforwarder.errors import ControlError, ForwarderError, InternalError, UsageError
 from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.runtime.socket_options import cookie_of
+from pyforwarder.supervisor.daemon_state import DaemonState
 from pyforwarder.supervisor.requests import report
-from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
 from pyforwarder.supervisor.workers.process import ask_all
 
 if TYPE_CHECKING:

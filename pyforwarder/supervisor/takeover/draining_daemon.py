@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 import time
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.errors import ControlError, ForwarderError
 from pyforwarder.runtime.instance import is_running
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.supervisor.daemon_state import DaemonState
 from pyforwarder.supervisor.takeover.predecessor import find
 
 if TYPE_CHECKING:
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 # looked. It resets its pairs within 5 s, and programs in the kernel decide for 1.2 s more.
 _WAIT_S: Final = 10.0
 _LOOK_S: Final = 0.02
-
-
-class DaemonState(StrEnum):
-    """How far a daemon has come towards its end; `ping` is answered with it."""
-
-    SERVING = "serving"
-    CLOSING = "stopping"  # it is to drain, and its listeners are still its own
-    DRAINING = "draining"  # it accepts no more
-    ENDING = "ending"  # it resets what is left, or another one has its place
 
 
 def find_draining(instance: Instance, ask: Ask) -> Predecessor | None:

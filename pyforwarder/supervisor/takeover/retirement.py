@@ -20,8 +20,8 @@ from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.descriptors import duplicate_socket
 from pyforwarder.runtime.slowness import scaled_s
+from pyforwarder.supervisor.daemon_state import DaemonState
 from pyforwarder.supervisor.requests import report
-from pyforwarder.supervisor.takeover.draining_daemon import DaemonState
 from pyforwarder.supervisor.takeover.messages import (
     ENVIRON,
     PROTOCOL,

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from pyforwarder.supervisor.configuration.in_force import Change, ConfigInForce
     from pyforwarder.supervisor.datapaths import Datapaths
     from pyforwarder.supervisor.listeners.activation import Activation
-    from pyforwarder.supervisor.processes.loader import Loaded
-    from pyforwarder.supervisor.processes.loaders import Preparations
+    from pyforwarder.supervisor.processes.loader import Loaded, Loaders
     from pyforwarder.supervisor.processes.web_process import WebProcess
     from pyforwarder.supervisor.workers.pool import WorkerPool
     from pyforwarder.worker.log import Log
@@ -59,7 +58,7 @@ class SucceedingDaemon:
     memory: SharedMemory
     datapaths: Datapaths
     workers: WorkerPool
-    preparations: Preparations
+    loaders: Loaders
     pins: Path
     lock: InstanceLock
     loop: Loop
@@ -184,7 +183,7 @@ class Takeover:
         Raises:
             ForwarderError: it goes on as before.
         """
-        for name, loaded in daemon.preparations.wait():
+        for name, loaded in daemon.loaders.wait():
             if name == "splice":
                 self._spliced = loaded
             else:

@@ -10,15 +10,15 @@ import pytest
 
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.supervisor.processes import loader
-from pyforwarder.supervisor.processes.loader import Loaded, Part, Preparation
+from pyforwarder.supervisor.processes.loader import Loaded, LoaderProcess, Part
 
 
 def nothing() -> None:
     pass
 
 
-def prepare(parts: dict[str, Part]) -> Preparation:
-    return Preparation(parts, close_in_child=nothing)
+def prepare(parts: dict[str, Part]) -> LoaderProcess:
+    return LoaderProcess(parts, close_in_child=nothing)
 
 
 def pipe_with(data: bytes) -> Part:
