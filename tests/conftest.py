@@ -9,7 +9,7 @@
 
 HYPOTHESIS_PROFILE=deep in the environment tries many more examples per property than `fast` does.
 
-With pytest-xdist (`-n 4 --dist loadfile`, as scripts/test has it) modules run side by side, but
+With pytest-xdist (`-n 5 --dist loadfile`, as scripts/test has it) modules run side by side, but
 nothing beside a test marked `alone`.
 
 The head of the report says what this host's kernel can do (helpers/capabilities.py). A test marked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,17 +31,27 @@ def test_sometimes(number):
 """
 
 
-def run(directory: Path, *times: int, ci: str = "true") -> tuple[int, str]:
-    """Exit code and output of a run in which test N fails `times[N]` times."""
+def write_settings(directory: Path) -> None:
+    """Those of all our tests."""
     (directory / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
     (directory / "pytest.ini").write_text(
         "[pytest]\nmarkers =\n    kernel: k\n    soak: s\n    alone: a\n    needs: n\n"
     )
+
+
+def run(directory: Path, *times: int, ci: str = "true") -> tuple[int, str]:
+    """Exit code and output of a run in which test N fails `times[N]` times."""
+    write_settings(directory)
     (directory / "test_it.py").write_text(FLAKY)
     for number, count in enumerate(times):
         (directory / f"times-{number}").write_text(str(count))
+    return run_again(AGAIN, directory, "-p", "no:cacheprovider", ci=ci)
+
+
+def run_again(script: Path, directory: Path, *words: str, ci: str = "true") -> tuple[int, str]:
+    """Exit code and output of the script, with these arguments."""
     done = subprocess.run(
-        [sys.executable, str(AGAIN), "-p", "no:cacheprovider"],
+        [sys.executable, str(script), *words],
         cwd=directory,
         env={
             "CI": ci,
@@ -104,3 +116,76 @@ def test_a_module_that_cannot_be_imported_is_not_run_again(tmp_path: Path) -> No
     code, said = run(tmp_path)
     assert code != 0
     assert "FLAKY" not in said
+
+
+# Each test says when it ran; `alone` is what no other may run beside.
+TIMES = """
+import json, time, pytest
+
+@pytest.mark.parametrize("number", range(8))
+def test_beside(number):
+    write("beside")
+
+@pytest.mark.alone
+def test_alone():
+    write("alone")
+
+def write(name):
+    line = json.dumps([name, time.monotonic()])
+    with open("times", "a") as file:
+        file.write(line + "\\n")
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A checkout with two modules of kernel tests, each with one that must be alone."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts/test_again.py").write_text(AGAIN.read_text())
+    write_settings(tmp_path)
+    for name in ("unit", "kernel"):
+        (tmp_path / "tests" / name).mkdir(parents=True)
+    (tmp_path / "tests/unit/test_unit.py").write_text("def test_it():\n    pass\n")
+    for name in ("test_one", "test_two"):
+        (tmp_path / f"tests/kernel/{name}.py").write_text(TIMES)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "directories", [(), ("tests",), ("tests/kernel",), ("tests/unit", "tests")]
+)
+def test_side_by_side_what_must_be_alone_is_run_after_all_else_once(
+    tree: Path, directories: tuple[str, ...]
+) -> None:
+    code, said = run_again(tree / "scripts/test_again.py", tree, "--side-by-side", *directories)
+    assert code == 0, said
+    assert said.count(" passed") == 2
+    ran = [json.loads(line) for line in (tree / "times").read_text().splitlines()]
+    names = [name for name, _ in sorted(ran, key=lambda one: one[1])]
+    assert names == ["beside"] * 16 + ["alone"] * 2
+
+
+def test_side_by_side_what_holds_no_kernel_tests_is_run_once(tree: Path) -> None:
+    code, said = run_again(tree / "scripts/test_again.py", tree, "--side-by-side", "tests/unit")
+    assert (code, said.count("1 passed")) == (0, 1)
+
+
+@pytest.mark.parametrize("name", ["beside", "alone"])
+def test_side_by_side_a_failure_in_either_run_fails_both(tree: Path, name: str) -> None:
+    path = tree / "tests/kernel/test_one.py"
+    path.write_text(path.read_text().replace(f'write("{name}")', "raise AssertionError"))
+    words = (tree / "scripts/test_again.py", tree, "--side-by-side")
+    code, said = run_again(*words, ci="")
+    assert code == 1
+    assert f"failed:\n  tests/kernel/test_one.py::test_{name}" in said
+
+
+def test_only_kernel_tests_are_marked_alone() -> None:
+    """Others would be run by no run: see `kernel_tests_in`."""
+    marked = {
+        path.relative_to(ROOT / "tests").parts[0]
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "alone"
+    }
+    assert marked == {"kernel"}
