@@ -278,6 +278,10 @@ class UpstreamState:
         # One question on the path of every connection: nothing is to be done before the connect.
         self.is_plain = not self.transparent and not hosts
 
+    def has_source(self, address: Address) -> bool:
+        """Whether connections to this server come from one of the `source` addresses."""
+        return bool(self.sources[socket.AF_INET6 if address.is_ipv6 else socket.AF_INET])
+
     def source_for(self, number: int, family: int) -> str | None:
         """Which of the `source` addresses the connection of this number takes, if any."""
         sources = self.sources[family]

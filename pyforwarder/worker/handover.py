@@ -77,7 +77,8 @@ class Handover:
         self._splice = splice
         self._again: set[Client] = set()  # who is asked again by the clock
         self._queue: dict[Client, None] = {}  # the keeper is asked for them when it has answered
-        self._shown: dict[Address, float] = {}  # servers that were shown to the keeper: until when
+        # Servers that were shown to the keeper, each with its upstream's source: until when.
+        self._shown: dict[tuple[Address, str], float] = {}
         self._due: deque[Client] = deque()  # have waited for the keeper, and are asked for again
 
     def settle(self, *, sockmap: bool, splice: bool, express: bool = False) -> None:
@@ -181,14 +182,18 @@ class Handover:
         now_s = self._host.loop.now_s
         # If there is no room for it, the next connection to that server shows it: of a burst to
         # many servers that is a moment later.
-        if self._shown.get(server, 0.0) > now_s or not splice.can_show_route:
+        upstream = client.upstream
+        has_source = upstream is not None and upstream.has_source(server)
+        source = client.source_address() if has_source else None
+        way = server, source.host if source is not None else ""
+        if self._shown.get(way, 0.0) > now_s or not splice.can_show_route:
             return False
         if len(self._shown) >= _MOST_SHOWN:
             self._shown.clear()
-        self._shown[server] = now_s + _SHOW_AGAIN_S
+        self._shown[way] = now_s + _SHOW_AGAIN_S
         if client.is_bare:
             client.settle()
-        return splice.show_route(client, self._route_was_shown)
+        return splice.show_route(client, self._route_was_shown, has_source=has_source)
 
     def _route_was_shown(self, pair: Pair) -> None:
         """The keeper has looked at the pair's server: the pair goes on as any other does."""

@@ -23,8 +23,11 @@ from pyforwarder.core.express.choosing import (
     ByClient,
     Choice,
     InTurn,
+    Target,
     choice_among,
     logarithm,
+    sources_for,
+    targets_of,
     why_not,
 )
 from pyforwarder.core.upstreams import MOST_DRAWN, Balancer
@@ -219,3 +222,27 @@ def test_a_server_with_a_name_is_userspaces() -> None:
     document = {"upstreams": {"up": {"servers": ["10.0.0.1:80", "name:80"]}}}
     settings = parse_config(json.dumps(document), source="test").upstreams["up"]
     assert choice_of(settings) is None
+
+
+@pytest.mark.parametrize("balance", ["round_robin", "source_hash"])
+def test_a_source_is_part_of_the_choice_and_of_every_target(balance: str) -> None:
+    servers = Balancer(upstream([2, 1], balance)).fit(0.0)
+    plain = choice_among("up", balance, servers, PORT)
+    chosen = choice_among("up", balance, servers, PORT, "10.0.0.9")
+    assert isinstance(chosen, InTurn | ByClient)
+    assert chosen != plain
+    one, two = Address("10.0.0.1", 80), Address("10.0.0.2", 80)
+    assert set(targets_of(chosen)) == {Target(one, "10.0.0.9"), Target(two, "10.0.0.9")}
+    assert len(targets_of(chosen)) == 2  # each once
+    # A single server with a source is no address, which would stand for itself alone.
+    alone = choice_among("up", balance, servers[:1], PORT, "10.0.0.9")
+    assert alone == InTurn("up", (one,), "10.0.0.9")
+    assert choice_among("up", balance, servers[:1], PORT) == one
+    assert targets_of(one) == (Target(one),)
+
+
+def test_sources_are_those_of_the_ip_version() -> None:
+    sources = ("10.0.0.9", "fd00::9", "10.0.0.10")
+    assert sources_for(sources, is_ipv6=False) == ("10.0.0.9", "10.0.0.10")
+    assert sources_for(sources, is_ipv6=True) == ("fd00::9",)
+    assert sources_for((), is_ipv6=True) == ()

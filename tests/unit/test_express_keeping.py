@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -22,6 +22,7 @@ from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import connection_maps, keeping, ports, telling
 from pyforwarder.datapath.express.connection_maps import LEAST_REST_S, REST_S, Gone
 from pyforwarder.datapath.express.keeping import _Known
+from pyforwarder.datapath.express.numbering import Server
 from pyforwarder.datapath.express.places import ANSWER_TIMEOUT_S, Places
 from pyforwarder.datapath.express.sharing import _LABELS_AT, Express, Label, _Written
 from pyforwarder.datapath.splice.abi import NO_SLOT, SPLICE_BYTES, Splice, SpliceState
@@ -188,6 +189,40 @@ def test_a_number_that_is_given_back_has_no_way_and_is_not_another_s_while_a_ser
     connections.asks[3].word = 1 << abi.STATE_BITS | abi.AskState.JOINED
     go_on(stage)
     assert stage.express.back == []
+
+
+SERVER: Final = b"\0" * 10 + b"\xff\xff" + bytes([192, 0, 2, 9])
+SOURCE: Final = b"\0" * 10 + b"\xff\xff" + bytes([192, 0, 2, 1])
+
+
+@pytest.mark.parametrize("has_source", [False, True])
+def test_a_way_is_learned_for_upstreams_that_name_its_source_or_for_those_that_name_none(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, *, has_source: bool
+) -> None:
+    plain = Server(SERVER, socket.htons(80), 4)
+    shown = abi.Target(port=socket.htons(80), mss=1460, out=3)
+    shown.server[:] = memoryview(SERVER).cast("I").tolist()
+    shown.source[:] = memoryview(SOURCE).cast("I").tolist()
+    here = {"192.0.2.1"}
+    numbers = {plain: 1, plain._replace(source=SOURCE): 2}
+    monkeypatch.setattr(keeping, "shown_route", lambda *_: (plain, shown))
+    monkeypatch.setattr(keeping, "this_host_has", lambda ip: str(ip) in here)
+    monkeypatch.setattr(stage.express, "number_of", lambda server: numbers.get(server, 0))
+    keeper = stage.start()
+    nothing: Any = None
+
+    def learn() -> dict[int, int]:
+        keeper.learn(nothing, nothing, nothing, has_source=has_source)
+        return {number: target.out for number, target in stage.connections.targets.items()}
+
+    number = 2 if has_source else 1
+    assert learn() == {number: 3}
+    keeper.routes_changed()  # as when the address has gone
+    assert stage.connections.targets[number].out == 0
+    here.clear()
+    assert learn() == {number: 0}  # the worker has connected before it went
+    here.add("192.0.2.1")
+    assert learn() == {number: 3}
 
 
 # ---------------------------------------------------------------------------------- ports

@@ -107,3 +107,15 @@ def test_a_keeper_that_comes_later_finds_the_same(both: Both) -> None:
     assert later.most() == MOST_TARGETS - 1
     assert later.find(server(2)) == 2
     assert len(later.given_back()) == MOST_TARGETS - 2
+
+
+def test_a_server_has_a_number_for_each_address_that_it_is_reached_from(both: Both) -> None:
+    for host, sources in (
+        ("10.0.0.1", ("", "10.0.0.9", "10.0.0.10")),
+        ("fd00::1", ("", "fd00::9")),
+    ):
+        servers = [Server.of(Address(host, 80), source) for source in sources]
+        numbers = [both.supervisor.give(one) for one in servers]
+        assert len(set(numbers)) == len(sources)
+        assert [both.keeper.find(one) for one in servers] == numbers
+        assert both.keeper.find(Server.of(Address(host, 80), "10.9.9.9")) == 0

@@ -224,9 +224,9 @@ def test_the_list_ends_with_the_first_rule_that_userspace_alone_can_judge() -> N
         ),
         (
             {"to": "up"},
-            {"upstreams": {"up": {"servers": [SERVER], "source": ["127.0.0.9"]}}},
+            {"upstreams": {"up": {"servers": [SERVER], "source": ["127.0.0.9", "127.0.0.8"]}}},
             {},
-            "chooses a `source`",
+            "upstream up: userspace alone chooses among several addresses of `source`",
         ),
         (
             {"to": "up"},
@@ -362,3 +362,12 @@ def test_a_target_that_names_a_host_is_for_userspace() -> None:
     assert decided(rules, http_request("b")) == 0
     assert decided(rules, http_request("b").replace(b"\r\n\r\n", b"\r\nHost: a\r\n\r\n")) is None
     assert NEED_MORE is host_in(http_request("b")[:-2])
+
+
+@pytest.mark.parametrize("source", [["127.0.0.9"], ["127.0.0.9", "::1"], ["::1", "::2"]])
+def test_one_source_of_the_ip_version_is_the_kernels(source: list[str]) -> None:
+    """A worker takes none of another version, either."""
+    top = {"upstreams": {"up": {"servers": [SERVER], "source": source}}}
+    _, found = compiled([{"match": "any", "to": "up"}], top=top)
+    assert found.reasons == ("",)
+    assert found.table is not None

@@ -219,6 +219,7 @@ class FakeSplice(FakeDatapath):
         self.is_silent = False
         self.open: dict[Pair, PausedPair] = {}
         self.showing: PausedPair | None = None
+        self.shown_sources: list[bool] = []  # of each that was shown, whether it has a source
         self.takes_any_interface = False
         self.keepalive = OFF
 
@@ -249,10 +250,11 @@ class FakeSplice(FakeDatapath):
         """One at a time is enough."""
         return self.showing is None
 
-    def show_route(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+    def show_route(self, pair: Pair, then: Callable[[Pair], None], *, has_source: bool) -> bool:
         """Have the keeper look at the pair's server, until `look`."""
         if not self.can_show_route:
             return False
+        self.shown_sources.append(has_source)
         assert isinstance(pair.datapath, CopyDatapath)
         asked = PendingRequest(lambda *_: None)
         self.showing = PausedPair(
@@ -485,6 +487,34 @@ def test_a_server_for_which_the_keeper_had_no_time_is_looked_at_with_its_next_co
     splice.look()
     play.joined(listening, address)
     assert splice.showing is None
+
+
+def test_a_server_is_looked_at_once_for_each_source(start: StartPlay, servers: Servers) -> None:
+    """And it is said whether the upstream names where the worker has connected from."""
+    listening, address = servers()
+    ways = {"p": ("[]", False), "a": ("[127.0.0.9]", True), "b": ("[127.0.0.8, '::1']", True)}
+    upstreams = ", ".join(
+        f"{name}: {{servers: ['{address}'], source: {source}}}"
+        for name, (source, _) in ways.items()
+    )
+    rules = ", ".join(f"{{match: {{bytes: {{prefix: {name}}}}}, to: {name}}}" for name in ways)
+    play = start(
+        f"{EXPRESS}\nupstreams: {{{upstreams}}}\n"
+        f"listeners: [{{name: main, bind: '127.0.0.1:0', rules: [{rules}]}}]\n"
+    )
+    splice = shown_route(play)
+    for name, (_, has_source) in ways.items():
+        for is_first in (True, False):
+            client = play.dial()
+            client.sendall(name.encode())
+            server = play.accept(listening)
+            if is_first:
+                play.run_until(lambda: splice.showing, "the keeper looks")
+                splice.look()
+            assert play.read(server, 1) == name.encode()
+            assert splice.showing is None
+        assert splice.shown_sources[-1] is has_source
+    assert splice.shown_sources == [has_source for _, has_source in ways.values()]
 
 
 def test_a_pair_whose_server_is_looked_at_earns_its_handover_afterwards(

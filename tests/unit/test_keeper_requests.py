@@ -21,7 +21,7 @@ GOOD: Final[dict[str, tuple[dict[str, Any], int]]] = {
         {"id": 1, "slot": 0, "pending": [0, 5], "any_interface": 0, "keepalive": [60, 10, 3]},
         2,
     ),
-    "learn": ({}, 2),
+    "learn": ({"has_source": 1}, 2),
     "here": ({}, 0),
     "adopted": ({"index": 0, "id": 5, "slot": 7}, 0),
     "mute": ({"index": 3, "id": 5}, 2),

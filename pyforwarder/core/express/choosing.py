@@ -46,12 +46,20 @@ _MORE_BITS: Final = 16
 _MOST_BITS: Final = MOST_DRAWN.bit_length() - 1
 
 
+class Target(NamedTuple):
+    """A server, and the address of this host from which the kernel connects to it."""
+
+    server: Address
+    source: str = ""  # an IP address; empty: that of the route
+
+
 @dataclass(frozen=True, slots=True)
 class InTurn:
     """The servers of `upstream` one after the other."""
 
     upstream: str
     servers: tuple[Address, ...]  # a round
+    source: str = ""  # see `Target`
 
 
 class Drawing(NamedTuple):
@@ -68,6 +76,7 @@ class ByClient:
 
     upstream: str
     servers: tuple[Drawing, ...]
+    source: str = ""  # see `Target`
 
     def choose(self, client: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Address | None:
         """The server of a client; None: it is not certain, and userspace must choose."""
@@ -85,6 +94,19 @@ class ByClient:
 
 
 Choice = InTurn | ByClient
+
+
+def targets_of(to: Choice | Address) -> tuple[Target, ...]:
+    """The targets of a rule, each once."""
+    if isinstance(to, Address):
+        return (Target(to),)
+    servers = to.servers if isinstance(to, InTurn) else [one.server for one in to.servers]
+    return tuple(Target(server, to.source) for server in dict.fromkeys(servers))
+
+
+def sources_for(sources: Iterable[object], *, is_ipv6: bool) -> tuple[str, ...]:
+    """The addresses among `source` of an upstream for connections of one IP version."""
+    return tuple(text for text in map(str, sources) if (":" in text) is is_ipv6)
 
 
 def logarithm(number: int) -> int:
@@ -122,24 +144,26 @@ def why_not(balance: str, servers: Iterable[WeighedServer]) -> str:
 
 
 def choice_among(
-    upstream: str, balance: str, servers: Sequence[ServerState], port: int
+    upstream: str, balance: str, servers: Sequence[ServerState], port: int, source: str = ""
 ) -> Choice | Address | None:
     """How the kernel chooses a server for connections to a local port while these servers are up.
 
+    An address stands for itself alone: with a `source` a single server is a round of one turn.
     None: there is no server, or userspace chooses (`why_not`).
     """
     at = servers_at(servers, port)
     if not at or len(at) != len(servers):
         return None
     if len(at) == 1:
-        return at[0][1]
+        return InTurn(upstream, (at[0][1],), source) if source else at[0][1]
     if why_not(balance, servers):
         return None
     if balance == "round_robin":
         addresses = {server.name: address for server, address in at}
         turns = tuple(addresses[one.name] for one in smooth_round(servers))
-        return InTurn(upstream, turns) if turns else None
-    return ByClient(upstream, tuple(Drawing(to, one.seed, one.weight) for one, to in at))
+        return InTurn(upstream, turns, source) if turns else None
+    drawings = tuple(Drawing(to, one.seed, one.weight) for one, to in at)
+    return ByClient(upstream, drawings, source)
 
 
 def servers_at(servers: Iterable[ServerState], port: int) -> list[tuple[ServerState, Address]]:

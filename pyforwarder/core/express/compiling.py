@@ -257,7 +257,7 @@ def _why_not_target(
     servers: list[ServerAddress] = []
     if isinstance(rule.to, str):
         upstream = config.upstreams[rule.to]
-        why = _why_not_upstream(upstream)
+        why = _why_not_upstream(upstream, is_ipv6=local.is_ipv6)
         if why:
             return f"upstream {rule.to}: {why}"
         send_proxy = send_proxy or upstream.send_proxy
@@ -277,12 +277,12 @@ def _why_not_target(
     return ""
 
 
-def _why_not_upstream(upstream: UpstreamConfig) -> str:
+def _why_not_upstream(upstream: UpstreamConfig, *, is_ipv6: bool) -> str:
     why = choosing.why_not(upstream.balance, upstream.servers)
     if why:
         return why
-    if upstream.source:
-        return "userspace alone chooses a `source`"
+    if len(choosing.sources_for(upstream.source, is_ipv6=is_ipv6)) > 1:
+        return "userspace alone chooses among several addresses of `source`"
     if upstream.transparent:
         return "userspace alone connects from the client's address"
     if upstream.slow_start_s:

@@ -9,14 +9,11 @@ import os
 import secrets
 import struct
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from pyforwarder.core.express.choosing import LOGS, Choice, InTurn
+from pyforwarder.core.express.choosing import LOGS, Choice, InTurn, Target
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.express import choice_abi as abi
-
-if TYPE_CHECKING:
-    from pyforwarder.core.address import Address
 
 MOST_CHOICES: Final = 512
 # A number that no listener refers to any more is reused only after so long: by then no program runs
@@ -74,7 +71,7 @@ class Choices:
         return {f"MAP_EXPRESS_{name.upper()}_FD": fd for name, fd in self._fds.items()}
 
     def number_of(
-        self, choice: Choice, target_of: Callable[[Address], int], now_s: float
+        self, choice: Choice, target_of: Callable[[Target], int], now_s: float
     ) -> int | None:
         """The value of a rule's target that refers to a choice; None: there is no room.
 
@@ -108,7 +105,7 @@ class Choices:
         """When the next number may be reused; infinity if none is waiting for that."""
         return min((one for one in self._resting.values() if one > now_s), default=math.inf)
 
-    def write(self, number: int, choice: Choice, target_of: Callable[[Address], int]) -> None:
+    def write(self, number: int, choice: Choice, target_of: Callable[[Target], int]) -> None:
         """Write a choice at a number that no listener refers to."""
         record = abi.Choice(count=len(choice.servers))
         if isinstance(choice, InTurn):
@@ -117,11 +114,12 @@ class Choices:
             # server would get nearly all.
             record.turn = secrets.randbelow(len(choice.servers))
             for place, server in enumerate(choice.servers):
-                record.in_turn[place] = target_of(server)
+                record.in_turn[place] = target_of(Target(server, choice.source))
         else:
             record.kind = abi.Kind.BY_CLIENT
             for place, one in enumerate(choice.servers):
-                record.drawing[place] = abi.Drawing(one.seed, target_of(one.server), one.weight)
+                target = target_of(Target(one.server, choice.source))
+                record.drawing[place] = abi.Drawing(one.seed, target, one.weight)
         self._choices.update(_NUMBER.pack(number), bytes(record))
 
     def outcome(self, target: int) -> abi.Outcome:

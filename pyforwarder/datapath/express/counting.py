@@ -95,7 +95,12 @@ class Counting:
         if known is not None:
             return key not in self._closed and ended.ask.begun_ns >= known.since_ns
         server = Server(bytes(up.target), int(up.dport), int(ended.record.family))
-        is_known = self._express.number_of(server) == ended.ask.target
+        # Whether its upstream has named the source is not in the record.
+        numbers = {
+            self._express.number_of(one)
+            for one in (server, server._replace(source=bytes(up.source)))
+        }
+        is_known = ended.ask.target in numbers
         if not is_known or not self._express.is_in_use(ended.ask.listener_table):
             return False  # its number may soon get another meaning
         kind = self._kind(parts, int(ended.ask.begun_ns))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ from pyforwarder.datapath.express.ports import Ports
 from pyforwarder.datapath.express.telling import Telling
 from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice
 from pyforwarder.runtime.one_store import store32, store64
+from pyforwarder.runtime.own_addresses import this_host_has
 
 if TYPE_CHECKING:
     import mmap
@@ -179,16 +181,30 @@ class ExpressKeeper:
         client: socket.socket,
         server: socket.socket,
         find_interfaces: Callable[[Splice], PairReason | None],
+        *,
+        has_source: bool,
     ) -> bool:
         """Learn from a connection how its server is reached; returns whether it is of use.
 
-        See `shown_route`.
+        `has_source`: the upstream names the address from which it comes. Then nothing is learned
+        for upstreams that name no address. See `shown_route`.
 
         Raises:
             OSError: a socket is no longer connected.
         """
         shown = shown_route(client, server, find_interfaces)
-        return shown is not None and self._learn(*shown, time.monotonic())
+        if shown is None:
+            return False
+        reached, target = shown
+        source = bytes(target.source)
+        # It may have gone since the worker has connected, and `routes_changed` been called before
+        # this.
+        address = ipaddress.IPv6Address(source)
+        if not this_host_has(address.ipv4_mapped or address):
+            return False
+        if has_source:
+            reached = reached._replace(source=source)
+        return self._learn(reached, target, time.monotonic())
 
     def _learn(self, server: Server, target: abi.Target, now_s: float) -> bool:
         number = self._express.number_of(server)

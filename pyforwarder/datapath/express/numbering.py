@@ -28,22 +28,28 @@ if TYPE_CHECKING:
 _REST_S: Final = 60.0
 # By then the keeper has marked a number as forgotten, unless it hangs.
 _TURN_S: Final = 1.0
-_RECORD: Final = struct.Struct("=16sHH")  # address, port in wire order, IP version
-_RECORD_BYTES: Final = 32
+# Address, port in wire order, IP version, source.
+_RECORD: Final = struct.Struct("=16sHH16s")
+_RECORD_BYTES: Final = 40
 NUMBERS_BYTES: Final = MOST_TARGETS * (1 + _RECORD_BYTES)
 
 
+# `source` of a server that is reached from the address of the route.
+NO_SOURCE: Final = bytes(16)
+
+
 class Server(NamedTuple):
-    """The address of a server, as the maps have it."""
+    """The address of a server, as the maps have it, and the one that connections come from."""
 
     address: bytes  # 16 bytes in wire order
     port_be: int
     version: int
+    source: bytes = NO_SOURCE  # likewise, where the upstream says it
 
     @classmethod
-    def of(cls, address: Address) -> Server:
+    def of(cls, address: Address, source: str = "") -> Server:
         """From an IP address and port; the address must have no scope."""
-        return _server_of(address)
+        return _server_of(address, source)
 
 
 def packed(host: str) -> bytes:
@@ -53,9 +59,10 @@ def packed(host: str) -> bytes:
 
 
 @lru_cache(2 * MOST_TARGETS)
-def _server_of(address: Address) -> Server:
+def _server_of(address: Address, source: str) -> Server:
     version = 6 if address.is_ipv6 else 4
-    return Server(packed(address.host), socket.htons(address.port), version)
+    came_from = packed(source) if source else NO_SOURCE
+    return Server(packed(address.host), socket.htons(address.port), version, came_from)
 
 
 class _State(enum.IntEnum):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address
-from pyforwarder.core.express.choosing import InTurn
+from pyforwarder.core.express.choosing import Target, targets_of
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express.connection_maps import MOST_LISTENERS, ConnectionMaps
 from pyforwarder.datapath.express.numbering import NUMBERS_BYTES, Numbers, Server, packed
@@ -128,11 +128,11 @@ class Express:
     # The supervisor
 
     def put(
-        self, listeners: Sequence[Decided], known: Iterable[Address] = ()
+        self, listeners: Sequence[Decided], known: Iterable[Target] = ()
     ) -> list[dict[int, str]]:
         """From here on the kernel decides the connections to these listeners, and no others.
 
-        `known` are servers that keep their numbers, and so their outcomes, even while no rule leads
+        `known` are targets that keep their numbers, and so their outcomes, even while no rule leads
         to them.
 
         Returns for each listener the rules for which there is no room, and why: workers decide
@@ -146,7 +146,7 @@ class Express:
         wanted: dict[bytes, bytes] = {}
         used = set()
         choices = set()
-        servers = set(known)
+        targets = set(known)
         refusals: list[dict[int, str]] = []
         for one in listeners:
             if len(wanted) + len(one.addresses) > MOST_LISTENERS:
@@ -168,11 +168,11 @@ class Express:
                 if to is None:
                     told.target[rule] = 0
                     continue
-                servers.update(_servers_of(to))
-                if not all(map(self._target_of, _servers_of(to))):
+                targets.update(targets_of(to))
+                if not all(map(self._target_of, targets_of(to))):
                     left[rule] = "the kernel has no number for another server"
                 elif isinstance(to, Address):
-                    told.target[rule] = self._target_of(to)
+                    told.target[rule] = self._target_of(Target(to))
                 else:
                     chosen = self.connections.choices.number_of(to, self._target_of, now_s)
                     if chosen is None:
@@ -195,7 +195,7 @@ class Express:
                 )
                 self._listening[key] = told_bytes
         self.connections.choices.keep(choices, now_s)
-        self._numbers.keep(map(Server.of, servers), now_s)
+        self._numbers.keep((Server.of(*target) for target in targets), now_s)
         for number in self._written.numbers.keys() - used:
             del self._written.numbers[number]
             self._written.resting[number] = now_s + _REST_S
@@ -256,9 +256,9 @@ class Express:
         self._written.numbers[chosen] = one.label, one.table
         return chosen
 
-    def _target_of(self, address: Address) -> int:
-        """The number of a server; 0: none is left."""
-        return self._numbers.give(Server.of(address))
+    def _target_of(self, target: Target) -> int:
+        """The number of a target; 0: none is left."""
+        return self._numbers.give(Server.of(*target))
 
     def _forget_outcome(self, number: int) -> None:
         choices = self.connections.choices
@@ -268,9 +268,9 @@ class Express:
         (before,) = _FAILED_BEFORE.unpack_from(self._memory, _FAILED_BEFORE_AT)
         store64(self._memory, _FAILED_BEFORE_AT, before + failed)
 
-    def outcome(self, address: Address) -> Outcome:
-        """The outcomes of the connections to a server so far."""
-        return self.connections.choices.outcome(self._numbers.given(Server.of(address)))
+    def outcome(self, target: Target) -> Outcome:
+        """The outcomes of the connections to a target so far."""
+        return self.connections.choices.outcome(self._numbers.given(Server.of(*target)))
 
     def renew(self, worker: int) -> socket.socket:
         """Create another socket for a worker's successor, with all messages that the worker has not
@@ -460,15 +460,6 @@ def _connected() -> tuple[socket.socket, socket.socket]:
     with contextlib.suppress(OSError):
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
     return keeper, worker
-
-
-def _servers_of(to: Choice | Address) -> Iterable[Address]:
-    """The servers of a rule, each once."""
-    if isinstance(to, Address):
-        return (to,)
-    if isinstance(to, InTurn):
-        return dict.fromkeys(to.servers)
-    return [one.server for one in to.servers]
 
 
 def _key_of(address: Address) -> abi.ListenerKey:

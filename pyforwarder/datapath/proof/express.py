@@ -85,7 +85,8 @@ class Stage:
                 with served:
                     _expect(accepted, _HELLO)
                     ask = self.splicing.patient_client(0)
-                    answer = ask.ask("learn", [accepted.fileno(), outgoing.fileno()])
+                    sockets = [accepted.fileno(), outgoing.fileno()]
+                    answer = ask.ask("learn", sockets, has_source=0)
                     if not answer.get("learned"):
                         raise RigError(f"the way to a server was not learned: {answer}")
 

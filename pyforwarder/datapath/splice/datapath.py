@@ -196,8 +196,12 @@ class SpliceDatapath(AdoptedPairs):
         """Whether another server can be shown to the keeper now; otherwise soon."""
         return len(self._showing_routes) < MOST_PAUSED
 
-    def show_route(self, pair: Pair, then: Callable[[Pair], None]) -> bool:
+    def show_route(
+        self, pair: Pair, then: Callable[[Pair], None], *, has_source: bool = False
+    ) -> bool:
         """Let the keeper read how the server of a pair that is copied is reached.
+
+        `has_source`: the upstream names the address from which that server was connected to.
 
         The pair is paused until the keeper has looked: a connection that ends at once would be over
         before that, and nothing could be read of it. `then` is called afterwards, some hundredths
@@ -209,7 +213,8 @@ class SpliceDatapath(AdoptedPairs):
         before = pair.datapath
         assert isinstance(before, CopyDatapath)
         pair.is_shared = True
-        asked = self._keeper.ask_now("learn", [pair.client_fd, pair.server_fd])
+        sockets = [pair.client_fd, pair.server_fd]
+        asked = self._keeper.ask_now("learn", sockets, has_source=int(has_source))
         if asked is None:
             return False
         paused = PausedPair(

@@ -77,7 +77,9 @@ class Answers:
             case "here":
                 return {}
             case "learn":
-                learned = self._express is not None and self._joining.learn(self._express, *sockets)
+                learned = self._express is not None and self._joining.learn(
+                    self._express, *sockets, has_source=bool(request["has_source"])
+                )
                 return {"learned": int(learned)}
             case "join":
                 self._check_slot(worker, request["slot"])

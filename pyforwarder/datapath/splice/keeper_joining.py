@@ -119,8 +119,18 @@ class Joining:
             mute = self.mute(index, (client, server))
         return Begun(index, unread, mute)
 
-    def learn(self, express: ExpressKeeper, client: socket.socket, server: socket.socket) -> bool:
-        """Tell express how the server of a pair is reached; returns whether that is of use."""
+    def learn(
+        self,
+        express: ExpressKeeper,
+        client: socket.socket,
+        server: socket.socket,
+        *,
+        has_source: bool,
+    ) -> bool:
+        """Tell express how the server of a pair is reached; returns whether that is of use.
+
+        `has_source`: see `ExpressKeeper.learn`.
+        """
         index = self._pairs.allocate()
         if index < 0:
             return False
@@ -129,7 +139,7 @@ class Joining:
             return self._find_interfaces(index, record, any_interface=False)
 
         try:
-            return express.learn(client, server, find_interfaces)
+            return express.learn(client, server, find_interfaces, has_source=has_source)
         finally:
             self._pairs.write(index, Splice())
             self._pairs.give_back(index)

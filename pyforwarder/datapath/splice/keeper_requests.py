@@ -112,8 +112,9 @@ REQUESTS: Final[Mapping[str, Request]] = {
         },
         2,
     ),
-    # For express: how the server of a pair that is copied is reached.
-    "learn": Request({}, 2),
+    # For express: how the server of a pair that is copied is reached; and whether its upstream
+    # names the address from which the worker has connected.
+    "learn": Request({"has_source": _whole(1)}, 2),
     # Another pair may have the record by the time that the request is read: so it names the pair.
     "adopted": Request({"index": _INDEX, "id": _NUMBER, "slot": _SLOT}, 0),
     "mute": Request({"index": _INDEX, "id": _NUMBER}, 2),

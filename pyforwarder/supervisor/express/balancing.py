@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
-from pyforwarder.core.express.choosing import choice_among, servers_at
+from pyforwarder.core.express.choosing import Target, choice_among, servers_at
 from pyforwarder.core.upstreams import Balancer
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ class KernelBalancers:
 
     def __init__(
         self,
-        outcome_of: Callable[[Address], Outcome],
+        outcome_of: Callable[[Target], Outcome],
         failed: Callable[[str, str, int], object] = lambda _upstream, _server, _times: None,
     ) -> None:
-        """`outcome_of` says what became of all the connections to a server so far.
+        """`outcome_of` says what became of all the connections to a target so far.
 
         `failed` is called with an upstream, a server of it, and how many have failed since.
         """
@@ -57,10 +57,10 @@ class KernelBalancers:
         self._failed = failed
         self._upstreams: dict[str, UpstreamSettings] = {}
         self._balancers: dict[str, Balancer] = {}
-        # Servers that the kernel may choose, and of which upstreams they are, under which name.
-        self._led: dict[Address, set[tuple[str, str]]] = {}
-        self._were_led: set[Address] = set()
-        self._seen: dict[Address, _Seen] = {}
+        # Targets that the kernel may choose, and of which upstreams they are, under which name.
+        self._led: dict[Target, set[tuple[str, str]]] = {}
+        self._were_led: set[Target] = set()
+        self._seen: dict[Target, _Seen] = {}
 
     def configure(
         self,
@@ -93,35 +93,41 @@ class KernelBalancers:
         self._were_led = set(self._led)
         self._led.clear()
 
-    def leads_to(self, upstream: str, port: int, now_s: float) -> Choice | Address | None:
-        """What the kernel is to do for connections to a port; None: userspace chooses."""
+    def leads_to(
+        self, upstream: str, port: int, now_s: float, source: str = ""
+    ) -> Choice | Address | None:
+        """What the kernel is to do for connections to a port; None: userspace chooses.
+
+        It connects from the address `source`, if there is one.
+        """
         balancer, settings = self._balancers[upstream], self._upstreams[upstream]
-        chosen = choice_among(upstream, settings.balance, balancer.fit(now_s), port)
+        chosen = choice_among(upstream, settings.balance, balancer.fit(now_s), port, source)
         for server, address in servers_at(balancer.servers, port):
-            self._led.setdefault(address, set()).add((upstream, server.name))
-            if address not in self._were_led:
+            target = Target(address, source)
+            self._led.setdefault(target, set()).add((upstream, server.name))
+            if target not in self._were_led:
                 # What came before is no upstream's that is known.
-                self._were_led.add(address)
-                self._seen[address] = _seen_of(self._outcome_of(address))
+                self._were_led.add(target)
+                self._seen[target] = _seen_of(self._outcome_of(target))
         return chosen
 
     @property
-    def servers(self) -> Collection[Address]:
-        """The servers whose outcomes `update` reads."""
+    def targets(self) -> Collection[Target]:
+        """The targets whose outcomes `update` reads."""
         return self._led.keys()
 
     def update(self, now_s: float) -> bool:
         """Read what became of connections; returns whether other servers are fit now.
 
-        A server that fails does so for all upstreams that have it.
+        A server that fails does so for all upstreams that have it, with the same `source`.
         """
         before = self._fit(now_s)
-        for address, servers in self._led.items():
-            outcome = self._outcome_of(address)
-            seen, now = self._seen[address], _seen_of(outcome)
+        for target, servers in self._led.items():
+            outcome = self._outcome_of(target)
+            seen, now = self._seen[target], _seen_of(outcome)
             if now == seen:
                 continue
-            self._seen[address] = now
+            self._seen[target] = now
             failed = (now.failed - seen.failed) & 0xFFFFFFFF
             last = min(failed, outcome.in_a_row)
             for upstream, name in servers:
@@ -135,8 +141,8 @@ class KernelBalancers:
                     has_opened=now.opened != seen.opened,
                     after=min(last, _MOST_AT_ONCE),
                 )
-        for address in self._seen.keys() - self._led.keys():
-            del self._seen[address]
+        for target in self._seen.keys() - self._led.keys():
+            del self._seen[target]
         return self._fit(now_s) != before
 
     def _fit(self, now_s: float) -> dict[str, list[str]]:

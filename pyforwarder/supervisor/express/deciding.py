@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address, SamePort, UnixAddress
+from pyforwarder.core.express.choosing import sources_for
 from pyforwarder.core.express.compiling import compile_table
 from pyforwarder.core.policy import OwnListeners
 from pyforwarder.core.routing import compile_rules
@@ -24,6 +25,7 @@ from pyforwarder.datapath.express.connection_maps import MOST_LISTENERS
 from pyforwarder.datapath.express.sharing import Decided, Label
 from pyforwarder.datapath.splice.interfaces import LOOPBACK, mtu_of
 from pyforwarder.runtime.interface_addresses import interface_addresses
+from pyforwarder.runtime.own_addresses import this_host_has
 from pyforwarder.supervisor.express.balancing import KernelBalancers
 from pyforwarder.supervisor.express.rule_deciders import RuleDecider, RuleDeciders
 from pyforwarder.supervisor.listeners.binding import TCP4_HEADERS_BYTES, TCP6_HEADERS_BYTES
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from pyforwarder.config import Config, Listener, Upstream
     from pyforwarder.config.listener import Rule as RuleConfig
-    from pyforwarder.core.express.choosing import Choice
+    from pyforwarder.core.express.choosing import Choice, Target
     from pyforwarder.core.express.compiling import Compiled
     from pyforwarder.core.routing import Rule, Ruleset
     from pyforwarder.datapath.express.choice_abi import Outcome
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
     from pyforwarder.worker.log import Log
     from pyforwarder.worker.settings import Settings
 
-# How often this host's addresses are read again, for listeners on all addresses.
+# How often this host's addresses are read again, for listeners on all addresses, and for `source`
+# of upstreams.
 _ADDRESSES_S: Final = 2.0
 # Servers often go down or come up several at once: the first is put in force at once, and all that
 # come within so long of it together.
@@ -97,6 +100,24 @@ class _Compiler:
                 self._config, listener, self.rules(listener), bind, is_own=self._is_own
             )
         return found
+
+
+class _Sources:
+    """Which addresses that upstreams name as their `source` this host has; each is asked once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, bool] = {}
+
+    @property
+    def is_any(self) -> bool:
+        """Whether a rule's upstream has a source."""
+        return bool(self._known)
+
+    def has(self, source: str) -> bool:
+        """Whether the kernel may connect from there; an empty source is the route's."""
+        if source and source not in self._known:
+            self._known[source] = this_host_has(ipaddress.ip_address(source))
+        return not source or self._known[source]
 
 
 class Decisions:
@@ -168,9 +189,9 @@ class Decisions:
         self._loop.cancel(self._timer)
         self._timer = 0
         try:
-            is_anywhere, trouble = self._put(express)
+            depends_on_addresses, trouble = self._put(express)
         except Exception as error:
-            is_anywhere, trouble = True, _said_of(error)
+            depends_on_addresses, trouble = True, _said_of(error)
             self.rules = self._all_for(trouble)
             try:
                 express.put(())
@@ -180,7 +201,7 @@ class Decisions:
             self._log.write("warning", "express_left", reason=trouble)
         self._said = trouble
         wait_s = max(express.has_room_at_s - time.monotonic(), _ROOM_S)
-        if is_anywhere:
+        if depends_on_addresses:
             wait_s = min(wait_s, _ADDRESSES_S)
         if wait_s < math.inf:
             self._timer = self._loop.after(wait_s, self.refresh)
@@ -189,7 +210,7 @@ class Decisions:
         self._refreshed_s = time.monotonic()  # behind it: it may have taken long
 
     def _put(self, express: Express) -> tuple[bool, str]:
-        """Whether to look again soon, and for what there was no room.
+        """Whether it depends on this host's addresses, and for what there was no room.
 
         Raises:
             OSError: the addresses of this host are not known, or the kernel refuses.
@@ -208,6 +229,7 @@ class Decisions:
         )
         found: list[Decided] = []
         reasons_of: list[dict[str, str]] = []
+        sources = _Sources()
         is_anywhere, trouble, count = False, "", 0
         for listener in wanting:
             for each in self._in_force.listeners.bound.get(listener.name, ()):
@@ -224,14 +246,16 @@ class Decisions:
                     deciders.add_all(listener, _NO_ROOM)
                     trouble = f"{_NO_ROOM}: those of {listener.name} are not all among them"
                     break
-                decided, reasons = self._decided(config, listener, each.bind, compiler, addresses)
+                decided, reasons = self._decided(
+                    config, listener, each.bind, compiler, addresses, sources
+                )
                 if decided is None:
                     deciders.add(listener.name, reasons)
                     continue
                 count += len(addresses)
                 found.append(decided)
                 reasons_of.append(reasons)
-        left_out = express.put(found, self._balancers.servers)
+        left_out = express.put(found, self._balancers.targets)
         for decided, reasons, left in zip(found, reasons_of, left_out, strict=True):
             name = decided.label.listener
             for index, why_not in left.items():
@@ -241,7 +265,7 @@ class Decisions:
                 trouble = f"{why_not}: {what} is left to workers"
             deciders.add(name, reasons)
         self.rules = deciders.of
-        return is_anywhere, trouble
+        return is_anywhere or sources.is_any, trouble
 
     def _compiler_for(self, here: Mapping[str, int]) -> _Compiler:
         """Return the compiler that there was, unless something has changed that tables are made
@@ -283,6 +307,7 @@ class Decisions:
         bind: Address,
         compiler: _Compiler,
         addresses: Mapping[Address, int],
+        own: _Sources,
     ) -> tuple[Decided | None, dict[str, str]]:
         """What the kernel decides at one address; for each rule why userspace does, or nothing."""
         ruleset = compiler.rules(listener)
@@ -308,26 +333,32 @@ class Decisions:
             else (),
             config.log.level in _TELLING,
         )
-        servers = {rule.index: self._leads_to(rule, bind.port) for rule in wanted}
+        servers: dict[int, Choice | Address | None] = {}
         for rule in wanted:
-            if servers[rule.index] is None:
+            source = _source_of(config, rule, bind)
+            servers[rule.index] = self._leads_to(rule, bind.port, source)
+            if not own.has(source):
+                # The outcomes of its servers are still read.
+                servers[rule.index] = None
+                reasons[rule.name] = f"{source}, its upstream's `source`, is not this host's now"
+            elif servers[rule.index] is None:
                 reasons[rule.name] = _RESTING
         timeouts_s = {rule.index: _connect_timeout_s(config, rule) for rule in wanted}
         return Decided(label, table, servers, addresses, self._owner, timeouts_s), reasons
 
-    def _leads_to(self, rule: Rule, port: int) -> Choice | Address | None:
+    def _leads_to(self, rule: Rule, port: int, source: str) -> Choice | Address | None:
         """Where a rule leads; None: it gets no new pairs just now, or userspace chooses."""
         to = rule.to
         if isinstance(to, str):
-            return self._balancers.leads_to(to, port, self._loop.now_s)
+            return self._balancers.leads_to(to, port, self._loop.now_s, source)
         if isinstance(to, SamePort):
             to = to.at(port)
         return to if isinstance(to, Address) else None
 
-    def _outcome_of(self, server: Address) -> Outcome:
+    def _outcome_of(self, target: Target) -> Outcome:
         express = self._express()
         assert express is not None  # nobody asks before
-        return express.outcome(server)
+        return express.outcome(target)
 
     def _update_balancers(self) -> None:
         """Learn what became of connections, and choose others if that ejects servers."""
@@ -409,6 +440,17 @@ def _upstreams_of(listeners: Iterable[Listener], config: Config) -> dict[str, Up
         for rule in listener.rules
         if isinstance(rule.to, str) and rule.to in config.upstreams
     }
+
+
+def _source_of(config: Config, rule: Rule, bind: Address) -> str:
+    """Return the address that a rule's upstream names for connections; empty: none.
+
+    A rule whose upstream names several is userspace's.
+    """
+    if not isinstance(rule.to, str):
+        return ""
+    sources = sources_for(config.upstreams[rule.to].source, is_ipv6=bind.is_ipv6)
+    return sources[0] if sources else ""
 
 
 def _connect_timeout_s(config: Config, rule: Rule) -> float:

@@ -74,6 +74,7 @@ def config(datapath: str, more: str = "") -> str:
     patience = "first_packet: {timeout: 30s}"
     rules = "{match: instruction, allow: [loopback]}"
     listeners = f"[{{name: main, bind: 127.0.0.1:0, {patience}, rules: [{rules}]}}]"
+    upstreams = "{}"
     if datapath == "express":
         hosts = {way.listener[0]: way.server[0] for way in WAYS}
         ports = f"{WAYS[0].listener[1]}-{WAYS[-1].listener[1]}"
@@ -81,11 +82,15 @@ def config(datapath: str, more: str = "") -> str:
             f"""
   - bind: "{address_text((host, 0))[:-1]}{ports}"
     {patience}
-    rules: [{{match: any, to: "{address_text((server, 0))[:-1]}same"}}]"""
-            for host, server in hosts.items()
+    rules: [{{match: any, to: "{to}"}}]"""
+            # IPv4 by way of an upstream that names where its connections come from.
+            for host, to in (("127.0.0.1", "four"), ("::1", f"[{hosts['::1']}]:same"))
         )
+        four = f"{hosts['127.0.0.1']}:same"
+        upstreams = f"{{four: {{servers: ['{four}'], source: [127.0.0.3]}}}}"
     return f"""
 listeners: {listeners}
+upstreams: {upstreams}
 log: {{level: warning}}
 {DATAPATHS[datapath]}
 {more}

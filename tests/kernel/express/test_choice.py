@@ -24,6 +24,7 @@ from pyforwarder.core.express.choosing import (
     Choice,
     Drawing,
     InTurn,
+    Target,
 )
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.loading import load_programs
@@ -37,6 +38,11 @@ SERVERS = [Address("10.0.0.1", port) for port in range(1, MOST_TURNS + 1)]
 def place_of(server: Address) -> int:
     """Of a server among the targets."""
     return server.port
+
+
+def target_of(target: Target) -> int:
+    """The place of its server."""
+    return place_of(target.server)
 
 
 class Program:
@@ -62,7 +68,7 @@ class Program:
     def write(self, choice: Choice) -> int:
         """The number that a new choice has."""
         number = next(self.numbers) % MOST_CHOICES
-        self.choices.write(number, choice, place_of)
+        self.choices.write(number, choice, target_of)
         return number
 
     def judge(self, number: int, client: IpAddress | str = "192.0.2.1") -> int:
@@ -158,7 +164,7 @@ def test_a_change_has_another_number_which_nobody_can_still_be_reading() -> None
     with contextlib.closing(Choices(MOST_TURNS + 1)) as choices:
 
         def number_of(choice: Choice, now_s: float) -> int | None:
-            return choices.number_of(choice, place_of, now_s)
+            return choices.number_of(choice, target_of, now_s)
 
         some = [InTurn("up", (SERVERS[n], SERVERS[n + 1])) for n in range(MOST_CHOICES // 2 - 200)]
         numbers = [number_of(one, 100.0) for one in some]

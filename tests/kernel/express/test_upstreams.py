@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -35,8 +36,14 @@ HELLO: Final = b"hello"
 class Named(Server):
     """Says its name and its client's (kernel or worker), behind what the client has sent."""
 
+    def __init__(self, name: str, host: str, port: int) -> None:
+        super().__init__(name, host, port)
+        self.sources: dict[bool, set[str]] = {False: set(), True: set()}  # of workers; the kernel
+
     def serve(self, sock: socket.socket) -> None:
-        by_kernel = sock.getpeername()[1] >= 65536 - PORTS
+        source, port = sock.getpeername()
+        by_kernel = port >= 65536 - PORTS
+        self.sources[by_kernel].add(source)
         read_to_end(sock)
         sock.sendall(f"{self.name} {'kernel' if by_kernel else 'worker'}".encode())
         sock.shutdown(socket.SHUT_WR)
@@ -62,13 +69,14 @@ class Site:
         self._opened = contextlib.ExitStack()
         self._open: dict[str, contextlib.ExitStack] = {}
         self.servers: dict[str, tuple[str, int]] = {}
+        self.named: dict[str, Named] = {}
         self.top: dict[str, object] = {}  # what else the configuration says
         self.daemon: Daemon
 
     def serve(self, name: str) -> None:
         """A server; the same address again after `end`."""
         _, port = self.servers.get(name, ("", 0))
-        server = Named(name, "127.0.0.1", port)
+        server = self.named[name] = Named(name, "127.0.0.1", port)
         stack = self._opened.enter_context(contextlib.ExitStack())
         stack.enter_context(server)
         self._open[name] = stack
@@ -354,3 +362,65 @@ def test_a_server_with_a_name_leaves_all_to_workers(site: Site) -> None:
     site.servers["name"] = ("localhost", site.servers["one"][1])
     site.up(("name", "two"))
     assert {who for _, who in (ask() for _ in range(10))} == {"worker"}
+
+
+def test_a_server_is_asked_from_the_source_that_its_upstream_names(site: Site) -> None:
+    """And from no other, though another upstream has the same server without one."""
+    own, plain = "127.0.0.9", "127.0.0.1"
+    site.up(("one", "two"), source=[own, "::1"])
+    site.learn("one", "two")
+    assert Counter(site.by_kernel(10)) == {"one": 5, "two": 5}
+    for name in ("one", "two"):
+        assert site.named[name].sources == {False: {own}, True: {own}}
+    (rule,) = site.daemon.look("rules")
+    assert (rule["decided"], rule["why"]) == ("kernel", "")
+    # Without a source they are others: nothing is known of them yet, and they are found anew.
+    site.reload(("one", "two"))
+    assert ask()[1] == "worker"
+    site.learn("one", "two")
+    assert site.named["one"].sources == {False: {own, plain}, True: {own, plain}}
+    # Back within the time for which the first ones keep their numbers: from there alone.
+    for name in ("one", "two"):
+        site.named[name].sources = {False: set(), True: set()}
+    site.reload(("one", "two"), source=[own])
+    site.learn("one", "two")
+    assert site.named["one"].sources[True] == site.named["two"].sources[True] == {own}
+    site.reload(("one", "two"), source=[own, "127.0.0.8"])
+    assert {who for _, who in (ask() for _ in range(4))} == {"worker"}
+    (rule,) = site.daemon.look("rules")
+    assert rule["decided"] == "user"
+    assert rule["why"].endswith("userspace alone chooses among several addresses of `source`")
+
+
+def ip(command: str) -> None:
+    """`ip COMMAND` in the module's network."""
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def test_a_source_that_goes_is_left_to_workers_at_once_and_is_the_kernels_when_it_is_back(
+    site: Site,
+) -> None:
+    own = "10.99.0.1"
+    ip(f"address add {own}/32 dev lo")
+    try:
+        site.up(("one",), source=[own])
+        site.learn("one")
+        assert site.by_kernel(5) == ["one"] * 5
+        for number in range(3):
+            ip(f"address del {own}/32 dev lo")
+            # As soon as the keeper has heard of it; not one that began later is the kernel's.
+            wait_for(lambda: ask() == ("", ""), "a worker has no address to connect from")
+            assert {ask() for _ in range(5)} == {("", "")}
+
+            def is_said() -> bool:
+                (rule,) = site.daemon.look("rules")
+                why = f"{own}, its upstream's `source`, is not this host's now"
+                return (rule["decided"], rule["why"]) == ("user", why)
+
+            wait_for(is_said, "it is said")
+            ip(f"address add {own}/32 dev lo")
+            site.learn("one")
+            (rule,) = site.daemon.look("rules")
+            assert (rule["decided"], rule["why"]) == ("kernel", ""), number
+    finally:
+        ip(f"address del {own}/32 dev lo")

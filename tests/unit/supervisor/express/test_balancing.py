@@ -10,7 +10,7 @@ import pytest
 
 from pyforwarder.config import Upstream, parse_config
 from pyforwarder.core.address import Address
-from pyforwarder.core.express.choosing import InTurn
+from pyforwarder.core.express.choosing import InTurn, Target
 from pyforwarder.supervisor.express.balancing import KernelBalancers
 
 FIRST, SECOND = Address("10.0.0.1", 80), Address("10.0.0.2", 80)
@@ -28,10 +28,13 @@ class FakeOutcome:
 class Kernel:
     """What became of connections."""
 
-    outcomes: dict[Address, FakeOutcome] = field(default_factory=dict)
+    outcomes: dict[Target, FakeOutcome] = field(default_factory=dict)
+
+    def of_target(self, target: Target) -> FakeOutcome:
+        return self.outcomes.setdefault(target, FakeOutcome())
 
     def of(self, address: Address) -> FakeOutcome:
-        return self.outcomes.setdefault(address, FakeOutcome())
+        return self.of_target(Target(address))
 
     def fail(self, address: Address, times: int = 1) -> None:
         self.of(address).failed = (self.of(address).failed + times) & 0xFFFFFFFF
@@ -53,7 +56,9 @@ class Chosen:
     def __init__(self, **more: object) -> None:
         self.kernel = Kernel()
         self.failed: list[tuple[str, str, int]] = []
-        self.balancers = KernelBalancers(self.kernel.of, lambda *said: self.failed.append(said))
+        self.balancers = KernelBalancers(
+            self.kernel.of_target, lambda *said: self.failed.append(said)
+        )
         self.upstreams = upstreams(**more)
 
     def at(
@@ -207,3 +212,25 @@ def test_failures_are_reported_as_workers_report_theirs(times: int) -> None:
             str(SECOND): {"state": "up", "pairs": 0, "connects": 0, "failures": 0},
         }
     }
+
+
+def test_connections_from_a_source_have_outcomes_of_their_own() -> None:
+    """What an upstream's `source` cannot reach, others may."""
+    kernel = Kernel()
+    failed: list[tuple[str, str, int]] = []
+    balancers = KernelBalancers(kernel.of_target, lambda *said: failed.append(said))
+    both = {**upstreams(), "from": upstreams()["up"]}
+    balancers.configure(both, down=(), drained=(), now_s=0.0)
+    assert balancers.leads_to("up", PORT, 0.0) == InTurn("up", (FIRST, SECOND))
+    chosen = balancers.leads_to("from", PORT, 0.0, "10.0.0.9")
+    assert chosen == InTurn("from", (FIRST, SECOND), "10.0.0.9")
+    assert set(balancers.targets) == {
+        Target(server, source) for server in (FIRST, SECOND) for source in ("", "10.0.0.9")
+    }
+    outcome = kernel.of_target(Target(FIRST, "10.0.0.9"))
+    outcome.failed = outcome.in_a_row = 3
+    assert balancers.update(0.0)
+    assert failed == [("from", str(FIRST), 3)]
+    assert balancers.leads_to("up", PORT, 0.0) == InTurn("up", (FIRST, SECOND))
+    alone = balancers.leads_to("from", PORT, 0.0, "10.0.0.9")
+    assert alone == InTurn("from", (SECOND,), "10.0.0.9")

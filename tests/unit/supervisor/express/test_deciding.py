@@ -13,7 +13,7 @@ import pytest
 
 from pyforwarder.config import parse_config
 from pyforwarder.core.address import Address
-from pyforwarder.core.express.choosing import ByClient, Choice
+from pyforwarder.core.express.choosing import Choice, InTurn, Target, targets_of
 from pyforwarder.core.routing import compile_rules
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import numbering
@@ -84,14 +84,10 @@ class FakeChoices:
         return now_s + self.rests_s
 
     def number_of(
-        self, choice: Choice, target_of: Callable[[Address], int], _now_s: float
+        self, choice: Choice, target_of: Callable[[Target], int], _now_s: float
     ) -> int | None:
-        if isinstance(choice, ByClient):
-            for one in choice.servers:
-                target_of(one.server)
-        else:
-            for server in choice.servers:
-                target_of(server)
+        for target in targets_of(choice):
+            target_of(target)
         if choice not in self.used:
             if len(self.used) == self.room:
                 return None
@@ -527,3 +523,56 @@ def test_a_server_that_is_down_for_long_keeps_what_became_of_its_connections(sit
         site.decisions.refresh()
         assert not site.express.number_of(three)
         assert site.express.given_back()
+
+
+FROM: Final = CONFIG.replace(
+    'upstreams: {web: {servers: ["127.0.0.1:2"]}}',
+    'upstreams: {web: {servers: ["127.0.0.1:2"], source: [10.9.9.9, "fd09::9"]}}',
+)
+
+
+def test_a_source_that_is_not_this_hosts_is_left_to_workers_until_it_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here: set[str] = set()
+    asked: list[str] = []
+
+    def has(ip: object) -> bool:
+        asked.append(str(ip))
+        return str(ip) in here
+
+    monkeypatch.setattr(deciding, "this_host_has", has)
+    site.put(FROM)
+    site.decisions.refresh()
+    why = "10.9.9.9, its upstream's `source`, is not this host's now"
+    assert site.said()["served"] == ("user", why)
+    assert site.said()["sni"] == ("kernel", "")
+    assert asked == ["10.9.9.9"]  # that of IPv6 is no matter here
+    assert site.kernel.choices.kept == []
+    assert min(site.clock.waits_s.values()) <= deciding._ADDRESSES_S
+    here.add("10.9.9.9")
+    site.decisions.refresh()
+    assert site.said()["served"] == ("kernel", "")
+    assert site.kernel.choices.kept == [InTurn("web", (Address("127.0.0.1", 2),), "10.9.9.9")]
+    assert site.decisions.refresh in site.clock.due.values()  # it may go again
+    here.clear()
+    site.decisions.refresh()
+    assert site.said()["served"] == ("user", why)
+    assert site.kernel.choices.kept == []
+
+
+def test_another_source_of_the_same_servers_is_another_target(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deciding, "this_host_has", lambda _: True)
+    site.put(FROM)
+    site.decisions.refresh()
+    server = Address("127.0.0.1", 2)
+    first = site.express.number_of(Server.of(server, "10.9.9.9"))
+    assert first
+    assert site.express.number_of(Server.of(server)) == 0
+    site.put(FROM.replace("10.9.9.9", "10.9.9.8"))
+    site.decisions.refresh()
+    second = site.express.number_of(Server.of(server, "10.9.9.8"))
+    assert second not in (0, first)
+    assert site.kernel.choices.kept == [InTurn("web", (server,), "10.9.9.8")]
