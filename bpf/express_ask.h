@@ -72,7 +72,7 @@ inlined int send_syn(struct __sk_buff *skb, struct splice *splice, struct expres
  * Save the client's first bytes, and their sums. `segment` of them fit into the first packet to the
  * server. Returns 0, or an error of the helper.
  */
-inlined int save_first_bytes(struct __sk_buff *skb, struct express_ask *ask,
+inlined int save_first_bytes(struct __sk_buff *skb, struct express_ask *ask, __u8 *saved,
 			     const struct parsed_segment *parsed, __u32 segment, const int v6)
 {
 	__u32 last = (parsed->bytes - 1) & (PF_EXPRESS_SAVED - 1) & ~3;
@@ -82,13 +82,13 @@ inlined int save_first_bytes(struct __sk_buff *skb, struct express_ask *ask,
 	ask->saved_bytes = parsed->bytes;
 	barrier_var(last);
 	last &= PF_EXPRESS_SAVED - 4;
-	*(__u32 *)(ask->bytes + last) = 0;
-	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed->header, ask->bytes,
+	*(__u32 *)(saved + last) = 0;
+	result = bpf_skb_load_bytes(skb, TCP_OFFSET(v6) + parsed->header, saved,
 				    bound_from_one(parsed->bytes, PF_EXPRESS_SAVED));
-	ask->saved_sum = ask->first_segment_sum = csum_saved(ask, parsed->bytes);
+	ask->saved_sum = ask->first_segment_sum = csum_saved(saved, parsed->bytes);
 	ask->first_segment_bytes = segment;
 	if (ask->first_segment_bytes < parsed->bytes)
-		ask->first_segment_sum = csum_saved(ask, ask->first_segment_bytes);
+		ask->first_segment_sum = csum_saved(saved, ask->first_segment_bytes);
 	else
 		ask->first_segment_bytes = parsed->bytes;
 	return result;
@@ -209,6 +209,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	struct express_listener *listener;
 	struct express_target *target;
 	struct express_ask *ask;
+	__u8 *saved;
 	struct splice *splice;
 	__u32 place = 0, index, number, rule, out, segment;
 	__u64 now_ns, word, secret;
@@ -255,11 +256,13 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	}
 	index = place + FIRST_SPLICE;
 	ask = map_lookup(MAP_EXPRESS_ASKS_FD, &place);
+	saved = map_lookup(MAP_EXPRESS_SAVED_FD, &place);
 	splice = map_lookup(MAP_SPLICES_FD, &index);
-	if (!ask || !splice)
+	if (!ask || !saved || !splice)
 		return NEXT; /* never */
 	prefetch(splice, sizeof(*splice));
-	prefetch(ask, 256);
+	prefetch(ask, sizeof(*ask));
+	prefetch(saved, 256);
 	/* From here on no other program changes the place, as long as no packet finds it. */
 	word = (ask->word & ~(__u64)PF_EXPRESS_STATE_MASK) + PF_EXPRESS_STATE_MASK + 1;
 	WRITE_ONCE(ask->word, word | PF_EXPRESS_FILLING);
@@ -291,7 +294,7 @@ inlined int ask_server(struct __sk_buff *skb, const int v6)
 	splice->id = 1ull << PF_EXPRESS_ID_BIT | (__u64)index << 30 | ((word >> 3) & 0x3fffffff);
 	WRITE_ONCE(splice->state, PF_SPLICE_ASKED);
 
-	if (save_first_bytes(skb, ask, &parsed, segment, v6)) {
+	if (save_first_bytes(skb, ask, saved, &parsed, segment, v6)) {
 		free_place(ask, splice, place);
 		verdict = NEXT;
 	} else {

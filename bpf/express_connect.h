@@ -98,7 +98,11 @@ struct express_target {
 	__u64 not_before_ns; /* after a refusal, or no answer, it is not asked until then */
 };
 
-/* A place: record FIRST_SPLICE + place of the map `splices`, and local port FIRST_PORT + place. */
+/*
+ * A place: record FIRST_SPLICE + place of the map `splices`, and local port FIRST_PORT + place. The
+ * client's first bytes are in a map of their own, so that all of these lie close together:
+ * `go_round` walks over them up to fifty times a second.
+ */
 struct express_ask {
 	__u64 word;
 	__u64 begun_ns;
@@ -126,7 +130,6 @@ struct express_ask {
 	__u8 client_scale, kernel_scale, has_timestamps, has_sack, has_scale, has_fin;
 	__u8 macs[12]; /* addresses in the Ethernet header of the client's packet */
 	__u8 padding[6];
-	__u8 bytes[PF_EXPRESS_SAVED];
 };
 
 /*

@@ -227,7 +227,7 @@ inlined int reset_own_request(struct __sk_buff *skb, struct new_packet *packet,
  * Returns the verdict of the redirect; DROP if memory is short.
  */
 inlined int send_saved(struct __sk_buff *skb, struct new_packet *packet, struct splice *splice,
-		       struct express_ask *ask, __u32 ack, const int v6)
+		       struct express_ask *ask, __u32 place, __u32 ack, const int v6)
 {
 	struct splice_direction *up = &splice->direction[PF_UP];
 	__u32 room = ask->client_window >> (up->other_scale & 15);
@@ -250,7 +250,7 @@ inlined int send_saved(struct __sk_buff *skb, struct new_packet *packet, struct 
 		packet->option[1] = bpf_htonl(ask->client_tsval + up->tsval_delta);
 		packet->option[2] = bpf_htonl(packet->server_tsval);
 	}
-	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6))
+	if (build_packet(skb, packet, v6) || store_saved(skb, place, packet, v6))
 		return DROP;
 	/*
 	 * The rest goes out on the interface by which the SYN-ACK came. If that is not the route to
@@ -265,7 +265,7 @@ inlined int send_saved(struct __sk_buff *skb, struct new_packet *packet, struct 
 	packet->flags = ACK | PSH | (ask->has_fin ? FIN : 0);
 	packet->bytes = rest;
 	packet->sum = csum_fold((__u64)ask->saved_sum + (__u16)~ask->first_segment_sum);
-	if (build_packet(skb, packet, v6) || store_rest(skb, ask, packet, v6))
+	if (build_packet(skb, packet, v6) || store_rest(skb, ask, place, packet, v6))
 		return DROP;
 	return forward_by(up->interface);
 }
@@ -312,7 +312,7 @@ inlined int join_pair(struct __sk_buff *skb, struct splice *splice, struct expre
 	activate_pair(splice, ask, word, packet, parsed);
 	verdict = reset_own_request(skb, packet, splice, ask, v6);
 	if (!verdict)
-		verdict = send_saved(skb, packet, splice, ask, parsed->seq + 1, v6);
+		verdict = send_saved(skb, packet, splice, ask, place, parsed->seq + 1, v6);
 	if (verdict == DROP)
 		count_event(PF_COUNT_FAILED); /* the client repeats its bytes, to the server then */
 	return verdict;

@@ -204,30 +204,37 @@ inlined int build_packet(struct __sk_buff *skb, struct new_packet *packet, const
 }
 
 /* After `build_packet`: store the saved bytes for which it has made room. */
-inlined int store_saved(struct __sk_buff *skb, struct express_ask *ask,
-			const struct new_packet *packet, const int v6)
+inlined int store_saved(struct __sk_buff *skb, __u32 place, const struct new_packet *packet,
+			const int v6)
 {
-	return bpf_skb_store_bytes(skb, OPTIONS_OFFSET(v6) + (packet->option_words & 7) * 4,
-				   ask->bytes, bound_from_one(packet->bytes, PF_EXPRESS_SAVED), 0);
+	__u8 *saved = map_lookup(MAP_EXPRESS_SAVED_FD, &place);
+
+	if (!saved)
+		return -1; /* never */
+	return bpf_skb_store_bytes(skb, OPTIONS_OFFSET(v6) + (packet->option_words & 7) * 4, saved,
+				   bound_from_one(packet->bytes, PF_EXPRESS_SAVED), 0);
 }
 
 /* Likewise the saved bytes behind those of the first packet. */
-inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask,
+inlined int store_rest(struct __sk_buff *skb, struct express_ask *ask, __u32 place,
 		       const struct new_packet *packet, const int v6)
 {
+	__u8 *saved = map_lookup(MAP_EXPRESS_SAVED_FD, &place);
 	__u32 from = ask->first_segment_bytes;
 
+	if (!saved)
+		return -1; /* never */
 	barrier_var(from);
 	from &= PF_EXPRESS_SAVED / 2 - 1;
 	return bpf_skb_store_bytes(skb, OPTIONS_OFFSET(v6) + (packet->option_words & 7) * 4,
-				   ask->bytes + from,
+				   saved + from,
 				   bound_from_one(packet->bytes, PF_EXPRESS_SAVED / 2), 0);
 }
 
 /*
  * The checksum of the first `bytes` saved bytes; up to a whole word, the bytes behind them are 0.
  */
-inlined __u32 csum_saved(struct express_ask *ask, __u32 bytes)
+inlined __u32 csum_saved(__u8 *saved, __u32 bytes)
 {
 	__u32 sum = 0, at, left, i;
 
@@ -245,7 +252,7 @@ inlined __u32 csum_saved(struct express_ask *ask, __u32 bytes)
 		left &= 1023 & ~3;
 		if (left > 512)
 			left = 512;
-		sum = (__u32)bpf_csum_diff(NULL, 0, (void *)ask->bytes + at, left, sum);
+		sum = (__u32)bpf_csum_diff(NULL, 0, (void *)saved + at, left, sum);
 	}
 	return csum_fold(sum);
 }

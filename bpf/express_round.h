@@ -61,7 +61,18 @@ inlined __u64 end_time_ns(const struct express_round *round, const struct expres
 inlined void end_resting(struct express_round *round, struct express_ask *ask,
 			 struct splice *splice, __u32 place, __u64 word)
 {
-	__s64 rested_ns = round->now_ns - end_time_ns(round, ask, splice);
+	__s64 rested_ns = round->now_ns - ask->resting_since_ns;
+	__u64 shortest_ns = round->least_rest_here_ns < round->least_rest_ns
+				    ? round->least_rest_here_ns
+				    : round->least_rest_ns;
+
+	/*
+	 * Most of them: it cannot have rested for long enough, wherever its ends are, and however
+	 * its place is to be reused. Its record, which is in no cache, is not looked at.
+	 */
+	if (rested_ns < (__s64)shortest_ns)
+		return;
+	rested_ns = round->now_ns - end_time_ns(round, ask, splice);
 	/* A record that no packet finds any more has rested before. */
 	int is_soon = round->is_short || READ_ONCE(splice->state) == PF_SPLICE_FREE;
 	int is_here = !splice->direction[PF_UP].interface && !splice->direction[PF_DOWN].interface;

@@ -143,7 +143,7 @@ inlined int give_to_worker(struct __sk_buff *skb, struct splice *splice, struct 
 		packet->option[2] = bpf_htonl(ask->client_tsecr);
 	}
 	verdict = DROP; /* the client repeats it, and this target is not asked then */
-	if (build_packet(skb, packet, v6) || store_saved(skb, ask, packet, v6))
+	if (build_packet(skb, packet, v6) || store_saved(skb, place, packet, v6))
 		count_event(PF_COUNT_FAILED);
 	else
 		verdict = send_to_own_stack(skb, ask);

@@ -32,6 +32,7 @@
  * logs      ARRAY      0 -> struct express_logs                    written: supervisor
  * outcomes  ARRAY      target -> struct express_outcome (mmapable) written: express
  * asks      ARRAY      place -> struct express_ask (mmapable)      written: express, keeper
+ * saved     ARRAY      place -> PF_EXPRESS_SAVED bytes (mmapable)   written: express
  * places    QUEUE      places that are free                        written: keeper, express
  * counts    ARRAY      PF_COUNT_... -> __u64                       written: express
  * ends      HASH       struct express_end_key -> express_ends      written: keeper, express

@@ -57,7 +57,7 @@ class ConnectionMaps:
     def word(self, place: int) -> int:
         return int(self.asks[place].word)
 
-    def head(self, place: int) -> abi.Ask:
+    def ask(self, place: int) -> abi.Ask:
         return abi.Ask.from_buffer_copy(self.asks[place])
 
     def offer(self, place: int) -> None:
@@ -211,7 +211,7 @@ class ConnectionMaps:
             direction.interface = 2
         return int(ask.word)
 
-    def ask(self, place: int, *, age_s: float = 0.0) -> int:
+    def begin_asking(self, place: int, *, age_s: float = 0.0) -> int:
         """A server is asked for there; its word."""
         word = self.join(place, age_s=age_s)
         self.asks[place].word = word & ~abi.STATE_MASK | abi.AskState.ASKED

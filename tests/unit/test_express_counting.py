@@ -327,13 +327,13 @@ def test_a_burst_of_a_new_kind_is_counted_once_a_few_of_it_were_looked_at(
     """In turns that are short, so that the others do not wait for that either."""
     monkeypatch.setattr(keeping, "_LOOKS_AT_ONCE", 4)
     looked: list[int] = []
-    head = stage.connections.head
+    ask = stage.connections.ask
 
     def look(place: int) -> abi.Ask:
         looked.append(place)
-        return head(place)
+        return ask(place)
 
-    monkeypatch.setattr(stage.connections, "head", look)
+    monkeypatch.setattr(stage.connections, "ask", look)
     for place in range(PLACES):
         end(stage, place, target=1 + place % 2)
     turns = 0

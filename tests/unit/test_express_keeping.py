@@ -354,7 +354,7 @@ def test_a_place_whose_server_does_not_answer_is_another_s_when_no_program_knows
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = stage.start()._places
-    word = stage.connections.ask(3, age_s=ANSWER_TIMEOUT_S + 1)
+    word = stage.connections.begin_asking(3, age_s=ANSWER_TIMEOUT_S + 1)
     now_s = time.monotonic()
     assert places.look(now_s).asked == [3]
     with monkeypatch.context() as held_up:
@@ -463,7 +463,7 @@ def test_a_place_comes_to_rest_by_a_store_that_leaves_it_joined_or_resting(
     monkeypatch.setattr(connection_maps, "store64", store64)
     made.rest(1, word, 5.0)
     assert made.word(1) == word & ~abi.STATE_MASK | abi.AskState.RESTING
-    assert made.head(1).resting_since_ns == 5_000_000_000
+    assert made.ask(1).resting_since_ns == 5_000_000_000
     assert made.word(0) == 0
 
 
@@ -478,10 +478,10 @@ def test_what_a_keeper_says_of_a_place_is_one_store(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(connection_maps, "_NUMBER", None)
     made.mark_counted(1)
     made.set_port_lost(1, is_lost=True)
-    assert made.is_counted(made.head(1))
-    assert (made.head(1).counted_number, made.head(1).port_lost) == (0x3456789A, 1)
+    assert made.is_counted(made.ask(1))
+    assert (made.ask(1).counted_number, made.ask(1).port_lost) == (0x3456789A, 1)
     made.set_port_lost(1, is_lost=False)
-    assert (made.head(1).counted_number, made.head(1).port_lost) == (0x3456789A, 0)
+    assert (made.ask(1).counted_number, made.ask(1).port_lost) == (0x3456789A, 0)
     assert made.memory[:at] == bytes(at)
 
 

@@ -36,6 +36,7 @@ class FakeConnecting:
 
     def __init__(self) -> None:
         self.asks = [abi.Ask() for _ in range(PLACES)]
+        self.first_bytes = [bytes(abi.SAVED_BYTES)] * PLACES
 
     def words(self) -> list[int]:
         return [int(ask.word) for ask in self.asks]
@@ -57,12 +58,12 @@ class FakeConnecting:
         del now_s, is_short, passed_ns
         return Gone(0, 0, sum(not word for word in self.words()), is_whole=True)
 
-    def head(self, place: int) -> abi.AskHead:
-        return abi.AskHead.from_buffer_copy(bytes(self.asks[place]))
+    def ask(self, place: int) -> abi.Ask:
+        return abi.Ask.from_buffer_copy(bytes(self.asks[place]))
 
     def saved(self, place: int, word: int) -> bytes:
         ask = self.asks[place]
-        return bytes(ask.bytes[: ask.saved_bytes]) if ask.word == word else b""
+        return self.first_bytes[place][: ask.saved_bytes] if ask.word == word else b""
 
     def mark_counted(self, place: int) -> None:
         self.asks[place].counted_number = self.asks[place].word >> abi.STATE_BITS
@@ -187,7 +188,7 @@ def test_a_worker_gets_first_packets_before_it_is_to_adopt_their_pairs(
         keeper.begin(place, has_ended=place >= PLACES // 2)
         ask = keeper.express.connections.asks[place]
         ask.saved_bytes = len(first)
-        ask.bytes[:] = first
+        keeper.express.connections.first_bytes[place] = first
     keeper.look()
     for worker in range(WORKERS):
         told = keeper.express.told(worker)

@@ -137,14 +137,7 @@ class Ask(ctypes.Structure):
         ("has_fin", ctypes.c_uint8),
         ("macs", ctypes.c_uint8 * 12),
         ("padding", ctypes.c_uint8 * 6),
-        ("bytes", ctypes.c_uint8 * SAVED_BYTES),
     )
-
-
-class AskHead(ctypes.Structure):
-    """struct express_ask without the saved bytes, which are most of it."""
-
-    _fields_ = tuple(field for field in Ask._fields_ if field[0] != "bytes")
 
 
 class EndKey(ctypes.Structure):

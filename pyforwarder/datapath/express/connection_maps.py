@@ -120,6 +120,7 @@ class ConnectionMaps:
             )
             self.targets_fd = make("targets", kinds.ARRAY, 4, target, MOST_TARGETS)
             self.asks_fd = make("asks", kinds.ARRAY, 4, abi.ASK_BYTES, places, bpf.F_MMAPABLE)
+            self.saved_fd = make("saved", kinds.ARRAY, 4, abi.SAVED_BYTES, places, bpf.F_MMAPABLE)
             self.places_fd = make("places", kinds.QUEUE, 0, 4, places)
             self.counts_fd = make("counts", kinds.ARRAY, 4, 8, len(abi.Count))
             self.made_fd = make("made", kinds.PERCPU_ARRAY, 4, abi.NEW_PACKET_BYTES, 1)
@@ -146,6 +147,8 @@ class ConnectionMaps:
                 self.ends_fd, key_bytes=ctypes.sizeof(abi.EndKey), value_bytes=ends
             )
             self.memory = bpf.map_memory(self.asks_fd, places * _stride(), write=True)
+            self._saved = bpf.map_memory(self.saved_fd, places * abi.SAVED_BYTES, write=False)
+            opened.callback(self._saved.close)
             self._number_from(secrets.randbits(29))
             self._listeners = bpf.Map(self.listeners_fd, key_bytes=key, value_bytes=listener)
             self._targets = bpf.Map(self.targets_fd, key_bytes=4, value_bytes=target)
@@ -190,6 +193,7 @@ class ConnectionMaps:
                 "MAP_EXPRESS_LISTENERS_FD": self.listeners_fd,
                 "MAP_EXPRESS_TARGETS_FD": self.targets_fd,
                 "MAP_EXPRESS_ASKS_FD": self.asks_fd,
+                "MAP_EXPRESS_SAVED_FD": self.saved_fd,
                 "MAP_EXPRESS_PLACES_FD": self.places_fd,
                 "MAP_EXPRESS_COUNTS_FD": self.counts_fd,
                 "MAP_EXPRESS_MADE_FD": self.made_fd,
@@ -374,22 +378,18 @@ class ConnectionMaps:
 
     def saved(self, place: int, word: int) -> bytes:
         """The saved bytes of the connection with this word; empty: another one has the place."""
-        at = place * _stride()
-        ask = abi.Ask.from_buffer_copy(self.memory, at)
-        if self.word(place) != word:
-            return b""
-        return bytes(ask.bytes[: min(ask.saved_bytes, abi.SAVED_BYTES)])
-
-    def head(self, place: int) -> abi.AskHead:
-        """A place as it is now, without the saved bytes."""
-        return abi.AskHead.from_buffer_copy(self.memory, place * _stride())
+        length = min(self.ask(place).saved_bytes, abi.SAVED_BYTES)
+        at = place * abi.SAVED_BYTES
+        saved = self._saved[at : at + length]
+        # Behind these: they are the connection's if it still has the place.
+        return saved if self.word(place) == word else b""
 
     def mark_counted(self, place: int) -> None:
         """Mark the place's connection as counted by a worker, or as reported to one by itself."""
         at = place * _stride() + abi.Ask.counted_number.offset
         store32(self.memory, at, _number_of(self.word(place)))
 
-    def is_counted(self, ask: abi.Ask | abi.AskHead) -> bool:
+    def is_counted(self, ask: abi.Ask) -> bool:
         """Whether `mark_counted` was called for this connection, by any keeper."""
         return bool(ask.counted_number == _number_of(ask.word))
 

@@ -151,7 +151,7 @@ class ExpressKeeper:
         """What `show` printed for a pair that a worker was to adopt, or had; empty: not known."""
         if index < self.first:
             return b""
-        ask = self._connections.head(index - self.first)
+        ask = self._connections.ask(index - self.first)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
             return b""  # the pair is of an earlier daemon
         label = self._label(ask)
@@ -227,7 +227,7 @@ class ExpressKeeper:
         """Forget servers that no listener has, unless a connection to one is still being opened."""
         asking = abi.AskState.FILLING, abi.AskState.ASKED
         asked = {
-            self._connections.head(place).target
+            self._connections.ask(place).target
             for place, word in enumerate(words)
             if word & abi.STATE_MASK in asking
         }
@@ -372,7 +372,7 @@ class ExpressKeeper:
 
     def _take_in(self, place: int, worker: int) -> None:
         index = self.first + place
-        ask, record = self._connections.head(place), self._record(index)
+        ask, record = self._connections.ask(place), self._record(index)
         label = self._label(ask)
         for at, number in zip(
             (Splice.keep_idle_s, Splice.keep_interval_s, Splice.keep_count),
@@ -387,7 +387,7 @@ class ExpressKeeper:
     def _name(self, index: int, worker: int) -> None:
         """Report the first packet of a pair to its worker, if the log needs it."""
         place, record = index - self.first, self._record(index)
-        ask = self._connections.head(place)
+        ask = self._connections.ask(place)
         if ask.word & abi.STATE_MASK != abi.AskState.JOINED:
             return  # the pair is of an earlier daemon
         label = self._label(ask)
@@ -398,7 +398,7 @@ class ExpressKeeper:
 
     def _first_of(self, place: int, word: int) -> bytes:
         """The first packet of a connection; empty: it is not needed, or no longer there."""
-        ask = self._connections.head(place)
+        ask = self._connections.ask(place)
         if ask.rule not in self._label(ask).told:
             return b""
         return self._connections.saved(place, word)
@@ -425,7 +425,7 @@ class ExpressKeeper:
             f", {ended.carried_bytes(Direction.DOWN)}, {down.packets}]]"
         )
 
-    def _label(self, ask: abi.AskHead) -> Label:
+    def _label(self, ask: abi.Ask) -> Label:
         return self._express.label(ask.listener_table, ask.begun_ns)
 
     def _record(self, index: int) -> Splice:
@@ -438,7 +438,7 @@ def _without_route(target: abi.Target) -> abi.Target:
     return found
 
 
-def _rule_of(label: Label, ask: abi.AskHead) -> str:
+def _rule_of(label: Label, ask: abi.Ask) -> str:
     return label.rules[ask.rule] if ask.rule < len(label.rules) else "-"
 
 
@@ -451,7 +451,7 @@ def _end(address: Any, port_be: int) -> str:
     return f'["{bytes(address).hex()}", {socket.ntohs(port_be)}]'
 
 
-def _shown(record: Splice, label: Label, ask: abi.AskHead, kind: DatapathKind) -> bytes:
+def _shown(record: Splice, label: Label, ask: abi.Ask, kind: DatapathKind) -> bytes:
     """What `show` prints for it: a struct pair. `NONE`: no worker has counted it yet."""
     shown = PairRecord()
     shown.id = record.id

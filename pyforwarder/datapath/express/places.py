@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pyforwarder.datapath.express.connect_abi import NO_WORKER, STATE_MASK, AskHead, AskState
+from pyforwarder.datapath.express.connect_abi import NO_WORKER, STATE_MASK, Ask, AskState
 from pyforwarder.datapath.express.grace import Grace
 from pyforwarder.datapath.express.pace import Pace
 from pyforwarder.datapath.splice.abi import Splice, SpliceState
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
     """A connection that has begun and ended without a worker."""
 
     place: int
-    ask: AskHead
+    ask: Ask
     record: Splice
 
     @property
@@ -206,7 +206,7 @@ class Places:
             }
 
     def _give_up_late(self, place: int, word: int, now_s: float) -> None:
-        ask = self._connections.head(place)
+        ask = self._connections.ask(place)
         answer_s = ask.answer_ms / 1000 or ANSWER_TIMEOUT_S
         if now_s - ask.begun_ns / 1e9 > answer_s:
             until_ns = int((now_s + UNANSWERED_FOR_S) * 1e9)
@@ -234,7 +234,7 @@ class Places:
         if not record.id:
             self._connections.rest(place, word, now_s)  # an earlier keeper has reported its end
             return
-        ask = self._connections.head(place)
+        ask = self._connections.ask(place)
         if all(direction.fin_acked for direction in record.direction):
             if has_room(place):
                 self._known[place] = word

@@ -129,7 +129,7 @@ def test_an_end_of_which_a_worker_is_told_alone_is_in_no_sum(site: Open) -> None
             half_close(server)
             assert read_to_end(client) == b""
             has_ended(here, place)
-    ask, record = connections.head(place), here.kernel.record(place)
+    ask, record = connections.ask(place), here.kernel.record(place)
     key = bytes(
         abi.EndKey(ask.listener_table, ask.rule, ask.target, record.direction[0].from_.dport)
     )
