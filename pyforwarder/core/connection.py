@@ -1,10 +1,10 @@
 """The life of a connection as tables: states, events, and the commands each event calls for.
 
 Nothing here knows sockets, clocks or buffers. The worker feeds events and obeys commands; an event
-that the table does not have for a state raises. Some code of the worker does what a row says
-without asking for it, and sets the new state itself: what nothing holds up (worker/plain.py), and
-connections that begin in the middle of the table, as they come from another worker or daemon. Two
-tables, because two things go on at once:
+that the table does not have for a state raises. What nothing holds up goes through worker/plain.py,
+which does what the rows say without asking for them. Connections that come from another program,
+worker or daemon enter the table by events of their own. Two tables, because two things go on at
+once:
 
 - the *life* of the connection, from accept to close, and
 - the *phase* of each direction, which follows a FIN from one side through to the other.
@@ -43,6 +43,9 @@ class Event(enum.IntEnum):
     FINISHED = 5  # both directions closed in order, or the refused client has gone
     BROKEN = 6  # a reset, an error or a deadline: cannot be continued correctly
     PUT_OFF = 7  # FINISHED or BROKEN, and comes again when the datapath is ready for it
+    GIVEN = 8  # another program has connected both sockets
+    ADOPTED = 9  # the pair was joined before: by another worker, another daemon, or the kernel
+    RELEASED = 10  # another daemon has the pair from here on: nothing is said to its peers
 
 
 class Command(enum.IntEnum):
@@ -67,6 +70,8 @@ LIFE: Final[dict[Life, dict[Event, Transition]]] = {
         Event.REFUSED: (Life.REFUSING, (Command.ANSWER,)),
         Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
         Event.BROKEN: _RESET,
+        Event.GIVEN: (Life.HANDOVER, ()),
+        Event.ADOPTED: (Life.JOINED, ()),
     },
     Life.CONNECTING: {
         Event.CONNECTED: (Life.HANDOVER, (Command.FLUSH,)),
@@ -82,10 +87,12 @@ LIFE: Final[dict[Life, dict[Event, Transition]]] = {
         Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
         Event.BROKEN: _RESET,
         Event.PUT_OFF: (Life.ENDING, ()),
+        Event.RELEASED: (Life.CLOSED, ()),
     },
     Life.ENDING: {
         Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
         Event.BROKEN: _RESET,
+        Event.RELEASED: (Life.CLOSED, ()),
     },
     Life.REFUSING: {
         Event.FINISHED: (Life.CLOSED, (Command.CLOSE,)),
@@ -108,10 +115,11 @@ class Step(enum.IntEnum):
 
     FIN = 0  # the source will send no more
     DELIVERED = 1  # all it sent is with the target's TCP: time for SHUT_WR
+    ENDED = 2  # both at once
 
 
 PHASES: Final[dict[Phase, dict[Step, Phase]]] = {
-    Phase.OPEN: {Step.FIN: Phase.FIN_SEEN},
+    Phase.OPEN: {Step.FIN: Phase.FIN_SEEN, Step.ENDED: Phase.CLOSED},
     Phase.FIN_SEEN: {Step.DELIVERED: Phase.CLOSED},
     Phase.CLOSED: {},
 }
@@ -119,6 +127,18 @@ PHASES: Final[dict[Phase, dict[Step, Phase]]] = {
 
 class UnexpectedEventError(AssertionError):
     """An event that the table has no entry for: a bug of ours, never a peer's fault."""
+
+
+def next_life(life: Life, event: Event) -> Life:
+    """The connection's new state, for a caller that does itself what the row commands.
+
+    Raises:
+        UnexpectedEventError: this event cannot happen in this state.
+    """
+    try:
+        return LIFE[life][event][0]
+    except KeyError:
+        raise UnexpectedEventError(f"{event.name} while {life.name}") from None
 
 
 def next_phase(phase: Phase, step: Step) -> Phase:

@@ -7,7 +7,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.core.connection import Life
+from pyforwarder.core.connection import Event, Life, next_life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.copying import WATCHED
 from pyforwarder.runtime.channel import BACKLOG
@@ -201,7 +201,7 @@ class Acceptor:
 
     def _turn_away(self, client: Client) -> None:
         """Reset the client at once: there is no room even to hear it."""
-        client.life = Life.CLOSED
+        client.life = next_life(client.life, Event.BROKEN)
         client.refusal = client.refusal or "limit of descriptors"
         client.reason = CloseReason.BUSY
         self._counters[CLOSED_INDEX[CloseReason.BUSY]] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.core.connection import Life
+from pyforwarder.core.connection import Event, Life, next_life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.runtime.counters import (
@@ -204,7 +204,7 @@ class Closing:
         """
         change(self._counters, _OPEN, -1)
         change(self._counters, client.listener.counter + _LISTENER_OPEN, -1)
-        client.life = Life.CLOSED
+        client.life = next_life(client.life, Event.RELEASED)
         client.datapath = None
         client.waits_for_handover = False
         if client.kind is DatapathKind.SPLICE:

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from pyforwarder.core.address import UnixAddress
-from pyforwarder.core.connection import Event, Life
+from pyforwarder.core.connection import Event, next_life
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import WATCHED
 from pyforwarder.errors import ControlError
@@ -96,7 +96,7 @@ class ForeignPairs:
         client.client_mask = client.server_mask = WATCHED
         self._loop.watch(client_fd, WATCHED, self._server.opening.flushing, client)
         self._loop.watch(server_fd, WATCHED, self._server.opening.flushing, client)
-        client.life = Life.HANDOVER
+        client.life = next_life(client.life, Event.GIVEN)
         self._server.records.show_later(client)
         self._server.happen(client, Event.FLUSHED)
         return client.id

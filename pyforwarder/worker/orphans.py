@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pyforwarder.core.connection import Life
+from pyforwarder.core.connection import Event, Life, next_life
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.base import OPENED_BY_KERNEL, PairReason
@@ -50,7 +50,7 @@ def adopt_orphans(
         client = _client_of(server, orphan)
         client.facts = facts_of(orphan.id)
         server.take_in(client)
-        client.life = Life.JOINED
+        client.life = next_life(client.life, Event.ADOPTED)
         record = orphan.record
         if record is not None and record.datapath == DatapathKind.NONE:
             # The kernel has opened it by itself: nobody has counted it before.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import ValidationError
 
 from pyforwarder.core.address import Address, UnixAddress
-from pyforwarder.core.connection import Life, Phase
+from pyforwarder.core.connection import Event, Step, next_life, next_phase
 from pyforwarder.core.routing import Route
 from pyforwarder.datapath.copying import BLOCKED, WATCHED
 from pyforwarder.datapath.ebpf import pair_table as table
@@ -361,7 +361,7 @@ class PairReceiver:
             flow.carried_bytes, flow.carried_packets = one.carried_bytes, one.carried_packets
             flow.pending = memoryview(base64.b64decode(one.pending)) if one.pending else None
         server.take_in(client)
-        client.life = Life.JOINED
+        client.life = next_life(client.life, Event.ADOPTED)
         self._count(1)
         return client
 
@@ -378,7 +378,7 @@ class PairReceiver:
             flow.readable = not one.is_closed
             flow.blocked = flow.pending is not None
             if one.is_closed:
-                flow.phase = Phase.CLOSED
+                flow.phase = next_phase(flow.phase, Step.ENDED)
         # What is there already is reported by the new watch, urgent bytes and ends too.
         client.client_mask = BLOCKED if client.down.blocked else WATCHED
         client.server_mask = BLOCKED if client.up.blocked else WATCHED

@@ -239,7 +239,7 @@ class PairSender:
         for _ in range(0, BATCH, ENDS_AT_ONCE):
             count = min(ENDS_AT_ONCE, len(self._to_withdraw))
             some = [self._to_withdraw.popleft() for _ in range(count)]
-            self._datagrams.handover.withdraw([one for one in some if not one.life_ended])
+            self._datagrams.handover.withdraw([one for one in some if not one.has_ended])
             self._uncounted += some
         if self._to_withdraw:
             return False

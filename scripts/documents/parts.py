@@ -17,6 +17,7 @@ PARTS: Final[dict[str, Callable[[str], str]]] = {
     "protocols": matches.protocols,
     "details": matches.details,
     "life": program.life,
+    "session": program.session,
     "metrics": program.metrics,
     "limits": program.limits,
     "reasons": program.pair_reasons,

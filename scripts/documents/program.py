@@ -14,6 +14,7 @@ import pyforwarder
 from documents.markdown import code, table
 from pyforwarder.cli.command import root
 from pyforwarder.core.connection import diagram
+from pyforwarder.core.session import session_diagram
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.runtime.counters import Counters
 from pyforwarder.runtime.limits import Limit
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 def life(_: str) -> str:
     """The table of a connection's life, as the worker obeys it."""
     return "\n".join(f"    {line}" for line in diagram().splitlines())
+
+
+def session(_: str) -> str:
+    """The tables of a UDP session's life, likewise."""
+    lines = session_diagram().splitlines()
+    return "\n".join(f"    {line}".rstrip() for line in lines)
 
 
 def metrics(_: str) -> str:

@@ -12,7 +12,8 @@ from pyforwarder.datapath.splice.sessions import Carried, KernelSession, Pending
 class FakeKernel:
     """What a test says that the programs have counted, and what they are told."""
 
-    def __init__(self) -> None:
+    def __init__(self, defer: Callable[[Callable[[Any], None], Any], None]) -> None:
+        """`defer` is the loop's: no answer comes before the question has returned."""
         self.answer: PairReason | None = None
         self.opened: list[dict[str, Any]] = []
         self.latched = [False, False]
@@ -22,7 +23,7 @@ class FakeKernel:
         self.last = [0.0, 0.0]
         self.sent_on = [(0, 0), (0, 0)]
         self.closed: list[int] = []  # how many at a time
-        self.defer: Callable[[Callable[[Any], None], Any], None] = lambda act, of: act(of)
+        self.defer = defer
         self.is_slow = False  # it says nothing of itself
         self.asked: list[PendingSession] = []  # and of these nothing was said yet
         self.abandoned = 0

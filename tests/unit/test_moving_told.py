@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pytest
 
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.session import CarriageEvent
 from pyforwarder.datapath.ebpf.abi import ABI_VERSION
 from pyforwarder.datapath.splice.sessions import KernelSession
 from pyforwarder.runtime.channel import Channel
@@ -25,6 +26,7 @@ from tests.helpers.fake_kernel import FakeKernel
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.sessions import SpliceSessions
+    from pyforwarder.worker.udp.session import Session
 
 CONFIG: Final = (
     "listeners: [{{name: main, bind: '127.0.0.1:0', protocol: udp, amplification: 3, "
@@ -188,10 +190,16 @@ def test_the_line_of_a_session_that_was_taken_over_says_its_upstream(
     assert (line["sni"], line["asked"], line["upstream"]) == ("a.test", "b.test:1", "web")
 
 
+def give_to_kernel(session: Session, in_kernel: Any) -> None:
+    session.carry(CarriageEvent.LEFT)  # whatever it is on the way to
+    session.carry(CarriageEvent.RESUMED)
+    session.in_kernel = in_kernel
+
+
 def test_a_session_of_the_kernel_is_told_of_before_it_is_let_go(succession: Succession) -> None:
     succession.client(times=2)
     (session,) = succession.old.server.sessions()
-    session.in_kernel = object()  # type: ignore[assignment]
+    give_to_kernel(session, object())
     wanted = session_facts(session)
     sent: list[dict[str, Any]] = []
     to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
@@ -212,13 +220,13 @@ def test_a_session_leaves_the_kernel_where_its_records_cannot_be_read(
 ) -> None:
     """It is sent once it is known what the kernel has carried, as one that was copied."""
     old = succession.old
-    kernel = FakeKernel()
+    kernel = FakeKernel(old.loop.defer)
     kernel.is_slow = True
     kernel.sent_on = [(30, 3), (200, 2)]
     old.server.handover = SessionHandover(old.server, cast("SpliceSessions", kernel))
     succession.client(times=2)
     (session,) = old.server.sessions()
-    session.in_kernel = KernelSession(0, session.id, session.slot)
+    give_to_kernel(session, KernelSession(0, session.id, session.slot))
     kernel.last = [old.loop.now_s + 1.0, 0.0]
     sent: list[dict[str, Any]] = []
     to_successor: Any = SimpleNamespace(send=lambda message, *_, **__: sent.append(message))
@@ -301,7 +309,7 @@ def test_a_session_that_earns_the_kernel_early_has_no_other_client_heard(
 ) -> None:
     """Whose session is still to come, and would have two."""
     old, new, server = succession.old, succession.new, succession.server
-    kernel = FakeKernel()
+    kernel = FakeKernel(new.loop.defer)
     new.server.handover = SessionHandover(new.server, cast("SpliceSessions", kernel))
     new.server.handover.settle(splice=True)
     sources = []

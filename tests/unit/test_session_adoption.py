@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -27,8 +27,8 @@ from tests.helpers.fake_kernel import FakeKernel
 class Keeping(FakeKernel):
     """Which sessions have been taken over, and which are over."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, defer: Callable[[Callable[[Any], None], Any], None]) -> None:
+        super().__init__(defer)
         self.taken: list[int] = []
         self.closed_sessions: list[int] = []
         self.lose: Callable[[], None] = lambda: None
@@ -66,7 +66,7 @@ class Adopting:
             f"rules: [{rules.replace('SERVER', self.to)}]}}]\n"
             f"upstreams: {{web: {{servers: ['{self.to}']}}}}\n{more}"
         )
-        self.kernel = Keeping()
+        self.kernel = Keeping(self.play.loop.defer)
         self.play.server.handover = SessionHandover(
             self.play.server, cast("SpliceSessions", self.kernel)
         )

@@ -43,8 +43,7 @@ class Played:
         for server in self.balancer.servers[1:]:
             server.weight = 0  # no new sessions: all are for our own
         self.balancer._unsettle()
-        self.kernel = FakeKernel()
-        self.kernel.defer = self.play.loop.defer
+        self.kernel = FakeKernel(self.play.loop.defer)
         self.play.server.handover = SessionHandover(
             self.play.server, cast("SpliceSessions", self.kernel)
         )

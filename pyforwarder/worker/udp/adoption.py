@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from pyforwarder.core.address import Address
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.routing import Route
+from pyforwarder.core.session import SessionEvent
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, PairState
 from pyforwarder.runtime.counters import Counter, ListenerCounter, change, count_connect
@@ -103,7 +104,7 @@ class SessionAdoption:
         known yet gets a second one.
         """
         for session in taken:
-            if not session.life_ended:
+            if not session.has_ended:
                 self._server.copying.watch_both(session)
 
     def _take_in(self, orphan: SessionOrphan) -> Session | None:
@@ -122,6 +123,7 @@ class SessionAdoption:
             return None
         session = Session(self._server, port, key, route, 0)
         session.id = orphan.id
+        session.happen(SessionEvent.CONNECTED)
         session.sock = orphan.server
         session.source = Address(*orphan.server.getsockname()[:2])
         session.destination = Address(*orphan.server.getpeername()[:2])

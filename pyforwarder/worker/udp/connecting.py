@@ -14,6 +14,7 @@ from pyforwarder.core import proxy_protocol
 from pyforwarder.core.address import Address, HostPort, SamePort, UnixAddress
 from pyforwarder.core.eyeballs import MOST_ATTEMPTS, interleave
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.session import SessionEvent
 from pyforwarder.datapath.ebpf.abi import PairState
 from pyforwarder.runtime.counters import (
     Counter,
@@ -100,7 +101,7 @@ class ConnectionMaps:
 
     def _resolved(self, session: Session, to: HostPort, hosts: list[str]) -> None:
         """Connect to one of the addresses, unless the session has ended in the meantime."""
-        if session.life_ended:
+        if session.has_ended:
             return
         session.asking = None
         if session.route.named_by_client and len(hosts) > MOST_ADDRESSES:
@@ -186,7 +187,7 @@ class ConnectionMaps:
         self, session: Session, sock: socket.socket, address: Address, *, done: bool
     ) -> None:
         """Connect from the client's address, unless the session has ended in the meantime."""
-        if session.life_ended:
+        if session.has_ended:
             sock.close()
             return
         if not done:
@@ -213,6 +214,7 @@ class ConnectionMaps:
         self, session: Session, sock: socket.socket, address: Address, name: tuple[str, int]
     ) -> None:
         """The session has a socket to its server, of this name."""
+        session.happen(SessionEvent.CONNECTED)
         session.sock = sock
         session.source = Address(name[0], name[1])
         session.destination = address

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.first_packet.quic_ids import id_of_server
+from pyforwarder.core.session import Carriage, SessionLife
 from pyforwarder.runtime.counters import Counter
 from pyforwarder.runtime.loop import EPOLLERR
 from pyforwarder.runtime.recvmmsg import Receiver, Room
@@ -57,6 +58,8 @@ BATCH: Final = 64
 # received. So few are where that is not known yet, and where each datagram is sent by itself.
 _FEW_MESSAGES: Final = 2
 _NEW: Final = Assurance.NEW
+_ENDED: Final = SessionLife.ENDED
+_EARNING: Final = Carriage.EARNING
 _STEADY: Final = Assurance.STEADY
 
 
@@ -155,7 +158,7 @@ class Copying:
     def _send_all(self, of_sessions: Mapping[Session, Sequence[memoryview]]) -> None:
         for session, datagrams in of_sessions.items():
             try:
-                sent = self._send_many(session, datagrams) if not session.life_ended else 0
+                sent = self._send_many(session, datagrams) if session.life is not _ENDED else 0
             except Exception as error:
                 self._server.blame(session.port, session.key, error)
                 continue
@@ -177,7 +180,7 @@ class Copying:
         """
         self._heard(session)
         at, count = 0, len(datagrams)
-        while at < count and not session.life_ended:
+        while at < count and session.life is not _ENDED:
             end = at + 1
             if end < count and self._may_run(session):
                 end = end_of_run(datagrams, at, session.most_segment)
@@ -187,7 +190,7 @@ class Copying:
             for datagram in datagrams[at:end]:
                 self.send_up(session, datagram)
                 at += 1
-                if session.life_ended:
+                if session.has_ended:
                     break
         return at
 
@@ -258,7 +261,7 @@ class Copying:
         """Send the datagrams that have waited until the session's server is known, in order."""
         waiting = self.forget_waiting(session)
         for datagram in waiting:
-            if session.life_ended:
+            if session.life is _ENDED:
                 return  # the server has refused the one before
             self.send_up(session, datagram)
 
@@ -414,7 +417,7 @@ class Copying:
         if session.slot >= 0:
             now_ns = int(self._loop.now_s * 1e9)
             self._window.count(session.slot, direction, count, packets, now_ns)
-        if session.earns:
+        if session.carriage is _EARNING:
             self._server.handover.moved(session)
         elif session.in_kernel is not None:
             self._server.handover.copied(session, direction)

@@ -55,7 +55,7 @@ class Endings:
         some = list(islice(self._due.items(), ENDS_AT_ONCE))
         for session, _ in some:
             del self._due[session]
-        self._end_some([(session, why) for session, why in some if not session.life_ended])
+        self._end_some([(session, why) for session, why in some if not session.has_ended])
 
     def _plan(self) -> None:
         if self._due and not self._is_planned:

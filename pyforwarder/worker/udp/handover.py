@@ -15,6 +15,7 @@ import math
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.core.session import Carriage, CarriageEvent
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.datapath.splice.sessions import KernelSession, PendingSession
@@ -35,6 +36,8 @@ _MOST_AT_ONCE: Final = 100.0
 # So long our sockets may have no quiet moment before the kernel's datagrams overtake those that
 # wait there.
 _OVERTAKE_AFTER_S: Final = 0.1
+_COPIED: Final = Carriage.COPIED
+_EARNING: Final = Carriage.EARNING
 _UP: Final = int(Direction.UP)
 _DOWN: Final = int(Direction.DOWN)
 
@@ -63,7 +66,7 @@ class SessionHandover:
         self._works = splice
         if is_late:
             for session in self._server.by_id.values():
-                if session.sock is not None and session.in_kernel is None:
+                if session.sock is not None and session.carriage in (_COPIED, _EARNING):
                     self.established(session)
                     self._server.records.show_datapath(session)
 
@@ -82,7 +85,7 @@ class SessionHandover:
             session.pair_reason = _not_here(session)
         else:
             session.pair_reason = PairReason.SHORT
-            session.earns = True
+            session.carry(CarriageEvent.MAY_EARN)
 
     def moved(self, session: Session) -> None:
         """A datagram was copied: it may have been the one that earns the handover."""
@@ -95,7 +98,7 @@ class SessionHandover:
         if self._server.waits_for_sessions:
             return  # the listener is not to be read now, which a handover begins with
         if not self._works:
-            session.earns = False
+            session.carry(CarriageEvent.MAY_NOT)
             session.pair_reason = _not_here(session)
             self._server.records.show_datapath(session)
             return
@@ -104,7 +107,7 @@ class SessionHandover:
         if not session.is_spliced_by_name and not self._pays(session):
             return
         if self._take_token():
-            session.earns = False
+            session.carry(CarriageEvent.EARNED)
             # Not now: the server is in the middle of a socket's datagrams.
             self._server.loop.defer(self._attempt, session)
 
@@ -142,15 +145,15 @@ class SessionHandover:
         return True
 
     def _attempt(self, session: Session) -> None:
-        if session.life_ended or session.in_kernel is not None or session.sock is None:
-            return
-        if session.pending is not None:
-            return  # it is asked for
+        if session.carriage is not Carriage.DUE:
+            return  # it has ended meanwhile
         if self._server.is_ending(session):
+            session.carry(CarriageEvent.DECLINED)
             return  # its listener may be gone already
         answer = self._open(session)
         if isinstance(answer, PendingSession):
-            session.pending = answer  # it is copied meanwhile
+            session.carry(CarriageEvent.ASKED)
+            session.pending = answer
         else:
             self._opened(session, answer)
 
@@ -159,15 +162,17 @@ class SessionHandover:
         session.pending = None
         reason: PairReason
         if isinstance(answer, KernelSession):
+            session.carry(CarriageEvent.TAKEN)
             session.in_kernel = answer
             reason = PairReason.FORCED if session.is_spliced_by_name else PairReason.BEST
             session.kind = DatapathKind.SPLICE
             self._server.counters[Counter.JOINED_SPLICE] += 1
         else:
             reason = answer
-            if reason is PairReason.NO_KEEPER:
-                session.earns = True  # another may be there before long
-            elif reason is PairReason.MAP_FULL:
+            # Another keeper may be there before long.
+            is_late = reason is PairReason.NO_KEEPER
+            session.carry(CarriageEvent.NOT_NOW if is_late else CarriageEvent.DECLINED)
+            if reason is PairReason.MAP_FULL:
                 self._server.counters[Counter.SESSIONS_UNSPLICED] += 1
         session.pair_reason = reason
         self._server.records.show_datapath(session)
@@ -211,6 +216,7 @@ class SessionHandover:
         if session.slot < 0:
             self._kernel.forget(orphan.index, orphan.id)
             return False
+        session.carry(CarriageEvent.RESUMED)
         session.in_kernel = self._kernel.resume(
             orphan,
             session.slot,
@@ -334,8 +340,8 @@ class SessionHandover:
         """
         left = []
         for session in sessions:
-            session.earns = False
-            self.release(session)
+            session.carry(CarriageEvent.LEFT)
+            self._abandon(session)
             if session.in_kernel is not None:
                 session.port.behind.pop(session, None)
                 left.append((session, session.in_kernel))
@@ -351,17 +357,15 @@ class SessionHandover:
                 session.up_packets += up[1]
                 session.down_bytes += down[0]
                 session.down_packets += down[1]
-                session.is_counted = True
-                if session.life_ended and is_asked:  # else who ends it tells
+                session.carry(CarriageEvent.COUNTED)
+                if session.has_ended and is_asked:  # else who ends it tells
                     self._server.count_ended(session)
 
-        for session, _ in left:
-            session.is_counted = False
         try:
             self._kernel.close([in_kernel for _, in_kernel in left], then)
         except Exception:
             for session, _ in left:
-                session.is_counted = True
+                session.carry(CarriageEvent.COUNTED)
             raise
         is_asked = True
 
@@ -382,7 +386,13 @@ class SessionHandover:
             self._server.records.show_datapath(session)
 
     def release(self, session: Session) -> None:
-        """The session is not given to the kernel any more; one that is there, stays there."""
+        """The session is another daemon's from here on; one that the kernel has, stays there."""
+        session.carry(CarriageEvent.RELEASED)
+        self._abandon(session)
+        session.in_kernel = None
+
+    def _abandon(self, session: Session) -> None:
+        """Have the keeper end what it was asked to begin."""
         if session.pending is not None and self._kernel is not None:
             self._kernel.abandon(session.pending)
             session.pending = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.reasons import CloseReason, refusal_code
+from pyforwarder.core.session import SessionEvent
 from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
     Counter,
@@ -267,10 +268,11 @@ class DatagramServer:
 
     def end(self, session: Session, reason: CloseReason) -> None:
         """Forget the session; UDP has no way to tell anybody."""
-        if session.life_ended:
+        if session.has_ended:
             return
         session.reason = reason
         # First what others need, last what is only told: a fault there must cost nobody a place.
+        session.happen(SessionEvent.ENDED)
         self._forget(session)
         self.handover.leave([session])
         if session.sock is not None:
@@ -308,7 +310,6 @@ class DatagramServer:
         """Remove the session from all tables of ours, with its timer and the datagrams that wait
         for it.
         """
-        session.life_ended = True
         session.port.forget(session)
         del self.by_id[session.id]
         self.eviction.leave(session)
@@ -370,16 +371,17 @@ class DatagramServer:
 
     def release(self, session: Session) -> None:
         """The session is another daemon's from here on, with its socket: forget it."""
-        self._forget(session)
+        session.happen(SessionEvent.RELEASED)
+        is_carried = session.in_kernel is not None
         self.handover.release(session)
+        self._forget(session)
         session.port.behind.pop(session, None)
         if session.sock is not None:
             self.loop.forget(session.sock.fileno())
             self.loop.close(session.sock.detach())
             session.sock = None
-        if session.in_kernel is None:
-            self.records.release(session)
-        else:
+        if is_carried:
             self.records.forget(session)  # it tells the other daemon what `show` said
-        session.in_kernel = None
+        else:
+            self.records.release(session)
         self._give_back(session)

@@ -9,9 +9,17 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.core.address import Address, HostPort, UnixAddress
+from pyforwarder.core.session import (
+    Carriage,
+    CarriageEvent,
+    SessionEvent,
+    SessionLife,
+    next_carriage,
+    next_session_life,
+)
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.runtime.loop import Timed
@@ -31,6 +39,10 @@ if TYPE_CHECKING:
     from pyforwarder.worker.generation import ListenerState, UpstreamState
     from pyforwarder.worker.udp.connection_ids import SessionTarget
     from pyforwarder.worker.udp.sockets import Key
+
+_CONNECTING: Final = SessionLife.CONNECTING
+_ENDED: Final = SessionLife.ENDED
+_COPIED: Final = Carriage.COPIED
 
 
 class SessionOwner(Protocol):
@@ -56,23 +68,22 @@ class Session(Timed):
         "answered_s",
         "asking",
         "assurance",
+        "carriage",
         "client_keys",
         "destination",
         "down_bytes",
         "down_packets",
-        "earns",
         "facts",
         "groups",
         "heard_bytes",
         "id",
         "ids",
         "in_kernel",
-        "is_counted",
         "is_spliced_by_name",
         "key",
         "kind",
         "learning",
-        "life_ended",
+        "life",
         "listener",
         "most_of_message",
         "most_segment",
@@ -122,11 +133,11 @@ class Session(Timed):
         self.slot = -1
         self.kind = DatapathKind.COPY
         self.pair_reason = PairReason.DATAGRAMS
-        self.earns = False  # it may be handed over to the kernel
         self.is_spliced_by_name = False  # the configuration says `splice`, not `auto`
-        self.in_kernel: KernelSession | None = None  # there
-        self.pending: PendingSession | None = None  # the keeper is asked to begin it
-        self.is_counted = True  # what the kernel has carried; else the keeper is asked
+        self.life = _CONNECTING
+        self.carriage = _COPIED
+        self.in_kernel: KernelSession | None = None  # while the kernel carries it
+        self.pending: PendingSession | None = None  # while the keeper is asked to begin it
         self.accepted_s = self.active_s = owner.loop.now_s
         self.answered_s = -math.inf  # when our socket last got something of the server
         self.sock: socket.socket | None = None
@@ -147,7 +158,6 @@ class Session(Timed):
         # How often the server has refused a datagram since it last answered, and how many datagrams
         # had gone up and down then.
         self.refused = (0, 0, 0)
-        self.life_ended = False
         self.asking: Wait | None = None  # for the server's name
         self.address_asked = 0  # the request for a socket with the client's address; 0: none
         # What the server is told about the client, in front of the first datagram; empty once that
@@ -167,6 +177,24 @@ class Session(Timed):
         self.waiting_bytes = 0
         self.up_bytes = self.down_bytes = 0
         self.up_packets = self.down_packets = 0
+
+    def happen(self, event: SessionEvent) -> None:
+        """Feed one event to the table of the session's life."""
+        self.life = next_session_life(self.life, event)
+
+    def carry(self, event: CarriageEvent) -> None:
+        """Feed one event to the table of who carries the session's datagrams."""
+        self.carriage = next_carriage(self.carriage, event)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, or is another daemon's."""
+        return self.life is _ENDED
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known what the kernel has carried of it; else the keeper is asked."""
+        return self.carriage is not Carriage.COUNTING
 
     def expired(self) -> None:
         """Time to look whether anybody still speaks."""
