@@ -63,8 +63,14 @@ _BY_MODULE: Final[Mapping[str, Mapping[str, str]]] = {
         "config.listener": "FirstPacket ProxyProtocol",
         "config.upstream": "Ejection Health Server",
     },
-    "core.routing": {"core.explaining": "Explanation RuleReport explain"},
-    "core.upstreams": {"core.health": "CheckSchedule Health"},
+    "core.routing": {
+        "core.explaining": "Explanation RuleReport explain",
+        "core.rule_compiling": "ListenerConfig RuleConfig compile_rules",
+    },
+    "core.upstreams": {
+        "core.health": "CheckSchedule Health",
+        "core.server_choice": "ROUND_STEPS",
+    },
     "datapath.ebpf.abi": {"datapath.ebpf.abi": "End=SocketOwner VerdictDirection=KernelDirection"},
     "datapath.sockmap": {
         "datapath.sockmap.datapath": "SockmapDatapath",

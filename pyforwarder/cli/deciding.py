@@ -147,7 +147,7 @@ def check(call: Call, file: Path | None, dump: bool) -> int:
     from pyforwarder.config.dump import dump_config
     from pyforwarder.config.key_files import load_token_keys, placed, read_passwords
     from pyforwarder.config.warnings import config_warnings
-    from pyforwarder.core.routing import compile_rules
+    from pyforwarder.core.rule_compiling import compile_rules
 
     name = {None: _BUILT_IN, Path("-"): "stdin"}.get(file, str(file))
     document: Node | str = ""

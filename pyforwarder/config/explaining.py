@@ -16,6 +16,7 @@ from pyforwarder.core.explaining import explain
 from pyforwarder.core.express.compiling import compile_table
 from pyforwarder.core.first_packet.datagrams import MOST_DATAGRAMS, Datagrams
 from pyforwarder.core.policy import OwnListeners, parse_ip
+from pyforwarder.core.rule_compiling import compile_rules
 
 if TYPE_CHECKING:
     from pyforwarder.config.listener import Listener
@@ -149,7 +150,7 @@ def judge(
         count, size = 0, min(len(data), most)
         if len(data) >= most:
             data, end = data[:most], routing.End.FULL
-    ruleset = routing.compile_rules(listener, keys, passwords=passwords, path=f"listeners[{index}]")
+    ruleset = compile_rules(listener, keys, passwords=passwords, path=f"listeners[{index}]")
     explanation = explain(
         ruleset,
         data,

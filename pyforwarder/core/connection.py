@@ -129,14 +129,14 @@ class UnexpectedEventError(AssertionError):
     """An event that the table has no entry for: a bug of ours, never a peer's fault."""
 
 
-def next_life(life: Life, event: Event) -> Life:
-    """The connection's new state, for a caller that does itself what the row commands.
+def next_life(life: Life, event: Event) -> Transition:
+    """The new state and the commands, in order, for a caller that obeys these itself.
 
     Raises:
         UnexpectedEventError: this event cannot happen in this state.
     """
     try:
-        return LIFE[life][event][0]
+        return LIFE[life][event]
     except KeyError:
         raise UnexpectedEventError(f"{event.name} while {life.name}") from None
 

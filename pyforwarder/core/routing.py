@@ -1,6 +1,7 @@
 """Which rule takes a connection: the listener's rules, compiled, applied to its first bytes.
 
-Pure: no sockets and no clock; the time is passed in.
+Pure: no sockets and no clock; the time is passed in.  rule_compiling.py makes the rules of the
+configuration.
 
 The rules are tried in order and the first that matches decides, so a later rule may only win once
 every earlier one said "no match".  While one of them needs more bytes the answer is "need more";
@@ -14,17 +15,13 @@ names first and checks every address against `Route.rule.allow`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
-from pyforwarder.core.address import NameIn
 from pyforwarder.core.express.conditions import UserspaceOnly
 from pyforwarder.core.first_packet.combine import All
-from pyforwarder.core.first_packet.credentials import Users
-from pyforwarder.core.first_packet.instruction import Instruction, TokenUse
+from pyforwarder.core.first_packet.instruction import Instruction
 from pyforwarder.core.first_packet.matcher import Conversation, Matcher, Speaker, Turn
 from pyforwarder.core.first_packet.naming import Named
-from pyforwarder.core.first_packet.options import OptionError
 from pyforwarder.core.first_packet.outcome import (
     MATCH,
     NEED_MORE,
@@ -42,15 +39,11 @@ from pyforwarder.core.first_packet.outcome import (
     Send,
     Verify,
 )
-from pyforwarder.core.first_packet.table import Terms, build
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pyforwarder.core.address import Address, ServerAddress
+    from pyforwarder.core.address import Address, NameIn
     from pyforwarder.core.express.conditions import Condition
-    from pyforwarder.core.policy import AllowList
-    from pyforwarder.core.token import TokenKeys
 
 __all__ = [
     "NEED_MORE",
@@ -65,47 +58,12 @@ __all__ = [
     "Ruleset",
     "Send",
     "Verify",
-    "compile_rules",
 ]
 
 
 # PostgreSQL clients ask for GSS and for TLS before they say who they are, each once; what asks on
 # and on would never get to the timeout's end any other way.
 MAX_QUESTIONS: Final = 4
-
-
-class RuleConfig(Protocol):
-    """What is read of a rule's configuration."""
-
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def match(self) -> object: ...
-    @property
-    def allow(self) -> AllowList | None: ...
-    @property
-    def ack(self) -> bool: ...
-    @property
-    def checksum(self) -> str: ...
-    @property
-    def token(self) -> str: ...
-    @property
-    def users(self) -> Sequence[str]: ...
-    @property
-    def to(self) -> ServerAddress | NameIn | str | None: ...
-    @property
-    def reject(self) -> str | None: ...
-    @property
-    def datapath(self) -> str | None: ...
-
-
-class ListenerConfig(Protocol):
-    """What is read of a listener's configuration."""
-
-    @property
-    def protocol(self) -> str: ...
-    @property
-    def rules(self) -> Sequence[RuleConfig]: ...
 
 
 class Ruleset:
@@ -132,7 +90,7 @@ class Ruleset:
         self.may_decide_at_once = any(not part.reads for part in entries[0].matcher.parts())
         # What becomes of every connection where the first rule takes them all, with any bytes.
         first = entries[0]
-        self.always = first.always if isinstance(first, _Fixed) else None
+        self.always = first.always if isinstance(first, Fixed) else None
         # Whether it matters who the client is.
         self.asks_client = any(part.asks_client for part in parts)
         self.needs_clock = any(isinstance(part, Instruction) and part.needs_clock for part in parts)
@@ -313,7 +271,7 @@ def _in_kernel(matcher: Matcher, local_port: int) -> Condition | str:
         return str(reason)
 
 
-class _Fixed(Entry):
+class Fixed(Entry):
     """A rule that says itself what happens to what it matches."""
 
     def __init__(self, rule: Rule, matcher: Matcher, decision: Route | Refuse) -> None:
@@ -348,7 +306,7 @@ class _Fixed(Entry):
         return outcome
 
 
-class _ToName(Entry):
+class ToName(Entry):
     """A rule that goes where the first packet's server name or host says."""
 
     def __init__(self, rule: Rule, matcher: Matcher, name: NameIn, *, datagrams: bool) -> None:
@@ -377,7 +335,7 @@ class _ToName(Entry):
         return Route(self.rule, destination, 0, None, named_by_client=True)
 
 
-class _Spoken(Entry):
+class Spoken(Entry):
     """A rule whose whole match is one protocol in which the client names the destination."""
 
     speaks = True
@@ -398,7 +356,7 @@ class _Spoken(Entry):
         return self._answer(self.rule, data, client, now_unix_s, conversation)
 
 
-class _Combined(Entry):
+class Combined(Entry):
     """A rule with such a protocol among other conditions."""
 
     speaks = True
@@ -418,94 +376,3 @@ class _Combined(Entry):
         speaker = self.matcher.speaker(data, end, client, local_port)
         assert speaker is not None  # names_destination was checked when the rule was compiled
         return speaker.answer(self.rule, data, client, now_unix_s, conversation)
-
-
-def compile_rules(
-    listener: ListenerConfig,
-    keys: TokenKeys | None = None,
-    *,
-    passwords: Mapping[str, bytes] | None = None,
-    path: str = "listener",
-) -> Ruleset:
-    """The rules of `listener`, ready to decide.
-
-    `keys` are the keys of signed instructions, `passwords` those of the users that rules name;
-    `path` is where the listener stands in the configuration, for errors.
-
-    Raises:
-        ConfigError: a rule's match cannot be used, or the rule does not say what to do.
-    """
-    datagrams = listener.protocol == "udp"
-    entries = tuple(
-        _compile_rule(
-            config,
-            index,
-            keys,
-            passwords or {},
-            f"{path}.rules[{index}]",
-            datagrams=datagrams,
-        )
-        for index, config in enumerate(listener.rules)
-    )
-    return Ruleset(entries, datagrams=datagrams)
-
-
-def _compile_rule(
-    config: RuleConfig,
-    index: int,
-    keys: TokenKeys | None,
-    passwords: Mapping[str, bytes],
-    path: str,
-    *,
-    datagrams: bool,
-) -> Entry:
-    rule = Rule(
-        name=config.name or f"rule-{index + 1}",
-        index=index,
-        allow=config.allow,
-        to=config.to,
-        reject=config.reject,
-        datapath=config.datapath,
-    )
-    terms = Terms(
-        acknowledged=config.ack,
-        checksum_required=config.checksum == "required",
-        tokens=TokenUse(config.token),
-        keys=keys,
-        users=_users(config.users, passwords, path),
-        datagrams=datagrams,
-    )
-    try:
-        matcher = build(config.match, terms)
-    except OptionError as error:
-        below = error.key if not error.key or error.key.startswith("[") else f".{error.key}"
-        raise ConfigError(error.reason, path=f"{path}.match{below}") from None
-    if rule.to is not None and rule.reject is not None:
-        raise ConfigError("says both `to` and `reject`", path=path)
-    if isinstance(rule.to, NameIn):
-        if rule.allow is None:
-            raise ConfigError("goes where the client says and must say `allow`", path=path)
-        return _ToName(rule, matcher, rule.to, datagrams=datagrams)
-    if rule.to is not None:
-        return _Fixed(rule, matcher, Route(rule, rule.to, 0, None, named_by_client=False))
-    if rule.reject is not None:
-        refusal = Refuse(
-            rule,
-            CloseReason.REJECTED,
-            b"",
-            reset=rule.reject == "reset",
-            cause=f"the rule says `reject: {rule.reject}`",
-        )
-        return _Fixed(rule, matcher, refusal)
-    if not matcher.names_destination:
-        raise ConfigError("says neither `to` nor `reject`, and the client cannot say it", path=path)
-    if rule.allow is None:
-        raise ConfigError("lets the client name the destination and must say `allow`", path=path)
-    return _Spoken(rule, matcher) if isinstance(matcher, Speaker) else _Combined(rule, matcher)
-
-
-def _users(names: Sequence[str], passwords: Mapping[str, bytes], path: str) -> Users | None:
-    for name in names:
-        if name not in passwords:
-            raise ConfigError(f"no password of a user {name!r} was read", path=f"{path}.users")
-    return Users({name: passwords[name] for name in names}) if names else None

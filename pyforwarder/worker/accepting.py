@@ -201,7 +201,7 @@ class Acceptor:
 
     def _turn_away(self, client: Client) -> None:
         """Reset the client at once: there is no room even to hear it."""
-        client.life = next_life(client.life, Event.BROKEN)
+        client.life, _ = next_life(client.life, Event.BROKEN)
         client.refusal = client.refusal or "limit of descriptors"
         client.reason = CloseReason.BUSY
         self._counters[CLOSED_INDEX[CloseReason.BUSY]] += 1

@@ -204,7 +204,7 @@ class Closing:
         """
         change(self._counters, _OPEN, -1)
         change(self._counters, client.listener.counter + _LISTENER_OPEN, -1)
-        client.life = next_life(client.life, Event.RELEASED)
+        client.life, _ = next_life(client.life, Event.RELEASED)
         client.datapath = None
         client.waits_for_handover = False
         if client.kind is DatapathKind.SPLICE:

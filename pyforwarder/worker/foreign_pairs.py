@@ -96,7 +96,7 @@ class ForeignPairs:
         client.client_mask = client.server_mask = WATCHED
         self._loop.watch(client_fd, WATCHED, self._server.opening.flushing, client)
         self._loop.watch(server_fd, WATCHED, self._server.opening.flushing, client)
-        client.life = next_life(client.life, Event.GIVEN)
+        client.life, _ = next_life(client.life, Event.GIVEN)
         self._server.records.show_later(client)
         self._server.happen(client, Event.FLUSHED)
         return client.id

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from pyforwarder.config import Config, Listener
 from pyforwarder.core.address import Address, UnixAddress, parse_bind
 from pyforwarder.core.policy import OwnListeners, parse_ip
-from pyforwarder.core.routing import Ruleset, compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.core.token import FleetUse, TokenKeys, UsedTokens
 from pyforwarder.core.upstreams import Balancer
 from pyforwarder.datapath.ebpf.abi import pack_endpoint
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyforwarder.config import Limits, ListenerLimits, Rule, Timeouts, Upstream
     from pyforwarder.core.policy import Networks
     from pyforwarder.core.routing import Rule as RoutedRule
+    from pyforwarder.core.routing import Ruleset
     from pyforwarder.core.token import TokenMemory
     from pyforwarder.core.upstreams import Held
     from pyforwarder.runtime.counters import Counters, Directory

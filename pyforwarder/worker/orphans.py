@@ -50,7 +50,7 @@ def adopt_orphans(
         client = _client_of(server, orphan)
         client.facts = facts_of(orphan.id)
         server.take_in(client)
-        client.life = next_life(client.life, Event.ADOPTED)
+        client.life, _ = next_life(client.life, Event.ADOPTED)
         record = orphan.record
         if record is not None and record.datapath == DatapathKind.NONE:
             # The kernel has opened it by itself: nobody has counted it before.

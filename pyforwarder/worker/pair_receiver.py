@@ -361,7 +361,7 @@ class PairReceiver:
             flow.carried_bytes, flow.carried_packets = one.carried_bytes, one.carried_packets
             flow.pending = memoryview(base64.b64decode(one.pending)) if one.pending else None
         server.take_in(client)
-        client.life = next_life(client.life, Event.ADOPTED)
+        client.life, _ = next_life(client.life, Event.ADOPTED)
         self._count(1)
         return client
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from hypothesis import strategies as st
 
 from pyforwarder.config import parse_config
 from pyforwarder.core.address import Address
 from pyforwarder.core.express.compiling import Compiled, compile_table
-from pyforwarder.core.routing import Ruleset, compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from tests.helpers.first_packets import CLIENTS, client_hello, mutated_clients
+
+if TYPE_CHECKING:
+    from pyforwarder.core.routing import Ruleset
 
 LOCAL: Final = Address("127.0.0.1", 9999)
 CLIENT: Final = "192.0.2.7"

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pyforwarder.config import Listener
-from pyforwarder.core.routing import Ruleset, compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 
 if TYPE_CHECKING:
+    from pyforwarder.core.routing import Ruleset
     from pyforwarder.core.token import TokenKeys
 
 

@@ -30,7 +30,8 @@ from pyforwarder.core.express.choosing import (
     targets_of,
     why_not,
 )
-from pyforwarder.core.upstreams import MOST_DRAWN, Balancer
+from pyforwarder.core.server_choice import MOST_DRAWN
+from pyforwarder.core.upstreams import Balancer
 
 if TYPE_CHECKING:
     from pyforwarder.core.upstreams import ServerState

@@ -15,7 +15,8 @@ from pyforwarder.core.first_packet.dtls import MOST_RECORDS
 from pyforwarder.core.first_packet.options import OptionError
 from pyforwarder.core.first_packet.outcome import MATCH, NEED_MORE, NO_MATCH, End, Outcome
 from pyforwarder.core.first_packet.table import PROTOCOLS, Terms, build
-from pyforwarder.core.routing import Refuse, Route, Ruleset, compile_rules
+from pyforwarder.core.routing import Refuse, Route, Ruleset
+from pyforwarder.core.rule_compiling import compile_rules
 from tests.helpers.quic import hello, split_hello
 
 if TYPE_CHECKING:

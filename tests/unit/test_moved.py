@@ -25,7 +25,6 @@ PLAYS = (
 )
 GONE = {
     **{f"pyforwarder.datapath.scenarios.{name}": "a play of the tests" for name in PLAYS.split()},
-    "pyforwarder.connection.next_life": "the worker compiles the table: Server.happen",
     "pyforwarder.config.match.STREAM_ONLY": "each protocol's own file says so",
     "pyforwarder.config.values.Bind": "a listener has a list of them",
     "pyforwarder.datapath.splice_maps.HANDSHAKES": "they stand in sets: abi.HANDSHAKE_SETS",

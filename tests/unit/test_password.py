@@ -14,7 +14,8 @@ from pyforwarder.config import parse_config
 from pyforwarder.config.key_files import read_passwords
 from pyforwarder.core import password
 from pyforwarder.core.explaining import explain
-from pyforwarder.core.routing import End, Refuse, Route, compile_rules
+from pyforwarder.core.routing import End, Refuse, Route
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.errors import ConfigError
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.runtime.password_checks import (

@@ -24,7 +24,7 @@ from pyforwarder.core.first_packet.outcome import (
     Send,
 )
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.core.routing import Decision, Ruleset, compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.core.token import TokenKeys, make
 from pyforwarder.errors import ConfigError
 from tests.helpers.first_packets import CLIENTS, client_hello, mutated_clients
@@ -33,6 +33,8 @@ from tests.helpers.rules import ruleset
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from pyforwarder.core.routing import Decision, Ruleset
 
 CLIENT = Address("192.0.2.7", 40000)
 # Steps of CPython 3.11 (0.25 and 14 us): other versions count a little otherwise.

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pyforwarder.core.address import Address, SamePort
-from pyforwarder.core.upstreams import MOST_DRAWN, draw, hash_client, round_turns, smooth_round
+from pyforwarder.core.server_choice import (
+    MOST_DRAWN,
+    draw,
+    hash_client,
+    round_turns,
+    smooth_round,
+)
 
 if TYPE_CHECKING:
     import ipaddress

@@ -14,7 +14,7 @@ from pyforwarder.config.merging import check_shared, merged_text
 from pyforwarder.config.values import suggestion
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.core.address import Address
-from pyforwarder.core.routing import compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.errors import ForwarderError, UsageError
 from pyforwarder.supervisor.listeners.binding import Bound, BoundSocket, Listeners
 from pyforwarder.worker.generation import counter_indexes

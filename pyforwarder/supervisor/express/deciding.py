@@ -20,7 +20,7 @@ from pyforwarder.core.address import Address, SamePort, UnixAddress
 from pyforwarder.core.express.choosing import sources_for
 from pyforwarder.core.express.compiling import compile_table
 from pyforwarder.core.policy import OwnListeners
-from pyforwarder.core.routing import compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.datapath.express.connection_maps import MOST_LISTENERS
 from pyforwarder.datapath.express.sharing import Decided, Label
 from pyforwarder.datapath.splice.interfaces import LOOPBACK, mtu_of

@@ -14,7 +14,7 @@ import pytest
 from pyforwarder.config import parse_config
 from pyforwarder.core.address import Address
 from pyforwarder.core.express.choosing import Choice, InTurn, Target, targets_of
-from pyforwarder.core.routing import compile_rules
+from pyforwarder.core.rule_compiling import compile_rules
 from pyforwarder.datapath.express import connect_abi as abi
 from pyforwarder.datapath.express import numbering
 from pyforwarder.datapath.express.choice_abi import CHOICE, Outcome
