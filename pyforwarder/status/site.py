@@ -13,34 +13,40 @@ to a viewer is the same for all, so it is encoded once; rows are asked for, a sc
 
 from __future__ import annotations
 
-import json
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl
 
-from pyforwarder.config.explaining import judge
-from pyforwarder.core.address import Address, AddressError, parse_destination
-from pyforwarder.core.routing import End
-from pyforwarder.errors import ConfigError
 from pyforwarder.status.allowance import Allowance, Rate, most_crowded, network_of
+from pyforwarder.status.answers import (
+    SECURITY_HEADERS,
+    SOON,
+    event,
+    failed,
+    is_number,
+    not_allowed,
+    ok,
+    secured,
+)
 from pyforwarder.status.gate import Doubt, Gate
 from pyforwarder.status.history import KEPT_S, History
 from pyforwarder.status.http import Answer, Request
 from pyforwarder.status.logins import LoginQueue
 from pyforwarder.status.page_data import hello, tick
-from pyforwarder.status.sampling import (
-    SORTS,
-    Sampler,
-)
+from pyforwarder.status.page_explain import explain
+from pyforwarder.status.page_orders import PageOrders
+from pyforwarder.status.pair_rows import SORTS
 
 if TYPE_CHECKING:
     from pyforwarder.runtime.loop import Loop
     from pyforwarder.status.page_data import About, HealthChange
+    from pyforwarder.status.page_orders import Steering
+    from pyforwarder.status.pair_rows import PairRows
+    from pyforwarder.status.sampling import Sampler
     from pyforwarder.status.server import Visitor
 
 # Each gets a few kilobytes a second; a viewer above that is told so.
@@ -49,9 +55,7 @@ TICK_S: Final = 1.0
 # Hex of 32 KiB: more than any first packet that is judged by its bytes.
 MOST_BODY_BYTES: Final = 65536
 MOST_QUERY_BYTES: Final = 2048
-MOST_FLUSHED: Final = 10_000
 MOST_VERDICTS: Final = 50
-_FIRST_BYTES: Final = 32768
 # Explaining and flushing cost others something: so many at once, and then so many a second.
 _ORDERS: Final = {
     "client": Rate(20, 10),
@@ -76,51 +80,6 @@ _TYPES: Final = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing but our own files is loaded, no script stands in a document, and no text becomes markup.
-_POLICY: Final = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "connect-src 'self'",
-        "img-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-)
-SECURITY_HEADERS: Final = (
-    ("Content-Security-Policy", _POLICY),
-    ("X-Content-Type-Options", "nosniff"),
-    ("X-Frame-Options", "DENY"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Cross-Origin-Opener-Policy", "same-origin"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-    ("Cache-Control", "no-store"),
-)
-_JSON: Final = ("Content-Type", "application/json")
-
-
-class Done(Protocol):
-    """Takes what became of an order: how many pairs or servers it changed, or why none."""
-
-    def __call__(self, count: int, error: str = "") -> None: ...
-
-
-class Steering(Protocol):
-    """What the supervisor does for viewers."""
-
-    def set_server(self, user: str, server: str, state: str, answer: Done) -> bool:
-        """Ask the supervisor to `drain` a server, UPSTREAM/ADDRESS, or to have it `ready`; see
-        `flush`.
-        """
-        ...
-
-    def flush(self, user: str, ids: Sequence[int], answer: Done) -> bool:
-        """Ask the supervisor to reset these pairs; False if it takes no request just now."""
-        ...
 
 
 def read_files() -> dict[str, Answer]:
@@ -163,7 +122,9 @@ class PageSite:
         self._sampler = sampler
         self._history = history
         self._gate = gate
-        self._steering = steering
+        self._page_orders = PageOrders(
+            steering if about.control else None, sampler.plan, self._rows_now
+        )
         self._files = files
         self._health = deque(health, maxlen=MOST_VERDICTS)
         self._down = set(down)
@@ -179,8 +140,8 @@ class PageSite:
             "/live": ("GET", self._begin),
             "/pairs": ("GET", self._page),
             "/explain": ("POST", self._explain),
-            "/flush": ("POST", self._flush),
-            "/server": ("POST", self._set_server),
+            "/flush": ("POST", self._page_orders.flush),
+            "/server": ("POST", self._page_orders.set_server),
         }
 
     # ---------------------------------------------------------------- requests
@@ -188,7 +149,7 @@ class PageSite:
     def answer(self, request: Request, visitor: Visitor) -> Answer | None:
         """See `server.Site`."""
         answer = self._answer(request, visitor)
-        return None if answer is None else _secured(answer)
+        return None if answer is None else secured(answer)
 
     def _answer(self, request: Request, visitor: Visitor) -> Answer | None:
         refused = self._gate.refuses_browser(request)
@@ -209,10 +170,10 @@ class PageSite:
         def later(is_right: bool) -> None:
             answer = serve_user(is_right)
             if answer is not None:
-                visitor.finish(_secured(answer))
+                visitor.finish(secured(answer))
 
         def pushed_out() -> None:
-            visitor.finish(_secured(_TOO_MANY_LOGINS))
+            visitor.finish(secured(_TOO_MANY_LOGINS))
 
         check = self._logins.ask(doubt, later, pushed_out)
         if check is None:
@@ -227,12 +188,12 @@ class PageSite:
         """What a viewer who may ask gets."""
         file = self._files.get(request.path)
         if file is not None:
-            return file if request.method in ("GET", "HEAD") else _not_allowed("GET, HEAD")
+            return file if request.method in ("GET", "HEAD") else not_allowed("GET, HEAD")
         method, act = self._routes.get(request.path, ("", None))
         if act is None:
             return Answer.words(HTTPStatus.NOT_FOUND, "There is no such page.")
         if request.method != method:
-            return _not_allowed(method)
+            return not_allowed(method)
         if method == "POST":
             refused = self._gate.refuses_order(request)
             if refused is not None:
@@ -249,7 +210,7 @@ class PageSite:
         refused = allowance.refuses(client, self._loop.now_s, cost=cost, is_viewer=is_viewer)
         if refused is None:
             return None
-        return _error(
+        return failed(
             refused.status,
             "too much at once: try again",
             ("Retry-After", str(refused.retry_after_s)),
@@ -269,7 +230,7 @@ class PageSite:
                 self._take_sample()
             self._come_again(TICK_S)
         self._viewers[visitor] = None
-        first = _event("hello", self._first(user)) + self._tick
+        first = event("hello", self._first(user)) + self._tick
         headers = (("Content-Type", "text/event-stream"), *SECURITY_HEADERS)
         visitor.stream(headers, b"retry: 3000\n\n" + first, lambda: self._left(visitor))
         return None
@@ -307,8 +268,12 @@ class PageSite:
         sample = self._sampler.sample(now_s)
         self._sampled_s = now_s
         point = self._history.add(sample, now_unix_s)
-        self._tick = _event("tick", tick(sample, self._sampler.plan, self._down, now_unix_s))
-        self._broadcast(self._tick + (_event("point", point) if point is not None else b""))
+        self._tick = event("tick", tick(sample, self._sampler.plan, self._down, now_unix_s))
+        self._broadcast(self._tick + (event("point", point) if point is not None else b""))
+
+    def _rows_now(self) -> PairRows:
+        self._take_sample()
+        return self._sampler.rows
 
     def _broadcast(self, piece: bytes) -> None:
         for viewer in list(self._viewers):
@@ -321,7 +286,7 @@ class PageSite:
             self._sampler.plan,
             now_unix_s,
             user=user,
-            control=self._steering_of_viewers() is not None,
+            control=self._page_orders.may_be_given,
             token=self._gate.token,
             history=self._history.as_json(now_unix_s),
             health=self._health,
@@ -334,26 +299,26 @@ class PageSite:
             self._down.discard((change.upstream, change.server))
         else:
             self._down.add((change.upstream, change.server))
-        self._broadcast(_event("health", change.as_json()))
+        self._broadcast(event("health", change.as_json()))
 
     # ---------------------------------------------------------------- questions
 
     def _page(self, request: Request, visitor: Visitor, user: str) -> Answer:
         del user
         if len(request.query) > MOST_QUERY_BYTES:
-            return _error(HTTPStatus.REQUEST_URI_TOO_LONG, "too long")
+            return failed(HTTPStatus.REQUEST_URI_TOO_LONG, "too long")
         asked = dict(parse_qsl(request.query))
         sort, order = asked.get("sort", "rate"), asked.get("order", "falling")
         first, count = asked.get("first", "0"), asked.get("count", "50")
         if sort not in SORTS or order not in ("rising", "falling"):
-            return _error(HTTPStatus.BAD_REQUEST, "there is no such order")
-        if not (_is_number(first) and _is_number(count)):
-            return _error(HTTPStatus.BAD_REQUEST, "first and count are numbers")
+            return failed(HTTPStatus.BAD_REQUEST, "there is no such order")
+        if not (is_number(first) and is_number(count)):
+            return failed(HTTPStatus.BAD_REQUEST, "first and count are numbers")
         rising, words = order == "rising", asked.get("filter", "")
         refused = self._too_much(
             self._questions,
             visitor,
-            1 + self._sampler.pairs_to_order(sort, rising, words) / _PAIRS_ORDERED,
+            1 + self._sampler.rows.pairs_to_order(sort, rising, words) / _PAIRS_ORDERED,
         )
         if refused is not None:
             return refused
@@ -362,8 +327,8 @@ class PageSite:
             self._take_sample()
             if not self._viewers:
                 self._come_again(KEPT_S)
-        return _ok(
-            self._sampler.page(
+        return ok(
+            self._sampler.rows.page(
                 sort=sort,
                 rising=rising,
                 filter=words,
@@ -375,149 +340,12 @@ class PageSite:
 
     def _explain(self, request: Request, visitor: Visitor, user: str) -> Answer:
         del visitor, user
-        asked = _texts(request.body, {"listener", "hex", "client", "end"})
-        config = self._about.config
-        names = [listener.name for listener in config.listeners]
-        if asked is None or asked.get("listener") not in names:
-            return _error(HTTPStatus.BAD_REQUEST, "there is no such listener")
-        index = names.index(asked["listener"])
-        text = asked.get("hex", "").replace(":", " ")
-        # For UDP each line is a datagram.
-        is_udp = config.listeners[index].protocol == "udp"
-        lines = [line for line in text.split("\n") if line.strip()] if is_udp else [text]
-        # What a person has mistyped is an answer, too, and no failure of the page's.
-        try:
-            pieces = [bytes.fromhex(line) for line in lines]
-        except ValueError:
-            return _ok({"error": "these are not pairs of hexadecimal digits"})
-        if sum(map(len, pieces)) > _FIRST_BYTES:
-            return _ok({"error": f"at most {_FIRST_BYTES} bytes"})
-        client: Address | None = None
-        try:
-            if "client" in asked:
-                named = parse_destination(asked["client"])
-                if not isinstance(named, Address):
-                    raise AddressError("an IP address and a port, not a name")
-                client = named
-            judged = judge(
-                config,
-                index,
-                pieces,
-                client=client,
-                port=None,
-                end=End(asked.get("end", "open")),
-                now_unix_s=self._unix_time_s(),
-                # Nobody is to try out passwords and signatures here, so none of them is right.
-                keys=None,
-                passwords={name: secrets.token_hex().encode() for name in config.users},
-                resolve=lambda _: None,
-            )
-        except (AddressError, ConfigError, ValueError) as error:
-            return _ok({"error": str(error)})
-        return _ok({**judged.as_json(), "hex": b"".join(pieces)[: judged.size].hex()})
-
-    # ---------------------------------------------------------------- orders
-
-    def _flush(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
-        steering = self._steering_of_viewers()
-        if steering is None:
-            return _error(HTTPStatus.FORBIDDEN, "`status: {control: true}` is not set")
-        ids = self._wanted(request.body)
-        if ids is None:
-            return _error(HTTPStatus.BAD_REQUEST, "say which: ids, listener, or listener and rule")
-        if not ids:
-            return _ok({"flushed": 0})
-        done = self._then(visitor, lambda count: {"flushed": count})
-        return None if steering.flush(user, ids[:MOST_FLUSHED], done) else _BUSY
-
-    def _set_server(self, request: Request, visitor: Visitor, user: str) -> Answer | None:
-        steering = self._steering_of_viewers()
-        if steering is None:
-            return _error(HTTPStatus.FORBIDDEN, "`status: {control: true}` is not set")
-        asked = _texts(request.body, {"upstream", "server", "state"}) or {}
-        known = {(one.upstream, one.server) for one in self._sampler.plan.servers}
-        upstream, server = asked.get("upstream", ""), asked.get("server", "")
-        if (upstream, server) not in known:
-            return _error(HTTPStatus.BAD_REQUEST, "there is no such server")
-        state = asked.get("state", "")
-        if state not in ("drain", "ready"):
-            return _error(HTTPStatus.BAD_REQUEST, "say `drain` or `ready`")
-        done = self._then(visitor, lambda _: {"state": state})
-        return None if steering.set_server(user, f"{upstream}/{server}", state, done) else _BUSY
-
-    def _steering_of_viewers(self) -> Steering | None:
-        return self._steering if self._about.control else None
-
-    @staticmethod
-    def _then(visitor: Visitor, answer_of: Callable[[int], object]) -> Done:
-        """Answers the visitor once it is known what has become of an order."""
-
-        def answer(count: int, error: str = "") -> None:
-            result = _error(HTTPStatus.CONFLICT, error) if error else _ok(answer_of(count))
-            visitor.finish(_secured(result))
-
-        return answer
-
-    def _wanted(self, body: bytes) -> list[int] | None:
-        """The ids of the pairs that a request names; None if it is none."""
-        try:
-            asked = json.loads(body)
-        except (ValueError, RecursionError):
-            return None
-        match asked:
-            case {"ids": list(ids), **others} if not others:
-                if all(type(one) is int and 0 <= one < 1 << 64 for one in ids):
-                    return ids
-            case {"listener": str(listener), "rule": str(rule), **others} if not others:
-                self._take_sample()
-                return self._sampler.pair_ids(listener=listener, rule=rule)
-            case {"listener": str(listener), **others} if not others:
-                self._take_sample()
-                return self._sampler.pair_ids(listener=listener)
-        return None
+        return explain(self._about.config, request.body, self._unix_time_s())
 
 
-def _secured(answer: Answer) -> Answer:
-    return Answer(answer.status, (*answer.headers, *SECURITY_HEADERS), answer.body)
-
-
-def _not_allowed(methods: str) -> Answer:
-    return Answer.words(HTTPStatus.METHOD_NOT_ALLOWED, "Not so.", ("Allow", methods))
-
-
-def _ok(value: object) -> Answer:
-    return Answer(HTTPStatus.OK, (_JSON,), json.dumps(value, separators=(",", ":")).encode())
-
-
-def _error(status: HTTPStatus, words: str, *headers: tuple[str, str]) -> Answer:
-    return Answer(status, (_JSON, *headers), json.dumps({"error": words}).encode())
-
-
-_SOON: Final = ("Retry-After", "3")
-_BUSY: Final = _error(HTTPStatus.SERVICE_UNAVAILABLE, "the forwarder is busy: try again", _SOON)
 _TOO_MANY_LOGINS: Final = Answer.words(
-    HTTPStatus.SERVICE_UNAVAILABLE, "Too many log in: try again.", _SOON
+    HTTPStatus.SERVICE_UNAVAILABLE, "Too many log in: try again.", SOON
 )
 _TOO_MANY_VIEWERS: Final = Answer.words(
-    HTTPStatus.SERVICE_UNAVAILABLE, "Too many look already.", _SOON
+    HTTPStatus.SERVICE_UNAVAILABLE, "Too many look already.", SOON
 )
-
-
-def _event(name: str, value: object) -> bytes:
-    # JSON has no line break of its own, so an event is always three lines.
-    return f"event: {name}\ndata: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= 9
-
-
-def _texts(body: bytes, names: set[str]) -> dict[str, str] | None:
-    """An object of texts with no other names; None if it is none."""
-    try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(asked, dict) or not asked.keys() <= names:
-        return None
-    return asked if all(isinstance(value, str) for value in asked.values()) else None

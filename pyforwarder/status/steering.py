@@ -16,7 +16,7 @@ from pyforwarder.status.page_data import HealthChange
 if TYPE_CHECKING:
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
-    from pyforwarder.status.site import Done
+    from pyforwarder.status.page_orders import Done
 
 # Orders that are not answered yet.
 _MOST_WAITING: Final = 32

@@ -21,8 +21,9 @@ from pyforwarder.runtime.counters import (
 )
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.status.history import KEPT_S, STEP_S, History
+from pyforwarder.status.pair_rows import MOST_ROWS, SORTS
 from pyforwarder.status.plan import ServerPlan
-from pyforwarder.status.sampling import LANES, MOST_ROWS, SORTS, Sampler, ServerNow, Traffic
+from pyforwarder.status.sampling import LANES, Sampler, ServerNow, Traffic
 from tests.helpers.status import Memory
 
 
@@ -38,7 +39,7 @@ def sampler(memory: Memory) -> Sampler:
 
 def page(sampler: Sampler, **how: Any) -> dict[str, Any]:
     wanted = {"sort": "id", "rising": True, "filter": "", "first": 0, "count": 100, "now_ns": 0}
-    return sampler.page(**{**wanted, **how})
+    return sampler.rows.page(**{**wanted, **how})
 
 
 def ids(sampler: Sampler, **how: Any) -> list[int]:
@@ -225,9 +226,9 @@ def test_orders_are_kept_for_one_sample_and_are_few(memory: Memory, sampler: Sam
     sampler.sample(1.0)
     for number in range(1000):
         assert ids(sampler, filter=f"x{number}") == []
-    assert len(sampler._orders) <= 32
+    assert len(sampler.rows._orders) <= 32
     sampler.sample(2.0)
-    assert sampler._orders == {}
+    assert sampler.rows._orders == {}
 
 
 def test_idle_and_age_are_of_the_moment(memory: Memory, sampler: Sampler) -> None:
@@ -247,9 +248,9 @@ def test_ids_of_a_listener_and_of_a_rule_are_found(memory: Memory, sampler: Samp
     memory.pair(2, rule="rest", worker=1)
     memory.pair(3, listener="dns", rule="all")
     sampler.sample(1.0)
-    assert sorted(sampler.pair_ids(listener="web")) == [1, 2]
-    assert sampler.pair_ids(listener="web", rule="rest") == [2]
-    assert sampler.pair_ids(listener="dns", rule="rest") == []
+    assert sorted(sampler.rows.pair_ids(listener="web")) == [1, 2]
+    assert sampler.rows.pair_ids(listener="web", rule="rest") == [2]
+    assert sampler.rows.pair_ids(listener="dns", rule="rest") == []
 
 
 def test_what_makes_no_sense_in_a_window_is_left_out(memory: Memory, sampler: Sampler) -> None:

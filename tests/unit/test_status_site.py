@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,21 +17,19 @@ from pyforwarder.core.password import make_hash
 from pyforwarder.runtime.channel import Channel
 from pyforwarder.runtime.loop import Loop
 from pyforwarder.status import site as site_module
+from pyforwarder.status.answers import SECURITY_HEADERS
 from pyforwarder.status.gate import TOKEN_HEADER, Gate
 from pyforwarder.status.history import KEPT_S, History
 from pyforwarder.status.http import Answer
 from pyforwarder.status.page_data import About, HealthChange
 from pyforwarder.status.sampling import Sampler
-from pyforwarder.status.site import (
-    MOST_VIEWERS,
-    SECURITY_HEADERS,
-    Done,
-    PageSite,
-    read_files,
-)
+from pyforwarder.status.site import MOST_VIEWERS, PageSite, read_files
 from pyforwarder.status.steering import SupervisorLink
 from tests.helpers.first_packets import client_hello
 from tests.helpers.status import CONFIG, FakeVisitor, Memory, ok, request
+
+if TYPE_CHECKING:
+    from pyforwarder.status.page_orders import Done
 
 
 class Orders:
@@ -378,7 +376,7 @@ def test_rows_are_asked_for_within_a_budget_and_viewers_have_a_part_of_it(play: 
 
 
 def test_an_order_of_many_pairs_costs_more_than_a_page_of_it(play: Play) -> None:
-    play.site._sampler.pairs_to_order = lambda *_: 50_000  # type: ignore[method-assign]
+    play.site._sampler.rows.pairs_to_order = lambda *_: 50_000  # type: ignore[method-assign]
     codes = [play.get("/pairs").status.value for _ in range(5)]
     assert codes == [200, 200, 429, 429, 429]  # 101 each
 

@@ -36,7 +36,6 @@ from pyforwarder.datapath.splice.keeper_replies import (
 )
 from pyforwarder.datapath.splice.keeper_requests import FaultyRequestError
 from pyforwarder.datapath.splice.records import FLOW, KEY_BYTES, forget_flows, shown_of
-from pyforwarder.datapath.splice.routes import Routes
 from pyforwarder.datapath.splice.session_abi import (
     SESSION_BYTES,
     SessionRecord,
@@ -46,11 +45,10 @@ from pyforwarder.datapath.splice.session_maps import (
     SessionMaps,
     record_of,
     store,
-    store_direction,
-    store_direction_wide,
     store_wide,
     used_indexes,
 )
+from pyforwarder.datapath.splice.session_rerouting import SessionRerouting
 from pyforwarder.datapath.splice.session_sockets import (
     describe,
     has_peer,
@@ -58,7 +56,6 @@ from pyforwarder.datapath.splice.session_sockets import (
     is_of_one_host,
     is_udp,
     revive,
-    route_of,
     socket_name,
 )
 from pyforwarder.runtime.own_addresses import this_host_has
@@ -66,13 +63,8 @@ from pyforwarder.runtime.own_addresses import this_host_has
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.interfaces import Links
 
-LOOPBACK: Final = 1  # the index of `lo` in every network namespace
 # A program that has looked up a session may still count in its record.
 _LINGER_S: Final = 1.0
-# A change usually comes in many steps; and the keeper has other requests.
-_SETTLE_S: Final = 0.1
-_SCANS_AT_ONCE: Final = 64
-_SCAN_PAUSE_S: Final = 2.0  # between one scan and the next
 _BOTH: Final = 3  # FOUND_CLIENT and FOUND_SERVER of bpf/splice_udp.h
 _INDEX: Final = struct.Struct("=14xI46x")  # the packet from which the program reads the index
 # Only privileged processes may set an SO_PRIORITY this large (socket(7)).
@@ -99,17 +91,13 @@ class SessionKeeper:
         for their workers.
         """
         self._maps = maps
-        self._links = links
         self._workers = workers
         self._slots = slots
         self._pairs = pairs
-        self._routes = Routes()
         self._flows = bpf.Map(maps.flows_fd, key_bytes=KEY_BYTES, value_bytes=FLOW.size)
         self._memory = bpf.map_memory(maps.sessions_fd, maps.entries * SESSION_BYTES, write=True)
         self._owner: dict[int, int] = {}  # index -> worker
-        self._to_scan: deque[int] = deque()
-        self._scan_from_s = self._scanned_s = 0.0
-        self._without_route: set[int] = set()
+        self._rerouting = SessionRerouting(links, self._memory, self._owner)
         self._count = [0] * workers
         # By worker: sessions of its predecessor that wait for it: index -> what `show` printed.
         self._orphans: list[dict[int, bytes]] = [{} for _ in range(workers)]
@@ -243,32 +231,9 @@ class SessionKeeper:
         record.owner, record.group = status.st_uid, status.st_gid
         is_any = bool(request["any_interface"])
         try:
-            return self._find_interfaces(record, any_interface=is_any)
+            return self._rerouting.find_interfaces(record, any_interface=is_any)
         except OSError:
             return PairReason.REFUSED_BY_KERNEL
-
-    def _find_interfaces(self, record: SessionRecord, *, any_interface: bool) -> PairReason | None:
-        """Write the interfaces by which datagrams leave, and must arrive; returns why there are
-        none, or None.
-
-        Raises:
-            OSError: the kernel refuses.
-        """
-        out = [
-            self._routes.interface(route_of(record, from_peer)) for from_peer in record.direction
-        ]
-        for interface in out:
-            if not interface:
-                return PairReason.REFUSED_BY_KERNEL  # no route
-            if not self._links.add(interface):
-                is_taken = interface in self._links.refusals
-                return PairReason.INTERFACE_TAKEN if is_taken else PairReason.NOT_ETHERNET
-        stays = out[0] == out[1] == LOOPBACK
-        for direction in Direction:
-            from_peer = record.direction[direction]
-            from_peer.interface = 0 if stays else out[1 - direction]
-            from_peer.from_interface = 0 if any_interface else out[direction]
-        return None
 
     def _is_taken(self, key: bytes) -> bool:
         """Whether another session has these addresses already."""
@@ -289,74 +254,15 @@ class SessionKeeper:
             for sock, priority in zip(sockets, before, strict=True):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
 
-    # Changes of interfaces and routes
+    # Changes of interfaces and routes: see session_rerouting.py
 
     def routes_changed(self) -> None:
         """Interfaces, addresses, routes or rules have changed: each session is checked again."""
-        self._scan_from_s = max(time.monotonic() + _SETTLE_S, self._scanned_s + _SCAN_PAUSE_S)
-        self._to_scan = deque(self._owner)
+        self._rerouting.begin()
 
     def wait_s(self, most_s: float) -> float:
         """Seconds until `run_due` is due, if nothing changes."""
-        if not self._to_scan:
-            return most_s
-        return min(most_s, max(0.0, self._scan_from_s - time.monotonic()))
-
-    def _scan_routes(self) -> None:
-        """Check some sessions.
-
-        Datagrams of a session without a route that suits the programs pass to our sockets. A new
-        route is used as the first one was: once a datagram of our socket was seen to take it, and
-        no datagram that our sockets have received can be overtaken.
-        """
-        self._scanned_s = time.monotonic()
-        for _ in range(min(_SCANS_AT_ONCE, len(self._to_scan))):
-            index = self._to_scan.popleft()
-            if index not in self._owner:
-                continue
-            record = record_of(self._memory, index)
-            before = [
-                (from_peer.interface, from_peer.from_interface) for from_peer in record.direction
-            ]
-            # 0 means `any`, and stays.
-            is_any = not any(by for _, by in before)
-            try:
-                obstacle = self._find_interfaces(record, any_interface=is_any)
-            except OSError:
-                obstacle = PairReason.REFUSED_BY_KERNEL
-            if obstacle is not None:
-                store(self._memory, index, "state", SessionState.PREPARED)
-                self._without_route.add(index)
-                for direction in Direction:
-                    self._unlatch(index, direction)
-                continue
-            for direction in Direction:
-                from_peer = record.direction[direction]
-                store_direction(
-                    self._memory, index, direction, "from_interface", from_peer.from_interface
-                )
-                is_new = from_peer.interface != before[direction][0]
-                if is_new or index in self._without_route:
-                    self._unlatch(index, direction)
-                if is_new:
-                    store_direction(
-                        self._memory, index, direction, "interface", from_peer.interface
-                    )
-                    # A program that was running may have seen a datagram take the old route.
-                    self._unlatch(index, direction)
-            if index in self._without_route:
-                self._without_route.discard(index)
-                # Meanwhile its datagrams have passed to our sockets only.
-                store_wide(self._memory, index, "began_ns", time.monotonic_ns())
-                store(self._memory, index, "state", SessionState.ACTIVE)
-
-    def _unlatch(self, index: int, direction: Direction) -> None:
-        """Unlatch a direction: its datagrams pass to our socket again, until it may latch again."""
-        from_peer = record_of(self._memory, index).direction[direction]
-        store_direction(self._memory, index, direction, "has_left", 0)
-        # More than the worker has reported as copied, so that it checks, and reports again.
-        store_direction_wide(self._memory, index, direction, "passed", from_peer.passed + 1)
-        store_direction(self._memory, index, direction, "latched", 0)
+        return self._rerouting.wait_s(most_s)
 
     # Ending
 
@@ -481,7 +387,7 @@ class SessionKeeper:
             self._count[worker] -= 1
             self._orphans[worker].pop(index, None)
         self._given.pop(index, None)
-        self._without_route.discard(index)
+        self._rerouting.forget(index)
 
     def _write(self, index: int, record: SessionRecord) -> None:
         base = index * SESSION_BYTES
@@ -504,8 +410,7 @@ class SessionKeeper:
 
     def run_due(self, now_s: float) -> None:
         """Free the records of sessions that ended a while ago, and check changed routes."""
-        if self._to_scan and now_s >= self._scan_from_s:
-            self._scan_routes()
+        self._rerouting.run_due(now_s)
         while self._lingering and self._lingering[0][0] <= now_s:
             self._forget(self._lingering.popleft()[1])
 
