@@ -9,6 +9,7 @@ Every run takes another seed and prints it when something is wrong; to see that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -123,11 +124,20 @@ class Played:
     given_up: int
 
 
+@functools.lru_cache(maxsize=16)
+def played_directly(
+    conversations: tuple[traffic.Conversation, ...], _in: str, concurrency: int, seconds: float
+) -> dict[int, traffic.Result]:
+    """How they go without a forwarder, in this network: once for all datapaths."""
+    return traffic.run(conversations, concurrency=concurrency, deadline_s=seconds)
+
+
 def play(
     conversations: list[traffic.Conversation],
     forwarder: Daemon,
     *,
     datapath: str,
+    network_is: str,
     concurrency: int,
     seconds: float,
 ) -> Played:
@@ -135,7 +145,7 @@ def play(
     ways = WAYS if datapath == "express" else ()
     if ways:
         concurrency = min(concurrency, MOST_BY_WAYS)
-    direct = traffic.run(conversations, concurrency=concurrency, deadline_s=seconds)
+    direct = played_directly(tuple(conversations), network_is, concurrency, seconds)
     forwarded = traffic.run(
         conversations,
         via=None if ways else forwarder.address,
@@ -207,7 +217,14 @@ def test_conversations_end_as_direct_ones_do(
     given_up = 0
     for batch in batches(range(CONVERSATIONS[network_is])):
         some = rng.choice([8, 64, 128, 400])
-        played = play(batch, forwarder, datapath=datapath, concurrency=some, seconds=30)
+        played = play(
+            batch,
+            forwarder,
+            datapath=datapath,
+            network_is=network_is,
+            concurrency=some,
+            seconds=30,
+        )
         assert not played.bad, traffic.report(SEED, played.bad)
         given_up += played.given_up
     check_nothing_is_left(
@@ -232,7 +249,14 @@ def test_bulk_conversations_end_as_direct_ones_do(
         assert count < MOST_BULK_BATCHES * BULK_BATCH
         numbers = range(count, count + BULK_BATCH)
         conversations = [traffic.bulk_conversation(SEED, number) for number in numbers]
-        played = play(conversations, forwarder, datapath=datapath, concurrency=3, seconds=90)
+        played = play(
+            conversations,
+            forwarder,
+            datapath=datapath,
+            network_is="wide",
+            concurrency=3,
+            seconds=90,
+        )
         assert not played.bad, traffic.report(SEED, played.bad)
         assert not played.given_up
         count += BULK_BATCH
@@ -251,13 +275,27 @@ def test_soak(start_forwarder: StartForwarder, soak_s: float) -> None:
             count = given_up = 0
             for batch in batches(range(number, number + 2 * BATCH)):
                 some = rng.choice([8, 64, 128, 400])
-                played = play(batch, forwarder, datapath=datapath, concurrency=some, seconds=30)
+                played = play(
+                    batch,
+                    forwarder,
+                    datapath=datapath,
+                    network_is=network_is,
+                    concurrency=some,
+                    seconds=30,
+                )
                 assert not played.bad, traffic.report(SEED, played.bad)
                 count += len(batch)
                 given_up += played.given_up
             if network_is == "wide":
                 bulk = [traffic.bulk_conversation(SEED, number + n) for n in range(4)]
-                played = play(bulk, forwarder, datapath=datapath, concurrency=2, seconds=90)
+                played = play(
+                    bulk,
+                    forwarder,
+                    datapath=datapath,
+                    network_is=network_is,
+                    concurrency=2,
+                    seconds=90,
+                )
                 assert not played.bad, traffic.report(SEED, played.bad)
                 count += len(bulk)
             check_nothing_is_left(
