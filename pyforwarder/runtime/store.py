@@ -27,7 +27,8 @@ _NONE: Final = "none"
 _MAGIC: Final = b"pyforwarder 1\n"
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _MOST_BYTES: Final = 16 << 20
-# The oldest go: each version of the programs has ten or so, and each size of the pair table one.
+# Those that were used the longest ago go: each version of the programs has ten or so, and each size
+# of the pair table one.
 _MOST_FILES: Final = 128
 _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 # Processes that make a value lock a byte of it; where a key's byte is, the name of its file says.
@@ -76,6 +77,8 @@ class Store:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or not _is_ours_alone(status):
                     return None
+                with contextlib.suppress(OSError):  # a file system that is read-only
+                    os.utime(file.fileno())  # what is used stays, see _remove_longest_unused
                 return _unpacked(file.read(_MOST_BYTES + 1), key)
         return None
 
@@ -88,7 +91,7 @@ class Store:
             self._make()
             with self._opened() as directory_fd:
                 self._write(directory_fd, _name(key), packed)
-                _remove_oldest(directory_fd)
+                _remove_longest_unused(directory_fd)
 
     @contextlib.contextmanager
     def making(self, key: str, *, within_s: float) -> Iterator[None]:
@@ -194,7 +197,7 @@ def _unpacked(packed: bytes, key: str) -> bytes | None:
     return content[len(expected) :]
 
 
-def _remove_oldest(directory_fd: int) -> None:
+def _remove_longest_unused(directory_fd: int) -> None:
     names = [name for name in os.listdir(directory_fd) if name != _LOCKS]
     if len(names) <= _MOST_FILES:
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pyforwarder.datapath.attach import choice
 from pyforwarder.datapath.ebpf import probing
+from pyforwarder.datapath.ebpf.loading import bpf_directory
 from pyforwarder.datapath.proof import remembered
 from pyforwarder.datapath.proof.selftest import Proof
 from pyforwarder.errors import LoadError, Refusal
@@ -72,6 +74,21 @@ def test_another_boot_datapath_user_capability_way_or_lockdown_is_proven(
     assert prove(prover) == 6
     monkeypatch.setattr(probing, "reads_kernel", lambda: False)
     assert prove(prover) == 7
+
+
+def test_a_copy_of_the_code_is_not_proven_again_and_other_code_is(
+    prover: Prover, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert prove(prover) == 1
+    package, programs = tmp_path / "lib/datapath", tmp_path / "bpf"
+    shutil.copytree(remembered._package(), package)
+    shutil.copytree(bpf_directory(), programs)
+    monkeypatch.setattr(remembered, "_package", lambda: package)
+    monkeypatch.setattr(remembered, "bpf_directory", lambda: programs)
+    assert prove(prover) == 1
+    for number, path in enumerate((package / "splice/abi.py", programs / "splice.h")):
+        path.write_text(path.read_text() + "\n")
+        assert prove(prover) == 2 + number
 
 
 def test_failure_is_never_remembered_and_forgets_what_passed(prover: Prover) -> None:

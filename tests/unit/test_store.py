@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import subprocess
@@ -160,6 +161,32 @@ def test_oldest_files_go_when_there_are_too_many(
     kept.put("last", b"value")
     assert [key for key in "01234" if kept.get(key)] == ["3", "4"]
     assert kept.get("last") == b"value"
+
+
+def test_what_is_used_stays_when_there_are_too_many(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_FILES", 3)
+    kept = Store(directory)
+    for number in range(3):
+        kept.put(str(number), b"value")
+        os.utime(directory / store._name(str(number)), (number + 1, number + 1))
+    assert kept.get("0") == b"value"
+    kept.put("last", b"value")
+    assert [key for key in "012" if kept.get(key)] == ["0", "2"]
+
+
+def test_what_cannot_be_marked_as_used_is_used(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Store(directory)
+    kept.put("a", b"value")
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    monkeypatch.setattr(os, "utime", fails)
+    assert kept.get("a") == b"value"
 
 
 @contextlib.contextmanager

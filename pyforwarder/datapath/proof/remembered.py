@@ -51,13 +51,9 @@ def proven(
 
 def _key(name: str, user: str | None) -> str | None:
     """All that a proof depends on, in words; None: that cannot be said."""
-    package = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
     try:
         boot_id = _BOOT_ID.read_text().strip()
-        for path in sorted((*package.rglob("*.py"), *bpf_directory().rglob("*.[ch]"))):
-            text = path.read_bytes()
-            digest.update(f"{path} {len(text)}\n".encode() + text)
+        code = _code()
         attach = choice.kind()
     except OSError:
         return None
@@ -67,7 +63,7 @@ def _key(name: str, user: str | None) -> str | None:
             "proof": name,
             "boot": boot_id,
             "kernel": list(os.uname())[2:],
-            "code": digest.hexdigest(),
+            "code": code,
             "attach": attach,
             "user": [os.geteuid(), user],
             "missing": missing,
@@ -77,3 +73,23 @@ def _key(name: str, user: str | None) -> str | None:
         },
         sort_keys=True,
     )
+
+
+def _code() -> str:
+    """The hash of the programs and of the code that steers them.
+
+    Not of where they are: another copy of the same has been proven with this one.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for directory, pattern in ((_package(), "*.py"), (bpf_directory(), "*.[ch]")):
+        for path in sorted(directory.rglob(pattern)):
+            text = path.read_bytes()
+            digest.update(f"{path.relative_to(directory)} {len(text)}\n".encode() + text)
+    return digest.hexdigest()
+
+
+def _package() -> Path:
+    return Path(__file__).resolve().parent.parent
