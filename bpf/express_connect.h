@@ -65,10 +65,11 @@ enum pf_express_count {
 	PF_COUNT_UNDECIDED,   /* the rules cannot be decided here */
 	PF_COUNT_NO_TARGET,   /* no route to the server is known, or it has just refused */
 	PF_COUNT_NO_PORT,
-	PF_COUNT_TAKEN_PORT, /* another processor is opening the same connection */
-	PF_COUNT_FAILED,     /* no memory */
-	PF_COUNT_DEVICE,     /* a listener that is bound to a device */
-	PF_COUNT_SILENT,     /* the client has sent no byte for a second */
+	/* Another processor is opening the same connection, or another pair has the port. */
+	PF_COUNT_TAKEN_PORT,
+	PF_COUNT_FAILED, /* no memory */
+	PF_COUNT_DEVICE, /* a listener that is bound to a device */
+	PF_COUNT_SILENT, /* the client has sent no byte for a second */
 	PF_COUNTS,
 };
 

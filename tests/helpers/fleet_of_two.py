@@ -33,16 +33,28 @@ if TYPE_CHECKING:
     from tests.kernel.conftest import StartForwarder
 
 # By the datapath of their pairs.
-PORTS: Final = {"splice": 9000, "sockmap": 9001, "copy": 9002}
+PORTS: Final = {"splice": 9000, "sockmap": 9001, "copy": 9002, "express": 9003}
+_LAST_OF_WORKERS: Final = 60999  # the end of ip_local_port_range; express has the last ports of all
 
 
-def config(etcd: Etcd, name: str, *, mover: str = "external", drain: str = "30s") -> str:
-    """Of one machine: a listener for each datapath and version of IP, and a server for each."""
+def config(
+    etcd: Etcd,
+    name: str,
+    *,
+    mover: str = "external",
+    drain: str = "30s",
+    express_ports: int = 0,
+) -> str:
+    """Of one machine: a listener for each datapath and version of IP, and a server for each.
+
+    `express` is one of the datapaths if it has ports.
+    """
     addresses = ", ".join(f"'{ip}'" for ip in (*FRONT.values(), *BACK.values()))
     listeners = "".join(
         f"- {{name: {datapath}{v}, datapath: {datapath}, bind: '{host}:{port}', "
         f"rules: [{{name: all, match: any, to: web{v}}}]}}\n"
         for datapath, port in PORTS.items()
+        if datapath != "express" or express_ports
         for v, host in ((4, "0.0.0.0"), (6, "[::]"))
     )
     upstreams = "".join(
@@ -54,6 +66,7 @@ def config(etcd: Etcd, name: str, *, mover: str = "external", drain: str = "30s"
         f"failover: {{addresses: [{addresses}], mover: {mover}}}}}\n"
         f"datapath: splice\nworkers: 2\nlog: {{level: debug}}\ntimeouts: {{drain: {drain}}}\n"
         "handover: {after_bytes: 0, after_round_trips: 0, after: 0s}\n"
+        f"express: {{ports: {express_ports or 1024}}}\n"
         f"upstreams:\n{upstreams}listeners:\n{listeners}"
     )
 
@@ -67,6 +80,8 @@ class Fleet:
         """The caller closes `traffic`."""
         self.hosts, self.etcd, self._start, self.traffic = hosts, etcd, start, traffic
         self.daemons: dict[str, Daemon] = {}
+        # Of each machine that starts; none: no listener has `datapath: express`.
+        self.express_ports = 0
         with hosts.server.entered():
             self._waiting = {
                 v: socket.create_server(
@@ -77,10 +92,14 @@ class Fleet:
                 for v in (4, 6)
             }
 
+    def config(self, name: str, *, mover: str = "external", drain: str = "30s") -> str:
+        """What a machine gets."""
+        return config(self.etcd, name, mover=mover, drain=drain, express_ports=self.express_ports)
+
     def start(self, name: str, *, mover: str = "external", drain: str = "30s") -> Daemon:
         """The daemon of this machine; it has heard what is in the store."""
         with self.hosts.machines[name].entered():
-            text = config(self.etcd, name, mover=mover, drain=drain)
+            text = self.config(name, mover=mover, drain=drain)
             daemon = self._start(text, instance=name)
         daemon.wait_for_line("failover_store_connected")
         self.daemons[name] = daemon
@@ -114,6 +133,33 @@ class Fleet:
         server.settimeout(DEADLINE_S)
         assert server.recv(1) == b"x"
         return client, server
+
+    def by_kernel(self, version: int) -> tuple[socket.socket, socket.socket]:
+        """A client and its server, to whom the kernel has connected: it is younger than a second.
+
+        Before it knows how the server is reached, workers do.
+        """
+
+        def opened() -> tuple[socket.socket, socket.socket] | None:
+            client, server = self.connect(version, "express")
+            if server.getpeername()[1] > _LAST_OF_WORKERS:
+                return client, server
+            client.close()
+            server.close()
+            return None
+
+        found = wait_for(opened, "the kernel connects", deadline_s=4 * DEADLINE_S)
+        assert found is not None
+        return found
+
+    def open_by_kernel(self, count: int, *, rate: int = 2000) -> list[int]:
+        """The same for connections with traffic, as `open`; the ports that the server sees."""
+        ports = []
+        for n in range(count):
+            client, server = self.by_kernel(6 if n % 2 else 4)
+            ports.append(server.getpeername()[1])
+            self.traffic.add(client, server, 0 if n % 4 == 3 else rate)
+        return ports
 
     def datapath_of(self, name: str, client: socket.socket) -> str:
         """The one that the client's pair got at this machine; empty: none so far."""
@@ -189,11 +235,15 @@ class Fleet:
 
         wait_for(is_held, f"{name} knows of {count}", deadline_s=4 * DEADLINE_S)
 
-    def replicated(self) -> set[str]:
-        """The clients of pairs in the store, with which another machine can go on."""
+    def in_store(self) -> list[Pair]:
+        """The pairs with which another machine can go on."""
         with self.hosts.switch.entered():
             said = self.etcd.ctl("get", "--prefix", "--print-value-only", Keys("edge").pairs)
-        clients = [Pair.decode(line.split(" ")[3]).ends.client for line in said.split("\n") if line]
+        return [Pair.decode(line.split(" ")[3]) for line in said.split("\n") if line]
+
+    def replicated(self) -> set[str]:
+        """The clients of these."""
+        clients = [pair.ends.client for pair in self.in_store()]
         return {address_text((str(ipaddress.ip_address(ip)), port)) for ip, port in clients}
 
     def staying(self) -> set[tuple[str, str]]:

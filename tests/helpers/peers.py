@@ -12,9 +12,11 @@ import errno
 import hashlib
 import itertools
 import random
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, Self
@@ -235,6 +237,18 @@ class Waiting:
         _traceback: TracebackType | None,
     ) -> None:
         self.listener.close()
+
+
+def seconds_until_reset(what: str, sock: socket.socket, since_s: float) -> float:
+    """How long it took until this end was reset; nothing else may come."""
+    poll = select.poll()
+    poll.register(sock, 0)  # POLLERR and POLLHUP: it is over both ways
+    assert poll.poll(DEADLINE_S * 1000), f"{what} was not reset"
+    took_s = time.monotonic() - since_s
+    # One that had been told of the other direction's end before sees a broken pipe.
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (errno.ECONNRESET, errno.EPIPE)
+    assert sock.recv(4096) == b""
+    return took_s
 
 
 class Server:

@@ -283,3 +283,15 @@ def test_what_has_not_changed_since_is_not_looked_at_again(
         patched.setattr(Pair, "encode", None)
         assert turn_of(a, newer, 0.3) == Turn()
     assert list(turn_of(a, newer, MOVING_S).puts) == [KEY]
+
+
+def test_a_pair_of_express_is_written_again_as_soon_as_its_worker_names_it() -> None:
+    """Its listener and rule would be forgotten if this machine died within a second."""
+    a, b = Ledger(A), Ledger(B)
+    store = Store(a, b)
+    bare = replace(PAIR, rule=b"", listener_name=b"")
+    store.apply(a, turn_of(a, {KEY: Own(0, bare)}, 0.0), 0.0)
+    turn_of(b, {}, 0.0)
+    store.apply(a, turn_of(a, {KEY: Own(0, PAIR)}, 0.1), 0.1)
+    assert store.values[KEY] == Entry(A, 1, PAIR.encode()).encode()
+    assert turn_of(b, {}, 0.1).hold == {KEY: store.values[KEY]}

@@ -97,6 +97,10 @@ CLOCKS: Final = {
     f"{_RESET} test_ends_that_only_wait_are_reset_at_once_where_nobody_can_go_on": (
         "the same; ends left alone wait for ever"
     ),
+    "kernel/fleet/test_failover_express.py "
+    "test_what_is_younger_than_a_second_is_reset_as_soon_as_its_ends_speak": (
+        "the same; ends left alone wait for minutes"
+    ),
     "kernel/fleet/test_fleet.py test_editions_are_in_force_on_three_machines_in_a_moment": (
         "promised and measured; of many times the one in the middle"
     ),

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
-from pyforwarder.datapath.splice.abi import SPLICE_BYTES, Splice, SpliceState
+from pyforwarder.datapath.express.connect_abi import NO_WORKER
+from pyforwarder.datapath.splice.abi import HELD, SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.own_pairs import READ_AT_ONCE, OwnPairs
 from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
 from pyforwarder.fleet.failover.ledger import MOVING_S
@@ -44,12 +45,17 @@ class Table:
         monkeypatch.setattr(bpf, "map_memory", lambda fd, *_, **__: self._both[fd])
         return OwnPairs(cast("Any", self._maps), ADDRESSES)
 
-    def write(self, index: int, pair: Pair, pair_id: int = 0) -> str:
+    def write(self, index: int, pair: Pair, pair_id: int = 0, *, worker: int = 0) -> str:
         """A pair of this machine's; its key."""
         record = splice_of(pair, pair_id or index + 1, Interfaces(3, 5), claim=0, slack=0)
-        record.worker = 0
+        record.worker = worker
         self._records[index * SPLICE_BYTES : (index + 1) * SPLICE_BYTES] = bytes(record)
         return pair.key
+
+    def give(self, index: int, worker: int) -> None:
+        """It is that worker's now."""
+        with self._record(index) as record:
+            record.worker = worker
 
     def move(self, index: int, last_end: int) -> None:
         """Bytes have passed."""
@@ -174,3 +180,21 @@ def test_only_what_others_know_of_is_theirs_to_go_on_with(table: Table) -> None:
     table.own.scan(0.0)
     assert table.own.ids([]) == set()
     assert table.own.ids([keys[0], keys[2], "another's"]) == {1, 3}
+
+
+@pytest.mark.parametrize("worker", [0, 1, HELD & 0xFF, NO_WORKER & 0xFF])
+@pytest.mark.parametrize("before", [HELD, NO_WORKER])
+def test_it_is_told_of_from_the_moment_at_which_a_worker_has_it(
+    table: Table, before: int, worker: int
+) -> None:
+    """Not one that the kernel has opened, and that most likely ends within a second."""
+    key = table.write(0, a_pair(), worker=before)
+    for n in range(3):
+        table.move(0, n)
+        assert not table.own.scan(float(n))
+    assert not table.own.ids([key])
+    table.give(0, worker)
+    assert table.own.scan(3.0).keys() == {key}
+    # Its place has another connection, as young.
+    table.write(0, a_pair(port=60_000), pair_id=77, worker=NO_WORKER)
+    assert not table.own.scan(3.1)

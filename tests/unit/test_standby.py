@@ -6,15 +6,22 @@ import contextlib
 import ipaddress
 import json
 import mmap
-from collections.abc import Sequence
+import resource
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyforwarder.datapath.express.connect_abi import NO_WORKER
+from pyforwarder.datapath.splice import keeper as keeper_module
 from pyforwarder.datapath.splice import standby as standby_module
+from pyforwarder.datapath.splice.abi import HELD
 from pyforwarder.datapath.splice.challenging import Challenges
+from pyforwarder.datapath.splice.records import FLOW
+from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
 from pyforwarder.datapath.splice.standby import Standby
 from pyforwarder.datapath.splice.standby_requests import MOST_AT_ONCE, FaultyStandbyError
 from pyforwarder.fleet.failover.record import Entry, tag_of
@@ -45,6 +52,9 @@ class Nobody:
         raise AssertionError
 
     def release(self, index: int) -> None:
+        raise AssertionError
+
+    def give_way(self, index: int) -> bool:
         raise AssertionError
 
     def show(self, index: int, record: Splice) -> None:
@@ -225,3 +235,158 @@ def test_ends_are_reset_as_their_addresses_come_one_after_the_other(
         assert world.challenged[-1] == world.both[number]
     world.ask(do="look")
     assert len(world.challenged) == 2  # none of them again
+
+
+class Keeper(Nobody):
+    """One that has records, and flows of some of them."""
+
+    def __init__(self) -> None:
+        self.flows: dict[bytes, int] = {}
+        self.yields: set[int] = set()  # records that give way
+        self.shown: list[int] = []
+        self.forgotten: list[int] = []
+        self.on_show: Callable[[Splice], object] = lambda _record: None
+
+    def lookup(self, key: bytes) -> bytes:
+        try:
+            return FLOW.pack(self.flows[key], 0)
+        except KeyError:
+            raise FileNotFoundError from None
+
+    def allocate(self) -> int:
+        return 7
+
+    def give_way(self, index: int) -> bool:
+        if index not in self.yields:
+            return False
+        self.flows = {key: one for key, one in self.flows.items() if one != index}
+        return True
+
+    def show(self, index: int, record: Splice) -> None:
+        self.on_show(record)
+        for direction in record.direction:
+            if bytes(direction.from_) in self.flows:
+                raise FileExistsError
+            self.flows[bytes(direction.from_)] = index
+        self.shown.append(index)
+
+    def forget(self, index: int) -> None:
+        self.flows = {key: one for key, one in self.flows.items() if one != index}
+        self.forgotten.append(index)
+
+
+class Holding:
+    """A machine whose peers can be reached, and which does not have the pair's addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.keeper = Keeper()
+        self.here: set[bytes] = set()
+        self.sockets: list[SimpleNamespace] = []
+        routes = SimpleNamespace(interface=lambda _route: 5)
+        monkeypatch.setattr(standby_module, "Routes", lambda: routes)
+        monkeypatch.setattr(standby_module, "_addresses_here", lambda: set(self.here))
+        monkeypatch.setattr(standby_module, "_mute_socket", self._mute_socket)
+        self.own = PAIR.ends.listener.ip, PAIR.ends.source.ip
+        self.standby = Standby(
+            self.keeper,
+            mmap.mmap(-1, 1 << 16),
+            cast("Any", self.keeper),
+            cast("Any", SimpleNamespace(add=lambda _interface: True)),
+            cast("Any", None),
+            addresses=[str(ipaddress.ip_address(ip)) for ip in self.own],
+            most=10,
+        )
+        record = splice_of(PAIR, 1, Interfaces(5, 5), claim=0, slack=0)
+        self.keys = [bytes(direction.from_) for direction in record.direction]
+
+    def _mute_socket(self, *_: object) -> SimpleNamespace:
+        self.sockets.append(SimpleNamespace(is_open=True))
+        sock = self.sockets[-1]
+        sock.close = lambda: setattr(sock, "is_open", False)
+        return sock
+
+    def hold(self) -> bool:
+        """Whether the pair is held."""
+        request = {**FIELDS, "do": "hold", "pairs": [[PAIR.key, ENTRY]]}
+        return self.standby.answer(json.dumps(request).encode())["refused"] == []
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_a_machine_had_at_the_ports_of_a_pair_gives_way_once_the_address_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    """Ports of express are few, and the same on both machines."""
+    world = Holding(monkeypatch)
+    world.keeper.flows[world.keys[side]] = 3
+    assert not world.hold()  # a worker, or nobody, has it still
+    world.keeper.yields.add(3)
+    world.here.add(world.own[side])
+    world.standby.routes_changed()
+    assert not world.hold()  # with the address it is this machine's to use
+    assert world.keeper.flows == {world.keys[side]: 3}
+    world.here = {world.own[1 - side]}
+    world.standby.routes_changed()
+    assert world.hold()
+    assert world.keeper.flows == dict.fromkeys(world.keys, 7)
+
+
+def test_a_connection_that_begins_while_a_pair_is_taken_in_keeps_its_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = Holding(monkeypatch)
+    world.keeper.on_show = lambda _: world.keeper.flows.update({world.keys[1]: 3})
+    assert not world.hold()
+    assert world.keeper.flows == {world.keys[1]: 3}
+    assert world.keeper.forgotten == [7]
+    assert [sock.is_open for sock in world.sockets] == [False, False]
+
+
+def test_ports_of_express_leave_descriptors_for_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+
+    def most(ports: int) -> int:
+        nothing = cast("Any", None)
+        made = Standby(
+            Nobody(),
+            mmap.mmap(-1, 4096),
+            nothing,
+            nothing,
+            nothing,
+            addresses=(),
+            most=10_000,
+            ports_held=ports,
+        )
+        return made._most
+
+    assert [most(ports) for ports in (0, 500, 2000)] == [250, 125, 0]
+
+
+@pytest.mark.parametrize("kind", ["adopted", "orphan", "young", "held", "ended"])
+def test_records_give_way_that_no_worker_needs_or_whose_pair_is_elsewhere(kind: str) -> None:
+    record = splice_of(PAIR, 99, Interfaces(5, 5), claim=0, slack=0)
+    keys = {bytes(direction.from_): FLOW.pack(3, 0) for direction in record.direction}
+    done: list[str] = []
+    record.worker = {"held": HELD, "young": NO_WORKER}.get(kind, 0)
+    if kind == "ended":
+        record.id = 0
+    keys[b"another"] = FLOW.pack(3, 0)
+    pairs = SimpleNamespace(
+        allocate=None,
+        show_held=None,
+        remember_joined=None,
+        owners={3: 0} if kind in ("adopted", "orphan") else {},
+        record=lambda _: record,
+        flows=SimpleNamespace(lookup=keys.__getitem__, delete=keys.__delitem__),
+        forget=lambda index: done.append(f"forget {index}"),
+        end=lambda index, why: done.append(f"end {index} {why.name}"),
+    )
+    adoption = SimpleNamespace(take_in=None, is_orphan=lambda _: kind == "orphan")
+    owner = keeper_module._StandbyOwner(cast("Any", pairs), cast("Any", adoption))
+    before = dict(keys)
+    assert owner.give_way(3) is (kind in ("adopted", "orphan", "ended"))
+    # Nobody is sent a packet for it: its worker is told, or it is forgotten.
+    assert done == {"adopted": ["end 3 MOVED"], "orphan": ["forget 3"]}.get(kind, [])
+    if kind in ("young", "held"):
+        assert keys == before
+    else:
+        assert keys == {b"another": before[b"another"]}

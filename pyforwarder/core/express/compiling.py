@@ -135,13 +135,6 @@ class ListenerConfig(Protocol):
     def rules(self) -> Sequence[RuleConfig]: ...
 
 
-class FleetConfig(Protocol):
-    """The keys of `fleet` that are read here."""
-
-    @property
-    def failover(self) -> object: ...
-
-
 class Config(Protocol):
     """The keys of the whole configuration that are read here."""
 
@@ -151,8 +144,6 @@ class Config(Protocol):
     def limits(self) -> LimitsConfig: ...
     @property
     def splice_interfaces(self) -> str: ...
-    @property
-    def fleet(self) -> FleetConfig | None: ...
     @property
     def upstreams(self) -> Mapping[str, UpstreamConfig]: ...
 
@@ -231,8 +222,6 @@ def _why_not_listener(config: Config, listener: ListenerConfig) -> str:
         return "userspace alone counts for the listener's `memory` and `pairs`"
     if config.splice_interfaces == "any":
         return "the configuration says `splice_interfaces: any`"
-    if config.fleet is not None and config.fleet.failover:
-        return "another machine could not go on with what no worker knows of"
     return ""
 
 

@@ -130,6 +130,12 @@ def create_map(
     return _call(_Command.MAP_CREATE, attributes)
 
 
+# Of MAP_UPDATE_ELEM.
+_FLAGS: Final = struct.Struct("=Q")
+_FLAGS_AT: Final = 24
+_NOEXIST: Final = 1
+
+
 class Map:
     """One open map with fixed key and value sizes; calls are cheap enough for a worker's loop.
 
@@ -158,6 +164,16 @@ class Map:
         self._key.raw = key
         self._value.raw = value
         self._run(_Command.MAP_UPDATE_ELEM)
+
+    def insert(self, key: bytes, value: bytes) -> None:
+        """Insert one element; OSError(EEXIST) if there is one with this key."""
+        self._key.raw = key
+        self._value.raw = value
+        _FLAGS.pack_into(self._attributes, _FLAGS_AT, _NOEXIST)
+        try:
+            self._run(_Command.MAP_UPDATE_ELEM)
+        finally:
+            _FLAGS.pack_into(self._attributes, _FLAGS_AT, 0)
 
     def delete(self, key: bytes) -> None:
         """Remove one element; OSError(ENOENT) if there is none."""

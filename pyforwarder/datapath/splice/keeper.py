@@ -119,6 +119,7 @@ class Keeper:
             self._keepalives,
             addresses=standby_addresses,
             most=maps.entries // 2,
+            ports_held=express.connections.places if express is not None else 0,
         )
         self._pairs.when_forgotten.append(self._standby.forgotten)
         self._express: ExpressKeeper | None = None
@@ -311,7 +312,7 @@ class _StandbyOwner:
         self._pairs = pairs
         self._adoption = adoption
         self.allocate = pairs.allocate
-        self.show = pairs.show
+        self.show = pairs.show_held
         self.forget = pairs.forget
         self.end = pairs.end
         self.remember_joined = pairs.remember_joined
@@ -320,6 +321,22 @@ class _StandbyOwner:
     def owns(self, index: int) -> bool:
         """Whether a worker has the pair, or will adopt it."""
         return index in self._pairs.owners
+
+    def give_way(self, index: int) -> bool:
+        """Delete the flows of a record whose addresses another machine has, if no pair needs them.
+
+        A pair of a worker ends here without a packet: one of its ends has another connection from
+        these ports by now. False: it is another machine's pair, or one that a worker will have.
+        """
+        if self.owns(index):
+            self.release(index)
+            return True
+        record = self._pairs.record(index)
+        if record.id:
+            return False
+        # It has ended, and lingers, or its place rests.
+        forget_flows(self._pairs.flows, index, record)
+        return True
 
     def release(self, index: int) -> None:
         """The pair goes through another machine: release it, without a packet to its ends."""

@@ -154,6 +154,18 @@ class KeeperPairs:
         for direction in Direction:
             self.flows.update(bytes(record.direction[direction].from_), FLOW.pack(index, direction))
 
+    def show_held(self, index: int, record: Splice) -> None:
+        """The same for a pair of another machine: a connection of this machine keeps its flows.
+
+        The programs may be opening one from the same port at this moment (express).
+
+        Raises:
+            OSError: there is no room, or such a connection; the caller calls `forget`.
+        """
+        self.ports.mark(record)
+        for direction in Direction:
+            self.flows.insert(bytes(record.direction[direction].from_), FLOW.pack(index, direction))
+
     def forget(self, index: int) -> None:
         """Delete the flows of a record; later packets of its peers are answered with a RST."""
         forget_flows(self.flows, index, self.record(index))

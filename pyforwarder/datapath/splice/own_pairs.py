@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.express.connect_abi import NO_WORKER
 from pyforwarder.datapath.splice.abi import (
     HELD,
     SPLICE_BYTES,
@@ -31,6 +32,10 @@ READ_AT_ONCE: Final = 256
 # Records are compared in groups of so many.
 _GROUP: Final = 64
 
+# Pairs of other machines; and those of express that are younger than a second: most end before
+# that, and would be written for nothing.
+_NOT_OWN: Final = (HELD, NO_WORKER)
+
 _NUMBER: Final = struct.Struct("=Q")
 _FINS: Final = struct.Struct("=IIII")  # fin_seq, fin_due, fin, fin_acked
 _DIRECTION_BYTES: Final = ctypes.sizeof(SpliceDirection)
@@ -39,11 +44,13 @@ assert SpliceDirection.fin_acked.offset == SpliceDirection.fin_seq.offset + 12
 _STATE_TO_RESET: Final = struct.Struct("=IIII")  # state, worker, slot, reset
 assert Splice.reset.offset == Splice.state.offset + 12
 # Bytes of a record of which at least one changes when the pair begins, has no tail any more, gets
-# an owner, is reset, or ends, or one direction of it does; and the lowest bytes of its id.
-_LOW: Final = 0 if sys.byteorder == "little" else 3
+# an owner, is reset, or ends, or one direction of it does; and the lowest bytes of its id. Of the
+# worker it is the second byte: the lowest one of HELD and NO_WORKER may be a worker's number.
+_LOW, _SECOND = (0, 1) if sys.byteorder == "little" else (3, 2)
 _WATCHED: Final = (
     *(Splice.id.offset + n for n in ((0, 1, 2) if sys.byteorder == "little" else (7, 6, 5))),
-    *(field.offset + _LOW for field in (Splice.state, Splice.worker, Splice.reset)),
+    *(field.offset + _LOW for field in (Splice.state, Splice.reset)),
+    Splice.worker.offset + _SECOND,
     *(at + _LOW + 4 * n for at in _FINS_AT for n in range(4)),
     *(n * _DIRECTION_BYTES + SpliceDirection.tail_open.offset + _LOW for n in (0, 1)),
 )
@@ -122,7 +129,8 @@ class OwnPairs:
         state, worker, _, reset = _STATE_TO_RESET.unpack_from(memory, at + Splice.state.offset)
         (pair_id,) = _NUMBER.unpack_from(memory, at + Splice.id.offset)
         known = self._seen.get(index)
-        if state != SpliceState.ACTIVE or worker == HELD or reset or not pair_id:
+        is_own = state == SpliceState.ACTIVE and worker not in _NOT_OWN
+        if not is_own or reset or not pair_id:
             if known is not None:
                 del self._seen[index], self._again_s[index]
                 self._forget(known)

@@ -89,8 +89,13 @@ class Owner(Protocol):
         ends.
         """
 
+    def give_way(self, index: int) -> bool:
+        """Delete the flows of a record of this machine, which does not have their addresses; False:
+        they are needed.
+        """
+
     def show(self, index: int, record: Splice) -> None:
-        """Make the flows of a pair."""
+        """Make the flows of a pair; OSError if there are some with its addresses."""
 
     def forget(self, index: int) -> None:
         """Delete the flows of a pair."""
@@ -123,19 +128,20 @@ class Standby:
         *,
         addresses: Collection[str],
         most: int,
+        ports_held: int = 0,
     ) -> None:
         """`addresses` are those that move with the pairs; none: this part does nothing.
 
-        At most `most` pairs are held.
+        At most `most` pairs are held. The keeper has a descriptor for each of `ports_held` ports.
         """
         self._owner = owner
         self._memory = memory
         self._flows = flows
         self._links = links
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
-        # Half of the descriptors are for requests of workers.
+        # Half of the other descriptors are for requests of workers; a pair has two.
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = min(most, files // 4)
+        self._most = min(most, max(0, files - ports_held) // 4)
         self._routes = Routes() if self._addresses else None
         self._held: dict[str, _Held] = {}
         # Of pairs that were taken over.
@@ -155,7 +161,7 @@ class Standby:
         # Addresses that were absent since the start, or since a pair of theirs was released: only
         # when these come, pairs are taken over.
         self._absent: set[bytes] = set()
-        self._present: frozenset[bytes] = self._addresses  # at the last check
+        self._present = self._addresses  # at the last check
         self._boot_unix_s = boot_unix_s()
 
     # Reports
@@ -186,13 +192,12 @@ class Standby:
         """
         if not self._addresses:
             return False
-        if self._is_changed:
-            self._present = self._addresses & _addresses_here()
+        here = self._here()
         record = self._record(index)
         own = {
             _ip_of(bytes(direction.from_.target), record.family) for direction in record.direction
         }
-        return own <= self._addresses and not own <= self._present and is_replicable(record)
+        return own <= self._addresses and not own <= here and is_replicable(record)
 
     def forgotten(self, index: int) -> None:
         """A pair has ended."""
@@ -300,8 +305,7 @@ class Standby:
         record = splice_of(
             pair, _FIRST_ID + secrets.randbits(50), interfaces, claim=entry.claim + 1, slack=slack
         )
-        keys = [bytes(from_peer.from_) for from_peer in record.direction]
-        if any(self._index_of(one) is not None for one in keys):
+        if not all(self._has_no_flow(record, direction) for direction in Direction):
             return False  # a pair of this machine has these ports, or had them a moment ago
         index = self._owner.allocate()
         if index < 0:
@@ -318,6 +322,25 @@ class Standby:
             return False
         self._held[key] = _Held(index, pair, (made[0], made[1]), self._changes)
         return True
+
+    def _has_no_flow(self, record: Splice, direction: Direction) -> bool:
+        """Whether no record has the flow of these packets.
+
+        What this machine had there gives way once their address is another machine's: with the
+        addresses it has used the same ports, as those of express are few, and the same on both.
+        """
+        from_peer = record.direction[direction].from_
+        index = self._index_of(bytes(from_peer))
+        if index is None:
+            return True
+        own = _ip_of(bytes(from_peer.target), record.family)
+        return own not in self._here() and self._owner.give_way(index)
+
+    def _here(self) -> frozenset[bytes]:
+        """Those of the addresses that this host has now."""
+        if self._is_changed:
+            self._present = self._addresses & _addresses_here()
+        return self._present
 
     def _interfaces_of(self, pair: Pair) -> Interfaces | None:
         """The interfaces by which the peers are reached; None: none that suits the programs.

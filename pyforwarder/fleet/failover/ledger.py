@@ -277,7 +277,8 @@ def _ends(pair: Pair) -> tuple[object, ...]:
     def end(half: Half) -> tuple[int, int]:
         return int(half.fin), half.fin_seq if half.fin else 0
 
-    return pair.deltas, end(pair.up), end(pair.down)
+    # A pair of express is known before its worker says of which listener it is.
+    return pair.deltas, end(pair.up), end(pair.down), bool(pair.listener_name)
 
 
 def _wins(mine: tuple[int, str], my_pair: Pair, theirs: tuple[int, str], their_pair: Pair) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import select
 import socket
 import time
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.peers import address_text
-from tests.helpers.waiting import DEADLINE_S, wait_for
+from tests.helpers.peers import address_text, seconds_until_reset
+from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,18 +20,6 @@ if TYPE_CHECKING:
     from tests.helpers.fleet_of_two import Fleet
 
 WITHIN_S = scaled_s(1.0)
-
-
-def seconds_until_reset(what: str, sock: socket.socket, since_s: float) -> float:
-    """How long it took until this end was reset; nothing else may come."""
-    poll = select.poll()
-    poll.register(sock, 0)  # POLLERR and POLLHUP: it is over both ways
-    assert poll.poll(DEADLINE_S * 1000), f"{what} was not reset"
-    took_s = time.monotonic() - since_s
-    # One that had been told of the other direction's end before sees a broken pipe.
-    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in (errno.ECONNRESET, errno.EPIPE)
-    assert sock.recv(4096) == b""
-    return took_s
 
 
 @pytest.mark.timeout(240)
