@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyforwarder.cli.command import DONE, FAILED, Call, command, group
+from pyforwarder.core.datapaths import OUTLIVING
 from pyforwarder.errors import ConfigError, ForwarderError, UsageError
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.slowness import scaled_s
@@ -467,7 +468,7 @@ def _wait_for_the_move(call: Call, given: frozenset[str]) -> int:
     until_s = time.monotonic() + scaled_s(_MOVED_S)
     while True:
         left = sum(
-            row["datapath"] == "splice" and _host_of(row["source"]) in given
+            row["datapath"] in OUTLIVING and _host_of(row["source"]) in given
             for row in control.pairs()
         )
         if not left or time.monotonic() > until_s:

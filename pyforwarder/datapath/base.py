@@ -14,6 +14,7 @@ import errno
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pyforwarder.core.connection import Phase
+from pyforwarder.core.datapaths import DATAPATHS, OUTLIVING
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind, Direction
 from pyforwarder.runtime.loop import Timed
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyforwarder.runtime.loop import Loop
+
+
+# What `core/datapaths.py` says of datapaths, by their numbers.
+END_TO_END: Final = frozenset(
+    DatapathKind[row.name.upper()] for row in DATAPATHS if row.is_end_to_end
+)
+WITH_BACKLOG: Final = frozenset(
+    DatapathKind[row.name.upper()] for row in DATAPATHS if row.has_backlog
+)
+OUTLIVING_KINDS: Final = frozenset(DatapathKind[name.upper()] for name in OUTLIVING)
 
 
 class PairReason(enum.IntEnum):

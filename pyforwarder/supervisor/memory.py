@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from pyforwarder.core.datapaths import DATAPATHS
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.base import OUTLIVING_KINDS
 from pyforwarder.datapath.ebpf.arrays import Arrays
 from pyforwarder.datapath.ebpf.pair_table import PairTable, empty_window, read_records
 from pyforwarder.errors import LoadError
@@ -30,8 +29,6 @@ from pyforwarder.worker.used_tokens import SHARES, TABLE_BYTES
 if TYPE_CHECKING:
     import mmap
     from collections.abc import Sequence
-
-_OUTLIVING: Final = {DatapathKind[row.name.upper()] for row in DATAPATHS if row.outlives_worker}
 
 
 class SharedMemory:
@@ -88,7 +85,8 @@ class SharedMemory:
         """
         block = self.counters.block(worker)
         outliving = sum(
-            record.datapath in _OUTLIVING for record in read_records(self.table.windows[worker])
+            record.datapath in OUTLIVING_KINDS
+            for record in read_records(self.table.windows[worker])
         )
         # The worker may have been taken over, and have written anything.
         reset = int(min(max(0, block[Counter.OPEN] - outliving), 2 * self.slots))

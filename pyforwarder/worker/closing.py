@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.connection import Event, Life, next_life
 from pyforwarder.core.reasons import CloseReason
-from pyforwarder.datapath.ebpf.abi import DatapathKind
+from pyforwarder.datapath.base import END_TO_END, OUTLIVING_KINDS
 from pyforwarder.runtime.counters import (
     CLOSED_INDEX,
     Counter,
@@ -164,9 +164,10 @@ class Closing:
             loop.forget(client_fd)
             if client.server is not None:
                 loop.forget(client.server_fd)
-            if client.kind is not DatapathKind.SPLICE:
+            if client.kind not in END_TO_END:
                 # Nor does it tell the peer: what the keeper was asked may be unread for seconds,
-                # and a worker that has handed the pair on may hang. Spliced sockets say nothing.
+                # and a worker that has handed the pair on may hang. Sockets of pairs
+                # that are end to end say nothing.
                 say_so(client_fd)
                 if client.server is not None:
                     say_so(client.server_fd)
@@ -207,7 +208,7 @@ class Closing:
         client.life, _ = next_life(client.life, Event.RELEASED)
         client.datapath = None
         client.waits_for_handover = False
-        if client.kind is DatapathKind.SPLICE:
+        if client.kind in OUTLIVING_KINDS:
             client.slot = -1  # the record tells the other daemon what `show` said
         else:
             self._records.release(client)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.connection import Life
+from pyforwarder.core.datapaths import IN_KERNEL
 from pyforwarder.datapath.base import PairReason
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.datapath.splice.paused_pair import PausedPair
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 _AF_UNIX: Final = int(socket.AF_UNIX)
 _SHORT: Final = PairReason.SHORT
 _NOT_AVAILABLE: Final = PairReason.NOT_AVAILABLE
-_JOINED_COPY: Final = int(Counter.JOINED_COPY)
+_JOINED: Final = {kind: int(Counter[f"JOINED_{kind.name}"]) for kind in DatapathKind if kind}
+_JOINED_COPY: Final = _JOINED[DatapathKind.COPY]
+# What a configuration may say where a pair is to be handed over, and not only if that pays; and
+# where the keeper may be asked for it.
+_NAMED: Final = frozenset(row.name for row in IN_KERNEL)
+_BY_KEEPER: Final = frozenset({"auto", *(row.name for row in IN_KERNEL if row.asks_keeper)})
 
 # A pair is likely to be handed over once it has carried this part of what it takes: early enough,
 # by default, for the kernel not to have made its sockets' receive buffers larger.
@@ -149,17 +155,17 @@ class Handover:
         """A pair that may be handed over: when, and what for."""
         generation = client.listener.generation
         client.waits_for_handover = True
-        client.is_eager = choice in ("sockmap", "splice") or generation.handover.at_once
+        client.is_eager = choice in _NAMED or generation.handover.at_once
         client.expects_splice = (
             self._is_settled
             and self._splice is not None
-            and choice != "sockmap"
+            and choice in _BY_KEEPER
             and client.listener.config.splice
         )
 
     def _begin(self, client: Client, choice: str) -> None:
         """Hand over a pair that need not earn it."""
-        if self._is_settled and self._splice is not None and choice != "sockmap":
+        if self._is_settled and self._splice is not None and choice in _BY_KEEPER:
             # Before the client can have read its answer: no moment is quieter.
             self._attempt(client)
         else:
@@ -207,7 +213,7 @@ class Handover:
     def _obstacle(self, client: Client, choice: str) -> PairReason:
         if choice == "copy":
             return PairReason.FORCED
-        if self._sockmap is None and (self._splice is None or choice == "sockmap"):
+        if self._sockmap is None and (self._splice is None or choice not in _BY_KEEPER):
             return PairReason.NOT_AVAILABLE
         assert client.server is not None
         if client.is_unix or client.server.family == _AF_UNIX:
@@ -350,7 +356,7 @@ class Handover:
         reason: PairReason | None = PairReason.NOT_AVAILABLE
         if client.not_spliced is not None:
             reason = because = client.not_spliced
-        elif choice != "sockmap" and (self._splice is not None or choice == "splice"):
+        elif choice in _BY_KEEPER and (self._splice is not None or choice != "auto"):
             reason = self._try_splice(client)
             if reason is not None:
                 self._answered(client, reason)
@@ -371,9 +377,7 @@ class Handover:
         """The pair is where it stays; `reason`: why it is copied; `because`: why it is not."""
         client.waits_for_handover = False
         if reason is None:
-            is_spliced = client.kind is DatapathKind.SPLICE
-            counter = Counter.JOINED_SPLICE if is_spliced else Counter.JOINED_SOCKMAP
-            self._host.counters[counter] += 1
+            self._host.counters[_JOINED[client.kind]] += 1
             client.pair_reason = because
         else:
             client.pair_reason = reason

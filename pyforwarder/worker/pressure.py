@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.connection import Life
 from pyforwarder.core.reasons import CloseReason
+from pyforwarder.datapath.base import END_TO_END
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.runtime.client_network import network_of
 from pyforwarder.runtime.counters import Counter
@@ -183,7 +184,7 @@ class Pressure:
     # Measuring
 
     def _measure_pair(self, client: Client, found: _Found) -> None:
-        if client.life is not Life.JOINED or client.kind is DatapathKind.SPLICE:
+        if client.life is not Life.JOINED or client.kind in END_TO_END:
             return
         held = self._held_by_pair(client)
         if held < SMALLEST_BUFFER_BYTES:

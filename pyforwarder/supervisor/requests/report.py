@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.core.address import bind_text
 from pyforwarder.core.upstreams import Condition
-from pyforwarder.datapath.base import OPENED_BY_KERNEL, PairReason
+from pyforwarder.datapath.base import OPENED_BY_KERNEL, WITH_BACKLOG, PairReason
 from pyforwarder.datapath.ebpf.abi import (
     PAIR_BYTES,
     DatapathKind,
@@ -60,7 +60,7 @@ class Backlogs:
 
 def _is_redirected(record: PairRecord, direction: Direction) -> bool:
     redirected_bytes: int = record.kernel[direction].redirected_bytes
-    return record.datapath == DatapathKind.SOCKMAP and redirected_bytes > 0
+    return record.datapath in WITH_BACKLOG and redirected_bytes > 0
 
 
 def pair_row(record: PairRecord, now_ns: int, backlog_bytes: int | None) -> Row:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder import __version__
+from pyforwarder.core.datapaths import OUTLIVING
 from pyforwarder.datapath.attach import unix_names
 from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
 from pyforwarder.errors import ControlError
@@ -325,13 +326,13 @@ class Retirement:
 
     def _spliced_rows(self) -> list[report.Row]:
         rows = report.pair_rows(self._daemon.memory.table.windows, report.Backlogs({}))
-        return [row for row in rows if row["datapath"] == "splice"]
+        return [row for row in rows if row["datapath"] in OUTLIVING]
 
     def _rows(self) -> list[report.Row]:
         """The pairs that have stayed here."""
         rows = report.pair_rows(self._daemon.memory.table.windows, report.Backlogs({}))
         if not self._keeps_spliced:
-            rows = [row for row in rows if row["datapath"] != "splice"]
+            rows = [row for row in rows if row["datapath"] not in OUTLIVING]
         predecessor = self._daemon.predecessor()
         return rows if predecessor is None else rows + predecessor.pairs()
 

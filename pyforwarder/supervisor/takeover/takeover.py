@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
+from pyforwarder.core.datapaths import OUTLIVING
 from pyforwarder.datapath.splice.directories import splice_maps
 from pyforwarder.errors import ControlError, LoadError
 from pyforwarder.runtime.loop import EPOLLIN
@@ -184,7 +185,7 @@ class Takeover:
             ForwarderError: it goes on as before.
         """
         for name, loaded in daemon.loaders.wait():
-            if name == "splice":
+            if name in OUTLIVING:
                 self._spliced = loaded
             else:
                 daemon.take(name, loaded)

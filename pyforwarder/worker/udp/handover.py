@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Final
 
+from pyforwarder.core.datapaths import DATAPATHS
 from pyforwarder.core.reasons import CloseReason
 from pyforwarder.core.session import Carriage, CarriageEvent
 from pyforwarder.datapath.base import PairReason
@@ -36,6 +37,7 @@ _MOST_AT_ONCE: Final = 100.0
 # So long our sockets may have no quiet moment before the kernel's datagrams overtake those that
 # wait there.
 _OVERTAKE_AFTER_S: Final = 0.1
+_FOR_SESSIONS: Final = frozenset(row.name for row in DATAPATHS if row.takes_sessions)
 _COPIED: Final = Carriage.COPIED
 _EARNING: Final = Carriage.EARNING
 _UP: Final = int(Direction.UP)
@@ -74,11 +76,11 @@ class SessionHandover:
         """A session begins to flow: settle whether it may be handed over."""
         listener = session.listener
         choice = listener.datapaths[session.route.rule.index]
-        if choice not in ("auto", "splice"):
+        if choice != "auto" and choice not in _FOR_SESSIONS:
             return
         if session.upstream is not None and session.upstream.transparent:
             return  # the keeper takes datagrams for this host's own addresses only
-        session.is_spliced_by_name = choice == "splice"
+        session.is_spliced_by_name = choice != "auto"
         if not listener.config.splice:
             session.pair_reason = PairReason.SPLICE_OFF
         elif self._kernel is None or self._works is False:

@@ -5,6 +5,7 @@ What workers inherit of splice and sockmap it knows by their classes.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pkgutil
 import re
@@ -15,6 +16,7 @@ from unittest.mock import Mock, call
 
 import pytest
 
+import pyforwarder
 from pyforwarder.config import parse_config
 from pyforwarder.core.datapaths import (
     DATAPATHS,
@@ -180,3 +182,35 @@ def test_a_row_that_cannot_be_attached_is_closed_and_done_without(
     made.take("toy", Loaded([3], {"proof": "", "extras": {}}))
     assert made.states["toy"] == "not at that interface"
     assert toy.told.mock_calls == [call.attach([3]), call.close()]
+
+
+# Where worker/ and supervisor/ ask which datapath it is, instead of what a row says of it.
+NAMED = {
+    "supervisor/datapaths.py": "sessions of UDP and express are loaded with splice",
+    "supervisor/express/deciding.py": "the rule says so itself",
+    "worker/generation.py": "likewise",
+    "worker/pressure.py": "a copied pair's buffers are all measured",
+    "worker/server.py": "asked of every FIN: an identity costs less than a set",
+    "worker/udp/adoption.py": "a copied session's client is known by what was copied",
+}
+
+
+def names_a_datapath(node: ast.expr) -> bool:
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        return node.value.id == "DatapathKind" and node.attr != "NONE"
+    return isinstance(node, ast.Constant) and node.value in {"sockmap", "splice", "express"}
+
+
+def test_no_other_file_asks_for_a_datapath_by_its_name() -> None:
+    package = Path(pyforwarder.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for folder in ("worker", "supervisor")
+        for path in (package / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        # `"splice" in available` asks what the supervisor has said of it.
+        and not isinstance(node.ops[0], ast.In | ast.NotIn)
+        and any(map(names_a_datapath, [node.left, *node.comparators]))
+    }
+    assert found == set(NAMED)
