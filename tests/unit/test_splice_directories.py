@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,30 @@ def test_filters_without_a_directory_are_removed_by_its_name(
     assert remove_left(root, root / "splice") == [root / "splice-7"]
     assert removed == [root / "splice-7"]
     assert remove_left(root, root / "splice-7") == []
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """No file can be opened in this block."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_cannot_be_looked_at_is_left_for_the_next_look(root: Path) -> None:
+    """A daemon looks now and then, also when it has no descriptor for that."""
+    directory = left(root, "splice-2")
+    with no_descriptors():
+        assert remove_left(root, None) == []
+    assert remove_left(root, None) == [directory]
+
+
+def test_where_nobody_can_know_a_directory_is_nobodys_to_remove(root: Path) -> None:
+    claim = Claim(left(root, "splice"))
+    with no_descriptors():
+        assert not directories._remove(root / "splice")
+    claim.close()
+    assert directories._remove(root / "splice")

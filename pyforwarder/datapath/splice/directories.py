@@ -16,7 +16,7 @@ import fcntl
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -153,12 +153,19 @@ def remove_left(root: Path, own: Path | None, *, of_filters: bool = True) -> lis
     interfaces.
     """
     named = clsact.names() if of_filters else set()
-    others = [one for one in _all_of(root) if one != own]
-    return [
-        one
-        for one in others
-        if (_is_empty(one) or pins_in(one) or clsact.name_of(one) in named) and _remove(one)
-    ]
+    return [one for one in _all_of(root) if one != own and _remove_left(one, named)]
+
+
+def _remove_left(directory: Path, named: Set[str]) -> bool:
+    """Remove it if something was left there, or in a filter that is `named` so.
+
+    False also where it cannot be looked at, as no descriptor is left: the next look comes soon.
+    """
+    try:
+        is_left = _is_empty(directory) or pins_in(directory) or clsact.name_of(directory) in named
+        return bool(is_left) and _remove(directory)
+    except OSError:
+        return False
 
 
 def splice_maps(directory: Path) -> set[int]:
@@ -238,8 +245,11 @@ def _alone(directory: Path) -> Iterator[bool]:
     """Whether no daemon that lives uses the directory; none begins to meanwhile."""
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        fd = -1  # there is none; filters of clsact need none
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        fd = -1  # there is none, or none that is ours; filters of clsact need none
+    except OSError:  # no descriptor is left: nobody knows
+        yield False
+        return
     try:
         is_free = True
         if fd >= 0:
