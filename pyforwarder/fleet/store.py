@@ -12,12 +12,14 @@ Source: https://etcd.io/docs/v3.4/dev-guide/api_grpc_gateway/, api/etcdserverpb/
 from __future__ import annotations
 
 import base64
+import binascii
 import contextlib
 import json
 import math
+import re
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -26,6 +28,7 @@ from etcd3gw.exceptions import Etcd3Exception
 from requests.adapters import HTTPAdapter
 
 from pyforwarder.errors import ForwarderError
+from pyforwarder.fleet.quick_requests import Line, TooLongError
 
 if TYPE_CHECKING:
     import ssl
@@ -33,10 +36,15 @@ if TYPE_CHECKING:
     from pyforwarder.config import Fleet
     from pyforwarder.fleet.files import StoreFiles
 
+T = TypeVar("T")
+
 REQUEST_TIMEOUT_S: Final = 3.0
 # A watch that says nothing for so long is asked for again: the connection may have died silently.
 WATCH_TIMEOUT_S: Final = 5.0
 MOST_IN_ONE: Final = 128  # changes in one request: etcd's --max-txn-ops
+# A transaction may consist of others, which count with it: two of them have so many less.
+_MOST_IN_HALF: Final = MOST_IN_ONE - 2
+MOST_IN_WRITE: Final = 2 * _MOST_IN_HALF  # in one `Store.write`
 _MOST_LINE_BYTES: Final = 16 << 20
 # One answer, and all answers of one list: who may write in the store may write more than we
 # have room for. One value has 1.5 MB at most (etcd's --max-request-bytes).
@@ -50,6 +58,12 @@ _PIECE_BYTES: Final = 64 << 10
 # Source: https://etcd.io/docs/v3.4/learning/api/#watch-streams, rpctypes.MetadataRequireLeaderKey.
 _HAS_LEADER: Final = {"Grpc-Metadata-hasleader": "true"}
 _NOT_FOUND: Final = 5  # google.rpc.Code
+_OK: Final = 200
+# What is read of the answer to a transaction; it begins with its header.
+_TXN_REVISION: Final = re.compile(rb'\{"header":\{[^{}]*"revision":"([0-9]+)"[^{}]*\}')
+_PUT: Final = b'"response_put"'
+_DELETED: Final = b'"deleted":"'  # nothing of that if nothing was
+_CHANGED: Final = b'"mod_revision":"'
 
 
 class StoreError(ForwarderError):
@@ -83,6 +97,17 @@ class Change(NamedTuple):
     value: bytes | None  # None: it is gone
 
 
+class Echo(NamedTuple):
+    """A message of a watch, as it has come: all of it became so at one revision."""
+
+    revision: int
+    message: bytes
+
+
+class MessageFault(ValueError):
+    """What a watch has said is no message of etcd."""
+
+
 class Store:
     """Speaks to one member of the store's cluster at a time, and to the next one when that
     fails.
@@ -97,6 +122,7 @@ class Store:
         self._clients = [
             _client(endpoint, files.context, timeout_s) for endpoint in fleet.endpoints
         ]
+        self._lines = [_line(endpoint, files.context) for endpoint in fleet.endpoints]
         self._current = 0
         self.until_s = math.inf  # (time.monotonic()) no answer is waited for longer; not of watches
         self._is_known = False  # to the member: we have a token, or need none
@@ -112,6 +138,9 @@ class Store:
         """Close the connections."""
         for client in self._clients:
             client.session.close()
+        for line in self._lines:
+            if line is not None:
+                line.close()
 
     def list(self, prefix: str) -> Found:
         """All keys below a prefix, in order.
@@ -258,20 +287,32 @@ class Store:
         with contextlib.suppress(StoreError):
             self._post("/kv/lease/revoke", {"ID": lease})
 
-    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int = 0) -> None:
+    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int = 0) -> int:
         """Set keys, with a lease, or remove them (None), all in the same moment.
 
-        At most `MOST_IN_ONE`, and none of them twice.
+        At most `MOST_IN_WRITE`, and none of them twice. Returns the revision at which that was
+        done; 0: nothing has changed, as no key was there that was to be removed.
         """
-        operations = [
-            {"request_put": {"key": _encode(key), "value": _encode(value), "lease": lease}}
+        end = b'","lease":"%d"}}' % lease
+        requests = [
+            b'{"request_put":{"key":"%b","value":"%b%b' % (_bytes(key), _bytes(value), end)
             if value is not None
-            else {"request_delete_range": {"key": _encode(key)}}
+            else b'{"request_delete_range":{"key":"%b"}}' % _bytes(key)
             for key, value in changes
         ]
-        answer = self._post("/kv/txn", {"success": operations})
-        if any(value is not None for _, value in changes):  # a removal may have found nothing
-            self.written = _revision(answer)
+        if len(requests) > MOST_IN_ONE:
+            halves = requests[:_MOST_IN_HALF], requests[_MOST_IN_HALF:]
+            requests = [b'{"request_txn":{"success":[%b]}}' % b",".join(half) for half in halves]
+        body = b'{"success":[%b]}' % b",".join(requests)
+        answer = self._post_quickly("/kv/txn", body)
+        found = _TXN_REVISION.match(answer)
+        if found is None:
+            raise self._failed("no answer of etcd")
+        has_put = _PUT in answer
+        revision = int(found[1])
+        if has_put:
+            self.written = revision
+        return revision if has_put or _DELETED in answer else 0
 
     def distrust(self, reason: str) -> StoreError:
         """The error to raise: the member that we speak to does not tell what it should."""
@@ -297,6 +338,24 @@ class Store:
         Ends at `until_s` (time.monotonic()), or when nothing has come for `WATCH_TIMEOUT_S`. What
         came in between two calls is not lost, if the second has the last revision seen.
         """
+        for message in self._messages(prefix, after=after, until_s=until_s):
+            yield from self._watched(message)
+
+    def events_or_echoes(
+        self, prefix: str, *, after: int, until_s: float, is_echo: Callable[[int], bool]
+    ) -> Iterator[Change | Echo]:
+        """As `events`; but what became so at one revision, of which `is_echo` says that it may be
+        ours, is not read (see `changes_in`).
+        """
+        for message in self._messages(prefix, after=after, until_s=until_s):
+            revision = _one_revision(message)
+            if revision and is_echo(revision):
+                yield Echo(revision, message)
+            else:
+                yield from self._watched(message)
+
+    def _messages(self, prefix: str, *, after: int, until_s: float) -> Iterator[bytes]:
+        """What a watch says, one message after the other."""
         create: dict[str, Any] = {
             "key": _encode(prefix),
             "range_end": _end_of(prefix),
@@ -319,8 +378,7 @@ class Store:
                     *lines, rest = (rest + piece).split(b"\n")
                     if len(rest) > _MOST_LINE_BYTES:
                         raise self._failed("a message that is too long")
-                    for line in lines:
-                        yield from self._watched(line)
+                    yield from filter(bytes.strip, lines)
                     if time.monotonic() >= until_s:
                         return
         except requests.exceptions.ConnectionError as error:
@@ -333,25 +391,13 @@ class Store:
         except (requests.exceptions.RequestException, Etcd3Exception) as error:
             raise self._failed(_reason(error)) from error
 
-    def _watched(self, line: bytes) -> Iterator[Change]:
-        if not line.strip():
-            return
+    def _watched(self, message: bytes) -> Iterator[Change]:
         try:
-            message = json.loads(line)
-            if "error" in message:
-                raise self._failed(str(message["error"])[:200])
-            result = message["result"]
-            if result.get("canceled"):
-                if int(result.get("compact_revision", 0)):
-                    raise CompactedError(f"etcd at {self.endpoint}: changes are compacted")
-                raise self._failed(f"the watch was ended: {result.get('cancel_reason', '?')}")
-            for event in result.get("events", ()):
-                entry = event["kv"]
-                value = None if event.get("type") == "DELETE" else _decode(entry.get("value", ""))
-                key = _decode(entry["key"]).decode(errors="replace")
-                yield Change(int(entry["mod_revision"]), key, value)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._failed(f"no answer of etcd: {type(error).__name__}") from error
+            yield from changes_in(message)
+        except CompactedError as error:
+            raise CompactedError(f"etcd at {self.endpoint}: {error}") from None
+        except MessageFault as error:
+            raise self._failed(str(error)) from error.__cause__
 
     def _known(self, until_s: float) -> Etcd3Client:
         """The member that we speak to; it knows our name, and is waited for until then."""
@@ -375,6 +421,41 @@ class Store:
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Send a request to one member after the other, until one answers; to each once at most."""
+
+        def ask(client: Etcd3Client) -> dict[str, Any]:
+            answer = client.post(client.get_url(path), json=body)
+            if not isinstance(answer, dict):
+                raise self._failed("no answer of etcd")
+            return answer
+
+        return self._ask(ask)
+
+    def _post_quickly(self, path: str, body: bytes) -> bytes:
+        """As `_post`, for requests that come many times in a second; the answer is not read."""
+
+        def ask(client: Etcd3Client) -> bytes:
+            line = self._lines[self._current]
+            headers = {"Content-Type": "application/json"}
+            if line is None:
+                sent = client.session.post(
+                    client.get_url(path), data=body, headers=headers, timeout=client.timeout
+                )
+                status, said = sent.status_code, sent.content
+            else:
+                status, said = line.post(
+                    urlsplit(client.get_url(path)).path,
+                    body,
+                    authorization=str(client.session.headers.get("Authorization", "")),
+                    timeout_s=client.timeout or self.timeout_s,
+                    most_bytes=MOST_ANSWER_BYTES,
+                )
+            if status != _OK:
+                raise Etcd3Exception(said.decode(errors="replace"), str(status))
+            return said
+
+        return self._ask(ask)
+
+    def _ask(self, ask: Callable[[Etcd3Client], T]) -> T:
         error: StoreError | None = None
         for _ in self._clients:
             now_s = time.monotonic()
@@ -382,21 +463,19 @@ class Store:
                 raise error or StoreError(f"etcd at {self.endpoint}: no answer in time")
             try:
                 client = self._known(min(self.until_s, now_s + self.timeout_s))
-                answer = client.post(client.get_url(path), json=body)
-                if not isinstance(answer, dict):
-                    raise self._failed("no answer of etcd")
+                answer = ask(client)
                 self.answered_s = time.monotonic()
                 return answer
             except StoreError as failed:
                 error = failed
-            except _TooLong:
+            except (_TooLong, TooLongError):
                 # Another member would say the same.
                 raise AnswerTooLongError(f"etcd at {self.endpoint}: an answer too long") from None
             except Etcd3Exception as failed:
                 if _code(failed) == _NOT_FOUND:
                     raise NoSuchLeaseError(f"etcd at {self.endpoint}: {_reason(failed)}") from None
                 error = self._failed(_reason(failed))
-            except (requests.exceptions.RequestException, ValueError) as failed:
+            except (OSError, ValueError) as failed:  # requests' are OSErrors, too
                 error = self._failed(_reason(failed))
         assert error is not None
         raise error
@@ -459,6 +538,13 @@ class _WithContext(HTTPAdapter):
         conn.cert_reqs = "CERT_REQUIRED"
 
 
+def _line(endpoint: str, context: ssl.SSLContext | None) -> Line | None:
+    """None: requests knows whom the host trusts."""
+    if urlsplit(endpoint).scheme == "https" and context is None:
+        return None
+    return Line(endpoint, context)
+
+
 def _client(endpoint: str, context: ssl.SSLContext | None, timeout_s: float) -> Etcd3Client:
     parts = urlsplit(endpoint)
     session = _Session()
@@ -473,6 +559,46 @@ def _client(endpoint: str, context: ssl.SSLContext | None, timeout_s: float) -> 
         api_path="/v3/",
         session=session,
     )
+
+
+def changes_in(message: bytes) -> Iterator[Change]:
+    """What a message of a watch says.
+
+    Raises:
+        CompactedError: the watch has ended, as changes are gone that it was to tell of.
+        MessageFault: it has ended for another reason, or this is no message.
+    """
+    try:
+        said = json.loads(message)
+        if "error" in said:
+            raise MessageFault(str(said["error"])[:200])
+        result = said["result"]
+        if result.get("canceled"):
+            if int(result.get("compact_revision", 0)):
+                raise CompactedError("changes are compacted")
+            raise MessageFault(f"the watch was ended: {result.get('cancel_reason', '?')}")
+        for event in result.get("events", ()):
+            entry = event["kv"]
+            value = None if event.get("type") == "DELETE" else _decode(entry.get("value", ""))
+            key = _decode(entry["key"]).decode(errors="replace")
+            yield Change(int(entry["mod_revision"]), key, value)
+    except MessageFault:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MessageFault(f"no answer of etcd: {type(error).__name__}") from error
+
+
+def _one_revision(message: bytes) -> int:
+    """At which revision all became so that a message of a watch says; 0: at several, or it says
+    nothing of the kind. Texts in it are in base64, so they have no quotation marks.
+    """
+    first = message.find(_CHANGED) + len(_CHANGED)
+    last = message.rfind(_CHANGED) + len(_CHANGED)
+    end = message.find(b'"', first)
+    revision = message[first : end + 1]
+    if first < len(_CHANGED) or not revision[:-1].isdigit():
+        return 0
+    return int(revision[:-1]) if message.startswith(revision, last) else 0
 
 
 def _reason(error: Exception) -> str:
@@ -492,6 +618,11 @@ def _code(error: Etcd3Exception) -> int:
 
 def _encode(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
+
+
+def _bytes(text: str) -> bytes:
+    """`_encode`, of which a request is made without further reading."""
+    return binascii.b2a_base64(text.encode(), newline=False)
 
 
 def _decode(text: str) -> bytes:

@@ -13,9 +13,17 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pyforwarder.fleet.store import Change, CompactedError, StoreError
+from pyforwarder.fleet.store import (
+    Change,
+    CompactedError,
+    Echo,
+    MessageFault,
+    StoreError,
+    changes_in,
+)
 
 if TYPE_CHECKING:
+    from pyforwarder.fleet.echoes import Echoes
     from pyforwarder.fleet.store import Store
 
 _FIRST_PAUSE_S: Final = 0.2
@@ -63,7 +71,7 @@ class Lost(NamedTuple):
     error: str
 
 
-class Received(queue.Queue["All | Lost | Change"]):
+class Received(queue.Queue["All | Lost | Change | Echo"]):
     """What the watching thread has received: no more of it than there is room for.
 
     What is listed at once is one piece of any size (the store has its own bound of that);
@@ -79,22 +87,24 @@ class Received(queue.Queue["All | Lost | Change"]):
     def _qsize(self) -> int:
         return self._bytes
 
-    def _put(self, item: All | Lost | Change) -> None:
+    def _put(self, item: All | Lost | Change | Echo) -> None:
         super()._put(item)
         self._bytes += _bytes_of(item)
 
-    def _get(self) -> All | Lost | Change:
-        item: All | Lost | Change = super()._get()
+    def _get(self) -> All | Lost | Change | Echo:
+        item: All | Lost | Change | Echo = super()._get()
         self._bytes -= _bytes_of(item)
         return item
 
 
-def _bytes_of(item: All | Lost | Change) -> int:
+def _bytes_of(item: All | Lost | Change | Echo) -> int:
     match item:
         case All(entries=entries):
             return _LEAST_BYTES + sum(_entry_bytes(*entry) for entry in entries)
         case Change(key=key, value=value):
             return _entry_bytes(key, value)
+        case Echo(message=message):
+            return _LEAST_BYTES + len(message)
         case Lost():
             return _LEAST_BYTES
 
@@ -106,14 +116,23 @@ def _entry_bytes(key: str, value: bytes | None) -> int:
 class Watcher:
     """The thread that watches what is in the store."""
 
-    def __init__(self, store: Store, prefix: str, *, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        *,
+        most_bytes: int = _MOST_BYTES,
+        echoes: Echoes | None = None,
+    ) -> None:
         """`store` is this thread's alone.
 
         Of a longer value the first `most_bytes` bytes and one are received: it has none of ours.
+        What `echoes` knows that the process has written itself is left out.
         """
         self._store = store
         self._prefix = prefix
         self._most_bytes = most_bytes
+        self._echoes = echoes
         self.received: Final = Received()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._is_over = False
@@ -137,7 +156,7 @@ class Watcher:
         Of a key that has changed again and again, the last change: who writes there all the time
         has nobody read all of it.
         """
-        taken: list[All | Lost | Change] = []
+        taken: list[All | Lost | Change | Echo] = []
         taken_bytes = 0
         while taken_bytes < _MOST_WAITING_BYTES and not self.received.empty():
             taken.append(self.received.get_nowait())
@@ -147,8 +166,26 @@ class Watcher:
             if isinstance(one, Change):
                 last[one.key] = index
         for index, one in enumerate(taken):
-            if not isinstance(one, Change) or last[one.key] == index:
+            if isinstance(one, Echo):
+                yield from self._read(one)
+            elif not isinstance(one, Change):
+                if self._echoes is not None and isinstance(one, All):
+                    self._echoes.forget()
                 yield one
+            elif last[one.key] == index and not (self._echoes and self._echoes.is_past(one)):
+                yield one
+
+    def _read(self, echo: Echo) -> Iterator[Lost | Change]:
+        """What was thought to be our own writing, if it is not."""
+        assert self._echoes is not None
+        if self._echoes.is_ours(echo.revision):
+            return
+        try:
+            for change in changes_in(echo.message):
+                yield self._shortened(change)
+        except MessageFault as error:
+            self._is_doubted = True
+            yield Lost(str(error)[:500])
 
     def expect(self, revision: int, now_s: float) -> None:
         """We have written something below the prefix at this revision: the watch is to bring it."""
@@ -189,9 +226,7 @@ class Watcher:
                         raise self._store.distrust(UNHEARD)
                     revision = self._revision
                     until_s = time.monotonic() + _WATCH_S
-                    for change in self._store.events(self._prefix, after=revision, until_s=until_s):
-                        if change.value is not None:
-                            change = change._replace(value=self._cut(change.value))
+                    for change in self._events(after=revision, until_s=until_s):
                         self.received.put(change)
                         self._revision = change.revision
                         if self._is_over:
@@ -201,6 +236,22 @@ class Watcher:
             except StoreError as error:
                 self.received.put(Lost(str(error)[:500]))
                 time.sleep(pause.next_s())
+
+    def _events(self, *, after: int, until_s: float) -> Iterator[Change | Echo]:
+        if self._echoes is None:
+            for change in self._store.events(self._prefix, after=after, until_s=until_s):
+                yield self._shortened(change)
+            return
+        is_echo = self._echoes.may_be
+        for one in self._store.events_or_echoes(
+            self._prefix, after=after, until_s=until_s, is_echo=is_echo
+        ):
+            yield self._shortened(one) if isinstance(one, Change) else one
+
+    def _shortened(self, change: Change) -> Change:
+        if change.value is None or len(change.value) <= self._most_bytes:
+            return change
+        return change._replace(value=self._cut(change.value))
 
     def _cut(self, value: bytes) -> bytes:
         return value if len(value) <= self._most_bytes else value[: self._most_bytes + 1]

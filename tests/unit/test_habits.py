@@ -37,7 +37,7 @@ SLEEPS: Final = {
         "the pace of a client that connects"
     ),
     "kernel/fleet/test_replication_cost.py wait": "the pace of the replicator",
-    "kernel/fleet/test_replication_cost.py test_a_thousand_pairs_that_begin_each_second": (
+    "kernel/fleet/test_replication_cost.py shares": (
         "the pace at which pairs begin, and so long nothing begins or ends"
     ),
     "kernel/sessions/test_floods.py flood": "the pace of a flood that a queue takes",

@@ -18,7 +18,7 @@ from pyforwarder.datapath.express.connect_abi import NO_WORKER
 from pyforwarder.datapath.splice.abi import HELD, SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.own_pairs import READ_AT_ONCE, OwnPairs
 from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
-from pyforwarder.fleet.failover.ledger import MOVING_S
+from pyforwarder.fleet.failover.ledger import MOVING_S, Own
 from pyforwarder.fleet.failover.record import Fin
 from tests.helpers.failover_records import a_pair
 
@@ -39,6 +39,16 @@ class Table:
         self._maps = maps
         self._both = {1: self._records, 2: pairs}
         self.own = self.another_reader(monkeypatch)
+        self._found: dict[str, Own] = {}
+
+    def scan(self, now_s: float) -> dict[str, Own]:
+        """What is found; it says as well which keys that is of."""
+        before = self._found
+        scan = self.own.scan(now_s)
+        self._found = found = dict(scan.own)
+        differ = {key for key in before | found if before.get(key) is not found.get(key)}
+        assert set(scan.changed) == differ
+        return found
 
     def another_reader(self, monkeypatch: pytest.MonkeyPatch) -> OwnPairs:
         """One that has seen nothing yet."""
@@ -91,13 +101,13 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Table:
 
 def test_one_that_begins_is_read_at_once_and_many_that_move_in_turn(table: Table) -> None:
     keys = [table.write(index, a_pair(port=1000 + 4 * index)) for index in range(COUNT)]
-    assert list(table.own.scan(0.0)) == keys
+    assert list(table.scan(0.0)) == keys
     for index in range(COUNT):
         table.move(index, 99)
     young = table.write(COUNT, a_pair(port=60_000))
     read: set[str] = set()
     for number in range(3):
-        found = table.own.scan(MOVING_S + number / 100)
+        found = table.scan(MOVING_S + number / 100)
         assert found.keys() == {*keys, young}  # none is thought to have ended meanwhile
         now = {key for key, own in found.items() if own.pair.up.last_end == 99}
         assert read <= now
@@ -108,47 +118,47 @@ def test_one_that_begins_is_read_at_once_and_many_that_move_in_turn(table: Table
 
 def test_one_that_stands_still_is_the_same_object_and_costs_nobody_a_look(table: Table) -> None:
     still, moves = (table.write(index, a_pair(port=1000 + 4 * index)) for index in range(2))
-    before = dict(table.own.scan(0.0))
+    before = dict(table.scan(0.0))
     table.move(1, 99)
-    now = table.own.scan(MOVING_S)
+    now = table.scan(MOVING_S)
     assert now[still] is before[still]
     assert now[moves] is not before[moves]
     assert now[moves].pair.up.last_end == 99
     table.move(0, 77)
-    assert table.own.scan(MOVING_S + 0.1)[still] is before[still]  # a second has not passed
-    assert table.own.scan(MOVING_S + 0.2).keys() == {still, moves}
-    assert table.own.scan(2 * MOVING_S)[still].pair.up.last_end == 77
+    assert table.scan(MOVING_S + 0.1)[still] is before[still]  # a second has not passed
+    assert table.scan(MOVING_S + 0.2).keys() == {still, moves}
+    assert table.scan(2 * MOVING_S)[still].pair.up.last_end == 77
 
 
 def test_what_begins_and_ends_is_seen_in_the_next_scan(table: Table) -> None:
     keys = [table.write(index, a_pair(port=1000 + 4 * index)) for index in range(3)]
     table.open_tail(1, is_open=True)
-    assert table.own.scan(0.0).keys() == {keys[0], keys[2]}
+    assert table.scan(0.0).keys() == {keys[0], keys[2]}
     table.open_tail(1, is_open=False)  # now another machine can go on with it
     table.end(2)
-    assert table.own.scan(0.1).keys() == {keys[0], keys[1]}
+    assert table.scan(0.1).keys() == {keys[0], keys[1]}
     table.half_end(0)
-    assert table.own.scan(0.2)[keys[0]].pair.up.fin == Fin.DUE
+    assert table.scan(0.2)[keys[0]].pair.up.fin == Fin.DUE
     other = table.write(2, a_pair(port=50_000), pair_id=77)  # the record has another pair now
-    assert table.own.scan(0.3).keys() == {keys[0], keys[1], other}
+    assert table.scan(0.3).keys() == {keys[0], keys[1], other}
     other = table.write(2, a_pair(port=60_000), pair_id=78)
-    assert table.own.scan(0.4).keys() == {keys[0], keys[1], other}
+    assert table.scan(0.4).keys() == {keys[0], keys[1], other}
     # Two records with the same ports: the later one is the pair.
     again = table.write(3, a_pair(port=60_000), pair_id=79)
-    assert table.own.scan(0.5).keys() == {keys[0], keys[1], again}
+    assert table.scan(0.5).keys() == {keys[0], keys[1], again}
     table.end(2)
-    assert table.own.scan(0.6).keys() == {keys[0], keys[1], again}
+    assert table.scan(0.6).keys() == {keys[0], keys[1], again}
     table.write(2, a_pair(port=60_000), pair_id=80)
-    assert table.own.scan(0.7)[again].pair.ends.client.port == 60_000
+    assert table.scan(0.7)[again].pair.ends.client.port == 60_000
     table.end(2)  # the record that stood still is the pair again, in a second at most
-    table.own.scan(0.8)
-    assert table.own.scan(0.8 + MOVING_S).keys() == {keys[0], keys[1], again}
+    table.scan(0.8)
+    assert table.scan(0.8 + MOVING_S).keys() == {keys[0], keys[1], again}
     table.end(3)
-    assert table.own.scan(2.0).keys() == {keys[0], keys[1]}
+    assert table.scan(2.0).keys() == {keys[0], keys[1]}
     for index in (0, 1):
         table.end(index)
-    assert not table.own.scan(10.0)
-    assert not table.own.ids([*keys, again])
+    assert not table.scan(10.0)
+    assert not table.own.ids([*keys, again], [*keys, again])
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from("wemht")), max_size=40))
@@ -169,17 +179,28 @@ def test_a_scan_finds_what_a_scan_of_all_would_find(steps: list[tuple[int, str]]
                 case _:
                     table.open_tail(index, is_open=bool(number % 2))
             if number % 3:
-                table.own.scan(float(number))
-        found = {key: own.pair.up for key, own in table.own.scan(1000.0).items()}
-        new = table.another_reader(monkeypatch).scan(1000.0)
+                table.scan(float(number))
+        found = {key: own.pair.up for key, own in table.scan(1000.0).items()}
+        new = table.another_reader(monkeypatch).scan(1000.0).own
         assert found == {key: own.pair.up for key, own in new.items()}
 
 
 def test_only_what_others_know_of_is_theirs_to_go_on_with(table: Table) -> None:
     keys = [table.write(index, a_pair(port=1000 + 4 * index)) for index in range(3)]
-    table.own.scan(0.0)
-    assert table.own.ids([]) == set()
-    assert table.own.ids([keys[0], keys[2], "another's"]) == {1, 3}
+    table.scan(0.0)
+    assert table.own.ids([], []) == set()
+    known = [keys[0], keys[2], "another's"]
+    assert table.own.ids(known, known) == {1, 3}
+    table.write(2, a_pair(port=1008), pair_id=77)
+    table.scan(0.1)
+    assert table.own.ids(known, []) == {1, 77}
+    again = table.write(1, a_pair(port=1008), pair_id=78)  # the same ports, as the later one
+    table.scan(0.2)
+    assert again == keys[2]
+    assert table.own.ids(known, []) == {1, 77, 78}
+    table.end(0)
+    table.scan(0.3)
+    assert table.own.ids([], known) == set()
 
 
 @pytest.mark.parametrize("worker", [0, 1, HELD & 0xFF, NO_WORKER & 0xFF])
@@ -191,10 +212,10 @@ def test_it_is_told_of_from_the_moment_at_which_a_worker_has_it(
     key = table.write(0, a_pair(), worker=before)
     for n in range(3):
         table.move(0, n)
-        assert not table.own.scan(float(n))
-    assert not table.own.ids([key])
+        assert not table.scan(float(n))
+    assert not table.own.ids([key], [key])
     table.give(0, worker)
-    assert table.own.scan(3.0).keys() == {key}
+    assert table.scan(3.0).keys() == {key}
     # Its place has another connection, as young.
     table.write(0, a_pair(port=60_000), pair_id=77, worker=NO_WORKER)
-    assert not table.own.scan(3.1)
+    assert not table.scan(3.1)

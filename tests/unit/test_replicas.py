@@ -17,12 +17,12 @@ from pyforwarder.datapath.splice.replicas import (
     is_replicable,
     is_wide,
     narrow,
-    pair_of,
     shown,
     slack_for,
     splice_of,
 )
 from tests.helpers.failover_records import a_pair, pairs
+from tests.helpers.plain_replicas import pair_of
 
 if TYPE_CHECKING:
     from pyforwarder.fleet.failover.record import Pair

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
-from pyforwarder.fleet.failover.ledger import Own
+from pyforwarder.fleet.echoes import Echoes
+from pyforwarder.fleet.failover.ledger import Own, Scan
 from pyforwarder.fleet.failover.record import tag_of
 from pyforwarder.fleet.failover.replicator import Replicator
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection
@@ -17,6 +18,7 @@ from tests.helpers.failover_records import a_pair
 
 KEYS: Final = Keys("edge")
 PAIR: Final = a_pair()
+OWN: Final = Own(1, PAIR.pack())
 STAYS: Final = Connection(PAIR.ends.listener, PAIR.ends.client, True)
 
 
@@ -25,16 +27,20 @@ class Kernel:
 
     def __init__(self) -> None:
         self.known: list[Collection[str]] = []
+        self.is_spliced = True
 
-    def scan(self, now_s: float) -> dict[str, Own]:
+    def scan(self, now_s: float) -> Scan:
         del now_s
-        return {PAIR.key: Own(0, PAIR)}
+        return Scan({PAIR.key: OWN} if self.is_spliced else {}, [PAIR.key])
 
     def addresses(self) -> Collection[bytes]:
         return ()
 
-    def staying(self, known: Collection[str]) -> dict[int, list[Connection]]:
-        self.known.append(known)
+    def staying(
+        self, known: Collection[str], changed: Collection[str]
+    ) -> dict[int, list[Connection]]:
+        assert set(changed) == set(known) ^ set(self.known[-1] if self.known else ())
+        self.known.append(list(known))
         return {} if PAIR.key in known else {0: [STAYS]}
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
@@ -53,12 +59,13 @@ class Store:
         self.written = 0
         self.values: dict[str, str | None] = {}
 
-    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int) -> None:
+    def write(self, changes: Sequence[tuple[str, str | None]], *, lease: int) -> int:
         del lease
         if not self.is_there:
             raise StoreError("not there")
         self.values.update(changes)
         self.written = 7
+        return self.written
 
     def grant(self, seconds: int) -> int:
         return seconds
@@ -80,6 +87,7 @@ def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
     replicator = Replicator(
         cast("Any", store),
         cast("Any", watcher),
+        Echoes(),
         KEYS,
         tag_of("one"),
         "machine",
@@ -90,15 +98,17 @@ def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
     replicator._turn(100.0)
     assert store.values == {}
     store.is_there = True
+    kernel.is_spliced = False
     replicator._turn(200.0)
     stays = f"{KEYS.stays}{tag_of('one')}.0"
-    # It was looked at before the pair was written: it is named as well, once.
-    assert store.values.keys() == {KEYS.pairs + PAIR.key, stays}
-    replicator._turn(200.0 + EVERY_S)
+    assert store.values.keys() == {stays}
+    kernel.is_spliced = True
+    replicator._turn(201.0)
     assert store.values[stays] is None
     assert store.values[KEYS.pairs + PAIR.key] is not None
-    assert list(map(list, kernel.known)) == [[], [], [PAIR.key]]
+    replicator._turn(201.0 + EVERY_S)
+    assert kernel.known == [[], [], [PAIR.key], [PAIR.key]]
     # Nothing of it was heard.
     assert [one["replicas"] for one in said if "replicas" in one][-1] == "connected"
-    replicator._turn(206.0 + EVERY_S)
+    replicator._turn(207.0 + EVERY_S)
     assert [one["replicas"] for one in said if "replicas" in one][-1] == "lost"

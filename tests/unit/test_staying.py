@@ -52,7 +52,7 @@ class Table:
         def short(one: Connection) -> tuple[int, int, bool]:
             return one.own.port, one.peer.port, one.peer_connected
 
-        found = self._staying.scan(replicated)
+        found = self._staying.scan(set(replicated))
         return {number: [short(one) for one in group] for number, group in found.items()}
 
 
@@ -99,3 +99,15 @@ def test_a_pair_that_others_can_go_on_with_is_none_of_them(table: Table) -> None
     table.write(2, id=77)
     assert table.scan(77) == {0: BOTH}
     assert table.scan(2, 77) == {}
+
+
+def test_a_group_is_read_again_once_somebody_else_is_described_there(table: Table) -> None:
+    table.write(1)
+    table.write(2, id=77)
+    before = table._staying.scan({77})[0]
+    assert table._staying.scan({77})[0] is before
+    assert table.scan() == {0: BOTH + BOTH}  # that one is none that others know any more
+    table.write(1, sequence=2, client=Address("10.9.9.9", 40002))
+    assert table.scan(77) == {0: [(443, 40002, True), BOTH[1]]}
+    table.write(1, sequence=2, state=PairState.FREE)
+    assert table.scan(77) == {}

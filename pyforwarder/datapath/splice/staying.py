@@ -7,9 +7,12 @@ is not connected yet.
 from __future__ import annotations
 
 import ctypes
+import functools
 import ipaddress
+import itertools
+import struct
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pyforwarder.datapath.ebpf import abi
 from pyforwarder.datapath.ebpf import syscall as bpf
@@ -21,6 +24,14 @@ if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
 
 _STATE_AT: Final = PairRecord.state.offset
+_ID_AT: Final = PairRecord.id.offset
+assert PairRecord.sequence.offset == _ID_AT + 8
+
+
+class _Group(NamedTuple):
+    slots: list[int]  # of these connections
+    described: tuple[int, ...]  # id and sequence of all records of the group
+    connections: list[Connection]
 
 
 class Staying:
@@ -32,38 +43,43 @@ class Staying:
         """
         self._slots = maps.workers * maps.slots
         self._table = bpf.map_memory(maps.pairs_fd, self._slots * PAIR_BYTES, write=False)
+        self._found: dict[int, _Group] = {}  # in the scan before
         self._addresses = frozenset(ipaddress.ip_address(one).packed for one in addresses)
 
-    def scan(self, replicated: Collection[int]) -> dict[int, list[Connection]]:
-        """The connections of all pairs except those with these ids, by group."""
-        found: dict[int, list[Connection]] = {}
-        view = memoryview(self._table)
-        try:
-            states = bytes(view[_STATE_AT : self._slots * PAIR_BYTES : PAIR_BYTES])
-        finally:
-            view.release()
+    def scan(self, replicated: set[int]) -> dict[int, list[Connection]]:
+        """The connections of all pairs except those with these ids, by group.
+
+        A group with the same connections as before is the same object.
+        """
+        found: dict[int, _Group] = {}
+        states = self._table[_STATE_AT : self._slots * PAIR_BYTES : PAIR_BYTES]
         free = bytes(GROUP_PAIRS)
         for first in range(0, len(states), GROUP_PAIRS):
             group = states[first : first + GROUP_PAIRS]
             if group == free[: len(group)]:
                 continue
-            connections = [
-                one
-                for n, state in enumerate(group)
-                if state != PairState.FREE
-                for one in self._connections(first + n, replicated)
+            described = _described(len(group)).unpack_from(self._table, first * PAIR_BYTES)
+            ids = described[::2]
+            # Mostly all of a group are pairs that other machines know.
+            if replicated.issuperset(itertools.compress(ids, group)):
+                continue
+            slots = [
+                first + n
+                for n, (state, pair_id) in enumerate(zip(group, ids, strict=True))
+                if state != PairState.FREE and pair_id not in replicated
             ]
-            if connections:
-                found[first // GROUP_PAIRS] = connections
-        return found
+            number = first // GROUP_PAIRS
+            before = self._found.get(number)
+            if before is None or (before.slots, before.described) != (slots, described):
+                connections = [one for slot in slots for one in self._connections(slot)]
+                before = _Group(slots, described, connections)
+            found[number] = before
+        self._found = found
+        return {number: one.connections for number, one in found.items() if one.connections}
 
-    def _connections(self, slot: int, replicated: Collection[int]) -> list[Connection]:
+    def _connections(self, slot: int) -> list[Connection]:
         record = PairRecord.from_buffer_copy(self._table, slot * PAIR_BYTES)
-        if (
-            record.sequence & 1  # it is being written at this moment
-            or record.protocol
-            or record.id in replicated
-        ):
+        if record.sequence & 1 or record.protocol:  # it is being written at this moment, or UDP
             return []
         found = []
         for own, peer, peer_connected in (
@@ -80,6 +96,12 @@ class Staying:
     def close(self) -> None:
         """Unmap the table."""
         self._table.close()
+
+
+@functools.cache  # all groups but the last have as many
+def _described(count: int) -> struct.Struct:
+    """Id and sequence of so many records: who describes a connection changes both."""
+    return struct.Struct("=" + count * f"{_ID_AT}xQQ{PAIR_BYTES - _ID_AT - 16}x")
 
 
 def _endpoint(endpoint: abi.Endpoint) -> Endpoint | None:

@@ -26,15 +26,26 @@ MOST_NAME_BYTES: Final = 15
 
 _HEAD: Final = struct.Struct("!BBBBBB4H4I2I3HI")
 _HALF: Final = struct.Struct("!5IBQ")
-_IPV6: Final = 1
-_NO_ECN: Final = 2
-_ANY_INTERFACE: Final = 4
+_NUMBERS: Final = "4I2I3HI5IBQ5IBQ"  # deltas to `started_s`, and both halves
+_DELTAS: Final = slice(14, 30)
+_RULE_BYTES: Final = slice(5, 6)
+_STARTED: Final = slice(_HEAD.size - 4, _HEAD.size)
+_UP_BYTES: Final = slice(_HEAD.size + _HALF.size - 8, _HEAD.size + _HALF.size)
+_DOWN_BYTES: Final = slice(_UP_BYTES.start + _HALF.size, _UP_BYTES.stop + _HALF.size)
+_UP_END: Final = slice(_HEAD.size + 16, _HEAD.size + 21)
+_DOWN_END: Final = slice(_UP_END.start + _HALF.size, _UP_END.stop + _HALF.size)
+_ENDS: Final = struct.Struct("!16s2s16s2s16s2s16s2s")
+_NO_NAME: Final = hashlib.blake2b(digest_size=15)
+IPV6: Final = 1
+NO_ECN: Final = 2
+ANY_INTERFACE: Final = 4
 _MOST_SCALE: Final = 14  # RFC 7323, 2.3
 _MOST_KEEPALIVE_S: Final = 32767  # tcp(7)
 _MOST_PROBES: Final = 127
 _MOST_BYTES: Final = 1 << 62
 _MOST_TEXT: Final = MOST_STORED_BYTES
 _BASE64: Final = re.compile(r"[A-Za-z0-9_-]+")
+_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
 _TAG: Final = re.compile(r"[A-Za-z0-9_-]{8}")
 _MOST_CLAIM: Final = (1 << 32) - 2
 
@@ -114,14 +125,13 @@ class Pair:
     @property
     def key(self) -> str:
         """What these addresses and ports are called in the store; 20 characters."""
-        ends = b"".join(struct.pack("!16sH", ip, port) for ip, port in self.ends)
-        digest = hashlib.blake2b(ends, digest_size=15).digest()
-        return base64.urlsafe_b64encode(digest).decode()
+        ip_ports = (part for ip, port in self.ends for part in (ip, port.to_bytes(2, "big")))
+        return key_of(*ip_ports)
 
-    def encode(self) -> str:
-        """The text that `decode` reads."""
-        bits = _IPV6 * (self.family == 6) | _NO_ECN * self.no_ecn
-        bits |= _ANY_INTERFACE * self.any_interface
+    def pack(self) -> bytes:
+        """The bytes that `unpack` reads."""
+        bits = IPV6 * (self.family == 6) | NO_ECN * self.no_ecn
+        bits |= ANY_INTERFACE * self.any_interface
         data = _HEAD.pack(
             bits,
             *self.scales,
@@ -142,8 +152,11 @@ class Pair:
                 half.fin,
                 half.carried_bytes,
             )
-        data += b"".join(ip for ip, _ in self.ends) + self.rule + self.listener_name
-        return base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return data + b"".join(ip for ip, _ in self.ends) + self.rule + self.listener_name
+
+    def encode(self) -> str:
+        """The text that `decode` reads."""
+        return text_of(self.pack())
 
     @classmethod
     def decode(cls, text: str) -> Pair:
@@ -160,6 +173,15 @@ class Pair:
             data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
         except (binascii.Error, ValueError) as error:
             raise RecordFault("no base64") from error
+        return cls.unpack(data)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Pair:
+        """What `pack` has written.
+
+        Raises:
+            RecordFault: it is none, or cannot be.
+        """
         try:
             head = _HEAD.unpack_from(data)
             up = _half(_HALF.unpack_from(data, _HEAD.size))
@@ -167,9 +189,9 @@ class Pair:
         except struct.error as error:
             raise RecordFault("too short") from error
         bits, rule_bytes = head[0], head[5]
-        if bits & ~(_IPV6 | _NO_ECN | _ANY_INTERFACE):
+        if bits & ~(IPV6 | NO_ECN | ANY_INTERFACE):
             raise RecordFault("bits of a later version")
-        ip_bytes = 16 if bits & _IPV6 else 4
+        ip_bytes = 16 if bits & IPV6 else 4
         at = _HEAD.size + 2 * _HALF.size
         names = data[at + 4 * ip_bytes :]
         if len(data) < at + 4 * ip_bytes or len(names) < rule_bytes:
@@ -179,8 +201,8 @@ class Pair:
             Ends(*map(Endpoint, ips, head[6:10])),
             Deltas(*head[10:14]),
             scales=head[1:5],
-            no_ecn=bool(bits & _NO_ECN),
-            any_interface=bool(bits & _ANY_INTERFACE),
+            no_ecn=bool(bits & NO_ECN),
+            any_interface=bool(bits & ANY_INTERFACE),
             marks=head[14:16],
             keepalive=head[16:19],
             started_s=head[19],
@@ -209,6 +231,55 @@ class Pair:
         for name in (self.rule, self.listener_name):
             if len(name) > MOST_NAME_BYTES or any(c < 0x20 or c == 0x7F for c in name):
                 raise RecordFault("a name")
+
+
+def key_of(*ip_ports: bytes) -> str:
+    """What these addresses and ports are called in the store; in turns, in the order of `Ends`,
+    in wire order.
+    """
+    name = _NO_NAME.copy()
+    name.update(_ENDS.pack(*ip_ports))
+    return binascii.b2a_base64(name.digest(), newline=False).translate(_URL_SAFE).decode()
+
+
+def text_of(packed: bytes) -> str:
+    """`Pair.encode` of what `Pair.pack` has written."""
+    text = binascii.b2a_base64(packed, newline=False).translate(_URL_SAFE)
+    return text.rstrip(b"=").decode()
+
+
+# What `pack` writes of a pair at once: a machine makes thousands of them in a second.
+PACKED: Final = {
+    4: struct.Struct(f"!6B2s2s2s2s{_NUMBERS}4s4s4s4s"),
+    6: struct.Struct(f"!6B2s2s2s2s{_NUMBERS}16s16s16s16s"),
+}
+
+
+def has_names(packed: bytes) -> bool:
+    """Whether a pair says by which listener it came."""
+    return len(packed) > PACKED[6 if packed[0] & IPV6 else 4].size + packed[5]
+
+
+def with_names_of(known: bytes, packed: bytes) -> bytes:
+    """A pair with the names, the beginning and the counts of bytes that were told of it before.
+
+    Another pair at the same ends has its own.
+    """
+    end = PACKED[6 if packed[0] & IPV6 else 4].size
+    if packed[_DELTAS] != known[_DELTAS] or (packed[0] ^ known[0]) & IPV6:
+        return packed
+    mixed = bytearray(packed[:end])
+    for part in (_RULE_BYTES, _STARTED, _UP_BYTES, _DOWN_BYTES):
+        mixed[part] = known[part]
+    return bytes(mixed) + known[end:]
+
+
+def told_at_once(packed: bytes) -> tuple[bytes, bytes, bytes, bool]:
+    """What of a pair is told to others as soon as it changes: its deltas, and how far its ends have
+    come.
+    """
+    # A pair of express is known before its worker says of which listener it is.
+    return packed[_DELTAS], packed[_UP_END], packed[_DOWN_END], has_names(packed)
 
 
 def _half(fields: tuple[int, ...]) -> Half:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pyforwarder.fleet.exchanges import Exchanges
+from pyforwarder.fleet.failover import stays
 from pyforwarder.fleet.failover.compaction import Compaction
-from pyforwarder.fleet.failover.ledger import Ledger, Own, Turn
+from pyforwarder.fleet.failover.ledger import Ledger, Scan, Turn
 from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
-from pyforwarder.fleet.store import MOST_IN_ONE, Change, Store, StoreError
+from pyforwarder.fleet.store import MOST_IN_ONE, MOST_IN_WRITE, Change, Store, StoreError
 from pyforwarder.fleet.watching import UNHEARD, All, Lost, Pause, Watcher
 
 if TYPE_CHECKING:
-    from pyforwarder.fleet.failover import stays
+    from pyforwarder.fleet.echoes import Echoes
     from pyforwarder.fleet.layout import Keys
     from pyforwarder.fleet.supervisor import Supervisor
 
@@ -31,7 +32,7 @@ _RENEW_S: Final = 30.0
 _TURN_S: Final = 0.1
 # The share of a processor that scans may take: where there are many pairs we scan more seldom.
 _SHARE: Final = 0.1
-_WRITES_AT_ONCE: Final = 8
+_WRITES_AT_ONCE: Final = 4
 _AT_ONCE: Final = 16  # pairs in one request to the keeper
 _TOLD_EVERY_S: Final = 1.0
 
@@ -45,16 +46,19 @@ class KeeperFault(Exception):
 class Kernel(Protocol):
     """What the keeper and the maps are to us."""
 
-    def scan(self, now_s: float) -> Mapping[str, Own]:
-        """The pairs that go through this machine, by their keys; valid until the next scan."""
+    def scan(self, now_s: float) -> Scan:
+        """The pairs that go through this machine; valid until the next scan."""
 
     def addresses(self) -> Collection[bytes]:
         """Return the addresses that move and that this host has."""
 
-    def staying(self, known: Collection[str]) -> dict[int, list[Connection]]:
+    def staying(
+        self, known: Collection[str], changed: Collection[str]
+    ) -> dict[int, list[Connection]]:
         """Connections that nobody could go on with, in groups; call it behind `scan`.
 
-        `known` are the keys of pairs that the store has: of others no machine knows.
+        `known` are the keys of pairs that the store has: of others no machine knows. Keys that have
+        come or gone there since the last call are `changed`.
         """
 
     def ask(self, do: str, **fields: object) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class Replicator:
         self,
         store: Store,
         watcher: Watcher,
+        echoes: Echoes,
         keys: Keys,
         tag: str,
         machine: str,
@@ -81,12 +86,14 @@ class Replicator:
         compacts: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tag` is what this machine is called in entries, `machine` says which host it is.
+        """`echoes` are the watcher's; `tag` is what this machine is called in entries, `machine`
+        says which host it is.
 
         `compacts`: the store may be made to forget its history.
         """
         self._store = store
         self._watcher = watcher
+        self._echoes = echoes
         self._keys = keys
         self._tag = tag
         self._machine = machine
@@ -138,18 +145,11 @@ class Replicator:
             addresses = functools.cache(self._kernel.addresses)
             turn = self._ledger.turn(self._kernel.scan(now_s), now_s, addresses)
             self._update_keeper(turn, now_s)
-            staying = None
-            if now_s >= self._stays_s:
-                self._stays_s = now_s + EVERY_S
-                staying = self._stays.turn(self._kernel.staying(self._ledger.written), now_s)
-                for key, text in staying.tell.items():
-                    self._kernel.ask("stay", group=[key, text])
-                    self._stays.mark_known(key, text)
             if now_s >= self._write_s:
                 try:
                     self._write(turn, now_s)
-                    if staying is not None:
-                        self._write_staying(staying, now_s)
+                    # Behind that: what other machines know by now does not stay.
+                    self._write_staying(self._look_at_staying(now_s), now_s)
                     if self._compaction is not None:
                         self._compaction.run_due(now_s, lease=self._lease)
                     self._speak_of_moves()
@@ -159,6 +159,7 @@ class Replicator:
                 else:
                     self._error = ""
                     self._pause.end()
+            self._look_at_staying(now_s)
             self._watcher.expect(self._store.written, now_s)
             if self._watcher.is_lost(now_s):
                 self._error = UNHEARD
@@ -220,29 +221,50 @@ class Replicator:
             answer = self._kernel.ask("hold", pairs=[list(one) for one in some])
             self._ledger.refused(answer["refused"], now_s)
 
+    def _look_at_staying(self, now_s: float) -> stays.Turn:
+        """What is to be written, if that is due; the keeper is told of others'."""
+        if now_s < self._stays_s:
+            return stays.Turn()
+        self._stays_s = now_s + EVERY_S
+        ledger = self._ledger
+        staying = self._kernel.staying(ledger.written, ledger.take_written())
+        turn = self._stays.turn(staying, now_s)
+        for key, text in turn.tell.items():
+            self._kernel.ask("stay", group=[key, text])
+            self._stays.mark_known(key, text)
+        return turn
+
     def _write(self, turn: Turn, now_s: float) -> None:
         self._keep_lease(now_s)
         # Removals first: what is gone must not be gone on with.
-        changes: list[tuple[str, str | None]] = [(key, None) for key in turn.deletes]
-        changes += [(key, entry.encode()) for key, entry in turn.puts.items()]
-        for some in list(_pieces(changes, MOST_IN_ONE))[:_WRITES_AT_ONCE]:
-            self._store.write(
-                [(self._keys.pairs + key, value) for key, value in some], lease=self._lease
-            )
-            self._ledger.wrote(
-                {key: turn.puts[key] for key, value in some if value is not None},
-                [key for key, value in some if value is None],
-                now_s,
-            )
+        keys = [*turn.deletes, *turn.puts]
+        count = len(turn.deletes)
+        prefix, text = self._keys.pairs, self._ledger.text
+        for first in range(0, min(len(keys), _WRITES_AT_ONCE * MOST_IN_WRITE), MOST_IN_WRITE):
+            some = keys[first : first + MOST_IN_WRITE]
+            deletes, puts = some[: max(0, count - first)], some[max(0, count - first) :]
+            changes: list[tuple[str, str | None]] = [(prefix + key, None) for key in deletes]
+            changes += [(prefix + key, text(turn.puts[key])) for key in puts]
+            self._write_in_one(changes)
+            self._ledger.wrote(puts, deletes, now_s)
+
+    def _write_in_one(self, changes: Sequence[tuple[str, str | None]]) -> None:
+        """Write these keys, of which nothing is read when the watch tells of them.
+
+        Raises:
+            StoreError: perhaps they were not written.
+        """
+        with self._echoes.writing():
+            revision = self._store.write(changes, lease=self._lease)
+            if revision:
+                self._echoes.wrote(revision, [key for key, _ in changes])
 
     def _write_staying(self, turn: stays.Turn, now_s: float) -> None:
         """What is left over is due the next time."""
         changes: list[tuple[str, str | None]] = [(key, None) for key in turn.deletes]
         changes += turn.puts.items()
         for some in list(_pieces(changes, MOST_IN_ONE))[:_WRITES_AT_ONCE]:
-            self._store.write(
-                [(self._keys.stays + key, value) for key, value in some], lease=self._lease
-            )
+            self._write_in_one([(self._keys.stays + key, value) for key, value in some])
             self._stays.wrote(
                 {key: value for key, value in some if value is not None},
                 [key for key, value in some if value is None],

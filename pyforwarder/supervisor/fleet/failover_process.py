@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pyforwarder.datapath.splice.keeper_client import KeeperClient, KeeperError
 from pyforwarder.datapath.splice.keeper_replies import is_late
 from pyforwarder.errors import ControlError
+from pyforwarder.runtime import collecting
 from pyforwarder.runtime import moving_addresses as addresses
 from pyforwarder.supervisor.fleet.store_process import StoreProcess
 from pyforwarder.supervisor.messages import (
@@ -213,6 +214,7 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
     def _prepare(self, channel: Channel) -> Serving:
         from pyforwarder.datapath.splice.own_pairs import OwnPairs
         from pyforwarder.datapath.splice.staying import Staying
+        from pyforwarder.fleet.echoes import Echoes
         from pyforwarder.fleet.failover.record import tag_of
         from pyforwarder.fleet.failover.replicator import KeeperFault, Replicator
         from pyforwarder.fleet.failover.stays import MOST_TEXT
@@ -244,8 +246,10 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
                 return {ipaddress.ip_address(one).packed for one in there}
 
             @staticmethod
-            def staying(known: Collection[str]) -> dict[int, list[Connection]]:
-                return connections.scan(pairs.ids(known))
+            def staying(
+                known: Collection[str], changed: Collection[str]
+            ) -> dict[int, list[Connection]]:
+                return connections.scan(pairs.ids(known, changed))
 
             @staticmethod
             def ask(do: str, **fields: object) -> dict[str, Any]:
@@ -257,10 +261,11 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
                     raise KeeperFault(str(answer))
                 return answer
 
-        keys = Keys(fleet.name)
+        keys, echoes = Keys(fleet.name), Echoes()
         replicator = Replicator(
             stores[0],
-            Watcher(stores[1], keys.failover, most_bytes=MOST_TEXT),
+            Watcher(stores[1], keys.failover, most_bytes=MOST_TEXT, echoes=echoes),
+            echoes,
             keys,
             tag_of(name),
             machine,
@@ -268,7 +273,13 @@ class FailoverProcess(StoreProcess["Taken | Replicas | MoveAsked | StoreAnswered
             Above(channel),
             compacts=failover.compact and fleet.compacts,
         )
-        return Serving(replicator.run, [standby.fileno()])
+
+        def run() -> None:
+            # Thousands of objects come and go with pairs; hardly one refers to itself.
+            collecting.settle((50_000, 20, 100))
+            replicator.run()
+
+        return Serving(run, [standby.fileno()])
 
     def _handle(self, message: Taken | Replicas | MoveAsked | StoreAnswered) -> None:
         if isinstance(message, StoreAnswered):
