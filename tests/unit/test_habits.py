@@ -32,6 +32,10 @@ SLEEPS: Final = {
         "so long nobody has the addresses"
     ),
     "kernel/fleet/test_failover.py deaths": "when a machine dies, and how late that is noticed",
+    "kernel/fleet/test_failover_express.py "
+    "test_pairs_of_express_go_on_through_deaths_and_moves_and_new_ones_get_other_ports": (
+        "the store has the names of pairs; nobody says when another machine has them"
+    ),
     "kernel/fleet/test_limits.py "
     "test_client_that_goes_from_machine_to_machine_has_little_more_than_it_may": (
         "the pace of a client that connects"

@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyforwarder.datapath.ebpf.abi import PairRecord
 from pyforwarder.datapath.express.connect_abi import NO_WORKER
 from pyforwarder.datapath.splice import keeper as keeper_module
 from pyforwarder.datapath.splice import standby as standby_module
 from pyforwarder.datapath.splice.abi import HELD
 from pyforwarder.datapath.splice.challenging import Challenges
 from pyforwarder.datapath.splice.records import FLOW
-from pyforwarder.datapath.splice.replicas import Interfaces, splice_of
+from pyforwarder.datapath.splice.replicas import Interfaces, boot_unix_s, splice_of
 from pyforwarder.datapath.splice.standby import Standby
 from pyforwarder.datapath.splice.standby_requests import MOST_AT_ONCE, FaultyStandbyError
 from pyforwarder.fleet.failover.record import Entry, tag_of
@@ -54,7 +55,7 @@ class Nobody:
     def release(self, index: int) -> None:
         raise AssertionError
 
-    def give_way(self, index: int) -> bool:
+    def give_way(self, index: int, since_s: float) -> bool:
         raise AssertionError
 
     def show(self, index: int, record: Splice) -> None:
@@ -256,7 +257,8 @@ class Keeper(Nobody):
     def allocate(self) -> int:
         return 7
 
-    def give_way(self, index: int) -> bool:
+    def give_way(self, index: int, since_s: float) -> bool:
+        assert 0 <= since_s + boot_unix_s() - PAIR.started_s < 2
         if index not in self.yields:
             return False
         self.flows = {key: one for key, one in self.flows.items() if one != index}
@@ -361,7 +363,9 @@ def test_ports_of_express_leave_descriptors_for_requests(monkeypatch: pytest.Mon
     assert [most(ports) for ports in (0, 500, 2000)] == [250, 125, 0]
 
 
-@pytest.mark.parametrize("kind", ["adopted", "orphan", "young", "held", "ended"])
+@pytest.mark.parametrize(
+    "kind", ["adopted", "orphan", "later", "unknown", "young", "held", "ended"]
+)
 def test_records_give_way_that_no_worker_needs_or_whose_pair_is_elsewhere(kind: str) -> None:
     record = splice_of(PAIR, 99, Interfaces(5, 5), claim=0, slack=0)
     keys = {bytes(direction.from_): FLOW.pack(3, 0) for direction in record.direction}
@@ -374,19 +378,24 @@ def test_records_give_way_that_no_worker_needs_or_whose_pair_is_elsewhere(kind: 
         allocate=None,
         show_held=None,
         remember_joined=None,
-        owners={3: 0} if kind in ("adopted", "orphan") else {},
+        owners={} if kind in ("young", "held", "ended") else {3: 0},
         record=lambda _: record,
         flows=SimpleNamespace(lookup=keys.__getitem__, delete=keys.__delitem__),
         forget=lambda index: done.append(f"forget {index}"),
         end=lambda index, why: done.append(f"end {index} {why.name}"),
     )
-    adoption = SimpleNamespace(take_in=None, is_orphan=lambda _: kind == "orphan")
+    shown = PairRecord(started_ns=101_000_000_000 if kind == "later" else 99_000_000_000)
+    adoption = SimpleNamespace(
+        take_in=None,
+        is_orphan=lambda _: kind == "orphan",
+        shown_of=lambda *_: b"" if kind == "unknown" else bytes(shown),
+    )
     owner = keeper_module._StandbyOwner(cast("Any", pairs), cast("Any", adoption))
     before = dict(keys)
-    assert owner.give_way(3) is (kind in ("adopted", "orphan", "ended"))
+    assert owner.give_way(3, 100.0) is (kind in ("adopted", "orphan", "ended"))
     # Nobody is sent a packet for it: its worker is told, or it is forgotten.
     assert done == {"adopted": ["end 3 MOVED"], "orphan": ["forget 3"]}.get(kind, [])
-    if kind in ("young", "held"):
+    if kind not in ("adopted", "orphan", "ended"):
         assert keys == before
     else:
         assert keys == {b"another": before[b"another"]}

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
 from pyforwarder.datapath.express.keeping import ExpressKeeper
 from pyforwarder.datapath.splice.abi import HELD, NO_SLOT, ResetBy, SpliceState
 from pyforwarder.datapath.splice.keepalive import Keepalives
@@ -322,16 +322,20 @@ class _StandbyOwner:
         """Whether a worker has the pair, or will adopt it."""
         return index in self._pairs.owners
 
-    def give_way(self, index: int) -> bool:
+    def give_way(self, index: int, since_s: float) -> bool:
         """Delete the flows of a record whose addresses another machine has, if no pair needs them.
 
-        A pair of a worker ends here without a packet: one of its ends has another connection from
-        these ports by now. False: it is another machine's pair, or one that a worker will have.
+        A pair of a worker that is older than `since_s` (CLOCK_MONOTONIC) ends here without a
+        packet: one of its ends has another connection from these ports by now. False: it is
+        younger, another machine's pair, or one that a worker will have.
         """
+        record = self._pairs.record(index)
         if self.owns(index):
+            shown = self._adoption.shown_of(index, record)
+            if not shown or PairRecord.from_buffer_copy(shown).started_ns / 1e9 > since_s:
+                return False
             self.release(index)
             return True
-        record = self._pairs.record(index)
         if record.id:
             return False
         # It has ended, and lingers, or its place rests.

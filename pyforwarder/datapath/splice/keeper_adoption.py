@@ -75,6 +75,11 @@ class KeeperAdoption:
         """Whether a pair waits for a worker to adopt it."""
         return index in self._orphans
 
+    def shown_of(self, index: int, record: Splice) -> bytes:
+        """What `show` prints for a pair, or printed before it lost its worker; empty: nothing."""
+        waiting = self._orphans.get(index) or self._given.get(index)
+        return waiting or shown_of(self._table, record, len(self._table) // PAIR_BYTES)
+
     def orphan(self, index: int, shown: bytes) -> None:
         """A pair waits for its owner to adopt it; `shown` is what `show` printed for it."""
         self._orphans[index] = shown

@@ -89,9 +89,9 @@ class Owner(Protocol):
         ends.
         """
 
-    def give_way(self, index: int) -> bool:
+    def give_way(self, index: int, since_s: float) -> bool:
         """Delete the flows of a record of this machine, which does not have their addresses; False:
-        they are needed.
+        they are needed. Another machine has a connection there since then (CLOCK_MONOTONIC).
         """
 
     def show(self, index: int, record: Splice) -> None:
@@ -305,7 +305,9 @@ class Standby:
         record = splice_of(
             pair, _FIRST_ID + secrets.randbits(50), interfaces, claim=entry.claim + 1, slack=slack
         )
-        if not all(self._has_no_flow(record, direction) for direction in Direction):
+        # Rounded up, as it has been rounded down.
+        since_s = pair.started_s + 1 - self._boot_unix_s
+        if not all(self._has_no_flow(record, direction, since_s) for direction in Direction):
             return False  # a pair of this machine has these ports, or had them a moment ago
         index = self._owner.allocate()
         if index < 0:
@@ -323,8 +325,8 @@ class Standby:
         self._held[key] = _Held(index, pair, (made[0], made[1]), self._changes)
         return True
 
-    def _has_no_flow(self, record: Splice, direction: Direction) -> bool:
-        """Whether no record has the flow of these packets.
+    def _has_no_flow(self, record: Splice, direction: Direction, since_s: float) -> bool:
+        """Whether no record has the flow of these packets, of a connection that began at `since_s`.
 
         What this machine had there gives way once their address is another machine's: with the
         addresses it has used the same ports, as those of express are few, and the same on both.
@@ -334,7 +336,7 @@ class Standby:
         if index is None:
             return True
         own = _ip_of(bytes(from_peer.target), record.family)
-        return own not in self._here() and self._owner.give_way(index)
+        return own not in self._here() and self._owner.give_way(index, since_s)
 
     def _here(self) -> frozenset[bytes]:
         """Those of the addresses that this host has now."""

@@ -25,6 +25,8 @@ PAIRS = 16
 SHORT = 32
 YOUNG = 8
 WITHIN_S = scaled_s(1.0)
+# What is in the store for so long, the other machine has.
+HELD_WITHIN_S = scaled_s(1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,6 +86,7 @@ def test_pairs_of_express_go_on_through_deaths_and_moves_and_new_ones_get_other_
     fleet.wait_until_held("b", PAIRS)
     wait_for(lambda: are_named(fleet, "a", traffic.clients()), "they are shown")
     wait_for(lambda: all(pair.listener_name for pair in fleet.in_store()), "the store knows how")
+    time.sleep(HELD_WITHIN_S)
     taken = {stream.sock.getpeername()[:2] for _, stream in traffic.streams}
     traffic.mark()
     hosts.cut_off("a")
