@@ -11,6 +11,7 @@ import click
 
 from pyforwarder.cli.command import DONE, Call, command
 from pyforwarder.cli.completion import listeners
+from pyforwarder.core.wording import counted
 from pyforwarder.errors import ConfigError, NotRunningError, UsageError
 from pyforwarder.runtime.tables import printable
 
@@ -173,7 +174,7 @@ def check(call: Call, file: Path | None, dump: bool) -> int:
         (sum(len(listener.rules) for listener in config.listeners), "rule"),
         (len(config.upstreams), "upstream"),
     )
-    summary = ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
+    summary = ", ".join(counted(count, noun) for count, noun in counts)
     for warning in config_warnings(config, document, source=name):
         call.say(f"warning: {warning}")
     if dump:
@@ -290,9 +291,9 @@ def _as_text(judged: Judged, source: str) -> str:
         for report in explanation.rules
     ]
     lines.append("")
-    after = f"after {explanation.after_bytes} of {judged.size} bytes"
+    after = f"after {explanation.after_bytes} of {counted(judged.size, 'byte')}"
     if judged.datagrams:
-        after += f" ({explanation.after_datagrams} of {judged.datagrams} datagrams)"
+        after += f" ({explanation.after_datagrams} of {counted(judged.datagrams, 'datagram')})"
     where = f"listener {judged.listener.name} ({source})"
     match verdict.outcome:
         case "route":

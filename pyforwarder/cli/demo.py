@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from pyforwarder.client import ControlClient, connect
 from pyforwarder.core.datapaths import DATAPATHS
+from pyforwarder.core.wording import counted
 from pyforwarder.datapath.ebpf.abi import DatapathKind
 from pyforwarder.errors import ForwarderError
 from pyforwarder.runtime import children, slowness, tables
@@ -187,7 +188,9 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
     while len(data) < count:
         chunk = connection.recv(count - len(data))
         if not chunk:
-            raise BrokenDatapathError(f"the connection ended {count - len(data)} bytes early")
+            raise BrokenDatapathError(
+                f"the connection ended {counted(count - len(data), 'byte')} early"
+            )
         data += chunk
     return data
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
 from pyforwarder.core.datapaths import DATAPATHS, EXPRESS, SESSIONS
+from pyforwarder.core.wording import counted
 from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.attach import clsact as attach_clsact
 from pyforwarder.datapath.attach import tcx as attach_tcx
@@ -145,7 +146,7 @@ def _findings(stats: Mapping[str, Any] | None) -> list[Finding]:
         Finding(
             "descriptors",
             most >= 20_000,
-            f"{files} (up to {most}): {max(0, most - 64) // 2} pairs per worker",
+            f"{files} (up to {most}): {counted(max(0, most - 64) // 2, 'pair')} per worker",
         ),
         _express_ports(stats, most),
         Finding("unprivileged bpf", None, f"kernel.unprivileged_bpf_disabled={unprivileged}"),
@@ -165,7 +166,7 @@ def _express_ports(stats: Mapping[str, Any] | None, files: int) -> Finding:
     detail = f"the running instance keeps {ports}: {used} used now, {most} at most"
     none_left = stats.get("express_left", {}).get("no_port", 0)
     if none_left:
-        detail += f"; {none_left} times none was left, raise `express.ports`"
+        detail += f"; {counted(none_left, 'time')} none was left, raise `express.ports`"
     return Finding("express ports", not none_left, detail)
 
 

@@ -17,6 +17,7 @@ import click
 
 from pyforwarder.cli.command import DONE, FAILED, Call, command, group
 from pyforwarder.core.datapaths import OUTLIVING
+from pyforwarder.core.wording import counted
 from pyforwarder.errors import ConfigError, ForwarderError, UsageError
 from pyforwarder.runtime import tables
 from pyforwarder.runtime.slowness import scaled_s
@@ -457,7 +458,11 @@ def move(call: Call, machine: str, config_path: Path) -> int:
     left = _wait_for_the_move(call, frozenset(map(str, given)))
     call.write("".join(f"{one}\n" for one in given))
     if left:
-        call.say(f"pyforwarder: {left} spliced pairs have not moved: see the log of {machine!r}")
+        have = "has" if left == 1 else "have"
+        call.say(
+            f"pyforwarder: {counted(left, 'spliced pair')} {have} not moved: "
+            f"see the log of {machine!r}"
+        )
         return FAILED
     return DONE
 

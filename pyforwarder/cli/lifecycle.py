@@ -10,6 +10,7 @@ import click
 from pyforwarder.cli import completion
 from pyforwarder.cli.command import DONE, FAILED, Call, command
 from pyforwarder.core.datapaths import NAMES
+from pyforwarder.core.wording import counted
 from pyforwarder.errors import UsageError
 from pyforwarder.runtime.slowness import scaled_s
 
@@ -119,7 +120,7 @@ def down(call: Call, now: bool) -> int:
 
 
 def _resets(pairs: int) -> str:
-    return f"; {pairs} pair{'' if pairs == 1 else 's'} reset" if pairs else ""
+    return f"; {counted(pairs, 'pair')} reset" if pairs else ""
 
 
 @command(
@@ -153,7 +154,7 @@ def reload(call: Call) -> int:
     """
     answer = call.control(timeout_s=30.0).reload()
     count = answer.get("listeners")
-    call.say(f"reloaded: {count} listener{'' if count == 1 else 's'}")
+    call.say(f"reloaded: {counted(count, 'listener')}")
     if isinstance(waiting := answer.get("waiting"), list) and waiting:
         call.say(f"changed, but fixed until the next `up`: {', '.join(map(str, waiting))}")
     return DONE

@@ -23,6 +23,7 @@ from pyforwarder.core.first_packet.outcome import (
     Verify,
 )
 from pyforwarder.core.password import verify
+from pyforwarder.core.wording import counted
 
 if TYPE_CHECKING:
     from pyforwarder.core.address import Address
@@ -175,7 +176,7 @@ def _report(
         outcome = entry.matcher.match(data, end, client, local_port)
     found = entry.matcher.describe(data[:needed])
     if outcome is NEED_MORE:
-        why = f"cannot tell from {len(data)} bytes"
+        why = f"cannot tell from {counted(len(data), 'byte')}"
     elif outcome is MATCH or found:
         why = found
     elif needed:

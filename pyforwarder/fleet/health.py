@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import Field
 
+from pyforwarder.core.wording import counted
 from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.layout import (
     MOST_INSTANCES,
@@ -207,8 +208,13 @@ class Board:
         if self._quorum != "majority":
             wanted = min(self._quorum, len(votes))
         if len(down) < wanted:
-            return State(up=True, why=f"{len(votes) - len(down)} of {len(votes)} machines reach it")
-        return State(up=False, why=f"{len(down)} of {len(votes)} machines: {down[0].why}")
+            return State(
+                up=True,
+                why=f"reached by {len(votes) - len(down)} of {counted(len(votes), 'machine')}",
+            )
+        return State(
+            up=False, why=f"{len(down)} of {counted(len(votes), 'machine')}: {down[0].why}"
+        )
 
 
 def _parse(machine: str, value: bytes) -> HealthReport:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from pyforwarder.core.wording import counted
+
 # The longest message is the answer to `flush --all`: the ids of all pairs of a worker.
 MOST_BYTES: Final = 16 << 20
 _MOST_PAIRS: Final = 1 << 20
@@ -290,7 +292,7 @@ def understand(message: object, fds: Sequence[int], table: Messages) -> _Message
         raise FaultyMessageError("a message of no kind")
     model, descriptors = table[kinds[0]]
     if len(fds) != descriptors:
-        raise FaultyMessageError(f"{len(fds)} descriptors with {kinds[0]!r}")
+        raise FaultyMessageError(f"{counted(len(fds), 'descriptor')} with {kinds[0]!r}")
     try:
         return model.model_validate(message)
     except (ValidationError, RecursionError) as error:

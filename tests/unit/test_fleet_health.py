@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 import pytest
 
 from pyforwarder.config import Fleet, parse_config
+from pyforwarder.core.wording import counted
 from pyforwarder.fleet import health, reporting
 from pyforwarder.fleet.health import Board, HealthReport, HealthSharing, State
 from pyforwarder.fleet.layout import MOST_SERVERS, Keys
@@ -130,7 +131,11 @@ def test_a_server_is_down_when_enough_machines_say_so(
     (state,) = board.states().values()
     assert state.up is is_up
     total = down + up
-    said = f"{up} of {total} machines reach it" if is_up else f"{down} of {total} machines: refused"
+    said = (
+        f"reached by {up} of {counted(total, 'machine')}"
+        if is_up
+        else f"{down} of {counted(total, 'machine')}: refused"
+    )
     assert state.why == said
 
 
@@ -225,7 +230,7 @@ def test_a_machine_writes_what_it_knows_and_concludes_from_what_all_say() -> Non
     one.process.receive({"own": [[*WEB, "down refused"]], **PROGRESS})
     assert one.turn() == []  # it does not know yet who else is there
     one.heard.put(All([(f"{KEYS.health}b", value_of(web="up"))]))
-    states = {"web": {WEB[1]: "up 1 of 2 machines reach it"}}
+    states = {"web": {WEB[1]: "up reached by 1 of 2 machines"}}
     check = {"web": [WEB[1]]}
     assert one.turn() == [
         {"store": "connected", "endpoint": "http://etcd"},
@@ -235,7 +240,7 @@ def test_a_machine_writes_what_it_knows_and_concludes_from_what_all_say() -> Non
     assert HealthReport.decode(one.store.puts[0][1]).servers == {"web": {WEB[1]: "down refused"}}
     assert one.turn() == []  # nothing is said twice
     one.heard.put(Change(7, f"{KEYS.health}b", None))
-    states = {"web": {WEB[1]: "down 1 of 1 machines: refused"}}
+    states = {"web": {WEB[1]: "down 1 of 1 machine: refused"}}
     assert one.turn() == [{"states": states, "check": check, "others": {}, "turn": 1}]
     # A lease that has ended has taken the report along.
     one.store.has_lease = False

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pyforwarder.core.wording import counted
+
 _LONGEST_S: Final = 366 * 86400.0  # config/values.py has no longer duration
 # Each takes the keeper some 50 us, while others wait; and their counts must fit one message.
 MOST_CLOSED_AT_ONCE: Final = 64
@@ -169,5 +171,5 @@ def understand(data: bytes, sockets: int) -> dict[str, Any]:
         if not fits(request[name]):
             raise FaultyRequestError(f"{do}: {name}")
     if sockets != kind.sockets:
-        raise FaultyRequestError(f"{do} with {sockets} descriptors")
+        raise FaultyRequestError(f"{do} with {counted(sockets, 'descriptor')}")
     return request

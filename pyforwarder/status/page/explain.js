@@ -94,7 +94,7 @@ export class Explain {
 }
 
 function words(answer) {
-  const after = `after ${answer.after_bytes} of ${answer.bytes} bytes`;
+  const after = `after ${answer.after_bytes} of ${answer.bytes} ${answer.bytes === 1 ? "byte" : "bytes"}`;
   if (answer.outcome === "route") {
     const may = { true: "allowed", false: "denied", null: "not known whether allowed" }[String(answer.allowed)];
     return `Rule ${answer.rule} takes it ${after}, to ${answer.to}; ${may}: ${answer.why}. ${answer.skip} of the bytes are the forwarder's own.`;

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
+from pyforwarder.core.wording import counted
 from pyforwarder.datapath.splice.abi import HANDSHAKES_FORM
 from pyforwarder.datapath.splice.directories import Before
 from pyforwarder.errors import ControlError, ForwarderError
@@ -65,7 +66,7 @@ class Predecessor:
             ) from None
         if len(fds) != self.offer.descriptors():
             close_given(fds)
-            raise ControlError(f"the running daemon has sent {len(fds)} descriptors")
+            raise ControlError(f"the running daemon has sent {counted(len(fds), 'descriptor')}")
         self._sent = fds
         offered = self.offer
         self._pidfd = _process(offered.pid)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from pyforwarder.core.address import Address, SystemdSockets, UnixAddress
 from pyforwarder.core.datapaths import OUTLIVING
+from pyforwarder.core.wording import counted
 from pyforwarder.datapath.splice.directories import splice_maps
 from pyforwarder.errors import ControlError, LoadError
 from pyforwarder.runtime.loop import EPOLLIN
@@ -95,10 +96,11 @@ class Takeover:
         predecessor = self.predecessor
         if predecessor is None or not predecessor.spliced_that_stay:
             return ""
+        stay = predecessor.spliced_that_stay
         return (
-            f"{predecessor.spliced_that_stay} spliced pairs stay with the daemon before (pid "
-            f"{predecessor.offer.pid}) until they end, or its `timeouts.drain` does: their records "
-            "are of another version"
+            f"{counted(stay, 'spliced pair')} {'stays' if stay == 1 else 'stay'} with the daemon "
+            f"before (pid {predecessor.offer.pid}) until the end of each, or of its "
+            "`timeouts.drain`: the records are of another version"
         )
 
     @property
