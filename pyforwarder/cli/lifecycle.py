@@ -154,6 +154,7 @@ def reload(call: Call) -> int:
     """
     answer = call.control(timeout_s=30.0).reload()
     count = answer.get("listeners")
+    assert isinstance(count, int)
     call.say(f"reloaded: {counted(count, 'listener')}")
     if isinstance(waiting := answer.get("waiting"), list) and waiting:
         call.say(f"changed, but fixed until the next `up`: {', '.join(map(str, waiting))}")
