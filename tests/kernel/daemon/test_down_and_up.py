@@ -12,11 +12,11 @@ import pytest
 from pyforwarder.client import ControlClient
 from pyforwarder.errors import ControlError
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.continuous_traffic import steady_traffic
 from tests.helpers.daemon import START_DEADLINE_S, leftovers
 from tests.helpers.draining import going_down, state
-from tests.helpers.lineage import echoes, instance_of, introduced, pid_of
 from tests.helpers.peers import address_text, dial, read_exactly
-from tests.helpers.steady import steady_traffic
+from tests.helpers.successive_daemons import echoes, instance_of, introduced, pid_of
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:

@@ -23,15 +23,15 @@ from pyforwarder.datapath.attach import choice as attaching
 from pyforwarder.datapath.ebpf import syscall as bpf
 from pyforwarder.datapath.ebpf.syscall import AttachType
 from pyforwarder.runtime.slowness import scaled_s
+from tests.helpers.continuous_traffic import steady_traffic
 from tests.helpers.daemon import COMMAND, START_DEADLINE_S
-from tests.helpers.lineage import Lineage, lineages
 from tests.helpers.other_version import CANNOT_KEEP, OTHER_RECORDS, other_version
 from tests.helpers.peers import dial, ends_with_reset, read_exactly
-from tests.helpers.steady import steady_traffic
+from tests.helpers.successive_daemons import Lineage, lineages
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.helpers.steady import Seen, SteadyTraffic
+    from tests.helpers.continuous_traffic import Seen, SteadyTraffic
     from tests.kernel.conftest import StartForwarder
 
 COPY: Final = ("127.0.0.1", 9701)

@@ -33,7 +33,7 @@ from pyforwarder.datapath.splice.keeper_replies import NOT_YOURS
 from tests.helpers.keepers import keeper_of, stopped
 from tests.helpers.malformed_messages import MALFORMED
 from tests.helpers.peers import EchoServer, dial_through, read_exactly
-from tests.helpers.taken_over import (
+from tests.helpers.taken_over_worker import (
     Fds,
     as_worker,
     keeper_channel,

@@ -25,10 +25,10 @@ from pyforwarder.runtime.pidfd import fetch_descriptors
 from pyforwarder.runtime.slowness import scaled_s
 from pyforwarder.supervisor.takeover.predecessor import NoAnswerError
 from pyforwarder.worker.used_tokens import SHARES
+from tests.helpers.continuous_traffic import steady_traffic
 from tests.helpers.daemon import COMMAND, START_DEADLINE_S
 from tests.helpers.first_packets import client_hello
 from tests.helpers.instruction import ACK, refusal
-from tests.helpers.lineage import Lineage, echoes, lineages
 from tests.helpers.peers import (
     AnswerServer,
     Waiting,
@@ -40,11 +40,11 @@ from tests.helpers.peers import (
     reset,
     unused_port,
 )
-from tests.helpers.steady import steady_traffic
+from tests.helpers.successive_daemons import Lineage, echoes, lineages
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
-    from tests.helpers.steady import Seen
+    from tests.helpers.continuous_traffic import Seen
     from tests.kernel.conftest import StartForwarder
 
 COPY: Final = ("127.0.0.1", 9701)

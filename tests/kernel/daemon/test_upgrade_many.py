@@ -14,7 +14,7 @@ import pytest
 
 from pyforwarder.runtime.slowness import scaled_s
 from tests.helpers import pauses
-from tests.helpers.lineage import Lineage, lineages
+from tests.helpers.successive_daemons import Lineage, lineages
 from tests.helpers.waiting import PATIENCE_S, wait_for
 
 if TYPE_CHECKING:

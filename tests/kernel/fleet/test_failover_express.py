@@ -12,8 +12,8 @@ import pytest
 from pyforwarder.datapath.proof.apart import prove_express_apart, prove_splice_apart
 from pyforwarder.datapath.proof.remembered import proven
 from pyforwarder.runtime.slowness import scaled_s
-from tests.helpers.lineage import Lineage
 from tests.helpers.peers import address_text, seconds_until_reset
+from tests.helpers.successive_daemons import Lineage
 from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:

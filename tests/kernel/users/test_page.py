@@ -45,7 +45,7 @@ from tests.helpers.peers import (
     unused_port,
 )
 from tests.helpers.status import CONFIG, Memory
-from tests.helpers.taken_over import as_worker, sequenced
+from tests.helpers.taken_over_worker import as_worker, sequenced
 from tests.helpers.waiting import DEADLINE_S, wait_for
 
 if TYPE_CHECKING:
