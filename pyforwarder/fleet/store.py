@@ -89,6 +89,13 @@ class Found(NamedTuple):
     entries: list[tuple[str, bytes]]
 
 
+class Standing(NamedTuple):
+    """What there is of a key besides its value."""
+
+    revision: int  # of its last change
+    lease: int  # 0: none, it stays until somebody removes it
+
+
 class Change(NamedTuple):
     """What has become of one key."""
 
@@ -182,6 +189,13 @@ class Store:
         answer = self._post("/kv/range", {"key": _encode(key)})
         for entry in answer.get("kvs", ()):
             return _decode(entry.get("value", "")), int(entry["mod_revision"])
+        return None
+
+    def standing(self, key: str) -> Standing | None:
+        """Who holds a key, and since when; None if there is no such key. Its value stays there."""
+        answer = self._post("/kv/range", {"key": _encode(key), "keys_only": True})
+        for entry in answer.get("kvs", ()):
+            return Standing(int(entry["mod_revision"]), int(entry.get("lease", 0)))
         return None
 
     def put(self, key: str, value: str, *, lease: int = 0) -> None:

@@ -83,6 +83,11 @@ class Etcd:
             self._process.wait()
             self._process = None
 
+    def empty(self) -> None:
+        """Remove all that it has, once it was stopped."""
+        assert self._process is None
+        shutil.rmtree(self._directory / "data")
+
     def ctl(self, *words: str, user: str = "") -> str:
         """One command of etcdctl, and what it says.
 
