@@ -26,6 +26,7 @@ class WholeLedger:
         # What was written, and for which pair: that is enough until one of both is another.
         self._done: dict[str, tuple[Own, tuple[Entry, Pair]]] = {}
         self._held: dict[str, tuple[Entry, Pair]] = {}
+        self._won_over: dict[str, Own] = {}
         self._refused: dict[str, float] = {}
 
     @property
@@ -60,10 +61,12 @@ class WholeLedger:
             own = self._puts[key]
             self._stored[key] = Entry(self._tag, own.claim, own.pair.encode()), own.pair
             self._written_s[key] = now_s
+            self._won_over.pop(key, None)
             self._done[key] = self._own[key], self._stored[key]
         for key in deletes:
             self._stored.pop(key, None)
             self._written_s.pop(key, None)
+            self._won_over.pop(key, None)
 
     def lost_lease(self) -> None:
         for key in self.written:
@@ -89,6 +92,11 @@ class WholeLedger:
                 continue
             if entry.owner == self._tag:
                 turn.deletes.append(key)
+                continue
+            won = self._won_over.pop(key, None)
+            if won is not None and self._is_won(won.claim, won.pair, (entry, pair), addresses):
+                self._won_over[key] = won
+                turn.deletes.append(key)
             elif key not in self._held or self._held[key][0] != entry:
                 refused_s = self._refused.get(key)
                 if refused_s is None or now_s >= refused_s + RETRY_S:
@@ -113,17 +121,12 @@ class WholeLedger:
         stored = self._stored.get(key)
         if stored is not None and stored[0].owner != self._tag:
             entry, theirs = stored
-            is_same = theirs.deltas == pair.deltas
-            is_won = (claim, self._tag) > (entry.claim, entry.owner)
-            if not is_same and theirs.started_s != pair.started_s:
-                is_won = pair.started_s > theirs.started_s
-            if is_won and is_same:
-                is_won = {pair.ends.listener.ip, pair.ends.source.ip} <= addresses
-            if not is_won:
+            if not self._is_won(claim, pair, stored, addresses):
                 turn.moved[key] = pair
+                self._won_over.pop(key, None)
                 return
-            claim = claim if is_same else max(claim, entry.claim)
-            turn.puts[key] = Own(claim, _with_names(pair, theirs).pack())
+            claim = claim if theirs.deltas == pair.deltas else max(claim, entry.claim)
+            turn.puts[key] = self._won_over[key] = Own(claim, _with_names(pair, theirs).pack())
             return
         if stored is not None:
             pair = _with_names(pair, stored[1])
@@ -135,6 +138,18 @@ class WholeLedger:
             or (pair != stored[1] and is_due)
         ):
             turn.puts[key] = put
+
+    def _is_won(
+        self, claim: int, pair: Pair, stored: tuple[Entry, Pair], addresses: Collection[bytes]
+    ) -> bool:
+        entry, theirs = stored
+        is_same = theirs.deltas == pair.deltas
+        is_won = (claim, self._tag) > (entry.claim, entry.owner)
+        if not is_same and theirs.started_s != pair.started_s:
+            is_won = pair.started_s > theirs.started_s
+        if is_won and is_same:
+            is_won = {pair.ends.listener.ip, pair.ends.source.ip} <= set(addresses)
+        return is_won
 
 
 def _with_names(pair: Pair, known: Pair) -> Pair:

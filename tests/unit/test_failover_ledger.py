@@ -166,6 +166,33 @@ def test_a_pair_that_was_taken_over_is_let_go_by_its_machine_before() -> None:
     assert turn_of(b, {KEY: owned(2, PAIR)}, 2.1).moved == {KEY: PAIR}
 
 
+def test_a_pair_that_was_taken_over_and_has_ended_before_the_store_knew_is_not_held_again() -> None:
+    a, b = Ledger(A), Ledger(B)
+    store = Store(a, b)
+    store.apply(b, turn_of(b, {KEY: owned(1, PAIR)}, 0.0), 0.0)
+    assert list(turn_of(a, {}, 0.0).hold) == [KEY]
+    taken = owned(2, moved(PAIR, 5))
+    assert turn_of(a, {KEY: taken}, 1.0).puts  # the store is down
+    for now_s in (2.0, 3.0):
+        assert turn_of(a, {}, now_s) == Turn(deletes=[KEY])
+    everything = [(KEY, store.values[KEY].encode())]
+    a.saw_all(everything)  # it answers again
+    turn = turn_of(a, {}, 4.0)
+    assert turn == Turn(deletes=[KEY])
+    store.apply(a, turn, 4.0)
+    assert store.values == {}
+    assert turn_of(a, {}, 5.0) == Turn()
+
+
+def test_a_pair_that_has_ended_here_as_its_addresses_had_gone_on_is_the_other_machines() -> None:
+    a, b = Ledger(A), Ledger(B)
+    store = Store(a, b)
+    store.apply(b, turn_of(b, {KEY: owned(1, PAIR)}, 0.0), 0.0)
+    turn_of(a, {}, 0.0)
+    assert turn_of(a, {KEY: owned(2, PAIR)}, 1.0).puts
+    assert list(turn_of(a, {}, 2.0, addresses=[]).hold) == [KEY]
+
+
 @pytest.mark.parametrize("addresses", [[], HERE[:1]])
 def test_a_pair_that_was_taken_over_goes_on_with_the_addresses(addresses: list[bytes]) -> None:
     """A machine has taken it and died, before the store knew: it comes back, with a later claim.

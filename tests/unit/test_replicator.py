@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
+import pytest
+
 from pyforwarder.fleet.echoes import Echoes
 from pyforwarder.fleet.failover.ledger import Own, Scan
 from pyforwarder.fleet.failover.record import tag_of
@@ -13,7 +15,7 @@ from pyforwarder.fleet.failover.replicator import Replicator
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection
 from pyforwarder.fleet.layout import Keys
 from pyforwarder.fleet.store import StoreError
-from pyforwarder.fleet.watching import All, Watcher
+from pyforwarder.fleet.watching import All, Lost, Watcher
 from tests.helpers.failover_records import a_pair
 
 KEYS: Final = Keys("edge")
@@ -71,6 +73,8 @@ class Store:
         return seconds
 
     def renew(self, lease: int) -> bool:
+        if not self.is_there:
+            raise StoreError("not there")
         return bool(lease)
 
     def create(self, key: str, value: str, *, lease: int) -> bool:
@@ -78,13 +82,10 @@ class Store:
         return True
 
 
-def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
-    """Else nobody knew of it in between: neither gone on with nor reset, its ends would wait."""
-    kernel, store = Kernel(), Store()
-    watcher = Watcher(cast("Any", None), KEYS.failover)
-    watcher.received.put(All([]))
-    said: list[Mapping[str, Any]] = []
-    replicator = Replicator(
+def replicating(
+    kernel: Kernel, store: Store, watcher: Watcher, said: list[Mapping[str, Any]]
+) -> Replicator:
+    return Replicator(
         cast("Any", store),
         cast("Any", watcher),
         Echoes(),
@@ -95,6 +96,41 @@ def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
         cast("Any", SimpleNamespace(send=said.append)),
         compacts=False,
     )
+
+
+@pytest.mark.parametrize("by", ["watch", "write"])
+def test_a_store_that_was_lost_is_there_when_it_has_answered_and_not_when_nothing_is_to_be_said(
+    monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    kernel, store = Kernel(), Store()
+    store.is_there = True
+    watcher = Watcher(cast("Any", None), KEYS.failover)
+    monkeypatch.setattr(watcher, "is_lost", lambda _now_s: False)
+    watcher.received.put(All([]))
+    said: list[Mapping[str, Any]] = []
+    replicator = replicating(kernel, store, watcher, said)
+    replicator._turn(100.0)
+    store.is_there = False
+    if by == "watch":
+        watcher.received.put(Lost("not there"))
+    kernel.is_spliced = False  # the store would have to be told
+    replicator._turn(110.0)
+    kernel.is_spliced = True  # of what it has: there is nothing to tell
+    for now_s in (120.0, 121.0, 130.0):
+        replicator._turn(now_s)
+    assert [one["replicas"] for one in said] == ["connected", "lost"]
+    store.is_there = True
+    replicator._turn(150.0)
+    assert [one["replicas"] for one in said] == ["connected", "lost", "connected"]
+
+
+def test_a_pair_is_named_as_one_to_be_reset_until_the_store_has_it() -> None:
+    """Else nobody knew of it in between: neither gone on with nor reset, its ends would wait."""
+    kernel, store = Kernel(), Store()
+    watcher = Watcher(cast("Any", None), KEYS.failover)
+    watcher.received.put(All([]))
+    said: list[Mapping[str, Any]] = []
+    replicator = replicating(kernel, store, watcher, said)
     replicator._turn(100.0)
     assert store.values == {}
     store.is_there = True

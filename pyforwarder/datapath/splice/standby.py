@@ -153,7 +153,7 @@ class Standby:
         self._unheld: dict[str, tuple[Connection, ...]] = {}
         self._challenges = Challenges(self._goes_on)
         self._settling = Settling(memory, keepalives, owner.end)
-        self._taken = 0
+        self._taken = 0  # pairs, since the last answer that has said so
         self._waiting: set[int] = set()  # workers that must be told
         self._is_changed = True
         self._changes = 0  # of routes
@@ -235,6 +235,7 @@ class Standby:
             case _:
                 answer["waiting"] = sorted(self._waiting)
                 answer["taken"], answer["held"] = self._taken, len(self._held)
+                self._taken = 0
                 self._waiting.clear()
         return answer
 

@@ -105,6 +105,8 @@ class Ledger:
         self._written_s: dict[str, float] = {}
         self._written_changed: dict[str, None] = {}  # see `take_written`
         self._puts: dict[str, Own] = {}  # of the last turn
+        # Pairs that are ours by now, while the store says another machine's.
+        self._won_over: dict[str, Own] = {}
         self._held: dict[str, tuple[Entry, Pair]] = {}  # as the keeper was told
         self._told_s: dict[str, float] = {}  # when it was told of those that it holds
         self._refused: dict[str, float] = {}  # when it refused them
@@ -185,6 +187,7 @@ class Ledger:
             if key not in self._mine:
                 self._written_changed[key] = None
             self._mine[key] = self._puts[key]
+            self._won_over.pop(key, None)
             self._written_s[key] = now_s
             # Until the pair or the store has something new.
             self._look.pop(key, None)
@@ -192,6 +195,7 @@ class Ledger:
             if self._mine.pop(key, None) is not None:
                 self._written_changed[key] = None
             self._written_s.pop(key, None)
+            self._won_over.pop(key, None)
             self._look.pop(key, None)
             if self._theirs.pop(key, None) is not None or key in self._refused:
                 self._look[key] = None
@@ -233,9 +237,14 @@ class Ledger:
                 turn.deletes.append(key)
                 self._look[key] = None  # until it is written
             elif (theirs := self._theirs.get(key)) is not None:
-                self._judge_other(turn, key, theirs, now_s)
+                if self._has_ended_here(key, theirs, addresses):
+                    turn.deletes.append(key)
+                    self._look[key] = None  # until it is written
+                else:
+                    self._judge_other(turn, key, theirs, now_s)
             else:
                 self._refused.pop(key, None)
+                self._won_over.pop(key, None)
                 self._written_s.pop(key, None)
             if key in self._held and (mine is not None or key not in self._theirs):
                 # A pair that was taken over is in `own`: the keeper holds it no more in any case.
@@ -279,8 +288,10 @@ class Ledger:
             if put is None:
                 turn.moved[key] = mine.pair
                 self._look[key] = None  # until it has gone
+                self._won_over.pop(key, None)
             else:
                 self._put(turn, key, put)
+                self._won_over[key] = put
             return
         stored = self._mine.get(key)
         if stored is None:
@@ -311,6 +322,20 @@ class Ledger:
         if pair.deltas != my_pair.deltas:
             return Own(max(claim, entry.claim), mine.packed)  # the other connection is past
         return _with_names(mine, Own(entry.claim, pair.pack()))
+
+    def _has_ended_here(
+        self, key: str, theirs: tuple[Entry, Pair], addresses: Callable[[], Collection[bytes]]
+    ) -> bool:
+        """Whether another machine's entry is of a pair that has ended here after it was taken over,
+        while the store could not be told. To hold it would be to go on with it.
+        """
+        won = self._won_over.get(key)
+        if won is None:
+            return False
+        if self._won(won, *theirs, addresses) is not None:
+            return True
+        del self._won_over[key]
+        return False
 
     def _put(self, turn: Turn, key: str, put: Own) -> None:
         turn.puts[key] = put

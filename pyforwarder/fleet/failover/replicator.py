@@ -156,6 +156,7 @@ class Replicator:
                 except StoreError as error:
                     self._error = str(error)[:500]
                     self._write_s = now_s + self._pause.next_s()
+                    self._renew_s = 0.0  # the store is asked, even if there is nothing to write
                 else:
                     self._error = ""
                     self._pause.end()
@@ -195,6 +196,7 @@ class Replicator:
                     self._ledger.saw(key.removeprefix(self._keys.pairs), value)
                 case Lost(error):
                     self._error = error
+                    self._renew_s = 0.0
 
     def _speak_of_moves(self) -> None:
         """Tell of planned moves, once the keeper knows all that came before.
