@@ -53,7 +53,7 @@ class _Opened:
         from pyforwarder.config import load_whole, validated
 
         loaded = load_whole(config_path)
-        self.text = loaded.text
+        self.text, self.document = loaded.text, loaded.document
         config = validated(loaded.document, source=str(config_path))
         if config.fleet is None:
             raise ConfigError("no fleet is named here", path="fleet", source=str(config_path))
@@ -159,15 +159,21 @@ def put(call: Call, file: Path, config_path: Path, comment: str) -> int:
     """Put a configuration in force on all machines.
 
     It is checked first, as one of a machine with the configuration of --config. A machine that
-    cannot use it keeps what it has: see `pyforwarder fleet instances`. Prints the serial number.
+    cannot use it keeps what it has: see `pyforwarder fleet instances`. Prints the serial number,
+    and warnings as `check` does.
     """
-    from pyforwarder.config import read_config_text
-    from pyforwarder.config.merging import check_shared, merged_text
+    from pyforwarder.config import parse_config, read_config_text
+    from pyforwarder.config.merging import check_shared, merged_document, merged_text
+    from pyforwarder.config.warnings import config_warnings
 
     with _opened(config_path) as opened:
         text = read_config_text(file)
         check_shared(text, opened.text, source=str(file))
-        merged_text(opened.text, text, {}, own_source=str(config_path), shared_source=str(file))
+        own, shared = str(config_path), str(file)
+        whole = merged_text(opened.text, text, {}, own_source=own, shared_source=shared)
+        document = merged_document(opened.document, text, shared_source=shared)
+        for warning in config_warnings(parse_config(whole, source=own), document, source=own):
+            call.say(f"warning: {warning}")
         edition = opened.put(text, comment=comment, now=call.env.unix_time_s())
     call.write(f"{edition.serial}\n")
     return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -85,6 +86,43 @@ def merged_text(
             for name, upstream in whole["upstreams"].items()
         }
     return json.dumps(whole)
+
+
+def merged_document(own: Node, shared: str, *, shared_source: str) -> Node:
+    """The document in which each part of `merged_text` has its file and its line.
+
+    `own` stays as it is. Servers that have registered stand in no line, and are left out. Both
+    have been checked.
+    """
+    other = read_document(shared, source=shared_source)
+    if own.entries is None or other.entries is None:
+        return own
+    whole = replace(own, entries=dict(own.entries), key_lines=dict(own.key_lines))
+    assert whole.entries is not None
+    for key in SHARED_KEYS:
+        more = other.entries.get(key)
+        if more is None or (more.items is None and more.entries is None):
+            continue
+        present = whole.entries.get(key)
+        if present is None or (present.items is None and present.entries is None):
+            present = Node(more.line, file=shared_source)
+            whole.key_lines[key] = other.key_lines[key]
+        whole.entries[key] = _joined(present, more, shared_source)
+    return whole
+
+
+def _joined(present: Node, more: Node, source: str) -> Node:
+    """A list or a mapping with what another one of the same kind has, which knows its `source`."""
+    if more.items is not None:
+        added = [replace(one, file=source, number=n) for n, one in enumerate(more.items)]
+        return replace(present, items=[*(present.items or ()), *added], entries=None)
+    entries = {name: replace(one, file=source) for name, one in (more.entries or {}).items()}
+    return replace(
+        present,
+        items=None,
+        entries={**(present.entries or {}), **entries},
+        key_lines={**present.key_lines, **more.key_lines},
+    )
 
 
 def _add_listeners(whole: dict[str, Any], more: Any, document: Node, source: str) -> None:

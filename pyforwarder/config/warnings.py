@@ -6,7 +6,6 @@ listeners share hold conditions that only one of them can fulfil.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import pwd
 import stat
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from pyforwarder.config.document import read_document
+from pyforwarder.config.failover_warnings import failover_warnings
 from pyforwarder.config.match import bare_protocol, required_protocols
 from pyforwarder.core.address import Address, NameIn
 from pyforwarder.core.first_packet.matcher import ListenerFacts
@@ -64,7 +64,7 @@ def _doubts(config: Config) -> Iterator[_Warning]:
     for name, path in config.users.items():
         yield from _open_file(path, ("users", name))
     yield from _checked_by_another_protocol(config)
-    yield from _without_failover(config)
+    yield from failover_warnings(config)
     yield from _without_limits(config)
     try:
         pwd.getpwnam(config.user)
@@ -85,49 +85,6 @@ def _checked_by_another_protocol(config: Config) -> Iterator[_Warning]:
                 ("upstreams", name, "health"),
                 "only UDP listeners use it, and a check is a TCP connect: a server that takes no "
                 "TCP there is down",
-            )
-
-
-def _without_failover(config: Config) -> Iterator[_Warning]:
-    """Pairs whose addresses stay where they are cannot go on through another machine."""
-    failover = config.fleet.failover if config.fleet is not None else None
-    if failover is None:
-        return
-    moving = {ipaddress.ip_address(address) for address in failover.addresses}
-    takes_any = False
-    for position, listener in enumerate(config.listeners):
-        datapath = listener.datapath or config.datapath
-        is_spliced = listener.splice and datapath in ("auto", "express", "splice")
-        if listener.protocol == "tcp" and not is_spliced:
-            why = f"`datapath: {datapath}`" if listener.splice else "`splice: false`"
-            yield (
-                ("listeners", position),
-                f"its pairs end with this machine: {why}, and only spliced ones move",
-            )
-        for bind in listener.addresses if listener.protocol == "tcp" else ():
-            if not isinstance(bind, Address):
-                continue
-            ip = ipaddress.ip_address(bind.host.partition("%")[0])
-            takes_any |= ip in moving or ip.is_unspecified
-            if ip in moving and not listener.freebind:
-                yield (
-                    ("listeners", position, "bind"),
-                    f"{ip} moves to this machine later: it wants `freebind: true`",
-                )
-    at = ("fleet", "failover", "addresses")
-    if not takes_any:
-        yield at, "no listener is bound to one of them, so no pair can move"
-    for name, upstream in config.upstreams.items():
-        stays = [one for one in upstream.source if ipaddress.ip_address(one) not in moving]
-        if not upstream.source:
-            yield (
-                ("upstreams", name),
-                "its pairs end with this machine: `source` is none that moves",
-            )
-        elif stays:
-            yield (
-                ("upstreams", name, "source"),
-                f"pairs from {stays[0]} end with this machine: it is not in `fleet.failover`",
             )
 
 

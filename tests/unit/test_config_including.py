@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pyforwarder.config.dump import dump_config
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.errors import ConfigError
 from pyforwarder.supervisor import UpOptions
-from pyforwarder.supervisor.configuration.in_force import ConfigSource
+from pyforwarder.supervisor.configuration.in_force import ConfigSource, Shared
 
 MAIN = """
 include: conf.d
@@ -199,6 +200,79 @@ def test_daemon_reads_the_directory_again_at_every_reload(directory: Path) -> No
     (directory / "conf.d" / "web.yaml").write_text("listeners: 7")
     with pytest.raises(ConfigError, match="must be a list, not 7"):
         source.read()
+
+
+FLEET = "fleet: {endpoints: ['http://10.0.0.1:2379'], name: edge}\n"
+# What the fleet has.
+SHARED = """upstreams:
+  theirs: {servers: [10.0.0.3:80]}
+listeners:
+- name: theirs
+  bind: 127.0.0.1:3
+  rules:
+  - {match: any, to: theirs}
+  - {match: ssh, to: theirs}
+"""
+WHY = "is never reached: the rule 'any' takes everything"
+
+
+def doubtful(text: str) -> str:
+    """The text, whose listener has a rule that is never reached."""
+    return re.sub(
+        r"\[\{match: any, to: (\w+)\}", r"[{match: any, to: \1}, {match: ssh, to: \1}", text
+    )
+
+
+def test_daemon_says_where_each_part_of_the_whole_stands(directory: Path) -> None:
+    main, web = directory / "main.yaml", directory / "conf.d" / "web.yaml"
+    main.write_text(FLEET + doubtful(MAIN))
+    web.write_text(doubtful(WEB))
+    web.chmod(0o600)
+    source = ConfigSource(UpOptions("default", main, None, None, False, 0))
+    mine = [
+        f"{main}, line 4, listeners[0].rules[1]: {WHY}",
+        f"{web}, line 5, listeners[0].rules[1]: {WHY}",
+    ]
+    text, config = source.read()
+    assert source.warnings(text, config) == mine
+    theirs = f"fleet edge, edition 7, line 8, listeners[0].rules[1]: {WHY}"
+    text, config = source.joined(source.read_own(), Shared("edge", 7, SHARED))
+    assert source.warnings(text, config) == [*mine, theirs]
+    # What another fleet has is none of this machine's.
+    text, config = source.joined(source.read_own(), Shared("other", 7, SHARED))
+    assert source.warnings(text, config) == mine
+
+
+def test_lines_of_what_is_in_force_are_known_after_another_file_was_refused(
+    directory: Path,
+) -> None:
+    main = directory / "main.yaml"
+    main.write_text(FLEET + doubtful(MAIN))
+    source = ConfigSource(UpOptions("default", main, None, None, False, 0))
+    source.own = source.read_own()
+    main.write_text(FLEET + "# moves all lines\n" + MAIN)
+    source.read()  # and it is not taken
+    text, config = source.joined(source.own, Shared("edge", 7, SHARED))
+    assert source.warnings(text, config) == [
+        f"{main}, line 4, listeners[0].rules[1]: {WHY}",
+        f"fleet edge, edition 7, line 8, listeners[0].rules[1]: {WHY}",
+    ]
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_machine_whose_listeners_are_all_the_fleet_s_says_their_lines(
+    tmp_path: Path, registered: bool
+) -> None:
+    main = tmp_path / "main.yaml"
+    main.write_text(FLEET + "user: nobody-of-this-name\n")
+    text = SHARED.replace("{servers", "{registered: [10.0.0.0/8], servers")
+    servers = {"theirs": {"10.0.0.9:80": 1}} if registered else {}
+    source = ConfigSource(UpOptions("default", main, None, None, False, 0))
+    whole, config = source.joined(source.read_own(), Shared("edge", 7, text, servers))
+    assert len(config.upstreams["theirs"].servers) == 1 + registered
+    first, second = source.warnings(whole, config)
+    assert first == f"fleet edge, edition 7, line 8, listeners[0].rules[1]: {WHY}"
+    assert second.startswith(f"{main}, line 2, user: no user")
 
 
 def test_directory_or_file_that_others_may_write_is_told_of(directory: Path) -> None:

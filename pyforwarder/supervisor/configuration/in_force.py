@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pyforwarder.config import Config, load_whole, parse_config, validated
+from pyforwarder.config.document import read_document
 from pyforwarder.config.key_files import read_keys, read_passwords
-from pyforwarder.config.merging import check_shared, merged_text
+from pyforwarder.config.merging import check_shared, merged_document, merged_text
 from pyforwarder.config.values import suggestion
 from pyforwarder.config.warnings import config_warnings
 from pyforwarder.core.address import Address
@@ -23,6 +24,7 @@ from pyforwarder.worker.settings import Settings, with_overrides
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyforwarder.config.document import Node
     from pyforwarder.config.including import Loaded
     from pyforwarder.runtime.counters import Directory
     from pyforwarder.supervisor import UpOptions
@@ -37,6 +39,16 @@ class Shared:
     serial: int = 0  # of the edition; 0: there is none
     text: str = ""
     servers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """A text of the whole, and what it was made of."""
+
+    text: str = ""
+    own: str = ""
+    shared: str = ""
+    shared_source: str = ""
 
 
 class ConfigSource:
@@ -60,8 +72,21 @@ class ConfigSource:
         }
 
         self._loaded: Loaded | None = None  # as it was read last
-        self.own = ""  # the file's text that is in force
+        self._loaded_in_force: Loaded | None = None
+        self._own = ""
+        self._joined = _Joined()  # last
         self.shared = Shared()  # in force
+
+    @property
+    def own(self) -> str:
+        """The file's text that is in force."""
+        return self._own
+
+    @own.setter
+    def own(self, text: str) -> None:
+        # The file may be read again, and refused: this one's lines are still to be known.
+        self._loaded_in_force = self._loaded_as(text)
+        self._own = text
 
     def read(self) -> tuple[str, Config]:
         """The text as it is now, with what the fleet shares, and what it says.
@@ -92,6 +117,7 @@ class ConfigSource:
         """
         config = self.parse(own)
         if config.fleet is None:
+            self._joined = _Joined(own, own)
             return own, config
         if shared.fleet != config.fleet.name:
             shared = Shared()  # that of another
@@ -101,6 +127,7 @@ class ConfigSource:
         text = merged_text(
             own, shared.text, shared.servers, own_source=self.name, shared_source=source
         )
+        self._joined = _Joined(text, own, shared.text, source)
         return text, self.parse(text)
 
     def parse(self, text: str) -> Config:
@@ -112,12 +139,27 @@ class ConfigSource:
         return with_overrides(parse_config(text, source=self.name), self.overrides)
 
     def warnings(self, text: str, config: Config) -> list[str]:
-        """Return what a configuration from here has that is hardly meant."""
-        loaded = self._loaded
-        is_its = loaded is not None and loaded.text == text
-        return config_warnings(
-            config, loaded.document if loaded and is_its else text, source=self.name
-        )
+        """Return what a configuration has that is hardly meant, with the file and the line.
+
+        `text` is what was read or joined last.
+        """
+        return config_warnings(config, self._document(text), source=self.name)
+
+    def _document(self, text: str) -> Node | str:
+        joined = self._joined
+        own = joined.own if joined.text == text else text
+        loaded = self._loaded_as(own)
+        if joined.text != text or not joined.shared:
+            return loaded.document if loaded else own
+        document = loaded.document if loaded else read_document(own, source=self.name)
+        return merged_document(document, joined.shared, shared_source=joined.shared_source)
+
+    def _loaded_as(self, own: str) -> Loaded | None:
+        """The file as it was read with this text; the last time, if more than once."""
+        for loaded in (self._loaded, self._loaded_in_force):
+            if loaded is not None and loaded.text == own:
+                return loaded
+        return None
 
     @contextlib.contextmanager
     def moving(self, listener: str, port: int) -> Iterator[None]:

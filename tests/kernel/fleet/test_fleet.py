@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import time
@@ -217,6 +218,34 @@ def test_editions_are_in_force_on_three_machines_in_a_moment(
     print(f"in force after {took_s[len(took_s) // 2]:.3f} s, the last after {took_s[-1]:.3f} s")
     assert took_s[len(took_s) // 2] < scaled_s(0.2)
     assert took_s[-1] < scaled_s(2.0)
+
+
+def test_warnings_say_where_each_part_of_the_whole_stands(
+    start_forwarder: StartForwarder, etcd: Etcd
+) -> None:
+    """At `put` and in the machine's log, of its own file and of what the fleet has."""
+    never = "{match: any, reject: close}, {match: ssh, reject: close}"
+    mine = own(etcd).replace("{match: any, reject: close}", never)
+    machine = start_forwarder(mine)
+    why = "is never reached: the rule 'any' takes everything"
+    its_own = rf"{machine.config_path}, line 4, listeners\[0\]\.rules\[1\]: {why}"
+    machine.wait_for_line(f'config reason="{its_own}"')
+    text = shared(unused_port(), "127.0.0.1:9").replace(
+        "{match: any, to: web}", "{match: any, to: web}, {match: ssh, to: web}"
+    )
+    done = put(machine, text)
+    assert done.returncode == 0
+    assert done.stdout == "1\n"
+    file = machine.place.run_dir.parent / "shared.yaml"
+    theirs = rf"line 4, listeners\[0\]\.rules\[1\]: {why}"
+    first, second = done.stderr.splitlines()
+    assert re.fullmatch(f"warning: {its_own}", first)
+    assert re.fullmatch(f"warning: {file}, {theirs}", second)
+    machine.wait_for_line(f'config reason="fleet edge, edition 1, {theirs}"')
+    machine.wait_for_line(f'config reason="{its_own}"', count=2)
+    assert machine.command("reload").returncode == 0
+    machine.wait_for_line(f'config reason="{its_own}"', count=3)
+    machine.wait_for_line(f'config reason="fleet edge, edition 1, {theirs}"', count=2)
 
 
 def test_what_one_machine_cannot_use_changes_nothing_there(
