@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder.core.address import Address
 from pyforwarder.core.express.table import Clause, Table
@@ -78,17 +78,20 @@ class Stage:
         self.express.put([self._decided])
         with self.dial() as client:
             client.sendall(_HELLO)
-            accepted, _ = self.listener.accept()
-            target = self.server.getsockname()[:2]
-            with accepted, socket.create_connection(target) as outgoing:
-                served, _ = self.server.accept()
-                with served:
-                    _expect(accepted, _HELLO)
-                    ask = self.splicing.patient_client(0)
-                    sockets = [accepted.fileno(), outgoing.fileno()]
-                    answer = ask.ask("learn", sockets, has_source=0)
-                    if not answer.get("learned"):
-                        raise RigError(f"the way to a server was not learned: {answer}")
+            answer = self._show_way()
+        if not answer.get("learned"):
+            raise RigError(f"the way to a server was not learned: {answer}")
+
+    def _show_way(self) -> dict[str, Any]:
+        """Accept a client as a worker does, connect, and let the keeper look; its answer."""
+        accepted, _ = self.listener.accept()
+        target = self.server.getsockname()[:2]
+        with accepted, socket.create_connection(target) as outgoing:
+            served, _ = self.server.accept()
+            with served:
+                _expect(accepted, _HELLO)
+                sockets = [accepted.fileno(), outgoing.fileno()]
+                return self.splicing.patient_client(0).ask("learn", sockets, has_source=0)
 
     def taken(self) -> tuple[socket.socket, socket.socket]:
         """Client and server of a connection that the kernel has opened."""
@@ -104,9 +107,10 @@ class Stage:
                     raise RigError("the server was asked from a port that is not kept for it")
                 _expect(served, _HELLO)
                 return client, served
-            client.close()
             if self.listener in ready:
-                self.listener.accept()[0].close()
+                # Ways are forgotten when addresses or routes change, as while a host starts.
+                self._show_way()
+            client.close()
         raise RigError("the kernel opened nothing")
 
     def told(self) -> Iterator[list[int]]:

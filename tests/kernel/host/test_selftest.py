@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -18,8 +19,10 @@ from pyforwarder.datapath.proof.scenarios import SELF_TEST
 from pyforwarder.datapath.sockmap.maps import KernelMaps
 from pyforwarder.errors import LoadError, Refusal
 from pyforwarder.runtime import slowness
+from tests.helpers.express_rig import expressing
 from tests.helpers.plays import round_trips
 from tests.helpers.stage import keys_in, open_fds
+from tests.helpers.waiting import wait_for
 
 if TYPE_CHECKING:
     from pyforwarder.datapath.splice.maps import SpliceMaps
@@ -129,3 +132,16 @@ def test_express_that_cannot_be_loaded_leaves_nothing(monkeypatch: pytest.Monkey
     proof = prove_express_apart("nobody")
     assert (proof.passed, proof.cause) == (False, Refusal.OTHER)
     assert open_fds() == before
+
+
+def test_express_is_proven_while_the_addresses_of_this_host_change() -> None:
+    """As they do while a host starts: the keeper forgets how servers are reached."""
+    with expressing(lasts=False) as made:
+        assert made.splicing.express is not None
+        connections = made.splicing.express.connections
+        assert connections.target(1).out
+        subprocess.run(["ip", "address", "add", "10.99.0.1/32", "dev", "lo"], check=True)
+        wait_for(lambda: not connections.target(1).out, "the keeper has heard of it")
+        client, served = made.stage.taken()
+        client.close()
+        served.close()
