@@ -152,14 +152,16 @@ def _bytes(answers: IO[bytes], count: int, most_bytes: int) -> bytes:
         raise TooLongError("an answer is too long")
     said = answers.read(count)
     if len(said) < count:
-        raise AnswerFault("an answer has no end")
+        raise AnswerFault("an answer that is cut off")
     return said
 
 
 def _line(answers: IO[bytes]) -> bytes:
     line = answers.readline(_MOST_LINE)
     if not line.endswith(b"\n"):
-        raise AnswerFault("an answer has no end" if len(line) < _MOST_LINE else "a line too long")
+        raise AnswerFault(
+            "an answer that is cut off" if len(line) < _MOST_LINE else "a line too long"
+        )
     return line.rstrip(b"\r\n")
 
 

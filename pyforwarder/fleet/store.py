@@ -24,10 +24,15 @@ from urllib.parse import urlsplit
 
 import requests
 from etcd3gw.client import Etcd3Client
-from etcd3gw.exceptions import Etcd3Exception
+from etcd3gw.exceptions import (
+    ConnectionFailedError,
+    ConnectionTimeoutError,
+    Etcd3Exception,
+)
 from requests.adapters import HTTPAdapter
 
 from pyforwarder.errors import ForwarderError
+from pyforwarder.fleet.causes import cause_of
 from pyforwarder.fleet.quick_requests import Line, TooLongError
 
 if TYPE_CHECKING:
@@ -399,7 +404,7 @@ class Store:
             # A read that times out in the middle of a stream is reported as this one.
             if "Read timed out" in str(error):
                 return
-            raise self._failed(str(error)) from error
+            raise self._failed(_reason(error)) from error
         except requests.exceptions.Timeout:
             return
         except (requests.exceptions.RequestException, Etcd3Exception) as error:
@@ -616,11 +621,14 @@ def _one_revision(message: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
+    """In words: what etcd has answered, or why it has not."""
+    if isinstance(error, ConnectionFailedError | ConnectionTimeoutError):
+        return cause_of(error)  # its text is that of a library's error
     if isinstance(error, Etcd3Exception) and error.detail_text:
         with contextlib.suppress(ValueError, AttributeError):
             return str(json.loads(error.detail_text).get("error") or error.detail_text)
         return error.detail_text
-    return str(error) or type(error).__name__
+    return cause_of(error)
 
 
 def _code(error: Etcd3Exception) -> int:
