@@ -343,6 +343,28 @@ def test_a_connection_that_begins_while_a_pair_is_taken_in_keeps_its_port(
     assert [sock.is_open for sock in world.sockets] == [False, False]
 
 
+@pytest.mark.parametrize("left", [[0], [1], [0, 1]])
+def test_a_pair_that_has_moved_is_released_once_no_address_of_it_is_here(
+    monkeypatch: pytest.MonkeyPatch, left: list[int]
+) -> None:
+    """Before that our kernel would reset it for a packet that still comes here."""
+    world = Holding(monkeypatch)
+    released: list[int] = []
+    monkeypatch.setattr(world.keeper, "owns", lambda index: index == 7)
+    monkeypatch.setattr(world.keeper, "release", released.append)
+    assert world.hold()  # as a record has the pair; and a worker
+    request = json.dumps({**FIELDS, "do": "let_go", "pairs": [PAIR.encode()]}).encode()
+    world.here = {world.own[side] for side in left}
+    world.standby.routes_changed()
+    for _ in range(2):
+        world.standby.answer(request)
+    assert released == []
+    world.here.clear()
+    world.standby.routes_changed()
+    world.standby.answer(request)
+    assert released == [7]
+
+
 def test_ports_of_express_leave_descriptors_for_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
 

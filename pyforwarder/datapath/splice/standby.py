@@ -230,8 +230,9 @@ class Standby:
             case "stay":
                 self._stay(*request["group"])
             case "let_go":
+                here = self._here()
                 for text in request["pairs"]:
-                    self._release_moved(_decode(text))
+                    self._release_moved(_decode(text), here)
             case _:
                 answer["waiting"] = sorted(self._waiting)
                 answer["taken"], answer["held"] = self._taken, len(self._held)
@@ -368,10 +369,14 @@ class Standby:
                 sock.close()
             self._owner.forget(held.index)
 
-    def _release_moved(self, pair: Pair) -> None:
+    def _release_moved(self, pair: Pair, here: Collection[bytes]) -> None:
         for end in (pair.ends.listener, pair.ends.source):
             self._absent.discard(end.ip)
         self._is_changed = True  # it may be absent already
+        if not {pair.ends.listener.ip, pair.ends.source.ip}.isdisjoint(here):
+            # Without the record our kernel would reset the connections whose packets still come
+            # here. Both machines do the same with them, and we are asked again.
+            return
         # Only the keys of this record are used, so its interfaces do not matter.
         record = splice_of(pair, 1, Interfaces(0, 0), claim=0, slack=0)
         found = {self._index_of(bytes(direction.from_)) for direction in record.direction}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from pyforwarder.fleet.exchanges import Exchanges
 from pyforwarder.fleet.failover import stays
 from pyforwarder.fleet.failover.compaction import Compaction
-from pyforwarder.fleet.failover.ledger import Ledger, Scan, Turn
+from pyforwarder.fleet.failover.ledger import MOVED_AT_ONCE, Ledger, Scan, Turn
 from pyforwarder.fleet.failover.moves import Asked
 from pyforwarder.fleet.failover.stays import EVERY_S, Connection, Stays
 from pyforwarder.fleet.store import MOST_IN_ONE, MOST_IN_WRITE, Change, Store, StoreError
@@ -217,7 +217,8 @@ class Replicator:
         """Tell the keeper of others' pairs, and of those of ours that are others' by now."""
         for keys in _pieces(turn.release, _AT_ONCE):
             self._kernel.ask("release", keys=keys)
-        for pairs in _pieces(list(turn.moved.values()), _AT_ONCE):
+        # Those that cannot be released yet are named again, as the others are, in the next turn.
+        for pairs in _pieces(list(turn.moved.values())[:MOVED_AT_ONCE], _AT_ONCE):
             self._kernel.ask("let_go", pairs=[pair.encode() for pair in pairs])
         for some in _pieces(list(turn.hold.items()), _AT_ONCE):
             answer = self._kernel.ask("hold", pairs=[list(one) for one in some])
