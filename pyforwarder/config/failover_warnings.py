@@ -33,12 +33,14 @@ class _Taken:
     moving: tuple[_Ip, ...]
     by_tcp: set[_Ip] = field(default_factory=set)
     by_udp: set[_Ip] = field(default_factory=set)
+    named: set[_Ip] = field(default_factory=set)  # all that listeners name: no wildcard's others
     is_known: bool = True  # False: a listener has sockets whose addresses are known elsewhere
 
     def add(self, listener: Listener) -> None:
         taken = self.by_tcp if listener.protocol == "tcp" else self.by_udp
         self.is_known &= not listener.takes_systemd_sockets
         for ip in _hosts(listener):
+            self.named.add(ip)
             taken.update(one for one in self.moving if one == ip or _is_any_of(ip, one))
 
 
@@ -204,8 +206,8 @@ def _wanted(servers: list[ServerAddress], taken: _Taken) -> str:
     if not fit:
         missing = " and ".join(f"IPv{version}" for version in sorted(versions))
         return f"it wants a `source` in `fleet.failover`, which has no {missing} address"
-    # Rather one that clients do not connect to; one of each version.
-    fit.sort(key=lambda one: one in taken.by_tcp)
+    # Rather one that no listener names; one of each version.
+    fit.sort(key=lambda one: one in taken.named)
     by_version = {one.version: str(one) for one in reversed(fit)}
     chosen = ", ".join(text for _, text in sorted(by_version.items()))
     return f"it wants `source: [{chosen}]`, of the addresses in `fleet.failover`"

@@ -147,6 +147,11 @@ def test_without_a_source_it_is_said_what_to_write(servers: str, moving: str, sa
     assert said in found
 
 
+def test_the_source_to_write_is_one_that_no_listener_names() -> None:
+    found = warnings(bound("0.0.0.0:80"), "{servers: ['10.0.9.100:443']}")
+    assert "it wants `source: [10.0.9.1]`" in found[-1]
+
+
 def test_a_source_that_stays_and_a_client_s_address_are_said() -> None:
     stays = UPSTREAM.replace("10.0.9.1]", "10.0.9.1, 10.0.9.2]")
     (found,) = warnings(upstream=stays)
