@@ -76,6 +76,24 @@ class _Opened:
         except ValueFault as error:
             raise ForwarderError(f"{self.keys.config}: {error}") from error
 
+    def why_not_taken(self, upstream: str, address: str) -> str:
+        """Why a machine with this configuration takes no such server; empty: it does, or the
+        store does not say.
+        """
+        from pyforwarder.config import parse_config
+        from pyforwarder.config.merging import merged_text
+        from pyforwarder.config.upstream import why_not_taken
+
+        with contextlib.suppress(ForwarderError):
+            edition, _ = self.current()
+            where = f"edition {edition.serial}" if edition else "no edition yet"
+            shared = edition.text if edition else ""
+            text = merged_text(self.text, shared, {}, own_source="own", shared_source=where)
+            upstreams = parse_config(text, source=where).upstreams
+            if why := why_not_taken(upstreams, upstream, address):
+                return f"{why} ({where})"
+        return ""
+
     def edition(self, serial: int | None) -> Edition:
         """One of the history; None: the current one."""
         from pyforwarder.fleet.layout import Edition, ValueFault
@@ -200,7 +218,7 @@ def diff(call: Call, file: Path | None, config_path: Path, serial: int | None) -
     Exits with 1 if they differ.
     """
     if (file is None) == (serial is None):
-        raise UsageError("fleet diff: a FILE, or --serial")
+        raise UsageError("fleet diff: say either a FILE or --serial, to compare with")
     from pyforwarder.config import read_config_text
 
     with _opened(config_path) as opened:
@@ -358,6 +376,8 @@ def register(
         def end(_number: int, _frame: FrameType | None) -> None:
             registration.end()
 
+        if why := opened.why_not_taken(name, str(parsed)):
+            call.say(f"pyforwarder: warning: machines do not take this server: {why}")
         before: dict[int, Any] = {
             number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -118,3 +119,21 @@ class Upstream(Section):
         if self.transparent and self.source:
             raise problem("`transparent` takes the client's address, not these", "source")
         return self
+
+
+def why_not_taken(upstreams: Mapping[str, Upstream], name: str, address: str) -> str:
+    """Why a server that registers itself there is not taken; empty: it is, or stands there anyway.
+
+    `address` is that of `Address`, as text.
+    """
+    upstream = upstreams.get(name)
+    if upstream is None:
+        return f"there is no upstream {name!r}"
+    if any(str(server.address) == address for server in upstream.servers):
+        return ""
+    networks = upstream.registered
+    if not networks:
+        return f"the upstream {name!r} has no `registered`: it takes no servers that register"
+    if networks.contains(address.rpartition(":")[0].strip("[]")):
+        return ""
+    return f"the upstream {name!r} takes servers from {', '.join(networks.entries)} alone"

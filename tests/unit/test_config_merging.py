@@ -6,6 +6,7 @@ import pytest
 
 from pyforwarder.config import Config, parse_config
 from pyforwarder.config.merging import check_shared, merged_text
+from pyforwarder.config.upstream import why_not_taken
 from pyforwarder.errors import ConfigError
 
 FLEET = "fleet: {endpoints: ['http://127.0.0.1:2379'], name: edge}\n"
@@ -61,6 +62,27 @@ def test_servers_that_registered_from_where_they_may() -> None:
         ("[::1]:80", 0),
     ]
     assert len(config.upstreams["web"].servers) == 1
+
+
+@pytest.mark.parametrize(
+    ("upstream", "address", "why"),
+    [
+        ("mine", "10.0.0.1:80", ""),  # stands there
+        ("mine", "10.0.0.2:80", ""),
+        ("mine", "[::1]:80", ""),
+        ("mine", "192.0.2.1:80", "the upstream 'mine' takes servers from 10.0.0.0/8, ::1 alone"),
+        (
+            "web",
+            "10.0.0.3:80",
+            "the upstream 'web' has no `registered`: it takes no servers that register",
+        ),
+        ("none", "10.0.0.4:80", "there is no upstream 'none'"),
+    ],
+)
+def test_a_server_that_is_not_taken_has_a_reason(upstream: str, address: str, why: str) -> None:
+    servers = {upstream: {address: 1}}
+    for config in (joined(OWN, SHARED), joined(OWN, SHARED, servers)):
+        assert why_not_taken(config.upstreams, upstream, address) == why
 
 
 def test_an_upstream_may_wait_for_its_servers() -> None:

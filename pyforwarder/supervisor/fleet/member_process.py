@@ -8,12 +8,13 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from pyforwarder import __version__
+from pyforwarder.config.upstream import why_not_taken
 from pyforwarder.errors import ForwarderError
 from pyforwarder.supervisor.configuration.in_force import Shared
 from pyforwarder.supervisor.fleet.store_process import StoreProcess
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from pyforwarder.config import Fleet
+    from pyforwarder.config.upstream import Upstream
     from pyforwarder.fleet.member import Member
     from pyforwarder.runtime.channel import Channel
     from pyforwarder.runtime.loop import Loop
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 # How often this machine says how many pairs it has.
 _REPORT_S: Final = 5.0
 _MOST_SHOWN: Final = 200
+_MOST_TOLD: Final = 10  # servers that are not taken, at once
 # What the process is told by at the end; those that a group may get it ignores.
 _LEAVE: Final = signal.SIGUSR1
 _LEAVE_S: Final = 1.0
@@ -63,17 +66,21 @@ class FleetProcess(
         close_in_child: Callable[[], None],
         shared: Callable[[], Shared],
         put_in_force: Callable[[Shared], None],
+        upstreams: Callable[[], Mapping[str, Upstream]],
         started_unix_s: float,
         facts: Callable[[], dict[str, object]],
         notify: Callable[[Sequence[FleetInstance]], None],
     ) -> None:
         """`shared` is what is in force; `put_in_force` changes that, or raises ForwarderError.
 
+        `upstreams` are those in force, with the servers that have registered.
         `facts` is what this machine tells the others besides; `notify` is told of the others.
         """
         super().__init__(loop, log, user=user, close_in_child=close_in_child)
         self._shared = shared
         self._put_in_force = put_in_force
+        self._upstreams = upstreams
+        self._not_taken: set[tuple[str, str, str]] = set()  # upstream, server, and why
         self._facts = facts
         self._notify = notify
         self._instances: Sequence[FleetInstance] = []
@@ -212,9 +219,25 @@ class FleetProcess(
             self._log.write("error", "fleet_refused", serial=shared.serial, error=str(error))
         else:
             self._in_force, self._refused, self._why = shared.serial, 0, ""
-            servers = sum(map(len, shared.servers.values()))
+            servers = sum(map(len, shared.servers.values())) - self._tell_not_taken(shared)
             self._log.write("info", "fleet_in_force", serial=shared.serial, registered=servers)
         self._report(answers=True)
+
+    def _tell_not_taken(self, shared: Shared) -> int:
+        """How many servers have registered and are not in force; the log is told of each once."""
+        upstreams = self._upstreams()
+        found = {
+            (name, server, why)
+            for name, servers in shared.servers.items()
+            for server in servers
+            if (why := why_not_taken(upstreams, name, server))
+        }
+        for name, server, why in sorted(found - self._not_taken)[:_MOST_TOLD]:
+            self._log.write(
+                "warning", "fleet_server_not_taken", upstream=name, server=server, error=why
+            )
+        self._not_taken = found
+        return len(found)
 
     def _report(self, *, answers: bool = False) -> None:
         """Say how this machine fares; `answers`: now that what was told is in force, or refused."""

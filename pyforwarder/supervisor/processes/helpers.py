@@ -129,6 +129,7 @@ class Helpers:
             close_in_child=close_in_child,
             shared=lambda: source.shared,
             put_in_force=put_in_force,
+            upstreams=lambda: in_force.config.upstreams,
             started_unix_s=self._started_unix_s,
             facts=self._facts_for_fleet,
             notify=self.web.send_fleet,

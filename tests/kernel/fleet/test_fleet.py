@@ -353,6 +353,31 @@ def test_servers_register_themselves_and_are_gone_with_their_lease(
         machine.wait_for_line("fleet_value .*not-an-address")
 
 
+def test_a_server_that_no_machine_takes_is_told_so_and_may_be_taken_later(
+    start_forwarder: StartForwarder, etcd: Etcd
+) -> None:
+    machine = start_forwarder(own(etcd))
+    port = unused_port()
+    assert put(machine, shared(port, "127.0.0.1:9")).returncode == 0
+    machine.wait_for_line("fleet_in_force serial=1 registered=0")
+    server = register(machine, "web", "127.0.0.2:9")
+    try:
+        why = "the upstream 'web' has no `registered`"
+        machine.wait_for_line(f"fleet_server_not_taken upstream=web server=127.0.0.2:9 .*{why}")
+        machine.wait_for_line("fleet_in_force serial=1 registered=0", count=2)
+        assert put(machine, shared(port, registered="127.0.0.0/8")).returncode == 0
+        machine.wait_for_line("fleet_in_force serial=2 registered=1")
+        server.send_signal(signal.SIGTERM)
+        _, said = server.communicate(timeout=DEADLINE_S)
+    finally:
+        server.kill()
+        server.wait()
+    warning, registered = said.splitlines()
+    assert warning.startswith("pyforwarder: warning: machines do not take this server: " + why)
+    assert warning.endswith("(edition 1)")
+    assert registered == "pyforwarder: registered"
+
+
 def test_without_the_store_machines_go_on_and_start_with_what_was_in_force_last(
     start_forwarder: StartForwarder, etcd: Etcd, state_dir: Path
 ) -> None:
