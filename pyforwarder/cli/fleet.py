@@ -365,19 +365,23 @@ def register(
     from pyforwarder.fleet.registration import Registration
 
     with _opened(config_path) as opened:
+
+        def warn() -> None:
+            if why := opened.why_not_taken(name, str(parsed)):
+                call.say(f"pyforwarder: warning: machines do not take this server: {why}")
+
         registration = Registration(
             opened.store,
             opened.keys.server(name, parsed),
             Server(weight=weight).encode(),
             ttl_s=int(ttl_s),
             say=lambda words: call.say(f"pyforwarder: {words}"),
+            registered=warn,
         )
 
         def end(_number: int, _frame: FrameType | None) -> None:
             registration.end()
 
-        if why := opened.why_not_taken(name, str(parsed)):
-            call.say(f"pyforwarder: warning: machines do not take this server: {why}")
         before: dict[int, Any] = {
             number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)
         }

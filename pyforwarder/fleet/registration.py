@@ -38,9 +38,18 @@ class Registration:
     """A key with a lease, which goes with this process."""
 
     def __init__(
-        self, store: Store, key: str, value: str, *, ttl_s: int, say: Callable[[str], None]
+        self,
+        store: Store,
+        key: str,
+        value: str,
+        *,
+        ttl_s: int,
+        say: Callable[[str], None],
+        registered: Callable[[], None],
     ) -> None:
-        """`say` is told when the server is in the store, when another has its key, when the key
+        """`registered` is called when the server is in the store, after it was not.
+
+        `say` is told when the server is in the store, when another has its key, when the key
         was gone, and when the store is lost and found again.
         """
         self._store = store
@@ -48,6 +57,7 @@ class Registration:
         self._value = value
         self._ttl_s = ttl_s
         self._say = say
+        self._registered = registered
         self._lease = 0
         self._has_begun = False  # the key was ours once
         self._state = _State.NEW
@@ -100,6 +110,7 @@ class Registration:
             if self._store.create(self._key, self._value, lease=self._lease):
                 self._state = _State.OURS
                 self._say("registered again: the key was gone from the store")
+                self._registered()
             return
         if standing.lease == self._lease:
             self._report(_State.OURS, "registered")
@@ -111,6 +122,8 @@ class Registration:
             )
 
     def _report(self, state: _State, words: str) -> None:
-        if state is not self._state:
+        is_new, self._state = state is not self._state, state
+        if is_new:
             self._say(words)
-        self._state = state
+            if state is _State.OURS:
+                self._registered()

@@ -48,11 +48,15 @@ class Server:
 
     def __init__(self, etcd: Etcd, value: str) -> None:
         self.said: list[str] = []
+        self.times = 0  # it was told that it is in the store
         self._store = open_at(etcd)
         self._registration = Registration(
-            self._store, KEY, value, ttl_s=TTL_S, say=self.said.append
+            self._store, KEY, value, ttl_s=TTL_S, say=self.said.append, registered=self._count
         )
         self._thread = threading.Thread(target=self._registration.run)
+
+    def _count(self) -> None:
+        self.times += 1
 
     def __enter__(self) -> Server:
         self._thread.start()
@@ -174,6 +178,7 @@ def test_a_store_that_comes_back_empty_has_the_server_again(etcd: Etcd, store: S
         etcd.empty()
         etcd.start()
         wait_for(lambda: server.said[2:] == [AGAIN], "it is there again")
+        wait_for(lambda: server.times == 2, "it is told so")
         assert value(store) == b"a"
     assert value(store) is None
 
@@ -187,4 +192,5 @@ def test_a_store_that_comes_back_with_what_it_had_has_the_server_still(
         wait_for(lambda: len(server.said) == 2, "the store is lost")
         etcd.start()
         wait_for(lambda: server.said[2:] == ["registered"], "it is found again")
+        wait_for(lambda: server.times == 2, "it is told so")
         assert store.standing(KEY) == before
