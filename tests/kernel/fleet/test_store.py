@@ -160,5 +160,5 @@ def test_keys_are_written_where_certificates_and_a_user_are_wanted(tmp_path: Pat
         fleet["tls"] = {"ca": str(Tls(tmp_path / "other").certificate)}
         with contextlib.closing(open_store(Fleet.model_validate(fleet))) as store:
             store._is_known = True  # so that it is the quick way that sees it
-            with pytest.raises(StoreError, match="certificate verify failed"):
+            with pytest.raises(StoreError, match="its certificate is not good"):
                 store.write([("/b", "!")])
