@@ -41,8 +41,8 @@ def config(name: str, ready: Path) -> str:
             f"{BACK[4]}/32 dev {name}1\n{FRONT[6]}/128 dev {name}0\n{BACK[6]}/128 dev {name}1",
         ),
         (
-            "    track_interface {\n        front\n        back\n",
-            f"    track_interface {{\n        {name}0\n        {name}1\n",
+            "    track_interface {\n        back\n",
+            f"    track_interface {{\n        {name}1\n",
         ),
         ('    notify "/etc/keepalived/pyforwarder-notify"\n', ""),
     ):
