@@ -20,6 +20,7 @@ TIMES: Final = 2_000_000
 PACKED: Final = {
     "datapath/ebpf/image.py",  # a program before it is loaded
     "datapath/ebpf/pair_table.py",  # a sequence number says that it is being written
+    "datapath/ebpf/syscall.py",  # before the system call
     "datapath/express/numbering.py",  # its state says so
     "datapath/splice/keeper.py",  # a pulse: any change will do
     "datapath/splice/keeper_joining.py",  # before `control` is run

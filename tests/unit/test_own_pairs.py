@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyforwarder.datapath.ebpf import syscall as bpf
-from pyforwarder.datapath.ebpf.abi import PAIR_BYTES
+from pyforwarder.datapath.ebpf.abi import PAIR_BYTES, PairRecord
 from pyforwarder.datapath.express.connect_abi import NO_WORKER
 from pyforwarder.datapath.splice.abi import HELD, SPLICE_BYTES, Splice, SpliceState
 from pyforwarder.datapath.splice.own_pairs import READ_AT_ONCE, OwnPairs
@@ -34,7 +34,7 @@ class Table:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._records = mmap.mmap(-1, (COUNT + 1) * SPLICE_BYTES)
-        pairs = mmap.mmap(-1, PAIR_BYTES)
+        self._pairs = pairs = mmap.mmap(-1, PAIR_BYTES)
         maps = SimpleNamespace(splices_fd=1, pairs_fd=2, entries=COUNT + 1, workers=1, slots=1)
         self._maps = maps
         self._both = {1: self._records, 2: pairs}
@@ -67,6 +67,13 @@ class Table:
         with self._record(index) as record:
             record.worker = worker
 
+    def name(self, index: int, listener: bytes) -> None:
+        """A worker has it in its part of the pair table."""
+        with self._record(index) as record:
+            shown = PairRecord(id=record.id, listener_name=listener, rule=b"all")
+            self._pairs[:] = bytes(shown).ljust(PAIR_BYTES, b"\0")
+            record.slot = 0
+
     def move(self, index: int, last_end: int) -> None:
         """Bytes have passed."""
         with self._record(index) as record:
@@ -97,6 +104,14 @@ class Table:
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Table:
     return Table(monkeypatch)
+
+
+def test_a_pair_has_its_names_as_soon_as_a_worker_shows_it(table: Table) -> None:
+    """Else they would be forgotten where this machine died within the next second."""
+    key = table.write(0, a_pair())
+    assert table.scan(0.0)[key].pair.listener_name == b""
+    table.name(0, b"web")
+    assert table.scan(0.1)[key].pair.listener_name == b"web"
 
 
 def test_one_that_begins_is_read_at_once_and_many_that_move_in_turn(table: Table) -> None:

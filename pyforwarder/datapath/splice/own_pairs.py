@@ -56,13 +56,15 @@ _FINS_AT: Final = [n * _DIRECTION_BYTES + SpliceDirection.fin_seq.offset for n i
 assert SpliceDirection.fin_acked.offset == SpliceDirection.fin_seq.offset + 12
 # Bytes of a record of which at least one changes when the pair begins, has no tail any more, gets
 # an owner, is reset, or ends, or one direction of it does; and the lowest bytes of its id. Of the
-# worker it is the second byte: the lowest one of HELD and NO_WORKER may be a worker's number.
-_LOW, _SECOND = (0, 1) if sys.byteorder == "little" else (3, 2)
+# worker it is the second byte: the lowest one of HELD and NO_WORKER may be a worker's number; of
+# the slot, where the names of listener and rule are, the highest one: NO_SLOT has all bits.
+_LOW, _SECOND, _HIGH = (0, 1, 3) if sys.byteorder == "little" else (3, 2, 0)
 _STATE_AT: Final = Splice.state.offset + _LOW
 _WATCHED: Final = (
     _STATE_AT,
     *(Splice.id.offset + n for n in ((0, 1, 2) if sys.byteorder == "little" else (7, 6, 5))),
     Splice.worker.offset + _SECOND,
+    Splice.slot.offset + _HIGH,
     Splice.reset.offset + _LOW,
     *(at + _LOW + 4 * n for at in _FINS_AT for n in range(4)),
     *(n * _DIRECTION_BYTES + SpliceDirection.tail_open.offset + _LOW for n in (0, 1)),
